@@ -13,6 +13,7 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import AVERAGED, entries_match, fingerprint_entries, without_rows
+from ..distributed.flat import owns_flat
 from ..distributed.sharding import gather_all, holds_shards
 from ..errors import LoRAError, NonFiniteError
 from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names, checkpoint_metadata, in_one_storage
@@ -228,7 +229,12 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
 
 
 def _live_state(handle: AdaptedModel) -> dict[str, Any]:
-    """Return the model's state dict; loading it leaves quantised weights untouched."""
+    """Return the model's state dict; loading it leaves quantised weights untouched. Nothing where weights are flat.
+
+    A strategy with flat weights loads what a checkpoint holds, and state_dict would gather the whole model.
+    """
+    if any(owns_flat(module) for _, module in handle.modules):
+        return {}
     state, quantised = by_canonical_names(handle.model.state_dict()), quantised_weights(handle.places)
     for name in quantisation_entries(state, quantised):
         del state[name]

@@ -33,7 +33,7 @@ from ..model.state_dict import merge_state_dict
 from ..names import canonical, names_factor
 from .distributed_resume import accept_folders
 
-ROOT = "lora_fsdp_root"  # attribute of a LightningModule: the wrapper that an earlier stage put around it
+WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
 OUTSIDE = "lora_outside"  # attribute of a strategy: the parameters outside of the flat tensors
 LATER = "lora_averages_later"  # attribute of a strategy while gradients are accumulated
 BUCKET = 2**25  # bytes of gradients that are averaged at once
@@ -76,27 +76,58 @@ def _refused(options: Mapping[str, Any]) -> Iterator[str]:
 # --- the model is wrapped ---
 
 
-class _Outside:
-    """The parameters of a module that stay outside of flat tensors, listed each time: configure_model may add some."""
+class _Wrapping:
+    """How FSDP1 wraps a LightningModule.
 
-    def __init__(self, module: nn.Module, given: Sequence[Any]) -> None:
-        self.module, self.given = module, given
+    Attributes:
+        root: the outermost wrapper, which later stages take again.
+        order: the names of each module's own parameters as they were registered. FSDP1 moves those of its flat tensors
+            to the end, and the states of an optimizer are saved by the position of their parameter.
+    """
 
-    def __iter__(self) -> Iterator[nn.Parameter]:
-        seen = {id(each): each for each in self.given if isinstance(each, nn.Parameter)}
-        for module in (each for each in self.given if isinstance(each, nn.Module)):
-            seen |= {id(each): each for each in module.parameters()}
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.root: Any = None
+        self.order: dict[nn.Module, list[str]] = {}
+
+    def outside(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters to leave outside of flat tensors, and note the order of all. FSDP1 is about to wrap."""
+        for module in self.module.modules():
+            self.order.setdefault(module, list(module._parameters))
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad or names_factor(name):
-                seen[id(parameter)] = parameter
-        yield from seen.values()
+                yield parameter
+
+    def put_in_order_(self) -> None:
+        """Register parameters in their old order. In place."""
+        for module, names in self.order.items():
+            for name in [each for each in names if each in module._parameters]:
+                module._parameters[name] = module._parameters.pop(name)
+
+
+class _Outside:
+    """The parameters that stay outside of flat tensors, listed each time: configure_model may add some."""
+
+    def __init__(self, wrapping: _Wrapping, given: Sequence[Any]) -> None:
+        self.wrapping, self.given = wrapping, given
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        found = dict.fromkeys(each for each in self.given if isinstance(each, nn.Parameter))
+        for module in (each for each in self.given if isinstance(each, nn.Module)):
+            found |= dict.fromkeys(module.parameters())
+        yield from found | dict.fromkeys(self.wrapping.outside())
+
+
+def _wrapping(strategy: Any) -> _Wrapping:
+    module = strategy.lightning_module
+    return cast(_Wrapping, vars(module).setdefault(WRAPPING, _Wrapping(module)))
 
 
 @contextmanager
 def _leaving_out(strategy: Any) -> Iterator[None]:
     """Let FSDP1 leave out of its flat tensors what is trained, inside the block."""
     given = strategy.kwargs.get("ignored_states")
-    strategy.kwargs["ignored_states"] = _Outside(strategy.lightning_module, list(given or ()))
+    strategy.kwargs["ignored_states"] = _Outside(_wrapping(strategy), list(given or ()))
     try:
         yield
     finally:
@@ -121,16 +152,16 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     module = strategy.lightning_module
     if find_model(module) is None:
         return call_previous(strategy, previous, "_setup_model", model)
-    root = vars(module).get(ROOT)
-    if root is None:
+    wrapping = _wrapping(strategy)
+    if wrapping.root is None:
         with _leaving_out(strategy):
-            root = call_previous(strategy, previous, "_setup_model", model)
-            vars(module)[ROOT] = root
-    _attach(root)
+            wrapping.root = call_previous(strategy, previous, "_setup_model", model)
+    wrapping.put_in_order_()
+    _attach(wrapping.root)
     setattr(strategy, OUTSIDE, [p for p in module.parameters() if not is_flat(p)])
     patch(strategy.precision_plugin, "backward", _backward)
     patch(strategy.precision_plugin, "clip_grad_by_norm", _clip_grad_by_norm)
-    return root
+    return wrapping.root
 
 
 def _attach(root: nn.Module) -> None:
