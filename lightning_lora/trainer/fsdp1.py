@@ -35,6 +35,7 @@ from .distributed_resume import accept_folders
 
 WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
 OUTSIDE = "lora_outside"  # attribute of a strategy: the parameters outside of the flat tensors
+WHOLE = "lora_whole_units"  # attribute of a strategy: units that are not divided, as in a single process
 LATER = "lora_averages_later"  # attribute of a strategy while gradients are accumulated
 BUCKET = 2**25  # bytes of gradients that are averaged at once
 
@@ -57,6 +58,7 @@ def prepare_fsdp1(strategy: Any) -> None:
     patch(strategy, "block_backward_sync", _block_backward_sync)
     patch(strategy, "lightning_module_state_dict", _state_dict)
     patch(strategy, "optimizer_state", _optimizer_state)
+    patch(strategy, "teardown", _teardown)
     patch(strategy, "load_checkpoint", _load_checkpoint)
     accept_folders(strategy)
     patch(strategy, "load_model_state_dict", _load_model_state_dict)
@@ -159,29 +161,33 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     wrapping.put_in_order_()
     _attach(wrapping.root)
     setattr(strategy, OUTSIDE, [p for p in module.parameters() if not is_flat(p)])
+    handles = {unit: unit._handle for unit in _units(wrapping.root)}
+    setattr(strategy, WHOLE, [u for u, handle in handles.items() if handle and not handle.uses_sharded_strategy])
     patch(strategy.precision_plugin, "backward", _backward)
     patch(strategy.precision_plugin, "clip_grad_by_norm", _clip_grad_by_norm)
     return wrapping.root
 
 
+def _units(root: nn.Module) -> list[Any]:
+    """Return the wrappers of FSDP1 in a model, the outermost first."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return [module for module in root.modules() if isinstance(module, FullyShardedDataParallel)]
+
+
 def _attach(root: nn.Module) -> None:
     """Tell how the slice of each original parameter is found, and how gathered memory is freed. In place."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp._runtime_utils import _lazy_init
 
-    for unit in root.modules():
-        if isinstance(unit, FullyShardedDataParallel):
-            _lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
-            handle = unit._handle
-            attach_owner(unit, partial(_free, unit))
-            if handle is None or not handle.uses_sharded_strategy:
-                continue
+    for unit in _units(root):
+        _lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
+        handle, free = unit._handle, partial(_free, unit)
+        for owner in (unit, *(handle._get_modules() if handle is not None else ())):
+            attach_owner(owner, free)
+        if handle is not None and handle.uses_sharded_strategy:
             flat = handle.flat_param
-            infos = zip(flat._params, flat._shard_param_infos, flat._shapes, strict=True)
-            for parameter, info, shape in infos:
+            for parameter, info, shape in zip(flat._params, flat._shard_param_infos, flat._shapes, strict=True):
                 attach(parameter, partial(_find_slice, handle, info, shape))
-            for owner in handle._get_modules():
-                attach_owner(owner, partial(_free, unit))
 
 
 def _find_slice(handle: Any, info: Any, shape: torch.Size) -> FlatShard:
@@ -204,14 +210,25 @@ def _free(unit: Any, *, broken_off: bool = False) -> None:
     handle = unit._handle
     if broken_off:
         unit.training_state = TrainingState.IDLE
-    if handle is None or not handle.uses_sharded_strategy:
+    if handle is None:
         return
     if broken_off:
         handle._training_state = HandleTrainingState.IDLE
-    if handle._training_state is HandleTrainingState.IDLE and not handle.needs_unshard():
+    if handle._training_state is not HandleTrainingState.IDLE:
+        return
+    if not handle.uses_sharded_strategy:  # each rank has the whole weights: only the parameters are put back
+        handle._use_sharded_views()
+    elif not handle.needs_unshard():
         handle.reshard(True)
         handle.post_reshard()
         handle._prefetched = False
+
+
+def _teardown(strategy: Any, previous: Callable[..., Any] | None) -> None:
+    """Leave the parameters in place of what the last forward has gathered: the patched teardown."""
+    call_previous(strategy, previous, "teardown")
+    for unit in _units(strategy.model) if strategy.model is not None else ():
+        _free(unit, broken_off=True)
 
 
 # --- gradients ---
@@ -232,6 +249,8 @@ def _backward(plugin: Any, previous: Callable[..., Any] | None, tensor: Any, mod
     """Average the gradients after backward: the patched backward of the precision plugin. Collective."""
     call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
     strategy = module.trainer.strategy
+    for unit in getattr(strategy, WHOLE):  # FSDP1 leaves plain tensors in place of their frozen parameters
+        _free(unit)
     if not hasattr(strategy, LATER) and getattr(strategy.model, "_sync_gradients", True):
         average_gradients_(getattr(strategy, OUTSIDE))
 
@@ -315,10 +334,11 @@ def _state_dict(strategy: Any, previous: Callable[..., Any] | None) -> Any:
             state = _merged(handle, state)
     if strategy._state_dict_type == "sharded":
         return {name: _rows_of_rank(value) for name, value in state.items()}
+    keeps = strategy.is_global_zero or not any(map(is_flat, live.tensors.values()))
     found = {}
     for name, value in state.items():
         whole = full_tensor(value).cpu() if isinstance(value, torch.Tensor) else value
-        if strategy.is_global_zero:
+        if keeps:
             found[name] = whole
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from lightning_lora import (
     LoRACallback,
@@ -89,13 +90,15 @@ class Run:
 
 def gathered(root: nn.Module) -> State:
     """The state of a model, gathered by torch alone."""
-    with FullyShardedDataParallel.summon_full_params(root, writeback=False):
-        named = [*root.named_parameters(), *root.named_buffers()]
+    whole = root.sharding_strategy is ShardingStrategy.NO_SHARD
+    with contextlib.nullcontext() if whole else FullyShardedDataParallel.summon_full_params(root, writeback=False):
+        named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]
         return {name.replace("_fsdp_wrapped_module.", ""): value.detach().clone() for name, value in named}
 
 
 def on_ranks(case: Case, path: Path, epochs: int, source: Path | None = None, seed: int = 0) -> Run:
     model, callback = case.build(seed)
+    warnings.filterwarnings("ignore", "lightning_lora: the components of net.0")
     trainer = fsdp1(path, callback, options=case.strategy, max_epochs=epochs, **case.trainer)
     trainer.fit(model, *data(), ckpt_path=source)
     assert not is_merged(model)
@@ -106,6 +109,7 @@ def on_ranks(case: Case, path: Path, epochs: int, source: Path | None = None, se
 
 def alone(case: Case, path: Path, epochs: int, source: Path | None = None, seed: int = 0) -> Run:
     model, callback = case.build(seed)
+    warnings.filterwarnings("ignore", "lightning_lora: the components of net.0")
     trainer = make_trainer(path, callback, max_epochs=epochs, **case.trainer)
     trainer.fit(model, loader(), loader(seed=6), ckpt_path=source)
     trainer.save_checkpoint(path / "all.ckpt")
@@ -137,7 +141,7 @@ CASES = {
     "rank pattern": Case(lora={"rank_pattern": {"2": 3}}),
     "DoRA": Case(lora={"use_dora": True}),
     "PiSSA": Case(LAYERS, lora={"init_lora_weights": "pissa"}),
-    "LoRA-GA": Case(lora={"init_lora_weights": "lora_ga"}),
+    "EVA": Case(LAYERS, lora={"init_lora_weights": "eva"}),
     "VeRA": Case(LAYERS, lora={"variant": "vera"}),
     "LoHa": Case(lora={"variant": "loha", "r": 1}),
     "verified": Case(lora={"verify": True}),

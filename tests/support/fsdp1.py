@@ -44,5 +44,6 @@ def on_cpu() -> Iterator[None]:
 
 def fsdp1(path: Path, *callbacks: L.Callback, options: Any = None, **trainer: Any) -> L.Trainer:
     """A Trainer on all ranks of this world, with FSDP1."""
+    torch.cpu.Stream.synchronize = lambda self: None  # type: ignore[attr-defined]  # which torch forgot
     torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[method-assign]  # of offloaded slices
     return make_trainer(path, *callbacks, devices=dist.get_world_size(), strategy=OnCPU(**options or {}), **trainer)
