@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
@@ -24,13 +25,14 @@ from lightning_lora import (
     load_adapter,
     load_from_checkpoint,
     lora_param_groups,
+    merged_state_dict,
     save_adapter,
     save_merged,
 )
 from lightning_lora.command.info import info
 from support.fsdp1 import fsdp1
 from support.processes import world
-from support.sharded import TARGETS, Plain, base_of, data, loader, make_trainer
+from support.sharded import TARGETS, Plain, Sharded, base_of, data, loader, make_trainer, model_parallel
 from support.sharded_adapters import assert_same_bits
 
 slow = pytest.mark.slow
@@ -168,3 +170,204 @@ def test_run_equals_one_device_and_is_resumed_exactly_by_ranks_and_by_one_device
         assert_same_bits(found.state, whole[0].state)
         assert found.losses == whole[0].losses[2:]
     assert_close(alone(case, tmp_path / "one", 3, first, 5), expected, 1)
+
+
+# --- files ---
+
+
+BASE = sorted(f"net.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias"))
+FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
+CONTENT = {"adapter": FACTORS, "merged": BASE, "full": sorted(BASE + FACTORS)}
+FORMS = pytest.mark.parametrize("form", ["full", "sharded"])  # of FSDPStrategy(state_dict_type=)
+
+
+class Evaluated(Plain):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+
+def evaluate(path: Path, save: str, source: Path) -> float:
+    torch.manual_seed(9)
+    model, callback = Evaluated(), LoRACallback(r=2, target_modules=TARGETS, save=save)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = fsdp1(path, callback)
+    trainer.test(model, data()[1], ckpt_path=source, verbose=False)
+    if save != "full":
+        state = gathered(trainer.model)
+        assert_same_bits({name: state[name] for name in base}, base)
+    return model.losses[-1]
+
+
+def names_in(path: Path) -> list[str]:
+    """What the state dict of a checkpoint holds."""
+    if path.is_file():
+        return sorted(torch.load(path, weights_only=True)["state_dict"])
+    metadata = torch.distributed.checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+    return sorted(name.removeprefix("model.") for name in metadata if name.startswith("model."))
+
+
+@slow
+@FORMS
+@pytest.mark.parametrize("save", CONTENT)
+def test_checkpoint_of_each_kind_and_form_is_read_in_every_door(tmp_path, save, form):
+    case = Case({"state_dict_type": form}, lora={"save": save})
+    run = world().run(on_ranks, case, tmp_path / "fit", 2)[0]
+    for name in ("all.ckpt", "weights.ckpt"):
+        path = tmp_path / "fit" / name
+        assert path.is_dir() == (form == "sharded")
+        assert names_in(path) == CONTENT[save]
+        assert world().run(evaluate, tmp_path, save, path) == pytest.approx([run.losses[-1]] * 2, abs=1e-6)
+        assert_same_bits(dict(load_from_checkpoint(Plain, path).state_dict()), run.state)
+        assert info(path)["kind"] == f"Lightning checkpoint of kind '{save}'"
+        load_adapter(fresh := Plain(), path)
+        assert_same_bits(dict(fresh.state_dict()), run.state)
+    if save == "merged" and form == "full":  # by a program without this package
+        plain, trainer = Plain(), make_trainer(tmp_path)
+        plain.load_state_dict(torch.load(run.path, weights_only=True)["state_dict"])
+        trainer.validate(plain, loader(seed=6), verbose=False)
+        assert plain.losses[-1] == pytest.approx(run.losses[-1], abs=1e-6)
+    for found in world().run(on_ranks, case, tmp_path / "second", 3, run.path, 5):
+        assert_close(found, alone(case, tmp_path / "alone", 3), 1)
+    assert_close(alone(case, tmp_path / "one", 3, run.path, 5), alone(case, tmp_path / "alone", 3), 1)
+
+
+@slow
+@FORMS
+@pytest.mark.parametrize("size", [1, 4])
+def test_run_is_resumed_on_another_number_of_ranks(tmp_path, form, size):
+    case = Case({"state_dict_type": form} | LAYERS)
+    expected = alone(case, tmp_path / "alone", 3)
+    first = world().run(on_ranks, case, tmp_path / "first", 2)[0].path
+    for found in world(size).run(on_ranks, case, tmp_path / "second", 3, first, 5):
+        assert_close(found, expected, 1)
+
+
+def under_ddp(path: Path, epochs: int) -> Path:
+    torch.manual_seed(0)
+    trainer = make_trainer(path, LoRACallback(r=2, target_modules=TARGETS), max_epochs=epochs, devices=2, strategy="ddp")
+    trainer.fit(Plain(), *data())
+    trainer.save_checkpoint(path / "other.ckpt")
+    return path / "other.ckpt"
+
+
+def under_fsdp2(path: Path, epochs: int) -> Path:
+    torch.manual_seed(0)
+    trainer = model_parallel(path, LoRACallback(r=2, target_modules=TARGETS), max_epochs=epochs)
+    trainer.fit(Sharded(), *data())
+    trainer.save_checkpoint(path / "other.ckpt")
+    return path / "other.ckpt"
+
+
+@slow
+def test_run_of_another_strategy_is_resumed(tmp_path):
+    expected = alone(Case(), tmp_path / "alone", 3)
+    sources = [alone(Case(), tmp_path / "first", 2).path]
+    sources += [world().run(fit, tmp_path / fit.__name__, 2)[0] for fit in (under_ddp, under_fsdp2)]
+    for source in sources:
+        for found in world().run(on_ranks, Case(), tmp_path / "second", 3, source, 5):
+            assert_close(found, expected, 1)
+
+
+class Saving(L.Callback):
+    """Saves in every way in the second epoch, inside the merged validation and after it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        assert is_merged(module)
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.path / "inside.ckpt")
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            save_adapter(module, self.path / "adapter")
+            save_merged(trainer.model, self.path / "merged")
+
+
+def saved_in_a_run(path: Path, save: str, form: str) -> tuple[list[float], str, State]:
+    case = Case({"state_dict_type": form} | LAYERS, lora={"save": save})
+    model, callback = case.build(0)
+    best = ModelCheckpoint(path / "best", monitor="val_loss", filename="{epoch}")
+    strategy = {"options": case.strategy, "enable_checkpointing": True}
+    trainer = fsdp1(path, callback, Saving(path), best, max_epochs=2, **strategy)
+    trainer.fit(model, *data())
+    trainer.validate(model, data()[1], verbose=False)
+    trainer.validate(model, data()[1], ckpt_path="best", verbose=False)
+    return model.losses, best.best_model_path, gathered(trainer.model)
+
+
+@slow
+@FORMS
+@pytest.mark.parametrize("save", CONTENT)
+def test_what_is_saved_within_a_run_holds_the_base_and_the_adapter(tmp_path, save, form):
+    losses, best, state = world().run(saved_in_a_run, tmp_path, save, form)[0]
+    assert losses[-1] == losses[-2] == losses[-3]  # the best is the last
+    assert_same_bits(base_of(state), dict(Plain().state_dict()))
+    for name in ("inside.ckpt", "adapter", best):
+        load_adapter(loaded := Plain(), tmp_path / name)
+        assert_same_bits(dict(loaded.state_dict()), state)
+        if name != "adapter":
+            assert_same_bits(dict(load_from_checkpoint(Plain, tmp_path / name).state_dict()), state)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert sorted(merged) == BASE
+    assert_same_bits(merged, {n: v.contiguous() for n, v in merged_state_dict(loaded).items()})
+
+
+# --- faults ---
+
+
+class Faulty(Plain):
+    """Breaks in the second epoch: inside a merged forward, or by a value on one rank that is not finite."""
+
+    fault = ""
+
+    def on_train_epoch_end(self) -> None:
+        if self.fault == "nan" and self.trainer.current_epoch == 1 and dist.get_rank() == 1:
+            with torch.no_grad():
+                flat = self.trainer.model._handle.flat_param
+                flat._local_shard[-1] = math.nan
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.fault == "exception" and self.trainer.current_epoch == 1:
+            assert is_merged(self)
+            self.net[2].register_forward_hook(lambda *args: 1 / 0)
+        super().validation_step(batch, batch_idx)
+
+
+def broken(path: Path, strategy: dict[str, Any], fault: str) -> tuple[str, list[str], State]:
+    torch.manual_seed(0)
+    model = Faulty()
+    model.fault = fault
+    trainer, said = fsdp1(path, LoRACallback(r=2, target_modules=TARGETS), options=strategy, max_epochs=2), ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            trainer.fit(model, *data())
+        except ZeroDivisionError as error:
+            said = str(error)
+    assert not is_merged(model)
+    messages = [str(each.message) for each in caught if str(each.message).startswith("LoRACallback")]
+    return said, messages, base_of(gathered(trainer.model))
+
+
+@slow
+@pytest.mark.parametrize("strategy", [{}, LAYERS, {"sharding_strategy": "SHARD_GRAD_OP"}], ids=str)
+def test_exception_inside_a_merged_forward_leaves_the_base(tmp_path, strategy):
+    for said, messages, state in world().run(broken, tmp_path, strategy, "exception"):
+        assert said == "division by zero"
+        assert messages == []
+        assert_same_bits(state, dict(Plain().state_dict()))
+
+
+@slow
+def test_slice_of_one_rank_that_is_not_finite_is_evaluated_unmerged_and_leaves_the_base(tmp_path):
+    found = world().run(broken, tmp_path, {}, "nan")
+    assert "this validation runs unmerged: merge: layer 'net.4'" in found[0][1][0]
+    for _, _, state in found:
+        assert state["net.4.bias"][-1].isnan()
+        state["net.4.bias"][-1] = Plain().net[4].bias[-1]
+        assert_same_bits(state, dict(Plain().state_dict()))
