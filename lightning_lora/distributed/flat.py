@@ -1,8 +1,9 @@
 """Flat slices: each rank holds a slice of the flattened weight, as DeepSpeed's ZeRO-3 and FSDP1 divide weights.
 
-A tensor is flat where `attach` was called on it. A strategy's own file does that, and says how the slice is found: a
-function, because strategies replace the memory of a slice. Nothing here knows a strategy. The shape, values and size of
-a flat parameter itself tell nothing: it is empty, or gathered for a forward. Ask whole_shape and flat_shard.
+A tensor is flat where `attach` was called on it. A strategy's own file does that, at once or when it recognises a
+tensor as its own, and says how the slice is found: a function, because strategies replace the memory of a slice. No
+strategy is known here. The shape, values and size of a flat parameter itself tell nothing: it is empty, or gathered for
+a forward. Ask whole_shape and flat_shard.
 
 A slice of a matrix is at most three matrices: a row's end, whole rows, a row's beginning. So what is computed by
 elements is computed in the memory of the slice, and nothing is gathered for it.
@@ -13,7 +14,7 @@ Functions marked "Collective" communicate: every rank must call them, in the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -46,9 +47,10 @@ class Piece(NamedTuple):
 
 
 class _Known:
-    """Whether this process has flat tensors at all, so that others are not looked at one by one."""
+    """Whether this process has flat tensors at all, so that others are not looked at one by one; who attaches them."""
 
     flat = False
+    attachers: ClassVar[list[Callable[[torch.Tensor], bool]]] = []
 
 
 def attach(tensor: torch.Tensor, find: Callable[[], FlatShard], free: Callable[[], None] | None = None) -> None:
@@ -79,6 +81,17 @@ def owns_flat(module: nn.Module) -> bool:
     return UNIT in vars(module)
 
 
+def recognise(attach_one: Callable[[torch.Tensor], bool]) -> None:
+    """Let a strategy recognise its own tensors when they are first asked for; harmless when repeated.
+
+    Args:
+        attach_one: calls `attach` for a tensor that the strategy has divided. Returns whether it did.
+    """
+    _Known.flat = True
+    if attach_one not in _Known.attachers:
+        _Known.attachers.append(attach_one)
+
+
 def make_plain(tensor: torch.Tensor) -> None:
     """Make a tensor plain again, whose whole values are in it now."""
     vars(tensor).pop(FIND, None)
@@ -91,8 +104,10 @@ def are_any_flat() -> bool:
 
 
 def is_flat(tensor: object) -> bool:
-    """Return whether a tensor is flat."""
-    return _Known.flat and FIND in getattr(tensor, "__dict__", ())
+    """Return whether a tensor is flat. In a compiled forward none counts as flat: the weights are gathered there."""
+    if not _Known.flat or torch.compiler.is_compiling() or not isinstance(tensor, torch.Tensor):
+        return False
+    return FIND in vars(tensor) or any(attach_one(tensor) for attach_one in _Known.attachers)
 
 
 def flat_shard(tensor: torch.Tensor) -> FlatShard:

@@ -112,10 +112,7 @@ def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     inside = [place for place, row in enumerate(rows) if lines.start <= row < lines.stop]
     values = torch.zeros(len(rows), tensor.shape[1], dtype=torch.float64, device=shard.device)
     values[inside, columns] = shard[[rows[place] - lines.start for place in inside]].double()
-    values = values.to(tensor.device_mesh.device_type)
-    split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    reduce_(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
-    return values.to(shard.device, shard.dtype)
+    return sum_over_shards(values, tensor).to(shard.dtype)
 
 
 def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -157,6 +154,17 @@ def windows(tensor: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slice,
     return [(local(tensor).flatten(1), rows, slice(columns.start * inner, columns.stop * inner))]
 
 
+def sum_over_shards(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return sums over the ranks of values that each rank computed from its shard of a tensor. Collective."""
+    device, values = values.device, values.to(meeting_device(tensor))
+    if is_flat(tensor):
+        dist.all_reduce(values, group=flat_shard(tensor).group)
+    elif is_sharded(tensor):
+        split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+        reduce_(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
+    return values.to(device)
+
+
 def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy `source` into `target`, which has the same shape. Either may be sharded. In place.
 
@@ -189,6 +197,11 @@ def _copy_flat_(target: torch.Tensor, source: torch.Tensor) -> None:
         scatter_(target, full_tensor(source))
 
 
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor, detached, on the same device and with the same sharding."""
+    return flat_like(local(tensor).clone(), tensor) if is_flat(tensor) else tensor.detach().clone()
+
+
 def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return copies of tensors, on the same devices and with the same sharding.
 
@@ -199,14 +212,10 @@ def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     together: dict[tuple[torch.dtype, torch.device], list[str]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in tensors.items():
-            if is_flat(tensor):
-                copies[name] = flat_like(local(tensor).clone(), tensor)
-            elif (
-                type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_meta and tensor.itemsize > 1
-            ):
+            if _is_strided(tensor) and not is_flat(tensor) and not tensor.is_meta and tensor.itemsize > 1:
                 together.setdefault((tensor.dtype, tensor.device), []).append(name)
             else:
-                copies[name] = tensor.detach().clone()
+                copies[name] = copy_of(tensor)
         for names in together.values():
             flat = torch.cat([tensors[name].detach().reshape(-1) for name in names])
             for name, part in zip(names, torch.split(flat, [tensors[name].numel() for name in names]), strict=True):
@@ -335,8 +344,4 @@ def samples(tensor: torch.Tensor, positions: Sequence[int]) -> list[float]:
     values = torch.zeros(len(positions), dtype=torch.float64)
     readable = shard.view(torch.uint8) if shard.element_size() == 1 else shard  # torch 2.6 indexes no float8
     values[on_shard] = readable[tuple(inside)].view(shard.dtype).double().cpu()
-    if is_sharded(tensor):
-        values = values.to(tensor.device_mesh.device_type)
-        split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-        reduce_(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
-    return cast(list[float], values.tolist())
+    return cast(list[float], sum_over_shards(values, tensor).tolist())

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import AVERAGED, entries_match, fingerprint_entries, without_rows
-from ..distributed.flat import owns_flat
+from ..distributed.flat import owns_flat, whole_shape
 from ..distributed.sharding import gather_all, holds_shards
 from ..errors import LoRAError, NonFiniteError
 from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names, checkpoint_metadata, in_one_storage
@@ -281,7 +281,7 @@ def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, 
     if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named):
         part = _common_module(initial)  # what is trained beside the injected part is not listed
         changed = {id(base[name]) for name in adapter.tensors if name in base and name.startswith(part)}
-        fits = all(name in base and base[name].shape == value.shape for name, value in initial.items())
+        fits = all(name in base and whole_shape(base[name]) == value.shape for name, value in initial.items())
         if fits and changed <= {id(base[name]) for name in initial}:
             return dict(initial)
     shown = f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__

@@ -14,7 +14,17 @@ from torch import nn
 from ..arguments import require_module
 from ..errors import LoRAError
 from ..distributed.flat import owns_flat
-from ..names import ATTRIBUTE, CHECKPOINTED, COMPILED, FLATTENED, KEPT, LIGHTNING, WRAPPERS, derives_from, is_lightning_module
+from ..names import (
+    ATTRIBUTE,
+    CHECKPOINTED,
+    COMPILED,
+    FLATTENED,
+    KEPT,
+    LIGHTNING,
+    WRAPPERS,
+    derives_from,
+    is_lightning_module,
+)
 
 TORCH = ("torch",)
 INSIDE = {  # by class of wrapper: the packages that define it, and the attribute with the module inside

@@ -75,6 +75,10 @@ class LowRankBlock(NamedTuple):
             scale = scale[:, columns] if scale.shape[1] > 1 else scale
         return self._replace(left=self.left[rows], right=self.right[:, columns], scale=scale)
 
+    def placed(self, begin: int, stride: int) -> LowRankBlock:
+        """Return a block of a matrix as one of a flat slice, in which the matrix begins at element `begin`."""
+        return self._replace(row=begin + self.row * stride + self.col, col=0, stride=stride)
+
 
 def matrix_shape(kind: str, shape: Shape) -> tuple[int, int]:
     """Return (out, in) of a weight stored in this shape; a convolution's kernel size counts to in.
@@ -249,7 +253,7 @@ def crop_to_slice(blocks: Sequence[LowRankBlock], start: int, stop: int, width: 
         width: the number of columns of the whole weight, seen as a matrix.
     """
     return [
-        part._replace(row=(rows.start + part.row) * width + columns.start + part.col - start, col=0, stride=width)
+        part.placed(rows.start * width + columns.start - start, width)
         for rows, columns in pieces(start, stop, width)
         for part in crop(blocks, rows, columns)
     ]

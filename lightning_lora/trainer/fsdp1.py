@@ -245,7 +245,9 @@ def _block_backward_sync(strategy: Any, previous: Callable[..., Any] | None) -> 
         delattr(strategy, LATER)
 
 
-def _backward(plugin: Any, previous: Callable[..., Any] | None, tensor: Any, module: Any, *args: Any, **kw: Any) -> None:
+def _backward(
+    plugin: Any, previous: Callable[..., Any] | None, tensor: Any, module: Any, *args: Any, **kw: Any
+) -> None:
     """Average the gradients after backward: the patched backward of the precision plugin. Collective."""
     call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
     strategy = module.trainer.strategy

@@ -32,6 +32,7 @@ from .deepspeed import prepare_deepspeed
 from .distributed_resume import accept_folders
 from .fsdp1 import prepare_fsdp1
 
+
 def prepare_strategy(strategy: Any) -> None:
     """Patch how a strategy saves and loads checkpoints.
 
