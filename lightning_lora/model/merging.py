@@ -14,7 +14,7 @@ from torch import nn
 
 from ..distributed.flat import is_flat
 from ..distributed.rank_sync import RankSync
-from ..distributed.sharding import is_sharded, is_spread, local, reset_, reshard_
+from ..distributed.sharding import is_spread, local, reset_, reshard_
 from ..errors import LoRAError, NonFiniteError
 from ..nn.adapted_module import take_turn
 from ..nn.adapted_weights import AdaptedWeights, Blocks

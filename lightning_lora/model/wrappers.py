@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..arguments import require_module
-from ..errors import LoRAError
 from ..distributed.flat import owns_flat
+from ..errors import LoRAError
 from ..names import (
     ATTRIBUTE,
     CHECKPOINTED,

@@ -21,7 +21,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from lightning_lora import (
     LoRACallback,
-    LoRAError,
     is_merged,
     load_adapter,
     load_from_checkpoint,
@@ -61,7 +60,7 @@ class Unfreezing(Plain):
     """Trains two layers whole from the second epoch on, which FSDP1 has wrapped by then."""
 
     def on_train_epoch_start(self) -> None:
-        if self.trainer.current_epoch == 1:
+        if self.trainer.current_epoch >= 1:
             warnings.filterwarnings("ignore", "lightning_lora: base parameters were unfrozen")
             self.net[0].weight.requires_grad_()
             self.net[4].bias.requires_grad_()
@@ -222,7 +221,7 @@ def test_checkpoint_of_each_kind_and_form_is_read_in_every_door(tmp_path, save, 
         assert names_in(path) == CONTENT[save]
         assert world().run(evaluate, tmp_path, save, path) == pytest.approx([run.losses[-1]] * 2, abs=1e-6)
         assert_same_bits(dict(load_from_checkpoint(Plain, path).state_dict()), run.state)
-        assert info(path)["kind"] == f"Lightning checkpoint of kind '{save}'"
+        assert info(path)["kind"].endswith(f"Lightning checkpoint of kind '{save}'")
         load_adapter(fresh := Plain(), path)
         assert_same_bits(dict(fresh.state_dict()), run.state)
     if save == "merged" and form == "full":  # by a program without this package
