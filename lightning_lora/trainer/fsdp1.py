@@ -23,15 +23,15 @@ import torch.distributed as dist
 from torch import nn
 
 from ..distributed.flat import FlatShard, attach, attach_owner, flat_like, flat_shard, gather, is_flat
-from ..distributed.sharding import copy_all_, full_tensor, local
-from ..errors import LoRAError, NonFiniteError
+from ..distributed.sharding import copy_all_, local
+from ..errors import LoRAError
+from ..exchange.checkpoint_of_model import gathered_state, state_of_kind
 from ..formats.lightning_checkpoint import by_canonical_names
 from ..model.adapted_model import AdaptedModel, find_model
-from ..model.live_state import LiveState, open_state, original_value
+from ..model.live_state import LiveState
 from ..model.patches import call_previous, is_patched, patch
-from ..model.state_dict import merge_state_dict
-from ..names import canonical, names_factor
-from .distributed_resume import accept_folders
+from ..names import META, canonical, names_factor
+from .distributed_resume import accept_folders, check_complete
 
 WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
 OUTSIDE = "lora_outside"  # attribute of a strategy: the parameters outside of the flat tensors
@@ -318,40 +318,14 @@ def clip_gradients_(parameters: Sequence[nn.Parameter], limit: float) -> None:
 def _state_dict(strategy: Any, previous: Callable[..., Any] | None) -> Any:
     """Gather what the module's kind of checkpoint holds: the patched lightning_module_state_dict. Collective.
 
-    Tensor by tensor, on the first rank: other ranks return nothing, as in Lightning. For a folder each rank returns
-    its rows.
+    For a folder each rank returns its rows.
     """
     handle = find_model(strategy.lightning_module)
     if handle is None:
         return call_previous(strategy, previous, "lightning_module_state_dict")
-    live = open_state(handle)
-    if handle.record.save == "adapter":
-        state = live.values()
-    else:
-        state = {
-            name: cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
-            for name, tensor, owner in live.entries
-        }
-        if handle.record.save == "merged":
-            state = _merged(handle, state)
     if strategy._state_dict_type == "sharded":
-        return {name: _rows_of_rank(value) for name, value in state.items()}
-    keeps = strategy.is_global_zero or not any(map(is_flat, live.tensors.values()))
-    found = {}
-    for name, value in state.items():
-        whole = full_tensor(value).cpu() if isinstance(value, torch.Tensor) else value
-        if keeps:
-            found[name] = whole
-    return found
-
-
-def _merged(handle: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return merge_state_dict(handle, state)
-    except NonFiniteError as error:
-        raise NonFiniteError(
-            f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
-        ) from error
+        return {name: _rows_of_rank(value) for name, value in state_of_kind(handle).items()}
+    return gathered_state(handle, keep=strategy.is_global_zero)
 
 
 def _rows_of_rank(value: Any) -> Any:
@@ -433,7 +407,10 @@ def _load_model_state_dict(
     if handle is None:
         call_previous(strategy, previous, "load_model_state_dict", checkpoint, strict=strict)
         return
-    _write_state_(handle, by_canonical_names(checkpoint["state_dict"]))
+    state = by_canonical_names(checkpoint["state_dict"])
+    if META not in checkpoint:
+        check_complete(handle, set(state), "LoRACallback: the checkpoint at ckpt_path")
+    _write_state_(handle, state)
     if module.trainer.state.fn != "fit":
         return
     states = checkpoint.get("optimizer_states")
