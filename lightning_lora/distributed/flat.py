@@ -99,8 +99,8 @@ def make_plain(tensor: torch.Tensor) -> None:
 
 
 def are_any_flat() -> bool:
-    """Return whether this process ever had a flat tensor."""
-    return _Known.flat
+    """Return whether this process ever had a flat tensor. In a compiled forward none counts, see is_flat."""
+    return _Known.flat and not torch.compiler.is_compiling()
 
 
 def is_flat(tensor: object) -> bool:

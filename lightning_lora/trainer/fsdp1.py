@@ -152,7 +152,7 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     Lightning would wrap the model once more in each stage, and take the slices for whole weights.
     """
     module = strategy.lightning_module
-    if find_model(module) is None:
+    if find_model(module) is None and WRAPPING not in vars(module):  # the adapter may have been taken out since
         return call_previous(strategy, previous, "_setup_model", model)
     wrapping = _wrapping(strategy)
     if wrapping.root is None:
@@ -160,12 +160,26 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
             wrapping.root = call_previous(strategy, previous, "_setup_model", model)
     wrapping.put_in_order_()
     _attach(wrapping.root)
-    setattr(strategy, OUTSIDE, [p for p in module.parameters() if not is_flat(p)])
+    outside = [p for p in module.parameters() if not is_flat(p)]
+    _move_(outside, strategy.root_device)
+    setattr(strategy, OUTSIDE, outside)
     handles = {unit: unit._handle for unit in _units(wrapping.root)}
     setattr(strategy, WHOLE, [u for u, handle in handles.items() if handle and not handle.uses_sharded_strategy])
     patch(strategy.precision_plugin, "backward", _backward)
     patch(strategy.precision_plugin, "clip_grad_by_norm", _clip_grad_by_norm)
     return wrapping.root
+
+
+def _move_(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Move parameters that FSDP1 leaves out to its device. In place."""
+    for parameter in parameters:
+        if parameter.is_meta:
+            raise LoRAError(
+                "LoRACallback: FSDPStrategy gives memory to frozen weights alone, and a trained parameter of shape "
+                f"{tuple(parameter.shape)} is on the meta device. Build the model with memory, or use "
+                "ModelParallelStrategy with fully_shard (FSDP2) in configure_model."
+            )
+        parameter.data = parameter.data.to(device)
 
 
 def _units(root: nn.Module) -> list[Any]:
@@ -181,7 +195,7 @@ def _attach(root: nn.Module) -> None:
 
     for unit in _units(root):
         _lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
-        handle, free = unit._handle, partial(_free, unit)
+        handle, free = unit._handle, _Unit(unit).free
         for owner in (unit, *(handle._get_modules() if handle is not None else ())):
             attach_owner(owner, free)
         if handle is not None and handle.uses_sharded_strategy:
@@ -198,37 +212,44 @@ def _find_slice(handle: Any, info: Any, shape: torch.Size) -> FlatShard:
     return FlatShard(values, start, shape, handle.process_group, handle.device)
 
 
-def _free(unit: Any, *, broken_off: bool = False) -> None:
-    """Drop what a unit has gathered. FSDP1 itself keeps that in the root, and under SHARD_GRAD_OP everywhere.
+class _Unit:
+    """A wrapper of FSDP1, whose gathered memory can be freed. FSDP1 keeps it in the root, or under SHARD_GRAD_OP."""
 
-    Args:
-        unit: of FSDP1.
-        broken_off: an exception has ended a forward or backward, so the unit is not inside one.
-    """
-    from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
+    def __init__(self, wrapper: Any) -> None:
+        self.wrapper = wrapper
 
-    handle = unit._handle
-    if broken_off:
-        unit.training_state = TrainingState.IDLE
-    if handle is None:
-        return
-    if broken_off:
-        handle._training_state = HandleTrainingState.IDLE
-    if handle._training_state is not HandleTrainingState.IDLE:
-        return
-    if not handle.uses_sharded_strategy:  # each rank has the whole weights: only the parameters are put back
-        handle._use_sharded_views()
-    elif not handle.needs_unshard():
-        handle.reshard(True)
-        handle.post_reshard()
-        handle._prefetched = False
+    def free(self, *, broken_off: bool = False) -> None:
+        """Drop what was gathered, unless a forward or backward runs in this wrapper, and put the parameters back.
+
+        Args:
+            broken_off: an exception has ended that forward or backward.
+        """
+        from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
+
+        handle, idle = self.wrapper._handle, HandleTrainingState.IDLE
+        if broken_off:
+            self.wrapper.training_state = TrainingState.IDLE
+        if handle is None:
+            return
+        if broken_off:
+            handle._training_state = idle
+        if handle._training_state is not idle:
+            return
+        if not handle.uses_sharded_strategy:  # each rank has the whole weights
+            handle._use_sharded_views()
+        elif not handle.needs_unshard():
+            handle.reshard(True)
+            handle.post_reshard()
+            handle._prefetched = False
 
 
 def _teardown(strategy: Any, previous: Callable[..., Any] | None) -> None:
     """Leave the parameters in place of what the last forward has gathered: the patched teardown."""
     call_previous(strategy, previous, "teardown")
-    for unit in _units(strategy.model) if strategy.model is not None else ():
-        _free(unit, broken_off=True)
+    if vars(strategy.lightning_module).get(WRAPPING) is not None:
+        for unit in _units(strategy.model):
+            if unit._is_root is not None:  # else an error came before the model was set up
+                _Unit(unit).free(broken_off=True)
 
 
 # --- gradients ---
@@ -252,7 +273,7 @@ def _backward(
     call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
     strategy = module.trainer.strategy
     for unit in getattr(strategy, WHOLE):  # FSDP1 leaves plain tensors in place of their frozen parameters
-        _free(unit)
+        _Unit(unit).free()
     if not hasattr(strategy, LATER) and getattr(strategy.model, "_sync_gradients", True):
         average_gradients_(getattr(strategy, OUTSIDE))
 
