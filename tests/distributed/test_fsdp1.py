@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -14,13 +15,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp.wrap import wrap
 
 from lightning_lora import (
     LoRACallback,
+    LoRAConfig,
+    LoRAMonitor,
+    disable_adapter,
+    inject,
     is_merged,
     load_adapter,
     load_from_checkpoint,
@@ -28,11 +36,13 @@ from lightning_lora import (
     merged_state_dict,
     save_adapter,
     save_merged,
+    summary,
 )
 from lightning_lora.command.info import info
+from lightning_lora.trainer import fsdp1 as fsdp1_file
 from support.fsdp1 import fsdp1
 from support.processes import world
-from support.sharded import TARGETS, Plain, Sharded, base_of, data, loader, make_trainer, model_parallel
+from support.sharded import HIDDEN, TARGETS, Plain, Sharded, base_of, data, loader, make_trainer, model_parallel
 from support.sharded_adapters import assert_same_bits
 
 slow = pytest.mark.slow
@@ -66,7 +76,59 @@ class Unfreezing(Plain):
             self.net[4].bias.requires_grad_()
 
 
-MODELS = {cls.__name__: cls for cls in (Plain, Plus, Scheduled, Unfreezing)}
+class Manual(Plain):
+    """Takes its steps itself, and one of two batches into each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+class Referring(Plain):
+    """Compares with the base in each step, as preference tuning does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        with disable_adapter(self), torch.no_grad():
+            reference = self(batch[0])
+        return super().training_step(batch, batch_idx) + (self(batch[0]) - reference).square().mean()
+
+
+class Wrapping(Plain):
+    """Wraps some layers itself, one of which it builds there."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "built"):
+            self.built = True
+            torch.manual_seed(3)
+            self.net[2] = nn.Linear(HIDDEN, HIDDEN)
+            inject(self, LoRAConfig(r=2, target_modules=TARGETS), seed=1)
+            for place in (0, 2):
+                self.net[place] = wrap(self.net[place])  # under another strategy nothing happens
+
+
+class Various(Plain):
+    """An embedding, an LSTM, a convolution and a stack of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table, self.lstm = nn.Embedding(10, 6), nn.LSTM(6, 5, batch_first=True)
+        self.net = nn.Sequential(nn.Conv1d(5, 6, 1), nn.ReLU(), nn.Conv1d(6, 3, 1))
+        self.experts = nn.Parameter(torch.randn(2, 3, 3) * 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, _ = self.lstm(self.table((x.abs() * 3).long().clamp(max=9)))
+        return torch.einsum("bi,eij->bj", super().forward(hidden.transpose(1, 2)).mean(-1), self.experts)
+
+
+CLASSES_HERE = (Plain, Plus, Scheduled, Unfreezing, Manual, Referring, Wrapping, Various)
+MODELS = {cls.__name__: cls for cls in CLASSES_HERE}
 
 
 @dataclass
@@ -143,7 +205,6 @@ CASES = {
     "rank pattern": Case(lora={"rank_pattern": {"2": 3}}),
     "DoRA": Case(lora={"use_dora": True}),
     "PiSSA": Case(LAYERS, lora={"init_lora_weights": "pissa"}),
-    "EVA": Case(LAYERS, lora={"init_lora_weights": "eva"}),
     "VeRA": Case(LAYERS, lora={"variant": "vera"}),
     "LoHa": Case(lora={"variant": "loha", "r": 1}),
     "verified": Case(lora={"verify": True}),
@@ -170,6 +231,81 @@ def test_run_equals_one_device_and_is_resumed_exactly_by_ranks_and_by_one_device
         assert_same_bits(found.state, whole[0].state)
         assert found.losses == whole[0].losses[2:]
     assert_close(alone(case, tmp_path / "one", 3, first, 5), expected, 1)
+
+
+VARIOUS: dict[str, Any] = {
+    "target_modules": ["net.0", "net.2"],
+    "target_parameters": ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "experts"],
+    "trainable_token_indices": {"table": [1, 3]},
+    "rank_pattern": {"experts": 1},
+}
+OTHERS = {
+    "steps by hand": Case(model="Manual"),
+    "a reference pass": Case(model="Referring"),
+    "a reference pass, layers": Case(LAYERS, model="Referring"),
+    "configure_model wraps": Case(model="Wrapping"),
+    "recomputed activations": Case(LAYERS | {"activation_checkpointing_policy": {nn.Linear}}),
+    "rows, an LSTM, a convolution, experts": Case(model="Various", lora=VARIOUS),
+    "units of several kinds": Case({"auto_wrap_policy": {nn.LSTM, nn.Embedding}}, model="Various", lora=VARIOUS),
+    "embedding, DoRA": Case(model="Various", lora={"target_modules": ["table", "net.0", "net.2"], "use_dora": True}),
+    "merged after the fit": Case(lora={"merge_after_fit": True}),
+}
+
+
+def evaluated_after_fit(case: Case, path: Path, ranks: bool) -> list[float]:
+    model, callback = case.build(0)
+    options = {"max_epochs": 2, **case.trainer}
+    trainer = (
+        fsdp1(path, callback, options=case.strategy, **options) if ranks else make_trainer(path, callback, **options)
+    )
+    training, validation = data() if ranks else (loader(), loader(seed=6))
+    trainer.fit(model, training, validation)
+    trainer.validate(model, validation, verbose=False)
+    return model.losses
+
+
+@slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_fit_and_its_evaluation_equal_one_device(tmp_path, name):
+    expected = evaluated_after_fit(OTHERS[name], tmp_path, False)
+    for losses in world().run(evaluated_after_fit, OTHERS[name], tmp_path, True):
+        assert losses == pytest.approx(expected, abs=1e-6)
+
+
+def test_two_ranks_train_and_validate_as_one_device(tmp_path):
+    expected = evaluated_after_fit(Case(), tmp_path, False)
+    for losses in world().run(evaluated_after_fit, Case(), tmp_path, True):
+        assert losses == pytest.approx(expected, abs=1e-6)
+
+
+def under_both(path: Path, lora: dict[str, Any], trainer: dict[str, Any]) -> list[Any]:
+    """The losses and bits of a fit under FSDP1 and under DDP."""
+    found = []
+    for build, options in ((fsdp1, {}), (make_trainer, {"strategy": "ddp", "devices": dist.get_world_size()})):
+        model, callback = Case(lora=lora).build(0)
+        warnings.filterwarnings("ignore", "lightning_lora: the components of net.0")
+        options = {"max_epochs": 2, **trainer, **options}
+        (fit := build(path, callback, **options)).fit(model, *data())
+        state = gathered(fit.model) if build is fsdp1 else dict(model.state_dict())
+        found.append((model.losses, {name: value.clone() for name, value in state.items()}))
+    return found
+
+
+@slow
+@pytest.mark.parametrize(
+    ("lora", "trainer"),
+    [
+        ({}, {"precision": "bf16-true"}),
+        ({"use_dora": True}, {"precision": "bf16-true"}),
+        ({"init_lora_weights": "eva"}, {}),
+    ],
+    ids=str,
+)
+def test_bits_are_those_under_ddp(tmp_path, lora, trainer):
+    for (losses, state), (expected_losses, expected) in world().run(under_both, tmp_path, lora, trainer):
+        assert losses == expected_losses
+        assert_same_bits(state, expected)
+        assert state["net.0.lora_A"].dtype == torch.float32
 
 
 # --- files ---
@@ -334,6 +470,8 @@ class Faulty(Plain):
             flat._local_shard[place.offset_in_shard] = math.nan
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.fault == "nan" and self.trainer.current_epoch == 1:
+            assert not is_merged(self)
         if self.fault == "exception" and self.trainer.current_epoch == 1:
             assert is_merged(self)
             self.net[2].register_forward_hook(lambda *args: 1 / 0)
@@ -365,8 +503,17 @@ def test_exception_inside_a_merged_forward_leaves_the_base(tmp_path, strategy):
         assert_same_bits(state, dict(Plain().state_dict()))
 
 
+def broken_where_replicated(path: Path) -> tuple[str, list[str], State]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return broken(path, {"sharding_strategy": "HYBRID_SHARD", "device_mesh": mesh}, "nan")
+
+
 @slow
-def test_slice_of_one_rank_that_is_not_finite_is_evaluated_unmerged_and_leaves_the_base(tmp_path):
+@pytest.mark.parametrize("replicated", [False, True])
+def test_slice_of_one_rank_that_is_not_finite_is_evaluated_unmerged_and_leaves_the_base(tmp_path, replicated):
+    if replicated:  # the other two ranks have a slice of their own, which is finite
+        assert "this validation runs unmerged" in world(4).run(broken_where_replicated, tmp_path)[0][1][0]
+        return
     found = world().run(broken, tmp_path, {}, "nan")
     assert "this validation runs unmerged: merge: layer 'net.4'" in found[0][1][0]
     for _, _, state in found:
@@ -374,3 +521,76 @@ def test_slice_of_one_rank_that_is_not_finite_is_evaluated_unmerged_and_leaves_t
         assert weight.isnan().sum() == 1
         state["net.4.weight"] = torch.where(weight.isnan(), whole, weight)
         assert_same_bits(state, dict(Plain().state_dict()))
+
+
+# --- more ranks, logs, gradients ---
+
+
+def hybrid(path: Path, source: Path | None) -> Run:
+    """Two groups of ranks have the same slices."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    case = Case({"sharding_strategy": "HYBRID_SHARD", "device_mesh": mesh, "state_dict_type": "sharded"} | LAYERS)
+    case.lora = {"save": "full"}
+    return on_ranks(case, path, 3 if source else 2, source, seed=5 if source else 0)
+
+
+@slow
+def test_replicated_slices_train_save_and_resume_as_one_device(tmp_path):
+    expected = alone(Case(), tmp_path / "alone", 3)
+    first = world(4).run(hybrid, tmp_path / "first", None)
+    for found in world(4).run(hybrid, tmp_path / "second", first[0].path):
+        assert_close(found, expected, 1)
+    assert_same_bits(dict(load_from_checkpoint(Plain, first[0].path).state_dict()), first[0].state)
+
+
+def logged(path: Path, ranks: bool) -> str:
+    model, callback = Case().build(0)
+    options = {"logger": CSVLogger(path, name="", version=""), "log_every_n_steps": 1, "max_epochs": 2}
+    monitor = LoRAMonitor(every_n_steps=1, plots=False)
+    trainer = (fsdp1 if ranks else make_trainer)(path, callback, monitor, **options)
+    trainer.fit(model, *(data() if ranks else (loader(), loader(seed=6))))
+    return str(summary(model))
+
+
+@slow
+def test_statistics_and_the_summary_are_those_of_one_device(tmp_path):
+    expected = logged(tmp_path / "one", False)
+    for text in world().run(logged, tmp_path / "ranks", True):  # but for the memory of this rank's weights
+        assert text.partition("memory")[0] == expected.partition("memory")[0]
+    tables = [list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("ranks", "one")]
+    assert len(tables[0]) == len(tables[1]) > 6
+    for row, of_one in zip(*tables, strict=True):
+        assert row.keys() == of_one.keys()
+        for name, text in of_one.items():
+            if "seconds" not in name and text:
+                assert float(row[name]) == pytest.approx(float(text), rel=1e-3, abs=1e-6), name
+
+
+def averaged() -> dict[str, Any]:
+    """Means of gradients of several dtypes and sizes, of which this rank lacks some."""
+    rank = dist.get_rank()
+    parameters = {
+        "both": nn.Parameter(torch.zeros(2, 3)),
+        "one": nn.Parameter(torch.zeros(3)),
+        "none": nn.Parameter(torch.zeros(3)),
+        "half": nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)),
+        "frozen": nn.Parameter(torch.zeros(2), requires_grad=False),
+        "large": nn.Parameter(torch.zeros(fsdp1_file.BUCKET // 4)),
+        "transposed": nn.Parameter(torch.zeros(3, 2).T),
+    }
+    for name, parameter in parameters.items():
+        if name in ("both", "half", "large", "transposed") or (name == "one" and rank == 0):
+            parameter.grad = torch.arange(parameter.numel(), dtype=parameter.dtype).view(parameter.shape) + rank
+    fsdp1_file.average_gradients_(list(parameters.values()))
+    return {name: None if p.grad is None else p.grad[..., :6].tolist() for name, p in parameters.items()}
+
+
+@slow
+def test_gradients_are_means_over_all_ranks_and_count_as_zero_where_one_lacks_them():
+    for found in world().run(averaged):
+        assert found["both"] == found["transposed"] == [[0.5, 1.5, 2.5], [3.5, 4.5, 5.5]]
+        assert found["one"] == [0, 0.5, 1]
+        assert found["none"] is None
+        assert found["frozen"] is None
+        assert found["half"] == [0.5, 1.5]
+        assert found["large"] == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
