@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import local
+from ..errors import LoRAError
 from ..exchange.apply import apply_adapter
 from ..exchange.checkpoint_of_model import prepare_for_load
-from ..formats.distributed_folder import read_without_values
+from ..formats.distributed_folder import is_of_fsdp1, read_without_values
 from ..formats.lightning_checkpoint import adapter_of
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.initial_values import snapshot_materialised
@@ -78,6 +79,11 @@ def _load_checkpoint(
     if handle is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(handle)
+    if is_of_fsdp1(path):
+        raise LoRAError(
+            f"{path}: FSDPStrategy wrote this folder, with names that ModelParallelStrategy does not look for. Resume "
+            "with FSDPStrategy, 'ddp' or one device, or save one file: FSDPStrategy(state_dict_type='full')."
+        )
     checkpoint = read_without_values(path, before_torch=True)
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
