@@ -159,7 +159,8 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     if find_model(module) is None and WRAPPING not in vars(module):  # the adapter may have been taken out since
         return call_previous(strategy, previous, "_setup_model", model)
     wrapping = _wrapping(strategy)
-    if wrapping.root is None:
+    is_new = wrapping.root is None
+    if is_new:
         with _leaving_out(strategy):
             wrapping.root = call_previous(strategy, previous, "_setup_model", model)
     wrapping.put_in_order_()
@@ -167,7 +168,8 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     units = [unit for unit in _units(wrapping.root) if unit._handle is not None]
     inside = {id(parameter) for unit in units for parameter in unit._handle.flat_param._params}
     outside = [parameter for parameter in module.parameters() if id(parameter) not in inside]
-    _move_(outside, strategy.root_device)
+    if is_new:
+        _start_alike_(outside, strategy.root_device)
     setattr(strategy, OUTSIDE, outside)
     setattr(strategy, WHOLE, [unit for unit in units if not unit._handle.uses_sharded_strategy])
     patch(strategy.precision_plugin, "backward", _backward)
@@ -175,15 +177,11 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     return wrapping.root
 
 
-def _move_(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-    """Move parameters that FSDP1 leaves out to its device. In place."""
+def _start_alike_(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Move parameters that FSDP1 leaves out to its device, with the values of the first rank, as DDP does. In place."""
     for parameter in parameters:
-        if parameter.is_meta:
-            raise LoRAError(
-                "LoRACallback: FSDPStrategy gives memory to frozen weights alone, and a trained parameter of shape "
-                f"{tuple(parameter.shape)} is on the meta device. Build the model with memory, or use {ALTERNATIVES}."
-            )
         parameter.data = parameter.data.to(device)
+        dist.broadcast(parameter.data, 0)
 
 
 def _units(root: nn.Module) -> list[Any]:
