@@ -180,6 +180,12 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
 def _start_alike_(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
     """Move parameters that FSDP1 leaves out to its device, with the values of the first rank, as DDP does. In place."""
     for parameter in parameters:
+        if parameter.is_meta:
+            raise LoRAError(
+                "LoRACallback: FSDPStrategy gives memory to frozen weights, and a trained parameter of shape "
+                f"{tuple(parameter.shape)} is on the meta device. Build what is trained whole with memory, or use "
+                f"{ALTERNATIVES}."
+            )
         parameter.data = parameter.data.to(device)
         dist.broadcast(parameter.data, 0)
 
