@@ -96,6 +96,11 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
             f"LoRACallback: {weight}, which ModelParallelStrategy cannot shard here. Use strategy='ddp', which holds "
             "the quantised base whole on each device."
         )
+    if derives_from(trainer.strategy, "FSDPStrategy", LIGHTNING):
+        raise LoRAError(
+            f"LoRACallback: {weight}, which FSDPStrategy cannot lay into a flat tensor with others. Use strategy='ddp', "
+            "which holds the quantised base whole on each device."
+        )
     if derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) and _holds_torchao(listing):
         raise LoRAError(
             f"LoRACallback: {weight}, which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise the "
