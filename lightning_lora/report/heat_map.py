@@ -23,7 +23,8 @@ SIGNED_COLOURS = "RdBu_r"  # for values of both signs: blue, white at zero, red
 NO_CELL = {"facecolor": "0.93", "edgecolor": "0.8", "hatch": "////"}
 WIDEST_WITH_NUMBERS = 12  # with more columns, numbers do not fit into the cells
 AXIS = 72  # characters that have room below the columns
-NUMBER_SIZE = 8.5  # points
+NUMBER_SIZE, LISTS_BELOW = 8.5, 17.0  # points: of numbers in cells, from the map to the names of lists
+WITHOUT_BASE = "of the updates alone; with the base, shares of its weights"
 ROW, FRAME = 0.29, 1.45  # inches of a row, and of everything beside the rows
 ALL_ZERO = 0.01  # the end of the scale where all values are zero
 FAR = 2.0  # a value may be nearly so many times the next smaller one, and both have colours of one scale
@@ -81,6 +82,8 @@ def norms_picture(updates: Updates) -> Picture:
         label = norm_label(relative=relative, scaled=updates.scaled)
         colour_bar(figure, colours, [axes], scale, label)
         axes.set_title(updates.source, loc="left", color="0.35")
+        if not relative:
+            axes.set_title(WITHOUT_BASE, loc="right", color="0.35", fontsize=9)
 
     return Picture(on_norms(updates), height_of(grid), draw)
 
@@ -154,15 +157,15 @@ def _draw_columns(axes: Axes, columns: Sequence[Column]) -> bool:
     spans: dict[tuple[str, bool], list[int]] = {}  # places by list
     for place, column in enumerate(columns):
         spans.setdefault((parts_of(column)[0], column is None), []).append(place)
-    crowded = any(len(name) > len(places) / len(columns) * AXIS for (name, _), places in spans.items())
-    texts = {}
-    for number, ((name, _), places) in enumerate(spans.items()):
-        shown = ticks(len(places), len(columns))
-        texts |= {places[i]: parts_of(columns[places[i]])[1] for i in shown}
-        texts[places[shown[len(shown) // 2]]] += "\n" * (1 + number % 2 * crowded) + name if name else ""
-        if number and name:
-            axes.axvline(places[0] - 0.5, color="white", linewidth=2)
-    axes.set_xticks(list(texts), list(texts.values()))
+    places_shown = [places[i] for places in spans.values() for i in ticks(len(places), len(columns))]
+    axes.set_xticks(places_shown, [parts_of(columns[place])[1] for place in places_shown])
+    named = {name: places for (name, _), places in spans.items() if name}
+    crowded = any(len(name) > len(places) / len(columns) * AXIS for name, places in named.items())
+    texts = ["\n" * (crowded and number % 2) + name for number, name in enumerate(named)]
+    axes.set_xticks([(places[0] + places[-1]) / 2 for places in named.values()], texts, minor=True)
+    axes.tick_params("x", which="minor", length=0, pad=LISTS_BELOW)
+    for places in [*named.values()][1:]:
+        axes.axvline(places[0] - 0.5, color="white", linewidth=2)
     return True
 
 

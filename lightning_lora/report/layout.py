@@ -98,7 +98,7 @@ def _blocks(names: Iterable[str]) -> dict[str, Block]:
         numbered = {
             i: match
             for i, match in _numbered(segments).items()
-            if not match[1] or len(siblings[*segments[:i], match[1]]) > 1
+            if not match[1] or len(siblings[(*segments[:i], match[1])]) > 1
         }
         if not numbered and segments[-1].isdigit():
             after = last_word(segments) + 1

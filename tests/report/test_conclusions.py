@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightning_lora.adapter.adapter import Adapter
-from lightning_lora.report import conclusions
 from lightning_lora.names import group_names, short_names
+from lightning_lora.report import conclusions
 from lightning_lora.report.layout import Column, arrange, cell_name, cells
 from lightning_lora.report.run_log import Statistics, first_not_finite
 from lightning_lora.report.updates import Update, Updates
