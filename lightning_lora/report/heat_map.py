@@ -20,7 +20,7 @@ from .updates import Updates
 
 COLOURS = "cividis"  # larger values are lighter, so that the map can be read in grey
 SIGNED_COLOURS = "RdBu_r"  # for values of both signs: blue, white at zero, red
-NO_CELL = {"facecolor": "0.93", "edgecolor": "0.8", "hatch": "////"}
+NO_CELL: Any = {"facecolor": "0.93", "edgecolor": "0.8", "hatch": "////"}
 WIDEST_WITH_NUMBERS = 12  # with more columns, numbers do not fit into the cells
 AXIS = 72  # characters that have room below the columns
 NUMBER_SIZE, LISTS_BELOW = 8.5, 19.0  # points: of numbers in cells, from the map to the names of lists
@@ -107,7 +107,7 @@ def short(value: float) -> str:
 def colour_bar(figure: FigureBase, colours: ScalarMappable, beside: Sequence[Axes], scale: Scale, label: str) -> None:
     """Draw the colour bar of some heat maps; it ends in a point where values lie beyond the colours."""
     extend = "max" if scale.note() else "neither"
-    size = {"pad": 0.01, "aspect": 15 * len(beside), "extendfrac": 0.05 / len(beside)}
+    size: Any = {"pad": 0.01, "aspect": 15 * len(beside), "extendfrac": 0.05 / len(beside)}
     figure.colorbar(colours, ax=beside, label=label, extend=extend, **size)
 
 
@@ -137,7 +137,7 @@ def draw_grid(
     shown = np.ma.masked_invalid(values)
     axes.patch.set(**NO_CELL)
     colours = SIGNED_COLOURS if scale.signed else COLOURS
-    ends = {"vmin": scale.least * scale.factor, "vmax": scale.most * scale.factor}
+    ends: Any = {"vmin": scale.least * scale.factor, "vmax": scale.most * scale.factor}
     image = axes.imshow(shown, cmap=colours, **ends, aspect="auto", interpolation="nearest")
     for row, column in np.argwhere(~np.isfinite(values)):
         if (row, column) not in grid.empty:

@@ -217,9 +217,10 @@ def data_row(init: str, hidden: int, batches: Batches, rounds: int) -> list[str]
 
 
 def show(header: str, rows: Iterable[list[str]]) -> None:
-    print(header)
-    print("|" + "---|" * (header.count("|") - 1))
-    for row in rows:
+    for number, row in enumerate(rows):
+        if not number:
+            print(header)
+            print("|" + "---|" * (header.count("|") - 1))
         print("| " + " | ".join(row) + " |", flush=True)
 
 
