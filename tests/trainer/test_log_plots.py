@@ -13,7 +13,16 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from lightning_lora import LoRAConfig, LoRAError, LoRAMonitor, adapter_stats, inject, plot_adapter, summary
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    LoRAMonitor,
+    adapter_stats,
+    inject,
+    plot_adapter,
+    save_adapter,
+    summary,
+)
 from lightning_lora.report import pictures
 from lightning_lora.trainer.log_plots import log_plots, tell_of_no_logger
 from support.notices import lightning_logger
@@ -69,16 +78,20 @@ def test_heat_map_and_spectra_of_the_trained_adapter_are_added_at_the_last_step(
     assert float(shown[0, 1]) == pytest.approx(share, rel=1e-5)
 
 
-@pytest.mark.parametrize("save", ["adapter", "merged"])
-def test_the_command_draws_the_same_of_the_runs_checkpoint_and_base(tmp_path: Path, save: Any):
+@pytest.mark.parametrize("form", ["checkpoint", "checkpoint and base", "PEFT folder"])
+@pytest.mark.parametrize("save", ["adapter", "merged", "full"])
+def test_the_command_draws_the_same_of_the_runs_checkpoint(tmp_path: Path, save: Any, form: str):
     """Titles, names and values of the logger's pictures; the summary and the scalars have the same names."""
     board, scalars = Figures(), CSVLogger(tmp_path / "logs", "", "")
     net = Net()
     torch.save(net.state_dict(), tmp_path / "base.pt")
     checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_top_k=0)
-    callbacks = [lora(save=save), LoRAMonitor(every_n_steps=1), checkpoints]
+    callbacks = [LoRAMonitor(every_n_steps=1), lora(save=save), checkpoints]
     make_trainer(tmp_path, *callbacks, logger=[board, scalars], max_epochs=1, log_every_n_steps=1).fit(net, Data())
-    drawn = plot_adapter(tmp_path / "checkpoints" / "last.ckpt", base=tmp_path / "base.pt")
+    source = tmp_path / "checkpoints" / "last.ckpt"
+    if form == "PEFT folder":
+        save_adapter(net, source := tmp_path / "folder")
+    drawn = plot_adapter(source, base=tmp_path / "base.pt" if form == "checkpoint and base" else None)
     assert [tag for tag, _, _ in board.experiment.figures] == [f"lora/{name}" for name in drawn]
     for (_, logged, _), figure in zip(board.experiment.figures, drawn.values(), strict=True):
         assert logged.get_suptitle() == figure.get_suptitle()
