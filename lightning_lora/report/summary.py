@@ -35,7 +35,7 @@ HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
 class LayerGroup:
     """Adapted layers with the same ending of the name, class, r and lora_alpha."""
 
-    name: str  # the ending of their names, with * for numbers
+    name: str  # the ending of their names, see names.group_names
     kind: str  # their class before injection
     count: int
     r: int  # 0 for a table with trained rows
@@ -333,15 +333,14 @@ def _left_out_text(left_out: LeftOut) -> str:
 
 def _plain_table(rows: list[tuple[str, ...]], *, more: str) -> list[str]:
     widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
-    for column in (1, 0):  # long classes are cut first, then long names
+    for column in (1, 0):  # long classes are cut first, then long names are written over several lines
         excess = sum(widths) + 2 * len(widths) - WIDTH
         widths[column] = max(min(widths[column], NARROWEST), widths[column] - max(excess, 0))
     lines = []
-    for row in (HEAD, *rows):
-        cells = [
-            cell if len(cell) <= width else f"{cell[: width - 3]}..." for cell, width in zip(row, widths, strict=True)
-        ]
-        left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-        lines.append(f"  {'  '.join([*left, *right])}")
+    for name, kind, *numbers in (HEAD, *rows):
+        first, *more_lines = textwrap.wrap(name, widths[0], break_on_hyphens=False)
+        kind = kind if len(kind) <= widths[1] else f"{kind[: widths[1] - 3]}..."
+        right = [cell.rjust(width) for cell, width in zip(numbers, widths[2:], strict=True)]
+        lines.append(f"  {'  '.join([first.ljust(widths[0]), kind.ljust(widths[1]), *right])}")
+        lines += [f"  {line}" for line in more_lines]
     return [*lines, f"  {more}"] if more else lines
