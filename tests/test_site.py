@@ -74,6 +74,7 @@ def shown(pages: ModuleType, name: str, markdown: str) -> str:
     [
         ("[a](b.py), [c](../d.yaml)", "[a](b.py.md), [c](../d.yaml.md)"),
         ("[a](b.md#c), ![d](e.png)", "[a](b.md#c), ![d](e.png)"),
+        ("# A\n\n[![CI](../../actions/a.svg)](../../actions/a) ![B](https://host/b)\n\nText", "# A\n\nText"),
         ("[a](https://host/b.py)", "[a](https://host/b.py)"),
         ("> checkpoint['a']['b']", "> checkpoint['a']\\['b']"),
     ],

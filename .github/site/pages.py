@@ -25,6 +25,7 @@ NO_PAGES = {".github/PULL_REQUEST_TEMPLATE.md"}
 ALONE = {"README.md", "examples/README.md"}  # under their tab
 LINK = re.compile(r'(\]\(|(?:src|srcset)=")(?!https?:)([^)#"\s]+)')
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".cff": "yaml"}
+BADGES = re.compile(r"^\[!\[.*\n\n", re.MULTILINE)  # pictures from elsewhere
 QUOTE = re.compile(r"^>.*", re.MULTILINE)
 NAME = re.compile(r"^\| `(\w+)(\(.*?\))?` \| (?!`)", re.MULTILINE)  # a row of the table of names
 
@@ -115,6 +116,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def to_page(link: re.Match[str]) -> str:
         return link[0] + ".md" if Path(link[2]).suffix in LANGUAGES else link[0]
 
+    markdown = BADGES.sub("", markdown)
     markdown = LINK.sub(to_page, with_nested_lists(markdown))
     markdown = QUOTE.sub(lambda line: line[0].replace("][", "]\\["), markdown)  # no link, but an index of an index
     if page.file.src_uri in ALONE:
