@@ -216,6 +216,10 @@ def test_workflows_run_the_projects_own_checks_on_every_python_that_pyproject_na
     assert ".ci/run" in [step.get("run") for step in ci["steps"]]
     release = (ROOT / ".github/workflows/release.yml").read_text()
     assert 'python .ci/check_release.py dist --tag "$GITHUB_REF_NAME"' in release
+    assert "python -m build && twine check --strict dist/*" in release
+    site = yaml.safe_load((ROOT / ".github/workflows/site.yml").read_text())["jobs"]["build"]
+    (build,) = [step["run"] for step in site["steps"] if "run" in step]
+    assert f"run '{build}'\n" in (ROOT / ".ci/run").read_text()
 
 
 def test_hooks_before_a_commit_are_the_commands_of_the_checks():
