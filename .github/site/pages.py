@@ -22,7 +22,6 @@ log = logging.getLogger("mkdocs.hooks.pages")  # a warning there ends mkdocs bui
 ROOT = Path(__file__).parents[2]
 ROOMS = {".": "*.md", ".github": "*.md", "lightning_lora": "**/*.md", "examples": "*.md", "tests": "**/*.md"}
 NO_PAGES = {".github/PULL_REQUEST_TEMPLATE.md"}
-ALONE = {"README.md", "examples/README.md"}  # under their tab
 LINK = re.compile(r'(\]\(|(?:src|srcset)=")(?!https?:)([^)#"\s]+)')
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".cff": "yaml"}
 BADGES = re.compile(r"^\[!\[.*\n\n", re.MULTILINE)  # pictures from elsewhere
@@ -119,7 +118,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = BADGES.sub("", markdown)
     markdown = LINK.sub(to_page, with_nested_lists(markdown))
     markdown = QUOTE.sub(lambda line: line[0].replace("][", "]\\["), markdown)  # no link, but an index of an index
-    if page.file.src_uri in ALONE:
+    if page.file.src_uri == "README.md":  # alone under its tab
         page.meta["hide"] = ["navigation"]
     if page.file.src_uri == "tests/messages.md":
         page.meta["search"] = {"boost": 0.1}  # it has every word
