@@ -15,7 +15,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)\s]+)")
 PICTURE = re.compile(r'(!\[[^\]]*\]\(|src=")(?!https?:)([^)"\s]+)')
-INSTALL = re.compile(r"^pip install \.(?= |$)", re.MULTILINE)
+INSTALL = re.compile(r'\bpip install (?:\.(?= |$)|"\.(?=\[))', re.MULTILINE)
 ON_GITHUB = "../../"  # beside the files of a branch
 
 
@@ -53,4 +53,4 @@ def for_index(text: str, address: str, tag: str) -> str:
 
     text = PICTURE.sub(lambda match: whole(match, "raw"), text)
     text = LINK.sub(lambda match: whole(match, "blob"), text)
-    return INSTALL.sub("pip install lightning-lora", text)
+    return INSTALL.sub(lambda match: match[0].replace(".", "lightning-lora"), text)
