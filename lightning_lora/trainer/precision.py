@@ -14,7 +14,7 @@ from ..errors import LoRAError
 from ..model.adapted_model import Listing
 from ..names import LIGHTNING, derives_from
 from ..nn.lora_layer import LoRALayer
-from ..nn.quantised import TORCHAO, quantised_as, quantised_modules, quantised_parameters
+from ..nn.quantised import is_of_torchao, quantised_as, quantised_modules, quantised_parameters
 from ..nn.quantised_state import is_of_lightning
 from .compatibility import AVERAGING
 
@@ -65,19 +65,15 @@ def leave_out_of_ddp_(listing: Listing) -> None:
     """Exclude a module's torchao tensors from DDP, which cannot send them. Every process quantised the same base."""
     module = listing.model
     if _holds_torchao(listing):
-        names = [name for name, parameter in module.named_parameters() if _is_of_torchao(parameter)]
+        names = [name for name, parameter in module.named_parameters() if is_of_torchao(parameter)]
         earlier = vars(module).get(LEFT_OUT_OF_DDP, ())
         vars(module)[LEFT_OUT_OF_DDP] = list(dict.fromkeys([*earlier, *names]))
-
-
-def _is_of_torchao(parameter: object) -> bool:
-    return derives_from(parameter, "TorchAOBaseTensor", (TORCHAO,))
 
 
 def refuse_unloadable(module: nn.Module) -> None:
     """Raise LoRAError where Lightning could save a full checkpoint of a module but not load it again."""
     for name, parameter in module.named_parameters():
-        if _is_of_torchao(parameter):
+        if is_of_torchao(parameter):
             raise LoRAError(
                 f"LoRACallback: save='full' would save {name!r}, a torchao tensor ({quantised_as(parameter)}), and "
                 "Lightning cannot load a checkpoint that holds one. Use save='adapter', which holds nothing of the "
@@ -110,7 +106,7 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
 
 
 def _holds_torchao(listing: Listing) -> bool:
-    return any(_is_of_torchao(each) for _, owner in listing.modules for each in owner._parameters.values())
+    return any(is_of_torchao(each) for _, owner in listing.modules for each in owner._parameters.values())
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
