@@ -19,7 +19,7 @@ from ..nn.adapted_weights import adapted_layers
 from .checkpoint_hooks import save_as
 from .compatibility import refuse_other_options
 from .lightning_packages import is_overridden
-from .precision import convert_linear_layers_, leave_out_of_ddp_
+from .precision import convert_linear_layers_, leave_out_of_ddp_, naming_uneven_shards
 
 
 def adapt_late_layers(handle: AdaptedModel) -> None:
@@ -61,7 +61,7 @@ def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, com
         build()
         return
     record, layers = earlier.record, earlier.record.layers
-    with _allowing_injection(earlier):
+    with _allowing_injection(earlier), naming_uneven_shards(earlier):
         build()
     handle = find_model(module)
     if handle is None:

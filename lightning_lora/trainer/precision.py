@@ -6,15 +6,20 @@ and would drop the adapters. So the layers are converted before injection; to co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
+from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..model.adapted_model import Listing
 from ..names import LIGHTNING, derives_from
 from ..nn.lora_layer import LoRALayer
-from ..nn.quantised import is_of_torchao, quantised_as, quantised_modules, quantised_parameters
+from ..nn.nf4 import can_be_split
+from ..nn.quantised import NF4, is_nf4_tensor, is_of_torchao, quantised_as, quantised_modules, quantised_parameters
 from ..nn.quantised_state import is_of_lightning
 from .compatibility import AVERAGING
 
@@ -87,11 +92,7 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
     if not name:
         return
     weight = f"the weight of {name!r} is quantised ({quantised_as(next(iter(quantised_parameters(layer).values())))})"
-    if derives_from(trainer.strategy, "ModelParallelStrategy", LIGHTNING):
-        raise LoRAError(
-            f"LoRACallback: {weight}, which ModelParallelStrategy cannot shard here. Use strategy='ddp', which holds "
-            "the quantised base whole on each device."
-        )
+    _refuse_sharding(listing, trainer.strategy)
     if derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) and _holds_torchao(listing):
         raise LoRAError(
             f"LoRACallback: {weight}, which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise the "
@@ -103,6 +104,40 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
                 f"LoRACallback: {weight}, and {type(callback).__name__} averages frozen weights too, which would "
                 "change its bytes. Leave the averaging out, or train on the base that is not quantised."
             )
+
+
+def _refuse_sharding(listing: Listing, strategy: Any) -> None:
+    """Raise LoRAError where a strategy would shard a weight that is quantised in a way that it cannot shard."""
+    by_rows = derives_from(strategy, "ModelParallelStrategy", LIGHTNING)
+    if not by_rows and not derives_from(strategy, "FSDPStrategy", LIGHTNING):
+        return
+    fitting = NF4 if by_rows and strategy._tensor_parallel_size == 1 else None
+    for name, layer in quantised_modules(listing.places).items():
+        kind = quantised_as(next(iter(quantised_parameters(layer).values())))
+        if kind != fitting:
+            raise LoRAError(
+                f"LoRACallback: the weight of {name!r} is quantised ({kind}), which {type(strategy).__name__} cannot "
+                "shard here. ModelParallelStrategy with tensor_parallel_size=1 (FSDP2) shards what quantize_base(model, "
+                "\"nf4\") makes of the plain base; strategy='ddp' holds any quantised base whole on each device."
+            )
+
+
+@contextmanager
+def naming_uneven_shards(listing: Listing) -> Iterator[None]:
+    """Inside, turn the error of fully_shard on an NF4Tensor that it cannot divide into one that names the weight."""
+    try:
+        yield
+    except (AssertionError, NotImplementedError) as error:  # torchao's own
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        for name, layer in quantised_modules(listing.places).items():
+            weight: Any = layer._parameters["weight"]
+            if is_nf4_tensor(weight) and not is_sharded(weight) and not can_be_split(weight, ranks):
+                raise LoRAError(
+                    f"fully_shard: {name!r} has an NF4Tensor of shape {tuple(weight.shape)}, which cannot be divided "
+                    f"into equal rows of whole groups of scales for {ranks} ranks. Leave it out by "
+                    f"quantize_base(model, exclude_modules=[{name!r}]), or use another number of ranks."
+                ) from error
+        raise
 
 
 def _holds_torchao(listing: Listing) -> bool:
