@@ -63,11 +63,23 @@ def quantize_base(
         ['0', '2']
     """
     config = LoRAConfig(exclude_modules=exclude_modules, modules_to_save=modules_to_save)
-    return quantise_(Listing(unwrapped(model, "quantize_base")), kind, config)
+    check_kind_of_quantisation(kind, "quantize_base")
+    listing = Listing(unwrapped(model, "quantize_base"))
+    _refuse_late(listing)
+    _refuse_unmatched(listing, config)
+    names = quantise_(listing, kind, config)
+    if not names:
+        raise LoRAError(
+            f"quantize_base: {type(listing.model).__name__} has no layer to quantise: expected an nn.Linear with a "
+            f"multiple of {BLOCK} weights in float32 or 16 bits that is neither tied, excluded nor the output head."
+        )
+    return names
 
 
 def quantise_(listing: Listing, kind: str, config: LoRAConfig) -> list[str]:
     """Quantise the layers of a model that "all-linear" and the options name, and return their names. In place.
+
+    Layers that are adapted or quantised already stay as they are.
 
     Args:
         listing: of the model.
@@ -75,21 +87,16 @@ def quantise_(listing: Listing, kind: str, config: LoRAConfig) -> list[str]:
         config: its exclude_modules, modules_to_save, task_type and trainable_token_indices leave layers out.
 
     Raises:
-        LoRAError: as quantize_base.
+        LoRAError: torchao is missing, or a weight cannot be quantised.
     """
-    check_kind(kind, "quantize_base")
     nf4_tensor_class()
-    _refuse_late(listing)
     layers, left_out = _layers(listing, config), []
     for name, layer in list(layers.items()):
         if not can_be_nf4(layer.weight):
             left_out.append(name)
             del layers[name]
-    if not layers:
-        raise LoRAError(
-            f"quantize_base: {type(listing.model).__name__} has no layer to quantise: expected an nn.Linear with a "
-            f"multiple of {BLOCK} weights in float32 or 16 bits that is neither tied, excluded nor the output head."
-        )
+    for name, layer in layers.items():
+        _refuse_weight(f"{name}.weight", layer.weight)
     for name, layer in layers.items():
         quantise_linear_(layer, name)
     if left_out:
@@ -101,50 +108,58 @@ def quantise_(listing: Listing, kind: str, config: LoRAConfig) -> list[str]:
     return list(layers)
 
 
-def check_kind(kind: object, verb: str) -> None:
+def check_kind_of_quantisation(kind: object, verb: str) -> None:
     """Raise LoRAError unless quantize_base knows the kind. The message begins with the verb."""
     if kind not in KINDS:
         raise LoRAError(f"{verb}: a base can be quantised as {' or '.join(KINDS)}, not as {kind!r}.")
 
 
-def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
-    """Return the plain linear layers that "all-linear" and the options name.
-
-    Raises:
-        LoRAError: an entry of the options names nothing.
-    """
-    modules = dict(listing.modules)
+def _targets(listing: Listing, config: LoRAConfig) -> Targets:
+    """Return what "all-linear" and the options that leave layers out name."""
     only: dict[str, Any] = {
         "exclude_modules": config.exclude_modules,
         "modules_to_save": config.modules_to_save,
         "task_type": config.task_type,
         "trainable_token_indices": config.trainable_token_indices,
     }
-    targets = Targets(listing.modules, replace(LoRAConfig(target_modules=ALL_LINEAR), **only))
-    if any(targets.unmatched.values()):
-        sentences = "\n".join(map(sentence, targets.unmatched))
-        raise LoRAError(f"quantize_base: {type(listing.model).__name__}: {sentences}")
+    return Targets(listing.modules, replace(LoRAConfig(target_modules=ALL_LINEAR), **only))
+
+
+def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
+    """Return the plain linear layers that "all-linear" and the options name."""
+    modules = dict(listing.modules)
     return {
         name: module
-        for name, module in targets.layers.items()
+        for name, module in _targets(listing, config).layers.items()
         if type(module) is nn.Linear
         and not quantised_parameters(module)
         and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
     }
 
 
+def _refuse_unmatched(listing: Listing, config: LoRAConfig) -> None:
+    """Raise LoRAError where an entry of the options names nothing."""
+    unmatched = _targets(listing, config).unmatched.items()
+    mistakes = [said for said, is_mistake in unmatched if is_mistake and not said.startswith("target_modules")]
+    if mistakes:
+        sentences = "\n".join(map(sentence, mistakes))
+        raise LoRAError(f"quantize_base: {type(listing.model).__name__}: {sentences}")
+
+
 def _refuse_late(listing: Listing) -> None:
-    """Raise LoRAError for a model whose weights cannot be replaced any more, or have no values yet."""
+    """Raise LoRAError for a model that is adapted already."""
     for name, module in listing.modules:
         if isinstance(module, Swapped):
             raise LoRAError(
                 f"quantize_base: {name!r} is adapted already; call quantize_base before inject, or unload(model) first."
             )
-        for leaf, parameter in module._parameters.items() if isinstance(module, nn.Linear) else ():
-            if parameter is not None and is_sharded(parameter):
-                raise LoRAError(f"quantize_base: {f'{name}.{leaf}'!r} is sharded; call it before fully_shard.")
-            if isinstance(parameter, torch.Tensor) and parameter.is_meta:
-                raise LoRAError(
-                    f"quantize_base: {f'{name}.{leaf}'!r} has no values yet (it is on the meta device); load the "
-                    "base's weights first."
-                )
+
+
+def _refuse_weight(name: str, weight: torch.Tensor) -> None:
+    """Raise LoRAError for a weight that is sharded already or has no values yet."""
+    if is_sharded(weight):
+        raise LoRAError(f"quantize_base: {name!r} is sharded already; quantise the model before fully_shard.")
+    if weight.is_meta:
+        raise LoRAError(
+            f"quantize_base: {name!r} has no values yet (it is on the meta device); load the base's weights first."
+        )

@@ -76,8 +76,8 @@ class Parts:
         """Put the parts together, on the device where they are."""
         meta = replace(self.context["tensor_meta"], device=self.tensors["quantized_data"].device, requires_grad=False)
         context = {**self.context, "tensor_meta": meta}
-        whole = self.cls.__tensor_unflatten__(self.tensors, context, meta.original_shape, meta.original_strides)
-        return whole  # type: ignore[no-any-return]
+        unflatten: Callable[..., torch.Tensor] = self.cls.__tensor_unflatten__
+        return unflatten(self.tensors, context, meta.original_shape, meta.original_strides)
 
 
 def quantise_linear_(layer: nn.Linear, name: str) -> None:

@@ -1,6 +1,7 @@
 """Quantised weights: those of bitsandbytes' Linear4bit and Linear8bitLt, and torchao's weight-only tensors.
 
-A weight may be sharded. Of those, only NF4Tensor has shards with values; shards of others are bytes. Classes are recognised by name, so that neither package is imported here.
+A weight may be sharded. Shards of an NF4Tensor have values; those of other weights are bytes. Classes are recognised by
+name, so that neither package is imported here.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def quantised_modules(places: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.M
 def dequantize(module: nn.Module, name: str = "weight") -> torch.Tensor:
     """Return the values of a quantised parameter as a new plain tensor, in the dtype of `dtype_of`.
 
-    The values of a sharded parameter are sharded like it. A parameter that is not quantised yet is quantised in a copy first, so that the result has its later values.
+    The values of a sharded parameter are sharded like it. A parameter that is not quantised yet is quantised in a copy
+    first, so that the result has its later values.
     """
     weight: Any = module._parameters[name]
     quantised = quantised_as(weight)

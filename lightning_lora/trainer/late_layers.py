@@ -14,6 +14,7 @@ from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.initial_values import snapshot_initial
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, strip_adapters
 from ..model.patches import call_previous, is_patched, patch, unpatch_method
+from ..model.quantise import quantise_
 from ..model.recorded_layers import describe_class
 from ..nn.adapted_weights import adapted_layers
 from .checkpoint_hooks import save_as
@@ -68,6 +69,8 @@ def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, com
         return
     goes_on = handle.record is record and record.layers is layers  # else what was built is recorded already
     convert_linear_layers_(handle)
+    if handle.record.quantize is not None:
+        quantise_(handle, handle.record.quantize, handle.record.config)
     adapt_new_layers(handle)
     leave_out_of_ddp_(handle)
     if goes_on:

@@ -80,10 +80,20 @@ def refuse_unloadable(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if is_of_torchao(parameter):
             raise LoRAError(
-                f"LoRACallback: save='full' would save {name!r}, a torchao tensor ({quantised_as(parameter)}), and "
-                "Lightning cannot load a checkpoint that holds one. Use save='adapter', which holds nothing of the "
+                f"LoRACallback: save='full' would save {name!r}, a torchao tensor ({quantised_as(parameter)}), and a "
+                "checkpoint that holds one cannot be loaded again. Use save='adapter', which holds nothing of the "
                 "base, or save='merged' with dequantize."
             )
+
+
+def refuse_plain(listing: Listing, quantize: str | None) -> None:
+    """Raise LoRAError where the callback was to quantise the base, and no weight of the model is quantised."""
+    if quantize is not None and not quantised_modules(listing.places):
+        raise LoRAError(
+            f"LoRACallback: quantize is {quantize!r}, but no weight of {type(listing.model).__name__} is quantised. "
+            "Where inject was called on the model already, call quantize_base(model) before it; else see "
+            "exclude_modules and modules_to_save, which leave layers as they are."
+        )
 
 
 def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
@@ -117,8 +127,8 @@ def _refuse_sharding(listing: Listing, strategy: Any) -> None:
         if kind != fitting:
             raise LoRAError(
                 f"LoRACallback: the weight of {name!r} is quantised ({kind}), which {type(strategy).__name__} cannot "
-                "shard here. ModelParallelStrategy with tensor_parallel_size=1 (FSDP2) shards what quantize_base(model, "
-                "\"nf4\") makes of the plain base; strategy='ddp' holds any quantised base whole on each device."
+                "shard here. ModelParallelStrategy with tensor_parallel_size=1 (FSDP2) shards a plain base that "
+                "quantize_base quantised; strategy='ddp' holds any quantised base whole on each device."
             )
 
 

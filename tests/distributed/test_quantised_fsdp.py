@@ -15,16 +15,13 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_lora import (
     LoRACallback,
-    LoRAConfig,
     LoRAError,
     disable_adapter,
-    inject,
     is_merged,
     load_adapter,
     load_from_checkpoint,
     merge,
     merged_state_dict,
-    quantize_base,
     save_adapter,
     save_merged,
     summary,

@@ -82,7 +82,9 @@ def values_of(layer: Any) -> Any:
     weight = layer.weight
     if not hasattr(weight, "quant_type") and not hasattr(weight, "SCB"):
         assert type(weight) is not nn.Parameter
-        values = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.detach().dequantize()
+        values = (
+            weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.detach().dequantize()
+        )
         return values.double().cpu()
     bnb = pytest.importorskip("bitsandbytes")
     if hasattr(weight, "SCB"):
