@@ -52,7 +52,7 @@ class NF4Linear(nn.Linear):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         parts: Any = self._parameters["weight"]
         if isinstance(parts, Parts):
             self._parameters["weight"] = _parameter(parts.tensor())

@@ -7,7 +7,7 @@ patched. While they run, the module's state dict holds only the tensors of the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed.sharding import local
+from ..distributed.sharding import is_sharded, local
 from ..errors import LoRAError
 from ..exchange.apply import apply_adapter
 from ..exchange.checkpoint_of_model import prepare_for_load
@@ -101,6 +101,7 @@ def _load_checkpoint(
             state = checkpoint["state_dict"]
             loaded = {min((n for n in loaded if isinstance(state[n], torch.Tensor)), key=lambda n: state[n].numel())}
         copies = _copy_weights(handle, loaded)  # Lightning loads W' into them
+    _refuse_quantised(handle, loaded, path)
     strict, module.strict_loading = module._strict_loading, False  # it would miss what is left out by design
     try:
         with (
@@ -116,6 +117,16 @@ def _load_checkpoint(
         apply_adapter(handle, adapter)
     content.pop(META, None)  # so that the module's on_load_checkpoint does not do this again
     return content
+
+
+def _refuse_quantised(handle: AdaptedModel, names: Collection[str], path: Path) -> None:
+    """Raise LoRAError where a file's plain weights would be loaded over weights that are quantised and sharded."""
+    for name, owner in quantised_weights(handle.places).items():
+        if name in names and is_sharded(owner._parameters[name.rpartition(".")[2]]):
+            raise LoRAError(
+                f"{path}: holds the base, but {name!r} is quantised and sharded here. Load the base before "
+                "quantize_base and fully_shard, and after them only an adapter or a merged checkpoint."
+            )
 
 
 def _check_complete(handle: AdaptedModel, names: set[str], path: Path) -> None:

@@ -28,9 +28,10 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.exchange.take import fingerprint
+from support import sharded
 from support.processes import world
-from support.quantised import NF4, OUTPUTS, QuantisedNet, adapted, inputs, network, packed_bits, quantised
-from support.sharded import DEVICE, make_trainer, model_parallel, whole
+from support.quantised import NF4, OUTPUTS, PlainNet, QuantisedNet, adapted, inputs, network, packed_bits, quantised
+from support.sharded import DEVICE, WAYS, make_trainer, model_parallel, whole
 
 pytest.importorskip("torchao.quantization")
 
@@ -109,6 +110,37 @@ def test_outputs_and_gradients_have_the_bits_of_one_device(way):
     for found in world().run(sharded_step, way):
         assert found.keys() == expected.keys()
         assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
+def step_in_a_way(name: str) -> tuple[dict[str, torch.Tensor], set[str]]:
+    model: Any = sharded.shard_(build("plain"), **WAYS[name])
+    found = step("plain", model)
+    model.reshard()
+    for layer in (model[0], model[2], model[4]):
+        if name != "root only":
+            layer.reshard()
+    return found, {type(model[position].weight.to_local()).__name__ for position in (0, 2, 4)}
+
+
+@pytest.mark.parametrize("name", [name for name in WAYS if name not in ("by columns", "bfloat16 base")])
+def test_every_way_to_shard_by_rows_gives_the_step_of_one_device(name):
+    expected = step("plain", build("plain"))
+    tolerance = 3e-2 if name == "mixed precision" else 0
+    for found, kinds in world().run(step_in_a_way, name):
+        assert kinds == {NF4}
+        for key, value in expected.items():
+            assert float((found[key].float() - value).norm() / value.norm()) <= tolerance, key
+
+
+def step_of_two_groups() -> dict[str, torch.Tensor]:
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
+    return step("plain", shard_(build("plain"), mesh))
+
+
+def test_shards_that_two_groups_hold_give_the_step_of_one_device():
+    expected = step("plain", build("plain"))
+    for found in world(4).run(step_of_two_groups):
+        assert_close(found, expected)
 
 
 # --- what is read and written ---
@@ -241,3 +273,86 @@ def test_checkpoints_are_loaded_in_one_process(tmp_path, save, whole_file):
     plain = network()
     with pytest.raises(LoRAError, match=r"the base was quantised \(NF4Tensor\), here it is not quantised"):
         load_adapter(plain, tmp_path / "peft")
+
+
+class PlainSharded(PlainNet, ShardedNet):
+    """Is quantised by the callback, and shards itself in configure_model."""
+
+
+def fit_by_option(path: Path, precision: str) -> tuple[dict[str, torch.Tensor], set[str], bool]:
+    model = PlainSharded()
+    trainer = model_parallel(path, lora(quantize="nf4"), max_epochs=1, precision=precision)
+    trainer.fit(model, data(), data())
+    kinds = {type(model.network[position].weight.to_local()).__name__ for position in (0, 2, 4)}
+    return adapter_of(model), kinds, bits_of_whole(model.network) == packed_bits(quantised(NF4))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_the_option_of_the_callback_quantises_what_is_sharded_next(tmp_path, precision):
+    model = PlainNet()
+    trainer = make_trainer(tmp_path, lora(quantize="nf4"), max_epochs=1, precision=precision)
+    trainer.fit(model, data(), data())
+    for found, kinds, kept in world().run(fit_by_option, tmp_path, precision):
+        assert kinds == {NF4}
+        assert kept
+        if precision == "32-true":
+            assert_close(found, adapter_of(model))
+        for name, value in adapter_of(model).items():  # AdamW turns the rounding of a small gradient into a whole step
+            assert float((found[name] - value).abs().median()) < 5e-3
+            assert float(found[name].norm()) > 0
+
+
+class Uneven(PlainSharded):
+    def build(self, kind: str) -> Any:
+        return torch.nn.Sequential(*network()[:4], torch.nn.Linear(64, OUTPUTS + 1))
+
+
+def refused(path: Path, kind: str) -> str:
+    model: Any = Uneven() if kind == "uneven" else ShardedNet(NF4)
+    trainer = model_parallel(path, lora(quantize="nf4"), max_epochs=1)
+    runs = {
+        "uneven": lambda: trainer.fit(model, data()),
+        "base": lambda: trainer.test(model, data(), path / "plain.ckpt"),
+    }
+    with pytest.raises(LoRAError) as error:
+        runs[kind]()
+    assert model.seen == []
+    return str(error.value)
+
+
+def test_a_weight_that_cannot_be_divided_evenly_is_named(tmp_path):
+    for message in world().run(refused, tmp_path, "uneven"):
+        assert "'network.4' has an NF4Tensor of shape (33, 64), which cannot be divided" in message
+        assert "exclude_modules=['network.4']" in message
+
+
+def test_a_plain_base_is_not_loaded_over_sharded_quantised_weights(tmp_path):
+    model = PlainNet()
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(model, data(), data())
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    for message in world().run(refused, tmp_path, "base"):
+        assert "'network.0.weight' is quantised and sharded here" in message
+        assert "Load the base before quantize_base" in message
+
+
+def one_bad_rank(folder: Path) -> list[str]:
+    model = shard_(build("plain"))
+    with torch.no_grad():
+        if dist.get_rank() == 1:
+            model[2].lora_B.to_local().fill_(torch.inf)
+    messages = []
+    for verb in (
+        lambda: save_merged(model, folder, dequantize="float32"),
+        lambda: merged_state_dict(model, dequantize="bfloat16"),
+    ):
+        with pytest.raises(LoRAError) as error:
+            verb()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_values_that_are_not_finite_on_one_rank_are_an_error_on_all(tmp_path):
+    for messages in world().run(one_bad_rank, tmp_path / "merged"):
+        assert all("'2.weight'" in message for message in messages)
+    assert not (tmp_path / "merged").exists()

@@ -1,4 +1,4 @@
-"""quantize_base: which layers it quantises, what NF4 layers keep in a cast, a copy and a move, and the callback's option."""
+"""quantize_base: the layers that it quantises, what casts, copies and moves keep, and the option of the callback."""
 
 from __future__ import annotations
 
