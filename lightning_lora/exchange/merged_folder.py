@@ -120,7 +120,7 @@ def _write_merged(
     sizes = {key: _size(part.stored) for key, part in parts.items()}
     files = plan_shards(sizes, max_shard_bytes)
     writes = writes_files(module for _, module in listing.modules)
-    sync = RankSync(tensors.values())
+    sync = RankSync(tensor for tensor, _ in state.values())
 
     def step(what: object, action: Callable[[], object]) -> None:  # the first rank acts, and all learn if it failed
         sync.run(f"save_merged: {what}", action if writes else None)
@@ -217,7 +217,7 @@ def _merged(
 ) -> torch.Tensor:
     """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
     if dequantizer is not None and quantised_as(tensor):
-        return dequantizer.weight(name, module).cpu()
+        return full_tensor(dequantizer.weight(name, module, sync)).cpu()
     leaf = name.rpartition(".")[2]
     values = [tensor.detach()]
     adapter = adapter_of(module, leaf)

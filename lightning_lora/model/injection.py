@@ -72,6 +72,7 @@ class Injection:
     merged_eval: bool | None = None  # LoRACallback's option; None without a callback
     save: Any = None  # the kind of Lightning checkpoint; None without a callback, which leaves checkpoints unfiltered
     lr_ratio: float | None = None  # of LoRA+, for the optimizer that LightningCLI builds
+    quantize: str | None = None  # LoRACallback's option: how layers that are built later are quantised
     dequantize: Any = None  # the dtype of quantised weights in merged checkpoints
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
