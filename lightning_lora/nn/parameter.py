@@ -18,7 +18,7 @@ from ..distributed.sharding import is_sharded, window
 from ..errors import LoRAError
 from ..names import parameter_factor_name, split_factor_name
 from . import low_rank
-from .adapted_module import AdaptedModule, Adapter, StandIns, swapped_class
+from .adapted_module import AdaptedModule, Adapter, StandIns, is_factor, swapped_class
 from .adapted_weights import AdaptedWeights, LayerSpec, LayerState
 from .factored_weight import FactoredWeight
 from .low_rank import LowRankBlock, crop, stack_factors
@@ -144,3 +144,13 @@ def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSp
     adapter = LoRAParameter(holder, parameter, LayerState(spec, name, injection))
     holder.lora_parameters[parameter] = adapter
     return adapter
+
+
+def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """Return the base's parameters of two or three dimensions, each as its module and its name in the module."""
+    return {
+        f"{path}.{leaf}".lstrip("."): (module, leaf)
+        for path, module in modules.items()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() in (2, 3) and not is_factor(leaf, module)
+    }
