@@ -393,7 +393,7 @@ def _tensor_problem(weight: nn.Parameter, kind: str) -> str:
     if weight.dtype not in MERGEABLE_DTYPES:
         return f"its weight is {weight.dtype}, and adapters need float16, bfloat16, float32 or float64"
     if is_empty(weight):
-        return f"its weight of shape {tuple(weight.shape)} has no values to adapt; give it some"
+        return f"its weight of shape {tuple(shape_of(weight))} has no values to adapt; give it some"
     return ""
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..distributed.flat import whole_shape
 from ..distributed.sharding import from_local_like, is_sharded, local
 from ..errors import LoRAError
 from ..names import canonical, derives_from
@@ -140,9 +141,9 @@ def dtype_of(weight: Any) -> torch.dtype:
 
 
 def shape_of(weight: Any) -> torch.Size:
-    """Return the shape of a parameter's dequantised values."""
+    """Return the shape of a parameter's dequantised values; of a flat one that of the whole."""
     state = getattr(weight, "quant_state", None)
-    return torch.Size(weight.shape if state is None else state.shape)
+    return torch.Size(whole_shape(weight) if state is None else state.shape)
 
 
 def unpack_for_gradients_(module: nn.Module, weight: Any) -> None:
