@@ -440,11 +440,11 @@ class Faulty(Plain):
         super().validation_step(batch, batch_idx)
 
 
-def broken(path: Path, stage: int, fault: str) -> tuple[str, list[str], State]:
+def broken(path: Path, stage: int, fault: str, options: Any = None) -> tuple[str, list[str], State]:
     torch.manual_seed(0)
-    model = Faulty()
+    model, callback = Faulty(), LoRACallback(r=2, target_modules=TARGETS)
     model.fault = fault
-    trainer, said = zero(path, LoRACallback(r=2, target_modules=TARGETS), stage=stage, max_epochs=2), ""
+    trainer, said = zero(path, callback, stage=stage, options=options, max_epochs=2), ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -456,9 +456,11 @@ def broken(path: Path, stage: int, fault: str) -> tuple[str, list[str], State]:
     return said, messages, base_of(whole_state(model))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_exception_inside_a_merged_forward_leaves_the_base(tmp_path, stage):
-    for said, messages, state in world().run(broken, tmp_path, stage, "exception"):
+@pytest.mark.parametrize(
+    ("stage", "options"), [(1, {}), (2, {}), (3, {}), (3, {"stage3_param_persistence_threshold": 0})]
+)
+def test_exception_inside_a_merged_forward_leaves_the_base(tmp_path, stage, options):
+    for said, messages, state in world().run(broken, tmp_path, stage, "exception", config(stage, **options)):
         assert said == "division by zero"
         assert messages == []
         assert_same_bits(state, dict(Plain().state_dict()))
