@@ -220,7 +220,7 @@ def _merged(
 ) -> torch.Tensor:
     """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
     if dequantizer is not None and quantised_as(tensor):
-        return dequantizer.weight(name, module).cpu()
+        return full_tensor(dequantizer.weight(name, module, sync)).cpu()
     leaf = name.rpartition(".")[2]
     values = [detached(tensor)]
     adapter = adapter_of(module, leaf)
