@@ -178,6 +178,7 @@ def assert_close(found: Run, expected: Run, epochs: int) -> None:
         torch.testing.assert_close(found.state[name], value, atol=2e-6, rtol=0)
 
 
+ALL_DIVIDED = {"stage3_param_persistence_threshold": 0}  # else small parameters stay gathered
 CASES = {
     "stage 1": Case(stage=1),
     "stage 2": Case(),
@@ -204,7 +205,7 @@ CASES = {
     "LoRA-GA": Case(lora={"init_lora_weights": "lora_ga"}),
     "VeRA": Case(lora={"variant": "vera", "lora_alpha": 8}),
     "gradient clipping": Case(trainer={"gradient_clip_val": 0.1}),
-    "stage 3, small parameters divided too": Case(stage=3, strategy=config(3, stage3_param_persistence_threshold=0)),
+    "stage 3, small parameters divided too": Case(stage=3, strategy=config(3, **ALL_DIVIDED)),
     "stage 3, all on the CPU": Case(
         stage=3,
         strategy=config(3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}),
@@ -456,9 +457,7 @@ def broken(path: Path, stage: int, fault: str, options: Any = None) -> tuple[str
     return said, messages, base_of(whole_state(model))
 
 
-@pytest.mark.parametrize(
-    ("stage", "options"), [(1, {}), (2, {}), (3, {}), (3, {"stage3_param_persistence_threshold": 0})]
-)
+@pytest.mark.parametrize(("stage", "options"), [(1, {}), (2, {}), (3, {}), (3, ALL_DIVIDED)])
 def test_exception_inside_a_merged_forward_leaves_the_base(tmp_path, stage, options):
     for said, messages, state in world().run(broken, tmp_path, stage, "exception", config(stage, **options)):
         assert said == "division by zero"
