@@ -75,11 +75,19 @@ def refuse_bytes(weight: object, name: str) -> None:
 
 def quantised_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the quantised parameters among a module's own, by name."""
-    weight = module._parameters.get("weight")
-    if is_sharded(weight) and derives_from(module, "Linear4bit", (BITSANDBYTES,)):
-        vars(weight).setdefault(DESCRIPTION, cast(Any, module).quant_state)  # fully_shard has left it out
+    describe_shard(module)
     parameters = ((name, parameter) for name, parameter in module._parameters.items() if parameter is not None)
     return {name: parameter for name, parameter in parameters if quantised_as(parameter)}
+
+
+def describe_shard(module: nn.Module) -> None:
+    """Let a sharded 4-bit weight hold what its layer keeps of the whole weight, because fully_shard leaves that out.
+
+    It must be called before shape_of, dtype_of or quantised_as looks at such a weight alone.
+    """
+    weight = module._parameters.get("weight")
+    if is_sharded(weight) and derives_from(module, "Linear4bit", (BITSANDBYTES,)):
+        vars(weight).setdefault(DESCRIPTION, cast(Any, module).quant_state)
 
 
 def how_quantised(tensor: object, module: nn.Module) -> str:

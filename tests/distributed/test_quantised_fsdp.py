@@ -184,6 +184,7 @@ def described(model: Any, folder: Path) -> dict[str, Any]:
 
 def sharded_description(folder: Path, kind: str) -> tuple[dict[str, Any], bool]:
     model = shard_(build("plain", kind))
+    counted = summary(model).total
     before = bits_of_whole(model, kind)
     factored = model(inputs())
     merge(model)
@@ -194,6 +195,7 @@ def sharded_description(folder: Path, kind: str) -> tuple[dict[str, Any], bool]:
     with disable_adapter(model):
         assert torch.equal(model(inputs()), quantised(kind)(inputs()))
     assert bits_of_whole(model, kind) == before
+    assert counted == summary(model).total
     return found, before == packed_bits(quantised(kind))
 
 
