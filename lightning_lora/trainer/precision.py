@@ -146,8 +146,8 @@ def naming_uneven_shards(listing: Listing) -> Iterator[None]:
             weight: Any = layer._parameters["weight"]
             if is_nf4_tensor(weight) and not is_sharded(weight) and not can_be_split(weight, ranks):
                 raise LoRAError(
-                    f"fully_shard: {name!r} has an NF4Tensor of shape {tuple(weight.shape)}, which cannot be divided "
-                    f"into equal rows of whole groups of scales for {ranks} ranks. Leave it out by "
+                    f"LoRACallback: {name!r} has an NF4Tensor of shape {tuple(weight.shape)}, which cannot be divided "
+                    f"into equal rows with whole groups of scales for {ranks} ranks. Leave it out by "
                     f"quantize_base(model, exclude_modules=[{name!r}]), or use another number of ranks."
                 ) from error
         raise
