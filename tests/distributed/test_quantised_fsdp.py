@@ -161,6 +161,7 @@ def step_of_two_groups() -> dict[str, torch.Tensor]:
     return step("plain", shard_(build("plain"), mesh))
 
 
+@pytest.mark.slow
 def test_shards_that_two_groups_hold_give_the_step_of_one_device():
     expected = step("plain", build("plain"))
     for found in world(4).run(step_of_two_groups):
@@ -267,6 +268,7 @@ def fit(
     return adapter_of(model), [float(trainer.callback_metrics["val_loss"])]
 
 
+@pytest.mark.slow
 @both_packages
 @FORMS
 @pytest.mark.parametrize("save", SAVES)
@@ -342,7 +344,7 @@ def refused(path: Path, kind: str) -> str:
     model: Any = Uneven() if kind == "uneven" else ShardedNet(NF4)
     trainer = model_parallel(path, lora(quantize="nf4"), max_epochs=1)
     runs = {
-        "uneven": lambda: trainer.fit(model, data()),
+        "uneven": lambda: trainer.fit(model, data(), data()),
         "base": lambda: trainer.test(model, data(), path / "plain.ckpt"),
     }
     with pytest.raises(LoRAError) as error:
@@ -387,3 +389,27 @@ def test_values_that_are_not_finite_on_one_rank_are_an_error_on_all(tmp_path):
     for messages in world().run(one_bad_rank, tmp_path / "merged"):
         assert all("'2.weight'" in message for message in messages)
     assert not (tmp_path / "merged").exists()
+
+
+def verified_and_swapped(path: Path, kind: str) -> tuple[float, bool]:
+    model = ShardedNet(kind)
+    trainer = model_parallel(path, lora(verify=True, init_lora_weights=False), max_epochs=1)
+    trainer.fit(model, data(), data())
+    save_adapter(model, path / "first")
+    before = adapter_of(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(2)
+    changed = adapter_of(model)
+    load_adapter(model, path / "first")
+    back = adapter_of(model)
+    differed = not any(torch.equal(changed[name], value) for name, value in before.items())
+    return float(trainer.callback_metrics["lora_merge_error_max"]), differed and all(
+        torch.equal(back[name], value) for name, value in before.items()
+    )
+
+
+@both_packages
+def test_verify_finds_no_error_and_an_adapter_is_swapped_in(tmp_path, kind):
+    assert world().run(verified_and_swapped, tmp_path, kind) == [(0, True)] * 2
