@@ -96,7 +96,8 @@ class LoRACallback(Callback):
             layer that is kept in eval mode drops too, in training batches where gradients are recorded.
         target_modules: the layers to adapt. A list holds whole names or dotted suffixes of names. A string is a regular
             expression that must match a whole name. "all-linear" is every linear layer and transformers' Conv1D,
-            without the output head and without tied weights.
+            without the output head and without tied weights. "all-layers" is these, all convolutions and
+            nn.MultiheadAttention, without what a PEFT file cannot hold, such as convolutions with groups.
         target_parameters: single parameters to adapt, by name or dotted suffix: weights of nn.LSTM and nn.GRU, stacks
             of experts (E, m, n), and any matrix that its module's forward reads. target_modules may then be empty, and
             lora_dropout must be 0, as in PEFT.

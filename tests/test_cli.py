@@ -136,6 +136,7 @@ def test_without_any_option_the_defaults_hold():
         ("--lora.dequantize=bfloat16", "dequantize", "bfloat16"),
         ("--lora.lr_ratio=8", "lr_ratio", 8),
         ("--lora.target_modules=all-linear", "target_modules", "all-linear"),
+        ("--lora.target_modules=all-layers", "target_modules", "all-layers"),
         (r"--lora.target_modules=body\.(0|3)", "target_modules", r"body\.(0|3)"),
         ("--lora.target_modules=[head, body.0]", "target_modules", ("head", "body.0")),
         ("--lora.exclude_modules=[head]", "exclude_modules", ("head",)),
