@@ -79,6 +79,7 @@ PUBLIC = {
     "take_adapter",
     "save_adapter",
     "save_merged",
+    "export_adapter",
     "load_adapter",
     "load_from_checkpoint",
     "summary",

@@ -160,9 +160,14 @@ def _convert_options(output: str, parser: Any) -> None:
     _alpha_option(parser)
 
 
+def _export_options(parser: Any) -> None:
+    _convert_options("PEFT folder", parser)
+    parser.add_argument("--plain", action="store_true", help="the form that every server and converter takes")
+
+
 def _export(options: Any) -> list[str]:
-    """Write an adapter as a PEFT folder."""
-    return _convert(to_peft, options)
+    """Write an adapter as a PEFT folder, as it is or in the plain form that every server takes."""
+    return _convert(partial(to_peft, plain=options.plain), options)
 
 
 def _import(options: Any) -> list[str]:
@@ -172,7 +177,9 @@ def _import(options: Any) -> list[str]:
 
 def _convert(convert: Callable[..., Adapter], options: Any) -> list[str]:
     adapter = convert(options.source, options.output, options.lora_alpha, overwrite=options.overwrite)
-    return [f"wrote {options.output}: {len(adapter.layers())} adapted layers"]
+    ranks = sorted(set(adapter.ranks().values()))
+    rank = f", r={ranks[0]}" if len(ranks) == 1 else ""
+    return [f"wrote {options.output}: {len(adapter.layers())} adapted layers{rank}"]
 
 
 def _diff_options(parser: Any) -> None:
@@ -272,7 +279,7 @@ def _alpha_option(parser: Any) -> None:
 VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], list[str]]]] = {
     "info": (_info_options, _info),
     "merge": (_merge_options, _merge),
-    "export": (partial(_convert_options, "PEFT folder"), _export),
+    "export": (_export_options, _export),
     "import": (partial(_convert_options, "Lightning checkpoint, NAME.ckpt,"), _import),
     "diff": (_diff_options, _diff),
     "extract": (_extract_options, _extract),

@@ -73,6 +73,7 @@ CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("import", "--overwrite"): ("import IN/another out.ckpt", "--overwrite", "status"),
     ("extract", "--overwrite"): (EXTRACT, "--overwrite", "status"),
     ("export", "--lora-alpha"): ("export IN/bare.pt out", "--lora-alpha=3", "status"),
+    ("export", "--plain"): ("export IN/adapter out", "--plain", "files"),
     ("import", "--lora-alpha"): ("import IN/bare.pt out.ckpt", "--lora-alpha=3", "status"),
     ("plot", "--overwrite"): ("plot IN/another --output out.png", "--overwrite", "status"),
     ("plot", "--strict-base"): (PLOT_ON_ANOTHER, "--strict-base=false", "status"),
