@@ -171,7 +171,7 @@ def _export_options(parser: Any) -> None:
 
 def _export(options: Any) -> list[str]:
     """Write an adapter as a PEFT folder, as it is or in the plain form that every server takes."""
-    return _convert(partial(to_peft, plain=options.plain), options)
+    return _convert(partial(to_peft, plain=options.plain), options, tell_rank=options.plain)
 
 
 def _import(options: Any) -> list[str]:
@@ -179,10 +179,9 @@ def _import(options: Any) -> list[str]:
     return _convert(to_lightning, options)
 
 
-def _convert(convert: Callable[..., Adapter], options: Any) -> list[str]:
+def _convert(convert: Callable[..., Adapter], options: Any, *, tell_rank: bool = False) -> list[str]:
     adapter = convert(options.source, options.output, options.lora_alpha, overwrite=options.overwrite)
-    ranks = sorted(set(adapter.ranks().values()))
-    rank = f", r={ranks[0]}" if len(ranks) == 1 else ""
+    rank = f" of rank {max(adapter.ranks().values())}" if tell_rank else ""
     return [f"wrote {options.output}: {len(adapter.layers())} adapted layers{rank}"]
 
 

@@ -41,9 +41,9 @@ def _fetched(name: str) -> str:
     try:
         folder = str(snapshot_download(name, allow_patterns=list(FETCHED)))
     except Exception as error:  # of the hub's client, of its network library, or of the disk
-        reason = sentence(str(error).strip().partition("\n")[0] or type(error).__name__)
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise LoRAError(
-            f"{name}: there is no such file or folder, {ON_THE_HUB} it cannot be fetched: {reason}"
+            f"{name}: there is no such file or folder, {ON_THE_HUB} it cannot be fetched: {sentence(reason)}"
         ) from error
     if kind_of(Path(folder) / CONFIG_FILE) == "nothing":
         raise LoRAError(

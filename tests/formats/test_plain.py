@@ -272,7 +272,7 @@ def test_export_needs_the_lora_alpha_of_a_source_that_stores_none(tmp_path):
 
 def test_command_exports_plain_and_tells_the_rank(tmp_path, capsys: pytest.CaptureFixture[str]):
     ours("llama", tmp_path / "own")
-    assert "6 adapted layers, r=4" in call(capsys, "export", tmp_path / "own", tmp_path / "plain", "--plain")
+    assert "6 adapted layers of rank 4" in call(capsys, "export", tmp_path / "own", tmp_path / "plain", "--plain")
     assert assert_plain(tmp_path / "plain") == 4
     ours("llama-dora", tmp_path / "other")
     said = refused(capsys, "export", tmp_path / "other", tmp_path / "none", "--plain")

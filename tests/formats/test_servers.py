@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -142,6 +143,32 @@ def test_every_rule_is_tried_and_has_an_effect_and_a_source():
     assert all(rule["says"] and ", " in rule["source"] for rule in rules.values())
     assert {next(iter(rule["when"])) for rule in rules.values()} == CONDITIONS.keys()
     assert all(about[key] for about in servers().values() for key in ("name", "version", "read", "load"))
+
+
+PAGE = Path(__file__).parents[2] / "lightning_lora" / "formats" / "serving.md"
+BEGIN, END = "<!-- rules of servers: written by tests/formats/test_servers.py -->", "<!-- end of the rules -->"
+
+
+def table() -> str:
+    lines = []
+    for about in servers().values():
+        lines += [f"**{about['name']}**, {about['version']}. Read: {about['read']}.", ""]
+        lines += ["| it | what | where it stands |", "|---|---|---|"]
+        for rule in about["rules"]:
+            condition = ", ".join(f"`{key}`: `{json.dumps(value)}`" for key, value in rule["when"].items())
+            before = f" before {rule['before']}" if "before" in rule else ""
+            told = f"{rule['says']}. {condition}".replace("|", "\\|")
+            lines.append(f"| {rule['effect']}{before} | {told} | {rule['source']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def test_page_has_the_table_of_rules():
+    """WRITE_TABLE=1 in the environment writes it."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    if os.environ.get("WRITE_TABLE"):
+        PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n{END}{rest.split(END)[1]}")
+    assert PAGE.read_text().split(BEGIN)[1].split(END)[0].strip() == table().strip()
 
 
 def scales(path: Path) -> dict[str, dict[str, float]]:
