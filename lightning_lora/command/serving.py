@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from ..adapter.adapter import Adapter
@@ -46,7 +47,9 @@ def _of_export(path: PathLike, server: Server) -> Findings:
 
 def _of_plain_form(path: PathLike, server: Server) -> Findings:
     try:
-        view = _view(plain_form(adapter_with_options(path), path), plain=True)
+        with warnings.catch_warnings():  # of the rounding of what is not written
+            warnings.simplefilter("ignore")
+            view = _view(plain_form(adapter_with_options(path), path), plain=True)
     except LoRAError as error:
         return [_finding(error, path)]
     return findings(view, server)

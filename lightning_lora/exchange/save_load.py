@@ -139,10 +139,15 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
 
 
 def _logged(model: nn.Module) -> dict[str, float]:
-    """Return the last value of each metric that a LightningModule's Trainer logged, without this package's own."""
-    metrics = getattr(getattr(model, "_trainer", None), "callback_metrics", None)
-    own = "lora/"
-    return {name: value for name, value in finite_metrics(metrics or {}).items() if not name.startswith(own)}
+    """Return the last value of each metric that a LightningModule's Trainer logged, without this package's own.
+
+    In a run that goes on there are none: to read them then may reduce a metric over all ranks, and only one asks.
+    """
+    trainer = getattr(model, "_trainer", None)
+    if trainer is None or trainer.state.status == "running":
+        return {}
+    metrics = finite_metrics(trainer.callback_metrics)
+    return {name: value for name, value in metrics.items() if not name.startswith("lora/")}
 
 
 def load_adapter(

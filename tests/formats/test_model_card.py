@@ -160,6 +160,12 @@ def test_every_door_that_writes_a_folder_writes_a_card(tmp_path):
 
 
 class Logging(BoringModel):
+    path: Path | None = None
+
+    def on_train_epoch_end(self) -> None:
+        if self.path is not None:
+            save_adapter(self, self.path)
+
     def training_step(self, batch: Any, index: int) -> Any:
         result = super().training_step(batch, index)
         self.log("train_loss", result["loss"])
@@ -186,7 +192,10 @@ def test_card_of_a_run_tells_what_was_logged_last(tmp_path):
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    trainer.fit(run := Logging())
+    run = Logging()
+    run.path = tmp_path / "meanwhile"
+    trainer.fit(run)
+    assert "As last logged" not in (tmp_path / "meanwhile" / "README.md").read_text()
     save_adapter(run, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert f"| `train_loss` | {float(trainer.callback_metrics['train_loss']):.6g} |" in text
