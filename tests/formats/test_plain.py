@@ -164,11 +164,24 @@ class Suffix(nn.Module):
         return result
 
 
+class Numbered(nn.Module):
+    """Another module with the same number has no weights, so that nothing in a file tells of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 4))
+        self.second = nn.Sequential(nn.ReLU(), nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(self.first(x))
+        return result
+
+
 @pytest.mark.parametrize(
     ("build", "targets"),
     [
         (Suffix, ["body.q"]),
-        (lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.ReLU(), nn.Linear(4, 4))), ["0.0"]),
+        (Numbered, ["first.0"]),
     ],
     ids=["suffix", "numbers"],
 )
