@@ -8,6 +8,7 @@ from .errors import LoRAError
 from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.param_groups import lora_param_groups
+from .model.quantise import quantize_base
 from .model.state_dict import adapter_state_dict, merged_state_dict
 from .nn import variants as variants
 from .nn.variant import Variant
@@ -47,6 +48,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "merged",
     "merged_state_dict",
     "plot_adapter",
+    "quantize_base",
     "read_adapter",
     "redistribute_ranks",
     "save_adapter",

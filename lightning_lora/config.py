@@ -18,7 +18,8 @@ from .matching import ALL_LINEAR, layer_number, layer_pattern, near_misses, patt
 from .names import KNOWN_VARIANTS, listed
 
 VARIANTS = ("use_dora",)  # options that ask for a variant, as `variant` does
-PLAIN, BY_OPTION = "lora", "dora"  # values of `variant`: the default, and the value that use_dora=True means
+PLAIN = "lora"  # the default of `variant`
+BY_OPTION = "dora"  # the `variant` that use_dora=True means
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight; nn/starts.py computes the starts.

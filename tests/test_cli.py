@@ -132,6 +132,7 @@ def test_without_any_option_the_defaults_hold():
         ("--lora.merged_eval=false", "merged_eval", False),
         ("--lora.save=merged", "save", "merged"),
         ("--lora.save=full", "save", "full"),
+        ("--lora.quantize=nf4", "quantize", "nf4"),
         ("--lora.dequantize=bfloat16", "dequantize", "bfloat16"),
         ("--lora.lr_ratio=8", "lr_ratio", 8),
         ("--lora.target_modules=all-linear", "target_modules", "all-linear"),

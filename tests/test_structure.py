@@ -72,6 +72,7 @@ PUBLIC = {
     "merged",
     "disable_adapter",
     "merge_and_unload",
+    "quantize_base",
     "adapter_state_dict",
     "adapter_stats",
     "merged_state_dict",

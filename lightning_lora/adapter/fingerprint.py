@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from ..distributed.flat import whole_shape
 from ..distributed.sharding import samples, samples_of_all
 from ..errors import LoRAError
 from ..names import parent_names
+from ..nn.quantised import NF4
 from .adapter import Adapter
 
 Tables = Mapping[str, Collection[int]]  # rows of a table that the adapter replaces, by the table's name
@@ -41,8 +43,9 @@ def without_rows(entries: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
 
 def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
     """Return shape, dtype and a few values of a tensor."""
-    positions = sample_positions(weight.numel())
-    return entry_of(weight.shape, weight.dtype, samples(weight, positions))
+    shape = whole_shape(weight)
+    positions = sample_positions(shape.numel())
+    return entry_of(shape, weight.dtype, samples(weight, positions))
 
 
 def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
@@ -55,8 +58,8 @@ def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str
 
     def with_positions() -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
         for name, weight in weights:
-            found[name] = weight.shape, weight.dtype
-            yield weight, sample_positions(weight.numel())
+            found[name] = shape, _ = whole_shape(weight), weight.dtype
+            yield weight, sample_positions(shape.numel())
 
     values = samples_of_all(with_positions())
     return {name: entry_of(*found[name], of_name) for name, of_name in zip(found, values, strict=True)}
@@ -183,6 +186,7 @@ def _quantised_hint(differing: Iterable[str], present: Mapping[str, Any], expect
             return (
                 f" Where the adapter was trained the base was {_quantised_words(was)}, here it is "
                 f"{_quantised_words(is_now)}, which changes its values; an adapter often serves both."
+                + (" quantize_base(model) quantises it so." if was == NF4 and not is_now else "")
             )
     return ""
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..config import LoRAConfig
+from ..distributed.sharding import copy_of
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, KEPT
 from ..nn.writer import Writer
@@ -72,6 +73,7 @@ class Injection:
     merged_eval: bool | None = None  # LoRACallback's option; None without a callback
     save: Any = None  # the kind of Lightning checkpoint; None without a callback, which leaves checkpoints unfiltered
     lr_ratio: float | None = None  # of LoRA+, for the optimizer that LightningCLI builds
+    quantize: str | None = None  # LoRACallback's option: how layers that are built later are quantised
     dequantize: Any = None  # the dtype of quantised weights in merged checkpoints
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
@@ -170,4 +172,4 @@ class Injection:
     def add_trained(self, module: nn.Module, leaf: str, parameter: torch.Tensor, *marks: Mark) -> None:
         """Mark a module's own parameter as trained, and keep its present value as the one from before training."""
         self.keep(module).setdefault("marks", {}).setdefault(leaf, set()).update(("trained", *marks))
-        self.keep_initial(module, {leaf: parameter.detach().clone()})
+        self.keep_initial(module, {leaf: copy_of(parameter)})

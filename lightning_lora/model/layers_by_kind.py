@@ -14,6 +14,7 @@ from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import layer_class
 from ..nn.linear import is_conv1d
 from ..nn.low_rank import ATTENTION_WEIGHTS, CONV, GROUPED_CONV
+from ..nn.quantised import shape_of
 from ..nn.tied_weights import tied_weights
 from ..nn.variant import variant_of
 from .pretrained import pretrained_models
@@ -98,7 +99,7 @@ def _mamba_prefixes(modules: NamedModules) -> tuple[str, ...]:
 
 def is_empty(weight: nn.Parameter | None) -> bool:
     """Return whether a weight has no values, as in nn.Linear(0, 8). The weight of a lazy layer is not empty."""
-    return weight is not None and not is_lazy(weight) and 0 in weight.shape
+    return weight is not None and not is_lazy(weight) and 0 in shape_of(weight)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -118,11 +118,11 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
     refuse_unmergeable(listing, dtype)
     quantised = {name: module for name, module in quantised_weights(listing.places).items() if name in state}
     plain = {name: state[name] for name in base_keys(listing) if name in state}
+    sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
     if dtype is None:
         plain |= {name: state[name] for name in quantisation_entries(state, quantised)}
     else:
-        plain |= _dequantize_state(quantised, state, dtype)
-    sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
+        plain |= _dequantize_state(quantised, state, dtype, sync)
 
     copies: dict[AdaptedWeights, dict[str, torch.Tensor]] = {}
 
@@ -143,7 +143,7 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
 
 
 def _dequantize_state(
-    quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype
+    quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype, sync: RankSync
 ) -> dict[str, torch.Tensor]:
     """Return plain weights in place of quantised weights, merged with the adapters in a state dict."""
     dequantizer, plain = Dequantizer(dtype), {}
@@ -151,7 +151,7 @@ def _dequantize_state(
         path, adapter = name.removesuffix("weight"), layer_adapter(module)
         in_state = adapter is not None and path + adapter.stored_names()[0] in state
         stored = adapter.stored_in(state, path) if adapter is not None and in_state else None
-        plain[name] = dequantizer.weight(name, module, stored=stored)
+        plain[name] = dequantizer.weight(name, module, sync, stored)
     dequantizer.report()
     return plain
 

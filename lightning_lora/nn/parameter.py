@@ -22,6 +22,7 @@ from .adapted_module import AdaptedModule, Adapter, StandIns, is_factor, swapped
 from .adapted_weights import AdaptedWeights, LayerSpec, LayerState
 from .factored_weight import FactoredWeight
 from .low_rank import LowRankBlock, crop, stack_factors
+from .quantised import shape_of
 
 FACTORED = ("transformers.", "torch.nn.modules.linear")  # forwards from these modules run with a FactoredWeight
 
@@ -47,7 +48,8 @@ class LoRAParameter(AdaptedWeights):
         return name
 
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.view(-1, weight.shape[-1]) if self.KIND in low_rank.STACKS else weight
+        is_stack = self.KIND in low_rank.STACKS and weight.dim() == 3  # else a flat slice, or one matrix
+        return weight.view(-1, weight.shape[-1]) if is_stack else weight
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
         if self.KIND not in low_rank.STACKS or not is_sharded(weight):
@@ -152,5 +154,5 @@ def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, s
         f"{path}.{leaf}".lstrip("."): (module, leaf)
         for path, module in modules.items()
         for leaf, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() in (2, 3) and not is_factor(leaf, module)
+        if parameter is not None and len(shape_of(parameter)) in (2, 3) and not is_factor(leaf, module)
     }

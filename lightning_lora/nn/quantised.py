@@ -1,6 +1,7 @@
 """Quantised weights: those of bitsandbytes' Linear4bit and Linear8bitLt, and torchao's weight-only tensors.
 
-Classes are recognised by name, so that neither package is imported here.
+A weight may be sharded. Shards of an NF4Tensor have values; those of other weights are bytes. Classes are recognised by
+name, so that neither package is imported here.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..distributed.flat import whole_shape
+from ..distributed.sharding import from_local_like, is_sharded, local
 from ..errors import LoRAError
 from ..names import canonical, derives_from
 
 BITSANDBYTES, TORCHAO = "bitsandbytes", "torchao"
 INT8 = "int8"
+NF4 = "NF4Tensor"  # torchao's class, which derives from none of its others
 PACKS_FOR_CPU = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute of a 4-bit layer
 PACKED_BEFORE = "lora_packs_for_cpu"  # our attribute: that attribute was True before injection
 
@@ -26,15 +30,44 @@ def quantised_as(weight: object) -> str:
     """Return how a parameter is quantised, or "".
 
     bitsandbytes' parameters give "nf4", "fp4" or "int8", also before their first move to a device quantises them.
-    torchao's give the name of their class.
+    torchao's give the name of their class. A sharded parameter is quantised as its shards are.
     """
     if type(weight) in (torch.Tensor, nn.Parameter):
         return ""
+    if is_sharded(weight):
+        return quantised_as(cast(Any, weight)._local_tensor)  # to_local would record a gradient
     if derives_from(weight, "Params4bit", (BITSANDBYTES,)):
         return str(cast(Any, weight).quant_type)
     if derives_from(weight, "Int8Params", (BITSANDBYTES,)):
         return INT8
-    return type(weight).__name__ if derives_from(weight, "TorchAOBaseTensor", (TORCHAO,)) else ""
+    return type(weight).__name__ if is_of_torchao(weight) else ""
+
+
+def is_of_torchao(weight: object) -> bool:
+    """Return whether a parameter is a quantised tensor of torchao."""
+    return any(derives_from(weight, name, (TORCHAO,)) for name in ("TorchAOBaseTensor", NF4))
+
+
+def is_nf4_tensor(weight: object) -> bool:
+    """Return whether a parameter, or its shard on this rank, is torchao's NF4Tensor."""
+    return quantised_as(weight) == NF4
+
+
+def refuse_bytes(weight: object, name: str) -> None:
+    """Refuse a sharded weight whose shards are bytes without values.
+
+    Args:
+        weight: a quantised parameter.
+        name: of its layer, for the message.
+
+    Raises:
+        LoRAError: the weight is sharded, and no NF4Tensor.
+    """
+    if is_sharded(weight) and not is_nf4_tensor(weight):
+        raise LoRAError(
+            f"{name!r}: its quantised weight was sharded, and the shards are bytes without values. Quantise the plain "
+            'base by quantize_base(model, "nf4") instead, or keep the quantised base whole on each device, as DDP does.'
+        )
 
 
 def quantised_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -55,13 +88,17 @@ def quantised_modules(places: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.M
 def dequantize(module: nn.Module, name: str = "weight") -> torch.Tensor:
     """Return the values of a quantised parameter as a new plain tensor, in the dtype of `dtype_of`.
 
-    A parameter that is not quantised yet is quantised in a copy first, so that the result has its later values.
+    The values of a sharded parameter are sharded like it. A parameter that is not quantised yet is quantised in a copy
+    first, so that the result has its later values.
     """
     weight: Any = module._parameters[name]
     quantised = quantised_as(weight)
     with torch.inference_mode(False), torch.no_grad():  # torchao's tensors cannot be detached in inference mode
         if weight.is_meta:
             return torch.empty(shape_of(weight), dtype=dtype_of(weight), device="meta")
+        if quantised == NF4:
+            return from_local_like(cast(Any, local(weight)).get_original_weight(), weight)
+        refuse_bytes(weight, type(module).__name__)
         if quantised == INT8:
             return _dequantize_8bit(module, weight)
         if not derives_from(weight, "Params4bit", (BITSANDBYTES,)):
@@ -104,9 +141,9 @@ def dtype_of(weight: Any) -> torch.dtype:
 
 
 def shape_of(weight: Any) -> torch.Size:
-    """Return the shape of a parameter's dequantised values."""
+    """Return the shape of a parameter's dequantised values; of a flat one that of the whole."""
     state = getattr(weight, "quant_state", None)
-    return torch.Size(weight.shape if state is None else state.shape)
+    return torch.Size(whole_shape(weight) if state is None else state.shape)
 
 
 def unpack_for_gradients_(module: nn.Module, weight: Any) -> None:

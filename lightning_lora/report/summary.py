@@ -36,7 +36,7 @@ HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
 class LayerGroup:
     """Adapted layers with the same ending of the name, class, r and lora_alpha."""
 
-    name: str  # the ending of their names, with * for numbers
+    name: str  # the ending of their names, see names.group_names
     kind: str  # their class before injection
     count: int
     r: int  # 0 for a table with trained rows
@@ -209,21 +209,21 @@ def summarise(handle: AdaptedModel) -> Summary:
     base = {each.name: each.parameter for each in base_parameters_of(handle.modules)}
     trainable = [parameter for parameter in (*factors, *base.values()) if parameter.requires_grad]
     total = sum(shape_of(parameter).numel() for parameter in (*factors, *base.values()))
-    also_trained = {name: parameter.numel() for name, parameter in base.items() if parameter.requires_grad}
-    saved = {name: value.numel() for name, value in handle.initial().items()}
+    also_trained = {name: shape_of(parameter).numel() for name, parameter in base.items() if parameter.requires_grad}
+    saved = {name: shape_of(value).numel() for name, value in handle.initial().items()}
     return Summary(
         variant=variant_of(record.config).title + (" with use_rslora" if record.config.use_rslora else ""),
         start=_start(record.config.init_lora_weights),
         layers=len(layers),
         groups=_group(layers),
-        trainable=sum(parameter.numel() for parameter in trainable),
+        trainable=sum(shape_of(parameter).numel() for parameter in trainable),
         total=total,
-        adapter_parameters=sum(factor.numel() for factor in factors),
-        adapter_bytes=sum(factor.nbytes for factor in stored),
+        adapter_parameters=sum(shape_of(factor).numel() for factor in factors),
+        adapter_bytes=sum(shape_of(factor).numel() * factor.itemsize for factor in stored),
         adapter_dtypes=tuple(dict.fromkeys(str(factor.dtype).removeprefix("torch.") for factor in factors)),
         also_trained=also_trained,
         also_saved={name: size for name, size in saved.items() if name not in also_trained},
-        left_out=_left_out(handle.left_out(), base, total - sum(factor.numel() for factor in factors)),
+        left_out=_left_out(handle.left_out(), base, total - sum(shape_of(factor).numel() for factor in factors)),
         by_kind=next((value for value in BY_KIND if value == record.config.target_modules), ""),
         passed_over=record.passed_over,
         quantised=_quantised(handle),
@@ -274,7 +274,7 @@ def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
         key = (group_of[name], kind, spec.r, spec.alpha)
         if spec.rows:
             key = (group_of[name], f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0)
-        sizes.setdefault(key, []).append(sum(factor.numel() for factor in layer.factors()))
+        sizes.setdefault(key, []).append(sum(shape_of(factor).numel() for factor in layer.factors()))
     return tuple(
         LayerGroup(name, kind, len(of_group), r, alpha, sum(of_group))
         for (name, kind, r, alpha), of_group in sizes.items()
@@ -336,15 +336,14 @@ def _left_out_text(left_out: LeftOut) -> str:
 
 def _plain_table(rows: list[tuple[str, ...]], *, more: str) -> list[str]:
     widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
-    for column in (1, 0):  # long classes are cut first, then long names
+    for column in (1, 0):  # long classes are cut first, then long names are written over several lines
         excess = sum(widths) + 2 * len(widths) - WIDTH
         widths[column] = max(min(widths[column], NARROWEST), widths[column] - max(excess, 0))
     lines = []
-    for row in (HEAD, *rows):
-        cells = [
-            cell if len(cell) <= width else f"{cell[: width - 3]}..." for cell, width in zip(row, widths, strict=True)
-        ]
-        left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-        lines.append(f"  {'  '.join([*left, *right])}")
+    for name, kind, *numbers in (HEAD, *rows):
+        first, *more_lines = textwrap.wrap(name, widths[0], break_on_hyphens=False)
+        kind = kind if len(kind) <= widths[1] else f"{kind[: widths[1] - 3]}..."
+        right = [cell.rjust(width) for cell, width in zip(numbers, widths[2:], strict=True)]
+        lines.append(f"  {'  '.join([first.ljust(widths[0]), kind.ljust(widths[1]), *right])}")
+        lines += [f"  {line}" for line in more_lines]
     return [*lines, f"  {more}"] if more else lines

@@ -34,6 +34,7 @@ from support.models import randomise_
 from support.quantised import (
     FEATURES,
     NAMES,
+    NF4,
     OF_BITSANDBYTES,
     OF_TORCHAO,
     QUANTISED,
@@ -314,7 +315,7 @@ def test_deepcopy_computes_the_same_and_trains_apart(kind):
     assert type(twin[0]) is type(model[0])
 
 
-@pytest.mark.parametrize("kind", OF_BITSANDBYTES)
+@pytest.mark.parametrize("kind", [*OF_BITSANDBYTES, NF4])
 def test_pickle_computes_the_same(kind):
     model = adapted(kind)
     assert torch.equal(pickle.loads(pickle.dumps(model))(inputs()), model(inputs()))
