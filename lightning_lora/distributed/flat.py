@@ -18,8 +18,10 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 FIND, FREE = "lora_find_slice", "lora_free_gathered"  # attributes of a flat tensor
+UNIT = "lora_free_unit"  # attribute of a module that owns flat tensors
 
 
 class FlatShard(NamedTuple):
@@ -63,6 +65,22 @@ def attach(tensor: torch.Tensor, find: Callable[[], FlatShard], free: Callable[[
     vars(tensor)[FIND], vars(tensor)[FREE] = find, free
 
 
+def attach_owner(module: nn.Module, free: Callable[..., None]) -> None:
+    """Note how a module is given its flat tensors back, where a strategy puts gathered tensors in their place.
+
+    Args:
+        module: an owner of flat parameters.
+        free: drops what was gathered. With broken_off=True an exception has ended a forward or backward: there is no
+            forward to go on with.
+    """
+    vars(module)[UNIT] = free
+
+
+def owns_flat(module: nn.Module) -> bool:
+    """Return whether attach_owner was called on a module."""
+    return UNIT in vars(module)
+
+
 def recognise(attach_one: Callable[[torch.Tensor], bool]) -> None:
     """Let a strategy recognise its own tensors when they are first asked for; harmless when repeated.
 
@@ -81,8 +99,8 @@ def make_plain(tensor: torch.Tensor) -> None:
 
 
 def are_any_flat() -> bool:
-    """Return whether this process ever had a flat tensor."""
-    return _Known.flat
+    """Return whether this process ever had a flat tensor. In a compiled forward none counts, see is_flat."""
+    return _Known.flat and not torch.compiler.is_compiling()
 
 
 def is_flat(tensor: object) -> bool:
@@ -109,6 +127,14 @@ def free_gathered(tensors: Iterable[object]) -> None:
             free = vars(tensor)[FREE]
             if free is not None:
                 free()
+
+
+def free_owners(modules: Iterable[nn.Module], *, broken_off: bool = False) -> None:
+    """Give modules their flat tensors back in place of gathered ones, see attach_owner. In place."""
+    for module in modules:
+        free = vars(module).get(UNIT)
+        if free is not None:
+            free(broken_off=broken_off)
 
 
 def flat_like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

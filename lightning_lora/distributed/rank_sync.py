@@ -76,7 +76,9 @@ class RankSync:
         for mesh in self.meshes:
             values = values.to(mesh.device_type)
             reduce_(values, mesh, range(mesh.ndim), op)
-        for group, device in self.groups:
+        # Of a failure all must know: FSDP1's HYBRID_SHARD has several groups with the same slices.
+        everyone = dict.fromkeys((None, device) for _, device in self.groups)
+        for group, device in self.groups if op == dist.ReduceOp.SUM else everyone:
             values = values.to(device)
             dist.all_reduce(values, op, group=group)
         return values

@@ -22,6 +22,7 @@ from .flat import (
     flat_samples,
     flat_shard,
     free_gathered,
+    free_owners,
     gather,
     is_flat,
     pieces,
@@ -229,6 +230,7 @@ def reshard_(modules: Iterable[nn.Module]) -> None:
     """
     if are_any_flat():
         modules = list(modules)
+        free_owners(modules)
         free_gathered(parameter for module in modules for parameter in module._parameters.values())
     if FSDP not in sys.modules:
         return
@@ -238,7 +240,7 @@ def reshard_(modules: Iterable[nn.Module]) -> None:
 
 
 def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Put the shards back after an exception inside a forward, when FSDP2's reshard() has no effect. In place.
+    """Put the shards back after an exception inside a forward, when reshard_ has no effect. In place.
 
     Args:
         modules: all modules of a model, with their names.
@@ -247,6 +249,8 @@ def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
         LoRAError: this version of torch cannot do it, or fully_shard was not called on the outermost module.
     """
     outermost: list[str] = []
+    modules = list(modules)
+    free_owners((module for _, module in modules), broken_off=True)
     for name, module in modules:
         if is_fully_sharded(module) and not any(name.startswith(f"{outer}." if outer else "") for outer in outermost):
             outermost.append(name)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import AVERAGED, entries_match, fingerprint_entries, without_rows
-from ..distributed.flat import is_flat, whole_shape
+from ..distributed.flat import is_flat, owns_flat, whole_shape
 from ..distributed.sharding import copy_all_, full_tensor, gather_all, holds_shards, reshard_
 from ..errors import LoRAError, NonFiniteError
 from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names, checkpoint_metadata, in_one_storage
@@ -229,7 +229,12 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
 
 
 def _live_state(handle: AdaptedModel) -> dict[str, Any]:
-    """Return the model's state dict; loading it leaves quantised weights untouched."""
+    """Return the model's state dict; loading it leaves quantised weights untouched. Nothing where weights are flat.
+
+    A strategy with flat weights loads what a checkpoint holds, and state_dict would gather the whole model.
+    """
+    if any(owns_flat(module) for _, module in handle.modules):
+        return {}
     state, quantised = by_canonical_names(handle.model.state_dict()), quantised_weights(handle.places)
     for name in quantisation_entries(state, quantised):
         del state[name]
@@ -274,20 +279,27 @@ def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
         handle: of the model.
         keep: whether this rank writes files. Elsewhere tensors of the base are dropped, and come on the meta device.
     """
+    if handle.record.save == "adapter":
+        return gather_all(state_of_kind(handle))
+    changing = set(open_state(handle).keys)
+    return {
+        name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value
+        for name, value in state_of_kind(handle).items()
+    }
+
+
+def state_of_kind(handle: AdaptedModel) -> dict[str, Any]:
+    """Return what a checkpoint of the model's kind holds, sharded as the model is. Collective where it is sharded."""
     live, kind = open_state(handle), handle.record.save
     if kind == "adapter":
-        return gather_all(live.values())
+        return live.values()
     state = {
         name: cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
         for name, tensor, owner in live.entries
     }
     if kind == "merged":
         state = _merge_state(handle, state, dequantize_dtype(handle.record.dequantize, "checkpoint"))
-    changing = set(live.keys)
-    return {
-        name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value
-        for name, value in state.items()
-    }
+    return state
 
 
 def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor:

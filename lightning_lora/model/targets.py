@@ -385,10 +385,10 @@ def _weight_problem(module: nn.Module) -> str:
 
 def _tensor_problem(weight: nn.Parameter, kind: str) -> str:
     """Return why a tensor in a module of this class cannot be adapted, or ""."""
-    if is_sharded(weight):
+    if is_sharded(weight) or getattr(weight, "_fsdp_flattened", False):  # the mark of FSDP1
         return (
             f"the weight of the {kind} is sharded already; call inject(model, LoRAConfig(...)) in configure_model, "
-            "after the layers are built and before fully_shard or parallelize_module"
+            "after the layers are built and before fully_shard, parallelize_module or wrap"
         )
     if weight.dtype not in MERGEABLE_DTYPES:
         return f"its weight is {weight.dtype}, and adapters need float16, bfloat16, float32 or float64"
