@@ -11,8 +11,8 @@ ATTRIBUTE = "lora_injection"  # attribute of the injected module: the record of 
 KEPT = "lora_kept"  # attribute of modules of an injected model: what the record keeps of the module
 META = "lora"  # key of an adapter's metadata in a checkpoint
 ENTRY = "lora_learned"  # key of the record's content in a state dict
-# Segments that torch.compile and checkpoint_wrapper add to names.
-COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+# Segments that torch.compile, checkpoint_wrapper and FSDP1 add to names.
+COMPILED, CHECKPOINTED, FLATTENED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")  # packages
 
@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 
 def canonical(name: str) -> str:
     """Return a module or state name without the segments that wrappers add."""
-    if COMPILED not in name and CHECKPOINTED not in name:
+    if COMPILED not in name and CHECKPOINTED not in name and FLATTENED not in name:
         return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 

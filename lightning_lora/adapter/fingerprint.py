@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..distributed.flat import whole_shape
 from ..distributed.sharding import samples, samples_of_all
 from ..errors import LoRAError
 from ..names import parent_names
@@ -41,8 +42,9 @@ def without_rows(entries: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
 
 def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
     """Return shape, dtype and a few values of a tensor."""
-    positions = sample_positions(weight.numel())
-    return entry_of(weight.shape, weight.dtype, samples(weight, positions))
+    shape = whole_shape(weight)
+    positions = sample_positions(shape.numel())
+    return entry_of(shape, weight.dtype, samples(weight, positions))
 
 
 def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
@@ -55,8 +57,8 @@ def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str
 
     def with_positions() -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
         for name, weight in weights:
-            found[name] = weight.shape, weight.dtype
-            yield weight, sample_positions(weight.numel())
+            found[name] = shape, _ = whole_shape(weight), weight.dtype
+            yield weight, sample_positions(shape.numel())
 
     values = samples_of_all(with_positions())
     return {name: entry_of(*found[name], of_name) for name, of_name in zip(found, values, strict=True)}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import LoRAError, NonFiniteError, sentence
+from .flat import flat_shard, is_flat
 from .sharding import holds_shards, is_sharded, reduce_
 
 
@@ -31,7 +32,10 @@ class RankSync:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         """Find the ranks over which these tensors are sharded."""
+        tensors = list(tensors)
         self.meshes = list(dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor)))
+        shards = [flat_shard(tensor) for tensor in tensors if is_flat(tensor)]
+        self.groups = list(dict.fromkeys((shard.group, shard.device) for shard in shards))  # of flat tensors
         self.names: list[str] = []
         self.failed: tuple[int, Exception] | None = None  # number and error of this rank's first failed step
 
@@ -57,6 +61,8 @@ class RankSync:
             on_mesh = is_sharded(tensor) and tensor.device_mesh == mesh
             dims = [dim for dim in range(mesh.ndim) if not on_mesh or cast(Any, tensor).placements[dim].is_replicate()]
             holders *= math.prod(mesh.size(dim) for dim in dims)
+        own = flat_shard(tensor).group if is_flat(tensor) else self
+        holders *= math.prod(dist.get_world_size(group) for group, _ in self.groups if group is not own)
         return 1 / holders
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
@@ -64,9 +70,17 @@ class RankSync:
 
         Collective.
         """
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def _reduced(self, values: torch.Tensor, op: Any) -> torch.Tensor:
         for mesh in self.meshes:
             values = values.to(mesh.device_type)
-            reduce_(values, mesh, range(mesh.ndim), dist.ReduceOp.SUM)
+            reduce_(values, mesh, range(mesh.ndim), op)
+        # Of a failure all must know: FSDP1's HYBRID_SHARD has several groups with the same slices.
+        everyone = dict.fromkeys((None, device) for _, device in self.groups)
+        for group, device in self.groups if op == dist.ReduceOp.SUM else everyone:
+            values = values.to(device)
+            dist.all_reduce(values, op, group=group)
         return values
 
     def raise_on_any_rank(self) -> None:
@@ -78,11 +92,7 @@ class RankSync:
             LoRAError: only other ranks failed.
         """
         count = len(self.names)  # the same on all ranks, so a number means the same step everywhere
-        first = self._severity()
-        for mesh in self.meshes:
-            flag = torch.tensor(first, device=mesh.device_type)
-            reduce_(flag, mesh, range(mesh.ndim), dist.ReduceOp.MIN)
-            first = int(flag)
+        first = int(self._reduced(torch.tensor(self._severity()), dist.ReduceOp.MIN))
         if first == 2 * count:
             return
         kind = LoRAError if first < count else NonFiniteError

@@ -1,4 +1,4 @@
-"""Sharded tensors (DTensor), which fully_shard and parallelize_module spread over ranks.
+"""Sharded tensors: DTensors, which fully_shard and parallelize_module spread over ranks, and flat ones (flat.py).
 
 Functions marked "Collective" communicate: every rank must call them, in the same order.
 """
@@ -15,6 +15,19 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import LoRAError
+from .flat import (
+    are_any_flat,
+    flat_like,
+    flat_rows,
+    flat_samples,
+    flat_shard,
+    free_gathered,
+    free_owners,
+    gather,
+    is_flat,
+    pieces,
+    scatter_,
+)
 
 if TYPE_CHECKING:  # otherwise imported where they are used: they take as long as all other imports of this package
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,6 +43,11 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     return type(tensor) not in PLAIN and any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
+def is_spread(tensor: object) -> bool:
+    """Return whether ranks hold parts of a tensor: it is a DTensor, or flat."""
+    return is_sharded(tensor) or is_flat(tensor)
+
+
 def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
     """Return whether fully_shard (FSDP2) was called on a module."""
     fsdp = sys.modules.get(FSDP)
@@ -38,21 +56,29 @@ def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
 
 def holds_shards(module: nn.Module) -> bool:
     """Return whether one of the module's own parameters is sharded. Parameters that are gathered now count too."""
-    return is_fully_sharded(module) or any(map(is_sharded, module._parameters.values()))
+    return is_fully_sharded(module) or any(map(is_spread, module._parameters.values()))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard of a tensor, or a plain tensor itself. The result is detached and shares memory."""
+    """Return this rank's shard of a tensor, or a plain tensor itself. The result is detached and shares memory.
+
+    The shard of a flat tensor has one dimension.
+    """
     if not is_sharded(tensor):
-        return tensor.detach()
+        return flat_shard(tensor).values.detach() if is_flat(tensor) else tensor.detach()
     with torch.no_grad():
         return tensor.to_local()
+
+
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in the same memory, detached and sharded like it."""
+    return flat_like(local(tensor), tensor) if is_flat(tensor) else tensor.detach()
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole tensor, detached, on the device that holds the shard. Collective where it is sharded."""
     if not is_sharded(tensor):
-        return tensor.detach()
+        return gather(tensor) if is_flat(tensor) else tensor.detach()
     device = tensor.device
     with torch.inference_mode(False), torch.no_grad():
         # Collectives need the device of the mesh, and offloaded shards are on the CPU.
@@ -62,12 +88,14 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def meeting_device(tensor: torch.Tensor) -> torch.device:
     """Return the device on which ranks exchange values of a tensor. An offloaded shard lies on another device."""
+    if is_flat(tensor):
+        return flat_shard(tensor).device
     return torch.device(tensor.device_mesh.device_type) if is_sharded(tensor) else tensor.device
 
 
 def gather_all(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values with each sharded tensor gathered on the CPU; other values are unchanged. Collective."""
-    return {name: full_tensor(value).cpu() if is_sharded(value) else value for name, value in values.items()}
+    return {name: full_tensor(value).cpu() if is_spread(value) else value for name, value in values.items()}
 
 
 def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
@@ -75,6 +103,8 @@ def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 
     Collective where the matrix is sharded.
     """
+    if is_flat(tensor):
+        return flat_rows(tensor, rows)
     shard = local(tensor)
     if not is_sharded(tensor):
         return shard[torch.tensor(rows, device=shard.device)]
@@ -82,16 +112,13 @@ def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     inside = [place for place, row in enumerate(rows) if lines.start <= row < lines.stop]
     values = torch.zeros(len(rows), tensor.shape[1], dtype=torch.float64, device=shard.device)
     values[inside, columns] = shard[[rows[place] - lines.start for place in inside]].double()
-    values = values.to(tensor.device_mesh.device_type)
-    split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    reduce_(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
-    return values.to(shard.device, shard.dtype)
+    return sum_over_shards(values, tensor).to(shard.dtype)
 
 
 def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a DTensor made of this rank's shard and sharded like `tensor`. If `tensor` is plain, return the shard."""
+    """Return a tensor made of this rank's shard and sharded like `tensor`. If `tensor` is plain, return the shard."""
     if not is_sharded(tensor):
-        return shard
+        return flat_like(shard, tensor) if is_flat(tensor) else shard
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -100,11 +127,42 @@ def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def window(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """Return the position of this rank's shard in the whole tensor: one slice for each dimension."""
+    """Return the position of this rank's shard in the whole tensor: one slice for each dimension. No flat tensor."""
     if not is_sharded(tensor):
         return tuple(slice(0, size) for size in tensor.shape)
     chunk = cast(Any, tensor).__create_chunk_list__()[0]  # the protocol of torch.distributed.checkpoint
     return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def windows(tensor: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slice, slice]]:
+    """Return the parts of this rank's shard as matrices, each with its rows and columns in the whole weight.
+
+    A plain tensor and a DTensor have one part, a flat tensor up to three.
+
+    Args:
+        tensor: a weight.
+        width: the number of columns of the whole weight, seen as a matrix.
+    """
+    if is_flat(tensor):
+        shard = flat_shard(tensor)
+        parts = pieces(shard.start, shard.stop, width)
+        sizes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in parts]
+        views = torch.split(shard.values.detach(), [height * columns for height, columns in sizes])
+        return [(view.view(size), *part) for view, size, part in zip(views, sizes, parts, strict=True)]
+    rows, columns, *_ = window(tensor)
+    inner = tensor.shape[2:].numel()
+    return [(local(tensor).flatten(1), rows, slice(columns.start * inner, columns.stop * inner))]
+
+
+def sum_over_shards(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return sums over the ranks of values that each rank computed from its shard of a tensor. Collective."""
+    device, values = values.device, values.to(meeting_device(tensor))
+    if is_flat(tensor):
+        dist.all_reduce(values, group=flat_shard(tensor).group)
+    elif is_sharded(tensor):
+        split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+        reduce_(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
+    return values.to(device)
 
 
 def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -119,12 +177,29 @@ def copy_all_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy many pairs (target, source) as copy_ does. In place."""
     with torch.inference_mode(False), torch.no_grad():  # once for all, because it takes longer than a small copy
         for target, source in pairs:
-            if is_sharded(source) == is_sharded(target):
+            if is_flat(target) or is_flat(source):
+                _copy_flat_(target, source)
+            elif is_sharded(source) == is_sharded(target):
                 target.copy_(source)
             elif is_sharded(target):
                 local(target).copy_(source[window(target)])
             else:
                 target.copy_(full_tensor(source))
+
+
+def _copy_flat_(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between tensors of which at least one is flat. In place. Collective unless both are divided alike."""
+    if not is_flat(target):
+        copy_(target, full_tensor(source))
+    elif is_flat(source) and flat_shard(source)[1:] == flat_shard(target)[1:]:
+        local(target).copy_(local(source))
+    else:
+        scatter_(target, full_tensor(source))
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor, detached, on the same device and with the same sharding."""
+    return flat_like(local(tensor).clone(), tensor) if is_flat(tensor) else tensor.detach().clone()
 
 
 def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -137,10 +212,10 @@ def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     together: dict[tuple[torch.dtype, torch.device], list[str]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in tensors.items():
-            if type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_meta and tensor.itemsize > 1:
+            if _is_strided(tensor) and not is_flat(tensor) and not tensor.is_meta and tensor.itemsize > 1:
                 together.setdefault((tensor.dtype, tensor.device), []).append(name)
             else:
-                copies[name] = tensor.detach().clone()
+                copies[name] = copy_of(tensor)
         for names in together.values():
             flat = torch.cat([tensors[name].detach().reshape(-1) for name in names])
             for name, part in zip(names, torch.split(flat, [tensors[name].numel() for name in names]), strict=True):
@@ -149,10 +224,14 @@ def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def reshard_(modules: Iterable[nn.Module]) -> None:
-    """Replace weights that FSDP2 has gathered in these modules by their shards again. In place.
+    """Replace weights that a strategy has gathered in these modules by their shards again. In place.
 
     Changes of a gathered weight are lost, because the shards do not get them.
     """
+    if are_any_flat():
+        modules = list(modules)
+        free_owners(modules)
+        free_gathered(parameter for module in modules for parameter in module._parameters.values())
     if FSDP not in sys.modules:
         return
     for module in modules:
@@ -161,7 +240,7 @@ def reshard_(modules: Iterable[nn.Module]) -> None:
 
 
 def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Put the shards back after an exception inside a forward, when FSDP2's reshard() has no effect. In place.
+    """Put the shards back after an exception inside a forward, when reshard_ has no effect. In place.
 
     Args:
         modules: all modules of a model, with their names.
@@ -170,6 +249,8 @@ def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
         LoRAError: this version of torch cannot do it, or fully_shard was not called on the outermost module.
     """
     outermost: list[str] = []
+    modules = list(modules)
+    free_owners((module for _, module in modules), broken_off=True)
     for name, module in modules:
         if is_fully_sharded(module) and not any(name.startswith(f"{outer}." if outer else "") for outer in outermost):
             outermost.append(name)
@@ -221,7 +302,11 @@ def samples_of_all(wanted: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list
     indices: dict[tuple[Sequence[int], torch.device], torch.Tensor] = {}
     together: dict[tuple[torch.dtype, torch.device], dict[int, torch.Tensor]] = {}
     found: dict[int, list[float]] = {}
+    flat: dict[int, tuple[torch.Tensor, Sequence[int]]] = {}
     for i, (tensor, positions) in enumerate(wanted):
+        if is_flat(tensor):
+            flat[i] = tensor, positions
+            continue
         if not _can_be_indexed(tensor):
             found[i] = samples(tensor, positions)
             continue
@@ -234,15 +319,22 @@ def samples_of_all(wanted: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list
         all_values = torch.cat([*parts.values()]).double().tolist()
         starts = itertools.accumulate((part.numel() for part in parts.values()), initial=0)
         found |= {i: all_values[start : start + parts[i].numel()] for i, start in zip(parts, starts, strict=False)}
+    found |= dict(zip(flat, flat_samples([*flat.values()]), strict=True))
     return [found[i] for i in sorted(found)]
 
 
 def _can_be_indexed(tensor: torch.Tensor) -> bool:
-    return type(tensor) in PLAIN and tensor.layout is torch.strided and tensor.is_contiguous() and tensor.itemsize > 1
+    return _is_strided(tensor) and tensor.is_contiguous() and tensor.itemsize > 1
+
+
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return type(tensor) in PLAIN and tensor.layout is torch.strided
 
 
 def samples(tensor: torch.Tensor, positions: Sequence[int]) -> list[float]:
     """Return the values of the whole tensor, flattened, at these positions. Collective where it is sharded."""
+    if is_flat(tensor):
+        return flat_samples([(tensor, positions)])[0]
     shard, slices = local(tensor), window(tensor)
     indices = torch.unravel_index(torch.tensor(positions, dtype=torch.long), tensor.shape)
     on_shard = torch.ones(len(positions), dtype=torch.bool)
@@ -252,8 +344,4 @@ def samples(tensor: torch.Tensor, positions: Sequence[int]) -> list[float]:
     values = torch.zeros(len(positions), dtype=torch.float64)
     readable = shard.view(torch.uint8) if shard.element_size() == 1 else shard  # torch 2.6 indexes no float8
     values[on_shard] = readable[tuple(inside)].view(shard.dtype).double().cpu()
-    if is_sharded(tensor):
-        values = values.to(tensor.device_mesh.device_type)
-        split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-        reduce_(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
-    return cast(list[float], values.tolist())
+    return cast(list[float], sum_over_shards(values, tensor).tolist())

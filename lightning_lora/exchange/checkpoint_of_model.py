@@ -13,7 +13,8 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import AVERAGED, entries_match, fingerprint_entries, without_rows
-from ..distributed.sharding import gather_all, holds_shards
+from ..distributed.flat import is_flat, owns_flat, whole_shape
+from ..distributed.sharding import copy_all_, full_tensor, gather_all, holds_shards, reshard_
 from ..errors import LoRAError, NonFiniteError
 from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names, checkpoint_metadata, in_one_storage
 from ..model.adapted_model import AdaptedModel, open_model
@@ -228,7 +229,12 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
 
 
 def _live_state(handle: AdaptedModel) -> dict[str, Any]:
-    """Return the model's state dict; loading it leaves quantised weights untouched."""
+    """Return the model's state dict; loading it leaves quantised weights untouched. Nothing where weights are flat.
+
+    A strategy with flat weights loads what a checkpoint holds, and state_dict would gather the whole model.
+    """
+    if any(owns_flat(module) for _, module in handle.modules):
+        return {}
     state, quantised = by_canonical_names(handle.model.state_dict()), quantised_weights(handle.places)
     for name in quantisation_entries(state, quantised):
         del state[name]
@@ -264,6 +270,73 @@ def _prepare_full(
         state[name] = cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
 
 
+def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
+    """Return what a checkpoint of the model's kind holds as whole tensors on the CPU, tensor by tensor. Collective.
+
+    It is for strategies under which state_dict() does not show the parameters.
+
+    Args:
+        handle: of the model.
+        keep: whether this rank writes files. Elsewhere tensors of the base are dropped, and come on the meta device.
+    """
+    if handle.record.save == "adapter":
+        return gather_all(state_of_kind(handle))
+    changing = set(open_state(handle).keys)
+    return {
+        name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value
+        for name, value in state_of_kind(handle).items()
+    }
+
+
+def state_of_kind(handle: AdaptedModel) -> dict[str, Any]:
+    """Return what a checkpoint of the model's kind holds, sharded as the model is. Collective where it is sharded."""
+    live, kind = open_state(handle), handle.record.save
+    if kind == "adapter":
+        return live.values()
+    state = {
+        name: cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
+        for name, tensor, owner in live.entries
+    }
+    if kind == "merged":
+        state = _merge_state(handle, state, dequantize_dtype(handle.record.dequantize, "checkpoint"))
+    return state
+
+
+def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
+    whole = full_tensor(tensor).cpu()
+    return whole if keep else whole.to("meta")
+
+
+def load_whole_state_(module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
+    """Do what module.load_state_dict does, where some parameters may be flat. In place.
+
+    torch is shown the empty parameters themselves, so that it checks all names and the other shapes.
+
+    Args:
+        module: an injected module.
+        state: whole tensors. An empty one in place of a flat parameter says that it stays as it is.
+        strict: as in load_state_dict.
+
+    Raises:
+        LoRAError: a tensor has another shape than a flat parameter; nothing is loaded.
+    """
+    reshard_(module.modules())
+    names = module.named_parameters(remove_duplicate=False)
+    flat = {canonical(name): parameter for name, parameter in names if is_flat(parameter)}
+    shown, pairs = dict(state), []
+    for name, value in state.items():
+        parameter = flat.get(canonical(name))
+        if parameter is None:
+            continue
+        shape, shown[name] = whole_shape(parameter), parameter.detach()
+        if value.shape == shape:
+            pairs.append((parameter, value))
+        elif value.shape != parameter.shape:
+            raise LoRAError(f"checkpoint: {name!r} must have shape {tuple(shape)}, but has {tuple(value.shape)}.")
+    module.load_state_dict(shown, strict=strict)
+    copy_all_(pairs)
+
+
 def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
     """Return the values from before training, by the model's names.
 
@@ -275,7 +348,7 @@ def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, 
     if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named):
         part = _common_module(initial)  # what is trained beside the injected part is not listed
         changed = {id(base[name]) for name in adapter.tensors if name in base and name.startswith(part)}
-        fits = all(name in base and base[name].shape == value.shape for name, value in initial.items())
+        fits = all(name in base and whole_shape(base[name]) == value.shape for name, value in initial.items())
         if fits and changed <= {id(base[name]) for name in initial}:
             return dict(initial)
     shown = f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__

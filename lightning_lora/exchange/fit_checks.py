@@ -12,7 +12,8 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.values import check_finite, describe_value
-from ..distributed.sharding import is_sharded
+from ..distributed.flat import whole_shape
+from ..distributed.sharding import is_spread
 from ..errors import LoRAError
 from ..formats.peft_rows import NO_BIAS
 from ..matching import near_misses
@@ -45,7 +46,7 @@ def specs_for(handle: AdaptedModel, adapter: Adapter) -> Specs:
     for name in filter(ranks.__contains__, handle.kinds):
         layer, rank, spec = layers[name], ranks[name], layers[name].lora.spec
         scaling = adapter.scalings.get(name, spec.scaling)
-        if rank != spec.r and is_sharded(layer.factors()[0]):
+        if rank != spec.r and is_spread(layer.factors()[0]):
             raise LoRAError(
                 f"adapter: {name!r} is sharded, and has rank {spec.r}, the adapter {rank}: load it before the model is "
                 "sharded."
@@ -157,7 +158,7 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
             raise LoRAError(f"adapter: {name!r} must be a tensor as the model's, found {describe_value(value)}.")
         if id(tensor) in tables and isinstance(value, torch.Tensor):
             refuse_other_rows(name, value, tensor)
-        shape = shapes.get(id(tensor), tensor.shape)
+        shape = shapes.get(id(tensor), whole_shape(tensor))
         if not isinstance(value, torch.Tensor) or value.shape != shape:
             shown = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise LoRAError(f"adapter: {name!r} must have shape {tuple(shape)}, but has {shown}.")

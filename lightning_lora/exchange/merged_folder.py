@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed.flat import is_flat, whole_shape
 from ..distributed.rank_sync import RankSync, writes_files
-from ..distributed.sharding import full_tensor
+from ..distributed.sharding import detached, full_tensor
 from ..errors import LoRAError
 from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
@@ -120,7 +121,7 @@ def _write_merged(
     sizes = {key: _size(part.stored) for key, part in parts.items()}
     files = plan_shards(sizes, max_shard_bytes)
     writes = writes_files(module for _, module in listing.modules)
-    sync = RankSync(tensors.values())
+    sync = RankSync(tensor for tensor, _ in state.values())
 
     def step(what: object, action: Callable[[], object]) -> None:  # the first rank acts, and all learn if it failed
         sync.run(f"save_merged: {what}", action if writes else None)
@@ -207,6 +208,8 @@ def _base_tensors(places: NamedModules, prefix: str) -> dict[str, tuple[torch.Te
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Return a tensor with the shape and dtype that will be written."""
+    if is_flat(tensor):
+        return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
     if dtype is None or not quantised_as(tensor):
         return tensor
     return torch.empty(shape_of(tensor), dtype=dtype, device="meta")
@@ -219,7 +222,7 @@ def _merged(
     if dequantizer is not None and quantised_as(tensor):
         return dequantizer.weight(name, module).cpu()
     leaf = name.rpartition(".")[2]
-    values = [tensor.detach()]
+    values = [detached(tensor)]
     adapter = adapter_of(module, leaf)
     if adapter is not None and leaf not in adapter.lora.records:
         weights = adapter.adapted_weights()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..adapter.fingerprint import EQUAL
-from ..distributed.sharding import is_sharded
+from ..distributed.flat import whole_shape
+from ..distributed.sharding import is_spread
 from ..errors import LoRAError
 
 
@@ -15,9 +16,9 @@ def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
     Raises:
         LoRAError: the two have different numbers of rows: one of them was resized.
     """
-    if not is_sharded(live):
+    if not is_spread(live):
         refuse_other_rows(name, stored, live)
-    if stored.shape != live.shape or not stored.dim() or is_sharded(live) or live.is_meta:
+    if stored.shape != whole_shape(live) or not stored.dim() or is_spread(live) or live.is_meta:
         return False  # the fingerprint is compared instead
     relative = max(EQUAL, *(torch.finfo(tensor.dtype).eps for tensor in (stored, live)))
     rows = torch.isclose(stored.float(), live.float().cpu(), rtol=relative).reshape(len(stored), -1).all(1)
@@ -27,8 +28,9 @@ def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
 
 def refuse_other_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> None:
     """Raise LoRAError where a stored table and the model's differ in nothing but the number of rows."""
-    if stored.dim() and stored.shape[1:] == live.shape[1:] and len(stored) != len(live):
+    shape = whole_shape(live)
+    if stored.dim() and stored.shape[1:] == shape[1:] and len(stored) != shape[0]:
         raise LoRAError(
-            f"adapter: {name!r} has {len(stored)} rows, in the model {len(live)}: one of the two was resized. Resize "
+            f"adapter: {name!r} has {len(stored)} rows, in the model {shape[0]}: one of the two was resized. Resize "
             f"the model first: model.resize_token_embeddings({len(stored)})."
         )

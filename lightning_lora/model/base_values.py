@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed.sharding import copy_, is_sharded, local, reshard_
+from ..distributed.sharding import copy_, copy_of, is_spread, local, reshard_
 
 PLACES = "lora_base_places"  # attribute of a module with stand-ins: its BasePlaces by name
 HOOKS = "lora_base_hooks"  # attribute of such a module: the handles of the hooks below
@@ -48,23 +48,23 @@ class BasePlace:
     def put_(self) -> None:
         """Put the value from before training in place. In place."""
         live = self.tensors[self.leaf]
-        if is_sharded(self.stand_in):
+        if is_spread(self.stand_in):
             if self.trained is not self.stand_in:
                 return  # its tied twin was put already
-            self.gradient, self.trained = _gradient_key(self.stand_in), self.stand_in.detach().clone()
+            self.gradient, self.trained = _gradient_key(self.stand_in), copy_of(self.stand_in)
         else:
             _follow_(self.stand_in, live)
         value = self.initial[self.key]
-        if is_sharded(value) or is_sharded(self.stand_in):
+        if is_spread(value) or is_spread(self.stand_in):
             copy_(self.stand_in, value)
         else:
             self.stand_in.copy_(value)  # sharding.copy_ would enter inference_mode and no_grad again, which takes time
-        if not is_sharded(self.stand_in):
+        if not is_spread(self.stand_in):
             self.trained, self.tensors[self.leaf] = live, self.stand_in
 
     def take_back_(self) -> None:
         """Put the trained tensor back, moved or cast as the stand-in is now. In place; harmless when repeated."""
-        if is_sharded(self.stand_in):
+        if is_spread(self.stand_in):
             copy_(self.stand_in, self.trained)
             self.trained = self.stand_in
             return
@@ -79,7 +79,7 @@ class BasePlace:
     def had_backward(self) -> bool:
         """Return whether a sharded parameter got a gradient while its values were exchanged."""
         now = _gradient_key(self.stand_in)
-        return is_sharded(self.stand_in) and now is not None and now != self.gradient
+        return is_spread(self.stand_in) and now is not None and now != self.gradient
 
 
 def _gradient_key(parameter: torch.Tensor) -> tuple[int, int] | None:
@@ -129,9 +129,9 @@ def _put_all_(
         if live is None or id(live) not in recorded or leaf in base_places(module):
             continue
         tied = of_live.get(id(live))
-        if tied is None or not is_sharded(live):
+        if tied is None or not is_spread(live):
             tensors: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-            stand_in = live if is_sharded(live) else _like(live) if tied is None else tied.stand_in
+            stand_in = live if is_spread(live) else _like(live) if tied is None else tied.stand_in
             tied = of_live[id(live)] = BasePlace(tensors, leaf, *recorded[id(live)], live, stand_in)
         if HOOKS not in vars(module):
             _add_hooks(module)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Set
 import torch
 from torch import nn
 
-from ..distributed.sharding import copy_, reshard_
+from ..distributed.flat import whole_shape
+from ..distributed.sharding import copy_, copy_of, reshard_
 from ..names import names_factor
 from ..nn.adapted_module import AdaptedModule
 from .adapted_model import AdaptedModel
@@ -27,7 +28,7 @@ def snapshot_initial(handle: AdaptedModel) -> None:
             record.forget_initial(module)
         earlier, marks = record.initial(module), record.marks(module)
         new = {leaf: tensor for leaf, tensor in _changed_by_training(module, marks).items() if leaf not in earlier}
-        record.keep_initial(module, {leaf: tensor.detach().clone() for leaf, tensor in new.items()})
+        record.keep_initial(module, {leaf: copy_of(tensor) for leaf, tensor in new.items()})
 
 
 def _changed_by_training(module: nn.Module, marks: Mapping[str, Set[str]]) -> dict[str, torch.Tensor]:
@@ -46,7 +47,7 @@ def snapshot_materialised(handle: AdaptedModel) -> None:
     for _, module in handle.root_modules:
         on_meta = [leaf for leaf, value in handle.record.initial(module).items() if value.is_meta]
         now = own_state(module) if on_meta else {}
-        handle.record.keep_initial(module, {leaf: now[leaf].detach().clone() for leaf in on_meta})
+        handle.record.keep_initial(module, {leaf: copy_of(now[leaf]) for leaf in on_meta})
 
 
 def record_loaded(record: Injection, values: Iterable[tuple[nn.Module, str, object]]) -> None:
@@ -59,7 +60,7 @@ def record_loaded(record: Injection, values: Iterable[tuple[nn.Module, str, obje
     record.fingerprint = {}
     for module, leaf, value in values:
         before = record.initial(module).get(leaf)
-        if before is not None and isinstance(value, torch.Tensor) and before.shape == value.shape:
+        if before is not None and isinstance(value, torch.Tensor) and whole_shape(before) == whole_shape(value):
             device = value.device if before.is_meta else before.device
             record.keep_initial(module, {leaf: value.detach().clone().to(device, before.dtype)})
 

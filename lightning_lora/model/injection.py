@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..config import LoRAConfig
+from ..distributed.sharding import copy_of
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, KEPT
 from ..nn.writer import Writer
@@ -170,4 +171,4 @@ class Injection:
     def add_trained(self, module: nn.Module, leaf: str, parameter: torch.Tensor, *marks: Mark) -> None:
         """Mark a module's own parameter as trained, and keep its present value as the one from before training."""
         self.keep(module).setdefault("marks", {}).setdefault(leaf, set()).update(("trained", *marks))
-        self.keep_initial(module, {leaf: parameter.detach().clone()})
+        self.keep_initial(module, {leaf: copy_of(parameter)})

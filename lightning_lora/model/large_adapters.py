@@ -11,6 +11,7 @@ import torch
 from ..names import listed
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import SINGLE
+from ..nn.quantised import shape_of
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ def warn_of_large_adapters(layers: Mapping[str, AdaptedWeights]) -> None:
 
 def _measure(name: str, layer: AdaptedWeights) -> LargeAdapter:
     """Return an adapter's sizes. They are taken from low-rank blocks without values, on the meta device."""
-    stored = {leaf: torch.empty(tensor.shape, device="meta") for leaf, tensor in layer.stored().items()}
+    stored = {leaf: torch.empty(shape_of(tensor), device="meta") for leaf, tensor in layer.stored().items()}
     blocks = [block for of_weight in layer.update_blocks(stored).values() for block in of_weight]
     return LargeAdapter(
         name,
         layer.lora.spec.r,
-        parameters=sum(factor.numel() for factor in layer.factors() if factor.dim() > 1),
+        parameters=sum(shape.numel() for factor in layer.factors() if len(shape := shape_of(factor)) > 1),
         weights=sum(len(block.left) * block.right.shape[1] for block in blocks),
         most_rank=max(min(len(block.left), block.right.shape[1]) for block in blocks),
         trains_whole=layer.kind() not in SINGLE and not layer.quantised(),

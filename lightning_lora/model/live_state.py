@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed.sharding import detached
 from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import adapter_of
 from .adapted_model import AdaptedModel
@@ -86,4 +87,4 @@ def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.
         adapter = adapter_of(module, leaf)
         if adapter is not None:
             return adapter.original(leaf)
-    return tensor.detach()
+    return detached(tensor)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..distributed.flat import is_flat
 from ..distributed.rank_sync import RankSync
-from ..distributed.sharding import is_sharded, local, reset_, reshard_
+from ..distributed.sharding import is_spread, local, reset_, reshard_
 from ..errors import LoRAError, NonFiniteError
 from ..nn.adapted_module import take_turn
 from ..nn.adapted_weights import AdaptedWeights, Blocks
@@ -120,7 +121,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> N
                 else:
                     blocks = layer.blocks(weights[layer])
                     how = layer in copies, fidelity.observer(layer)
-                    if main_weights[layer].is_cpu:
+                    if _lies_on_cpu(main_weights[layer]):
                         sync.run(f"merge: layer {name!r}", _merge_layer, layer, weights[layer], blocks, *how, scratch)
                     else:
                         device.add(name, layer, weights[layer], blocks, *how)
@@ -232,10 +233,10 @@ def restore_shards_(listing: Listing) -> None:
     """
     layers = listing.layers
     reshard_(module for _, module in listing.modules)
-    if any(layer.lora.sharded and not is_sharded(layer.main_weight()) for layer in layers.values()):
+    if any(layer.lora.sharded and not is_spread(layer.main_weight()) for layer in layers.values()):
         reset_(listing.modules)
     for name, layer in layers.items():
-        sharded = is_sharded(layer.main_weight())
+        sharded = is_spread(layer.main_weight())
         if layer.lora.sharded and not sharded:
             raise LoRAError(
                 f"{name!r}: its weight is gathered by an FSDP2 module outside of {type(listing.model).__name__}; pass "
@@ -269,8 +270,13 @@ def _affordable_copies(layers: Mapping[AdaptedWeights, Weights]) -> set[AdaptedW
     return affordable
 
 
+def _lies_on_cpu(weight: torch.Tensor) -> bool:
+    """Return whether this rank's part of a weight is on the CPU; the slice of a flat weight may be offloaded."""
+    return (local(weight) if is_flat(weight) else weight).is_cpu
+
+
 def _local_nbytes(weight: torch.Tensor) -> int:
-    return local(weight).nbytes if is_sharded(weight) else weight.nbytes
+    return local(weight).nbytes if is_spread(weight) else weight.nbytes
 
 
 def _merge_layer(

@@ -10,6 +10,7 @@ from torch import nn
 from ..config import is_number, plain_number
 from ..errors import LoRAError
 from ..nn.adapted_weights import AdaptedWeights
+from ..nn.quantised import shape_of
 from .adapted_model import AdaptedModel, open_model
 
 LR_RATIO = 16.0  # the paper's
@@ -114,10 +115,10 @@ def _groups_of_factors(layers: Iterable[AdaptedWeights]) -> dict[nn.Parameter, s
             if role in FACTORS:
                 groups[parameter] = EMBEDDING if adapter.LOOKUP else FACTORS[role]
             else:
-                groups[parameter] = NO_DECAY if parameter.dim() < 2 or variant.replaces_rows else OTHER
+                groups[parameter] = NO_DECAY if len(shape_of(parameter)) < 2 or variant.replaces_rows else OTHER
     return groups
 
 
 def _group_of_other(name: str, parameter: nn.Parameter) -> str:
     """Return the group of a trainable parameter of the base."""
-    return NO_DECAY if parameter.dim() < 2 or "bias" in name else OTHER
+    return NO_DECAY if len(shape_of(parameter)) < 2 or "bias" in name else OTHER

@@ -226,7 +226,7 @@ def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, s
         f"{path}.{leaf}".lstrip("."): (module, leaf)
         for path, module in modules.items()
         for leaf, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() in (2, 3) and not is_factor(leaf, module)
+        if parameter is not None and len(shape_of(parameter)) in (2, 3) and not is_factor(leaf, module)
     }
 
 
@@ -439,21 +439,21 @@ def _weight_problem(module: nn.Module) -> str:
 
 def _tensor_problem(weight: nn.Parameter, kind: str) -> str:
     """Return why a tensor in a module of this class cannot be adapted, or ""."""
-    if is_sharded(weight):
+    if is_sharded(weight) or getattr(weight, "_fsdp_flattened", False):  # the mark of FSDP1
         return (
             f"the weight of the {kind} is sharded already; call inject(model, LoRAConfig(...)) in configure_model, "
-            "after the layers are built and before fully_shard or parallelize_module"
+            "after the layers are built and before fully_shard, parallelize_module or wrap"
         )
     if weight.dtype not in MERGEABLE_DTYPES:
         return f"its weight is {weight.dtype}, and adapters need float16, bfloat16, float32 or float64"
     if _is_empty(weight):
-        return f"its weight of shape {tuple(weight.shape)} has no values to adapt; give it some"
+        return f"its weight of shape {tuple(shape_of(weight))} has no values to adapt; give it some"
     return ""
 
 
 def _is_empty(weight: nn.Parameter | None) -> bool:
     """Return whether a weight has no values, as in nn.Linear(0, 8). The weight of a lazy layer is not empty."""
-    return weight is not None and not is_lazy(weight) and 0 in weight.shape
+    return weight is not None and not is_lazy(weight) and 0 in shape_of(weight)
 
 
 def _variant_problem(module: nn.Module, config: LoRAConfig) -> str:

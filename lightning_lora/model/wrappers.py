@@ -12,8 +12,19 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..arguments import require_module
+from ..distributed.flat import owns_flat
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, CHECKPOINTED, COMPILED, KEPT, LIGHTNING, WRAPPERS, derives_from, is_lightning_module
+from ..names import (
+    ATTRIBUTE,
+    CHECKPOINTED,
+    COMPILED,
+    FLATTENED,
+    KEPT,
+    LIGHTNING,
+    WRAPPERS,
+    derives_from,
+    is_lightning_module,
+)
 
 TORCH = ("torch",)
 INSIDE = {  # by class of wrapper: the packages that define it, and the attribute with the module inside
@@ -48,6 +59,8 @@ def inside_known_wrappers(model: nn.Module) -> nn.Module:
 
 def wrapped_attribute(model: nn.Module) -> str:
     """Return the attribute in which a known wrapper holds the module inside, or "" for any other module."""
+    if FLATTENED in model._modules and owns_flat(model):
+        return FLATTENED
     for name, (packages, attribute) in INSIDE.items():
         if attribute in model._modules and derives_from(model, name, packages):
             return attribute
@@ -89,8 +102,9 @@ def _refuse_unknown_wrapper(model: nn.Module, verb: str) -> None:
     kind = type(model).__name__
     if derives_from(model, FLAT, TORCH):
         raise LoRAError(
-            f"{verb}: {kind} (FSDP1) keeps weights as pieces of flat buffers, which hold no adapted layer. Use "
-            "fully_shard (FSDP2), or pass a module that is not wrapped in it."
+            f"{verb}: {kind} (FSDP1) has put the adapter into flat buffers, together with the weights. Let a Trainer "
+            "with LoRACallback and FSDPStrategy wrap the model, use fully_shard (FSDP2), or pass a module that is not "
+            "wrapped."
         )
     children = {name: child for name, child in model._modules.items() if child is not None}
     if model._parameters or model._buffers or not children or is_lightning_module(model):

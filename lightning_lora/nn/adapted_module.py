@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import nn
 
+from ..distributed.flat import are_any_flat, is_flat
 from ..errors import LoRAError
 from ..names import names_factor
 from .low_rank import HALF
@@ -113,6 +114,8 @@ class AdaptedModule(Swapped):
     def lora_place(self, values: Mapping[str, Any]) -> None:
         """Place values under the names of parameters, or place the parameters again. In place."""
         self._parameters.update(values)
+        if are_any_flat():  # FSDP1 also sets what it has gathered as plain attributes, which are found first
+            vars(self).update({name: value for name, value in values.items() if name in vars(self)})
 
     def lora_take_out(self, adapter: Adapter) -> None:
         """Restore the module's class and attributes from before it was adapted. In place."""
@@ -150,7 +153,7 @@ class AdaptedModule(Swapped):
             super()._save_to_state_dict(destination, prefix, keep_vars)
             for adapter in adapters:
                 if adapter.lora.records or adapter.lora.restore_failed:
-                    destination.update({prefix + name: adapter.original(name) for name in adapter.adapted_weights()})
+                    destination.update({prefix + name: value for name, value in _originals(adapter).items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict, in which a merged weight's entry is W.
@@ -252,6 +255,22 @@ def class_before_swap(module: Swapped) -> type[nn.Module]:
     bases = tuple(base if parent is swapped else parent for parent in type(module).__bases__)
     attributes = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
     return type(type(module).__name__, bases, attributes)
+
+
+def _originals(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return W of each weight; flat weights stay as the strategy shows them, which is empty.
+
+    Raises:
+        LoRAError: a flat weight is merged and gathered, so that its values are W'.
+    """
+    weights = adapter.adapted_weights()
+    for name, weight in weights.items():
+        if is_flat(weight) and weight.numel():
+            raise LoRAError(
+                f"state_dict: {adapter.lora.name!r} is merged, and {name!r} is gathered from all ranks, so its values "
+                "are merged ones. Call unmerge(model) first, or save a checkpoint with the Trainer."
+            )
+    return {name: adapter.original(name) for name, weight in weights.items() if not is_flat(weight)}
 
 
 def _is_meta(adapter: Adapter) -> bool:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed.sharding import copy_, from_local_like, full_tensor, is_sharded, local, window
+from ..distributed.flat import flat_shard, is_flat, whole_shape
+from ..distributed.sharding import copy_, detached, from_local_like, full_tensor, is_sharded, local, window
 from ..errors import LoRAError
 from ..names import canonical
 from . import low_rank
@@ -36,7 +37,7 @@ from .exact_merge import (
     unmerge_weight_,
 )
 from .gradient_checkpointing import in_first_pass, records_gradients
-from .low_rank import LowRankBlock, crop, dense_delta
+from .low_rank import LowRankBlock, crop, crop_to_slice, dense_delta
 from .merge_checks import Checks
 from .scratch import Scratch
 from .shared_tensors import SharedTensors
@@ -171,11 +172,11 @@ class StoredTensors:
 
     def weight_values(self) -> Mapping[str, torch.Tensor]:
         """Return the values of the adapted weights, detached. Sharded weights stay sharded."""
-        return {name: weight.detach() for name, weight in self.adapted_weights().items()}
+        return {name: detached(weight) for name, weight in self.adapted_weights().items()}
 
     def weight_shapes(self) -> dict[str, torch.Size]:
         """Return the shapes of the adapted weights, by name."""
-        return {name: weight.shape for name, weight in self.adapted_weights().items()}
+        return {name: whole_shape(weight) for name, weight in self.adapted_weights().items()}
 
     def kind(self) -> str:
         """Return the layer's kind, one of low_rank.KINDS, or "" for a table with trained rows.
@@ -435,6 +436,9 @@ class AdaptedWeights(StoredTensors):
         Raises:
             LoRAError: the weight is sharded along a dimension of its kernel.
         """
+        if is_flat(weight):
+            shard = flat_shard(weight)
+            return crop_to_slice(blocks, shard.start, shard.stop, low_rank.columns_of(self.KIND, shard.shape))
         if not is_sharded(weight):
             return blocks
         rows, columns, *kernel = window(weight)
@@ -446,7 +450,7 @@ class AdaptedWeights(StoredTensors):
         return crop(blocks, rows, slice(columns.start * width, columns.stop * width))
 
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return a view of a weight in which the first dimension counts the rows of its blocks."""
+        """Return a view of a weight in which the first dimension counts the rows of its blocks; a flat slice itself."""
         return weight
 
     def weight_changed(self) -> None:
@@ -569,7 +573,7 @@ class AdaptedWeights(StoredTensors):
             LoRAError: unmerging failed earlier, so W is lost.
         """
         with self.lora.lock:  # waits while another thread merges or has W + delta in place of W
-            weight: torch.Tensor = getattr(self.lora_holder, name).detach()
+            weight = detached(getattr(self.lora_holder, name))
             if self.lora.restore_failed and name in self.adapted_weights():
                 raise LoRAError(
                     f"{type(self.lora_holder).__name__}: its base weight could not be restored after merging, so "

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import nn
 
-from ..distributed.sharding import full_tensor, is_sharded
+from ..distributed.sharding import detached, full_tensor, is_sharded, is_spread
 from ..errors import LoRAError
 from ..names import A, B
 from . import low_rank
@@ -137,7 +137,7 @@ class DoRA(LoRA):
             return torch.empty(len(stored[B]), device="meta")
         with torch.no_grad(), without_autocast(weight.device.type):
             a, b = (stored[leaf].to(weight.device).flatten(1) for leaf in (A, B))
-            return output_norms(weight.detach(), a, b, place.scaling, transposed=place.is_transposed)
+            return output_norms(detached(weight), a, b, place.scaling, transposed=place.is_transposed)
 
 
 class BaseSquares(NamedTuple):
@@ -231,11 +231,12 @@ class DoRALayer(LoRALayer):
             base = self._base_squares(weight) if self._stays(weight) else None
             a, b, scaling = a.detach().flatten(1), b.detach().flatten(1), self.lora.spec.scaling
             transposed = self.is_transposed()
-            return output_norms(weight.detach(), a, b, scaling, transposed=transposed, base=base, exact=exact)
+            weight = detached(weight) if exact else weight.detach()  # in a forward a flat weight is gathered
+            return output_norms(weight, a, b, scaling, transposed=transposed, base=base, exact=exact)
 
     def _stays(self, weight: torch.Tensor) -> bool:
         """Return whether norm(W)^2 is needed and can be cached."""
-        if forms_sums(weight) or weight is not self._parameters.get(WEIGHT) or is_sharded(weight):
+        if forms_sums(weight) or weight is not self._parameters.get(WEIGHT) or is_spread(weight):
             return False
         return not (weight.requires_grad or weight.is_inference() or is_wrapped(weight))
 

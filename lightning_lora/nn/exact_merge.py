@@ -491,7 +491,8 @@ def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock]) -> list[LowRankBlo
             continue
         starts = range(0, block.left.shape[0], rows)
         parts = (block.part(slice(start, start + rows), EVERYTHING) for start in starts)
-        chunks += [part._replace(row=block.row + start) for start, part in zip(starts, parts, strict=True)]
+        step = block.stride or 1
+        chunks += [part._replace(row=block.row + step * start) for start, part in zip(starts, parts, strict=True)]
     return chunks
 
 
@@ -505,11 +506,14 @@ def _in_arithmetic(chunk: LowRankBlock, scaling: float, scratch: Scratch) -> Low
     left = scratch.take("left", chunk.left, dtype).copy_(chunk.left).mul_(scaling)
     right = scratch.take("right", chunk.right, dtype).copy_(chunk.right)
     scale = None if chunk.scale is None else chunk.scale.to(dtype)
-    return LowRankBlock(chunk.row, chunk.col, left, right, scale, chunk.replaces)
+    return LowRankBlock(chunk.row, chunk.col, left, right, scale, chunk.replaces, chunk.stride)
 
 
 def _window(weight: torch.Tensor, chunk: LowRankBlock) -> torch.Tensor:
     """Return a view of a chunk's rows and columns in a weight, or the weight itself if the chunk covers it."""
+    if chunk.stride:
+        size = chunk.left.shape[0], chunk.right.shape[1]
+        return weight.as_strided(size, (chunk.stride, 1), weight.storage_offset() + chunk.row)
     (rows, columns), height = (chunk.left.shape[0], chunk.right.shape[1]), weight.shape[0]
     window = weight if rows == height else weight.narrow(0, chunk.row, rows)
     return window if columns * height == weight.numel() else window.narrow(1, chunk.col, columns)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..distributed.flat import pieces
 from ..names import A, B
 
 HALF = (torch.float16, torch.bfloat16)
@@ -54,6 +55,8 @@ class LowRankBlock(NamedTuple):
     left (m, k) @ right (k, n) is added to W[row : row + m, col : col + n], and the sum is multiplied by scale. W is
     viewed as a matrix (rows, everything else); the experts of a stack lie one below the other. Blocks of one weight do
     not overlap. With `replaces`, a value of W that is not finite counts as 0.
+
+    In a flat slice of W, which has one dimension, the block begins at element `row`, and its rows are `stride` apart.
     """
 
     row: int
@@ -62,6 +65,7 @@ class LowRankBlock(NamedTuple):
     right: torch.Tensor
     scale: torch.Tensor | None = None  # (m, 1) or (1, n)
     replaces: bool = False  # the sum is the wanted value, whatever W held
+    stride: int = 0  # 0: W is a matrix
 
     def part(self, rows: slice, columns: slice) -> LowRankBlock:
         """Return the block cut to some of its rows and columns; `row` and `col` stay those of the whole block."""
@@ -70,6 +74,10 @@ class LowRankBlock(NamedTuple):
             scale = scale[rows] if scale.shape[0] > 1 else scale
             scale = scale[:, columns] if scale.shape[1] > 1 else scale
         return self._replace(left=self.left[rows], right=self.right[:, columns], scale=scale)
+
+    def placed(self, begin: int, stride: int) -> LowRankBlock:
+        """Return a block of a matrix as one of a flat slice, in which the matrix begins at element `begin`."""
+        return self._replace(row=begin + self.row * stride + self.col, col=0, stride=stride)
 
 
 def matrix_shape(kind: str, shape: Shape) -> tuple[int, int]:
@@ -233,6 +241,27 @@ def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHIN
             part = block.part(slice(top - row, bottom - row), slice(begin - col, end - col))
             cropped.append(part._replace(row=top - rows.start, col=begin - columns.start))
     return cropped
+
+
+def crop_to_slice(blocks: Sequence[LowRankBlock], start: int, stop: int, width: int) -> list[LowRankBlock]:
+    """Return the parts of a weight's blocks that overlap with elements start to stop of the flattened weight.
+
+    Args:
+        blocks: of the whole weight.
+        start: the slice's first element.
+        stop: the first element after it.
+        width: the number of columns of the whole weight, seen as a matrix.
+    """
+    return [
+        part.placed(rows.start * width + columns.start - start, width)
+        for rows, columns in pieces(start, stop, width)
+        for part in crop(blocks, rows, columns)
+    ]
+
+
+def columns_of(kind: str, shape: Shape) -> int:
+    """Return the number of columns of a weight of this kind and shape, seen as the matrix of LowRankBlock."""
+    return shape[-1] if kind in STACKS else math.prod(shape[1:])
 
 
 def row_blocks(weight: torch.Tensor, ids: Sequence[int], rows: torch.Tensor, first: int = 0) -> list[LowRankBlock]:

@@ -75,7 +75,13 @@ def _fits(item: Item) -> bool:
         len(weight),
         weight.numel(),
     )
-    return whole and not block.replaces and 0 < weight.numel() <= LARGEST and weight.device.type != "cpu"
+    return (
+        whole
+        and not block.replaces
+        and not block.stride
+        and 0 < weight.numel() <= LARGEST
+        and weight.device.type != "cpu"
+    )
 
 
 def _likeness(item: Item) -> Hashable:

@@ -21,9 +21,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 
-from ..distributed.sharding import is_sharded, local, reduce_, window
+from ..distributed.flat import whole_shape
+from ..distributed.sharding import is_spread, local, sum_over_shards, windows
 from .exact_merge import parts_of
 from .low_rank import HALF
 
@@ -58,7 +58,7 @@ def output_norms(
         base: norm(W)^2 (out,), if known; it is only used if `forms_sums` is false.
         exact: whether V is computed in a wider dtype than W's; on the CPU always in float64.
     """
-    if is_sharded(weight):
+    if is_spread(weight):
         return _sharded_squares(weight, a, b, scaling, transposed, exact=exact).clamp_(min=0).sqrt_()
     if forms_sums(weight):
         return _norms_of_sums(_outputs_first(weight.flatten(1), transposed), a, b, scaling, exact=exact)
@@ -211,18 +211,12 @@ def _sharded_squares(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, transposed: bool, *, exact: bool
 ) -> torch.Tensor:
     """Return norm(V)^2 of a sharded weight. Collective."""
-    assert is_sharded(weight)
-    rows, columns, *_ = window(weight)
-    outputs, inputs = (columns, rows) if transposed else (rows, columns)
-    width, shard = weight.shape[2:].numel(), local(weight)
-    a = a[:, inputs.start * width : inputs.stop * width]
-    if forms_sums(shard):
-        own = _squares_of_sums(shard.flatten(1), 0, a, b[outputs], scaling, transposed, exact=exact)
-    else:
-        own = _squares(parts_of(shard), a, b[outputs], scaling, transposed, None, torch.float64)
-    total = own.new_zeros(len(b))
-    total[outputs] = own
-    total = total.to(weight.device_mesh.device_type)
-    split = [dim for dim, placement in enumerate(weight.placements) if not placement.is_replicate()]
-    reduce_(total, weight.device_mesh, split, dist.ReduceOp.SUM)
-    return total.to(shard.device)
+    total = torch.zeros(len(b), dtype=torch.float64, device=local(weight).device)
+    for part, rows, columns in windows(weight, whole_shape(weight)[1:].numel()):
+        outputs, inputs = (columns, rows) if transposed else (rows, columns)
+        factors = a[:, inputs], b[outputs]
+        if forms_sums(part):
+            total[outputs] += _squares_of_sums(part, 0, *factors, scaling, transposed, exact=exact)
+        else:
+            total[outputs] += _squares(parts_of(part), *factors, scaling, transposed, None, torch.float64)
+    return sum_over_shards(total, weight)

@@ -47,7 +47,8 @@ class LoRAParameter(AdaptedWeights):
         return name
 
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.view(-1, weight.shape[-1]) if self.KIND in low_rank.STACKS else weight
+        is_stack = self.KIND in low_rank.STACKS and weight.dim() == 3  # else a flat slice, or one matrix
+        return weight.view(-1, weight.shape[-1]) if is_stack else weight
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
         if self.KIND not in low_rank.STACKS or not is_sharded(weight):

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..distributed.flat import whole_shape
 from ..errors import LoRAError
 from ..names import canonical, derives_from
 
@@ -104,9 +105,9 @@ def dtype_of(weight: Any) -> torch.dtype:
 
 
 def shape_of(weight: Any) -> torch.Size:
-    """Return the shape of a parameter's dequantised values."""
+    """Return the shape of a parameter's dequantised values; of a flat one that of the whole."""
     state = getattr(weight, "quant_state", None)
-    return torch.Size(weight.shape if state is None else state.shape)
+    return torch.Size(whole_shape(weight) if state is None else state.shape)
 
 
 def unpack_for_gradients_(module: nn.Module, weight: Any) -> None:

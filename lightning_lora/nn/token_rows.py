@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed.sharding import full_tensor, is_sharded, local, rows_of, window
+from ..distributed.flat import is_flat, whole_shape
+from ..distributed.sharding import full_tensor, is_sharded, is_spread, rows_of, windows
 from ..errors import LoRAError
 from .adapted_module import AdaptedModule, StandIns, swapped_class
 from .adapted_weights import AdaptedWeights, Blocks, LayerSpec, LayerState
@@ -83,7 +84,7 @@ class TokenRows(AdaptedWeights):
         return {WEIGHT: self.tables[0].weight}
 
     def is_initial(self) -> bool:
-        if self.lora.records or is_sharded(self.rows):
+        if self.lora.records or is_spread(self.rows):
             return not self.lora.gradient_arrived and self.rows.grad is None
         return equals_start(self.rows, self.initial_values()[ROWS])
 
@@ -93,9 +94,13 @@ class TokenRows(AdaptedWeights):
         return super().unmergeable_reason() or ("tables that were tied at injection are not any more" if untied else "")
 
     def blocks(self, weights: Mapping[str, torch.Tensor], stored: Stored | None = None) -> Blocks:
-        lines, columns = window(weights[WEIGHT])
-        rows = full_tensor((stored or self.stored())[ROWS])[:, columns]
-        return {WEIGHT: row_blocks(local(weights[WEIGHT]), self.lora.spec.rows, rows, lines.start)}
+        weight, rows = weights[WEIGHT], full_tensor((stored or self.stored())[ROWS])
+        blocks, begin = [], 0
+        for part, lines, columns in windows(weight, whole_shape(weight)[1]):
+            found = row_blocks(part, self.lora.spec.rows, rows[:, columns], lines.start)
+            blocks += [block.placed(begin, part.shape[1]) for block in found] if is_flat(weight) else found
+            begin += part.numel()
+        return {WEIGHT: blocks}
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
         before = rows_of(self.original(WEIGHT), self.lora.spec.rows)

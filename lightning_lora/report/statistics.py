@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from ..distributed.flat import whole_shape
 from ..distributed.rank_sync import RankSync
-from ..distributed.sharding import is_sharded, local, reshard_
+from ..distributed.sharding import copy_of, is_sharded, is_spread, local, reshard_
 from ..model.adapted_model import open_model
 from ..names import factor_role, group_names
 from ..nn.adapted_weights import AdaptedWeights
@@ -221,7 +222,9 @@ def _stacks(layer: AdaptedWeights, stored: Mapping[str, torch.Tensor]) -> list[S
 
 def _are_alike(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
     pairs = [(first[leaf], second[leaf]) for leaf in first]
-    return all(a.shape == b.shape and a.device == b.device and is_sharded(a) == is_sharded(b) for a, b in pairs)
+    return all(
+        whole_shape(a) == whole_shape(b) and a.device == b.device and is_spread(a) == is_spread(b) for a, b in pairs
+    )
 
 
 def _to_cpu(measured: Iterable[_Measured]) -> None:
@@ -286,5 +289,5 @@ def _cosine(measured: Mapping[str, _Measured], previous: Mapping[str, Snapshot])
 
 
 def _snapshot(layer: AdaptedWeights, measured: _Measured) -> Snapshot:
-    copies = {leaf: tensor.detach().clone() for leaf, tensor in layer.stored().items()}
+    copies = {leaf: copy_of(tensor) for leaf, tensor in layer.stored().items()}
     return Snapshot(copies, float(measured.values["squares"]), measured.weights)

@@ -207,21 +207,21 @@ def summarise(handle: AdaptedModel) -> Summary:
     base = {each.name: each.parameter for each in base_parameters_of(handle.modules)}
     trainable = [parameter for parameter in (*factors, *base.values()) if parameter.requires_grad]
     total = sum(shape_of(parameter).numel() for parameter in (*factors, *base.values()))
-    also_trained = {name: parameter.numel() for name, parameter in base.items() if parameter.requires_grad}
-    saved = {name: value.numel() for name, value in handle.initial().items()}
+    also_trained = {name: shape_of(parameter).numel() for name, parameter in base.items() if parameter.requires_grad}
+    saved = {name: shape_of(value).numel() for name, value in handle.initial().items()}
     return Summary(
         variant=variant_of(record.config).title + (" with use_rslora" if record.config.use_rslora else ""),
         start=_start(record.config.init_lora_weights),
         layers=len(layers),
         groups=_group(layers),
-        trainable=sum(parameter.numel() for parameter in trainable),
+        trainable=sum(shape_of(parameter).numel() for parameter in trainable),
         total=total,
-        adapter_parameters=sum(factor.numel() for factor in factors),
-        adapter_bytes=sum(factor.nbytes for factor in stored),
+        adapter_parameters=sum(shape_of(factor).numel() for factor in factors),
+        adapter_bytes=sum(shape_of(factor).numel() * factor.itemsize for factor in stored),
         adapter_dtypes=tuple(dict.fromkeys(str(factor.dtype).removeprefix("torch.") for factor in factors)),
         also_trained=also_trained,
         also_saved={name: size for name, size in saved.items() if name not in also_trained},
-        left_out=_left_out(handle.left_out(), base, total - sum(factor.numel() for factor in factors)),
+        left_out=_left_out(handle.left_out(), base, total - sum(shape_of(factor).numel() for factor in factors)),
         passed_over=record.passed_over,
         quantised=_quantised(handle),
         unmerged=_unmerged(layers),
@@ -271,7 +271,7 @@ def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
         key = (group_of[name], kind, spec.r, spec.alpha)
         if spec.rows:
             key = (group_of[name], f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0)
-        sizes.setdefault(key, []).append(sum(factor.numel() for factor in layer.factors()))
+        sizes.setdefault(key, []).append(sum(shape_of(factor).numel() for factor in layer.factors()))
     return tuple(
         LayerGroup(name, kind, len(of_group), r, alpha, sum(of_group))
         for (name, kind, r, alpha), of_group in sizes.items()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..distributed.flat import whole_shape
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
 from ..names import listed
@@ -29,11 +30,11 @@ def start_from_inputs(model: nn.Module, layers: Mapping[str, AdaptedWeights], ru
     Raises:
         LoRAError: see principal_components.
     """
-    sizes = {name: min(layer.lora.spec.r, layer.lora_A.shape[1]) for name, layer in layers.items()}
+    sizes = {name: min(layer.lora.spec.r, whole_shape(layer.lora_A)[1]) for name, layer in layers.items()}
     found = principal_components(model, layers, run, sizes, lambda components: sizes)
     for name, layer in layers.items():
         values = from_first_rank(found[name].components)[: sizes[name]]
-        start = values.new_zeros(layer.lora_A.shape)  # rows of A beyond the number of features stay zero
+        start = values.new_zeros(whole_shape(layer.lora_A))  # rows of A beyond the number of features stay zero
         start[: len(values)] = values
         copy_(layer.lora_A, start.to(layer.lora_A))
 

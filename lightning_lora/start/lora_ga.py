@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distributed.sharding import copy_, is_sharded
+from ..distributed.sharding import copy_, is_spread
 from ..errors import LoRAError
 from ..names import B
 from ..nn.adapted_weights import AdaptedWeights, active_as
@@ -40,7 +40,7 @@ def start_from_gradients(model: nn.Module, layers: Mapping[str, AdaptedWeights],
     """
     caller = run.caller
     for name, layer in layers.items():
-        if layer.quantised() or is_sharded(layer.main_weight()):
+        if layer.quantised() or is_spread(layer.main_weight()):
             what = "is quantised" if layer.quantised() else "is sharded"
             raise LoRAError(
                 f"{caller.verb}: the weight of {name!r} {what}, but this start needs gradients of whole weights; "

@@ -41,6 +41,11 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
             raise LoRAError(
                 "LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite."
             )
+        if fitting and _is_a(neighbour, *AVERAGING) and _is_a(trainer.strategy, "FSDPStrategy"):
+            raise LoRAError(
+                f"LoRACallback: {name} copies whole weights, and FSDPStrategy has slices of them. Leave it out, or use "
+                "strategy='ddp' where the base fits on one device."
+            )
         if fitting and _is_a(neighbour, *AVERAGING) and position < order.index(callback):
             raise LoRAError(
                 f"LoRACallback: {name} copies the model in setup and swaps weights around validation, so it must come "

@@ -1,8 +1,10 @@
-"""DeepSpeedStrategy with ZeRO stages 1 and 2: every rank holds the whole model, and a part of the optimizer.
+"""DeepSpeedStrategy with ZeRO stages 1 to 3: every rank holds a part of the optimizer, at stage 3 also of the model.
 
-DeepSpeed trains float32 copies of the trained parameters. Group by group they lie one after the other in a flat tensor,
-of which each rank keeps an equal part, and so do the states of the optimizer. DeepSpeed's own files depend on the
-number of ranks. So an ordinary checkpoint is written beside them, with whole tensors, and only that is loaded.
+DeepSpeed trains float32 copies of the trained parameters. In stages 1 and 2 these lie group by group one after the
+other in a flat tensor, of which each rank keeps an equal part, and so do the states of the optimizer. At stage 3 each
+rank keeps an equal slice of each flattened parameter (distributed/flat.py), and gathers a module's parameters for its
+forward. DeepSpeed's own files depend on the number of ranks. So an ordinary checkpoint is written beside them, with
+whole tensors, and only that is loaded.
 
     epoch=1.ckpt/adapter.ckpt   the ordinary checkpoint, which one device, DDP or any number of ranks goes on from
     epoch=1.ckpt/checkpoint/    DeepSpeed's own files
@@ -12,19 +14,25 @@ DeepSpeed's classes are recognised by name and by attributes, so that it is not 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..distributed.flat import FlatShard, attach, flat_shard, is_flat, recognise, whole_shape
+from ..distributed.sharding import detached, local
 from ..errors import LoRAError
+from ..exchange.checkpoint_of_model import gathered_state, load_whole_state_
 from ..formats.deepspeed_folder import BESIDE_ENGINE
 from ..model.adapted_model import AdaptedModel, find_model
+from ..model.merging import FoundState, unmerge_listed
 from ..model.patches import call_previous, is_patched, patch
 from ..names import META, canonical
 from ..nn.low_rank import HALF
@@ -64,6 +72,7 @@ def prepare_deepspeed(strategy: Any) -> None:
             "LoRACallback: DeepSpeedStrategy needs DeepSpeed, which is not installed. Run pip install "
             "'lightning-lora[deepspeed]'."
         )
+    recognise(_attach_slice)
     if is_patched(strategy, "save_checkpoint", _save_checkpoint):
         return  # in an earlier stage
     patch(strategy, "init_deepspeed", _init_deepspeed)
@@ -72,19 +81,15 @@ def prepare_deepspeed(strategy: Any) -> None:
     patch(strategy, "save_checkpoint", _save_checkpoint)
     patch(strategy, "load_checkpoint", _load_checkpoint)
     patch(strategy, "load_model_state_dict", _load_model_state_dict)
+    patch(strategy, "lightning_module_state_dict", _state_dict)
 
 
 def _refused(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield the reason for each of DeepSpeed's options that cannot be used."""
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
-    if stage == 3:
-        yield (
-            "its stage 3 cuts weights into flat slices, which are not merged yet, and a checkpoint taken while merged "
-            "would hold merged weights as the base"
-        )
-    elif stage not in (1, 2):
-        yield f"its stage is {stage!r}, and 1 and 2 are supported"
+    if stage not in (1, 2, 3):
+        yield f"its stage is {stage!r}, and 1, 2 and 3 are supported"
     for name in ("offload_optimizer", "offload_param"):
         if (zero.get(name) or {}).get("device") == "nvme":
             yield f"{name} to NVMe keeps in files what a checkpoint has to hold; device='cpu' is supported"
@@ -93,8 +98,60 @@ def _refused(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} (ZeRO++) sends rounded values, so what was merged is not restored exactly"
     if zero.get("zero_hpz_partition_size", 1) > 1:
         yield "zero_hpz_partition_size (ZeRO++) keeps second copies of weights, which merging does not reach"
+    if zero.get("mics_shard_size", -1) > 0:
+        yield "mics_shard_size (MiCS) divides weights over groups of ranks in a way of its own"
+    if zero.get("zenflow"):
+        yield "zenflow keeps a part of the optimizer's states where a checkpoint does not find them"
     if (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
         yield "tensor_parallel.autotp_size splits layers after they were adapted"
+
+
+# --- slices of stage 3 ---
+
+
+def _attach_slice(tensor: torch.Tensor) -> bool:
+    """Make a parameter that stage 3 has divided known as flat, and return whether it is one."""
+    if getattr(tensor, "ds_tensor", None) is None:
+        return False
+    attach(tensor, partial(_slice_of, tensor), partial(_free, tensor))
+    return True
+
+
+def _slice_of(parameter: Any) -> FlatShard:
+    """Return this rank's slice of a parameter, without the values that fill the last slice up."""
+    part, group = parameter.ds_tensor, parameter.ds_process_group
+    start = min(part.ds_numel * dist.get_rank(group), parameter.ds_numel)
+    count = min(part.ds_numel, parameter.ds_numel - start)
+    return FlatShard(part.detach()[:count], start, parameter.ds_shape, group, parameter.device)
+
+
+def _free(parameter: Any) -> None:
+    """Let the slice be the only copy of a parameter, which a forward has gathered or was about to. In place.
+
+    DeepSpeed gathers small parameters once for many forwards. An exception inside a forward leaves others gathered, and
+    noted as in use.
+    """
+    if parameter.ds_status.name == "INFLIGHT":
+        optimizer = getattr(parameter, "_z3_optimizer", None)
+        coordinator = (optimizer.parameter_offload if optimizer is not None else None).get_param_coordinator()
+        coordinator._clean_inflight_param_registry()
+    if parameter.ds_status.name == "AVAILABLE":
+        parameter.ds_active_sub_modules.clear()
+        parameter.partition()
+
+
+@contextmanager
+def outside_zero_init() -> Iterator[None]:
+    """Leave deepspeed.zero.Init inside the block: there every new tensor is cast, moved and divided."""
+    partition = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if partition is None:
+        yield
+        return
+    partition.shutdown_init_context()
+    try:
+        yield
+    finally:
+        partition.restore_init_context()
 
 
 # --- the engine is set up ---
@@ -130,24 +187,29 @@ def _set_up_optimizer(
         order.append(Group(_plain_options(group), parameters))
     found = call_previous(strategy, previous, "_setup_model_and_optimizer", model, optimizer, *args, **kwargs)
     if find_model(strategy.lightning_module) is not None:
-        setattr(strategy, PARTS, _Flat(found[1], order))
+        setattr(strategy, PARTS, _states_of(found[1], order))
     return found
 
 
 def held_parameters(optimizer: Any) -> list[nn.Parameter]:
     """Return the parameters that an optimizer trains. DeepSpeed's has flat tensors in its groups, and these beside."""
-    groups = getattr(optimizer, "bit16_groups", None)
+    groups = _groups_of(optimizer)
     if groups is None:
         groups = [group["params"] for group in optimizer.param_groups]
     return [parameter for group in groups for parameter in group]
 
 
+def _groups_of(optimizer: Any) -> Sequence[Sequence[nn.Parameter]] | None:
+    """Return the parameters of DeepSpeed's optimizer by groups; None for another optimizer."""
+    groups: Any = getattr(optimizer, "bit16_groups", getattr(optimizer, "fp16_groups", None))
+    return cast("Sequence[Sequence[nn.Parameter]] | None", groups)
+
+
 def copy_to_optimizer_(optimizers: Iterable[Any]) -> None:
     """Give DeepSpeed's float32 copies the values of the parameters, which something has written since. In place."""
     for optimizer in optimizers:
-        if hasattr(optimizer, "bit16_groups"):
-            flat = _Flat(optimizer)
-            flat.write_values_({id(each): each.detach() for each in held_parameters(optimizer)})
+        if _groups_of(optimizer) is not None:
+            _states_of(optimizer).write_values_({id(each): detached(each) for each in held_parameters(optimizer)})
 
 
 def is_stepping(optimizer: Any) -> bool:
@@ -159,15 +221,29 @@ def is_stepping(optimizer: Any) -> bool:
 @contextmanager
 def with_whole_gradients(optimizer: Any) -> Iterator[None]:
     """Let parameters have their gradients inside the block. DeepSpeed keeps parts of them elsewhere. Collective."""
-    parameters = held_parameters(optimizer) if hasattr(optimizer, "bit16_groups") else []
+    parameters = held_parameters(optimizer) if _groups_of(optimizer) is not None else []
     before = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
-            parameter.grad = cast(Any, parameter).get_full_hp_grad().to(parameter.dtype)
+            _set_gradient_(parameter, _whole_gradient(optimizer, parameter).to(parameter.dtype))
         yield
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
+            _set_gradient_(parameter, gradient)
+
+
+def _whole_gradient(optimizer: Any, parameter: Any) -> torch.Tensor:
+    """Return the gradient of a parameter that DeepSpeed trains. Collective."""
+    whole = optimizer.get_fp32_grad_for_param(parameter) if is_flat(parameter) else parameter.get_full_hp_grad()
+    return cast(torch.Tensor, whole)
+
+
+def _set_gradient_(parameter: nn.Parameter, gradient: torch.Tensor | None) -> None:
+    """Set a gradient, which torch wants to have the shape of the parameter: a divided parameter is empty. In place."""
+    own = parameter.data
+    if gradient is not None:
+        parameter.data = own.new_empty(1).expand(gradient.shape)
+    parameter.grad, parameter.data = gradient, own
 
 
 # --- checkpoints ---
@@ -190,6 +266,14 @@ def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimiz
     return {"state": state, "param_groups": packed, **flat.loss_scale()}
 
 
+def _state_dict(strategy: Any, previous: Callable[..., Any] | None) -> Any:
+    """Gather what the module's kind of checkpoint holds: the patched lightning_module_state_dict. Collective."""
+    handle = find_model(strategy.lightning_module)
+    if handle is None or not any(map(is_flat, handle.model.parameters())):
+        return call_previous(strategy, previous, "lightning_module_state_dict")
+    return gathered_state(handle, keep=strategy.is_global_zero)
+
+
 def _save_checkpoint(
     strategy: Any, previous: Callable[..., Any] | None, checkpoint: Mapping[str, Any], filepath: Any, **kwargs: Any
 ) -> None:
@@ -210,14 +294,29 @@ def _save_checkpoint(
     vars(engine)["save_checkpoint"] = save
     try:
         plain = {name: value for name, value in checkpoint.items() if name != META}
-        call_previous(strategy, previous, "save_checkpoint", plain, folder, **kwargs)
+        with _showing_the_base(handle):
+            call_previous(strategy, previous, "save_checkpoint", plain, folder, **kwargs)
     finally:
         del vars(engine)["save_checkpoint"]
     if strategy.is_global_zero:
         strategy.checkpoint_io.save_checkpoint(content, folder / BESIDE_ENGINE)
 
 
-def _take_float32_values(handle: AdaptedModel, content: MutableMapping[str, Any], flat: _Flat) -> None:
+@contextmanager
+def _showing_the_base(handle: AdaptedModel) -> Iterator[None]:
+    """Unmerge a model of stage 3 inside the block, in which DeepSpeed saves the slices as they are. Collective."""
+    found = FoundState(handle)
+    if not found.merged or not any(map(is_flat, handle.model.parameters())):
+        yield
+        return
+    unmerge_listed(handle)
+    try:
+        yield
+    finally:
+        found.bring_back()
+
+
+def _take_float32_values(handle: AdaptedModel, content: MutableMapping[str, Any], flat: _States) -> None:
     """Put float32 copies of trained parameters into a checkpoint that holds them rounded to 16 bits. Collective."""
     if META not in content or not any(parameter.dtype in HALF for group in flat.groups for parameter in group):
         return
@@ -268,12 +367,12 @@ def _load_model_state_dict(
         call_previous(strategy, previous, "load_model_state_dict", checkpoint, strict=strict)
         return
     state = checkpoint["state_dict"]
-    module.load_state_dict(state, strict=strict)
+    load_whole_state_(module, state, strict=strict)
     if module.trainer.state.fn != "fit":
         return
-    flat: _Flat = getattr(strategy, PARTS)
+    flat: _States = getattr(strategy, PARTS)
     parameters = {canonical(name): p for name, p in module.named_parameters(remove_duplicate=False)}
-    loaded = {id(p): p.detach() for p in held_parameters(flat.optimizer)}  # what a lenient load has left out stays
+    loaded = {id(p): detached(p) for p in held_parameters(flat.optimizer)}  # what a lenient load has left out stays
     loaded |= {id(parameters[n]): v for n, v in state.items() if n in parameters and id(parameters[n]) in loaded}
     flat.write_values_(loaded)
     states = checkpoint.get("optimizer_states")
@@ -285,7 +384,7 @@ def _load_model_state_dict(
     _load_optimizer_state_(flat, states[0])
 
 
-def _load_optimizer_state_(flat: _Flat, saved: Mapping[str, Any]) -> None:
+def _load_optimizer_state_(flat: _States, saved: Mapping[str, Any]) -> None:
     """Load a state dict as it would be on one device into this rank's part. In place."""
     order = flat.order
     sizes, expected = ([len(g["params"]) for g in saved["param_groups"]], [len(g.parameters) for g in order])
@@ -309,37 +408,76 @@ def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
 
 
-class _Flat:
-    """This rank's part of the flat tensors of DeepSpeed's optimizer: float32 copies of parameters, and their states.
+def _states_of(optimizer: Any, order: Sequence[Group] = ()) -> _States:
+    """Return the float32 copies and the states of DeepSpeed's optimizer.
 
-    A parameter of the model is a view of its group's flat tensor, which tells where the copy and the states of it lie.
-    After a fit Lightning moves the parameters to the CPU, so the positions are noted.
+    Args:
+        optimizer: DeepSpeed's.
+        order: its groups as they were built; by default as DeepSpeed keeps them.
+
+    Raises:
+        LoRAError: it is an optimizer of another kind.
+    """
+    cls = _InSlices if hasattr(optimizer, "fp16_partitioned_groups") else _InFlatTensors
+    missing = [name for name in cls.NEEDED if not hasattr(optimizer, name)]
+    if missing:
+        raise LoRAError(
+            f"LoRACallback: DeepSpeed made a {type(optimizer).__name__}, whose states cannot be put together "
+            f"(it has no {missing[0]}). Leave data_types and other optimizers' options out of DeepSpeed's config."
+        )
+    return cls(optimizer, order)
+
+
+class _States:
+    """This rank's part of the tensors of DeepSpeed's optimizer: float32 copies of parameters, and their states.
 
     Attributes:
         order: the optimizer's groups as they were built; of an optimizer in DeepSpeed's config, as that made them.
+        groups: the parameters of each part.
+        parts: for each group, this rank's part of the float32 copies, one after the other.
+        numbers: for each group, the number of the group of the optimizer inside, which has the options.
     """
 
-    NEEDED = ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "real_dp_process_group")
+    NEEDED: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, optimizer: Any, order: Sequence[Group] = ()) -> None:
-        missing = [name for name in self.NEEDED if not hasattr(optimizer, name)]
-        if missing:
-            raise LoRAError(
-                f"LoRACallback: DeepSpeed made a {type(optimizer).__name__}, whose states cannot be put together "
-                f"(it has no {missing[0]}). Leave data_types and other optimizers' options out of DeepSpeed's config."
-            )
+    def __init__(
+        self,
+        optimizer: Any,
+        order: Sequence[Group],
+        groups: Sequence[Sequence[nn.Parameter]],
+        parts: Sequence[torch.Tensor],
+        numbers: Sequence[int],
+    ) -> None:
         self.optimizer, self.inner = optimizer, optimizer.optimizer
-        self.groups: Sequence[Sequence[nn.Parameter]] = optimizer.bit16_groups
-        self.parts: Sequence[torch.Tensor] = optimizer.single_partition_of_fp32_groups
+        self.groups, self.parts, self.numbers = groups, parts, numbers
         self.order = order or [Group(o, list(p)) for o, p in zip(self.options(), self.groups, strict=True)]
-        self.places = [
-            [(p, (p.data_ptr() - flat.data_ptr()) // flat.element_size()) for p in group]
-            for group, flat in zip(self.groups, optimizer.bit16_groups_flat, strict=True)
-        ]
+
+    def process_group(self, number: int) -> Any:
+        """Return the process group over which a group's parameters are divided."""
+        raise NotImplementedError
+
+    def cut(self, number: int, parts: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Return whole tensors by the parameter's id, on the CPU.
+
+        Args:
+            number: of the group.
+            parts: of all ranks, in order.
+        """
+        raise NotImplementedError
+
+    def part_of(self, number: int, values: Mapping[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Return this rank's part of values of a group's parameters, on the CPU; of others zeros.
+
+        Args:
+            number: of the group.
+            values: by the parameter's id: whole, or divided like the parameter.
+            dtype: of the part.
+        """
+        raise NotImplementedError
 
     def options(self) -> list[dict[str, Any]]:
-        """Return the options of each group, such as its learning rate."""
-        return [_plain_options(group) for group in self.inner.param_groups]
+        """Return the options of each group that has parameters, such as its learning rate."""
+        return [_plain_options(self.inner.param_groups[number]) for number in dict.fromkeys(self.numbers)]
 
     def loss_scale(self) -> dict[str, dict[str, Any]]:
         """Return the state of the loss's scale, as an entry of a state dict; none where it does not change."""
@@ -384,43 +522,106 @@ class _Flat:
     def write_values_(self, values: Mapping[int, torch.Tensor]) -> None:
         """Write this rank's part of the float32 copies. In place."""
         for number, part in enumerate(self.parts):
-            part.data.copy_(self._part(number, values, part.dtype))
+            part.data.copy_(self.part_of(number, values, part.dtype))
 
     def write_states_(self, states: Mapping[int, Mapping[str, Any]], options: Sequence[Mapping[str, Any]]) -> None:
         """Write this rank's part of the optimizer's states, and the groups' options. In place."""
-        for number, (part, group) in enumerate(zip(self.parts, self.inner.param_groups, strict=True)):
-            group.update(options[number])
+        for number, group in zip(dict.fromkeys(self.numbers), options, strict=True):
+            self.inner.param_groups[number].update(group)
+        for number, part in enumerate(self.parts):
             mine = {id(p): states[id(p)] for p in self.groups[number] if id(p) in states}
             if not mine:
                 continue
             state = self.inner.state[part]
-            shapes = {id(p): p.shape for p in self.groups[number]}
+            shapes = {id(p): whole_shape(p) for p in self.groups[number]}
             for name in dict.fromkeys(name for each in mine.values() for name in each):
                 values = {key: each[name] for key, each in mine.items() if name in each}
                 first = next(iter(values.values()))
                 if all(isinstance(v, torch.Tensor) and v.shape == shapes[key] and v.dim() for key, v in values.items()):
                     dtype = state[name].dtype if isinstance(state.get(name), torch.Tensor) else part.dtype
-                    state[name] = self._part(number, values, dtype).to(part.device)
+                    state[name] = self.part_of(number, values, dtype).to(part.device)
                 else:
                     state[name] = first.clone() if isinstance(first, torch.Tensor) else first
         self.optimizer._hp_optimizer_states_linked = False  # the next step looks at the new tensors
 
     def _whole(self, number: int, part: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Gather a flat tensor of a group from all ranks, and cut it into parameters. Collective."""
-        flat = self.optimizer.bit16_groups_flat[number]
-        group = self.optimizer.real_dp_process_group[number]
-        sent = part.detach().to(flat.device).contiguous()
+        """Gather a part of a group from all ranks, and cut it into parameters. Collective."""
+        group = self.process_group(number)
+        sent = part.detach().to(self.groups[number][0].device).contiguous()
         parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, sent, group=group)
-        whole = torch.cat(parts).cpu()
+        return self.cut(number, [part.cpu() for part in parts])
+
+
+class _InFlatTensors(_States):
+    """Stages 1 and 2: of each group of parameters there is one flat tensor, of which each rank has an equal part.
+
+    A parameter of the model is a view of its group's flat tensor, which tells where the copy and the states of it lie.
+    After a fit Lightning moves the parameters to the CPU, so the positions are noted.
+    """
+
+    NEEDED = ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "real_dp_process_group")
+
+    def __init__(self, optimizer: Any, order: Sequence[Group]) -> None:
+        groups, parts = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+        super().__init__(optimizer, order, groups, parts, range(len(groups)))
+        self.places = [
+            [(p, (p.data_ptr() - flat.data_ptr()) // flat.element_size()) for p in group]
+            for group, flat in zip(self.groups, optimizer.bit16_groups_flat, strict=True)
+        ]
+
+    def process_group(self, number: int) -> Any:
+        return self.optimizer.real_dp_process_group[number]
+
+    def cut(self, number: int, parts: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+        whole = torch.cat([*parts])
         return {id(p): whole[at : at + p.numel()].view(p.shape).clone() for p, at in self.places[number]}
 
-    def _part(self, number: int, values: Mapping[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """Return this rank's part of values of a group's parameters, on the CPU; of others zeros."""
+    def part_of(self, number: int, values: Mapping[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         flat = torch.zeros(self.optimizer.bit16_groups_flat[number].numel(), dtype=dtype)
         for parameter, at in self.places[number]:
             if id(parameter) in values:
                 flat[at : at + parameter.numel()] = values[id(parameter)].detach().reshape(-1).to("cpu", dtype)
         size = self.parts[number].numel()
-        start = dist.get_rank(self.optimizer.real_dp_process_group[number]) * size
+        start = dist.get_rank(self.process_group(number)) * size
         return flat[start : start + size]
+
+
+class _InSlices(_States):
+    """Stage 3: a rank's part of a group holds its slice of each parameter, all slices of a parameter equally long."""
+
+    NEEDED = ("fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id", "dp_process_group")
+
+    def __init__(self, optimizer: Any, order: Sequence[Group]) -> None:
+        groups, numbers = optimizer.fp16_groups, optimizer.sub_group_to_group_id
+        parts = optimizer.fp32_partitioned_groups_flat
+        super().__init__(optimizer, order, groups, parts, [numbers[i] for i in range(len(groups))])
+
+    def process_group(self, number: int) -> Any:
+        return getattr(self.groups[number][0], "ds_process_group", self.optimizer.dp_process_group)
+
+    def cut(self, number: int, parts: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+        of_ranks, found = torch.stack([*parts]), {}
+        for parameter, at, size in self._slices(number):
+            whole = of_ranks[:, at : at + size].reshape(-1)
+            shape = whole_shape(parameter)
+            found[id(parameter)] = whole[: shape.numel()].view(shape).clone()
+        return found
+
+    def part_of(self, number: int, values: Mapping[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        part = torch.zeros(self.parts[number].numel(), dtype=dtype)
+        for parameter, at, _ in self._slices(number):
+            value = values.get(id(parameter))
+            if value is not None:
+                shard = flat_shard(parameter)
+                own = local(value) if is_flat(value) else value.detach().reshape(-1)[shard.start : shard.stop]
+                part[at : at + own.numel()] = own.to("cpu", dtype)
+        return part
+
+    def _slices(self, number: int) -> Iterator[tuple[nn.Parameter, int, int]]:
+        """Yield each parameter of a group with the beginning and the length of its slice."""
+        at = 0
+        for parameter in self.groups[number]:
+            size = cast(Any, parameter).ds_tensor.ds_numel
+            yield parameter, at, size
+            at += size

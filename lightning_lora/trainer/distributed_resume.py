@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import LoRAError
 from ..formats.deepspeed_folder import file_beside_engine
 from ..formats.distributed_folder import holds_shards_at, read_for_resume
 from ..formats.forms import form_of
+from ..model.adapted_model import AdaptedModel
 from ..model.patches import call_previous, patch
+from ..model.state_dict import adapter_keys, base_keys
 
 
 def accept_folders(strategy: Any) -> None:
@@ -38,3 +41,18 @@ def _by_position(state: Mapping[str, Any]) -> dict[str, Any]:
         "state": {places[name]: values for name, values in state.get("state", {}).items()},
         "param_groups": [{**group, "params": [places[name] for name in group["params"]]} for group in groups],
     }
+
+
+def check_complete(handle: AdaptedModel, names: set[str], source: object) -> None:
+    """Raise LoRAError unless a state dict without metadata holds the complete base, the complete adapter, or both."""
+    base, adapter = set(base_keys(handle)), set(adapter_keys(handle))
+    if names in (base | adapter, base, adapter):
+        return
+    expected = adapter if names & (adapter - base) else base
+    expected = expected | base if names & (base - adapter) else expected
+    unknown, missing = sorted(names - base - adapter), sorted(expected - names)
+    first = f"{unknown[0]!r} has no place in the model" if unknown else f"{missing[0]!r} is missing"
+    raise LoRAError(
+        f"{source}: a state dict must hold the complete base, the complete adapter or both, but {first} "
+        f"({len(missing)} missing, {len(unknown)} unexpected)."
+    )

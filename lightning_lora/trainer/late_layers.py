@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,11 +13,13 @@ from torch import nn
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.initial_values import snapshot_initial
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, strip_adapters
+from ..model.injection import Injection
 from ..model.patches import call_previous, is_patched, patch, unpatch_method
 from ..model.recorded_layers import describe_class
 from ..nn.adapted_weights import adapted_layers
 from .checkpoint_hooks import save_as
 from .compatibility import refuse_other_options
+from .deepspeed import outside_zero_init
 from .lightning_packages import is_overridden
 from .precision import convert_linear_layers_, leave_out_of_ddp_
 
@@ -63,6 +65,12 @@ def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, com
     record, layers = earlier.record, earlier.record.layers
     with _allowing_injection(earlier):
         build()
+    with outside_zero_init():
+        _adapt_built(module, record, layers, name, complete)
+
+
+def _adapt_built(module: nn.Module, record: Injection, layers: Collection[str], name: str, complete: bool) -> None:
+    """Adapt what was built. Arguments are those of _build_and_adapt, and what was adapted before."""
     handle = find_model(module)
     if handle is None:
         return
@@ -77,7 +85,7 @@ def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, com
         finish_injection(handle)
 
 
-def _warn_of_replaced(handle: AdaptedModel, layers: Iterable[str], method: str) -> None:
+def _warn_of_replaced(handle: AdaptedModel, layers: Collection[str], method: str) -> None:
     """Warn where the user's method replaced adapted layers by others that have parameters and are not adapted."""
     modules = dict(handle.root_modules)
     gone = [name for name in layers if name not in handle.record.layers and name in modules]
@@ -105,7 +113,8 @@ def _allowing_injection(earlier: AdaptedModel) -> Iterator[None]:
     yield
     handle = find_model(earlier.model)
     if handle is None and still_empty:
-        handle = begin_injection(Listing(earlier.model), record.config, seed=record.seed, given=record.given)
+        with outside_zero_init():
+            handle = begin_injection(Listing(earlier.model), record.config, seed=record.seed, given=record.given)
     elif handle is not None and handle.record is not record:
         refuse_other_options(handle.record, record.config, record.given)
     if handle is not None:

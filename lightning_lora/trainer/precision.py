@@ -101,6 +101,11 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
             f"LoRACallback: {weight}, which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise the "
             "base with bitsandbytes."
         )
+    if getattr(trainer.strategy, "zero_stage_3", False):
+        raise LoRAError(
+            f"LoRACallback: {weight}, and DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2) "
+            "or strategy='ddp', which hold the quantised base whole on each device."
+        )
     for callback in trainer.callbacks:
         if any(derives_from(callback, average, LIGHTNING) for average in AVERAGING):
             raise LoRAError(

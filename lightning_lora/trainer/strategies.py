@@ -1,4 +1,4 @@
-"""Strategies of Lightning that need more than hooks: one that is refused, and ModelParallelStrategy's checkpoints.
+"""Strategies of Lightning that need more than hooks, and ModelParallelStrategy's checkpoints.
 
 ModelParallelStrategy saves and loads state dicts without the module's hooks. To save an adapter it would gather the
 whole base first. To load an adapter it would ask for the base before any hook could add it. So its two methods are
@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import local
-from ..errors import LoRAError
 from ..exchange.apply import apply_adapter
 from ..exchange.checkpoint_of_model import prepare_for_load
 from ..formats.distributed_folder import read_without_values
@@ -24,18 +23,13 @@ from ..formats.lightning_checkpoint import adapter_of
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.initial_values import snapshot_materialised
 from ..model.patches import call_previous, patch
-from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
+from ..model.state_dict import adapter_keys, merge_state_dict
 from ..names import META, canonical
 from ..nn.adapted_weights import AdaptedWeights
 from .checkpoint_hooks import refuse_foreign_resume
 from .deepspeed import prepare_deepspeed
-from .distributed_resume import accept_folders
-
-FSDP1 = (
-    "FSDPStrategy cannot be used: FSDP1 keeps weights as pieces of flat buffers, which cannot be merged into and "
-    "restored exactly. Use ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or strategy='ddp' where "
-    "the base fits on one device."
-)
+from .distributed_resume import accept_folders, check_complete
+from .fsdp1 import prepare_fsdp1
 
 
 def prepare_strategy(strategy: Any) -> None:
@@ -46,7 +40,8 @@ def prepare_strategy(strategy: Any) -> None:
     """
     names = [cls.__name__ for cls in type(strategy).__mro__]
     if "FSDPStrategy" in names:
-        raise LoRAError(f"LoRACallback: {FSDP1}")
+        prepare_fsdp1(strategy)
+        return
     if "DeepSpeedStrategy" in names:
         prepare_deepspeed(strategy)
     if "ModelParallelStrategy" in names:
@@ -88,7 +83,7 @@ def _load_checkpoint(
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
     if adapter is None:
         refuse_foreign_resume(module, checkpoint, loaded)
-        _check_complete(handle, loaded, path)
+        check_complete(handle, loaded, path)
     prepare_for_load(module, checkpoint, values_follow=True)  # raises where it does not fit
     copies = []
     if kind == "merged":
@@ -108,21 +103,6 @@ def _load_checkpoint(
         apply_adapter(handle, adapter)
     content.pop(META, None)  # so that the module's on_load_checkpoint does not do this again
     return content
-
-
-def _check_complete(handle: AdaptedModel, names: set[str], path: Path) -> None:
-    """Raise LoRAError unless a state dict without metadata holds the complete base, the complete adapter, or both."""
-    base, adapter = set(base_keys(handle)), set(adapter_keys(handle))
-    if names in (base | adapter, base, adapter):
-        return
-    expected = adapter if names & (adapter - base) else base
-    expected = expected | base if names & (base - adapter) else expected
-    unknown, missing = sorted(names - base - adapter), sorted(expected - names)
-    first = f"{unknown[0]!r} has no place in the model" if unknown else f"{missing[0]!r} is missing"
-    raise LoRAError(
-        f"{path}: a state dict must hold the complete base, the complete adapter or both, but {first} "
-        f"({len(missing)} missing, {len(unknown)} unexpected)."
-    )
 
 
 def _copy_weights(handle: AdaptedModel, names: set[str]) -> list[tuple[AdaptedWeights, str, torch.Tensor]]:

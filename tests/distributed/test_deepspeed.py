@@ -134,6 +134,14 @@ class Run:
     frozen: list[str]
 
 
+def whole_state(model: Any) -> State:
+    """A state dict, gathered by DeepSpeed where it divides the parameters."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([*model.parameters()]):
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
 def finish(trainer: L.Trainer, model: Any, path: Path) -> Run:
     """Save after the fit, and look at the model."""
     assert not is_merged(model)
@@ -141,7 +149,7 @@ def finish(trainer: L.Trainer, model: Any, path: Path) -> Run:
         parameter.data = parameter.data.clone()  # as after a fit on a GPU, when Lightning moves them to the CPU
     trainer.save_checkpoint(path / "all.ckpt")
     trainer.save_checkpoint(path / "weights.ckpt", weights_only=True)
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    state = whole_state(model)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and "lora_" not in name]
     return Run(state, list(model.losses), path / "all.ckpt", frozen)
 
@@ -171,6 +179,7 @@ def assert_close(found: Run, expected: Run, epochs: int) -> None:
 CASES = {
     "stage 1": Case(stage=1),
     "stage 2": Case(),
+    "stage 3": Case(stage=3),
     "stage 1, optimizer on the CPU": Case(stage=1, strategy=config(1, offload_optimizer={"device": "cpu"})),
     "stage 2, optimizer on the CPU": Case(strategy=config(2, offload_optimizer={"device": "cpu"})),
     "parameters in another order": Case(strategy=config(2, round_robin_gradients=True)),
@@ -193,6 +202,25 @@ CASES = {
     "LoRA-GA": Case(lora={"init_lora_weights": "lora_ga"}),
     "VeRA": Case(lora={"variant": "vera", "lora_alpha": 8}),
     "gradient clipping": Case(trainer={"gradient_clip_val": 0.1}),
+    "stage 3, small parameters divided too": Case(stage=3, strategy=config(3, stage3_param_persistence_threshold=0)),
+    "stage 3, all on the CPU": Case(
+        stage=3,
+        strategy=config(3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}),
+    ),
+    "stage 3, LoRA+": Case(stage=3, model="Plus"),
+    "stage 3, groups cut": Case(stage=3, model="Plus", strategy=config(3, sub_group_size=20)),
+    "stage 3, SGD, a scheduler": Case(stage=3, model="Scheduled"),
+    "stage 3, a group without parameters": Case(stage=3, model="GroupWithoutParameters"),
+    "stage 3, modules_to_save, bias": Case(
+        stage=3, lora={"target_modules": ["0", "2"], "modules_to_save": ["4"], "bias": "all"}
+    ),
+    "stage 3, DoRA": Case(stage=3, lora={"use_dora": True}),
+    "stage 3, PiSSA": Case(stage=3, lora={"init_lora_weights": "pissa"}),
+    "stage 3, EVA": Case(stage=3, lora={"init_lora_weights": "eva"}),
+    "stage 3, VeRA": Case(stage=3, lora={"variant": "vera", "lora_alpha": 8}),
+    "stage 3, LoHa": Case(stage=3, lora={"variant": "loha"}),
+    "stage 3, gradient clipping": Case(stage=3, trainer={"gradient_clip_val": 0.1}),
+    "stage 3, gradients accumulated": Case(stage=3, trainer={"accumulate_grad_batches": 2}),
 }
 
 

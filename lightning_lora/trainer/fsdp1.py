@@ -1,0 +1,477 @@
+"""FSDPStrategy (FSDP1): each rank keeps a slice of each frozen weight, and all that is trained whole.
+
+FSDP1 lays the weights of a unit one after the other in a flat tensor and cuts that into equal slices. It takes no
+tensors of several dtypes, and would keep gradients of frozen weights beside trained ones. So all that is trained stays
+outside of the flat tensors: whole on each rank, as under DDP, with gradients that are averaged here.
+
+    the model     W in slices: found anew for each use, because FSDP1 replaces the memory of a slice
+    checkpoints   as one device writes them, or a folder of shards with the names of parameters
+    optimizers    whole states, except of weights that were unfrozen later
+
+torch's own optim_state_dict is not used: with offload_to_cpu on a CPU it gives exp_avg for exp_avg_sq.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..distributed.flat import FlatShard, attach, attach_owner, flat_like, flat_shard, gather, is_flat
+from ..distributed.sharding import copy_all_, local
+from ..errors import LoRAError
+from ..exchange.checkpoint_of_model import gathered_state, state_of_kind
+from ..formats.lightning_checkpoint import by_canonical_names
+from ..model.adapted_model import AdaptedModel, find_model
+from ..model.live_state import LiveState
+from ..model.patches import call_previous, is_patched, patch
+from ..names import META, canonical, names_factor
+from .distributed_resume import accept_folders, check_complete
+
+WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
+OUTSIDE = "lora_outside"  # attribute of a strategy: the parameters outside of the flat tensors
+WHOLE = "lora_whole_units"  # attribute of a strategy: units that are not divided, as in a single process
+LATER = "lora_averages_later"  # attribute of a strategy while gradients are accumulated
+ALTERNATIVES = (
+    "ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or strategy='ddp' where the base fits on one "
+    "device"
+)
+BUCKET = 2**25  # bytes of gradients that are averaged at once
+
+
+# --- what cannot be right is refused in setup ---
+
+
+def prepare_fsdp1(strategy: Any) -> None:
+    """Patch how an FSDPStrategy wraps, reduces gradients, and saves and loads checkpoints.
+
+    Raises:
+        LoRAError: its options cannot be used. The message says what to do.
+    """
+    for reason in _refused(getattr(strategy, "kwargs", {})):
+        raise LoRAError(f"LoRACallback: FSDPStrategy cannot be used so: {reason}, or use {ALTERNATIVES}.")
+    if is_patched(strategy, "_setup_model", _setup_model):
+        return  # in an earlier stage
+    patch(strategy, "_setup_model", _setup_model)
+    patch(strategy, "model_sharded_context", _model_sharded_context)
+    patch(strategy, "block_backward_sync", _block_backward_sync)
+    patch(strategy, "lightning_module_state_dict", _state_dict)
+    patch(strategy, "optimizer_state", _optimizer_state)
+    patch(strategy, "teardown", _teardown)
+    patch(strategy, "load_checkpoint", _load_checkpoint)
+    accept_folders(strategy)
+    patch(strategy, "load_model_state_dict", _load_model_state_dict)
+
+
+def _refused(options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the reason for each of FSDP1's options that cannot be used."""
+    if not options.get("use_orig_params", True):
+        yield "use_orig_params=False takes the weights out of their layers. Leave the option out"
+    if options.get("ignored_modules") is not None:
+        yield (
+            "torch takes ignored_modules or ignored_states, and the adapter is passed in the second. Pass "
+            "ignored_states=[*module.parameters()] instead"
+        )
+
+
+# --- the model is wrapped ---
+
+
+class _Wrapping:
+    """How FSDP1 wraps a LightningModule.
+
+    Attributes:
+        root: the outermost wrapper, which later stages take again.
+        order: the names of each module's own parameters as they were registered. FSDP1 moves those of its flat tensors
+            to the end, and the states of an optimizer are saved by the position of their parameter.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.root: Any = None
+        self.order: dict[nn.Module, list[str]] = {}
+
+    def outside(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters to leave outside of flat tensors, and note the order of all. FSDP1 is about to wrap."""
+        for module in self.module.modules():
+            self.order.setdefault(module, list(module._parameters))
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad or names_factor(name):
+                yield parameter
+
+    def put_in_order_(self) -> None:
+        """Register parameters in their old order. In place."""
+        for module, names in self.order.items():
+            for name in [each for each in names if each in module._parameters]:
+                module._parameters[name] = module._parameters.pop(name)
+
+
+class _Outside:
+    """The parameters that stay outside of flat tensors, listed each time: configure_model may add some."""
+
+    def __init__(self, wrapping: _Wrapping, given: Sequence[Any]) -> None:
+        self.wrapping, self.given = wrapping, given
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        found = dict.fromkeys(each for each in self.given if isinstance(each, nn.Parameter))
+        for module in (each for each in self.given if isinstance(each, nn.Module)):
+            found |= dict.fromkeys(module.parameters())
+        yield from found | dict.fromkeys(self.wrapping.outside())
+
+
+def _wrapping(strategy: Any) -> _Wrapping:
+    module = strategy.lightning_module
+    return cast(_Wrapping, vars(module).setdefault(WRAPPING, _Wrapping(module)))
+
+
+@contextmanager
+def _leaving_out(strategy: Any) -> Iterator[None]:
+    """Let FSDP1 leave out of its flat tensors what is trained, inside the block."""
+    given = strategy.kwargs.get("ignored_states")
+    strategy.kwargs["ignored_states"] = _Outside(_wrapping(strategy), list(given or ()))
+    try:
+        yield
+    finally:
+        if given is None:
+            del strategy.kwargs["ignored_states"]
+        else:
+            strategy.kwargs["ignored_states"] = given
+
+
+@contextmanager
+def _model_sharded_context(strategy: Any, previous: Callable[..., Any] | None) -> Iterator[None]:
+    """Leave out what is trained where configure_model wraps parts itself: the patched model_sharded_context."""
+    with _leaving_out(strategy), call_previous(strategy, previous, "model_sharded_context"):
+        yield
+
+
+def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.Module) -> Any:
+    """Wrap the model, or take the wrapper of an earlier stage; find the slices: the patched _setup_model.
+
+    Lightning would wrap the model once more in each stage, and take the slices for whole weights.
+    """
+    module = strategy.lightning_module
+    if find_model(module) is None and WRAPPING not in vars(module):  # the adapter may have been taken out since
+        return call_previous(strategy, previous, "_setup_model", model)
+    wrapping = _wrapping(strategy)
+    if wrapping.root is None:
+        with _leaving_out(strategy):
+            wrapping.root = call_previous(strategy, previous, "_setup_model", model)
+    wrapping.put_in_order_()
+    _attach(wrapping.root)
+    units = [unit for unit in _units(wrapping.root) if unit._handle is not None]
+    inside = {id(parameter) for unit in units for parameter in unit._handle.flat_param._params}
+    outside = [parameter for parameter in module.parameters() if id(parameter) not in inside]
+    _move_(outside, strategy.root_device)
+    setattr(strategy, OUTSIDE, outside)
+    setattr(strategy, WHOLE, [unit for unit in units if not unit._handle.uses_sharded_strategy])
+    patch(strategy.precision_plugin, "backward", _backward)
+    patch(strategy.precision_plugin, "clip_grad_by_norm", _clip_grad_by_norm)
+    return wrapping.root
+
+
+def _move_(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Move parameters that FSDP1 leaves out to its device. In place."""
+    for parameter in parameters:
+        if parameter.is_meta:
+            raise LoRAError(
+                "LoRACallback: FSDPStrategy gives memory to frozen weights alone, and a trained parameter of shape "
+                f"{tuple(parameter.shape)} is on the meta device. Build the model with memory, or use {ALTERNATIVES}."
+            )
+        parameter.data = parameter.data.to(device)
+
+
+def _units(root: nn.Module) -> list[Any]:
+    """Return the wrappers of FSDP1 in a model, the outermost first."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return [module for module in root.modules() if isinstance(module, FullyShardedDataParallel)]
+
+
+def _attach(root: nn.Module) -> None:
+    """Tell how the slice of each original parameter is found, and how gathered memory is freed. In place."""
+    from torch.distributed.fsdp._runtime_utils import _lazy_init
+
+    for unit in _units(root):
+        _lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
+        handle, free = unit._handle, _Unit(unit).free
+        for owner in (unit, *(handle._get_modules() if handle is not None else ())):
+            attach_owner(owner, free)
+        if handle is not None and handle.uses_sharded_strategy:
+            flat = handle.flat_param
+            for parameter, info, shape in zip(flat._params, flat._shard_param_infos, flat._shapes, strict=True):
+                attach(parameter, partial(_find_slice, handle, info, shape))
+
+
+def _find_slice(handle: Any, info: Any, shape: torch.Size) -> FlatShard:
+    """Return this rank's slice of a parameter of FSDP1."""
+    own = handle.flat_param._local_shard.detach()
+    start = info.intra_param_start_idx if info.in_shard else 0
+    values = own.narrow(0, info.offset_in_shard, info.numel_in_shard) if info.in_shard else own[:0]
+    return FlatShard(values, start, shape, handle.process_group, handle.device)
+
+
+class _Unit:
+    """A wrapper of FSDP1, whose gathered memory can be freed. FSDP1 keeps it in the root, or under SHARD_GRAD_OP."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self.wrapper = wrapper
+
+    def free(self, *, broken_off: bool = False) -> None:
+        """Drop what was gathered, unless a forward or backward runs in this wrapper, and put the parameters back.
+
+        Args:
+            broken_off: an exception has ended that forward or backward.
+        """
+        from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
+
+        handle, idle = self.wrapper._handle, HandleTrainingState.IDLE
+        if broken_off:
+            self.wrapper.training_state = TrainingState.IDLE
+        if handle is None:
+            return
+        if broken_off:
+            handle._training_state = idle
+        if handle._training_state is not idle:
+            return
+        if not handle.uses_sharded_strategy:  # each rank has the whole weights
+            handle._use_sharded_views()
+        elif not handle.needs_unshard():
+            handle.reshard(True)
+            handle.post_reshard()
+            handle._prefetched = False
+
+
+def _teardown(strategy: Any, previous: Callable[..., Any] | None) -> None:
+    """Leave the parameters in place of what the last forward has gathered: the patched teardown."""
+    call_previous(strategy, previous, "teardown")
+    if vars(strategy.lightning_module).get(WRAPPING) is not None:
+        for unit in _units(strategy.model):
+            if unit._is_root is not None:  # else an error came before the model was set up
+                _Unit(unit).free(broken_off=True)
+
+
+# --- gradients ---
+
+
+@contextmanager
+def _block_backward_sync(strategy: Any, previous: Callable[..., Any] | None) -> Iterator[None]:
+    """Average gradients once, after the last accumulated batch: the patched block_backward_sync."""
+    setattr(strategy, LATER, True)
+    try:
+        with call_previous(strategy, previous, "block_backward_sync"):
+            yield
+    finally:
+        delattr(strategy, LATER)
+
+
+def _backward(
+    plugin: Any, previous: Callable[..., Any] | None, tensor: Any, module: Any, *args: Any, **kw: Any
+) -> None:
+    """Average the gradients after backward: the patched backward of the precision plugin. Collective."""
+    call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
+    strategy = module.trainer.strategy
+    for unit in getattr(strategy, WHOLE):  # FSDP1 leaves plain tensors in place of their frozen parameters
+        _Unit(unit).free()
+    if not hasattr(strategy, LATER) and getattr(strategy.model, "_sync_gradients", True):
+        average_gradients_(getattr(strategy, OUTSIDE))
+
+
+def average_gradients_(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace the gradients of whole parameters by their means over all ranks. In place. Collective.
+
+    A gradient that some ranks lack counts as zero there, and one that all ranks lack stays away.
+    """
+    buckets: dict[tuple[torch.dtype, torch.device], list[list[nn.Parameter]]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            filled = buckets.setdefault((parameter.dtype, parameter.device), [[]])
+            if sum(each.nbytes for each in filled[-1]) >= BUCKET:
+                filled.append([])
+            filled[-1].append(parameter)
+    with torch.no_grad():
+        for bucket in (each for filled in buckets.values() for each in filled):
+            _average_bucket_(bucket)
+
+
+def _average_bucket_(parameters: Sequence[nn.Parameter]) -> None:
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    there = gradients[0].new_tensor([p.grad is not None for p in parameters])
+    flat = torch.cat([there, *(gradient.reshape(-1) for gradient in gradients)])
+    flat /= dist.get_world_size()
+    dist.all_reduce(flat)
+    found, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    lacks = any(p.grad is None for p in parameters)
+    shares = found.tolist() if lacks else [1.0] * len(parameters)  # to read them, a GPU would be waited for
+    for parameter, gradient, mean, share in zip(parameters, gradients, means, shares, strict=True):
+        if share:
+            gradient.copy_(mean.view(gradient.shape))
+            parameter.grad = gradient
+
+
+def _clip_grad_by_norm(plugin: Any, previous: Any, optimizer: Any, clip_val: float | int, *args: Any) -> None:
+    """Clip by the norm over whole gradients, which Lightning refuses to do: the patched clip_grad_by_norm.
+
+    Collective where an optimizer trains weights that are in slices.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None or is_flat(p)]
+    clip_gradients_(trained, float(clip_val))
+
+
+def clip_gradients_(parameters: Sequence[nn.Parameter], limit: float) -> None:
+    """Scale gradients so that their common norm is at most `limit`. In place. Collective where some are in slices."""
+    whole = [p.grad for p in parameters if p.grad is not None and not is_flat(p)]
+    slices = [p for p in parameters if is_flat(p) and p.requires_grad]
+    squares = [gradient.norm().double() ** 2 for gradient in whole]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    for group, device in dict.fromkeys((flat_shard(p).group, flat_shard(p).device) for p in slices):
+        own = [p.grad.norm().double() ** 2 for p in slices if p.grad is not None and flat_shard(p).group is group]
+        part = torch.stack(own).sum().to(device) if own else torch.zeros((), dtype=torch.float64, device=device)
+        dist.all_reduce(part, group=group)
+        total = total + part.to(total.device)
+    scale = (limit / (total.sqrt() + 1e-6)).clamp(max=1.0)
+    for gradient in [*whole, *(p.grad for p in slices if p.grad is not None)]:
+        gradient.mul_(scale.to(gradient.device, gradient.dtype))
+
+
+# --- checkpoints ---
+
+
+def _state_dict(strategy: Any, previous: Callable[..., Any] | None) -> Any:
+    """Gather what the module's kind of checkpoint holds: the patched lightning_module_state_dict. Collective.
+
+    For a folder each rank returns its rows.
+    """
+    handle = find_model(strategy.lightning_module)
+    if handle is None:
+        return call_previous(strategy, previous, "lightning_module_state_dict")
+    if strategy._state_dict_type == "sharded":
+        return {name: _rows_of_rank(value) for name, value in state_of_kind(handle).items()}
+    return gathered_state(handle, keep=strategy.is_global_zero)
+
+
+def _rows_of_rank(value: Any) -> Any:
+    """Return a tensor in slices as a DTensor divided by rows, which torch saves as shards. Collective."""
+    if not is_flat(value):
+        return value
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    shard, whole = flat_shard(value), gather(value)
+    if not whole.dim():
+        return whole
+    parts = whole.chunk(dist.get_world_size(shard.group))
+    rank = dist.get_rank(shard.group)
+    own = parts[rank].clone() if rank < len(parts) else whole[:0]
+    mesh = DeviceMesh.from_group(shard.group, own.device.type)
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimizer: Any) -> Any:
+    """Return the state dict as one device has it; by names for a folder: the patched optimizer_state. Collective."""
+    module = strategy.lightning_module
+    if find_model(module) is None:
+        return call_previous(strategy, previous, "optimizer_state", optimizer)
+    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    packed = optimizer.state_dict()
+    state = dict(packed["state"])
+    for number, parameter in enumerate(parameters):
+        if is_flat(parameter) and parameter.requires_grad:  # unfrozen after it was wrapped
+            whole = _whole_state(parameter, state.pop(number, {}))
+            state |= {number: whole} if whole else {}
+    if strategy._state_dict_type != "sharded":
+        return {**packed, "state": state}
+    known = {id(p): canonical(name) for name, p in module.named_parameters()}
+    names = [known.get(id(p), f"parameter {number}") for number, p in enumerate(parameters)]
+    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in packed["param_groups"]]
+    return {"state": {names[number]: value for number, value in state.items()}, "param_groups": groups}
+
+
+def _whole_state(parameter: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Gather an optimizer's state of a parameter in slices, also from ranks whose slice is empty. Collective."""
+    group = flat_shard(parameter).group
+    here = {name: _described(value) for name, value in state.items()}
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, here, group=group)
+    whole: dict[str, Any] = {}
+    for name, (dtype, value) in {name: each for found in everywhere for name, each in found.items()}.items():
+        if dtype is None:
+            whole[name] = value
+        else:
+            own = state.get(name, local(parameter).new_empty(0, dtype=dtype))
+            whole[name] = gather(flat_like(own, parameter)).cpu()
+    return whole
+
+
+def _described(value: Any) -> tuple[torch.dtype | None, Any]:
+    """Return the dtype of values for each element, or a value that is the same for all of them."""
+    is_divided = isinstance(value, torch.Tensor) and value.dim() > 0
+    return (value.dtype, None) if is_divided else (None, value)
+
+
+def _load_checkpoint(strategy: Any, previous: Callable[..., Any] | None, path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Read a file as under DDP; load_model_state_dict takes it from there: the patched load_checkpoint."""
+    if find_model(strategy.lightning_module) is None:
+        return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
+    return strategy.checkpoint_io.load_checkpoint(strategy.broadcast(path), *args, **kwargs)
+
+
+def _load_model_state_dict(
+    strategy: Any, previous: Callable[..., Any] | None, checkpoint: Mapping[str, Any], strict: bool = True
+) -> None:
+    """Load the model, and in a fit the optimizers: the patched load_model_state_dict.
+
+    Lightning calls no other method of the strategy for the optimizers.
+    """
+    module = strategy.lightning_module
+    handle = find_model(module)
+    if handle is None:
+        call_previous(strategy, previous, "load_model_state_dict", checkpoint, strict=strict)
+        return
+    state = by_canonical_names(checkpoint["state_dict"])
+    if META not in checkpoint:
+        check_complete(handle, set(state), "LoRACallback: the checkpoint at ckpt_path")
+    _write_state_(handle, state)
+    if module.trainer.state.fn != "fit":
+        return
+    states = checkpoint.get("optimizer_states")
+    if states is None and strategy.optimizers:
+        raise LoRAError(
+            "LoRACallback: the checkpoint at ckpt_path holds weights only, without the optimizer's state that a fit "
+            "goes on with. To start a new fit from them, call load_adapter(model, path) and leave ckpt_path out."
+        )
+    for optimizer, state in zip(strategy.optimizers, states or (), strict=True):
+        _load_optimizer_state_(optimizer, state)
+
+
+def _write_state_(handle: AdaptedModel, state: Mapping[str, Any]) -> None:
+    """Copy values into the model: slices of them where weights are in slices. In place."""
+    live = LiveState(handle)
+    for name, value in state.items():
+        if name in live.tensors and live.tensors[name] is None:
+            cast(Any, live.owners[name]).set_extra_state(value)
+    pairs = ((live.tensors.get(name), value) for name, value in state.items())
+    copy_all_([(tensor, value) for tensor, value in pairs if tensor is not None])
+    for layer in handle.layers.values():
+        layer.weight_changed()
+
+
+def _load_optimizer_state_(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    """Load a state dict as one device has it. In place."""
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    state = dict(saved["state"])
+    for number, parameter in zip(numbers, own, strict=False):
+        if is_flat(parameter) and number in state:
+            shard = flat_shard(parameter)
+            part = slice(shard.start, shard.stop)
+            values = state.pop(number).items()
+            if shard.values.numel():
+                state[number] = {k: v.reshape(-1)[part].clone() if _described(v)[0] else v for k, v in values}
+    optimizer.load_state_dict({**saved, "state": state})

@@ -1,0 +1,142 @@
+"""Flat slices of a weight: cut into matrices, merged and restored in place, without a process group."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, inject
+from lightning_lora.distributed.flat import FlatShard, attach, flat_like, is_flat, make_plain, pieces, whole_shape
+from lightning_lora.distributed.sharding import detached, local, windows
+from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, restored_weight, unmerge_weight_
+from lightning_lora.nn.low_rank import LowRankBlock, crop_to_slice
+from support.sharded_adapters import assert_same_bits
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+SHAPES = [(1, 7), (7, 1), (5, 3), (37, 41), (128, 33)]
+
+
+def cuts(numel: int, ranks: int) -> list[tuple[int, int]]:
+    """Equal slices as of DeepSpeed, of which the last may be shorter or empty, and slices of any length as of FSDP1."""
+    size = -(-numel // ranks)
+    equal = [(min(rank * size, numel), min((rank + 1) * size, numel)) for rank in range(ranks)]
+    places = sorted(random.randint(0, numel) for _ in range(ranks - 1))
+    return [*equal, *zip([0, *places], [*places, numel], strict=True)]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 64])
+def test_pieces_of_any_cut_are_at_most_three_matrices_that_hold_each_element_once(shape, ranks):
+    height, width = shape
+    numbers = torch.arange(height * width)
+    for start, stop in cuts(height * width, ranks):
+        found = pieces(start, stop, width)
+        assert len(found) <= 3
+        parts = [numbers.view(shape)[rows, columns].flatten() for rows, columns in found]
+        assert torch.equal(torch.cat([numbers[:0], *parts]), numbers[start:stop])
+
+
+def blocks_of(shape: tuple[int, int], *, kind: str, generator: torch.Generator) -> list[LowRankBlock]:
+    """A change of the whole weight, of its rows or its columns in two parts, with or without a scale."""
+    height, width = shape
+    parts = {
+        "whole": [(0, height, 0, width)],
+        "rows": [(0, height // 3, 0, width), (height // 2, height - height // 2, 0, width)],
+        "columns": [(0, height, width // 2, width - width // 2)],
+    }
+    blocks = []
+    for row, rows, column, columns in parts[kind.partition(" ")[0]]:
+        left, right = (torch.randn(*size, generator=generator) for size in ((rows, 3), (3, columns)))
+        size = (1, columns) if "transposed" in kind else (rows, 1)
+        scale = torch.rand(size, generator=generator) + 0.5 if "scale" in kind else None
+        blocks.append(LowRankBlock(row, column, left, right, scale))
+    return blocks
+
+
+@pytest.mark.parametrize("kind", ["whole", "rows", "columns", "whole scale", "whole scale transposed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("copy", [False, True])
+def test_slices_of_any_cut_are_merged_as_the_whole_weight_and_restored_in_every_bit(kind, dtype, copy):
+    random.seed(3)
+    generator = torch.Generator().manual_seed(3)
+    for shape in SHAPES:
+        weight = torch.randn(shape, generator=generator).to(dtype)
+        blocks = blocks_of(shape, kind=kind, generator=generator)
+        expected = merged_weight(weight, blocks, 0.01).flatten()
+        for start, stop in cuts(weight.numel(), random.choice([1, 2, 3, 5])):
+            memory = torch.cat([weight.new_full((3,), 7.0), weight.flatten()[start:stop], weight.new_full((2,), 7.0)])
+            own, before = memory[3:-2], memory.clone()
+            cropped = crop_to_slice(blocks, start, stop, shape[1])
+            record = merge_weight_(own, cropped, 0.01, copy=copy)
+            torch.testing.assert_close(own, expected[start:stop])  # another order of summing may round otherwise
+            assert torch.equal(bits(restored_weight(own, record)), bits(weight.flatten()[start:stop]))
+            assert torch.equal(memory[:3], before[:3])
+            assert torch.equal(memory[-2:], before[-2:])
+            unmerge_weight_(own, record)
+            assert torch.equal(bits(memory), bits(before))
+
+
+def flat_layer(start: int, stop: int, build: type[nn.Module] = nn.Linear, **options: object) -> nn.Module:
+    """An adapted layer of which this rank has a slice, as ZeRO-3 leaves it: empty, the slice beside it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(build(6, 5) if build is nn.Linear else build(6, 4, 3))
+    inject(model, LoRAConfig(**{"r": 2, "init_lora_weights": False, "target_modules": ["0"]} | options))
+    weight = model[0].weight
+    values = weight.detach().flatten()[start:stop].clone()
+    shard = FlatShard(values, start, weight.shape, None, CPU)
+    attach(weight, lambda: shard)
+    weight.data = weight.data.new_empty(0)
+    return model[0]
+
+
+@pytest.mark.parametrize(("build", "numel"), [(nn.Linear, 30), (nn.Conv1d, 72)])
+def test_adapted_layer_merges_into_its_slice_and_shows_what_was_there(build, numel):
+    torch.manual_seed(0)
+    whole = nn.Sequential(build(6, 5) if build is nn.Linear else build(6, 4, 3))
+    base = whole[0].weight.detach().flatten().clone()
+    inject(whole, LoRAConfig(r=2, init_lora_weights=False, target_modules=["0"]))
+    whole[0].merge_(copy=False)
+    for start, stop in cuts(numel, 2):
+        layer = flat_layer(start, stop, build)
+        slice_ = local(layer.weight)
+        layer.merge_(copy=False)
+        torch.testing.assert_close(slice_, whole[0].weight.detach().flatten()[start:stop])
+        assert_same_bits({"W": local(layer.original("weight"))}, {"W": base[start:stop]})
+        assert whole_shape(layer.original("weight")) == whole[0].weight.shape
+        layer.unmerge_()
+        assert_same_bits({"W": slice_}, {"W": base[start:stop]})
+
+
+def test_windows_of_a_plain_weight_are_one_and_of_a_slice_those_of_its_pieces():
+    weight = torch.arange(30.0).view(5, 6)
+    ((view, rows, columns),) = windows(weight, 6)
+    assert torch.equal(view, weight[rows, columns])
+    flat = weight.flatten()[4:22].clone()
+    attach(flat, lambda: FlatShard(flat, 4, weight.shape, None, CPU))
+    found = windows(flat, 6)
+    assert len(found) == 3
+    for view, rows, columns in found:
+        assert torch.equal(view, weight[rows, columns])
+        assert view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+
+
+def test_tensor_is_flat_while_it_is_attached():
+    tensor = nn.Parameter(torch.ones(3))
+    assert not is_flat(tensor)
+    attach(tensor, lambda: FlatShard(tensor.detach(), 0, torch.Size((3, 1)), None, CPU))
+    assert is_flat(tensor)
+    assert is_flat(detached(tensor))
+    other = flat_like(torch.zeros(3), tensor)
+    assert is_flat(other)
+    assert whole_shape(other) == (3, 1)
+    make_plain(tensor)
+    assert not is_flat(tensor)
+    assert not is_flat(None)

@@ -1,0 +1,596 @@
+"""FSDPStrategy (FSDP1): as one device, on any number of ranks, in every door."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp.wrap import wrap
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAMonitor,
+    disable_adapter,
+    inject,
+    is_merged,
+    load_adapter,
+    load_from_checkpoint,
+    lora_param_groups,
+    merged_state_dict,
+    save_adapter,
+    save_merged,
+    summary,
+)
+from lightning_lora.command.info import info
+from lightning_lora.trainer import fsdp1 as fsdp1_file
+from support.fsdp1 import fsdp1
+from support.processes import world
+from support.sharded import HIDDEN, TARGETS, Plain, Sharded, base_of, data, loader, make_trainer, model_parallel
+from support.sharded_adapters import assert_same_bits
+
+slow = pytest.mark.slow
+
+State = dict[str, torch.Tensor]
+LAYERS = {"auto_wrap_policy": {nn.Linear}}  # a unit for each layer; otherwise one for the whole model
+
+
+class Plus(Plain):
+    """LoRA+, with groups of their own learning rates, and a decay."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(lora_param_groups(self, lr=0.02, lr_ratio=4, weight_decay=0.1))
+
+
+class Scheduled(Plain):
+    """Another optimizer and a scheduler."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+class Unfreezing(Plain):
+    """Trains two layers whole from the second epoch on, which FSDP1 has wrapped by then."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.trainer.current_epoch >= 1:
+            warnings.filterwarnings("ignore", "lightning_lora: base parameters were unfrozen")
+            self.net[0].weight.requires_grad_()
+            self.net[4].bias.requires_grad_()
+
+
+class Manual(Plain):
+    """Takes its steps itself, and one of two batches into each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+class Referring(Plain):
+    """Compares with the base in each step, as preference tuning does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        with disable_adapter(self), torch.no_grad():
+            reference = self(batch[0])
+        return super().training_step(batch, batch_idx) + (self(batch[0]) - reference).square().mean()
+
+
+class Wrapping(Plain):
+    """Wraps some layers itself, one of which it builds there."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "built"):
+            self.built = True
+            torch.manual_seed(3)
+            self.net[2] = nn.Linear(HIDDEN, HIDDEN)
+            inject(self, LoRAConfig(r=2, target_modules=TARGETS), seed=1)
+            for place in (0, 2):
+                self.net[place] = wrap(self.net[place])  # under another strategy nothing happens
+
+
+class Various(Plain):
+    """An embedding, an LSTM, a convolution and a stack of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table, self.lstm = nn.Embedding(10, 6), nn.LSTM(6, 5, batch_first=True)
+        self.net = nn.Sequential(nn.Conv1d(5, 6, 1), nn.ReLU(), nn.Conv1d(6, 3, 1))
+        self.experts = nn.Parameter(torch.randn(2, 3, 3) * 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, _ = self.lstm(self.table((x.abs() * 3).long().clamp(max=9)))
+        return torch.einsum("bi,eij->bj", super().forward(hidden.transpose(1, 2)).mean(-1), self.experts)
+
+
+CLASSES_HERE = (Plain, Plus, Scheduled, Unfreezing, Manual, Referring, Wrapping, Various)
+MODELS = {cls.__name__: cls for cls in CLASSES_HERE}
+
+
+@dataclass
+class Case:
+    strategy: dict[str, Any] = field(default_factory=dict)
+    model: str = "Plain"
+    lora: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, seed: int) -> tuple[Any, LoRACallback]:
+        torch.manual_seed(seed)
+        return MODELS[self.model](), LoRACallback(**{"r": 2, "target_modules": TARGETS} | self.lora)
+
+
+@dataclass
+class Run:
+    """What a fit gave."""
+
+    state: State
+    losses: list[float]
+    path: Path
+
+
+def gathered(root: nn.Module) -> State:
+    """The state of a model, gathered by torch alone."""
+    whole = root.sharding_strategy is ShardingStrategy.NO_SHARD
+    with contextlib.nullcontext() if whole else FullyShardedDataParallel.summon_full_params(root, writeback=False):
+        named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]
+        return {name.replace("_fsdp_wrapped_module.", ""): value.detach().clone() for name, value in named}
+
+
+def on_ranks(case: Case, path: Path, epochs: int, source: Path | None = None, seed: int = 0) -> Run:
+    model, callback = case.build(seed)
+    warnings.filterwarnings("ignore", "lightning_lora: the components of net.0")
+    trainer = fsdp1(path, callback, options=case.strategy, max_epochs=epochs, **case.trainer)
+    trainer.fit(model, *data(), ckpt_path=source)
+    assert not is_merged(model)
+    trainer.save_checkpoint(path / "all.ckpt")
+    trainer.save_checkpoint(path / "weights.ckpt", weights_only=True)
+    return Run(gathered(trainer.model), list(model.losses), path / "all.ckpt")
+
+
+def alone(case: Case, path: Path, epochs: int, source: Path | None = None, seed: int = 0) -> Run:
+    model, callback = case.build(seed)
+    warnings.filterwarnings("ignore", "lightning_lora: the components of net.0")
+    trainer = make_trainer(path, callback, max_epochs=epochs, **case.trainer)
+    trainer.fit(model, loader(), loader(seed=6), ckpt_path=source)
+    trainer.save_checkpoint(path / "all.ckpt")
+    return Run({n: value.detach().clone() for n, value in model.state_dict().items()}, model.losses, path / "all.ckpt")
+
+
+def assert_close(found: Run, expected: Run, epochs: int) -> None:
+    """The last epochs, merged in validation, and all values at the end."""
+    assert found.losses == pytest.approx(expected.losses[-epochs:], abs=1e-6)
+    assert found.state.keys() == expected.state.keys()
+    for name, value in expected.state.items():
+        torch.testing.assert_close(found.state[name], value, atol=2e-6, rtol=0)
+
+
+CASES = {
+    "one unit": Case(),
+    "a unit for each layer": Case(LAYERS),
+    "SHARD_GRAD_OP": Case({"sharding_strategy": "SHARD_GRAD_OP"}),
+    "SHARD_GRAD_OP, layers": Case({"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS),
+    "NO_SHARD": Case({"sharding_strategy": "NO_SHARD"}),
+    "CPU offload": Case({"cpu_offload": True} | LAYERS),
+    "folder of shards": Case({"state_dict_type": "sharded"}),
+    "LoRA+": Case(model="Plus"),
+    "SGD, a scheduler": Case(model="Scheduled"),
+    "weights unfrozen later": Case(LAYERS, model="Unfreezing"),
+    "weights unfrozen later, folder": Case({"state_dict_type": "sharded"}, model="Unfreezing"),
+    "modules_to_save": Case(lora={"target_modules": ["0", "2"], "modules_to_save": ["4"]}),
+    "bias": Case(lora={"bias": "all"}),
+    "rank pattern": Case(lora={"rank_pattern": {"2": 3}}),
+    "DoRA": Case(lora={"use_dora": True}),
+    "PiSSA": Case(LAYERS, lora={"init_lora_weights": "pissa"}),
+    "VeRA": Case(LAYERS, lora={"variant": "vera"}),
+    "LoHa": Case(lora={"variant": "loha", "r": 1}),
+    "verified": Case(lora={"verify": True}),
+    "gradient clipping": Case(trainer={"gradient_clip_val": 0.1}),
+    "unfrozen, clipped": Case(model="Unfreezing", trainer={"gradient_clip_val": 0.1}),
+    "accumulated gradients": Case(trainer={"accumulate_grad_batches": 2}),
+}
+
+
+@slow
+@pytest.mark.parametrize("name", CASES)
+def test_run_equals_one_device_and_is_resumed_exactly_by_ranks_and_by_one_device(tmp_path, name):
+    case = CASES[name]
+    expected, base = alone(case, tmp_path / "alone", 3), case.build(0)[0].state_dict()
+    whole = world().run(on_ranks, case, tmp_path / "whole", 3)
+    for found in whole:
+        assert_close(found, expected, 3)
+        if case.model != "Unfreezing":
+            frozen = [n for n in base if torch.equal(expected.state[n], base[n])]
+            assert len(frozen) >= 3
+            assert_same_bits(*({n: state[n] for n in frozen} for state in (found.state, base)))
+    first = world().run(on_ranks, case, tmp_path / "first", 2)[0].path
+    for found in world().run(on_ranks, case, tmp_path / "second", 3, first, 5):
+        assert_same_bits(found.state, whole[0].state)
+        assert found.losses == whole[0].losses[2:]
+    assert_close(alone(case, tmp_path / "one", 3, first, 5), expected, 1)
+
+
+VARIOUS: dict[str, Any] = {
+    "target_modules": ["net.0", "net.2"],
+    "target_parameters": ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "experts"],
+    "trainable_token_indices": {"table": [1, 3]},
+    "rank_pattern": {"experts": 1},
+}
+OTHERS = {
+    "steps by hand": Case(model="Manual"),
+    "a reference pass": Case(model="Referring"),
+    "a reference pass, layers": Case(LAYERS, model="Referring"),
+    "configure_model wraps": Case(model="Wrapping"),
+    "recomputed activations": Case(LAYERS | {"activation_checkpointing_policy": {nn.Linear}}),
+    "rows, an LSTM, a convolution, experts": Case(model="Various", lora=VARIOUS),
+    "units of several kinds": Case({"auto_wrap_policy": {nn.LSTM, nn.Embedding}}, model="Various", lora=VARIOUS),
+    "embedding, DoRA": Case(model="Various", lora={"target_modules": ["table", "net.0", "net.2"], "use_dora": True}),
+    "merged after the fit": Case(lora={"merge_after_fit": True}),
+}
+
+
+def evaluated_after_fit(case: Case, path: Path, ranks: bool) -> list[float]:
+    model, callback = case.build(0)
+    options = {"max_epochs": 2, **case.trainer}
+    trainer = (
+        fsdp1(path, callback, options=case.strategy, **options) if ranks else make_trainer(path, callback, **options)
+    )
+    training, validation = data() if ranks else (loader(), loader(seed=6))
+    trainer.fit(model, training, validation)
+    trainer.validate(model, validation, verbose=False)
+    return model.losses
+
+
+@slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_fit_and_its_evaluation_equal_one_device(tmp_path, name):
+    expected = evaluated_after_fit(OTHERS[name], tmp_path, False)
+    for losses in world().run(evaluated_after_fit, OTHERS[name], tmp_path, True):
+        assert losses == pytest.approx(expected, abs=1e-6)
+
+
+def test_two_ranks_train_and_validate_as_one_device(tmp_path):
+    expected = evaluated_after_fit(Case(), tmp_path, False)
+    for losses in world().run(evaluated_after_fit, Case(), tmp_path, True):
+        assert losses == pytest.approx(expected, abs=1e-6)
+
+
+def under_both(path: Path, lora: dict[str, Any], trainer: dict[str, Any]) -> list[Any]:
+    """The losses and bits of a fit under FSDP1 and under DDP."""
+    found = []
+    for build, options in ((fsdp1, {}), (make_trainer, {"strategy": "ddp", "devices": dist.get_world_size()})):
+        model, callback = Case(lora=lora).build(0)
+        warnings.filterwarnings("ignore", "lightning_lora: the components of net.0")
+        options = {"max_epochs": 2, **trainer, **options}
+        (fit := build(path, callback, **options)).fit(model, *data())
+        state = gathered(fit.model) if build is fsdp1 else dict(model.state_dict())
+        found.append((model.losses, {name: value.clone() for name, value in state.items()}))
+    return found
+
+
+@slow
+@pytest.mark.parametrize(
+    ("lora", "trainer"),
+    [
+        ({}, {"precision": "bf16-true"}),
+        ({"use_dora": True}, {"precision": "bf16-true"}),
+        ({"init_lora_weights": "eva"}, {}),
+    ],
+    ids=str,
+)
+def test_bits_are_those_under_ddp(tmp_path, lora, trainer):
+    for (losses, state), (expected_losses, expected) in world().run(under_both, tmp_path, lora, trainer):
+        assert losses == expected_losses
+        assert_same_bits(state, expected)
+        assert state["net.0.lora_A"].dtype == torch.float32
+
+
+# --- files ---
+
+
+BASE = sorted(f"net.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias"))
+FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
+CONTENT = {"adapter": FACTORS, "merged": BASE, "full": sorted(BASE + FACTORS)}
+FORMS = pytest.mark.parametrize("form", ["full", "sharded"])  # of FSDPStrategy(state_dict_type=)
+
+
+class Evaluated(Plain):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+
+def evaluate(path: Path, save: str, source: Path) -> float:
+    torch.manual_seed(9)
+    model, callback = Evaluated(), LoRACallback(r=2, target_modules=TARGETS, save=save)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = fsdp1(path, callback)
+    trainer.test(model, data()[1], ckpt_path=source, verbose=False)
+    if save != "full":
+        state = gathered(trainer.model)
+        assert_same_bits({name: state[name] for name in base}, base)
+    return model.losses[-1]
+
+
+def names_in(path: Path) -> list[str]:
+    """What the state dict of a checkpoint holds."""
+    if path.is_file():
+        return sorted(torch.load(path, weights_only=True)["state_dict"])
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    return sorted(name.removeprefix("model.") for name in metadata if name.startswith("model."))
+
+
+@slow
+@FORMS
+@pytest.mark.parametrize("save", CONTENT)
+def test_checkpoint_of_each_kind_and_form_is_read_in_every_door(tmp_path, save, form):
+    case = Case({"state_dict_type": form}, lora={"save": save})
+    run = world().run(on_ranks, case, tmp_path / "fit", 2)[0]
+    for name in ("all.ckpt", "weights.ckpt"):
+        path = tmp_path / "fit" / name
+        assert path.is_dir() == (form == "sharded")
+        assert names_in(path) == CONTENT[save]
+        assert world().run(evaluate, tmp_path, save, path) == pytest.approx([run.losses[-1]] * 2, abs=1e-6)
+        assert_same_bits(dict(load_from_checkpoint(Plain, path).state_dict()), run.state)
+        assert info(path)["kind"].endswith(f"Lightning checkpoint of kind '{save}'")
+        load_adapter(fresh := Plain(), path)
+        assert_same_bits(dict(fresh.state_dict()), run.state)
+    if save == "merged" and form == "full":  # by a program without this package
+        plain, trainer = Plain(), make_trainer(tmp_path)
+        plain.load_state_dict(torch.load(run.path, weights_only=True)["state_dict"])
+        trainer.validate(plain, loader(seed=6), verbose=False)
+        assert plain.losses[-1] == pytest.approx(run.losses[-1], abs=1e-6)
+    for found in world().run(on_ranks, case, tmp_path / "second", 3, run.path, 5):
+        assert_close(found, alone(case, tmp_path / "alone", 3), 1)
+    assert_close(alone(case, tmp_path / "one", 3, run.path, 5), alone(case, tmp_path / "alone", 3), 1)
+
+
+@slow
+@FORMS
+@pytest.mark.parametrize("size", [1, 4])
+def test_run_is_resumed_on_another_number_of_ranks(tmp_path, form, size):
+    case = Case({"state_dict_type": form} | LAYERS)
+    expected = alone(case, tmp_path / "alone", 3)
+    first = world().run(on_ranks, case, tmp_path / "first", 2)[0].path
+    for found in world(size).run(on_ranks, case, tmp_path / "second", 3, first, 5):
+        assert_close(found, expected, 1)
+
+
+def under_ddp(path: Path, epochs: int) -> Path:
+    torch.manual_seed(0)
+    trainer = make_trainer(
+        path, LoRACallback(r=2, target_modules=TARGETS), max_epochs=epochs, devices=2, strategy="ddp"
+    )
+    trainer.fit(Plain(), *data())
+    trainer.save_checkpoint(path / "other.ckpt")
+    return path / "other.ckpt"
+
+
+def under_fsdp2(path: Path, epochs: int) -> Path:
+    torch.manual_seed(0)
+    trainer = model_parallel(path, LoRACallback(r=2, target_modules=TARGETS), max_epochs=epochs)
+    trainer.fit(Sharded(), *data())
+    trainer.save_checkpoint(path / "other.ckpt")
+    return path / "other.ckpt"
+
+
+@slow
+def test_run_of_another_strategy_is_resumed(tmp_path):
+    expected = alone(Case(), tmp_path / "alone", 3)
+    sources = [alone(Case(), tmp_path / "first", 2).path]
+    sources += [world().run(fit, tmp_path / fit.__name__, 2)[0] for fit in (under_ddp, under_fsdp2)]
+    for source in sources:
+        for found in world().run(on_ranks, Case(), tmp_path / "second", 3, source, 5):
+            assert_close(found, expected, 1)
+
+
+class Saving(L.Callback):
+    """Saves in every way in the second epoch, inside the merged validation and after it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        assert is_merged(module)
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.path / "inside.ckpt")
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            save_adapter(module, self.path / "adapter")
+            save_merged(trainer.model, self.path / "merged")
+
+
+def saved_in_a_run(path: Path, save: str, form: str) -> tuple[list[float], str, State]:
+    case = Case({"state_dict_type": form} | LAYERS, lora={"save": save})
+    model, callback = case.build(0)
+    best = ModelCheckpoint(path / "best", monitor="val_loss", filename="{epoch}")
+    strategy = {"options": case.strategy, "enable_checkpointing": True}
+    trainer = fsdp1(path, callback, Saving(path), best, max_epochs=2, **strategy)
+    trainer.fit(model, *data())
+    trainer.validate(model, data()[1], verbose=False)
+    trainer.validate(model, data()[1], ckpt_path="best", verbose=False)
+    return model.losses, best.best_model_path, gathered(trainer.model)
+
+
+@slow
+@FORMS
+@pytest.mark.parametrize("save", CONTENT)
+def test_what_is_saved_within_a_run_holds_the_base_and_the_adapter(tmp_path, save, form):
+    losses, best, state = world().run(saved_in_a_run, tmp_path, save, form)[0]
+    assert losses[-1] == losses[-2] == losses[-3]  # the best is the last
+    assert_same_bits(base_of(state), dict(Plain().state_dict()))
+    for name in ("inside.ckpt", "adapter", best):
+        load_adapter(loaded := Plain(), tmp_path / name)
+        assert_same_bits(dict(loaded.state_dict()), state)
+        if name != "adapter":
+            assert_same_bits(dict(load_from_checkpoint(Plain, tmp_path / name).state_dict()), state)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert sorted(merged) == BASE
+    assert_same_bits(merged, {n: v.contiguous() for n, v in merged_state_dict(loaded).items()})
+
+
+# --- faults ---
+
+
+class Faulty(Plain):
+    """Breaks in the second epoch: inside a merged forward, or by a value on one rank that is not finite."""
+
+    fault = ""
+
+    def on_validation_start(self) -> None:
+        if self.fault == "nan" and self.trainer.current_epoch == 1 and dist.get_rank() == 1:
+            flat = self.trainer.model._handle.flat_param
+            place = flat._shard_param_infos[flat._fqns.index("net.4.weight")]
+            flat._local_shard[place.offset_in_shard] = math.nan
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.fault == "nan" and self.trainer.current_epoch == 1:
+            assert not is_merged(self)
+        if self.fault == "exception" and self.trainer.current_epoch == 1:
+            assert is_merged(self)
+            self.net[2].register_forward_hook(lambda *args: 1 / 0)
+        super().validation_step(batch, batch_idx)
+
+
+def broken(path: Path, strategy: dict[str, Any], fault: str) -> tuple[str, list[str], State]:
+    torch.manual_seed(0)
+    model = Faulty()
+    model.fault = fault
+    trainer, said = fsdp1(path, LoRACallback(r=2, target_modules=TARGETS), options=strategy, max_epochs=2), ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            trainer.fit(model, *data())
+        except ZeroDivisionError as error:
+            said = str(error)
+    assert not is_merged(model)
+    messages = [str(each.message) for each in caught if str(each.message).startswith("LoRACallback")]
+    return said, messages, base_of(gathered(trainer.model))
+
+
+@slow
+@pytest.mark.parametrize("strategy", [{}, LAYERS, {"sharding_strategy": "SHARD_GRAD_OP"}], ids=str)
+def test_exception_inside_a_merged_forward_leaves_the_base(tmp_path, strategy):
+    for said, messages, state in world().run(broken, tmp_path, strategy, "exception"):
+        assert said == "division by zero"
+        assert messages == []
+        assert_same_bits(state, dict(Plain().state_dict()))
+
+
+def broken_where_replicated(path: Path) -> tuple[str, list[str], State]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return broken(path, {"sharding_strategy": "HYBRID_SHARD", "device_mesh": mesh}, "nan")
+
+
+@slow
+@pytest.mark.parametrize("replicated", [False, True])
+def test_slice_of_one_rank_that_is_not_finite_is_evaluated_unmerged_and_leaves_the_base(tmp_path, replicated):
+    if replicated:  # the other two ranks have a slice of their own, which is finite
+        assert "this validation runs unmerged" in world(4).run(broken_where_replicated, tmp_path)[0][1][0]
+        return
+    found = world().run(broken, tmp_path, {}, "nan")
+    assert "this validation runs unmerged: merge: layer 'net.4'" in found[0][1][0]
+    for _, _, state in found:
+        weight, whole = state["net.4.weight"], Plain().net[4].weight.detach()
+        assert weight.isnan().sum() == 1
+        state["net.4.weight"] = torch.where(weight.isnan(), whole, weight)
+        assert_same_bits(state, dict(Plain().state_dict()))
+
+
+# --- more ranks, logs, gradients ---
+
+
+def hybrid(path: Path, source: Path | None) -> Run:
+    """Two groups of ranks have the same slices."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    case = Case({"sharding_strategy": "HYBRID_SHARD", "device_mesh": mesh, "state_dict_type": "sharded"} | LAYERS)
+    case.lora = {"save": "full"}
+    return on_ranks(case, path, 3 if source else 2, source, seed=5 if source else 0)
+
+
+@slow
+def test_replicated_slices_train_save_and_resume_as_one_device(tmp_path):
+    expected = alone(Case(), tmp_path / "alone", 3)
+    first = world(4).run(hybrid, tmp_path / "first", None)
+    for found in world(4).run(hybrid, tmp_path / "second", first[0].path):
+        assert_close(found, expected, 1)
+    assert_same_bits(dict(load_from_checkpoint(Plain, first[0].path).state_dict()), first[0].state)
+
+
+def logged(path: Path, ranks: bool) -> str:
+    model, callback = Case().build(0)
+    options = {"logger": CSVLogger(path, name="", version=""), "log_every_n_steps": 1, "max_epochs": 2}
+    monitor = LoRAMonitor(every_n_steps=1, plots=False)
+    trainer = (fsdp1 if ranks else make_trainer)(path, callback, monitor, **options)
+    trainer.fit(model, *(data() if ranks else (loader(), loader(seed=6))))
+    return str(summary(model))
+
+
+@slow
+def test_statistics_and_the_summary_are_those_of_one_device(tmp_path):
+    expected = logged(tmp_path / "one", False)
+    for text in world().run(logged, tmp_path / "ranks", True):  # but for the memory of this rank's weights
+        assert text.partition("memory")[0] == expected.partition("memory")[0]
+    tables = [list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("ranks", "one")]
+    assert len(tables[0]) == len(tables[1]) > 6
+    for row, of_one in zip(*tables, strict=True):
+        assert row.keys() == of_one.keys()
+        for name, text in of_one.items():
+            if "seconds" not in name and text:
+                assert float(row[name]) == pytest.approx(float(text), rel=1e-3, abs=1e-6), name
+
+
+def averaged() -> dict[str, Any]:
+    """Means of gradients of several dtypes and sizes, of which this rank lacks some."""
+    rank = dist.get_rank()
+    parameters = {
+        "both": nn.Parameter(torch.zeros(2, 3)),
+        "one": nn.Parameter(torch.zeros(3)),
+        "none": nn.Parameter(torch.zeros(3)),
+        "half": nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)),
+        "frozen": nn.Parameter(torch.zeros(2), requires_grad=False),
+        "large": nn.Parameter(torch.zeros(fsdp1_file.BUCKET // 4)),
+        "transposed": nn.Parameter(torch.zeros(3, 2).T),
+    }
+    for name, parameter in parameters.items():
+        if name in ("both", "half", "large", "transposed") or (name == "one" and rank == 0):
+            parameter.grad = torch.arange(parameter.numel(), dtype=parameter.dtype).view(parameter.shape) + rank
+    fsdp1_file.average_gradients_(list(parameters.values()))
+    return {name: None if p.grad is None else p.grad[..., :6].tolist() for name, p in parameters.items()}
+
+
+@slow
+def test_gradients_are_means_over_all_ranks_and_count_as_zero_where_one_lacks_them():
+    for found in world().run(averaged):
+        assert found["both"] == found["transposed"] == [[0.5, 1.5, 2.5], [3.5, 4.5, 5.5]]
+        assert found["one"] == [0, 0.5, 1]
+        assert found["none"] is None
+        assert found["frozen"] is None
+        assert found["half"] == [0.5, 1.5]
+        assert found["large"] == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
