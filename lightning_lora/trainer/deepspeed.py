@@ -286,33 +286,34 @@ def _save_checkpoint(
     content = dict(checkpoint)
     if hasattr(strategy, PARTS):
         _take_float32_values(handle, content, getattr(strategy, PARTS))
-    engine, own = strategy.deepspeed_engine, strategy.deepspeed_engine.save_checkpoint
+    if _can_save(strategy.deepspeed_engine):
+        with _saving_as(handle, strategy.deepspeed_engine):
+            plain = {name: value for name, value in checkpoint.items() if name != META}
+            call_previous(strategy, previous, "save_checkpoint", plain, folder, **kwargs)
+    if strategy.is_global_zero:
+        strategy.checkpoint_io.save_checkpoint(content, folder / BESIDE_ENGINE if folder.is_dir() else folder)
+
+
+def _can_save(engine: Any) -> bool:
+    """Return whether DeepSpeed's engine can save: that of an evaluation at stage 3 cannot. Then a file is all."""
+    return getattr(engine, "checkpoint_engine", engine) is not None
+
+
+@contextmanager
+def _saving_as(handle: AdaptedModel, engine: Any) -> Iterator[None]:
+    """Let DeepSpeed's engine save the base as it is unmerged, and frozen weights with save="full" alone. Collective."""
+    own, found = engine.save_checkpoint, FoundState(handle)
 
     def save(*args: Any, **options: Any) -> Any:
         return own(*args, **options | {"exclude_frozen_parameters": handle.record.save != "full"})
 
     vars(engine)["save_checkpoint"] = save
     try:
-        plain = {name: value for name, value in checkpoint.items() if name != META}
-        with _showing_the_base(handle):
-            call_previous(strategy, previous, "save_checkpoint", plain, folder, **kwargs)
+        if found.merged and any(map(is_flat, handle.model.parameters())):  # else its state dict shows the base
+            unmerge_listed(handle)
+        yield
     finally:
         del vars(engine)["save_checkpoint"]
-    if strategy.is_global_zero:
-        strategy.checkpoint_io.save_checkpoint(content, folder / BESIDE_ENGINE)
-
-
-@contextmanager
-def _showing_the_base(handle: AdaptedModel) -> Iterator[None]:
-    """Unmerge a model of stage 3 inside the block, in which DeepSpeed saves the slices as they are. Collective."""
-    found = FoundState(handle)
-    if not found.merged or not any(map(is_flat, handle.model.parameters())):
-        yield
-        return
-    unmerge_listed(handle)
-    try:
-        yield
-    finally:
         found.bring_back()
 
 
