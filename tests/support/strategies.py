@@ -22,9 +22,10 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -43,6 +44,7 @@ from lightning_lora import (
     unmerge,
 )
 from support.deepspeed import zero
+from support.fsdp1 import fsdp1
 from support.sharded import BATCHES, DEVICE, TARGETS, Plain, Sharded, loader, make_trainer, model_parallel, whole_state
 
 EPOCHS = 3
@@ -56,7 +58,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Refused:
-    """What a LoRAError said instead of a result."""
+    """What a LoRAError said before training began."""
 
     message: str
 
@@ -105,12 +107,12 @@ class Watched(Plain):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.breaks("a weight") and batch_idx == BATCHES - 1:
-            spoil_(self.net[0].lora_B)
+            spoil_(self.get_parameter("net.0.lora_B"))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.merged.append(is_merged(self))
         if self.breaks("exception"):
-            self.net[2].register_forward_hook(lambda *args: 1 / 0)  # type: ignore[misc]
+            self.net[2].register_forward_hook(lambda *args: 1 / 0)
         super().validation_step(batch, batch_idx)
 
 
@@ -155,11 +157,11 @@ def ranks() -> int:
 @torch.no_grad()
 def spoil_(factor: torch.Tensor) -> None:
     """Make a factor not a number: the first rank's shard of it, or the whole where each rank holds it."""
-    shard = factor.to_local() if isinstance(factor, DTensor) else getattr(factor, "ds_tensor", None)
-    if shard is None:
+    mine = factor.to_local() if isinstance(factor, DTensor) else getattr(factor, "ds_tensor", None)
+    if mine is None:
         factor.fill_(math.nan)
     elif rank() == 0:
-        shard.fill_(math.nan)
+        mine.fill_(math.nan)
 
 
 # --- strategies ---
@@ -204,6 +206,10 @@ class Strategy(ABC):
         return loader(*self.parts()), loader(*self.parts(), 6)
 
 
+def gathered(trainer: Any) -> State:
+    return whole_state(trainer.lightning_module)
+
+
 @dataclass(frozen=True)
 class WithTrainer(Strategy):
     """A strategy of Lightning's Trainer.
@@ -212,11 +218,13 @@ class WithTrainer(Strategy):
         model: builds the model.
         trainer: makes a Trainer on all ranks of this world, from a folder, callbacks and the Trainer's options.
         tensor: ranks that share a batch.
+        state: gathers the state of a Trainer's model, by torch or by the strategy's package alone.
     """
 
     model: Callable[[], Watched]
     trainer: Callable[..., L.Trainer]
     tensor: int = 1
+    state: Callable[[Any], State] = gathered
 
     def parts(self) -> tuple[int, int]:
         return ranks() // self.tensor, rank() // self.tensor
@@ -235,13 +243,13 @@ class WithTrainer(Strategy):
                 trainer.fit(model, *self.data(), ckpt_path=source)
             except ZeroDivisionError as broken:
                 error = str(broken)
-        return model, Run(model.losses, model.merged, whole_state(model), error, said)
+        return model, Run(model.losses, model.merged, self.state(trainer), error, said)
 
     def evaluate(self, path: Path, source: Path) -> Run:
         torch.manual_seed(9)
-        model = self.model()
-        self.start(path).validate(model, self.data()[1], ckpt_path=source, verbose=False)
-        return Run(model.losses, model.merged, whole_state(model))
+        model, trainer = self.model(), self.start(path)
+        trainer.validate(model, self.data()[1], ckpt_path=source, verbose=False)
+        return Run(model.losses, model.merged, self.state(trainer))
 
     def load(self, source: Path) -> State:
         return whole_state(load_from_checkpoint(Plain, source))
@@ -272,6 +280,37 @@ def stage_2(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     return zero(path, *callbacks, stage=2, **options)
 
 
+def stage_3(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """Also small parameters are divided, which DeepSpeed keeps whole by default."""
+    config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    more = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return zero(path, *callbacks, stage=3, options={"config": config | more}, **options)
+
+
+def gathered_by_deepspeed(trainer: Any) -> State:
+    """The state of stage 3, where each rank has a slice."""
+    import deepspeed
+
+    model = trainer.lightning_module
+    with deepspeed.zero.GatheredParameters([*model.parameters()]):
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def fsdp1_by_layers(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """A unit for each layer, and one for the rest."""
+    return fsdp1(path, *callbacks, options={"auto_wrap_policy": {nn.Linear}}, **options)
+
+
+def fsdp1_in_folders(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    return fsdp1(path, *callbacks, options={"state_dict_type": "sharded"}, **options)
+
+
+def gathered_by_fsdp1(trainer: Any) -> State:
+    with FullyShardedDataParallel.summon_full_params(trainer.model, writeback=False):
+        named = [*trainer.model.named_parameters(remove_duplicate=False)]
+        return {name.replace("_fsdp_wrapped_module.", ""): value.detach().clone() for name, value in named}
+
+
 def tensors_in(path: Path) -> State:
     """Read all tensors of a state dict by torch alone: of a file, of DeepSpeed's folder, or of a distributed one."""
     if path.is_dir() and not (path / ".metadata").exists():
@@ -279,10 +318,11 @@ def tensors_in(path: Path) -> State:
     if path.is_file():
         found: State = torch.load(path, weights_only=True)["state_dict"]
         return found
-    stored = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
-    values = {name: torch.empty(each.size) for name, each in stored.items() if name.startswith("state_dict.")}
-    checkpoint.load(values, checkpoint_id=path, no_dist=True)
-    return {name.removeprefix("state_dict."): value for name, value in values.items()}
+    stored: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
+    prefix = "state_dict." if any(name.startswith("state_dict.") for name in stored) else "model."
+    values: dict[str, Any] = {n: torch.empty(each.size) for n, each in stored.items() if n.startswith(prefix)}
+    load(values, checkpoint_id=path, no_dist=True)
+    return {name.removeprefix(prefix): value for name, value in values.items()}
 
 
 # --- Fabric ---
@@ -331,7 +371,7 @@ class WithFabric(Strategy):
                 fabric.backward(loss * math.nan if breaks == "a loss" and rank() == 0 else loss)
                 optimizer.step()
             if breaks == "a weight":
-                spoil_(model.net[0].lora_B)
+                spoil_(model.get_parameter("net.0.lora_B"))
             if breaks == "exception":
                 model.net[2].register_forward_hook(lambda *args: 1 / 0)
             try:
@@ -346,7 +386,7 @@ class WithFabric(Strategy):
 
     def validate(self, fabric: Fabric, model: Any, run: Run) -> None:
         """Evaluate merged, or unmerged where merging says that it cannot be."""
-        losses = []
+        losses: list[Any] = []
         with torch.no_grad(), merged_if_finite(model, run.said):
             for x, y in self.data()[1]:
                 run.merged.append(is_merged(model))
@@ -397,27 +437,19 @@ def warnings_of_ours() -> Iterator[list[str]]:
     said += [message for each in caught if (message := str(each.message)).startswith("LoRACallback")]
 
 
-def attempt(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns, or how it refuses."""
-    try:
-        return function(*args)
-    except LoRAError as error:
-        return Refused(str(error))
-
-
 def columns_on_ranks(row: Strategy, path: Path) -> dict[str, Any]:
     """Go through all columns of a line but those that another number of ranks or one process does."""
-    first = attempt(row.fit, path / "run", None, 0, "")
-    if isinstance(first, Refused):
-        return {"fit": first}
-    model, run = first
-    found = {"fit": run}
-    found["save_adapter"] = attempt(save_adapter, model, path / "adapter")
-    found["save_merged"] = attempt(save_merged, model, path / "merged")
-    found["evaluate"] = attempt(row.evaluate, path / "run", path / "run" / LAST)
-    found["resume"] = attempt(resume, row, path)
+    try:
+        model, run = row.fit(path / "run", None, 0, "")
+    except LoRAError as error:
+        return {"fit": Refused(str(error))}
+    found: dict[str, Any] = {"fit": run}
+    save_adapter(model, path / "adapter")
+    save_merged(model, path / "merged")
+    found["evaluate"] = row.evaluate(path / "run", path / "run" / LAST)
+    found["resume"] = resume(row, path)
     for fault in FAULTS:
-        found[fault] = attempt(broken, row, path / fault, fault)
+        found[fault] = broken(row, path / fault, fault)
     return found
 
 
