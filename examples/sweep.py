@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.loggers import CSVLogger
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lora import LoRACallback
+from small_models import digits, digits_mlp
 
 RUNS = Path(__file__).with_name("runs") / "sweep"
-PRETRAINED = Path(__file__).with_name("digits_mlp.pt")
 
 
 class Digits(L.LightningModule):
@@ -31,7 +30,7 @@ class Digits(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.learning_rate = learning_rate
-        self.network = pretrained()
+        self.network = digits_mlp()
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -45,30 +44,6 @@ class Digits(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
-
-
-def digits(mirrored: bool) -> TensorDataset:
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32) / 16
-    return TensorDataset((images.flip(-1) if mirrored else images).flatten(1), torch.tensor(data.target))
-
-
-def pretrained() -> nn.Sequential:
-    """A network that reads upright digits, the last 900; trained at the first call, then read from a file."""
-    with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-        if not PRETRAINED.exists():
-            optimizer = torch.optim.AdamW(network.parameters(), lr=0.003)
-            data = Subset(digits(mirrored=False), range(900, 1797))
-            for _ in range(20):
-                for images, labels in DataLoader(data, batch_size=32, shuffle=True):
-                    optimizer.zero_grad()
-                    F.cross_entropy(network(images), labels).backward()
-                    optimizer.step()
-            torch.save(network.state_dict(), PRETRAINED)
-    network.load_state_dict(torch.load(PRETRAINED, weights_only=True))
-    return network
 
 
 def train(r: int) -> None:

@@ -13,12 +13,19 @@ import pytest
 
 from support.examples import COMMANDS, ROOT, SHOWN, assert_alike, checkout, numbers, run
 
-FILES = {path.stem: path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))}
+BESIDE = "small_models"  # what the examples import: models and texts that stand in for those of a hub
+FILES = {path.stem: path.read_text() for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != BESIDE}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkout(tmp_path_factory.mktemp("checkout"))
+
+
+def check_finetune(printed: str) -> None:
+    (accuracy,) = numbers(printed)
+    assert accuracy > 0.5  # of five classes
+    assert re.findall(r": +(\w+)$", printed, re.MULTILINE) == ["email"] * 3
 
 
 def check_text_classification(printed: str) -> None:
@@ -122,7 +129,7 @@ EXTRAS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # Ray starts its workers three times
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "finetune"])  # which test_finetune.py breaks off
 def test_example_does_what_it_says_and_prints_what_is_shown(folder, name):
     if name in EXTRAS:
         extra, package = EXTRAS[name]
@@ -159,7 +166,8 @@ def test_ray_shards_the_network_and_goes_on_after_a_kill(folder):
 def test_example_names_its_extra_where_the_package_is_missing(folder, name, title):
     extra, package = EXTRAS[name]
     missing = [package, "torchao"]  # torchao, where it is installed, writes notices of its own
-    program = f"import runpy, sys; sys.modules.update(dict.fromkeys({missing})); runpy.run_path('examples/{name}.py')"
+    program = f"import runpy, sys; sys.path.insert(0, 'examples'); sys.modules.update(dict.fromkeys({missing}))"
+    program += f"; runpy.run_path('examples/{name}.py')"
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr == f'{name}.py: {title} is not installed; run pip install -e ".[{extra}]".\n'
@@ -183,17 +191,18 @@ def test_example_names_its_command_and_imports_what_users_import(name):
     }
     assert "lightning_lora" in modules
     inside = {module for module in modules if module.startswith(("lightning_lora.", "unittest", "support"))}
-    assert not inside | (modules & set(FILES))  # each is one file that can be copied
+    assert not inside | (modules & set(FILES))  # each is one file that can be copied, with small_models.py at most
 
 
-@pytest.mark.parametrize("function", ["pretrained", "encode"])
-def test_examples_on_the_same_language_model_make_it_in_the_same_way(function):
-    """They share the folder that it is kept in."""
-    bodies = {
-        ast.unparse(node)
-        for text in FILES.values()
-        if "manual_llama" in text
-        for node in ast.parse(text).body
-        if isinstance(node, ast.FunctionDef) and node.name == function
+def test_small_models_are_imported_by_examples_alone_and_import_nothing_of_the_package():
+    text = (ROOT / "examples" / f"{BESIDE}.py").read_text()
+    assert "lightning_lora" not in text
+    made = {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"}
+    used = {
+        alias.name
+        for tree in map(ast.parse, FILES.values())
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == BESIDE
+        for alias in node.names
     }
-    assert len(bodies) == 1
+    assert made == used

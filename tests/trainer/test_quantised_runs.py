@@ -18,6 +18,7 @@ from support.lightning_versions import EMAWeightAveraging
 from support.models import same
 from support.quantised import (
     NAMES,
+    NF4,
     OF_BITSANDBYTES,
     OF_TORCHAO,
     QUANTISED,
@@ -148,7 +149,7 @@ def test_merged_checkpoints_without_a_dtype_are_refused_before_the_first_batch(t
         lora(dequantize="nf4")
 
 
-@pytest.mark.parametrize("kind", OF_TORCHAO)
+@pytest.mark.parametrize("kind", [*OF_TORCHAO, NF4])
 def test_full_checkpoints_of_torchao_tensors_which_lightning_cannot_load_are_refused(tmp_path, kind):
     model = QuantisedNet(kind)
     with pytest.raises(
