@@ -108,8 +108,8 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
     _refuse_sharding(listing, trainer.strategy)
     if derives_from(trainer.strategy, "FSDPStrategy", LIGHTNING):
         raise LoRAError(
-            f"LoRACallback: {weight}, which FSDPStrategy cannot lay into a flat tensor with others. Use strategy='ddp', "
-            "which holds the quantised base whole on each device."
+            f"LoRACallback: {weight}, which FSDPStrategy cannot lay into a flat tensor with others. Use "
+            "strategy='ddp', which holds the quantised base whole on each device."
         )
     if derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) and _holds_torchao(listing):
         raise LoRAError(

@@ -595,6 +595,30 @@ class WithHead(Plain):
         self.net[4] = nn.Linear(HIDDEN, CLASSES, device=self.place)
 
 
+class ReferringLate(Referring, Unfreezing):
+    """Unfreezes weights, whose first values the reference pass would need."""
+
+
+class WithLegacyHook(Plain):
+    def configure_sharded_model(self) -> None:
+        raise AssertionError
+
+
+class Blockwise(torch.optim.SGD):
+    """Keeps a value for a block of values, as optimizers in 8 bits do."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter in (each for group in self.param_groups for each in group["params"] if each.grad is not None):
+            self.state[parameter]["scales"] = torch.zeros(3)
+        return loss
+
+
+class InBlocks(Unfreezing):
+    def configure_optimizers(self) -> Any:
+        return Blockwise(self.parameters(), lr=0.1)
+
+
 class WithHeadOnMeta(WithHead):
     place = "meta"
 
@@ -700,6 +724,7 @@ def error_of(kind: type[Plain], path: Path, lora: dict[str, Any], source: Path |
     trainer = fsdp1(path, callback, *[each() for each in callbacks], max_epochs=2)
     try:
         trainer.fit(kind(), *data(), ckpt_path=source)
+        trainer.save_checkpoint(path / "saved.ckpt")
     except LoRAError as error:
         return str(error)
     return ""
@@ -735,6 +760,9 @@ def test_what_cannot_be_right_is_an_error_with_the_remedy(tmp_path):
         (Plain, {"init_lora_weights": "lora_ga"}, None, (), "the weight of 'net.0' is sharded"),
         (WrappingEarly, {}, None, (), "the weight of the Linear is sharded already; call inject"),
         (WithHeadOnMeta, HEAD, None, (), "a trained parameter of shape (3, 7) is on the meta device"),
+        (ReferringLate, {}, None, (), "disable_adapter: 'net.0.weight' was unfrozen after FSDP1 had wrapped the model"),
+        (InBlocks, {}, None, (), "unfrozen after FSDP1 had wrapped it, and of its slice Blockwise keeps 'scales'"),
+        (WithLegacyHook, {}, None, (), "configure_sharded_model wraps layers in FSDP1"),
         (Plain, {}, None, (WeightAveraging,), "WeightAveraging copies whole weights, and FSDPStrategy has slices"),
         (Plain, {}, tmp_path / "weights.ckpt", (), "holds weights only, without the optimizer's state"),
         (Other, {}, tmp_path / "all.ckpt", (), "adapter: belongs to another base"),
