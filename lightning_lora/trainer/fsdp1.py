@@ -309,7 +309,7 @@ def _average_bucket_(parameters: Sequence[nn.Parameter]) -> None:
     flat = torch.cat([there, *(gradient.reshape(-1) for gradient in gradients)])
     flat /= dist.get_world_size()
     dist.all_reduce(flat)
-    found, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    found, *means = torch.split(flat, [len(parameters), *(p.numel() for p in parameters)])
     lacks = any(p.grad is None for p in parameters)
     shares = found.tolist() if lacks else [1.0] * len(parameters)  # to read them, a GPU would be waited for
     for parameter, gradient, mean, share in zip(parameters, gradients, means, shares, strict=True):
