@@ -336,7 +336,7 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
         problem = "scale_grad_by_freq counts rows in the whole table, but trained rows lie apart; turn it off"
     else:
         problem = _weight_problem(module)
-        size = len(cast(nn.Parameter, module.weight)) if not problem else 0
+        size = shape_of(module.weight)[0] if not problem else 0
         if not problem and rows[-1] >= size:
             problem = f"it has {size} rows and none of number {rows[-1]}; resize it first, or correct the number"
     if problem:
