@@ -127,7 +127,10 @@ class Targets:
             value = getattr(config, option) or ()
             if isinstance(value, str):
                 if value not in BY_KIND and not any(map(matcher(value), names)):
-                    self.unmatched[f"{option}: {value!r} names no layer to adapt" + _regex_hint(value, hints)] = True
+                    meant = value.lower().replace("_", "-")
+                    is_spelling = option == "target_modules" and meant in BY_KIND
+                    hint = f"; did you mean {meant!r}?" if is_spelling else _regex_hint(value, hints)
+                    self.unmatched[f"{option}: {value!r} names no layer to adapt{hint}"] = True
                 continue
             matched = {suffix for name in names for suffix in suffixes(name)}
             missing = [entry for entry in value if entry not in matched and entry not in by_task]
@@ -336,7 +339,7 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
         problem = "scale_grad_by_freq counts rows in the whole table, but trained rows lie apart; turn it off"
     else:
         problem = _weight_problem(module)
-        size = len(cast(nn.Parameter, module.weight)) if not problem else 0
+        size = shape_of(module.weight)[0] if not problem else 0
         if not problem and rows[-1] >= size:
             problem = f"it has {size} rows and none of number {rows[-1]}; resize it first, or correct the number"
     if problem:

@@ -81,7 +81,7 @@ class LayerState:
     unmergeable_reason: str = ""  # why the weight cannot be merged, for example another owner
     restore_failed: bool = False  # unmerging failed, so the weight may differ from W
     rounding_reported: bool = False  # the cost of rounding W' was reported
-    sharded: bool = False  # the weight was last seen sharded
+    sharded: int = 0  # over how many dimensions of ranks the weight lay when it was last seen
     gradient_arrived: bool = False  # the last trained tensor has had a gradient since injection
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
     shared: SharedTensors | None = None  # tensors that all layers of the model share; None for most variants
@@ -248,10 +248,13 @@ class StoredTensors:
         """Return the leaf names of tensors that must start again from the new weight of a state dict.
 
         Such tensors started from the old weight, still have their initial values, and are not in the state dict.
-        Collective where W is sharded.
+        Collective where W is sharded. Of a flat weight a state dict shows nothing.
         """
         variant = self.lora.spec.variant
-        if not variant.follows_weight or not any(prefix + name in state_dict for name in self.adapted_weights()):
+        weights = self.adapted_weights()
+        if not variant.follows_weight or not any(prefix + name in state_dict for name in weights):
+            return ()
+        if any(map(is_flat, weights.values())):
             return ()
         stored = self.stored()
         names = {leaf: prefix + self.stored_name(leaf) for leaf in stored}

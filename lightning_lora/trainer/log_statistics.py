@@ -23,7 +23,7 @@ from ..names import group_names
 from ..nn.adapted_weights import AdaptedWeights
 from ..report.statistics import Snapshot, layer_stats
 from .by_module import ByModule
-from .deepspeed import is_stepping, with_whole_gradients
+from .deepspeed_optimizer import is_stepping, with_whole_gradients
 
 MERGE_SECONDS, FIDELITY = "lora/merge_seconds", "lora/fidelity"
 

@@ -178,6 +178,7 @@ def assert_close(found: Run, expected: Run, epochs: int) -> None:
         torch.testing.assert_close(found.state[name], value, atol=2e-6, rtol=0)
 
 
+ALL_DIVIDED = {"stage3_param_persistence_threshold": 0}  # else small parameters stay gathered
 CASES = {
     "stage 1": Case(stage=1),
     "stage 2": Case(),
@@ -204,7 +205,7 @@ CASES = {
     "LoRA-GA": Case(lora={"init_lora_weights": "lora_ga"}),
     "VeRA": Case(lora={"variant": "vera", "lora_alpha": 8}),
     "gradient clipping": Case(trainer={"gradient_clip_val": 0.1}),
-    "stage 3, small parameters divided too": Case(stage=3, strategy=config(3, stage3_param_persistence_threshold=0)),
+    "stage 3, small parameters divided too": Case(stage=3, strategy=config(3, **ALL_DIVIDED)),
     "stage 3, all on the CPU": Case(
         stage=3,
         strategy=config(3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}),
@@ -440,11 +441,11 @@ class Faulty(Plain):
         super().validation_step(batch, batch_idx)
 
 
-def broken(path: Path, stage: int, fault: str) -> tuple[str, list[str], State]:
+def broken(path: Path, stage: int, fault: str, options: Any = None) -> tuple[str, list[str], State]:
     torch.manual_seed(0)
-    model = Faulty()
+    model, callback = Faulty(), LoRACallback(r=2, target_modules=TARGETS)
     model.fault = fault
-    trainer, said = zero(path, LoRACallback(r=2, target_modules=TARGETS), stage=stage, max_epochs=2), ""
+    trainer, said = zero(path, callback, stage=stage, options=options, max_epochs=2), ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -456,9 +457,9 @@ def broken(path: Path, stage: int, fault: str) -> tuple[str, list[str], State]:
     return said, messages, base_of(whole_state(model))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_exception_inside_a_merged_forward_leaves_the_base(tmp_path, stage):
-    for said, messages, state in world().run(broken, tmp_path, stage, "exception"):
+@pytest.mark.parametrize(("stage", "options"), [(1, {}), (2, {}), (3, {}), (3, ALL_DIVIDED)])
+def test_exception_inside_a_merged_forward_leaves_the_base(tmp_path, stage, options):
+    for said, messages, state in world().run(broken, tmp_path, stage, "exception", config(stage, **options)):
         assert said == "division by zero"
         assert messages == []
         assert_same_bits(state, dict(Plain().state_dict()))
