@@ -166,7 +166,8 @@ def test_ray_shards_the_network_and_goes_on_after_a_kill(folder):
 def test_example_names_its_extra_where_the_package_is_missing(folder, name, title):
     extra, package = EXTRAS[name]
     missing = [package, "torchao"]  # torchao, where it is installed, writes notices of its own
-    program = f"import runpy, sys; sys.modules.update(dict.fromkeys({missing})); runpy.run_path('examples/{name}.py')"
+    program = f"import runpy, sys; sys.path.insert(0, 'examples'); sys.modules.update(dict.fromkeys({missing}))"
+    program += f"; runpy.run_path('examples/{name}.py')"
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr == f'{name}.py: {title} is not installed; run pip install -e ".[{extra}]".\n'

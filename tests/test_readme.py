@@ -3,7 +3,8 @@
 Each page has a folder and a namespace of its own. A page that says "With the files of [another page](...)" runs in a
 folder with the files that the blocks of that page leave. A block whose first line is a comment with a file name is
 written to that file. The lightning-lora command is run where the blocks before it left their files. Set-up commands
-are not run again here: .ci/run runs them, letter for letter. Programs in examples/ are run in test_examples.py.
+are not run again here: .ci/run runs them, letter for letter. Programs in examples/ are run in test_examples.py, and
+those in tests/benchmarks/ in test_run.py there.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Block(NamedTuple):
 
     @property
     def is_example(self) -> bool:
-        return self.language == "bash" and self.code.startswith("python examples/")
+        return self.language == "bash" and self.code.startswith(("python examples/", "python tests/benchmarks/"))
 
     @property
     def is_program(self) -> bool:
@@ -173,8 +174,13 @@ def spans(cell: str) -> list[str]:
 RUNNING = [name for name, blocks in BLOCKS.items() if any(b.is_statements or b.is_ours for b in blocks)]
 
 
+NEEDED = {"lightning_lora/nn/quantised.md": "torchao"}  # packages of extras that a page's blocks need
+
+
 @pytest.mark.parametrize("name", RUNNING)
 def test_python_blocks_and_our_command_run_and_print_what_is_shown(ran, name):
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name])
     printed = ran(name).printed
     for block, following in itertools.pairwise([*BLOCKS[name], NOTHING]):
         if block.line in printed:

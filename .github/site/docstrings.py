@@ -35,7 +35,10 @@ def written_out(value: Any) -> Any:
     if isinstance(value, griffe.ExprName):
         found = value.parent.module.members.get(value.name) if isinstance(value.parent, griffe.Object) else None
         if found is not None and found.is_alias and found.target_path.startswith("lightning_lora."):
-            found = found.final_target
+            try:
+                found = found.final_target
+            except griffe.AliasResolutionError:
+                griffe.logger.warning(f"{found.target_path} has no value to show; give it one on a line of its own")
         return written_out(found.value) if isinstance(found, griffe.Attribute) else value
     if isinstance(value, griffe.Expr):
         for field in fields(value):

@@ -48,6 +48,14 @@ def is_spread(tensor: object) -> bool:
     return is_sharded(tensor) or is_flat(tensor)
 
 
+def dimensions_of_ranks(tensor: torch.Tensor) -> int:
+    """Return over how many dimensions of ranks parts of a tensor lie: 0 for a plain tensor, 1 for a flat one.
+
+    While FSDP2 has gathered a tensor, it is one less. A tensor that is parallel besides stays a DTensor meanwhile.
+    """
+    return tensor.device_mesh.ndim if is_sharded(tensor) else int(is_flat(tensor))
+
+
 def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
     """Return whether fully_shard (FSDP2) was called on a module."""
     fsdp = sys.modules.get(FSDP)
@@ -124,6 +132,15 @@ def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(
         shard, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+
+
+def shard_like(whole: torch.Tensor, tensor: DTensor) -> torch.Tensor:
+    """Return a whole tensor's part on this rank as a DTensor, divided as `tensor` is; the shapes may differ."""
+    from torch.distributed.tensor import zeros
+
+    target = zeros(whole.shape, dtype=whole.dtype, device_mesh=tensor.device_mesh, placements=tensor.placements)
+    copy_(target, whole)
+    return target
 
 
 def window(tensor: torch.Tensor) -> tuple[slice, ...]:

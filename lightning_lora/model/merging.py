@@ -14,7 +14,7 @@ from torch import nn
 
 from ..distributed.flat import is_flat
 from ..distributed.rank_sync import RankSync
-from ..distributed.sharding import is_spread, local, reset_, reshard_
+from ..distributed.sharding import dimensions_of_ranks, is_spread, local, reset_, reshard_
 from ..errors import LoRAError, NonFiniteError
 from ..nn.adapted_module import take_turn
 from ..nn.adapted_weights import AdaptedWeights, Blocks
@@ -233,11 +233,11 @@ def restore_shards_(listing: Listing) -> None:
     """
     layers = listing.layers
     reshard_(module for _, module in listing.modules)
-    if any(layer.lora.sharded and not is_spread(layer.main_weight()) for layer in layers.values()):
+    if any(dimensions_of_ranks(layer.main_weight()) < layer.lora.sharded for layer in layers.values()):
         reset_(listing.modules)
     for name, layer in layers.items():
-        sharded = is_spread(layer.main_weight())
-        if layer.lora.sharded and not sharded:
+        sharded = dimensions_of_ranks(layer.main_weight())
+        if sharded < layer.lora.sharded:
             raise LoRAError(
                 f"{name!r}: its weight is gathered by an FSDP2 module outside of {type(listing.model).__name__}; pass "
                 "the module that fully_shard was called on last."

@@ -12,7 +12,7 @@ from torch import nn
 from ..arguments import names_near_misses
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded
-from ..errors import LoRAError, sentence
+from ..errors import LoRAError
 from ..matching import ALL_LINEAR
 from ..names import listed
 from ..nn.adapted_module import Swapped
@@ -142,8 +142,7 @@ def _refuse_unmatched(listing: Listing, config: LoRAConfig) -> None:
     unmatched = _targets(listing, config).unmatched.items()
     mistakes = [said for said, is_mistake in unmatched if is_mistake and not said.startswith("target_modules")]
     if mistakes:
-        sentences = "\n".join(map(sentence, mistakes))
-        raise LoRAError(f"quantize_base: {type(listing.model).__name__}: {sentences}")
+        raise LoRAError(f"quantize_base: {mistakes[0]}.")
 
 
 def _refuse_late(listing: Listing) -> None:

@@ -81,7 +81,7 @@ class LayerState:
     unmergeable_reason: str = ""  # why the weight cannot be merged, for example another owner
     restore_failed: bool = False  # unmerging failed, so the weight may differ from W
     rounding_reported: bool = False  # the cost of rounding W' was reported
-    sharded: bool = False  # the weight was last seen sharded
+    sharded: int = 0  # over how many dimensions of ranks the weight lay when it was last seen
     gradient_arrived: bool = False  # the last trained tensor has had a gradient since injection
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
     shared: SharedTensors | None = None  # tensors that all layers of the model share; None for most variants

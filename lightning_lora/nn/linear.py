@@ -114,8 +114,9 @@ class LoRAQuantisedLinear(LoRALinear):
         return isinstance(module, nn.Linear) and bool(quantised_parameters(module))
 
     def quantised(self) -> str:
-        refuse_bytes(self.weight, self.lora.name)
-        return quantised_as(self.weight)
+        weight = quantised_parameters(self).get("weight", self.weight)
+        refuse_bytes(weight, self.lora.name)
+        return quantised_as(weight)
 
     def weight_dtype(self) -> torch.dtype:
         return dtype_of(self.weight)

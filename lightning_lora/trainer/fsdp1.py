@@ -37,6 +37,10 @@ WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
 OUTSIDE = "lora_outside"  # attribute of a strategy: the parameters outside of the flat tensors
 WHOLE = "lora_whole_units"  # attribute of a strategy: units that are not divided, as in a single process
 LATER = "lora_averages_later"  # attribute of a strategy while gradients are accumulated
+ALTERNATIVES = (
+    "ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or strategy='ddp' where the base fits on one "
+    "device"
+)
 BUCKET = 2**25  # bytes of gradients that are averaged at once
 
 
@@ -50,7 +54,7 @@ def prepare_fsdp1(strategy: Any) -> None:
         LoRAError: its options cannot be used. The message says what to do.
     """
     for reason in _refused(getattr(strategy, "kwargs", {})):
-        raise LoRAError(f"LoRACallback: FSDPStrategy cannot be used so: {reason}.")
+        raise LoRAError(f"LoRACallback: FSDPStrategy cannot be used so: {reason}, or use {ALTERNATIVES}.")
     if is_patched(strategy, "_setup_model", _setup_model):
         return  # in an earlier stage
     patch(strategy, "_setup_model", _setup_model)
@@ -155,31 +159,35 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     if find_model(module) is None and WRAPPING not in vars(module):  # the adapter may have been taken out since
         return call_previous(strategy, previous, "_setup_model", model)
     wrapping = _wrapping(strategy)
-    if wrapping.root is None:
+    is_new = wrapping.root is None
+    if is_new:
         with _leaving_out(strategy):
             wrapping.root = call_previous(strategy, previous, "_setup_model", model)
     wrapping.put_in_order_()
     _attach(wrapping.root)
-    outside = [p for p in module.parameters() if not is_flat(p)]
-    _move_(outside, strategy.root_device)
+    units = [unit for unit in _units(wrapping.root) if unit._handle is not None]
+    inside = {id(parameter) for unit in units for parameter in unit._handle.flat_param._params}
+    outside = [parameter for parameter in module.parameters() if id(parameter) not in inside]
+    if is_new:
+        _start_alike_(outside, strategy.root_device)
     setattr(strategy, OUTSIDE, outside)
-    handles = {unit: unit._handle for unit in _units(wrapping.root)}
-    setattr(strategy, WHOLE, [u for u, handle in handles.items() if handle and not handle.uses_sharded_strategy])
+    setattr(strategy, WHOLE, [unit for unit in units if not unit._handle.uses_sharded_strategy])
     patch(strategy.precision_plugin, "backward", _backward)
     patch(strategy.precision_plugin, "clip_grad_by_norm", _clip_grad_by_norm)
     return wrapping.root
 
 
-def _move_(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-    """Move parameters that FSDP1 leaves out to its device. In place."""
+def _start_alike_(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Move parameters that FSDP1 leaves out to its device, with the values of the first rank, as DDP does. In place."""
     for parameter in parameters:
         if parameter.is_meta:
             raise LoRAError(
-                "LoRACallback: FSDPStrategy gives memory to frozen weights alone, and a trained parameter of shape "
-                f"{tuple(parameter.shape)} is on the meta device. Build the model with memory, or use "
-                "ModelParallelStrategy with fully_shard (FSDP2) in configure_model."
+                "LoRACallback: FSDPStrategy gives memory to frozen weights, and a trained parameter of shape "
+                f"{tuple(parameter.shape)} is on the meta device. Build what is trained whole with memory, or use "
+                f"{ALTERNATIVES}."
             )
         parameter.data = parameter.data.to(device)
+        dist.broadcast(parameter.data, 0)
 
 
 def _units(root: nn.Module) -> list[Any]:
@@ -301,8 +309,10 @@ def _average_bucket_(parameters: Sequence[nn.Parameter]) -> None:
     flat = torch.cat([there, *(gradient.reshape(-1) for gradient in gradients)])
     flat /= dist.get_world_size()
     dist.all_reduce(flat)
-    found, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
-    for parameter, gradient, mean, share in zip(parameters, gradients, means, found.tolist(), strict=True):
+    found, *means = torch.split(flat, [len(parameters), *(p.numel() for p in parameters)])
+    lacks = any(p.grad is None for p in parameters)
+    shares = found.tolist() if lacks else [1.0] * len(parameters)  # to read them, a GPU would be waited for
+    for parameter, gradient, mean, share in zip(parameters, gradients, means, shares, strict=True):
         if share:
             gradient.copy_(mean.view(gradient.shape))
             parameter.grad = gradient

@@ -23,6 +23,7 @@ from ..nn.quantised import NF4, is_nf4_tensor, is_of_torchao, quantised_as, quan
 from ..nn.quantised_state import is_of_lightning
 from .compatibility import AVERAGING
 
+IN_4_BITS = (NF4, "nf4", "fp4")
 LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a module that DDP wraps
 
 
@@ -77,10 +78,12 @@ def leave_out_of_ddp_(listing: Listing) -> None:
 
 def refuse_unloadable(module: nn.Module) -> None:
     """Raise LoRAError where Lightning could save a full checkpoint of a module but not load it again."""
-    for name, parameter in module.named_parameters():
-        if is_of_torchao(parameter):
+    weights = ((f"{n}.{leaf}", p) for n, m in module.named_modules() for leaf, p in quantised_parameters(m).items())
+    for name, parameter in weights:
+        if is_of_torchao(parameter) or is_sharded(parameter):
+            what = "a torchao tensor" if is_of_torchao(parameter) else "a sharded quantised weight"
             raise LoRAError(
-                f"LoRACallback: save='full' would save {name!r}, a torchao tensor ({quantised_as(parameter)}), and a "
+                f"LoRACallback: save='full' would save {name!r}, {what} ({quantised_as(parameter)}), and a "
                 "checkpoint that holds one cannot be loaded again. Use save='adapter', which holds nothing of the "
                 "base, or save='merged' with dequantize."
             )
@@ -126,14 +129,14 @@ def _refuse_sharding(listing: Listing, strategy: Any) -> None:
     by_rows = derives_from(strategy, "ModelParallelStrategy", LIGHTNING)
     if not by_rows and not derives_from(strategy, "FSDPStrategy", LIGHTNING):
         return
-    fitting = NF4 if by_rows and strategy._tensor_parallel_size == 1 else None
+    fitting = IN_4_BITS if by_rows and strategy._tensor_parallel_size == 1 else ()
     for name, layer in quantised_modules(listing.places).items():
         kind = quantised_as(next(iter(quantised_parameters(layer).values())))
-        if kind != fitting:
+        if kind not in fitting:
             raise LoRAError(
                 f"LoRACallback: the weight of {name!r} is quantised ({kind}), which {type(strategy).__name__} cannot "
-                "shard here. ModelParallelStrategy with tensor_parallel_size=1 (FSDP2) shards a plain base that "
-                "quantize_base quantised; strategy='ddp' holds any quantised base whole on each device."
+                "shard here. ModelParallelStrategy with tensor_parallel_size=1 (FSDP2) shards bases in 4 bits, of "
+                "bitsandbytes and quantize_base; strategy='ddp' holds any quantised base whole on each device."
             )
 
 
@@ -148,8 +151,8 @@ def naming_uneven_shards(listing: Listing) -> Iterator[None]:
             weight: Any = layer._parameters["weight"]
             if is_nf4_tensor(weight) and not is_sharded(weight) and not can_be_split(weight, ranks):
                 raise LoRAError(
-                    f"fully_shard: {name!r} has an NF4Tensor of shape {tuple(weight.shape)}, which cannot be divided "
-                    f"into equal rows of whole groups of scales for {ranks} ranks. Leave it out by "
+                    f"LoRACallback: {name!r} has an NF4Tensor of shape {tuple(weight.shape)}, which cannot be divided "
+                    f"into equal rows with whole groups of scales for {ranks} ranks. Leave it out by "
                     f"quantize_base(model, exclude_modules=[{name!r}]), or use another number of ranks."
                 ) from error
         raise

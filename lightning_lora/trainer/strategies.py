@@ -19,7 +19,7 @@ from ..distributed.sharding import is_sharded, local
 from ..errors import LoRAError
 from ..exchange.apply import apply_adapter
 from ..exchange.checkpoint_of_model import prepare_for_load
-from ..formats.distributed_folder import read_without_values
+from ..formats.distributed_folder import is_of_fsdp1, read_without_values
 from ..formats.lightning_checkpoint import adapter_of
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
@@ -82,6 +82,11 @@ def _load_checkpoint(
     if handle is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(handle)
+    if is_of_fsdp1(path):
+        raise LoRAError(
+            f"{path}: FSDPStrategy wrote this folder, with names that ModelParallelStrategy does not look for. Resume "
+            "with FSDPStrategy, 'ddp' or one device, or save one file: FSDPStrategy(state_dict_type='full')."
+        )
     checkpoint = read_without_values(path, before_torch=True)
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)

@@ -1,4 +1,4 @@
-"""NF4Tensor under ModelParallelStrategy (FSDP2): steps, runs, files and resuming are those of one device."""
+"""Bases in 4 bits under ModelParallelStrategy (FSDP2): steps, runs, files and resuming are those of one device."""
 
 from __future__ import annotations
 
@@ -30,10 +30,25 @@ from lightning_lora import (
 from lightning_lora.exchange.take import fingerprint
 from support import sharded
 from support.processes import world
-from support.quantised import NF4, OUTPUTS, PlainNet, QuantisedNet, adapted, inputs, network, packed_bits, quantised
+from support.quantised import (
+    FEATURES,
+    NAMES,
+    NF4,
+    OUTPUTS,
+    WIDTH,
+    PlainNet,
+    QuantisedNet,
+    adapted,
+    inputs,
+    network,
+    packed_bits,
+    quantised,
+)
 from support.sharded import DEVICE, WAYS, make_trainer, model_parallel, whole
 
-pytest.importorskip("torchao.quantization")
+KINDS = [NF4, "nf4", "nf4 nested", "nf4 in bfloat16", "fp4"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+both_packages = pytest.mark.parametrize("kind", [NF4, "nf4 in bfloat16"])
 
 
 class ShardedNet(QuantisedNet):
@@ -61,6 +76,13 @@ def data() -> DataLoader[Any]:
     return DataLoader(rows, batch_size=4 // size, sampler=sampler)
 
 
+@pytest.fixture(autouse=True)
+def packages(request: pytest.FixtureRequest) -> None:
+    """Skip where the package of the test's kind is missing; NF4Tensor is the kind of tests without one."""
+    kind = request.node.callspec.params.get("kind", NF4) if hasattr(request.node, "callspec") else NF4
+    pytest.importorskip("torchao.quantization" if kind == NF4 else "bitsandbytes")
+
+
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -85,29 +107,31 @@ def step(way: str, model: Any) -> dict[str, torch.Tensor]:
     for number in range(2):
         torch.manual_seed(number)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=way == "autocast"):
-            results[f"{number}/output"] = output = model(inputs().to(model[0].weight.dtype))
+            results[f"{number}/output"] = output = model(inputs(dtype=STEPS[way].get("dtype", torch.float32)))
         output.float().square().sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return whole({**{name: value.detach() for name, value in results.items()}, **gradients})
 
 
-def build(way: str) -> Any:
+def build(way: str, kind: str = NF4) -> Any:
     torch.manual_seed(3)
-    return adapted(NF4, **STEPS[way])
+    return adapted(kind, **STEPS[way])
 
 
-def sharded_step(way: str) -> dict[str, torch.Tensor]:
-    model = shard_(build(way))
-    assert type(model[0].weight.to_local()).__name__ == NF4
-    assert model[0].weight.to_local().quantized_data.numel() * 2 * dist.get_world_size() == model[0].weight.numel()
+def sharded_step(way: str, kind: str) -> dict[str, torch.Tensor]:
+    model = shard_(build(way, kind))
+    shard = model[0].weight.to_local()
+    packed = shard.quantized_data if kind == NF4 else shard
+    assert packed.nbytes * 2 * dist.get_world_size() == FEATURES * WIDTH
     return step(way, model)
 
 
+@every_kind
 @pytest.mark.parametrize("way", STEPS)
-def test_outputs_and_gradients_have_the_bits_of_one_device(way):
-    expected = step(way, build(way))
+def test_outputs_and_gradients_have_the_bits_of_one_device(way, kind):
+    expected = step(way, build(way, kind))
     assert len(expected) == 8
-    for found in world().run(sharded_step, way):
+    for found in world().run(sharded_step, way, kind):
         assert found.keys() == expected.keys()
         assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
 
@@ -126,7 +150,7 @@ def step_in_a_way(name: str) -> tuple[dict[str, torch.Tensor], set[str]]:
 def test_every_way_to_shard_by_rows_gives_the_step_of_one_device(name):
     expected = step("plain", build("plain"))
     tolerance = 3e-2 if name == "mixed precision" else 0
-    for found, kinds in world().run(step_in_a_way, name):
+    for found, kinds in world().run(step_in_a_way, name):  # torchao alone: bitsandbytes has no cast of its own
         assert kinds == {NF4}
         for key, value in expected.items():
             assert float((found[key].float() - value).norm() / value.norm()) <= tolerance, key
@@ -137,6 +161,7 @@ def step_of_two_groups() -> dict[str, torch.Tensor]:
     return step("plain", shard_(build("plain"), mesh))
 
 
+@pytest.mark.slow
 def test_shards_that_two_groups_hold_give_the_step_of_one_device():
     expected = step("plain", build("plain"))
     for found in world(4).run(step_of_two_groups):
@@ -158,9 +183,10 @@ def described(model: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def sharded_description(folder: Path) -> tuple[dict[str, Any], bool]:
-    model = shard_(build("plain"))
-    before = packed_shards(model)
+def sharded_description(folder: Path, kind: str) -> tuple[dict[str, Any], bool]:
+    model = shard_(build("plain", kind))
+    counted = summary(model).total
+    before = bits_of_whole(model, kind)
     factored = model(inputs())
     merge(model)
     assert is_merged(model)
@@ -168,25 +194,29 @@ def sharded_description(folder: Path) -> tuple[dict[str, Any], bool]:
     found = described(model, folder)
     unmerge(model)
     with disable_adapter(model):
-        assert torch.equal(model(inputs()), quantised(NF4)(inputs()))
-    assert packed_shards(model) == before
-    return found, bits_of_whole(model) == packed_bits(quantised(NF4))
+        assert torch.equal(model(inputs()), quantised(kind)(inputs()))
+    assert bits_of_whole(model, kind) == before
+    assert counted == summary(model).total
+    return found, before == packed_bits(quantised(kind))
 
 
-def packed_shards(model: Any) -> list[bytes]:
-    return [bytes(model[i].weight.to_local().quantized_data.numpy()) for i in (0, 2, 4)]
-
-
-def bits_of_whole(model: Any) -> list[bytes]:
-    plain = quantised(NF4)
+def bits_of_whole(model: Any, kind: str) -> list[bytes]:
+    """The bytes of all weights, gathered."""
+    plain = quantised(kind)
     for position in (0, 2, 4):
-        plain[position].weight = torch.nn.Parameter(model[position].weight.full_tensor(), requires_grad=False)
+        whole_weight = model[position].weight.full_tensor()
+        if kind == NF4:
+            plain[position].weight = torch.nn.Parameter(whole_weight, requires_grad=False)
+        else:
+            plain[position].weight.data = whole_weight
+            plain[position].weight.quant_state = model[position].quant_state
     return packed_bits(plain)
 
 
-def test_fingerprint_summary_and_files_are_those_of_one_device(tmp_path):
-    expected = described(build("plain"), tmp_path / "one")
-    for found, kept in world().run(sharded_description, tmp_path / "two"):
+@every_kind
+def test_fingerprint_summary_and_files_are_those_of_one_device(tmp_path, kind):
+    expected = described(build("plain", kind), tmp_path / "one")
+    for found, kept in world().run(sharded_description, tmp_path / "two", kind):
         assert kept
         assert found["fingerprint"] == expected["fingerprint"]
         assert found["shown"] == expected["shown"]
@@ -194,9 +224,9 @@ def test_fingerprint_summary_and_files_are_those_of_one_device(tmp_path):
     files = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors"]
     for file in files:
         assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
-    model = quantised(NF4)
+    model = quantised(kind)
     load_adapter(model, tmp_path / "two/adapter")
-    assert torch.equal(model(inputs()), build("plain")(inputs()))
+    assert torch.equal(model(inputs()), build("plain", kind)(inputs()))
 
 
 # --- a Trainer ---
@@ -216,8 +246,8 @@ def adapter_of(model: Any) -> dict[str, torch.Tensor]:
     return whole({name: p.detach() for name, p in model.named_parameters() if "lora_" in name})
 
 
-def fit_alone(path: Path, epochs: int, source: Path | None = None, **options: Any) -> Any:
-    model = QuantisedNet(NF4)
+def fit_alone(path: Path, kind: str, epochs: int, source: Path | None = None, **options: Any) -> Any:
+    model = QuantisedNet(kind)
     trainer = make_trainer(path, lora(**options), max_epochs=epochs)
     trainer.fit(model, data(), data(), ckpt_path=source)
     trainer.save_checkpoint(path / f"{epochs}.ckpt")
@@ -225,30 +255,32 @@ def fit_alone(path: Path, epochs: int, source: Path | None = None, **options: An
 
 
 def fit(
-    path: Path, save: str, whole_file: bool, epochs: int, source: Path | None = None
+    path: Path, kind: str, save: str, whole_file: bool, epochs: int, source: Path | None = None
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Train on all ranks, and save under `path`; the factors and the losses of this rank in validation."""
-    model = ShardedNet(NF4)
+    model = ShardedNet(kind)
     trainer = model_parallel(path, lora(**SAVES[save]), whole=whole_file, max_epochs=epochs)
     trainer.fit(model, data(), data(), ckpt_path=source)
     trainer.save_checkpoint(path / f"{epochs}.ckpt")
     assert {merged for stage, merged, _ in model.seen if stage == "validation"} == {True}
-    assert bits_of_whole(model.network) == packed_bits(quantised(NF4))
+    assert bits_of_whole(model.network, kind) == packed_bits(quantised(kind))
     save_adapter(model, path / "peft")
     return adapter_of(model), [float(trainer.callback_metrics["val_loss"])]
 
 
+@pytest.mark.slow
+@both_packages
 @FORMS
 @pytest.mark.parametrize("save", SAVES)
-def test_a_run_and_its_resumption_are_those_of_one_device(tmp_path, save, whole_file):
-    alone, trainer = fit_alone(tmp_path / "alone", 3)
+def test_a_run_and_its_resumption_are_those_of_one_device(tmp_path, save, whole_file, kind):
+    alone, trainer = fit_alone(tmp_path / "alone", kind, 3)
     expected, loss = adapter_of(alone), float(trainer.callback_metrics["val_loss"])
-    uninterrupted = world().run(fit, tmp_path / "whole", save, whole_file, 3)
-    world().run(fit, tmp_path / "half", save, whole_file, 2)
+    uninterrupted = world().run(fit, tmp_path / "whole", kind, save, whole_file, 3)
+    world().run(fit, tmp_path / "half", kind, save, whole_file, 2)
     source = tmp_path / "half/2.ckpt"
-    resumed = world().run(fit, tmp_path / "on", save, whole_file, 3, source)
-    elsewhere = world(4).run(fit, tmp_path / "four", save, whole_file, 3, source)
-    resumed_alone, _ = fit_alone(tmp_path / "one", 3, source, **SAVES[save])
+    resumed = world().run(fit, tmp_path / "on", kind, save, whole_file, 3, source)
+    elsewhere = world(4).run(fit, tmp_path / "four", kind, save, whole_file, 3, source)
+    resumed_alone, _ = fit_alone(tmp_path / "one", kind, 3, source, **SAVES[save])
     for factors, losses in (*uninterrupted, *resumed, *elsewhere):
         assert_close(factors, expected)
         assert losses == pytest.approx([loss], rel=1e-6)
@@ -256,22 +288,23 @@ def test_a_run_and_its_resumption_are_those_of_one_device(tmp_path, save, whole_
     assert all(torch.equal(resumed[0][0][name], value) for name, value in uninterrupted[0][0].items())
 
 
+@both_packages
 @FORMS
 @pytest.mark.parametrize("save", SAVES)
-def test_checkpoints_are_loaded_in_one_process(tmp_path, save, whole_file):
-    trained = world().run(fit, tmp_path, save, whole_file, 1)[0][0]
+def test_checkpoints_are_loaded_in_one_process(tmp_path, save, whole_file, kind):
+    trained = world().run(fit, tmp_path, kind, save, whole_file, 1)[0][0]
     path = tmp_path / "1.ckpt"
     loaded = load_from_checkpoint(QuantisedNet, path)
-    other = QuantisedNet(NF4)
+    other = QuantisedNet(kind)
     load_adapter(other, path)
-    third = QuantisedNet(NF4)
+    third = QuantisedNet(kind)
     load_adapter(third, tmp_path / "peft")
     for model in (loaded, other, third):
-        assert packed_bits(model) == packed_bits(quantised(NF4))
+        assert packed_bits(model) == packed_bits(quantised(kind))
         found = adapter_of(model)
         assert all(torch.equal(found[name], value) for name, value in trained.items())
     plain = network()
-    with pytest.raises(LoRAError, match=r"the base was quantised \(NF4Tensor\), here it is not quantised"):
+    with pytest.raises(LoRAError, match=rf"the base was quantised \({NAMES[kind]}\), here it is not quantised"):
         load_adapter(plain, tmp_path / "peft")
 
 
@@ -284,7 +317,7 @@ def fit_by_option(path: Path, precision: str) -> tuple[dict[str, torch.Tensor], 
     trainer = model_parallel(path, lora(quantize="nf4"), max_epochs=1, precision=precision)
     trainer.fit(model, data(), data())
     kinds = {type(model.network[position].weight.to_local()).__name__ for position in (0, 2, 4)}
-    return adapter_of(model), kinds, bits_of_whole(model.network) == packed_bits(quantised(NF4))
+    return adapter_of(model), kinds, bits_of_whole(model.network, NF4) == packed_bits(quantised(NF4))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
@@ -311,7 +344,7 @@ def refused(path: Path, kind: str) -> str:
     model: Any = Uneven() if kind == "uneven" else ShardedNet(NF4)
     trainer = model_parallel(path, lora(quantize="nf4"), max_epochs=1)
     runs = {
-        "uneven": lambda: trainer.fit(model, data()),
+        "uneven": lambda: trainer.fit(model, data(), data()),
         "base": lambda: trainer.test(model, data(), path / "plain.ckpt"),
     }
     with pytest.raises(LoRAError) as error:
@@ -356,3 +389,27 @@ def test_values_that_are_not_finite_on_one_rank_are_an_error_on_all(tmp_path):
     for messages in world().run(one_bad_rank, tmp_path / "merged"):
         assert all("'2.weight'" in message for message in messages)
     assert not (tmp_path / "merged").exists()
+
+
+def verified_and_swapped(path: Path, kind: str) -> tuple[float, bool]:
+    model = ShardedNet(kind)
+    trainer = model_parallel(path, lora(verify=True, init_lora_weights=False), max_epochs=1)
+    trainer.fit(model, data(), data())
+    save_adapter(model, path / "first")
+    before = adapter_of(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(2)
+    changed = adapter_of(model)
+    load_adapter(model, path / "first")
+    back = adapter_of(model)
+    differed = not any(torch.equal(changed[name], value) for name, value in before.items())
+    return float(trainer.callback_metrics["lora_merge_error_max"]), differed and all(
+        torch.equal(back[name], value) for name, value in before.items()
+    )
+
+
+@both_packages
+def test_verify_finds_no_error_and_an_adapter_is_swapped_in(tmp_path, kind):
+    assert world().run(verified_and_swapped, tmp_path, kind) == [(0, True)] * 2

@@ -33,8 +33,9 @@ def deepspeed(stage: int = 2, **options: Any) -> Callable[[], Any]:
 
 
 REFUSED = [
-    (FSDPStrategy, "FSDPStrategy cannot be used: FSDP1"),
-    (OwnFSDP, "FSDPStrategy cannot be used: FSDP1"),
+    (lambda: FSDPStrategy(use_orig_params=False), "FSDPStrategy cannot be used so: use_orig_params=False takes"),
+    (lambda: OwnFSDP(use_orig_params=False), "FSDPStrategy cannot be used so: use_orig_params=False takes"),
+    (lambda: FSDPStrategy(ignored_modules=[]), "FSDPStrategy cannot be used so: torch takes ignored_modules or"),
     (deepspeed(0), "its stage is 0, and 1, 2 and 3 are supported"),
     (deepspeed(zero={"offload_optimizer": {"device": "nvme"}}), "offload_optimizer to NVMe"),
     (deepspeed(zero={"offload_param": {"device": "nvme"}}), "offload_param to NVMe"),

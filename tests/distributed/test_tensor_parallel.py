@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -34,7 +35,7 @@ from support.lightning_versions import ANY_OBJECTS
 from support.models import randomise_
 from support.processes import world
 from support.recorders import Traffic
-from support.sharded import Plain, base_of, loader, make_trainer, model_parallel, whole_state
+from support.sharded import DEVICE, Plain, base_of, loader, make_trainer, model_parallel, whole_state
 from support.sharded_adapters import (
     ALL_LINEAR,
     PLAN,
@@ -205,6 +206,25 @@ def test_what_parallel_styles_unfreeze_is_frozen_again():
 
 
 # --- through Lightning, and together with FSDP2 ---
+
+
+def fail_in_a_merged_forward() -> None:
+    both = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
+    net = fully_shard(parallelize_module(block(), both["tp"], PLAN), mesh=both["dp"])
+    before = base_of(whole_state(net))
+    hook = net.down.register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError), merged(net):
+        net(TENSOR_X)  # FSDP2 gathers a weight over two of the four ranks, so that it is a DTensor still
+    hook.remove()
+    assert not is_merged(net)
+    assert_same_bits(base_of(whole_state(net)), before)
+    with merged(net):
+        net(TENSOR_X)
+    assert_same_bits(base_of(whole_state(net)), before)
+
+
+def test_exception_in_a_merged_forward_restores_what_fsdp2_has_gathered():
+    world(4).run(fail_in_a_merged_forward)
 
 
 class Parallel(Plain):

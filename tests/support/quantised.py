@@ -13,13 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRAConfig, inject, is_merged, quantize_base
 
-OF_BITSANDBYTES = ["nf4", "nf4 nested", "fp4", "int8"]
+OF_BITSANDBYTES = ["nf4", "nf4 nested", "nf4 in bfloat16", "fp4", "int8"]
 OF_TORCHAO = ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"]
 NF4 = "NF4Tensor"  # torchao's class, made by quantize_base
 QUANTISED = [*OF_BITSANDBYTES, *OF_TORCHAO, NF4]
 NAMES = {  # how lightning_lora calls them
     "nf4": "nf4",
     "nf4 nested": "nf4",
+    "nf4 in bfloat16": "nf4",  # its bytes are stored so, as FSDP needs them
     "fp4": "fp4",
     "int8": "int8",
     "Int8WeightOnlyConfig": "Int8Tensor",
@@ -60,7 +61,9 @@ def layer_of_bitsandbytes(linear: nn.Linear, kind: str) -> Any:
     if kind == "int8":
         layer = bnb.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
     else:
-        layer = bnb.nn.Linear4bit(*sizes, bias=bias, quant_type=kind[:3], compress_statistics=kind.endswith("nested"))
+        storage = torch.bfloat16 if kind.endswith("bfloat16") else torch.uint8
+        options = {"quant_type": kind[:3], "compress_statistics": kind.endswith("nested"), "quant_storage": storage}
+        layer = bnb.nn.Linear4bit(*sizes, bias=bias, **options)
     layer.weight.data = linear.weight.data
     layer.bias = linear.bias
     return layer

@@ -245,7 +245,7 @@ ROWS: dict[str, Case] = {
     "ddp_spawn without inject()": set_up(launching("ddp_spawn")),
     "ddp_fork without inject()": set_up(launching("ddp_fork")),
     "ddp_notebook without inject()": set_up(launching("ddp_notebook")),
-    "FSDPStrategy (FSDP1)": set_up(FSDPStrategy()),
+    "FSDPStrategy(use_orig_params=False)": set_up(FSDPStrategy(use_orig_params=False)),
     "DeepSpeedStrategy with parameters on NVMe": set_up(DEEPSPEED()),
 }
 
