@@ -77,10 +77,15 @@ def check_own_variant(printed: str) -> None:
 
 
 def check_sweep(printed: str) -> None:
-    rows = [numbers(line) for line in printed.splitlines()[1:]]
-    assert [row[0] for row in rows] == [1, 2, 4, 8, 16]
-    assert rows[0][-1] < rows[2][-1] - 0.05
-    assert all(row[1] + 0.05 < row[3] for row in rows)
+    lines = [line for line in printed.splitlines() if "  with" not in line and " after" not in line]
+    rates, ranks = [numbers(line) for line in lines[:5]], [numbers(line) for line in lines[5:]]
+    assert [row[0] for row in rates] == [0.001, 0.003, 0.01, 0.03, 0.1]
+    assert [row[0] for row in ranks] == [1, 2, 4, 8, 16]
+    last = [row[-1] for row in rates]
+    assert max(last) > max(last[0], last[-1]) + 0.1  # the best rate is neither the least nor the largest
+    assert ranks[2][-1] == max(last)  # it is the rank and rate of a run before
+    assert ranks[0][-1] < ranks[2][-1] - 0.05
+    assert all(row[1] + 0.05 < row[3] for row in ranks)
 
 
 def check_fsdp2(printed: str) -> None:
