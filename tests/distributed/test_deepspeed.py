@@ -205,21 +205,15 @@ CASES = {
     "LoRA-GA": Case(lora={"init_lora_weights": "lora_ga"}),
     "VeRA": Case(lora={"variant": "vera", "lora_alpha": 8}),
     "gradient clipping": Case(trainer={"gradient_clip_val": 0.1}),
-    "stage 3, small parameters divided too": Case(stage=3, strategy=config(3, **ALL_DIVIDED)),
+    "stage 3, LoRA+, groups cut": Case(stage=3, model="Plus", strategy=config(3, sub_group_size=20, **ALL_DIVIDED)),
     "stage 3, all on the CPU": Case(
-        stage=3,
-        strategy=config(3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}),
+        stage=3, strategy=config(3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
     ),
-    "stage 3, LoRA+": Case(stage=3, model="Plus"),
-    "stage 3, groups cut": Case(stage=3, model="Plus", strategy=config(3, sub_group_size=20)),
-    "stage 3, SGD, a scheduler": Case(stage=3, model="Scheduled"),
-    "stage 3, a group without parameters": Case(stage=3, model="GroupWithoutParameters"),
-    "stage 3, modules_to_save": Case(stage=3, lora={"target_modules": ["0", "2"], "modules_to_save": ["4"]}),
-    "stage 3, DoRA": Case(stage=3, lora={"use_dora": True}),
+    "stage 3, SGD, a scheduler": Case(stage=3, model="Scheduled", trainer={"gradient_clip_val": 0.1}),
+    "stage 3, DoRA, modules_to_save": Case(
+        stage=3, lora={"use_dora": True, "target_modules": ["0", "2"], "modules_to_save": ["4"]}
+    ),
     "stage 3, PiSSA": Case(stage=3, lora={"init_lora_weights": "pissa"}),
-    "stage 3, VeRA": Case(stage=3, lora={"variant": "vera", "lora_alpha": 8}),
-    "stage 3, LoHa": Case(stage=3, lora={"variant": "loha", "r": 1}),
-    "stage 3, gradient clipping": Case(stage=3, trainer={"gradient_clip_val": 0.1}),
 }
 
 
@@ -254,7 +248,7 @@ def test_optimizer_states_in_a_checkpoint_are_those_of_one_device(tmp_path):
             torch.testing.assert_close(found["state"][number][name], value, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("before", "stage", "size"), [(1, 2, 1), (1, 2, 4), (3, 3, 1), (3, 1, 4), (2, 3, 4)])
+@pytest.mark.parametrize(("before", "stage", "size"), [(1, 2, 1), (1, 2, 4), (3, 3, 4), (2, 3, 1), (3, 1, 1)])
 def test_run_is_resumed_on_another_number_of_ranks_and_at_another_stage(tmp_path, before, stage, size):
     expected = alone(Case(), tmp_path / "alone", 3)
     first = world().run(on_ranks, Case(stage=before), tmp_path / "first", 2)[0].folder
@@ -595,8 +589,9 @@ def test_bfloat16_run_is_resumed_from_float32_values(tmp_path, precision, lora):
     assert_resumed_in_16_bits(tmp_path, precision, lora, 2)
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("lora", [{}, {"save": "merged"}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize(
+    ("precision", "lora"), [("bf16-true", {"save": "merged"}), ("bf16-true", {"use_dora": True}), ("bf16-mixed", {})]
+)
 def test_bfloat16_run_of_stage_3_is_resumed_from_float32_values(tmp_path, precision, lora):
     assert_resumed_in_16_bits(tmp_path, precision, lora, 3)
 
@@ -696,7 +691,7 @@ def rows(path: Path) -> list[dict[str, float]]:
     return [{name: float(row[name]) for name in row if name.startswith("lora/net") and row[name]} for row in found]
 
 
-@pytest.mark.parametrize(("accumulate", "stage"), [(1, 2), (3, 2), (1, 3), (3, 3)])
+@pytest.mark.parametrize(("accumulate", "stage"), [(1, 2), (3, 2), (1, 3)])
 def test_monitor_logs_the_gradients_of_one_device(tmp_path, accumulate, stage):
     logged(tmp_path / "alone", accumulate)
     world().run(logged, tmp_path / "ranks", accumulate, stage)
