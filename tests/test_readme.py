@@ -3,8 +3,8 @@
 Each page has a folder and a namespace of its own. A page that says "With the files of [another page](...)" runs in a
 folder with the files that the blocks of that page leave. A block whose first line is a comment with a file name is
 written to that file. The lightning-lora command is run where the blocks before it left their files. Set-up commands
-are not run again here: .ci/run runs them, letter for letter. Programs in examples/ are run in test_examples.py, those in
-tests/benchmarks/ in test_run.py there.
+are not run again here: .ci/run runs them, letter for letter. Programs in examples/ are run in test_examples.py, and
+those in tests/benchmarks/ in test_run.py there.
 """
 
 from __future__ import annotations

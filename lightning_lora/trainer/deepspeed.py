@@ -244,7 +244,7 @@ def _save_checkpoint(
 
 def _can_save(engine: Any) -> bool:
     """Return whether DeepSpeed's engine can save: that of an evaluation at stage 3 cannot. Then a file is all."""
-    return getattr(engine, "checkpoint_engine", engine) is not None
+    return getattr(engine, "checkpoint_engine", None) is not None
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""DeepSpeed: ZeRO stage 2 on two processes, evaluated merged, saved as a folder that one process loads.
+"""DeepSpeed's ZeRO on two processes: trained, evaluated merged, saved as a folder that one process loads.
 
 pip install -e ".[examples,deepspeed]"
-python examples/deepspeed_stage_2.py
+python examples/deepspeed_zero.py
+python examples/deepspeed_zero.py --stage 3
 
-The processes are of this machine's CPU. On GPUs it is `accelerator="gpu", strategy="deepspeed_stage_2"`.
+The processes are of this machine's CPU. On GPUs it is `accelerator="gpu", strategy="deepspeed_stage_2"`, or
+"deepspeed_stage_3", which divides the model too.
 """
 
 import argparse
@@ -26,13 +28,13 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported; leave i
 try:
     import deepspeed
 except ImportError as error:
-    raise SystemExit('deepspeed_stage_2.py: DeepSpeed is not installed; run pip install -e ".[deepspeed]".') from error
+    raise SystemExit('deepspeed_zero.py: DeepSpeed is not installed; run pip install -e ".[deepspeed]".') from error
 
 RUNS = Path(__file__).with_name("runs")
 
 
 class OnCPU(DeepSpeedStrategy):
-    """To try this without a GPU, because Lightning's strategy refuses a CPU. On GPUs "deepspeed_stage_2" is enough."""
+    """To try this without a GPU, because Lightning's strategy refuses a CPU. On GPUs its name is enough."""
 
     def setup_environment(self) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, which takes minutes
@@ -77,12 +79,15 @@ def python_code() -> tuple[DataLoader[Tensor], DataLoader[Tensor]]:
 
 
 if __name__ == "__main__":  # each of the two processes runs all of this
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--stage", type=int, choices=(1, 2, 3), default=2)
+    stage = arguments.parse_args().stage
     L.seed_everything(0)
     model, (train, validate) = LanguageModel(), python_code()
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=OnCPU(stage=2),
+        strategy=OnCPU(stage=stage),
         max_epochs=2,
         num_sanity_val_steps=0,
         callbacks=[LoRACallback(r=16, lora_alpha=32)],
@@ -93,14 +98,16 @@ if __name__ == "__main__":  # each of the two processes runs all of this
     )
     before = trainer.validate(model, validate, verbose=False)[0]["loss"]
     trainer.fit(model, train)
-    folder = RUNS / "deepspeed_stage_2.ckpt"
+    folder = RUNS / f"deepspeed_stage_{stage}.ckpt"
     trainer.save_checkpoint(folder)  # every process calls it, and writes its part of DeepSpeed's own files
     after = trainer.validate(model, validate, verbose=False)[0]["loss"]
+    with deepspeed.zero.GatheredParameters([*model.parameters()]):  # what stage 3 has divided, for the comparison below
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if trainer.is_global_zero:
         print(f"loss on Python code: {before:.2f} before, {after:.2f} after")
         print(f"adapter.ckpt in the checkpoint folder: {(folder / 'adapter.ckpt').stat().st_size:,} bytes")
         plain = load_from_checkpoint(LanguageModel, folder)  # in one process, without DeepSpeed
         with torch.no_grad():
             print(f"loss of that folder, loaded in one process: {plain(next(iter(validate))):.2f}")
-        same = all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+        same = all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in weights.items())
         print(f"the same weights in every bit: {same}")
