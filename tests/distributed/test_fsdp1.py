@@ -761,6 +761,21 @@ def evaluated_on_base(path: Path, source: Path) -> float:
     return model.losses[-1]
 
 
+def evaluated_on_part(path: Path, source: Path) -> str:
+    with pytest.raises(LoRAError) as refused:
+        evaluated_on_base(path, source)
+    return str(refused.value)
+
+
+@slow
+def test_part_of_a_base_is_an_error(tmp_path):
+    content = torch.load(base := base_checkpoint(tmp_path), weights_only=True)
+    del content["state_dict"]["net.2.bias"]
+    torch.save(content, base)
+    for error in world().run(evaluated_on_part, tmp_path, base):
+        assert "must hold the complete base, the complete adapter or both, but 'net.2.bias' is missing" in error
+
+
 def under_fsdp2_from(path: Path, source: Path) -> str:
     trainer = model_parallel(path, LoRACallback(r=2, target_modules=TARGETS), max_epochs=3)
     try:
