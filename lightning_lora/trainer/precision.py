@@ -106,6 +106,11 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
         return
     weight = f"the weight of {name!r} is quantised ({quantised_as(next(iter(quantised_parameters(layer).values())))})"
     _refuse_sharding(listing, trainer.strategy)
+    if derives_from(trainer.strategy, "FSDPStrategy", LIGHTNING):
+        raise LoRAError(
+            f"LoRACallback: {weight}, which FSDPStrategy cannot lay into a flat tensor with others. Use "
+            "strategy='ddp', which holds the quantised base whole on each device."
+        )
     if derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) and _holds_torchao(listing):
         raise LoRAError(
             f"LoRACallback: {weight}, which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise the "
