@@ -123,17 +123,27 @@ def _norms_of_sums(
     Args:
         matrix: W (out, in), may be a transposed view.
     """
-    dtype = matrix.dtype
-    if exact:
-        dtype = torch.float32 if dtype in HALF or matrix.device.type == "mps" else torch.float64  # mps has no float64
+    dtype = _dtype_of_sums(matrix, exact=exact)
     a, b, norms = a.to(dtype), b.to(dtype), []
     for piece, piece_b in _pieces(matrix, b):
         wide = piece.to(dtype)
         add = torch.addmm if wide is piece else torch.Tensor.addmm_  # in place in a copy
         sums = add(wide, piece_b, a, alpha=scaling)
-        norms.append(torch.linalg.vector_norm(sums, dim=1, dtype=torch.float32 if dtype in HALF else dtype))
+        norms.append(torch.linalg.vector_norm(sums, dim=1, dtype=_dtype_of_norms(dtype)))
         del wide, sums  # before the next piece is formed
     return norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+def _dtype_of_sums(matrix: torch.Tensor, *, exact: bool) -> torch.dtype:
+    """Return the dtype in which V is computed: W's, or the next wider one."""
+    if not exact:
+        return matrix.dtype
+    return torch.float32 if matrix.dtype in HALF or matrix.device.type == "mps" else torch.float64  # mps has no float64
+
+
+def _dtype_of_norms(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the norms of a V in `dtype`."""
+    return torch.float32 if dtype in HALF else dtype
 
 
 def _pieces(matrix: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -211,7 +221,9 @@ def _sharded_squares(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, transposed: bool, *, exact: bool
 ) -> torch.Tensor:
     """Return norm(V)^2 of a sharded weight. Collective."""
-    total = torch.zeros(len(b), dtype=torch.float64, device=local(weight).device)
+    shard = local(weight)
+    dtype = _dtype_of_norms(_dtype_of_sums(shard, exact=exact)) if forms_sums(shard) else torch.float64
+    total = torch.zeros(len(b), dtype=dtype, device=shard.device)
     for part, rows, columns in windows(weight, whole_shape(weight)[1:].numel()):
         outputs, inputs = (columns, rows) if transposed else (rows, columns)
         factors = a[:, inputs], b[outputs]

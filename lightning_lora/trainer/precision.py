@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -23,6 +24,7 @@ from ..nn.quantised import NF4, is_nf4_tensor, is_of_torchao, quantised_as, quan
 from ..nn.quantised_state import is_of_lightning
 from .compatibility import AVERAGING
 
+DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 IN_4_BITS = (NF4, "nf4", "fp4")
 LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a module that DDP wraps
 
@@ -121,11 +123,27 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
             f"LoRACallback: {weight}, and DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2) "
             "or strategy='ddp', which hold the quantised base whole on each device."
         )
+    _refuse_cast_bytes(listing, trainer)
     for callback in trainer.callbacks:
         if any(derives_from(callback, average, LIGHTNING) for average in AVERAGING):
             raise LoRAError(
                 f"LoRACallback: {weight}, and {type(callback).__name__} averages frozen weights too, which would "
                 "change its bytes. Leave the averaging out, or train on the base that is not quantised."
+            )
+
+
+def _refuse_cast_bytes(listing: Listing, trainer: Any) -> None:
+    """Raise LoRAError where a Trainer would cast packed 4-bit values that are stored in a floating dtype."""
+    bits, _, way = str(trainer.precision).partition("-")
+    casts = derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) or (way == "true" and bits != "32")
+    dtype = DTYPES.get(bits) if casts else None
+    for name, layer in quantised_modules(listing.places).items() if dtype else ():
+        storage = getattr(layer._parameters["weight"], "quant_storage", None)  # bitsandbytes' attribute
+        if isinstance(storage, torch.dtype) and storage.is_floating_point and storage != dtype:
+            raise LoRAError(
+                f"LoRACallback: the bytes of {name!r} are stored in {storage}, and {type(trainer.strategy).__name__} "
+                f"with precision={trainer.precision!r} would cast them to {dtype}. Quantise the base with "
+                "bnb_4bit_quant_storage of that dtype, or of uint8."
             )
 
 

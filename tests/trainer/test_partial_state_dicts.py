@@ -21,7 +21,7 @@ from lightning_lora import (
 )
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.state_dict import adapter_keys, base_keys
-from lightning_lora.trainer.strategies import _check_complete
+from lightning_lora.trainer.distributed_resume import check_complete
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import lora, trained
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
@@ -208,6 +208,6 @@ def test_names_of_a_sharded_checkpoint_by_another_program_have_to_be_complete(le
     handle = open_model(model, "test")
     base, adapter = set(base_keys(handle)), set(adapter_keys(handle))
     for names in (base, adapter, base | adapter):
-        _check_complete(handle, names, Path("a.ckpt"))
+        check_complete(handle, names, Path("a.ckpt"))
     with pytest.raises(LoRAError, match=re.escape(said)):
-        _check_complete(handle, (base | adapter | {added}) - {left_out, ""}, Path("a.ckpt"))
+        check_complete(handle, (base | adapter | {added}) - {left_out, ""}, Path("a.ckpt"))
