@@ -111,6 +111,8 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
             f"LoRACallback: {weight}, which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise the "
             "base with bitsandbytes."
         )
+    if derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING):
+        _refuse_float_storage(listing)
     if getattr(trainer.strategy, "zero_stage_3", False):
         raise LoRAError(
             f"LoRACallback: {weight}, and DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2) "
@@ -156,6 +158,18 @@ def naming_uneven_shards(listing: Listing) -> Iterator[None]:
                     f"quantize_base(model, exclude_modules=[{name!r}]), or use another number of ranks."
                 ) from error
         raise
+
+
+def _refuse_float_storage(listing: Listing) -> None:
+    """Raise LoRAError where DeepSpeed would cast the bytes of a quantised weight as if they were values."""
+    for name, layer in quantised_modules(listing.places).items():
+        for parameter in quantised_parameters(layer).values():
+            if parameter.is_floating_point():
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                raise LoRAError(
+                    f"LoRACallback: the bytes of the quantised weight of {name!r} are stored as {dtype}, which "
+                    "DeepSpeed would cast. Quantise the base with bnb_4bit_quant_storage=torch.uint8, which is the default."
+                )
 
 
 def _holds_torchao(listing: Listing) -> bool:
