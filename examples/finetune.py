@@ -25,9 +25,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lightning_lora import (
     LoRACallback,
     LoRAMonitor,
+    export_adapter,
     load_from_checkpoint,
     merge_and_unload,
-    save_adapter,
     save_merged,
 )
 from small_models import docstrings, manual_bert
@@ -134,7 +134,7 @@ if __name__ == "__main__":
 
     # Deploy the adapter: a small folder beside the base, for PEFT and for servers that take adapters
     text = "Parse the headers of a message."
-    save_adapter(model, RUN / "adapter")
+    export_adapter(checkpoint.best_model_path, RUN / "adapter")
     adapted = PeftModel.from_pretrained(pretrained(BASE), RUN / "adapter")
     print("adapter, by peft:       ", answer(adapted, data.tokenizer, text))
 

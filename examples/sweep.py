@@ -3,9 +3,9 @@
 pip install -e ".[examples]"
 python examples/sweep.py
 
-A network that reads digits learns to read them mirrored. The learning rate is tuned first, with a small r, because the best
-rate hardly depends on r. The callback gives every logger its options as hyper-parameters, so that a run's folder says what
-r and learning rate it had; TensorBoard's HParams tab shows the same table.
+A network that reads digits learns to read them mirrored. The learning rate is tuned first, with a small r, because the
+best rate hardly depends on r. The callback gives every logger its options as hyper-parameters, so that a run's folder
+says what r and learning rate it had; TensorBoard's HParams tab shows the same table.
 """
 
 import csv

@@ -56,7 +56,7 @@ base = {base}
 model = PeftModel.from_pretrained(base, folder)
 ```
 
-With [lightning_lora](https://pypi.org/project/lightning-lora/), into a model that its training can go on with:
+With the package lightning_lora, which wrote it, to use it or to train on:
 
 ```python
 from lightning_lora import load_adapter

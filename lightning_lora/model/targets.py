@@ -127,7 +127,10 @@ class Targets:
             value = getattr(config, option) or ()
             if isinstance(value, str):
                 if value not in BY_KIND and not any(map(matcher(value), names)):
-                    self.unmatched[f"{option}: {value!r} names no layer to adapt" + _regex_hint(value, hints)] = True
+                    meant = value.lower().replace("_", "-")
+                    is_spelling = option == "target_modules" and meant in BY_KIND
+                    advice = f"; did you mean {meant!r}?" if is_spelling else _regex_hint(value, hints)
+                    self.unmatched[f"{option}: {value!r} names no layer to adapt{advice}"] = True
                 continue
             matched = {suffix for name in names for suffix in suffixes(name)}
             missing = [entry for entry in value if entry not in matched and entry not in by_task]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -23,6 +24,7 @@ from ..nn.quantised import NF4, is_nf4_tensor, is_of_torchao, quantised_as, quan
 from ..nn.quantised_state import is_of_lightning
 from .compatibility import AVERAGING
 
+DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 IN_4_BITS = (NF4, "nf4", "fp4")
 LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a module that DDP wraps
 
@@ -106,23 +108,42 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
         return
     weight = f"the weight of {name!r} is quantised ({quantised_as(next(iter(quantised_parameters(layer).values())))})"
     _refuse_sharding(listing, trainer.strategy)
+    if derives_from(trainer.strategy, "FSDPStrategy", LIGHTNING):
+        raise LoRAError(
+            f"LoRACallback: {weight}, which FSDPStrategy cannot lay into a flat tensor with others. Use "
+            "strategy='ddp', which holds the quantised base whole on each device."
+        )
     if derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) and _holds_torchao(listing):
         raise LoRAError(
             f"LoRACallback: {weight}, which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise the "
             "base with bitsandbytes."
         )
-    if derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING):
-        _refuse_float_storage(listing)
     if getattr(trainer.strategy, "zero_stage_3", False):
         raise LoRAError(
             f"LoRACallback: {weight}, and DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2) "
             "or strategy='ddp', which hold the quantised base whole on each device."
         )
+    _refuse_cast_bytes(listing, trainer)
     for callback in trainer.callbacks:
         if any(derives_from(callback, average, LIGHTNING) for average in AVERAGING):
             raise LoRAError(
                 f"LoRACallback: {weight}, and {type(callback).__name__} averages frozen weights too, which would "
                 "change its bytes. Leave the averaging out, or train on the base that is not quantised."
+            )
+
+
+def _refuse_cast_bytes(listing: Listing, trainer: Any) -> None:
+    """Raise LoRAError where a Trainer would cast packed 4-bit values that are stored in a floating dtype."""
+    bits, _, way = str(trainer.precision).partition("-")
+    casts = derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) or (way == "true" and bits != "32")
+    dtype = DTYPES.get(bits) if casts else None
+    for name, layer in quantised_modules(listing.places).items() if dtype else ():
+        storage = getattr(layer._parameters["weight"], "quant_storage", None)  # bitsandbytes' attribute
+        if isinstance(storage, torch.dtype) and storage.is_floating_point and storage != dtype:
+            raise LoRAError(
+                f"LoRACallback: the bytes of {name!r} are stored in {storage}, and {type(trainer.strategy).__name__} "
+                f"with precision={trainer.precision!r} would cast them to {dtype}. Quantise the base with "
+                "bnb_4bit_quant_storage of that dtype, or of uint8."
             )
 
 
@@ -158,18 +179,6 @@ def naming_uneven_shards(listing: Listing) -> Iterator[None]:
                     f"quantize_base(model, exclude_modules=[{name!r}]), or use another number of ranks."
                 ) from error
         raise
-
-
-def _refuse_float_storage(listing: Listing) -> None:
-    """Raise LoRAError where DeepSpeed would cast the bytes of a quantised weight as if they were values."""
-    for name, layer in quantised_modules(listing.places).items():
-        for parameter in quantised_parameters(layer).values():
-            if parameter.is_floating_point():
-                dtype = str(parameter.dtype).removeprefix("torch.")
-                raise LoRAError(
-                    f"LoRACallback: the bytes of the quantised weight of {name!r} are stored as {dtype}, which "
-                    "DeepSpeed would cast. Quantise the base with bnb_4bit_quant_storage=torch.uint8, which is the default."
-                )
 
 
 def _holds_torchao(listing: Listing) -> bool:

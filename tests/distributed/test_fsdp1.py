@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import FSDPPrecision
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
@@ -208,27 +209,25 @@ def assert_close(found: Run, expected: Run, epochs: int) -> None:
 
 CASES = {
     "one unit": Case(),
-    "a unit for each layer": Case(LAYERS),
-    "SHARD_GRAD_OP": Case({"sharding_strategy": "SHARD_GRAD_OP"}),
-    "SHARD_GRAD_OP, layers": Case({"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS),
+    "a unit for each layer, verified": Case(LAYERS, lora={"verify": True}),
+    "SHARD_GRAD_OP, LoRA+": Case({"sharding_strategy": "SHARD_GRAD_OP"}, model="Plus"),
+    "SHARD_GRAD_OP, layers, SGD, a scheduler": Case({"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS, "Scheduled"),
     "NO_SHARD": Case({"sharding_strategy": "NO_SHARD"}),
     "CPU offload": Case({"cpu_offload": True} | LAYERS),
-    "folder of shards": Case({"state_dict_type": "sharded"}),
-    "LoRA+": Case(model="Plus"),
-    "SGD, a scheduler": Case(model="Scheduled"),
     "weights unfrozen later": Case(LAYERS, model="Unfreezing"),
-    "weights unfrozen later, folder": Case({"state_dict_type": "sharded"}, model="Unfreezing"),
-    "modules_to_save": Case(lora={"target_modules": ["0", "2"], "modules_to_save": ["4"]}),
-    "bias": Case(lora={"bias": "all"}),
-    "rank pattern": Case(lora={"rank_pattern": {"2": 3}}),
+    "weights unfrozen later, clipped, a folder": Case(
+        {"state_dict_type": "sharded"}, model="Unfreezing", trainer={"gradient_clip_val": 0.1}
+    ),
+    "modules_to_save, accumulated": Case(
+        lora={"target_modules": ["0", "2"], "modules_to_save": ["4"]}, trainer={"accumulate_grad_batches": 2}
+    ),
+    "bias, rank pattern, clipped": Case(
+        lora={"bias": "all", "rank_pattern": {"2": 3}}, trainer={"gradient_clip_val": 0.1}
+    ),
     "DoRA": Case(lora={"use_dora": True}),
     "PiSSA": Case(LAYERS, lora={"init_lora_weights": "pissa"}),
     "VeRA": Case(LAYERS, lora={"variant": "vera"}),
     "LoHa": Case(lora={"variant": "loha", "r": 1}),
-    "verified": Case(lora={"verify": True}),
-    "gradient clipping": Case(trainer={"gradient_clip_val": 0.1}),
-    "unfrozen, clipped": Case(model="Unfreezing", trainer={"gradient_clip_val": 0.1}),
-    "accumulated gradients": Case(trainer={"accumulate_grad_batches": 2}),
 }
 
 
@@ -320,6 +319,8 @@ def under_both(path: Path, lora: dict[str, Any], trainer: dict[str, Any]) -> lis
     ids=str,
 )
 def test_bits_are_those_under_ddp(tmp_path, lora, trainer):
+    if trainer and "convert_module" not in vars(FSDPPrecision):
+        pytest.skip("this Lightning keeps float32 weights for bf16-true")
     for (losses, state), (expected_losses, expected) in world().run(under_both, tmp_path, lora, trainer):
         assert losses == expected_losses
         assert_same_bits(state, expected)
@@ -457,8 +458,7 @@ def saved_in_a_run(path: Path, save: str, form: str) -> tuple[list[float], str, 
 
 
 @slow
-@FORMS
-@pytest.mark.parametrize("save", CONTENT)
+@pytest.mark.parametrize(("save", "form"), [("adapter", "full"), ("merged", "sharded"), ("full", "sharded")])
 def test_what_is_saved_within_a_run_holds_the_base_and_the_adapter(tmp_path, save, form):
     losses, best, state = world().run(saved_in_a_run, tmp_path, save, form)[0]
     assert losses[-1] == losses[-2] == losses[-3]  # the best is the last
@@ -595,6 +595,30 @@ class WithHead(Plain):
         self.net[4] = nn.Linear(HIDDEN, CLASSES, device=self.place)
 
 
+class ReferringLate(Referring, Unfreezing):
+    """Unfreezes weights, whose first values the reference pass would need."""
+
+
+class WithLegacyHook(Plain):
+    def configure_sharded_model(self) -> None:
+        raise AssertionError
+
+
+class Blockwise(torch.optim.SGD):
+    """Keeps a value for a block of values, as optimizers in 8 bits do."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter in (each for group in self.param_groups for each in group["params"] if each.grad is not None):
+            self.state[parameter]["scales"] = torch.zeros(3)
+        return loss
+
+
+class InBlocks(Unfreezing):
+    def configure_optimizers(self) -> Any:
+        return Blockwise(self.parameters(), lr=0.1)
+
+
 class WithHeadOnMeta(WithHead):
     place = "meta"
 
@@ -700,6 +724,7 @@ def error_of(kind: type[Plain], path: Path, lora: dict[str, Any], source: Path |
     trainer = fsdp1(path, callback, *[each() for each in callbacks], max_epochs=2)
     try:
         trainer.fit(kind(), *data(), ckpt_path=source)
+        trainer.save_checkpoint(path / "saved.ckpt")
     except LoRAError as error:
         return str(error)
     return ""
@@ -735,6 +760,9 @@ def test_what_cannot_be_right_is_an_error_with_the_remedy(tmp_path):
         (Plain, {"init_lora_weights": "lora_ga"}, None, (), "the weight of 'net.0' is sharded"),
         (WrappingEarly, {}, None, (), "the weight of the Linear is sharded already; call inject"),
         (WithHeadOnMeta, HEAD, None, (), "a trained parameter of shape (3, 7) is on the meta device"),
+        (ReferringLate, {}, None, (), "disable_adapter: 'net.0.weight' was unfrozen after FSDP1 had wrapped the model"),
+        (InBlocks, {}, None, (), "unfrozen after FSDP1 had wrapped it, and of its slice Blockwise keeps 'scales'"),
+        (WithLegacyHook, {}, None, (), "configure_sharded_model wraps layers in FSDP1"),
         (Plain, {}, None, (WeightAveraging,), "WeightAveraging copies whole weights, and FSDPStrategy has slices"),
         (Plain, {}, tmp_path / "weights.ckpt", (), "holds weights only, without the optimizer's state"),
         (Other, {}, tmp_path / "all.ckpt", (), "adapter: belongs to another base"),
@@ -754,9 +782,8 @@ def test_base_is_loaded_into_slices(tmp_path):
 
 
 @slow
-@pytest.mark.parametrize("save", CONTENT)
-def test_file_is_resumed_under_fsdp2_and_a_folder_is_an_error_there(tmp_path, save):
-    case = Case(lora={"save": save})
+def test_file_is_resumed_under_fsdp2_and_a_folder_is_an_error_there(tmp_path):
+    case = Case()
     file = world().run(on_ranks, case, tmp_path / "file", 2)[0].path
     assert world().run(under_fsdp2_from, tmp_path, file) == [""] * 2
     case.strategy = {"state_dict_type": "sharded"}

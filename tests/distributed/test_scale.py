@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,57 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRACallback, LoRAConfig, inject, merge, merged, save_merged, unmerge
+from lightning_lora import LoRACallback, merge, merged, save_merged, unmerge
 from lightning_lora.exchange.merged_folder import FILE
 from lightning_lora.nn.lora_layer import LoRALayer
-from support.models import randomise_
+from support.llama import LINEAR, RANK, TINY, Network, network, stored
 from support.processes import world
 from support.recorders import Traffic
-from support.scale import MODELS, NANOSECONDS, Costs, Llama, markdown, size, table, table_of_files
+from support.scale import MODELS, NANOSECONDS, Costs, Llama, markdown, size, table, table_of_files, table_of_strategies
 from support.sharded import DEVICE, make_trainer
-
-TINY = Llama("tiny", blocks=2, hidden=64, intermediate=96, keys=16, vocabulary=40)
-RANK = 3
-LINEAR = ["q", "k", "v", "o", "gate", "up", "down"]
-
-
-class Block(nn.Module):
-    """The layers of a Llama's block, in an order that needs no attention."""
-
-    def __init__(self, sizes: Llama) -> None:
-        super().__init__()
-        for name, (out, into) in zip(LINEAR, sizes.linear(), strict=True):
-            setattr(self, name, nn.Linear(into, out, bias=False))
-        self.first, self.second = nn.RMSNorm(sizes.hidden), nn.RMSNorm(sizes.hidden)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.first(x)
-        x = x + self.o(self.q(y)) + (self.k(y) * self.v(y)).mean(-1, keepdim=True)
-        y = self.second(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-class Network(nn.Module):
-    """A Llama without attention: same parameters, same traffic."""
-
-    def __init__(self, sizes: Llama) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(sizes.vocabulary, sizes.hidden)
-        self.blocks = nn.Sequential(*(Block(sizes) for _ in range(sizes.blocks)))
-        self.norm = nn.RMSNorm(sizes.hidden)
-        self.head = nn.Linear(sizes.hidden, sizes.vocabulary, bias=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.blocks(self.embed(tokens))))
-
-
-def network(sizes: Llama) -> Network:
-    torch.manual_seed(0)
-    model = Network(sizes).bfloat16()
-    inject(model, LoRAConfig(r=RANK, lora_alpha=RANK, target_modules=LINEAR))
-    randomise_(model, (0.01 / (3 * sizes.hidden * RANK) ** 0.5) ** 0.5)  # about 1 % of the weights' norm
-    warnings.filterwarnings("ignore", "lightning_lora: merged 16-bit weights")  # what that costs is known
-    return model
 
 
 def shard_(model: Network, columns: bool) -> None:
@@ -82,11 +37,6 @@ def shard_(model: Network, columns: bool) -> None:
     split = lambda p: Shard(1) if p.dim() == 2 and p.shape[0] < ranks <= p.shape[1] else None  # noqa: E731
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh, shard_placement_fn=split if columns else None)
-
-
-def stored(tensor: Any) -> int:
-    """Bytes behind a rank's shard, the padding included."""
-    return int(tensor.to_local().untyped_storage().nbytes())
 
 
 def measured(path: Path, columns: bool) -> dict[str, int]:
@@ -155,6 +105,43 @@ def test_memory_and_traffic_of_a_small_model_equal_the_formulas(tmp_path, ranks,
         bound = Costs(TINY, ranks, r=RANK, columns=columns, kept_share=share).kept_while_merged()
         assert bound <= found[0]["kept_while_merged"] if low else found[0]["kept_while_merged"] <= bound
     assert paper.received_in_step_by_ddp() < paper.received_in_step()
+
+
+# --- how each quantity grows ---
+
+
+def counted(sizes: Llama, r: int) -> dict[str, int]:
+    """Bytes of this rank's base, of its adapter, and of what it sends to merge."""
+    model = network(sizes, r)
+    shard_(model, False)
+    named = [*model.named_parameters()]
+    with Traffic() as sent:
+        merge(model)
+    unmerge(model)
+    return {
+        "base": sum(stored(p) for name, p in named if "lora_" not in name),
+        "adapter": sum(stored(p) for name, p in named if "lora_" in name),
+        "to merge": sent.bytes("gather"),
+    }
+
+
+FEW = Llama("few", blocks=2, hidden=64, intermediate=96, keys=16, vocabulary=0)
+MORE = {
+    "ranks": (4, FEW, 4, {"base": 0.5, "adapter": 0.5, "to merge": 0.5}),  # what each sends, to more of them
+    "r": (2, FEW, 8, {"base": 1, "adapter": 2, "to merge": 2}),
+    "blocks": (2, replace(FEW, blocks=4), 4, {"base": 2, "adapter": 2, "to merge": 2}),
+    "widths": (2, replace(FEW, hidden=128, intermediate=192, keys=32), 4, {"base": 4, "adapter": 2, "to merge": 2}),
+    "vocabulary": (2, replace(FEW, vocabulary=400), 4, {"adapter": 1, "to merge": 1}),
+}
+
+
+@pytest.mark.parametrize("what", MORE)
+def test_twice_as_much_of_one_thing_costs_as_much_more_as_the_formulas_say(what):
+    """Merging sends A and B: bytes are linear in r, in blocks and in a weight's sides, not in its area."""
+    ranks, sizes, r, times = MORE[what]
+    (few, *_), (more, *_) = (world(n).run(counted, *of) for n, of in ((2, (FEW, 4)), (ranks, (sizes, r))))
+    for name, factor in times.items():
+        assert more[name] == pytest.approx(factor * few[name], rel=0.02), name  # norms and the padding of rows
 
 
 WIDE = Llama("wide", blocks=2, hidden=256, intermediate=512, keys=64, vocabulary=100)
@@ -313,7 +300,7 @@ def write(name: str, text: str) -> None:
 def test_tables_in_the_readme_are_those_of_the_formulas():
     assert [model.parameters() for model in MODELS] == [8_030_261_248, 70_553_706_496, 405_853_388_800]  # as published
     assert size([(2, 3), (4, 5)]) == 26
-    text = table_of_files() + "\n\n" + table(NANOSECONDS)
+    text = "\n\n".join((table_of_files(), table(NANOSECONDS), table_of_strategies()))
     if os.environ.get("WRITE_TABLE"):
         write("scale", text)
     assert section("scale") == text

@@ -27,7 +27,7 @@ from lightning_lora import (
     save_adapter,
     take_adapter,
 )
-from lightning_lora.formats import model_card
+from lightning_lora.formats import model_card, peft_folder
 from support.notices import quiet_peers
 from support.peers import edit, model, ours, seeded, theirs
 
@@ -148,6 +148,20 @@ def test_file_of_others_stays(tmp_path, case: str):
     save_adapter(small(r=1), path)
     assert card.is_dir() if before is None else card.read_bytes() == before
     assert card.is_symlink() == (case == "a link")
+
+
+def test_failure_while_the_card_is_written_leaves_the_folder_as_it_was(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    saved(tmp_path / "folder")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "folder").iterdir()}
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(peft_folder, "write_card", fail)
+    with pytest.raises(OSError, match="No space"):
+        saved(tmp_path / "folder", r=1)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "folder").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_every_door_that_writes_a_folder_writes_a_card(tmp_path):

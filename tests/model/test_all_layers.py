@@ -251,6 +251,12 @@ def test_a_model_whose_layers_are_all_of_another_kind_says_so():
         inject(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), config())
 
 
+@pytest.mark.parametrize(("said", "meant"), [("all_layers", "all-layers"), ("All-Linear", "all-linear")])
+def test_another_spelling_of_a_value_is_an_error_that_names_it(said, meant):
+    with pytest.raises(LoRAError, match=rf"target_modules: '{said}' names no layer to adapt; did you mean '{meant}'\?"):
+        inject(built(CNN), config(target_modules=said))
+
+
 class WithConvolution(Trained):
     """A classifier with a convolution that runs before it."""
 

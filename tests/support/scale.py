@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 
 Shape = tuple[int, int]
@@ -148,6 +150,88 @@ class Costs:
         return self.wide * self.model.parameters()
 
 
+@dataclass(frozen=True)
+class Share:
+    """Bytes of each rank under one strategy.
+
+    Attributes:
+        base: its part of the base.
+        adapter: its part of the adapter, and of all that the optimizer keeps.
+        gradients: the adapter's, after a backward.
+        step: what it receives in a step. A ring all-reduce of x bytes brings 2 x (n - 1) / n.
+        merge: what it receives to merge.
+    """
+
+    base: float
+    adapter: float
+    gradients: float
+    step: float
+    merge: float
+
+
+def by_ddp(costs: Costs) -> Share:
+    factors = costs.adapter_file()
+    return Share(costs.full_file(), 3 * factors, factors, costs.received_in_step_by_ddp(), 0)
+
+
+def by_fsdp2(costs: Costs) -> Share:
+    part = costs.adapter_shard() / 4
+    return Share(costs.base_shard(), 3 * part, part, costs.received_in_step(), costs.received_in_merge())
+
+
+def by_hsdp(costs: Costs, groups: int) -> Share:
+    """As FSDP2 in each group. Besides, groups add up the gradients of their shards."""
+    inside = by_fsdp2(replace(costs, ranks=costs.ranks // groups))
+    return replace(inside, step=inside.step + 2 * (groups - 1) / groups * inside.gradients)
+
+
+def by_deepspeed(costs: Costs, stage: int) -> Share:
+    """Factors have the base's dtype, with float32 copies, which are divided as AdamW's two moments are.
+
+    Stage 3 gathers each layer in the forward and in the backward, but the embedding and the first norm once, whose
+    inputs need no gradient. To merge, ranks add up the slices of a factor.
+    """
+    n, base = costs.ranks, costs.full_file()
+    factors = costs.adapter_file() // 4 * costs.wide
+    others = (n - 1) / n
+    optimizer = 3 * costs.adapter_file() / n
+    if stage == 3:
+        once = costs.wide * (size(costs.model.rest()[:1]) + costs.model.hidden)
+        step = others * (2 * (base + factors) - once + factors)
+        return Share(base / n, factors / n + optimizer, factors / n, step, 2 * others * factors)
+    return Share(base, factors + optimizer, factors if stage == 1 else factors / n, 3 * others * factors, 0)
+
+
+def by_fsdp1(costs: Costs) -> Share:
+    """A unit for each block: gathered in the forward and in the backward, the rest once. Each rank has all factors."""
+    n, model, plain = costs.ranks, costs.model, by_ddp(costs)
+    gathered = costs.wide * (2 * model.blocks * size(model.block()) + size(model.rest()))
+    return replace(plain, base=plain.base / n, step=(n - 1) / n * gathered + plain.step)
+
+
+STRATEGIES: dict[str, Callable[[Costs], Share]] = {
+    "`ddp`": by_ddp,
+    "FSDP2": by_fsdp2,
+    "HSDP, groups of 8": lambda costs: by_hsdp(costs, costs.ranks // 8),
+    "FSDP1": by_fsdp1,
+    "DeepSpeed, stage 1": partial(by_deepspeed, stage=1),
+    "DeepSpeed, stage 2": partial(by_deepspeed, stage=2),
+    "DeepSpeed, stage 3": partial(by_deepspeed, stage=3),
+}
+
+
+def table_of_strategies(ranks: int = 64) -> str:
+    """A table in Markdown of what each strategy costs a rank."""
+    heads = ["model", "strategy", "base", "adapter, optimizer", "gradients", "a step receives", "to merge, receives"]
+    lines = [heads, ["---"] * len(heads)]
+    for model in MODELS:
+        for name, share in STRATEGIES.items():
+            found = share(Costs(model, ranks, columns=True))
+            cells = map(amount, (found.base, found.adapter, found.gradients, found.step, found.merge))
+            lines.append([model.name, name, *(cell if cell != "0 MB" else "nothing" for cell in cells)])
+    return markdown(lines)
+
+
 def amount(count: float) -> str:
     """Bytes as text for people."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9)):
@@ -202,4 +286,4 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(table_of_files(), table(NANOSECONDS), sep="\n\n")
+    print(table_of_files(), table(NANOSECONDS), table_of_strategies(), sep="\n\n")
