@@ -53,7 +53,7 @@ def dimensions_of_ranks(tensor: torch.Tensor) -> int:
 
     While FSDP2 has gathered a tensor, it is one less. A tensor that is parallel besides stays a DTensor meanwhile.
     """
-    return cast(int, tensor.device_mesh.ndim) if is_sharded(tensor) else int(is_flat(tensor))
+    return tensor.device_mesh.ndim if is_sharded(tensor) else int(is_flat(tensor))
 
 
 def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:

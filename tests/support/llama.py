@@ -21,6 +21,14 @@ LINEAR = ["q", "k", "v", "o", "gate", "up", "down"]
 class Block(nn.Module):
     """The layers of a Llama's block, in an order that needs no attention."""
 
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+
     def __init__(self, sizes: Llama) -> None:
         super().__init__()
         for name, (out, into) in zip(LINEAR, sizes.linear(), strict=True):
@@ -31,7 +39,8 @@ class Block(nn.Module):
         y = self.first(x)
         x = x + self.o(self.q(y)) + (self.k(y) * self.v(y)).mean(-1, keepdim=True)
         y = self.second(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        result: torch.Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return result
 
 
 class Network(nn.Module):
@@ -45,7 +54,8 @@ class Network(nn.Module):
         self.head = nn.Linear(sizes.hidden, sizes.vocabulary, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.blocks(self.embed(tokens))))
+        result: torch.Tensor = self.head(self.norm(self.blocks(self.embed(tokens))))
+        return result
 
 
 def network(sizes: Llama, r: int = RANK) -> Network:
