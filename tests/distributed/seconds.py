@@ -8,6 +8,7 @@ rest widths are tiny, so that no time depends on a weight's size. test_seconds.p
 
 from __future__ import annotations
 
+import gc
 import logging
 import statistics
 import sys
@@ -104,6 +105,7 @@ class Steps:
 
 def seconds(work: Callable[[], Any]) -> float:
     """Of this process, so that others on the machine do not count."""
+    gc.collect()
     begin = time.process_time()
     work()
     return time.process_time() - begin
@@ -113,6 +115,7 @@ def until_first_batch(steps: Steps, *callbacks: L.Callback) -> float:
     """Seconds from the call of fit to the first batch."""
     fit, model, _ = steps.fitting(*callbacks)
     came: list[float] = []
+    gc.collect()
     model.on_first_batch = lambda: came.append(time.process_time())
     begin = time.process_time()
     fit()
