@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def problems(wheel: Path, sdist: Path, files: set[str], root: Path = ROOT, tag: 
     yield from (
         f"METADATA pins {line!r}" for line in metadata.get_all("Requires-Dist", []) if "==" in line.split(";")[0]
     )
+    yield from index_page_problems(metadata)
     yield from version_problems(str(metadata["Version"]), root, tag)
 
 
@@ -53,12 +55,21 @@ def differences(what: str, expected: set[str], found: set[str]) -> Iterator[str]
     yield from (f"{what}: holds {name}, which is no part of it" for name in sorted(found - expected))
 
 
+def index_page_problems(metadata: Message) -> Iterator[str]:
+    """Yield what the page of a package index lacks: addresses, and links that lead out of it."""
+    if not metadata.get_all("Project-URL"):
+        yield "METADATA: no Project-URL; build with GITHUB_REPOSITORY=owner/name, as a workflow on GitHub does"
+    targets = re.findall(r'(?:\]\(|src=")(?!https?://|#)([^)"\s]*)', str(metadata.get_payload()))
+    if targets:
+        yield f"METADATA: {len(targets)} links such as {targets[0]} lead nowhere on the page of a package index"
+
+
 def version_problems(version: str, root: Path = ROOT, tag: str = "") -> Iterator[str]:
     """Yield where a version is said otherwise; of a tagged release the changelog and the citation have a date."""
     said = re.search(r'__version__ = "(.+)"', (root / PACKAGE / "__init__.py").read_text())
     if said is None or said[1] != version:
         yield f"{PACKAGE}.__version__ is {said and said[1]}, and the wheel is {version}"
-    citation = (root / ".github" / "CITATION.cff").read_text()
+    citation = (root / "CITATION.cff").read_text()
     if f"\nversion: {version}\n" not in citation:
         yield f"CITATION.cff does not say version {version}"
     changelog = (root / "CHANGELOG.md").read_text()

@@ -6,16 +6,15 @@ python examples/causal_lm.py
 
 import argparse
 import inspect
-from pathlib import Path
-from pydoc_data.topics import topics
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightning_lora import LoRACallback, is_merged
+from small_models import encode, manual_llama
 
 
 class LanguageModel(L.LightningModule):
@@ -24,7 +23,7 @@ class LanguageModel(L.LightningModule):
     def __init__(self, learning_rate: float = 0.01) -> None:
         super().__init__()
         self.learning_rate = learning_rate
-        self.model = LlamaForCausalLM.from_pretrained(pretrained(), dtype=torch.bfloat16)
+        self.model = LlamaForCausalLM.from_pretrained(manual_llama(), dtype=torch.bfloat16)
 
     def training_step(self, tokens: Tensor) -> Tensor:
         loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
@@ -61,34 +60,6 @@ class PythonCode(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(self.validate, batch_size=64)
-
-
-def encode(text: str) -> Tensor:
-    return torch.tensor(list(text.encode("ascii", "replace")))
-
-
-def pretrained() -> Path:
-    """The folder of a small Llama that has read Python's manual, character by character; trained at the first call."""
-    folder = Path(__file__).with_name("manual_llama")
-    if not folder.exists():
-        with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
-            )
-            config.initializer_range, config.pad_token_id = 0.07, 0
-            model = LlamaForCausalLM(config)
-            pieces = encode("\n".join(topics.values())).unfold(0, 128, 128)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
-            for _ in range(400):
-                batch = pieces[torch.randint(len(pieces), (16,))]
-                optimizer.zero_grad()
-                model(input_ids=batch, labels=batch).loss.backward()
-                optimizer.step()
-                schedule.step()
-            model.save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":

@@ -8,16 +8,16 @@ import codecs
 import contextlib
 import io
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import lightning as L
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightning_lora import LoRACallback, merged_state_dict, save_adapter, save_merged
+from small_models import encode, manual_llama
 
 RUNS = Path(__file__).with_name("runs")
 
@@ -29,7 +29,7 @@ ZEN = codecs.decode(this.s, "rot13")
 class LanguageModel(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.model = LlamaForCausalLM.from_pretrained(pretrained())
+        self.model = LlamaForCausalLM.from_pretrained(manual_llama())
 
     def training_step(self, tokens: Tensor) -> Tensor:
         loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
@@ -52,34 +52,6 @@ def compare(name: str, network: nn.Module, tuned: nn.Module) -> None:
     print(f"{name:<32}same outputs: {bool(difference < 1e-3)}")
 
 
-def encode(text: str) -> Tensor:
-    return torch.tensor(list(text.encode("ascii", "replace")))
-
-
-def pretrained() -> Path:
-    """The folder of a small Llama that has read Python's manual, character by character; trained at the first call."""
-    folder = Path(__file__).with_name("manual_llama")
-    if not folder.exists():
-        with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
-            )
-            config.initializer_range, config.pad_token_id = 0.07, 0
-            model = LlamaForCausalLM(config)
-            pieces = encode("\n".join(topics.values())).unfold(0, 128, 128)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
-            for _ in range(400):
-                batch = pieces[torch.randint(len(pieces), (16,))]
-                optimizer.zero_grad()
-                model(input_ids=batch, labels=batch).loss.backward()
-                optimizer.step()
-                schedule.step()
-            model.save_pretrained(folder)
-    return folder
-
-
 if __name__ == "__main__":
     L.seed_everything(0)
     model = LanguageModel()
@@ -96,13 +68,13 @@ if __name__ == "__main__":
     tuned = model.model.eval()
     start = encode("Beautiful is better")[None]
     print(bytes(tuned.generate(start, max_new_tokens=60, do_sample=False)[0].tolist()).decode())
-    compare("the base, untrained", LlamaForCausalLM.from_pretrained(pretrained()), tuned)
+    compare("the base, untrained", LlamaForCausalLM.from_pretrained(manual_llama()), tuned)
 
     save_merged(model, RUNS / "merged")  # transformers, vLLM and all else that reads a model's folder
     compare("merged, by from_pretrained", LlamaForCausalLM.from_pretrained(RUNS / "merged"), tuned)
 
     save_adapter(model, RUNS / "adapter")  # PEFT: small, beside the base
-    base = LlamaForCausalLM.from_pretrained(pretrained())
+    base = LlamaForCausalLM.from_pretrained(manual_llama())
     compare("adapter, by peft", PeftModel.from_pretrained(base, RUNS / "adapter"), tuned)
 
     torch.save(merged_state_dict(model), RUNS / "merged.pt")  # PyTorch alone: the class of the model, plain weights

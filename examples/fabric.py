@@ -10,7 +10,6 @@ import argparse
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, cast
 
 import torch
@@ -19,9 +18,10 @@ from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_adapter, merged, take_adapter
+from small_models import encode, manual_llama
 
 LORA = LoRAConfig(r=16, lora_alpha=32)
 EPOCHS, BATCH = 2, 8
@@ -29,7 +29,7 @@ EPOCHS, BATCH = 2, 8
 
 def prepare(fabric: Fabric) -> tuple[nn.Module, Any]:
     """Inject first: then the strategy sends, or shards, the adapter with the rest."""
-    model: nn.Module = LlamaForCausalLM.from_pretrained(pretrained())
+    model: nn.Module = LlamaForCausalLM.from_pretrained(manual_llama())
     inject(model, LORA)
     model = fabric.setup(model)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
@@ -84,39 +84,11 @@ def python_code() -> Tensor:
     return encode(inspect.getsource(argparse)).unfold(0, 128, 128)
 
 
-def encode(text: str) -> Tensor:
-    return torch.tensor(list(text.encode("ascii", "replace")))
-
-
-def pretrained() -> Path:
-    """The folder of a small Llama that has read Python's manual, character by character; trained at the first call."""
-    folder = Path(__file__).with_name("manual_llama")
-    if not folder.exists():
-        with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
-            )
-            config.initializer_range, config.pad_token_id = 0.07, 0
-            model = LlamaForCausalLM(config)
-            pieces = encode("\n".join(topics.values())).unfold(0, 128, 128)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
-            for _ in range(400):
-                batch = pieces[torch.randint(len(pieces), (16,))]
-                optimizer.zero_grad()
-                model(input_ids=batch, labels=batch).loss.backward()
-                optimizer.step()
-                schedule.step()
-            model.save_pretrained(folder)
-    return folder
-
-
 if __name__ == "__main__":  # each of the two processes runs all of this
     parser = argparse.ArgumentParser()
     parser.add_argument("--strategy", choices=["ddp", "fsdp2"], default="ddp")
     name = parser.parse_args().strategy
-    pretrained()  # once, before the second process is there
+    manual_llama()  # once, before the second process is there
     fsdp2 = ModelParallelStrategy(shard, 2, 1, save_distributed_checkpoint=False)  # else no filter is taken
     fabric = Fabric(accelerator="cpu", devices=2, strategy=fsdp2 if name == "fsdp2" else "ddp")
     fabric.launch()
@@ -143,7 +115,7 @@ if __name__ == "__main__":  # each of the two processes runs all of this
         print(f"resumed after an epoch, the same adapter to the last bit: {same}")
         names = list(torch.load(checkpoint(1))["model"])
         print(f"{len(names)} tensors of the model are saved, such as {names[0]}")
-        plain = LlamaForCausalLM.from_pretrained(pretrained())  # in one process, without Fabric
+        plain = LlamaForCausalLM.from_pretrained(manual_llama())  # in one process, without Fabric
         inject(plain, LORA)
         load_adapter(plain, checkpoint(1))
         tokens = python_code()[640:704]

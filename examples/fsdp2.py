@@ -9,7 +9,6 @@ The processes are of this machine's CPU. On GPUs it is `accelerator="gpu", devic
 import argparse
 import inspect
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import cast
 
 import lightning as L
@@ -19,9 +18,10 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightning_lora import LoRACallback, save_merged
+from small_models import encode, manual_llama
 
 RUNS = Path(__file__).with_name("runs")
 
@@ -30,7 +30,7 @@ class ShardedModel(L.LightningModule):
     def __init__(self, learning_rate: float = 0.01) -> None:
         super().__init__()
         self.learning_rate = learning_rate
-        self.model = LlamaForCausalLM.from_pretrained(pretrained())
+        self.model = LlamaForCausalLM.from_pretrained(manual_llama())
 
     def configure_model(self) -> None:
         """Shard block by block; the callback has adapted the layers before, so that the adapter is sharded too."""
@@ -61,34 +61,6 @@ def python_code() -> tuple[DataLoader[Tensor], DataLoader[Tensor]]:
         DataLoader(pieces[:640], batch_size=8, shuffle=True),
         DataLoader(pieces[640:704], batch_size=32),
     )
-
-
-def encode(text: str) -> Tensor:
-    return torch.tensor(list(text.encode("ascii", "replace")))
-
-
-def pretrained() -> Path:
-    """The folder of a small Llama that has read Python's manual, character by character; trained at the first call."""
-    folder = Path(__file__).with_name("manual_llama")
-    if not folder.exists():
-        with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
-            )
-            config.initializer_range, config.pad_token_id = 0.07, 0
-            model = LlamaForCausalLM(config)
-            pieces = encode("\n".join(topics.values())).unfold(0, 128, 128)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
-            for _ in range(400):
-                batch = pieces[torch.randint(len(pieces), (16,))]
-                optimizer.zero_grad()
-                model(input_ids=batch, labels=batch).loss.backward()
-                optimizer.step()
-                schedule.step()
-            model.save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":  # each of the two processes runs all of this

@@ -11,16 +11,16 @@ https://arxiv.org/abs/2305.18290.
 import re
 import sysconfig
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightning_lora import LoRACallback, disable_adapter
+from small_models import encode, manual_llama
 
 TAUGHT = ("Return", "Set", "Create", "Get", "Read", "Add", "Remove", "Convert", "Write", "Test", "Send", "Find")
 HELD_OUT = (
@@ -43,7 +43,7 @@ class DPO(L.LightningModule):
     def __init__(self, beta: float = 0.5, learning_rate: float = 0.003) -> None:
         super().__init__()
         self.beta, self.learning_rate = beta, learning_rate
-        self.model = LlamaForCausalLM.from_pretrained(pretrained())
+        self.model = LlamaForCausalLM.from_pretrained(manual_llama())
 
     def log_ratio(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         """How much more probable the chosen text is than the rejected one; (n, length) each, of the same prompts."""
@@ -77,34 +77,6 @@ def preferences(verbs: tuple[str, ...]) -> TensorDataset:
             rejected.append(encode(f"{head}{verb}{rest}"[-96:]))
     padded = torch.nn.utils.rnn.pad_sequence([*chosen, *rejected], batch_first=True)
     return TensorDataset(padded[: len(chosen)], padded[len(chosen) :])
-
-
-def encode(text: str) -> Tensor:
-    return torch.tensor(list(text.encode("ascii", "replace")))
-
-
-def pretrained() -> Path:
-    """The folder of a small Llama that has read Python's manual, character by character; trained at the first call."""
-    folder = Path(__file__).with_name("manual_llama")
-    if not folder.exists():
-        with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
-            )
-            config.initializer_range, config.pad_token_id = 0.07, 0
-            model = LlamaForCausalLM(config)
-            pieces = encode("\n".join(topics.values())).unfold(0, 128, 128)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
-            for _ in range(400):
-                batch = pieces[torch.randint(len(pieces), (16,))]
-                optimizer.zero_grad()
-                model(input_ids=batch, labels=batch).loss.backward()
-                optimizer.step()
-                schedule.step()
-            model.save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ python examples/quantised.py
 import argparse
 import inspect
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from lightning_lora import LoRACallback, save_adapter, save_merged
+from small_models import encode, manual_llama
 
 RUNS = Path(__file__).with_name("runs")
 
@@ -33,7 +33,7 @@ class QuantisedModel(L.LightningModule):
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
         self.model = LlamaForCausalLM.from_pretrained(
-            pretrained(), quantization_config=nf4, dtype=torch.bfloat16, device_map="cpu"
+            manual_llama(), quantization_config=nf4, dtype=torch.bfloat16, device_map="cpu"
         )
 
     def training_step(self, tokens: Tensor) -> Tensor:
@@ -55,34 +55,6 @@ def python_code() -> tuple[DataLoader[Tensor], DataLoader[Tensor]]:
         DataLoader(pieces[:cut], batch_size=16, shuffle=True),
         DataLoader(pieces[cut:], batch_size=64),
     )
-
-
-def encode(text: str) -> Tensor:
-    return torch.tensor(list(text.encode("ascii", "replace")))
-
-
-def pretrained() -> Path:
-    """The folder of a small Llama that has read Python's manual, character by character; trained at the first call."""
-    folder = Path(__file__).with_name("manual_llama")
-    if not folder.exists():
-        with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
-            )
-            config.initializer_range, config.pad_token_id = 0.07, 0
-            model = LlamaForCausalLM(config)
-            pieces = encode("\n".join(topics.values())).unfold(0, 128, 128)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
-            for _ in range(400):
-                batch = pieces[torch.randint(len(pieces), (16,))]
-                optimizer.zero_grad()
-                model(input_ids=batch, labels=batch).loss.backward()
-                optimizer.step()
-                schedule.step()
-            model.save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset
 
 from lightning_lora import LoRACallback, load_from_checkpoint
+from small_models import digits, digits_mlp
 
 try:
     import ray
@@ -35,14 +35,13 @@ except ImportError as error:
     raise SystemExit('ray_train.py: Ray Train is not installed; run pip install -e ".[ray]".') from error
 
 RUNS = Path(__file__).with_name("runs") / "ray_train"
-PRETRAINED = Path(__file__).with_name("digits_mlp.pt")
 
 
 class Digits(L.LightningModule):
     def __init__(self, learning_rate: float = 0.01) -> None:
         super().__init__()
         self.learning_rate = learning_rate
-        self.network = pretrained()
+        self.network = digits_mlp()
 
     def configure_model(self) -> None:
         """Shard layer by layer where the strategy is FSDP2; the callback has adapted the layers before."""
@@ -88,12 +87,6 @@ class Killed(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def digits(mirrored: bool) -> TensorDataset:
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32) / 16
-    return TensorDataset((images.flip(-1) if mirrored else images).flatten(1), torch.tensor(data.target))
-
-
 def loaders() -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
     """400 mirrored digits to train on, 500 to validate on."""
     data = digits(mirrored=True)
@@ -101,24 +94,6 @@ def loaders() -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, 
         DataLoader(Subset(data, range(400)), batch_size=20, shuffle=True),
         DataLoader(Subset(data, range(400, 900)), batch_size=50),
     )
-
-
-def pretrained() -> nn.Sequential:
-    """A network that reads upright digits, the last 900; trained at the first call, then read from a file."""
-    with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-        if not PRETRAINED.exists():
-            optimizer = torch.optim.AdamW(network.parameters(), lr=0.003)
-            data = Subset(digits(mirrored=False), range(900, 1797))
-            for _ in range(20):
-                for images, labels in DataLoader(data, batch_size=32, shuffle=True):
-                    optimizer.zero_grad()
-                    F.cross_entropy(network(images), labels).backward()
-                    optimizer.step()
-            torch.save(network.state_dict(), PRETRAINED)
-    network.load_state_dict(torch.load(PRETRAINED, weights_only=True))
-    return network
 
 
 def train(options: dict[str, Any]) -> None:
@@ -164,7 +139,7 @@ if __name__ == "__main__":
     parser.add_argument("--kill-in-epoch", type=int)
     parser.add_argument("--fsdp2", action="store_true")
     arguments = parser.parse_args()
-    pretrained()  # once, before two workers read it
+    digits_mlp()  # once, before two workers read it
     ray.init(include_dashboard=False, log_to_driver=False)
     metrics, path = run("whole", kill_in_epoch=None, fsdp2=arguments.fsdp2)
     show("whole:", metrics)

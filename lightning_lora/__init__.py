@@ -8,6 +8,7 @@ from .errors import LoRAError
 from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.param_groups import lora_param_groups
+from .model.quantise import quantize_base
 from .model.state_dict import adapter_state_dict, merged_state_dict
 from .nn import variants as variants
 from .nn.variant import Variant
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .callback import LoRACallback
     from .cli import LoRACLI as LoRACLI
     from .exchange.combine import combine
+    from .exchange.export import export_adapter
     from .exchange.merged_folder import save_merged
     from .exchange.save_load import load_adapter, load_from_checkpoint, read_adapter, save_adapter, take_adapter
     from .monitor import LoRAMonitor
@@ -36,6 +38,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "adapter_stats",
     "combine",
     "disable_adapter",
+    "export_adapter",
     "initialize_from_data",
     "inject",
     "is_merged",
@@ -47,6 +50,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "merged",
     "merged_state_dict",
     "plot_adapter",
+    "quantize_base",
     "read_adapter",
     "redistribute_ranks",
     "save_adapter",
@@ -61,6 +65,7 @@ LAZY = {  # imported at first use: lightning, the rooms of files, and the extra 
     "LoRACLI": ".cli",
     "LoRAMonitor": ".monitor",
     "combine": ".exchange.combine",
+    "export_adapter": ".exchange.export",
     "load_adapter": ".exchange.save_load",
     "load_from_checkpoint": ".exchange.save_load",
     "plot_adapter": ".report.figures",

@@ -80,6 +80,9 @@ class LoRACallback(Callback):
         merge_after_fit: leave plain layers with merged weights behind when fit ends, so that a library that saves the
             model itself saves what was trained. The model is then evaluated as it is, and loads merged checkpoints
             only.
+        quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4", as quantize_base
+            does. exclude_modules, modules_to_save, task_type and trainable_token_indices leave layers out. None leaves
+            the base as it is, quantised or not.
         dequantize: dtype of the plain weights that take the place of quantised ones, for save="merged" and
             merge_after_fit: "bfloat16", "float16", "float32" or a torch.dtype.
         lr_ratio: LoRA+ (arXiv:2402.12354): the ratio of B's learning rate to A's, such as 16, for an optimizer that
@@ -93,7 +96,8 @@ class LoRACallback(Callback):
             layer that is kept in eval mode drops too, in training batches where gradients are recorded.
         target_modules: the layers to adapt. A list holds whole names or dotted suffixes of names. A string is a regular
             expression that must match a whole name. "all-linear" is every linear layer and transformers' Conv1D,
-            without the output head and without tied weights.
+            without the output head and without tied weights. "all-layers" is these, all convolutions and
+            nn.MultiheadAttention, without what a PEFT file cannot hold, such as convolutions with groups.
         target_parameters: single parameters to adapt, by name or dotted suffix: weights of nn.LSTM and nn.GRU, stacks
             of experts (E, m, n), and any matrix that its module's forward reads. target_modules may then be empty, and
             lora_dropout must be 0, as in PEFT.
@@ -161,6 +165,7 @@ class LoRACallback(Callback):
         verify: bool = False,
         seed: int | None = None,
         merge_after_fit: bool = False,
+        quantize: str | None = None,
         dequantize: str | torch.dtype | None = None,
         lr_ratio: float | None = None,
         verbose: bool = True,
@@ -196,6 +201,7 @@ class LoRACallback(Callback):
         self.verify = verify
         self.seed = seed
         self.merge_after_fit = merge_after_fit
+        self.quantize = quantize
         self.dequantize = dequantize
         self.lr_ratio = lr_ratio
         self.verbose = verbose

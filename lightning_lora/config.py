@@ -18,7 +18,8 @@ from .matching import ALL_LINEAR, layer_number, layer_pattern, near_misses, patt
 from .names import KNOWN_VARIANTS, listed
 
 VARIANTS = ("use_dora",)  # options that ask for a variant, as `variant` does
-PLAIN, BY_OPTION = "lora", "dora"  # values of `variant`: the default, and the value that use_dora=True means
+PLAIN = "lora"  # the default of `variant`
+BY_OPTION = "dora"  # the `variant` that use_dora=True means
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight; nn/starts.py computes the starts.
@@ -79,7 +80,8 @@ class LoRAConfig:
             layer that is kept in eval mode drops too, in training batches where gradients are recorded.
         target_modules: the layers to adapt. A list holds whole names or dotted suffixes of names. A string is a regular
             expression that must match a whole name. "all-linear" is every linear layer and transformers' Conv1D,
-            without the output head and without tied weights.
+            without the output head and without tied weights. "all-layers" is these, all convolutions and
+            nn.MultiheadAttention, without what a PEFT file cannot hold, such as convolutions with groups.
         target_parameters: single parameters to adapt, by name or dotted suffix: weights of nn.LSTM and nn.GRU, stacks
             of experts (E, m, n), and any matrix that its module's forward reads. target_modules may then be empty, and
             lora_dropout must be 0, as in PEFT.
@@ -163,7 +165,11 @@ class LoRAConfig:
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             _refuse("lora_dropout", "a probability in [0, 1)", self.lora_dropout)
         if self.target_modules is None or not (self.target_modules or self.target_parameters):
-            _refuse("target_modules", "at least one name, a regular expression or 'all-linear'", self.target_modules)
+            _refuse(
+                "target_modules",
+                "at least one name, a regular expression, 'all-linear' or 'all-layers'",
+                self.target_modules,
+            )
         if self.target_parameters and self.lora_dropout:
             _refuse("lora_dropout", "0 with target_parameters, which have no input to drop", self.lora_dropout)
         for option in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):

@@ -11,6 +11,8 @@ from functools import lru_cache
 from .names import listed, suffixes
 
 ALL_LINEAR = "all-linear"  # a value of target_modules
+ALL_LAYERS = "all-layers"  # another
+BY_KIND = (ALL_LINEAR, ALL_LAYERS)  # which select layers by their kind; model/layers_by_kind.py says what they mean
 # Usual names of layers in transformers models. A list in target_modules may name layers that a model does not have.
 USUAL_NAMES = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj"),

@@ -10,7 +10,7 @@ from .model.adapted_model import find_model
 from .trainer.by_module import ByModule
 from .trainer.fabric import refuse_monitor
 from .trainer.lightning_packages import become_callback, first_package
-from .trainer.log_plots import log_plots, will_draw
+from .trainer.log_plots import log_plots, note_norms, will_draw
 from .trainer.log_statistics import StatisticsLog
 
 if TYPE_CHECKING:
@@ -79,6 +79,11 @@ class LoRAMonitor(Callback):
             )
         self._statistics.begin(trainer, pl_module, handle.record)
         self._draws[pl_module] = self.plots and will_draw(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the weights that pictures compare the updates with, for the checkpoints of this fit."""
+        if self._draws.get(pl_module):
+            note_norms(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Let Lightning forget what it has written, so that it does not write it again."""

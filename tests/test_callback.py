@@ -55,6 +55,7 @@ def test_options_are_those_of_the_config_and_eight_of_its_own():
         "verify": False,
         "seed": None,
         "merge_after_fit": False,
+        "quantize": None,
         "dequantize": None,
         "lr_ratio": None,
         "verbose": True,

@@ -250,7 +250,9 @@ CONFIGS = st.builds(
     r=st.integers(1, 64).map(lambda half: 2 * half),
     lora_alpha=st.integers(1, 99) | st.floats(0.1, 99),
     lora_dropout=st.floats(0, 1, exclude_max=True),
-    target_modules=st.lists(NAMES, min_size=1) | st.sets(NAMES, min_size=1) | st.sampled_from([r".*\.q", "all-linear"]),
+    target_modules=st.lists(NAMES, min_size=1)
+    | st.sets(NAMES, min_size=1)
+    | st.sampled_from([r".*\.q", "all-linear", "all-layers"]),
     exclude_modules=st.none() | st.lists(NAMES) | st.just(r"head\..*"),
     modules_to_save=st.none() | st.lists(NAMES),
     trainable_token_indices=st.none() | ROWS | st.dictionaries(NAMES, ROWS.filter(bool)),

@@ -32,6 +32,7 @@ METHODS: dict[str, Callable[..., Any]] = {  # which users call on classes
 }
 DOCUMENTED = PUBLIC | METHODS
 KNOWN = {"torch": torch, "nn": nn, "L": L, **PUBLIC}
+NEEDED = {"quantize_base": "torchao"}  # packages of extras that an example needs
 FEW_LINES = 14
 
 
@@ -52,6 +53,8 @@ def test_docstring_has_a_short_example(name: str):
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_example_runs_and_prints_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["main.py"])  # which a LightningCLI reads
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which it writes

@@ -13,12 +13,19 @@ import pytest
 
 from support.examples import COMMANDS, ROOT, SHOWN, assert_alike, checkout, numbers, run
 
-FILES = {path.stem: path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))}
+BESIDE = "small_models"  # what the examples import: models and texts that stand in for those of a hub
+FILES = {path.stem: path.read_text() for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != BESIDE}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkout(tmp_path_factory.mktemp("checkout"))
+
+
+def check_finetune(printed: str) -> None:
+    (accuracy,) = numbers(printed)
+    assert accuracy > 0.5  # of five classes
+    assert re.findall(r": +(\w+)$", printed, re.MULTILINE) == ["email"] * 3
 
 
 def check_text_classification(printed: str) -> None:
@@ -70,10 +77,15 @@ def check_own_variant(printed: str) -> None:
 
 
 def check_sweep(printed: str) -> None:
-    rows = [numbers(line) for line in printed.splitlines()[1:]]
-    assert [row[0] for row in rows] == [1, 2, 4, 8, 16]
-    assert rows[0][-1] < rows[2][-1] - 0.05
-    assert all(row[1] + 0.05 < row[3] for row in rows)
+    lines = [line for line in printed.splitlines() if "  with" not in line and " after" not in line]
+    rates, ranks = [numbers(line) for line in lines[:5]], [numbers(line) for line in lines[5:]]
+    assert [row[0] for row in rates] == [0.001, 0.003, 0.01, 0.03, 0.1]
+    assert [row[0] for row in ranks] == [1, 2, 4, 8, 16]
+    last = [row[-1] for row in rates]
+    assert max(last) > max(last[0], last[-1]) + 0.1  # the best rate is neither the least nor the largest
+    assert ranks[2][-1] == max(last)  # it is the rank and rate of a run before
+    assert ranks[0][-1] < ranks[2][-1] - 0.05
+    assert all(row[1] + 0.05 < row[3] for row in ranks)
 
 
 def check_fsdp2(printed: str) -> None:
@@ -83,7 +95,7 @@ def check_fsdp2(printed: str) -> None:
     assert plain == pytest.approx(after, abs=0.011)
 
 
-def check_deepspeed_stage_2(printed: str) -> None:
+def check_deepspeed_zero(printed: str) -> None:
     before, after, size, plain = numbers(printed)
     assert after < before - 0.4
     assert plain == pytest.approx(after, abs=0.011)
@@ -116,13 +128,13 @@ CHECKS: dict[str, Callable[[str], None]] = {
 EXTRAS = {
     "quantised": ("quantised", "bitsandbytes"),
     "ray_train": ("ray", "ray"),
-    "deepspeed_stage_2": ("deepspeed", "deepspeed"),
+    "deepspeed_zero": ("deepspeed", "deepspeed"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # Ray starts its workers three times
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "finetune"])  # which test_finetune.py breaks off
 def test_example_does_what_it_says_and_prints_what_is_shown(folder, name):
     if name in EXTRAS:
         extra, package = EXTRAS[name]
@@ -131,6 +143,13 @@ def test_example_does_what_it_says_and_prints_what_is_shown(folder, name):
     print(printed)
     CHECKS[name](printed)
     assert_alike(printed, SHOWN[name], rel=0.25, tolerance=0.15)  # with other processors and texts
+
+
+@pytest.mark.slow
+def test_example_of_deepspeed_prints_the_same_at_stage_3(folder):
+    pytest.importorskip("deepspeed", reason='deepspeed is not installed; pip install -e ".[deepspeed]"')
+    check_deepspeed_zero(printed := run(folder, "deepspeed_zero", "--stage", "3"))
+    assert_alike(printed, SHOWN["deepspeed_zero"], rel=0.25, tolerance=0.15)
 
 
 @pytest.mark.slow
@@ -155,11 +174,12 @@ def test_ray_shards_the_network_and_goes_on_after_a_kill(folder):
     assert_alike(printed, SHOWN["ray_train"], rel=0.25, tolerance=0.15)
 
 
-@pytest.mark.parametrize(("name", "title"), [("ray_train", "Ray Train"), ("deepspeed_stage_2", "DeepSpeed")])
+@pytest.mark.parametrize(("name", "title"), [("ray_train", "Ray Train"), ("deepspeed_zero", "DeepSpeed")])
 def test_example_names_its_extra_where_the_package_is_missing(folder, name, title):
     extra, package = EXTRAS[name]
     missing = [package, "torchao"]  # torchao, where it is installed, writes notices of its own
-    program = f"import runpy, sys; sys.modules.update(dict.fromkeys({missing})); runpy.run_path('examples/{name}.py')"
+    program = f"import runpy, sys; sys.path.insert(0, 'examples'); sys.modules.update(dict.fromkeys({missing}))"
+    program += f"; runpy.run_path('examples/{name}.py')"
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr == f'{name}.py: {title} is not installed; run pip install -e ".[{extra}]".\n'
@@ -183,17 +203,18 @@ def test_example_names_its_command_and_imports_what_users_import(name):
     }
     assert "lightning_lora" in modules
     inside = {module for module in modules if module.startswith(("lightning_lora.", "unittest", "support"))}
-    assert not inside | (modules & set(FILES))  # each is one file that can be copied
+    assert not inside | (modules & set(FILES))  # each is one file that can be copied, with small_models.py at most
 
 
-@pytest.mark.parametrize("function", ["pretrained", "encode"])
-def test_examples_on_the_same_language_model_make_it_in_the_same_way(function):
-    """They share the folder that it is kept in."""
-    bodies = {
-        ast.unparse(node)
-        for text in FILES.values()
-        if "manual_llama" in text
-        for node in ast.parse(text).body
-        if isinstance(node, ast.FunctionDef) and node.name == function
+def test_small_models_are_imported_by_examples_alone_and_import_nothing_of_the_package():
+    text = (ROOT / "examples" / f"{BESIDE}.py").read_text()
+    assert "lightning_lora" not in text
+    made = {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"}
+    used = {
+        alias.name
+        for tree in map(ast.parse, FILES.values())
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == BESIDE
+        for alias in node.names
     }
-    assert len(bodies) == 1
+    assert made == used

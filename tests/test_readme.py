@@ -3,7 +3,8 @@
 Each page has a folder and a namespace of its own. A page that says "With the files of [another page](...)" runs in a
 folder with the files that the blocks of that page leave. A block whose first line is a comment with a file name is
 written to that file. The lightning-lora command is run where the blocks before it left their files. Set-up commands
-are not run again here: .ci/run runs them, letter for letter. Programs in examples/ are run in test_examples.py.
+are not run again here: .ci/run runs them, letter for letter. Programs in examples/ are run in test_examples.py, and
+those in tests/benchmarks/ in test_run.py there.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
 ROOT = Path(__file__).parent.parent
 CI = (ROOT / ".ci" / "run").read_text()
 FRONT, REFERENCE, CONTRIBUTING = "README.md", "lightning_lora/README.md", ".github/CONTRIBUTING.md"
-COMMAND = "lightning_lora/command/README.md"
+COMMAND, EXCHANGE = "lightning_lora/command/README.md", "lightning_lora/exchange/README.md"
+ERRORS = "lightning_lora/errors.md"
 REFERENCE_PAGES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lightning_lora").rglob("*.md"))]
 OTHER_PAGES = [str(path.relative_to(ROOT)) for room in ("examples", "tests") for path in (ROOT / room).rglob(FRONT)]
 TEXTS = {name: (ROOT / name).read_text() for name in (FRONT, CONTRIBUTING, *REFERENCE_PAGES, *sorted(OTHER_PAGES))}
@@ -72,7 +74,7 @@ class Block(NamedTuple):
 
     @property
     def is_example(self) -> bool:
-        return self.language == "bash" and self.code.startswith("python examples/")
+        return self.language == "bash" and self.code.startswith(("python examples/", "python tests/benchmarks/"))
 
     @property
     def is_program(self) -> bool:
@@ -172,8 +174,13 @@ def spans(cell: str) -> list[str]:
 RUNNING = [name for name, blocks in BLOCKS.items() if any(b.is_statements or b.is_ours for b in blocks)]
 
 
+NEEDED = {"lightning_lora/nn/quantised.md": "torchao"}  # packages of extras that a page's blocks need
+
+
 @pytest.mark.parametrize("name", RUNNING)
 def test_python_blocks_and_our_command_run_and_print_what_is_shown(ran, name):
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name])
     printed = ran(name).printed
     for block, following in itertools.pairwise([*BLOCKS[name], NOTHING]):
         if block.line in printed:
@@ -242,6 +249,9 @@ def test_set_up_commands_are_those_of_ci(name, block):
 def test_links_lead_to_files_and_headings_that_exist(name):
     links = re.findall(r"(?:\]\(|src=\")(?!https?:)([^)#\"]*)#?([^)\"]*)", (ROOT / name).read_text())
     for target, heading in links:
+        if target.startswith("../../actions/workflows/"):  # GitHub's own page of a workflow
+            assert (ROOT / ".github" / "workflows" / target.split("/")[4]).exists(), target
+            continue
         path = (ROOT / name).parent / target if target else ROOT / name
         assert path.exists(), target
         assert not heading or heading in anchors(path.read_text()), heading
@@ -259,23 +269,34 @@ def anchors(text: str) -> list[str]:
 def test_the_first_screen_is_text_the_install_and_one_program_with_its_output():
     install, program, output = BLOCKS[FRONT][:3]
     assert [install.language, program.language, output.language] == ["bash", "python", "text"]
-    assert install.code == "pip install .\n"
-    assert program.line < 12
+    assert install.code == "pip install . transformers\n"
+    assert program.line < 14  # after the title, a line of badges, what it is and the install
     assert output.line < 60
 
 
-def test_each_program_of_the_front_page_runs_by_itself(tmp_path, monkeypatch):
-    """The first one, which the whole page runs first, is left out here: a later one must not need its names."""
-    monkeypatch.chdir(tmp_path)
-    _, *programs = [block for block in BLOCKS[FRONT] if block.is_statements and re.search("^from ", block.code, re.M)]
-    assert programs
-    for block in programs:
-        run_python(FRONT, block, {"__name__": "readme"})
+def test_the_front_page_has_one_program():
+    assert [block.line for block in BLOCKS[FRONT] if block.is_statements] == [BLOCKS[FRONT][1].line]
+
+
+def test_the_badges_say_what_the_project_says():
+    project = (ROOT / "pyproject.toml").read_text()
+    pythons = re.findall(r"Python :: (3\.\d+)", project)
+    oldest = {name: re.search(rf'"{name}>=([\d.]+)"', project)[1] for name in ("torch", "lightning")}
+    assert re.search(r'requires-python = ">=([\d.]+)"', project)[1] == pythons[0]
+    badges = re.findall(r"!\[([^\]]*)\]\(https://img.shields.io/badge/([^)]*)-blue\)", TEXTS[FRONT])
+    assert [text for text, _ in badges] == [
+        f"Python {pythons[0]} to {pythons[-1]}",
+        f"torch {oldest['torch']} and newer",
+        f"Lightning {oldest['lightning']} and newer",
+        re.search('^license = "(.*)"', project, re.MULTILINE)[1],
+    ]
+    shown = [picture.replace("_", " ").replace("--", "~").replace("-", " ").replace("~", "-") for _, picture in badges]
+    assert [text.removeprefix("license ") for text in shown] == [text for text, _ in badges]
 
 
 def links_of(name: str) -> set[str]:
     """The files of the project that a page links, from the root."""
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", TEXTS[name])
+    targets = re.findall(r"\]\((?!https?:|\.\./\.\./actions/)([^)#]+)", TEXTS[name])
     return {str((ROOT / name).parent.joinpath(target).resolve().relative_to(ROOT)) for target in targets}
 
 
@@ -310,28 +331,46 @@ def test_the_figures_of_the_summary_at_fit_start_are_those_that_are_quoted(front
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_calls_of_the_saving_table_run_and_give_the_tuned_model(front):
     exec("from lightning_lora import *", front)
+    rows = table(FRONT, "| I want | call |")
+    assert len(rows) == 5
+    for want, call in rows:
+        tuned = load_from_checkpoint(front["Net"], "adapter.ckpt")
+        front["model"] = front["Net"]() if "in my model" in want else tuned
+        run_call(front, spans(call)[:1])
+    check_tuned(front, type(front["tuned"].model).from_pretrained("weights"), "weights")
+    with pytest.raises(RuntimeError, match="Missing key"):  # what the table says not to call
+        front["Net"].load_from_checkpoint("adapter.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_calls_for_each_file_run_and_give_the_tuned_model(front):
+    exec("from lightning_lora import *", front)
     prepare_files(front)
-    rows = table(FRONT, "| I have | I want | call |")
-    assert len(rows) == 11
+    rows = table(EXCHANGE, "| I have | I want | call |")
+    assert len(rows) == 14
     for have, _, call in rows:
-        code = spans(call)[0]
-        front["trainer"] = make_trainer(front, epochs=31)
+        if "hub" in have:
+            continue  # test_hub.py loads from one
         front["model"] = load_from_checkpoint(front["Net"], "adapter.ckpt") if "tuned model" in have else None
-        if code.startswith("lightning-lora"):
-            run_ours(code)
-            continue
-        exec(code, front)
-        if front["model"] is not None:
-            check_tuned(front, front["model"].model, code)
-        if ".fit" in code:  # the last of 31 epochs
-            assert front["trainer"].callbacks[0].batches == len(front["data"])
-        if ".validate" in code:
-            assert front["trainer"].callback_metrics["loss"] < 0.1
+        run_call(front, spans(call)[: 1 + call.count("and then")])
     network = type(front["tuned"].model)
     for folder in ("tuned", "weights", "merged"):
         check_tuned(front, network.from_pretrained(folder), folder)
-    with pytest.raises(RuntimeError, match="Missing key"):  # what the table says not to call
-        front["Net"].load_from_checkpoint("adapter.ckpt")
+
+
+def run_call(front: dict[str, Any], lines: list[str]) -> None:
+    """Run the lines of a call, of the command or in Python, and check the model that they leave in `model`."""
+    front["trainer"] = make_trainer(front, epochs=31)
+    if lines[0].startswith("lightning-lora"):
+        run_ours(lines[0])
+        return
+    exec("\n".join(lines), front)
+    if front["model"] is not None:
+        check_tuned(front, front["model"].model, lines[0])
+    if ".fit" in lines[0]:  # the last of 31 epochs
+        assert front["trainer"].callbacks[0].batches == len(front["data"])
+    if ".validate" in lines[0]:
+        assert front["trainer"].callback_metrics["loss"] < 0.1
 
 
 def check_tuned(front: dict[str, Any], network: torch.nn.Module, what: str) -> None:
@@ -360,6 +399,7 @@ def make_trainer(front: dict[str, Any], epochs: int = 1, **options: Any) -> L.Tr
 def prepare_files(front: dict[str, Any]) -> None:
     """The files of the first column that no block has written."""
     shutil.copy("adapter.ckpt", "lora.ckpt")
+    shutil.copy("adapter.ckpt", "best.ckpt")
     front["Net"]().model.save_pretrained("base")
     plain = L.Trainer(**front["quiet"])
     plain.validate(front["Net"](), front["data"], verbose=False)
@@ -416,7 +456,7 @@ def test_common_errors_are_messages_that_come(front):
         lambda: make_trainer(front, lora_alpha=16).fit(net(), data, data, ckpt_path="adapter.ckpt"),
         tied,
     ]
-    rows = table(FRONT, "| message | what to do |")
+    rows = table(ERRORS, "| message | what to do |")
     for (message, _), mistake in zip(rows, mistakes, strict=True):
         with pytest.raises((LoRAError, RuntimeError)) as error:
             mistake()

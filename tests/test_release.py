@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+import sys
 import tarfile
 import zipfile
+from email.message import Message
 from pathlib import Path
 from types import ModuleType
 
@@ -16,15 +18,24 @@ import yaml
 import lightning_lora
 
 ROOT = Path(__file__).parents[1]
-METADATA = "Metadata-Version: 2.4\nName: lightning-lora\nVersion: 1.2.0\nRequires-Dist: torch>=2.6\n"
+METADATA = """Metadata-Version: 2.4
+Name: lightning-lora
+Version: 1.2.0
+Project-URL: Source, https://host/owner/name
+Requires-Dist: torch>=2.6
+"""
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_release", ROOT / ".ci" / "check_release.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("check_release")
 
 
 class Release:
@@ -37,7 +48,7 @@ class Release:
             "lightning_lora/py.typed": "",
             "tests/test_all.py": "",
             "CHANGELOG.md": "## 1.2.0 - 2026-01-31\n",
-            ".github/CITATION.cff": "cff-version: 1.2.0\nversion: 1.2.0\ndate-released: 2026-01-31\n",
+            "CITATION.cff": "cff-version: 1.2.0\nversion: 1.2.0\ndate-released: 2026-01-31\n",
             ".gitignore": "",
         }
         self.wheel = {name: text for name, text in self.files.items() if name.startswith("lightning_lora/")}
@@ -104,7 +115,7 @@ def test_exact_pin_is_named(tmp_path: Path, check: ModuleType):
     [
         ("lightning_lora/__init__.py", '__version__ = "1.3.0"\n', "lightning_lora.__version__ is 1.3.0"),
         ("CHANGELOG.md", "## 1.20.0 - 2026-01-31\n", "CHANGELOG.md has no heading"),
-        (".github/CITATION.cff", "cff-version: 1.2.0\nversion: 1.1.0\n", "does not say version 1.2.0"),
+        ("CITATION.cff", "cff-version: 1.2.0\nversion: 1.1.0\n", "does not say version 1.2.0"),
     ],
 )
 def test_version_that_differs_is_named(tmp_path: Path, check: ModuleType, file: str, text: str, said: str):
@@ -120,7 +131,7 @@ def test_version_that_differs_is_named(tmp_path: Path, check: ModuleType, file: 
     [
         ("v1.3.0", "CHANGELOG.md", "## 1.2.0 - 2026-01-31\n", "the tag is v1.3.0, and the version 1.2.0"),
         ("v1.2.0", "CHANGELOG.md", "## Unreleased\n\n### 1.2.0\n", "CHANGELOG.md says no date"),
-        ("v1.2.0", ".github/CITATION.cff", "cff\nversion: 1.2.0\n", "says no date-released"),
+        ("v1.2.0", "CITATION.cff", "cff\nversion: 1.2.0\n", "says no date-released"),
     ],
 )
 def test_tagged_release_needs_tag_and_dates(tmp_path: Path, check: ModuleType, tag, file: str, text: str, said: str):
@@ -128,6 +139,70 @@ def test_tagged_release_needs_tag_and_dates(tmp_path: Path, check: ModuleType, t
     release.files[file] = text
     assert [problem for problem in release.problems(check, tag) if said in problem]
     assert not [problem for problem in release.problems(check) if said in problem]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        (METADATA.replace("Project-URL", "Home-page"), "METADATA: no Project-URL"),
+        (METADATA + "\n[a](b.md) ![c](d.png)\n", "METADATA: 2 links such as b.md lead nowhere"),
+        (METADATA + '\n<img src="tests/d.png">\n', "METADATA: 1 links such as tests/d.png lead nowhere"),
+        (METADATA + "\n[a](https://host/b.md), [c](#d)\n", None),
+    ],
+)
+def test_links_out_of_the_index_page_are_named(tmp_path: Path, check: ModuleType, metadata: str, said: str | None):
+    release = Release(tmp_path)
+    release.wheel["lightning_lora-1.2.0.dist-info/METADATA"] = metadata
+    found = release.problems(check)
+    assert len(found) == (said is not None)
+    assert all(problem.startswith(str(said)) for problem in found)
+
+
+@pytest.fixture
+def index_page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The hook of the build, whose base class is in a build's environment alone."""
+    interface = ModuleType("interface")
+    interface.MetadataHookInterface = type("MetadataHookInterface", (), {})
+    monkeypatch.setitem(sys.modules, "hatchling.metadata.plugin.interface", interface)
+    return load("index_page")
+
+
+def test_index_page_of_a_release_has_addresses_of_its_tag_and_its_own_way_to_install(
+    check: ModuleType, index_page: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    hook = index_page.IndexPage()
+    hook.root = str(ROOT)
+    monkeypatch.setenv("GITHUB_REPOSITORY", "somebody/name")
+    metadata = {"version": "1.2.0"}
+    hook.update(metadata)
+    text = metadata["readme"]["text"]
+    assert "\npip install lightning-lora transformers\n" in text
+    assert '`pip install "lightning-lora[cli]"`' in text
+    assert '\npip install -e ".[test]" && pytest\n' in text  # in a checkout
+    at = "https://github.com/somebody/name"
+    assert f"]({at}/blob/v1.2.0/lightning_lora/nn/variants.md#magnitudes)" in text
+    assert f'src="{at}/raw/v1.2.0/tests/benchmarks/results.png"' in text
+    assert text.count(f"({at}/actions/workflows/ci.yml") == 2
+    assert metadata["urls"]["Source"] == at
+    whole = Message()
+    whole["Project-URL"] = at
+    whole.set_payload(text)
+    assert list(check.index_page_problems(whole)) == []
+
+
+def test_index_page_of_a_build_elsewhere_is_the_front_page_and_that_of_an_sdist_stays(
+    index_page: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    hook = index_page.IndexPage()
+    hook.root = str(ROOT)
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    metadata = {"version": "1.2.0"}
+    hook.update(metadata)
+    assert metadata.keys() == {"version", "readme"}
+    assert metadata["readme"]["text"] == (ROOT / "README.md").read_text()
+    written = {"version": "1.2.0", "readme": {"text": "of the sdist"}, "urls": {"Source": "https://host"}}
+    hook.update(found := dict(written))
+    assert found == written
 
 
 def test_this_project_says_one_version_everywhere(check: ModuleType):
@@ -143,6 +218,10 @@ def test_workflows_run_the_projects_own_checks_on_every_python_that_pyproject_na
     assert ".ci/run" in [step.get("run") for step in ci["steps"]]
     release = (ROOT / ".github/workflows/release.yml").read_text()
     assert 'python .ci/check_release.py dist --tag "$GITHUB_REF_NAME"' in release
+    assert "python -m build && twine check --strict dist/*" in release
+    site = yaml.safe_load((ROOT / ".github/workflows/site.yml").read_text())["jobs"]["build"]
+    (build,) = [step["run"] for step in site["steps"] if "run" in step]
+    assert f"run '{build}'\n" in (ROOT / ".ci/run").read_text()
 
 
 def test_hooks_before_a_commit_are_the_commands_of_the_checks():

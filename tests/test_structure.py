@@ -72,6 +72,7 @@ PUBLIC = {
     "merged",
     "disable_adapter",
     "merge_and_unload",
+    "quantize_base",
     "adapter_state_dict",
     "adapter_stats",
     "merged_state_dict",
@@ -79,6 +80,7 @@ PUBLIC = {
     "take_adapter",
     "save_adapter",
     "save_merged",
+    "export_adapter",
     "load_adapter",
     "load_from_checkpoint",
     "summary",
@@ -208,6 +210,7 @@ def test_what_is_public_has_a_docstring(name):
 
 EXTRAS = (
     "deepspeed",
+    "huggingface_hub",
     "jsonargparse",
     "rich",
     "peft",
@@ -263,7 +266,8 @@ def test_the_package_is_imported_without_its_extras(imports):
     users = {name for name, found in IMPORTS.items() if {i.split(".")[0] for i in found} & set(EXTRAS)}
     # inside their functions, with a message where they are missing, or without them
     drawing = {f"report/{name}" for name in ("canvas", "heat_map", "spectra", "comparison", "run", "figures")}
-    assert users == {"command/main", "report/summary", "notices", "report/run_log", "progress"} | drawing
+    others = {"command/main", "formats/hub", "report/summary", "notices", "report/run_log", "progress"}
+    assert users == others | drawing
 
 
 def test_lightning_is_imported_for_the_callback_alone(imports):

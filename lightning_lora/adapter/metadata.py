@@ -3,6 +3,7 @@
 layers       [[kind or None, scaling, [names]], ...]
 fingerprint  [[dtype, shape, leaf, [modules], values], ...], with the values of all modules as bytes in base 85; a
              quantised weight has a sixth item, the kind of quantisation
+norms        {name: Frobenius norm} of weights in the fingerprint, where a LoRAMonitor with pictures measured them
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         "config": (adapter.config or LoRAConfig()).to_dict(),
         "layers": encode_layers(adapter.scalings, adapter.kinds),
         "fingerprint": encode_fingerprint(adapter.fingerprint),
+        **_norms_to_metadata(adapter.fingerprint),
         "network": adapter.network,
         "origin": dict(adapter.origin),
         "complete": adapter.complete,
@@ -63,7 +65,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
             tensors=tensors,
             config=_config(metadata["config"], where),
             scalings=scalings,
-            fingerprint=decode_fingerprint(metadata["fingerprint"]),
+            fingerprint=_with_norms(decode_fingerprint(metadata["fingerprint"]), metadata.get("norms", {})),
             complete=metadata.get("complete", True) is True,
             kinds=kinds,
             network=_text(metadata["network"]),
@@ -104,6 +106,21 @@ def _after_conv1d_to_metadata(adapter: Adapter) -> dict[str, Any]:
 
 def _after_conv1d_from_metadata(names: Any) -> frozenset[str] | None:
     return None if names is None else frozenset(map(_text, _list(names)))
+
+
+def _norms_to_metadata(fingerprint: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    norms = {name: entry["norm"] for name, entry in fingerprint.items() if "norm" in entry}
+    return {"norms": norms} if norms else {}
+
+
+def _with_norms(entries: dict[str, Any], norms: Mapping[str, Any]) -> dict[str, Any]:
+    """Add norms to the entries of a fingerprint. Raises ValueError for a value that is no norm."""
+    for name, norm in norms.items():
+        if not isinstance(norm, float) or not 0 <= norm < math.inf:
+            raise ValueError(f"no norm: {shown(norm)}")
+        if name in entries:
+            entries[name]["norm"] = norm
+    return entries
 
 
 def without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

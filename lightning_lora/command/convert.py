@@ -8,26 +8,31 @@ from typing import Any
 
 from ..adapter.adapter import Adapter
 from ..errors import LoRAError
+from ..exchange.export import export_adapter
 from ..files.atomic import new_file
 from ..files.paths import PathLike
 from ..files.torch_archive import write_torch_file
 from ..formats.lightning_checkpoint import checkpoint_metadata, in_one_storage
-from ..formats.peft_folder import write_folder
 from ..formats.sources import adapter_with_options
 from ..names import META
 from .output import ADAPTER_CHECKPOINT, ADAPTER_FOLDER, check_output
 
 
-def to_peft(source: PathLike, target: PathLike, lora_alpha: float | None = None, *, overwrite: bool = False) -> Adapter:
-    """Write any adapter as a PEFT folder and return the adapter. Other files in a replaced folder stay.
+def to_peft(
+    source: PathLike,
+    target: PathLike,
+    lora_alpha: float | None = None,
+    *,
+    plain: bool = False,
+    overwrite: bool = False,
+) -> Adapter:
+    """Write any adapter as a PEFT folder and return what was written. Other files in a replaced folder stay.
 
     Raises:
-        LoRAError: the adapter cannot be read, PEFT cannot express it, or the target is refused.
+        LoRAError: the adapter cannot be read, PEFT or the plain form cannot express it, or the target is refused.
     """
     check_output("export", ADAPTER_FOLDER, target, [source], overwrite)
-    adapter = adapter_with_options(source, lora_alpha)
-    write_folder(adapter, target)
-    return adapter
+    return export_adapter(source, target, plain=plain, lora_alpha=lora_alpha)
 
 
 def to_lightning(

@@ -20,28 +20,40 @@ from ..files.safetensors import TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
 from ..formats.distributed_folder import SHARDS, read_checkpoint
 from ..formats.forms import form_of
+from ..formats.hub import local_source
 from ..formats.peft_names import are_peft_names
+from ..formats.servers import Server
 from ..formats.sources import holds_adapter_state, read_source
 from ..names import META
 from ..progress import Unit, progress_bar
 from .output import refuse_quantised
+from .serving import serving
 
 READ_WHOLE = ("torch file", "DeepSpeed folder", "distributed folder")  # only a reading tells what these hold
 
 
-def info(path: PathLike) -> dict[str, Any]:
+def info(path: PathLike, server: Server | None = None) -> dict[str, Any]:
     """Describe, as plain types, what a checkpoint, a PEFT folder, a safetensors file or a model folder holds.
+
+    Args:
+        path: its place.
+        server: describe instead what this server would drop, run wrongly or refuse of the adapter there.
 
     Raises:
         LoRAError: it is none of these, or damaged.
     """
-    if holds_adapter(path):
-        return {"path": str(path), "kind": _adapter_kind(path), **_adapter_info(without_base(read_source(path)))}
-    if form_of(path) == "distributed folder":
-        files, state = list(Path(path).glob(SHARDS)), read_checkpoint(path, values=False)
+    place = local_source(path)
+    if server is not None:
+        if not holds_adapter(place):
+            raise LoRAError(f"info: {path} holds no adapter, and --for tells what {server} makes of adapters alone.")
+        return {"path": str(path), "kind": _adapter_kind(place), **serving(place, server)}
+    if holds_adapter(place):
+        return {"path": str(path), "kind": _adapter_kind(place), **_adapter_info(without_base(read_source(place)))}
+    if form_of(place) == "distributed folder":
+        files, state = list(Path(place).glob(SHARDS)), read_checkpoint(place, values=False)
         found = [value for value in state.get("state_dict", state).values() if isinstance(value, torch.Tensor)]
         return _weights_info(path, "distributed", len(files), [(tensor.dtype, tensor.numel()) for tensor in found])
-    weights = open_weights(path)
+    weights = open_weights(place)
     locations = weights.locations.values()
     tensors = [(location.dtype, location.numel) for location in locations]
     return _weights_info(path, weights.form, len({location.file for location in locations}), tensors)
@@ -140,6 +152,7 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
     Raises:
         LoRAError: only one of the two is an adapter, or a file is damaged.
     """
+    first_path, second_path = map(local_source, (first_path, second_path))
     are_adapters = holds_adapter(first_path), holds_adapter(second_path)
     if are_adapters[0] != are_adapters[1]:
         adapter, weights = (first_path, second_path) if are_adapters[0] else (second_path, first_path)

@@ -22,6 +22,7 @@ from ..files.atomic import identity
 from ..files.paths import reason_of
 from ..files.weights import open_weights
 from ..formats.peft_folder import write_folder
+from ..formats.servers import Server
 from ..report.figures import plot_adapter
 from .convert import to_lightning, to_peft
 from .extract import extract
@@ -37,6 +38,7 @@ from .printing import (
     print_failure,
     print_lines,
     result_lines,
+    serving_text,
 )
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
@@ -108,11 +110,13 @@ def _parser(make: Callable[..., Any]) -> Any:
 def _info_options(parser: Any) -> None:
     parser.add_argument("path", type=str, help="checkpoint, PEFT folder, safetensors, state dict or model folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--for", type=Server | None, help="tell what this server drops, runs wrongly or refuses of it")
 
 
 def _info(options: Any) -> list[str]:
     """Show what a file or folder holds: options, layers, ranks, norms, the base that it belongs to."""
-    return result_lines(info(options.path), info_text, options.json)
+    server = options["for"]
+    return result_lines(info(options.path, server), serving_text if server else info_text, options.json)
 
 
 def _merge_options(parser: Any) -> None:
@@ -160,9 +164,14 @@ def _convert_options(output: str, parser: Any) -> None:
     _alpha_option(parser)
 
 
+def _export_options(parser: Any) -> None:
+    _convert_options("PEFT folder", parser)
+    parser.add_argument("--plain", action="store_true", help="the form that every server and converter takes")
+
+
 def _export(options: Any) -> list[str]:
-    """Write an adapter as a PEFT folder."""
-    return _convert(to_peft, options)
+    """Write an adapter as a PEFT folder, as it is or in the plain form that every server takes."""
+    return _convert(partial(to_peft, plain=options.plain), options, tell_rank=options.plain)
 
 
 def _import(options: Any) -> list[str]:
@@ -170,9 +179,10 @@ def _import(options: Any) -> list[str]:
     return _convert(to_lightning, options)
 
 
-def _convert(convert: Callable[..., Adapter], options: Any) -> list[str]:
+def _convert(convert: Callable[..., Adapter], options: Any, *, tell_rank: bool = False) -> list[str]:
     adapter = convert(options.source, options.output, options.lora_alpha, overwrite=options.overwrite)
-    return [f"wrote {options.output}: {len(adapter.layers())} adapted layers"]
+    rank = f" of rank {max(adapter.ranks().values())}" if tell_rank else ""
+    return [f"wrote {options.output}: {len(adapter.layers())} adapted layers{rank}"]
 
 
 def _diff_options(parser: Any) -> None:
@@ -272,7 +282,7 @@ def _alpha_option(parser: Any) -> None:
 VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], list[str]]]] = {
     "info": (_info_options, _info),
     "merge": (_merge_options, _merge),
-    "export": (partial(_convert_options, "PEFT folder"), _export),
+    "export": (_export_options, _export),
     "import": (partial(_convert_options, "Lightning checkpoint, NAME.ckpt,"), _import),
     "diff": (_diff_options, _diff),
     "extract": (_extract_options, _extract),

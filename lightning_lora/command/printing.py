@@ -102,6 +102,29 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
     return [*head, *_table(("layer", "kind", "rank", "scaling", "norm of s*B@A"), rows)]
 
 
+def serving_text(result: Mapping[str, Any]) -> list[str]:
+    """Write the result of info --for for people."""
+    server, path, found = result["server"], result["path"], result["findings"]
+    lines = [f"{path}: {result['kind']}", f"by the source of {server['name']} {server['version']}:"]
+    lines += [f"  {_finding_text(each)}" for each in found]
+    if all("before" in each for each in found):
+        lines.append(f"  takes all of it: {server['load']}")
+    left = result.get("plain", [])
+    if left and left[0]["id"] == "export":
+        return [*lines, f"no plain form: {left[0]['says']}."]
+    mended = [each for each in found if each["id"] not in {other["id"] for other in left}]
+    if not mended:
+        return lines
+    lines.append(f"what all servers take: lightning-lora export {path} OUTPUT --plain")
+    return [*lines, *(f"  still {_finding_text(each)}" for each in left)]
+
+
+def _finding_text(found: Mapping[str, Any]) -> str:
+    before = f" before {found['before']}" if "before" in found else ""
+    names = f": {listed(list(map(shortened, found['names'])), 4)}" if found["names"] else ""
+    return f"{found['effect']}{before}: {found['says']}{names} ({found['source']})"
+
+
 def diff_text(result: Mapping[str, Any]) -> list[str]:
     """Write the result of diff for people."""
     lines = [f"options that differ: {', '.join(result['options'])}"] if result.get("options") else []

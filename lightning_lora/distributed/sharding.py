@@ -134,6 +134,15 @@ def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
+def shard_like(whole: torch.Tensor, tensor: DTensor) -> torch.Tensor:
+    """Return a whole tensor's part on this rank as a DTensor, divided as `tensor` is; the shapes may differ."""
+    from torch.distributed.tensor import zeros
+
+    target = zeros(whole.shape, dtype=whole.dtype, device_mesh=tensor.device_mesh, placements=tensor.placements)
+    copy_(target, whole)
+    return target
+
+
 def window(tensor: torch.Tensor) -> tuple[slice, ...]:
     """Return the position of this rank's shard in the whole tensor: one slice for each dimension. No flat tensor."""
     if not is_sharded(tensor):

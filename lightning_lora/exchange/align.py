@@ -13,9 +13,9 @@ from ..formats.pretrained_names import align_to_networks
 from ..model.adapted_model import Listing
 from ..model.live_state import LiveState, original_value
 from ..model.pretrained import pretrained_models
-from ..model.targets import weights_of
 from ..names import names_factor
 from ..nn.adapted_module import is_factor
+from ..nn.parameter import weights_of
 from .first_names import Names
 from .resized_tables import has_new_rows
 

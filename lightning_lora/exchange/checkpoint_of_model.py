@@ -21,8 +21,9 @@ from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.live_state import LiveState, open_state, original_value
 from ..model.state_dict import merge_state_dict
-from ..names import META, canonical, split_factor_name
+from ..names import META, canonical, names_factor, split_factor_name
 from ..nn.adapted_module import is_factor
+from ..nn.adapted_weights import adapted_layers
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
@@ -318,7 +319,8 @@ def load_whole_state_(module: nn.Module, state: Mapping[str, Any], *, strict: bo
         strict: as in load_state_dict.
 
     Raises:
-        LoRAError: a tensor has another shape than a flat parameter; nothing is loaded.
+        LoRAError: a tensor has another shape than a flat parameter, or adapters would have to start again from a new
+            base; nothing is loaded.
     """
     reshard_(module.modules())
     names = module.named_parameters(remove_duplicate=False)
@@ -333,8 +335,21 @@ def load_whole_state_(module: nn.Module, state: Mapping[str, Any], *, strict: bo
             pairs.append((parameter, value))
         elif value.shape != parameter.shape:
             raise LoRAError(f"checkpoint: {name!r} must have shape {tuple(shape)}, but has {tuple(value.shape)}.")
+    if not any(names_factor(name) for name in state):
+        _refuse_followers(module, {id(parameter) for parameter, _ in pairs})
     module.load_state_dict(shown, strict=strict)
     copy_all_(pairs)
+
+
+def _refuse_followers(module: nn.Module, loaded: Set[int]) -> None:
+    """Raise LoRAError where adapters started from weights that are loaded anew without them."""
+    for name, layer in adapted_layers(module).items():
+        weights = layer.adapted_weights().values()
+        if layer.lora.spec.variant.follows_weight and any(id(weight) in loaded for weight in weights):
+            raise LoRAError(
+                f"checkpoint: it holds a base without an adapter, and the adapter of {name!r} started from the weight "
+                "that it replaces. Load the base into the module before the Trainer divides it over ranks."
+            )
 
 
 def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:

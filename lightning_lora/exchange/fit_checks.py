@@ -20,10 +20,10 @@ from ..matching import near_misses
 from ..model.adapted_model import AdaptedModel
 from ..model.live_state import LiveState
 from ..model.pretrained import embeddings, pretrained_models
-from ..model.targets import untie_advice
 from ..names import A, B, listed, names_factor, rename_keys
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
 from ..nn.conv import LoRAConv
+from ..nn.tied_weights import untie_advice
 from .first_names import Names, by_first_names
 from .resized_tables import refuse_other_rows
 

@@ -28,7 +28,7 @@ from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
 from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import NamedModules, adapter_of
-from ..nn.quantised import quantised_as, shape_of
+from ..nn.quantised import how_quantised, shape_of
 from ..progress import progress_bar
 from .pretrained_folder import (
     Part,
@@ -113,8 +113,8 @@ def _write_merged(
     """
     dequantizer = None if dtype is None else Dequantizer(dtype)
     state = _base_tensors(listing.places, prefix)
-    tensors = {name: _stored(tensor, dtype) for name, (tensor, _) in state.items()}
-    quantised = {name: kind for name, (tensor, _) in state.items() if (kind := quantised_as(tensor))}
+    tensors = {name: _stored(*entry, dtype) for name, entry in state.items()}
+    quantised = {name: kind for name, entry in state.items() if (kind := how_quantised(*entry))}
     if quantised and dequantizer is None:
         refuse_quantised(*next(iter(quantised.items())))
     parts = _parts_by_key(network, tensors)
@@ -206,11 +206,11 @@ def _base_tensors(places: NamedModules, prefix: str) -> dict[str, tuple[torch.Te
     return tensors
 
 
-def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def _stored(tensor: torch.Tensor, module: nn.Module, dtype: torch.dtype | None) -> torch.Tensor:
     """Return a tensor with the shape and dtype that will be written."""
     if is_flat(tensor):
         return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
-    if dtype is None or not quantised_as(tensor):
+    if dtype is None or not how_quantised(tensor, module):
         return tensor
     return torch.empty(shape_of(tensor), dtype=dtype, device="meta")
 
@@ -219,8 +219,8 @@ def _merged(
     name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantizer: Dequantizer | None
 ) -> torch.Tensor:
     """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
-    if dequantizer is not None and quantised_as(tensor):
-        return dequantizer.weight(name, module).cpu()
+    if dequantizer is not None and how_quantised(tensor, module):
+        return full_tensor(dequantizer.weight(name, module, sync)).cpu()
     leaf = name.rpartition(".")[2]
     values = [detached(tensor)]
     adapter = adapter_of(module, leaf)

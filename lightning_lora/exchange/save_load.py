@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from ..files.paths import PathLike
 from ..formats.build_module import build_module
 from ..formats.distributed_folder import read_checkpoint
 from ..formats.lightning_checkpoint import adapter_of
+from ..formats.model_card import finite_metrics
 from ..formats.peft_folder import write_folder
 from ..formats.peft_parameters import order_in
 from ..formats.peft_saved_modules import frozen_in_saved
@@ -98,7 +100,10 @@ def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
-    """Write an adapter as a folder in PEFT's format. Collective where the model is sharded.
+    """Write an adapter as a folder in PEFT's format, with a model card. Collective where the model is sharded.
+
+    The card is README.md. It holds the options and, of a LightningModule, what its Trainer logged last. A README.md
+    that somebody wrote or edited stays.
 
     Args:
         model: an injected model, or an adapter of read_adapter or take_adapter.
@@ -114,7 +119,7 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
         >>> save_adapter(model, "adapter")
         >>> import os
         >>> sorted(os.listdir("adapter"))
-        ['adapter_config.json', 'adapter_model.safetensors']
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     if isinstance(model, Adapter):
         check_once(model, "save_adapter")
@@ -127,8 +132,22 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
     sync = RankSync(layer.main_weight() for layer in live.handle.layers.values())
     writes = writes_files(module for _, module in live.handle.modules)
-    sync.run("save_adapter", (lambda: write_folder(adapter, path, network_frozen)) if writes else None)
+    metrics = _logged(live.handle.model) if writes else {}
+    write = partial(write_folder, adapter, path, network_frozen, metrics=metrics)
+    sync.run("save_adapter", write if writes else None)
     sync.raise_on_any_rank()
+
+
+def _logged(model: nn.Module) -> dict[str, float]:
+    """Return the last value of each metric that a LightningModule's Trainer logged, without this package's own.
+
+    In a run that goes on there are none: to read them then may reduce a metric over all ranks, and only one asks.
+    """
+    trainer = getattr(model, "_trainer", None)
+    if trainer is None or trainer.state.status == "running":
+        return {}
+    metrics = finite_metrics(trainer.callback_metrics)
+    return {name: value for name, value in metrics.items() if not name.startswith("lora/")}
 
 
 def load_adapter(
@@ -143,7 +162,8 @@ def load_adapter(
         source: an adapter of read_adapter or take_adapter, a PEFT folder, a Lightning checkpoint of any kind (a file,
             or the folder of a sharding strategy), a file with a state dict, or a state dict; also one of a PeftModel,
             or of a LightningModule that holds one, or a dictionary with such a state dict in an entry, as Fabric saves
-            it. A source without options (a bare state dict) needs an injected model, whose options then hold.
+            it; or, with huggingface_hub installed, the id of a repository on the hub, as "user/repo". A source without
+            options (a bare state dict) needs an injected model, whose options then hold.
         strict_base: whether another base than the adapter's is an error or a warning.
 
     Returns:

@@ -36,7 +36,7 @@ from ..names import is_lightning_module
 from ..nn.adapted_weights import adapted_places
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import CONV1D
-from ..nn.quantised import dequantize, quantised_as
+from ..nn.quantised import dequantize, how_quantised
 
 
 def adapter_of_model(live: LiveState, verb: str) -> Adapter:
@@ -162,7 +162,7 @@ def replaced_rows(handle: AdaptedModel) -> Tables:
 def _how_quantised(tensor: torch.Tensor, module: nn.Module) -> str:
     if isinstance(module, LoRALayer) and tensor is module.main_weight():
         return module.quantised()
-    return quantised_as(tensor)
+    return how_quantised(tensor, module)
 
 
 def check_fingerprint(

@@ -74,6 +74,11 @@ def holds_shards_at(path: object) -> bool:
     return isinstance(path, (str, os.PathLike)) and kind_of(path) == "folder" and is_distributed(Path(path))
 
 
+def is_of_fsdp1(path: Path) -> bool:
+    """Return whether FSDPStrategy wrote a folder: it names the model's state otherwise than other strategies do."""
+    return holds_shards_at(path) and any(e.keys[0] == FLAT_STATE for e in ShardedFolder(path).entries.values())
+
+
 def read_for_resume(path: Path, *, trusted: bool, optimizers: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Read a distributed checkpoint, and the states of its optimizers, which are by the names of parameters.
 

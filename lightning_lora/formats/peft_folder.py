@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ from ..names import A, B
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
 from ..nn.variant import Variant
 from .forms import CONFIG_FILE
+from .model_card import may_write_card, model_card, write_card
 from .peft_attention import refuse_conv1d_before_parameters
 from .peft_equivalents import add_idle_attention, as_plain
 from .peft_forms import to_peft_form
@@ -40,6 +41,7 @@ from .peft_parameters import PARAMETERS, Nesting, Order, nesting_of, stacks_to_p
 from .peft_reading import FROZEN, IDLE, Source, factor_names, read_peft
 from .peft_rows import as_peft_stores, peft_table_name
 from .peft_saved_modules import frozen_in_saved
+from .plain import plain_targets
 
 TENSOR_FILE = "adapter_model.safetensors"
 OUTSIDE_FILE = "outside_network.safetensors"
@@ -49,13 +51,38 @@ HEADER_KEY = "lightning_lora"
 OUTSIDE = "outside"  # in the description: the tensors in OUTSIDE_FILE, and the network that they are around
 
 
-def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write an adapter as a PEFT folder under the network's names; what else is in the folder stays.
+class FolderContent(NamedTuple):
+    """What a PEFT folder is to hold.
+
+    Attributes:
+        options: the fields of adapter_config.json.
+        tensors: by PEFT's names. They may share the adapter's memory.
+        outside: tensors outside the network, by their own names.
+        description: this package's own, for the header of the tensor file.
+    """
+
+    options: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    outside: dict[str, torch.Tensor]
+    description: dict[str, Any]
+
+
+def write_folder(
+    adapter: Adapter,
+    path: PathLike,
+    frozen: Mapping[str, torch.Tensor] | None = None,
+    *,
+    plain: bool = False,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Write an adapter as a PEFT folder under the network's names, with a model card; what else is there stays.
 
     Args:
         adapter: what is written.
         path: the folder.
         frozen: the tensors of frozen_in_saved, by the network's names.
+        plain: the adapter has the plain form of plain.py, and its layers are named as that form wants it.
+        metrics: of the run, for the model card.
 
     Raises:
         LoRAError: PEFT has no equal of one of its layers, or wants frozen tensors that were not given. Nothing is
@@ -64,9 +91,27 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
     if extra:
         warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=3)
-        kept = {n: t for n, t in adapter.tensors.items() if n not in extra}
-        adapter = replace(adapter, tensors=kept, complete=False)
-    outside = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(adapter.network)}
+    content = folder_content(adapter, frozen, plain=plain)
+    inside, outside = _copies(content.tensors), _copies(content.outside)
+    text = json.dumps(content.description, separators=(",", ":"))
+    card = model_card(content.options, adapter, metrics or {}) if may_write_card(path) else None
+    with new_folder(path, keep_others=True, replaced=[OUTSIDE_FILE]) as folder:
+        write_tensors(folder / TENSOR_FILE, inside, {"format": "pt", HEADER_KEY: text})
+        if outside:
+            write_tensors(folder / OUTSIDE_FILE, outside, {"format": "pt"})
+        write_json(folder / CONFIG_FILE, content.options)
+        if card is not None:
+            write_card(folder, card)
+
+
+def folder_content(
+    adapter: Adapter, frozen: Mapping[str, torch.Tensor] | None = None, *, plain: bool = False
+) -> FolderContent:
+    """Return what write_folder writes, without extra state that is no tensor. Arguments and errors are its own."""
+    tensors = {name: value for name, value in adapter.tensors.items() if isinstance(value, torch.Tensor)}
+    if len(tensors) < len(adapter.tensors):
+        adapter = replace(adapter, tensors=tensors, complete=False)
+    outside = {name: tensor for name, tensor in tensors.items() if not name.startswith(adapter.network)}
     own = by_network_names(adapter)
     _refuse_missing_frozen(own, frozen or {})
     for name in own.layers():
@@ -75,12 +120,9 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
     own = replace(own, config=readable_options(own))
-    in_form = to_peft_form(own)
-    plain = as_plain(in_form)
+    in_peft = as_plain(to_peft_form(own))
     nesting = nesting_of(own.parameters)
-    values = stacks_to_peft({**plain.tensors, **(frozen or {})}, factor_names(own).values())
-    inside, outside = _copies(_by_peft_names(values, own, plain.variant, nesting)), _copies(outside)
-    options = options_to_peft(plain)
+    values = stacks_to_peft({**in_peft.tensors, **(frozen or {})}, factor_names(own).values())
     description = to_metadata(own)
     if frozen:
         description[FROZEN] = sorted(frozen)
@@ -90,12 +132,11 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
         description[PARAMETERS] = nesting
     if outside:
         description[OUTSIDE] = {"network": adapter.network, "tensors": sorted(outside)}
-    text = json.dumps(description, separators=(",", ":"))
-    with new_folder(path, keep_others=True, replaced=[OUTSIDE_FILE]) as folder:
-        write_tensors(folder / TENSOR_FILE, inside, {"format": "pt", HEADER_KEY: text})
-        if outside:
-            write_tensors(folder / OUTSIDE_FILE, outside, {"format": "pt"})
-        write_json(folder / CONFIG_FILE, options)
+    options = options_to_peft(in_peft)
+    if plain:
+        targets, excluded = plain_targets(in_peft)
+        options |= {"target_modules": targets, "exclude_modules": excluded or None}
+    return FolderContent(options, _by_peft_names(values, own, in_peft.variant, nesting), outside, description)
 
 
 def _by_peft_names(

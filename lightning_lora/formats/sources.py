@@ -17,6 +17,7 @@ from ..files.paths import PathLike
 from ..names import META, listed, names_factor
 from .distributed_folder import read_checkpoint
 from .forms import form_of
+from .hub import local_source
 from .hyper_parameters import HYPER_PARAMETERS
 from .lightning_checkpoint import adapter_of
 from .peft_attention import turn_without_model
@@ -32,7 +33,7 @@ def read_source(
     """Read an adapter in any of the forms that load_adapter takes.
 
     Args:
-        source: the adapter.
+        source: the adapter; a text may be the id of a repository on the hub, see hub.py.
         order: the order in which the model registers the parameters of a module; PEFT's names depend on it.
         verb: what messages begin with.
 
@@ -45,6 +46,7 @@ def read_source(
             check_order(source.assumed_order, order)
         return source
     if isinstance(source, (str, os.PathLike)):
+        source = local_source(source)
         form = form_of(source)
         if form in ("PEFT folder", "folder"):
             return read_folder(source, order)

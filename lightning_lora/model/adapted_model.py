@@ -146,7 +146,7 @@ class AdaptedModel(Listing):
         return scope_in(self.places, self.record) or self.prefix
 
     def left_out(self) -> dict[str, str]:
-        """Return why "all-linear" leaves a layer out, by the layer's name."""
+        """Return why "all-linear" or "all-layers" leaves a layer out, by the layer's name."""
         kept = ((name, self.record.kept(module)) for name, module in self.modules)
         return {name: each["left_out"] for name, each in kept if each is not None and "left_out" in each}
 

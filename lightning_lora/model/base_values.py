@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed.flat import is_flat, owns_flat
 from ..distributed.sharding import copy_, copy_of, is_spread, local, reshard_
+from ..errors import LoRAError
 
 PLACES = "lora_base_places"  # attribute of a module with stand-ins: its BasePlaces by name
 HOOKS = "lora_base_hooks"  # attribute of such a module: the handles of the hooks below
@@ -122,6 +124,12 @@ def _put_all_(
     for path, live, module in state:
         values, leaf = initial(module), path.rpartition(".")[2]
         if live is not None and leaf in values and not values[leaf].is_meta:
+            if owns_flat(module) and leaf in module._parameters and not _is_whole(live):
+                raise LoRAError(
+                    f"disable_adapter: {path!r} was unfrozen after FSDP1 had wrapped the model, which then gathers its "
+                    "trained values in each forward. Name its module in modules_to_save, so that it is trained outside "
+                    "of FSDP1's flat weights."
+                )
             recorded[id(live)] = values, leaf, path
     of_live: dict[int, BasePlace] = {}  # tied tensors share one stand-in
     for path, live, module in state:
@@ -158,6 +166,11 @@ def take_back_base_values_(modules: Collection[nn.Module]) -> list[str]:
             handle.remove()
         vars(module).pop(PLACES, None)
     return reached
+
+
+def _is_whole(live: torch.Tensor) -> bool:
+    """Return whether a parameter is outside of FSDP1's flat weights. A gathered one is no parameter in a forward."""
+    return isinstance(live, nn.Parameter) and not is_flat(live)
 
 
 def _like(live: torch.Tensor) -> torch.Tensor:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
+from ..distributed.rank_sync import RankSync
+from ..distributed.sharding import from_local_like, local
 from ..errors import LoRAError
 from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of, layer_adapter
 from ..nn.device_merge import Observer
 from ..nn.exact_merge import merged_weight
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
+from ..nn.nf4 import NF4Linear
 from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
 from ..nn.variant import Stored
 from ..notices import tell
@@ -71,8 +75,11 @@ def plain_weight(
     dtype: torch.dtype,
     observe: Observer | None = None,
     stored: Stored | None = None,
+    run: Callable[[Callable[[], None]], object] = lambda merge: merge(),
 ) -> torch.Tensor:
     """Return a quantised parameter as a new plain tensor of its shape, with its adapter merged; rounded once.
+
+    It is sharded like the parameter. Collective where the parameter or the adapter is sharded.
 
     Args:
         module: the owner of the parameter.
@@ -80,6 +87,8 @@ def plain_weight(
         dtype: of the result.
         observe: called with each merged chunk, see merge_weight_.
         stored: other values for the layer's stored tensors, by leaf name.
+        run: runs the part that does not communicate. Where that fails on a rank, and `run` keeps the error for later,
+            the result is without the adapter.
 
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype's range.
@@ -88,8 +97,14 @@ def plain_weight(
     adapter = adapter_of(module, name)
     if adapter is None:
         return values.to(dtype)
-    blocks = adapter.update_blocks(stored)[name]
-    return merged_weight(values, blocks, adapter.lora.spec.scaling, dtype=dtype, observe=observe)
+    blocks = adapter.crop_to_shard(adapter.update_blocks(stored)[name], values)
+    found = [local(values)]
+
+    def merge() -> None:
+        found[0] = merged_weight(found[0], blocks, adapter.lora.spec.scaling, dtype=dtype, observe=observe)
+
+    run(merge)
+    return from_local_like(found[0].to(dtype), values)
 
 
 def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, torch.Tensor]:
@@ -107,7 +122,7 @@ def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, t
 
 
 def replace_quantised_(modules: Iterable[nn.Module], plain: Mapping[nn.Module, torch.Tensor]) -> None:
-    """Replace quantised weights by plain weights; a layer of bitsandbytes becomes an nn.Linear. In place.
+    """Replace quantised weights by plain weights; layers of bitsandbytes and NF4Linear become nn.Linear. In place.
 
     Args:
         modules: all modules of the model.
@@ -124,6 +139,7 @@ def _plain_layer(module: nn.Module, weight: torch.Tensor) -> nn.Module:
     parameter = nn.Parameter(weight, requires_grad=False)
     if not any(cls.__module__.startswith(BITSANDBYTES) for cls in type(module).__mro__):  # a tensor of torchao
         module.weight = parameter
+        module.__class__ = nn.Linear if type(module) is NF4Linear else type(module)
         return module
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight, linear.bias = parameter, cast(nn.Linear, module).bias
@@ -140,12 +156,26 @@ class Dequantizer:
         with torch.inference_mode(False):
             self.fidelity: MergeFidelity = MergeFidelity(sync_on_compute=False)
 
-    def weight(self, name: str, module: nn.Module, stored: Stored | None = None) -> torch.Tensor:
-        """Return the plain weight for a name of the state dict, with the module's adapter merged; see plain_weight."""
+    def weight(
+        self, name: str, module: nn.Module, sync: RankSync | None = None, stored: Stored | None = None
+    ) -> torch.Tensor:
+        """Return the plain weight for a name of the state dict, with the module's adapter merged; see plain_weight.
+
+        Args:
+            name: of the weight.
+            module: its owner.
+            sync: keeps the error of a weight that cannot be merged, where the model is sharded; without it the error
+                is raised at once.
+            stored: as of plain_weight.
+        """
         observe, adapter = None, layer_adapter(module)
         if adapter is not None and not adapter.lora.rounding_reported:
             observe, adapter.lora.rounding_reported = self.fidelity.update, True
-        return plain_weight(module, name.rpartition(".")[2], self.dtype, observe, stored)
+        leaf = name.rpartition(".")[2]
+        if sync is None:
+            return plain_weight(module, leaf, self.dtype, observe, stored)
+        run = partial(sync.run, f"merged weights: {name!r}")
+        return plain_weight(module, leaf, self.dtype, observe, stored, run)
 
     def report(self) -> None:
         """Log the share of the adapter that rounding loses, for layers that were not reported earlier."""

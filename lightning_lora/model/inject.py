@@ -17,7 +17,7 @@ from ..arguments import names_near_misses
 from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
-from ..matching import ALL_LINEAR
+from ..matching import BY_KIND
 from ..names import listed
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, share_tensors_
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
@@ -312,11 +312,11 @@ def _tell_of_layers(handle: AdaptedModel) -> None:
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         are = "is" if len(names) == 1 else "are"
-        tell(f"lightning_lora: {listed(names)} {are} left out of 'all-linear': {reason}.")
+        tell(f"lightning_lora: {listed(names)} {are} left out of {record.config.target_modules!r}: {reason}.")
     if record.passes_over_nearly_all:
         warn_of_passed_over(record)
     elif record.passed_over:
-        tell(f"lightning_lora: 'all-linear' passes over {record.passed_over}")
+        tell(f"lightning_lora: {record.config.target_modules!r} passes over {record.passed_over}")
     large = describe_large_adapters(handle.layers)
     if large:
         tell(f"lightning_lora: {large}")
@@ -374,7 +374,7 @@ def finish_injection(handle: AdaptedModel) -> None:
             record.keep(modules[name])["left_out"] = reason
         for name in targets.saved_instead:
             tell(f"lightning_lora: {name} {TRAINED_WHOLE}")
-        if record.config.target_modules == ALL_LINEAR:
+        if record.config.target_modules in BY_KIND:
             record.passed_over, record.passes_over_nearly_all = describe_passed_over(handle, targets.saved)
     record.validated = True
 

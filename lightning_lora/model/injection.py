@@ -43,7 +43,7 @@ class Kept(TypedDict, total=False):
     initial: dict[str, torch.Tensor]  # values from before training of trained base parameters and persistent buffers
     marks: dict[str, set[str]]  # the Marks of base parameters
     layers: dict[str, str]  # adapted layers inside: the name in this module, and the name at injection
-    left_out: str  # why "all-linear" leaves this layer out
+    left_out: str  # why "all-linear" or "all-layers" leaves this layer out
     scope: bool  # the options name biases and whole modules in this module alone
 
 
@@ -73,6 +73,7 @@ class Injection:
     merged_eval: bool | None = None  # LoRACallback's option; None without a callback
     save: Any = None  # the kind of Lightning checkpoint; None without a callback, which leaves checkpoints unfiltered
     lr_ratio: float | None = None  # of LoRA+, for the optimizer that LightningCLI builds
+    quantize: str | None = None  # LoRACallback's option: how layers that are built later are quantised
     dequantize: Any = None  # the dtype of quantised weights in merged checkpoints
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
@@ -86,7 +87,7 @@ class Injection:
     last_merge: MergeCost | None = None  # of this fit's last merged evaluation
     started: bool = False  # initialize_from_data was called, so a fit does not start from its own data
     values_follow: bool = False  # an adapter is loaded next, so no initial values are computed from weights
-    passed_over: str = ""  # the weights that "all-linear" passes over: their share, and each kind's share
+    passed_over: str = ""  # the weights that target_modules passes over by kind: their share, and each kind's share
     passes_over_nearly_all: bool = False  # a warning of passed_over is due
     ended: bool = False  # the adapters were taken out
     token: list[Any] = field(default_factory=list)  # marks the Kept of this record; a copied model has a copied token

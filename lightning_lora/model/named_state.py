@@ -10,6 +10,7 @@ from torch import nn
 
 from ..distributed.sharding import reshard_
 from ..names import canonical, names_factor
+from ..nn.quantised import describe_shard
 from .base_values import base_places
 
 Places = Sequence[tuple[str, nn.Module]]  # modules of a model with their names
@@ -78,6 +79,7 @@ def base_parameters_of(modules: Places) -> list[BaseParameter]:
     found: dict[int, BaseParameter] = {}
     for prefix, module in modules:
         stand_ins = base_places(module)
+        describe_shard(module)
         for leaf, live in module._parameters.items():
             if live is None or names_factor(leaf):
                 continue

@@ -1,4 +1,4 @@
-"""Describe what "all-linear" passes over in a model: the kinds of weights, and each kind's share of the parameters."""
+"""Describe what "all-linear" or "all-layers" passes over in a model: kinds of weights, and their shares."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..matching import matcher
-from ..names import parent_names
+from ..matching import ALL_LAYERS, ALL_LINEAR, matcher
+from ..names import listed, parent_names
 from ..nn.adapted_module import Swapped, is_factor
 from ..nn.adapted_weights import adapters_in
 from ..nn.layer_kinds import layer_class
@@ -19,18 +19,20 @@ from ..nn.quantised import shape_of
 from ..nn.variant import variant_of
 from .adapted_model import AdaptedModel
 from .injection import Injection
+from .layers_by_kind import more_layers
 
 MOST_KINDS, LEAST_SHARE = 6, 0.0005  # kinds that a message names, and the least share of such a kind
+MOST = 0.5  # above this share the line says whether "all-layers" adapts more
 NEARLY_ALL = 0.9  # a larger share is probably a mistake
 # Another library's class with one of these names is shown with its module path.
 NAMES_OF_LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention")
 
 
 def describe_passed_over(handle: AdaptedModel, saved: Collection[str]) -> tuple[str, bool]:
-    """Describe the weights that "all-linear" passes over.
+    """Describe the weights that "all-linear" or "all-layers" passes over.
 
     Vectors (biases, norms, scales of layers, a class token) are no weights, however many dimensions they have. Layers
-    that "all-linear" leaves out by name are not counted.
+    that are left out by name are not counted.
 
     Args:
         handle: of an injected model.
@@ -51,7 +53,12 @@ def describe_passed_over(handle: AdaptedModel, saved: Collection[str]) -> tuple[
     shown += [f"others {others:.1%}"] if others > LEAST_SHARE else []
     hint = f"; target_parameters={list(found.single)} adapts what is no layer" if found.single else ""
     nearly_all = whole > NEARLY_ALL * total
-    layers = [f"{kind} ({found.examples[kind]!r}, ...)" for kind, _ in large if kind in found.examples]
+    sizes = found.sizes.most_common()
+    by_all_layers = [kind for kind, size in sizes if kind in found.by_all_layers and size / total > LEAST_SHARE]
+    if whole > MOST * total and by_all_layers:
+        hint += f"; target_modules={ALL_LAYERS!r} adapts {listed(by_all_layers, MOST_KINDS)} too"
+    examples = {kind: name for kind, name in found.examples.items() if kind not in found.by_all_layers}
+    layers = [f"{kind} ({examples[kind]!r}, ...)" for kind, _ in large if kind in examples]
     if nearly_all and layers:
         hint += f"; a list of target_modules can name {' and '.join(layers)} too, and exclude_modules what is to stay"
     return f"{whole / total:.1%} of the parameters: {', '.join(shown)}{hint}", nearly_all and bool(hint)
@@ -65,12 +72,15 @@ class _Found:
     counts: Counter[str] = field(default_factory=Counter)  # modules of each kind
     single: dict[str, None] = field(default_factory=dict)  # names of parameters that target_parameters can adapt
     examples: dict[str, str] = field(default_factory=dict)  # the first layer of each kind that can be adapted by name
+    by_all_layers: dict[str, None] = field(default_factory=dict)  # kinds of which "all-layers" adapts some
 
 
 def _gather(handle: AdaptedModel, saved: Collection[str]) -> _Found:
     """Find the weights that are passed over, each once."""
     record, left_out = handle.record, handle.left_out()
     excluded, found = matcher(record.config.exclude_modules), _Found()
+    is_all_linear = record.config.target_modules == ALL_LINEAR
+    more = set(more_layers(handle.root_modules, record.config) if is_all_linear else ())
     seen: set[int] = set()
     for name, module in handle.root_modules:
         if isinstance(module, LoRALayer) or name in left_out or excluded(name):
@@ -88,7 +98,9 @@ def _gather(handle: AdaptedModel, saved: Collection[str]) -> _Found:
                 found.sizes[kind] += shape_of(parameter).numel()
                 if (parameter.dim() == 3 or isinstance(module, nn.RNNBase)) and leaf != "weight":
                     found.single[leaf] = None
-                if layer_class(module, variant_of(record.config)):
+                if name in more:
+                    found.by_all_layers[kind] = None
+                elif layer_class(module, variant_of(record.config)):
                     found.examples.setdefault(kind, name)
                 kinds.add(kind)
         found.counts.update(kinds)
@@ -96,10 +108,12 @@ def _gather(handle: AdaptedModel, saved: Collection[str]) -> _Found:
 
 
 def warn_of_passed_over(record: Injection) -> None:
-    """Warn once a model where "all-linear" passes over nearly all of it."""
+    """Warn once of a model nearly all of which is passed over."""
     if record.passes_over_nearly_all:
         record.passes_over_nearly_all = False
-        warnings.warn(f"lightning_lora: 'all-linear' passes over {record.passed_over}.", stacklevel=4)
+        warnings.warn(
+            f"lightning_lora: {record.config.target_modules!r} passes over {record.passed_over}.", stacklevel=4
+        )
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..distributed.sharding import full_tensor, holds_shards, meeting_device
+from ..distributed.sharding import full_tensor, holds_shards, is_sharded, meeting_device
 from ..metrics import LayerUse, MergeError
 from ..nn.adapted_weights import AdaptedWeights, active_as, adapted_places
 from ..nn.lora_layer import LoRALayer
@@ -181,8 +181,9 @@ def _weights(watched: _Watched) -> tuple[Parameters, Parameters]:
     """Return all parameters with W, and all parameters with W' in place of W, as whole tensors. Collective."""
     base, merged = watched.parameters(), watched.parameters()
     for layer in watched.layers:
-        if layer.quantised():  # its own forward reads the quantised W, which stays in place
-            del base[layer.lora_holder], merged[layer.lora_holder]
+        if layer.quantised():  # its own forward reads the quantised W, which stays in place unless it is sharded
+            if not is_sharded(layer.main_weight()):
+                del base[layer.lora_holder], merged[layer.lora_holder]
             continue
         originals = {name: layer.original(name) for name in layer.adapted_weights()}
         copies = layer.merged_copies(originals, layer.blocks(originals))
@@ -201,13 +202,17 @@ def _run(watched: _Watched, call: _Call, parameters: Parameters, active: bool) -
     live = watched.parameters()
     try:
         for module, values in parameters.items():
-            placed = {name: value.to(*call.like[module][name]) for name, value in values.items()}
+            placed = {name: _placed(value, call.like[module][name]) for name, value in values.items()}
             module._parameters.update(cast(dict[str, nn.Parameter | None], placed))
         with active_as(watched.layers, active):
             return _first(watched.module.forward(*call.args, **call.kwargs))
     finally:
         for module, values in live.items():
             module._parameters.update(cast(dict[str, nn.Parameter | None], values))
+
+
+def _placed(value: torch.Tensor, like: tuple[torch.device, torch.dtype]) -> torch.Tensor:
+    return value if (value.device, value.dtype) == like else value.to(*like)  # a quantised tensor must not be cast
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from ..distributed.flat import is_flat
 from ..distributed.rank_sync import RankSync
+from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, CHECKPOINTED, canonical, parent_names
 from ..nn.adapted_module import AdaptedModule, is_factor
@@ -32,7 +34,7 @@ from .adapted_model import AdaptedModel, Listing, open_model
 from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
 from .gradients import warn_of_untrained
 from .initial_values import record_loaded
-from .live_state import open_state
+from .live_state import open_state, original_value
 from .named_state import state_of
 from .recorded_layers import refuse_replaced_layers
 
@@ -56,6 +58,8 @@ def base_keys(listing: Listing) -> list[str]:
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return all that training can change, by the names of the state dict: detached tensors in the model's memory.
 
+    Collective where DeepSpeed's stage 3 or FSDP1 divides the model: its tensors are gathered.
+
     Raises:
         LoRAError: the model was not injected, or a layer was replaced since.
 
@@ -69,11 +73,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     handle = open_model(model, "adapter_state_dict")
     refuse_replaced_layers(handle, "adapter_state_dict")
     warn_of_untrained(handle)
-    return open_state(handle).values()
+    return without_flat(open_state(handle).values())
 
 
 def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> dict[str, Any]:
     """Return the state dict of the plain model with merged weights. The model is not changed, and may be merged.
+
+    Collective where the model is sharded. Where DeepSpeed's stage 3 or FSDP1 divides it, every rank gets all of it;
+    save_merged takes less memory.
 
     Args:
         model: an injected model.
@@ -97,8 +104,15 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
     handle = open_model(model, "merged_state_dict")
     refuse_replaced_layers(handle, "merged_state_dict")
     warn_of_untrained(handle)
-    state = {canonical(name): value for name, value in handle.model.state_dict().items()}
-    return merge_state_dict(handle, state, dtype)
+    live = ((name, tensor, owner) for name, tensor, owner in handle.state() if tensor is not None and is_flat(tensor))
+    divided = {name: original_value(name, tensor, owner) for name, tensor, owner in live}
+    state = {canonical(name): value for name, value in handle.model.state_dict().items()} | divided
+    return without_flat(merge_state_dict(handle, state, dtype))
+
+
+def without_flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict in which flat tensors are gathered, because their slices alone tell nothing. Collective."""
+    return {name: full_tensor(value) if is_flat(value) else value for name, value in state.items()}
 
 
 def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -118,11 +132,11 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
     refuse_unmergeable(listing, dtype)
     quantised = {name: module for name, module in quantised_weights(listing.places).items() if name in state}
     plain = {name: state[name] for name in base_keys(listing) if name in state}
+    sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
     if dtype is None:
         plain |= {name: state[name] for name in quantisation_entries(state, quantised)}
     else:
-        plain |= _dequantize_state(quantised, state, dtype)
-    sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
+        plain |= _dequantize_state(quantised, state, dtype, sync)
 
     copies: dict[AdaptedWeights, dict[str, torch.Tensor]] = {}
 
@@ -143,7 +157,7 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
 
 
 def _dequantize_state(
-    quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype
+    quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype, sync: RankSync
 ) -> dict[str, torch.Tensor]:
     """Return plain weights in place of quantised weights, merged with the adapters in a state dict."""
     dequantizer, plain = Dequantizer(dtype), {}
@@ -151,7 +165,7 @@ def _dequantize_state(
         path, adapter = name.removesuffix("weight"), layer_adapter(module)
         in_state = adapter is not None and path + adapter.stored_names()[0] in state
         stored = adapter.stored_in(state, path) if adapter is not None and in_state else None
-        plain[name] = dequantizer.weight(name, module, stored=stored)
+        plain[name] = dequantizer.weight(name, module, sync, stored)
     dequantizer.report()
     return plain
 

@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..config import PLAIN, TASK_HEADS, LoRAConfig
+from ..config import TASK_HEADS, LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..matching import (
+    ALL_LAYERS,
     ALL_LINEAR,
+    BY_KIND,
     is_typo,
     layer_number,
     matcher,
@@ -24,20 +26,18 @@ from ..matching import (
     pattern_matches,
 )
 from ..names import A, listed, parent_names, suffixes
-from ..nn.adapted_module import AdaptedModule, Swapped, is_factor
+from ..nn.adapted_module import AdaptedModule, Swapped
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
-from ..nn.linear import is_conv1d
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
-from ..nn.parameter import LoRAParameterHolder
+from ..nn.parameter import LoRAParameterHolder, weights_of
 from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
-from ..nn.tied_weights import tied_weights
+from ..nn.tied_weights import tied_weights, untie_advice
 from ..nn.token_rows import is_table
 from ..nn.variant import variant_of
-from .pretrained import pretrained_models
+from .layers_by_kind import is_empty, layers_by_kind, more_layers
 from .token_tables import OPTION, TokenTables
 
-MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}  # PEFT's list of model_type
 TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is trained whole, without an adapter"
 
 
@@ -49,7 +49,7 @@ class Targets:
         parameters: each single parameter to adapt, as its module and its name in the module.
         tables: the rows to train of each table that trainable_token_indices names, or that is tied to such a table.
         saved: the modules that modules_to_save and task_type name.
-        left_out: why "all-linear" leaves a layer out.
+        left_out: why a value of BY_KIND, such as "all-linear", leaves a layer out.
         saved_instead: modules that both target_modules and modules_to_save name. They are trained whole.
         unmatched: a sentence for each entry of an option that names nothing, and whether the entry must be a mistake.
             It need not be one where other entries of the list match: one list may serve many models.
@@ -70,12 +70,12 @@ class Targets:
         self.saved = {name: module for name, module in modules.items() if saved(name) and name.startswith(scope)}
         tables = TokenTables(listed_modules, config.trainable_token_indices)
         self.tables = tables.rows
-        self.left_out: dict[str, str] = {}
-        if config.target_modules == ALL_LINEAR:
-            chosen = self._all_linear(listed_modules, config)
+        by_kind, self.left_out = config.target_modules in BY_KIND, dict[str, str]()
+        if by_kind:
+            chosen, self.left_out = layers_by_kind(listed_modules, config, self.tables)
         else:
             chosen = {name: module for name, module in modules.items() if targeted(name)}
-        self.saved_instead = [] if config.target_modules == ALL_LINEAR else [n for n in chosen if n in self.saved]
+        self.saved_instead = [] if by_kind else [name for name in chosen if name in self.saved]
         self.layers = {
             name: module
             for name, module in chosen.items()
@@ -107,34 +107,6 @@ class Targets:
                 parameters[name] = (module, leaf)
         return parameters
 
-    def _all_linear(self, listed_modules: NamedModules, config: LoRAConfig) -> dict[str, nn.Module]:
-        """Return the layers that "all-linear" adapts, and note in `left_out` why it adapts no others."""
-        heads, tied, chosen = output_heads(listed_modules), tied_weights(listed_modules), {}
-        in_mamba, modules = _mamba_prefixes(listed_modules), dict(listed_modules)
-        for name, module in modules.items():
-            if not name or (not isinstance(module, nn.Linear) and not is_conv1d(module)):
-                continue
-            parent = name.rpartition(".")[0]
-            owner = modules.get(parent) if parent else None
-            attention = owner if isinstance(owner, nn.MultiheadAttention) else None
-            if name in self.tables:
-                self.left_out[name] = f"{OPTION} trains rows of it"
-            elif any(module is head for head in heads):
-                self.left_out[name] = "it is the output head"
-            elif attention is not None and not attention._qkv_same_embed_dim:
-                self.left_out[name] = "PEFT cannot adapt the out_proj of attention with q, k and v apart"
-            elif attention is not None and config.variant != PLAIN:
-                self.left_out[name] = f"PEFT cannot adapt the out_proj of attention with {variant_of(config).option}"
-            elif name.startswith(in_mamba) and name.rpartition(".")[2] == "out_proj":
-                self.left_out[name] = "PEFT cannot adapt the out_proj of Mamba"
-            elif _is_empty(module._parameters.get("weight")):
-                self.left_out[name] = "its weight has no values"
-            elif module in tied:
-                self.left_out[name] = f"its weight is also {tied[module]}"
-            else:
-                chosen[name] = module
-        return chosen
-
     def _check_entries(
         self,
         config: LoRAConfig,
@@ -154,8 +126,11 @@ class Targets:
         ):
             value = getattr(config, option) or ()
             if isinstance(value, str):
-                if value != ALL_LINEAR and not any(map(matcher(value), names)):
-                    self.unmatched[f"{option}: {value!r} names no layer to adapt" + _regex_hint(value, hints)] = True
+                if value not in BY_KIND and not any(map(matcher(value), names)):
+                    meant = value.lower().replace("_", "-")
+                    is_spelling = option == "target_modules" and meant in BY_KIND
+                    advice = f"; did you mean {meant!r}?" if is_spelling else _regex_hint(value, hints)
+                    self.unmatched[f"{option}: {value!r} names no layer to adapt{advice}"] = True
                 continue
             matched = {suffix for name in names for suffix in suffixes(name)}
             missing = [entry for entry in value if entry not in matched and entry not in by_task]
@@ -176,11 +151,11 @@ class Targets:
             }
         if not self.names() and not any(self.unmatched.values()):
             both = f": {self.saved_instead[0]!r} {TRAINED_WHOLE}" if self.saved_instead else ""
-            both = both or self._what_there_is(chosen, modules)
+            both = both or self._what_there_is(config, chosen, modules)
             targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
             self.unmatched[f"target_modules: {targets!r} leaves no layer to adapt{both}"] = True
 
-    def _what_there_is(self, chosen: Collection[str], modules: Mapping[str, nn.Module]) -> str:
+    def _what_there_is(self, config: LoRAConfig, chosen: Collection[str], modules: Mapping[str, nn.Module]) -> str:
         """Return why no layer is left to adapt, and the kinds of layers that could be, each with a name for it."""
         if chosen:
             first = next(iter(chosen))
@@ -193,6 +168,8 @@ class Targets:
         if not kinds:
             return f"{said}; there is no layer of a kind that can be adapted: {ADAPTABLE}"
         shown = [f"{len(names)} {kind}, as {most_frequent_ending(names)!r}" for kind, names in kinds.items()]
+        if config.target_modules == ALL_LINEAR and more_layers(list(modules.items()), config):
+            return f"{said}; say {ALL_LAYERS!r}, or name others in target_modules: {listed(shown, 4)}"
         return f"{said}; name others in target_modules: {listed(shown, 4)}"
 
     def _check_numbers(self, config: LoRAConfig, chosen: Iterable[str]) -> None:
@@ -220,16 +197,6 @@ class Targets:
         return [*named, *(name.rpartition(".")[0] for name in named)]
 
 
-def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
-    """Return the base's parameters of two or three dimensions, each as its module and its name in the module."""
-    return {
-        f"{path}.{leaf}".lstrip("."): (module, leaf)
-        for path, module in modules.items()
-        for leaf, parameter in module._parameters.items()
-        if parameter is not None and len(shape_of(parameter)) in (2, 3) and not is_factor(leaf, module)
-    }
-
-
 def _regex_hint(expression: str, names: Iterable[str]) -> str:
     """Return a hint that a string must match whole names, with a list that would match where one does."""
     names = list(names)
@@ -243,19 +210,6 @@ def _before_numbers(names: Iterable[str]) -> list[str]:
     """Return the segments that a number follows in some name."""
     pairs = (pair for name in names for pair in itertools.pairwise(name.split(".")))
     return list(dict.fromkeys(segment for segment, following in pairs if following.isdigit()))
-
-
-def _mamba_prefixes(modules: NamedModules) -> tuple[str, ...]:
-    """Return the name of each transformers model with Mamba layers, ending in a dot."""
-    configs = {name: getattr(module, "config", None) for name, module in pretrained_models(modules).items()}
-    return tuple(f"{name}.".lstrip(".") for name in configs if getattr(configs[name], "model_type", None) in MAMBA)
-
-
-def output_heads(modules: NamedModules) -> list[nn.Module]:
-    """Return the output heads of transformers models among these modules, by get_output_embeddings."""
-    getters = [getattr(module, "get_output_embeddings", None) for _, module in modules]
-    heads = [getter() for getter in getters if callable(getter)]
-    return [head for head in heads if isinstance(head, nn.Module)]
 
 
 def check_unadapted(modules: NamedModules) -> None:
@@ -328,11 +282,6 @@ def check_trainable(saved: Mapping[str, nn.Module]) -> None:
             )
 
 
-def untie_advice(name: str) -> str:
-    """Return the sentence that says how to untie a parameter."""
-    return f"Untie it first, which is exact: model.{name} = nn.Parameter(model.{name}.detach().clone())"
-
-
 def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
     """Refuse a module that cannot be adapted with these options.
 
@@ -390,7 +339,7 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
         problem = "scale_grad_by_freq counts rows in the whole table, but trained rows lie apart; turn it off"
     else:
         problem = _weight_problem(module)
-        size = len(cast(nn.Parameter, module.weight)) if not problem else 0
+        size = shape_of(module.weight)[0] if not problem else 0
         if not problem and rows[-1] >= size:
             problem = f"it has {size} rows and none of number {rows[-1]}; resize it first, or correct the number"
     if problem:
@@ -446,14 +395,9 @@ def _tensor_problem(weight: nn.Parameter, kind: str) -> str:
         )
     if weight.dtype not in MERGEABLE_DTYPES:
         return f"its weight is {weight.dtype}, and adapters need float16, bfloat16, float32 or float64"
-    if _is_empty(weight):
+    if is_empty(weight):
         return f"its weight of shape {tuple(shape_of(weight))} has no values to adapt; give it some"
     return ""
-
-
-def _is_empty(weight: nn.Parameter | None) -> bool:
-    """Return whether a weight has no values, as in nn.Linear(0, 8). The weight of a lazy layer is not empty."""
-    return weight is not None and not is_lazy(weight) and 0 in shape_of(weight)
 
 
 def _variant_problem(module: nn.Module, config: LoRAConfig) -> str:

@@ -248,10 +248,13 @@ class StoredTensors:
         """Return the leaf names of tensors that must start again from the new weight of a state dict.
 
         Such tensors started from the old weight, still have their initial values, and are not in the state dict.
-        Collective where W is sharded.
+        Collective where W is sharded. Of a flat weight a state dict shows nothing.
         """
         variant = self.lora.spec.variant
-        if not variant.follows_weight or not any(prefix + name in state_dict for name in self.adapted_weights()):
+        weights = self.adapted_weights()
+        if not variant.follows_weight or not any(prefix + name in state_dict for name in weights):
+            return ()
+        if any(map(is_flat, weights.values())):
             return ()
         stored = self.stored()
         names = {leaf: prefix + self.stored_name(leaf) for leaf in stored}

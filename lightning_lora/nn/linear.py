@@ -9,16 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed.sharding import is_sharded
-from ..errors import LoRAError
+from ..distributed.sharding import is_sharded, local
 from . import low_rank
 from .adapted_weights import Blocks
 from .added_product import add_product
-from .exact_merge import merged_weight
 from .lora_layer import LoRALayer
 from .low_rank import enabled_parts
 from .low_rank_sum import compute_dtype, low_rank_sum, runs_as_one
-from .quantised import dequantize, dtype_of, quantised_as, quantised_parameters
+from .quantised import dequantize, dtype_of, quantised_as, quantised_parameters, refuse_bytes
 
 
 class LoRALinear(LoRALayer):
@@ -116,12 +114,9 @@ class LoRAQuantisedLinear(LoRALinear):
         return isinstance(module, nn.Linear) and bool(quantised_parameters(module))
 
     def quantised(self) -> str:
-        if is_sharded(self.weight):
-            raise LoRAError(
-                f"{self.lora.name!r}: its quantised weight was sharded, and the shards are bytes without values. Keep "
-                "the quantised base whole on each device, as DDP does."
-            )
-        return quantised_as(self.weight)
+        weight = quantised_parameters(self).get("weight", self.weight)
+        refuse_bytes(weight, self.lora.name)
+        return quantised_as(weight)
 
     def weight_dtype(self) -> torch.dtype:
         return dtype_of(self.weight)
@@ -142,11 +137,11 @@ class LoRAQuantisedLinear(LoRALinear):
         return super().dense_weights(values)
 
     def base_values(self, name: str) -> torch.Tensor:
-        return dequantize(self, name)
+        return local(dequantize(self, name))
 
     def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
         """Return W' in the dtype of the dequantised weights."""
-        return {name: merged_weight(dequantize(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}
+        return super().merged_copies({name: dequantize(self, name) for name in blocks}, blocks)
 
     def weight_values(self) -> dict[str, torch.Tensor]:
         return {"weight": dequantize(self)}

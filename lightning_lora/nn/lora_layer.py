@@ -58,7 +58,8 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
     def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
         parameters, leaves = self._parameters, leaves or self.lora.spec.variant.leaves
-        found = {leaf: tensor for leaf in leaves if (tensor := parameters.get(leaf)) is not None}
+        # Looked up by [], which DeepSpeed's own dictionary notices: then it gathers them for another module's forward.
+        found = {leaf: tensor for leaf in leaves if leaf in parameters and (tensor := parameters[leaf]) is not None}
         return found if len(found) == len(leaves) else super().stored(leaves)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

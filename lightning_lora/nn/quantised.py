@@ -1,6 +1,8 @@
 """Quantised weights: those of bitsandbytes' Linear4bit and Linear8bitLt, and torchao's weight-only tensors.
 
-Classes are recognised by name, so that neither package is imported here.
+A weight may be sharded. Shards of an NF4Tensor have values. Shards of a 4-bit weight of bitsandbytes are bytes, and the
+layer on each rank keeps what describes the whole weight. Classes are recognised by name, so that neither package is
+imported here.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import torch
 from torch import nn
 
 from ..distributed.flat import whole_shape
+from ..distributed.sharding import from_local_like, full_tensor, is_sharded, local, shard_like
 from ..errors import LoRAError
 from ..names import canonical, derives_from
 
 BITSANDBYTES, TORCHAO = "bitsandbytes", "torchao"
 INT8 = "int8"
+NF4 = "NF4Tensor"  # torchao's class, which derives from none of its others
+DESCRIPTION = "lora_quant_state"  # our attribute of a sharded 4-bit weight: what its layer says of the whole weight
 PACKS_FOR_CPU = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute of a 4-bit layer
 PACKED_BEFORE = "lora_packs_for_cpu"  # our attribute: that attribute was True before injection
 
@@ -27,21 +32,68 @@ def quantised_as(weight: object) -> str:
     """Return how a parameter is quantised, or "".
 
     bitsandbytes' parameters give "nf4", "fp4" or "int8", also before their first move to a device quantises them.
-    torchao's give the name of their class.
+    torchao's give the name of their class. A sharded parameter is quantised as its shards are.
     """
     if type(weight) in (torch.Tensor, nn.Parameter):
         return ""
+    if is_sharded(weight):
+        state = vars(weight).get(DESCRIPTION)
+        return quantised_as(weight._local_tensor) if state is None else str(state.quant_type)  # to_local takes long
     if derives_from(weight, "Params4bit", (BITSANDBYTES,)):
         return str(cast(Any, weight).quant_type)
     if derives_from(weight, "Int8Params", (BITSANDBYTES,)):
         return INT8
-    return type(weight).__name__ if derives_from(weight, "TorchAOBaseTensor", (TORCHAO,)) else ""
+    return type(weight).__name__ if is_of_torchao(weight) else ""
+
+
+def is_of_torchao(weight: object) -> bool:
+    """Return whether a parameter, or its shard on this rank, is a quantised tensor of torchao."""
+    weight = weight._local_tensor if is_sharded(weight) else weight
+    return any(derives_from(weight, name, (TORCHAO,)) for name in ("TorchAOBaseTensor", NF4))
+
+
+def is_nf4_tensor(weight: object) -> bool:
+    """Return whether a parameter, or its shard on this rank, is torchao's NF4Tensor."""
+    return quantised_as(weight) == NF4
+
+
+def refuse_bytes(weight: object, name: str) -> None:
+    """Refuse a sharded weight whose values cannot be found, such as an 8-bit weight.
+
+    Args:
+        weight: a quantised parameter.
+        name: of its layer, for the message.
+
+    Raises:
+        LoRAError: the weight is sharded, and neither an NF4Tensor nor a 4-bit weight.
+    """
+    if is_sharded(weight) and not is_nf4_tensor(weight) and DESCRIPTION not in vars(weight):
+        raise LoRAError(
+            f"{name!r}: its quantised weight was sharded, and the shards are bytes without values. Quantise the base "
+            "in 4 bits instead, or keep the quantised base whole on each device, as DDP does."
+        )
 
 
 def quantised_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the quantised parameters among a module's own, by name."""
+    describe_shard(module)
     parameters = ((name, parameter) for name, parameter in module._parameters.items() if parameter is not None)
     return {name: parameter for name, parameter in parameters if quantised_as(parameter)}
+
+
+def describe_shard(module: nn.Module) -> None:
+    """Let a sharded 4-bit weight hold what its layer keeps of the whole weight, because fully_shard leaves that out.
+
+    It must be called before shape_of, dtype_of or quantised_as looks at such a weight alone.
+    """
+    weight = module._parameters.get("weight")
+    if is_sharded(weight) and derives_from(module, "Linear4bit", (BITSANDBYTES,)):
+        vars(weight).setdefault(DESCRIPTION, cast(Any, module).quant_state)
+
+
+def how_quantised(tensor: object, module: nn.Module) -> str:
+    """Return quantised_as of a module's own tensor, also of a sharded 4-bit weight that only its layer describes."""
+    return quantised_as(tensor) if quantised_parameters(module) else ""
 
 
 def quantised_modules(places: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
@@ -56,13 +108,21 @@ def quantised_modules(places: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.M
 def dequantize(module: nn.Module, name: str = "weight") -> torch.Tensor:
     """Return the values of a quantised parameter as a new plain tensor, in the dtype of `dtype_of`.
 
-    A parameter that is not quantised yet is quantised in a copy first, so that the result has its later values.
+    The values of a sharded parameter are sharded like it. For a 4-bit weight of bitsandbytes this is collective, as its
+    bytes are gathered. A parameter that is not quantised yet is quantised in a copy first, so that the result has
+    its later values.
     """
-    weight: Any = module._parameters[name]
+    weight: Any = quantised_parameters(module)[name]
     quantised = quantised_as(weight)
     with torch.inference_mode(False), torch.no_grad():  # torchao's tensors cannot be detached in inference mode
         if weight.is_meta:
             return torch.empty(shape_of(weight), dtype=dtype_of(weight), device="meta")
+        if is_sharded(weight) and state_of(weight) is not None:
+            state = state_of(weight)
+            packed = full_tensor(weight).to(state.absmax.device)  # shards may be offloaded
+            return shard_like(_dequantize_4bit(packed, state), weight)
+        if quantised == NF4:
+            return from_local_like(cast(Any, local(weight)).get_original_weight(), weight)
         if quantised == INT8:
             return _dequantize_8bit(module, weight)
         if not derives_from(weight, "Params4bit", (BITSANDBYTES,)):
@@ -72,8 +132,11 @@ def dequantize(module: nn.Module, name: str = "weight") -> torch.Tensor:
             weight.module = None  # otherwise quantising the copy would change the layer
             weight = weight.to(weight.device)
         unpack_for_gradients_(module, weight)
-        values = sys.modules[f"{BITSANDBYTES}.functional"].dequantize_4bit(weight.data, weight.quant_state)
-        return cast(torch.Tensor, values)
+        return _dequantize_4bit(weight.data, weight.quant_state)
+
+
+def _dequantize_4bit(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    return cast(torch.Tensor, sys.modules[f"{BITSANDBYTES}.functional"].dequantize_4bit(packed, state))
 
 
 def _dequantize_8bit(module: nn.Module, weight: Any) -> torch.Tensor:
@@ -96,17 +159,22 @@ def scales_of(module: nn.Module, weight: Any) -> torch.Tensor:
     return cast(torch.Tensor, scales)
 
 
+def state_of(weight: Any) -> Any:
+    """Return what bitsandbytes keeps of a quantised 4-bit weight, sharded or not; None for other weights."""
+    return vars(weight).get(DESCRIPTION) if is_sharded(weight) else getattr(weight, "quant_state", None)
+
+
 def dtype_of(weight: Any) -> torch.dtype:
     """Return the dtype of a parameter's dequantised values; for 8-bit weights it is float32."""
-    if weight.dtype.is_floating_point:
-        return cast(torch.dtype, weight.dtype)
-    state = getattr(weight, "quant_state", None)
-    return torch.float32 if state is None else cast(torch.dtype, getattr(state, "original_dtype", state.dtype))
+    state = state_of(weight)
+    if state is not None:  # its packed bytes may have a floating dtype too
+        return cast(torch.dtype, getattr(state, "original_dtype", state.dtype))
+    return cast(torch.dtype, weight.dtype) if weight.dtype.is_floating_point else torch.float32
 
 
 def shape_of(weight: Any) -> torch.Size:
     """Return the shape of a parameter's dequantised values; of a flat one that of the whole."""
-    state = getattr(weight, "quant_state", None)
+    state = state_of(weight)
     return torch.Size(whole_shape(weight) if state is None else state.shape)
 
 

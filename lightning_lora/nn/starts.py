@@ -15,7 +15,7 @@ from typing import Any, ClassVar, cast
 import torch
 
 from ..config import is_start
-from ..distributed.sharding import full_tensor, is_sharded
+from ..distributed.sharding import full_tensor, is_spread
 from ..errors import LoRAError
 from ..names import A, B
 from . import low_rank
@@ -74,7 +74,7 @@ class Started(LoRA):
         Nothing follows where tensors are sharded, because W would have to be gathered. The adapter then keeps its old
         start; W' still equals W.
         """
-        if not is_start(place.init) or len(kept) < len(self.leaves) or any(map(is_sharded, stored.values())):
+        if not is_start(place.init) or len(kept) < len(self.leaves) or any(map(is_spread, stored.values())):
             return ()
         return self.leaves if self.is_initial(stored, place) else ()
 

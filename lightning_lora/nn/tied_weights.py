@@ -129,3 +129,8 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 def _is_dense(tensor: torch.Tensor) -> bool:
     plain = type(tensor) in PLAIN or type(tensor.data) is torch.Tensor  # the second check takes longer
     return plain and tensor.layout is torch.strided
+
+
+def untie_advice(name: str) -> str:
+    """Return the sentence that says how to untie a parameter."""
+    return f"Untie it first, which is exact: model.{name} = nn.Parameter(model.{name}.detach().clone())"

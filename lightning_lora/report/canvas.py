@@ -10,14 +10,14 @@ from typing import Any
 import matplotlib.style
 from matplotlib.figure import Figure, FigureBase
 
-from .layout import shortened
+from ..names import short_names
 
-WIDTH = 8.0  # inches, 960 pixels at DPI; a README shows them in about 800
+WIDTH = 8.0  # inches, 960 pixels at DPI; a README shows them in 640 to 800
 DPI = 120
 TITLE_WIDTH = 88  # characters of a title's line
 LONGEST = 28  # characters of a name beside an axis
 MOST_TICKS = 16
-STYLE: dict[str, Any] = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: dict[str, Any] = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,11 @@ def to_page(pictures: Sequence[Picture]) -> Figure:
 
 
 def labels(names: Sequence[str], longest: int = LONGEST) -> list[str]:
-    """Return shortened names; where two would become equal, all stay longer."""
-    short = [shortened(name, longest) for name in names]
-    return short if len(set(short)) == len(set(names)) else labels(names, longest + 8)
+    """Return names that fit beside an axis or above a panel, see short_names."""
+    return short_names(names, longest)
 
 
-def ticks(count: int) -> list[int]:
-    """Return the places on an axis with `count` places that get a label, at most MOST_TICKS."""
-    step = -(-count // MOST_TICKS)
-    return list(range(0, count, step))
+def ticks(count: int, whole: int | None = None) -> list[int]:
+    """Return the places among `count` that get a label, so that an axis of `whole` places has about MOST_TICKS."""
+    step = -(-(whole or count) // MOST_TICKS)
+    return [place for place in range(0, count, step) if place == 0 or whole is None or count - place > step // 2]

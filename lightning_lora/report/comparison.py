@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from matplotlib.figure import FigureBase
 
 from ..errors import LoRAError
 from .canvas import Picture
 from .conclusions import cosine_text, on_comparison
-from .heat_map import ROW, draw_grid, largest, norm_label
+from .heat_map import ROW, Scale, colour_bar, draw_grid, norm_label, scale_of
 from .layout import arrange
 from .updates import Updates, cosines
 
@@ -20,6 +22,7 @@ def comparison_picture(first: Updates, second: Updates) -> Picture:
     Raises:
         LoRAError: the adapters have no layer in common.
     """
+    first, second = replace(first, beside=tuple(second.layers)), replace(second, beside=tuple(first.layers))
     found = cosines(first, second)
     if not found:
         raise LoRAError(
@@ -33,14 +36,16 @@ def comparison_picture(first: Updates, second: Updates) -> Picture:
 
     def draw(figure: FigureBase) -> None:
         panels = figure.subplots(3, 1)
-        most = largest(*grids)
+        scale = scale_of(*grids, percent=relative)
         for axes, grid, updates, place in zip(panels, grids, (first, second), ("first", "second"), strict=False):
-            colours = draw_grid(axes, grid, most, percent=relative, xlabel=False)
+            note = scale.note() if place == "second" else ""
+            colours = draw_grid(axes, grid, scale, xlabel=False, note=note)
             axes.set_title(f"{place}: {updates.source}", loc="left", color="0.35")
         label = norm_label(relative=relative, scaled=first.scaled and second.scaled)
-        figure.colorbar(colours, ax=panels[:2], label=label, pad=0.01, aspect=30)
-        colours = draw_grid(panels[2], angles, 1.0, -1.0, text=cosine_text)
+        colour_bar(figure, colours, panels[:2], scale, label)
+        both_signs = Scale(1.0, -1.0, signed=True)
+        colours = draw_grid(panels[2], angles, both_signs, text=cosine_text)
         panels[2].set_title("cosine between the two updates", loc="left", color="0.35")
-        figure.colorbar(colours, ax=panels[2], label="cosine", pad=0.01, aspect=15)
+        colour_bar(figure, colours, panels[2:], both_signs, "cosine")
 
     return Picture(on_comparison(first, second, found), FRAME + 3 * ROW * max(3, len(angles.rows)), draw)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 
-from .layout import Cell, cell_name, shortened
+from ..names import short_names
+from .layout import Cell, cell_name
 from .run_log import Points, Statistics, first_not_finite
 from .updates import Updates, half_share
 
@@ -73,7 +74,7 @@ def _on_sizes(norms: Mapping[Cell, float], largest: Cell, middle: float) -> str:
 
 
 def _times(largest: float, middle: float) -> str:
-    return f", {largest / middle:.3g} times the median" if middle else ""
+    return f", {_number(largest / middle)} times the median" if middle else ""
 
 
 def on_spectra(updates: Updates) -> str:
@@ -125,7 +126,7 @@ def on_comparison(first: Updates, second: Updates, found: Mapping[Cell, float]) 
     if not finite:
         return "Nothing to compare: updates of one of the two are zero, not finite, or of other shapes"
     related = relation(list(finite.values()), [first.size_of(cell) for cell in finite])
-    sizes = f"the second's are {_ratio(first, second, finite):.3g} times as large"
+    sizes = f"the second's are {_number(_ratio(first, second, finite))} times as large"
     if not first.scaled and not second.scaled:
         sizes += " without s, which neither stores"
     elif first.scaled != second.scaled:
@@ -218,7 +219,7 @@ def _last_quarter(points: Points) -> float | None:
 
 
 def _name(cell: Cell) -> str:
-    return shortened(cell_name(cell), LONGEST)
+    return short_names([cell_name(cell)], LONGEST)[0]
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -226,11 +227,11 @@ def _range(numbers: Sequence[int]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
+    return f"{_number(100 * share)}%"
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _counted(count: int, noun: str) -> str:

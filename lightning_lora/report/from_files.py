@@ -43,7 +43,8 @@ def read_updates(
     where = "an adapter in memory" if isinstance(source, Adapter) else where
     adapter = without_base(read_source(source, verb="plot_adapter"))
     if base is None:
-        return measure(where, by_network_names(adapter))
+        adapter = by_network_names(adapter)
+        return measure(where, adapter, _recorded_norms(adapter))
     refuse_empty(where, adapter)
     weights = open_weights(base)
     adapter = _fit(adapter, weights)
@@ -68,9 +69,24 @@ def _fit(adapter: Adapter, base: Weights) -> Adapter:
         ) from error
 
 
+def _weights_of(adapter: Adapter, name: str) -> list[str]:
+    """Return the names that the weights of a layer may have."""
+    return [name] if adapter.is_parameter(name) else [f"{name}.{leaf}" for leaf in ("weight", *ATTENTION_WEIGHTS)]
+
+
+def _recorded_norms(adapter: Adapter) -> dict[str, float]:
+    """Return the norms of weights in the fingerprint, by layer. A layer has those of all its weights or none."""
+    norms = {}
+    for name in adapter.layers():
+        weights = filter(adapter.fingerprint.__contains__, _weights_of(adapter, name))
+        entries = [adapter.fingerprint[weight] for weight in weights]
+        if entries and all("norm" in entry for entry in entries):
+            norms[name] = math.hypot(*(entry["norm"] for entry in entries))
+    return norms
+
+
 def _norm_in_files(adapter: Adapter, name: str, base: Weights) -> float:
-    leaves = [name] if adapter.is_parameter(name) else [f"{name}.{leaf}" for leaf in ("weight", *ATTENTION_WEIGHTS)]
-    locations = [base.locations[leaf] for leaf in leaves if leaf in base.locations]
+    locations = [base.locations[weight] for weight in _weights_of(adapter, name) if weight in base.locations]
     if not locations:
         raise LoRAError(
             f"plot: {base.path}: there is no weight of {name!r}, which the adapter updates. Load the model in Python, "

@@ -15,6 +15,7 @@ from ..exchange.take import describe
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState
+from ..model.named_state import base_parameters_of
 from ..names import names_factor
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.quantised import dequantize
@@ -39,6 +40,30 @@ def updates_of_model(model: nn.Module) -> Updates:
     return replace(whole, adapter=network, layers={names[name]: update for name, update in whole.layers.items()})
 
 
+def record_norms(model: nn.Module) -> None:
+    """Add the norms of the adapted weights to the fingerprint of the base, for pictures of the files that have it.
+
+    Collective where the model is sharded. A model whose fingerprint was not taken at fit start is left as it is.
+    """
+    handle = open_model(model, "LoRAMonitor")
+    entries = handle.record.fingerprint
+    names = {id(each.parameter): each.name for each in base_parameters_of(handle.modules)}
+    places = [
+        (names.get(id(weight), ""), layer, leaf)
+        for layer in dict.fromkeys(handle.layers.values())
+        for leaf, weight in layer.adapted_weights().items()
+    ]
+    known = [(name, layer, leaf) for name, layer, leaf in places if name in entries]
+    if not known:
+        return
+    reshard_(module for _, module in handle.modules)
+    sync = RankSync(layer.adapted_weights()[leaf] for _, layer, leaf in known)
+    squares = torch.tensor([_weight_square(layer, leaf, sync) for _, layer, leaf in known], dtype=torch.float64)
+    for (name, _, _), norm in zip(known, sync.total(squares).sqrt().tolist(), strict=True):
+        if math.isfinite(norm):
+            entries[name] = {**entries[name], "norm": norm}
+
+
 def _adapters_own(live: LiveState) -> dict[str, torch.Tensor]:
     """Return the adapter's own tensors by name, without trained tensors of the base."""
     warn_of_untrained(live.handle)
@@ -58,8 +83,10 @@ def _norms_in_model(handle: AdaptedModel) -> dict[str, float]:
 
 def _square_here(layer: AdaptedWeights, sync: RankSync) -> float:
     """Return this rank's share of the squared norm of a layer's weights."""
-    return math.fsum(
-        sync.share(weight)
-        * sum_of_squares(local(dequantize(layer.lora_holder, name) if layer.quantised() else layer.original(name)))
-        for name, weight in layer.adapted_weights().items()
-    )
+    return math.fsum(_weight_square(layer, leaf, sync) for leaf in layer.adapted_weights())
+
+
+def _weight_square(layer: AdaptedWeights, leaf: str, sync: RankSync) -> float:
+    """Return this rank's share of the squared norm of one weight of a layer."""
+    values = dequantize(layer.lora_holder, leaf) if layer.quantised() else layer.original(leaf)
+    return sync.share(layer.adapted_weights()[leaf]) * sum_of_squares(local(values))

@@ -1,4 +1,4 @@
-"""Draw the singular values of an adapter's updates, in one panel for each projection."""
+"""Draw the singular values of an adapter's updates, in one panel for each group of layers."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from .updates import Updates
 
 ACROSS = 4  # panels in a row
 MOST_PANELS = 12
-LONGEST = 24  # characters of a panel's name
+LONGEST = 22  # characters of a group's name
 MOST_MARKERS = 16  # on a line
 LINE, BAND = "#00429d", "#b9cbe4"
-PANEL, FRAME = 1.5, 0.85  # inches of a row of panels, and of everything beside the rows
+PANEL, FRAME = 1.65, 0.9  # inches of a row of panels, and of everything beside the rows
 
 
 def spectra_picture(updates: Updates) -> Picture:
-    """Return the picture of singular values divided by the largest: median and range over a projection's layers."""
-    by_projection: dict[str, list[tuple[float, ...]]] = {}
-    for (projection, _), names in updates.cells.items():
+    """Return the picture of singular values divided by the largest: median and range over a group's layers."""
+    by_group: dict[str, list[tuple[float, ...]]] = {}
+    for (group, _), names in updates.cells.items():
         spectra = (spectrum for name in names for spectrum in updates.layers[name].spectra)
-        by_projection.setdefault(projection, []).extend(spectra)
-    largest_first = sorted(by_projection, key=lambda name: -_energy(by_projection[name]))[:MOST_PANELS]
-    shown = [name for name in by_projection if name in largest_first]
+        by_group.setdefault(group, []).extend(spectra)
+    largest_first = sorted(by_group, key=lambda name: -_energy(by_group[name]))[:MOST_PANELS]
+    shown = [name for name in by_group if name in largest_first]
     rows = math.ceil(len(shown) / ACROSS)
 
     def draw(figure: FigureBase) -> None:
         panels = list(figure.subplots(rows, min(ACROSS, len(shown)), squeeze=False, sharey=True).flat)
         for axes, name, label in zip(panels, shown, labels(shown, LONGEST), strict=False):
-            _draw_panel(axes, label, by_projection[name])
+            _draw_panel(axes, label, by_group[name])
         for axes in panels[len(shown) :]:
             axes.set_axis_off()
-        hidden = len(by_projection) - len(shown)
-        more = f"the {len(shown)} largest of {len(by_projection)} projections; " if hidden else ""
+        hidden = len(by_group) - len(shown)
+        more = f"the {len(shown)} largest of {len(by_group)} projections; " if hidden else ""
         figure.supxlabel(
             f"{more}direction; line: median of the layers, band: all; dashed: half of the directions", fontsize=9
         )
@@ -62,7 +62,7 @@ def _draw_panel(axes: Axes, label: str, spectra: Sequence[tuple[float, ...]]) ->
     finite = [spectrum for spectrum in spectra if max(spectrum) > 0 and all(map(math.isfinite, spectrum))]
     share = median_share(finite)
     held = f"{half_text(sorted(set(map(len, finite))))} hold {held_text(share)}" if math.isfinite(share) else ""
-    axes.set_title(f"{label}\n{held}", loc="left", fontsize=8)
+    axes.set_title(f"{label}\n{held}", loc="left", fontsize=9)
     if not finite:
         axes.text(0.5, 0.5, "zero or not finite", transform=axes.transAxes, ha="center", va="center", color="0.35")
         return

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import local
+from ..matching import BY_KIND
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.named_state import base_parameters_of
 from ..names import group_names, listed
@@ -35,7 +36,7 @@ HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
 class LayerGroup:
     """Adapted layers with the same ending of the name, class, r and lora_alpha."""
 
-    name: str  # the ending of their names, with * for numbers
+    name: str  # the ending of their names, see names.group_names
     kind: str  # their class before injection
     count: int
     r: int  # 0 for a table with trained rows
@@ -60,7 +61,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Layers that "all-linear" leaves out for one reason. Layers that are trained whole are not among them."""
+    """Layers that "all-linear" or "all-layers" leaves out for one reason, but for layers that are trained whole."""
 
     names: tuple[str, ...]
     reason: str
@@ -91,7 +92,8 @@ class Summary:
     also_trained: Mapping[str, int]  # sizes of trainable parameters beside A and B, by name
     also_saved: Mapping[str, int]  # sizes of tensors that are saved with the adapter but not trained now, by name
     left_out: tuple[LeftOut, ...]
-    passed_over: str  # the weights that "all-linear" passes over beside `left_out`: their share, and each kind's share
+    by_kind: str  # "all-linear" or "all-layers", if that is target_modules, else ""
+    passed_over: str  # the weights that `by_kind` passes over beside `left_out`: their share, and each kind's share
     quantised: Mapping[str, int]  # the number of the base's quantised weights, by kind of quantisation
     unmerged: tuple[Unmerged, ...]
     merged_eval: bool | None  # LoRACallback's option; None without a callback
@@ -151,7 +153,7 @@ class Summary:
             "adapter": f"{size_text(self.adapter_bytes)} in {' and '.join(self.adapter_dtypes)}",
             "also trained": _sizes(self.also_trained),
             "also saved": _sizes(self.also_saved),
-            "all-linear": "; ".join((*map(_left_out_text, self.left_out), *passed_over)),
+            self.by_kind or "left out": "; ".join((*map(_left_out_text, self.left_out), *passed_over)),
             "quantised": ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantised.items()),
             "merging" if self.merged_eval is None else "evaluation": self._evaluation(),
             "checkpoints": f'{SAVED[self.save]} (save="{self.save}")' if self.save else "",
@@ -222,6 +224,7 @@ def summarise(handle: AdaptedModel) -> Summary:
         also_trained=also_trained,
         also_saved={name: size for name, size in saved.items() if name not in also_trained},
         left_out=_left_out(handle.left_out(), base, total - sum(shape_of(factor).numel() for factor in factors)),
+        by_kind=next((value for value in BY_KIND if value == record.config.target_modules), ""),
         passed_over=record.passed_over,
         quantised=_quantised(handle),
         unmerged=_unmerged(layers),
@@ -333,15 +336,14 @@ def _left_out_text(left_out: LeftOut) -> str:
 
 def _plain_table(rows: list[tuple[str, ...]], *, more: str) -> list[str]:
     widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
-    for column in (1, 0):  # long classes are cut first, then long names
+    for column in (1, 0):  # long classes are cut first, then long names are written over several lines
         excess = sum(widths) + 2 * len(widths) - WIDTH
         widths[column] = max(min(widths[column], NARROWEST), widths[column] - max(excess, 0))
     lines = []
-    for row in (HEAD, *rows):
-        cells = [
-            cell if len(cell) <= width else f"{cell[: width - 3]}..." for cell, width in zip(row, widths, strict=True)
-        ]
-        left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-        lines.append(f"  {'  '.join([*left, *right])}")
+    for name, kind, *numbers in (HEAD, *rows):
+        first, *more_lines = textwrap.wrap(name, widths[0], break_on_hyphens=False)
+        kind = kind if len(kind) <= widths[1] else f"{kind[: widths[1] - 3]}..."
+        right = [cell.rjust(width) for cell, width in zip(numbers, widths[2:], strict=True)]
+        lines.append(f"  {'  '.join([first.ljust(widths[0]), kind.ljust(widths[1]), *right])}")
+        lines += [f"  {line}" for line in more_lines]
     return [*lines, f"  {more}"] if more else lines

@@ -61,12 +61,14 @@ class Updates:
         adapter: the adapter itself.
         layers: the update of each layer or parameter, by name.
         scaled: whether s is known; otherwise 1 is used.
+        beside: the names of other layers in the same picture.
     """
 
     source: str
     adapter: Adapter
     layers: Mapping[str, Update]
     scaled: bool = True
+    beside: tuple[str, ...] = ()
 
     @property
     def relative(self) -> bool:
@@ -76,7 +78,7 @@ class Updates:
     @cached_property
     def cells(self) -> dict[Cell, list[str]]:
         """The names of the layers in each cell of a picture."""
-        return cells(self.layers)
+        return cells(self.layers, self.beside)
 
     def norms(self, *, relative: bool) -> dict[Cell, float]:
         """Return the size of the update in each cell of a picture; layers that share a cell are taken together.

@@ -38,7 +38,11 @@ def redistribute_ranks(
     or give them to LoRACallback. Collective, as initialize_from_data.
 
     Args:
-        model, batches, forward, mask, tau: as for initialize_from_data.
+        model: an injected model, before training.
+        batches: what `forward` takes. They are used until the components have converged.
+        forward: runs the model on one batch.
+        mask: returns which tokens of a batch count, as bool (batch, tokens), or None for all.
+        tau: a component has converged when its cosine similarity to its value one batch earlier is at least this.
         rho: a layer's new rank is at most its r times this number, which is at least 1.
         adjust_alpha: keep each layer's s, by another lora_alpha.
 

@@ -19,7 +19,7 @@ from ..model.adapted_model import Listing
 from ..model.injection import Injection
 from ..model.named_state import base_parameters_of
 from ..names import listed
-from .deepspeed import held_parameters
+from .deepspeed_optimizer import held_parameters
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 

@@ -15,19 +15,19 @@ DeepSpeed's classes are recognised by name and by attributes, so that it is not 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ..distributed.flat import FlatShard, attach, flat_shard, is_flat, recognise, whole_shape
-from ..distributed.sharding import detached, local
+from ..distributed.flat import FlatShard, attach, is_flat, recognise
+from ..distributed.sharding import detached
 from ..errors import LoRAError
 from ..exchange.checkpoint_of_model import gathered_state, load_whole_state_
 from ..formats.deepspeed_folder import BESIDE_ENGINE
@@ -37,22 +37,14 @@ from ..model.patches import call_previous, is_patched, patch
 from ..names import META, canonical
 from ..nn.low_rank import HALF
 from ..notices import tell
+from .deepspeed_optimizer import LOSS_SCALE, Group, ZeroStates, held_parameters, plain_options, states_of
 
 REMEDY = (
     "Use DeepSpeedStrategy(stage=2), ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or "
     "strategy='ddp' where the base fits on one device."
 )
-PARTS = "lora_optimizer_parts"  # attribute of a strategy: the _Flat of the last fit
-LOSS_SCALE = "loss_scale"  # entry of the optimizer's state dict, under fp16
-SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's scaler changes
+PARTS = "lora_optimizer_parts"  # attribute of a strategy: the ZeroStates of the last fit
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}  # by DeepSpeed's options
-
-
-class Group(NamedTuple):
-    """A group of an optimizer, as configure_optimizers built it."""
-
-    options: dict[str, Any]
-    parameters: list[nn.Parameter]
 
 
 # --- what cannot be right is refused in setup ---
@@ -125,16 +117,23 @@ def _slice_of(parameter: Any) -> FlatShard:
     return FlatShard(part.detach()[:count], start, parameter.ds_shape, group, parameter.device)
 
 
-def _free(parameter: Any) -> None:
-    """Let the slice be the only copy of a parameter, which a forward has gathered or was about to. In place.
+class _Current:
+    """The part of DeepSpeed's present engine that gathers parameters and frees them."""
 
-    DeepSpeed gathers small parameters once for many forwards. An exception inside a forward leaves others gathered, and
-    noted as in use.
+    offload: ClassVar[Callable[[], Any]] = staticmethod(lambda: None)
+
+
+def _free(parameter: Any) -> None:
+    """Let the slices be the only copies of parameters that a forward has gathered, or had begun to gather. In place.
+
+    DeepSpeed gathers small parameters once for many forwards, and others ahead of time. An exception inside a forward
+    leaves some gathered, and noted as in use.
     """
-    if parameter.ds_status.name == "INFLIGHT":
-        optimizer = getattr(parameter, "_z3_optimizer", None)
-        coordinator = (optimizer.parameter_offload if optimizer is not None else None).get_param_coordinator()
-        coordinator._clean_inflight_param_registry()
+    if parameter.ds_status.name == "NOT_AVAILABLE":
+        return
+    offload = _Current.offload()
+    if offload is not None:
+        offload.partition_all_parameters()  # of the whole model: the others are found free then
     if parameter.ds_status.name == "AVAILABLE":
         parameter.ds_active_sub_modules.clear()
         parameter.partition()
@@ -169,6 +168,10 @@ def _init_deepspeed(strategy: Any, previous: Callable[..., Any] | None) -> None:
             "and trains float32 copies, which checkpoints hold. autocast_adapter_dtype=True does not change that."
         )
     call_previous(strategy, previous, "init_deepspeed")
+    optimizer = strategy.deepspeed_engine.optimizer
+    offload = getattr(optimizer, "parameter_offload", optimizer)
+    if hasattr(offload, "partition_all_parameters"):
+        _Current.offload = weakref.ref(offload)
 
 
 def _set_up_optimizer(
@@ -184,66 +187,11 @@ def _set_up_optimizer(
                 "DeepSpeed fails at such a group. Build the groups in configure_optimizers from parameters that are "
                 "trained: [p for p in self.parameters() if p.requires_grad]."
             )
-        order.append(Group(_plain_options(group), parameters))
+        order.append(Group(plain_options(group), parameters))
     found = call_previous(strategy, previous, "_setup_model_and_optimizer", model, optimizer, *args, **kwargs)
     if find_model(strategy.lightning_module) is not None:
-        setattr(strategy, PARTS, _states_of(found[1], order))
+        setattr(strategy, PARTS, states_of(found[1], order))
     return found
-
-
-def held_parameters(optimizer: Any) -> list[nn.Parameter]:
-    """Return the parameters that an optimizer trains. DeepSpeed's has flat tensors in its groups, and these beside."""
-    groups = _groups_of(optimizer)
-    if groups is None:
-        groups = [group["params"] for group in optimizer.param_groups]
-    return [parameter for group in groups for parameter in group]
-
-
-def _groups_of(optimizer: Any) -> Sequence[Sequence[nn.Parameter]] | None:
-    """Return the parameters of DeepSpeed's optimizer by groups; None for another optimizer."""
-    groups: Any = getattr(optimizer, "bit16_groups", getattr(optimizer, "fp16_groups", None))
-    return cast("Sequence[Sequence[nn.Parameter]] | None", groups)
-
-
-def copy_to_optimizer_(optimizers: Iterable[Any]) -> None:
-    """Give DeepSpeed's float32 copies the values of the parameters, which something has written since. In place."""
-    for optimizer in optimizers:
-        if _groups_of(optimizer) is not None:
-            _states_of(optimizer).write_values_({id(each): detached(each) for each in held_parameters(optimizer)})
-
-
-def is_stepping(optimizer: Any) -> bool:
-    """Return whether the next call of step changes the parameters. DeepSpeed accumulates gradients by itself."""
-    boundary = getattr(optimizer, "is_gradient_accumulation_boundary", True)  # older DeepSpeed: an attribute
-    return bool(boundary() if callable(boundary) else boundary)
-
-
-@contextmanager
-def with_whole_gradients(optimizer: Any) -> Iterator[None]:
-    """Let parameters have their gradients inside the block. DeepSpeed keeps parts of them elsewhere. Collective."""
-    parameters = held_parameters(optimizer) if _groups_of(optimizer) is not None else []
-    before = [parameter.grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            _set_gradient_(parameter, _whole_gradient(optimizer, parameter).to(parameter.dtype))
-        yield
-    finally:
-        for parameter, gradient in zip(parameters, before, strict=True):
-            _set_gradient_(parameter, gradient)
-
-
-def _whole_gradient(optimizer: Any, parameter: Any) -> torch.Tensor:
-    """Return the gradient of a parameter that DeepSpeed trains. Collective."""
-    whole = optimizer.get_fp32_grad_for_param(parameter) if is_flat(parameter) else parameter.get_full_hp_grad()
-    return cast(torch.Tensor, whole)
-
-
-def _set_gradient_(parameter: nn.Parameter, gradient: torch.Tensor | None) -> None:
-    """Set a gradient, which torch wants to have the shape of the parameter: a divided parameter is empty. In place."""
-    own = parameter.data
-    if gradient is not None:
-        parameter.data = own.new_empty(1).expand(gradient.shape)
-    parameter.grad, parameter.data = gradient, own
 
 
 # --- checkpoints ---
@@ -296,7 +244,7 @@ def _save_checkpoint(
 
 def _can_save(engine: Any) -> bool:
     """Return whether DeepSpeed's engine can save: that of an evaluation at stage 3 cannot. Then a file is all."""
-    return getattr(engine, "checkpoint_engine", engine) is not None
+    return getattr(engine, "checkpoint_engine", None) is not None
 
 
 @contextmanager
@@ -317,7 +265,7 @@ def _saving_as(handle: AdaptedModel, engine: Any) -> Iterator[None]:
         found.bring_back()
 
 
-def _take_float32_values(handle: AdaptedModel, content: MutableMapping[str, Any], flat: _States) -> None:
+def _take_float32_values(handle: AdaptedModel, content: MutableMapping[str, Any], flat: ZeroStates) -> None:
     """Put float32 copies of trained parameters into a checkpoint that holds them rounded to 16 bits. Collective."""
     if META not in content or not any(parameter.dtype in HALF for group in flat.groups for parameter in group):
         return
@@ -371,7 +319,7 @@ def _load_model_state_dict(
     load_whole_state_(module, state, strict=strict)
     if module.trainer.state.fn != "fit":
         return
-    flat: _States = getattr(strategy, PARTS)
+    flat: ZeroStates = getattr(strategy, PARTS)
     parameters = {canonical(name): p for name, p in module.named_parameters(remove_duplicate=False)}
     loaded = {id(p): detached(p) for p in held_parameters(flat.optimizer)}  # what a lenient load has left out stays
     loaded |= {id(parameters[n]): v for n, v in state.items() if n in parameters and id(parameters[n]) in loaded}
@@ -385,7 +333,7 @@ def _load_model_state_dict(
     _load_optimizer_state_(flat, states[0])
 
 
-def _load_optimizer_state_(flat: _States, saved: Mapping[str, Any]) -> None:
+def _load_optimizer_state_(flat: ZeroStates, saved: Mapping[str, Any]) -> None:
     """Load a state dict as it would be on one device into this rank's part. In place."""
     order = flat.order
     sizes, expected = ([len(g["params"]) for g in saved["param_groups"]], [len(g.parameters) for g in order])
@@ -401,228 +349,5 @@ def _load_optimizer_state_(flat: _States, saved: Mapping[str, Any]) -> None:
         for n, p in zip(old["params"], new.parameters, strict=True)
     ]
     states = {id(p): saved["state"][n] for n, p in pairs if n in saved["state"]}
-    flat.write_states_(states, [_plain_options(g) for g in saved["param_groups"] if g["params"]])
+    flat.write_states_(states, [plain_options(g) for g in saved["param_groups"] if g["params"]])
     flat.write_loss_scale_(saved.get(LOSS_SCALE, {}))
-
-
-def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
-
-
-def _states_of(optimizer: Any, order: Sequence[Group] = ()) -> _States:
-    """Return the float32 copies and the states of DeepSpeed's optimizer.
-
-    Args:
-        optimizer: DeepSpeed's.
-        order: its groups as they were built; by default as DeepSpeed keeps them.
-
-    Raises:
-        LoRAError: it is an optimizer of another kind.
-    """
-    cls = _InSlices if hasattr(optimizer, "fp16_partitioned_groups") else _InFlatTensors
-    missing = [name for name in cls.NEEDED if not hasattr(optimizer, name)]
-    if missing:
-        raise LoRAError(
-            f"LoRACallback: DeepSpeed made a {type(optimizer).__name__}, whose states cannot be put together "
-            f"(it has no {missing[0]}). Leave data_types and other optimizers' options out of DeepSpeed's config."
-        )
-    return cls(optimizer, order)
-
-
-class _States:
-    """This rank's part of the tensors of DeepSpeed's optimizer: float32 copies of parameters, and their states.
-
-    Attributes:
-        order: the optimizer's groups as they were built; of an optimizer in DeepSpeed's config, as that made them.
-        groups: the parameters of each part.
-        parts: for each group, this rank's part of the float32 copies, one after the other.
-        numbers: for each group, the number of the group of the optimizer inside, which has the options.
-    """
-
-    NEEDED: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(
-        self,
-        optimizer: Any,
-        order: Sequence[Group],
-        groups: Sequence[Sequence[nn.Parameter]],
-        parts: Sequence[torch.Tensor],
-        numbers: Sequence[int],
-    ) -> None:
-        self.optimizer, self.inner = optimizer, optimizer.optimizer
-        self.groups, self.parts, self.numbers = groups, parts, numbers
-        self.order = order or [Group(o, list(p)) for o, p in zip(self.options(), self.groups, strict=True)]
-
-    def process_group(self, number: int) -> Any:
-        """Return the process group over which a group's parameters are divided."""
-        raise NotImplementedError
-
-    def cut(self, number: int, parts: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Return whole tensors by the parameter's id, on the CPU.
-
-        Args:
-            number: of the group.
-            parts: of all ranks, in order.
-        """
-        raise NotImplementedError
-
-    def part_of(self, number: int, values: Mapping[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """Return this rank's part of values of a group's parameters, on the CPU; of others zeros.
-
-        Args:
-            number: of the group.
-            values: by the parameter's id: whole, or divided like the parameter.
-            dtype: of the part.
-        """
-        raise NotImplementedError
-
-    def options(self) -> list[dict[str, Any]]:
-        """Return the options of each group that has parameters, such as its learning rate."""
-        return [_plain_options(self.inner.param_groups[number]) for number in dict.fromkeys(self.numbers)]
-
-    def loss_scale(self) -> dict[str, dict[str, Any]]:
-        """Return the state of the loss's scale, as an entry of a state dict; none where it does not change."""
-        scaler = self.optimizer.loss_scaler
-        if not scaler.dynamic:
-            return {}
-        return {LOSS_SCALE: {name: getattr(scaler, name) for name in SCALES if hasattr(scaler, name)}}
-
-    def write_loss_scale_(self, state: Mapping[str, Any]) -> None:
-        """Set the state of the loss's scale. In place."""
-        if self.optimizer.loss_scaler.dynamic:
-            vars(self.optimizer.loss_scaler).update({name: state[name] for name in SCALES if name in state})
-
-    def values(self) -> dict[int, torch.Tensor]:
-        """Return the float32 copies of all parameters, on the CPU, by the parameter's id. Collective."""
-        return {
-            key: value for number, part in enumerate(self.parts) for key, value in self._whole(number, part).items()
-        }
-
-    def states(self) -> dict[int, dict[str, Any]]:
-        """Return the optimizer's state of each parameter, on the CPU, by the parameter's id. Collective."""
-        found: dict[int, dict[str, Any]] = {}
-        for number, part in enumerate(self.parts):
-            for name, value in self.inner.state.get(part, {}).items():
-                if isinstance(value, torch.Tensor) and value.dim() > 0:
-                    if value.shape != part.shape:
-                        raise LoRAError(
-                            f"LoRACallback: {type(self.inner).__name__} keeps {name!r} of shape {tuple(value.shape)} "
-                            f"for {part.numel()} values, which belongs to no parameter, so a checkpoint could not be "
-                            "resumed. Use an optimizer that keeps a value for each value, such as AdamW."
-                        )
-                    wholes = self._whole(number, value)
-                else:
-                    plain = value.detach().cpu() if isinstance(value, torch.Tensor) else value
-                    wholes = {
-                        id(p): plain.clone() if isinstance(plain, torch.Tensor) else plain for p in self.groups[number]
-                    }
-                for key, whole in wholes.items():
-                    found.setdefault(key, {})[name] = whole
-        return found
-
-    def write_values_(self, values: Mapping[int, torch.Tensor]) -> None:
-        """Write this rank's part of the float32 copies. In place."""
-        for number, part in enumerate(self.parts):
-            part.data.copy_(self.part_of(number, values, part.dtype))
-
-    def write_states_(self, states: Mapping[int, Mapping[str, Any]], options: Sequence[Mapping[str, Any]]) -> None:
-        """Write this rank's part of the optimizer's states, and the groups' options. In place."""
-        for number, group in zip(dict.fromkeys(self.numbers), options, strict=True):
-            self.inner.param_groups[number].update(group)
-        for number, part in enumerate(self.parts):
-            mine = {id(p): states[id(p)] for p in self.groups[number] if id(p) in states}
-            if not mine:
-                continue
-            state = self.inner.state[part]
-            shapes = {id(p): whole_shape(p) for p in self.groups[number]}
-            for name in dict.fromkeys(name for each in mine.values() for name in each):
-                values = {key: each[name] for key, each in mine.items() if name in each}
-                first = next(iter(values.values()))
-                if all(isinstance(v, torch.Tensor) and v.shape == shapes[key] and v.dim() for key, v in values.items()):
-                    dtype = state[name].dtype if isinstance(state.get(name), torch.Tensor) else part.dtype
-                    state[name] = self.part_of(number, values, dtype).to(part.device)
-                else:
-                    state[name] = first.clone() if isinstance(first, torch.Tensor) else first
-        self.optimizer._hp_optimizer_states_linked = False  # the next step looks at the new tensors
-
-    def _whole(self, number: int, part: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Gather a part of a group from all ranks, and cut it into parameters. Collective."""
-        group = self.process_group(number)
-        sent = part.detach().to(self.groups[number][0].device).contiguous()
-        parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, sent, group=group)
-        return self.cut(number, [part.cpu() for part in parts])
-
-
-class _InFlatTensors(_States):
-    """Stages 1 and 2: of each group of parameters there is one flat tensor, of which each rank has an equal part.
-
-    A parameter of the model is a view of its group's flat tensor, which tells where the copy and the states of it lie.
-    After a fit Lightning moves the parameters to the CPU, so the positions are noted.
-    """
-
-    NEEDED = ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "real_dp_process_group")
-
-    def __init__(self, optimizer: Any, order: Sequence[Group]) -> None:
-        groups, parts = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
-        super().__init__(optimizer, order, groups, parts, range(len(groups)))
-        self.places = [
-            [(p, (p.data_ptr() - flat.data_ptr()) // flat.element_size()) for p in group]
-            for group, flat in zip(self.groups, optimizer.bit16_groups_flat, strict=True)
-        ]
-
-    def process_group(self, number: int) -> Any:
-        return self.optimizer.real_dp_process_group[number]
-
-    def cut(self, number: int, parts: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-        whole = torch.cat([*parts])
-        return {id(p): whole[at : at + p.numel()].view(p.shape).clone() for p, at in self.places[number]}
-
-    def part_of(self, number: int, values: Mapping[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        flat = torch.zeros(self.optimizer.bit16_groups_flat[number].numel(), dtype=dtype)
-        for parameter, at in self.places[number]:
-            if id(parameter) in values:
-                flat[at : at + parameter.numel()] = values[id(parameter)].detach().reshape(-1).to("cpu", dtype)
-        size = self.parts[number].numel()
-        start = dist.get_rank(self.process_group(number)) * size
-        return flat[start : start + size]
-
-
-class _InSlices(_States):
-    """Stage 3: a rank's part of a group holds its slice of each parameter, all slices of a parameter equally long."""
-
-    NEEDED = ("fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id", "dp_process_group")
-
-    def __init__(self, optimizer: Any, order: Sequence[Group]) -> None:
-        groups, numbers = optimizer.fp16_groups, optimizer.sub_group_to_group_id
-        parts = optimizer.fp32_partitioned_groups_flat
-        super().__init__(optimizer, order, groups, parts, [numbers[i] for i in range(len(groups))])
-
-    def process_group(self, number: int) -> Any:
-        return getattr(self.groups[number][0], "ds_process_group", self.optimizer.dp_process_group)
-
-    def cut(self, number: int, parts: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-        of_ranks, found = torch.stack([*parts]), {}
-        for parameter, at, size in self._slices(number):
-            whole = of_ranks[:, at : at + size].reshape(-1)
-            shape = whole_shape(parameter)
-            found[id(parameter)] = whole[: shape.numel()].view(shape).clone()
-        return found
-
-    def part_of(self, number: int, values: Mapping[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        part = torch.zeros(self.parts[number].numel(), dtype=dtype)
-        for parameter, at, _ in self._slices(number):
-            value = values.get(id(parameter))
-            if value is not None:
-                shard = flat_shard(parameter)
-                own = local(value) if is_flat(value) else value.detach().reshape(-1)[shard.start : shard.stop]
-                part[at : at + own.numel()] = own.to("cpu", dtype)
-        return part
-
-    def _slices(self, number: int) -> Iterator[tuple[nn.Parameter, int, int]]:
-        """Yield each parameter of a group with the beginning and the length of its slice."""
-        at = 0
-        for parameter in self.groups[number]:
-            size = cast(Any, parameter).ds_tensor.ds_numel
-            yield parameter, at, size
-            at += size

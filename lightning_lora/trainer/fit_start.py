@@ -23,7 +23,7 @@ from .compatibility import refuse_unoptimized, warn_of_frozen, warn_of_idle_opti
 from .eval_mode import explain_eval_mode
 from .hyperparameters import LoggedOptions, as_hyperparameters
 from .options import Options
-from .precision import refuse_for_quantised, refuse_unloadable
+from .precision import refuse_for_quantised, refuse_plain, refuse_unloadable
 from .start_batches import start_from_data
 
 
@@ -50,6 +50,7 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     warn_of_passed_over(handle.record)
     enable_input_require_grads([module for _, module in handle.modules])
     refuse_for_quantised(handle, trainer)
+    refuse_plain(handle, options.quantize)
     if options.save == "full":
         refuse_unloadable(handle.model)
     if options.save == "merged":

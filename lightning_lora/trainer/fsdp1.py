@@ -32,6 +32,7 @@ from ..model.live_state import LiveState
 from ..model.patches import call_previous, is_patched, patch
 from ..names import META, canonical, names_factor
 from .distributed_resume import accept_folders, check_complete
+from .lightning_packages import is_overridden
 
 WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
 OUTSIDE = "lora_outside"  # attribute of a strategy: the parameters outside of the flat tensors
@@ -53,6 +54,12 @@ def prepare_fsdp1(strategy: Any) -> None:
     Raises:
         LoRAError: its options cannot be used. The message says what to do.
     """
+    module = getattr(strategy, "lightning_module", None)
+    if module is not None and is_overridden("configure_sharded_model", module):
+        raise LoRAError(
+            "LoRACallback: configure_sharded_model wraps layers in FSDP1 so that the adapter would be laid into flat "
+            "weights. Do what it does in configure_model, or leave it out: FSDPStrategy(auto_wrap_policy=...)."
+        )
     for reason in _refused(getattr(strategy, "kwargs", {})):
         raise LoRAError(f"LoRACallback: FSDPStrategy cannot be used so: {reason}, or use {ALTERNATIVES}.")
     if is_patched(strategy, "_setup_model", _setup_model):
@@ -159,7 +166,8 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     if find_model(module) is None and WRAPPING not in vars(module):  # the adapter may have been taken out since
         return call_previous(strategy, previous, "_setup_model", model)
     wrapping = _wrapping(strategy)
-    if wrapping.root is None:
+    is_new = wrapping.root is None
+    if is_new:
         with _leaving_out(strategy):
             wrapping.root = call_previous(strategy, previous, "_setup_model", model)
     wrapping.put_in_order_()
@@ -167,7 +175,8 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     units = [unit for unit in _units(wrapping.root) if unit._handle is not None]
     inside = {id(parameter) for unit in units for parameter in unit._handle.flat_param._params}
     outside = [parameter for parameter in module.parameters() if id(parameter) not in inside]
-    _move_(outside, strategy.root_device)
+    if is_new:
+        _start_alike_(outside, strategy.root_device)
     setattr(strategy, OUTSIDE, outside)
     setattr(strategy, WHOLE, [unit for unit in units if not unit._handle.uses_sharded_strategy])
     patch(strategy.precision_plugin, "backward", _backward)
@@ -175,15 +184,18 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     return wrapping.root
 
 
-def _move_(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-    """Move parameters that FSDP1 leaves out to its device. In place."""
+def _start_alike_(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Move parameters that FSDP1 leaves out to its device, with the values of the first rank, as DDP does. In place."""
     for parameter in parameters:
         if parameter.is_meta:
             raise LoRAError(
-                "LoRACallback: FSDPStrategy gives memory to frozen weights alone, and a trained parameter of shape "
-                f"{tuple(parameter.shape)} is on the meta device. Build the model with memory, or use {ALTERNATIVES}."
+                "LoRACallback: FSDPStrategy gives memory to frozen weights, and a trained parameter of shape "
+                f"{tuple(parameter.shape)} is on the meta device. Build what is trained whole with memory, or use "
+                f"{ALTERNATIVES}."
             )
-        parameter.data = parameter.data.to(device)
+        whole = parameter.data.to(device).contiguous()
+        dist.broadcast(whole, 0)
+        parameter.data = parameter.data.to(device).copy_(whole)
 
 
 def _units(root: nn.Module) -> list[Any]:
@@ -262,12 +274,13 @@ def _teardown(strategy: Any, previous: Callable[..., Any] | None) -> None:
 @contextmanager
 def _block_backward_sync(strategy: Any, previous: Callable[..., Any] | None) -> Iterator[None]:
     """Average gradients once, after the last accumulated batch: the patched block_backward_sync."""
+    before = getattr(strategy, LATER, False)
     setattr(strategy, LATER, True)
     try:
         with call_previous(strategy, previous, "block_backward_sync"):
             yield
     finally:
-        delattr(strategy, LATER)
+        setattr(strategy, LATER, before)
 
 
 def _backward(
@@ -278,7 +291,7 @@ def _backward(
     strategy = module.trainer.strategy
     for unit in getattr(strategy, WHOLE):  # FSDP1 leaves plain tensors in place of their frozen parameters
         _Unit(unit).free()
-    if not hasattr(strategy, LATER) and getattr(strategy.model, "_sync_gradients", True):
+    if not getattr(strategy, LATER, False) and getattr(strategy.model, "_sync_gradients", True):
         average_gradients_(getattr(strategy, OUTSIDE))
 
 
@@ -305,7 +318,7 @@ def _average_bucket_(parameters: Sequence[nn.Parameter]) -> None:
     flat = torch.cat([there, *(gradient.reshape(-1) for gradient in gradients)])
     flat /= dist.get_world_size()
     dist.all_reduce(flat)
-    found, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    found, *means = torch.split(flat, [len(parameters), *(p.numel() for p in parameters)])
     lacks = any(p.grad is None for p in parameters)
     shares = found.tolist() if lacks else [1.0] * len(parameters)  # to read them, a GPU would be waited for
     for parameter, gradient, mean, share in zip(parameters, gradients, means, shares, strict=True):
@@ -375,15 +388,17 @@ def _rows_of_rank(value: Any) -> Any:
 def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimizer: Any) -> Any:
     """Return the state dict as one device has it; by names for a folder: the patched optimizer_state. Collective."""
     module = strategy.lightning_module
-    if find_model(module) is None:
+    handle = find_model(module)
+    if handle is None:
         return call_previous(strategy, previous, "optimizer_state", optimizer)
+    trained = handle.marked("trained")
     optimizer = getattr(optimizer, "_optimizer", optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     packed = optimizer.state_dict()
     state = dict(packed["state"])
     for number, parameter in enumerate(parameters):
-        if is_flat(parameter) and parameter.requires_grad:  # unfrozen after it was wrapped
-            whole = _whole_state(parameter, state.pop(number, {}))
+        if is_flat(parameter) and (parameter.requires_grad or id(parameter) in trained):  # unfrozen after wrapping
+            whole = _whole_state(parameter, state.pop(number, {}), type(optimizer).__name__)
             state |= {number: whole} if whole else {}
     if strategy._state_dict_type != "sharded":
         return {**packed, "state": state}
@@ -393,26 +408,34 @@ def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimiz
     return {"state": {names[number]: value for number, value in state.items()}, "param_groups": groups}
 
 
-def _whole_state(parameter: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Gather an optimizer's state of a parameter in slices, also from ranks whose slice is empty. Collective."""
-    group = flat_shard(parameter).group
-    here = {name: _described(value) for name, value in state.items()}
+def _whole_state(parameter: nn.Parameter, state: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+    """Gather an optimizer's state of a parameter in slices, also from ranks whose slice is empty. Collective.
+
+    Raises:
+        LoRAError: the state has not one value for each value of the parameter.
+    """
+    group, size = flat_shard(parameter).group, local(parameter).numel()
+    divided = {name: value for name, value in state.items() if _is_divided(value)}
+    misfits = [name for name, value in divided.items() if value.numel() != size]
+    here = {name: (value.dtype, None) if name in divided else (None, value) for name, value in state.items()}
     everywhere: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, here, group=group)
+    dist.all_gather_object(everywhere, (here, misfits), group=group)
+    for name in (name for _, found in everywhere for name in found):
+        raise LoRAError(
+            f"LoRACallback: a weight was unfrozen after FSDP1 had wrapped it, and of its slice {optimizer} keeps "
+            f"{name!r} in another size, so a checkpoint could not be resumed. Use an optimizer that keeps a value for "
+            "each value, such as AdamW, or name the weight's module in modules_to_save."
+        )
     whole: dict[str, Any] = {}
-    for name, (dtype, value) in {name: each for found in everywhere for name, each in found.items()}.items():
-        if dtype is None:
-            whole[name] = value
-        else:
-            own = state.get(name, local(parameter).new_empty(0, dtype=dtype))
-            whole[name] = gather(flat_like(own, parameter)).cpu()
+    for name, (dtype, value) in {name: each for found, _ in everywhere for name, each in found.items()}.items():
+        own = state.get(name, local(parameter).new_empty(0, dtype=dtype))
+        whole[name] = value if dtype is None else gather(flat_like(own, parameter)).cpu()
     return whole
 
 
-def _described(value: Any) -> tuple[torch.dtype | None, Any]:
-    """Return the dtype of values for each element, or a value that is the same for all of them."""
-    is_divided = isinstance(value, torch.Tensor) and value.dim() > 0
-    return (value.dtype, None) if is_divided else (None, value)
+def _is_divided(value: Any) -> bool:
+    """Return whether an optimizer's state has values for each value of its parameter."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def _load_checkpoint(strategy: Any, previous: Callable[..., Any] | None, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -473,5 +496,5 @@ def _load_optimizer_state_(optimizer: Any, saved: Mapping[str, Any]) -> None:
             part = slice(shard.start, shard.stop)
             values = state.pop(number).items()
             if shard.values.numel():
-                state[number] = {k: v.reshape(-1)[part].clone() if _described(v)[0] else v for k, v in values}
+                state[number] = {k: v.reshape(-1)[part].clone() if _is_divided(v) else v for k, v in values}
     optimizer.load_state_dict({**saved, "state": state})

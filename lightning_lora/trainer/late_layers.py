@@ -15,13 +15,14 @@ from ..model.initial_values import snapshot_initial
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, strip_adapters
 from ..model.injection import Injection
 from ..model.patches import call_previous, is_patched, patch, unpatch_method
+from ..model.quantise import quantise_
 from ..model.recorded_layers import describe_class
 from ..nn.adapted_weights import adapted_layers
 from .checkpoint_hooks import save_as
 from .compatibility import refuse_other_options
 from .deepspeed import outside_zero_init
 from .lightning_packages import is_overridden
-from .precision import convert_linear_layers_, leave_out_of_ddp_
+from .precision import convert_linear_layers_, leave_out_of_ddp_, naming_uneven_shards
 
 
 def adapt_late_layers(handle: AdaptedModel) -> None:
@@ -63,7 +64,7 @@ def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, com
         build()
         return
     record, layers = earlier.record, earlier.record.layers
-    with _allowing_injection(earlier):
+    with _allowing_injection(earlier), naming_uneven_shards(earlier):
         build()
     with outside_zero_init():
         _adapt_built(module, record, layers, name, complete)
@@ -76,6 +77,8 @@ def _adapt_built(module: nn.Module, record: Injection, layers: Collection[str], 
         return
     goes_on = handle.record is record and record.layers is layers  # else what was built is recorded already
     convert_linear_layers_(handle)
+    if handle.record.quantize is not None:
+        quantise_(handle, handle.record.quantize, handle.record.config)
     adapt_new_layers(handle)
     leave_out_of_ddp_(handle)
     if goes_on:

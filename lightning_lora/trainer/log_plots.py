@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -9,7 +10,7 @@ from torch import nn
 
 from ..errors import LoRAError, sentence
 from ..notices import tell
-from ..report.from_model import updates_of_model
+from ..report.from_model import record_norms, updates_of_model
 from ..report.pictures import has_matplotlib, pictures_of
 
 ADD = "add_figure"  # the method of a logger's experiment that takes a figure
@@ -42,6 +43,12 @@ def _experiments(trainer: Any) -> list[Any]:
     """Return the experiments of those loggers that take figures."""
     experiments = (getattr(logger, "experiment", None) for logger in trainer.loggers)
     return [experiment for experiment in experiments if hasattr(experiment, ADD)]
+
+
+def note_norms(module: nn.Module) -> None:
+    """Measure the adapted weights before training, so that the run's checkpoints give the same pictures. Collective."""
+    with contextlib.suppress(LoRAError):  # log_plots will say it
+        record_norms(module)
 
 
 def log_plots(trainer: Any, module: nn.Module) -> None:

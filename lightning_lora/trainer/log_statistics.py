@@ -23,7 +23,7 @@ from ..names import group_names
 from ..nn.adapted_weights import AdaptedWeights
 from ..report.statistics import Snapshot, layer_stats
 from .by_module import ByModule
-from .deepspeed import is_stepping, with_whole_gradients
+from .deepspeed_optimizer import is_stepping, with_whole_gradients
 
 MERGE_SECONDS, FIDELITY = "lora/merge_seconds", "lora/fidelity"
 
@@ -90,7 +90,7 @@ class StatisticsLog:
         run.snapshots.update(stats.snapshots)
         values = _of_last_merge(handle.record)
         for group, found in stats.groups.items():
-            values |= {f"lora/{_for_loggers(group)}/{name}": value for name, value in found.to_dict().items()}
+            values |= {f"lora/{group}/{name}": value for name, value in found.to_dict().items()}
         for name, value in values.items():
             metric = run.metrics.setdefault(name, StepStatistic())
             metric(value)
@@ -136,8 +136,3 @@ def _held_by(optimizer: torch.optim.Optimizer, layers: Mapping[str, AdaptedWeigh
     """Return the layers of which the optimizer holds a factor."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return {name: layer for name, layer in layers.items() if any(id(factor) in held for factor in layer.factors())}
-
-
-def _for_loggers(group: str) -> str:
-    """Return a group's name in letters that every logger takes: MLflow refuses the asterisk that stands for numbers."""
-    return group.replace("*", "N").replace("(the model)", "model")

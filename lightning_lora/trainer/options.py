@@ -12,6 +12,7 @@ from ..formats.lightning_checkpoint import Kind, check_kind
 from ..model.dequantize import dequantize_dtype
 from ..model.inject import fixed_seed
 from ..model.param_groups import check_ratio
+from ..model.quantise import check_kind_of_quantisation
 
 BOOLEANS = ("merged_eval", "verify", "merge_after_fit", "verbose")
 
@@ -26,6 +27,7 @@ class Options(Protocol):
     verify: bool
     seed: int | None
     merge_after_fit: bool
+    quantize: str | None
     dequantize: str | torch.dtype | None
     lr_ratio: float | None
     verbose: bool
@@ -34,6 +36,8 @@ class Options(Protocol):
 def check_own_options(options: Options) -> None:
     """Raise LoRAError if an option of the callback has a value that is not allowed. LoRAConfig checks its own."""
     check_kind(options.save)
+    if options.quantize is not None:
+        check_kind_of_quantisation(options.quantize, "LoRACallback")
     dequantize_dtype(options.dequantize, "LoRACallback")
     for name in BOOLEANS:
         value = getattr(options, name)

@@ -6,18 +6,26 @@ and would drop the adapters. So the layers are converted before injection; to co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
+from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..model.adapted_model import Listing
 from ..names import LIGHTNING, derives_from
 from ..nn.lora_layer import LoRALayer
-from ..nn.quantised import TORCHAO, quantised_as, quantised_modules, quantised_parameters
+from ..nn.nf4 import can_be_split
+from ..nn.quantised import NF4, is_nf4_tensor, is_of_torchao, quantised_as, quantised_modules, quantised_parameters
 from ..nn.quantised_state import is_of_lightning
 from .compatibility import AVERAGING
 
+DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
+IN_4_BITS = (NF4, "nf4", "fp4")
 LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a module that DDP wraps
 
 
@@ -65,24 +73,32 @@ def leave_out_of_ddp_(listing: Listing) -> None:
     """Exclude a module's torchao tensors from DDP, which cannot send them. Every process quantised the same base."""
     module = listing.model
     if _holds_torchao(listing):
-        names = [name for name, parameter in module.named_parameters() if _is_of_torchao(parameter)]
+        names = [name for name, parameter in module.named_parameters() if is_of_torchao(parameter)]
         earlier = vars(module).get(LEFT_OUT_OF_DDP, ())
         vars(module)[LEFT_OUT_OF_DDP] = list(dict.fromkeys([*earlier, *names]))
 
 
-def _is_of_torchao(parameter: object) -> bool:
-    return derives_from(parameter, "TorchAOBaseTensor", (TORCHAO,))
-
-
 def refuse_unloadable(module: nn.Module) -> None:
     """Raise LoRAError where Lightning could save a full checkpoint of a module but not load it again."""
-    for name, parameter in module.named_parameters():
-        if _is_of_torchao(parameter):
+    weights = ((f"{n}.{leaf}", p) for n, m in module.named_modules() for leaf, p in quantised_parameters(m).items())
+    for name, parameter in weights:
+        if is_of_torchao(parameter) or is_sharded(parameter):
+            what = "a torchao tensor" if is_of_torchao(parameter) else "a sharded quantised weight"
             raise LoRAError(
-                f"LoRACallback: save='full' would save {name!r}, a torchao tensor ({quantised_as(parameter)}), and "
-                "Lightning cannot load a checkpoint that holds one. Use save='adapter', which holds nothing of the "
+                f"LoRACallback: save='full' would save {name!r}, {what} ({quantised_as(parameter)}), and a "
+                "checkpoint that holds one cannot be loaded again. Use save='adapter', which holds nothing of the "
                 "base, or save='merged' with dequantize."
             )
+
+
+def refuse_plain(listing: Listing, quantize: str | None) -> None:
+    """Raise LoRAError where the callback was to quantise the base, and no weight of the model is quantised."""
+    if quantize is not None and not quantised_modules(listing.places):
+        raise LoRAError(
+            f"LoRACallback: quantize is {quantize!r}, but no weight of {type(listing.model).__name__} is quantised. "
+            "Where inject was called on the model already, call quantize_base(model) before it; else see "
+            "exclude_modules and modules_to_save, which leave layers as they are."
+        )
 
 
 def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
@@ -91,10 +107,11 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
     if not name:
         return
     weight = f"the weight of {name!r} is quantised ({quantised_as(next(iter(quantised_parameters(layer).values())))})"
-    if derives_from(trainer.strategy, "ModelParallelStrategy", LIGHTNING):
+    _refuse_sharding(listing, trainer.strategy)
+    if derives_from(trainer.strategy, "FSDPStrategy", LIGHTNING):
         raise LoRAError(
-            f"LoRACallback: {weight}, which ModelParallelStrategy cannot shard here. Use strategy='ddp', which holds "
-            "the quantised base whole on each device."
+            f"LoRACallback: {weight}, which FSDPStrategy cannot lay into a flat tensor with others. Use "
+            "strategy='ddp', which holds the quantised base whole on each device."
         )
     if derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) and _holds_torchao(listing):
         raise LoRAError(
@@ -106,6 +123,7 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
             f"LoRACallback: {weight}, and DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2) "
             "or strategy='ddp', which hold the quantised base whole on each device."
         )
+    _refuse_cast_bytes(listing, trainer)
     for callback in trainer.callbacks:
         if any(derives_from(callback, average, LIGHTNING) for average in AVERAGING):
             raise LoRAError(
@@ -114,8 +132,57 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
             )
 
 
+def _refuse_cast_bytes(listing: Listing, trainer: Any) -> None:
+    """Raise LoRAError where a Trainer would cast packed 4-bit values that are stored in a floating dtype."""
+    bits, _, way = str(trainer.precision).partition("-")
+    casts = derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) or (way == "true" and bits != "32")
+    dtype = DTYPES.get(bits) if casts else None
+    for name, layer in quantised_modules(listing.places).items() if dtype else ():
+        storage = getattr(layer._parameters["weight"], "quant_storage", None)  # bitsandbytes' attribute
+        if isinstance(storage, torch.dtype) and storage.is_floating_point and storage != dtype:
+            raise LoRAError(
+                f"LoRACallback: the bytes of {name!r} are stored in {storage}, and {type(trainer.strategy).__name__} "
+                f"with precision={trainer.precision!r} would cast them to {dtype}. Quantise the base with "
+                "bnb_4bit_quant_storage of that dtype, or of uint8."
+            )
+
+
+def _refuse_sharding(listing: Listing, strategy: Any) -> None:
+    """Raise LoRAError where a strategy would shard a weight that is quantised in a way that it cannot shard."""
+    by_rows = derives_from(strategy, "ModelParallelStrategy", LIGHTNING)
+    if not by_rows and not derives_from(strategy, "FSDPStrategy", LIGHTNING):
+        return
+    fitting = IN_4_BITS if by_rows and strategy._tensor_parallel_size == 1 else ()
+    for name, layer in quantised_modules(listing.places).items():
+        kind = quantised_as(next(iter(quantised_parameters(layer).values())))
+        if kind not in fitting:
+            raise LoRAError(
+                f"LoRACallback: the weight of {name!r} is quantised ({kind}), which {type(strategy).__name__} cannot "
+                "shard here. ModelParallelStrategy with tensor_parallel_size=1 (FSDP2) shards bases in 4 bits, of "
+                "bitsandbytes and quantize_base; strategy='ddp' holds any quantised base whole on each device."
+            )
+
+
+@contextmanager
+def naming_uneven_shards(listing: Listing) -> Iterator[None]:
+    """Inside, turn the error of fully_shard on an NF4Tensor that it cannot divide into one that names the weight."""
+    try:
+        yield
+    except (AssertionError, NotImplementedError) as error:  # torchao's own
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        for name, layer in quantised_modules(listing.places).items():
+            weight: Any = layer._parameters["weight"]
+            if is_nf4_tensor(weight) and not is_sharded(weight) and not can_be_split(weight, ranks):
+                raise LoRAError(
+                    f"LoRACallback: {name!r} has an NF4Tensor of shape {tuple(weight.shape)}, which cannot be divided "
+                    f"into equal rows with whole groups of scales for {ranks} ranks. Leave it out by "
+                    f"quantize_base(model, exclude_modules=[{name!r}]), or use another number of ranks."
+                ) from error
+        raise
+
+
 def _holds_torchao(listing: Listing) -> bool:
-    return any(_is_of_torchao(each) for _, owner in listing.modules for each in owner._parameters.values())
+    return any(is_of_torchao(each) for _, owner in listing.modules for each in owner._parameters.values())
 
 
 def _is_plain(layer: nn.Module | None) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.inject import begin_injection, random_seed
+from ..model.quantise import quantise_
 from ..model.rebuilt_modules import adopt_layers
 from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_only
 from .checkpoint_hooks import save_as
@@ -52,8 +53,12 @@ def _inject(trainer: Any, module: Any, options: Options) -> AdaptedModel:
     """Inject the module, and return its handle. In place."""
     listing = Listing(module)
     convert_linear_layers_(listing)
+    if options.quantize is not None:
+        quantise_(listing, options.quantize, options.config)
     seed = seed_text(options) or trainer.strategy.broadcast(random_seed())
-    return begin_injection(listing, options.config, seed=seed, given=options.given)
+    handle = begin_injection(listing, options.config, seed=seed, given=options.given)
+    handle.record.quantize = options.quantize
+    return handle
 
 
 def _adopt(trainer: Any, handle: AdaptedModel, options: Options) -> None:

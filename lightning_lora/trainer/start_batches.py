@@ -18,7 +18,7 @@ from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel
 from ..start.batches import Caller, Run
 from ..start.from_data import FROM_DATA, start_from_batches
-from .deepspeed import copy_to_optimizer_
+from .deepspeed_optimizer import copy_to_optimizer_
 from .lightning_packages import package_of
 
 GRADIENT_BATCHES = 8  # the mean gradient over so many batches

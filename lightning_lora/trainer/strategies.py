@@ -7,7 +7,7 @@ patched. While they run, the module's state dict holds only the tensors of the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed.sharding import local
+from ..distributed.sharding import is_sharded, local
+from ..errors import LoRAError
 from ..exchange.apply import apply_adapter
 from ..exchange.checkpoint_of_model import prepare_for_load
-from ..formats.distributed_folder import read_without_values
+from ..formats.distributed_folder import is_of_fsdp1, read_without_values
 from ..formats.lightning_checkpoint import adapter_of
 from ..model.adapted_model import AdaptedModel, find_model
+from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.initial_values import snapshot_materialised
 from ..model.patches import call_previous, patch
 from ..model.state_dict import adapter_keys, merge_state_dict
@@ -60,7 +62,9 @@ def _state_dict(strategy: Any, previous: Callable[[], Any] | None) -> Any:
     def of_kind(state: Mapping[str, Any]) -> Mapping[str, Any]:
         if handle is not None and kind == "adapter":
             return {name: state[name] for name in adapter_keys(handle)}
-        return merge_state_dict(handle, state) if handle is not None and kind == "merged" else state
+        if handle is not None and kind == "merged":
+            return merge_state_dict(handle, state, dequantize_dtype(handle.record.dequantize, "checkpoint"))
+        return state
 
     with _state_dict_shown_as(module, of_kind):
         gathered = call_previous(strategy, previous, "lightning_module_state_dict")
@@ -78,6 +82,11 @@ def _load_checkpoint(
     if handle is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(handle)
+    if is_of_fsdp1(path):
+        raise LoRAError(
+            f"{path}: FSDPStrategy wrote this folder, with names that ModelParallelStrategy does not look for. Resume "
+            "with FSDPStrategy, 'ddp' or one device, or save one file: FSDPStrategy(state_dict_type='full')."
+        )
     checkpoint = read_without_values(path, before_torch=True)
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
@@ -85,15 +94,21 @@ def _load_checkpoint(
         refuse_foreign_resume(module, checkpoint, loaded)
         check_complete(handle, loaded, path)
     prepare_for_load(module, checkpoint, values_follow=True)  # raises where it does not fit
-    copies = []
+    copies, passed_over = [], dict[str, nn.Module]()
     if kind == "merged":
+        passed_over = quantised_weights(handle.places)  # they are plain in the file, and stay as they are here
+        loaded -= passed_over.keys()
         if path.is_dir():  # the smallest tensor, because torch takes no empty state dict
             state = checkpoint["state_dict"]
             loaded = {min((n for n in loaded if isinstance(state[n], torch.Tensor)), key=lambda n: state[n].numel())}
         copies = _copy_weights(handle, loaded)  # Lightning loads W' into them
+    _refuse_quantised(handle, loaded, path)
     strict, module.strict_loading = module._strict_loading, False  # it would miss what is left out by design
     try:
-        with _state_dict_shown_as(module, lambda state: {name: state[name] for name in state if name in loaded}):
+        with (
+            _passed_over(passed_over),
+            _state_dict_shown_as(module, lambda state: {name: state[name] for name in state if name in loaded}),
+        ):
             content = call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     finally:
         module._strict_loading = strict  # the property would turn None into True
@@ -105,6 +120,16 @@ def _load_checkpoint(
     return content
 
 
+def _refuse_quantised(handle: AdaptedModel, names: Collection[str], path: Path) -> None:
+    """Raise LoRAError where a file's plain weights would be loaded over weights that are quantised and sharded."""
+    for name, owner in quantised_weights(handle.places).items():
+        if name in names and is_sharded(owner._parameters[name.rpartition(".")[2]]):
+            raise LoRAError(
+                f"{path}: holds the base, but {name!r} is quantised and sharded here. Load the base before "
+                "quantize_base and fully_shard, and after them only an adapter or a merged checkpoint."
+            )
+
+
 def _copy_weights(handle: AdaptedModel, names: set[str]) -> list[tuple[AdaptedWeights, str, torch.Tensor]]:
     """Copy this rank's shards of adapted weights, of those with these names."""
     return [
@@ -113,6 +138,19 @@ def _copy_weights(handle: AdaptedModel, names: set[str]) -> list[tuple[AdaptedWe
         for leaf, weight in layer.adapted_weights().items()
         if layer.weight_name(name, leaf) in names
     ]
+
+
+@contextmanager
+def _passed_over(weights: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let Lightning pass over these parameters when it loads a single file, as it does over non-persistent buffers."""
+    places = [(owner._non_persistent_buffers_set, name.rpartition(".")[2]) for name, owner in weights.items()]
+    for names, leaf in places:
+        names.add(leaf)
+    try:
+        yield
+    finally:
+        for names, leaf in places:
+            names.discard(leaf)
 
 
 @contextmanager

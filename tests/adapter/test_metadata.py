@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from lightning_lora.adapter.metadata import decode_fingerprint as read_prints
 from lightning_lora.adapter.metadata import decode_layers as read_layers
 from lightning_lora.adapter.metadata import encode_fingerprint as shorten_prints
 from lightning_lora.adapter.metadata import encode_layers as shorten_layers
+from lightning_lora.adapter.metadata import from_metadata, to_metadata
 from lightning_lora.command.convert import to_lightning
 from lightning_lora.formats.lightning_checkpoint import in_one_storage
+from lightning_lora.formats.sources import read_source
 from support.models import checkpoint
 
 LAYERS = 1000
@@ -42,6 +45,22 @@ def test_shortened_fingerprint_reads_back_unchanged(dtype: torch.dtype):
     short = shorten_prints(prints)
     assert repr(dict(sorted(read_prints(short).items()))) == repr(dict(sorted(prints.items())))  # NaN equals NaN
     assert json.loads(json.dumps(short, allow_nan=False)) == short
+
+
+def test_norms_of_weights_read_back_and_a_damaged_one_is_refused():
+    net = nn.Sequential(nn.Linear(3, 2))
+    inject(net, LoRAConfig(r=1))
+    given = read_source(checkpoint(net, "adapter"), verb="test")
+    entry = given.fingerprint["0.weight"]
+    known = replace(given, fingerprint={**given.fingerprint, "0.weight": {**entry, "norm": 2.5}})
+    assert "norms" not in to_metadata(given)
+    metadata = json.loads(json.dumps(to_metadata(known)))
+    assert from_metadata(given.tensors, metadata, "file").fingerprint == known.fingerprint
+    for wrong in ({"0.weight": -1.0}, {"0.weight": math.inf}, {"0.weight": "1"}, {"0.weight": True}, [1.0]):
+        with pytest.raises(LoRAError, match="file: the adapter's description is damaged"):
+            from_metadata(given.tensors, {**metadata, "norms": wrong}, "file")
+    other = from_metadata(given.tensors, {**metadata, "norms": {"elsewhere": 1.0}}, "file")
+    assert other.fingerprint == given.fingerprint
 
 
 def test_fingerprint_names_the_first_difference_in_the_order_of_the_model(tmp_path):

@@ -1,6 +1,6 @@
 """DoRA: training steps, merge cycles and peak memory against peft's use_dora on the same stack of layers.
 
-    python tests/benchmarks/dora.py --seconds 8
+    python tests/benchmarks/run.py dora --seconds 8
 
 `LoRA` is our plain LoRA on the same layers, and `floor` the frozen stack.
 """

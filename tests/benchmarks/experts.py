@@ -1,6 +1,6 @@
 """One stack of experts: forward and backward of the frozen base, of W + left @ right, factored, and by peft.
 
-    python tests/benchmarks/experts.py --seconds 20
+    python tests/benchmarks/run.py experts --seconds 20
 
 Beside each median: the bytes kept for backward that are not the weight itself.
 """
@@ -18,6 +18,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_lora.nn.factored_weight import FactoredWeight
+
+HEADER = "| weight | step | kept for the backward |"
 
 Step = Callable[[], None]
 
@@ -94,19 +96,21 @@ def kept_bytes(step: Step, shape: tuple[int, int, int]) -> int:
     return sum(kept.values())
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--shape", type=int, nargs=3, default=(8, 2048, 1024), metavar=("E", "OUT", "IN"))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--dtype", default="float32")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     shape = tuple(options.shape)
     candidates = steps(shape, options.rank, options.tokens, getattr(torch, options.dtype))
     times = interleaved(candidates, options.seconds, "cpu")
+    print(HEADER)
+    print("|" + "---|" * (HEADER.count("|") - 1))
     for name, step in candidates.items():
-        print(f"{name:18} {milliseconds(times, name):7.1f} ms {kept_bytes(step, shape) / 1e6:7.1f} MB")
+        print(f"| {name} | {milliseconds(times, name):.1f} ms | {kept_bytes(step, shape) / 1e6:.1f} MB |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a GPU is asked to do in a step and in a merge cycle: counted on a pretended device, beside peft.
 
-    python tests/benchmarks/launches.py            # print the table and write it into README.md beside this file
-    python tests/benchmarks/launches.py --time     # on a GPU: milliseconds by CUDA events instead
+    python tests/benchmarks/run.py launches            # print the table and write it into README.md beside this file
+    python tests/benchmarks/run.py launches --time     # on a GPU: milliseconds by CUDA events instead
 
 Per layer, over the frozen network with a backward to its input (the "floor").
 """
@@ -277,10 +277,10 @@ def times(row: Row, dtype: torch.dtype) -> list[str]:
     return ["" if work is None else f"{milliseconds(work):.3f}" for work in works]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time", action="store_true", help="milliseconds by CUDA events, on a GPU")
-    if parser.parse_args().time:
+    if parser.parse_args(arguments).time:
         print_times()
         return
     table = markdown(all_counts())

@@ -1,6 +1,6 @@
 """`lightning-lora merge` on a generated model folder: time against copying the same files, peak memory, right values.
 
-    python tests/benchmarks/merge_large.py --gigabytes 8 --folder /somewhere/with/space
+    python tests/benchmarks/run.py large --gigabytes 8 --folder /somewhere/with/space
 
 Every weight matrix but the embeddings has an adapter of rank 16. Copying and merging end with the data on disk (fsync);
 merging runs as a program of its own, which reports its peak resident memory (Linux). Everything is deleted at the end.
@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 RANK, ALPHA, VOCABULARY = 16, 32, 32_000
 SHARD = 2 * 10**9
+HEADER = "| base | merge | copy | peak resident memory | elements checked in float64 | not the nearest |"
 Shapes = dict[str, tuple[int, int]]
 
 
@@ -223,17 +224,36 @@ def measure(folder: Path, gigabytes: float, width: int = 4096, vocabulary: int =
     }
 
 
-def main() -> None:
+def line(found: Any) -> str:
+    """The row of a base: means of the rounds."""
+    merges, copies = (sum(found[f"{name}_seconds"]) / len(found[f"{name}_seconds"]) for name in ("merge", "copy"))
+    imports = found["peak_of_the_imports_alone"] / 1e6
+    peak = f"{found['peak_bytes'] / 1e6:.0f} MB ({imports:.0f} MB of it imports)"
+    size = f"{found['base_bytes'] / 1e9:.2f} GB"
+    return (
+        f"| {size} | {merges:.1f} s | {copies:.1f} s | {peak} | {found['elements']:,} | {found['not_nearest']:,.0f} |"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[8.0])
     parser.add_argument("--folder", type=Path, default=None, help="needs three times the size")
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=2)
-    options = parser.parse_args()
+    parser.add_argument(
+        "--json", type=Path, default=None, help="also add all figures to this file, a line for each size"
+    )
+    options = parser.parse_args(arguments)
+    print(HEADER)
+    print("|" + "---|" * (HEADER.count("|") - 1))
     for gigabytes in options.gigabytes:
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             found = measure(Path(name) / "run", gigabytes, options.width, rounds=options.rounds)
-            print(json.dumps({"gigabytes": gigabytes, **found}), flush=True)
+        print(line(found), flush=True)
+        if options.json:
+            with open(options.json, "a") as file:
+                file.write(json.dumps({"gigabytes": gigabytes, **found}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Single parameters: training steps, merge cycles and peak memory against peft's target_parameters on the same model.
 
-    python tests/benchmarks/parameters.py --seconds 8
+    python tests/benchmarks/run.py parameters --seconds 8
 
 `floor` is the same model frozen, without adapters.
 """

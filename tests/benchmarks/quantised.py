@@ -1,6 +1,6 @@
 """Training steps and forwards on quantised bases: time and peak memory against peft on the same model.
 
-    python tests/benchmarks/quantised.py --width 512 --seconds 6
+    python tests/benchmarks/run.py quantised --width 512 --seconds 6
 
 The network is stack.py's, quantised by bitsandbytes; `floor` is the same frozen, without adapters.
 """

@@ -1,7 +1,7 @@
 """The table and plot in README.md, out of what run.py wrote.
 
-python tests/benchmarks/run.py --runs 5 --json tests/benchmarks/results.json
-python tests/benchmarks/report.py
+python tests/benchmarks/run.py network --runs 5 --keep   # measures anew
+python tests/benchmarks/report.py                        # of the results that are kept
 """
 
 from __future__ import annotations
@@ -21,6 +21,18 @@ COLUMNS = {
         "ms a step",
     ],
 }
+HEADER = "| work | sizes | against peft | against loralib | against the least possible |"
+TO_PEFT = (
+    "of peft",
+    "of peft's",
+    "against peft",
+    "of peft's hotswap",
+    "of peft's loading anew",
+    "of peft's from memory",
+)
+TO_OTHERS = ("of the floor", "against the floor", "of LoRA", "of our LoRA", "of our loading anew", "least", "peft")
+SUBJECTS = ("base", "model", "dtype", "d", "ranks", "the model is", "start", "weight", "rows", "hidden")
+BEGIN_SLOWER, END_SLOWER = "<!-- slower: written by tests/benchmarks/report.py -->\n", "<!-- end of slower -->"
 SHOWN = [  # in the plot: the kind of work, its size, and its name there
     ("training step {}", "d=768", "training step"),
     ("training step {}, dropout 0.05", "d=768", "the same with\ndropout 0.05"),
@@ -40,7 +52,7 @@ def markdown(content: dict[str, Any]) -> str:
     for row in content["rows"]:
         work.setdefault(row["what"], []).append(row)
     lines = [
-        "| work | sizes | " + " | ".join([*COLUMNS][:2]) + " | against the least possible |",
+        HEADER,
         "|---|---|---|---|---|",
     ]
     for what, rows in work.items():
@@ -49,7 +61,14 @@ def markdown(content: dict[str, Any]) -> str:
             sizes = list(dict.fromkeys(row["at"] for row in rows))
             lines.append(f"| {what} | {', '.join(sizes)} | {' | '.join(cells)} |")
     return "\n".join(
-        [f"{content['machine']}; medians of {content['runs']} runs:", "", *lines, *_missed(content["rows"])]
+        [
+            f"{content['machine']}, {content['date']}; medians of {content['runs']} runs:",
+            "",
+            *lines,
+            "",
+            _merges_in_words(content["rows"]),
+            *_missed(content["rows"]),
+        ]
     )
 
 
@@ -62,6 +81,56 @@ def _missed(rows: list[dict[str, Any]]) -> list[str]:
         for row in missed
     ]
     return ["", f"{len(missed)} of {sum(row['target'] is not None for row in rows)} goals are not reached:", "", *lines]
+
+
+def _merges_in_words(rows: list[dict[str, Any]]) -> str:
+    """The milliseconds of the merges of 24 small layers, which the table has as ratios."""
+    work = [row for row in rows if row["what"] == "merge and unmerge fp32, 24 layers"]
+    ours = {row["at"]: row for row in work if row["figure"] == "ours"}
+    shares = {row["at"]: row["value"] for row in work if row["figure"] == "/ peft"}
+    texts = [
+        f"{row['value']:.2g} ms at {at} ({row['lowest']:.2g} to {row['highest']:.2g}; peft about "
+        f"{row['value'] / shares[at]:.2g})"
+        for at, row in ours.items()
+    ]
+    return (
+        "In plain words: a validation merges once and unmerges once. With the 24 float32 layers of this network that "
+        f"takes {', '.join(texts)}."
+    )
+
+
+def read_tables(page: str) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return each table of a page in Markdown: the heading above it, its header, and its rows."""
+    tables: list[tuple[str, list[str], list[list[str]]]] = []
+    heading, lines = "", page.splitlines()
+    for number, line in enumerate(lines):
+        heading = line.removeprefix("## ") if line.startswith("## ") else heading
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|---"):
+            header = [cell.strip() for cell in lines[number - 1].strip("|").split("|")]
+            tables.append((heading, header, []))
+        elif line.startswith("|") and tables and number and lines[number - 1].startswith("|"):
+            tables[-1][2].append(cells)
+    return tables
+
+
+def slower(page: str) -> str:
+    """A list of the ratios to peft that are above 1, in the tables that are of single variants."""
+    found: dict[str, dict[str, list[str]]] = {}  # by heading, by what was measured
+    for heading, header, rows in read_tables(page):
+        subjects = [column for column, name in enumerate(header) if name in SUBJECTS]
+        ratios = [column for column, name in enumerate(header) if name in TO_PEFT]
+        for row, column in ((row, column) for row in rows for column in ratios if 0 in subjects):
+            if float(row[column]) > 1:
+                what = next(name for name in header[column::-1] if name not in (*TO_PEFT, *TO_OTHERS))
+                named = (f"{header[i]} {row[i]}" if row[i].isdigit() else row[i] for i in subjects)
+                texts = found.setdefault(heading, {}).setdefault("start" if what == "ours" else what, [])
+                texts.append(f"{row[column]} ({', '.join(named)})")
+    return "\n".join(
+        f"- [{heading}](#{heading.lower().replace(' ', '-')}), {what}: {', '.join(texts)}"
+        for heading, of_heading in found.items()
+        for what, texts in of_heading.items()
+    )
 
 
 def _cell(rows: list[dict[str, Any]], figures: list[str]) -> str:
@@ -107,11 +176,15 @@ def plot(content: dict[str, Any]) -> Any:
     return figure
 
 
+def _between(page: str, begin: str, end: str, text: str) -> str:
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n\n{end}{rest.split(end)[1]}"
+
+
 def main() -> None:
     content = json.loads(RESULTS.read_text())
-    before, rest = README.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{markdown(content)}\n\n{END}{after}")
+    page = _between(README.read_text(), BEGIN, END, markdown(content))
+    README.write_text(_between(page, BEGIN_SLOWER, END_SLOWER, slower(page)))
     plot(content).savefig(PLOT)
 
 

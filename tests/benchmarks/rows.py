@@ -1,6 +1,6 @@
 """Trained rows of tables: training steps, merge cycles and peak memory against peft's on the same model.
 
-    python tests/benchmarks/rows.py --seconds 8
+    python tests/benchmarks/run.py rows --seconds 8
 
 The model is a Llama-like one with LoRA on its attention, of whose embeddings the last rows are trained as well: 16 new
 tokens of a vocabulary 32 times as large as the model is wide. `floor` is the same model frozen, without adapters.

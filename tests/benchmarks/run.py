@@ -1,105 +1,91 @@
-"""Benchmarks against peft, loralib and the floor: python tests/benchmarks/run.py
+"""Every table of README.md by one command: python tests/benchmarks/run.py NAME...
 
-Ratios are medians over interleaved rounds of one run, and with --runs over the runs. They are worth reading on a
-machine that does nothing else.
+Without a name it measures the network, whose table and plot come first. `all` measures every table, with the options
+that README.md's figures were measured with. For one name, the program's own options may follow:
+
+    python tests/benchmarks/run.py dora --seconds 5
+    python tests/benchmarks/run.py dora --help
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
-from collections.abc import Iterator
-from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+import importlib
+import sys
+from dataclasses import dataclass
 
-import groups
-import torch
-from fit import f_fit, g_hooks
-from groups import Options, Row
 
-GROUPS = {
-    "a": groups.a_training_step,
-    "b": groups.b_forward,
-    "c": groups.c_merge,
-    "d": groups.d_memory,
-    "e": groups.e_many_layers,
-    "f": f_fit,
-    "g": g_hooks,
+@dataclass(frozen=True)
+class Program:
+    """A file beside this one that prints tables."""
+
+    file: str
+    about: str
+    tables: tuple[str, ...]  # the names of the constants that hold the tables' headers
+    options: str = ""  # that README.md's figures were measured with
+
+    def headers(self) -> list[str]:
+        """Return the first line of each of its tables."""
+        module = importlib.import_module(self.file)
+        found = (getattr(module, name) for name in self.tables)
+        return [header if isinstance(header, str) else header[0] for header in found]
+
+    def run(self, options: list[str]) -> None:
+        importlib.import_module(self.file).main(options)
+
+
+ONE_THREAD = "--seconds 5 --threads 1"
+PROGRAMS = {
+    "network": Program(
+        "network",
+        "steps, forwards, merges, memory, many layers and Trainer.fit, against peft, loralib and the floor",
+        ("HEADER",),
+    ),
+    "launches": Program("launches", "what a device is asked to do, counted; no GPU is needed", ("HEADER",)),
+    "quantised": Program("quantised", "steps on bases of bitsandbytes", ("HEADER",), "--width 512"),
+    "parameters": Program("parameters", "LSTM, GRU and Mixtral by target_parameters", ("HEADER",), ONE_THREAD),
+    "blocks": Program("blocks", "merges with other sizes of blocks", ("HEADER",), "--threads 1"),
+    "experts": Program("experts", "one stack of experts, in four ways", ("HEADER",)),
+    "rows": Program("rows", "trained rows of tables", ("HEADER",), ONE_THREAD),
+    "dora": Program("dora", "DoRA", ("HEADER",), ONE_THREAD),
+    "swap": Program("swap", "one adapter in the place of another", ("HEADER",), "--seconds 10 --threads 1"),
+    "starts": Program(
+        "starts",
+        "starts from the weight",
+        ("START_HEADER", "STEP_HEADER"),
+        "--threads 1 --rounds 2 --width 256 768 --seconds 5 --hidden",
+    ),
+    "data": Program(
+        "starts",
+        "starts from data",
+        ("DATA_HEADER",),
+        "--sides --width --hidden 256 --data-rounds 3 --threads 1",
+    ),
+    "large": Program("merge_large", "lightning-lora merge of a big model", ("HEADER",), "--gigabytes 2 8"),
 }
+ALL = "all"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default=",".join(GROUPS), help="groups, as a,c")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--compile", action="store_true", help="compile the models of group a (on CUDA: both)")
-    parser.add_argument("--runs", type=int, default=1, help="of everything, one after another; medians are kept")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="also write rows and machine there")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(machine := describe(arguments.threads))
-    options = options_for(arguments.quick, arguments.compile)
-    runs = []
-    for number in range(arguments.runs):
-        print(f"run {number + 1} of {arguments.runs}")
-        runs.append(list(_measured(arguments.only.split(","), options)))
-    if arguments.json:
-        content = {
-            "machine": machine,
-            "runs": arguments.runs,
-            "rows": [_median(rows) for rows in zip(*runs, strict=True)],
-        }
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+def main(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else arguments
+    count = next((i for i, argument in enumerate(given) if argument.startswith("-")), len(given))
+    names, options = given[:count] or ["network"], given[count:]
+    if given in (["--help"], ["-h"]):
+        print(usage())
+        return
+    unknown = [name for name in names if name not in (*PROGRAMS, ALL)]
+    if unknown:
+        raise SystemExit(f"{unknown[0]!r} is no table.\n\n{usage()}")
+    if ALL in names:
+        names = [*PROGRAMS]
+    if options and len(names) > 1:
+        raise SystemExit(f"Options are for one table, not for {len(names)}.")
+    for name in names:
+        print(f"{name}: {PROGRAMS[name].about}", flush=True)
+        PROGRAMS[name].run(options or PROGRAMS[name].options.split())
 
 
-def _measured(keys: list[str], options: Options) -> Iterator[Row]:
-    for key in keys:
-        for row in GROUPS[key](options):
-            print(line(row), flush=True)
-            yield row
-
-
-def _median(rows: tuple[Row, ...]) -> dict[str, Any]:
-    """One row of every run as one, with the lowest and the highest value."""
-    values = [row.value for row in rows]
-    row = replace(rows[0], value=statistics.median(values))
-    return {**vars(row), "verdict": row.verdict, "lowest": min(values), "highest": max(values)}
-
-
-def options_for(quick: bool, compiled: bool) -> Options:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    both = (False, True) if device == "cuda" else (compiled,)
-    if quick:
-        return Options(device, 0.01, (32, 64), (torch.bfloat16,), (10, 20), (64,), (compiled,), {20: None})
-    dtypes = (torch.float32, torch.bfloat16)
-    hooks = {20: None, 200: 0.1, 2000: 0.5}
-    return Options(device, 3.0, (128, 256, 512, 768), dtypes, (100, 300, 1000, 3000), (1024, 4096), both, hooks)
-
-
-def describe(threads: int) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "peft", "loralib"))
-    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return f"{chip}, {threads} threads, load {os.getloadavg()[0]:.2f}, Python {platform.python_version()}, {versions}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(entry.split(":")[1].strip() for entry in lines if entry.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def line(row: Row) -> str:
-    goal = "" if row.target is None else f"  (at most {row.target:g}: {row.verdict})"
-    what = f"{', '.join(filter(None, (row.what, row.at)))}: {row.figure}"
-    return f"{row.group}  {what:<72} {row.value:10.3f} {row.unit:<4}{goal}"
+def usage() -> str:
+    return "\n".join([str(__doc__), *(f"  {name:12}{program.about}" for name, program in PROGRAMS.items())])
 
 
 if __name__ == "__main__":

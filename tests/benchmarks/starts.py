@@ -1,6 +1,6 @@
 """Adapters that start from the weight or from data: how long that takes beside peft's, and what a training step costs.
 
-    python tests/benchmarks/starts.py --sides 512 1024 2048 --width 512 --seconds 10
+    python tests/benchmarks/run.py starts --sides 512 1024 2048 --width 512 --seconds 10
 
 The weights of the first table have singular values that fall as 1, 1/2, 1/3, ... to the power of 1/2. In the second,
 `LoRA` is the same model with an adapter that starts as zero. The third is of a Llama whose adapters start from batches.
@@ -12,7 +12,7 @@ import argparse
 import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -216,10 +216,11 @@ def data_row(init: str, hidden: int, batches: Batches, rounds: int) -> list[str]
     ]
 
 
-def show(header: str, rows: Any) -> None:
-    print(header)
-    print("|" + "---|" * (header.count("|") - 1))
-    for row in rows:
+def show(header: str, rows: Iterable[list[str]]) -> None:
+    for number, row in enumerate(rows):
+        if not number:
+            print(header)
+            print("|" + "---|" * (header.count("|") - 1))
         print("| " + " | ".join(row) + " |", flush=True)
 
 

@@ -1,6 +1,6 @@
 """Another adapter in the place of one: swapped in, beside peft's hotswap and beside loading anew.
 
-    python tests/benchmarks/swap.py --seconds 10
+    python tests/benchmarks/run.py swap --seconds 10
 
 A network of linear layers, all adapted; the adapters are PEFT folders, read from disk at each call. `anew` takes the
 adapter out and loads the other one onto the plain model: ours by unload and load_adapter, peft's by unload and

@@ -61,6 +61,7 @@ COMBINE = "combine IN/adapter IN/another --weights 1 1 --output out"
 # By verb and flag: a command, what is added to it, and what must differ then, the rest being the same.
 CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("info", "--json"): ("info IN/adapter", "--json", "printed"),
+    ("info", "--for"): ("info IN/adapter", "--for=vllm", "printed"),
     ("diff", "--json"): ("diff IN/base IN/tuned", "--json", "printed"),
     ("merge", "--dtype"): (MERGE, "--dtype=float16", "files"),
     ("merge", "--max-shard-size"): (MERGE, "--max-shard-size=60", "files"),
@@ -73,6 +74,7 @@ CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("import", "--overwrite"): ("import IN/another out.ckpt", "--overwrite", "status"),
     ("extract", "--overwrite"): (EXTRACT, "--overwrite", "status"),
     ("export", "--lora-alpha"): ("export IN/bare.pt out", "--lora-alpha=3", "status"),
+    ("export", "--plain"): ("export IN/adapter out", "--plain", "files"),
     ("import", "--lora-alpha"): ("import IN/bare.pt out.ckpt", "--lora-alpha=3", "status"),
     ("plot", "--overwrite"): ("plot IN/another --output out.png", "--overwrite", "status"),
     ("plot", "--strict-base"): (PLOT_ON_ANOTHER, "--strict-base=false", "status"),

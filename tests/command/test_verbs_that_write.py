@@ -64,13 +64,14 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the work began")
 
     for target in (
-        "convert.adapter_with_options",
-        "merge.adapter_with_options",
-        "main.extract",
-        "main.open_weights",
-        "main.plot_adapter",
+        "command.convert.adapter_with_options",
+        "command.convert.export_adapter",
+        "command.merge.adapter_with_options",
+        "command.main.extract",
+        "command.main.open_weights",
+        "command.main.plot_adapter",
     ):
-        monkeypatch.setattr(f"lightning_lora.command.{target}", read)
+        monkeypatch.setattr(f"lightning_lora.{target}", read)
 
 
 OVERLAPPING = {  # an input, something inside one, and what holds one

@@ -1,18 +1,33 @@
-"""Flat slices of a weight: cut into matrices, merged and restored in place, without a process group."""
+"""Flat slices of a weight: cut into matrices, merged and restored in place, and put together over ranks."""
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject
+from lightning_lora import LoRAConfig, inject, is_merged, merge, merged_state_dict, unmerge
+from lightning_lora.distributed import sharding
 from lightning_lora.distributed.flat import FlatShard, attach, flat_like, is_flat, make_plain, pieces, whole_shape
-from lightning_lora.distributed.sharding import detached, local, windows
+from lightning_lora.distributed.sharding import (
+    copies_of,
+    copy_,
+    detached,
+    full_tensor,
+    local,
+    rows_of,
+    samples_of_all,
+    windows,
+)
+from lightning_lora.errors import NonFiniteError
+from lightning_lora.exchange.take import fingerprint
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, restored_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock, crop_to_slice
+from support.processes import world
 from support.sharded_adapters import assert_same_bits
 
 CPU = torch.device("cpu")
@@ -140,3 +155,110 @@ def test_tensor_is_flat_while_it_is_attached():
     make_plain(tensor)
     assert not is_flat(tensor)
     assert not is_flat(None)
+
+
+# --- on two ranks ---
+
+WEIGHTS = {  # name of the layer in the network: how its weight is divided over two ranks
+    "0": (0, 20, 42),
+    "2": (0, 24, 42),
+    "4": (0, 0, 24),  # all of it on the second rank
+}
+
+
+def divide_(net: nn.Sequential) -> dict[str, torch.Tensor]:
+    """Divide the weights of a network over two ranks, and return this rank's slices. In place."""
+    slices = {}
+    for name, places in WEIGHTS.items():
+        weight = net.get_submodule(name).weight
+        start, stop = places[dist.get_rank()], places[dist.get_rank() + 1]
+        slices[name] = weight.detach().flatten()[start:stop].clone()
+        shard = FlatShard(slices[name], start, weight.shape, dist.group.WORLD, CPU)
+        attach(weight, lambda shard=shard: shard)
+        weight.data = weight.data.new_empty(0)
+    return slices
+
+
+def plain_net(**options: object) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4))
+    if options:
+        inject(net, LoRAConfig(**{"r": 2, "init_lora_weights": False} | options))
+    return net
+
+
+def exchanged() -> None:
+    whole = plain_net()
+    divide_(net := plain_net())
+    for dtype in DTYPES:
+        values = torch.tensor([[-0.0, math.nan, 1.5], [math.inf, 2.0, -3.0]], dtype=dtype)
+        own = values.flatten()[:2] if dist.get_rank() == 0 else values.flatten()[2:]
+        shard = FlatShard(own, 2 * dist.get_rank(), values.shape, dist.group.WORLD, CPU)
+        attach(own, lambda shard=shard: shard)
+        assert torch.equal(bits(full_tensor(own)), bits(values))
+    for name in WEIGHTS:
+        flat, plain = net.get_submodule(name).weight, whole.get_submodule(name).weight
+        assert_same_bits({"W": full_tensor(flat)}, {"W": plain.detach()})
+        assert_same_bits({"rows": rows_of(flat, [2, 0])}, {"rows": plain.detach()[[2, 0]]})
+        assert samples_of_all([(flat, (0, 5, 20))]) == samples_of_all([(plain, (0, 5, 20))])
+        kept = copies_of({"W": flat})["W"]
+        copy_(flat, torch.ones(plain.shape))
+        copy_(target := torch.zeros(plain.shape), flat)
+        assert torch.equal(target, torch.ones(plain.shape))
+        copy_(flat, kept)
+        assert_same_bits({"W": full_tensor(flat)}, {"W": plain.detach()})
+
+
+def test_values_of_slices_are_gathered_read_and_copied_as_those_of_the_whole():
+    world().run(exchanged)
+
+
+OPTIONS = [{"target_modules": ["0", "2", "4"]}, {"target_modules": ["0", "2", "4"], "use_dora": True}]
+
+
+def merged_on_ranks(options: dict[str, object]) -> None:
+    expected = merged_state_dict(plain_net(**options))
+    slices = divide_(net := plain_net(**options))
+    before = {name: values.clone() for name, values in slices.items()}
+    gathered: list[tuple[int, ...]] = []
+    own, sharding.gather = sharding.gather, lambda tensor: gathered.append(tuple(whole_shape(tensor))) or own(tensor)
+    try:
+        known = fingerprint(net)
+        merge(net)
+        for name, places in WEIGHTS.items():
+            part = slice(places[dist.get_rank()], places[dist.get_rank() + 1])
+            torch.testing.assert_close(slices[name], expected[f"{name}.weight"].flatten()[part])
+        assert fingerprint(net) == known  # of the base
+        unmerge(net)
+        assert gathered == []
+    finally:
+        sharding.gather = own
+    assert_same_bits(slices, before)
+    found = merged_state_dict(net)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    assert known == fingerprint(plain_net(**options))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["LoRA", "DoRA"])
+def test_model_merges_into_its_slices_and_is_known_without_gathering_a_weight(options):
+    world().run(merged_on_ranks, options)
+
+
+def refused_on_ranks() -> list[str]:
+    slices = divide_(net := plain_net(**OPTIONS[0]))
+    if dist.get_rank() == 1:
+        slices["2"][0] = math.inf
+    before = {name: values.clone() for name, values in slices.items()}
+    with pytest.raises(NonFiniteError) as caught:
+        merge(net)
+    assert not is_merged(net)
+    assert_same_bits(slices, before)
+    return [str(caught.value)]
+
+
+def test_slice_that_is_not_finite_on_one_rank_is_an_error_on_all_and_nothing_is_merged():
+    (other,), (own,) = world().run(refused_on_ranks)
+    assert own.startswith("merge: layer '2': W + s * B @ A is not finite")
+    assert other == "merge: layer '2': this failed on another rank, whose message says why."

@@ -36,13 +36,14 @@ REFUSED = [
     (lambda: FSDPStrategy(use_orig_params=False), "FSDPStrategy cannot be used so: use_orig_params=False takes"),
     (lambda: OwnFSDP(use_orig_params=False), "FSDPStrategy cannot be used so: use_orig_params=False takes"),
     (lambda: FSDPStrategy(ignored_modules=[]), "FSDPStrategy cannot be used so: torch takes ignored_modules or"),
-    (deepspeed(3), "DeepSpeedStrategy cannot be used so: its stage 3 cuts weights into flat slices"),
-    (deepspeed(0), "its stage is 0, and 1 and 2 are supported"),
+    (deepspeed(0), "its stage is 0, and 1, 2 and 3 are supported"),
     (deepspeed(zero={"offload_optimizer": {"device": "nvme"}}), "offload_optimizer to NVMe"),
     (deepspeed(zero={"offload_param": {"device": "nvme"}}), "offload_param to NVMe"),
     (deepspeed(zero={"zero_quantized_weights": True}), r"zero_quantized_weights \(ZeRO\+\+\)"),
     (deepspeed(zero={"zero_quantized_gradients": True}), r"zero_quantized_gradients \(ZeRO\+\+\)"),
     (deepspeed(zero={"zero_hpz_partition_size": 2}), r"zero_hpz_partition_size \(ZeRO\+\+\)"),
+    (deepspeed(3, zero={"mics_shard_size": 2}), r"mics_shard_size \(MiCS\)"),
+    (deepspeed(3, zero={"zenflow": {"topk_ratio": 0.1}}), "zenflow keeps a part"),
     (deepspeed(tensor_parallel={"autotp_size": 2}), "autotp_size splits layers"),
 ]
 

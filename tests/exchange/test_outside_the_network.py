@@ -125,6 +125,7 @@ def test_saving_again_leaves_no_file_of_an_earlier_model_and_all_else(tmp_path, 
     (tmp_path / "notes.txt").write_text("mine")
     save_adapter(tuned.network, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "notes.txt",

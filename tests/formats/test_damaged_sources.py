@@ -112,6 +112,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         path = tmp_path_factory.mktemp("whole")
         torch.save(checkpoint(trained_zoo(), "adapter"), path / "file.ckpt")
         save_adapter(trained_zoo(), path / "adapter")
+        (path / "adapter" / "README.md").unlink()  # nothing reads the model card
         for file in [path / "file.ckpt", *(path / "adapter").iterdir()]:
             WHOLE[file.name] = file.read_bytes()
     return WHOLE

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, save_adapter
+from lightning_lora import LoRAConfig, export_adapter, inject, save_adapter, take_adapter
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.notices import quiet_peers
 from support.peers import TENSORS, Fused, close, config_of, fill_, ours, seeded
@@ -60,6 +60,20 @@ def test_peft_folder_keeps_to_the_rules_of_vllm(tmp_path, name: str, options: di
     for key, layer in adapted_layers(net).items():
         a, b, scaling = modules.pop(key)
         torch.testing.assert_close(b @ a * scaling, layer.lora_B @ layer.lora_A * layer.lora.spec.scaling)
+    assert not modules
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"init_lora_weights": "pissa"}])
+def test_plain_folder_keeps_to_the_rules_of_vllm_whatever_the_patterns(tmp_path, options: dict[str, Any]):
+    """Those of versions that know no patterns: one r and one lora_alpha for all layers."""
+    net = ours("llama", **options)
+    export_adapter(adapter := take_adapter(net), tmp_path, plain=True)
+    modules = vllm_scaling(tmp_path, {"q_proj", "v_proj", "down_proj"})
+    for key, layer in adapted_layers(net).items():
+        a, b, scaling = modules.pop(key)
+        acting = adapter.acting(key)
+        assert scaling == 1
+        torch.testing.assert_close(b @ a, acting.b @ acting.a * layer.lora.spec.scaling, rtol=1e-5, atol=1e-6)
     assert not modules
 
 

@@ -57,7 +57,8 @@ def test_all_linear_says_once_what_it_passes_over_and_its_share(caplog):
         f"2 {Linear.__module__}.Linear {200 / total:.1%}, 1 LSTM {200 / total:.1%}, "
         f"1 Experts.down_proj {100 / total:.1%}, 1 Conv2d {100 / total:.1%}, 1 Embedding {100 / total:.1%}, "
         f"1 Bilinear {100 / total:.1%}, others {75 / total:.1%}; "
-        "target_parameters=['down_proj', 'weight_ih_l0', 'weight_hh_l0'] adapts what is no layer"
+        "target_parameters=['down_proj', 'weight_ih_l0', 'weight_hh_l0'] adapts what is no layer; "
+        "target_modules='all-layers' adapts Conv2d, MultiheadAttention.in_proj too"
     )
 
 
@@ -115,7 +116,10 @@ class MostlyConvolutions(Trained):
 
 
 NEARLY_ALL = r"lightning_lora: 'all-linear' passes over 9\d\.\d% of the parameters: 2 Conv2d 9\d\.\d%, 1 Embedding .*; "
-NEARLY_ALL += r"a list of target_modules can name Conv2d \('stem\.0', \.\.\.\) and Embedding \('table', \.\.\.\) too"
+NEARLY_ALL += r"target_modules='all-layers' adapts Conv2d too; "
+NEARLY_ALL += (
+    r"a list of target_modules can name Embedding \('table', \.\.\.\) too, and exclude_modules what is to stay"
+)
 
 
 def test_passing_over_nearly_all_warns_once_and_names_what_could_be_adapted(tmp_path):
@@ -159,7 +163,7 @@ def test_dora_suggests_only_what_it_can_adapt():
             self.head = nn.Linear(4, 4)
             self.conv = nn.Conv1d(64, 64, 16)
 
-    with pytest.warns(UserWarning, match=r"; a list of target_modules can name Conv1d \('conv', \.\.\.\) too, and"):
+    with pytest.warns(UserWarning, match=r"; target_modules='all-layers' adapts Conv1d too\.$"):
         inject(Attends(), LoRAConfig(r=1, use_dora=True))
 
 

@@ -515,7 +515,7 @@ TAKEN_OUT = "; another option takes out '0' (1 in all): exclude_modules or modul
         (
             convolutions,
             {},
-            "; name others in target_modules: 3 Conv2d, as 'dw', 1 Embedding, as 'table'.",
+            "; say 'all-layers', or name others in target_modules: 3 Conv2d, as 'dw', 1 Embedding, as 'table'.",
             ["dw", "table"],
         ),
         (

@@ -34,6 +34,7 @@ from support.models import randomise_
 from support.quantised import (
     FEATURES,
     NAMES,
+    NF4,
     OF_BITSANDBYTES,
     OF_TORCHAO,
     QUANTISED,
@@ -81,7 +82,7 @@ def test_a_weight_is_recognised_before_it_is_quantised_and_has_the_values_it_wil
     assert model[0].weight.dtype == torch.float32  # quantised in a copy alone
     assert inject(model, LoRAConfig(r=2)) == ["0", "2", "4"]
     model.to("cpu")
-    assert model[0].weight.dtype in (torch.uint8, torch.int8)
+    assert model[0].weight.dtype in (torch.uint8, torch.int8, torch.bfloat16)
     for values, position in zip(before, (0, 2), strict=True):
         torch.testing.assert_close(values, dequantize(model[position]), rtol=0, atol=0)
     model(inputs()).sum().backward()
@@ -314,7 +315,7 @@ def test_deepcopy_computes_the_same_and_trains_apart(kind):
     assert type(twin[0]) is type(model[0])
 
 
-@pytest.mark.parametrize("kind", OF_BITSANDBYTES)
+@pytest.mark.parametrize("kind", [*OF_BITSANDBYTES, NF4])
 def test_pickle_computes_the_same(kind):
     model = adapted(kind)
     assert torch.equal(pickle.loads(pickle.dumps(model))(inputs()), model(inputs()))

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lightning_lora.adapter.adapter import Adapter
+from lightning_lora.names import group_names, short_names
 from lightning_lora.report import conclusions
-from lightning_lora.report.layout import arrange, cells, depth_of, projections, shortened
+from lightning_lora.report.layout import Column, arrange, cell_name, cells
 from lightning_lora.report.run_log import Statistics, first_not_finite
 from lightning_lora.report.updates import Update, Updates
 
@@ -329,20 +330,61 @@ def test_title_of_a_run_without_norms_counts():
     ],
 )
 def test_depth_is_the_first_number_in_a_name(name: str, depth: int | None):
-    assert depth_of(name) == depth
+    ((_, column),) = cells([name])
+    assert column == depth
 
 
-def test_projections_are_endings_with_what_tells_stacks_apart():
-    names = {
-        "encoder.block.0.layer.0.SelfAttention.q": "encoder.SelfAttention.q",
-        "encoder.block.1.layer.0.SelfAttention.q": "encoder.SelfAttention.q",
-        "decoder.block.0.layer.0.SelfAttention.q": "decoder.SelfAttention.q",
-        "decoder.block.0.layer.1.EncDecAttention.q": "decoder.EncDecAttention.q",
-        "decoder.block.0.layer.2.DenseReluDense.wi": "wi",
-        "shared": "shared",
-    }
-    assert projections(names) == names
-    assert list(cells(names)) == [(value, depth_of(name)) for name, value in names.items()]
+def columns_of(names: list[str]) -> list[Column]:
+    column = {name: column for (_, column), of_cell in cells(names).items() for name in of_cell}
+    return [column[name] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        # Segments such as layer1 count where there are several: the 2 of gpt2 is no layer's number.
+        (["net1.layer1.conv", "net1.layer2.conv", "head"], [1, 2, None]),
+        (["gpt2.h.0.c_attn", "gpt2.h.1.c_attn", "head"], [0, 1, None]),
+        # A group in two lists of blocks; two groups that are each in a list of their own.
+        (["encoder.block.1.q", "decoder.block.0.q", "head"], ["encoder 1", "decoder 0", None]),
+        (["features.0", "features.3", "classifier.0"], [0, 3, 0]),
+        # Blocks in blocks, as in a ResNet; experts are taken together, as most groups have none.
+        (
+            ["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0", "conv1", "fc"],
+            ["1.0", "1.1", "2.0", "2.0", None, None],
+        ),
+        (["l.0.q", "l.0.k", "l.0.experts.0.w", "l.0.experts.1.w", "l.1.experts.0.w"], [0, 0, 0, 0, 1]),
+        (["a.0.x.0.fc", "a.1.x.1.fc"], [0, 1]),  # a cell for each without the second number
+        (["0.0", "0.1", "1.0"], ["0.0", "0.1", "1.0"]),
+    ],
+)
+def test_columns_tell_blocks_apart_and_name_no_more_than_that_takes(names: list[str], expected: list[Column]):
+    assert columns_of(names) == expected
+
+
+def test_rows_are_the_groups_of_the_summary_and_columns_tell_an_encoder_from_a_decoder():
+    names = [
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "encoder.block.10.layer.0.SelfAttention.q",
+        "encoder.block.2.layer.0.SelfAttention.q",
+        "decoder.block.0.layer.0.SelfAttention.q",
+        "decoder.block.0.layer.1.EncDecAttention.q",
+        "decoder.block.0.layer.2.DenseReluDense.wi",
+        "shared",
+    ]
+    found = cells(names)
+    assert [row for row, _ in found] == [group_names(names)[name] for name in names]
+    grid = arrange(dict.fromkeys(found, 1.0))
+    assert grid.rows == ("SelfAttention.q", "EncDecAttention.q", "wi", "shared")
+    assert grid.columns == ("encoder 0", "encoder 2", "encoder 10", "decoder 0", None)
+    first, *_, last = map(cell_name, found)
+    assert (first, last) == ("SelfAttention.q of encoder 0", "shared")
+
+
+def test_names_of_an_adapter_beside_another_are_arranged_as_with_both():
+    encoder, decoder = ["encoder.block.0.q", "encoder.block.1.q"], ["decoder.block.0.q"]
+    assert list(cells(encoder)) == [("q", 0), ("q", 1)]
+    assert [*cells(encoder, decoder), *cells(decoder, encoder)] == list(cells([*encoder, *decoder]))
 
 
 def test_a_grid_has_layers_by_number_and_those_without_one_last():
@@ -357,7 +399,15 @@ def test_a_grid_of_numbered_layers_alone_has_no_other_column():
     assert arrange({("q", 1): 1.0, ("q", 0): 2.0}).columns == (0, 1)
 
 
-def test_a_long_name_loses_its_middle():
-    assert shortened("short", 10) == "short"
-    assert shortened("abcdefghijklmnop", 10) == "ab...lmnop"
-    assert len(shortened("x" * 99, 28)) == 28
+def test_names_that_are_too_long_lose_what_all_begin_and_end_with():
+    names = [f"a_rather_long_name_{letter}_of_a_projection" for letter in "ab"]
+    assert short_names(names, 40) == names
+    assert short_names(names, 20) == ["a_of_a_projection", "b_of_a_projection"]
+    assert short_names(names, 8) == ["a", "b"]
+    assert short_names(["blocks.attn.q_proj", "blocks.mlp.up_proj"], 12) == ["attn.q_proj", "mlp.up_proj"]
+
+
+def test_a_long_name_by_itself_loses_its_beginning():
+    assert short_names(["short"], 10) == ["short"]
+    assert short_names(["abcdefghijklmnop"], 10) == ["...jklmnop"]
+    assert len(short_names(["x" * 99], 28)[0]) == 28

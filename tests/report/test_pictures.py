@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, plot_adapter, save_adapter
@@ -96,11 +98,98 @@ def test_numbers_in_a_heat_map_are_black_on_light_cells_and_white_on_dark_ones()
     assert (colours[tuple(lightest)], colours[tuple(darkest)]) == ("black", "white")
 
 
+def with_outlier(depth: int, times: float = 300.0) -> nn.Module:
+    model = blocks(depth)
+    with torch.no_grad():
+        model.get_parameter("layers.1.q_proj.lora_B").mul_(times)
+    return model
+
+
+@pytest.mark.parametrize("depth", [6, 30])
+def test_one_outlier_is_marked_and_leaves_the_others_their_colours(depth: int):
+    model = with_outlier(depth)
+    shares = sorted(100 * norm / weight for norm, weight in dense_norms(model).values())
+    axes, scale = plot_adapter(model)["norms"].axes
+    image, (end, largest) = axes.images[0], shares[-2:]
+    assert image.get_clim() == (0, pytest.approx(end, rel=1e-6))
+    colours = {tuple(image.to_rgba(share)) for share in shares}
+    assert len(colours) > len(shares) / 2  # with a scale up to the outlier there would be two
+    (marked,) = [text for text in axes.texts if "▲" in text.get_text()]
+    assert marked.get_position() == (1, 0)  # column and row
+    assert axes.get_xlabel() == f"layer number; ▲ beyond the colours, which end at {end:.0f}%: up to {largest:.0f}%"
+    assert len(axes.texts) == (1 if depth > 12 else 2 * depth + 1)
+    assert scale.get_ylabel() == "|s B A| / |W|, %"
+
+
+def test_a_layer_that_moved_a_little_more_than_others_has_a_colour_of_the_scale():
+    model = blocks(6, head=False)
+    with torch.no_grad():
+        for name, layer in adapted_layers(model).items():
+            layer.lora_B.mul_(
+                (1.9 if "1.q" in name else 1.0) * layer.weight.norm() / (layer.lora_B @ layer.lora_A).norm()
+            )
+    axes, _ = plot_adapter(model)["norms"].axes
+    assert axes.images[0].get_clim()[1] == pytest.approx(arrays(axes).max())
+    assert axes.get_xlabel() == "layer number"
+
+
+def test_two_adapters_of_which_one_has_an_outlier_have_one_scale_without_it():
+    figure = plot_adapter(with_outlier(4), blocks(4, seed=2))["comparison"]
+    upper, middle, lower = figure.axes[:3]
+    assert upper.images[0].get_clim() == middle.images[0].get_clim()
+    assert upper.images[0].get_clim()[1] < np.nanmax(arrays(upper)) / 100
+    assert sum("▲" in text.get_text() for axes in (upper, middle) for text in axes.texts) == 1
+    assert "beyond the colours" in middle.get_xlabel()
+    assert lower.get_xlabel() == "layer number"
+
+
+def test_columns_of_an_encoder_and_a_decoder_have_their_names_below():
+    model = nn.ModuleDict(
+        {name: nn.ModuleDict({"block": Blocks(2, head=False).layers}) for name in ("encoder", "decoder")}
+    )
+    inject(model, LoRAConfig(r=2, init_lora_weights=False))
+    figure = plot_adapter(model)["norms"]
+    assert names_of(figure.axes[0].yaxis) == ["q_proj", "up_proj"]
+    assert names_of(figure.axes[0].xaxis) == ["0", "1", "0", "1"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels(minor=True)] == ["encoder", "decoder"]
+    assert " of encoder " in figure.get_suptitle() or " of decoder " in figure.get_suptitle()
+
+
+def test_adapters_of_other_layers_of_one_model_are_arranged_alike():
+    model = nn.ModuleDict(
+        {name: nn.ModuleDict({"block": Blocks(2, head=False).layers}) for name in ("encoder", "decoder")}
+    )
+    inject(whole := copy.deepcopy(model), LoRAConfig(r=2, init_lora_weights=False))
+    inject(model, LoRAConfig(r=2, init_lora_weights=False, exclude_modules=r"decoder\..*"))
+    upper, middle, lower, *_ = plot_adapter(model, whole)["comparison"].axes
+    assert arrays(upper).shape == arrays(middle).shape == arrays(lower).shape == (2, 4)
+    assert np.isnan(arrays(upper)[:, 2:]).all()
+    assert not np.isnan(arrays(middle)).any()
+
+
+def test_layers_without_numbers_have_no_scale_of_numbers():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    inject(model, LoRAConfig(r=2, init_lora_weights=False))
+    axes = plot_adapter(model)["norms"].axes[0]
+    assert (names_of(axes.xaxis), axes.get_xlabel()) == ([], "")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_pictures_are_opaque_on_a_dark_page(tmp_path: Path, suffix: str):
+    file = tmp_path / f"out{suffix}"
+    plot_adapter(blocks(), output=file)
+    if suffix == ".png":
+        assert Image.open(file).convert("RGBA").getchannel("A").getextrema() == (255, 255)
+    else:
+        assert 'style="fill: #ffffff"' in file.read_text()
+
+
 def test_heat_map_of_a_file_is_of_the_root_mean_square_and_says_so(tmp_path: Path):
     model = blocks()
     save_adapter(model, tmp_path / "adapter")
     axes, scale = plot_adapter(tmp_path / "adapter")["norms"].axes
     assert scale.get_ylabel() == "rms of s B A"
+    assert axes.get_title(loc="right") == "of the updates alone; with the base, shares of its weights"
     assert at(axes, "q_proj", "1") == pytest.approx(dense_norms(model)["layers.1.q_proj"][0] / 6, rel=1e-6)
     bare = {name: value for name, value in model.state_dict().items() if "lora_" in name}
     axes, scale = plot_adapter(bare)["norms"].axes
@@ -271,7 +360,9 @@ def test_nothing_drawn_lies_outside_the_picture_or_over_something_else():
 
     long = Long()
     inject(long, LoRAConfig(r=2, init_lora_weights=False))
-    for model in (blocks(80), blocks(1), long):
+    stacks = nn.ModuleDict({name: Blocks(30, head=False) for name in ("a_long_name_of_a_stack", "another_stack")})
+    inject(stacks, LoRAConfig(r=2, init_lora_weights=False))
+    for model in (blocks(80), blocks(1), long, with_outlier(33), stacks):
         for figure in plot_adapter(model).values():
             figure.draw_without_rendering()
             renderer = figure._get_renderer()
@@ -281,8 +372,10 @@ def test_nothing_drawn_lies_outside_the_picture_or_over_something_else():
             assert drawn.x1 <= width + 0.01
             assert drawn.y1 <= height + 0.01
             for axes in figure.axes:
-                shown = [text.get_window_extent(renderer) for text in axes.get_xticklabels() if text.get_text()]
-                assert not any(one.overlaps(other) for one, other in itertools.pairwise(shown))
+                for minor in (False, True):
+                    texts = (text for text in axes.get_xticklabels(minor=minor) if text.get_text())
+                    shown = [text.get_window_extent(renderer) for text in texts]
+                    assert not any(one.overlaps(other) for one, other in itertools.pairwise(shown))
 
 
 def test_names_that_are_shortened_are_told_apart_still():

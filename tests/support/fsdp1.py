@@ -35,8 +35,8 @@ class OnCPU(FSDPStrategy):
 def on_cpu() -> Iterator[None]:
     init = FullyShardedDataParallel.__init__
 
-    def on_device(self: Any, *args: Any, device_id: Any = None, **kwargs: Any) -> None:
-        init(self, *args, device_id=torch.device("cpu"), **kwargs)
+    def on_device(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs | {"device_id": torch.device("cpu")})
 
     with mock.patch.object(FullyShardedDataParallel, "__init__", on_device):
         yield

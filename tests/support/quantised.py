@@ -11,19 +11,22 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRAConfig, inject, is_merged
+from lightning_lora import LoRAConfig, inject, is_merged, quantize_base
 
-OF_BITSANDBYTES = ["nf4", "nf4 nested", "fp4", "int8"]
+OF_BITSANDBYTES = ["nf4", "nf4 nested", "nf4 in bfloat16", "fp4", "int8"]
 OF_TORCHAO = ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"]
-QUANTISED = [*OF_BITSANDBYTES, *OF_TORCHAO]
+NF4 = "NF4Tensor"  # torchao's class, made by quantize_base
+QUANTISED = [*OF_BITSANDBYTES, *OF_TORCHAO, NF4]
 NAMES = {  # how lightning_lora calls them
     "nf4": "nf4",
     "nf4 nested": "nf4",
+    "nf4 in bfloat16": "nf4",  # its bytes are stored so, as FSDP needs them
     "fp4": "fp4",
     "int8": "int8",
     "Int8WeightOnlyConfig": "Int8Tensor",
     "IntxWeightOnlyConfig": "IntxUnpackedToInt8Tensor",
     "Float8WeightOnlyConfig": "Float8Tensor",
+    NF4: NF4,
 }
 FEATURES, WIDTH, OUTPUTS = 128, 64, 32  # that bitsandbytes can pack for evaluation on any CPU
 
@@ -37,6 +40,10 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 def quantise_(model: nn.Module, kind: str, *, moved: bool = True, device: str = "cpu") -> Any:
     """Replace all linear layers, or their weights, by quantised ones. bitsandbytes quantises when a layer is moved."""
+    if kind == NF4:
+        pytest.importorskip("torchao.quantization")
+        quantize_base(model, "nf4")
+        return model.to(device)
     if kind in OF_TORCHAO:
         torchao = pytest.importorskip("torchao.quantization")
         torchao.quantize_(model, getattr(torchao, kind)())
@@ -54,7 +61,9 @@ def layer_of_bitsandbytes(linear: nn.Linear, kind: str) -> Any:
     if kind == "int8":
         layer = bnb.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
     else:
-        layer = bnb.nn.Linear4bit(*sizes, bias=bias, quant_type=kind[:3], compress_statistics=kind.endswith("nested"))
+        storage = torch.bfloat16 if kind.endswith("bfloat16") else torch.uint8
+        options = {"quant_type": kind[:3], "compress_statistics": kind.endswith("nested"), "quant_storage": storage}
+        layer = bnb.nn.Linear4bit(*sizes, bias=bias, **options)
     layer.weight.data = linear.weight.data
     layer.bias = linear.bias
     return layer
@@ -76,7 +85,10 @@ def values_of(layer: Any) -> Any:
     weight = layer.weight
     if not hasattr(weight, "quant_type") and not hasattr(weight, "SCB"):
         assert type(weight) is not nn.Parameter
-        return weight.detach().dequantize().double().cpu()
+        values = (
+            weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.detach().dequantize()
+        )
+        return values.double().cpu()
     bnb = pytest.importorskip("bitsandbytes")
     if hasattr(weight, "SCB"):
         scales = layer.state.SCB if weight.SCB is None else weight.SCB
@@ -122,7 +134,7 @@ def packed_bits(model: nn.Module) -> list[bytes]:
             tensors.append(layer.state.SCB if weight.SCB is None else weight.SCB)
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
-                found.append(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                found.append(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found
 
 

@@ -202,8 +202,8 @@ def precise(precision: str, tolerance: float = 1e-5) -> Case:
     return fitted(precision=precision, tolerance=tolerance, base_stays=False)
 
 
-STAGE_3 = {"zero_optimization": {"stage": 3}}
-DEEPSPEED = type("DeepSpeedStrategy", (DDPStrategy,), {"config": STAGE_3})  # by name: its package is seldom there
+NVME = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
+DEEPSPEED = type("DeepSpeedStrategy", (DDPStrategy,), {"config": NVME})  # by name: its package is seldom there
 ROWS: dict[str, Case] = {
     "sanity check, several validations in an epoch": fitted(num_sanity_val_steps=2, val_check_interval=1),
     "several dataloaders": fitted(data=TwoLoaders),
@@ -246,7 +246,7 @@ ROWS: dict[str, Case] = {
     "ddp_fork without inject()": set_up(launching("ddp_fork")),
     "ddp_notebook without inject()": set_up(launching("ddp_notebook")),
     "FSDPStrategy(use_orig_params=False)": set_up(FSDPStrategy(use_orig_params=False)),
-    "DeepSpeedStrategy(stage=3)": set_up(DEEPSPEED()),
+    "DeepSpeedStrategy with parameters on NVMe": set_up(DEEPSPEED()),
 }
 
 

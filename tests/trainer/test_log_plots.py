@@ -10,9 +10,19 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from lightning_lora import LoRAConfig, LoRAError, LoRAMonitor, inject
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    LoRAMonitor,
+    adapter_stats,
+    inject,
+    plot_adapter,
+    save_adapter,
+    summary,
+)
 from lightning_lora.report import pictures
 from lightning_lora.trainer.log_plots import log_plots, tell_of_no_logger
 from support.notices import lightning_logger
@@ -66,6 +76,37 @@ def test_heat_map_and_spectra_of_the_trained_adapter_are_added_at_the_last_step(
     shown = figure.axes[0].images[0].get_array()
     assert share > 0
     assert float(shown[0, 1]) == pytest.approx(share, rel=1e-5)
+
+
+@pytest.mark.parametrize("save", ["adapter", "merged", "full"])
+def test_the_command_draws_the_same_of_the_runs_checkpoint(tmp_path: Path, save: Any):
+    """Titles, names and values of the logger's pictures; the summary and the scalars have the same names."""
+    board, scalars = Figures(), CSVLogger(tmp_path / "logs", "", "")
+    net = Net()
+    torch.save(net.state_dict(), tmp_path / "base.pt")
+    checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_top_k=0)
+    callbacks = [LoRAMonitor(every_n_steps=1), lora(save=save), checkpoints]
+    make_trainer(tmp_path, *callbacks, logger=[board, scalars], max_epochs=1, log_every_n_steps=1).fit(net, Data())
+    source = tmp_path / "checkpoints" / "last.ckpt"
+    save_adapter(net, tmp_path / "folder")
+    for given, base in ((source, None), (source, tmp_path / "base.pt"), (tmp_path / "folder", None)):
+        drawn = plot_adapter(given, base=base)
+        assert [tag for tag, _, _ in board.experiment.figures] == [f"lora/{name}" for name in drawn]
+        for (_, logged, _), figure in zip(board.experiment.figures, drawn.values(), strict=True):
+            assert logged.get_suptitle() == figure.get_suptitle()
+            assert [*map(content_of, logged.axes)] == [*map(content_of, figure.axes)]
+    rows = [label.get_text() for label in drawn["norms"].axes[0].get_yticklabels()]
+    assert rows == [group.name for group in summary(net).groups] == list(adapter_stats(net).groups)
+    header = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {name.split("/")[1] for name in header if name.startswith("lora/") and name.count("/") == 2} == set(rows)
+
+
+def content_of(axes: Any) -> list[Any]:
+    """What is drawn in a panel, without the name of the source."""
+    shown = [list(map(str, image.get_array().ravel())) for image in axes.images]
+    lines = [list(map(str, line.get_ydata())) for line in axes.lines]
+    texts = [text.get_text() for text in (*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels())]
+    return [shown, lines, texts, axes.get_xlabel(), axes.get_ylabel(), axes.get_title(loc="right")]
 
 
 def test_nothing_is_drawn_by_default(tmp_path: Path):
@@ -127,7 +168,7 @@ class Diverges(Net):
 def test_a_diverged_run_ends_with_a_picture_that_names_the_layer(tmp_path: Path):
     logger = Figures()
     fit(tmp_path, [lora(save="adapter"), pictures_alone()], logger, net=Diverges())
-    assert logger.experiment.figures[0][1].get_suptitle() == "1 update of 3 not finite, first body of layer 3"
+    assert logger.experiment.figures[0][1].get_suptitle() == "1 update of 3 not finite, first body.N of layer 3"
 
 
 def test_what_cannot_be_measured_is_a_warning_and_the_fit_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

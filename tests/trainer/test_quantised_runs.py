@@ -18,6 +18,7 @@ from support.lightning_versions import EMAWeightAveraging
 from support.models import same
 from support.quantised import (
     NAMES,
+    NF4,
     OF_BITSANDBYTES,
     OF_TORCHAO,
     QUANTISED,
@@ -148,7 +149,7 @@ def test_merged_checkpoints_without_a_dtype_are_refused_before_the_first_batch(t
         lora(dequantize="nf4")
 
 
-@pytest.mark.parametrize("kind", OF_TORCHAO)
+@pytest.mark.parametrize("kind", [*OF_TORCHAO, NF4])
 def test_full_checkpoints_of_torchao_tensors_which_lightning_cannot_load_are_refused(tmp_path, kind):
     model = QuantisedNet(kind)
     with pytest.raises(
@@ -281,3 +282,18 @@ def test_merged_weights_come_from_the_factors_in_the_state_dict_that_is_saved():
     found = merge_state_dict(Listing(model), state, torch.float64)
     layer = reference(model.network)[2]
     torch.testing.assert_close(found["network.2.weight"], (layer.weight + 4 * layer.B @ layer.A).detach())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 in bfloat16"])
+def test_a_cast_of_the_model_to_the_dtype_of_packed_values_leaves_them(tmp_path, kind):
+    model = QuantisedNet(kind)
+    make_trainer(tmp_path, lora(), max_epochs=1, precision="bf16-true").fit(model, batches(), batches(2))
+    assert packed_bits(model)[0] == packed_bits(QuantisedNet(kind))[0]
+
+
+def test_a_cast_of_packed_values_is_refused_by_name(tmp_path):
+    model = QuantisedNet("nf4 in bfloat16")
+    trainer = make_trainer(tmp_path, lora(), max_epochs=1, precision="64-true")
+    with pytest.raises(LoRAError, match=r"'network\.0' are stored in torch\.bfloat16.*cast them to torch\.float64"):
+        trainer.fit(model, batches(), batches(2))
+    assert model.seen == []

@@ -1,16 +1,17 @@
-"""DeepSpeed: ZeRO stage 2 on two processes, evaluated merged, saved as a folder that one process loads.
+"""DeepSpeed's ZeRO on two processes: trained, evaluated merged, saved as a folder that one process loads.
 
 pip install -e ".[examples,deepspeed]"
-python examples/deepspeed_stage_2.py
+python examples/deepspeed_zero.py
+python examples/deepspeed_zero.py --stage 3
 
-The processes are of this machine's CPU. On GPUs it is `accelerator="gpu", strategy="deepspeed_stage_2"`.
+The processes are of this machine's CPU. On GPUs it is `accelerator="gpu", strategy="deepspeed_stage_2"`, or
+"deepspeed_stage_3", which divides the model too.
 """
 
 import argparse
 import inspect
 import os
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import cast
 
 import lightning as L
@@ -18,21 +19,22 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightning_lora import LoRACallback, load_from_checkpoint
+from small_models import encode, manual_llama
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported; leave it out on GPUs
 try:
     import deepspeed
 except ImportError as error:
-    raise SystemExit('deepspeed_stage_2.py: DeepSpeed is not installed; run pip install -e ".[deepspeed]".') from error
+    raise SystemExit('deepspeed_zero.py: DeepSpeed is not installed; run pip install -e ".[deepspeed]".') from error
 
 RUNS = Path(__file__).with_name("runs")
 
 
 class OnCPU(DeepSpeedStrategy):
-    """To try this without a GPU, because Lightning's strategy refuses a CPU. On GPUs "deepspeed_stage_2" is enough."""
+    """To try this without a GPU, because Lightning's strategy refuses a CPU. On GPUs its name is enough."""
 
     def setup_environment(self) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, which takes minutes
@@ -51,7 +53,7 @@ class LanguageModel(L.LightningModule):
     def __init__(self, learning_rate: float = 0.01) -> None:
         super().__init__()
         self.learning_rate = learning_rate
-        self.model = LlamaForCausalLM.from_pretrained(pretrained())
+        self.model = LlamaForCausalLM.from_pretrained(manual_llama())
 
     def forward(self, tokens: Tensor) -> Tensor:
         loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
@@ -76,41 +78,16 @@ def python_code() -> tuple[DataLoader[Tensor], DataLoader[Tensor]]:
     )
 
 
-def encode(text: str) -> Tensor:
-    return torch.tensor(list(text.encode("ascii", "replace")))
-
-
-def pretrained() -> Path:
-    """The folder of a small Llama that has read Python's manual, character by character; trained at the first call."""
-    folder = Path(__file__).with_name("manual_llama")
-    if not folder.exists():
-        with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
-            )
-            config.initializer_range, config.pad_token_id = 0.07, 0
-            model = LlamaForCausalLM(config)
-            pieces = encode("\n".join(topics.values())).unfold(0, 128, 128)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
-            for _ in range(400):
-                batch = pieces[torch.randint(len(pieces), (16,))]
-                optimizer.zero_grad()
-                model(input_ids=batch, labels=batch).loss.backward()
-                optimizer.step()
-                schedule.step()
-            model.save_pretrained(folder)
-    return folder
-
-
 if __name__ == "__main__":  # each of the two processes runs all of this
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--stage", type=int, choices=(1, 2, 3), default=2)
+    stage = arguments.parse_args().stage
     L.seed_everything(0)
     model, (train, validate) = LanguageModel(), python_code()
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=OnCPU(stage=2),
+        strategy=OnCPU(stage=stage),
         max_epochs=2,
         num_sanity_val_steps=0,
         callbacks=[LoRACallback(r=16, lora_alpha=32)],
@@ -121,14 +98,16 @@ if __name__ == "__main__":  # each of the two processes runs all of this
     )
     before = trainer.validate(model, validate, verbose=False)[0]["loss"]
     trainer.fit(model, train)
-    folder = RUNS / "deepspeed_stage_2.ckpt"
+    folder = RUNS / f"deepspeed_stage_{stage}.ckpt"
     trainer.save_checkpoint(folder)  # every process calls it, and writes its part of DeepSpeed's own files
     after = trainer.validate(model, validate, verbose=False)[0]["loss"]
+    with deepspeed.zero.GatheredParameters([*model.parameters()]):  # what stage 3 has divided, for the comparison below
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if trainer.is_global_zero:
         print(f"loss on Python code: {before:.2f} before, {after:.2f} after")
         print(f"adapter.ckpt in the checkpoint folder: {(folder / 'adapter.ckpt').stat().st_size:,} bytes")
         plain = load_from_checkpoint(LanguageModel, folder)  # in one process, without DeepSpeed
         with torch.no_grad():
             print(f"loss of that folder, loaded in one process: {plain(next(iter(validate))):.2f}")
-        same = all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+        same = all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in weights.items())
         print(f"the same weights in every bit: {same}")

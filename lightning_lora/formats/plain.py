@@ -1,0 +1,158 @@
+"""The plain form of an adapter, which every server that reads PEFT's folders runs right.
+
+All layers have one rank r, with zeros added to lower ones, and lora_alpha = r, so that the scale is 1. The scale that
+they had is multiplied into B. Any variant whose change is a product of factors becomes plain LoRA: start factors are
+stacked to twice the rank, and a product of products gets its square. Of options a list of last name segments is left.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..adapter.adapter import Adapter
+from ..adapter.renaming import by_network_names
+from ..config import PLAIN, TASK_HEADS, LoRAConfig
+from ..errors import LoRAError
+from ..files.paths import PathLike
+from ..matching import matcher
+from ..names import A, B, listed
+from ..nn.low_rank import HALF, to_block_diagonal
+
+
+def plain_form(adapter: Adapter, source: PathLike | None) -> Adapter:
+    """Return the adapter in the plain form, under the network's names.
+
+    Args:
+        adapter: by itself, with options.
+        source: where it is from, for messages; None for memory.
+
+    Raises:
+        LoRAError: its change is not only a product of factors. The message says what else it holds, and a way.
+    """
+    own = by_network_names(adapter)
+    where = "export_adapter" if source is None else source
+    problem = _problem(own)
+    if problem:
+        raise LoRAError(
+            f"{where}: {problem}. Merge it into its base, on disk with lightning-lora merge --base BASE --adapter "
+            f"{source or 'ADAPTER'} --output MERGED, or in Python with save_merged(model, path)."
+        )
+    factors = {layer: _factors(own, layer) for layer in own.layers()}
+    _tell_rounding(own, factors, where)
+    rank = max(b.shape[1] for _, b in factors.values())
+    tensors = {}
+    for layer, (a, b) in factors.items():
+        tensors[f"{layer}.{A}"], tensors[f"{layer}.{B}"] = _padded(a, b, rank)
+    plain = replace(
+        own,
+        config=replace(own.config or LoRAConfig(), variant=PLAIN, variant_options=None, init_lora_weights=True),
+        tensors=tensors,
+        scalings=dict.fromkeys(factors, 1.0),
+        complete=own.complete and not own.beside_factors(),
+    )
+    return replace(plain, config=_options(plain, rank))
+
+
+def _problem(adapter: Adapter) -> str:
+    """Return what an adapter holds beside factors of layers, or ""."""
+    if adapter.variant.reads_weight:
+        return (
+            f"is a {adapter.variant.title} adapter: what it changes depends on the base's weights, and no product of "
+            "factors equals it"
+        )
+    whole = [name for name, value in adapter.beside_factors().items() if _is_floating(value)]
+    if whole:
+        return f"holds {listed(list(map(repr, whole)))} whole, and the plain form has factors alone"
+    if adapter.rows():
+        return f"holds trained rows of {next(iter(adapter.rows()))!r}, and the plain form has factors alone"
+    if adapter.parameters:
+        return f"adapts the single parameter {adapter.parameters[0]!r}, and the plain form has layers alone"
+    return ""
+
+
+def _is_floating(value: Any) -> bool:
+    """Return whether a value that lies beside the factors is one that training changes. Tables of indices are not."""
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and s * B of the plain LoRA that equals a layer's adapter."""
+    a, b, _ = adapter.acting(layer)
+    enabled = adapter.config.enabled_parts(layer) if adapter.config is not None else None
+    scaled = (b.detach().double() * adapter.scalings[layer]).to(b.dtype)
+    return a.detach(), to_block_diagonal(scaled, enabled) if enabled else scaled
+
+
+def _tell_rounding(adapter: Adapter, factors: Mapping[str, Any], where: object) -> None:
+    """Warn where s * B has 16 bits and is not exact."""
+    rounded: dict[str, float] = {}
+    for layer, (_, scaled) in factors.items():
+        scaling, b = adapter.scalings[layer], adapter.acting(layer).b
+        if scaled.dtype not in HALF or scaling == 1:
+            continue
+        exact = b.double() * scaling
+        change = float((exact.to(b.dtype).double() - exact).norm())
+        if change:
+            rounded[layer] = change / float(exact.norm())
+    if rounded:
+        worst = max(rounded, key=rounded.__getitem__)
+        dtype = str(factors[worst][1].dtype).removeprefix("torch.")
+        warnings.warn(
+            f"lightning_lora: {where}: the scale is multiplied into B, which is rounded to {dtype} in {len(rounded)} "
+            f"layers, by up to {rounded[worst]:.2g} of its norm ({worst}). A scale of 1, 2, 4 or 0.5 rounds nothing.",
+            stacklevel=5,
+        )
+
+
+def _padded(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return factors of a higher rank with the same product: zeros are added."""
+    more = rank - b.shape[1]
+    return (
+        torch.cat([a, a.new_zeros(more, *a.shape[1:])]),
+        torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], 1),
+    )
+
+
+def _options(adapter: Adapter, rank: int) -> LoRAConfig:
+    """Return the options of a plain adapter. Its layers are named by last segments where that is possible."""
+    targets, excluded = plain_targets(adapter)
+    config = adapter.config or LoRAConfig()
+    return replace(
+        config,
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=None,
+        alpha_pattern=None,
+        use_rslora=False,
+        enable_lora=None,
+        bias="none",
+        modules_to_save=None,
+        trainable_token_indices=None,
+        target_modules=targets,
+        exclude_modules=excluded or None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        task_type=None if config.task_type in TASK_HEADS else config.task_type,  # no head is in the file
+    )
+
+
+def plain_targets(adapter: Adapter) -> tuple[list[str], list[str]]:
+    """Return target_modules and exclude_modules: last segments, and the base's other modules that these would match.
+
+    PEFT reads both. Servers go by the tensors, and take full names too. The layers are named in full where a segment is
+    a number, which may be that of a module without weights, and where a module's name is a suffix of a layer's, because
+    it cannot be excluded.
+    """
+    layers = [name for name in adapter.module_layers if adapter.options_name(name) == name]
+    segments = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    targeted = matcher(segments)
+    others = sorted(name for name in adapter.modules if targeted(name) and name not in set(adapter.layers()))
+    excludes = matcher(others)
+    if any(map(excludes, layers)) or any(map(str.isdigit, segments)):
+        return layers, []
+    return segments, others

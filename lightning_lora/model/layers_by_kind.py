@@ -1,0 +1,124 @@
+"""What "all-linear" and "all-layers" mean: the layers that they adapt in a model, and why they leave others out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from ..config import PLAIN, LoRAConfig
+from ..matching import ALL_LAYERS
+from ..nn.adapted_weights import NamedModules
+from ..nn.layer_kinds import layer_class
+from ..nn.linear import is_conv1d
+from ..nn.low_rank import ATTENTION_WEIGHTS, CONV, GROUPED_CONV
+from ..nn.quantised import shape_of
+from ..nn.tied_weights import tied_weights
+from ..nn.variant import variant_of
+from .pretrained import pretrained_models
+from .token_tables import OPTION
+
+MORE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # beside linear layers, for "all-layers"
+MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}  # PEFT's list of model_type
+
+
+def layers_by_kind(
+    listed_modules: NamedModules, config: LoRAConfig, tables: Collection[str]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Find the layers that "all-linear" or "all-layers" adapts.
+
+    Args:
+        listed_modules: every module of the model under its first name, the model first.
+        config: the options, with one of the two as target_modules.
+        tables: the names of the modules of which rows are trained.
+
+    Returns:
+        The layers by name, and why other layers of these kinds are left out, by name.
+    """
+    more = config.target_modules == ALL_LAYERS
+    heads = [*output_heads(listed_modules), *(classifiers(listed_modules) if more else [])]
+    tied, in_mamba = tied_weights(listed_modules), _mamba_prefixes(listed_modules)
+    modules, chosen, left_out = dict(listed_modules), dict[str, nn.Module](), dict[str, str]()
+    for name, module in modules.items():
+        if not name or not (_is_linear(module) or (more and isinstance(module, MORE_KINDS))):
+            continue
+        parent = name.rpartition(".")[0]
+        owner = modules.get(parent) if parent else None
+        if name in tables:
+            reason = f"{OPTION} trains rows of it"
+        elif any(module is head for head in heads):
+            reason = "it is the output head"
+        elif isinstance(owner, nn.MultiheadAttention) and parent in chosen:
+            reason = ""  # attention is adapted with its out_proj
+        elif name.startswith(in_mamba) and name.rpartition(".")[2] == "out_proj":
+            reason = "PEFT cannot adapt the out_proj of Mamba"
+        elif any(is_empty(module._parameters.get(leaf)) for leaf in ("weight", *ATTENTION_WEIGHTS)):
+            reason = "its weight has no values"
+        elif module in tied:
+            reason = f"its weight is also {tied[module]}"
+        else:
+            reason = _problem_of_kind(module, owner, config)
+        if reason:
+            left_out[name] = reason
+        else:
+            chosen[name] = module
+    return chosen, left_out
+
+
+def more_layers(listed_modules: NamedModules, config: LoRAConfig) -> list[str]:
+    """Return the names of the layers that "all-layers" adapts and "all-linear" does not, for the other options."""
+    chosen, _ = layers_by_kind(listed_modules, replace(config, target_modules=ALL_LAYERS), ())
+    return [name for name, module in chosen.items() if isinstance(module, MORE_KINDS)]
+
+
+def output_heads(modules: NamedModules) -> list[nn.Module]:
+    """Return the output heads of transformers models among these modules, by get_output_embeddings."""
+    getters = [getattr(module, "get_output_embeddings", None) for _, module in modules]
+    heads = [getter() for getter in getters if callable(getter)]
+    return [head for head in heads if isinstance(head, nn.Module)]
+
+
+def classifiers(modules: NamedModules) -> list[nn.Module]:
+    """Return the heads of timm's models among these modules, by get_classifier. Some models have two."""
+    heads: list[nn.Module] = []
+    for _, module in modules:
+        getter = getattr(module, "get_classifier", None)
+        if callable(getter) and any(cls.__module__.startswith("timm.") for cls in type(module).__mro__):
+            found = getter()
+            heads += found if isinstance(found, (tuple, list)) else [found]
+    return heads
+
+
+def _mamba_prefixes(modules: NamedModules) -> tuple[str, ...]:
+    """Return the name of each transformers model with Mamba layers, ending in a dot."""
+    configs = {name: getattr(module, "config", None) for name, module in pretrained_models(modules).items()}
+    return tuple(f"{name}.".lstrip(".") for name in configs if getattr(configs[name], "model_type", None) in MAMBA)
+
+
+def is_empty(weight: nn.Parameter | None) -> bool:
+    """Return whether a weight has no values, as in nn.Linear(0, 8). The weight of a lazy layer is not empty."""
+    return weight is not None and not is_lazy(weight) and 0 in shape_of(weight)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _problem_of_kind(module: nn.Module, owner: nn.Module | None, config: LoRAConfig) -> str:
+    """Return why a layer of this kind is left out, which a file of PEFT's or the variant has not, or ""."""
+    attention = next((each for each in (module, owner) if isinstance(each, nn.MultiheadAttention)), None)
+    if attention is not None:
+        which = "attention" if attention is module else "the out_proj of attention"
+        if not attention._qkv_same_embed_dim:
+            return f"PEFT cannot adapt {which} with q, k and v apart"
+        return f"PEFT cannot adapt {which} with {variant_of(config).option}" if config.variant != PLAIN else ""
+    if _is_linear(module):
+        return ""
+    variant, adapting = variant_of(config), layer_class(module, variant_of(config))
+    if variant.peft_type and getattr(module, "groups", 1) > 1 and variant.peft_problem(GROUPED_CONV):
+        return "PEFT cannot adapt a convolution with groups"
+    if adapting is None:
+        return f"{variant.option} cannot adapt a {type(module).__name__}"
+    return variant.problem(module, CONV, config)

@@ -1,0 +1,164 @@
+"""quantize_base: quantise the linear layers of a plain model, before it is adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..arguments import names_near_misses
+from ..config import LoRAConfig
+from ..distributed.sharding import is_sharded
+from ..errors import LoRAError
+from ..matching import ALL_LINEAR
+from ..names import listed
+from ..nn.adapted_module import Swapped
+from ..nn.nf4 import BLOCK, can_be_nf4, nf4_tensor_class, quantise_linear_
+from ..nn.quantised import quantised_parameters
+from ..notices import tell
+from .adapted_model import Listing
+from .targets import Targets
+from .wrappers import unwrapped
+
+KINDS = ("nf4",)
+
+
+@names_near_misses("quantize_base", {})
+def quantize_base(
+    model: nn.Module,
+    kind: str = "nf4",
+    *,
+    exclude_modules: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> list[str]:
+    """Quantise the weights of a plain model's linear layers, in place, before inject: the base of QLoRA.
+
+    The layers are those of target_modules="all-linear": every nn.Linear without the output head and without tied
+    weights. "nf4" is torchao's NF4Tensor (4.1 bits a value), which fully_shard (FSDP2) shards. Layers that are
+    quantised already, subclasses of nn.Linear and the out_proj of nn.MultiheadAttention stay as they are.
+
+    Args:
+        model: any module with its final weights. It is not adapted and not sharded yet.
+        kind: "nf4".
+        exclude_modules: layers to leave as they are, named as in LoRAConfig. A classifier that is no output head of a
+            transformers model is one that needs it, or modules_to_save.
+        modules_to_save: modules that will be trained whole, and so are not quantised.
+
+    Returns:
+        The names of the quantised layers.
+
+    Raises:
+        LoRAError: torchao is missing, the kind is unknown, an entry names nothing, no layer can be quantised, a weight
+            is not finite or has no values yet, or the model is adapted or sharded.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+        >>> quantize_base(model, "nf4", exclude_modules=["2"])
+        ['0']
+        >>> inject(model, LoRAConfig(r=2))
+        ['0', '2']
+    """
+    config = LoRAConfig(exclude_modules=exclude_modules, modules_to_save=modules_to_save)
+    check_kind_of_quantisation(kind, "quantize_base")
+    listing = Listing(unwrapped(model, "quantize_base"))
+    _refuse_late(listing)
+    _refuse_unmatched(listing, config)
+    names = quantise_(listing, kind, config)
+    if not names:
+        raise LoRAError(
+            f"quantize_base: {type(listing.model).__name__} has no layer to quantise: expected an nn.Linear with a "
+            f"multiple of {BLOCK} weights in float32 or 16 bits that is neither tied, excluded nor the output head."
+        )
+    return names
+
+
+def quantise_(listing: Listing, kind: str, config: LoRAConfig) -> list[str]:
+    """Quantise the layers of a model that "all-linear" and the options name, and return their names. In place.
+
+    Layers that are adapted or quantised already stay as they are.
+
+    Args:
+        listing: of the model.
+        kind: see quantize_base.
+        config: its exclude_modules, modules_to_save, task_type and trainable_token_indices leave layers out.
+
+    Raises:
+        LoRAError: torchao is missing, or a weight cannot be quantised.
+    """
+    nf4_tensor_class()
+    layers, left_out = _layers(listing, config), []
+    for name, layer in list(layers.items()):
+        if not can_be_nf4(layer.weight):
+            left_out.append(name)
+            del layers[name]
+    for name, layer in layers.items():
+        _refuse_weight(f"{name}.weight", layer.weight)
+    for name, layer in layers.items():
+        quantise_linear_(layer, name)
+    if left_out:
+        tell(
+            f"lightning_lora: quantize_base: {listed(left_out)} not quantised: the number of weights is no multiple of "
+            f"{BLOCK}, or they are not in float32 or 16 bits."
+        )
+    listing.look_again()
+    return list(layers)
+
+
+def check_kind_of_quantisation(kind: object, verb: str) -> None:
+    """Raise LoRAError unless quantize_base knows the kind. The message begins with the verb."""
+    if kind not in KINDS:
+        raise LoRAError(f"{verb}: a base can be quantised as {' or '.join(KINDS)}, not as {kind!r}.")
+
+
+def _targets(listing: Listing, config: LoRAConfig) -> Targets:
+    """Return what "all-linear" and the options that leave layers out name."""
+    only: dict[str, Any] = {
+        "exclude_modules": config.exclude_modules,
+        "modules_to_save": config.modules_to_save,
+        "task_type": config.task_type,
+        "trainable_token_indices": config.trainable_token_indices,
+    }
+    return Targets(listing.modules, replace(LoRAConfig(target_modules=ALL_LINEAR), **only))
+
+
+def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
+    """Return the plain linear layers that "all-linear" and the options name."""
+    modules = dict(listing.modules)
+    return {
+        name: module
+        for name, module in _targets(listing, config).layers.items()
+        if type(module) is nn.Linear
+        and not quantised_parameters(module)
+        and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
+    }
+
+
+def _refuse_unmatched(listing: Listing, config: LoRAConfig) -> None:
+    """Raise LoRAError where an entry of the options names nothing."""
+    unmatched = _targets(listing, config).unmatched.items()
+    mistakes = [said for said, is_mistake in unmatched if is_mistake and not said.startswith("target_modules")]
+    if mistakes:
+        raise LoRAError(f"quantize_base: {mistakes[0]}.")
+
+
+def _refuse_late(listing: Listing) -> None:
+    """Raise LoRAError for a model that is adapted already."""
+    for name, module in listing.modules:
+        if isinstance(module, Swapped):
+            raise LoRAError(
+                f"quantize_base: {name!r} is adapted already; call quantize_base before inject, or unload(model) first."
+            )
+
+
+def _refuse_weight(name: str, weight: torch.Tensor) -> None:
+    """Raise LoRAError for a weight that is sharded already or has no values yet."""
+    if is_sharded(weight):
+        raise LoRAError(f"quantize_base: {name!r} is sharded already; quantise the model before fully_shard.")
+    if weight.is_meta:
+        raise LoRAError(
+            f"quantize_base: {name!r} has no values yet (it is on the meta device); load the base's weights first."
+        )

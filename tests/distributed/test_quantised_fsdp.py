@@ -1,0 +1,415 @@
+"""Bases in 4 bits under ModelParallelStrategy (FSDP2): steps, runs, files and resuming are those of one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAError,
+    disable_adapter,
+    is_merged,
+    load_adapter,
+    load_from_checkpoint,
+    merge,
+    merged_state_dict,
+    save_adapter,
+    save_merged,
+    summary,
+    unmerge,
+)
+from lightning_lora.exchange.take import fingerprint
+from support import sharded
+from support.processes import world
+from support.quantised import (
+    FEATURES,
+    NAMES,
+    NF4,
+    OUTPUTS,
+    WIDTH,
+    PlainNet,
+    QuantisedNet,
+    adapted,
+    inputs,
+    network,
+    packed_bits,
+    quantised,
+)
+from support.sharded import DEVICE, WAYS, make_trainer, model_parallel, whole
+
+KINDS = [NF4, "nf4", "nf4 nested", "nf4 in bfloat16", "fp4"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+both_packages = pytest.mark.parametrize("kind", [NF4, "nf4 in bfloat16"])
+
+
+class ShardedNet(QuantisedNet):
+    """Shards itself in configure_model, as a program for FSDP2 does."""
+
+    def configure_model(self) -> None:
+        assert self.device_mesh is not None
+        shard_(self.network, self.device_mesh["data_parallel"])
+
+
+def shard_(net: Any, mesh: Any = None) -> Any:
+    if not any(isinstance(parameter, DTensor) for parameter in net.parameters()):
+        mesh = mesh or init_device_mesh(DEVICE, (dist.get_world_size(),))
+        for layer in (net[0], net[2], net[4]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    return net
+
+
+def data() -> DataLoader[Any]:
+    size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    labels = torch.randint(OUTPUTS, (16,), generator=torch.Generator().manual_seed(1))
+    rows = TensorDataset(inputs(16, 1), labels)
+    sampler: DistributedSampler[Any] = DistributedSampler(rows, size, rank, shuffle=False)
+    return DataLoader(rows, batch_size=4 // size, sampler=sampler)
+
+
+@pytest.fixture(autouse=True)
+def packages(request: pytest.FixtureRequest) -> None:
+    """Skip where the package of the test's kind is missing; NF4Tensor is the kind of tests without one."""
+    kind = request.node.callspec.params.get("kind", NF4) if hasattr(request.node, "callspec") else NF4
+    pytest.importorskip("torchao.quantization" if kind == NF4 else "bitsandbytes")
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+# --- steps ---
+
+STEPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"lora_dropout": 0.5},
+    "autocast": {},
+    "16 bits": {"dtype": torch.bfloat16},
+    "rank patterns": {"rank_pattern": {"2": 2}},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+
+
+def step(way: str, model: Any) -> dict[str, torch.Tensor]:
+    """The output and the gradients of A and B in two steps."""
+    results = {}
+    for number in range(2):
+        torch.manual_seed(number)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=way == "autocast"):
+            results[f"{number}/output"] = output = model(inputs(dtype=STEPS[way].get("dtype", torch.float32)))
+        output.float().square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return whole({**{name: value.detach() for name, value in results.items()}, **gradients})
+
+
+def build(way: str, kind: str = NF4) -> Any:
+    torch.manual_seed(3)
+    return adapted(kind, **STEPS[way])
+
+
+def sharded_step(way: str, kind: str) -> dict[str, torch.Tensor]:
+    model = shard_(build(way, kind))
+    shard = model[0].weight.to_local()
+    packed = shard.quantized_data if kind == NF4 else shard
+    assert packed.nbytes * 2 * dist.get_world_size() == FEATURES * WIDTH
+    return step(way, model)
+
+
+@every_kind
+@pytest.mark.parametrize("way", STEPS)
+def test_outputs_and_gradients_have_the_bits_of_one_device(way, kind):
+    expected = step(way, build(way, kind))
+    assert len(expected) == 8
+    for found in world().run(sharded_step, way, kind):
+        assert found.keys() == expected.keys()
+        assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
+def step_in_a_way(name: str) -> tuple[dict[str, torch.Tensor], set[str]]:
+    model: Any = sharded.shard_(build("plain"), **WAYS[name])
+    found = step("plain", model)
+    model.reshard()
+    for layer in (model[0], model[2], model[4]):
+        if name != "root only":
+            layer.reshard()
+    return found, {type(model[position].weight.to_local()).__name__ for position in (0, 2, 4)}
+
+
+@pytest.mark.parametrize("name", [name for name in WAYS if name not in ("by columns", "bfloat16 base")])
+def test_every_way_to_shard_by_rows_gives_the_step_of_one_device(name):
+    expected = step("plain", build("plain"))
+    tolerance = 3e-2 if name == "mixed precision" else 0
+    for found, kinds in world().run(step_in_a_way, name):  # torchao alone: bitsandbytes has no cast of its own
+        assert kinds == {NF4}
+        for key, value in expected.items():
+            assert float((found[key].float() - value).norm() / value.norm()) <= tolerance, key
+
+
+def step_of_two_groups() -> dict[str, torch.Tensor]:
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
+    return step("plain", shard_(build("plain"), mesh))
+
+
+@pytest.mark.slow
+def test_shards_that_two_groups_hold_give_the_step_of_one_device():
+    expected = step("plain", build("plain"))
+    for found in world(4).run(step_of_two_groups):
+        assert_close(found, expected)
+
+
+# --- what is read and written ---
+
+
+def described(model: Any, folder: Path) -> dict[str, Any]:
+    """What is said and written of a model; the tensors are whole."""
+    save_adapter(model, folder / "adapter")
+    save_merged(model, folder / "merged", dequantize="bfloat16")
+    shown = summary(model)
+    return {
+        "fingerprint": fingerprint(model),
+        "merged": whole(merged_state_dict(model, dequantize="float32")),
+        "shown": (shown.trainable, shown.total, shown.quantised, len(shown.unmerged)),
+    }
+
+
+def sharded_description(folder: Path, kind: str) -> tuple[dict[str, Any], bool]:
+    model = shard_(build("plain", kind))
+    counted = summary(model).total
+    before = bits_of_whole(model, kind)
+    factored = model(inputs())
+    merge(model)
+    assert is_merged(model)
+    assert torch.equal(model(inputs()), factored)
+    found = described(model, folder)
+    unmerge(model)
+    with disable_adapter(model):
+        assert torch.equal(model(inputs()), quantised(kind)(inputs()))
+    assert bits_of_whole(model, kind) == before
+    assert counted == summary(model).total
+    return found, before == packed_bits(quantised(kind))
+
+
+def bits_of_whole(model: Any, kind: str) -> list[bytes]:
+    """The bytes of all weights, gathered."""
+    plain = quantised(kind)
+    for position in (0, 2, 4):
+        whole_weight = model[position].weight.full_tensor()
+        if kind == NF4:
+            plain[position].weight = torch.nn.Parameter(whole_weight, requires_grad=False)
+        else:
+            plain[position].weight.data = whole_weight
+            plain[position].weight.quant_state = model[position].quant_state
+    return packed_bits(plain)
+
+
+@every_kind
+def test_fingerprint_summary_and_files_are_those_of_one_device(tmp_path, kind):
+    expected = described(build("plain", kind), tmp_path / "one")
+    for found, kept in world().run(sharded_description, tmp_path / "two", kind):
+        assert kept
+        assert found["fingerprint"] == expected["fingerprint"]
+        assert found["shown"] == expected["shown"]
+        assert all(torch.equal(found["merged"][name], value) for name, value in expected["merged"].items())
+    files = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors"]
+    for file in files:
+        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+    model = quantised(kind)
+    load_adapter(model, tmp_path / "two/adapter")
+    assert torch.equal(model(inputs()), build("plain", kind)(inputs()))
+
+
+# --- a Trainer ---
+
+SAVES: dict[str, dict[str, Any]] = {
+    "adapter": {"save": "adapter"},
+    "merged": {"save": "merged", "dequantize": "float32"},
+}
+FORMS = pytest.mark.parametrize("whole_file", [True, False], ids=["file", "distributed"])
+
+
+def lora(**options: Any) -> LoRACallback:
+    return LoRACallback(**{"r": 2, "lora_alpha": 4, "seed": 1} | options)
+
+
+def adapter_of(model: Any) -> dict[str, torch.Tensor]:
+    return whole({name: p.detach() for name, p in model.named_parameters() if "lora_" in name})
+
+
+def fit_alone(path: Path, kind: str, epochs: int, source: Path | None = None, **options: Any) -> Any:
+    model = QuantisedNet(kind)
+    trainer = make_trainer(path, lora(**options), max_epochs=epochs)
+    trainer.fit(model, data(), data(), ckpt_path=source)
+    trainer.save_checkpoint(path / f"{epochs}.ckpt")
+    return model, trainer
+
+
+def fit(
+    path: Path, kind: str, save: str, whole_file: bool, epochs: int, source: Path | None = None
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train on all ranks, and save under `path`; the factors and the losses of this rank in validation."""
+    model = ShardedNet(kind)
+    trainer = model_parallel(path, lora(**SAVES[save]), whole=whole_file, max_epochs=epochs)
+    trainer.fit(model, data(), data(), ckpt_path=source)
+    trainer.save_checkpoint(path / f"{epochs}.ckpt")
+    assert {merged for stage, merged, _ in model.seen if stage == "validation"} == {True}
+    assert bits_of_whole(model.network, kind) == packed_bits(quantised(kind))
+    save_adapter(model, path / "peft")
+    return adapter_of(model), [float(trainer.callback_metrics["val_loss"])]
+
+
+@pytest.mark.slow
+@both_packages
+@FORMS
+@pytest.mark.parametrize("save", SAVES)
+def test_a_run_and_its_resumption_are_those_of_one_device(tmp_path, save, whole_file, kind):
+    alone, trainer = fit_alone(tmp_path / "alone", kind, 3)
+    expected, loss = adapter_of(alone), float(trainer.callback_metrics["val_loss"])
+    uninterrupted = world().run(fit, tmp_path / "whole", kind, save, whole_file, 3)
+    world().run(fit, tmp_path / "half", kind, save, whole_file, 2)
+    source = tmp_path / "half/2.ckpt"
+    resumed = world().run(fit, tmp_path / "on", kind, save, whole_file, 3, source)
+    elsewhere = world(4).run(fit, tmp_path / "four", kind, save, whole_file, 3, source)
+    resumed_alone, _ = fit_alone(tmp_path / "one", kind, 3, source, **SAVES[save])
+    for factors, losses in (*uninterrupted, *resumed, *elsewhere):
+        assert_close(factors, expected)
+        assert losses == pytest.approx([loss], rel=1e-6)
+    assert_close(adapter_of(resumed_alone), expected)
+    assert all(torch.equal(resumed[0][0][name], value) for name, value in uninterrupted[0][0].items())
+
+
+@both_packages
+@FORMS
+@pytest.mark.parametrize("save", SAVES)
+def test_checkpoints_are_loaded_in_one_process(tmp_path, save, whole_file, kind):
+    trained = world().run(fit, tmp_path, kind, save, whole_file, 1)[0][0]
+    path = tmp_path / "1.ckpt"
+    loaded = load_from_checkpoint(QuantisedNet, path)
+    other = QuantisedNet(kind)
+    load_adapter(other, path)
+    third = QuantisedNet(kind)
+    load_adapter(third, tmp_path / "peft")
+    for model in (loaded, other, third):
+        assert packed_bits(model) == packed_bits(quantised(kind))
+        found = adapter_of(model)
+        assert all(torch.equal(found[name], value) for name, value in trained.items())
+    plain = network()
+    with pytest.raises(LoRAError, match=rf"the base was quantised \({NAMES[kind]}\), here it is not quantised"):
+        load_adapter(plain, tmp_path / "peft")
+
+
+class PlainSharded(PlainNet, ShardedNet):
+    """Is quantised by the callback, and shards itself in configure_model."""
+
+
+def fit_by_option(path: Path, precision: str) -> tuple[dict[str, torch.Tensor], set[str], bool]:
+    model = PlainSharded()
+    trainer = model_parallel(path, lora(quantize="nf4"), max_epochs=1, precision=precision)
+    trainer.fit(model, data(), data())
+    kinds = {type(model.network[position].weight.to_local()).__name__ for position in (0, 2, 4)}
+    return adapter_of(model), kinds, bits_of_whole(model.network, NF4) == packed_bits(quantised(NF4))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_the_option_of_the_callback_quantises_what_is_sharded_next(tmp_path, precision):
+    model = PlainNet()
+    trainer = make_trainer(tmp_path, lora(quantize="nf4"), max_epochs=1, precision=precision)
+    trainer.fit(model, data(), data())
+    for found, kinds, kept in world().run(fit_by_option, tmp_path, precision):
+        assert kinds == {NF4}
+        assert kept
+        if precision == "32-true":
+            assert_close(found, adapter_of(model))
+        for name, value in adapter_of(model).items():  # AdamW turns the rounding of a small gradient into a whole step
+            assert float((found[name] - value).abs().median()) < 5e-3
+            assert float(found[name].norm()) > 0
+
+
+class Uneven(PlainSharded):
+    def build(self, kind: str) -> Any:
+        return torch.nn.Sequential(*network()[:4], torch.nn.Linear(64, OUTPUTS + 1))
+
+
+def refused(path: Path, kind: str) -> str:
+    model: Any = Uneven() if kind == "uneven" else ShardedNet(NF4)
+    trainer = model_parallel(path, lora(quantize="nf4"), max_epochs=1)
+    runs = {
+        "uneven": lambda: trainer.fit(model, data(), data()),
+        "base": lambda: trainer.test(model, data(), path / "plain.ckpt"),
+    }
+    with pytest.raises(LoRAError) as error:
+        runs[kind]()
+    assert model.seen == []
+    return str(error.value)
+
+
+def test_a_weight_that_cannot_be_divided_evenly_is_named(tmp_path):
+    for message in world().run(refused, tmp_path, "uneven"):
+        assert "'network.4' has an NF4Tensor of shape (33, 64), which cannot be divided" in message
+        assert "exclude_modules=['network.4']" in message
+
+
+def test_a_plain_base_is_not_loaded_over_sharded_quantised_weights(tmp_path):
+    model = PlainNet()
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(model, data(), data())
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    for message in world().run(refused, tmp_path, "base"):
+        assert "'network.0.weight' is quantised and sharded here" in message
+        assert "Load the base before quantize_base" in message
+
+
+def one_bad_rank(folder: Path) -> list[str]:
+    model = shard_(build("plain"))
+    with torch.no_grad():
+        if dist.get_rank() == 1:
+            model[2].lora_B.to_local().fill_(torch.inf)
+    messages = []
+    for verb in (
+        lambda: save_merged(model, folder, dequantize="float32"),
+        lambda: merged_state_dict(model, dequantize="bfloat16"),
+    ):
+        with pytest.raises(LoRAError) as error:
+            verb()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_values_that_are_not_finite_on_one_rank_are_an_error_on_all(tmp_path):
+    for messages in world().run(one_bad_rank, tmp_path / "merged"):
+        assert all("'2.weight'" in message for message in messages)
+    assert not (tmp_path / "merged").exists()
+
+
+def verified_and_swapped(path: Path, kind: str) -> tuple[float, bool]:
+    model = ShardedNet(kind)
+    trainer = model_parallel(path, lora(verify=True, init_lora_weights=False), max_epochs=1)
+    trainer.fit(model, data(), data())
+    save_adapter(model, path / "first")
+    before = adapter_of(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(2)
+    changed = adapter_of(model)
+    load_adapter(model, path / "first")
+    back = adapter_of(model)
+    differed = not any(torch.equal(changed[name], value) for name, value in before.items())
+    return float(trainer.callback_metrics["lora_merge_error_max"]), differed and all(
+        torch.equal(back[name], value) for name, value in before.items()
+    )
+
+
+@both_packages
+def test_verify_finds_no_error_and_an_adapter_is_swapped_in(tmp_path, kind):
+    assert world().run(verified_and_swapped, tmp_path, kind) == [(0, True)] * 2

@@ -1,0 +1,138 @@
+"""Ids of the hub as sources: out of huggingface_hub's cache, and by a stand-in for its download; without a network."""
+
+from __future__ import annotations
+
+import builtins
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    combine,
+    export_adapter,
+    inject,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
+from support.notices import quiet_peers
+from support.peers import call, fill_, refused, seeded
+
+pytestmark = quiet_peers
+NAME, COMMIT = "somebody/small-adapter", "0123456789abcdef0123456789abcdef01234567"
+
+
+def base() -> nn.Module:
+    net: nn.Module = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    return net
+
+
+def write(path: Path, **options: Any) -> nn.Module:
+    inject(net := base(), LoRAConfig(r=1, **options))
+    save_adapter(fill_(net), path)
+    return net
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache as huggingface_hub fills it, with files as links into a folder of blobs, and no network."""
+    repository = tmp_path / "cache" / f"models--{NAME.replace('/', '--')}"
+    write(tmp_path / "made")
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for file in (tmp_path / "made").iterdir():
+        shutil.move(file, repository / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(repository / "blobs" / file.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return snapshot
+
+
+def test_every_door_takes_the_id_of_an_adapter_in_the_cache(cache: Path, capsys: pytest.CaptureFixture[str]):
+    tuned, x = write(Path("local")), torch.randn(3, 4)
+    load_adapter(net := base(), NAME)
+    torch.testing.assert_close(net(x), tuned(x))
+    assert read_adapter(NAME).ranks() == {"0": 1, "1": 1}
+    load_adapter(net, combine([NAME, NAME], [0.5, 0.5]))
+    torch.testing.assert_close(net(x), tuned(x))
+    export_adapter(NAME, "exported", plain=True)
+    torch.save(base().state_dict(), "base.pt")
+    assert call(capsys, "info", NAME).startswith(f"{NAME}: PEFT folder\n")
+    assert f"{NAME}: PEFT folder\n" in call(capsys, "info", NAME, "--for", "peft")
+    assert "0 of 2 differ" in call(capsys, "diff", NAME, "local")
+    assert "wrote a.svg" in call(capsys, "plot", NAME, "--output", "a.svg")
+    assert "wrote out" in call(capsys, "export", NAME, "out")
+    assert "verified" in call(
+        capsys, "merge", "--base", "base.pt", "--adapter", NAME, "--output", "merged.pt", "--verify"
+    )
+
+
+def test_path_that_is_there_wins_over_the_id(cache: Path):
+    write(Path(NAME), lora_alpha=2)
+    assert read_adapter(NAME).scalings == {"0": 2.0, "1": 2.0}
+    shutil.rmtree(NAME)
+    assert read_adapter(NAME).scalings == {"0": 8.0, "1": 8.0}
+
+
+def test_only_the_files_of_a_peft_folder_are_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    read_adapter(NAME)
+    files = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "outside_network.safetensors"]
+    assert asked == [(NAME, {"allow_patterns": files})]
+    for source in ("runs/best.ckpt", "a/b/c", "/a/b", "./a", "../b", "adapter", "a b/c", Path(NAME), "x/y.safetensors"):
+        with pytest.raises(LoRAError):
+            read_adapter(source)
+    assert len(asked) == 1
+
+
+def test_id_that_is_not_in_the_cache_is_refused_with_the_clients_reason(cache: Path, capsys: Any):
+    match = (
+        r"^nobody/nothing: there is no such file or folder, and as the id of a repository .* it cannot be fetched: \w"
+    )
+    with pytest.raises(LoRAError, match=match):
+        load_adapter(base(), "nobody/nothing")
+    assert "it cannot be fetched" in refused(capsys, "info", "nobody/nothing")
+
+
+def test_repository_without_an_adapter_is_refused(cache: Path):
+    (cache / "adapter_config.json").unlink()
+    with pytest.raises(LoRAError, match=r"small-adapter: .* holds no adapter_config\.json|cannot be fetched"):
+        read_adapter(NAME)
+
+
+def test_id_without_huggingface_hub_is_refused_with_what_to_install(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    imported = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name == "huggingface_hub":
+            raise ImportError(name)
+        return imported(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(LoRAError, match=rf"^{NAME}: there is no such .* needs huggingface_hub: pip install"):
+        read_adapter(NAME)
+
+
+def test_hostile_repository_is_refused_like_a_hostile_folder(cache: Path):
+    tensors = (cache / "adapter_model.safetensors").resolve()
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    with pytest.raises(LoRAError, match="it may be truncated"):
+        read_adapter(NAME)

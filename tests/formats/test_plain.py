@@ -1,0 +1,293 @@
+"""The plain form: what every server takes, with the same outputs, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import peft
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    export_adapter,
+    inject,
+    load_adapter,
+    read_adapter,
+    take_adapter,
+)
+from support.notices import quiet_peers
+from support.peers import TENSORS, call, config_of, fill_, logits, model, ours, read_by_peft, refused, seeded, theirs
+
+pytestmark = quiet_peers
+EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-6}
+
+
+class Net(nn.Module):
+    """Two layers of one last segment, of which one is left alone, and a name that is another's suffix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(12, 12)
+        self.body = nn.ModuleDict({"v": nn.Linear(12, 24), "q": nn.Linear(12, 12), "sub": nn.Linear(24, 24)})
+        self.rest = nn.ModuleDict({"v": nn.Linear(24, 24, bias=False)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.rest["v"](self.body["sub"](self.body["v"](self.body["q"](self.q(x))).tanh()))
+        return result
+
+
+class Image(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.mha = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 4)
+        self.register_buffer("order", torch.arange(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.conv(x.view(2, 3, 2, 2)).flatten(2).transpose(1, 2)
+        result: torch.Tensor = self.head(rows + self.mha(rows, rows, rows)[0])
+        return result
+
+
+TARGETS = ["q", "body.v"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one scale": {},
+    "a rank pattern": {"rank_pattern": {"body.v": 7}},
+    "an alpha pattern": {"alpha_pattern": {"body.v": 5}},
+    "both patterns": {"rank_pattern": {"^q": 1}, "alpha_pattern": {"body.v": 5}},
+    "rsLoRA": {"use_rslora": True, "rank_pattern": {"body.v": 2}},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA and rsLoRA": {"init_lora_weights": "olora", "use_rslora": True},
+    "an expression": {"target_modules": r"(body\.)?q|body\.v"},
+    "a fused projection": {"enable_lora": {"body.v": [True, False, True]}},
+    "LoHa": {"variant": "loha", "r": 3},
+    "VeRA": {"variant": "vera", "lora_alpha": 8},
+}
+
+
+def adapted(build: Any, **options: Any) -> nn.Module:
+    net = seeded(build)
+    inject(net, LoRAConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **options}))
+    return fill_(net)
+
+
+def assert_plain(path: Path) -> int:
+    """The rules of the form, read in the files. Returns the one rank."""
+    options, tensors = config_of(path), load_file(path / TENSORS)
+    assert isinstance(options["target_modules"], list)
+    assert options["lora_alpha"] == options["r"]
+    for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "target_parameters"):
+        assert not options.get(name), name
+    assert (options["peft_type"], options["bias"], options["init_lora_weights"]) == ("LORA", "none", True)
+    assert all(name.endswith(("lora_A.weight", "lora_B.weight", "embedding_A", "embedding_B")) for name in tensors)
+    ranks = {tensor.shape[0 if "_A" in name else 1] for name, tensor in tensors.items()}
+    assert ranks == {options["r"]}
+    rank: int = options["r"]
+    return rank
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_plain_folder_gives_the_same_outputs_in_peft_and_here(tmp_path, case: str):
+    net, x = adapted(Net, **OPTIONS[case]), torch.randn(5, 12)
+    written = export_adapter(take_adapter(net), tmp_path, plain=True)
+    expected = {"a rank pattern": 7, "PiSSA": 8, "OLoRA and rsLoRA": 8, "a fused projection": 8, "LoHa": 9}
+    assert assert_plain(tmp_path) == expected.get(case, 4) == written.config.r
+    options = config_of(tmp_path)
+    assert (options["target_modules"], options["exclude_modules"]) == (["q", "v"], ["rest.v"])
+
+    with torch.no_grad():
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(seeded(Net), tmp_path)(x), net(x), **EXACT)
+        load_adapter(again := seeded(Net), tmp_path)
+        torch.testing.assert_close(again(x), net(x), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"target_modules": "all-linear", "use_rslora": True}),
+        ("llama-embedding", {"bias": "none"}),
+        ("gpt2", {"rank_pattern": {"c_proj": 6}}),
+        ("mixtral", {}),
+    ],
+)
+def test_plain_folder_of_a_transformers_model_gives_the_same_logits_in_peft(tmp_path, name: str, options: Any):
+    net = ours(name, tmp_path / "own", **options)
+    export_adapter(tmp_path / "own", tmp_path / "plain", plain=True)
+    assert_plain(tmp_path / "plain")
+    torch.testing.assert_close(logits(read_by_peft(name, tmp_path / "plain")), logits(net), **EXACT)
+
+
+def test_folder_that_peft_wrote_becomes_plain(tmp_path):
+    """Without a fingerprint nobody knows the base's other modules, and target_modules does not need them."""
+    other = theirs("llama", tmp_path / "theirs")
+    export_adapter(tmp_path / "theirs", tmp_path / "plain", plain=True)
+    assert assert_plain(tmp_path / "plain") == 4
+    assert sorted(config_of(tmp_path / "plain")["target_modules"]) == ["down_proj", "q_proj", "v_proj"]
+    torch.testing.assert_close(logits(read_by_peft("llama", tmp_path / "plain")), logits(other), **EXACT)
+    load_adapter(mine := model("llama"), tmp_path / "plain")
+    torch.testing.assert_close(logits(mine), logits(other), **EXACT)
+
+
+@pytest.mark.parametrize("targets", [["conv", "mha", "head"], ["conv", "mha.out_proj"]])
+def test_convolutions_and_attention_have_a_plain_form_in_peft(tmp_path, targets: list[str]):
+    net = adapted(Image, target_modules=targets, alpha_pattern={"conv": 3}, rank_pattern={"conv": 2})
+    x = torch.randn(2, 12)
+    export_adapter(take_adapter(net), tmp_path, plain=True)
+    assert assert_plain(tmp_path) == 4
+
+    with torch.no_grad():
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(seeded(Image), tmp_path)(x), net(x), **EXACT)
+        load_adapter(again := seeded(Image), tmp_path)
+        torch.testing.assert_close(again(x), net(x), **EXACT)
+
+
+class Suffix(nn.Module):
+    """The name of a layer that is left alone is the suffix of one that is adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(4, 4)
+        self.body = nn.ModuleDict({"q": nn.Linear(4, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.body["q"](self.q(x))
+        return result
+
+
+class Numbered(nn.Module):
+    """Another module with the same number has no weights, so that nothing in a file tells of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 4))
+        self.second = nn.Sequential(nn.ReLU(), nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(self.first(x))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("build", "targets"),
+    [
+        (Suffix, ["body.q"]),
+        (Numbered, ["first.0"]),
+    ],
+    ids=["suffix", "numbers"],
+)
+def test_layers_are_named_in_full_where_last_segments_would_take_other_modules(tmp_path, build: Any, targets: Any):
+    net = adapted(build, target_modules=targets, r=2)
+    export_adapter(take_adapter(net), tmp_path, plain=True)
+    assert (config_of(tmp_path)["target_modules"], config_of(tmp_path)["exclude_modules"]) == (targets, None)
+
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(seeded(build), tmp_path)(x), net(x), **EXACT)
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.q, self.norm = nn.Embedding(9, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.stack = nn.ModuleDict({"lstm": nn.LSTM(4, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(self.q(x))
+        return result
+
+
+class WithoutStatistics(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4, track_running_stats=False)
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "DoRA": (Net, {"use_dora": True}, "is a DoRA adapter"),
+    "a saved module": (Net, {"modules_to_save": ["sub"]}, r"holds 'body\.sub\.\w+', 'body\.sub\.\w+' whole"),
+    "biases": (Net, {"bias": "all"}, r"holds '\w.*bias', .* whole"),
+    "statistics of a norm": (Table, {"target_modules": ["q"]}, r"holds 'norm\.\w+', .* whole"),
+    "rows": (
+        WithoutStatistics,
+        {"target_modules": ["q"], "trainable_token_indices": {"emb": [1]}},
+        "holds trained rows of 'emb'",
+    ),
+    "a parameter": (
+        WithoutStatistics,
+        {"target_modules": [], "target_parameters": ["lstm.weight_hh_l0"]},
+        r"adapts the single parameter 'stack\.lstm\.weight_hh_l0'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_adapter_that_holds_more_than_factors_of_layers_has_no_plain_form(tmp_path, case: str):
+    build, options, match = REFUSED[case]
+    adapter = take_adapter(adapted(build, **options))
+    with pytest.raises(
+        LoRAError, match=rf"^export_adapter: {match}.*--adapter ADAPTER .*save_merged\(model, path\)\.$"
+    ):
+        export_adapter(adapter, tmp_path / "plain", plain=True)
+    export_adapter(adapter, tmp_path / "own")
+    with pytest.raises(LoRAError, match=rf"/own: {match}.*--adapter \S+/own "):
+        export_adapter(tmp_path / "own", tmp_path / "plain", plain=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+@pytest.mark.parametrize(("alpha", "said"), [(6, r"rounded to bfloat16 in 3 layers, by up to 0\.00\d+ of"), (8, "")])
+def test_rounding_of_the_scale_times_a_16_bit_b_is_said(tmp_path, recwarn, alpha: int, said: str):
+    net = adapted(Net, lora_alpha=alpha, autocast_adapter_dtype=False).bfloat16()
+    adapter = take_adapter(net)
+    recwarn.clear()
+    if said:
+        with pytest.warns(UserWarning, match=said):
+            export_adapter(adapter, tmp_path, plain=True)
+    else:
+        export_adapter(adapter, tmp_path, plain=True)
+    assert not recwarn.list
+    product = load_file(tmp_path / TENSORS)["base_model.model.q.lora_B.weight"]
+    assert product.dtype == torch.bfloat16
+    torch.testing.assert_close(product, net.q.lora_B.detach() * (alpha / 4), rtol=2**-8, atol=0)
+
+
+def test_best_checkpoint_of_a_run_is_exported_as_it_is_and_plain(tmp_path):
+    trainer = L.Trainer(
+        max_steps=2, callbacks=[LoRACallback(r=1, lora_alpha=1.5, init_lora_weights=False)], barebones=True
+    )
+    trainer.fit(run := BoringModel())
+    trainer.save_checkpoint(tmp_path / "best.ckpt")
+    for plain, scale in ((False, 1.5), (True, 1.0)):
+        export_adapter(tmp_path / "best.ckpt", tmp_path / str(plain), plain=plain)
+        adapter = read_adapter(tmp_path / str(plain))
+        assert adapter.scalings == {"layer": scale}
+        torch.testing.assert_close(adapter.factor("layer", "lora_B") * scale, run.layer.lora_B.detach() * 1.5)
+
+
+def test_export_needs_the_lora_alpha_of_a_source_that_stores_none(tmp_path):
+    factors = {"one.lora_A": torch.randn(2, 4), "one.lora_B": torch.randn(3, 2)}
+    with pytest.raises(LoRAError, match=r"^export_adapter: stores tensors and no options"):
+        export_adapter(factors, tmp_path / "folder", plain=True)
+    export_adapter(factors, tmp_path / "folder", plain=True, lora_alpha=6)
+    torch.testing.assert_close(read_adapter(tmp_path / "folder").factor("one", "lora_B"), factors["one.lora_B"] * 3)
+    with pytest.raises(LoRAError, match=r"found Sequential\. Of a model, call take_adapter first"):
+        export_adapter(nn.Sequential(), tmp_path / "folder")
+
+
+def test_command_exports_plain_and_tells_the_rank(tmp_path, capsys: pytest.CaptureFixture[str]):
+    ours("llama", tmp_path / "own")
+    assert "6 adapted layers of rank 4" in call(capsys, "export", tmp_path / "own", tmp_path / "plain", "--plain")
+    assert assert_plain(tmp_path / "plain") == 4
+    ours("llama-dora", tmp_path / "other")
+    said = refused(capsys, "export", tmp_path / "other", tmp_path / "none", "--plain")
+    assert "is a DoRA adapter" in said
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,289 @@
+""" "all-layers": convolutions and attention beside what "all-linear" adapts, as far as a PEFT folder can hold them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_adapter,
+    merged,
+    save_adapter,
+    summary,
+    unload,
+)
+from support.notices import PEER_NOTICES, tiny_layers
+from support.training import Data, make_trainer, own_random_stream
+from support.training import Net as Trained
+
+pytestmark = [tiny_layers, *(pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES)]
+
+
+class CNN(nn.Module):
+    """A stem, a residual block with a 1x1 shortcut, and a linear classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.block = nn.ModuleDict({"conv": nn.Conv2d(8, 12, 3, padding=1), "shortcut": nn.Conv2d(8, 12, 1)})
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        return self.fc((self.block["conv"](x) + self.block["shortcut"](x)).relu().mean((-1, -2)))
+
+
+class Depthwise(nn.Module):
+    """A block as MobileNet's and ConvNeXt's: a convolution with a group for each channel, then one of 1x1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 2, stride=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.pointwise = nn.Conv2d(8, 12, 1)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pointwise(self.depthwise(self.stem(x)).relu()).relu().mean((-1, -2)))
+
+
+class ViT(nn.Module):
+    """Patches, a block as torchvision's, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).mT
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.fc((x + self.mlp(x)).mean(1))
+
+
+class Cross(nn.Module):
+    """Attention whose keys have another width, which PEFT cannot adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.Conv1d(3, 6, 3)
+        self.queries = nn.Conv3d(1, 8, 2, stride=(3, 2, 2), padding=(0, 0, 0))
+        self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
+        self.table = nn.Embedding(5, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        queries, keys = self.queries(x[:, None]).flatten(2).mT, self.keys(x.flatten(2)).mT
+        return self.attention(queries + self.table.weight[0], keys, keys)[0].mean(1)
+
+
+LAYERS: dict[Callable[[], nn.Module], tuple[list[str], dict[str, str]]] = {  # what is adapted, and what is left out
+    CNN: (["stem.0", "block.conv", "block.shortcut", "fc"], {}),
+    Depthwise: (["stem", "pointwise", "fc"], {"depthwise": "PEFT cannot adapt a convolution with groups"}),
+    ViT: (["patches", "attention", "attention.out_proj", "mlp.0", "mlp.2", "fc"], {}),
+    Cross: (
+        ["keys", "queries"],
+        {
+            "attention": "PEFT cannot adapt attention with q, k and v apart",
+            "attention.out_proj": "PEFT cannot adapt the out_proj of attention with q, k and v apart",
+        },
+    ),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "pissa": {"init_lora_weights": "pissa"},
+    "dora": {"use_dora": True},
+    "loha": {"variant": "loha"},
+    "vera": {"variant": "vera", "lora_alpha": 8},
+}
+
+EFFECT = {"init_lora_weights": False}  # adapters that change the outputs before any training
+
+
+def built(build: Callable[[], nn.Module]) -> nn.Module:
+    with own_random_stream(1):
+        return build().eval()
+
+
+def images() -> torch.Tensor:
+    with own_random_stream(2):
+        return torch.randn(2, 3, 8, 8)
+
+
+def config(**options: Any) -> LoRAConfig:
+    return LoRAConfig(**{"r": 2, "lora_alpha": 4, "target_modules": "all-layers"} | options)
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    return {name: each.reason for each in summary(model).left_out for name in each.names}
+
+
+@pytest.mark.parametrize("build", LAYERS)
+def test_all_layers_adapts_convolutions_and_attention_and_says_what_it_leaves_out(build, caplog):
+    caplog.set_level(logging.INFO, logger="lightning_lora")
+    adapted, reasons = LAYERS[build]
+    model = built(build)
+    assert inject(model, config()) == adapted
+    assert left_out(model) == reasons
+    for name, reason in reasons.items():
+        assert f"lightning_lora: {name} is left out of 'all-layers': {reason}." in caplog.text
+    passed_over = summary(model).passed_over
+    assert ("1 Embedding" in passed_over) == (build is Cross)
+    assert ("lightning_lora: 'all-layers' passes over" in caplog.text) == bool(passed_over)
+    assert ("all-layers" in str(summary(model))) == bool(reasons or passed_over)
+
+
+@pytest.mark.parametrize("build", LAYERS)
+@pytest.mark.parametrize("variant", ["lora", "pissa", "dora", "loha"])
+def test_a_model_adapted_by_all_layers_trains_merges_and_is_restored_in_every_bit(build, variant):
+    model, x = built(build), images()
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    inject(model, config(**EFFECT | VARIANTS[variant]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    before = model(x).detach()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    factored = model(x)
+    assert not torch.equal(factored, before)
+    with merged(model):
+        torch.testing.assert_close(model(x), factored, rtol=1e-4, atol=1e-5)
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in base.items())
+
+
+@pytest.mark.parametrize("build", LAYERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_all_layers_adapts_can_be_written_for_peft_and_read_back(build, variant, tmp_path):
+    if (build, variant) == (Cross, "vera"):  # which has no layer that VeRA can adapt
+        with pytest.raises(LoRAError, match="'keys' is left out: variant='vera' is for linear layers"):
+            inject(built(build), config(**EFFECT | VARIANTS[variant]))
+        return
+    names = inject(model := built(build), config(**EFFECT | VARIANTS[variant]))
+    save_adapter(model, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert written == [name for name in names if not name.endswith("out_proj")]
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(built(build), tmp_path).eval()(images())
+        torch.testing.assert_close(theirs, model(images()), rtol=1e-4, atol=1e-5)
+        load_adapter(loaded := built(build), tmp_path)
+        torch.testing.assert_close(loaded(images()), model(images()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "reasons"),
+    [
+        (ViT, {"use_dora": True}, {"attention": "PEFT cannot adapt attention with use_dora"}),
+        (Depthwise, {"variant": "loha"}, {}),  # PEFT's LoHa changes a weight as it is stored, with groups too
+        (Cross, {"variant": "loha"}, {"queries": "variant='loha' is for linear layers, nn.Conv1d and nn.Conv2d alone"}),
+        (CNN, VARIANTS["vera"], {"stem.0": "variant='vera' is for linear layers and transformers' Conv1D alone"}),
+    ],
+)
+def test_a_variant_leaves_out_the_kinds_that_it_cannot_adapt(build, options, reasons):
+    inject(model := built(build), config(**options))
+    found = left_out(model)
+    assert bool(found) == bool(reasons)
+    assert [name for name, reason in reasons.items() if not found[name].startswith(reason)] == []
+
+
+def test_other_options_take_layers_out_as_of_all_linear():
+    names = inject(built(CNN), config(exclude_modules=["shortcut"], modules_to_save=["fc"]))
+    assert names == ["stem.0", "block.conv"]
+    names = inject(built(ViT), config(exclude_modules=["out_proj"]))
+    assert "attention" in names
+    assert "attention.out_proj" not in names
+
+
+def test_a_model_of_linear_layers_is_adapted_as_by_all_linear():
+    tiny = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny, intermediate_size=16))
+    names = inject(llama, config())
+    assert left_out(llama) == {"lm_head": "it is the output head"}
+    unload(llama)
+    assert inject(llama, config(target_modules="all-linear")) == names != []
+
+
+def test_a_convolution_without_values_or_with_the_weight_of_another_is_left_out():
+    model = nn.ModuleDict({name: nn.Conv2d(2, 2, 1) for name in ("free", "one", "two")})
+    model["two"].weight = model["one"].weight
+    with pytest.warns(UserWarning, match="zero-element"):
+        model["empty"] = nn.Conv2d(2, 0, 1)
+    assert inject(model, config()) == ["free"]
+    assert left_out(model) == {
+        "one": "its weight is also two.weight",
+        "two": "its weight is also one.weight",
+        "empty": "its weight has no values",
+    }
+
+
+@pytest.mark.parametrize("classifier", [lambda net: net.fc, lambda net: (net.fc, net.block["shortcut"])])
+def test_the_classifier_of_a_model_of_timm_is_left_out(classifier):
+    of_timm = type("OfTimm", (CNN,), {"__module__": "timm.models.net", "get_classifier": classifier})
+    mine = type("Mine", (CNN,), {"get_classifier": lambda self, argument: None})
+    names = inject(model := built(of_timm), config())
+    assert "fc" not in names
+    assert left_out(model)["fc"] == "it is the output head"
+    assert len(left_out(model)) + len(names) == 4
+    with pytest.warns(UserWarning, match="; target_modules='all-layers' adapts Conv2d too"):
+        assert inject(built(of_timm), config(target_modules="all-linear")) == ["fc"]
+    assert inject(built(mine), config()) == LAYERS[CNN][0]
+
+
+def test_a_model_whose_layers_are_all_of_another_kind_says_so():
+    with pytest.raises(LoRAError, match=r"'all-layers' leaves no layer to adapt; name others in target_modules: 1 Emb"):
+        inject(nn.ModuleDict({"table": nn.Embedding(3, 3)}), config())
+    with pytest.raises(LoRAError, match=r"'0' is left out: PEFT cannot adapt a convolution with groups; name others"):
+        inject(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), config())
+
+
+@pytest.mark.parametrize(("said", "meant"), [("all_layers", "all-layers"), ("All-Linear", "all-linear")])
+def test_another_spelling_of_a_value_is_an_error_that_names_it(said, meant):
+    with pytest.raises(LoRAError, match=rf"target_modules: '{said}' names no layer to adapt; did you mean '{meant}'\?"):
+        inject(built(CNN), config(target_modules=said))
+
+
+class WithConvolution(Trained):
+    """A classifier with a convolution that runs before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with own_random_stream(3):
+            self.conv = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.conv(x[:, None])[:, 0])
+
+
+def test_a_trainer_saves_and_resumes_all_layers_by_its_name(tmp_path: Path):
+    def fit(path: Path, epochs: int, callback: LoRACallback, **options: Any) -> WithConvolution:
+        trainer = make_trainer(path, callback, max_epochs=epochs)
+        trainer.fit(model := WithConvolution(), Data(), **options)
+        trainer.save_checkpoint(path / "last.ckpt")
+        return model
+
+    def lora() -> LoRACallback:
+        return LoRACallback(r=1, target_modules="all-layers", seed=0)
+
+    whole = fit(tmp_path / "whole", 2, lora())
+    fit(tmp_path / "first", 1, lora())
+    resumed = fit(tmp_path / "second", 2, lora(), ckpt_path=tmp_path / "first" / "last.ckpt")
+    assert torch.equal(resumed.conv.lora_B, whole.conv.lora_B)
+    assert resumed.conv.lora_B.any()
+    wanted = r"target_modules was 'all-layers', now 'all-linear'"
+    with pytest.raises(LoRAError, match=wanted):
+        fit(tmp_path / "third", 2, LoRACallback(r=1), ckpt_path=tmp_path / "first" / "last.ckpt")

@@ -1,0 +1,319 @@
+"""quantize_base: the layers that it quantises, what casts, copies and moves keep, and the option of the callback."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_adapter,
+    merge_and_unload,
+    quantize_base,
+    summary,
+    unload,
+)
+from lightning_lora.nn.nf4 import group_size
+from lightning_lora.nn.quantised import dequantize, quantised_as
+from support.quantised import NF4, PlainNet, batches, factors, inputs, network, packed_bits, quantised, values_of
+from support.training import make_trainer
+
+torchao = pytest.importorskip("torchao.quantization")
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    """How each weight is quantised, of those that are."""
+    found = {name: quantised_as(parameter) for name, parameter in model.named_parameters()}
+    return {name: kind for name, kind in found.items() if kind}
+
+
+def test_the_weights_are_those_of_torchao_itself():
+    plain, model = network(), network()
+    assert quantize_base(model) == ["0", "2", "4"]
+    assert kinds(model) == {"0.weight": NF4, "2.weight": NF4, "4.weight": NF4}
+    for position in (0, 2, 4):
+        weight = plain[position].weight.detach()
+        theirs = torchao.to_nf4(weight, 64, group_size(weight.numel() // 64))
+        assert torch.equal(model[position].weight.get_original_weight(), theirs.get_original_weight())
+        assert float((dequantize(model[position]) - weight).norm() / weight.norm()) < 0.1
+        assert not model[position].weight.requires_grad
+    assert quantised_as(nn.Parameter(torchao.to_nf4(torch.randn(128, 256)), requires_grad=False)) == NF4
+
+
+@pytest.mark.parametrize(
+    ("scales", "size"), [(4096 * 4096 // 64, 256), (64 * 256, 256), (64 * 128, 128), (256, 4), (32, 4), (6, 2), (5, 1)]
+)
+def test_scales_are_quantised_in_groups_that_64_ranks_can_share(scales, size):
+    assert group_size(scales) == size
+
+
+@pytest.mark.parametrize("scales", [1, 5, 6])
+def test_weights_of_few_blocks_keep_their_values_nearly(scales):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, scales))
+    weight = model[0].weight.detach().clone()
+    quantize_base(model)
+    assert float((dequantize(model[0]) - weight).norm() / weight.norm()) < 0.15
+
+
+class Layers(nn.Module):
+    """Has a layer of each kind that is left out, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        class Doubling(nn.Linear):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return 2 * super().forward(x)
+
+        self.table = nn.Embedding(64, 64)
+        self.head = nn.Linear(64, 64, bias=False)
+        self.head.weight = self.table.weight
+        self.attention = nn.MultiheadAttention(64, 4)
+        self.subclass = Doubling(64, 64)
+        self.odd = nn.Linear(3, 5)
+        self.double = nn.Linear(64, 64).double()
+        self.conv = nn.Conv1d(64, 64, 1)
+        self.body = nn.Linear(64, 64)
+
+
+def test_other_layers_stay_as_they_are(caplog):
+    model = Layers()
+    with caplog.at_level("INFO", "lightning_lora"):
+        assert quantize_base(model) == ["body"]
+    assert kinds(model) == {"body.weight": NF4}
+    assert "quantize_base: odd, double not quantised: the number of weights is no multiple of 64" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options", [{"exclude_modules": ["4"]}, {"exclude_modules": "4"}, {"modules_to_save": ["4"]}], ids=str
+)
+def test_named_layers_are_left_out(options):
+    model = network()
+    assert quantize_base(model, "nf4", **options) == ["0", "2"]
+    assert type(model[4].weight) is nn.Parameter
+
+
+def test_the_output_head_of_a_transformers_model_is_left_out():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4)
+    model = transformers.LlamaForCausalLM(config)
+    names = quantize_base(model)
+    assert len(names) == 7
+    assert "lm_head" not in names
+    inject(model, LoRAConfig(r=2))
+    model(torch.arange(6)[None]).logits.sum().backward()
+    assert model.model.layers[0].mlp.down_proj.lora_B.grad is not None
+
+
+def on_meta() -> nn.Module:
+    return network().to("meta")
+
+
+def not_finite() -> nn.Module:
+    model = network()
+    with torch.no_grad():
+        model[2].weight[3, 5] = torch.nan
+    return model
+
+
+def injected() -> nn.Module:
+    inject(model := network(), LoRAConfig(r=2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (network, {"kind": "int4"}, r"quantize_base: a base can be quantised as nf4, not as 'int4'"),
+        (network, {"exclude_modules": ["7"]}, r"quantize_base: exclude_modules: '7' names no"),
+        (network, {"modules_to_save": ["head"]}, r"quantize_base: modules_to_save: 'head' names no"),
+        (network, {"exclude_modules": ["0", "2", "4"]}, r"quantize_base: Sequential has no layer to quantise"),
+        (on_meta, {}, r"quantize_base: '0.weight' has no values yet \(it is on the meta device\)"),
+        (not_finite, {}, r"quantize_base: a value of '2' is not finite"),
+        (injected, {}, r"quantize_base: '0' is adapted already; call quantize_base before inject"),
+        (lambda: quantised(NF4), {}, r"quantize_base: Sequential has no layer to quantise"),
+    ],
+)
+def test_what_cannot_be_quantised_is_refused_by_name(build, options, message):
+    with pytest.raises(LoRAError, match=message):
+        quantize_base(build(), **options)
+
+
+def test_an_unknown_keyword_is_refused_with_near_misses():
+    with pytest.raises(LoRAError, match="exclude_modules"):
+        quantize_base(network(), exclude_module=["4"])
+
+
+def test_without_torchao_the_error_names_it(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(LoRAError, match=r"quantize_base: expected torchao's NF4Tensor.*pip install torchao"):
+        quantize_base(network())
+
+
+@pytest.mark.parametrize("adapt", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_cast_leaves_the_weights_quantised_with_their_bits(adapt, dtype):
+    """torchao's own tensor is dequantised by a cast of its layer, even to the dtype that it has."""
+    model = quantised(NF4)
+    bits = packed_bits(model)
+    if adapt:
+        inject(model, LoRAConfig(r=2))
+    model.to(dtype)
+    assert packed_bits(model) == bits
+    assert model[0].bias.dtype == dtype
+    output = model(inputs(dtype=dtype))
+    assert output.dtype == dtype
+    expected = quantised(NF4)(inputs()).detach()
+    assert float((output.detach().float() - expected).norm() / expected.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("adapt", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_the_bits_and_a_life_of_its_own(adapt, copied):
+    """torchao's own tensor is quantised again when it is copied, in groups of another size."""
+    model = quantised(NF4)
+    if adapt:
+        inject(model, LoRAConfig(r=2, init_lora_weights=False))
+    layer = copied(model[0])
+    assert type(layer) is type(model[0])
+    x = inputs()
+    assert torch.equal(layer(x), model[0](x))
+    assert quantised_as(layer.weight) == NF4
+    assert layer.weight.requires_grad is False
+    memory = [one.weight.quantized_data.data_ptr() for one in (layer, model[0])]
+    assert (memory[0] == memory[1]) == (copied is copy.copy)
+
+
+def test_a_move_moves_every_part(tmp_path):
+    model = quantised(NF4)
+    model.to("meta")
+    weight: Any = model[0].weight
+    assert {weight.device.type, weight.quantized_data.device.type, weight.nf4.device.type} == {"meta"}
+    assert quantised_as(weight) == NF4
+
+
+def test_a_plain_state_dict_is_quantised_as_it_is_loaded():
+    model, plain = quantised(NF4), network()
+    for layer in (model[0], model[2]):
+        layer.weight.copy_(torch.ones(layer.weight.shape))
+    model.load_state_dict(plain.state_dict())
+    assert packed_bits(model) == packed_bits(quantised(NF4))
+
+
+def test_merge_and_unload_leaves_plain_linear_layers():
+    model = quantised(NF4)
+    inject(model, LoRAConfig(r=2, init_lora_weights=False))
+    expected = model(inputs())
+    plain = merge_and_unload(model, dequantize="float32")
+    assert [type(plain[position]) for position in (0, 2, 4)] == [nn.Linear] * 3
+    assert all(type(parameter) is nn.Parameter for parameter in plain.parameters())
+    torch.testing.assert_close(plain(inputs()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_torchao_quantised_itself_is_adapted_and_unloaded():
+    model = network()
+    for position in (0, 2, 4):
+        weight = torchao.to_nf4(model[position].weight.detach(), 64, 4)
+        model[position].weight = nn.Parameter(weight, requires_grad=False)
+    assert inject(model, LoRAConfig(r=2)) == ["0", "2", "4"]
+    assert summary(model).quantised == {NF4: 3}
+    model(inputs()).sum().backward()
+    unload(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_the_memory_is_a_seventh_of_float32():
+    model = nn.Sequential(nn.Linear(512, 512, bias=False))
+    quantize_base(model)
+    weight: Any = model[0].weight
+    held = sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])
+    assert held * 8 / weight.numel() == pytest.approx(4.13, abs=0.01)
+    assert values_of(model[0]).shape == (512, 512)
+
+
+# --- the option of the callback ---
+
+
+def fitted(path: Path, model: Any, callback: LoRACallback, **options: Any) -> Any:
+    trainer = make_trainer(path, callback, max_epochs=1, **options)
+    trainer.fit(model, batches(), batches(2))
+    trainer.save_checkpoint(path / "one.ckpt")
+    return model
+
+
+def lora(**options: Any) -> LoRACallback:
+    return LoRACallback(**{"r": 2, "lora_alpha": 4, "seed": 1} | options)
+
+
+class QuantisedBefore(PlainNet):
+    def build(self, kind: str) -> Any:
+        return quantised(NF4)
+
+
+class BuiltLate(PlainNet):
+    """Builds its last layers in configure_model."""
+
+    def build(self, kind: str) -> Any:
+        return network()[:2]
+
+    def configure_model(self) -> None:
+        if len(self.network) == 2:
+            self.network.extend(network()[2:])
+
+
+@pytest.mark.parametrize("build", [PlainNet, BuiltLate])
+def test_the_option_trains_what_quantize_base_and_inject_do(tmp_path, build):
+    expected = fitted(tmp_path / "by hand", QuantisedBefore(), lora())
+    found = fitted(tmp_path / "option", build(), lora(quantize="nf4"))
+    assert packed_bits(found) == packed_bits(expected)
+    assert factors(found).keys() == factors(expected).keys()
+    assert all(torch.equal(value, factors(expected)[name]) for name, value in factors(found).items())
+    again = PlainNet()
+    make_trainer(tmp_path, lora(quantize="nf4")).test(again, batches(2), ckpt_path=tmp_path / "option/one.ckpt")
+    assert kinds(again) == kinds(found)
+
+
+def test_the_option_leaves_out_what_is_trained_whole(tmp_path):
+    model = fitted(tmp_path, PlainNet(), lora(quantize="nf4", modules_to_save=["4"]))
+    assert list(kinds(model)) == ["network.0.weight", "network.2.weight"]
+    assert model.network[4].weight.requires_grad
+
+
+def test_the_option_on_a_model_that_was_injected_plain_is_refused(tmp_path):
+    model = PlainNet()
+    inject(model, LoRAConfig(r=2, lora_alpha=4), seed=1)
+    with pytest.raises(LoRAError, match=r"quantize is 'nf4', but no weight of PlainNet is quantised.*quantize_base"):
+        fitted(tmp_path, model, lora(quantize="nf4"))
+    with pytest.raises(LoRAError, match=r"LoRACallback: a base can be quantised as nf4, not as 'nf3'"):
+        lora(quantize="nf3")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_a_run_in_16_bits_keeps_the_base_quantised(tmp_path, precision):
+    model = fitted(tmp_path, PlainNet(), lora(quantize="nf4"), precision=precision)
+    assert kinds(model) == {f"network.{i}.weight": NF4 for i in (0, 2, 4)}
+    assert all(float(value.norm()) > 0 for value in factors(model).values())
+
+
+def test_an_adapter_on_the_plain_base_is_refused_with_the_call_that_quantises_it(tmp_path):
+    trained = fitted(tmp_path, PlainNet(), lora(quantize="nf4"))
+    plain = PlainNet()
+    with pytest.raises(LoRAError, match=r"quantised \(NF4Tensor\), here it is not quantised.*quantize_base\(model\)"):
+        load_adapter(plain, tmp_path / "one.ckpt")
+    quantize_base(plain)
+    load_adapter(plain, tmp_path / "one.ckpt")
+    assert torch.equal(plain(inputs()), trained.eval()(inputs()))
