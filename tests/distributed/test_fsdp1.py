@@ -667,6 +667,24 @@ def test_gradients_are_means_over_all_ranks_and_count_as_zero_where_one_lacks_th
         assert found["large"] == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
 
 
+def exchanges(path: Path, accumulate: int) -> int:
+    """How often a fit of three batches averages gradients."""
+    counted: list[Any] = []
+    own, fsdp1_file.average_gradients_ = fsdp1_file.average_gradients_, counted.append
+    try:
+        trainer = fsdp1(path, Case().build(0)[1], max_epochs=1, accumulate_grad_batches=accumulate)
+        trainer.fit(Plain(), *data())
+    finally:
+        fsdp1_file.average_gradients_ = own
+    return len(counted)
+
+
+@slow
+def test_gradients_are_averaged_once_for_accumulated_batches(tmp_path):
+    assert world().run(exchanges, tmp_path, 1) == [3, 3]
+    assert world().run(exchanges, tmp_path, 2) == [2, 2]
+
+
 # --- functions on a wrapped model, and what cannot be right ---
 
 
