@@ -1,6 +1,6 @@
 """Seconds that grow with the number of layers: to inject, to start a fit, to save and to load an adapter.
 
-    python tests/distributed/seconds.py     # measure, print the table and write it into README.md beside this file
+    python tests/distributed/seconds.py     # measure, print the table and write it into large_models.md beside this file
 
 Models have the names and the number of layers of Llama 3. Injection sees the true shapes, on the meta device. For the
 rest widths are tiny, so that no time depends on a weight's size. test_seconds.py counts calls instead.
@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from support.scale import MODELS, Llama, markdown
 from support.training import make_trainer
 
-README = Path(__file__).with_name("README.md")
+PAGE = Path(__file__).with_name("large_models.md")
 BEGIN, END = "<!-- seconds: written by tests/distributed/seconds.py -->\n", "<!-- end of seconds -->"
 HEADS = ["model", "adapted layers", "inject", "a fit starts", "without LoRA", "save", "load"]
 OPTIONS: dict[str, Any] = {"r": 16, "target_modules": "all-linear"}
@@ -142,8 +142,8 @@ def line(model: Llama, path: Path) -> list[str]:
 
 
 def shown() -> str:
-    """The table that README.md has."""
-    return README.read_text().split(BEGIN)[1].split(END)[0].strip()
+    """The table that large_models.md has."""
+    return PAGE.read_text().split(BEGIN)[1].split(END)[0].strip()
 
 
 def main() -> None:
@@ -154,8 +154,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lines = [line(model, Path(folder)) for model in MODELS]
     text = markdown([HEADS, ["---"] * len(HEADS), *lines])
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{text}\n\n{END}{rest.split(END)[1]}")
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n\n{END}{rest.split(END)[1]}")
     print(text)
 
 
