@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..distributed.flat import whole_shape
-from ..distributed.sharding import is_spread, local, sum_over_shards, windows
+from ..distributed.sharding import is_spread, sum_over_shards, windows
 from .exact_merge import parts_of
 from .low_rank import HALF
 
@@ -211,12 +211,15 @@ def _sharded_squares(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, transposed: bool, *, exact: bool
 ) -> torch.Tensor:
     """Return norm(V)^2 of a sharded weight. Collective."""
-    total = torch.zeros(len(b), dtype=torch.float64, device=local(weight).device)
+    total: torch.Tensor | None = None
     for part, rows, columns in windows(weight, whole_shape(weight)[1:].numel()):
         outputs, inputs = (columns, rows) if transposed else (rows, columns)
         factors = a[:, inputs], b[outputs]
         if forms_sums(part):
-            total[outputs] += _squares_of_sums(part, 0, *factors, scaling, transposed, exact=exact)
+            own = _squares_of_sums(part, 0, *factors, scaling, transposed, exact=exact)
         else:
-            total[outputs] += _squares(parts_of(part), *factors, scaling, transposed, None, torch.float64)
+            own = _squares(parts_of(part), *factors, scaling, transposed, None, torch.float64)
+        total = own.new_zeros(len(b)) if total is None else total
+        total[outputs] += own
+    assert total is not None
     return sum_over_shards(total, weight)
