@@ -1,6 +1,6 @@
 """Seconds that grow with the number of layers: to inject, to start a fit, to save and to load an adapter.
 
-    python tests/distributed/seconds.py     # measure, print the table and write it into large_models.md beside this file
+    python tests/distributed/seconds.py     # measure, print the table and write it into large_models.md
 
 Models have the names and the number of layers of Llama 3. Injection sees the true shapes, on the meta device. For the
 rest widths are tiny, so that no time depends on a weight's size. test_seconds.py counts calls instead.
