@@ -25,6 +25,7 @@ from ..nn.writer import Turn
 from .align import add_frozen_weights, align_names, record_trained, split_off_base
 from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, specs_for
+from .quantised_base import remedy_for_load
 from .take import check_fingerprint
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def apply_adapter(
         listing: of the model without wrappers; its handle where it is injected.
         adapter: under any prefix.
         strict_base: whether another base than the adapter's is an error or a warning.
-        remedy: the advice at the end of the error about another base.
+        remedy: the advice at the end of the error about another base, unless quantize_base has to come first.
         swap: whether layers of an injected model may get another rank and scaling.
 
     Returns:
@@ -125,6 +126,7 @@ def apply_adapter(
     """
     names = Names(listing.places)
     adapter = by_first_names(names, align_names(listing, names, adapter))
+    remedy = remedy_for_load(listing, adapter) or remedy
     fresh = not isinstance(listing, AdaptedModel)
     if isinstance(listing, AdaptedModel):
         handle = listing

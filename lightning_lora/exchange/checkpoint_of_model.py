@@ -28,6 +28,7 @@ from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
+from .quantised_base import remedy_for_trainer
 from .take import check_fingerprint, describe
 
 REMEDY_IN_TRAINER = (
@@ -212,7 +213,8 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
     adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(live, adapter)
     check_adapter(live, module_names, complete, values_follow=values_follow)
-    check_fingerprint(live, complete.fingerprint, remedy=REMEDY_IN_TRAINER)
+    remedy = remedy_for_trainer(live.handle, adapter) or REMEDY_IN_TRAINER
+    check_fingerprint(live, complete.fingerprint, remedy=remedy)
     record_trained(live, adapter)
     live.handle.record.origin = dict(adapter.origin)
     live_values = _live_state(live.handle) | dict(complete.tensors)

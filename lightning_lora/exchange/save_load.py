@@ -34,6 +34,7 @@ from ..model.wrappers import unwrapped, warn_of_late_adapters
 from .apply import apply_adapter, config_for
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
+from .quantised_base import quantise_as_trained_
 from .take import adapter_of_model, frozen_values
 
 log = logging.getLogger(__name__)
@@ -194,7 +195,8 @@ def load_from_checkpoint(
 ) -> Module:
     """Build a LightningModule from a checkpoint's hyperparameters, as Lightning does, and load its adapter.
 
-    The base weights are those that the class builds; for a full checkpoint, those in the file.
+    The base weights are those that the class builds; for a full checkpoint, those in the file. Layers that were
+    quantised by quantize_base or LoRACallback(quantize="nf4") are quantised here too.
 
     Args:
         cls: the LightningModule's class.
@@ -230,12 +232,18 @@ def load_from_checkpoint(
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
     if kind != "full":
+        listing = find_model(model) or Listing(model)
+        call = quantise_as_trained_(listing, adapter)
+        steps = [
+            f'model = {cls.__name__}.load_from_checkpoint("pretrained.ckpt")',
+            call,
+            f'load_adapter(model, "{path}")',
+        ]
         remedy = (
-            f"{cls.__name__} built a base of its own. Where the base is a checkpoint, load that first: load_adapter("
-            f'model := {cls.__name__}.load_from_checkpoint("pretrained.ckpt"), "{path}"). strict_base=False makes this '
-            "a warning."
+            f"{cls.__name__} built a base of its own. Where the base is a checkpoint, load that first: "
+            f"{'; '.join(filter(None, steps))}. strict_base=False makes this a warning."
         )
-        apply_adapter(find_model(model) or Listing(model), adapter, strict_base=strict_base, remedy=remedy)
+        apply_adapter(listing, adapter, strict_base=strict_base, remedy=remedy)
     else:
         _load_full(model, checkpoint, adapter)
     return model
