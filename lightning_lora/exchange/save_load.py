@@ -234,14 +234,13 @@ def load_from_checkpoint(
     if kind != "full":
         listing = find_model(model) or Listing(model)
         call = quantise_as_trained_(listing, adapter)
-        steps = [
-            f'model = {cls.__name__}.load_from_checkpoint("pretrained.ckpt")',
-            call,
-            f'load_adapter(model, "{path}")',
-        ]
+        base = f'{cls.__name__}.load_from_checkpoint("pretrained.ckpt")'
+        steps = f'load_adapter(model := {base}, "{path}")'
+        if call:
+            steps = f'model = {base}; {call}; load_adapter(model, "{path}")'
         remedy = (
-            f"{cls.__name__} built a base of its own. Where the base is a checkpoint, load that first: "
-            f"{'; '.join(filter(None, steps))}. strict_base=False makes this a warning."
+            f"{cls.__name__} built a base of its own. Where the base is a checkpoint, load that first: {steps}. "
+            "strict_base=False makes this a warning."
         )
         apply_adapter(listing, adapter, strict_base=strict_base, remedy=remedy)
     else:

@@ -282,8 +282,8 @@ def check_trainable(saved: Mapping[str, nn.Module]) -> None:
         if kind == NF4:
             options = f"quantize_base(model, modules_to_save={list(quantised)})"
         raise LoRAError(
-            f"inject: modules_to_save names {name!r}, but the weight of {layer_name!r} is quantised ({kind}) and cannot "
-            f"be trained. Leave it out of the quantisation ({options}), or adapt it with target_modules."
+            f"inject: modules_to_save names {name!r}, but the weight of {layer_name!r} is quantised ({kind}) and "
+            f"cannot be trained. Leave it out of the quantisation ({options}), or adapt it with target_modules."
         )
 
 
