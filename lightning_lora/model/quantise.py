@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -171,7 +171,7 @@ def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
     """Return the plain linear layers that "all-linear" and the options name, adapted or not."""
     modules = dict(listing.modules)
     return {
-        name: module
+        name: cast(nn.Linear, module)
         for name, module in _targets(listing, config).layers.items()
         if (module.lora_base if isinstance(module, Swapped) else type(module)) is nn.Linear
         and not quantised_parameters(module)
