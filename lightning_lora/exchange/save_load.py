@@ -31,10 +31,9 @@ from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, op
 from ..model.inject import inject, inject_to_load
 from ..model.live_state import LiveState
 from ..model.wrappers import unwrapped, warn_of_late_adapters
-from .apply import apply_adapter, config_for
+from .apply import apply_adapter, config_for, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
-from .quantised_base import quantise_as_trained_
 from .take import adapter_of_model, frozen_values
 
 log = logging.getLogger(__name__)
@@ -233,19 +232,23 @@ def load_from_checkpoint(
     model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
     if kind != "full":
         listing = find_model(model) or Listing(model)
-        call = quantise_as_trained_(listing, adapter)
-        base = f'{cls.__name__}.load_from_checkpoint("pretrained.ckpt")'
-        steps = f'load_adapter(model := {base}, "{path}")'
-        if call:
-            steps = f'model = {base}; {call}; load_adapter(model, "{path}")'
-        remedy = (
-            f"{cls.__name__} built a base of its own. Where the base is a checkpoint, load that first: {steps}. "
-            "strict_base=False makes this a warning."
-        )
+        remedy = _other_base(cls.__name__, path, quantise_as_trained_(listing, adapter))
         apply_adapter(listing, adapter, strict_base=strict_base, remedy=remedy)
     else:
         _load_full(model, checkpoint, adapter)
     return model
+
+
+def _other_base(name: str, path: PathLike, call: str) -> str:
+    """Return the advice where a class built another base; the call, if any, quantises the right one."""
+    base = f'{name}.load_from_checkpoint("pretrained.ckpt")'
+    steps = f'load_adapter(model := {base}, "{path}")'
+    if call:
+        steps = f'model = {base}; {call}; load_adapter(model, "{path}")'
+    return (
+        f"{name} built a base of its own. Where the base is a checkpoint, load that first: {steps}. strict_base=False "
+        "makes this a warning."
+    )
 
 
 def _load_full(model: nn.Module, checkpoint: dict[str, Any], adapter: Adapter) -> None:
