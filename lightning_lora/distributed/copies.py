@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -24,7 +24,7 @@ class Keeper(Protocol):
 class _Known:
     """The keepers that are alive."""
 
-    keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+    keepers: ClassVar[weakref.WeakSet[Keeper]] = weakref.WeakSet()
 
 
 def add_keeper(keeper: Keeper) -> None:

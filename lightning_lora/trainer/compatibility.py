@@ -41,10 +41,10 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
             raise LoRAError(
                 "LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite."
             )
-        if fitting and _is_a(neighbour, *AVERAGING) and _is_a(trainer.strategy, "FSDPStrategy"):
+        if fitting and _is_a(neighbour, *AVERAGING) and _has_slices(trainer.strategy):
             raise LoRAError(
-                f"LoRACallback: {name} copies whole weights, and FSDPStrategy has slices of them. Leave it out, or use "
-                "strategy='ddp' where the base fits on one device."
+                f"LoRACallback: {name} copies whole weights, and {type(trainer.strategy).__name__} has slices of them. "
+                "Leave it out, or use strategy='ddp' where the base fits on one device."
             )
         if fitting and _is_a(neighbour, *AVERAGING) and position < order.index(callback):
             raise LoRAError(
@@ -57,6 +57,16 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
             "only, so the main process needs the adapters too. Call inject(model, LoRAConfig(...)) before fit, or use "
             "strategy='ddp'."
         )
+
+
+def _has_slices(strategy: Any) -> bool:
+    """Return whether each rank has slices of weights, in place of whole ones or DTensors: FSDP1, or DeepSpeed's ZeRO-3.
+
+    These are known by name, so that neither is imported.
+    """
+    config = getattr(strategy, "config", None)
+    zero = config.get("zero_optimization") if _is_a(strategy, "DeepSpeedStrategy") and config else None
+    return _is_a(strategy, "FSDPStrategy") or bool(zero and zero.get("stage") == 3)
 
 
 def launches(trainer: Any) -> bool:

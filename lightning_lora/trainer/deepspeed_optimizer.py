@@ -6,6 +6,7 @@ recognised by attributes, so that it is not imported here.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, cast
@@ -42,6 +43,24 @@ def _groups_of(optimizer: Any) -> Sequence[Sequence[nn.Parameter]] | None:
     """Return the parameters of DeepSpeed's optimizer by groups; None for another optimizer."""
     groups: Any = getattr(optimizer, "bit16_groups", getattr(optimizer, "fp16_groups", None))
     return cast("Sequence[Sequence[nn.Parameter]] | None", groups)
+
+
+def holds_copies(optimizer: Any) -> bool:
+    """Return whether an optimizer is DeepSpeed's, which trains copies of some parameters."""
+    return _groups_of(optimizer) is not None
+
+
+def warn_of_untrained(optimizer: Any, unfrozen: Sequence[nn.Parameter]) -> None:
+    """Warn where parameters were unfrozen after DeepSpeed chose what it trains."""
+    held = {id(parameter) for parameter in held_parameters(optimizer)}
+    lacking = [parameter for parameter in unfrozen if id(parameter) not in held]
+    if holds_copies(optimizer) and lacking:
+        warnings.warn(
+            f"lightning_lora: DeepSpeed trains what was trainable when the fit began, and {len(lacking)} parameters "
+            "were unfrozen since, so they stay as they are. Unfreeze them before the fit, or name their modules in "
+            "modules_to_save.",
+            stacklevel=2,
+        )
 
 
 def copy_to_optimizer_(optimizers: Iterable[Any]) -> None:

@@ -16,7 +16,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch import nn
@@ -781,3 +781,38 @@ def refused_swap(path: Path, source: Path, stage: int) -> tuple[str, State, Stat
     zero(path, callback, Trying(), stage=stage, max_epochs=1).fit(model, *data())
     before, said, after = found
     return said, before, after
+
+
+def unfrozen_later(path: Path, stage: int) -> bool:
+    class Unfreezing(Plain):
+        def on_train_epoch_start(self) -> None:
+            if self.trainer.current_epoch == 1:
+                self.net[2].weight.requires_grad_()
+
+    torch.manual_seed(0)
+    model = Unfreezing()
+    before = model.net[2].weight.detach().clone()
+    trainer = zero(path, LoRACallback(r=2, target_modules=TARGETS), stage=stage, max_epochs=2)
+    with (
+        pytest.warns(UserWarning, match=r"^lightning_lora: base parameters were unfrozen after injection"),
+        pytest.warns(UserWarning, match=r"^lightning_lora: DeepSpeed trains what .* and 1 parameters were unfrozen"),
+    ):
+        trainer.fit(model, *data())
+    return torch.equal(whole_state(model)["net.2.weight"], before)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weight_that_is_unfrozen_during_the_fit_stays_and_a_warning_says_so(tmp_path, stage):
+    assert world().run(unfrozen_later, tmp_path, stage) == [True, True]
+
+
+def averaged(path: Path, stage: int) -> str:
+    model, callback = Case().build(0)
+    with pytest.raises(LoRAError) as error:
+        zero(path, callback, EMAWeightAveraging(), stage=stage, max_epochs=1).fit(model, *data())
+    return str(error.value)
+
+
+def test_average_of_slices_is_refused(tmp_path):
+    for said in world().run(averaged, tmp_path, 3):
+        assert re.match("LoRACallback: EMAWeightAveraging copies whole weights, and OnCPU has slices of them", said)
