@@ -41,9 +41,10 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
             raise LoRAError(
                 "LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite."
             )
-        if fitting and _is_a(neighbour, *AVERAGING) and _has_slices(trainer.strategy):
+        slicing = _slicing(trainer.strategy)
+        if fitting and _is_a(neighbour, *AVERAGING) and slicing:
             raise LoRAError(
-                f"LoRACallback: {name} copies whole weights, and {type(trainer.strategy).__name__} has slices of them. "
+                f"LoRACallback: {name} copies whole weights, and {slicing} has slices of them. "
                 "Leave it out, or use strategy='ddp' where the base fits on one device."
             )
         if fitting and _is_a(neighbour, *AVERAGING) and position < order.index(callback):
@@ -59,14 +60,13 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
         )
 
 
-def _has_slices(strategy: Any) -> bool:
-    """Return whether each rank has slices of weights, in place of whole ones or DTensors: FSDP1, or DeepSpeed's ZeRO-3.
-
-    These are known by name, so that neither is imported.
-    """
+def _slicing(strategy: Any) -> str:
+    """Return the name of a strategy under which each rank has slices of weights, or "". None is imported for it."""
     config = getattr(strategy, "config", None)
     zero = config.get("zero_optimization") if _is_a(strategy, "DeepSpeedStrategy") and config else None
-    return _is_a(strategy, "FSDPStrategy") or bool(zero and zero.get("stage") == 3)
+    if zero and zero.get("stage") == 3:
+        return "DeepSpeedStrategy at stage 3"
+    return "FSDPStrategy" if _is_a(strategy, "FSDPStrategy") else ""
 
 
 def launches(trainer: Any) -> bool:
