@@ -13,6 +13,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import REMEDY, warn_of_rounding
 from ..adapter.layer_options import exact_options, options_hold, with_exact_ranks
 from ..config import LoRAConfig
+from ..distributed.copies import tell_written
 from ..distributed.sharding import copies_of, copy_all_
 from ..errors import LoRAError
 from ..formats.peft_attention import turn_as_in_model
@@ -104,7 +105,9 @@ def _write_(live: LiveState, values: Mapping[str, Any]) -> None:
         if live.tensors[name] is None:
             owner = cast(Any, live.owners[name])
             owner.set_extra_state(copy.deepcopy(value))  # an adapter in memory does not change with the model
-    copy_all_([(tensor, value) for name, value in values.items() if (tensor := live.tensors[name]) is not None])
+    written = [(tensor, value) for name, value in values.items() if (tensor := live.tensors[name]) is not None]
+    copy_all_(written)
+    tell_written(written)
 
 
 def apply_adapter(

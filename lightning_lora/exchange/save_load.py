@@ -106,8 +106,9 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
     that somebody wrote or edited stays.
 
     Args:
-        model: an injected model, or an adapter of read_adapter or take_adapter.
-        path: the folder; what else is in it stays.
+        model: an injected model, or an adapter of read_adapter or take_adapter. What it holds now is written: after
+            fit, the last epoch. export_adapter writes the best one, from its checkpoint.
+        path: the folder. An adapter that is in it is replaced without asking; what else is in it stays.
 
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.

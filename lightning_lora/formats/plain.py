@@ -21,7 +21,8 @@ from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..matching import matcher
 from ..names import A, B, listed
-from ..nn.low_rank import HALF, to_block_diagonal
+from ..nn.low_rank import CONVOLUTIONS, HALF, to_block_diagonal
+from ..nn.variant import Acting
 
 
 def plain_form(adapter: Adapter, source: PathLike | None) -> Adapter:
@@ -82,10 +83,22 @@ def _is_floating(value: Any) -> bool:
 
 def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A and s * B of the plain LoRA that equals a layer's adapter."""
-    a, b, _ = adapter.acting(layer)
+    a, b, _ = _acting(adapter, layer)
     enabled = adapter.config.enabled_parts(layer) if adapter.config is not None else None
     scaled = (b.detach().double() * adapter.scalings[layer]).to(b.dtype)
     return a.detach(), to_block_diagonal(scaled, enabled) if enabled else scaled
+
+
+def _acting(adapter: Adapter, layer: str) -> Acting:
+    """Return the factors that a layer's tensors act as, in the shapes that plain LoRA stores."""
+    acting, place = adapter.acting(layer), adapter.place(layer)
+    if place.kind in CONVOLUTIONS and acting.a.dim() == 2 and not place.shapes:
+        raise LoRAError(
+            f"export_adapter: {layer!r} is a convolution, and the source does not say how large its kernel is. Load it "
+            "onto its model in Python: load_adapter(model, path), then export_adapter(take_adapter(model), path, "
+            "plain=True)."
+        )
+    return place.shaped(acting)
 
 
 def _tell_rounding(adapter: Adapter, factors: Mapping[str, Any], where: object) -> None:
@@ -147,12 +160,23 @@ def plain_targets(adapter: Adapter) -> tuple[list[str], list[str]]:
     PEFT reads both. Servers go by the tensors, and take full names too. The layers are named in full where a segment is
     a number, which may be that of a module without weights, and where a module's name is a suffix of a layer's, because
     it cannot be excluded.
+
+    Raises:
+        LoRAError: no such lists name these layers alone.
     """
     layers = [name for name in adapter.module_layers if adapter.options_name(name) == name]
     segments = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    targeted = matcher(segments)
-    others = sorted(name for name in adapter.modules if targeted(name) and name not in set(adapter.layers()))
-    excludes = matcher(others)
-    if any(map(excludes, layers)) or any(map(str.isdigit, segments)):
-        return layers, []
-    return segments, others
+    for targets in (segments, layers):
+        others = _others(adapter, targets)
+        if not any(map(matcher(others), layers)) and (targets is layers or not any(map(str.isdigit, segments))):
+            return targets, others
+    raise LoRAError(
+        f"export_adapter: no list for PEFT names these layers alone, because {others[0]!r}, which is not adapted, is "
+        "named like the ends of adapted layers. Write it without plain=True, where an expression names them."
+    )
+
+
+def _others(adapter: Adapter, targets: list[str]) -> list[str]:
+    """Return the modules of the base that these targets match besides the layers."""
+    layers = set(adapter.layers())
+    return sorted(name for name in adapter.modules - layers if matcher(targets)(name))

@@ -41,10 +41,11 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
             raise LoRAError(
                 "LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite."
             )
-        if fitting and _is_a(neighbour, *AVERAGING) and _is_a(trainer.strategy, "FSDPStrategy"):
+        slicing = _slicing(trainer.strategy)
+        if fitting and _is_a(neighbour, *AVERAGING) and slicing:
             raise LoRAError(
-                f"LoRACallback: {name} copies whole weights, and FSDPStrategy has slices of them. Leave it out, or use "
-                "strategy='ddp' where the base fits on one device."
+                f"LoRACallback: {name} copies whole weights, and {slicing} has slices of them. "
+                "Leave it out, or use strategy='ddp' where the base fits on one device."
             )
         if fitting and _is_a(neighbour, *AVERAGING) and position < order.index(callback):
             raise LoRAError(
@@ -57,6 +58,15 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
             "only, so the main process needs the adapters too. Call inject(model, LoRAConfig(...)) before fit, or use "
             "strategy='ddp'."
         )
+
+
+def _slicing(strategy: Any) -> str:
+    """Return the name of a strategy under which each rank has slices of weights, or "". None is imported for it."""
+    config = getattr(strategy, "config", None)
+    zero = config.get("zero_optimization") if _is_a(strategy, "DeepSpeedStrategy") and config else None
+    if zero and zero.get("stage") == 3:
+        return "DeepSpeedStrategy at stage 3"
+    return "FSDPStrategy" if _is_a(strategy, "FSDPStrategy") else ""
 
 
 def launches(trainer: Any) -> bool:

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from ..distributed.copies import add_keeper
 from ..distributed.flat import FlatShard, attach, is_flat, recognise
 from ..distributed.sharding import detached
 from ..errors import LoRAError
@@ -190,7 +191,9 @@ def _set_up_optimizer(
         order.append(Group(plain_options(group), parameters))
     found = call_previous(strategy, previous, "_setup_model_and_optimizer", model, optimizer, *args, **kwargs)
     if find_model(strategy.lightning_module) is not None:
-        setattr(strategy, PARTS, states_of(found[1], order))
+        parts = states_of(found[1], order)
+        setattr(strategy, PARTS, parts)
+        add_keeper(parts)
     return found
 
 

@@ -6,6 +6,7 @@ recognised by attributes, so that it is not imported here.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, cast
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..distributed.copies import Written
 from ..distributed.flat import flat_shard, is_flat, whole_shape
 from ..distributed.sharding import detached, local
 from ..errors import LoRAError
@@ -41,6 +43,24 @@ def _groups_of(optimizer: Any) -> Sequence[Sequence[nn.Parameter]] | None:
     """Return the parameters of DeepSpeed's optimizer by groups; None for another optimizer."""
     groups: Any = getattr(optimizer, "bit16_groups", getattr(optimizer, "fp16_groups", None))
     return cast("Sequence[Sequence[nn.Parameter]] | None", groups)
+
+
+def holds_copies(optimizer: Any) -> bool:
+    """Return whether an optimizer is DeepSpeed's, which trains copies of some parameters."""
+    return _groups_of(optimizer) is not None
+
+
+def warn_of_untrained(optimizer: Any, unfrozen: Sequence[nn.Parameter]) -> None:
+    """Warn where parameters were unfrozen after DeepSpeed chose what it trains."""
+    held = {id(parameter) for parameter in held_parameters(optimizer)}
+    lacking = [parameter for parameter in unfrozen if id(parameter) not in held]
+    if holds_copies(optimizer) and lacking:
+        warnings.warn(
+            f"lightning_lora: DeepSpeed trains what was trainable when the fit began, and {len(lacking)} parameters "
+            "were unfrozen since, so they stay as they are. Unfreeze them before the fit, or name their modules in "
+            "modules_to_save.",
+            stacklevel=2,
+        )
 
 
 def copy_to_optimizer_(optimizers: Iterable[Any]) -> None:
@@ -111,6 +131,7 @@ class ZeroStates:
         order: the optimizer's groups as they were built; of an optimizer in DeepSpeed's config, as that made them.
         groups: the parameters of each part.
         parts: for each group, this rank's part of the float32 copies, one after the other.
+        shapes: of the whole parameters, by their ids.
         numbers: for each group, the number of the group of the optimizer inside, which has the options.
     """
 
@@ -127,6 +148,7 @@ class ZeroStates:
         self.optimizer, self.inner = optimizer, optimizer.optimizer
         self.groups, self.parts, self.numbers = groups, parts, numbers
         self.order = order or [Group(o, list(p)) for o, p in zip(self.options(), self.groups, strict=True)]
+        self.shapes = {id(p): whole_shape(p) for group in self.groups for p in group}
 
     def process_group(self, number: int) -> Any:
         """Return the process group over which a group's parameters are divided."""
@@ -199,6 +221,26 @@ class ZeroStates:
         """Write this rank's part of the float32 copies. In place."""
         for number, part in enumerate(self.parts):
             part.data.copy_(self.part_of(number, values, part.dtype))
+
+    def follow_(self, written: Written) -> None:
+        """Write this rank's part of the float32 copies of some parameters, see distributed/copies.py. In place.
+
+        Raises:
+            LoRAError: a parameter was given another shape, which DeepSpeed does not learn of.
+        """
+        values = {id(p): value for p, value in written if id(p) in self.shapes}
+        for key, value in values.items():
+            if whole_shape(value) != self.shapes[key]:
+                raise LoRAError(
+                    f"load_adapter: DeepSpeed trains a parameter of shape {tuple(self.shapes[key])}, for which the "
+                    f"adapter has one of {tuple(whole_shape(value))}. During a fit with DeepSpeed load adapters of the "
+                    "same ranks alone; load others before the fit."
+                )
+        ones = {key: torch.ones(self.shapes[key], dtype=torch.bool) for key in values}
+        for number, part in enumerate(self.parts):
+            if any(id(p) in values for p in self.groups[number]):
+                here = self.part_of(number, ones, torch.bool).to(part.device)
+                part.data.copy_(torch.where(here, self.part_of(number, values, part.dtype).to(part.device), part.data))
 
     def write_states_(self, states: Mapping[int, Mapping[str, Any]], options: Sequence[Mapping[str, Any]]) -> None:
         """Write this rank's part of the optimizer's states, and the groups' options. In place."""

@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ..distributed.flat import FlatShard, attach, attach_owner, flat_like, flat_shard, gather, is_flat
-from ..distributed.sharding import copy_all_, local
+from ..distributed.sharding import copy_all_, detached, full_tensor, local
 from ..errors import LoRAError
 from ..exchange.checkpoint_of_model import gathered_state, state_of_kind
 from ..formats.lightning_checkpoint import by_canonical_names
-from ..model.adapted_model import AdaptedModel, find_model
+from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.live_state import LiveState
 from ..model.patches import call_previous, is_patched, patch
 from ..names import META, canonical, names_factor
@@ -360,12 +360,25 @@ def _state_dict(strategy: Any, previous: Callable[..., Any] | None) -> Any:
 
     For a folder each rank returns its rows.
     """
-    handle = find_model(strategy.lightning_module)
-    if handle is None:
+    module = strategy.lightning_module
+    handle = find_model(module)
+    if handle is None and WRAPPING not in vars(module):
         return call_previous(strategy, previous, "lightning_module_state_dict")
     if strategy._state_dict_type == "sharded":
-        return {name: _rows_of_rank(value) for name, value in state_of_kind(handle).items()}
-    return gathered_state(handle, keep=strategy.is_global_zero)
+        state = state_of_kind(handle) if handle is not None else _state_without_adapter(module)
+        return {name: _rows_of_rank(value) for name, value in state.items()}
+    if handle is not None:
+        return gathered_state(handle, keep=strategy.is_global_zero)
+    return {n: full_tensor(value) if is_flat(value) else value for n, value in _state_without_adapter(module).items()}
+
+
+def _state_without_adapter(module: nn.Module) -> dict[str, Any]:
+    """Return the state of a module whose adapter was taken out since FSDP1 wrapped it, for example merged for good."""
+    entries = Listing(module).state()
+    return {
+        canonical(name): cast(Any, owner).get_extra_state() if tensor is None else detached(tensor)
+        for name, tensor, owner in entries
+    }
 
 
 def _rows_of_rank(value: Any) -> Any:
@@ -389,9 +402,9 @@ def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimiz
     """Return the state dict as one device has it; by names for a folder: the patched optimizer_state. Collective."""
     module = strategy.lightning_module
     handle = find_model(module)
-    if handle is None:
+    if handle is None and WRAPPING not in vars(module):
         return call_previous(strategy, previous, "optimizer_state", optimizer)
-    trained = handle.marked("trained")
+    trained = handle.marked("trained") if handle is not None else set()  # merged for good, its states are all whole
     optimizer = getattr(optimizer, "_optimizer", optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     packed = optimizer.state_dict()

@@ -12,6 +12,7 @@ from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
 from ..model.injection import Injection
 from ..names import ATTRIBUTE
 from ..nn.adapted_weights import AdaptedWeights
+from .deepspeed_optimizer import holds_copies, warn_of_untrained
 
 
 class StepLists:
@@ -73,13 +74,15 @@ class StepLists:
         if any(parameter.requires_grad for parameter in listed[1]):
             handle = open_model(self.model, "LoRACallback")
             handle.record_trainable()
+            warn_of_untrained(optimizer, [parameter for parameter in listed[1] if parameter.requires_grad])
             self._list_frozen(handle)
 
     def _frozen_in(self, optimizer: Any) -> list[nn.Parameter]:
         """Return the frozen parameters that an optimizer holds, or all of them where it holds copies instead."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         holds_others = held - {id(parameter) for parameter in self.model.parameters()}
-        return [parameter for parameter in self.frozen if holds_others or id(parameter) in held]
+        others = bool(holds_others) or holds_copies(optimizer)
+        return [parameter for parameter in self.frozen if others or id(parameter) in held]
 
     def _list_frozen(self, handle: AdaptedModel | None) -> None:
         self.frozen: list[nn.Parameter] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import warnings
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch import nn
@@ -23,8 +24,10 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_lora import (
     LoRACallback,
+    LoRAConfig,
     LoRAError,
     LoRAMonitor,
+    inject,
     is_merged,
     load_adapter,
     load_from_checkpoint,
@@ -708,3 +711,112 @@ def test_monitor_logs_the_gradients_of_one_device(tmp_path, accumulate, stage):
         for name in ("lora/net.N/grad_A", "lora/net.N/grad_B"):
             other[name] /= accumulate  # Lightning divides by it, and DeepSpeed does so again
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+class Swapping(Plain):
+    """Loads another adapter between two steps."""
+
+    source: Path
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if (self.trainer.current_epoch, batch_idx) == (1, 1):
+            load_adapter(self, self.source)
+
+
+def swapped(path: Path, source: Path, stage: int | None, **options: Any) -> Run:
+    torch.manual_seed(0)
+    model = Swapping()
+    model.source = source
+    options = {"max_epochs": 2, **options}
+    callback = LoRACallback(r=2, target_modules=TARGETS)
+    if stage is None:
+        make_trainer(path, callback, **options).fit(model, loader(), loader(seed=6))
+        return Run(dict(model.state_dict()), model.losses, path, [])
+    (trainer := zero(path, callback, stage=stage, **options)).fit(model, *data())
+    trainer.save_checkpoint(path / "all.ckpt")
+    return Run(whole_state(model), model.losses, path / "all.ckpt", [])
+
+
+def adapter_of_rank(rank: int, path: Path) -> Path:
+    torch.manual_seed(7)
+    inject(net := Plain(), LoRAConfig(r=rank, target_modules=TARGETS))
+    for name, parameter in net.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.3)
+    save_adapter(net, path)
+    return path
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapter_that_is_loaded_between_steps_is_trained_on(tmp_path, stage):
+    """DeepSpeed steps from float32 copies, which would bring the old adapter back."""
+    source = adapter_of_rank(2, tmp_path / "other")
+    expected = swapped(tmp_path, source, None)
+    for found in world().run(swapped, tmp_path, source, stage):
+        assert_close(found, expected, 2)
+
+
+OTHER_RANK = {
+    2: r"load_adapter: DeepSpeed trains a parameter of shape \(2, 6\), .* one of \(3, 6\)\. .* before the fit\.$",
+    3: r"adapter: 'net.0' is sharded, and has rank 2, the adapter 3: ",
+}
+
+
+@pytest.mark.parametrize("stage", OTHER_RANK)
+def test_adapter_of_another_rank_is_refused_between_steps(tmp_path, stage):
+    source = adapter_of_rank(3, tmp_path / "other")
+    for said, before, after in world().run(refused_swap, tmp_path, source, stage):
+        assert re.match(OTHER_RANK[stage], said)
+        assert_same_bits(before, after)
+
+
+def refused_swap(path: Path, source: Path, stage: int) -> tuple[str, State, State]:
+    found: list[Any] = []
+
+    class Trying(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            if not found:
+                found.append(whole_state(module))
+                with pytest.raises(LoRAError) as error:
+                    load_adapter(module, source)
+                found.extend([str(error.value), whole_state(module)])
+
+    model, callback = Case(lora={"r": 2}).build(0)
+    zero(path, callback, Trying(), stage=stage, max_epochs=1).fit(model, *data())
+    before, said, after = found
+    return said, before, after
+
+
+def unfrozen_later(path: Path, stage: int) -> bool:
+    class Unfreezing(Plain):
+        def on_train_epoch_start(self) -> None:
+            if self.trainer.current_epoch == 1:
+                self.net[2].weight.requires_grad_()
+
+    torch.manual_seed(0)
+    model = Unfreezing()
+    before = model.net[2].weight.detach().clone()
+    trainer = zero(path, LoRACallback(r=2, target_modules=TARGETS), stage=stage, max_epochs=2)
+    with (
+        pytest.warns(UserWarning, match=r"^lightning_lora: base parameters were unfrozen after injection"),
+        pytest.warns(UserWarning, match=r"^lightning_lora: DeepSpeed trains what .* and 1 parameters were unfrozen"),
+    ):
+        trainer.fit(model, *data())
+    return torch.equal(whole_state(model)["net.2.weight"], before)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weight_that_is_unfrozen_during_the_fit_stays_and_a_warning_says_so(tmp_path, stage):
+    assert world().run(unfrozen_later, tmp_path, stage) == [True, True]
+
+
+def averaged(path: Path, stage: int) -> str:
+    model, callback = Case().build(0)
+    with pytest.raises(LoRAError) as error:
+        zero(path, callback, EMAWeightAveraging(), stage=stage, max_epochs=1).fit(model, *data())
+    return str(error.value)
+
+
+def test_average_of_slices_is_refused(tmp_path):
+    for said in world().run(averaged, tmp_path, 3):
+        assert re.match("LoRACallback: EMAWeightAveraging copies whole weights, and DeepSpeedStrategy at stage 3", said)

@@ -823,3 +823,37 @@ def test_file_is_resumed_under_fsdp2_and_a_folder_is_an_error_there(tmp_path):
     folder = world().run(on_ranks, case, tmp_path / "folder", 2)[0].path
     for error in world().run(under_fsdp2_from, tmp_path, folder):
         assert "FSDPStrategy wrote this folder, with names that ModelParallelStrategy does not look for" in error
+
+
+def saved_merged_for_good(path: Path, ranks: bool, form: str = "full") -> tuple[State, float]:
+    """What a checkpoint holds that is saved when the fit has merged the adapter for good."""
+    model, callback = Case(lora={"merge_after_fit": True}).build(0)
+    options: Any = {"max_epochs": 1}
+    if ranks:
+        trainer = fsdp1(path, callback, options={"state_dict_type": form} | LAYERS, **options)
+    else:
+        trainer = make_trainer(path, callback, **options)
+    training, validation = data() if ranks else (loader(), loader(seed=6))
+    trainer.fit(model, training, validation)
+    trainer.save_checkpoint(path / "merged.ckpt")
+    trainer.validate(model, validation, verbose=False)
+    file = path / "merged.ckpt"
+    return torch.load(file, weights_only=True) if file.is_file() else {}, model.losses[-1]
+
+
+@slow
+@pytest.mark.parametrize("form", ["full", "sharded"])
+def test_checkpoint_is_saved_after_the_adapter_was_merged_for_good(tmp_path, form):
+    expected, loss = saved_merged_for_good(tmp_path / "alone", False)
+    for found, found_loss in world().run(saved_merged_for_good, tmp_path / form, True, form):
+        assert found_loss == pytest.approx(loss, abs=1e-6)
+        assert bool(found) == (form == "full")
+        for name, value in expected["state_dict"].items() if found else ():
+            torch.testing.assert_close(found["state_dict"][name], value, atol=2e-6, rtol=0)
+        states = [each["optimizer_states"][0]["state"] for each in (found, expected)] if found else [{}, {}]
+        assert states[0].keys() == states[1].keys()
+        for number, state in states[1].items():
+            torch.testing.assert_close(states[0][number], state, atol=2e-6, rtol=0)
+    if form == "sharded":
+        names = FileSystemReader(tmp_path / form / "merged.ckpt").read_metadata().state_dict_metadata
+        assert {name.removeprefix("model.") for name in names} >= set(expected["state_dict"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,27 @@ def test_convolutions_and_attention_have_a_plain_form_in_peft(tmp_path, targets:
         torch.testing.assert_close(again(x), net(x), **EXACT)
 
 
+def test_convolutions_of_loha_have_a_plain_form_in_peft(tmp_path):
+    """Its factors are matrices, and those of plain LoRA have the kernel's shape."""
+    net = adapted(Image, target_modules=["conv", "head"], variant="loha", r=2)
+    x = torch.randn(2, 12)
+    export_adapter(take_adapter(net), tmp_path, plain=True)
+    assert assert_plain(tmp_path) == 4
+    assert load_file(tmp_path / TENSORS)["base_model.model.conv.lora_A.weight"].dim() == net.conv.weight.dim() > 2
+
+    with torch.no_grad():
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(seeded(Image), tmp_path)(x), net(x), **EXACT)
+        load_adapter(again := seeded(Image), tmp_path)
+        torch.testing.assert_close(again(x), net(x), **EXACT)
+
+
+def test_kernel_that_is_not_known_is_an_error(tmp_path):
+    adapter = take_adapter(adapted(Image, target_modules=["conv"], variant="loha", r=2))
+    with pytest.raises(LoRAError, match=r"^export_adapter: 'conv' is a convolution, and the source does not say how"):
+        export_adapter(dataclasses.replace(adapter, fingerprint={}), tmp_path / "plain", plain=True)
+    assert not (tmp_path / "plain").exists()
+
+
 class Suffix(nn.Module):
     """The name of a layer that is left alone is the suffix of one that is adapted."""
 
@@ -192,6 +214,39 @@ def test_layers_are_named_in_full_where_last_segments_would_take_other_modules(t
 
     x = torch.randn(3, 4)
     torch.testing.assert_close(peft.PeftModel.from_pretrained(seeded(build), tmp_path)(x), net(x), **EXACT)
+
+
+class Ends(nn.Module):
+    """A layer's name is the end of another module's, and that one's of another layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.first = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)])
+        self.body = nn.ModuleDict({"q": nn.Linear(4, 4)})
+        self.x = nn.ModuleDict({"body": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.x["body"]["q"](self.body["q"](self.first[0](self.q(x))))
+        return result
+
+
+def test_full_name_that_another_module_ends_with_excludes_that_module(tmp_path, recwarn):
+    net, x = adapted(Ends, target_modules=["q", "first.0"], exclude_modules=["body.q"], r=2), torch.randn(3, 4)
+    export_adapter(take_adapter(net), tmp_path, plain=True)
+    options = config_of(tmp_path)
+    assert (options["target_modules"], options["exclude_modules"]) == (["q", "first.0"], ["body.q", "x.body.q"])
+
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(seeded(Ends), tmp_path)(x), net(x), **EXACT)
+    assert not [warning for warning in recwarn if "missing adapter keys" in str(warning.message)]
+    load_adapter(again := seeded(Ends), tmp_path)
+    torch.testing.assert_close(again(x), net(x), **EXACT)
+
+
+def test_layers_that_no_list_names_alone_are_an_error(tmp_path):
+    adapter = take_adapter(adapted(Ends, target_modules=r"q|x\.body\.q", r=2))
+    with pytest.raises(LoRAError, match=r"^export_adapter: no list for PEFT names these .* because 'body\.q', which"):
+        export_adapter(adapter, tmp_path / "plain", plain=True)
+    assert not (tmp_path / "plain").exists()
 
 
 class Table(nn.Module):
