@@ -14,7 +14,7 @@ from ..adapter.fingerprint import REMEDY, warn_of_rounding
 from ..adapter.layer_options import exact_options, options_hold, with_exact_ranks
 from ..config import LoRAConfig
 from ..distributed.copies import tell_written
-from ..distributed.sharding import copies_of, copy_all_, free_gathered_weights_
+from ..distributed.sharding import copies_of, copy_all_
 from ..errors import LoRAError
 from ..formats.peft_attention import turn_as_in_model
 from ..model.adapted_model import AdaptedModel, Listing
@@ -106,7 +106,6 @@ def _write_(live: LiveState, values: Mapping[str, Any]) -> None:
     written = [(tensor, value) for name, value in values.items() if (tensor := live.tensors[name]) is not None]
     copy_all_(written)
     tell_written(written)
-    free_gathered_weights_(module for _, module in live.handle.modules)
 
 
 def apply_adapter(

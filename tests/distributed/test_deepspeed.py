@@ -719,11 +719,11 @@ class Swapping(Plain):
             load_adapter(self, self.source)
 
 
-def swapped(path: Path, source: Path, stage: int | None, cls: type[Swapping] = Swapping, merged: bool = True) -> Run:
+def swapped(path: Path, source: Path, stage: int | None, cls: type[Swapping] = Swapping) -> Run:
     torch.manual_seed(0)
     model = cls()
     model.source = source
-    callback = LoRACallback(r=2, target_modules=TARGETS, merged_eval=merged)
+    callback = LoRACallback(r=2, target_modules=TARGETS)
     if stage is None:
         make_trainer(path, callback, max_epochs=2).fit(model, loader(), loader(seed=6))
         return Run(dict(model.state_dict()), model.losses, path, [])
@@ -754,11 +754,10 @@ class LoadingInForward(Swapping):
         super().validation_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("merged_eval", [True, False])
-def test_adapter_that_is_loaded_within_a_forward_of_stage_3_acts_at_once(tmp_path, merged_eval):
+def test_adapter_that_is_loaded_within_a_forward_of_stage_3_acts_at_once(tmp_path):
     source = adapter_of_rank(2, tmp_path / "other")
-    expected = swapped(tmp_path, source, None, LoadingInForward, merged_eval)
-    for found in world().run(swapped, tmp_path, source, 3, LoadingInForward, merged_eval):
+    expected = swapped(tmp_path, source, None, LoadingInForward)
+    for found in world().run(swapped, tmp_path, source, 3, LoadingInForward):
         assert_close(found, expected, 2)
 
 
