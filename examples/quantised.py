@@ -1,6 +1,6 @@
 """A quantised base: QLoRA on a Llama in 4 bits, saved as an adapter and as plain weights.
 
-pip install -e ".[quantised]"
+pip install -e ".[examples,quantised]"
 python examples/quantised.py
 """
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 else:
     if find_spec("jsonargparse") is None:
-        raise ModuleNotFoundError("LoRACLI: needs jsonargparse; pip install 'jsonargparse[signatures]'.")
+        raise ModuleNotFoundError('LoRACLI: needs jsonargparse; pip install "lightning-lora[cli]".')
     LightningCLI = import_module(f"{first_package().__name__}.cli").LightningCLI
 
 

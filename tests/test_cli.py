@@ -307,5 +307,5 @@ def test_lora_cli_shows_the_arguments_of_its_lightning_cli():
 def test_import_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     monkeypatch.delitem(sys.modules, "lightning_lora.cli")
-    with pytest.raises(ModuleNotFoundError, match=r"LoRACLI: needs jsonargparse; pip install"):
+    with pytest.raises(ModuleNotFoundError, match=r'LoRACLI: needs jsonargparse; pip install "lightning-lora\[cli\]"'):
         import_module("lightning_lora.cli")

@@ -126,7 +126,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
 }
 
 EXTRAS = {
-    "quantised": ("quantised", "bitsandbytes"),
+    "quantised": ("examples,quantised", "bitsandbytes"),
     "ray_train": ("ray", "ray"),
     "deepspeed_zero": ("deepspeed", "deepspeed"),
 }

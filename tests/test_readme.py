@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_from_checkpoint, merge_and_unload
@@ -348,6 +349,8 @@ def test_calls_for_each_file_run_and_give_the_tuned_model(front):
     prepare_files(front)
     rows = table(EXCHANGE, "| I have | I want | call |")
     assert len(rows) == 14
+    front["checkpoint"] = ModelCheckpoint()
+    front["checkpoint"].best_model_path = "best.ckpt"
     for have, _, call in rows:
         if "hub" in have:
             continue  # test_hub.py loads from one

@@ -276,6 +276,18 @@ def test_the_security_page_is_linked(page: str):
     assert [(ROOT / page).parent.joinpath(link).resolve() for link in links] == [SECURITY] * max(1, len(links))
 
 
+@pytest.mark.parametrize("extra", ["cli", "plot", "examples", "deepspeed", "quantised", "ray"])
+def test_an_extra_for_users_leaves_out_what_the_tests_need(extra: str):
+    section = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = dict(re.findall(r"^(\w+) = \[(.*?)\](?: *#[^\n]*)?$", section, re.MULTILINE | re.DOTALL))
+    needed, following = set(), [extra]
+    while following:
+        needed.add(name := following.pop())
+        for names in re.findall(r'"lightning-lora\[(.*?)\]"', extras[name]):
+            following += [name for name in names.split(",") if name not in needed]
+    assert not needed & {"test", "dev", "bench", "packages"}
+
+
 def test_no_file_holds_a_mark_of_an_unfinished_merge():
     folders = (ROOT / name for name in ("lightning_lora", "tests", "examples", ".ci", ".github"))
     files = [*ROOT.glob("*.*"), *(file for folder in folders for file in folder.rglob("*.*"))]

@@ -15,7 +15,6 @@ from ..distributed.flat import whole_shape
 from ..distributed.sharding import samples, samples_of_all
 from ..errors import LoRAError
 from ..names import parent_names
-from ..nn.quantised import NF4
 from .adapter import Adapter
 
 Tables = Mapping[str, Collection[int]]  # rows of a table that the adapter replaces, by the table's name
@@ -186,7 +185,6 @@ def _quantised_hint(differing: Iterable[str], present: Mapping[str, Any], expect
             return (
                 f" Where the adapter was trained the base was {_quantised_words(was)}, here it is "
                 f"{_quantised_words(is_now)}, which changes its values; an adapter often serves both."
-                + (" quantize_base(model) quantises it so." if was == NF4 and not is_now else "")
             )
     return ""
 

@@ -22,7 +22,7 @@ from ..files.atomic import identity
 from ..files.paths import reason_of
 from ..files.weights import open_weights
 from ..formats.peft_folder import write_folder
-from ..formats.servers import Server
+from ..formats.servers import Server, server_named
 from ..report.figures import plot_adapter
 from .convert import to_lightning, to_peft
 from .extract import extract
@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
-        print("lightning-lora: needs jsonargparse; pip install 'jsonargparse[signatures]'.", file=sys.stderr)
+        print('lightning-lora: needs jsonargparse; pip install "lightning-lora[cli]".', file=sys.stderr)
         return 1
     parsed = _parser(ArgumentParser).parse_args(args)
     with _as_a_program():
@@ -110,12 +110,15 @@ def _parser(make: Callable[..., Any]) -> Any:
 def _info_options(parser: Any) -> None:
     parser.add_argument("path", type=str, help="checkpoint, PEFT folder, safetensors, state dict or model folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--for", type=Server | None, help="tell what this server drops, runs wrongly or refuses of it")
+    servers = ", ".join(get_args(Server))
+    parser.add_argument(
+        "--for", type=str | None, help=f"one of {servers}: tell what it drops, runs wrongly or refuses of an adapter"
+    )
 
 
 def _info(options: Any) -> list[str]:
     """Show what a file or folder holds: options, layers, ranks, norms, the base that it belongs to."""
-    server = options["for"]
+    server = None if options["for"] is None else server_named(options["for"])
     return result_lines(info(options.path, server), serving_text if server else info_text, options.json)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -105,24 +106,38 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
 def serving_text(result: Mapping[str, Any]) -> list[str]:
     """Write the result of info --for for people."""
     server, path, found = result["server"], result["path"], result["findings"]
-    lines = [f"{path}: {result['kind']}", f"by the source of {server['name']} {server['version']}:"]
+    mended, left = _mended(result), result.get("plain", [])
+    lines = [f"{path}: {result['kind']}"]
+    if "first" in result and not mended:
+        lines.append(f"servers read folders; write one first: {result['first']}, or export_adapter in Python")
+    lines.append(f"by the source of {server['name']} {server['version']}:")
     lines += [f"  {_finding_text(each)}" for each in found]
-    if all("before" in each for each in found):
-        lines.append(f"  takes all of it: {server['load']}")
-    left = result.get("plain", [])
+    is_taken = all(each["effect"] == "needs" or "before" in each for each in found)
+    lines.append(f"  {'takes all of it' if is_taken else 'how it loads a folder'}: {server['load']}")
+    if "serves" in server and not mended and any(each["effect"] == "refuses" for each in found):
+        lines.append(f"  merged or not, it serves only {server['serves']}")
     if left and left[0]["id"] == "export":
         return [*lines, f"no plain form: {left[0]['says']}."]
-    mended = [each for each in found if each["id"] not in {other["id"] for other in left}]
     if not mended:
         return lines
-    lines.append(f"what all servers take: lightning-lora export {path} OUTPUT --plain")
+    lines.append(f"what all servers take: lightning-lora export {shlex.quote(str(path))} OUTPUT --plain")
     return [*lines, *(f"  still {_finding_text(each)}" for each in left)]
+
+
+def _mended(result: Mapping[str, Any]) -> set[str]:
+    """Return the ids of the findings that the plain form has not."""
+    left = {each["id"] for each in result.get("plain", ())}
+    return set() if "plain" not in result or "export" in left else {each["id"] for each in result["findings"]} - left
 
 
 def _finding_text(found: Mapping[str, Any]) -> str:
     before = f" before {found['before']}" if "before" in found else ""
-    names = f": {listed(list(map(shortened, found['names'])), 4)}" if found["names"] else ""
+    names = f": {_few(list(map(shortened, found['names'])))}" if found["names"] else ""
     return f"{found['effect']}{before}: {found['says']}{names} ({found['source']})"
+
+
+def _few(names: Sequence[str]) -> str:
+    return listed(names, 2) + (f" ({len(names)} in all)" if len(names) > 2 else "")
 
 
 def diff_text(result: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from typing import Any
 
@@ -20,7 +21,8 @@ Findings = list[dict[str, Any]]
 def serving(path: PathLike, server: Server) -> dict[str, Any]:
     """Describe, as plain types, what a server makes of an adapter, and of its plain form where that differs.
 
-    A PEFT folder is looked at as it is. Of any other source, what export would write is looked at.
+    A PEFT folder is looked at as it is. Of any other source, what export would write is looked at, and `first` is the
+    command that writes it.
 
     Args:
         path: an adapter in any form.
@@ -30,9 +32,12 @@ def serving(path: PathLike, server: Server) -> dict[str, Any]:
         LoRAError: the adapter is damaged.
     """
     about = {name: text for name, text in servers()[server].items() if name != "rules"}
-    found = findings(view_of_folder(path), server) if form_of(path) == "PEFT folder" else _of_export(path, server)
-    plain = {"plain": _of_plain_form(path, server)} if found else {}
-    return {"server": about, "findings": found, **plain}
+    is_folder = form_of(path) == "PEFT folder"
+    found = findings(view_of_folder(path), server) if is_folder else _of_export(path, server)
+    plain = {"plain": _of_plain_form(path, server)} if any(each["effect"] != "needs" for each in found) else {}
+    writes = not is_folder and all(each["id"] != "export" for each in found)
+    first = {"first": f"lightning-lora export {shlex.quote(str(path))} FOLDER"} if writes else {}
+    return {"server": about, **first, "findings": found, **plain}
 
 
 def _of_export(path: PathLike, server: Server) -> Findings:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import LoRAError
 from .flat import (
+    Piece,
     are_any_flat,
     flat_like,
     flat_rows,
@@ -154,7 +155,7 @@ def window(tensor: torch.Tensor) -> tuple[slice, ...]:
 def windows(tensor: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slice, slice]]:
     """Return the parts of this rank's shard as matrices, each with its rows and columns in the whole weight.
 
-    A plain tensor and a DTensor have one part, a flat tensor up to three.
+    A plain tensor and a DTensor have one part, a flat tensor up to three, and where it is empty an empty one.
 
     Args:
         tensor: a weight.
@@ -162,7 +163,7 @@ def windows(tensor: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slice,
     """
     if is_flat(tensor):
         shard = flat_shard(tensor)
-        parts = pieces(shard.start, shard.stop, width)
+        parts = pieces(shard.start, shard.stop, width) or [Piece(slice(0, 0), slice(0, width))]
         sizes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in parts]
         views = torch.split(shard.values.detach(), [height * columns for height, columns in sizes])
         return [(view.view(size), *part) for view, size, part in zip(views, sizes, parts, strict=True)]

@@ -21,11 +21,13 @@ from ..model.adapted_model import AdaptedModel, Listing
 from ..model.inject import inject_to_load, unload
 from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
+from ..model.quantise import call_that_quantises, quantise_named_
 from ..model.targets import Targets
 from ..nn.writer import Turn
 from .align import add_frozen_weights, align_names, record_trained, split_off_base
 from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, specs_for
+from .quantised_base import missing_call, plain_here, quantised_in_training, remedy_for_load
 from .take import check_fingerprint
 
 log = logging.getLogger(__name__)
@@ -117,7 +119,7 @@ def apply_adapter(
         listing: of the model without wrappers; its handle where it is injected.
         adapter: under any prefix.
         strict_base: whether another base than the adapter's is an error or a warning.
-        remedy: the advice at the end of the error about another base.
+        remedy: the advice at the end of the error about another base, unless quantize_base has to come first.
         swap: whether layers of an injected model may get another rank and scaling.
 
     Returns:
@@ -128,6 +130,7 @@ def apply_adapter(
     """
     names = Names(listing.places)
     adapter = by_first_names(names, align_names(listing, names, adapter))
+    remedy = remedy_for_load(listing, adapter, call_that_quantises) or remedy
     fresh = not isinstance(listing, AdaptedModel)
     if isinstance(listing, AdaptedModel):
         handle = listing
@@ -155,6 +158,28 @@ def apply_adapter(
             raise
     warn_of_rounding(present, adapter.fingerprint)
     return list(handle.layers)
+
+
+def quantise_as_trained_(listing: Listing, adapter: Adapter) -> str:
+    """Quantise the layers of a new model that quantize_base had quantised where an adapter was trained. In place.
+
+    Args:
+        listing: of the model. Layers that are quantised or adapted already stay as they are.
+        adapter: under any prefix.
+
+    Returns:
+        The call that does the same, or "" where there is nothing to quantise, or no such call.
+
+    Raises:
+        LoRAError: torchao is missing, or a weight cannot be quantised.
+    """
+    if not quantised_in_training(adapter):
+        return ""
+    names = Names(listing.places)
+    adapter = by_first_names(names, align_names(listing, names, adapter))
+    call = missing_call(listing, adapter, call_that_quantises)
+    quantise_named_(listing, plain_here(listing, adapter))
+    return call
 
 
 def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:

@@ -28,6 +28,7 @@ from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
+from .quantised_base import CallFor, remedy_for_trainer
 from .take import check_fingerprint, describe
 
 REMEDY_IN_TRAINER = (
@@ -189,13 +190,20 @@ def _replace_mappings(value: Any, replacement: Replacement, path: tuple[Any, ...
     return items if any(items[name] is not value[name] for name in items) else value
 
 
-def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *, values_follow: bool = False) -> None:
+def prepare_for_load(
+    module: nn.Module,
+    checkpoint: MutableMapping[str, Any],
+    *,
+    values_follow: bool = False,
+    call_for: CallFor = lambda *_: "",
+) -> None:
     """Complete the state dicts of a checkpoint of any kind, so that Lightning's strict load takes them. In place.
 
     Args:
         module: an injected module.
         checkpoint: its content.
         values_follow: its tensors may be on the meta device, because their values are read later.
+        call_for: tells how to quantise a base, for an error.
 
     Raises:
         LoRAError: the checkpoint does not fit the injected module. Nothing is loaded.
@@ -212,7 +220,8 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
     adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(live, adapter)
     check_adapter(live, module_names, complete, values_follow=values_follow)
-    check_fingerprint(live, complete.fingerprint, remedy=REMEDY_IN_TRAINER)
+    remedy = remedy_for_trainer(live.handle, adapter, call_for) or REMEDY_IN_TRAINER
+    check_fingerprint(live, complete.fingerprint, remedy=remedy)
     record_trained(live, adapter)
     live.handle.record.origin = dict(adapter.origin)
     live_values = _live_state(live.handle) | dict(complete.tensors)

@@ -90,7 +90,7 @@ def combine(
         rank: of the result, for all methods but linear and cat; by default the adapters' largest, layer by layer.
         density: the share of each change that is kept, for the methods that prune.
         seed: of the random choice in the dare methods.
-        output: a folder to write the result to, in PEFT's format.
+        output: a folder to write the result to, in PEFT's format. An adapter that is in it is replaced without asking.
         strict_base: whether adapters of different bases are an error or a warning.
 
     Returns:

@@ -31,7 +31,7 @@ from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, op
 from ..model.inject import inject, inject_to_load
 from ..model.live_state import LiveState
 from ..model.wrappers import unwrapped, warn_of_late_adapters
-from .apply import apply_adapter, config_for
+from .apply import apply_adapter, config_for, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, frozen_values
@@ -106,8 +106,9 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
     that somebody wrote or edited stays.
 
     Args:
-        model: an injected model, or an adapter of read_adapter or take_adapter.
-        path: the folder; what else is in it stays.
+        model: an injected model, or an adapter of read_adapter or take_adapter. What it holds now is written: after
+            fit, the last epoch. export_adapter writes the best one, from its checkpoint.
+        path: the folder. An adapter that is in it is replaced without asking; what else is in it stays.
 
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
@@ -194,7 +195,8 @@ def load_from_checkpoint(
 ) -> Module:
     """Build a LightningModule from a checkpoint's hyperparameters, as Lightning does, and load its adapter.
 
-    The base weights are those that the class builds; for a full checkpoint, those in the file.
+    The base weights are those that the class builds; for a full checkpoint, those in the file. Layers that were
+    quantised by quantize_base or LoRACallback(quantize="nf4") are quantised here too.
 
     Args:
         cls: the LightningModule's class.
@@ -230,15 +232,24 @@ def load_from_checkpoint(
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
     if kind != "full":
-        remedy = (
-            f"{cls.__name__} built a base of its own. Where the base is a checkpoint, load that first: load_adapter("
-            f'model := {cls.__name__}.load_from_checkpoint("pretrained.ckpt"), "{path}"). strict_base=False makes this '
-            "a warning."
-        )
-        apply_adapter(find_model(model) or Listing(model), adapter, strict_base=strict_base, remedy=remedy)
+        listing = find_model(model) or Listing(model)
+        remedy = _other_base(cls.__name__, path, quantise_as_trained_(listing, adapter))
+        apply_adapter(listing, adapter, strict_base=strict_base, remedy=remedy)
     else:
         _load_full(model, checkpoint, adapter)
     return model
+
+
+def _other_base(name: str, path: PathLike, call: str) -> str:
+    """Return the advice where a class built another base; the call, if any, quantises the right one."""
+    base = f'{name}.load_from_checkpoint("pretrained.ckpt")'
+    steps = f'load_adapter(model := {base}, "{path}")'
+    if call:
+        steps = f'model = {base}; {call}; load_adapter(model, "{path}")'
+    return (
+        f"{name} built a base of its own. Where the base is a checkpoint, load that first: {steps}. strict_base=False "
+        "makes this a warning."
+    )
 
 
 def _load_full(model: nn.Module, checkpoint: dict[str, Any], adapter: Adapter) -> None:

@@ -1,4 +1,4 @@
-"""What servers and other readers of PEFT's folders drop, run wrongly or refuse of an adapter.
+"""What servers and other readers of PEFT's folders drop, run wrongly or refuse of an adapter, and what they need.
 
 The rules are data, in servers.json: of each server the version whose source was read, and for each rule where it stands
 in that source. A rule has one condition of the kinds in CONDITIONS, which looks at a folder as a server does: at the
@@ -7,13 +7,14 @@ fields of adapter_config.json, and at the names and shapes of the tensors.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..adapter.file_options import check_options
 from ..errors import LoRAError, shown
@@ -191,8 +192,23 @@ def servers() -> dict[str, dict[str, Any]]:
     return found
 
 
+def server_named(name: str) -> Server:
+    """Return the server of a name that a user gave.
+
+    Raises:
+        LoRAError: there is none. The message has the nearest name, and all.
+    """
+    known: tuple[Server, ...] = get_args(Server)
+    for server in known:
+        if name == server:
+            return server
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    raise LoRAError(f"info: --for: {name!r} is no server that is known{hint} There are {', '.join(known)}.")
+
+
 def findings(view: FolderView, server: Server) -> list[dict[str, Any]]:
-    """Return what a server would drop, run wrongly or refuse of a folder, as plain types.
+    """Return what a server would drop, run wrongly or refuse of a folder, or needs for it, as plain types.
 
     Returns:
         Of each rule that holds: id, effect, names (of options, tensors or layers), says, source, and `before` where

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -90,22 +90,64 @@ def quantise_(listing: Listing, kind: str, config: LoRAConfig) -> list[str]:
         LoRAError: torchao is missing, or a weight cannot be quantised.
     """
     nf4_tensor_class()
-    layers, left_out = _layers(listing, config), []
-    for name, layer in list(layers.items()):
-        if not can_be_nf4(layer.weight):
-            left_out.append(name)
-            del layers[name]
-    for name, layer in layers.items():
-        _refuse_weight(f"{name}.weight", layer.weight)
-    for name, layer in layers.items():
-        quantise_linear_(layer, name)
-    if left_out:
+    chosen = {name: layer for name, layer in _layers(listing, config).items() if type(layer) is nn.Linear}
+    layers = {name: layer for name, layer in chosen.items() if can_be_nf4(layer.weight)}
+    _quantise_each_(layers)
+    if left_out := [name for name in chosen if name not in layers]:
         tell(
             f"lightning_lora: quantize_base: {listed(left_out)} not quantised: the number of weights is no multiple of "
             f"{BLOCK}, or they are not in float32 or 16 bits."
         )
     listing.look_again()
     return list(layers)
+
+
+def quantise_named_(listing: Listing, names: Collection[str]) -> None:
+    """Quantise those of a model's plain linear layers that are named. Other modules stay as they are. In place.
+
+    Raises:
+        LoRAError: torchao is missing, or a weight cannot be quantised.
+    """
+    named = ((name, module) for name, module in listing.modules if name in names and type(module) is nn.Linear)
+    layers = {name: layer for name, layer in named if can_be_nf4(layer.weight)}
+    if layers:
+        nf4_tensor_class()
+        _quantise_each_(layers)
+        listing.look_again()
+
+
+def call_that_quantises(listing: Listing, names: Collection[str], config: LoRAConfig) -> str:
+    """Return the call of quantize_base that quantises these layers of a model, or "" where no call does.
+
+    Args:
+        listing: of the model, adapted or not.
+        names: of plain layers in it.
+        config: options that may say which layers stay plain.
+    """
+    saved = {"modules_to_save": config.modules_to_save}
+    excluded = [name for name in _can_be_quantised(listing, LoRAConfig()) if name not in names]
+    for options in ({}, saved, {"exclude_modules": config.exclude_modules} | saved, {"exclude_modules": excluded}):
+        given: dict[str, Any] = {name: value for name, value in options.items() if value}
+        choice = LoRAConfig(**given)
+        if _can_be_quantised(listing, choice) == set(names) and not _mistakes(listing, choice):
+            return f"quantize_base({', '.join(['model', *_shown(given)])})"
+    return ""
+
+
+def _shown(options: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={(value if isinstance(value, str) else list(value))!r}" for name, value in options.items()]
+
+
+def _can_be_quantised(listing: Listing, config: LoRAConfig) -> set[str]:
+    """Return the layers that quantize_base would quantise if the model had no adapters."""
+    return {name for name, layer in _layers(listing, config).items() if can_be_nf4(layer.weight)}
+
+
+def _quantise_each_(layers: Mapping[str, nn.Linear]) -> None:
+    for name, layer in layers.items():
+        _refuse_weight(f"{name}.weight", layer.weight)
+    for name, layer in layers.items():
+        quantise_linear_(layer, name)
 
 
 def check_kind_of_quantisation(kind: object, verb: str) -> None:
@@ -126,12 +168,12 @@ def _targets(listing: Listing, config: LoRAConfig) -> Targets:
 
 
 def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
-    """Return the plain linear layers that "all-linear" and the options name."""
+    """Return the plain linear layers that "all-linear" and the options name, adapted or not."""
     modules = dict(listing.modules)
     return {
-        name: module
+        name: cast(nn.Linear, module)
         for name, module in _targets(listing, config).layers.items()
-        if type(module) is nn.Linear
+        if (module.lora_base if isinstance(module, Swapped) else type(module)) is nn.Linear
         and not quantised_parameters(module)
         and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
     }
@@ -139,10 +181,14 @@ def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
 
 def _refuse_unmatched(listing: Listing, config: LoRAConfig) -> None:
     """Raise LoRAError where an entry of the options names nothing."""
-    unmatched = _targets(listing, config).unmatched.items()
-    mistakes = [said for said, is_mistake in unmatched if is_mistake and not said.startswith("target_modules")]
-    if mistakes:
+    if mistakes := _mistakes(listing, config):
         raise LoRAError(f"quantize_base: {mistakes[0]}.")
+
+
+def _mistakes(listing: Listing, config: LoRAConfig) -> list[str]:
+    """Return a sentence for each entry of the options that names nothing."""
+    unmatched = _targets(listing, config).unmatched.items()
+    return [said for said, is_mistake in unmatched if is_mistake and not said.startswith("target_modules")]
 
 
 def _refuse_late(listing: Listing) -> None:

@@ -31,7 +31,7 @@ from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.parameter import LoRAParameterHolder, weights_of
-from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
+from ..nn.quantised import NF4, quantised_as, quantised_modules, quantised_parameters, shape_of
 from ..nn.tied_weights import tied_weights, untie_advice
 from ..nn.token_rows import is_table
 from ..nn.variant import variant_of
@@ -272,14 +272,19 @@ def check_trainable(saved: Mapping[str, nn.Module]) -> None:
     Raises:
         LoRAError: a module holds a quantised weight.
     """
-    for name, module in saved.items():
-        for inside, layer in quantised_modules(module.named_modules(remove_duplicate=False)).items():
-            quantised = next(iter(map(quantised_as, layer.parameters(recurse=False))))
-            raise LoRAError(
-                f"inject: modules_to_save names {name!r}, but the weight of {f'{name}.{inside}'.rstrip('.')!r} is "
-                f"quantised ({quantised}) and cannot be trained. Leave it out of the quantisation "
-                "(llm_int8_skip_modules, modules_to_not_convert, ignore_modules), or adapt it with target_modules."
-            )
+    quantised = {
+        name: (f"{name}.{inside}".rstrip("."), quantised_as(next(iter(quantised_parameters(layer).values()))))
+        for name, module in saved.items()
+        for inside, layer in quantised_modules(module.named_modules(remove_duplicate=False)).items()
+    }
+    for name, (layer_name, kind) in quantised.items():
+        options = "llm_int8_skip_modules, modules_to_not_convert, ignore_modules"
+        if kind == NF4:
+            options = f"quantize_base(model, modules_to_save={list(quantised)})"
+        raise LoRAError(
+            f"inject: modules_to_save names {name!r}, but the weight of {layer_name!r} is quantised ({kind}) and "
+            f"cannot be trained. Leave it out of the quantisation ({options}), or adapt it with target_modules."
+        )
 
 
 def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:

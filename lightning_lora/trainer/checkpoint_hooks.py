@@ -18,6 +18,7 @@ from ..exchange.checkpoint_of_model import convert_checkpoint, prepare_for_load
 from ..formats.lightning_checkpoint import Kind, check_kind
 from ..model.adapted_model import AdaptedModel, find_model, open_model
 from ..model.patches import call_previous, patch
+from ..model.quantise import call_that_quantises
 from ..model.state_dict import EXTRA_ENTRIES
 from ..names import ENTRY, META, names_factor
 from .compatibility import launches
@@ -91,7 +92,7 @@ def _on_load_checkpoint(
     if find_model(module) is not None:
         if "state_dict" in checkpoint:  # without it, the strategy has loaded and checked it already
             refuse_foreign_resume(module, checkpoint, checkpoint["state_dict"])
-        prepare_for_load(module, checkpoint)
+        prepare_for_load(module, checkpoint, call_for=call_that_quantises)
         trainer = getattr(module, "_trainer", None)
         fitting = trainer is None or trainer.state.fn == "fit"
         if META in checkpoint and CURRENT in checkpoint and not fitting:

@@ -25,6 +25,7 @@ from ..model.adapted_model import AdaptedModel, find_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.initial_values import snapshot_materialised
 from ..model.patches import call_previous, patch
+from ..model.quantise import call_that_quantises
 from ..model.state_dict import adapter_keys, merge_state_dict
 from ..names import META, canonical
 from ..nn.adapted_weights import AdaptedWeights
@@ -93,7 +94,9 @@ def _load_checkpoint(
     if adapter is None:
         refuse_foreign_resume(module, checkpoint, loaded)
         check_complete(handle, loaded, path)
-    prepare_for_load(module, checkpoint, values_follow=True)  # raises where it does not fit
+    prepare_for_load(
+        module, checkpoint, values_follow=True, call_for=call_that_quantises
+    )  # raises where it does not fit
     copies, passed_over = [], dict[str, nn.Module]()
     if kind == "merged":
         passed_over = quantised_weights(handle.places)  # they are plain in the file, and stay as they are here

@@ -362,3 +362,12 @@ def test_warning_is_one_readable_line(inputs: Path, capsys: Any, monkeypatch: py
 
     monkeypatch.setitem(command.VERBS, "info", (VERBS["info"][0], run))
     assert call(capsys, *arguments(inputs, "info")) == "lightning_lora: \\x1b[31m is odd.\n\n"
+
+
+def test_command_without_its_extra_names_it_as_the_pages_do(capsys: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["info", "adapter"]) == 1
+    install = 'pip install "lightning-lora[cli]"'
+    assert capsys.readouterr().err == f"lightning-lora: needs jsonargparse; {install}.\n"
+    pages = Path(__file__).parents[2] / "lightning_lora"
+    assert all(f"`{install}`" in (pages / page).read_text() for page in ("formats/serving.md", "command/README.md"))

@@ -520,12 +520,12 @@ def batches(size: int, rank: int) -> DataLoader[Any]:
     return DataLoader(rows, batch_size=4 // size, sampler=sampler)
 
 
-def quantised(path: Path, kind: str) -> str:
+def quantised(path: Path, kind: str, stage: int = 2) -> str:
     """The error, if any; where there is none, the run is right."""
     size, rank = dist.get_world_size(), dist.get_rank()
     models = [QuantisedNet(kind) for _ in range(3)]
     for model, source in zip(models[:2], (None, path / "last.ckpt"), strict=True):
-        trainer = zero(path, LoRACallback(r=2, lora_alpha=4, seed=1), stage=2, max_epochs=2)
+        trainer = zero(path, LoRACallback(r=2, lora_alpha=4, seed=1), stage=stage, max_epochs=2)
         try:
             trainer.fit(model, batches(size, rank), batches(size, rank), ckpt_path=source)
         except LoRAError as error:
@@ -547,6 +547,9 @@ def test_base_of_bitsandbytes_is_right_and_one_of_torchao_is_refused(tmp_path, k
             assert error == ""
         else:
             assert "which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise" in error
+    if kind in OF_BITSANDBYTES and kind != "nf4 in bfloat16":
+        for error in world().run(quantised, tmp_path, kind, 3):
+            assert "DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2)" in error
 
 
 class Halved(Plain):
@@ -639,20 +642,21 @@ def test_float32_adapter_that_deepspeed_casts_is_said_once(tmp_path):
     assert world().run(said_of_dtype, tmp_path, "32-true") == [[], []]
 
 
-def in_float16(path: Path, epochs: int, source: Path | None = None) -> Run:
+def in_float16(path: Path, epochs: int, source: Path | None = None, stage: int = 2) -> Run:
     """Float16, which DeepSpeed refuses on a CPU; its scale of the loss changes at every second step."""
     from deepspeed.accelerator import get_accelerator
 
     type(get_accelerator()).is_fp16_supported = lambda self: True
     scale = {"loss_scale": 0, "initial_scale_power": 8, "loss_scale_window": 2}
-    case = Case(trainer={"precision": "16-mixed"}, strategy=scale)
+    case = Case(stage=stage, trainer={"precision": "16-mixed"}, strategy=scale)
     return on_ranks(case, path, epochs, source, seed=5 if source else 0)
 
 
-def test_scale_of_the_loss_is_resumed(tmp_path):
-    whole = world().run(in_float16, tmp_path / "whole", 3)[0]
-    first = world().run(in_float16, tmp_path / "first", 2)[0].folder
-    for found in world().run(in_float16, tmp_path / "second", 3, first):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_scale_of_the_loss_is_resumed(tmp_path, stage):
+    whole = world().run(in_float16, tmp_path / "whole", 3, None, stage)[0]
+    first = world().run(in_float16, tmp_path / "first", 2, None, stage)[0].folder
+    for found in world().run(in_float16, tmp_path / "second", 3, first, stage):
         assert_same_bits(found.state, whole.state)
     scales = [
         torch.load(path / FILE, weights_only=True)["optimizer_states"][0]["loss_scale"]["cur_scale"]

@@ -667,6 +667,24 @@ def test_gradients_are_means_over_all_ranks_and_count_as_zero_where_one_lacks_th
         assert found["large"] == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
 
 
+def exchanges(path: Path, accumulate: int) -> int:
+    """How often a fit of three batches averages gradients."""
+    counted: list[Any] = []
+    own, fsdp1_file.average_gradients_ = fsdp1_file.average_gradients_, counted.append
+    try:
+        trainer = fsdp1(path, Case().build(0)[1], max_epochs=1, accumulate_grad_batches=accumulate)
+        trainer.fit(Plain(), *data())
+    finally:
+        fsdp1_file.average_gradients_ = own
+    return len(counted)
+
+
+@slow
+def test_gradients_are_averaged_once_for_accumulated_batches(tmp_path):
+    assert world().run(exchanges, tmp_path, 1) == [3, 3]
+    assert world().run(exchanges, tmp_path, 2) == [2, 2]
+
+
 # --- functions on a wrapped model, and what cannot be right ---
 
 
@@ -741,6 +759,21 @@ def evaluated_on_base(path: Path, source: Path) -> float:
     model, callback = Case().build(0)
     fsdp1(path, callback).validate(model, data()[1], ckpt_path=source, verbose=False)
     return model.losses[-1]
+
+
+def evaluated_on_part(path: Path, source: Path) -> str:
+    with pytest.raises(LoRAError) as refused:
+        evaluated_on_base(path, source)
+    return str(refused.value)
+
+
+@slow
+def test_part_of_a_base_is_an_error(tmp_path):
+    content = torch.load(base := base_checkpoint(tmp_path), weights_only=True)
+    del content["state_dict"]["net.2.bias"]
+    torch.save(content, base)
+    for error in world().run(evaluated_on_part, tmp_path, base):
+        assert "must hold the complete base, the complete adapter or both, but 'net.2.bias' is missing" in error
 
 
 def under_fsdp2_from(path: Path, source: Path) -> str:

@@ -246,7 +246,7 @@ def peaks(path: Path) -> dict[str, int]:
 
 
 def test_peak_memory_of_a_rank_stays_within_the_readme(tmp_path):
-    """The README's figures are the worst of five runs; here they are bounds, as the allocator rounds as it likes."""
+    """The page's figures are the worst of five runs; here they are bounds, as the allocator rounds as it likes."""
     slack = 16 * 2**20
     paper = Costs(LARGE, 2, r=RANK)
     runs = 5 if os.environ.get("WRITE_TABLE") else 1
@@ -273,15 +273,15 @@ PEAKS = {
 }
 
 
-# --- the tables in the README ---
+# --- the tables in large_models.md ---
 
-README = Path(__file__).parent / "README.md"
+PAGE = Path(__file__).parent / "large_models.md"
 WRITER = "tests/distributed/test_scale.py"  # as the comments around the tables have it
 
 
 def around(name: str) -> tuple[str, str, str]:
-    """The README before, inside and after a marked part."""
-    before, rest = README.read_text().split(f"<!-- {name}: written by {WRITER} -->\n")
+    """The page before, inside and after a marked part."""
+    before, rest = PAGE.read_text().split(f"<!-- {name}: written by {WRITER} -->\n")
     inside, after = rest.split(f"<!-- end of {name} -->")
     return before, inside.strip(), after
 
@@ -294,7 +294,7 @@ def write(name: str, text: str) -> None:
     """Put text into the marked part: with WRITE_TABLE=1 in the environment."""
     before, _, after = around(name)
     begin, end = f"<!-- {name}: written by {WRITER} -->\n", f"<!-- end of {name} -->"
-    README.write_text(f"{before}{begin}\n{text}\n\n{end}{after}")
+    PAGE.write_text(f"{before}{begin}\n{text}\n\n{end}{after}")
 
 
 def test_tables_in_the_readme_are_those_of_the_formulas():

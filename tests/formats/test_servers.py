@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -139,7 +140,7 @@ def test_every_rule_is_tried_and_has_an_effect_and_a_source():
     assert set(get_args(Server)) == servers().keys()
     rules = {(server, rule["id"]): rule for server, about in servers().items() for rule in about["rules"]}
     assert rules.keys() == CASES.keys()
-    assert all(rule["effect"] in ("refuses", "drops", "runs wrongly") for rule in rules.values())
+    assert all(rule["effect"] in ("refuses", "drops", "runs wrongly", "needs") for rule in rules.values())
     assert all(rule["says"] and ", " in rule["source"] for rule in rules.values())
     assert {next(iter(rule["when"])) for rule in rules.values()} == CONDITIONS.keys()
     assert all(about[key] for about in servers().values() for key in ("name", "version", "read", "load"))
@@ -238,7 +239,7 @@ def test_command_tells_what_a_server_makes_of_an_adapter_and_of_its_plain_form(t
     text = call(capsys, "info", tmp_path / "own", "--for", "llama.cpp")
     assert text.startswith(f"{tmp_path}/own: PEFT folder\nby the source of llama.cpp commit ")
     assert "  runs wrongly: it scales by lora_alpha / r, which is too weak by the root of r: use_rslora=True (" in text
-    assert f"what all servers take: lightning-lora export {tmp_path}/own OUTPUT --plain\n  still refuses" in text
+    assert f"what all servers take: lightning-lora export {tmp_path}/own OUTPUT --plain\n  still needs: " in text
     found = json.loads(call(capsys, "info", tmp_path / "own", "--for", "llama.cpp", "--json"))
     assert found.keys() == {"path", "kind", "server", "findings", "plain"}
     assert [each["id"] for each in found["findings"]] == ["rslora", "alphas", "base"]
@@ -248,6 +249,66 @@ def test_command_tells_what_a_server_makes_of_an_adapter_and_of_its_plain_form(t
     text = call(capsys, "info", tmp_path / "plain", "--for", "sglang")
     assert "takes all of it: python -m sglang.launch_server" in text
     assert "export" not in text
+
+
+@pytest.mark.parametrize(
+    ("server", "options", "argument"),
+    [("vllm", {"r": 17}, "vllm serve --max-lora-rank"), ("llama.cpp", {}, "convert_lora_to_gguf.py --base BASE")],
+)
+def test_argument_that_a_server_needs_is_no_refusal_and_asks_for_no_plain_form(
+    tmp_path, capsys: Any, server: Server, options: dict[str, Any], argument: str
+):
+    ours("llama", tmp_path / "own", **{"rank_pattern": None, "alpha_pattern": None, **options})
+    needs, taken = call(capsys, "info", tmp_path / "own", "--for", server).splitlines()[2:]
+    assert needs.startswith(f"  needs: {argument}")
+    assert taken == f"  takes all of it: {servers()[server]['load']}"
+    assert "plain" not in json.loads(call(capsys, "info", tmp_path / "own", "--for", server, "--json"))
+
+
+def test_source_that_is_no_folder_is_exported_first_by_the_command_that_is_told(
+    tmp_path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    ours("llama", "own", rank_pattern=None, alpha_pattern=None)
+    call(capsys, "import", "own", "the best.ckpt")
+    told = call(capsys, "info", "the best.ckpt", "--for", "vllm").splitlines()
+    first = json.loads(call(capsys, "info", "the best.ckpt", "--for", "vllm", "--json"))["first"]
+    assert told[1] == f"servers read folders; write one first: {first}, or export_adapter in Python"
+    call(capsys, *shlex.split(first)[1:])
+    of_folder = call(capsys, "info", "FOLDER", "--for", "vllm").splitlines()
+    assert told[2:] == of_folder[1:] == [told[2], f"  takes all of it: {servers()['vllm']['load']}"]
+    mended = call(capsys, "info", "the best.ckpt", "--for", "diffusers")
+    assert mended.count("export") == 1
+    assert "lightning-lora export 'the best.ckpt' OUTPUT --plain" in mended
+
+
+@pytest.mark.parametrize("server", get_args(Server))
+def test_way_to_load_is_told_whatever_the_server_makes_of_the_adapter(tmp_path, capsys: Any, server: Server):
+    ours("llama", tmp_path, use_rslora=True, use_dora=True)
+    assert f": {servers()[server]['load']}\n" in call(capsys, "info", tmp_path, "--for", server)
+
+
+@pytest.mark.parametrize("server", ["vllm", "llama.cpp"])
+def test_network_of_convolutions_is_told_in_short_that_no_merging_makes_the_server_know_it(
+    tmp_path, capsys: Any, server: Server
+):
+    net = seeded(lambda: nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)) for _ in range(8))))
+    inject(net, LoRAConfig(r=2, target_modules=[f"{at}.0" for at in range(8)]))
+    save_adapter(fill_(net), tmp_path)
+    printed = call(capsys, "info", tmp_path, "--for", server)
+    first = "base_model.model.0.0.lora_A.weight, base_model.model.0.0.lora_B.weight"
+    assert f": {first}, ... (16 in all) (" in printed
+    assert "base_model.model.1.0.lora" not in printed
+    assert f"  merged or not, it serves only {servers()[server]['serves']}\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("llamacpp", "; did you mean 'llama.cpp'?"), ("vLLM", "; did you mean 'vllm'?"), ("", ".")]
+)
+def test_server_that_is_not_known_is_answered_with_the_nearest_in_one_line(tmp_path, capsys: Any, name: str, hint: str):
+    told = refused(capsys, "info", tmp_path, f"--for={name}")
+    known = "There are vllm, sglang, llama.cpp, peft, diffusers."
+    assert told.endswith(f"info: --for: {name!r} is no server that is known{hint} {known}\n")
 
 
 def test_command_looks_at_what_export_would_write_of_another_source(tmp_path, capsys: pytest.CaptureFixture[str]):

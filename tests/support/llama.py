@@ -54,8 +54,8 @@ class Network(nn.Module):
         self.head = nn.Linear(sizes.hidden, sizes.vocabulary, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(self.norm(self.blocks(self.embed(tokens))))
-        return logits
+        result: torch.Tensor = self.head(self.norm(self.blocks(self.embed(tokens))))
+        return result
 
 
 def network(sizes: Llama, r: int = RANK) -> Network:

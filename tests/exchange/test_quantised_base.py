@@ -1,0 +1,196 @@
+"""Adapters of runs on bases of quantize_base: load_from_checkpoint quantises, and other calls say what to call."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    quantize_base,
+    save_adapter,
+    take_adapter,
+    unload,
+)
+from support.quantised import PlainNet, batches, inputs, network, packed_bits
+from support.training import make_trainer
+
+pytest.importorskip("torchao.quantization")
+
+
+class Net(PlainNet):
+    """Has its last layer as `head`."""
+
+    def build(self, kind: str) -> Any:
+        body, self.head = network()[:4], network()[4]
+        return body
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.network(x))
+
+
+class BuiltLate(Net):
+    """Builds its layers in configure_model."""
+
+    def build(self, kind: str) -> Any:
+        return nn.Identity()
+
+    def configure_model(self) -> None:
+        if isinstance(self.network, nn.Identity):
+            self.network = super().build("")
+
+
+class SelfQuantised(Net):
+    """Quantises its own base."""
+
+    def build(self, kind: str) -> Any:
+        body = super().build(kind)
+        quantize_base(body)
+        return body
+
+
+class OtherWeights(Net):
+    """Stands for a class that does not load the pretrained weights."""
+
+    def build(self, kind: str) -> Any:
+        body = super().build(kind)
+        torch.manual_seed(2)
+        body[2].reset_parameters()
+        return body
+
+
+def lora(**options: Any) -> LoRACallback:
+    return LoRACallback(**{"r": 2, "lora_alpha": 4, "seed": 1} | options)
+
+
+def fitted(path: Path, callback: LoRACallback, model: Any = None) -> Any:
+    trainer = make_trainer(path, callback, max_epochs=1)
+    trainer.fit(model := Net() if model is None else model, batches(), batches(2))
+    trainer.save_checkpoint(path / "adapter.ckpt")
+    return model.eval()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "quantize_base(model)": {},
+    "quantize_base(model, modules_to_save=['head'])": {"modules_to_save": ["head"]},
+    "quantize_base(model, exclude_modules=['network.2'])": {"exclude_modules": ["network.2"]},
+    "quantize_base(model, exclude_modules='.*2')": {"exclude_modules": ".*2"},
+    "quantize_base(model, exclude_modules=['0'], modules_to_save=['head'])": {
+        "exclude_modules": ["0"],
+        "modules_to_save": ["head"],
+    },
+}
+each_option = pytest.mark.parametrize(("call", "options"), OPTIONS.items(), ids=OPTIONS)
+
+
+@each_option
+@pytest.mark.parametrize("save", ["adapter", "merged"])
+def test_load_from_checkpoint_quantises_the_layers_that_the_callback_did(tmp_path, call, options, save):
+    trained = fitted(tmp_path, lora(quantize="nf4", save=save, dequantize="float32", **options))
+    loaded = load_from_checkpoint(Net, tmp_path / "adapter.ckpt").eval()
+    assert packed_bits(loaded) == packed_bits(trained)
+    assert torch.equal(loaded(inputs()), trained(inputs()))
+
+
+@pytest.mark.parametrize("cls", [Net, BuiltLate, SelfQuantised])
+def test_load_from_checkpoint_quantises_what_the_class_builds_plain(tmp_path, cls):
+    trained = fitted(tmp_path, lora(quantize="nf4", modules_to_save=["head"]))
+    loaded = load_from_checkpoint(cls, tmp_path / "adapter.ckpt").eval()
+    assert torch.equal(loaded(inputs()), trained(inputs()))
+
+
+def test_load_from_checkpoint_quantises_the_layers_that_quantize_base_did(tmp_path):
+    quantize_base(model := Net(), exclude_modules=["network.2", "head"])
+    trained = fitted(tmp_path, lora(), model)
+    loaded = load_from_checkpoint(Net, tmp_path / "adapter.ckpt").eval()
+    assert packed_bits(loaded) == packed_bits(trained)
+    assert torch.equal(loaded(inputs()), trained(inputs()))
+
+
+def test_load_from_checkpoint_leaves_the_base_of_a_plain_run_plain(tmp_path):
+    fitted(tmp_path, lora())
+    assert type(load_from_checkpoint(Net, tmp_path / "adapter.ckpt").network[0].weight) is nn.Parameter
+
+
+def follow(message: str, model: nn.Module) -> None:
+    """Do what a message says, letter for letter, up to the call that failed."""
+    steps = re.findall(r"unload\(model\)|quantize_base\(model.*?\)(?=,? (?:and|on|then)|;)", message)
+    assert steps
+    for step in steps:
+        eval(step, {"unload": unload, "quantize_base": quantize_base, "model": model})
+
+
+def test_load_from_checkpoint_with_another_base_names_all_steps(tmp_path):
+    fitted(tmp_path, lora(quantize="nf4", modules_to_save=["head"]))
+    with pytest.raises(
+        LoRAError,
+        match=r"load that first: model = OtherWeights.load_from_checkpoint\(\"pretrained.ckpt\"\); "
+        r"quantize_base\(model, modules_to_save=\['head'\]\); load_adapter\(model, ",
+    ):
+        load_from_checkpoint(OtherWeights, tmp_path / "adapter.ckpt")
+
+
+@each_option
+def test_load_adapter_onto_a_plain_model_names_the_exact_call(tmp_path, call, options):
+    trained = fitted(tmp_path, lora(quantize="nf4", **options))
+    with pytest.raises(LoRAError, match=re.escape(f"call {call}, and then load_adapter again")) as error:
+        load_adapter(model := Net().eval(), tmp_path / "adapter.ckpt")
+    assert "pretrained.ckpt" not in str(error.value)
+    follow(str(error.value), model)
+    load_adapter(model, tmp_path / "adapter.ckpt")
+    assert torch.equal(model(inputs()), trained(inputs()))
+
+
+def test_load_adapter_names_other_layers_that_stay_plain(tmp_path):
+    """The options of the adapter do not say which."""
+    quantize_base(model := Net(), exclude_modules=["network.2"])
+    inject(model, LoRAConfig(r=2))
+    save_adapter(model, tmp_path / "folder")
+    for source in (take_adapter(model), tmp_path / "folder"):
+        with pytest.raises(LoRAError, match=r"quantize_base\(model, exclude_modules=\['network.2'\]\), and then load"):
+            load_adapter(Net(), source)
+
+
+def test_load_adapter_onto_an_injected_plain_model_begins_with_unload(tmp_path):
+    trained = fitted(tmp_path, lora(quantize="nf4", modules_to_save=["head"]))
+    inject(model := Net().eval(), LoRAConfig(r=2, lora_alpha=4, modules_to_save=["head"]))
+    with pytest.raises(LoRAError, match=r"call unload\(model\), then quantize_base\(model, modules_to") as error:
+        load_adapter(model, tmp_path / "adapter.ckpt")
+    follow(str(error.value), model)
+    load_adapter(model, tmp_path / "adapter.ckpt")
+    assert torch.equal(model(inputs()), trained(inputs()))
+
+
+@each_option
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_a_trainer_without_quantize_names_the_exact_call(tmp_path, call, options, verb):
+    fitted(tmp_path, lora(quantize="nf4", **options))
+
+    def run(model: nn.Module, callback: LoRACallback) -> None:
+        trainer = make_trainer(tmp_path, callback, max_epochs=2)
+        data = (batches(), batches(2)) if verb == "fit" else (batches(2),)
+        getattr(trainer, verb)(model, *data, ckpt_path=tmp_path / "adapter.ckpt")
+
+    expected = f'call {call} on the new model before the Trainer gets it, or give LoRACallback quantize="nf4"'
+    with pytest.raises(LoRAError, match=re.escape(expected)) as error:
+        run(Net(), lora(**options))
+    assert "pretrained.ckpt" not in str(error.value)
+    follow(str(error.value), model := Net())
+    run(model, lora(**options))
+    run(Net(), lora(quantize="nf4", **options))
+
+
+def test_a_quantised_module_to_save_is_refused_with_the_option_of_quantize_base():
+    quantize_base(model := Net())
+    with pytest.raises(LoRAError, match=r"\(quantize_base\(model, modules_to_save=\['head', 'network.2'\]\)\)"):
+        inject(model, LoRAConfig(r=2, modules_to_save=["head", "2"]))
