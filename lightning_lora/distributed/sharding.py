@@ -257,6 +257,15 @@ def reshard_(modules: Iterable[nn.Module]) -> None:
             module.reshard()
 
 
+def free_gathered_weights_(modules: Iterable[nn.Module]) -> None:
+    """Drop gathered weights after their slices were written. In place.
+
+    During a forward, ZeRO-3 gathers a parameter as soon as it is looked at, which is before it is written.
+    """
+    if are_any_flat():
+        reshard_(modules)
+
+
 def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Put the shards back after an exception inside a forward, when reshard_ has no effect. In place.
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..distributed.flat import is_flat
 from ..distributed.rank_sync import RankSync
-from ..distributed.sharding import dimensions_of_ranks, is_spread, local, reset_, reshard_
+from ..distributed.sharding import dimensions_of_ranks, free_gathered_weights_, is_spread, local, reset_, reshard_
 from ..errors import LoRAError, NonFiniteError
 from ..nn.adapted_module import take_turn
 from ..nn.adapted_weights import AdaptedWeights, Blocks
@@ -133,7 +133,10 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> N
         update_fast_paths(module for _, module in listing.modules)
 
     with torch.no_grad():  # once for all layers, because entering it takes longer than merging a small layer
-        run_undisturbed(write, partial(_restore_all, listing), "merge")
+        try:
+            run_undisturbed(write, partial(_restore_all, listing), "merge")
+        finally:
+            free_gathered_weights_(module for _, module in listing.modules)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -162,7 +165,10 @@ def unmerge_listed(listing: Listing) -> None:
     with take_turn(listing.layers.values(), "unmerge"), torch.no_grad():
         restore_shards_(listing)
         restore = partial(_restore_all, listing)
-        run_undisturbed(restore, restore, "unmerge")
+        try:
+            run_undisturbed(restore, restore, "unmerge")
+        finally:
+            free_gathered_weights_(module for _, module in listing.modules)
 
 
 @contextmanager

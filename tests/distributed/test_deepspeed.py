@@ -723,16 +723,15 @@ class Swapping(Plain):
             load_adapter(self, self.source)
 
 
-def swapped(path: Path, source: Path, stage: int | None, **options: Any) -> Run:
+def swapped(path: Path, source: Path, stage: int | None, cls: type[Swapping] = Swapping) -> Run:
     torch.manual_seed(0)
-    model = Swapping()
+    model = cls()
     model.source = source
-    options = {"max_epochs": 2, **options}
     callback = LoRACallback(r=2, target_modules=TARGETS)
     if stage is None:
-        make_trainer(path, callback, **options).fit(model, loader(), loader(seed=6))
+        make_trainer(path, callback, max_epochs=2).fit(model, loader(), loader(seed=6))
         return Run(dict(model.state_dict()), model.losses, path, [])
-    (trainer := zero(path, callback, stage=stage, **options)).fit(model, *data())
+    (trainer := zero(path, callback, stage=stage, max_epochs=2)).fit(model, *data())
     trainer.save_checkpoint(path / "all.ckpt")
     return Run(whole_state(model), model.losses, path / "all.ckpt", [])
 
@@ -745,6 +744,25 @@ def adapter_of_rank(rank: int, path: Path) -> Path:
             nn.init.normal_(parameter, std=0.3)
     save_adapter(net, path)
     return path
+
+
+class LoadingInForward(Swapping):
+    """Loads the adapter inside the engine's forward, where stage 3 gathers a parameter when it is looked at."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Load nothing here."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            load_adapter(self, self.source)
+        super().validation_step(batch, batch_idx)
+
+
+def test_adapter_that_is_loaded_within_a_forward_of_stage_3_acts_at_once(tmp_path):
+    source = adapter_of_rank(2, tmp_path / "other")
+    expected = swapped(tmp_path, source, None, LoadingInForward)
+    for found in world().run(swapped, tmp_path, source, 3, LoadingInForward):
+        assert_close(found, expected, 2)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
