@@ -28,7 +28,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported; leave i
 try:
     import deepspeed
 except ImportError as error:
-    raise SystemExit('deepspeed_zero.py: DeepSpeed is not installed; run pip install -e ".[deepspeed]".') from error
+    remedy = 'run pip install -e ".[examples,deepspeed]"'
+    raise SystemExit(f"deepspeed_zero.py: DeepSpeed is not installed; {remedy}.") from error
 
 RUNS = Path(__file__).with_name("runs")
 

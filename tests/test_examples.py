@@ -128,7 +128,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
 EXTRAS = {
     "quantised": ("examples,quantised", "bitsandbytes"),
     "ray_train": ("ray", "ray"),
-    "deepspeed_zero": ("deepspeed", "deepspeed"),
+    "deepspeed_zero": ("examples,deepspeed", "deepspeed"),
 }
 
 
@@ -147,7 +147,7 @@ def test_example_does_what_it_says_and_prints_what_is_shown(folder, name):
 
 @pytest.mark.slow
 def test_example_of_deepspeed_prints_the_same_at_stage_3(folder):
-    pytest.importorskip("deepspeed", reason='deepspeed is not installed; pip install -e ".[deepspeed]"')
+    pytest.importorskip("deepspeed", reason='deepspeed is not installed; pip install -e ".[examples,deepspeed]"')
     check_deepspeed_zero(printed := run(folder, "deepspeed_zero", "--stage", "3"))
     assert_alike(printed, SHOWN["deepspeed_zero"], rel=0.25, tolerance=0.15)
 
