@@ -575,7 +575,8 @@ def test_statistics_and_the_summary_are_those_of_one_device(tmp_path):
     expected = logged(tmp_path / "one", False)
     for text in world().run(logged, tmp_path / "ranks", True):  # but for the memory of this rank's weights
         assert text.partition("memory")[0] == expected.partition("memory")[0]
-    tables = [list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("ranks", "one")]
+    files = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("ranks", "one")]
+    tables = [list(csv.DictReader(lines)) for lines in files]
     assert len(tables[0]) == len(tables[1]) > 6
     for row, of_one in zip(*tables, strict=True):
         assert row.keys() == of_one.keys()

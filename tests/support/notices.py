@@ -28,7 +28,15 @@ LIGHTNING_NOTICES = (
 HYPOTHESIS_NOTICE = "It looks like `register_random` was passed an object that could be garbage collected"
 
 # Said by torch 2.6 of its own device meshes and distributed checkpoints.
-DISTRIBUTED_NOTICES = ("DTensor random operators may not have complete support on cpu", "TypedStorage is deprecated.")
+DISTRIBUTED_NOTICES = (
+    "DTensor random operators may not have complete support on cpu",
+    "TypedStorage is deprecated.",
+    "The `NO_SHARD` sharding strategy is deprecated",
+    "FSDP is switching to use `NO_SHARD` instead of ",
+    "FSDP with `bf16-true` enables computation in lower precision",
+    "Detected an existing checkpoint in ",
+    "You have overridden `WithLegacyHook.configure_sharded_model` which is deprecated",
+)
 
 # torch's compiler and fast path warn of what they do themselves, on models without this package too.
 TORCH_NOTICES = [
