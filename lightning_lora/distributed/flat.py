@@ -13,7 +13,7 @@ Functions marked "Collective" communicate: every rank must call them, in the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 FIND, FREE = "lora_find_slice", "lora_free_gathered"  # attributes of a flat tensor
-UNIT = "lora_free_unit"  # attribute of a module that owns flat tensors
+UNIT, INSIDE = "lora_free_unit", "lora_flat_parameters"  # attributes of a module that owns flat tensors
 
 
 class FlatShard(NamedTuple):
@@ -65,20 +65,36 @@ def attach(tensor: torch.Tensor, find: Callable[[], FlatShard], free: Callable[[
     vars(tensor)[FIND], vars(tensor)[FREE] = find, free
 
 
-def attach_owner(module: nn.Module, free: Callable[..., None]) -> None:
+def attach_owner(module: nn.Module, free: Callable[..., None], inside: Mapping[str, nn.Parameter]) -> None:
     """Note how a module is given its flat tensors back, where a strategy puts gathered tensors in their place.
 
     Args:
         module: an owner of flat parameters.
         free: drops what was gathered. With broken_off=True an exception has ended a forward or backward: there is no
             forward to go on with.
+        inside: the module's own parameters that the strategy has laid into a flat one, by name.
     """
-    vars(module)[UNIT] = free
+    vars(module)[UNIT], vars(module)[INSIDE] = free, inside
 
 
 def owns_flat(module: nn.Module) -> bool:
     """Return whether attach_owner was called on a module."""
     return UNIT in vars(module)
+
+
+def flat_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Return a module's own parameters that a strategy has laid into a flat one, by name; see attach_owner."""
+    inside: Mapping[str, nn.Parameter] = vars(module).get(INSIDE, {})
+    return inside
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a module's own parameters by name, also where a strategy has put gathered tensors in their place."""
+    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    for name, parameter in flat_parameters(module).items():
+        if not isinstance(own.get(name), nn.Parameter):
+            own[name] = parameter
+    return own
 
 
 def recognise(attach_one: Callable[[torch.Tensor], bool]) -> None:

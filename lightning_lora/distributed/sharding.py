@@ -26,6 +26,7 @@ from .flat import (
     free_owners,
     gather,
     is_flat,
+    own_parameters,
     pieces,
     scatter_,
 )
@@ -65,7 +66,7 @@ def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
 
 def holds_shards(module: nn.Module) -> bool:
     """Return whether one of the module's own parameters is sharded. Parameters that are gathered now count too."""
-    return is_fully_sharded(module) or any(map(is_spread, module._parameters.values()))
+    return is_fully_sharded(module) or any(map(is_spread, own_parameters(module).values()))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     own_names = {canonical(name): name for name in checkpoint["state_dict"]}
     state = checkpoint["state_dict"] = by_canonical_names(checkpoint["state_dict"])
     adapter = describe(live, "checkpoint")
-    trained, sharded = set(live.keys), any(holds_shards(each) for _, each in handle.modules)
+    trained, sharded = set(live.keys), any(holds_shards(each) or owns_flat(each) for _, each in handle.modules)
     if not sharded:
         adapter = _without_left_out(live, adapter, state, trained, kind)
     if kind == "full":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed.flat import is_flat, owns_flat
+from ..distributed.flat import flat_parameters
 from ..distributed.sharding import copy_, copy_of, is_spread, local, reshard_
 from ..errors import LoRAError
 
@@ -124,7 +124,7 @@ def _put_all_(
     for path, live, module in state:
         values, leaf = initial(module), path.rpartition(".")[2]
         if live is not None and leaf in values and not values[leaf].is_meta:
-            if owns_flat(module) and leaf in module._parameters and not _is_whole(live):
+            if leaf in flat_parameters(module):
                 raise LoRAError(
                     f"disable_adapter: {path!r} was unfrozen after FSDP1 had wrapped the model, which then gathers its "
                     "trained values in each forward. Name its module in modules_to_save, so that it is trained outside "
@@ -166,11 +166,6 @@ def take_back_base_values_(modules: Collection[nn.Module]) -> list[str]:
             handle.remove()
         vars(module).pop(PLACES, None)
     return reached
-
-
-def _is_whole(live: torch.Tensor) -> bool:
-    """Return whether a parameter is outside of FSDP1's flat weights. A gathered one is no parameter in a forward."""
-    return isinstance(live, nn.Parameter) and not is_flat(live)
 
 
 def _like(live: torch.Tensor) -> torch.Tensor:

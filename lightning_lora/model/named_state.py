@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
+from ..distributed.flat import own_parameters
 from ..distributed.sharding import reshard_
 from ..names import canonical, names_factor
 from ..nn.quantised import describe_shard
@@ -59,7 +60,7 @@ def state_of(places: Places) -> Iterator[StateEntry]:
 def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return one module's own live parameters and persistent buffers by name, without those of its children."""
     stand_ins, passing = base_places(module), module._non_persistent_buffers_set
-    own: dict[str, torch.Tensor] = {n: p for n, p in module._parameters.items() if p is not None}
+    own: dict[str, torch.Tensor] = {**own_parameters(module)}
     own |= {name: buffer for name, buffer in module._buffers.items() if buffer is not None and name not in passing}
     return {n: stand_ins[n].trained if n in stand_ins else t for n, t in own.items()} if stand_ins else own
 
@@ -80,8 +81,8 @@ def base_parameters_of(modules: Places) -> list[BaseParameter]:
     for prefix, module in modules:
         stand_ins = base_places(module)
         describe_shard(module)
-        for leaf, live in module._parameters.items():
-            if live is None or names_factor(leaf):
+        for leaf, live in own_parameters(module).items():
+            if names_factor(leaf):
                 continue
             parameter = cast(nn.Parameter, stand_ins[leaf].trained) if leaf in stand_ins else live
             name = f"{prefix}.{leaf}" if prefix else leaf

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed.flat import flat_shard, is_flat, whole_shape
+from ..distributed.flat import flat_parameters, flat_shard, is_flat, whole_shape
 from ..distributed.sharding import copy_, detached, from_local_like, full_tensor, is_sharded, local, window
 from ..errors import LoRAError
 from ..names import canonical
@@ -576,7 +576,8 @@ class AdaptedWeights(StoredTensors):
             LoRAError: unmerging failed earlier, so W is lost.
         """
         with self.lora.lock:  # waits while another thread merges or has W + delta in place of W
-            weight = detached(getattr(self.lora_holder, name))
+            inside = flat_parameters(self.lora_holder)
+            weight = detached(inside[name] if name in inside else getattr(self.lora_holder, name))
             if self.lora.restore_failed and name in self.adapted_weights():
                 raise LoRAError(
                     f"{type(self.lora_holder).__name__}: its base weight could not be restored after merging, so "

@@ -212,12 +212,23 @@ def _attach(root: nn.Module) -> None:
     for unit in _units(root):
         _lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
         handle, free = unit._handle, _Unit(unit).free
-        for owner in (unit, *(handle._get_modules() if handle is not None else ())):
-            attach_owner(owner, free)
+        inside = _parameters_inside(handle) if handle is not None else {}
+        for owner in (unit, *inside):
+            attach_owner(owner, free, inside.get(owner, {}))
         if handle is not None and handle.uses_sharded_strategy:
             flat = handle.flat_param
             for parameter, info, shape in zip(flat._params, flat._shard_param_infos, flat._shapes, strict=True):
                 attach(parameter, partial(_find_slice, handle, info, shape))
+
+
+def _parameters_inside(handle: Any) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """Return the original parameters of a flat one, by the modules that own them and their names there."""
+    flat = handle.flat_param
+    places = [(info.module, info.param_name) for info in (*flat._param_infos, *flat._shared_param_infos)]
+    inside: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    for (owner, leaf), parameter in zip(places, (*flat._params, *flat._shared_params), strict=True):
+        inside.setdefault(owner, {})[leaf] = parameter
+    return inside
 
 
 def _find_slice(handle: Any, info: Any, shape: torch.Size) -> FlatShard:

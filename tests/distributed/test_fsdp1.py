@@ -29,6 +29,7 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     LoRAMonitor,
+    adapter_state_dict,
     disable_adapter,
     inject,
     is_merged,
@@ -471,6 +472,60 @@ def test_what_is_saved_within_a_run_holds_the_base_and_the_adapter(tmp_path, sav
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert sorted(merged) == BASE
     assert_same_bits(merged, {n: v.contiguous() for n, v in merged_state_dict(loaded).items()})
+
+
+class SavingInside(Plain):
+    """Saves inside of its steps, while FSDP1 has plain tensors in place of the frozen parameters."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.names = sorted(adapter_state_dict(self))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if batch_idx == 1:
+            assert is_merged(self)
+            path = Path(self.trainer.default_root_dir)
+            save_adapter(self, path / "adapter")
+            self.trainer.save_checkpoint(path / "inside.ckpt")
+
+
+class SavingUnfrozenInside(SavingInside, Unfreezing):
+    pass
+
+
+def saved_inside(path: Path, strategy: dict[str, Any], save: str, kind: type[SavingInside]) -> tuple[list[str], State]:
+    torch.manual_seed(0)
+    model = kind()
+    trainer = fsdp1(path, LoRACallback(r=2, target_modules=TARGETS, save=save), options=strategy, max_epochs=2)
+    trainer.fit(model, *data())
+    return model.names, gathered(trainer.model)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("strategy", "save", "kind"),
+    [
+        ({}, "adapter", SavingInside),
+        ({}, "merged", SavingInside),
+        ({"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS, "full", SavingInside),
+        ({"sharding_strategy": "NO_SHARD"}, "merged", SavingInside),
+        ({}, "full", SavingUnfrozenInside),
+        ({"sharding_strategy": "NO_SHARD"}, "adapter", SavingUnfrozenInside),
+    ],
+    ids=str,
+)
+def test_what_is_saved_inside_of_a_step_is_what_is_saved_outside(tmp_path, strategy, save, kind):
+    unfrozen = ["net.0.weight", "net.4.bias"] if kind is SavingUnfrozenInside else []
+    names, state = world().run(saved_inside, tmp_path, strategy, save, kind)[0]
+    assert names == sorted(FACTORS + unfrozen)
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == len(names)
+    assert names_in(tmp_path / "inside.ckpt") == (names if save == "adapter" else CONTENT[save])
+    for name in ("inside.ckpt", "adapter"):
+        load_adapter(loaded := Plain(), tmp_path / name)
+        assert_same_bits(dict(loaded.state_dict()), state)
+    assert_same_bits(dict(load_from_checkpoint(Plain, tmp_path / "inside.ckpt").state_dict()), state)
 
 
 # --- faults ---
