@@ -148,7 +148,7 @@ class Links(HTMLParser):
 
 
 def broken_links(site: Path) -> Iterator[str]:
-    """Yield the links of a site that lead to no file of it, or to no place in that file."""
+    """Yield the dead links of a site: their file, or the place in it, does not exist."""
     pages = {path: Links(path.read_text()) for path in site.rglob("*.html") if path.name != "404.html"}
     for page, links in pages.items():
         for target in links.targets:

@@ -192,9 +192,10 @@ def _random_part(change: torch.Tensor, density: float, draw: torch.Generator) ->
 
 
 def padded(pair: Pair, rank: int) -> Pair:
-    """Return a pair of a higher rank with the same product: zeros are added."""
+    """Return a pair of a higher rank with the same product: zeros are added. Factors of convolutions keep kernels."""
     left, right = pair
     more = rank - left.shape[1]
-    return torch.cat([left, left.new_zeros(len(left), more)], 1), torch.cat(
-        [right, right.new_zeros(more, right.shape[1])]
+    return (
+        torch.cat([left, left.new_zeros(len(left), more, *left.shape[2:])], 1),
+        torch.cat([right, right.new_zeros(more, *right.shape[1:])]),
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
+from ..adapter.combined_layer import padded
 from ..adapter.renaming import by_network_names
 from ..config import PLAIN, TASK_HEADS, LoRAConfig
 from ..errors import LoRAError
@@ -46,9 +47,10 @@ def plain_form(adapter: Adapter, source: PathLike | None) -> Adapter:
     factors = {layer: _factors(own, layer) for layer in own.layers()}
     _tell_rounding(own, factors, where)
     rank = max(b.shape[1] for _, b in factors.values())
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for layer, (a, b) in factors.items():
-        tensors[f"{layer}.{A}"], tensors[f"{layer}.{B}"] = _padded(a, b, rank)
+        left, right = padded((b, a), rank)
+        tensors |= {f"{layer}.{A}": right, f"{layer}.{B}": left}
     plain = replace(
         own,
         config=replace(own.config or LoRAConfig(), variant=PLAIN, variant_options=None, init_lora_weights=True),
@@ -120,15 +122,6 @@ def _tell_rounding(adapter: Adapter, factors: Mapping[str, Any], where: object) 
             f"layers, by up to {rounded[worst]:.2g} of its norm ({worst}). A scale of 1, 2, 4 or 0.5 rounds nothing.",
             stacklevel=5,
         )
-
-
-def _padded(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factors of a higher rank with the same product: zeros are added."""
-    more = rank - b.shape[1]
-    return (
-        torch.cat([a, a.new_zeros(more, *a.shape[1:])]),
-        torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], 1),
-    )
 
 
 def _options(adapter: Adapter, rank: int) -> LoRAConfig:

@@ -31,7 +31,6 @@ from lightning_lora import (
     is_merged,
     load_adapter,
     load_from_checkpoint,
-    lora_param_groups,
     merged_state_dict,
     save_adapter,
     save_merged,
@@ -41,7 +40,7 @@ from support.deepspeed import zero
 from support.processes import world
 from support.quantised import OF_BITSANDBYTES, OUTPUTS, QUANTISED, QuantisedNet, factors, inputs, packed_bits
 from support.sharded import TARGETS, Plain, Sharded, base_of, data, loader, make_trainer, model_parallel
-from support.sharded_adapters import assert_same_bits
+from support.sharded_adapters import Plus, Scheduled, assert_same_bits
 
 pytestmark = [
     pytest.mark.slow,
@@ -61,21 +60,6 @@ def _started() -> None:
 
 State = dict[str, torch.Tensor]
 FILE = "adapter.ckpt"
-
-
-class Plus(Plain):
-    """LoRA+, with groups of their own learning rates, and a decay."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(lora_param_groups(self, lr=0.02, lr_ratio=4, weight_decay=0.1))
-
-
-class Scheduled(Plain):
-    """Another optimizer, with one state for each value, and a scheduler."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
 
 
 class GroupWithoutParameters(Plain):

@@ -35,7 +35,6 @@ from lightning_lora import (
     is_merged,
     load_adapter,
     load_from_checkpoint,
-    lora_param_groups,
     merge,
     merged,
     merged_state_dict,
@@ -63,27 +62,12 @@ from support.sharded import (
     make_trainer,
     model_parallel,
 )
-from support.sharded_adapters import assert_same_bits
+from support.sharded_adapters import Plus, Scheduled, assert_same_bits
 
 slow = pytest.mark.slow
 
 State = dict[str, torch.Tensor]
 LAYERS = {"auto_wrap_policy": {nn.Linear}}  # a unit for each layer; otherwise one for the whole model
-
-
-class Plus(Plain):
-    """LoRA+, with groups of their own learning rates, and a decay."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(lora_param_groups(self, lr=0.02, lr_ratio=4, weight_decay=0.1))
-
-
-class Scheduled(Plain):
-    """Another optimizer and a scheduler."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
 
 
 class Unfreezing(Plain):

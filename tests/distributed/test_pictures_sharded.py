@@ -1,4 +1,4 @@
-"""LoRAMonitor's pictures of a sharded run, and those of its checkpoint, are those of one device."""
+"""A sharded run draws the pictures of a run on one device. So does the command, from its checkpoint."""
 
 from __future__ import annotations
 

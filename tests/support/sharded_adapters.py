@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
-from lightning_lora import LoRACallback, LoRAConfig, inject
+from lightning_lora import LoRACallback, LoRAConfig, inject, lora_param_groups
 from support.models import bits, randomise_
-from support.sharded import DEVICE, TARGETS, network
+from support.sharded import DEVICE, TARGETS, Plain, network
 
 LINEAR = LoRAConfig(r=3, lora_alpha=6)
 
@@ -43,6 +43,21 @@ def assert_same_run(found: Any, expected: Any) -> None:
 
 def lora(**options: Any) -> LoRACallback:
     return LoRACallback(r=2, target_modules=TARGETS, **options)
+
+
+class Plus(Plain):
+    """LoRA+, with groups of their own learning rates, and a decay."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(lora_param_groups(self, lr=0.02, lr_ratio=4, weight_decay=0.1))
+
+
+class Scheduled(Plain):
+    """Another optimizer, with one state for each value, and a scheduler."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
 
 
 # --- a block whose layers are split over ranks ---
