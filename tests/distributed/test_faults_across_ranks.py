@@ -109,7 +109,9 @@ def failing_save(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_first_rank_that_cannot_save_ends_the_others_with_an_error(tmp_path, kind):
-    ended = World(2, collective_timeout=3).run_broken(failing_save, tmp_path, kind, timeout=30)
+    ended = World(2).run_broken(failing_save, tmp_path, kind, timeout=60)
     assert "No space left on device" in ended[0]
-    # Alone in a barrier until the first rank has ended; torch's distributed checkpoints tell every rank the reason.
-    assert "Connection closed" in ended[1] if kind == "ddp" else "No space left on device" in ended[1]
+    # Under DDP the other rank waits alone in a barrier. When the first one ends, the system closes or resets their
+    # connection, and gloo says which. torch's distributed checkpoints tell every rank the reason.
+    reason = "Connection" if kind == "ddp" else "No space left on device"
+    assert reason in ended[1], ended[1]
