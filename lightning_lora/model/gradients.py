@@ -1,7 +1,8 @@
 """Warn of adapters that training does not reach: layers without a gradient, and an optimizer without the adapters.
 
 A hook on each B notes its first gradient and then removes itself. The notes are looked at once: after the first
-training batch in a Trainer, and at the first merge or save after a gradient in a plain loop.
+training batch in a Trainer, or before it loads a checkpoint, as a finder of Lightning's does after its trials; and at
+the first merge or save after a gradient in a plain loop.
 """
 
 from __future__ import annotations
