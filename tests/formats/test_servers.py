@@ -308,7 +308,7 @@ def blocks(layer: Callable[[], nn.Module]) -> nn.Module:
 
 OTHER_NETWORKS = [
     *((server, lambda: nn.Conv2d(3, 3, 3), {}) for server in ("vllm", "sglang", "llama.cpp")),
-    *((server, lambda: nn.Conv2d(3, 3, 3), {"variant": "loha"}) for server in ("vllm", "sglang", "llama.cpp")),
+    *((server, lambda: nn.Conv2d(3, 3, 3), {"variant": "loha"}) for server in ("sglang", "llama.cpp")),
     *((server, lambda: nn.Linear(3, 3), {"use_rslora": True}) for server in ("sglang", "llama.cpp")),
 ]
 
