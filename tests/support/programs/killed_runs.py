@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fsspec.implementations.local import LocalFileOpener
+from fsspec.implementations.local import LocalFileOpener  # type: ignore[import-untyped]
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback
@@ -45,7 +45,7 @@ def let_writing_take_a_moment() -> None:
         half = len(content) // 2
         written: int = honest(self, content[:half])
         time.sleep(0.01)
-        return written + honest(self, content[half:])
+        return written + int(honest(self, content[half:]))
 
     LocalFileOpener.write = write
 
