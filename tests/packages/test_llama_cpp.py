@@ -48,7 +48,9 @@ def tied_llama() -> nn.Module:
 
 
 def gemma() -> nn.Module:
-    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**SMALL, head_dim=8, pad_token_id=0))
+    return transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(**SMALL, num_key_value_heads=4, head_dim=8, pad_token_id=0)
+    )
 
 
 def gpt2() -> nn.Module:
