@@ -128,6 +128,10 @@ CASES: dict[tuple[str, str], tuple[FolderView, str]] = {
         "mlp.experts.gate_up_proj",
     ),
     ("llama.cpp", "head"): (HEAD, "base_model.model.lm_head.lora_A.weight"),
+    ("llama.cpp", "embedding"): (
+        with_tensors("model.embed_tokens.lora_embedding_A"),
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+    ),
     ("llama.cpp", "base"): (with_options(base_model_name_or_path=None), "base_model_name_or_path"),
     ("peft", "outside"): (replace(GOOD, outside=["criterion.weight"]), "criterion.weight"),
     ("diffusers", "type"): (with_options(peft_type="LOHA"), "peft_type='LOHA'"),
