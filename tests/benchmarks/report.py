@@ -76,8 +76,8 @@ def _missed(rows: list[dict[str, Any]]) -> list[str]:
     """What is not as fast or as lean as it should be."""
     missed = [row for row in rows if row["verdict"] == "not reached"]
     lines = [
-        f"- {row['what']}, {row['at']}: {row['value']:.2f} {row['figure']}; wanted at most {row['target']:g}, "
-        f"found {row['lowest']:.2f} to {row['highest']:.2f}"
+        f"- {', '.join(filter(None, (row['what'], row['at'])))}: {row['value']:.2f} {row['figure']}; "
+        f"wanted at most {row['target']:g}, found {row['lowest']:.2f} to {row['highest']:.2f}"
         for row in missed
     ]
     return ["", f"{len(missed)} of {sum(row['target'] is not None for row in rows)} goals are not reached:", "", *lines]
@@ -170,7 +170,7 @@ def plot(content: dict[str, Any]) -> Any:
     axes.set_ylabel("our time / peft's")
     axes.spines[["top", "right"]].set_visible(False)
     handles = [Patch(label=dtype, edgecolor="black", **style) for dtype, style in BARS.items()]
-    axes.legend(handles=handles, frameon=False, loc="upper left")
+    axes.legend(handles=handles, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.88))
     axes.set_title("Time relative to peft, lower is better", loc="left", fontweight="bold")
     figure.supxlabel(content["machine"], fontsize=6, color="0.35")
     return figure
