@@ -12,6 +12,8 @@ from importlib.metadata import version
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI uses what jsonargparse 5 will drop
+for of_a_terminal in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
+    os.environ.pop(of_a_terminal, None)  # by which rich takes any output for a terminal, or breaks lines elsewhere
 
 import hypothesis
 import pytest
