@@ -73,9 +73,12 @@ def overhead(times: Times, mine: str, other: str, floor: str) -> float:
     return extra[mine] / extra[other]
 
 
-def peak_bytes(function: Callable[[], Any], device: str) -> int:
-    """Peak of the bytes that a call allocates beside what was there, as torch's own allocators count them."""
-    function()
+def peak_bytes(function: Callable[[], Any], device: str, warm_up: Callable[[], Any] | None = None) -> int:
+    """Peak of the bytes that a call allocates beside what was there, as torch's own allocators count them.
+
+    Another call comes before it, because a first one allocates buffers that stay: the same, unless warm_up is given.
+    """
+    (warm_up or function)()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
