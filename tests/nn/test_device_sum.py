@@ -12,7 +12,7 @@ from lightning_lora.nn.low_rank import LowRankBlock, row_blocks
 from support.layers import DTYPES, exact_delta, make_pieces, make_weight, nearest, same_bits, scaling_for
 
 HALF = [torch.bfloat16, torch.float16]
-# float16 keeps 11 of float32's 24 bits, so that 6 in 100,000 are rounded otherwise: so many values that chance is little.
+# In float16, 6 in 100,000 are rounded otherwise: so many values that no draw comes near the limit.
 SIZES = {torch.float16: (1024, 1200)}
 SHARES = (0.001, 0.01, 0.1, 1.0, 30.0)  # the adapter's norm over the weight's
 
