@@ -166,7 +166,7 @@ def finite_metrics(values: Mapping[str, Any]) -> dict[str, float]:
     for name, value in values.items():
         try:
             number = float(value)
-        except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several values
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # no number, or a tensor of several values
             continue
         if math.isfinite(number):
             numbers[str(name)] = number

@@ -216,3 +216,8 @@ def test_card_of_a_run_tells_what_was_logged_last(tmp_path):
     assert "| `val/acc\\|x` | 0.75 |" in text
     assert "broken" not in text
     assert "`lora/" not in text
+
+
+def test_values_that_are_no_finite_number_are_no_metrics():
+    logged = {"a": 1, "b": torch.ones(2), "c": "text", "d": None, "e": float("nan"), "f": 10**400, "g": 1j}
+    assert model_card.finite_metrics(logged) == {"a": 1.0}
