@@ -409,6 +409,8 @@ def test_export_needs_the_lora_alpha_of_a_source_that_stores_none(tmp_path):
         export_adapter(factors, tmp_path / "folder", plain=True)
     export_adapter(factors, tmp_path / "folder", plain=True, lora_alpha=6)
     torch.testing.assert_close(read_adapter(tmp_path / "folder").factor("one", "lora_B"), factors["one.lora_B"] * 3)
+    with pytest.raises(LoRAError, match=r"^export_adapter: lora_alpha must be a number, but it is '6'\.$"):
+        export_adapter(factors, tmp_path / "folder", lora_alpha="6")  # type: ignore[arg-type]
     with pytest.raises(LoRAError, match=r"found Sequential\. Of a model, call take_adapter first"):
         export_adapter(nn.Sequential(), tmp_path / "folder")
 
