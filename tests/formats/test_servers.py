@@ -193,11 +193,10 @@ def test_layer_that_peft_runs_rightly_only_when_merged_is_told(tmp_path, case: s
     save_adapter(fill_(net), tmp_path)
     told = [each["says"] for each in findings(view_of_folder(tmp_path), "peft")]
     assert told
-    assert all(says.startswith("merge_adapter() ") for says in told)
+    assert all(says.startswith("merge_and_unload() ") for says in told)
     other = peft.PeftModel.from_pretrained(seeded(lambda: nn.Sequential(build()).eval()), tmp_path).eval()
     assert (other(x) - net(x)).abs().max() > 0.01
-    other.merge_adapter()
-    torch.testing.assert_close(other(x), net(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.merge_and_unload()(x), net(x), rtol=0, atol=1e-5)
 
 
 def scales(path: Path) -> dict[str, dict[str, float]]:
