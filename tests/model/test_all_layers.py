@@ -223,7 +223,7 @@ def test_the_convolution_of_mamba_whose_weight_peft_would_pass_over_is_left_out(
             parameter.add_(0.1)
         save_adapter(model, tmp_path)
         theirs, tokens = peft.PeftModel.from_pretrained(built(build), tmp_path).eval(), torch.arange(9)[None]
-        torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_other_options_take_layers_out_as_of_all_linear():
