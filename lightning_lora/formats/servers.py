@@ -215,8 +215,8 @@ def findings(view: FolderView, server: Server) -> list[dict[str, Any]]:
     """Return what a server would drop, run wrongly or refuse of a folder, or needs for it, as plain types.
 
     Returns:
-        Of each rule that holds: id, effect, names (of options, tensors or layers), says, source, and `before` where
-        only versions before that one do it.
+        Of each rule that holds: id, effect, names (of options, tensors or layers), says, source, `before` where only
+        versions before that one do it, and `architecture` where the names are not those of a network that it knows.
     """
     found = []
     for rule in servers()[server]["rules"]:
@@ -227,3 +227,17 @@ def findings(view: FolderView, server: Server) -> list[dict[str, Any]]:
             told = {name: value for name, value in rule.items() if name != "when"}
             found.append({**told, "names": names})
     return found
+
+
+def is_of_another_architecture(view: FolderView, server: Server, found: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the network cannot be one that a server of language models knows, whatever the adapter's form.
+
+    Args:
+        view: the folder.
+        server: a key of servers().
+        found: what findings() returned.
+    """
+    if "serves" not in servers()[server]:
+        return False
+    foreign = {name for each in found if each.get("architecture") for name in each["names"]}
+    return bool(_convolutions(view, True, {})) or (bool(view.shapes) and foreign >= view.shapes.keys())

@@ -1,7 +1,8 @@
 """Warn of adapters that training does not reach: layers without a gradient, and an optimizer without the adapters.
 
 A hook on each B notes its first gradient and then removes itself. The notes are looked at once: after the first
-training batch in a Trainer, and at the first merge or save after a gradient in a plain loop.
+training batch in a Trainer, or before it loads a checkpoint, as a finder of Lightning's does after its trials; and at
+the first merge or save after a gradient in a plain loop.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def explain_missing_gradients(exception: BaseException, model: nn.Module) -> Non
     """
     if "does not require grad" not in str(exception):
         return
-    states = [layer.lora for layer in adapted_layers(model).values()]
+    layers = adapted_layers(model).values()
+    states = [layer.lora for layer in layers]
     if any(state.merged for state in states):
         exception.args = (
             f"{exception}. The adapters are merged, and merged adapters get no gradients: something called merge() "
@@ -104,3 +106,8 @@ def explain_missing_gradients(exception: BaseException, model: nn.Module) -> Non
         )
     elif any(state.in_segment for state in states):
         exception.args = (f"{exception}. The adapters ran in {REENTRANT}. {REENTRANT_REMEDY}.",)
+    elif layers and not any(factor.requires_grad for layer in layers for factor in layer.factors()):
+        exception.args = (
+            f"{exception}. The adapters are frozen: something set requires_grad=False after they were injected, as a "
+            "freeze() in a hook does. Leave that call out; injection has frozen the base already.",
+        )

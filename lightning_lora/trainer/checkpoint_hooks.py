@@ -16,7 +16,8 @@ from torch import nn
 from ..errors import LoRAError
 from ..exchange.checkpoint_of_model import convert_checkpoint, prepare_for_load
 from ..formats.lightning_checkpoint import Kind, check_kind
-from ..model.adapted_model import AdaptedModel, find_model, open_model
+from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
+from ..model.gradients import warn_of_untrained
 from ..model.patches import call_previous, patch
 from ..model.quantise import call_that_quantises
 from ..model.state_dict import EXTRA_ENTRIES
@@ -90,6 +91,7 @@ def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
     if find_model(module) is not None:
+        warn_of_untrained(Listing(module), optimized=True)  # now, because loading hides what a finder has trained
         if "state_dict" in checkpoint:  # without it, the strategy has loaded and checked it already
             refuse_foreign_resume(module, checkpoint, checkpoint["state_dict"])
         prepare_for_load(module, checkpoint, call_for=call_that_quantises)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import random
 import statistics
@@ -72,19 +73,34 @@ def overhead(times: Times, mine: str, other: str, floor: str) -> float:
     return extra[mine] / extra[other]
 
 
-def peak_bytes(function: Callable[[], Any], device: str) -> int:
-    """Peak of the bytes that a call allocates beside what was there, as torch's own allocators count them."""
-    function()
+def peak_bytes(function: Callable[[], Any], device: str, warm_up: Callable[[], Any] | None = None) -> int:
+    """Peak of the bytes that a call allocates beside what was there, as torch's own allocators count them.
+
+    Another call comes before it, because a first one allocates buffers that stay: the same, unless warm_up is given.
+    """
+    (warm_up or function)()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
+    return max(held_bytes(function), default=0)
+
+
+def held_bytes(function: Callable[[], Any]) -> list[int]:
+    """Bytes that a call holds on the CPU after each allocation and each release, beside what was there.
+
+    No garbage is collected meanwhile, for what is older would count as released by the call.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+    finally:
+        gc.enable()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes), default=0)
+    return list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def resident_bytes(name: str, d: int, dtype: torch.dtype, dropout: float) -> int:

@@ -93,7 +93,8 @@ def options_for(quick: bool, compiled: bool) -> Options:
 def describe(threads: int) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "peft", "loralib"))
     chip = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return f"{chip}, {threads} threads, load {os.getloadavg()[0]:.2f}, Python {platform.python_version()}, {versions}"
+    cores = f"{threads} thread" + "s" * (threads != 1)
+    return f"{chip}, {cores}, load {os.getloadavg()[0]:.2f}, Python {platform.python_version()}, {versions}"
 
 
 def _processor() -> str:

@@ -76,8 +76,8 @@ def _missed(rows: list[dict[str, Any]]) -> list[str]:
     """What is not as fast or as lean as it should be."""
     missed = [row for row in rows if row["verdict"] == "not reached"]
     lines = [
-        f"- {row['what']}, {row['at']}: {row['value']:.2f} {row['figure']}; wanted at most {row['target']:g}, "
-        f"found {row['lowest']:.2f} to {row['highest']:.2f}"
+        f"- {', '.join(filter(None, (row['what'], row['at'])))}: {row['value']:.2f} {row['figure']}; "
+        f"wanted at most {row['target']:g}, found {row['lowest']:.2f} to {row['highest']:.2f}"
         for row in missed
     ]
     return ["", f"{len(missed)} of {sum(row['target'] is not None for row in rows)} goals are not reached:", "", *lines]

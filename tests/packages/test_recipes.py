@@ -15,9 +15,17 @@ PAGE = Path(__file__).parents[2] / "examples" / "migrating.md"
 SECTIONS = re.split(r"^#{2,3} ", PAGE.read_text(), flags=re.M)[1:]
 PROGRAM = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.M | re.S)
 RECIPES = {section.split("\n")[0]: PROGRAM.findall(section)[0] for section in SECTIONS if "```python" in section}
-NEEDS = {"A LightningModule with get_peft_model": "peft", "From litgpt": "litgpt", "From terratorch": "terratorch"}
+NEEDS = {
+    "A LightningModule with get_peft_model": "peft",
+    "From litgpt": "litgpt",
+    "From terratorch": "terratorch",
+    "From NeMo": "nemo",
+}
 
-NOTICES = ("ignore:The ``compute`` method of metric",)  # of terratorch's metrics before the first batch
+NOTICES = (
+    "ignore:The ``compute`` method of metric",  # of terratorch's metrics before the first batch
+    "ignore:`torch.jit.script_method` is deprecated",  # of what NeMo imports
+)
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES, *NOTICES)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_lora import LoRACallback
+from support.notices import tiny_layers
 from support.runs import At, Manual, Watched, assert_as_found, base_weights, compare, lora_with_effect
 from support.shortcuts import let_collections_pass_over_what_is_there
 from support.training import Data, Net, SizedData, TwoLoaders, make_trainer
@@ -216,3 +218,50 @@ def test_batch_size_finder_finds_the_size_of_the_unmerged_run(tmp_path):
         return [data.batch_size]
 
     compare(tmp_path, run)
+
+
+def find_rate(trainer: L.Trainer, model: Net, data: Data) -> None:
+    Tuner(trainer).lr_find(model, datamodule=data, num_training=3, attr_name="lr", early_stop_threshold=None)
+
+
+def find_size(trainer: L.Trainer, model: Net, data: Data) -> None:
+    Tuner(trainer).scale_batch_size(model, datamodule=data, max_trials=1, steps_per_trial=1)
+
+
+def rate_finder() -> LearningRateFinder:
+    return LearningRateFinder(num_training_steps=3, attr_name="lr", early_stop_threshold=None)
+
+
+def size_finder() -> BatchSizeFinder:
+    return BatchSizeFinder(max_trials=1, steps_per_trial=1)
+
+
+BESIDE, BEFORE = [rate_finder, size_finder], [find_rate, find_size]
+
+
+@tiny_layers
+@pytest.mark.parametrize(
+    ("variant", "finder"), [*product(["lora"], [*BESIDE, *BEFORE]), *product(["dora", "vera", "loha"], [rate_finder])]
+)
+def test_adapters_that_a_finder_trained_and_restored_are_not_taken_for_untrained(tmp_path, variant, finder):
+    """The sanity check merges adapters that have had gradients and are as they began: a warning would be an error."""
+    callbacks = [finder()] if finder in BESIDE else []
+    trainer = make_trainer(tmp_path, *callbacks, LoRACallback(r=2, variant=variant), num_sanity_val_steps=1)
+    model, data = Net(), SizedData()
+    if finder in BEFORE:
+        finder(trainer, model, data)
+    trainer.fit(model, data)
+
+
+@tiny_layers
+def test_a_finder_still_names_the_adapters_that_it_did_not_train(tmp_path):
+    class Detached(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x) + self.head(self.body(x)).detach().sum()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(batch[0]).square().mean()
+
+    trainer = make_trainer(tmp_path, LoRACallback(r=2))
+    with pytest.warns(UserWarning, match="no gradient has reached the adapters of 1 of 3 layers: 'head'"):
+        find_rate(trainer, Detached(), Data())

@@ -183,6 +183,19 @@ def test_an_error_of_training_while_merged_names_merged(tmp_path):
         make_trainer(tmp_path, LoRACallback(r=2)).fit(MergesInItsStep(), Data())
 
 
+class FreezesInAHook(Net):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.requires_grad_(False)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "vera", "loha"])
+def test_an_error_of_training_frozen_adapters_names_the_freezing(tmp_path, variant):
+    with pytest.raises(
+        RuntimeError, match=r"does not require grad.*\. The adapters are frozen: .* Leave that call out"
+    ):
+        make_trainer(tmp_path, LoRACallback(r=1, variant=variant)).fit(FreezesInAHook(), Data())
+
+
 def test_another_error_stays_as_it_is(tmp_path):
     class Fails(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

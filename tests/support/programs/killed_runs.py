@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback
@@ -34,6 +35,19 @@ class Steady(Net):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def let_writing_take_a_moment() -> None:
+    """Pause in the middle of each file, so that a process which waits for it sees it on a busy machine too."""
+    honest = LocalFileOpener.write
+
+    def write(self: LocalFileOpener, content: bytes) -> int:
+        half = len(content) // 2
+        written: int = honest(self, content[:half])
+        time.sleep(0.01)
+        return written + honest(self, content[half:])
+
+    LocalFileOpener.write = write
 
 
 def train(folder: Path, kind: Any) -> None:
@@ -61,11 +75,20 @@ def started(folder: Path, kind: str) -> int:
     return pid
 
 
+def wait_for_checkpoint(pid: int, last: Path) -> None:
+    """Until the process has saved another checkpoint, or has ended: a machine may become slower at any time."""
+    before = last.stat().st_mtime_ns if last.exists() else 0
+    while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if last.exists() and last.stat().st_mtime_ns != before:
+            break
+        time.sleep(0.001)
+
+
 def wait_for_file(folder: Path, limit: float) -> None:
     """Until a file is being written there."""
     until = time.monotonic() + limit
-    while time.monotonic() < until and not any(os.scandir(folder)):
-        pass
+    while time.monotonic() < until and not os.listdir(folder):
+        time.sleep(0.001)
 
 
 def killed(folder: Path, kind: str, kills: int) -> dict[str, Any]:
@@ -79,9 +102,11 @@ def killed(folder: Path, kind: str, kills: int) -> dict[str, Any]:
     resumed, writing = [], 0
     for kill in range(kills):
         pid = started(folder, kind)
-        time.sleep(chance.uniform(0.05, 0.15) * full_time)
+        if kill:  # the first one may come before anything is saved
+            wait_for_checkpoint(pid, folder / "last.ckpt")
+        time.sleep(chance.uniform(0, 1.5 / EPOCHS) * full_time)
         if kill % 2:
-            wait_for_file(Path(tempfile.tempdir), full_time)
+            wait_for_file(Path(tempfile.tempdir), 5 / EPOCHS * full_time)
         os.kill(pid, signal.SIGKILL)
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != -signal.SIGKILL:
             break
@@ -98,5 +123,6 @@ def killed(folder: Path, kind: str, kills: int) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    let_writing_take_a_moment()
     found = {kind: killed(Path(sys.argv[1]) / kind, kind, int(sys.argv[2])) for kind in ("adapter", "merged", "full")}
     print(json.dumps(found))
