@@ -45,7 +45,7 @@ def layers_by_kind(
     for name, module in modules.items():
         if not name or not (_is_linear(module) or (more and isinstance(module, MORE_KINDS))):
             continue
-        parent = name.rpartition(".")[0]
+        parent, _, last = name.rpartition(".")
         owner = modules.get(parent) if parent else None
         if name in tables:
             reason = f"{OPTION} trains rows of it"
@@ -53,8 +53,8 @@ def layers_by_kind(
             reason = "it is the output head"
         elif isinstance(owner, nn.MultiheadAttention) and parent in chosen:
             reason = ""  # attention is adapted with its out_proj
-        elif name.startswith(in_mamba) and name.rpartition(".")[2] in REFUSED_IN_MAMBA:
-            reason = f"PEFT cannot adapt the {name.rpartition('.')[2]} of Mamba"
+        elif name.startswith(in_mamba) and last in REFUSED_IN_MAMBA:
+            reason = f"PEFT cannot adapt the {last} of Mamba"
         elif any(is_empty(module._parameters.get(leaf)) for leaf in ("weight", *ATTENTION_WEIGHTS)):
             reason = "its weight has no values"
         elif module in tied:
