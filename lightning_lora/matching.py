@@ -77,6 +77,12 @@ def matcher(names: str | Iterable[str] | None) -> Callable[[str], bool]:
     return lambda name: not entries.isdisjoint(suffixes(name))
 
 
+def naming_some(entries: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the entries of a list that are one of the names, or a dotted suffix of one."""
+    known = {suffix for name in names for suffix in suffixes(name)}
+    return [entry for entry in entries if entry in known]
+
+
 def near_misses(entry: str, names: Iterable[str]) -> str:
     """Return a hint for an entry that selects nothing: the most similar names, or else the first names."""
     names = list(names)

@@ -40,6 +40,8 @@ class Adapter:
         after_conv1d: the names of attention's out_proj and of single parameters that PEFT reaches while its
             fan_in_fan_out is true. Only the model tells them. None where they are not known.
         network: the prefix of the network's names inside the LightningModule that was saved.
+        pretrained: the prefix of the transformers model in a LightningModule, where something outside of that model was
+            trained too, such as a head, so far as known. Else "".
         origin: what the source says of the base: base_model_name_or_path, revision, task_type.
         scope: the prefix of the part of a model that was injected, or "" for all of it. Layers and buffers outside of
             that part are not missing here.
@@ -57,6 +59,7 @@ class Adapter:
     complete: bool = False
     kinds: Mapping[str, str] = field(default_factory=dict)
     network: str = ""
+    pretrained: str = ""
     origin: Mapping[str, str] = field(default_factory=dict)
     fan_in_fan_out: bool = False
     scope: str = ""

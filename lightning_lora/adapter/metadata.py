@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..config import LoRAConfig
-from ..errors import LoRAError, shown
+from ..errors import LoRAError, sentence, shown
 from ..files.safetensors import as_bytes
 from ..matching import near_misses
 from ..names import KNOWN_VARIANTS
@@ -37,6 +37,7 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         "fingerprint": encode_fingerprint(adapter.fingerprint),
         **_norms_to_metadata(adapter.fingerprint),
         "network": adapter.network,
+        **({"pretrained": adapter.pretrained} if adapter.pretrained else {}),
         "origin": dict(adapter.origin),
         "complete": adapter.complete,
         "fan_in_fan_out": adapter.fan_in_fan_out,
@@ -70,6 +71,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
             complete=metadata.get("complete", True) is True,
             kinds=kinds,
             network=_text(metadata["network"]),
+            pretrained=_text(metadata.get("pretrained", "")),
             origin={_text(name): _text(value) for name, value in metadata["origin"].items()},
             scope=_text(metadata.get("scope", "")),
             fan_in_fan_out=metadata.get("fan_in_fan_out") is True,
@@ -93,10 +95,9 @@ def _config(options: Any, where: str) -> LoRAConfig:
     """Return the options in metadata. Raises LoRAError where they ask for a variant that this program does not know."""
     variant = options.get("variant") if isinstance(options, Mapping) else None
     if isinstance(variant, str) and variant not in KNOWN_VARIANTS:
-        raise LoRAError(
-            f"{where}: the adapter is of the variant {shown(variant)}, which is not known here"
-            f"{near_misses(variant, KNOWN_VARIANTS)}. Import the file that defines it before loading."
-        )
+        unknown = f"the adapter is of the variant {shown(variant)}, which is not known here"
+        said = sentence(f"{unknown}{near_misses(variant, KNOWN_VARIANTS)}")
+        raise LoRAError(f"{where}: {said} Import the file that defines it before loading.")
     return LoRAConfig.from_dict(options)
 
 

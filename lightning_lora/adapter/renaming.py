@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 from ..config import LoRAConfig
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 from ..matching import near_misses
 from ..names import parent_names, suffixes
 from .adapter import Adapter, NewName, new_layer, nothing_adapted
@@ -28,7 +28,8 @@ def renamed(adapter: Adapter, strip: str, add: str) -> Adapter:
 
 def renamed_by(adapter: Adapter, new_name: NewName) -> Adapter:
     """Return an adapter with new names, as with_names does, and options that mean the same layers as before."""
-    new = replace(adapter.with_names(new_name), scope=new_name(adapter.scope) or "")
+    pretrained = (new_name(adapter.pretrained) or "") if adapter.pretrained else ""
+    new = replace(adapter.with_names(new_name), scope=new_name(adapter.scope) or "", pretrained=pretrained)
     old_layers = {new_layer(adapter, layer, new_name): layer for layer in adapter.layers()}
     return replace(new, config=_translate_config(adapter, new, old_layers))
 
@@ -83,9 +84,10 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
     if len(prefixes) != 1:
         fitting = ", ".join(repr(add or f"without {strip}") for strip, add in prefixes) or "none"
         unplaced = next(layer for layer in layers if layer not in modules)
+        found = sentence(f"found {fitting}{near_misses(unplaced, modules - {''})}")
         raise LoRAError(
-            f"adapter: its layers ({unplaced!r}, ...) must fit {where} under exactly one prefix; "
-            f"found {fitting}{near_misses(unplaced, modules - {''})}. Pass the submodule that the adapter is for."
+            f"adapter: its layers ({unplaced!r}, ...) must fit {where} under exactly one prefix; {found} Pass the "
+            "submodule that the adapter is for."
         )
     strip, add = prefixes[0]
     outside = [name for name in adapter.tensors if not name.startswith(strip)]

@@ -36,6 +36,7 @@ REMEDY_IN_TRAINER = (
     'Net.load_from_checkpoint("pretrained.ckpt"), ckpt_path=...). To use the adapter on this base all the same, call '
     "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
 )
+OPTIONS_IN_TRAINER = "Give the adapter's options to LoRACallback, or call load_adapter(model, path) before fit."
 # Takes a mapping in a checkpoint and the keys that lead to it. Returns a new mapping, or None to keep the old one.
 Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | None]
 
@@ -219,7 +220,7 @@ def prepare_for_load(
     names = adapter.tensors.keys()
     adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(live, adapter)
-    check_adapter(live, module_names, complete, values_follow=values_follow)
+    check_adapter(live, module_names, complete, values_follow=values_follow, remedy=OPTIONS_IN_TRAINER)
     remedy = remedy_for_trainer(live.handle, adapter, call_for) or REMEDY_IN_TRAINER
     check_fingerprint(live, complete.fingerprint, remedy=remedy)
     record_trained(live, adapter)
@@ -261,7 +262,7 @@ def _prepare_full(
     missing = [name for name in live.tensors if name not in state]
     left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
     complete = replace(add_frozen_weights(live, adapter), fingerprint=left_out)
-    check_adapter(live, names, complete, values_follow=values_follow)
+    check_adapter(live, names, complete, values_follow=values_follow, remedy=OPTIONS_IN_TRAINER)
     check_fingerprint(live, complete.fingerprint)
     if missing and adapter.complete:
         raise LoRAError(

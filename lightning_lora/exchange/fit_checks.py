@@ -14,7 +14,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.values import check_finite, describe_value
 from ..distributed.flat import whole_shape
 from ..distributed.sharding import is_spread
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 from ..formats.peft_rows import NO_BIAS
 from ..matching import near_misses
 from ..model.adapted_model import AdaptedModel
@@ -27,6 +27,7 @@ from ..nn.tied_weights import untie_advice
 from .first_names import Names, by_first_names
 from .resized_tables import refuse_other_rows
 
+OTHER_OPTIONS = "Call unload(model) first, so that load_adapter injects with the adapter's options."
 Specs = Mapping[AdaptedWeights, LayerSpec]  # the new rank and scaling of each layer that changes
 
 
@@ -64,6 +65,7 @@ def check_adapter(
     *,
     specs: Specs | None = None,
     values_follow: bool = False,
+    remedy: str = OTHER_OPTIONS,
 ) -> None:
     """Raise LoRAError for the first layer, scaling, name, shape or value that does not fit the model.
 
@@ -75,6 +77,7 @@ def check_adapter(
         adapter: under these names.
         specs: the new options of layers, from specs_for.
         values_follow: tensors may be on the meta device, because their values are read later.
+        remedy: the advice at the end of the error where the adapter has other options than the model.
     """
     specs = specs or {}
     try:
@@ -84,7 +87,7 @@ def check_adapter(
     except LoRAError as error:
         config = live.handle.record.config
         differences = (adapter.config or config).differences(config)  # may explain the error
-        advice = f" The options differ: {'; '.join(differences)}." if differences else ""
+        advice = f" The options differ: {'; '.join(differences)}. {remedy}" if differences else ""
         raise LoRAError(f"{error}{advice}") from None
 
 
@@ -204,7 +207,5 @@ def _check_names(what: str, names: Iterable[str], expected: Iterable[str]) -> No
             first, hint = f"{missing[0]!r} is missing", near_misses(missing[0], names)
         else:
             first, hint = f"{unexpected[0]!r} has no place in the model", near_misses(unexpected[0], expected)
-        raise LoRAError(
-            f"adapter: {what} {first} (in all {len(missing)} missing, {len(unexpected)} unexpected){hint}. The adapter "
-            "was saved from a model with other layers or options."
-        )
+        found = sentence(f"{first} (in all {len(missing)} missing, {len(unexpected)} unexpected){hint}")
+        raise LoRAError(f"adapter: {what} {found} The adapter was saved from a model with other layers or options.")

@@ -24,15 +24,17 @@ from ..adapter.fingerprint import (
 )
 from ..adapter.layer_options import with_aliases
 from ..adapter.metadata import without
+from ..config import LoRAConfig
 from ..distributed.sharding import gather_all
 from ..formats.peft_attention import after_conv1d
+from ..matching import naming_some
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState, open_state, original_value
-from ..model.pretrained import base_name, tied_to_input
+from ..model.pretrained import base_name, pretrained_models, tied_to_input
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.wrappers import prefix_inside
-from ..names import is_lightning_module
+from ..names import canonical, is_lightning_module
 from ..nn.adapted_weights import adapted_places
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import CONV1D
@@ -93,16 +95,17 @@ def describe(live: LiveState, verb: str) -> Adapter:
     by_peft = tied_to_input(handle.modules, network)
     first_ends = {layer: by_peft.get(name, name) for name, layer in reversed(tables.items())}
     tied = {name: first_ends[layer] for name, layer in tables.items() if name != first_ends[layer]}
-    base = base_name(handle.modules)
+    base, config = base_name(handle.modules), _options_here(handle)
     return Adapter(
         tensors={},
-        config=with_aliases(record.config, aliases) if aliases else record.config,
+        config=with_aliases(config, aliases) if aliases else config,
         scalings={name: layer.lora.spec.scaling for name, layer in layers.items() if layer in kinds},
         fingerprint=without(record.fingerprint, trained) if at_fit_start else fingerprint_of(live),
         complete=True,
         kinds={name: kinds[layer] for name, layer in layers.items() if layer in kinds},
         after_conv1d=frozenset(name for name, layer in layers.items() if layer in reached),
         network=network,
+        pretrained=_pretrained_prefix(live, trained),
         weightless=_weightless(handle, layers),
         origin={**({"base_model_name_or_path": base} if base else {}), **record.origin},
         scope=handle.scope(),
@@ -110,6 +113,17 @@ def describe(live: LiveState, verb: str) -> Adapter:
         tied=tied,
         tied_by_peft=tied.items() <= by_peft.items(),
     )
+
+
+def _options_here(handle: AdaptedModel) -> LoRAConfig:
+    """Return the options without modules_to_save that lie outside of the handle's model.
+
+    That model may be a part of the injected one. A head that stays behind is not asked for where the adapter is loaded.
+    """
+    config = handle.record.config
+    saved = config.modules_to_save or ()
+    here = naming_some(saved, (canonical(name) for name, _ in handle.places)) if saved else []
+    return config if len(here) == len(saved) else replace(config, modules_to_save=here or None)
 
 
 def _weightless(handle: AdaptedModel, layers: Collection[str]) -> frozenset[str]:
@@ -135,6 +149,20 @@ def _network_prefix(live: LiveState, trained: Collection[str]) -> str:
         return ""
     name = children.pop()
     return f"{name}.{prefix_inside(model.get_submodule(name))}"
+
+
+def _pretrained_prefix(live: LiveState, trained: Collection[str]) -> str:
+    """Return the prefix of a LightningModule's transformers model, if parameters outside of it were trained too.
+
+    Of several models it is the one with most trained parameters. It is '' where there is none.
+    """
+    if not is_lightning_module(live.handle.model):
+        return ""
+    parameters = [name for name in trained if isinstance(live.tensors[name], nn.Parameter)]
+    prefixes = [f"{canonical(name)}." for name in pretrained_models(live.handle.modules) if name]
+    inside = {prefix: sum(name.startswith(prefix) for name in parameters) for prefix in prefixes}
+    most = max(inside, key=lambda prefix: inside[prefix], default="")
+    return most if most and 0 < inside[most] < len(parameters) else ""
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

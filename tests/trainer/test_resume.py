@@ -12,7 +12,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_lora import LoRACallback, LoRAError, disable_adapter, inject, load_adapter, load_from_checkpoint, unload
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    disable_adapter,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+    unload,
+)
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import BATCHES, TARGETS, lora, run, trained
 from support.training import (
@@ -241,6 +251,35 @@ def test_resuming_on_another_base_is_refused(tmp_path, kind: str):
 )
 def test_resuming_with_other_options_is_refused_by_name(tmp_path, kind: str, options: dict[str, Any], message: str):
     refused(checkpoint(tmp_path, kind), message, **options)
+
+
+def test_run_that_took_over_an_adapters_options_resumes_by_each_way_that_is_told(tmp_path):
+    def resume(options: dict[str, Any], take_over: bool) -> None:
+        model = Net()
+        if take_over:
+            load_adapter(model, tmp_path / "folder")
+        callback = LoRACallback(**options)
+        trainer = make_trainer(tmp_path, callback, max_epochs=2)
+        trainer.fit(model, Data(), ckpt_path=path)
+        assert trainer.current_epoch == 2
+
+    options = {"r": 2, "lora_alpha": 8, "target_modules": ["body.0"]}
+    inject(first := Net(), LoRAConfig(**options))
+    save_adapter(first, tmp_path / "folder")
+    load_adapter(model := Net(), tmp_path / "folder")
+    path = tmp_path / "run.ckpt"
+    trainer = make_trainer(tmp_path, LoRACallback(), max_epochs=1)
+    trainer.fit(model, Data())
+    trainer.save_checkpoint(path)
+    with pytest.raises(LoRAError) as error:
+        resume({}, False)
+    said = str(error.value)
+    assert "?." not in said
+    assert said.endswith(
+        "now 'all-linear'. Give the adapter's options to LoRACallback, or call load_adapter(model, path) before fit."
+    )
+    resume({}, True)
+    resume(options, False)
 
 
 def test_base_checkpoint_is_tested_and_starts_a_new_adapter(tmp_path):
