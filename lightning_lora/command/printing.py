@@ -121,6 +121,8 @@ def serving_text(result: Mapping[str, Any]) -> list[str]:
     lines.append(f"  {'takes all of it' if is_taken else 'how it loads a folder'}: {server['load']}")
     if not mended and any(each["effect"] == "refuses" for each in found):
         lines += serves
+    elif serves:
+        lines.append(f"  not checked: whether {server['name']} has LoRA for this architecture")
     if left and left[0]["id"] == "export":
         return [*lines, f"no plain form: {left[0]['says']}."]
     if not mended:

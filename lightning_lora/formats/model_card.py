@@ -112,7 +112,7 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, metrics: Mapping[st
     if metrics:
         rows = [f"| {_cell(name)} | {value:.6g} |" for name, value in sorted(metrics.items())[:MOST_METRICS]]
         parts.append("\n".join(["## As last logged in training\n", "| metric | value |", "|---|---|", *rows, ""]))
-    parts.append(_loading(base, task))
+    parts.append(_loading(base, task, adapter))
     text = "\n".join(parts) + "\n"
     return f"{text}<!-- {MARKED_BY} {_check_sum(text)} -->\n"
 
@@ -146,11 +146,21 @@ def _tells(name: str, value: Any) -> bool:
     return value not in (None, False, "", [], {}) and name not in ("inference_mode", "base_model_name_or_path")
 
 
-def _loading(base: str, task: Task | None) -> str:
+def _loading(base: str, task: Task | None, adapter: Adapter) -> str:
+    if adapter.pretrained:
+        part = printable(adapter.pretrained.removeprefix(adapter.network).removesuffix("."))
+        return LOADING.format(imports="", base=f"...  # {printable(whole_in(adapter))}, not its {part} alone")
     if task is None or not base:
         return LOADING.format(imports="", base="...  # the model that the adapter was trained on")
     imports = f"from transformers import {task.auto_class}\n"
     return LOADING.format(imports=imports, base=f"{task.auto_class}.from_pretrained({json.dumps(base)})")
+
+
+def whole_in(adapter: Adapter) -> str:
+    """Name the module whose names a folder has, where the adapter holds more than a transformers model."""
+    return (
+        f"the LightningModule's {adapter.network.removesuffix('.')}" if adapter.network else "the whole LightningModule"
+    )
 
 
 def _cell(value: Any) -> str:

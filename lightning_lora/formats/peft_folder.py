@@ -31,7 +31,7 @@ from ..names import A, B
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
 from ..nn.variant import Variant
 from .forms import CONFIG_FILE
-from .model_card import may_write_card, model_card, write_card
+from .model_card import may_write_card, model_card, whole_in, write_card
 from .peft_attention import refuse_conv1d_before_parameters
 from .peft_equivalents import add_idle_attention, as_plain
 from .peft_forms import to_peft_form
@@ -91,6 +91,8 @@ def write_folder(
     extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
     if extra:
         warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=3)
+    if adapter.pretrained:
+        warnings.warn(_names_of_whole(adapter, path), stacklevel=3)
     content = folder_content(adapter, frozen, plain=plain)
     inside, outside = _copies(content.tensors), _copies(content.outside)
     text = json.dumps(content.description, separators=(",", ":"))
@@ -137,6 +139,21 @@ def folder_content(
         targets, excluded = plain_targets(in_peft)
         options |= {"target_modules": targets, "exclude_modules": excluded or None}
     return FolderContent(options, _by_peft_names(values, own, in_peft.variant, nesting), outside, description)
+
+
+def _names_of_whole(adapter: Adapter, path: PathLike) -> str:
+    """Say onto which module PEFT loads an adapter of more than a transformers model."""
+    name = adapter.pretrained.removesuffix(".")
+    outside = [layer for layer in adapter.layers() if not layer.startswith(adapter.pretrained)]
+    alone = f"save_adapter(module.{name}, path) writes the adapter of that model alone."
+    if outside:
+        alone = f"A folder for that model alone needs a run that adapts no layer outside of it, as {outside[0]!r} is."
+    call = ".".join(["Net()", *adapter.network.split(".")]).removesuffix(".")
+    return (
+        f"lightning_lora: something outside of the transformers model {name!r} was trained too, so names in {path} are "
+        f"those of {whole_in(adapter)}, and PEFT loads it onto that: PeftModel.from_pretrained({call}, path). "
+        f"{alone}"
+    )
 
 
 def _by_peft_names(
@@ -229,7 +246,7 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
     variant, options = from_peft_options(read_json(options_path), options_path)
     refuse_options(options, variant, options_path)
     tensors, header = _read_tensors(folder)
-    description = _description(header, tensor_path)
+    description = description_in(header, tensor_path)
     where = folder if description is None else tensor_path
     source = Source(where, options_path, options, variant, description, order=order)
     adapter = read_peft(tensors, source)
@@ -244,7 +261,7 @@ def read_tensor_file(path: PathLike) -> Adapter:
         LoRAError: it is damaged, or it holds what this package cannot apply.
     """
     tensors, header = read_safetensors(path)
-    description = _description(header, Path(path))
+    description = description_in(header, Path(path))
     adapter = read_peft(tensors, Source(path, description=description))
     if description and description.get(OUTSIDE):
         warnings.warn(
@@ -264,7 +281,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, s
     return content, {}
 
 
-def _description(header: Mapping[str, str], where: Path) -> dict[str, Any] | None:
+def description_in(header: Mapping[str, str], where: Path) -> dict[str, Any] | None:
     """Return what this package wrote into a file's header, or None in a file of others.
 
     Raises:

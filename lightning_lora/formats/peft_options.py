@@ -14,7 +14,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.layer_options import exact_options, options_hold
 from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task
 from ..errors import LoRAError, sentence, shown
-from ..matching import matcher, pattern_matches
+from ..matching import matcher, naming_some, pattern_matches
 from ..names import KNOWN_VARIANTS, listed, parent_names, suffixes
 from ..nn.low_rank import ATTENTION_OUTPUT, CONV1D, EMBEDDING, LINEAR, PARAMETER
 from ..nn.variant import Variant, known_variants
@@ -111,7 +111,7 @@ def _target_modules(adapter: Adapter, layers: list[str]) -> str | list[str]:
     unsure = not adapter.fingerprint and any(map(str.isdigit, layers))  # "0" would take an unknown "2.0" too
     for names in () if unsure else (configured, layers):
         if not isinstance(names, str) and layers and set(filter(matcher(names), modules)) == set(layers):
-            return list(names)
+            return naming_some(names, layers)
     return "|".join(map(re.escape, layers)) if layers else []
 
 
@@ -119,7 +119,8 @@ def _target_parameters(adapter: Adapter) -> list[str]:
     """Choose the user's own list if it matches no other parameter's suffix, else the full names."""
     parameters, configured = adapter.parameters, (adapter.config or LoRAConfig()).target_parameters
     known = {*parameters, *adapter.fingerprint}
-    return list(configured or ()) if set(filter(matcher(configured), known)) == set(parameters) else parameters
+    fits = set(filter(matcher(configured), known)) == set(parameters)
+    return naming_some(configured or (), parameters) if fits else parameters
 
 
 def from_peft_options(options: Mapping[str, Any], path: Path) -> tuple[Variant, dict[str, Any]]:

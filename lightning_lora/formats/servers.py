@@ -24,7 +24,7 @@ from ..files.safetensors import read_header
 from ..files.torch_archive import read_torch_file
 from ..matching import pattern_matches
 from .forms import CONFIG_FILE
-from .peft_folder import OLD_TENSOR_FILE, OUTSIDE_FILE, TENSOR_FILE, FolderContent
+from .peft_folder import OLD_TENSOR_FILE, OUTSIDE_FILE, TENSOR_FILE, FolderContent, description_in
 from .peft_names import PREFIX
 
 Server = Literal["vllm", "sglang", "llama.cpp", "peft", "diffusers"]
@@ -40,11 +40,13 @@ class FolderView:
         options: the fields of adapter_config.json.
         shapes: of the tensors, by PEFT's names.
         outside: the names of tensors in the file that this package writes beside PEFT's.
+        pretrained: of an adapter of this package, the transformers model that holds only a part of what was trained.
     """
 
     options: Mapping[str, Any]
     shapes: Mapping[str, Sequence[int]]
     outside: Collection[str] = ()
+    pretrained: str = ""
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -77,7 +79,7 @@ class FolderView:
 def view_of_content(content: FolderContent) -> FolderView:
     """Return what a server would see of a folder that is not written yet."""
     shapes = {name: tuple(tensor.shape) for name, tensor in content.tensors.items()}
-    return FolderView(content.options, shapes, list(content.outside))
+    return FolderView(content.options, shapes, list(content.outside), _pretrained_in(content.description))
 
 
 def view_of_folder(path: PathLike) -> FolderView:
@@ -89,16 +91,23 @@ def view_of_folder(path: PathLike) -> FolderView:
     folder = Path(path)
     options = read_json(folder / CONFIG_FILE)
     if kind_of(folder / TENSOR_FILE) != "nothing" or kind_of(folder / OLD_TENSOR_FILE) == "nothing":
-        shapes = {name: location.shape for name, location in read_header(folder / TENSOR_FILE).locations.items()}
+        header = read_header(folder / TENSOR_FILE)
+        shapes = {name: location.shape for name, location in header.locations.items()}
+        pretrained = _pretrained_in(description_in(header.metadata, folder / TENSOR_FILE) or {})
     else:
-        content = read_torch_file(folder / OLD_TENSOR_FILE, "meta")
+        content, pretrained = read_torch_file(folder / OLD_TENSOR_FILE, "meta"), ""
         shapes = {str(name): tuple(getattr(value, "shape", ())) for name, value in content.items()}
     outside = folder / OUTSIDE_FILE
     names = list(read_header(outside).locations) if kind_of(outside) == "file" else []
-    view = FolderView(options, shapes, names)
+    view = FolderView(options, shapes, names, pretrained)
     check_options(options, view.ranks, folder / CONFIG_FILE)
     _check_patterns(options.get("alpha_pattern"), folder / CONFIG_FILE)
     return view
+
+
+def _pretrained_in(description: Mapping[str, Any]) -> str:
+    prefix = description.get("pretrained")
+    return prefix.removesuffix(".") if isinstance(prefix, str) else ""
 
 
 def _check_patterns(patterns: Any, path: Path) -> None:
@@ -173,6 +182,10 @@ def _outside(view: FolderView, _: Any, rule: Mapping[str, Any]) -> list[str]:
     return list(view.outside)
 
 
+def _pretrained(view: FolderView, _: Any, rule: Mapping[str, Any]) -> list[str]:
+    return [f"not {view.pretrained} alone"] if view.pretrained else []
+
+
 CONDITIONS: dict[str, Callable[[FolderView, Any, Mapping[str, Any]], list[str]]] = {
     "missing_options": _missing_options,
     "option": _option,
@@ -186,6 +199,7 @@ CONDITIONS: dict[str, Callable[[FolderView, Any, Mapping[str, Any]], list[str]]]
     "layer": _layer_without,
     "scale_besides": _scale_besides,
     "outside": _outside,
+    "pretrained": _pretrained,
 }
 
 

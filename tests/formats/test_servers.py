@@ -135,6 +135,7 @@ CASES: dict[tuple[str, str], tuple[FolderView, str]] = {
     ),
     ("llama.cpp", "base"): (with_options(base_model_name_or_path=None), "base_model_name_or_path"),
     ("peft", "outside"): (replace(GOOD, outside=["criterion.weight"]), "criterion.weight"),
+    ("peft", "whole module"): (replace(GOOD, pretrained="encoder"), "not encoder alone"),
     ("peft", "convolutions"): (CONVOLUTION, f"{ATTENTION}conv.lora_A.weight"),
     ("peft", "encoder layers"): (
         with_tensors("encoder.layers.0.linear1.lora_A.weight"),
@@ -293,6 +294,7 @@ def test_command_tells_what_a_server_makes_of_an_adapter_and_of_its_plain_form(t
     export_adapter(tmp_path / "own", tmp_path / "plain", plain=True)
     text = call(capsys, "info", tmp_path / "plain", "--for", "sglang")
     assert "takes all of it: python -m sglang.launch_server" in text
+    assert text.endswith("\n  not checked: whether SGLang has LoRA for this architecture\n")
     assert "export" not in text
 
 
@@ -304,7 +306,8 @@ def test_argument_that_a_server_needs_is_no_refusal_and_asks_for_no_plain_form(
     tmp_path, capsys: Any, server: Server, options: dict[str, Any], argument: str
 ):
     ours("llama", tmp_path / "own", **{"rank_pattern": None, "alpha_pattern": None, **options})
-    needs, taken = call(capsys, "info", tmp_path / "own", "--for", server).splitlines()[2:]
+    needs, taken, unchecked = call(capsys, "info", tmp_path / "own", "--for", server).splitlines()[2:]
+    assert unchecked == f"  not checked: whether {servers()[server]['name']} has LoRA for this architecture"
     assert needs.startswith(f"  needs: {argument}")
     assert taken == f"  takes all of it: {servers()[server]['load']}"
     assert "plain" not in json.loads(call(capsys, "info", tmp_path / "own", "--for", server, "--json"))
@@ -321,10 +324,17 @@ def test_source_that_is_no_folder_is_exported_first_by_the_command_that_is_told(
     assert told[1] == f"servers read folders; write one first: {first}, or export_adapter in Python"
     call(capsys, *shlex.split(first)[1:])
     of_folder = call(capsys, "info", "FOLDER", "--for", "vllm").splitlines()
-    assert told[2:] == of_folder[1:] == [told[2], f"  takes all of it: {servers()['vllm']['load']}"]
+    unchecked = "  not checked: whether vLLM has LoRA for this architecture"
+    assert told[2:] == of_folder[1:] == [told[2], f"  takes all of it: {servers()['vllm']['load']}", unchecked]
     mended = call(capsys, "info", "the best.ckpt", "--for", "diffusers")
     assert mended.count("export") == 1
     assert "lightning-lora export 'the best.ckpt' OUTPUT --plain" in mended
+
+
+@pytest.mark.parametrize("server", ["peft", "diffusers"])
+def test_reader_that_takes_any_network_has_nothing_unchecked(tmp_path, capsys: Any, server: Server):
+    ours("llama", tmp_path)
+    assert "not checked" not in call(capsys, "info", tmp_path, "--for", server)
 
 
 @pytest.mark.parametrize("server", get_args(Server))
