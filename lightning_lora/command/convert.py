@@ -12,7 +12,7 @@ from ..exchange.export import export_adapter
 from ..files.atomic import new_file
 from ..files.paths import PathLike
 from ..files.torch_archive import write_torch_file
-from ..formats.lightning_checkpoint import checkpoint_metadata, in_one_storage
+from ..formats.lightning_checkpoint import LIGHTNING_VERSION, checkpoint_metadata, in_one_storage
 from ..formats.sources import adapter_with_options
 from ..names import META
 from .output import ADAPTER_CHECKPOINT, ADAPTER_FOLDER, check_output
@@ -53,7 +53,7 @@ def to_lightning(
     checkpoint: dict[str, Any] = {
         "epoch": 0,
         "global_step": 0,
-        "pytorch-lightning_version": version("lightning"),
+        LIGHTNING_VERSION: version("lightning"),
         "state_dict": in_one_storage(adapter.tensors),
         META: checkpoint_metadata("adapter", adapter),
     }

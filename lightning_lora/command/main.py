@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -54,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except ImportError:
         print('lightning-lora: needs jsonargparse; pip install "lightning-lora[cli]".', file=sys.stderr)
         return 1
-    parsed = _parser(ArgumentParser).parse_args(args)
+    parsed = _parser(_naming_options(ArgumentParser)).parse_args(args)
     with _as_a_program():
         return _run(parsed.verb, parsed[parsed.verb])
 
@@ -97,11 +97,31 @@ def _as_a_program() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler_before)
 
 
-def _parser(make: Callable[..., Any]) -> Any:
+def _naming_options(base: Any) -> Any:
+    """Return a class of parsers that name missing options as a user types them, and tell the help of the verb."""
+
+    class Parser(base):  # type: ignore[misc]
+        of_verbs: ClassVar[dict[str, Any]] = {}
+
+        def error(self, message: str, ex: Exception | None = None) -> None:
+            beginning, required, missing = message.partition(" are required: ")
+            verb = missing.partition(".")[0]
+            if required and verb in self.of_verbs:
+                typed = {each.dest: (each.option_strings or [each.dest])[-1] for each in self.of_verbs[verb]._actions}
+                names = [name.removeprefix(f"{verb}.") for name in missing.split(", ")]
+                message = f"{beginning}{required}{', '.join(typed.get(name, name) for name in names)}"
+                if ex is not None:
+                    setattr(ex, "subcommand_parser", self.of_verbs[verb])  # noqa: B010
+            super().error(message, ex)
+
+    return Parser
+
+
+def _parser(make: Any) -> Any:
     parser = make(prog="lightning-lora", description=__doc__)
     verbs = parser.add_subcommands(dest="verb")
     for verb, (fill, run) in VERBS.items():
-        parser_of_verb = make(description=run.__doc__)
+        parser_of_verb = make.of_verbs[verb] = make(description=run.__doc__)
         fill(parser_of_verb)
         verbs.add_subcommand(verb, parser_of_verb, help=run.__doc__)
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,8 +20,10 @@ from ..errors import LoRAError
 from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
+from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
 from ..formats.equal_tables import equal_tables
+from ..formats.lightning_checkpoint import LIGHTNING_VERSION
 from ..formats.peft_rows import NO_BIAS
 from ..formats.pretrained_names import align_to_networks
 from ..formats.sources import adapter_with_options
@@ -45,6 +48,7 @@ from .module_names import ModuleNames, names_in_transformers, own_names, renamed
 from .output import MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
 from .write_merged import Job, WeightUpdate, verify_result, write_file_of, write_folder_of
 
+CHECKPOINT_SUFFIX = ".ckpt"
 INSTEAD = "Load the model in Python and use load_adapter and save_merged instead"
 
 
@@ -237,9 +241,20 @@ def _check_form(base: Weights, output: Path, max_shard_bytes: int | None) -> Non
         return
     if max_shard_bytes is not None:
         raise LoRAError("merge: max-shard-size is for folders; the base is one file, and so is the output.")
-    if (output.suffix == SUFFIX) != (base.form == "safetensors"):
+    if base.form == "safetensors" and output.suffix != SUFFIX:
+        raise LoRAError(f"merge: the output has the form of the base, so {output.name!r} must end in {SUFFIX!r}.")
+    if base.form == "torch" and output.suffix == SUFFIX:
         raise LoRAError(
-            f"merge: the output has the form of the base, so {output.name!r} must end in {base.path.suffix!r}."
+            f"merge: the output has the form of the base, a file of torch.save, so {output.name!r} must not end in "
+            f"{SUFFIX!r}; {output.with_suffix('.pt').name!r} is a name for it."
+        )
+    named_checkpoint = output.suffix == CHECKPOINT_SUFFIX != base.path.suffix
+    if named_checkpoint and LIGHTNING_VERSION not in read_torch_file(base.path, "meta"):
+        warnings.warn(
+            f"lightning_lora: merge: {output.name} will be a state dict, as the base is, and no checkpoint that "
+            "load_from_checkpoint reads: call Net().load_state_dict(torch.load(path)). For a checkpoint, give a base "
+            "that is one.",
+            stacklevel=3,
         )
 
 

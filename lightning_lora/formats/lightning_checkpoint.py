@@ -26,6 +26,7 @@ from ..names import META, canonical
 from ..nn.quantised_state import quantisation_entries
 
 FORMAT_VERSION = 1
+LIGHTNING_VERSION = "pytorch-lightning_version"  # an entry of every checkpoint of Lightning's, which its readers need
 
 Kind = Literal["adapter", "merged", "full"]
 

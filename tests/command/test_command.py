@@ -319,6 +319,24 @@ def test_command_names_a_wrong_option(capsys: pytest.CaptureFixture[str], args: 
     assert args[-1].partition("=")[0].strip("-") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("args", "missing"),
+    [
+        (["merge"], "--base, --adapter, --output"),
+        (["merge", "--base", "a", "--output", "c"], "--adapter"),
+        (["export", "a"], "output"),
+        (["combine", "a"], "--weights, --output"),
+    ],
+)
+def test_missing_options_are_named_as_they_are_typed(capsys: pytest.CaptureFixture[str], args: list[str], missing: str):
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2
+    tip, error = capsys.readouterr().err.splitlines()[-2:]
+    assert tip.endswith(f" run: lightning-lora {args[0]} --help")
+    assert error == f"error: the following arguments are required: {missing}"
+
+
 def test_max_shard_size_bounds_the_largest_file(tmp_path, capsys):
     model("llama").save_pretrained(tmp_path / "base")
     ours("llama", tmp_path / "adapter")

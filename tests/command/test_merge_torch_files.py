@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -174,9 +175,28 @@ def test_merge_of_a_file_that_cannot_be_changed_in_place_is_refused(tmp_path, pl
     with pytest.raises(LoRAError, match="cannot be read as a checkpoint"):
         merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.pt")
     torch.save(state_with(), tmp_path / "base.pt")
-    with pytest.raises(LoRAError, match=r"'out\.safetensors' must end in '\.pt'"):
+    with pytest.raises(LoRAError, match=r"'out\.safetensors' must not end in '\.safetensors'; 'out\.pt' is"):
         merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.safetensors")
     assert "out.pt" not in os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.bin", "out", "out.ckpt"])
+def test_state_dict_gives_a_state_dict_and_a_note_under_a_checkpoints_name(tmp_path, plain_adapter: Path, name: str):
+    torch.save(Net().state_dict(), tmp_path / "base.pt")
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / name)
+    Net().load_state_dict(torch.load(tmp_path / name))
+    notes = [str(each.message) for each in noted]
+    assert len(notes) == (name == "out.ckpt")
+    assert all("out.ckpt will be a state dict, as the base is" in note for note in notes)
+
+
+def test_base_that_is_a_checkpoint_gives_one_without_a_note(tmp_path, pretrained: Path, adapter: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_on_disk(pretrained, adapter, tmp_path / "out.ckpt")
+    Net.load_from_checkpoint(tmp_path / "out.ckpt", **PLAIN_TYPES_ONLY)
 
 
 def test_a_base_that_holds_an_adapter_is_refused(tmp_path, plain_adapter: Path):
