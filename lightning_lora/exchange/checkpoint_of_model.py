@@ -85,9 +85,10 @@ def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind) -> N
     moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name], AVERAGED)]
     if moved:
         warnings.warn(
-            f"lightning_lora: checkpoint: {moved[0]!r} is frozen and has changed since fit start all the same "
+            f"lightning_lora: checkpoint: {moved[0]!r} is frozen and has changed since the first fit began "
             f"({len(moved)} such weights), as those of a momentum encoder do. Whoever resumes or loads a checkpoint "
-            f'saved with save={kind!r} gets it as it was at fit start; save="full" keeps it.',
+            f'saved with save={kind!r} gets it as it was then; save="full" keeps it. A new base comes '
+            "by load_state_dict, or by inject on a new model.",
             stacklevel=2,
         )
 

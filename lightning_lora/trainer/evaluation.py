@@ -83,9 +83,9 @@ class Evaluation:
             values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
             module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
         tell(f"LoRACallback: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
-        problems = verification.problems()
-        if problems:
-            rank_zero_warn(f"LoRACallback: {problems}. Is the forward another than the one you adapted?")
+        report = verification.report()
+        if report:
+            rank_zero_warn(f"LoRACallback: {report}")
 
     def end_epoch(self, trainer: Any, module: nn.Module) -> None:
         """Unmerge what was merged here, and take "merged" out of the progress bar. In place."""
