@@ -392,6 +392,5 @@ def test_an_optimizer_built_before_inject_is_named_at_the_first_merge():
         merge(model)
     assert show(caught[0].message) == (
         "lightning_lora: gradients reach the adapters, but none of them has changed. An optimizer that was built "
-        "before inject does not hold them: build it afterwards, from model.parameters(). Before the first step of an "
-        "optimizer this is no error."
+        "before inject does not hold them: build it afterwards, from model.parameters()."
     )

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..model.adapted_model import Listing
+from ..model.adapted_model import AdaptedModel, Listing
 from ..model.injection import Injection
 from ..model.named_state import base_parameters_of
 from ..names import listed
@@ -113,9 +113,10 @@ def warn_of_part(trainer: Any, name: str) -> None:
         )
 
 
-def warn_of_frozen(listing: Listing) -> None:
+def warn_of_frozen(handle: AdaptedModel) -> None:
     """Warn of adapter parameters that another callback has frozen."""
-    frozen = [name for name, factor in _factors(listing).items() if not factor.requires_grad]
+    frozen = [name for name, factor in _factors(handle).items() if not factor.requires_grad]
+    handle.record.began_frozen = bool(frozen)
     if frozen:
         warnings.warn(
             f"lightning_lora: {len(frozen)} adapter parameters are frozen ({', '.join(frozen[:3])}"
@@ -125,25 +126,31 @@ def warn_of_frozen(listing: Listing) -> None:
         )
 
 
-def warn_of_idle_optimizers(optimizers: Sequence[torch.optim.Optimizer], listing: Listing) -> None:
+def warn_of_idle_optimizers(trainer: Any, listing: Listing) -> None:
     """Warn of an optimizer that holds nothing but weights that injection froze, as that of a GAN's other network.
 
     Its backward would fail with a message of torch that names neither the optimizer nor the weights.
     """
-    base = base_parameters_of(listing.modules)
+    for sentence in describe_idle_optimizers(trainer, listing):
+        warnings.warn(f"lightning_lora: {sentence}", stacklevel=2)
+
+
+def describe_idle_optimizers(trainer: Any, listing: Listing) -> list[str]:
+    """Return a sentence on each optimizer that holds nothing but frozen weights of the base, with the remedy."""
+    base, found = base_parameters_of(listing.modules), []
     names = {id(each.parameter): each.name for each in base if not each.parameter.requires_grad}
-    for number, optimizer in enumerate(optimizers):
+    for number, optimizer in enumerate(trainer.optimizers):
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         frozen = [names[id(parameter)] for parameter in held if id(parameter) in names]
         modules = _modules_of(frozen, listing.layers)
         if modules and len(frozen) == len(held):
-            warnings.warn(
-                f"lightning_lora: optimizer {number} ({type(optimizer).__name__}) holds frozen parameters alone, first "
+            found.append(
+                f"optimizer {number} ({type(optimizer).__name__}) holds frozen parameters alone, first "
                 f"{frozen[0]!r} ({len(frozen)} in all), so it trains nothing. To train them whole beside the adapter, "
                 f"pass modules_to_save=[{', '.join(map(repr, modules))}]; to adapt their layers, name these in "
-                "target_modules, and build the optimizer in configure_optimizers from the parameters at that time.",
-                stacklevel=2,
+                "target_modules, and build the optimizer in configure_optimizers from the parameters at that time."
             )
+    return found
 
 
 def _modules_of(parameters: Sequence[str], adapted: Collection[str]) -> list[str]:

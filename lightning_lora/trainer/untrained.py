@@ -1,0 +1,65 @@
+"""Look in a Trainer for adapters that training does not reach: without a gradient, or without an optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..model.adapted_model import AdaptedModel, Listing, find_model
+from ..model.gradients import warn_of_untrained
+from ..model.optimizer_steps import note_steps
+from ..names import listed
+from .deepspeed_optimizer import held_parameters
+
+Held = Sequence[Collection[int]]  # for each optimizer, the ids of the parameters that it trains
+
+
+def begin_to_note(handle: AdaptedModel) -> None:
+    """Note optimizers' steps of a fit that starts, where some layers were not looked at yet. In place."""
+    for noted in handle.record.steps:
+        noted.clear()
+    if not all(layer.lora.training_checked for layer in handle.layers.values()):
+        note_steps(handle.record)
+
+
+def warn_of_untrained_in(trainer: Any, module: nn.Module) -> None:
+    """Warn once of layers that the first step of their optimizer did not train, and of those that no optimizer holds.
+
+    Args:
+        trainer: of the module, or None.
+        module: an injected LightningModule.
+    """
+    held = [_held(optimizer) for optimizer in trainer.optimizers] if trainer is not None else []
+    handle = find_model(module)
+    if handle is not None and handle.record.began_frozen and held:
+        _warn_of_unoptimized(handle, held)
+    warn_of_untrained(Listing(module), held=held)
+
+
+def _held(optimizer: Any) -> set[int]:
+    """Return the ids of the parameters that an optimizer trains, and of the copies that DeepSpeed's steps on."""
+    groups = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {id(parameter) for parameter in (*held_parameters(optimizer), *groups)}
+
+
+def _warn_of_unoptimized(handle: AdaptedModel, held: Held) -> None:
+    """Warn once of layers that were frozen when the fit began, get gradients now, and are in no optimizer."""
+    optimized = {each for of in held for each in of}
+    missing = [
+        name
+        for name, layer in handle.layers.items()
+        if not layer.lora.training_checked and layer.lora.gradient_arrived and id(layer.factors()[-1]) not in optimized
+    ]
+    if missing:
+        for name in missing:
+            handle.layers[name].lora.training_checked = True
+        warnings.warn(
+            f"lightning_lora: the adapters of {len(missing)} layers were frozen when the fit began and get gradients "
+            f"now, but no optimizer holds them, so they stay as they are: {listed([repr(name) for name in missing])}. "
+            "Build the optimizer from self.parameters() without a filter, or call optimizer.add_param_group when they "
+            "are unfrozen.",
+            stacklevel=2,
+        )
