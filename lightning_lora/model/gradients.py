@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import nn
 
-from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.gradient_checkpointing import REENTRANT, REENTRANT_REMEDY
 from .adapted_model import Listing
 from .optimizer_steps import note_steps, stop_noting
@@ -24,7 +24,7 @@ TOGGLED = "_param_requires_grad_state"  # attribute in which LightningModule.tog
 
 
 def note_gradient(layer: AdaptedWeights) -> None:
-    """Let a layer note when the first gradient arrives at B, its last factor. Steps of optimizers are noted from now."""
+    """Let a layer note when the first gradient arrives at B, its last factor. Optimizers' steps are noted too."""
     state = layer.lora
     note_steps(state.injection)
 
@@ -122,7 +122,9 @@ def _warn_of_optimizer(stacklevel: int) -> None:
     )
 
 
-def explain_missing_gradients(exception: BaseException, model: nn.Module, idle: Callable[[], Sequence[str]] = tuple) -> None:
+def explain_missing_gradients(
+    exception: BaseException, model: nn.Module, idle: Callable[[], Sequence[str]] = tuple
+) -> None:
     """Extend torch's error about a loss without gradients where adapters are its reason. In place.
 
     Args:

@@ -138,7 +138,7 @@ def watch(listing: Listing) -> Iterator[Verification]:
 
 
 def _is_at_start(layer: AdaptedWeights) -> bool:
-    """Return whether an adapter has the values of its start, which have no effect, as far as this rank's shards show."""
+    """Return whether an adapter has values of its start, which have no effect, as far as this rank's shards show."""
     stored = {leaf: local(tensor) for leaf, tensor in layer.stored().items()}
     return layer.lora.spec.variant.is_initial(stored, layer.place()) is True
 

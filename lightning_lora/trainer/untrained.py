@@ -40,19 +40,20 @@ def warn_of_untrained_in(trainer: Any, module: nn.Module) -> None:
 
 
 def _held(optimizer: Any) -> set[int]:
-    """Return the ids of the parameters that an optimizer trains, and of the copies that DeepSpeed's steps on."""
+    """Return the ids of the parameters that an optimizer trains now, and of the copies that DeepSpeed's steps on.
+
+    Frozen ones are left out: layers of several optimizers may share them.
+    """
     groups = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return {id(parameter) for parameter in (*held_parameters(optimizer), *groups)}
+    return {id(each) for each in (*held_parameters(optimizer), *groups) if each.requires_grad}
 
 
 def _warn_of_unoptimized(handle: AdaptedModel, held: Held) -> None:
     """Warn once of layers that were frozen when the fit began, get gradients now, and are in no optimizer."""
     optimized = {each for of in held for each in of}
-    missing = [
-        name
-        for name, layer in handle.layers.items()
-        if not layer.lora.training_checked and layer.lora.gradient_arrived and id(layer.factors()[-1]) not in optimized
-    ]
+    unchecked = {name: layer for name, layer in handle.layers.items() if not layer.lora.training_checked}
+    trained = {name: layer.factors()[-1] for name, layer in unchecked.items() if layer.lora.gradient_arrived}
+    missing = [name for name, factor in trained.items() if factor.requires_grad and id(factor) not in optimized]
     if missing:
         for name in missing:
             handle.layers[name].lora.training_checked = True
