@@ -10,9 +10,10 @@ from torch import nn
 
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.gradients import warn_of_untrained
+from ..model.injection import Injection
 from ..model.optimizer_steps import note_steps
 from ..names import listed
-from .deepspeed_optimizer import held_parameters
+from .deepspeed_optimizer import held_parameters, holds_copies
 
 Held = Sequence[Collection[int]]  # for each optimizer, the ids of the parameters that it trains
 
@@ -32,20 +33,22 @@ def warn_of_untrained_in(trainer: Any, module: nn.Module) -> None:
         trainer: of the module, or None.
         module: an injected LightningModule.
     """
-    held = [_held(optimizer) for optimizer in trainer.optimizers] if trainer is not None else []
     handle = find_model(module)
-    if handle is not None and handle.record.began_frozen and held:
+    if handle is None or trainer is None:
+        return
+    held = [_held(optimizer, handle.record) for optimizer in trainer.optimizers]
+    if handle.record.began_frozen and held:
         _warn_of_unoptimized(handle, held)
     warn_of_untrained(Listing(module), held=held)
 
 
-def _held(optimizer: Any) -> set[int]:
-    """Return the ids of the parameters that an optimizer trains now, and of the copies that DeepSpeed's steps on.
+def _held(optimizer: Any, record: Injection) -> set[int]:
+    """Return the ids of the parameters that an optimizer trains now. Of DeepSpeed's, which is alone, its copies too.
 
     Frozen ones are left out: layers of several optimizers may share them.
     """
-    groups = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return {id(each) for each in (*held_parameters(optimizer), *groups) if each.requires_grad}
+    held = {id(parameter) for parameter in held_parameters(optimizer) if parameter.requires_grad}
+    return held | record.steps.on_gradients if holds_copies(optimizer) else held
 
 
 def _warn_of_unoptimized(handle: AdaptedModel, held: Held) -> None:
