@@ -75,9 +75,9 @@ def test_error_without_a_text_stays_as_it_is():
 
 @pytest.mark.parametrize("text", ["'", "\\'", '"', "'\"", ".", "a", "' ", "\\", "'\n", "a'", "(", "\x1b", "é"])
 def test_time_to_read_a_hostile_text_grows_with_its_length_alone(text: str):
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert len(str(LoRAError(text * 200_000))) <= 1_400_000
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 def test_line_has_no_breaks():

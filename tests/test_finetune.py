@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -52,7 +53,7 @@ def epochs_in(checkpoint: Path) -> int:
     """The number of finished epochs; 0 where there is no file, or while it is being written."""
     try:
         return int(torch.load(checkpoint, weights_only=True)["epoch"]) + 1
-    except (RuntimeError, EOFError, OSError):
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
         return 0
 
 

@@ -228,7 +228,7 @@ def test_programs_print_what_is_shown(tmp_path, name, command):
     write_files(name, tmp_path)
     python, *arguments = shlex.split(command)
     assert python == "python"
-    run = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert run.stdout == PROGRAMS[name, command], run.stderr
 
 

@@ -106,16 +106,21 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
 def serving_text(result: Mapping[str, Any]) -> list[str]:
     """Write the result of info --for for people."""
     server, path, found = result["server"], result["path"], result["findings"]
+    is_other = result.get("other_architecture", False)
     mended, left = _mended(result), result.get("plain", [])
     lines = [f"{path}: {result['kind']}"]
-    if "first" in result and not mended:
+    if "first" in result and not mended and not is_other:
         lines.append(f"servers read folders; write one first: {result['first']}, or export_adapter in Python")
     lines.append(f"by the source of {server['name']} {server['version']}:")
+    serves = [f"  merged or not, it serves only {server['serves']}"] if "serves" in server else []
+    lines += serves if is_other else []
     lines += [f"  {_finding_text(each)}" for each in found]
+    if is_other:
+        return lines
     is_taken = all(each["effect"] == "needs" or "before" in each for each in found)
     lines.append(f"  {'takes all of it' if is_taken else 'how it loads a folder'}: {server['load']}")
-    if "serves" in server and not mended and any(each["effect"] == "refuses" for each in found):
-        lines.append(f"  merged or not, it serves only {server['serves']}")
+    if not mended and any(each["effect"] == "refuses" for each in found):
+        lines += serves
     if left and left[0]["id"] == "export":
         return [*lines, f"no plain form: {left[0]['says']}."]
     if not mended:

@@ -12,7 +12,15 @@ from ..files.paths import PathLike
 from ..formats.forms import form_of
 from ..formats.peft_folder import folder_content
 from ..formats.plain import plain_form
-from ..formats.servers import FolderView, Server, findings, servers, view_of_content, view_of_folder
+from ..formats.servers import (
+    FolderView,
+    Server,
+    findings,
+    is_of_another_architecture,
+    servers,
+    view_of_content,
+    view_of_folder,
+)
 from ..formats.sources import adapter_with_options
 
 Findings = list[dict[str, Any]]
@@ -22,7 +30,7 @@ def serving(path: PathLike, server: Server) -> dict[str, Any]:
     """Describe, as plain types, what a server makes of an adapter, and of its plain form where that differs.
 
     A PEFT folder is looked at as it is. Of any other source, what export would write is looked at, and `first` is the
-    command that writes it.
+    command that writes it. `other_architecture` is true where neither a form of it nor merged weights can be served.
 
     Args:
         path: an adapter in any form.
@@ -33,31 +41,40 @@ def serving(path: PathLike, server: Server) -> dict[str, Any]:
     """
     about = {name: text for name, text in servers()[server].items() if name != "rules"}
     is_folder = form_of(path) == "PEFT folder"
-    found = findings(view_of_folder(path), server) if is_folder else _of_export(path, server)
-    plain = {"plain": _of_plain_form(path, server)} if any(each["effect"] != "needs" for each in found) else {}
-    writes = not is_folder and all(each["id"] != "export" for each in found)
-    first = {"first": f"lightning-lora export {shlex.quote(str(path))} FOLDER"} if writes else {}
-    return {"server": about, **first, "findings": found, **plain}
+    found, is_other = _of_view(view_of_folder(path), server) if is_folder else _of_export(path, server)
+    result: dict[str, Any] = {"server": about, "findings": found}
+    if not is_folder and all(each["id"] != "export" for each in found):
+        result["first"] = f"lightning-lora export {shlex.quote(str(path))} FOLDER"
+    if any(each["effect"] != "needs" for each in found):
+        result["plain"], plain_is_other = _of_plain_form(path, server)
+        is_other = is_other or plain_is_other
+    return {**result, "other_architecture": True} if is_other else result
 
 
-def _of_export(path: PathLike, server: Server) -> Findings:
-    """Return the findings in what export would write, or as one finding why it would write nothing."""
+def _of_view(view: FolderView, server: Server) -> tuple[Findings, bool]:
+    """Return the findings, and whether the network is one that the server cannot know."""
+    found = findings(view, server)
+    return found, is_of_another_architecture(view, server, found)
+
+
+def _of_export(path: PathLike, server: Server) -> tuple[Findings, bool]:
+    """Look at what export would write, or return as one finding why it would write nothing."""
     adapter = adapter_with_options(path)
     try:
         view = _view(adapter)
     except LoRAError as error:
-        return [_finding(error, path)]
-    return findings(view, server)
+        return [_finding(error, path)], False
+    return _of_view(view, server)
 
 
-def _of_plain_form(path: PathLike, server: Server) -> Findings:
+def _of_plain_form(path: PathLike, server: Server) -> tuple[Findings, bool]:
     try:
         with warnings.catch_warnings():  # of the rounding of what is not written
             warnings.simplefilter("ignore")
             view = _view(plain_form(adapter_with_options(path), path), plain=True)
     except LoRAError as error:
-        return [_finding(error, path)]
-    return findings(view, server)
+        return [_finding(error, path)], False
+    return _of_view(view, server)
 
 
 def _view(adapter: Adapter, *, plain: bool = False) -> FolderView:

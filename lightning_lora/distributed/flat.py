@@ -13,15 +13,16 @@ Functions marked "Collective" communicate: every rank must call them, in the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 FIND, FREE = "lora_find_slice", "lora_free_gathered"  # attributes of a flat tensor
-UNIT, INSIDE = "lora_free_unit", "lora_flat_parameters"  # attributes of a module that owns flat tensors
+UNIT, INSIDE = "lora_unit", "lora_flat_parameters"  # attributes of a module that owns flat tensors
 
 
 class FlatShard(NamedTuple):
@@ -46,6 +47,31 @@ class Piece(NamedTuple):
     columns: slice
 
 
+class Unit(Protocol):
+    """Flat tensors that a strategy gathers together for a forward, in place of which it then puts plain tensors."""
+
+    def free(self) -> None:
+        """Drop what was gathered and put the flat tensors back, unless a forward or backward uses it now."""
+
+    def suspend(self, verb: str) -> bool:
+        """Do the same for a forward that runs now. Returns whether one does.
+
+        Args:
+            verb: the public function that the user called, for the message.
+
+        Raises:
+            LoRAError: a backward runs, which cannot go on with other values.
+        """
+
+    def resume(self, runs: bool, changed: bool) -> None:
+        """Gather the present values for a forward that was suspended. Collective for such a forward.
+
+        Args:
+            runs: what `suspend` returned.
+            changed: values were written, so that a backward of an earlier forward has to raise as on one device.
+        """
+
+
 class _Known:
     """Whether this process has flat tensors at all, so that others are not looked at one by one; who attaches them."""
 
@@ -65,16 +91,15 @@ def attach(tensor: torch.Tensor, find: Callable[[], FlatShard], free: Callable[[
     vars(tensor)[FIND], vars(tensor)[FREE] = find, free
 
 
-def attach_owner(module: nn.Module, free: Callable[..., None], inside: Mapping[str, nn.Parameter]) -> None:
+def attach_owner(module: nn.Module, unit: Unit, inside: Mapping[str, nn.Parameter]) -> None:
     """Note how a module is given its flat tensors back, where a strategy puts gathered tensors in their place.
 
     Args:
         module: an owner of flat parameters.
-        free: drops what was gathered. With broken_off=True an exception has ended a forward or backward: there is no
-            forward to go on with.
+        unit: to which they belong.
         inside: the module's own parameters that the strategy has laid into a flat one, by name.
     """
-    vars(module)[UNIT], vars(module)[INSIDE] = free, inside
+    vars(module)[UNIT], vars(module)[INSIDE] = unit, inside
 
 
 def owns_flat(module: nn.Module) -> bool:
@@ -145,12 +170,40 @@ def free_gathered(tensors: Iterable[object]) -> None:
                 free()
 
 
-def free_owners(modules: Iterable[nn.Module], *, broken_off: bool = False) -> None:
-    """Give modules their flat tensors back in place of gathered ones, see attach_owner. In place."""
-    for module in modules:
-        free = vars(module).get(UNIT)
-        if free is not None:
-            free(broken_off=broken_off)
+def free_owners(modules: Iterable[nn.Module]) -> None:
+    """Give modules their flat tensors back in place of gathered ones, unless a forward uses these now. In place."""
+    for unit in _units(modules):
+        unit.free()
+
+
+@contextmanager
+def suspended(modules: Iterable[nn.Module], verb: str, *, changes: bool) -> Iterator[None]:
+    """Give modules their flat tensors back inside the block, also where a forward has gathered them and runs now.
+
+    Collective where such a forward runs. It goes on with the values from after the block.
+
+    Args:
+        modules: all modules of a model.
+        verb: the public function that the user called, for a message.
+        changes: whether anything is written.
+
+    Raises:
+        LoRAError: a backward runs.
+    """
+    runs: dict[Unit, bool] = {}
+    try:
+        for unit in _units(modules) if are_any_flat() else ():
+            runs[unit] = unit.suspend(verb)
+        yield
+    finally:
+        for unit, did_run in runs.items():
+            unit.resume(did_run, changes)
+
+
+def _units(modules: Iterable[nn.Module]) -> list[Unit]:
+    """Return the units to which modules belong, each once."""
+    found = (vars(module).get(UNIT) for module in modules)
+    return list(dict.fromkeys(unit for unit in found if unit is not None))
 
 
 def flat_like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

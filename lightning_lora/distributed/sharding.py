@@ -277,8 +277,6 @@ def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
         LoRAError: this version of torch cannot do it, or fully_shard was not called on the outermost module.
     """
     outermost: list[str] = []
-    modules = list(modules)
-    free_owners((module for _, module in modules), broken_off=True)
     for name, module in modules:
         if is_fully_sharded(module) and not any(name.startswith(f"{outer}." if outer else "") for outer in outermost):
             outermost.append(name)

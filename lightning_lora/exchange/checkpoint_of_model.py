@@ -19,7 +19,7 @@ from ..errors import LoRAError, NonFiniteError
 from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names, checkpoint_metadata, in_one_storage
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
-from ..model.live_state import LiveState, open_state, original_value
+from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.state_dict import merge_state_dict
 from ..names import META, canonical, names_factor, split_factor_name
 from ..nn.adapted_module import is_factor
@@ -304,10 +304,7 @@ def state_of_kind(handle: AdaptedModel) -> dict[str, Any]:
     live, kind = open_state(handle), handle.record.save
     if kind == "adapter":
         return live.values()
-    state = {
-        name: cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
-        for name, tensor, owner in live.entries
-    }
+    state = original_values(live.entries)
     if kind == "merged":
         state = _merge_state(handle, state, dequantize_dtype(handle.record.dequantize, "checkpoint"))
     return state

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,10 @@ class FolderView:
         alphas = [value for key, value in patterns if isinstance(value, (int, float)) and pattern_matches(key, module)]
         alpha = alphas[0] if alphas else self.number("lora_alpha")
         rank = self.ranks[module] or 1
-        return alpha / (rank**0.5 if self.options.get("use_rslora") else rank)
+        try:
+            return alpha / (rank**0.5 if self.options.get("use_rslora") else rank)
+        except OverflowError:  # JSON's whole numbers have no limit
+            return math.inf
 
 
 def view_of_content(content: FolderContent) -> FolderView:
@@ -211,8 +215,8 @@ def findings(view: FolderView, server: Server) -> list[dict[str, Any]]:
     """Return what a server would drop, run wrongly or refuse of a folder, or needs for it, as plain types.
 
     Returns:
-        Of each rule that holds: id, effect, names (of options, tensors or layers), says, source, and `before` where
-        only versions before that one do it.
+        Of each rule that holds: id, effect, names (of options, tensors or layers), says, source, `before` where only
+        versions before that one do it, and `architecture` where the names are not those of a network that it knows.
     """
     found = []
     for rule in servers()[server]["rules"]:
@@ -223,3 +227,17 @@ def findings(view: FolderView, server: Server) -> list[dict[str, Any]]:
             told = {name: value for name, value in rule.items() if name != "when"}
             found.append({**told, "names": names})
     return found
+
+
+def is_of_another_architecture(view: FolderView, server: Server, found: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the network cannot be one that a server of language models knows, whatever the adapter's form.
+
+    Args:
+        view: the folder.
+        server: a key of servers().
+        found: what findings() returned.
+    """
+    if "serves" not in servers()[server]:
+        return False
+    foreign = {name for each in found if each.get("architecture") for name in each["names"]}
+    return bool(_convolutions(view, True, {})) or (bool(view.shapes) and foreign >= view.shapes.keys())

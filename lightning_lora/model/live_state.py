@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,11 +56,7 @@ class LiveState:
     def values(self) -> dict[str, Any]:
         """Return the values of `keys`: detached live tensors, extra states, and W where a weight is merged now."""
         wanted = set(self.keys)
-        return {
-            name: owner.get_extra_state() if tensor is None else original_value(name, tensor, owner)
-            for name, tensor, owner in self.entries
-            if name in wanted
-        }
+        return original_values(entry for entry in self.entries if entry[0] in wanted)
 
 
 def open_state(handle: AdaptedModel) -> LiveState:
@@ -72,6 +69,14 @@ def open_state(handle: AdaptedModel) -> LiveState:
     """
     handle.record_trainable()
     return LiveState(handle)
+
+
+def original_values(entries: Iterable[StateEntry]) -> dict[str, Any]:
+    """Return the values of entries of state_of by name, without the adapter: detached tensors, and extra states."""
+    return {
+        name: cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
+        for name, tensor, owner in entries
+    }
 
 
 def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:

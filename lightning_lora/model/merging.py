@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..distributed.flat import is_flat
+from ..distributed.flat import is_flat, suspended
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import dimensions_of_ranks, free_gathered_weights_, is_spread, local, reset_, reshard_
 from ..errors import LoRAError, NonFiniteError
@@ -95,7 +95,8 @@ def merge_listed(listing: Listing, *, in_fit: bool = False) -> None:
         if pending:
             if not in_fit:
                 warn_of_untrained(listing, stacklevel=5)
-            _merge_pending(listing, pending)
+            with shards_in_place(listing, "merge", changes=True):
+                _merge_pending(listing, pending)
 
 
 def _is_pending(layer: AdaptedWeights) -> bool:
@@ -105,7 +106,6 @@ def _is_pending(layer: AdaptedWeights) -> bool:
 
 def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> None:
     """Merge the pending layers of a model, all of them or none. In place."""
-    restore_shards_(listing)
     weights = {layer: layer.own_weights() for layer in listing.layers.values()}
     main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
     copies = _affordable_copies({layer: weights[layer] for layer in weights if not layer.unmergeable_reason()})
@@ -134,10 +134,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> N
         update_fast_paths(module for _, module in listing.modules)
 
     with torch.no_grad():  # once for all layers, because entering it takes longer than merging a small layer
-        try:
-            run_undisturbed(write, partial(_restore_all, listing), "merge")
-        finally:
-            free_gathered_weights_(module for _, module in listing.modules)
+        run_undisturbed(write, partial(_restore_all, listing), "merge")
 
 
 def unmerge(model: nn.Module) -> None:
@@ -163,13 +160,10 @@ def unmerge(model: nn.Module) -> None:
 def unmerge_listed(listing: Listing) -> None:
     """Do what unmerge does for a listed model. In place."""
     _require_layers(listing, "unmerge")
-    with take_turn(listing.layers.values(), "unmerge"), torch.no_grad():
-        restore_shards_(listing)
-        restore = partial(_restore_all, listing)
-        try:
-            run_undisturbed(restore, restore, "unmerge")
-        finally:
-            free_gathered_weights_(module for _, module in listing.modules)
+    layers, restore = listing.layers.values(), partial(_restore_all, listing)
+    changes = holds_merged(layers)
+    with take_turn(layers, "unmerge"), torch.no_grad(), shards_in_place(listing, "unmerge", changes=changes):
+        run_undisturbed(restore, restore, "unmerge")
 
 
 @contextmanager
@@ -230,6 +224,29 @@ class FoundState:
         listing = listing or Listing(self.model)
         if holds_merged(listing.layers.values()) != self.is_to_be_merged():
             (merge_listed if self.is_to_be_merged() else unmerge_listed)(listing)
+
+
+@contextmanager
+def shards_in_place(listing: Listing, verb: str, *, changes: bool) -> Iterator[None]:
+    """Put the shards of a sharded model in place of gathered weights, and let what is written into them count.
+
+    Collective where a forward of FSDP1 runs, which goes on with the new values.
+
+    Args:
+        listing: of the model.
+        verb: the public function that the user called, for a message.
+        changes: whether anything is written.
+
+    Raises:
+        LoRAError: as restore_shards_; or a backward of FSDP1 runs.
+    """
+    modules = [module for _, module in listing.modules]
+    with suspended(modules, verb, changes=changes):
+        restore_shards_(listing)
+        try:
+            yield
+        finally:
+            free_gathered_weights_(modules)
 
 
 def restore_shards_(listing: Listing) -> None:

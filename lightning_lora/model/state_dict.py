@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ..distributed.flat import is_flat
+from ..distributed.flat import is_flat, owns_flat
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
@@ -34,7 +34,7 @@ from .adapted_model import AdaptedModel, Listing, open_model
 from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
 from .gradients import warn_of_untrained
 from .initial_values import record_loaded
-from .live_state import open_state, original_value
+from .live_state import open_state, original_values
 from .named_state import state_of
 from .recorded_layers import refuse_replaced_layers
 
@@ -104,10 +104,16 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
     handle = open_model(model, "merged_state_dict")
     refuse_replaced_layers(handle, "merged_state_dict")
     warn_of_untrained(handle)
-    live = ((name, tensor, owner) for name, tensor, owner in handle.state() if tensor is not None and is_flat(tensor))
-    divided = {name: original_value(name, tensor, owner) for name, tensor, owner in live}
-    state = {canonical(name): value for name, value in handle.model.state_dict().items()} | divided
-    return without_flat(merge_state_dict(handle, state, dtype))
+    return without_flat(merge_state_dict(handle, _state_to_merge(handle), dtype))
+
+
+def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:
+    """Return what state_dict() does, with slices of flat weights. FSDP1 would gather all weights for state_dict()."""
+    entries = handle.state()
+    if any(owns_flat(module) for _, module in handle.modules):
+        return original_values(entries)
+    flat = original_values(entry for entry in entries if entry[1] is not None and is_flat(entry[1]))
+    return {canonical(name): value for name, value in handle.model.state_dict().items()} | flat
 
 
 def without_flat(state: Mapping[str, Any]) -> dict[str, Any]:

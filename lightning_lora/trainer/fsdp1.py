@@ -31,11 +31,12 @@ from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.live_state import LiveState
 from ..model.patches import call_previous, is_patched, patch
 from ..names import META, canonical, names_factor
-from .distributed_resume import accept_folders, check_complete
+from .distributed_resume import accept_folders, check_complete, refuse_weights_only
 from .lightning_packages import is_overridden
 
 WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
 OUTSIDE = "lora_outside"  # attribute of a strategy: the parameters outside of the flat tensors
+UNITS = "lora_units"  # attribute of a strategy: the wrappers with weights
 WHOLE = "lora_whole_units"  # attribute of a strategy: units that are not divided, as in a single process
 LATER = "lora_averages_later"  # attribute of a strategy while gradients are accumulated
 ALTERNATIVES = (
@@ -178,6 +179,7 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     if is_new:
         _start_alike_(outside, strategy.root_device)
     setattr(strategy, OUTSIDE, outside)
+    setattr(strategy, UNITS, units)
     setattr(strategy, WHOLE, [unit for unit in units if not unit._handle.uses_sharded_strategy])
     patch(strategy.precision_plugin, "backward", _backward)
     patch(strategy.precision_plugin, "clip_grad_by_norm", _clip_grad_by_norm)
@@ -211,10 +213,11 @@ def _attach(root: nn.Module) -> None:
 
     for unit in _units(root):
         _lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
-        handle, free = unit._handle, _Unit(unit).free
+        handle, attached = unit._handle, _Unit(unit)
+        patch(unit, "forward", _forward)
         inside = _parameters_inside(handle) if handle is not None else {}
         for owner in (unit, *inside):
-            attach_owner(owner, free, inside.get(owner, {}))
+            attach_owner(owner, attached, inside.get(owner, {}))
         if handle is not None and handle.uses_sharded_strategy:
             flat = handle.flat_param
             for parameter, info, shape in zip(flat._params, flat._shard_param_infos, flat._shapes, strict=True):
@@ -240,34 +243,89 @@ def _find_slice(handle: Any, info: Any, shape: torch.Size) -> FlatShard:
 
 
 class _Unit:
-    """A wrapper of FSDP1, whose gathered memory can be freed. FSDP1 keeps it in the root, or under SHARD_GRAD_OP."""
+    """A wrapper of FSDP1, whose gathered memory can be freed. FSDP1 keeps it in the root, or under SHARD_GRAD_OP.
+
+    torch notes in the wrapper what runs. An exception would leave that note as it was, see _forward and _backward.
+    """
 
     def __init__(self, wrapper: Any) -> None:
         self.wrapper = wrapper
 
-    def free(self, *, broken_off: bool = False) -> None:
-        """Drop what was gathered, unless a forward or backward runs in this wrapper, and put the parameters back.
+    def free(self) -> None:
+        """Drop what was gathered, unless a forward or backward runs in this wrapper, and put the parameters back."""
+        if self._runs() == "IDLE":
+            self._free()
 
-        Args:
-            broken_off: an exception has ended that forward or backward.
-        """
+    def end(self) -> None:
+        """Drop what was gathered after an exception has ended a forward or backward."""
         from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
 
-        handle, idle = self.wrapper._handle, HandleTrainingState.IDLE
-        if broken_off:
-            self.wrapper.training_state = TrainingState.IDLE
-        if handle is None:
-            return
-        if broken_off:
-            handle._training_state = idle
-        if handle._training_state is not idle:
-            return
-        if not handle.uses_sharded_strategy:  # each rank has the whole weights
-            handle._use_sharded_views()
-        elif not handle.needs_unshard():
-            handle.reshard(True)
+        self.wrapper.training_state = TrainingState.IDLE
+        if self.wrapper._handle is not None:
+            self.wrapper._handle._training_state = HandleTrainingState.IDLE
+            self._free()
+
+    def suspend(self, verb: str) -> bool:
+        """Put the parameters back in place of what a forward has gathered, and return whether one runs.
+
+        Args:
+            verb: the public function that the user called, for the message.
+
+        Raises:
+            LoRAError: a backward runs.
+        """
+        if self.is_in_backward():
+            raise LoRAError(
+                f"{verb}: the weights of {type(self.wrapper.module).__name__} cannot be changed while FSDP1 computes "
+                "gradients with them. Call it after backward, for example in on_after_backward."
+            )
+        if self._runs() != "FORWARD":
+            return False
+        with torch.no_grad():  # otherwise torch would leave the gathered weights there under SHARD_GRAD_OP
+            self._free()
+        return True
+
+    def resume(self, runs: bool, changed: bool) -> None:
+        """Gather the present values for a forward that was suspended. Collective for such a forward.
+
+        Args:
+            runs: what `suspend` returned.
+            changed: weights were written, so that a backward of an earlier forward has to raise as on one device.
+        """
+        from torch.distributed.fsdp._runtime_utils import _unshard
+
+        unit = self.wrapper
+        if changed and unit._handle is not None:
+            torch.autograd.graph.increment_version(unit._handle.flat_param)
+        if runs:
+            _unshard(unit, unit._handle, unit._unshard_stream, unit._pre_unshard_stream)
+            unit._device_handle.current_stream().wait_stream(unit._unshard_stream)
+
+    def is_in_backward(self) -> bool:
+        """Return whether a backward runs in this wrapper."""
+        return self._runs().startswith("BACKWARD")
+
+    def _runs(self) -> str:
+        """Return torch's word for what runs in this wrapper, IDLE where nothing does; "" where it has no weights."""
+        handle = self.wrapper._handle
+        return "" if handle is None else str(handle._training_state.name)
+
+    def _free(self) -> None:
+        handle = self.wrapper._handle
+        if not handle.uses_sharded_strategy or not handle.needs_unshard():
+            handle.reshard(handle.uses_sharded_strategy)  # without slices there is nothing to free
             handle.post_reshard()
             handle._prefetched = False
+
+
+def _forward(unit: Any, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """Let nothing run in a wrapper after an exception: its patched forward."""
+    try:
+        return call_previous(unit, previous, "forward", *args, **kwargs)
+    except BaseException:
+        if not _Unit(unit).is_in_backward():  # which recomputes activations, and breaks that off by an exception
+            _Unit(unit).end()
+        raise
 
 
 def _teardown(strategy: Any, previous: Callable[..., Any] | None) -> None:
@@ -276,7 +334,7 @@ def _teardown(strategy: Any, previous: Callable[..., Any] | None) -> None:
     if vars(strategy.lightning_module).get(WRAPPING) is not None:
         for unit in _units(strategy.model):
             if unit._is_root is not None:  # else an error came before the model was set up
-                _Unit(unit).free(broken_off=True)
+                _Unit(unit).end()
 
 
 # --- gradients ---
@@ -297,13 +355,41 @@ def _block_backward_sync(strategy: Any, previous: Callable[..., Any] | None) -> 
 def _backward(
     plugin: Any, previous: Callable[..., Any] | None, tensor: Any, module: Any, *args: Any, **kw: Any
 ) -> None:
-    """Average the gradients after backward: the patched backward of the precision plugin. Collective."""
-    call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
+    """Average the gradients after backward: the patched backward of the precision plugin. Collective.
+
+    Raises:
+        LoRAError: as _refuse_unfrozen_by_hand.
+    """
     strategy = module.trainer.strategy
+    _refuse_unfrozen_by_hand(strategy)
+    try:
+        call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
+    finally:  # torch notes the end only after a backward of the outermost wrapper's outputs, where nothing is raised
+        for unit in getattr(strategy, UNITS):
+            if _Unit(unit).is_in_backward():
+                _Unit(unit).end()
     for unit in getattr(strategy, WHOLE):  # FSDP1 leaves plain tensors in place of their frozen parameters
         _Unit(unit).free()
     if not getattr(strategy, LATER, False) and getattr(strategy.model, "_sync_gradients", True):
         average_gradients_(getattr(strategy, OUTSIDE))
+
+
+def _refuse_unfrozen_by_hand(strategy: Any) -> None:
+    """Refuse a backward inside of the forward, if it should give gradients to slices, for which torch would not.
+
+    Raises:
+        LoRAError: a weight was unfrozen, and manual optimization goes backward.
+    """
+    state = getattr(strategy.model, "training_state", None)  # it is no wrapper where configure_model wraps parts
+    if state is None or state.name == "IDLE":
+        return
+    for unit in getattr(strategy, UNITS):
+        if unit._handle.flat_param.requires_grad:
+            raise LoRAError(
+                "LoRACallback: a weight was unfrozen after FSDP1 had wrapped it, and it gets no gradient under manual "
+                "optimization, which goes backward inside of a forward. Name the weight's module in modules_to_save, "
+                "or use automatic optimization."
+            )
 
 
 def average_gradients_(parameters: Sequence[nn.Parameter]) -> None:
@@ -488,11 +574,8 @@ def _load_model_state_dict(
     if module.trainer.state.fn != "fit":
         return
     states = checkpoint.get("optimizer_states")
-    if states is None and strategy.optimizers:
-        raise LoRAError(
-            "LoRACallback: the checkpoint at ckpt_path holds weights only, without the optimizer's state that a fit "
-            "goes on with. To start a new fit from them, call load_adapter(model, path) and leave ckpt_path out."
-        )
+    if states is None:
+        refuse_weights_only(strategy)
     for optimizer, state in zip(strategy.optimizers, states or (), strict=True):
         _load_optimizer_state_(optimizer, state)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import random
 import statistics
@@ -83,11 +84,23 @@ def peak_bytes(function: Callable[[], Any], device: str, warm_up: Callable[[], A
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
+    return max(held_bytes(function), default=0)
+
+
+def held_bytes(function: Callable[[], Any]) -> list[int]:
+    """Bytes that a call holds on the CPU after each allocation and each release, beside what was there.
+
+    No garbage is collected meanwhile, for what is older would count as released by the call.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+    finally:
+        gc.enable()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes), default=0)
+    return list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def resident_bytes(name: str, d: int, dtype: torch.dtype, dropout: float) -> int:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_lora import is_merged
-from support.processes import BACKEND, World, world
+from support.processes import BACKEND, LOST_CONNECTION, World, world
 from support.sharded import (
     BATCHES,
     Plain,
@@ -77,12 +77,12 @@ def run(path: Path, kind: str, dies: bool, source: Path | None = None) -> Any:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_killed_rank_ends_the_others_and_the_last_checkpoint_resumes(tmp_path, kind, size):
     start = time.monotonic()
-    ended = World(size).run_broken(run, tmp_path / "killed", kind, True, timeout=30)
+    ended = World(size).run_broken(run, tmp_path / "killed", kind, True)
     print(f"{kind}: all ended within {time.monotonic() - start:.1f} s, the start of the world included")
     assert sorted(ended) == [rank for rank in range(size) if rank != 1]
     for error in ended.values():
         assert "RuntimeError" in error
-        assert "Connection" in error
+        assert any(words in error for words in LOST_CONNECTION), error
     uninterrupted = world(size).run(run, tmp_path / "whole", kind, False)[0]
     last = tmp_path / "killed" / f"epoch={DIES_IN - 1}.ckpt"
     assert not (tmp_path / "killed" / f"epoch={DIES_IN}.ckpt").exists()
@@ -109,9 +109,9 @@ def failing_save(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_first_rank_that_cannot_save_ends_the_others_with_an_error(tmp_path, kind):
-    ended = World(2).run_broken(failing_save, tmp_path, kind, timeout=60)
+    ended = World(2).run_broken(failing_save, tmp_path, kind)
     assert "No space left on device" in ended[0]
-    # Under DDP the other rank waits alone in a barrier. When the first one ends, the system closes or resets their
-    # connection, and gloo says which. torch's distributed checkpoints tell every rank the reason.
-    reason = "Connection" if kind == "ddp" else "No space left on device"
-    assert reason in ended[1], ended[1]
+    # Under DDP the other rank waits alone in a barrier until the first one has ended. torch's distributed checkpoints
+    # tell every rank the reason.
+    reasons = LOST_CONNECTION if kind == "ddp" else ("No space left on device",)
+    assert any(reason in ended[1] for reason in reasons), ended[1]

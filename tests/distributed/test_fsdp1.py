@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import wrap
 
 from lightning_lora import (
@@ -92,6 +93,10 @@ class Manual(Plain):
         if batch_idx % 2:
             self.optimizers().step()
             self.optimizers().zero_grad()
+
+
+class ManualUnfreezing(Manual, Unfreezing):
+    pass
 
 
 class Referring(Plain):
@@ -243,6 +248,7 @@ VARIOUS: dict[str, Any] = {
 }
 OTHERS = {
     "steps by hand": Case(model="Manual"),
+    "steps by hand, layers": Case(LAYERS, model="Manual"),
     "a reference pass": Case(model="Referring"),
     "a reference pass, layers": Case(LAYERS, model="Referring"),
     "configure_model wraps": Case(model="Wrapping"),
@@ -512,6 +518,144 @@ def test_what_is_saved_inside_of_a_step_is_what_is_saved_outside(tmp_path, strat
     assert_same_bits(dict(load_from_checkpoint(Plain, tmp_path / "inside.ckpt").state_dict()), state)
 
 
+# --- weights that are changed inside of a step ---
+
+
+class Changing(Plain):
+    """Changes weights inside of its steps, while FSDP1 has plain tensors in place of the frozen parameters."""
+
+    atol = 1e-6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        with merged(self), torch.no_grad():
+            before = self(batch[0])
+        loss = super().training_step(batch, batch_idx)
+        unmerge(self)  # which has nothing to do, so the backward can go on
+        return loss + before.square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.found.append(as_merged := self(batch[0]))
+        (plain := Plain()).load_state_dict(merged_state_dict(self))
+        self.assert_close(plain(batch[0].float()), as_merged)
+        with disable_adapter(self):
+            self.assert_close(self(batch[0]), Plain()(batch[0].float()))
+        unmerge(self)
+        factored = self(batch[0])
+        self.assert_close(factored, as_merged)
+        with merged(self):
+            assert torch.equal(self(batch[0]), as_merged)
+        assert torch.equal(self(batch[0]), factored)
+        hook = self.net[2].register_forward_pre_hook(lambda *args: merge(self))
+        self.assert_close(self(batch[0]), as_merged)  # the first layer had run factored
+        hook.remove()
+        load_adapter(self, take_adapter(self))
+        assert torch.equal(self(batch[0]), as_merged)
+
+    def assert_close(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        torch.testing.assert_close(found.float(), expected.float(), atol=self.atol, rtol=0)
+
+
+def changed_inside(path: Path, strategy: dict[str, Any], ranks: bool) -> tuple[list[float], State]:
+    torch.manual_seed(0)
+    model, callback = Changing(), LoRACallback(r=2, target_modules=TARGETS)
+    model.atol = 0.05 if "mixed_precision" in strategy else model.atol
+    trainer = (
+        fsdp1(path, callback, options=strategy, max_epochs=2) if ranks else make_trainer(path, callback, max_epochs=2)
+    )
+    trainer.fit(model, *(data() if ranks else (loader(), loader(seed=6))))
+    return model.losses, base_of(gathered(trainer.model) if ranks else dict(model.state_dict()))
+
+
+IN_BF16 = {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)}
+WHOLE_IN_BF16 = {"sharding_strategy": "NO_SHARD"} | IN_BF16
+
+
+@slow
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {},
+        LAYERS,
+        {"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS,
+        {"cpu_offload": True},
+        {"sharding_strategy": "NO_SHARD"},
+        IN_BF16,
+        WHOLE_IN_BF16,
+    ],
+    ids=str,
+)
+def test_weights_changed_inside_of_a_step_count_in_its_next_forward_as_on_one_device(tmp_path, strategy):
+    expected, base = changed_inside(tmp_path, {}, False)
+    for losses, state in world().run(changed_inside, tmp_path, strategy, True):
+        assert losses == pytest.approx(expected, abs=0.01 if "mixed_precision" in strategy else 1e-6)
+        assert_same_bits(state, base)
+
+
+class LeavingMerged(Plain):
+    """Merges between forward and backward."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        merge(self)
+        return loss
+
+
+class MergingInBackward(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 1:
+            self.net[2].register_full_backward_hook(lambda *args: merge(self))
+        return super().training_step(batch, batch_idx)
+
+
+def wrong_inside(path: Path, kind: type[Plain], strategy: dict[str, Any]) -> tuple[str, State]:
+    torch.manual_seed(0)
+    trainer, model, said = fsdp1(path, LoRACallback(r=2, target_modules=TARGETS), options=strategy), kind(), ""
+    try:
+        trainer.fit(model, *data())
+    except (LoRAError, RuntimeError) as error:
+        said = str(error)
+    unmerge(model)
+    return said, base_of(gathered(trainer.model))
+
+
+@slow
+@pytest.mark.parametrize("strategy", [{}, LAYERS], ids=str)
+def test_weights_changed_before_the_backward_that_needs_them_are_an_error(tmp_path, strategy):
+    for kind, expected in (
+        (LeavingMerged, "has been modified by an inplace operation"),  # torch's words, as on one device
+        (
+            MergingInBackward,
+            "merge: the weights of .* cannot be changed while FSDP1 computes gradients with them. Call it after",
+        ),
+    ):
+        for said, state in world().run(wrong_inside, tmp_path, kind, strategy):
+            assert re.search(expected, said)
+            assert_same_bits(state, dict(Plain().state_dict()))
+
+
+def states_merged(path: Path, strategy: dict[str, Any]) -> tuple[State, State]:
+    """The plain model's state in an evaluation, and what save_merged writes."""
+    model, callback = Case().build(0)
+    trainer = fsdp1(path, callback, options=strategy, max_epochs=1)
+    trainer.fit(model, *data())
+    with merged(model):
+        state = merged_state_dict(model)
+    save_merged(model, path / "merged")
+    return state, load_file(path / "merged" / "model.safetensors")
+
+
+@slow
+@pytest.mark.parametrize("strategy", [{}, LAYERS], ids=str)
+def test_merged_state_dict_of_a_merged_model_is_what_save_merged_writes(tmp_path, strategy):
+    for state, written in world().run(states_merged, tmp_path, strategy):
+        assert_same_bits({name: value.contiguous() for name, value in state.items()}, written)
+
+
 # --- faults ---
 
 
@@ -552,7 +696,9 @@ def broken(path: Path, strategy: dict[str, Any], fault: str) -> tuple[str, list[
 
 
 @slow
-@pytest.mark.parametrize("strategy", [{}, LAYERS, {"sharding_strategy": "SHARD_GRAD_OP"}], ids=str)
+@pytest.mark.parametrize(
+    "strategy", [{}, LAYERS, {"sharding_strategy": "SHARD_GRAD_OP"}, IN_BF16, WHOLE_IN_BF16], ids=str
+)
 def test_exception_inside_a_merged_forward_leaves_the_base(tmp_path, strategy):
     for said, messages, state in world().run(broken, tmp_path, strategy, "exception"):
         assert said == "division by zero"
@@ -834,6 +980,7 @@ def test_what_cannot_be_right_is_an_error_with_the_remedy(tmp_path):
         (WrappingEarly, {}, None, (), "the weight of the Linear is sharded already; call inject"),
         (WithHeadOnMeta, HEAD, None, (), "a trained parameter of shape (3, 7) is on the meta device"),
         (ReferringLate, {}, None, (), "disable_adapter: 'net.0.weight' was unfrozen after FSDP1 had wrapped the model"),
+        (ManualUnfreezing, {}, None, (), "it gets no gradient under manual optimization"),
         (InBlocks, {}, None, (), "unfrozen after FSDP1 had wrapped it, and of its slice Blockwise keeps 'scales'"),
         (WithLegacyHook, {}, None, (), "configure_sharded_model wraps layers in FSDP1"),
         (Plain, {}, None, (WeightAveraging,), "WeightAveraging copies whole weights, and FSDPStrategy has slices"),

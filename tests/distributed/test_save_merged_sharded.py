@@ -217,7 +217,7 @@ def test_save_merged_that_fails_on_one_rank_fails_on_all(tmp_path):
     (tmp_path / "file").write_text("a file where a folder should be")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / FILE).write_text("an earlier one")
-    first, second = world().run(failing, tmp_path, timeout=20)
+    first, second = world().run(failing, tmp_path)
     assert "is a file" in first[0]
     assert first[1].startswith("OSError: [Errno 28] No space left on device")
     assert all(message.startswith("LoRAError: save_merged: ") for message in second[:2])

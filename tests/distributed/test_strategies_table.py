@@ -270,7 +270,7 @@ def outcomes(row: Strategy) -> dict[str, str]:
             if row.package:
                 for size in (row.ranks, row.others):
                     world(size).run(import_package, row.package, timeout=240)
-            ranks = world(row.ranks).run(columns_on_ranks, row, path, timeout=120)
+            ranks = world(row.ranks).run(columns_on_ranks, row, path, timeout=240)
         first = ranks[0]["fit"]
         if isinstance(first, Refused):
             return {column.label: f"refused: {' '.join(first.message.split()[:8])} ..." for column in COLUMNS}

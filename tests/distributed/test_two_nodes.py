@@ -20,6 +20,7 @@ def launch(folder: Path, kind: str, port: int, node: int) -> subprocess.Popen[st
     command = (
         f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=2 --max-restarts=3 "
         f"--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=two-nodes --local-addr=127.0.0.1 "
+        "--rdzv-conf=keep_alive_max_attempt=20,heartbeat_timeout=60 "  # a busy machine is no dead node
         f"-m support.programs.two_nodes {folder} {kind}"
     )
     environment = os.environ | {

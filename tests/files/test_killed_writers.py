@@ -12,6 +12,7 @@ TESTS = Path(__file__).parents[1] / "support" / "programs" / "killed_writers.py"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # half a minute where nothing else runs
 @pytest.mark.parametrize(
     "name",
     [
@@ -24,6 +25,6 @@ TESTS = Path(__file__).parents[1] / "support" / "programs" / "killed_writers.py"
 )
 def test_killed_writer_leaves_the_old_or_the_new_result(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", f"{TESTS}::{name}"]
-    run = subprocess.run(command, cwd=TESTS.parents[3], capture_output=True, text=True, timeout=280)
+    run = subprocess.run(command, cwd=TESTS.parents[3], capture_output=True, text=True, timeout=580)
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout

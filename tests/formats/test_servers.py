@@ -6,10 +6,12 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -105,17 +107,39 @@ CASES: dict[tuple[str, str], tuple[FolderView, str]] = {
     ("llama.cpp", "fields"): (with_options(lora_alpha=None), "lora_alpha"),
     ("llama.cpp", "rslora"): (with_options(use_rslora=True), "use_rslora=True"),
     ("llama.cpp", "alphas"): (with_options(alpha_pattern={"q_proj": 8}), "alpha_pattern={'q_proj': 8}"),
+    ("llama.cpp", "transposed"): (with_options(fan_in_fan_out=True), "fan_in_fan_out=True"),
     ("llama.cpp", "norms"): (with_tensors(NORM), f"base_model.model.{NORM}"),
+    ("llama.cpp", "biases of norms"): (
+        with_tensors("model.layers.0.input_layernorm.bias"),
+        "base_model.model.model.layers.0.input_layernorm.bias",
+    ),
     ("llama.cpp", "base tables"): (
         with_tensors("model.embed_tokens.base_layer.weight"),
         "base_model.model.model.embed_tokens.base_layer.weight",
     ),
     ("llama.cpp", "tensors"): (with_tensors(MAGNITUDE), f"base_model.model.{MAGNITUDE}"),
     ("llama.cpp", "convolutions"): (CONVOLUTION, f"{ATTENTION}conv.lora_A.weight"),
-    ("llama.cpp", "parameters"): (PARAMETER, "target_parameters=['mixer.weight']"),
+    ("llama.cpp", "towers"): (
+        with_tensors("vision_tower.layers.0.q_proj.lora_A.weight"),
+        "base_model.model.vision_tower.layers.0.q_proj.lora_A.weight",
+    ),
+    ("llama.cpp", "names"): (with_tensors("score.lora_A.weight"), "base_model.model.score.lora_A.weight"),
+    ("llama.cpp", "parameters"): (
+        with_options(target_parameters=["mlp.experts.gate_up_proj", "mlp.gate.weight"]),
+        "mlp.experts.gate_up_proj",
+    ),
     ("llama.cpp", "head"): (HEAD, "base_model.model.lm_head.lora_A.weight"),
+    ("llama.cpp", "embedding"): (
+        with_tensors("model.embed_tokens.lora_embedding_A"),
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+    ),
     ("llama.cpp", "base"): (with_options(base_model_name_or_path=None), "base_model_name_or_path"),
     ("peft", "outside"): (replace(GOOD, outside=["criterion.weight"]), "criterion.weight"),
+    ("peft", "convolutions"): (CONVOLUTION, f"{ATTENTION}conv.lora_A.weight"),
+    ("peft", "encoder layers"): (
+        with_tensors("encoder.layers.0.linear1.lora_A.weight"),
+        "base_model.model.encoder.layers.0.linear1.lora_A.weight",
+    ),
     ("diffusers", "type"): (with_options(peft_type="LOHA"), "peft_type='LOHA'"),
     ("diffusers", "scale"): (with_options(alpha_pattern={"q_proj": 8}), "model.layers.0.self_attn.q_proj"),
     ("diffusers", "parameters"): (PARAMETER, "target_parameters=['mixer.weight']"),
@@ -170,6 +194,27 @@ def test_page_has_the_table_of_rules():
     if os.environ.get("WRITE_TABLE"):
         PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n{END}{rest.split(END)[1]}")
     assert PAGE.read_text().split(BEGIN)[1].split(END)[0].strip() == table().strip()
+
+
+BY_MERGING: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+    "dilation": (lambda: nn.Conv1d(3, 3, 3, padding="same", dilation=2), "all-layers", (2, 3, 9)),
+    "padding_mode": (lambda: nn.Conv1d(3, 3, 3, padding=1, padding_mode="circular"), "all-layers", (2, 3, 9)),
+    "encoder": (lambda: nn.TransformerEncoderLayer(8, 2, 8, 0, batch_first=True), ["linear1", "linear2"], (2, 3, 8)),
+}
+
+
+@pytest.mark.parametrize("case", BY_MERGING)
+def test_layer_that_peft_runs_rightly_only_when_merged_is_told(tmp_path, case: str):
+    build, targets, shape = BY_MERGING[case]
+    net, x = seeded(lambda: nn.Sequential(build()).eval()), torch.randn(shape)
+    inject(net, LoRAConfig(r=2, target_modules=targets))
+    save_adapter(fill_(net), tmp_path)
+    told = [each["says"] for each in findings(view_of_folder(tmp_path), "peft")]
+    assert told
+    assert all(says.startswith("merge_and_unload() ") for says in told)
+    other = peft.PeftModel.from_pretrained(seeded(lambda: nn.Sequential(build()).eval()), tmp_path).eval()
+    assert (other(x) - net(x)).abs().max() > 0.01
+    torch.testing.assert_close(other.merge_and_unload()(x), net(x), rtol=0, atol=1e-5)
 
 
 def scales(path: Path) -> dict[str, dict[str, float]]:
@@ -288,18 +333,41 @@ def test_way_to_load_is_told_whatever_the_server_makes_of_the_adapter(tmp_path, 
     assert f": {servers()[server]['load']}\n" in call(capsys, "info", tmp_path, "--for", server)
 
 
-@pytest.mark.parametrize("server", ["vllm", "llama.cpp"])
-def test_network_of_convolutions_is_told_in_short_that_no_merging_makes_the_server_know_it(
-    tmp_path, capsys: Any, server: Server
+def blocks(layer: Callable[[], nn.Module]) -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(layer(), nn.BatchNorm2d(3)) for _ in range(8)))
+
+
+OTHER_NETWORKS = [
+    *((server, lambda: nn.Conv2d(3, 3, 3), {}) for server in ("vllm", "sglang", "llama.cpp")),
+    *((server, lambda: nn.Conv2d(3, 3, 3), {"variant": "loha"}) for server in ("sglang", "llama.cpp")),
+    *((server, lambda: nn.Linear(3, 3), {"use_rslora": True}) for server in ("sglang", "llama.cpp")),
+]
+
+
+@pytest.mark.parametrize(("server", "layer", "options"), OTHER_NETWORKS)
+def test_network_that_the_server_cannot_know_is_told_first_and_in_short_that_no_merging_helps(
+    tmp_path, capsys: Any, server: Server, layer: Callable[[], nn.Module], options: dict[str, Any]
 ):
-    net = seeded(lambda: nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)) for _ in range(8))))
-    inject(net, LoRAConfig(r=2, target_modules=[f"{at}.0" for at in range(8)]))
-    save_adapter(fill_(net), tmp_path)
-    printed = call(capsys, "info", tmp_path, "--for", server)
-    first = "base_model.model.0.0.lora_A.weight, base_model.model.0.0.lora_B.weight"
-    assert f": {first}, ... (16 in all) (" in printed
-    assert "base_model.model.1.0.lora" not in printed
-    assert f"  merged or not, it serves only {servers()[server]['serves']}\n" in printed
+    net = seeded(lambda: blocks(layer))
+    inject(net, LoRAConfig(r=2, target_modules=[f"{at}.0" for at in range(8)], **options))
+    save_adapter(fill_(net), tmp_path / "own")
+    call(capsys, "import", tmp_path / "own", tmp_path / "a.ckpt")
+    for source in ("own", "a.ckpt"):
+        _, by, first, *rest = call(capsys, "info", tmp_path / source, "--for", server).splitlines()
+        assert by.startswith(f"by the source of {servers()[server]['name']} ")
+        assert first == f"  merged or not, it serves only {servers()[server]['serves']}"
+        assert all(line.startswith(("  refuses: ", "  drops: ", "  runs wrongly: ", "  needs: ")) for line in rest)
+        assert "base_model.model.1.0." not in "".join(rest)  # the names are shortened
+        found = json.loads(call(capsys, "info", tmp_path / source, "--for", server, "--json"))
+        assert found["other_architecture"] is True
+
+
+@pytest.mark.parametrize("server", get_args(Server))
+def test_network_of_a_language_model_is_not_taken_for_another_one(tmp_path, capsys: Any, server: Server):
+    ours("llama", tmp_path, use_dora=True, modules_to_save=["lm_head"])
+    printed = call(capsys, "info", tmp_path, "--for", server).splitlines()
+    assert "merged or not" not in printed[2]
+    assert "other_architecture" not in json.loads(call(capsys, "info", tmp_path, "--for", server, "--json"))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +407,10 @@ def test_adapter_that_peft_cannot_express_is_refused_by_all(tmp_path, capsys: py
     assert "refuses: '0' has separate or partly adapted q, k and v, which PEFT has not" in printed
 
 
-@pytest.mark.parametrize("options", [{"alpha_pattern": {"(": 1}}, {"alpha_pattern": [1]}, {"r": "x", "lora_alpha": []}])
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha_pattern": {"(": 1}}, {"alpha_pattern": [1]}, {"r": "x", "lora_alpha": []}, {"lora_alpha": 10**400}],
+)
 def test_damaged_options_are_refused_or_looked_at_without_a_traceback(tmp_path, capsys: Any, options: dict[str, Any]):
     save_adapter(fill_(ours("llama")), tmp_path)
     edit(tmp_path, **options)

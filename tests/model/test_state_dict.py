@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import held_bytes
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
 from lightning_lora.exchange.take import fingerprint
 from lightning_lora.model.adapted_model import Listing
@@ -222,11 +221,10 @@ def test_a_fingerprint_of_a_merged_model_restores_one_weight_after_the_other():
     inject(model, LoRAConfig(r=2, init_lora_weights=False))
     merge(model)
     expected, one = fingerprint(model), model[0].weight.nbytes
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        assert fingerprint(model) == expected
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    assert one <= max(itertools.accumulate(changes)) < 6 * one
+    found = []
+    held = held_bytes(lambda: found.append(fingerprint(model)))
+    assert found == [expected]
+    assert one <= max(held) < 6 * one
 
 
 @pytest.mark.parametrize("found", ["unmerged", "merged"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,17 +16,9 @@ from lightning_lora import (
     unmerge,
 )
 from support.models import randomise_
+from support.shortcuts import let_collections_pass_over_what_is_there
 
 WIDTH = 37
-
-
-@pytest.fixture
-def _what_is_made_from_here_on() -> Iterator[None]:
-    """held() sees what is made from here on, which is quicker than all there is."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def one_layer(seed: int) -> nn.Sequential:
@@ -45,9 +36,9 @@ def held() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
 
 
-@pytest.mark.usefixtures("_what_is_made_from_here_on")
 @pytest.mark.parametrize("end", ["unload", "forget"])
 def test_the_memory_of_a_models_copies_is_given_back_when_its_adapters_are(end: str):
+    let_collections_pass_over_what_is_there()  # held() sees what is made from here on, which is quicker
     empty = held()
     models = [one_layer(1), one_layer(2)]
     for _ in range(2):

@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import queue
+import random
 import socket
 import sys
 import time
@@ -14,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 BACKEND = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() > 1 else "gloo"
-COLLECTIVE_TIMEOUT = 30  # seconds
+COLLECTIVE_TIMEOUT = 60  # seconds, of which a rank may wait for others on a busy machine
+LOST_CONNECTION = ("Connection", "Broken pipe")  # gloo's words: closed or reset by the peer, or found broken in a write
 
 for method in ("record_event", "wait_event"):  # FSDP2 calls them on the CPU too, for which torch 2.6 forgot them
     if not hasattr(torch.cpu.Stream, method):
@@ -31,8 +34,8 @@ for method in ("record_event", "wait_event"):  # FSDP2 calls them on the CPU too
 class World:
     """A process group of `size` ranks. run() calls a module-level function on each."""
 
-    def __init__(self, size: int, collective_timeout: float = COLLECTIVE_TIMEOUT) -> None:
-        self.size, self.collective_timeout = size, collective_timeout
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.processes: list[Any] = []
 
     def start(self) -> None:
@@ -42,22 +45,22 @@ class World:
         self.outbox = context.Queue()
         port = free_port()
         self.processes = [
-            context.Process(
-                target=_serve,
-                args=(rank, self.size, port, self.collective_timeout, self.inboxes[rank], self.outbox),
-                daemon=True,
-            )
+            context.Process(target=_serve, args=(rank, self.size, port, self.inboxes[rank], self.outbox), daemon=True)
             for rank in range(self.size)
         ]
         for process in self.processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """Call function(*args) on every rank and return the results by rank. A failure or a hang ends this world."""
         self._send(function, args)
-        return self._collect(time.monotonic() + timeout)
+        try:
+            return self._collect(time.monotonic() + timeout)
+        except BaseException:
+            self.stop()  # or the next one would be given what comes late
+            raise
 
-    def run_broken(self, function: Callable[..., Any], *args: Any, timeout: float) -> dict[int, str]:
+    def run_broken(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> dict[int, str]:
         """Call a function that kills ranks or raises, return the traceback of each survivor, and end this world.
 
         The process of a rank that raised ends, as a program would: so ranks that wait for it learn of the failure.
@@ -78,7 +81,7 @@ class World:
     def _send(self, function: Callable[..., Any], args: Any, stays: bool = True) -> None:
         if not self.processes:
             self.start()
-            self._collect(time.monotonic() + 120)
+            self._collect(time.monotonic() + 200)  # imports of all packages
         for inbox in self.inboxes:
             inbox.put((function, args, stays))
 
@@ -121,9 +124,24 @@ def _stop() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Find a port that is still free when it is used, seconds later.
+
+    The system gives ports of its own range to any connection, such as those of the other tests that run meanwhile. So
+    this one is below that range, and drawn, because several processes look for one.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, _first_port_of_the_system())
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def _first_port_of_the_system() -> int:
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        first = 49_152  # by the standard
+    return max(first, 11_000)
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -139,7 +157,7 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def _serve(rank: int, size: int, port: int, collective_timeout: float, inbox: Any, outbox: Any) -> None:
+def _serve(rank: int, size: int, port: int, inbox: Any, outbox: Any) -> None:
     os.environ.update(environment(rank, size, port))
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -148,7 +166,7 @@ def _serve(rank: int, size: int, port: int, collective_timeout: float, inbox: An
     if BACKEND == "nccl":
         torch.cuda.set_device(rank)
     of_each_device = "cpu:gloo,cuda:nccl" if BACKEND == "nccl" else BACKEND  # shards may be offloaded to the CPU
-    dist.init_process_group(of_each_device, timeout=timedelta(seconds=collective_timeout))
+    dist.init_process_group(of_each_device, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT))
     outbox.put((rank, "", None))
     stays = True
     while stays:

@@ -1,10 +1,12 @@
-"""Save time: work that libraries repeat at every call, and no test looks at, is done once or left out."""
+"""Leave out what no test looks at: work that libraries repeat at every call, and garbage collections."""
 
 from __future__ import annotations
 
 import functools
 import gc
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -20,6 +22,17 @@ def seed_without_stack_traces() -> None:
     for device in (torch.cuda, torch.xpu, torch.mtia):
         if "traceback" in vars(device):
             vars(device)["traceback"] = SimpleNamespace(format_stack=list)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Collect garbage before, and none inside: what is freed then is no part of what is counted."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def let_collections_pass_over_what_is_there() -> None:

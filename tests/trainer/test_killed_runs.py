@@ -17,7 +17,7 @@ from support.training import assert_same_tensors
 def test_run_killed_and_resumed_ends_as_the_uninterrupted_one(tmp_path):
     command = [sys.executable, "-m", "support.programs.killed_runs", str(tmp_path), "8"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert set(results) == {"adapter", "merged", "full"}

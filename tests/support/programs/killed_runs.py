@@ -9,6 +9,7 @@ FOLDER/KIND/whole/final.ckpt.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -36,6 +37,20 @@ class Steady(Net):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
+def let_writing_take_a_moment() -> None:
+    """Pause in the middle of each file, so that a process which waits for it sees it on a busy machine too."""
+    opened: Any = importlib.import_module("fsspec.implementations.local").LocalFileOpener
+    honest = opened.write
+
+    def write(self: Any, content: bytes) -> Any:
+        half = len(content) // 2
+        written = honest(self, content[:half])
+        time.sleep(0.01)
+        return written + honest(self, content[half:])
+
+    opened.write = write
+
+
 def train(folder: Path, kind: Any) -> None:
     """Goes on from the last checkpoint if there is one."""
     torch.manual_seed(0)
@@ -61,11 +76,20 @@ def started(folder: Path, kind: str) -> int:
     return pid
 
 
+def wait_for_checkpoint(pid: int, last: Path) -> None:
+    """Until the process has saved another checkpoint, or has ended: a machine may become slower at any time."""
+    before = last.stat().st_mtime_ns if last.exists() else 0
+    while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if last.exists() and last.stat().st_mtime_ns != before:
+            break
+        time.sleep(0.001)
+
+
 def wait_for_file(folder: Path, limit: float) -> None:
     """Until a file is being written there."""
     until = time.monotonic() + limit
-    while time.monotonic() < until and not any(os.scandir(folder)):
-        pass
+    while time.monotonic() < until and not os.listdir(folder):
+        time.sleep(0.001)
 
 
 def killed(folder: Path, kind: str, kills: int) -> dict[str, Any]:
@@ -79,9 +103,11 @@ def killed(folder: Path, kind: str, kills: int) -> dict[str, Any]:
     resumed, writing = [], 0
     for kill in range(kills):
         pid = started(folder, kind)
-        time.sleep(chance.uniform(0.05, 0.15) * full_time)
+        if kill:  # the first one may come before anything is saved
+            wait_for_checkpoint(pid, folder / "last.ckpt")
+        time.sleep(chance.uniform(0, 1.5 / EPOCHS) * full_time)
         if kill % 2:
-            wait_for_file(Path(tempfile.tempdir), full_time)
+            wait_for_file(Path(tempfile.tempdir), 5 / EPOCHS * full_time)
         os.kill(pid, signal.SIGKILL)
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != -signal.SIGKILL:
             break
@@ -98,5 +124,6 @@ def killed(folder: Path, kind: str, kills: int) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    let_writing_take_a_moment()
     found = {kind: killed(Path(sys.argv[1]) / kind, kind, int(sys.argv[2])) for kind in ("adapter", "merged", "full")}
     print(json.dumps(found))
