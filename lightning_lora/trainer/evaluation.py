@@ -85,7 +85,7 @@ class Evaluation:
         tell(f"LoRACallback: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
         report = verification.report()
         if report:
-            rank_zero_warn(f"LoRACallback: {report}")
+            rank_zero_warn(f"LoRACallback: {sentence(report)}")
 
     def end_epoch(self, trainer: Any, module: nn.Module) -> None:
         """Unmerge what was merged here, and take "merged" out of the progress bar. In place."""
