@@ -5,9 +5,11 @@ own, the name of a model on a hub takes its place.
 """
 
 import ast
+import os
 import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ def manual_llama() -> Path:
                 model(input_ids=batch, labels=batch).loss.backward()
                 optimizer.step()
                 schedule.step()
-            model.save_pretrained(folder)
+            _save(folder, model)
     return folder
 
 
@@ -83,9 +85,17 @@ def manual_bert() -> Path:
                     optimizer.zero_grad()
                     model(input_ids=batch, attention_mask=(batch > 0).long(), labels=label).loss.backward()
                     optimizer.step()
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            _save(folder, model, tokenizer)
     return folder
+
+
+def _save(folder: Path, *parts: Any) -> None:
+    """Write a folder that appears whole, wherever this program is broken off."""
+    with TemporaryDirectory(prefix="manual_", dir=HERE) as partial:
+        for part in parts:
+            part.save_pretrained(Path(partial, "whole"))
+        if not folder.exists():  # another program may have been faster
+            Path(partial, "whole").rename(folder)
 
 
 def _word_pieces() -> Any:
@@ -137,6 +147,7 @@ def digits_mlp() -> nn.Sequential:
                     optimizer.zero_grad()
                     F.cross_entropy(network(images), labels).backward()
                     optimizer.step()
-            torch.save(network.state_dict(), path)
+            torch.save(network.state_dict(), partial := path.with_suffix(f".{os.getpid()}.pt"))
+            partial.replace(path)
     network.load_state_dict(torch.load(path, weights_only=True))
     return network

@@ -36,7 +36,13 @@ with suppress(ImportError):  # else what happens to be imported before a test le
     vars(providers).update(is_local_module_file=lambda path: False)
 
 
+# By these rich takes any output for a terminal, or breaks lines elsewhere.
+OF_A_TERMINAL = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    for name in OF_A_TERMINAL:
+        os.environ.pop(name, None)
     if ALL_ARE_ERRORS:
         config.getini("filterwarnings").insert(0, "error")  # the first one gives way to all others
     for message in (*LIGHTNING_NOTICES, HYPOTHESIS_NOTICE):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -218,3 +220,17 @@ def test_small_models_are_imported_by_examples_alone_and_import_nothing_of_the_p
         for alias in node.names
     }
     assert made == used
+
+
+def test_model_that_is_broken_off_while_it_is_saved_leaves_nothing(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    small_models = importlib.import_module(BESIDE)
+    monkeypatch.setattr(small_models, "HERE", tmp_path)
+    whole, folder = Mock(), tmp_path / "manual_llama"
+    whole.save_pretrained = lambda path: (path.mkdir(exist_ok=True), (path / "config.json").write_text("{}"))
+    with pytest.raises(KeyboardInterrupt):
+        small_models._save(folder, whole, Mock(save_pretrained=Mock(side_effect=KeyboardInterrupt)))
+    assert not list(tmp_path.iterdir())
+    for _ in range(2):
+        small_models._save(folder, whole)
+    assert [path.name for path in tmp_path.rglob("*")] == ["manual_llama", "config.json"]

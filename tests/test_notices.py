@@ -93,7 +93,7 @@ def test_a_line_is_shown_as_it_is_on_rank_zero_alone_unless_lightnings_log_is_si
 ):
     out = io.StringIO()
     monkeypatch.setattr(rank_zero_only, "rank", rank)
-    monkeypatch.setattr(rich, "_console", rich.console.Console(file=out, force_terminal=on_a_terminal))
+    monkeypatch.setattr(rich, "_console", rich.console.Console(file=out, force_terminal=on_a_terminal, width=80))
     with caplog.at_level(logging.WARNING if silenced else logging.INFO, lightning_logger()):
         tell(LINE)
     shown = rank == 0 and not silenced

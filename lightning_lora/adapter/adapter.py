@@ -44,6 +44,8 @@ class Adapter:
         scope: the prefix of the part of a model that was injected, or "" for all of it. Layers and buffers outside of
             that part are not missing here.
         fan_in_fan_out: weights of unknown kind are stored (in, out), as PEFT says of transformers' Conv1D.
+        weightless: the names of modules without weights that end like an adapted layer's name, so far as known.
+            target_modules that name layers by their ends must not take these.
         assumed_order: the order of single parameters, by module, by which PEFT's names were read without a model.
         perhaps_base: names of tensors that may have the base's values. Only a model tells whether they have.
     """
@@ -65,6 +67,7 @@ class Adapter:
     peft_rows: bool = False
     peft_outputs: bool = False
     after_conv1d: frozenset[str] | None = frozenset()
+    weightless: frozenset[str] = frozenset()
     assumed_order: Sequence[Sequence[str]] = ()
 
     def __repr__(self) -> str:
@@ -103,8 +106,11 @@ class Adapter:
         names = self.own_names.get(layer, {})
         if leaf in names:
             return names[leaf]
-        other = next(iter(names.items()), None)  # a missing tensor is named like one that is there
-        return other[1].replace(other[0], leaf) if other else f"{layer}.{leaf}".lstrip(".")
+        if not names:
+            return f"{layer}.{leaf}".lstrip(".")
+        other, name = next(iter(names.items()))  # a missing tensor is named like one that is there
+        path, dot, last = name.rpartition(".")
+        return path + dot + leaf + last.removeprefix(other)
 
     def factor(self, layer: str, leaf: str) -> Any:
         """Return a tensor of an adapted layer or parameter by its leaf name."""
@@ -165,8 +171,9 @@ class Adapter:
 
     @cached_property
     def modules(self) -> set[str]:
-        """The names of the modules around its tensors and around the frozen parameters of its base, as far as known."""
-        return {module for name in (*self.tensors, *self.fingerprint) for module in parent_names(name)}
+        """The names of the base's modules, as far as known: around its tensors, around frozen ones, and weightless."""
+        around = {module for name in (*self.tensors, *self.fingerprint) for module in parent_names(name)}
+        return around | self.weightless
 
     @cached_property
     def module_layers(self) -> list[str]:
@@ -232,6 +239,7 @@ class Adapter:
             tables=rename_keys(self.tables, new_table),
             tied=rename_keys({table: first for table, first in tied.items() if first is not None}, new_table),
             perhaps_base=frozenset(rename_keys(dict.fromkeys(self.perhaps_base), new_name)),
+            weightless=frozenset(rename_keys(dict.fromkeys(self.weightless), new_name)),
             after_conv1d=self.after_conv1d and frozenset(rename_keys(dict.fromkeys(self.after_conv1d), layer_name)),
         )
 

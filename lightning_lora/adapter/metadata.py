@@ -41,6 +41,7 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         "complete": adapter.complete,
         "fan_in_fan_out": adapter.fan_in_fan_out,
         **_after_conv1d_to_metadata(adapter),
+        **({"weightless": sorted(adapter.weightless)} if adapter.weightless else {}),
         **({"scope": adapter.scope} if adapter.scope else {}),
         **({"tables": {name: list(rows) for name, rows in adapter.tables.items()}} if adapter.tables else {}),
         **({"tied": dict(adapter.tied), "tied_by_peft": adapter.tied_by_peft} if adapter.tied else {}),
@@ -75,6 +76,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
             tables={_text(name): _ascending(rows) for name, rows in metadata.get("tables", {}).items()},
             tied={_text(name): _text(first) for name, first in metadata.get("tied", {}).items()},
             tied_by_peft=metadata.get("tied_by_peft") is True,
+            weightless=frozenset(map(_text, _list(metadata.get("weightless", [])))),
             after_conv1d=_after_conv1d_from_metadata(metadata.get("after_conv1d", [])),
         )
     except LoRAError:

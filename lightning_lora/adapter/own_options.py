@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..config import LoRAConfig
-from ..errors import LoRAError
+from ..errors import LoRAError, shown
 from .adapter import Adapter, nothing_adapted
 from .checks import require_values
 from .layer_options import exact_options, options_hold
@@ -51,8 +51,11 @@ def _with_alpha(adapter: Adapter, ranks: Mapping[str, int], lora_alpha: float, p
     """Return an adapter without options with options that its tensors and a lora_alpha tell.
 
     Raises:
-        LoRAError: a layer adapts parts of a fused projection, and the tensors do not tell which.
+        LoRAError: lora_alpha is no number. A layer adapts parts of a fused projection, and the tensors do not tell
+            which.
     """
+    if not isinstance(lora_alpha, (int, float)):
+        raise LoRAError(f"{path}: lora_alpha must be a number, but it is {shown(lora_alpha)}.")
     for name in filter(adapter.is_placed, ranks):
         acting = adapter.acting(name)
         if acting.a.shape[0] != acting.b.shape[1]:

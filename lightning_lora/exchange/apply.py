@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ..distributed.copies import tell_written
 from ..distributed.sharding import copies_of, copy_all_
 from ..errors import LoRAError
 from ..formats.peft_attention import turn_as_in_model
+from ..matching import matcher
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.inject import inject_to_load, unload
 from ..model.live_state import LiveState, open_state
@@ -205,9 +207,19 @@ def config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
     targets = Targets(listing.modules, config, adapter.scope)
     same_layers = not targets.unmatched and targets.names() == set(ranks)
     same = same_layers and options_hold(config, ranks, adapter.scalings)
-    config = config if same else exact_options(config, ranks, adapter.scalings, adapter.parameters)
+    config = config if same else _options_for(listing, config, adapter)
     same_rows = targets.tables.items() >= adapter.tables.items()
     return config if same_rows else replace(config, trainable_token_indices=dict(adapter.tables))
+
+
+def _options_for(listing: Listing, config: LoRAConfig, adapter: Adapter) -> LoRAConfig:
+    """Return options that name the adapter's layers: by a list, or by an expression where a list takes others too."""
+    exact = exact_options(config, adapter.ranks(), adapter.scalings, adapter.parameters)
+    layers = set(adapter.module_layers)
+    is_named = matcher(exact.target_modules)
+    if all(name in layers or not is_named(name) for name, _ in listing.modules):
+        return exact
+    return replace(exact, target_modules="|".join(map(re.escape, layers)))
 
 
 def _leaves(modules: Iterable[str]) -> str:

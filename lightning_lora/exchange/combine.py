@@ -248,6 +248,7 @@ def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Seque
         complete=all(each.complete for each in adapters),
         kinds=kinds,
         after_conv1d=after_conv1d_in_all(adapters, kinds),
+        weightless=frozenset().union(*(each.weightless for each in adapters)),
         origin={key: value for each in reversed(adapters) for key, value in each.origin.items()},
         fan_in_fan_out=any(each.fan_in_fan_out for each in adapters),
         tables=_own_tables(first),

@@ -30,7 +30,7 @@ from ..formats.sources import apart_from_models, read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, open_model
 from ..model.inject import inject, inject_to_load
 from ..model.live_state import LiveState
-from ..model.wrappers import unwrapped, warn_of_late_adapters
+from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
 from .apply import apply_adapter, config_for, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
@@ -183,6 +183,7 @@ def load_adapter(
         ['0', '2']
     """
     listing = Listing(unwrapped(model, "load_adapter"))
+    refuse_trained_copies(model, "load_adapter")
     adapter = read_source(source, order_in(listing.model))
     handle = find_in(listing)
     if handle is None:

@@ -103,12 +103,23 @@ def describe(live: LiveState, verb: str) -> Adapter:
         kinds={name: kinds[layer] for name, layer in layers.items() if layer in kinds},
         after_conv1d=frozenset(name for name, layer in layers.items() if layer in reached),
         network=network,
+        weightless=_weightless(handle, layers),
         origin={**({"base_model_name_or_path": base} if base else {}), **record.origin},
         scope=handle.scope(),
         tables={name: layer.replaced_rows() for name, layer in tables.items()},
         tied=tied,
         tied_by_peft=tied.items() <= by_peft.items(),
     )
+
+
+def _weightless(handle: AdaptedModel, layers: Collection[str]) -> frozenset[str]:
+    """Return the names of modules without weights that end like a layer's name, as 1.proj, an nn.Identity, and 0.proj.
+
+    A file tells the other modules by their tensors.
+    """
+    ends = {name.rpartition(".")[2] for name in layers}
+    named_alike = ((name, module) for name, module in handle.places if name.rpartition(".")[2] in ends)
+    return frozenset(name for name, module in named_alike if next(module.parameters(), None) is None)
 
 
 def _network_prefix(live: LiveState, trained: Collection[str]) -> str:

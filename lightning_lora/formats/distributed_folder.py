@@ -12,6 +12,7 @@ A strategy's number of processes does not matter. The shards of optimizers are n
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,18 @@ def holds_shards_at(path: object) -> bool:
 def is_of_fsdp1(path: Path) -> bool:
     """Return whether FSDPStrategy wrote a folder: it names the model's state otherwise than other strategies do."""
     return holds_shards_at(path) and any(e.keys[0] == FLAT_STATE for e in ShardedFolder(path).entries.values())
+
+
+def holds_optimizers(path: Path, checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint has states of optimizers.
+
+    Args:
+        path: of the file or folder.
+        checkpoint: what read_without_values returns for it.
+    """
+    if not holds_shards_at(path):
+        return "optimizer_states" in checkpoint
+    return any(str(e.keys[0]).startswith("optimizer_") for e in ShardedFolder(path).entries.values())
 
 
 def read_for_resume(path: Path, *, trusted: bool, optimizers: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -1,7 +1,7 @@
 """Ids of repositories on the Hugging Face hub as sources of adapters, where huggingface_hub is installed.
 
-A path that is there always wins. Of a repository only the files of a PEFT folder are fetched, into huggingface_hub's
-own cache; without a network, or with HF_HUB_OFFLINE=1, they come out of that cache.
+A path that is there always wins, be it a link that leads nowhere. Of a repository only the files of a PEFT folder are
+fetched, into huggingface_hub's own cache; without a network, or with HF_HUB_OFFLINE=1, they come out of that cache.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from ..errors import LoRAError, sentence
-from ..files.paths import PathLike, kind_of
+from ..files.paths import PathLike, is_there, kind_of
 from .forms import CONFIG_FILE
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -27,7 +27,7 @@ def local_source(source: PathLike) -> PathLike:
     """
     if not isinstance(source, str) or not ID.fullmatch(source) or source.endswith(FILE_NAMES):
         return source
-    return source if kind_of(source) != "nothing" else _fetched(source)
+    return source if kind_of(source) != "nothing" or is_there(source) else _fetched(source)
 
 
 def _fetched(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ..adapter.adapter import Adapter
 from ..errors import printable, shortened
-from ..files.paths import PathLike, kind_of, passing_over_errors
+from ..files.paths import PathLike, given_path, kind_of, passing_over_errors
 
 CARD_FILE = "README.md"
 LONGEST = 2**20  # bytes; a longer file is no card of ours
@@ -67,8 +67,12 @@ load_adapter(base, folder)
 
 
 def may_write_card(folder: PathLike) -> bool:
-    """Return whether a folder holds no README.md, or one that nobody edited since this package wrote it."""
-    file = Path(folder) / CARD_FILE
+    """Return whether a folder holds no README.md, or one that nobody edited since this package wrote it.
+
+    Raises:
+        LoRAError: it is no path.
+    """
+    file = given_path(folder) / CARD_FILE
     with passing_over_errors():
         if not os.path.lexists(file):
             return True
@@ -166,7 +170,7 @@ def finite_metrics(values: Mapping[str, Any]) -> dict[str, float]:
     for name, value in values.items():
         try:
             number = float(value)
-        except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several values
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # no number, or a tensor of several values
             continue
         if math.isfinite(number):
             numbers[str(name)] = number

@@ -102,7 +102,8 @@ def _has_ranks(adapter: Adapter, stated: LoRAConfig) -> bool:
 
 
 def _selects_layers(adapter: Adapter, stated: LoRAConfig) -> bool:
-    layers = {name for name in adapter.module_layers if adapter.kinds.get(name) != ATTENTION_OUTPUT}
+    outputs = {name for name in adapter.module_layers if adapter.options_name(name) != name}
+    layers = {n for n in adapter.module_layers if n not in outputs and adapter.kinds.get(n) != ATTENTION_OUTPUT}
     known = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)} - {""}
     targeted, excluded = matcher(stated.target_modules), matcher(stated.exclude_modules)
     selected = {name for name in known if targeted(name) and not excluded(name) and stated.is_in_chosen_layer(name)}

@@ -38,6 +38,7 @@ OTHER_METHODS = {
     "lora_A.bias": "lora_bias",
     "trainable_tokens_delta": "trainable_token_indices",
 }
+NestingFor = Callable[[Mapping[str, int]], Nesting]
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def peft_name(name: str, variant: Variant, layers: Set[str], kinds: Mapping[str,
 
 
 def read_names(
-    peft_names: Iterable[str], where: object, nesting_for: Callable[[Mapping[str, int]], Nesting] = lambda wrapped: {}
+    peft_names: Iterable[str], where: object, nesting_for: NestingFor = lambda wrapped: {}, written_here: bool = False
 ) -> PeftNames:
     """Translate the names of PEFT's tensors.
 
@@ -157,13 +158,14 @@ def read_names(
         peft_names: the names.
         where: for messages.
         nesting_for: gives the adapted parameters of each module, from the number of adapters that each module has.
+        written_here: this package wrote them, without an adapter's name, though a module may be called lora_A.
 
     Raises:
         LoRAError: a name says that the adapter is more than plain LoRA, there are several adapters or models, or two
             names mean the same tensor.
     """
     peft_names, leaves = list(peft_names), _leaves()
-    adapter_name, network = _adapter_name(peft_names, where), _network(peft_names, where)
+    adapter_name, network = "" if written_here else _adapter_name(peft_names, where), _network(peft_names, where)
     bare = {name: _without_adapter_name(name, adapter_name) for name in peft_names}
     shared = {name: leaves.shared.get(bare[name].removeprefix(network + OUTER), "") for name in peft_names}
     shared = {name: leaf for name, leaf in shared.items() if leaf and bare[name].startswith(network + OUTER)}

@@ -105,10 +105,11 @@ def _target_modules(adapter: Adapter, layers: list[str]) -> str | list[str]:
     A list fits if it matches no other module. Options that take layers out of the user's list are not written: then the
     names of the layers are.
     """
-    modules = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)} - {""}
+    modules = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)} - {""} | adapter.weightless
     config = adapter.config
     configured = () if config is None or config.exclude_modules or config.layers_to_transform else config.target_modules
-    for names in (configured, layers):
+    unsure = not adapter.fingerprint and any(map(str.isdigit, layers))  # "0" would take an unknown "2.0" too
+    for names in () if unsure else (configured, layers):
         if not isinstance(names, str) and layers and set(filter(matcher(names), modules)) == set(layers):
             return list(names)
     return "|".join(map(re.escape, layers)) if layers else []

@@ -102,7 +102,7 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
     Raises:
         LoRAError: tensors and options are damaged or do not go together, or this package cannot apply them.
     """
-    names = read_names(tensors, source.where, source.nesting)
+    names = read_names(tensors, source.where, source.nesting, written_here=source.description is not None)
     ours = spread(names.shared, tensors, {ours: tensors[theirs] for theirs, ours in names.ours.items()})
     if source.description is not None:
         adapter = from_metadata(ours, source.description, str(source.where))

@@ -88,6 +88,11 @@ def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
     a, b, _ = _acting(adapter, layer)
     enabled = adapter.config.enabled_parts(layer) if adapter.config is not None else None
     scaled = (b.detach().double() * adapter.scalings[layer]).to(b.dtype)
+    if not scaled.isfinite().all():
+        raise LoRAError(
+            f"export_adapter: the scale {adapter.scalings[layer]:g} times B of {layer!r} is beyond the range of "
+            f"{str(b.dtype).removeprefix('torch.')}. Write it without plain=True, or merge it into its base."
+        )
     return a.detach(), to_block_diagonal(scaled, enabled) if enabled else scaled
 
 

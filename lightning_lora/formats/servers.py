@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,10 @@ class FolderView:
         alphas = [value for key, value in patterns if isinstance(value, (int, float)) and pattern_matches(key, module)]
         alpha = alphas[0] if alphas else self.number("lora_alpha")
         rank = self.ranks[module] or 1
-        return alpha / (rank**0.5 if self.options.get("use_rslora") else rank)
+        try:
+            return alpha / (rank**0.5 if self.options.get("use_rslora") else rank)
+        except OverflowError:  # JSON's whole numbers have no limit
+            return math.inf
 
 
 def view_of_content(content: FolderContent) -> FolderView:

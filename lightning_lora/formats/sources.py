@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..adapter.own_options import with_options
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..names import META, listed, names_factor
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT
 from .distributed_folder import read_checkpoint
 from .forms import form_of
 from .hub import local_source
@@ -76,7 +78,14 @@ def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
         return read_peft(tensors, Source("adapter", hyper_parameters=source.get(HYPER_PARAMETERS)))
     adapter = Adapter(tensors)
     check_factors(adapter, "adapter")
-    return adapter
+    return replace(adapter, kinds=_kinds_of_attention(adapter))
+
+
+def _kinds_of_attention(adapter: Adapter) -> dict[str, str]:
+    """Return the kinds of attention and its out_proj. Nothing else is an adapted layer in an adapted layer."""
+    outputs = {name: adapter.options_name(name) for name in adapter.module_layers}
+    pairs = [(output, attention) for output, attention in outputs.items() if output != attention]
+    return {name: kind for pair in pairs for name, kind in zip(pair, (ATTENTION_OUTPUT, ATTENTION), strict=True)}
 
 
 def _tensors_in(state: Any, verb: str) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from ..matching import ALL_LAYERS
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import layer_class
 from ..nn.linear import is_conv1d
-from ..nn.low_rank import ATTENTION_WEIGHTS, CONV, GROUPED_CONV
+from ..nn.low_rank import ATTENTION_WEIGHTS, CONV, CONV1D, GROUPED_CONV
 from ..nn.quantised import shape_of
 from ..nn.tied_weights import tied_weights
 from ..nn.variant import variant_of
@@ -22,6 +22,7 @@ from .token_tables import OPTION
 
 MORE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # beside linear layers, for "all-layers"
 MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}  # PEFT's list of model_type
+REFUSED_IN_MAMBA = {"out_proj", "conv1d"}  # PEFT's list of last segments
 
 
 def layers_by_kind(
@@ -44,7 +45,7 @@ def layers_by_kind(
     for name, module in modules.items():
         if not name or not (_is_linear(module) or (more and isinstance(module, MORE_KINDS))):
             continue
-        parent = name.rpartition(".")[0]
+        parent, _, last = name.rpartition(".")
         owner = modules.get(parent) if parent else None
         if name in tables:
             reason = f"{OPTION} trains rows of it"
@@ -52,8 +53,8 @@ def layers_by_kind(
             reason = "it is the output head"
         elif isinstance(owner, nn.MultiheadAttention) and parent in chosen:
             reason = ""  # attention is adapted with its out_proj
-        elif name.startswith(in_mamba) and name.rpartition(".")[2] == "out_proj":
-            reason = "PEFT cannot adapt the out_proj of Mamba"
+        elif name.startswith(in_mamba) and last in REFUSED_IN_MAMBA:
+            reason = f"PEFT cannot adapt the {last} of Mamba"
         elif any(is_empty(module._parameters.get(leaf)) for leaf in ("weight", *ATTENTION_WEIGHTS)):
             reason = "its weight has no values"
         elif module in tied:
@@ -114,11 +115,11 @@ def _problem_of_kind(module: nn.Module, owner: nn.Module | None, config: LoRACon
         if not attention._qkv_same_embed_dim:
             return f"PEFT cannot adapt {which} with q, k and v apart"
         return f"PEFT cannot adapt {which} with {variant_of(config).option}" if config.variant != PLAIN else ""
-    if _is_linear(module):
+    if isinstance(module, nn.Linear):
         return ""
     variant, adapting = variant_of(config), layer_class(module, variant_of(config))
     if variant.peft_type and getattr(module, "groups", 1) > 1 and variant.peft_problem(GROUPED_CONV):
         return "PEFT cannot adapt a convolution with groups"
     if adapting is None:
         return f"{variant.option} cannot adapt a {type(module).__name__}"
-    return variant.problem(module, CONV, config)
+    return variant.problem(module, CONV1D if is_conv1d(module) else CONV, config)

@@ -6,6 +6,7 @@ LightningModule is no wrapper, and neither is a user's module that calls the net
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from ..arguments import require_module
 from ..distributed.flat import owns_flat
+from ..distributed.sharding import is_spread
 from ..errors import LoRAError
 from ..names import (
     ATTRIBUTE,
@@ -24,6 +26,7 @@ from ..names import (
     WRAPPERS,
     derives_from,
     is_lightning_module,
+    names_factor,
 )
 
 TORCH = ("torch",)
@@ -37,18 +40,27 @@ INSIDE = {  # by class of wrapper: the packages that define it, and the attribut
 }
 FORWARD = "_forward_module"  # the attribute of Fabric's wrapper with what it runs
 FLAT = "FullyShardedDataParallel"
+ENGINE = "DeepSpeedEngine"
+READ_NO_VALUES = ("disable_adapter", "is_merged")  # functions that are right with parameters in any form
+DIVIDED = {  # by an attribute that a strategy gives to parameters which it divides: its package, and its name
+    "_fsdp_flattened": ("torch.distributed.fsdp", "FSDP1"),
+    "ds_tensor": ("deepspeed", "DeepSpeed's stage 3"),
+}
 
 
 def unwrapped(model: nn.Module, verb: str) -> nn.Module:
     """Return the module inside all wrappers, or the model itself where there is no wrapper.
 
     Raises:
-        LoRAError: the model is no module, or a wrapper of an unknown class. The message begins with the verb.
+        LoRAError: the model is no module, or a wrapper of an unknown class; or a strategy that cannot be followed has
+            divided the adapter. The message begins with the verb.
     """
     require_module(model, verb)
     network = inside_known_wrappers(model)
     if ATTRIBUTE not in vars(network):
         _refuse_unknown_wrapper(network, verb)
+    if verb not in READ_NO_VALUES:
+        _refuse_divided(network, verb)
     return network
 
 
@@ -84,6 +96,39 @@ def warn_of_late_adapters(model: nn.Module, verb: str) -> None:
             "not synchronise the adapters in training; adapt the model first, then wrap it.",
             stacklevel=3,
         )
+
+
+def refuse_trained_copies(model: nn.Module, verb: str) -> None:
+    """Refuse to write an adapter inside Fabric's wrapper of DeepSpeed, which trains copies that are not reached.
+
+    A Trainer with LoRACallback tells where they are.
+
+    Raises:
+        LoRAError: DeepSpeed runs the model.
+    """
+    runs = [wrapper._modules.get(FORWARD) for wrapper in _layers_of_wrapping(model)]
+    if any(derives_from(each, ENGINE, ("deepspeed",)) for each in runs if each is not None):
+        raise LoRAError(
+            f"{verb}: DeepSpeed trains copies of the adapter, and would write them over what is loaded in its next "
+            f"step. Call {verb} before fabric.setup."
+        )
+
+
+def _refuse_divided(network: nn.Module, verb: str) -> None:
+    """Refuse a model whose adapter a strategy has divided, if the package was not told how.
+
+    Such a strategy divides all parameters of a model. So the first parameter of an adapter tells it.
+    """
+    marks = [mark for mark, (package, _) in DIVIDED.items() if package in sys.modules]
+    factor = next((p for name, p in network.named_parameters() if names_factor(name)), None) if marks else None
+    for mark in marks:
+        if hasattr(factor, mark) and not is_spread(factor):
+            raise LoRAError(
+                f"{verb}: {DIVIDED[mark][1]} has divided the adapter, together with the weights, without LoRACallback. "
+                "Let a Trainer with LoRACallback use that strategy, or use fully_shard (FSDP2), in Fabric by "
+                "ModelParallelStrategy. What was trained is in the strategy's own checkpoint: load_adapter reads the "
+                "one of FSDP1 in one process."
+            )
 
 
 def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +31,12 @@ NARROWEST = 12  # columns for a long name or class at least
 MOST_GROUPS = 12  # groups that are shown
 SAVED = {"adapter": "the adapter", "merged": "merged weights, and the adapter", "full": "base and adapter"}
 HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
+BESIDE_NUMBER, GLUE = re.compile(r"(?<=\w) (?=\d)|(?<=\d) (?=\w)"), "\xa0"  # a line breaks at no such blank
+OF_SEVERAL = {
+    "its weight is ": "their weights are ",
+    "its weight has ": "their weights have ",
+    "it is the output head": "they are output heads",
+}
 
 
 @dataclass(frozen=True)
@@ -106,9 +113,13 @@ class Summary:
         for label, text in self._facts():
             lead = f"  {label.ljust(width)}"
             lines += textwrap.wrap(
-                text, WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead), break_on_hyphens=False
+                BESIDE_NUMBER.sub(GLUE, text),
+                WIDTH,
+                initial_indent=lead,
+                subsequent_indent=" " * len(lead),
+                break_on_hyphens=False,
             )
-        return "\n".join(lines)
+        return "\n".join(lines).replace(GLUE, " ")
 
     def __rich__(self) -> RenderableType:
         from rich import box
@@ -170,7 +181,7 @@ class Summary:
         if self.merged_eval is False:
             return "factored (merged_eval=False)"
         count = sum(len(unmerged.names) for unmerged in self.unmerged)
-        which = "; ".join(f"{listed(unmerged.names)}: {unmerged.reason}" for unmerged in self.unmerged)
+        which = "; ".join(f"{listed(each.names)}: {_reason_text(each)}" for each in self.unmerged)
         if count == self.layers:
             return f"factored, as no layer can be merged ({which})"
         if count:
@@ -331,7 +342,16 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 
 def _left_out_text(left_out: LeftOut) -> str:
     share = f"{left_out.share:.1%} of the parameters, " if left_out.share else ""
-    return f"leaves out {listed(left_out.names)} ({share}{left_out.reason})"
+    return f"leaves out {listed(left_out.names)} ({share}{_reason_text(left_out)})"
+
+
+def _reason_text(about: LeftOut | Unmerged) -> str:
+    """Return why, in words that fit the number of layers."""
+    reason = about.reason
+    if len(about.names) > 1:
+        for one, several in OF_SEVERAL.items():
+            reason = reason.replace(one, several)
+    return reason
 
 
 def _plain_table(rows: list[tuple[str, ...]], *, more: str) -> list[str]:

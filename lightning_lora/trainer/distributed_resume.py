@@ -43,6 +43,15 @@ def _by_position(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def refuse_weights_only(strategy: Any) -> None:
+    """Raise LoRAError where a fit with optimizers would go on from a checkpoint without their states."""
+    if strategy.optimizers:
+        raise LoRAError(
+            "LoRACallback: the checkpoint at ckpt_path holds weights only, without the optimizer's state that a fit "
+            "goes on with. To start a new fit from them, call load_adapter(model, path) and leave ckpt_path out."
+        )
+
+
 def check_complete(handle: AdaptedModel, names: set[str], source: object) -> None:
     """Raise LoRAError unless a state dict without metadata holds the complete base, the complete adapter, or both."""
     base, adapter = set(base_keys(handle)), set(adapter_keys(handle))

@@ -31,11 +31,12 @@ from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.live_state import LiveState
 from ..model.patches import call_previous, is_patched, patch
 from ..names import META, canonical, names_factor
-from .distributed_resume import accept_folders, check_complete
+from .distributed_resume import accept_folders, check_complete, refuse_weights_only
 from .lightning_packages import is_overridden
 
 WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
 OUTSIDE = "lora_outside"  # attribute of a strategy: the parameters outside of the flat tensors
+UNITS = "lora_units"  # attribute of a strategy: the wrappers with weights
 WHOLE = "lora_whole_units"  # attribute of a strategy: units that are not divided, as in a single process
 LATER = "lora_averages_later"  # attribute of a strategy while gradients are accumulated
 ALTERNATIVES = (
@@ -178,6 +179,7 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     if is_new:
         _start_alike_(outside, strategy.root_device)
     setattr(strategy, OUTSIDE, outside)
+    setattr(strategy, UNITS, units)
     setattr(strategy, WHOLE, [unit for unit in units if not unit._handle.uses_sharded_strategy])
     patch(strategy.precision_plugin, "backward", _backward)
     patch(strategy.precision_plugin, "clip_grad_by_norm", _clip_grad_by_norm)
@@ -353,18 +355,41 @@ def _block_backward_sync(strategy: Any, previous: Callable[..., Any] | None) -> 
 def _backward(
     plugin: Any, previous: Callable[..., Any] | None, tensor: Any, module: Any, *args: Any, **kw: Any
 ) -> None:
-    """Average the gradients after backward: the patched backward of the precision plugin. Collective."""
+    """Average the gradients after backward: the patched backward of the precision plugin. Collective.
+
+    Raises:
+        LoRAError: as _refuse_unfrozen_by_hand.
+    """
     strategy = module.trainer.strategy
+    _refuse_unfrozen_by_hand(strategy)
     try:
         call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
-    except BaseException:
-        for unit in _units(strategy.model):
-            _Unit(unit).end()
-        raise
+    finally:  # torch notes the end only after a backward of the outermost wrapper's outputs, where nothing is raised
+        for unit in getattr(strategy, UNITS):
+            if _Unit(unit).is_in_backward():
+                _Unit(unit).end()
     for unit in getattr(strategy, WHOLE):  # FSDP1 leaves plain tensors in place of their frozen parameters
         _Unit(unit).free()
     if not getattr(strategy, LATER, False) and getattr(strategy.model, "_sync_gradients", True):
         average_gradients_(getattr(strategy, OUTSIDE))
+
+
+def _refuse_unfrozen_by_hand(strategy: Any) -> None:
+    """Refuse a backward inside of the forward, if it should give gradients to slices, for which torch would not.
+
+    Raises:
+        LoRAError: a weight was unfrozen, and manual optimization goes backward.
+    """
+    state = getattr(strategy.model, "training_state", None)  # it is no wrapper where configure_model wraps parts
+    if state is None or state.name == "IDLE":
+        return
+    for unit in getattr(strategy, UNITS):
+        if unit._handle.flat_param.requires_grad:
+            raise LoRAError(
+                "LoRACallback: a weight was unfrozen after FSDP1 had wrapped it, and it gets no gradient under manual "
+                "optimization, which goes backward inside of a forward. Name the weight's module in modules_to_save, "
+                "or use automatic optimization."
+            )
 
 
 def average_gradients_(parameters: Sequence[nn.Parameter]) -> None:
@@ -549,11 +574,8 @@ def _load_model_state_dict(
     if module.trainer.state.fn != "fit":
         return
     states = checkpoint.get("optimizer_states")
-    if states is None and strategy.optimizers:
-        raise LoRAError(
-            "LoRACallback: the checkpoint at ckpt_path holds weights only, without the optimizer's state that a fit "
-            "goes on with. To start a new fit from them, call load_adapter(model, path) and leave ckpt_path out."
-        )
+    if states is None:
+        refuse_weights_only(strategy)
     for optimizer, state in zip(strategy.optimizers, states or (), strict=True):
         _load_optimizer_state_(optimizer, state)
 

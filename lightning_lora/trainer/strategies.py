@@ -19,7 +19,7 @@ from ..distributed.sharding import is_sharded, local
 from ..errors import LoRAError
 from ..exchange.apply import apply_adapter
 from ..exchange.checkpoint_of_model import prepare_for_load
-from ..formats.distributed_folder import is_of_fsdp1, read_without_values
+from ..formats.distributed_folder import holds_optimizers, is_of_fsdp1, read_without_values
 from ..formats.lightning_checkpoint import adapter_of
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
@@ -31,7 +31,7 @@ from ..names import META, canonical
 from ..nn.adapted_weights import AdaptedWeights
 from .checkpoint_hooks import refuse_foreign_resume
 from .deepspeed import prepare_deepspeed
-from .distributed_resume import accept_folders, check_complete
+from .distributed_resume import accept_folders, check_complete, refuse_weights_only
 from .fsdp1 import prepare_fsdp1
 
 
@@ -110,6 +110,7 @@ def _load_checkpoint(
     try:
         with (
             _passed_over(passed_over),
+            _optimizers_left_alone(strategy, path, checkpoint),
             _state_dict_shown_as(module, lambda state: {name: state[name] for name in state if name in loaded}),
         ):
             content = call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
@@ -141,6 +142,25 @@ def _copy_weights(handle: AdaptedModel, names: set[str]) -> list[tuple[AdaptedWe
         for leaf, weight in layer.adapted_weights().items()
         if layer.weight_name(name, leaf) in names
     ]
+
+
+@contextmanager
+def _optimizers_left_alone(strategy: Any, path: Path, checkpoint: Mapping[str, Any]) -> Iterator[None]:
+    """Let Lightning load no optimizer's state in an evaluation after a fit, where a checkpoint may hold none.
+
+    Raises:
+        LoRAError: a fit would go on from a checkpoint without such states.
+    """
+    if strategy.lightning_module.trainer.state.fn == "fit":
+        if not holds_optimizers(path, checkpoint):
+            refuse_weights_only(strategy)
+        yield
+        return
+    optimizers, strategy.optimizers = strategy.optimizers, []
+    try:
+        yield
+    finally:
+        strategy.optimizers = optimizers
 
 
 @contextmanager

@@ -170,7 +170,7 @@ def plot(content: dict[str, Any]) -> Any:
     axes.set_ylabel("our time / peft's")
     axes.spines[["top", "right"]].set_visible(False)
     handles = [Patch(label=dtype, edgecolor="black", **style) for dtype, style in BARS.items()]
-    axes.legend(handles=handles, frameon=False, loc="upper left")
+    axes.legend(handles=handles, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.88))
     axes.set_title("Time relative to peft, lower is better", loc="left", fontweight="bold")
     figure.supxlabel(content["machine"], fontsize=6, color="0.35")
     return figure

@@ -301,7 +301,8 @@ def test_help_names_types_and_defaults(capsys: pytest.CaptureFixture[str], verb:
         assert flag or re.search(r"\((required, type: \w+|type: .+, default: .+)\)", entry), entry
 
 
-def test_help_names_the_dtypes(capsys: pytest.CaptureFixture[str]):
+def test_help_names_the_dtypes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")  # a narrow terminal breaks types in two
     with pytest.raises(SystemExit):
         main(["merge", "--help"])
     shown = " ".join(capsys.readouterr().out.split())

@@ -95,6 +95,10 @@ class Manual(Plain):
             self.optimizers().zero_grad()
 
 
+class ManualUnfreezing(Manual, Unfreezing):
+    pass
+
+
 class Referring(Plain):
     """Compares with the base in each step, as preference tuning does."""
 
@@ -244,6 +248,7 @@ VARIOUS: dict[str, Any] = {
 }
 OTHERS = {
     "steps by hand": Case(model="Manual"),
+    "steps by hand, layers": Case(LAYERS, model="Manual"),
     "a reference pass": Case(model="Referring"),
     "a reference pass, layers": Case(LAYERS, model="Referring"),
     "configure_model wraps": Case(model="Wrapping"),
@@ -975,6 +980,7 @@ def test_what_cannot_be_right_is_an_error_with_the_remedy(tmp_path):
         (WrappingEarly, {}, None, (), "the weight of the Linear is sharded already; call inject"),
         (WithHeadOnMeta, HEAD, None, (), "a trained parameter of shape (3, 7) is on the meta device"),
         (ReferringLate, {}, None, (), "disable_adapter: 'net.0.weight' was unfrozen after FSDP1 had wrapped the model"),
+        (ManualUnfreezing, {}, None, (), "it gets no gradient under manual optimization"),
         (InBlocks, {}, None, (), "unfrozen after FSDP1 had wrapped it, and of its slice Blockwise keeps 'scales'"),
         (WithLegacyHook, {}, None, (), "configure_sharded_model wraps layers in FSDP1"),
         (Plain, {}, None, (WeightAveraging,), "WeightAveraging copies whole weights, and FSDPStrategy has slices"),

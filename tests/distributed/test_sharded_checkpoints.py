@@ -331,6 +331,28 @@ def test_folder_of_two_processes_is_evaluated_and_resumed_in_one(tmp_path, save)
 # --- what does not fit ---
 
 
+def evaluate_after_the_fit(path: Path, whole: bool) -> tuple[list[float], str]:
+    """Evaluate twice after a fit, the second time from a checkpoint without optimizers. Then fit from it."""
+    torch.manual_seed(0)
+    trainer, model, file = model_parallel(path, lora(), whole=whole, max_epochs=1), Sharded(), path / "weights.ckpt"
+    trainer.fit(model, *data())
+    trainer.save_checkpoint(file, weights_only=True)
+    before = optimizer_state(trainer)
+    for source in (None, file):
+        trainer.validate(model, data()[1], ckpt_path=source, verbose=False)
+    assert_same_bits(optimizer_state(trainer), before)
+    with pytest.raises(LoRAError) as refused:
+        model_parallel(path, lora(), whole=whole, max_epochs=2).fit(Sharded(), *data(), ckpt_path=file)
+    return model.losses[-2:], str(refused.value)
+
+
+@FORMS
+def test_weights_alone_are_evaluated_after_a_fit_and_no_fit_goes_on_from_them(tmp_path, whole):
+    for (now, from_file), refused in world().run(evaluate_after_the_fit, tmp_path, whole):
+        assert now == from_file
+        assert "holds weights only, without the optimizer's state that a fit goes on with" in refused
+
+
 class OtherBase(Sharded):
     def __init__(self, lr: float = 0.05) -> None:
         super().__init__(lr)

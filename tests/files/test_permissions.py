@@ -73,10 +73,11 @@ def test_root_leaves_the_files_of_others_theirs(tmp_path: Path, exchange: bool, 
         monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
     path = tmp_path / "out"
     write(path, "old", folder=True)
-    (path / "theirs").mkdir(mode=0o750)
+    (path / "theirs").mkdir()
     for each in (path, *path.iterdir()):
         os.chown(each, 70001, 70002)
     path.chmod(0o2750)
+    (path / "theirs").chmod(0o750)  # whatever the umask is
     write(path, "new", folder=True)
     owners = {(each.stat().st_uid, each.stat().st_gid) for each in (path, *path.iterdir())}
     assert owners == {(70001, 70002)}

@@ -86,6 +86,13 @@ def test_path_that_is_there_wins_over_the_id(cache: Path):
     assert read_adapter(NAME).scalings == {"0": 8.0, "1": 8.0}
 
 
+def test_link_that_leads_nowhere_is_not_taken_for_an_id(cache: Path):
+    Path(NAME).parent.mkdir()
+    Path(NAME).symlink_to("not-mounted")
+    with pytest.raises(LoRAError, match=rf"^{NAME}: there is no such file\.$"):
+        read_adapter(NAME)
+
+
 def test_only_the_files_of_a_peft_folder_are_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[Any] = []
 

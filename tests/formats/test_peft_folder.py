@@ -42,6 +42,7 @@ from support.peers import (
     ours,
     read_by_peft,
     seeded,
+    spread_,
     theirs,
 )
 from support.tables import Net
@@ -410,3 +411,26 @@ def test_a_folder_that_says_that_it_is_complete_needs_its_buffers(tmp_path):
     save_file(tensors, tmp_path / TENSORS, metadata)
     with pytest.raises(LoRAError, match=r"'bn\.running_mean' is missing"):
         load_adapter(model("convolutions"), tmp_path)
+
+
+class NamedLikeFactors(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_A = nn.Linear(4, 4)
+        self.lora_B = nn.ModuleDict({"lora_A": nn.Linear(4, 4), "last": nn.Linear(4, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.lora_B["last"](self.lora_B["lora_A"](self.lora_A(x)))
+        return result
+
+
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_modules_that_are_called_like_factors_are_saved_and_loaded(tmp_path, init: Any):
+    inject(net := seeded(NamedLikeFactors), LoRAConfig(r=2, init_lora_weights=init))
+    spread_(net)
+    save_adapter(net, tmp_path)
+    load_adapter(again := seeded(NamedLikeFactors), tmp_path)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(again(x), net(x), rtol=0, atol=0)
+    theirs = peft.PeftModel.from_pretrained(seeded(NamedLikeFactors), tmp_path)
+    torch.testing.assert_close(theirs(x), net(x), rtol=0, atol=1e-6)

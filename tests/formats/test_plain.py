@@ -18,10 +18,13 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     LoRAError,
+    adapter_state_dict,
+    combine,
     export_adapter,
     inject,
     load_adapter,
     read_adapter,
+    save_adapter,
     take_adapter,
 )
 from support.notices import quiet_peers
@@ -216,6 +219,68 @@ def test_layers_are_named_in_full_where_last_segments_would_take_other_modules(t
     torch.testing.assert_close(peft.PeftModel.from_pretrained(seeded(build), tmp_path)(x), net(x), **EXACT)
 
 
+class Skips(nn.Module):
+    """A projection, and modules without weights in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+        self.two = nn.ModuleDict({"proj": nn.Identity()})
+        self.three = nn.ModuleDict({"proj": nn.Sequential(nn.Tanh())})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.three["proj"](self.two["proj"](self.one["proj"](x)))
+        return result
+
+
+def nested() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4), nn.ReLU()))
+
+
+@pytest.mark.parametrize("source", ["memory", "folder", "checkpoint"])
+@pytest.mark.parametrize(
+    ("build", "targets", "excluded"),
+    [(Skips, ["proj"], ["three.proj", "two.proj"]), (nested, ["0", "1.1"], ["1.0"])],
+)
+def test_modules_without_weights_are_no_targets(
+    tmp_path, build: Any, targets: list[str], excluded: list[str], source: str
+):
+    net, x = adapted(build, target_modules="all-linear", r=2), torch.randn(3, 4)
+    given: Any = take_adapter(net)
+    if source == "folder":
+        save_adapter(net, given := tmp_path / "saved")
+    elif source == "checkpoint":
+        torch.save(combine([given], [1.0]), given := tmp_path / "a.ckpt")
+    for plain in (True, False):
+        export_adapter(given, tmp_path / "out", plain=plain)
+        options = config_of(tmp_path / "out")
+        if plain:
+            assert (options["target_modules"], options["exclude_modules"]) == (targets, excluded)
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(seeded(build), tmp_path / "out")(x), net(x), **EXACT)
+        load_adapter(again := seeded(build), tmp_path / "out")
+        torch.testing.assert_close(again(x), net(x), **EXACT)
+
+
+def test_layers_of_a_state_dict_that_are_called_by_numbers_are_named_by_an_expression(tmp_path):
+    net, x = adapted(nested, target_modules="all-linear", r=2), torch.randn(3, 4)
+    export_adapter(adapter_state_dict(net), tmp_path / "own", lora_alpha=6)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(seeded(nested), tmp_path / "own")(x), net(x), **EXACT)
+    export_adapter(adapter_state_dict(net), tmp_path / "plain", plain=True, lora_alpha=6)
+    for folder in ("own", "plain"):
+        load_adapter(again := seeded(nested), tmp_path / folder)
+        torch.testing.assert_close(again(x), net(x), **EXACT)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_attention_of_a_state_dict_is_found_by_its_out_proj(tmp_path, plain: bool):
+    net, x = adapted(Image, target_modules=["mha", "head"]), torch.randn(2, 12)
+    factors = {name: value for name, value in adapter_state_dict(net).items() if ".lora_" in name}
+    export_adapter(factors, tmp_path, plain=plain, lora_alpha=6)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(seeded(Image), tmp_path)(x), net(x), **EXACT)
+    load_adapter(again := seeded(Image), tmp_path)
+    torch.testing.assert_close(again(x), net(x), **EXACT)
+
+
 class Ends(nn.Module):
     """A layer's name is the end of another module's, and that one's of another layer's."""
 
@@ -315,6 +380,16 @@ def test_rounding_of_the_scale_times_a_16_bit_b_is_said(tmp_path, recwarn, alpha
     torch.testing.assert_close(product, net.q.lora_B.detach() * (alpha / 4), rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scale_times_b_beyond_the_dtype_is_refused(tmp_path, dtype: torch.dtype):
+    largest = torch.finfo(dtype).max
+    factors = {"one.lora_A": torch.ones(2, 4, dtype=dtype), "one.lora_B": torch.full((3, 2), largest / 2, dtype=dtype)}
+    with pytest.raises(LoRAError, match=r"^export_adapter: the scale 3 times B of 'one' is beyond the range of \w+\."):
+        export_adapter(factors, tmp_path / "plain", plain=True, lora_alpha=6)
+    assert not (tmp_path / "plain").exists()
+    export_adapter(factors, tmp_path / "plain", plain=True, lora_alpha=4)
+
+
 def test_best_checkpoint_of_a_run_is_exported_as_it_is_and_plain(tmp_path):
     trainer = L.Trainer(
         max_steps=2, callbacks=[LoRACallback(r=1, lora_alpha=1.5, init_lora_weights=False)], barebones=True
@@ -334,6 +409,8 @@ def test_export_needs_the_lora_alpha_of_a_source_that_stores_none(tmp_path):
         export_adapter(factors, tmp_path / "folder", plain=True)
     export_adapter(factors, tmp_path / "folder", plain=True, lora_alpha=6)
     torch.testing.assert_close(read_adapter(tmp_path / "folder").factor("one", "lora_B"), factors["one.lora_B"] * 3)
+    with pytest.raises(LoRAError, match=r"^export_adapter: lora_alpha must be a number, but it is '6'\.$"):
+        export_adapter(factors, tmp_path / "folder", lora_alpha="6")  # type: ignore[arg-type]
     with pytest.raises(LoRAError, match=r"found Sequential\. Of a model, call take_adapter first"):
         export_adapter(nn.Sequential(), tmp_path / "folder")
 

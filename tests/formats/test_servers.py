@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -128,8 +129,17 @@ CASES: dict[tuple[str, str], tuple[FolderView, str]] = {
         "mlp.experts.gate_up_proj",
     ),
     ("llama.cpp", "head"): (HEAD, "base_model.model.lm_head.lora_A.weight"),
+    ("llama.cpp", "embedding"): (
+        with_tensors("model.embed_tokens.lora_embedding_A"),
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+    ),
     ("llama.cpp", "base"): (with_options(base_model_name_or_path=None), "base_model_name_or_path"),
     ("peft", "outside"): (replace(GOOD, outside=["criterion.weight"]), "criterion.weight"),
+    ("peft", "convolutions"): (CONVOLUTION, f"{ATTENTION}conv.lora_A.weight"),
+    ("peft", "encoder layers"): (
+        with_tensors("encoder.layers.0.linear1.lora_A.weight"),
+        "base_model.model.encoder.layers.0.linear1.lora_A.weight",
+    ),
     ("diffusers", "type"): (with_options(peft_type="LOHA"), "peft_type='LOHA'"),
     ("diffusers", "scale"): (with_options(alpha_pattern={"q_proj": 8}), "model.layers.0.self_attn.q_proj"),
     ("diffusers", "parameters"): (PARAMETER, "target_parameters=['mixer.weight']"),
@@ -184,6 +194,27 @@ def test_page_has_the_table_of_rules():
     if os.environ.get("WRITE_TABLE"):
         PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n{END}{rest.split(END)[1]}")
     assert PAGE.read_text().split(BEGIN)[1].split(END)[0].strip() == table().strip()
+
+
+BY_MERGING: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+    "dilation": (lambda: nn.Conv1d(3, 3, 3, padding="same", dilation=2), "all-layers", (2, 3, 9)),
+    "padding_mode": (lambda: nn.Conv1d(3, 3, 3, padding=1, padding_mode="circular"), "all-layers", (2, 3, 9)),
+    "encoder": (lambda: nn.TransformerEncoderLayer(8, 2, 8, 0, batch_first=True), ["linear1", "linear2"], (2, 3, 8)),
+}
+
+
+@pytest.mark.parametrize("case", BY_MERGING)
+def test_layer_that_peft_runs_rightly_only_when_merged_is_told(tmp_path, case: str):
+    build, targets, shape = BY_MERGING[case]
+    net, x = seeded(lambda: nn.Sequential(build()).eval()), torch.randn(shape)
+    inject(net, LoRAConfig(r=2, target_modules=targets))
+    save_adapter(fill_(net), tmp_path)
+    told = [each["says"] for each in findings(view_of_folder(tmp_path), "peft")]
+    assert told
+    assert all(says.startswith("merge_and_unload() ") for says in told)
+    other = peft.PeftModel.from_pretrained(seeded(lambda: nn.Sequential(build()).eval()), tmp_path).eval()
+    assert (other(x) - net(x)).abs().max() > 0.01
+    torch.testing.assert_close(other.merge_and_unload()(x), net(x), rtol=0, atol=1e-5)
 
 
 def scales(path: Path) -> dict[str, dict[str, float]]:
@@ -376,7 +407,10 @@ def test_adapter_that_peft_cannot_express_is_refused_by_all(tmp_path, capsys: py
     assert "refuses: '0' has separate or partly adapted q, k and v, which PEFT has not" in printed
 
 
-@pytest.mark.parametrize("options", [{"alpha_pattern": {"(": 1}}, {"alpha_pattern": [1]}, {"r": "x", "lora_alpha": []}])
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha_pattern": {"(": 1}}, {"alpha_pattern": [1]}, {"r": "x", "lora_alpha": []}, {"lora_alpha": 10**400}],
+)
 def test_damaged_options_are_refused_or_looked_at_without_a_traceback(tmp_path, capsys: Any, options: dict[str, Any]):
     save_adapter(fill_(ours("llama")), tmp_path)
     edit(tmp_path, **options)

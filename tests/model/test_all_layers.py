@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import (
     LoRACallback,
@@ -199,6 +200,30 @@ def test_a_variant_leaves_out_the_kinds_that_it_cannot_adapt(build, options, rea
     found = left_out(model)
     assert bool(found) == bool(reasons)
     assert [name for name, reason in reasons.items() if not found[name].startswith(reason)] == []
+
+
+@pytest.mark.parametrize("targets", ["all-layers", "all-linear"])
+def test_a_conv1d_that_the_variant_cannot_adapt_is_left_out(targets):
+    model = nn.ModuleDict({"conv1d": Conv1D(4, 4), "linear": nn.Linear(4, 4)})
+    assert inject(model, LoRAConfig(r=1, target_modules=targets, variant="loha")) == ["linear"]
+    assert left_out(model)["conv1d"].startswith("variant='loha' is for linear layers, nn.Conv1d and nn.Conv2d alone")
+
+
+@pytest.mark.parametrize("variant", ["lora", "loha"])
+def test_the_convolution_of_mamba_whose_weight_peft_would_pass_over_is_left_out(variant, tmp_path):
+    small = transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=2)
+
+    def build() -> nn.Module:
+        return transformers.MambaForCausalLM(small)
+
+    names = inject(model := built(build), LoRAConfig(r=2, target_modules="all-layers", variant=variant))
+    assert not [name for name in names if name.endswith(("conv1d", "out_proj"))]
+    with torch.no_grad():
+        for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+            parameter.add_(0.1)
+        save_adapter(model, tmp_path)
+        theirs, tokens = peft.PeftModel.from_pretrained(built(build), tmp_path).eval(), torch.arange(9)[None]
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_other_options_take_layers_out_as_of_all_linear():

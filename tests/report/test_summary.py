@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -351,7 +353,8 @@ def test_a_quantised_base_is_told_and_not_called_merged(kind: str):
     assert [(stays.names, stays.reason) for stays in found.unmerged] == [
         (("0", "2"), f"its weight is quantised ({NAMES[kind]})")
     ]
-    shown = f"quantised 3 weights as {NAMES[kind]} merging factored, as no layer can be merged (0, 2:"
+    shown = f"quantised 3 weights as {NAMES[kind]} merging factored, as no layer can be merged (0, 2: "
+    shown += f"their weights are quantised ({NAMES[kind]}))"
     assert shown in words(found)
     for merged_eval, said in ((True, "factored, as no layer can be merged ("), (False, "factored (merged_eval=False)")):
         model.lora_injection.merged_eval = merged_eval
@@ -360,6 +363,21 @@ def test_a_quantised_base_is_told_and_not_called_merged(kind: str):
     assert is_merged(model)  # as it was called, and not undone
     assert summary(model) == summary(model)
     assert "evaluation merged" not in words(summary(model))
+
+
+def test_one_layer_that_stays_factored_is_told_in_the_singular():
+    inject(model := quantised("nf4"), LoRAConfig(r=2, target_modules=["0"]))
+    assert "(0: its weight is quantised (nf4))" in words(summary(model))
+
+
+def test_no_line_ends_between_a_number_and_its_name():
+    inject(model := quantised("nf4"), LoRAConfig(r=2, target_modules=["0"]))
+    for length in range(WIDTH):  # the line ends elsewhere each time
+        passed_over = f"{'x' * length} 4.5% of the parameters: 1 Embedding 4.5%"
+        told = str(replace(summary(model), passed_over=passed_over, quantised={"x" * length: 12, "y": 3}))
+        assert "\xa0" not in told
+        ends = re.findall(r"(\w+)\n {5,}(\w+)", told)  # of lines that go on, with what follows
+        assert not any(end[-1].isdigit() or following[0].isdigit() for end, following in ends), told
 
 
 def test_a_quantised_layer_under_two_names_counts_once():

