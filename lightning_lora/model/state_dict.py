@@ -319,10 +319,11 @@ def _fill_in(
 
 def _refuse_merged(module: nn.Module) -> NoReturn:
     raise LoRAError(
-        f"load_state_dict: the state dict holds merged weights, as save=\"merged\" and merged_state_dict write them, and "
-        f"the {type(module).__name__} to load it into has an adapter, which would be added to them a second time. Load "
-        "the checkpoint with load_adapter(model, path), or its weights into a model without an adapter. Where a library "
-        'loads the best checkpoint when fit ends, pass merge_after_fit=True beside save="merged", or save="full".'
+        'load_state_dict: the state dict holds merged weights, as save="merged" and merged_state_dict write them, and '
+        f"the {type(module).__name__} to load it into has an adapter, which would be added to them a second time. "
+        "Load the checkpoint with load_adapter(model, path), or its weights into a model without an adapter. Where a "
+        'library loads the best checkpoint when fit ends, pass merge_after_fit=True beside save="merged", or '
+        'save="full".'
     )
 
 

@@ -314,7 +314,7 @@ def test_merged_weights_are_not_loaded_under_an_adapter_which_would_be_added_twi
     model = adapted(1, state)
     before, weights = state_bits(model), carry(merged_state_dict(model))
 
-    with pytest.raises(LoRAError, match="load_state_dict: the state dict holds merged weights.* a second time"):
+    with pytest.raises(LoRAError, match=r"load_state_dict: the state dict holds merged weights.* a second time"):
         model.load_state_dict(weights, strict=strict)
 
     assert state_bits(model) == before

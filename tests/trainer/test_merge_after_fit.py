@@ -268,7 +268,7 @@ def test_a_library_that_loads_the_best_state_dict_after_fit_gets_its_outputs_or_
     state = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
     if save == "merged" and not merge_after_fit:
         before = weights(model)
-        with pytest.raises(LoRAError, match='would be added to them a second time.* or save="full"'):
+        with pytest.raises(LoRAError, match=r'would be added to them a second time.* or save="full"'):
             model.load_state_dict(state)
         assert_same_tensors(weights(model), before)
     elif save != "merged" and merge_after_fit:
