@@ -120,8 +120,8 @@ def warn_of_frozen(handle: AdaptedModel) -> None:
     if frozen:
         warnings.warn(
             f"lightning_lora: {len(frozen)} adapter parameters are frozen ({', '.join(frozen[:3])}"
-            f"{', ...' if len(frozen) > 3 else ''}) and not trained until something unfreezes them; a callback that "
-            "freezes a backbone in setup comes before LoRACallback in the list.",
+            f"{', ...' if len(frozen) > 3 else ''}) and not trained until something unfreezes them. If nothing is "
+            "meant to, put the callback that freezes a backbone in setup before LoRACallback in the list.",
             stacklevel=2,
         )
 
@@ -178,9 +178,9 @@ def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], listing: Lis
         raise LoRAError(
             f"LoRACallback: no optimizer holds the adapter parameter {missing[0]!r} ({len(missing)} of {len(factors)} "
             "are in none), so it would never be trained. Build the optimizer in configure_optimizers from "
-            "self.parameters() at that time, not from parameters collected in __init__. If it is meant for some layers "
-            f"only, adapt those alone: leave the others out with exclude_modules=[{shown}], or name those in "
-            "target_modules."
+            "self.parameters() at that time, not from parameters collected in __init__. Where a library builds it "
+            "earlier, call inject on the network before that. If it is meant for some layers only, adapt those alone: "
+            f"leave the others out with exclude_modules=[{shown}], or name those in target_modules."
         )
 
 
