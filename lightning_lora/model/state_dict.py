@@ -288,11 +288,11 @@ def _fill_in(
     It acts in the module that load_state_dict was called on, and in the injected module.
 
     Raises:
-        LoRAError: the state dict says that its weights are merged.
+        LoRAError: the state dict says that its weights are merged, and training has reached the adapter.
     """
     if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return
-    if metadata.get(_MERGED):
+    if metadata.get(_MERGED) and not all(layer.is_initial() for layer in adapted_layers(module).values()):
         _refuse_merged(module)
     for key in EXTRA_ENTRIES.keys() & {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}:
         if ATTRIBUTE in vars(module):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_lora import (
+    LoRAConfig,
     LoRAError,
     adapter_state_dict,
     disable_adapter,
@@ -321,6 +322,14 @@ def test_merged_weights_are_not_loaded_under_an_adapter_which_would_be_added_twi
     (plain := Zoo()).load_state_dict(weights)
     assert torch.equal(plain.eval()(tokens()), (model if is_merged(model) else merged_copy(model))(tokens()))
     model.load_state_dict(named_values(model, "base"))  # a base is no sum, whether it came from a merged model or not
+
+
+def test_merged_weights_are_the_base_of_an_adapter_that_is_not_trained_yet():
+    weights, fresh = merged_state_dict(adapted(1, "unmerged")), Zoo().eval()
+    inject(fresh, LoRAConfig(r=2))
+    (plain := Zoo().eval()).load_state_dict(weights)
+    fresh.load_state_dict(weights)
+    assert torch.equal(fresh(tokens()), plain(tokens()))
 
 
 def merged_copy(model: Zoo) -> Zoo:
