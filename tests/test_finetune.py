@@ -36,7 +36,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     # Where the tests run in the background, Ctrl-C is ignored, which a new process would inherit.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with (folder / "printed").open("w") as printed, (folder / "said").open("w") as said:  # a full pipe would halt it
+        with (folder / "printed").open("w") as printed, (folder / "said").open("w") as said:  # a full pipe halts it
             return subprocess.Popen(command, cwd=folder, env=QUIET, text=True, stdout=printed, stderr=said)
     finally:
         signal.signal(signal.SIGINT, ours)
