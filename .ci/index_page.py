@@ -16,6 +16,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)\s]+)")
 PICTURE = re.compile(r'(!\[[^\]]*\]\(|src=")(?!https?:)([^)"\s]+)')
 INSTALL = re.compile(r'\bpip install (?:\.(?= |$)|"\.(?=\[))', re.MULTILINE)
+NOT_YET = " No package index has it yet; commands run in a checkout."
 ON_GITHUB = "../../"  # beside the files of a branch
 
 
@@ -51,6 +52,7 @@ def for_index(text: str, address: str, tag: str) -> str:
             return f"{before}{address}/{path.removeprefix(ON_GITHUB)}"
         return f"{before}{address}/{view}/{tag}/{path}"
 
+    text = text.replace(NOT_YET, "")
     text = PICTURE.sub(lambda match: whole(match, "raw"), text)
     text = LINK.sub(lambda match: whole(match, "blob"), text)
     return INSTALL.sub(lambda match: match[0].replace(".", "lightning-lora"), text)

@@ -126,7 +126,7 @@ if __name__ == "__main__":
         callbacks=[lora, LoRAMonitor(every_n_steps=10), checkpoint, EarlyStopping("val_loss", patience=3)],
         log_every_n_steps=10,
     )
-    trainer.fit(model, data, ckpt_path="last")
+    trainer.fit(model, data, ckpt_path="last")  # at the first run Lightning warns that there is none
 
     # Test the best epoch, not the last one
     (tested,) = trainer.test(model, data, ckpt_path="best")

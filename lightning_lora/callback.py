@@ -256,8 +256,8 @@ class LoRACallback(Callback):
         self._state(pl_module).lists(pl_module).record_trainable(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Let dropout follow each layer's own mode again; after the first batch, warn of what it did not train."""
-        self._state(pl_module).end_batch(pl_module)
+        """Let dropout follow each layer's own mode; after an optimizer's first step, warn of what it did not train."""
+        self._state(pl_module).end_batch(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any

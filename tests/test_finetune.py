@@ -33,8 +33,13 @@ QUIET = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 def start(folder: Path) -> subprocess.Popen[str]:
     """Start the example as its user does, with bars and loggers on. What it prints goes into two files."""
     command = [sys.executable, "examples/finetune.py"]
-    with (folder / "printed").open("w") as printed, (folder / "said").open("w") as said:  # a full pipe would halt it
-        return subprocess.Popen(command, cwd=folder, env=QUIET, text=True, stdout=printed, stderr=said)
+    # Where the tests run in the background, Ctrl-C is ignored, which a new process would inherit.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with (folder / "printed").open("w") as printed, (folder / "said").open("w") as said:  # a full pipe halts it
+            return subprocess.Popen(command, cwd=folder, env=QUIET, text=True, stdout=printed, stderr=said)
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 def break_off(folder: Path, checkpoint: Path, epoch: int, with_signal: int) -> int:

@@ -220,8 +220,9 @@ class EarlyOptimizer(Net):
 def a_fit_whose_optimizer_was_built_too_early(path: Path) -> None:
     """LoRACallback: no optimizer holds the adapter parameter 'body.0.lora_A' (6 of 6 are in none), so it would never be
     trained. Build the optimizer in configure_optimizers from self.parameters() at that time, not from parameters
-    collected in __init__. If it is meant for some layers only, adapt those alone: leave the others out with
-    exclude_modules=['body.0', 'body.3', 'head'], or name those in target_modules.
+    collected in __init__. Where a library builds it earlier, call inject on the network before that. If it is meant for
+    some layers only, adapt those alone: leave the others out with exclude_modules=['body.0', 'body.3', 'head'], or name
+    those in target_modules.
     """
     make_trainer(path, lora()).fit(EarlyOptimizer(), Data())
 
@@ -392,6 +393,5 @@ def test_an_optimizer_built_before_inject_is_named_at_the_first_merge():
         merge(model)
     assert show(caught[0].message) == (
         "lightning_lora: gradients reach the adapters, but none of them has changed. An optimizer that was built "
-        "before inject does not hold them: build it afterwards, from model.parameters(). Before the first step of an "
-        "optimizer this is no error."
+        "before inject does not hold them: build it afterwards, from model.parameters()."
     )

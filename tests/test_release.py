@@ -179,6 +179,7 @@ def test_index_page_of_a_release_has_addresses_of_its_tag_and_its_own_way_to_ins
     assert "\npip install lightning-lora transformers\n" in text
     assert '`pip install "lightning-lora[cli]"`' in text
     assert '\npip install -e ".[test]" && pytest\n' in text  # in a checkout
+    assert "package index" not in text
     at = "https://github.com/somebody/name"
     assert f"]({at}/blob/v1.2.0/lightning_lora/nn/variants.md#magnitudes)" in text
     assert f'src="{at}/raw/v1.2.0/tests/benchmarks/results.png"' in text

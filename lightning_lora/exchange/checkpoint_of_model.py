@@ -20,7 +20,7 @@ from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names,
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.live_state import LiveState, open_state, original_value, original_values
-from ..model.state_dict import merge_state_dict
+from ..model.state_dict import mark_merged, merge_state_dict
 from ..names import META, canonical, names_factor, split_factor_name
 from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import adapted_layers
@@ -75,6 +75,8 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         checkpoint["state_dict"] = tensors if sharded else in_one_storage(tensors)
     if kind != "adapter":
         checkpoint["state_dict"] = {own_names[name]: value for name, value in checkpoint["state_dict"].items()}
+    if kind == "merged":
+        checkpoint["state_dict"] = mark_merged(checkpoint["state_dict"])
     checkpoint[META] = meta
 
 
@@ -86,9 +88,10 @@ def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind) -> N
     moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name], AVERAGED)]
     if moved:
         warnings.warn(
-            f"lightning_lora: checkpoint: {moved[0]!r} is frozen and has changed since fit start all the same "
+            f"lightning_lora: checkpoint: {moved[0]!r} is frozen and has changed since the first fit began "
             f"({len(moved)} such weights), as those of a momentum encoder do. Whoever resumes or loads a checkpoint "
-            f'saved with save={kind!r} gets it as it was at fit start; save="full" keeps it.',
+            f'saved with save={kind!r} gets it as it was then; save="full" keeps it. A new base comes '
+            "by load_state_dict, or by inject on a new model.",
             stacklevel=2,
         )
 

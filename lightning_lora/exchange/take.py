@@ -35,10 +35,13 @@ from ..model.pretrained import base_name, pretrained_models, tied_to_input
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.wrappers import prefix_inside
 from ..names import canonical, is_lightning_module
+from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import adapted_places
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import CONV1D
 from ..nn.quantised import dequantize, how_quantised
+
+TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def adapter_of_model(live: LiveState, verb: str) -> Adapter:
@@ -174,7 +177,7 @@ def fingerprint_of(live: LiveState) -> dict[str, Any]:
     """Return the entry of each frozen base parameter, as plain types. Collective where the model is sharded.
 
     The entry of a quantised parameter holds dequantised values, and says how it is quantised. Values in rows that the
-    adapter replaces are NaN: another base may have other values there.
+    adapter replaces are NaN: another base may have other values there. So are values that a forward changes.
     """
     trained = set(live.keys)
     present = [
@@ -189,7 +192,21 @@ def fingerprint_of(live: LiveState) -> dict[str, Any]:
         if how[name]:
             value = dequantize(owner, name.rpartition(".")[2])
             entries[name] = {**fingerprint_entry(value), "quantised": how[name]}
-    return without_rows({name: entries[name] for name in how}, replaced_rows(live.handle))
+    return without_rows({name: entries[name] for name in how}, _rows_without_values(live))
+
+
+def _rows_without_values(live: LiveState) -> Tables:
+    """Return the rows that tell no base from another, by table.
+
+    The adapter replaces them, or each forward renormalises them in place: an embedding with max_norm that is not
+    adapted.
+    """
+    renormalised = {
+        name.rpartition(".")[0]: range(owner.num_embeddings)
+        for name, _, owner in live.entries
+        if isinstance(owner, TABLES) and owner.max_norm is not None and not isinstance(owner, AdaptedModule)
+    }
+    return {**renormalised, **replaced_rows(live.handle)}
 
 
 def replaced_rows(handle: AdaptedModel) -> Tables:
@@ -220,7 +237,7 @@ def check_fingerprint(
     """
     if not expected:
         return {}
-    known, tables = live.handle.record.fingerprint, replaced_rows(live.handle)
+    known, tables = live.handle.record.fingerprint, _rows_without_values(live)
     unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen").items())
     same_names = expected.keys() <= known.keys()  # fewer where weights were unfrozen since fit start
     trained_here = same_names and all(entries_match(known[name], expected[name], 0) for name in expected)

@@ -1,27 +1,32 @@
 """Warn of adapters that training does not reach: layers without a gradient, and an optimizer without the adapters.
 
-A hook on each B notes its first gradient and then removes itself. The notes are looked at once: after the first
-training batch in a Trainer, or before it loads a checkpoint, as a finder of Lightning's does after its trials; and at
-the first merge or save after a gradient in a plain loop.
+A hook on each B notes its first gradient and then removes itself, and optimizers' steps are noted. The notes are looked
+at once a layer: in a Trainer after the first batch in which the layer's optimizer steps, or before it loads a
+checkpoint, as a finder of Lightning's does after its trials; and at the first merge or save after a gradient in a plain
+loop.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.gradient_checkpointing import REENTRANT, REENTRANT_REMEDY
 from .adapted_model import Listing
+from .optimizer_steps import note_steps, stop_noting
 
 SHOWN = 5  # names in a warning
+TOGGLED = "_param_requires_grad_state"  # attribute in which LightningModule.toggle_optimizer keeps requires_grad
 
 
 def note_gradient(layer: AdaptedWeights) -> None:
-    """Let a layer note when the first gradient arrives at B, its last factor."""
+    """Let a layer note when the first gradient arrives at B, its last factor. Optimizers' steps are noted too."""
     state = layer.lora
+    note_steps(state.injection)
 
     def note(parameter: torch.Tensor) -> None:
         state.gradient_arrived = True
@@ -30,33 +35,64 @@ def note_gradient(layer: AdaptedWeights) -> None:
     hook = layer.factors()[-1].register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
 
 
-def warn_of_untrained(listing: Listing, *, optimized: bool = False, stacklevel: int = 4) -> None:
-    """Warn once a model, after training has begun, of adapters that training does not reach.
+def warn_of_untrained(listing: Listing, *, held: Sequence[Collection[int]] | None = None, stacklevel: int = 4) -> None:
+    """Warn once a layer, after training has begun, of adapters that training does not reach.
 
     Args:
         listing: of any module that holds adapted layers.
-        optimized: an optimizer is known to hold the adapters.
+        held: for each optimizer of a Trainer, the ids of the parameters that it trains. A layer whose optimizer has not
+            stepped yet is not looked at. None in a plain loop, whose optimizers are not known.
         stacklevel: of the warning, so that it shows the user's line.
     """
-    layers = {name: layer for name, layer in listing.layers.items() if not layer.lora.injection.training_checked}
+    layers = {name: layer for name, layer in listing.layers.items() if not layer.lora.training_checked}
     layers = {name: layer for name, layer in layers.items() if layer.factors()[-1].requires_grad}
+    steps = {id(record): record.steps for record in (layer.lora.injection for layer in layers.values())}.values()
+    stepped, in_all = set().union(*(each.on_gradients for each in steps)), set().union(*(each.all for each in steps))
     reached = {each for each in layers.values() if each.lora.gradient_arrived or each.factors()[-1].grad is not None}
-    if not layers or not (reached or (optimized and _has_gradients(listing.modules))):
+    if held is not None:
+        layers = _of_stepped(layers, held, stepped)
+    elif not reached and not _holds_factor(stepped, layers):
         return
-    for layer in layers.values():
-        layer.lora.injection.training_checked = True
     unchanged = {name: layer for name, layer in layers.items() if layer.is_initial()}
     unreached = [name for name, layer in unchanged.items() if layer not in reached]
+    all_have_gradients = not unreached and len(unchanged) == len(layers)
+    optimized = held is not None or not all_have_gradients or _holds_factor(in_all, layers)
+    if not optimized and not _holds_base(in_all, listing):
+        return  # before the first step of an optimizer
+    _mark_checked(layers, listing)
     if unreached:
         in_segments = [name for name in unreached if layers[name].lora.in_segment]
         _warn_of_unreached(unreached, in_segments, len(layers), stacklevel)
-    elif not optimized and len(unchanged) == len(layers):
+    elif not optimized:
         _warn_of_optimizer(stacklevel)
 
 
-def _has_gradients(modules: NamedModules) -> bool:
-    own = (parameter for _, module in modules for parameter in module._parameters.values() if parameter is not None)
-    return any(parameter.requires_grad and parameter.grad is not None for parameter in own)
+def _of_stepped(
+    layers: Mapping[str, AdaptedWeights], held: Sequence[Collection[int]], stepped: set[int]
+) -> dict[str, AdaptedWeights]:
+    """Return the layers that the optimizers which have stepped train, and those that no optimizer trains."""
+    have_stepped = [not stepped.isdisjoint(parameters) for parameters in held]
+    if not any(have_stepped):
+        return {}
+    waiting = {each for of, has in zip(held, have_stepped, strict=True) if not has for each in of}
+    return {name: layer for name, layer in layers.items() if id(layer.factors()[-1]) not in waiting}
+
+
+def _holds_factor(stepped: set[int], layers: Mapping[str, AdaptedWeights]) -> bool:
+    return any(id(factor) in stepped for layer in layers.values() for factor in layer.factors())
+
+
+def _holds_base(stepped: set[int], listing: Listing) -> bool:
+    own = (parameter for _, module in listing.modules for parameter in module._parameters.values())
+    return any(id(parameter) in stepped for parameter in own)
+
+
+def _mark_checked(layers: Mapping[str, AdaptedWeights], listing: Listing) -> None:
+    for layer in layers.values():
+        layer.lora.training_checked = True
+    if layers and all(layer.lora.training_checked for layer in listing.layers.values()):
+        for layer in layers.values():
+            stop_noting(layer.lora.injection)
 
 
 def _warn_of_unreached(names: list[str], in_segments: list[str], among: int, stacklevel: int) -> None:
@@ -81,18 +117,20 @@ def _shown(names: list[str]) -> str:
 def _warn_of_optimizer(stacklevel: int) -> None:
     warnings.warn(
         "lightning_lora: gradients reach the adapters, but none of them has changed. An optimizer that was built "
-        "before inject does not hold them: build it afterwards, from model.parameters(). Before the first step of an "
-        "optimizer this is no error.",
+        "before inject does not hold them: build it afterwards, from model.parameters().",
         stacklevel=stacklevel,
     )
 
 
-def explain_missing_gradients(exception: BaseException, model: nn.Module) -> None:
+def explain_missing_gradients(
+    exception: BaseException, model: nn.Module, idle: Callable[[], Sequence[str]] = tuple
+) -> None:
     """Extend torch's error about a loss without gradients where adapters are its reason. In place.
 
     Args:
         exception: of a training step.
         model: that was trained.
+        idle: returns sentences on the Trainer's optimizers that hold frozen parameters alone.
     """
     if "does not require grad" not in str(exception):
         return
@@ -106,8 +144,16 @@ def explain_missing_gradients(exception: BaseException, model: nn.Module) -> Non
         )
     elif any(state.in_segment for state in states):
         exception.args = (f"{exception}. The adapters ran in {REENTRANT}. {REENTRANT_REMEDY}.",)
-    elif layers and not any(factor.requires_grad for layer in layers for factor in layer.factors()):
+    elif frozen_alone := idle():
+        exception.args = (f"{exception}. {' '.join(each[0].upper() + each[1:] for each in frozen_alone)}",)
+    elif layers and not any(_is_trainable(factor, model) for layer in layers for factor in layer.factors()):
         exception.args = (
             f"{exception}. The adapters are frozen: something set requires_grad=False after they were injected, as a "
             "freeze() in a hook does. Leave that call out; injection has frozen the base already.",
         )
+
+
+def _is_trainable(factor: nn.Parameter, model: nn.Module) -> bool:
+    """Return whether a factor is trained, now or when LightningModule.untoggle_optimizer gives its state back."""
+    toggled: Mapping[nn.Parameter, bool] = vars(model).get(TOGGLED) or {}
+    return bool(toggled.get(factor, factor.requires_grad))

@@ -62,6 +62,13 @@ class MergeCost(NamedTuple):
     rounding: float | None
 
 
+class Steps(NamedTuple):
+    """The ids of the parameters of optimizers that have stepped, see optimizer_steps."""
+
+    all: set[int]
+    on_gradients: set[int]  # of optimizers some of whose parameters had gradients
+
+
 @dataclass
 class Injection:
     """The record of one injection."""
@@ -79,7 +86,8 @@ class Injection:
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
     validated: bool = False  # finish_injection has checked that each entry of the options names something
     seed: str = ""  # the text that adapters are drawn from; "" means the state of the random stream
-    training_checked: bool = False  # adapters without gradients were looked for, after training had begun
+    steps: Steps = field(default_factory=lambda: Steps(set(), set()))  # of optimizers; empty in a copy
+    began_frozen: bool = False  # some adapters were frozen when the fit began
     checkpointing_off_reported: bool = False  # a message said that gradient checkpointing does nothing in eval mode
     quantised_reported: bool = False  # a message said that layers with quantised weights stay factored
     measures_rounding: bool = False  # every merge measures the cost of rounding to 16 bits, not only the first
@@ -96,11 +104,11 @@ class Injection:
     owners: dict[int, Owner] = field(default_factory=dict)  # of a BatchNorm's tensors by id; empty in a copy
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in vars(self).items() if name not in ("writer", "owners")}
+        kept = {name: value for name, value in vars(self).items() if name not in ("writer", "owners", "steps")}
         return kept | {"root": None, "measures_rounding": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, writer=Writer(), owners={})
+        vars(self).update(state, writer=Writer(), owners={}, steps=Steps(set(), set()))
 
     def begin(self, root: nn.Module) -> None:
         """Let a module hold the record as the injected module. In place.

@@ -86,14 +86,15 @@ def merge(model: nn.Module) -> None:
     merge_listed(Listing(unwrapped(model, "merge")))
 
 
-def merge_listed(listing: Listing) -> None:
-    """Do what merge does for a listed model. In place."""
+def merge_listed(listing: Listing, *, in_fit: bool = False) -> None:
+    """Do what merge does for a listed model. In place. `in_fit`: a Trainer's fit looks at untrained layers itself."""
     refuse_replaced_layers(listing, "merge")
     _require_layers(listing, "merge")
     with take_turn(listing.layers.values(), "merge"):
         pending = {name: each for name, each in listing.layers.items() if _is_pending(each)}
         if pending:
-            warn_of_untrained(listing, stacklevel=5)
+            if not in_fit:
+                warn_of_untrained(listing, stacklevel=5)
             with shards_in_place(listing, "merge", changes=True):
                 _merge_pending(listing, pending)
 

@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..distributed.sharding import full_tensor, holds_shards, is_sharded, meeting_device
+from ..distributed.sharding import full_tensor, holds_shards, is_sharded, local, meeting_device
 from ..metrics import LayerUse, MergeError
+from ..names import listed
 from ..nn.adapted_weights import AdaptedWeights, active_as, adapted_places
 from ..nn.lora_layer import LoRALayer
 from ..nn.readers import LoRAReader, read_layers
@@ -26,20 +27,36 @@ from .merging import restore_shards_
 Parameters = Mapping[nn.Module, Mapping[str, torch.Tensor]]
 
 
+OTHER_FORWARD = "Is the forward another than the one you adapted?"
+
+
 class Verification:
     """The result of watch: the error over all layers, which layers ran, and which adapters changed their output."""
 
-    def __init__(self, names: list[str], device: torch.device) -> None:
-        self.names = names
-        self.error, self.use = MergeError().to(device), LayerUse(len(names)).to(device)
+    def __init__(self, watched: Mapping[str, _Watched], device: torch.device) -> None:
+        self.names = list(watched)
+        self.error, self.use = MergeError().to(device), LayerUse(len(watched)).to(device)
+        self.no_effect: list[str] = []
+        self._at_start = {name for name, each in watched.items() if all(map(_is_at_start, each.layers))}
 
     def problems(self) -> str:
         """Return a sentence on layers that never ran and adapters without effect, or "". Collective (torchmetrics)."""
         ran, acted = self.use.compute().tolist()
         never_ran = [name for name, runs in zip(self.names, ran, strict=True) if not runs]
-        no_effect = [name for name, runs, acts in zip(self.names, ran, acted, strict=True) if runs and not acts]
-        problems = {"these adapted layers never ran": never_ran, "these adapters had no effect": no_effect}
+        self.no_effect = [name for name, runs, acts in zip(self.names, ran, acted, strict=True) if runs and not acts]
+        problems = {"these adapted layers never ran": never_ran, "these adapters had no effect": self.no_effect}
         return "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names)
+
+    def report(self) -> str:
+        """Return the problems with what explains them, or "". Collective (torchmetrics)."""
+        problems = self.problems()
+        at_start = [name for name in self.no_effect if name in self._at_start]
+        if not at_start:
+            return problems and f"{problems}. {OTHER_FORWARD}"
+        explained = problems.endswith(f": {', '.join(at_start)}") and ";" not in problems
+        which = "They have" if explained else f"{listed(at_start)} {'has' if len(at_start) == 1 else 'have'}"
+        text = f"{problems}. {which} the values that adapters begin with: nothing has trained or loaded them yet."
+        return text if explained else f"{text} {OTHER_FORWARD}"
 
 
 @dataclass
@@ -100,7 +117,7 @@ def watch(listing: Listing) -> Iterator[Verification]:
     """
     watched, sharded = _modules_to_watch(listing), any(holds_shards(module) for _, module in listing.modules)
     devices = [meeting_device(each.layers[0].factors()[0]) for each in watched.values()]
-    verification = Verification(list(watched), devices[-1] if devices else torch.device("cpu"))
+    verification = Verification(watched, devices[-1] if devices else torch.device("cpu"))
     handles = [
         module.register_forward_hook(_checker(each, sharded, verification.error), with_kwargs=True, prepend=True)
         for each in watched.values()
@@ -118,6 +135,12 @@ def watch(listing: Listing) -> Iterator[Verification]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_at_start(layer: AdaptedWeights) -> bool:
+    """Return whether an adapter has values of its start, which have no effect, as far as this rank's shards show."""
+    stored = {leaf: local(tensor) for leaf, tensor in layer.stored().items()}
+    return layer.lora.spec.variant.is_initial(stored, layer.place()) is True
 
 
 def _modules_to_watch(listing: Listing) -> dict[str, _Watched]:

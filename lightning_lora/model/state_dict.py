@@ -7,6 +7,7 @@ still refuses everything else.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -38,6 +39,8 @@ from .live_state import open_state, original_values
 from .named_state import state_of
 from .recorded_layers import refuse_replaced_layers
 
+# Key in the metadata of a state dict, which torch pickles with the dictionary and hands to load_state_dict's hooks.
+_MERGED = "lora_merged"
 # Entries beside tensors that a state dict of an injected model may hold: by key, the function that loads the entry.
 EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}
 
@@ -104,7 +107,7 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
     handle = open_model(model, "merged_state_dict")
     refuse_replaced_layers(handle, "merged_state_dict")
     warn_of_untrained(handle)
-    return without_flat(merge_state_dict(handle, _state_to_merge(handle), dtype))
+    return mark_merged(without_flat(merge_state_dict(handle, _state_to_merge(handle), dtype)))
 
 
 def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:
@@ -119,6 +122,13 @@ def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:
 def without_flat(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict in which flat tensors are gathered, because their slices alone tell nothing. Collective."""
     return {name: full_tensor(value) if is_flat(value) else value for name, value in state.items()}
+
+
+def mark_merged(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict of merged weights that says so: a model with an adapter refuses to load it."""
+    marked = OrderedDict(state)
+    marked._metadata = {"": {_MERGED: True}}  # type: ignore[attr-defined]
+    return marked
 
 
 def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -270,13 +280,20 @@ def _hooks(module: nn.Module) -> list[int]:
     return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _fill_in]
 
 
-def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+def _fill_in(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *args: Any
+) -> None:
     """Complete a state dict before it is loaded into the injected model or a part of it (a hook of torch).
 
     It acts in the module that load_state_dict was called on, and in the injected module.
+
+    Raises:
+        LoRAError: the state dict says that its weights are merged, and training has reached the adapter.
     """
     if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return
+    if metadata.get(_MERGED) and not all(layer.is_initial() for layer in adapted_layers(module).values()):
+        _refuse_merged(module)
     for key in EXTRA_ENTRIES.keys() & {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}:
         if ATTRIBUTE in vars(module):
             EXTRA_ENTRIES[key](module, state_dict.pop(prefix + key))
@@ -298,6 +315,16 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
     elif loaded >= changing and not loaded & (base - changing):
         absent = base - changing
     state_dict.update({prefix + name: unchanged_weight(state[name][1], state[name][0]) for name in absent})
+
+
+def _refuse_merged(module: nn.Module) -> NoReturn:
+    raise LoRAError(
+        'load_state_dict: the state dict holds merged weights, as save="merged" and merged_state_dict write them, and '
+        f"the {type(module).__name__} to load it into has an adapter, which would be added to them a second time. "
+        "Load the checkpoint with load_adapter(model, path), or its weights into a model without an adapter. Where a "
+        'library loads the best checkpoint when fit ends, pass merge_after_fit=True beside save="merged", or '
+        'save="full".'
+    )
 
 
 def _record_base(module: nn.Module, loaded: Mapping[str, tuple[nn.Module, Any]]) -> None:

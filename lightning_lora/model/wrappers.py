@@ -60,7 +60,7 @@ def unwrapped(model: nn.Module, verb: str) -> nn.Module:
     if ATTRIBUTE not in vars(network):
         _refuse_unknown_wrapper(network, verb)
     if verb not in READ_NO_VALUES:
-        _refuse_divided(network, verb)
+        _refuse_divided(model, network, verb)
     return network
 
 
@@ -106,15 +106,20 @@ def refuse_trained_copies(model: nn.Module, verb: str) -> None:
     Raises:
         LoRAError: DeepSpeed runs the model.
     """
-    runs = [wrapper._modules.get(FORWARD) for wrapper in _layers_of_wrapping(model)]
-    if any(derives_from(each, ENGINE, ("deepspeed",)) for each in runs if each is not None):
+    if _runs_in_engine(model):
         raise LoRAError(
             f"{verb}: DeepSpeed trains copies of the adapter, and would write them over what is loaded in its next "
             f"step. Call {verb} before fabric.setup."
         )
 
 
-def _refuse_divided(network: nn.Module, verb: str) -> None:
+def _runs_in_engine(model: nn.Module) -> bool:
+    """Return whether DeepSpeed runs a model in Fabric, where this package follows no engine."""
+    runs = [wrapper._modules.get(FORWARD) for wrapper in _layers_of_wrapping(model)]
+    return any(derives_from(each, ENGINE, ("deepspeed",)) for each in runs if each is not None)
+
+
+def _refuse_divided(model: nn.Module, network: nn.Module, verb: str) -> None:
     """Refuse a model whose adapter a strategy has divided, if the package was not told how.
 
     Such a strategy divides all parameters of a model. So the first parameter of an adapter tells it.
@@ -122,7 +127,7 @@ def _refuse_divided(network: nn.Module, verb: str) -> None:
     marks = [mark for mark, (package, _) in DIVIDED.items() if package in sys.modules]
     factor = next((p for name, p in network.named_parameters() if names_factor(name)), None) if marks else None
     for mark in marks:
-        if hasattr(factor, mark) and not is_spread(factor):
+        if hasattr(factor, mark) and (not is_spread(factor) or _runs_in_engine(model)):
             raise LoRAError(
                 f"{verb}: {DIVIDED[mark][1]} has divided the adapter, together with the weights, without LoRACallback. "
                 "Let a Trainer with LoRACallback use that strategy, or use fully_shard (FSDP2), in Fabric by "

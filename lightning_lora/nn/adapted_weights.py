@@ -83,6 +83,7 @@ class LayerState:
     rounding_reported: bool = False  # the cost of rounding W' was reported
     sharded: int = 0  # over how many dimensions of ranks the weight lay when it was last seen
     gradient_arrived: bool = False  # the last trained tensor has had a gradient since injection
+    training_checked: bool = False  # after training had begun it was looked at whether training reaches the layer
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
     shared: SharedTensors | None = None  # tensors that all layers of the model share; None for most variants
     placed: tuple[LayerSpec, Place] | None = None  # the last result of `place`, with its spec

@@ -16,13 +16,13 @@ from torch import nn
 from ..errors import LoRAError
 from ..exchange.checkpoint_of_model import convert_checkpoint, prepare_for_load
 from ..formats.lightning_checkpoint import Kind, check_kind
-from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
-from ..model.gradients import warn_of_untrained
+from ..model.adapted_model import AdaptedModel, find_model, open_model
 from ..model.patches import call_previous, patch
 from ..model.quantise import call_that_quantises
 from ..model.state_dict import EXTRA_ENTRIES
 from ..names import ENTRY, META, names_factor
 from .compatibility import launches
+from .untrained import warn_of_untrained_in
 
 # The key under which WeightAveraging keeps the weights that are not averaged. When it finds an average it loads them,
 # even for a test of the best checkpoint, although that checkpoint's metric was measured on the averaged weights.
@@ -91,11 +91,11 @@ def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
     if find_model(module) is not None:
-        warn_of_untrained(Listing(module), optimized=True)  # now, because loading hides what a finder has trained
+        trainer = getattr(module, "_trainer", None)
+        warn_of_untrained_in(trainer, module)  # now, because loading hides what a finder has trained
         if "state_dict" in checkpoint:  # without it, the strategy has loaded and checked it already
             refuse_foreign_resume(module, checkpoint, checkpoint["state_dict"])
         prepare_for_load(module, checkpoint, call_for=call_that_quantises)
-        trainer = getattr(module, "_trainer", None)
         fitting = trainer is None or trainer.state.fn == "fit"
         if META in checkpoint and CURRENT in checkpoint and not fitting:
             checkpoint[CURRENT] = checkpoint["state_dict"]

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..model.adapted_model import Listing
+from ..model.adapted_model import AdaptedModel, Listing
 from ..model.injection import Injection
 from ..model.named_state import base_parameters_of
 from ..names import listed
@@ -39,7 +39,8 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
             raise LoRAError("LoRACallback: the Trainer has two LoRA callbacks for one model; keep one.")
         if _is_a(neighbour, "ModelPruning"):
             raise LoRAError(
-                "LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite."
+                "LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite. Leave one "
+                "of the two out; merge_and_unload(model) leaves a plain model behind, which can be pruned."
             )
         slicing = _slicing(trainer.strategy)
         if fitting and _is_a(neighbour, *AVERAGING) and slicing:
@@ -112,37 +113,44 @@ def warn_of_part(trainer: Any, name: str) -> None:
         )
 
 
-def warn_of_frozen(listing: Listing) -> None:
+def warn_of_frozen(handle: AdaptedModel) -> None:
     """Warn of adapter parameters that another callback has frozen."""
-    frozen = [name for name, factor in _factors(listing).items() if not factor.requires_grad]
+    frozen = [name for name, factor in _factors(handle).items() if not factor.requires_grad]
+    handle.record.began_frozen = bool(frozen)
     if frozen:
         warnings.warn(
             f"lightning_lora: {len(frozen)} adapter parameters are frozen ({', '.join(frozen[:3])}"
-            f"{', ...' if len(frozen) > 3 else ''}) and not trained until something unfreezes them; a callback that "
-            "freezes a backbone in setup comes before LoRACallback in the list.",
+            f"{', ...' if len(frozen) > 3 else ''}) and not trained until something unfreezes them. If nothing is "
+            "meant to, put the callback that freezes a backbone in setup before LoRACallback in the list.",
             stacklevel=2,
         )
 
 
-def warn_of_idle_optimizers(optimizers: Sequence[torch.optim.Optimizer], listing: Listing) -> None:
+def warn_of_idle_optimizers(trainer: Any, listing: Listing) -> None:
     """Warn of an optimizer that holds nothing but weights that injection froze, as that of a GAN's other network.
 
     Its backward would fail with a message of torch that names neither the optimizer nor the weights.
     """
-    base = base_parameters_of(listing.modules)
+    for sentence in describe_idle_optimizers(trainer, listing):
+        warnings.warn(f"lightning_lora: {sentence}", stacklevel=2)
+
+
+def describe_idle_optimizers(trainer: Any, listing: Listing) -> list[str]:
+    """Return a sentence on each optimizer that holds nothing but frozen weights of the base, with the remedy."""
+    base, found = base_parameters_of(listing.modules), []
     names = {id(each.parameter): each.name for each in base if not each.parameter.requires_grad}
-    for number, optimizer in enumerate(optimizers):
+    for number, optimizer in enumerate(trainer.optimizers):
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         frozen = [names[id(parameter)] for parameter in held if id(parameter) in names]
         modules = _modules_of(frozen, listing.layers)
         if modules and len(frozen) == len(held):
-            warnings.warn(
-                f"lightning_lora: optimizer {number} ({type(optimizer).__name__}) holds frozen parameters alone, first "
+            found.append(
+                f"optimizer {number} ({type(optimizer).__name__}) holds frozen parameters alone, first "
                 f"{frozen[0]!r} ({len(frozen)} in all), so it trains nothing. To train them whole beside the adapter, "
                 f"pass modules_to_save=[{', '.join(map(repr, modules))}]; to adapt their layers, name these in "
-                "target_modules, and build the optimizer in configure_optimizers from the parameters at that time.",
-                stacklevel=2,
+                "target_modules, and build the optimizer in configure_optimizers from the parameters at that time."
             )
+    return found
 
 
 def _modules_of(parameters: Sequence[str], adapted: Collection[str]) -> list[str]:
@@ -170,9 +178,9 @@ def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], listing: Lis
         raise LoRAError(
             f"LoRACallback: no optimizer holds the adapter parameter {missing[0]!r} ({len(missing)} of {len(factors)} "
             "are in none), so it would never be trained. Build the optimizer in configure_optimizers from "
-            "self.parameters() at that time, not from parameters collected in __init__. If it is meant for some layers "
-            f"only, adapt those alone: leave the others out with exclude_modules=[{shown}], or name those in "
-            "target_modules."
+            "self.parameters() at that time, not from parameters collected in __init__. Where a library builds it "
+            "earlier, call inject on the network before that. If it is meant for some layers only, adapt those alone: "
+            f"leave the others out with exclude_modules=[{shown}], or name those in target_modules."
         )
 
 

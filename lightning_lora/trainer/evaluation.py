@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import NonFiniteError, sentence
 from ..model.adapted_model import Listing
 from ..model.injection import Injection, MergeCost
-from ..model.merging import is_merged, merge, unmerge
+from ..model.merging import is_merged, merge, merge_listed, unmerge
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.self_check import Verification, watch
 from ..notices import tell
@@ -62,7 +62,7 @@ class Evaluation:
         """Merge, and tell whether that was possible. In a fit, a value that is not finite is a warning. In place."""
         self.merged = True  # first, because Ctrl-C is raised when merging is complete
         try:
-            _merge_noting_cost(module, record)
+            _merge_noting_cost(module, record, in_fit=trainer.state.fn == "fit")
         except NonFiniteError as error:
             if trainer.state.fn != "fit":
                 raise
@@ -83,9 +83,9 @@ class Evaluation:
             values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
             module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
         tell(f"LoRACallback: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
-        problems = verification.problems()
-        if problems:
-            rank_zero_warn(f"LoRACallback: {problems}. Is the forward another than the one you adapted?")
+        report = verification.report()
+        if report:
+            rank_zero_warn(f"LoRACallback: {sentence(report)}")
 
     def end_epoch(self, trainer: Any, module: nn.Module) -> None:
         """Unmerge what was merged here, and take "merged" out of the progress bar. In place."""
@@ -104,11 +104,11 @@ class Evaluation:
                 unmerge(module)
 
 
-def _merge_noting_cost(module: nn.Module, record: Injection | None) -> None:
+def _merge_noting_cost(module: nn.Module, record: Injection | None, *, in_fit: bool) -> None:
     """Merge, and keep in the record of the injection what the merge took, for LoRAMonitor. In place."""
     if record is None:
         merge(module)  # raises
         return
     began, record.rounding = time.perf_counter(), None
-    merge(module)
+    merge_listed(Listing(module), in_fit=in_fit)
     record.last_merge = MergeCost(time.perf_counter() - began, record.rounding)

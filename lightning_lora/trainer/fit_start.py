@@ -25,6 +25,7 @@ from .hyperparameters import LoggedOptions, as_hyperparameters
 from .options import Options
 from .precision import refuse_for_quantised, refuse_plain, refuse_unloadable
 from .start_batches import start_from_data
+from .untrained import begin_to_note
 
 
 def open_for_fit(module: Any) -> AdaptedModel:
@@ -42,9 +43,10 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     """
     refuse_replaced_layers(handle, "LoRACallback")
     snapshot_materialised(handle)
+    begin_to_note(handle)
     refuse_unoptimized(trainer.optimizers, handle)
     warn_of_frozen(handle)
-    warn_of_idle_optimizers(trainer.optimizers, handle)
+    warn_of_idle_optimizers(trainer, handle)
     warn_of_new_heads(handle.modules)
     warn_of_large_adapters(handle.layers)
     warn_of_passed_over(handle.record)

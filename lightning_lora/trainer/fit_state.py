@@ -7,15 +7,17 @@ from typing import Any
 from torch import nn
 
 from ..model.adapted_model import Listing
-from ..model.gradients import explain_missing_gradients, warn_of_untrained
+from ..model.gradients import explain_missing_gradients
 from ..model.merging import unmerge
 from ..model.patches import unpatch
 from .after_fit import is_merged_for_good
 from .bar_description import describe_as_merged
+from .compatibility import describe_idle_optimizers
 from .eval_mode import warn_of_checkpointing_off
 from .evaluation import Evaluation
 from .hyperparameters import LoggedOptions
 from .step_lists import StepLists
+from .untrained import warn_of_untrained_in
 
 
 class FitState:
@@ -57,13 +59,18 @@ class FitState:
         if not lists.trained_a_batch:
             warn_of_checkpointing_off(module)
 
-    def end_batch(self, module: Any) -> None:
-        """Let dropout follow each layer's mode again; warn of layers that the first batch did not train. In place."""
+    def end_batch(self, trainer: Any, module: Any) -> None:
+        """Let dropout follow each layer's mode again; warn of layers that an optimizer's first step did not train.
+
+        In place. Where no optimizer has stepped for the first time, nothing is looked at.
+        """
         lists = self.lists(module)
         lists.override_dropout(None)
-        if not lists.trained_a_batch:
-            lists.trained_a_batch = True
-            warn_of_untrained(Listing(module), optimized=True)
+        lists.trained_a_batch = True
+        stepped = len(lists.record.steps.on_gradients) if lists.record else 0
+        if stepped != lists.stepped:
+            lists.stepped = stepped
+            warn_of_untrained_in(trainer, module)
 
     def start_evaluation_batch(self, trainer: Any, module: Any, *, merged_eval: bool, verify: bool) -> None:
         """Merge and begin to verify at the first batch, unless a fit has merged the module for good. In place."""
@@ -97,6 +104,6 @@ class FitState:
 
     def break_off(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Leave a run that an exception or Ctrl-C has ended; explain it if merged weights caused it. In place."""
-        explain_missing_gradients(exception, module)
+        explain_missing_gradients(exception, module, lambda: describe_idle_optimizers(trainer, Listing(module)))
         self.leave(module)
         describe_as_merged(trainer, "")

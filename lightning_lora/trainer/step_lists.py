@@ -24,6 +24,7 @@ class StepLists:
         frozen: base parameters that were never trainable.
         frozen_in: the frozen parameters that an optimizer holds, by its id, with the sizes of its groups at that time.
         trained_a_batch: a training batch has ended since the lists were made.
+        stepped: how many parameters of optimizers that have stepped were known when untrained layers were looked for.
         kept_in_eval: layers with dropout that stay in eval mode while the model trains; None until they are listed.
     """
 
@@ -36,7 +37,7 @@ class StepLists:
         self.layers = list((handle or Listing(model)).layers.values())
         self.states = [layer.lora for layer in self.layers]
         self.kept_in_eval: list[AdaptedWeights] | None = None
-        self.trained_a_batch = False
+        self.trained_a_batch, self.stepped = False, -1
         self._list_frozen(handle)
 
     @property

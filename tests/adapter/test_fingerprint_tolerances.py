@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint
+from lightning_lora import LoRACallback, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.adapter.fingerprint import entries_match
 from lightning_lora.exchange.take import fingerprint
 from lightning_lora.model.adapted_model import open_model
 from support.models import checkpoint, source
 from support.runs import lora, trained
-from support.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.training import FEATURES, Data, Net, assert_same_tensors, make_trainer, weights
 
 COARSE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # the spacing of values from 1 to 2
 
@@ -248,3 +248,46 @@ def test_a_recorded_scaling_that_is_not_the_options_own_is_refused_however_near(
     else:
         with pytest.raises(LoRAError, match=r"'layer': the options say a scaling \(lora_alpha over r\) of"):
             load_adapter(Base(1.0), state)
+
+
+class Renormalises(Net):
+    """Each forward renormalises in place the rows that it reads of a frozen table."""
+
+    def build_body(self) -> None:
+        super().build_body()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.table = self.table_class(8, FEATURES, max_norm=0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + self.table(torch.arange(8)[:, None]).reshape(8, -1))
+
+    table_class: type[nn.Module] = nn.Embedding
+
+
+class RenormalisesBags(Renormalises):
+    table_class = nn.EmbeddingBag
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
+@pytest.mark.parametrize("cls", [Renormalises, RenormalisesBags])
+def test_a_table_that_forwards_renormalise_is_no_other_base_and_has_lost_nothing(tmp_path, cls, kind: str):
+    """The Trainer's own checkpoint comes back into the model that trained it, and onto a new base."""
+    model = cls()
+    trainer = make_trainer(tmp_path, LoRACallback(r=1, save=kind), max_epochs=1)
+    trainer.fit(model, Data())  # a warning would be an error
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    losses = [trainer.test(model, Data(), ckpt_path=path, verbose=False) for path in (None, tmp_path / "a.ckpt")]
+    assert losses[0] == losses[1]
+    trainer.test(load_from_checkpoint(cls, tmp_path / "a.ckpt"), Data(), verbose=False)
+    assert trainer.callback_metrics["test_loss"] == pytest.approx(losses[0][0]["test_loss"])
+    save_adapter(model, tmp_path / "folder")
+    load_adapter(cls(), tmp_path / "folder")
+
+
+def test_another_base_beside_a_table_that_forwards_renormalise_is_named(tmp_path):
+    model, other = Renormalises(), Renormalises(seed=2)
+    inject(model, lora().config)
+    save_adapter(model, tmp_path / "folder")
+    with pytest.raises(LoRAError, match=r"belongs to another base: values of 'body\.0\.weight'"):
+        load_adapter(other, tmp_path / "folder")

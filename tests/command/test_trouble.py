@@ -369,6 +369,7 @@ def test_command_without_its_extra_names_it_as_the_pages_do(capsys: Any, monkeyp
     assert main(["info", "adapter"]) == 1
     install = 'pip install "lightning-lora[cli]"'
     assert capsys.readouterr().err == f"lightning-lora: needs jsonargparse; {install}.\n"
-    pages = Path(__file__).parents[2] / "lightning_lora"
+    rooms = Path(__file__).parents[2] / "lightning_lora"
+    pages = [(rooms / page).read_text() for page in ("formats/serving.md", "command/README.md")]
     from_a_checkout = 'pip install ".[cli]"'  # the pages say it as the front page does
-    assert all(f"`{from_a_checkout}`" in (pages / page).read_text() for page in ("formats/serving.md", "command/README.md"))
+    assert all(f"`{from_a_checkout}`" in page for page in pages)

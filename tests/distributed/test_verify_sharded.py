@@ -181,7 +181,7 @@ def warned(path: Path) -> list[str]:
 def test_verify_names_adapters_without_effect(tmp_path):
     first, second = world().run(warned, tmp_path)
     (message,) = first
-    assert message.startswith("LoRACallback: these adapters had no effect: net.0, net.2, net.4. Is")
+    assert message.startswith("LoRACallback: these adapters had no effect: net.0, net.2, net.4. They have the values")
     assert second == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lightning_lora import (
     save_merged,
     unmerge,
 )
+from lightning_lora.model import optimizer_steps
 
 D = 6
 
@@ -175,6 +177,12 @@ class Silent:
         train(model, sgd(model))
 
     @staticmethod
+    def before_the_first_step(model: Net) -> None:
+        sgd(model)
+        for layer in (model.body, model.decoder, model.unused):
+            layer(torch.ones(D)).sum().backward()
+
+    @staticmethod
     def trained_before_injection(model: Net) -> None:
         model.body.weight.grad = torch.ones(D, D)
 
@@ -194,3 +202,75 @@ def test_the_hook_that_notes_a_gradient_is_gone_after_the_first():
     assert not factor._post_accumulate_grad_hooks
     assert model.body.lora.gradient_arrived
     assert not model.decoder.lora.gradient_arrived
+
+
+def accumulated(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    """Gradients of the first of several batches."""
+    model(torch.randn(2, D)).sum().backward()
+
+
+def warming_up(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    """One step at a learning rate of 0, after which there are no gradients."""
+    optimizer.param_groups[0]["lr"] = 0.0
+    accumulated(model, optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def skipping(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    """A step that a scaler leaves out."""
+    accumulated(model, optimizer)
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("begin", [accumulated, warming_up, skipping])
+@pytest.mark.parametrize("variant", ["lora", "dora", "vera", "loha"])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_right_loop_that_begins_slowly_warns_of_nothing(tmp_path, end: str, variant: str, begin: Any):
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+    inject(model, LoRAConfig(r=1, variant=variant))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    begin(model, optimizer)
+    ENDS[end](model, tmp_path / end)
+
+
+@pytest.mark.parametrize("begin", [accumulated, skipping])
+def test_an_optimizer_from_before_injection_is_named_after_its_first_step(begin: Any):
+    """A merge before that step neither warns nor ends the watch."""
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    inject(model, LoRAConfig(r=1))
+    begin(model, optimizer)
+    merge(model)
+    unmerge(model)
+    accumulated(model, optimizer)
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"none of them has changed\..* from model\.parameters\(\)\.$"):
+        merge(model)
+
+
+def test_adapters_that_are_all_cut_off_from_the_loss_are_named():
+    model = injected(modules_to_save=["unused"])
+    optimizer = sgd(model)
+    model.unused(model(torch.randn(3, D)).detach()).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="no gradient has reached the adapters of 2 of 2 layers"):
+        merge(model)
+
+
+def test_steps_are_noted_only_until_the_layers_were_looked_at_and_of_no_copy():
+    model = injected(exclude_modules=["decoder", "unused"])
+    record = model.body.lora.injection
+    train(model, sgd(model))
+    assert id(model.body.lora_B) in record.steps.on_gradients
+    assert not any(copy.deepcopy(model).body.lora.injection.steps)
+    merge(model)
+    assert id(record) not in optimizer_steps._awaited
+    unmerge(model)
+    gone = injected().body.lora.injection
+    assert id(gone) in optimizer_steps._awaited
+    key = id(gone)
+    del gone
+    gc.collect()
+    train(model, sgd(model))
+    assert key not in optimizer_steps._awaited

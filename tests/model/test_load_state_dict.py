@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -12,7 +13,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_lora import adapter_state_dict, disable_adapter, inject, is_merged, merge, unload, unmerge
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    disable_adapter,
+    inject,
+    is_merged,
+    merge,
+    merged_state_dict,
+    unload,
+    unmerge,
+)
 from lightning_lora.model.adapted_model import open_model
 from support.models import (
     ZOO_LAYERS,
@@ -288,3 +300,42 @@ def test_a_base_of_another_shape_changes_nothing_that_unload_brings_back():
     with pytest.raises(RuntimeError, match=r"size mismatch for head\.weight"):
         model.load_state_dict(base)
     assert torch.equal(open_model(model, "test").initial()["head.weight"], initial["head.weight"])
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    torch.save(state, stored := io.BytesIO())
+    stored.seek(0)
+    return torch.load(stored, weights_only=True)
+
+
+@pytest.mark.parametrize("carry", [lambda state: state, copy.deepcopy, through_a_file])
+@pytest.mark.parametrize("state", ["unmerged", "merged"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_merged_weights_are_not_loaded_under_an_adapter_which_would_be_added_twice(carry, state, strict):
+    model = adapted(1, state)
+    before, weights = state_bits(model), carry(merged_state_dict(model))
+
+    with pytest.raises(LoRAError, match=r"load_state_dict: the state dict holds merged weights.* a second time"):
+        model.load_state_dict(weights, strict=strict)
+
+    assert state_bits(model) == before
+    (plain := Zoo()).load_state_dict(weights)
+    assert torch.equal(plain.eval()(tokens()), (model if is_merged(model) else merged_copy(model))(tokens()))
+    model.load_state_dict(named_values(model, "base"))  # a base is no sum, whether it came from a merged model or not
+
+
+def test_merged_weights_are_the_base_of_an_adapter_that_is_not_trained_yet():
+    weights, fresh = merged_state_dict(adapted(1, "unmerged")), Zoo().eval()
+    inject(fresh, LoRAConfig(r=2))
+    (plain := Zoo().eval()).load_state_dict(weights)
+    fresh.load_state_dict(weights)
+    assert torch.equal(fresh(tokens()), plain(tokens()))
+
+
+def merged_copy(model: Zoo) -> Zoo:
+    merge(twin := copy.deepcopy(model))
+    return twin
+
+
+def named_values(model: Zoo, what: str) -> dict[str, Any]:
+    return {name: model.state_dict()[name] for name in named(model, what)}

@@ -8,7 +8,8 @@ import re
 import textwrap
 from typing import Any
 
-INSTALL = '%pip install -q "lightning-lora[examples]"'
+INSTALL = """%pip install -q "lightning-lora[examples]"
+# No package index has it yet: in a checkout, run pip install -e ".[examples]" before this"""
 COLAB = "https://colab.research.google.com"
 BADGE = re.compile(r"\[!\[Open in Colab\]\(\S+\)\]\(\S+/github/([\w.-]+/[\w.-]+)/blob/main/examples/finetune\.ipynb\)")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,11 +110,11 @@ def test_evaluation_after_the_fit_takes_the_model_as_it_is_and_leaves_it_so(tmp_
     assert_plain(model)
 
 
-def best_and_after(path: Path, save: str) -> tuple[Net, L.Trainer]:
+def best_and_after(path: Path, save: str, merge_after_fit: bool = True) -> tuple[Net, L.Trainer]:
     """A fit whose checkpoint is of the first epoch."""
     model = Net()
     saver = ModelCheckpoint(path, monitor="val_loss", mode="max")
-    trainer = make_trainer(path, lora_with_effect(merge_after_fit=True, save=save), saver, max_epochs=3)
+    trainer = make_trainer(path, lora_with_effect(merge_after_fit=merge_after_fit, save=save), saver, max_epochs=3)
     torch.manual_seed(0)
     trainer.fit(model, Data())
     assert saver.best_model_score is not None
@@ -256,3 +257,24 @@ def test_the_mark_of_a_merged_model_says_what_it_is(tmp_path):
     model = fit(tmp_path, lora_with_effect(merge_after_fit=True))
     assert vars(model)[MERGED_FOR_GOOD] is True
     assert vars(copy.deepcopy(model))[MERGED_FOR_GOOD] is True
+
+
+@pytest.mark.parametrize("save", ["adapter", "full", "merged"])
+@pytest.mark.parametrize("merge_after_fit", [True, False])
+def test_a_library_that_loads_the_best_state_dict_after_fit_gets_its_outputs_or_an_error(
+    tmp_path, save: str, merge_after_fit: bool
+):
+    model, trainer = best_and_after(tmp_path, save, merge_after_fit=merge_after_fit)
+    state = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
+    if save == "merged" and not merge_after_fit:
+        before = weights(model)
+        with pytest.raises(LoRAError, match=r'would be added to them a second time.* or save="full"'):
+            model.load_state_dict(state)
+        assert_same_tensors(weights(model), before)
+    elif save != "merged" and merge_after_fit:
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            model.load_state_dict(state)
+    else:
+        assert model.load_state_dict(state)
+        plain = Net.load_from_checkpoint if save == "merged" else partial(load_from_checkpoint, Net)
+        assert torch.equal(outputs(model), outputs(plain(trainer.checkpoint_callback.best_model_path)))

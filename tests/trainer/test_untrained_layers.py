@@ -5,6 +5,7 @@ named after the first batch where it cannot.
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import lightning as L
@@ -196,6 +197,47 @@ def test_an_error_of_training_frozen_adapters_names_the_freezing(tmp_path, varia
         make_trainer(tmp_path, LoRACallback(r=1, variant=variant)).fit(FreezesInAHook(), Data())
 
 
+class HalfAdapted(Adversarial):
+    """The critic's weights are frozen; the optimizers take turns, by toggling or not."""
+
+    toggles = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, loss in zip(self.optimizers(), (Net.training_step, Adversarial._critic_loss), strict=True):
+            if self.toggles:
+                self.toggle_optimizer(optimizer)
+            self.manual_backward(loss(self, batch, batch_idx))
+
+
+class HalfAdaptedWithoutToggling(HalfAdapted):
+    toggles = False
+
+
+@pytest.mark.filterwarnings("ignore:lightning_lora. optimizer 1")
+@pytest.mark.parametrize("cls", [HalfAdapted, HalfAdaptedWithoutToggling])
+def test_an_error_of_an_optimizer_of_frozen_weights_names_it_and_not_the_adapters(tmp_path, cls):
+    callback = LoRACallback(r=1, target_modules=["head", "body.0", "body.3"])
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
+        make_trainer(tmp_path, callback).fit(cls(), Data())
+    message = str(caught.value)
+    assert r". Optimizer 1 (SGD) holds frozen parameters alone, first 'critic.weight'" in message
+    assert "modules_to_save=['critic']" in message
+    assert "adapters are frozen" not in message
+
+
+def test_an_error_while_another_optimizer_is_toggled_does_not_say_frozen(tmp_path):
+    class CutOff(HalfAdapted):
+        def _critic_loss(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super()._critic_loss(batch, batch_idx).detach()
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.toggle_optimizer(self.optimizers()[1])
+            self.manual_backward(self._critic_loss(batch, batch_idx))
+
+    with pytest.raises(RuntimeError, match=r"does not require grad and does not have a grad_fn$"):
+        make_trainer(tmp_path, LoRACallback(r=1, modules_to_save=["critic"])).fit(CutOff(), Data())
+
+
 def test_another_error_stays_as_it_is(tmp_path):
     class Fails(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -203,3 +245,146 @@ def test_another_error_stays_as_it_is(tmp_path):
 
     with pytest.raises(RuntimeError, match=r"does not require grad and does not have a grad_fn$"):
         make_trainer(tmp_path, LoRACallback(r=2)).fit(Fails(), Data())
+
+
+class TakesTurns(Adversarial):
+    """The critic is trained in each batch, the rest in the last batch of an epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        turns = [(second, self._critic_loss), *([(first, super(Adversarial, self).training_step)] * (batch_idx == 2))]
+        for optimizer, loss in turns:
+            optimizer.zero_grad()
+            self.manual_backward(loss(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        critic = list(self.critic.parameters())  # VeRA's layers share tensors
+        rest = dict.fromkeys([*self.body.parameters(), *self.head.parameters()])
+        return torch.optim.SGD(rest, 0.1), torch.optim.SGD(critic, 0.1)
+
+
+class WarmsUp(Net):
+    """The learning rate is 0 in the first two steps."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), 0.01)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0, step - 1) / 4)
+        return [optimizer], [{"scheduler": rate, "interval": "step"}]
+
+
+class HesitatesAndWarmsUp(Hesitates, WarmsUp):
+    configure_optimizers = WarmsUp.configure_optimizers
+
+
+class SkipsSteps(Net):
+    """Drops the gradients of its first steps, as code that scales losses does where they overflow."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.global_step < 2:
+            self.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+@pytest.mark.parametrize("variant", ["lora", "dora", "vera", "loha"])
+@pytest.mark.parametrize("cls", [TakesTurns, WarmsUp, HesitatesAndWarmsUp, SkipsSteps])
+def test_a_right_fit_that_begins_slowly_warns_of_nothing(tmp_path, cls, variant: str):
+    """Merged at each batch, with adapters that begin without an effect."""
+    for options in ({"val_check_interval": 1}, {"val_check_interval": 1, "accumulate_grad_batches": 2}):
+        if cls is TakesTurns and "accumulate_grad_batches" in options:
+            continue  # which manual optimization does itself
+        callback = LoRACallback(r=1, variant=variant)
+        make_trainer(tmp_path, callback, num_sanity_val_steps=1, **options).fit(cls(), Data())
+
+
+def test_layers_are_named_after_the_first_step_of_their_own_optimizer(tmp_path):
+    class TakesTurnsReading(TakesTurns):
+        def build_head(self) -> None:
+            super().build_head()
+            self.decoder = nn.Linear(FEATURES, FEATURES)
+
+        def configure_optimizers(self) -> Any:
+            first, second = super().configure_optimizers()
+            first.add_param_group({"params": list(self.decoder.parameters())})
+            return first, second
+
+    batches: list[int] = []
+    model = TakesTurnsReading()
+    showing = pytest.warns(UserWarning, match="no gradient has reached the adapters of 1 of 4 layers: 'decoder'")
+
+    class Counts(L.Callback):  # after LoRACallback
+        def on_train_batch_end(self, *args: Any) -> None:
+            batches.append(sum(layer.lora.training_checked for layer in lora_layers(model)))
+
+    with showing:
+        make_trainer(tmp_path, LoRACallback(r=1), Counts(), val_check_interval=1).fit(model, Data())
+    assert batches == [1, 1, 5]
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "lora")]
+
+
+class TrainsItsHeadAlone(Net):
+    """Adapters are cut off from the loss, and no gradient is left at the end of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(F.cross_entropy(self.head(self.body(batch[0]).detach()), batch[1]))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class HesitatesAndReads(ReadFromOutside):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (TrainsItsHeadAlone, {"modules_to_save": ["head"]}, "of 2 of 2 layers: 'body.0', 'body.3'"),
+        (HesitatesAndReads, {}, "of 1 of 4 layers: 'decoder'"),
+    ],
+)
+def test_layers_that_the_first_step_shows_to_be_untrained_are_named(tmp_path, cls, options, message: str):
+    callback = LoRACallback(r=1, merged_eval=False, **options)
+    with pytest.warns(UserWarning, match=f"no gradient has reached the adapters {message}"):
+        make_trainer(tmp_path, callback).fit(cls(), Data())
+
+
+class UnfreezesLate(Net):
+    """The body is frozen for an epoch, its adapters too. The optimizer holds them or does not."""
+
+    holds_all = False
+
+    def configure_optimizers(self) -> Any:
+        self.body.requires_grad_(False)
+        factors = [p for p in self.parameters() if self.holds_all or p.requires_grad]
+        return torch.optim.AdamW(factors, 0.01)
+
+    def on_train_epoch_start(self) -> None:
+        for name, parameter in self.body.named_parameters():
+            parameter.requires_grad_("lora" in name and self.current_epoch == 1)
+
+
+class UnfreezesLateAndHolds(UnfreezesLate):
+    holds_all = True
+
+
+@pytest.mark.filterwarnings("ignore:lightning_lora. 4 adapter parameters are frozen")
+@pytest.mark.parametrize("cls", [UnfreezesLate, UnfreezesLateAndHolds])
+def test_adapters_that_are_unfrozen_without_an_optimizer_are_named_once(tmp_path, cls):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, LoRACallback(r=1), max_epochs=3).fit(cls(), Data())
+    found = [str(each.message) for each in caught if "no optimizer holds them" in str(each.message)]
+    assert len(found) == (cls is UnfreezesLate)
+    if found:
+        assert "the adapters of 2 layers were frozen" in found[0]
+        assert "'body.0', 'body.3'. Build the optimizer" in found[0]

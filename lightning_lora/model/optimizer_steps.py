@@ -1,0 +1,49 @@
+"""Note which parameters torch's optimizers have stepped on, until it is known whether training reaches the adapters.
+
+An optimizer that was built before inject holds the base's parameters and no adapter. One that has not stepped yet has
+trained nothing, which is no fault.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .injection import Injection
+
+_awaited: dict[int, weakref.ref[Injection]] = {}  # the records that are noted for, by id
+_hooks: list[Any] = []  # of torch, for all optimizers; none before the first injection
+
+
+def note_steps(record: Injection) -> None:
+    """Note in the record of an injection, from now on, the parameters of each optimizer that steps."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_post_hook(_note))
+    _awaited[id(record)] = weakref.ref(record)
+
+
+def stop_noting(record: Injection) -> None:
+    """Note no more steps for the record of an injection."""
+    _awaited.pop(id(record), None)
+
+
+def _note(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for key, reference in list(_awaited.items()):
+        record = reference()
+        if record is None:
+            _awaited.pop(key, None)
+        else:
+            _note_for(record, optimizer)
+
+
+def _note_for(record: Injection, optimizer: Any) -> None:
+    """Note an optimizer's parameters, if that was not done since its last group was added."""
+    groups = [group["params"] for group in optimizer.param_groups if group["params"]]
+    if not groups or id(groups[-1][-1]) in record.steps.on_gradients:
+        return
+    parameters = [parameter for group in groups for parameter in group]
+    record.steps.all.update(map(id, parameters))
+    if any(parameter.grad is not None for parameter in parameters):
+        record.steps.on_gradients.update(map(id, parameters))
