@@ -159,10 +159,7 @@ def warn_of_rounding(present: Mapping[str, Any], expected: Mapping[str, Any]) ->
 
 
 def entries_match(before: Mapping[str, Any], now: Mapping[str, Any], relative: float) -> bool:
-    """Tell whether two entries have equal shapes, and values equal up to the rounding of the coarser dtype.
-
-    A value that is NaN in `before` may have become anything.
-    """
+    """Tell whether two entries have equal shapes, and values equal up to the rounding of the coarser dtype."""
     if list(before["shape"]) != list(now["shape"]) or len(before["values"]) != len(now["values"]):
         return False
     if before["dtype"] == now["dtype"] and before["values"] == now["values"]:
@@ -175,7 +172,7 @@ def entries_match(before: Mapping[str, Any], now: Mapping[str, Any], relative: f
         relative = max([relative, *(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)])
         absolute = 1e-7  # float16 holds smaller numbers with fewer digits
     return all(
-        a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or math.isnan(a)
+        a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or (math.isnan(a) and math.isnan(b))
         for a, b in zip(before["values"], now["values"], strict=True)
     )
 
@@ -197,7 +194,7 @@ def _quantised_words(quantised: str) -> str:
 
 
 def _equal(before: Iterable[float], now: Iterable[float]) -> bool:
-    return all(a == b or math.isnan(a) for a, b in zip(before, now, strict=True))
+    return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(before, now, strict=True))
 
 
 def _head_hint(differing: Iterable[str], expected: Mapping[str, Any]) -> str:

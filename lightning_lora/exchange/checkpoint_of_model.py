@@ -29,7 +29,7 @@ from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
 from .quantised_base import CallFor, remedy_for_trainer
-from .take import check_fingerprint, describe
+from .take import check_fingerprint, describe, rows_without_values
 
 REMEDY_IN_TRAINER = (
     "Give the Trainer the model with the base that the adapter was trained on, as trainer.fit("
@@ -62,7 +62,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         frozen = {name for name, tensor in live.tensors.items() if tensor is not None} - trained
         frozen |= quantisation_entries(state, quantised_weights(handle.places))
         if not sharded:
-            _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind)
+            _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind, live)
         meta = _describe(kind, adapter)
         meta["copies"] = _strip_copies(live, checkpoint, frozen, adapter)
     if kind == "merged":
@@ -80,11 +80,11 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     checkpoint[META] = meta
 
 
-def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind) -> None:
+def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind, live: LiveState) -> None:
     """Warn of frozen weights that something has changed since fit start: a checkpoint without them loses the change."""
     entries = adapter.fingerprint.items()
     at_fit_start = {name: entry for name, entry in entries if name in frozen and not entry.get("quantised")}
-    now = without_rows(fingerprint_entries((name, frozen[name]) for name in at_fit_start), adapter.tables)
+    now = without_rows(fingerprint_entries((name, frozen[name]) for name in at_fit_start), rows_without_values(live))
     moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name], AVERAGED)]
     if moved:
         warnings.warn(
@@ -160,6 +160,7 @@ def _strip_copies(
         The keys that lead to each copy.
     """
     copies: list[list[Any]] = []
+    unknown = rows_without_values(live)
     parameters = {name for name, tensor in live.tensors.items() if isinstance(tensor, nn.Parameter)}
     # A copy holds quantised weights packed, and the fingerprint their values.
     known = adapter.fingerprint.items()
@@ -169,7 +170,7 @@ def _strip_copies(
         named = by_canonical_names(mapping)
         if not parameters <= named.keys() or not all(isinstance(named[name], torch.Tensor) for name in entries):
             return None
-        found = without_rows(fingerprint_entries((name, named[name]) for name in entries), adapter.tables)
+        found = without_rows(fingerprint_entries((name, named[name]) for name in entries), unknown)
         if not all(entries_match(entry, found[name], AVERAGED) for name, entry in entries.items()):
             return None  # no copy: its values are neither the base's nor an average of them
         copies.append(list(path))

@@ -192,10 +192,10 @@ def fingerprint_of(live: LiveState) -> dict[str, Any]:
         if how[name]:
             value = dequantize(owner, name.rpartition(".")[2])
             entries[name] = {**fingerprint_entry(value), "quantised": how[name]}
-    return without_rows({name: entries[name] for name in how}, _rows_without_values(live))
+    return without_rows({name: entries[name] for name in how}, rows_without_values(live))
 
 
-def _rows_without_values(live: LiveState) -> Tables:
+def rows_without_values(live: LiveState) -> Tables:
     """Return the rows that tell no base from another, by table.
 
     The adapter replaces them, or each forward renormalises them in place: an embedding with max_norm that is not
@@ -237,7 +237,7 @@ def check_fingerprint(
     """
     if not expected:
         return {}
-    known, tables = live.handle.record.fingerprint, _rows_without_values(live)
+    known, tables = live.handle.record.fingerprint, rows_without_values(live)
     unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen").items())
     same_names = expected.keys() <= known.keys()  # fewer where weights were unfrozen since fit start
     trained_here = same_names and all(entries_match(known[name], expected[name], 0) for name in expected)

@@ -35,13 +35,20 @@ def note_gradient(layer: AdaptedWeights) -> None:
     hook = layer.factors()[-1].register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
 
 
-def warn_of_untrained(listing: Listing, *, held: Sequence[Collection[int]] | None = None, stacklevel: int = 4) -> None:
+def warn_of_untrained(
+    listing: Listing,
+    *,
+    held: Sequence[Collection[int]] | None = None,
+    held_alone: bool = False,
+    stacklevel: int = 4,
+) -> None:
     """Warn once a layer, after training has begun, of adapters that training does not reach.
 
     Args:
         listing: of any module that holds adapted layers.
         held: for each optimizer of a Trainer, the ids of the parameters that it trains. A layer whose optimizer has not
             stepped yet is not looked at. None in a plain loop, whose optimizers are not known.
+        held_alone: a layer that none of these optimizers trains is not looked at either.
         stacklevel: of the warning, so that it shows the user's line.
     """
     layers = {name: layer for name, layer in listing.layers.items() if not layer.lora.training_checked}
@@ -50,7 +57,7 @@ def warn_of_untrained(listing: Listing, *, held: Sequence[Collection[int]] | Non
     stepped, in_all = set().union(*(each.on_gradients for each in steps)), set().union(*(each.all for each in steps))
     reached = {each for each in layers.values() if each.lora.gradient_arrived or each.factors()[-1].grad is not None}
     if held is not None:
-        layers = _of_stepped(layers, held, stepped)
+        layers = _of_stepped(layers, held, stepped, held_alone)
     elif not reached and not _holds_factor(stepped, layers):
         return
     unchanged = {name: layer for name, layer in layers.items() if layer.is_initial()}
@@ -68,14 +75,16 @@ def warn_of_untrained(listing: Listing, *, held: Sequence[Collection[int]] | Non
 
 
 def _of_stepped(
-    layers: Mapping[str, AdaptedWeights], held: Sequence[Collection[int]], stepped: set[int]
+    layers: Mapping[str, AdaptedWeights], held: Sequence[Collection[int]], stepped: set[int], held_alone: bool
 ) -> dict[str, AdaptedWeights]:
-    """Return the layers that the optimizers which have stepped train, and those that no optimizer trains."""
+    """Return the layers that the optimizers which have stepped train, and unless held_alone those that none trains."""
     have_stepped = [not stepped.isdisjoint(parameters) for parameters in held]
     if not any(have_stepped):
         return {}
     waiting = {each for of, has in zip(held, have_stepped, strict=True) if not has for each in of}
-    return {name: layer for name, layer in layers.items() if id(layer.factors()[-1]) not in waiting}
+    last = {name: id(layer.factors()[-1]) for name, layer in layers.items()}
+    looked_at = {each for of in held for each in of} if held_alone else set(last.values())
+    return {name: layer for name, layer in layers.items() if last[name] in looked_at - waiting}
 
 
 def _holds_factor(stepped: set[int], layers: Mapping[str, AdaptedWeights]) -> bool:

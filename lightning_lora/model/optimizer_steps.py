@@ -39,7 +39,12 @@ def _note(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 
 def _note_for(record: Injection, optimizer: Any) -> None:
-    """Note an optimizer's parameters, if that was not done since its last group was added."""
+    """Note an optimizer's parameters, if that was not done since its last group was added.
+
+    A step whose learning rate is zero trains nothing. torch makes one where it loads an optimizer's sharded state.
+    """
+    if all(group.get("lr") == 0 for group in optimizer.param_groups):
+        return
     groups = [group["params"] for group in optimizer.param_groups if group["params"]]
     if not groups or id(groups[-1][-1]) in record.steps.on_gradients:
         return

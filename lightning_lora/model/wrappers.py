@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+import torch.distributed as dist
 from torch import nn
 
 from ..arguments import require_module
@@ -124,6 +125,8 @@ def _refuse_divided(model: nn.Module, network: nn.Module, verb: str) -> None:
 
     Such a strategy divides all parameters of a model. So the first parameter of an adapter tells it.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
     marks = [mark for mark, (package, _) in DIVIDED.items() if package in sys.modules]
     factor = next((p for name, p in network.named_parameters() if names_factor(name)), None) if marks else None
     for mark in marks:

@@ -92,7 +92,7 @@ def _on_load_checkpoint(
 ) -> None:
     if find_model(module) is not None:
         trainer = getattr(module, "_trainer", None)
-        warn_of_untrained_in(trainer, module)  # now, because loading hides what a finder has trained
+        warn_of_untrained_in(trainer, module, loading=True)  # now, because loading hides what a finder has trained
         if "state_dict" in checkpoint:  # without it, the strategy has loaded and checked it already
             refuse_foreign_resume(module, checkpoint, checkpoint["state_dict"])
         prepare_for_load(module, checkpoint, call_for=call_that_quantises)

@@ -26,20 +26,21 @@ def begin_to_note(handle: AdaptedModel) -> None:
         note_steps(handle.record)
 
 
-def warn_of_untrained_in(trainer: Any, module: nn.Module) -> None:
+def warn_of_untrained_in(trainer: Any, module: nn.Module, *, loading: bool = False) -> None:
     """Warn once of layers that the first step of their optimizer did not train, and of those that no optimizer holds.
 
     Args:
         trainer: of the module, or None.
         module: an injected LightningModule.
+        loading: a checkpoint is about to be loaded. The Trainer may still have the optimizers of an earlier fit.
     """
     handle = find_model(module)
     if handle is None or trainer is None:
         return
     held = [_held(optimizer, handle.record) for optimizer in trainer.optimizers]
-    if handle.record.began_frozen and held:
+    if handle.record.began_frozen and held and not loading:
         _warn_of_unoptimized(handle, held)
-    warn_of_untrained(Listing(module), held=held)
+    warn_of_untrained(Listing(module), held=held, held_alone=loading)
 
 
 def _held(optimizer: Any, record: Injection) -> set[int]:
