@@ -43,10 +43,10 @@ def _note_for(record: Injection, optimizer: Any) -> None:
 
     A step whose learning rate is zero trains nothing. torch makes one where it loads an optimizer's sharded state.
     """
-    if all(group.get("lr") == 0 for group in optimizer.param_groups):
-        return
     groups = [group["params"] for group in optimizer.param_groups if group["params"]]
     if not groups or id(groups[-1][-1]) in record.steps.on_gradients:
+        return
+    if all(group.get("lr") == 0 for group in optimizer.param_groups):
         return
     parameters = [parameter for group in groups for parameter in group]
     record.steps.all.update(map(id, parameters))
