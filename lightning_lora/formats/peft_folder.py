@@ -30,6 +30,7 @@ from ..files.torch_archive import read_torch_file
 from ..names import A, B
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
 from ..nn.variant import Variant
+from ..notices import tell
 from .forms import CONFIG_FILE
 from .model_card import may_write_card, model_card, whole_in, write_card
 from .peft_attention import refuse_conv1d_before_parameters
@@ -92,7 +93,7 @@ def write_folder(
     if extra:
         warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=3)
     if adapter.pretrained:
-        warnings.warn(_names_of_whole(adapter, path), stacklevel=3)
+        tell(_names_of_whole(adapter, path))
     content = folder_content(adapter, frozen, plain=plain)
     inside, outside = _copies(content.tensors), _copies(content.outside)
     text = json.dumps(content.description, separators=(",", ":"))

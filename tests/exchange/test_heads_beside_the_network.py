@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, export_adapter, inject, load_adapter, save_adapter, take_adapter
+from lightning_lora.formats import peft_folder
 from lightning_lora.formats.servers import findings, view_of_folder
 from support.notices import TORCH_NOTICES, quiet_peers
 from support.peers import SMALL, call, config_of, fill_, seeded
@@ -74,10 +76,18 @@ DOORS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that are shown to the user when a folder is written."""
+    lines: list[str] = []
+    monkeypatch.setattr(peft_folder, "tell", lines.append)
+    return lines
+
+
 @pytest.mark.parametrize("door", DOORS)
-def test_folder_with_a_head_warns_that_peft_loads_it_onto_the_whole_module(tmp_path, door: str):
-    with pytest.warns(UserWarning, match=WHOLE + ALONE):
-        DOORS[door](tmp_path / "folder")
+def test_folder_with_a_head_tells_that_peft_loads_it_onto_the_whole_module(tmp_path, told, door: str):
+    DOORS[door](tmp_path / "folder")
+    assert re.search(WHOLE + ALONE, told.pop())
     card = (tmp_path / "folder" / "README.md").read_text()
     assert "base = ...  # the whole LightningModule, not its model alone\n" in card
     (needed,) = findings(view_of_folder(tmp_path / "folder"), "peft")
@@ -86,21 +96,21 @@ def test_folder_with_a_head_warns_that_peft_loads_it_onto_the_whole_module(tmp_p
     theirs = peft.PeftModel.from_pretrained(Headed(), tmp_path / "folder")
     assert torch.allclose(theirs(tokens()), ours(tokens()), atol=1e-6)
     assert not torch.allclose(ours(tokens()), Headed()(tokens()), atol=1e-6)
-    with pytest.warns(UserWarning, match=WHOLE):  # the folder itself tells it
-        export_adapter(tmp_path / "folder", tmp_path / "again")
+    export_adapter(tmp_path / "folder", tmp_path / "again")
+    assert re.search(WHOLE, told.pop())  # the folder itself tells it
 
 
-def test_remedy_is_told_where_a_head_is_adapted_too(tmp_path):
-    with pytest.warns(UserWarning, match=r"needs a run that adapts no layer outside of it, as 'head' is\."):
-        save_adapter(trained(target_modules=["query", "head"], modules_to_save=None), tmp_path)
+def test_remedy_is_told_where_a_head_is_adapted_too(tmp_path, told):
+    save_adapter(trained(target_modules=["query", "head"], modules_to_save=None), tmp_path)
+    assert "needs a run that adapts no layer outside of it, as 'head' is." in told.pop()
 
 
-def test_names_inside_another_module_are_told_as_those_of_that_module(tmp_path):
+def test_names_inside_another_module_are_told_as_those_of_that_module(tmp_path, told):
     expected = (
         r"'net\.body' was trained too.* those of the LightningModule's net.*PeftModel\.from_pretrained\(Net\(\)\.net"
     )
-    with pytest.warns(UserWarning, match=expected):
-        save_adapter(trained(Inside), tmp_path)
+    save_adapter(trained(Inside), tmp_path)
+    assert re.search(expected, told.pop())
     assert "# the LightningModule's net, not its body alone\n" in (tmp_path / "README.md").read_text()
     model = peft.PeftModel.from_pretrained(Inside().net, tmp_path)  # any name that is missing is a warning of peft's
     assert model.peft_config["default"].modules_to_save == ["head"]
@@ -122,11 +132,12 @@ SILENT: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("case", SILENT)
-def test_folder_that_peft_loads_as_expected_has_no_warning(tmp_path, case: str):
+def test_folder_that_peft_loads_as_expected_tells_nothing(tmp_path, told, case: str):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_adapter(SILENT[case](), tmp_path / "folder")
         export_adapter(tmp_path / "folder", tmp_path / "again")
+    assert not told
     assert "the model that the adapter was trained on" in (tmp_path / "folder" / "README.md").read_text()
     assert all(each["id"] != "whole module" for each in findings(view_of_folder(tmp_path / "folder"), "peft"))
 
