@@ -17,6 +17,7 @@ from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_me
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.broken_off import break_off
 from support.models import bits, randomise_
+from support.shortcuts import without_collections
 
 MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
 
@@ -186,13 +187,14 @@ def test_a_call_broken_off_twice_can_be_completed_by_unmerge(monkeypatch, call, 
 
 @pytest.fixture
 def _alarm() -> Iterator[None]:
-    """A timeout as programs write it."""
+    """A timeout as programs write it. In what a collection of garbage calls, Python would only print the exception."""
 
     def expire(number: int, frame: object) -> None:
         raise TimeoutError
 
     previous = signal.signal(signal.SIGALRM, expire), signal.setitimer(signal.ITIMER_REAL, 0)
-    yield
+    with without_collections():
+        yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, previous[0])
     signal.setitimer(signal.ITIMER_REAL, *previous[1])
