@@ -19,7 +19,8 @@ from lightning_lora import LoRAConfig, inject
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated"),
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:Converting a tensor to a Python"),  # of a trace
+    pytest.mark.filterwarnings("ignore:Using len to get tensor shape"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is not supported in Python 3.14"),
 ]
 
