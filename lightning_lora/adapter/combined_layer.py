@@ -15,6 +15,7 @@ from .adapter import Adapter
 from .measures import scaled_pairs, separate_shapes
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+OTHER_NAMES = {"dare": "dare_linear"}  # as DARE's paper calls the sum of what it leaves
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 CUT = ("svd", *PRUNING)  # methods whose result has a rank that the user chooses
 ROUNDING = torch.finfo(torch.float32).eps  # singular values below this share of the largest one count as zero

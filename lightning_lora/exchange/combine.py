@@ -12,8 +12,8 @@
 
 The last four build B @ A, for one layer at a time; the others never build it. `density` is the share of each matrix
 that is kept. All methods but linear are peft's. It calls the last four ties_svd, dare_linear_svd and so on, and these
-names are taken too. peft's own linear, ties, dare_linear and dare_ties work on A and B apart. So they add products of
-one adapter's B and another's A, and are not offered.
+names are taken too; "dare" is dare_linear. peft's own linear, ties, dare_linear and dare_ties work on A and B apart. So
+they add products of one adapter's B and another's A, and are not offered.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, get_args
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.combined_layer import CUT, PRUNING, Method, combine_layer, padded, same_in_all
+from ..adapter.combined_layer import CUT, OTHER_NAMES, PRUNING, Method, combine_layer, padded, same_in_all
 from ..adapter.fingerprint import compare_fingerprints
 from ..adapter.layer_options import exact_options, options_hold
 from ..adapter.measures import separate_shapes
@@ -86,7 +86,7 @@ def combine(
             layers and patterns.
         weights: a number for each adapter, of any sign.
         method: "linear" (the weighted sum of the changes s * B @ A, exactly), "cat" (the same, factors side by side),
-            "svd" (the same, cut to a rank), "ties", "dare_linear", "dare_ties" or "magnitude_prune".
+            "svd" (the same, cut to a rank), "ties", "dare_linear" (or "dare"), "dare_ties" or "magnitude_prune".
         rank: of the result, for all methods but linear and cat; by default the adapters' largest, layer by layer.
         density: the share of each change that is kept, for the methods that prune.
         seed: of the random choice in the dare methods.
@@ -167,6 +167,7 @@ def combine_adapters(
 
 def _checked_method(method: str, rank: int | None, density: float | None) -> str:
     how = method if method == "svd" else method.removesuffix("_svd")  # as peft calls them
+    how = OTHER_NAMES.get(how, how)
     if how not in get_args(Method):
         raise LoRAError(f"combine: method must be one of {', '.join(get_args(Method))}, but it is {method!r}.")
     if rank is not None and how not in CUT:

@@ -297,6 +297,16 @@ def test_dare_is_drawn_from_the_seed_and_layer_and_not_from_the_users_stream():
     assert run(0) == run(0) != run(1)
 
 
+@pytest.mark.parametrize("name", ["dare", "dare_svd", "dare_linear_svd"])
+def test_dare_is_the_sum_of_what_it_leaves_under_each_of_its_names(name: str):
+    given = states(small(2), small(3))
+    found, expected = (
+        combine(given, [1, 1], method=method, density=0.5)["state_dict"] for method in (name, "dare_linear")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def test_dare_draws_other_values_in_each_layer():
     net = nn.ModuleDict({name: nn.Linear(6, 6) for name in ("one", "other")}).double()
     inject(net, LoRAConfig(r=6, target_modules=["one", "other"]))
