@@ -461,6 +461,17 @@ def test_options_that_leave_nothing_to_adapt_are_an_error(options):
         inject(Zoo(), zoo_config(**options))
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ".*", ["layer"]])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+def test_a_model_that_is_itself_a_layer_is_refused_with_how_to_give_it_a_name(kind: type[nn.Module], targets: Any):
+    layer, name = kind(4, 4), kind.__name__
+    with pytest.raises(
+        LoRAError, match=rf"^inject: {name}: the model is itself a layer \({name}\), .* put it into one"
+    ):
+        inject(layer, LoRAConfig(r=2, target_modules=targets))
+    assert inject(nn.Sequential(layer), LoRAConfig(r=2, target_modules=["0"])) == ["0"]
+
+
 def test_target_without_near_misses_is_refused_with_what_there_is():
     there_are = r"there are 'embed', 'conv', 'body\.0', 'body\.3', 'head'"
     with pytest.raises(LoRAError, match=rf"'zzzzz' names no layer to adapt; {there_are}"):
