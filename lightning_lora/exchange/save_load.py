@@ -224,7 +224,7 @@ def load_from_checkpoint(
             unpickled, and code that a LightningCLI named there is imported and called. This may run any code. Without
             it, each such hyperparameter must be among `kwargs`.
         strict_base: whether another base than the adapter's is an error or a warning.
-        kwargs: hyperparameters that override the saved ones.
+        kwargs: hyperparameters that override the saved ones. `strict`, which Lightning's own takes, must be true.
 
     Raises:
         LoRAError: the file is damaged, has no adapter or another base, or its hyperparameters hold objects or code.
@@ -249,7 +249,7 @@ def load_from_checkpoint(
         raise LoRAError(f"load_from_checkpoint: expected the class of a LightningModule, found {found}.")
     checkpoint = read_checkpoint(path, trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)
-    model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
+    model: Module = build_module(cls, path, checkpoint, weights_only, _without_strict(kwargs))
     if kind != "full":
         listing = find_model(model) or Listing(model)
         remedy = _other_base(cls.__name__, path, quantise_as_trained_(listing, adapter))
@@ -257,6 +257,16 @@ def load_from_checkpoint(
     else:
         _load_full(model, checkpoint, adapter)
     return model
+
+
+def _without_strict(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments without Lightning's `strict`, which an adapter cannot be without. LoRAError: it is False."""
+    if kwargs.get("strict") is False:
+        raise LoRAError(
+            "load_from_checkpoint: strict=False would pass over tensors that do not fit, and an adapter is loaded "
+            "whole or not at all; leave strict out. strict_base=False makes another base a warning."
+        )
+    return {name: value for name, value in kwargs.items() if name != "strict"}
 
 
 def _other_base(name: str, path: PathLike, call: str) -> str:

@@ -238,3 +238,12 @@ def test_error_that_the_class_raises_stays_as_it_is(tmp_path: Path, content: dic
 def test_something_else_than_a_class_is_refused(tmp_path: Path, given: Any):
     with pytest.raises(LoRAError, match="load_from_checkpoint: expected the class of a LightningModule, found "):
         load_from_checkpoint(given, tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strict_of_lightnings_own_call_is_taken_if_true_and_refused_if_false(tmp_path: Path, kind: str):
+    file = saved(tmp_path, model := Net(), kind)
+    for strict in (True, None):  # None is Lightning's default
+        assert torch.equal(outputs(load_from_checkpoint(Net, file, strict=strict)), outputs(model))
+    with pytest.raises(LoRAError, match=r"^load_from_checkpoint: strict=False .* leave strict out"):
+        load_from_checkpoint(Net, file, strict=False)
