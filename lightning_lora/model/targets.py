@@ -91,10 +91,11 @@ class Targets:
         self.unmatched: dict[str, bool] = dict.fromkeys(tables.unmatched, True)
         self._check_entries(config, chosen, modules, weights_of({"": model, **modules}))
         if layer_class(model) and not self.names() and not any(map(layer_class, modules.values())):
-            self.unmatched = [
+            reason = (
                 f"the model is itself a layer ({type(model).__name__}), and layers are adapted by their names in a "
                 "model; put it into one, as nn.Sequential(layer)"
-            ]
+            )
+            self.unmatched = {reason: True}
 
     def names(self) -> set[str]:
         """Return the names of all layers and single parameters to adapt."""
