@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -103,15 +103,15 @@ def _parts_of_torch() -> _Parts:
         from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
         from torch.distributed.fsdp._runtime_utils import _lazy_init, _unshard
     except ImportError as error:
-        raise _unknown_torch() from error
+        _refuse_torch(error)
     return _Parts(HandleTrainingState, TrainingState, _lazy_init, _unshard)
 
 
-def _unknown_torch() -> LoRAError:
-    return LoRAError(
+def _refuse_torch(error: Exception) -> NoReturn:
+    raise LoRAError(
         f"LoRACallback: FSDPStrategy cannot be used with torch {torch.__version__}, in which FSDP1 is built in another "
         f"way than this version of lightning_lora knows. Use {ALTERNATIVES}, or an older torch."
-    )
+    ) from error
 
 
 # --- the model is wrapped ---
@@ -202,7 +202,7 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     try:
         _attach(wrapping.root)
     except AttributeError as error:
-        raise _unknown_torch() from error
+        _refuse_torch(error)
     units = [unit for unit in _units(wrapping.root) if unit._handle is not None]
     inside = {id(parameter) for unit in units for parameter in unit._handle.flat_param._params}
     outside = [parameter for parameter in module.parameters() if id(parameter) not in inside]
