@@ -85,7 +85,8 @@ def naming_some(entries: Iterable[str], names: Iterable[str]) -> list[str]:
 
 def near_misses(entry: str, names: Iterable[str]) -> str:
     """Return a hint for an entry that selects nothing: the most similar names, or else the first names."""
-    names = list(names)
+    is_set = isinstance(names, (set, frozenset))  # whose order differs from run to run
+    names = sorted(names) if is_set else list(names)
     return _did_you_mean(entry, names) or _there_are(list(map(repr, names)), 3)
 
 

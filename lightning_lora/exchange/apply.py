@@ -215,8 +215,7 @@ def config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
 def _options_for(listing: Listing, config: LoRAConfig, adapter: Adapter) -> LoRAConfig:
     """Return options that name the adapter's layers: by a list, or by an expression where a list takes others too."""
     exact = exact_options(config, adapter.ranks(), adapter.scalings, adapter.parameters)
-    layers = set(adapter.module_layers)
-    is_named = matcher(exact.target_modules)
+    layers, is_named = dict.fromkeys(adapter.module_layers), matcher(exact.target_modules)  # in order, as files have it
     if all(name in layers or not is_named(name) for name, _ in listing.modules):
         return exact
     return replace(exact, target_modules="|".join(map(re.escape, layers)))

@@ -55,7 +55,7 @@ def adapter_of_model(live: LiveState, verb: str) -> Adapter:
         LoRAError: a layer was replaced, or the factors are not finite.
     """
     description = describe(live, verb)
-    warn_of_untrained(live.handle)
+    warn_of_untrained(live.handle, stacklevel=5)
     adapter = replace(description, tensors=gather_all(live.values()))
     check_factors(adapter, verb)
     return adapter

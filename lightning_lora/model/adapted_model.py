@@ -369,16 +369,17 @@ def list_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
     The same as named_modules(remove_duplicate=False), in less time.
     """
     places: list[tuple[str, nn.Module]] = []
-
-    def visit(module: nn.Module, name: str) -> None:
-        places.append((name, module))
-        path = f"{name}." if name else ""
-        for segment, child in module._modules.items():
-            if child is not None:
-                visit(child, name if segment in WRAPPERS else path + segment)
-
-    visit(model, "")
+    _append_places(model, "", places)
     return places
+
+
+def _append_places(module: nn.Module, name: str, places: list[tuple[str, nn.Module]]) -> None:
+    """Append a module and what is in it. No closure: one that calls itself keeps the model until garbage collection."""
+    places.append((name, module))
+    path = f"{name}." if name else ""
+    for segment, child in module._modules.items():
+        if child is not None:
+            _append_places(child, name if segment in WRAPPERS else path + segment, places)
 
 
 def _each_once(places: Places) -> Places:

@@ -6,14 +6,14 @@ trained nothing, which is no fault.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .injection import Injection
 
-_awaited: dict[int, weakref.ref[Injection]] = {}  # the records that are noted for, by id
+_awaited = WeakValueDictionary[int, Injection]()  # the records that are noted for, by id
 _hooks: list[Any] = []  # of torch, for all optimizers; none before the first injection
 
 
@@ -21,7 +21,7 @@ def note_steps(record: Injection) -> None:
     """Note in the record of an injection, from now on, the parameters of each optimizer that steps."""
     if not _hooks:
         _hooks.append(register_optimizer_step_post_hook(_note))
-    _awaited[id(record)] = weakref.ref(record)
+    _awaited[id(record)] = record
 
 
 def stop_noting(record: Injection) -> None:
@@ -30,12 +30,8 @@ def stop_noting(record: Injection) -> None:
 
 
 def _note(optimizer: Any, args: Any, kwargs: Any) -> None:
-    for key, reference in list(_awaited.items()):
-        record = reference()
-        if record is None:
-            _awaited.pop(key, None)
-        else:
-            _note_for(record, optimizer)
+    for record in list(_awaited.values()):
+        _note_for(record, optimizer)
 
 
 def _note_for(record: Injection, optimizer: Any) -> None:

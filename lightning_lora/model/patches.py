@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import LoRAError
+
 
 def patch(module: Any, name: str, function: Callable[..., Any]) -> None:
     """Replace a method of one module by function(module, previous, ...). In place; harmless when repeated.
@@ -20,7 +22,16 @@ def patch(module: Any, name: str, function: Callable[..., Any]) -> None:
         name: of the method.
         function: called with the module, the earlier replacement of the method on this module (or None), and the
             caller's arguments. It is a function of a module of this package, so that unpatch finds it.
+
+    Raises:
+        LoRAError: the module has no such method. Nobody would call the replacement, which would be noticed late.
     """
+    if not hasattr(module, name):
+        raise LoRAError(
+            f"{type(module).__name__}: it has no method {name!r}, in the place of which lightning_lora puts its own. "
+            f"The version of {type(module).__module__.partition('.')[0]} is not known here: install an older one, or a "
+            "newer lightning_lora."
+        )
     if not is_patched(module, name, function):
         setattr(module, name, functools.partial(function, module, vars(module).get(name)))
 

@@ -36,15 +36,16 @@ class Verification:
     def __init__(self, watched: Mapping[str, _Watched], device: torch.device) -> None:
         self.names = list(watched)
         self.error, self.use = MergeError().to(device), LayerUse(len(watched)).to(device)
+        self.never_ran: list[str] = []
         self.no_effect: list[str] = []
         self._at_start = {name for name, each in watched.items() if all(map(_is_at_start, each.layers))}
 
     def problems(self) -> str:
         """Return a sentence on layers that never ran and adapters without effect, or "". Collective (torchmetrics)."""
         ran, acted = self.use.compute().tolist()
-        never_ran = [name for name, runs in zip(self.names, ran, strict=True) if not runs]
+        self.never_ran = [name for name, runs in zip(self.names, ran, strict=True) if not runs]
         self.no_effect = [name for name, runs, acts in zip(self.names, ran, acted, strict=True) if runs and not acts]
-        problems = {"these adapted layers never ran": never_ran, "these adapters had no effect": self.no_effect}
+        problems = {"these adapted layers never ran": self.never_ran, "these adapters had no effect": self.no_effect}
         return "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names)
 
     def report(self) -> str:
@@ -53,7 +54,7 @@ class Verification:
         at_start = [name for name in self.no_effect if name in self._at_start]
         if not at_start:
             return problems and f"{problems}. {OTHER_FORWARD}"
-        explained = problems.endswith(f": {', '.join(at_start)}") and ";" not in problems
+        explained = at_start == [*self.never_ran, *self.no_effect]
         which = "They have" if explained else f"{listed(at_start)} {'has' if len(at_start) == 1 else 'have'}"
         text = f"{problems}. {which} the values that adapters begin with: nothing has trained or loaded them yet."
         return text if explained else f"{text} {OTHER_FORWARD}"

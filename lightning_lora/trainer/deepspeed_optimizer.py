@@ -50,7 +50,7 @@ def holds_copies(optimizer: Any) -> bool:
     return _groups_of(optimizer) is not None
 
 
-def warn_of_untrained(optimizer: Any, unfrozen: Sequence[nn.Parameter]) -> None:
+def warn_of_unfrozen(optimizer: Any, unfrozen: Sequence[nn.Parameter]) -> None:
     """Warn where parameters were unfrozen after DeepSpeed chose what it trains."""
     held = {id(parameter) for parameter in held_parameters(optimizer)}
     lacking = [parameter for parameter in unfrozen if id(parameter) not in held]

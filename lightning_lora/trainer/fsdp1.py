@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,7 @@ def prepare_fsdp1(strategy: Any) -> None:
         )
     for reason in _refused(getattr(strategy, "kwargs", {})):
         raise LoRAError(f"LoRACallback: FSDPStrategy cannot be used so: {reason}, or use {ALTERNATIVES}.")
+    _parts_of_torch()
     if is_patched(strategy, "_setup_model", _setup_model):
         return  # in an earlier stage
     patch(strategy, "_setup_model", _setup_model)
@@ -85,6 +86,32 @@ def _refused(options: Mapping[str, Any]) -> Iterator[str]:
             "torch takes ignored_modules or ignored_states, and the adapter is passed in the second. Pass "
             "ignored_states=[*module.parameters()] instead"
         )
+
+
+class _Parts(NamedTuple):
+    """What torch has under names of its own to run FSDP1. An exception is no time to find that one is gone."""
+
+    HandleTrainingState: Any
+    TrainingState: Any
+    lazy_init: Callable[..., Any]
+    unshard: Callable[..., Any]
+
+
+def _parts_of_torch() -> _Parts:
+    """Return these parts. Raises LoRAError where torch has others."""
+    try:
+        from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
+        from torch.distributed.fsdp._runtime_utils import _lazy_init, _unshard
+    except ImportError as error:
+        _refuse_torch(error)
+    return _Parts(HandleTrainingState, TrainingState, _lazy_init, _unshard)
+
+
+def _refuse_torch(error: Exception) -> NoReturn:
+    raise LoRAError(
+        f"LoRACallback: FSDPStrategy cannot be used with torch {torch.__version__}, in which FSDP1 is built in another "
+        f"way than this version of lightning_lora knows. Use {ALTERNATIVES}, or an older torch."
+    ) from error
 
 
 # --- the model is wrapped ---
@@ -172,7 +199,10 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
         with _leaving_out(strategy):
             wrapping.root = call_previous(strategy, previous, "_setup_model", model)
     wrapping.put_in_order_()
-    _attach(wrapping.root)
+    try:
+        _attach(wrapping.root)
+    except AttributeError as error:
+        _refuse_torch(error)
     units = [unit for unit in _units(wrapping.root) if unit._handle is not None]
     inside = {id(parameter) for unit in units for parameter in unit._handle.flat_param._params}
     outside = [parameter for parameter in module.parameters() if id(parameter) not in inside]
@@ -209,10 +239,9 @@ def _units(root: nn.Module) -> list[Any]:
 
 def _attach(root: nn.Module) -> None:
     """Tell how the slice of each original parameter is found, and how gathered memory is freed. In place."""
-    from torch.distributed.fsdp._runtime_utils import _lazy_init
-
+    lazy_init = _parts_of_torch().lazy_init
     for unit in _units(root):
-        _lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
+        lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
         handle, attached = unit._handle, _Unit(unit)
         patch(unit, "forward", _forward)
         inside = _parameters_inside(handle) if handle is not None else {}
@@ -258,11 +287,10 @@ class _Unit:
 
     def end(self) -> None:
         """Drop what was gathered after an exception has ended a forward or backward."""
-        from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
-
-        self.wrapper.training_state = TrainingState.IDLE
+        parts = _parts_of_torch()
+        self.wrapper.training_state = parts.TrainingState.IDLE
         if self.wrapper._handle is not None:
-            self.wrapper._handle._training_state = HandleTrainingState.IDLE
+            self.wrapper._handle._training_state = parts.HandleTrainingState.IDLE
             self._free()
 
     def suspend(self, verb: str) -> bool:
@@ -292,13 +320,11 @@ class _Unit:
             runs: what `suspend` returned.
             changed: weights were written, so that a backward of an earlier forward has to raise as on one device.
         """
-        from torch.distributed.fsdp._runtime_utils import _unshard
-
         unit = self.wrapper
         if changed and unit._handle is not None:
             torch.autograd.graph.increment_version(unit._handle.flat_param)
         if runs:
-            _unshard(unit, unit._handle, unit._unshard_stream, unit._pre_unshard_stream)
+            _parts_of_torch().unshard(unit, unit._handle, unit._unshard_stream, unit._pre_unshard_stream)
             unit._device_handle.current_stream().wait_stream(unit._unshard_stream)
 
     def is_in_backward(self) -> bool:

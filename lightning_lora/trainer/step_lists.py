@@ -12,7 +12,7 @@ from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
 from ..model.injection import Injection
 from ..names import ATTRIBUTE
 from ..nn.adapted_weights import AdaptedWeights
-from .deepspeed_optimizer import holds_copies, warn_of_untrained
+from .deepspeed_optimizer import holds_copies, warn_of_unfrozen
 
 
 class StepLists:
@@ -75,7 +75,7 @@ class StepLists:
         if any(parameter.requires_grad for parameter in listed[1]):
             handle = open_model(self.model, "LoRACallback")
             handle.record_trainable()
-            warn_of_untrained(optimizer, [parameter for parameter in listed[1] if parameter.requires_grad])
+            warn_of_unfrozen(optimizer, [parameter for parameter in listed[1] if parameter.requires_grad])
             self._list_frozen(handle)
 
     def _frozen_in(self, optimizer: Any) -> list[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,12 @@ from lightning_lora import (
     is_merged,
     load_adapter,
     merge,
+    take_adapter,
     unload,
     unmerge,
 )
 from lightning_lora.exchange import apply
+from lightning_lora.model.adapted_model import open_model
 from support.models import (
     ZOO_LAYERS,
     base_zoo,
@@ -195,6 +198,17 @@ def test_load_adapter_of_what_does_not_fit_leaves_the_model_as_it_was(case, targ
     with pytest.raises(LoRAError, match=complaint):
         load_adapter(model, state)
     assert trace(model) == before
+
+
+def test_an_expression_that_names_the_layers_has_their_order():
+    """It goes into files, which are the same in each process."""
+    names = [f"p{number}" for number in range(8)]
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
+    other = copy.deepcopy(model)
+    inject(model, LoRAConfig(r=1))
+    other["others"] = nn.ModuleDict({name: nn.Linear(2, 2) for name in names[1:]})  # with names that end alike
+    load_adapter(other, take_adapter(model))
+    assert open_model(other, "test").record.config.target_modules == "|".join(names)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,15 @@ def test_an_optimizer_from_before_injection_is_named_at_the_first_merge_or_save(
     ENDS[end](model, tmp_path / "again")
 
 
+@pytest.mark.parametrize("end", ENDS)
+def test_the_warning_shows_the_line_of_the_caller(tmp_path, end: str):
+    model = injected()
+    train(model, sgd(model))
+    with pytest.warns(UserWarning, match="no gradient has reached") as caught:
+        ENDS[end](model, tmp_path / "first")
+    assert [each.filename for each in caught] == [__file__]
+
+
 def test_a_copy_and_an_inner_module_are_looked_at_too():
     outer = nn.ModuleDict({"net": Net()})
     inject(outer, LoRAConfig(r=2))
@@ -274,3 +283,13 @@ def test_steps_are_noted_only_until_the_layers_were_looked_at_and_of_no_copy():
     gc.collect()
     train(model, sgd(model))
     assert key not in optimizer_steps._awaited
+
+
+def test_models_that_are_gone_are_forgotten_without_a_step():
+    """A server that loads adapters makes no optimizer step, at which they could be looked for."""
+    gc.collect()
+    before = len(optimizer_steps._awaited)
+    for _ in range(3):
+        injected()
+    gc.collect()
+    assert len(optimizer_steps._awaited) <= before

@@ -480,6 +480,12 @@ def test_target_without_near_misses_is_refused_with_what_there_is():
         inject(nn.Sequential(nn.ReLU()), LoRAConfig())
 
 
+def test_the_layers_that_a_pattern_does_not_name_are_told_in_order():
+    """A set of names has another order in each process, and on each rank."""
+    with pytest.raises(LoRAError, match=r"'zzzzz' names no adapted layer; there are 'body\.0', 'body\.3', 'conv',"):
+        inject(Zoo(), zoo_config(rank_pattern={"zzzzz": 2}))
+
+
 @pytest.mark.parametrize(
     ("there", "missing"),
     [

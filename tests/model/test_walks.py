@@ -1,7 +1,10 @@
-"""How often one call visits every module, parameter or buffer of a model: a walk of a large model takes a while."""
+"""How often one call visits every module, parameter or buffer of a model, which takes a while where it is large, and
+that the call leaves nothing behind that keeps the model in memory.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from lightning_lora import (
     unmerge,
 )
 from support.models import base_zoo, trained_zoo, zoo_config
+from support.shortcuts import without_collections
 from support.walks import counted_walks
 
 
@@ -95,6 +99,19 @@ def test_a_call_with_a_module_around_the_injected_one_walks_that_no_more_often(t
     with counted_walks(model, inner) as walks:
         call(model, tmp_path)
     assert 0 < sum(walks.values()) <= most, walks
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_model_is_freed_with_its_last_reference_after_a_call(tmp_path: Path, name: str):
+    """The memory of a device is full long before Python collects garbage, which it does by the number of objects."""
+    build, call, _ = CALLS[name]
+    save_adapter(trained_zoo(), tmp_path / "adapter")
+    with without_collections():
+        model = build()
+        call(model, tmp_path)
+        parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+        del model
+        assert not any(parameter() is not None for parameter in parameters)
 
 
 def test_walks_are_counted_once_each_by_who_began_them():
