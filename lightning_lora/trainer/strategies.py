@@ -85,11 +85,7 @@ def _load_checkpoint(
     if handle is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(handle)
-    if is_of_fsdp1(path):
-        raise LoRAError(
-            f"{path}: FSDPStrategy wrote this folder, with names that ModelParallelStrategy does not look for. Resume "
-            "with FSDPStrategy, 'ddp' or one device, or save one file: FSDPStrategy(state_dict_type='full')."
-        )
+    _refuse_folder_of_fsdp1(path)
     checkpoint = read_without_values(path, before_torch=True)
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
@@ -126,6 +122,15 @@ def _load_checkpoint(
         _load_optimizers_(strategy, content.get("optimizer_states", ()))
     content.pop(META, None)  # so that the module's on_load_checkpoint does not do this again
     return content
+
+
+def _refuse_folder_of_fsdp1(path: Path) -> None:
+    """Raise LoRAError for a folder of shards that Lightning could not read here."""
+    if is_of_fsdp1(path):
+        raise LoRAError(
+            f"{path}: FSDPStrategy wrote this folder, with names that ModelParallelStrategy does not look for. Resume "
+            "with FSDPStrategy, 'ddp' or one device, or save one file: FSDPStrategy(state_dict_type='full')."
+        )
 
 
 def _refuse_quantised(handle: AdaptedModel, names: Collection[str], path: Path) -> None:
@@ -177,7 +182,7 @@ def _load_optimizers_(strategy: Any, states: Sequence[Mapping[str, Any]]) -> Non
 
     known = {id(p): canonical(name) for name, p in strategy.lightning_module.named_parameters()}
     options = StateDictOptions(broadcast_from_rank0=True, full_state_dict=True, strict=False)
-    for optimizer, saved in zip(strategy.optimizers, states, strict=True):
+    for optimizer, saved in zip(strategy.optimizers, states, strict=bool(strategy.optimizers)):
         live = [[known[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         named = _by_names(saved, live)
         if named["state"]:
