@@ -39,6 +39,7 @@ from ..names import META, canonical
 from ..nn.low_rank import HALF
 from ..notices import tell
 from .deepspeed_optimizer import LOSS_SCALE, Group, ZeroStates, held_parameters, plain_options, states_of
+from .distributed_resume import refuse_other_groups
 
 REMEDY = (
     "Use DeepSpeedStrategy(stage=2), ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or "
@@ -339,13 +340,7 @@ def _load_model_state_dict(
 def _load_optimizer_state_(flat: ZeroStates, saved: Mapping[str, Any]) -> None:
     """Load a state dict as it would be on one device into this rank's part. In place."""
     order = flat.order
-    sizes, expected = ([len(g["params"]) for g in saved["param_groups"]], [len(g.parameters) for g in order])
-    if sizes != expected:
-        raise LoRAError(
-            f"LoRACallback: the optimizer in the checkpoint has groups of {sizes} parameters, and configure_optimizers "
-            f"built groups of {expected}. Build the same groups, or call load_adapter(model, path) and leave ckpt_path "
-            "out to start a new fit."
-        )
+    refuse_other_groups([len(g["params"]) for g in saved["param_groups"]], [len(g.parameters) for g in order])
     pairs = [
         (n, p)
         for old, new in zip(saved["param_groups"], order, strict=True)

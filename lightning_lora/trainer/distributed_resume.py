@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,21 @@ def refuse_weights_only(strategy: Any) -> None:
         raise LoRAError(
             "LoRACallback: the checkpoint at ckpt_path holds weights only, without the optimizer's state that a fit "
             "goes on with. To start a new fit from them, call load_adapter(model, path) and leave ckpt_path out."
+        )
+
+
+def refuse_other_groups(saved: Sequence[int], built: Sequence[int]) -> None:
+    """Raise LoRAError where an optimizer in a checkpoint has other groups than the one that is to take its state.
+
+    Args:
+        saved: how many parameters each group in the checkpoint has.
+        built: the same of the optimizer that configure_optimizers built.
+    """
+    if saved != built:
+        raise LoRAError(
+            f"LoRACallback: the optimizer in the checkpoint has groups of {saved} parameters, and configure_optimizers "
+            f"built groups of {built}. Build the same groups, or call load_adapter(model, path) and leave ckpt_path "
+            "out to start a new fit."
         )
 
 

@@ -11,7 +11,7 @@ from ..model.rebuilt_modules import adopt_layers
 from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_only
 from .checkpoint_hooks import save_as
 from .cli_optimizer import adapt_cli_optimizer
-from .compatibility import refuse_composition, refuse_other_options, warn_of_part
+from .compatibility import refuse_composition, refuse_other_options, refuse_unlike_processes, warn_of_part
 from .options import Options, seed_text
 from .precision import convert_linear_layers_, leave_out_of_ddp_, refuse_for_quantised, refuse_late_conversion
 
@@ -38,10 +38,12 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedMo
             load_plain_weights_only(module)
             return None
         forget_merging(module)
+    seed = trainer.strategy.broadcast(random_seed())  # also where this process alone is injected already
     if handle is None:
-        handle = _inject(trainer, module, options)
+        handle = _inject(module, options, seed)
     else:
         _adopt(trainer, handle, options)
+    refuse_unlike_processes(trainer, handle)
     adapt_cli_optimizer(handle, options.lr_ratio, is_fit=stage == "fit")
     refuse_for_quantised(handle, trainer)
     leave_out_of_ddp_(handle)
@@ -49,14 +51,13 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedMo
     return handle
 
 
-def _inject(trainer: Any, module: Any, options: Options) -> AdaptedModel:
-    """Inject the module, and return its handle. In place."""
+def _inject(module: Any, options: Options, seed: str) -> AdaptedModel:
+    """Inject the module, and return its handle. In place. `seed` is for adapters whose options give none."""
     listing = Listing(module)
     convert_linear_layers_(listing)
     if options.quantize is not None:
         quantise_(listing, options.quantize, options.config)
-    seed = seed_text(options) or trainer.strategy.broadcast(random_seed())
-    handle = begin_injection(listing, options.config, seed=seed, given=options.given)
+    handle = begin_injection(listing, options.config, seed=seed_text(options) or seed, given=options.given)
     handle.record.quantize = options.quantize
     return handle
 

@@ -7,8 +7,9 @@ patched. While they run, the module's state dict holds only the tensors of the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..distributed.sharding import is_sharded, local
 from ..errors import LoRAError
 from ..exchange.apply import apply_adapter
 from ..exchange.checkpoint_of_model import prepare_for_load
+from ..formats.deepspeed_folder import file_beside_engine
 from ..formats.distributed_folder import holds_optimizers, is_of_fsdp1, read_without_values
 from ..formats.lightning_checkpoint import adapter_of
 from ..model.adapted_model import AdaptedModel, find_model
@@ -31,7 +33,7 @@ from ..names import META, canonical
 from ..nn.adapted_weights import AdaptedWeights
 from .checkpoint_hooks import refuse_foreign_resume
 from .deepspeed import prepare_deepspeed
-from .distributed_resume import accept_folders, check_complete, refuse_weights_only
+from .distributed_resume import accept_folders, check_complete, refuse_other_groups, refuse_weights_only
 from .fsdp1 import prepare_fsdp1
 
 
@@ -78,16 +80,12 @@ def _load_checkpoint(
 ) -> Any:
     """Check a checkpoint, then load only the tensors that it holds: the patched load_checkpoint."""
     module = strategy.lightning_module
-    path = Path(strategy.broadcast(checkpoint_path))
+    path = Path(file_beside_engine(strategy.broadcast(checkpoint_path)))
     handle = find_model(module)
     if handle is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(handle)
-    if is_of_fsdp1(path):
-        raise LoRAError(
-            f"{path}: FSDPStrategy wrote this folder, with names that ModelParallelStrategy does not look for. Resume "
-            "with FSDPStrategy, 'ddp' or one device, or save one file: FSDPStrategy(state_dict_type='full')."
-        )
+    _refuse_folder_of_fsdp1(path)
     checkpoint = read_without_values(path, before_torch=True)
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
@@ -120,8 +118,19 @@ def _load_checkpoint(
             local(layer.adapted_weights()[leaf]).copy_(values)
     if kind == "merged" and adapter is not None:
         apply_adapter(handle, adapter)
+    if module.trainer.state.fn == "fit" and path.is_file():
+        _load_optimizers_(strategy, content.get("optimizer_states", ()))
     content.pop(META, None)  # so that the module's on_load_checkpoint does not do this again
     return content
+
+
+def _refuse_folder_of_fsdp1(path: Path) -> None:
+    """Raise LoRAError for a folder of shards that Lightning could not read here."""
+    if is_of_fsdp1(path):
+        raise LoRAError(
+            f"{path}: FSDPStrategy wrote this folder, with names that ModelParallelStrategy does not look for. Resume "
+            "with FSDPStrategy, 'ddp' or one device, or save one file: FSDPStrategy(state_dict_type='full')."
+        )
 
 
 def _refuse_quantised(handle: AdaptedModel, names: Collection[str], path: Path) -> None:
@@ -146,7 +155,7 @@ def _copy_weights(handle: AdaptedModel, names: set[str]) -> list[tuple[AdaptedWe
 
 @contextmanager
 def _optimizers_left_alone(strategy: Any, path: Path, checkpoint: Mapping[str, Any]) -> Iterator[None]:
-    """Let Lightning load no optimizer's state in an evaluation after a fit, where a checkpoint may hold none.
+    """Let Lightning load optimizers' states from a folder alone, and for a fit. Those of a file come afterwards.
 
     Raises:
         LoRAError: a fit would go on from a checkpoint without such states.
@@ -154,13 +163,51 @@ def _optimizers_left_alone(strategy: Any, path: Path, checkpoint: Mapping[str, A
     if strategy.lightning_module.trainer.state.fn == "fit":
         if not holds_optimizers(path, checkpoint):
             refuse_weights_only(strategy)
-        yield
-        return
+        if path.is_dir():
+            yield
+            return
     optimizers, strategy.optimizers = strategy.optimizers, []
     try:
         yield
     finally:
         strategy.optimizers = optimizers
+
+
+def _load_optimizers_(strategy: Any, states: Sequence[Mapping[str, Any]]) -> None:
+    """Load the optimizers' states of a file. In place. Collective.
+
+    Lightning would take a parameter's position in the optimizer for that in the module, which groups change.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    known = {id(p): canonical(name) for name, p in strategy.lightning_module.named_parameters()}
+    options = StateDictOptions(broadcast_from_rank0=True, full_state_dict=True, strict=False)
+    for optimizer, saved in zip(strategy.optimizers, states, strict=bool(strategy.optimizers)):
+        live = [[known[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        named = _by_names(saved, live)
+        if named["state"]:
+            set_optimizer_state_dict(strategy.model, optimizer, optim_state_dict=named, options=options)
+        else:  # as of plain SGD, for which torch asks in vain on which device the states are
+            optimizer.load_state_dict({**optimizer.state_dict(), "param_groups": saved["param_groups"]})
+
+
+def _by_names(saved: Mapping[str, Any], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Return an optimizer's state dict by the names of parameters. A sharding strategy has saved it so.
+
+    Args:
+        saved: the state dict.
+        groups: the names in each group of the optimizer that takes it.
+
+    Raises:
+        LoRAError: the optimizer that was saved had other groups.
+    """
+    held = [group["params"] for group in saved["param_groups"]]
+    if any(isinstance(each, str) for params in held for each in params):
+        return dict(saved)
+    refuse_other_groups(list(map(len, held)), list(map(len, groups)))
+    names = dict(zip(chain(*held), chain(*groups), strict=True))
+    named = [{**group, "params": names_of} for group, names_of in zip(saved["param_groups"], groups, strict=True)]
+    return {"state": {names[number]: value for number, value in saved["state"].items()}, "param_groups": named}
 
 
 @contextmanager

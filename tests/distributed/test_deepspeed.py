@@ -39,7 +39,7 @@ from lightning_lora.command.info import info
 from support.deepspeed import zero
 from support.processes import world
 from support.quantised import OF_BITSANDBYTES, OUTPUTS, QUANTISED, QuantisedNet, factors, inputs, packed_bits
-from support.sharded import TARGETS, Plain, Sharded, base_of, data, loader, make_trainer, model_parallel
+from support.sharded import TARGETS, Plain, Sharded, base_of, data, loader, make_trainer, model_parallel, whole
 from support.sharded_adapters import Plus, Scheduled, assert_same_bits
 
 pytestmark = [
@@ -273,6 +273,23 @@ def test_run_of_one_device_is_resumed_on_ranks(tmp_path, stage):
     first = alone(Case(), tmp_path / "first", 2).folder
     for found in world().run(on_ranks, Case(stage=stage), tmp_path / "second", 3, first, 5):
         assert_close(found, expected, 1)
+
+
+def under_fsdp2_from(path: Path, source: Path) -> State:
+    torch.manual_seed(5)
+    trainer = model_parallel(path, LoRACallback(r=2, target_modules=TARGETS), max_epochs=3)
+    trainer.fit(model := Sharded(), *data(), ckpt_path=source)
+    return whole(model.state_dict())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_folder_is_resumed_under_fsdp2(tmp_path, stage):
+    expected = alone(Case(), tmp_path / "alone", 3).state
+    folder = world().run(on_ranks, Case(stage=stage), tmp_path / "first", 2)[0].folder
+    for found in world().run(under_fsdp2_from, tmp_path, folder):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
 
 
 # --- files ---

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_lora import (
+    LoRACallback,
     LoRAConfig,
     LoRAError,
     inject,
@@ -32,6 +33,7 @@ from support.processes import world
 from support.recorders import Traffic
 from support.sharded import (
     DEVICE,
+    FEATURES,
     TARGETS,
     Plain,
     Sharded,
@@ -302,6 +304,75 @@ def test_checkpoint_goes_from_one_process_to_two_and_back(tmp_path, save):
     trainer = make_trainer(tmp_path, lora(save=save), max_epochs=4)
     trainer.fit(back, loader(), loader(seed=6), ckpt_path=tmp_path / "4.ckpt")
     assert_same_bits(whole_state(back), state)
+
+
+class Unordered(Plain):
+    """Its optimizer has the last layer first. Layers of one shape do not tell to which of them a state belongs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.net = nn.Sequential(*(nn.Linear(FEATURES, FEATURES) for _ in range(3)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = [[p for n, p in self.named_parameters() if "lora_" in n and f".{i}." in n] for i in (2, 1, 0)]
+        return torch.optim.AdamW([{"params": group, "lr": 0.05 / (i + 1)} for i, group in enumerate(groups)])
+
+
+class Stateless(Plain):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.3)
+
+
+class UnorderedSharded(Unordered, Sharded):
+    pass
+
+
+class StatelessSharded(Stateless, Sharded):
+    pass
+
+
+def alone(path: Path, kind: Any, epochs: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    trainer = make_trainer(path, LoRACallback(r=2, target_modules="all-linear"), max_epochs=epochs)
+    trainer.fit(model := kind(), loader(), loader(seed=6))
+    trainer.save_checkpoint(path / "saved.ckpt")
+    return whole_state(model)
+
+
+def resumed_sharded(path: Path, kind: Any, source: Path) -> dict[str, torch.Tensor] | str:
+    trainer = model_parallel(path, LoRACallback(r=2, target_modules="all-linear"), max_epochs=3)
+    try:
+        trainer.fit(model := kind(), *data(), ckpt_path=source)
+    except LoRAError as error:
+        return str(error)
+    return whole_state(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kinds", [(Unordered, UnorderedSharded), (Stateless, StatelessSharded)], ids=["groups", "no state"]
+)
+def test_optimizer_in_a_file_of_one_device_is_resumed_parameter_by_parameter(tmp_path, kinds):
+    plain, sharded = kinds
+    uninterrupted = alone(tmp_path / "whole", plain, 3)
+    alone(tmp_path / "first", plain, 2)
+    for found in world().run(resumed_sharded, tmp_path, sharded, tmp_path / "first" / "saved.ckpt"):
+        assert found.keys() == uninterrupted.keys()
+        for name, value in uninterrupted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_optimizer_in_a_file_that_has_other_groups_is_an_error(tmp_path):
+    alone(tmp_path, Unordered, 2)
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    first, second, third = saved["optimizer_states"][0]["param_groups"]
+    first["params"] += second["params"]
+    saved["optimizer_states"][0]["param_groups"] = [first, third]
+    torch.save(saved, tmp_path / "other.ckpt")
+    for error in world().run(resumed_sharded, tmp_path, UnorderedSharded, tmp_path / "other.ckpt"):
+        assert "has groups of [4, 2] parameters, and configure_optimizers built groups of [2, 2, 2]" in error
 
 
 def evaluate_in_one(path: Path, save: str, file: Path) -> float:

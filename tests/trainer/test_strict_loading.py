@@ -19,6 +19,7 @@ class ModelParallelStrategy:
     def __init__(self, module: L.LightningModule, fails: bool) -> None:
         self.lightning_module, self.fails = module, fails
         self.strict: list[bool] = []
+        self.optimizers: list[Any] = []
 
     def broadcast(self, value: Any) -> Any:
         return value
