@@ -333,7 +333,7 @@ def test_the_figures_of_the_summary_at_fit_start_are_those_that_are_quoted(front
 def test_calls_of_the_saving_table_run_and_give_the_tuned_model(front):
     exec("from lightning_lora import *", front)
     rows = table(FRONT, "| I want | call |")
-    assert len(rows) == 5
+    assert len(rows) == 6
     for want, call in rows:
         tuned = load_from_checkpoint(front["Net"], "adapter.ckpt")
         front["model"] = front["Net"]() if "in my model" in want else tuned
