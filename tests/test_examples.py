@@ -176,6 +176,7 @@ def test_ray_shards_the_network_and_goes_on_after_a_kill(folder):
     assert_alike(printed, SHOWN["ray_train"], rel=0.25, tolerance=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "title"), [("ray_train", "Ray Train"), ("deepspeed_zero", "DeepSpeed")])
 def test_example_names_its_extra_where_the_package_is_missing(folder, name, title):
     extra, package = EXTRAS[name]

@@ -142,6 +142,7 @@ def test_what_is_chosen_or_left_out_for_the_oldest_versions_exists(name: str):
     assert not test or f"def {test.partition('[')[0]}(" in path.read_text()
 
 
+@pytest.mark.slow
 def test_warnings_of_this_package_are_errors_in_every_process_and_begin_as_the_filter_says():
     project = (HERE.parents[1] / "pyproject.toml").read_text()
     assert f'"error:{OUR_WARNINGS}"' in project

@@ -120,6 +120,7 @@ assert shown.getvalue().count("'all-linear' passes over") == {times}, shown.getv
 """
 
 
+@pytest.mark.slow
 def test_a_program_without_lightning_shows_lines_unless_it_has_set_up_logging_itself():
     cases = {
         "by default": ("", 1),

@@ -261,6 +261,7 @@ def imports() -> dict[str, str]:
     )
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_without_its_extras(imports):
     assert imports["without extras"] == DONE
     users = {name for name, found in IMPORTS.items() if {i.split(".")[0] for i in found} & set(EXTRAS)}
@@ -270,6 +271,7 @@ def test_the_package_is_imported_without_its_extras(imports):
     assert users == others | drawing
 
 
+@pytest.mark.slow
 def test_lightning_is_imported_for_the_callback_alone(imports):
     """Plain models and the command wait neither for it nor for torchmetrics; the callback is there all the same."""
     assert imports["without lightning"] == DONE

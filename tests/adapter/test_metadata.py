@@ -85,6 +85,7 @@ def test_shortened_layer_records_read_back_unchanged():
     assert read_layers(json.loads(json.dumps(short))) == (scalings, kinds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 def test_adapter_files_hold_at_most_two_per_cent_beside_the_tensors(tmp_path, bias: bool):
     """At most 2 % of the tensors' bytes for 1,000 layers of this width, in each form."""

@@ -130,6 +130,7 @@ def test_peft_reads_own_patterns_as_they_are_here(tmp_path: Path, name: str):
     torch.testing.assert_close(theirs(x), net(x))
 
 
+@pytest.mark.slow
 @every_pattern
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:lightning_lora. .* too large for their layers")

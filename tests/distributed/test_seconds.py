@@ -44,6 +44,7 @@ WORKS: dict[str, Callable[[Steps], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORKS)
 def test_calls_are_linear_in_the_number_of_blocks(tmp_path: Path, name: str):
     for blocks in (1, 2):  # the first ones import and fill caches

@@ -149,6 +149,7 @@ def try_inputs(folder: Path, write: Callable[[st.DataObject, Path], None], input
     each()
 
 
+@pytest.mark.slow
 @kinds
 def test_file_that_asks_for_much_is_refused_or_read_at_little_cost(tmp_path: Path, write: Any):
     try_inputs(tmp_path, write, EVERYDAY)

@@ -220,6 +220,7 @@ def run(cli: type[LightningCLI], *arguments: str, model: Any = Net, **options: A
 RICH = ["--model.shade=LIGHT", "--model.steps.lr=1", "--model.sizes=[3,4]", "--model.folder=b", "--model.anything=[x]"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cli", [LoRACLI, PlainCLI])
 @pytest.mark.parametrize("named", [False, True])
 def test_honest_checkpoint_of_a_command_line_builds_what_the_command_line_built(cli: Any, named: bool):

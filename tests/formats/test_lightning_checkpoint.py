@@ -196,6 +196,7 @@ assert "lightning_lora" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_a_merged_checkpoint_is_read_by_a_program_without_this_package(tmp_path):
     model, file = saved(tmp_path, "merged", "ModelCheckpoint", False, **TRAINABLE)
     arguments = [str(Path(__file__).parents[1]), str(file), str(tmp_path / "outputs")]

@@ -572,6 +572,7 @@ def known() -> dict[str, str]:
     return {"|".join(entry.split("|")[:3]) + "|": entry for entry in lines}
 
 
+@pytest.mark.slow
 def test_every_layer_and_variant_fares_as_the_table_says(tmp_path):
     found, skipped = {}, []
     for i, row in enumerate(ROWS):

@@ -103,6 +103,7 @@ def without_our_header(folder: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["suffixes", "whole names"])
 def test_every_cost_grows_no_faster_than_the_number_of_layers(tmp_path, form: str):
     counts = []

@@ -422,6 +422,7 @@ def test_a_weight_changed_while_merged_is_named_and_the_others_are_restored(plac
             model.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "dtype"), [("lora", torch.bfloat16), ("dora", torch.float32)])
 @pytest.mark.parametrize("verb", ["merge", "unmerge"])
 @pytest.mark.parametrize("step", [149, pytest.param(7, marks=pytest.mark.slow)])
@@ -463,6 +464,7 @@ def test_a_merge_that_fails_and_is_broken_off_while_it_takes_that_back_leaves_al
     assert line > 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "dtype"), [("lora", torch.bfloat16), ("dora", torch.float32)])
 @pytest.mark.parametrize("verb", [merge, unmerge])
 def test_an_exception_after_any_write_on_the_device_leaves_all_of_w(

@@ -145,6 +145,7 @@ print("loaded")
 """
 
 
+@pytest.mark.slow
 def test_a_class_of_main_pickles_into_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program: dict[str, Any] = {"__name__": "__main__"}
     exec(DEFINITIONS, program)

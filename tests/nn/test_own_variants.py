@@ -274,6 +274,7 @@ assert not any("lora" in name for name, _ in net.named_parameters())
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_does_not_know_it_refuses_its_files_by_name(tmp_path: Path):
     model, saved = filled("own-squares"), tmp_path / "adapter.ckpt"
     trainer = make_trainer(tmp_path, LoRACallback(), max_epochs=0)

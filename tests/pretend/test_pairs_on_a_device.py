@@ -32,6 +32,7 @@ ON_A_DEVICE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "condition"), ON_A_DEVICE)
 def test_a_pair_gives_the_outcome_in_the_page(variant: str, condition: str, a_device: Place):
     with a_device() as device, placed(device):

@@ -52,6 +52,7 @@ def fitted(path: Path, model: Net, callback: LoRACallback, place: dict[str, Any]
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "kind"), RUNS)
 def test_a_run_on_a_device_is_that_on_the_cpu_resumes_and_tests_its_best(
     variant: str, kind: str, tmp_path: Path, a_device: Place

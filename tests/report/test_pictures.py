@@ -438,6 +438,7 @@ def test_a_base_beside_a_model_is_refused(tmp_path: Path):
 # --- matplotlib's state ---
 
 
+@pytest.mark.slow
 def test_neither_the_package_nor_its_figures_import_pyplot(tmp_path: Path):
     program = f"""
 import sys, torch, lightning_lora

@@ -133,6 +133,7 @@ CASES += [("AdamW", scheduler, NoOptimizer, {}) for scheduler in SCHEDULERS]
 CASES += [("SGD", "StepLR", model, {"modules_to_save": ["body.1"]}) for model in (HeadInSetup, HeadInConfigureModel)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
 @pytest.mark.parametrize(("optimizer", "scheduler", "model", "lora"), CASES)
 def test_run_equals_that_of_the_same_optimizer_made_in_configure_optimizers(

@@ -143,6 +143,7 @@ def test_checkpoint_of_a_model_compiled_in_any_way_has_plain_names(tmp_path, how
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["adapter", "merged", "full"])
 def test_checkpoint_of_a_compiled_submodule_resumes_and_loads_uncompiled(tmp_path, save):
     model, watch = fit(tmp_path / "compiled", "submodule", save=save)

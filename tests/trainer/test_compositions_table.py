@@ -305,6 +305,7 @@ def test_a_composition_gives_the_outcome_in_the_readme(tmp_path, name: str):
     assert outcome(ROWS[name], tmp_path) == readme_rows()[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_a_launcher_after_inject_gives_the_outcome_in_the_readme(launched: dict[str, Any], name: str):
     assert outcome_of_a_launcher(launched[LAUNCHED[name]]) == readme_rows()[name]

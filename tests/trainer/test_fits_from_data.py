@@ -155,6 +155,7 @@ def generator_loader(batches: int = 3, **options: Any) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*data), batch_size=BATCH, **options)
 
 
+@pytest.mark.slow
 @NOT_CONVERGED
 @pytest.mark.parametrize("persistent", [False, True])
 def test_loader_with_a_generator_or_workers_goes_on_as_it_would(tmp_path, persistent: bool):

@@ -53,6 +53,7 @@ def outcomes() -> dict[str, str]:
     return run_in_forks({order: (NEEDED_BY_BOTH, program) for order, program in ORDERS.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_callback_is_that_of_each_package_as_soon_as_it_is_imported_and_imports_no_other(outcomes, order: str):
     assert outcomes[order] == DONE

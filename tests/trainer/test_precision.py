@@ -184,6 +184,7 @@ def test_autocast_adapter_dtype_false_keeps_the_factors_in_16_bits(tmp_path, pre
     assert {value.dtype for value in saved.values()} == {half}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
 @pytest.mark.parametrize("make", [Stable, StableInConfigureModel])
