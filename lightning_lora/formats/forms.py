@@ -46,6 +46,6 @@ def refuse_named_adapters(path: PathLike) -> None:
     named = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_FILE}"))
     if named:
         raise LoRAError(
-            f"{folder}: holds no adapter itself, but folders with one each, as PEFT saves adapters with names of their "
+            f"{path}: holds no adapter itself, but folders with one each, as PEFT saves adapters with names of their "
             f"own. Give one of these: {listed(named)}."
         )
