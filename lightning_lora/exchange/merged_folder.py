@@ -26,7 +26,7 @@ from ..model.named_state import state_of
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
-from ..nn.adapted_module import is_factor
+from ..nn.adapted_module import begin_reading_merged, is_factor
 from ..nn.adapted_weights import NamedModules, adapter_of
 from ..nn.quantised import how_quantised, shape_of
 from ..progress import progress_bar
@@ -90,34 +90,33 @@ def save_merged(
     listing = Listing(unwrapped(model, "save_merged"))
     if not listing.layers:
         open_model(model, "save_merged")
-    refuse_replaced_layers(listing, "save_merged")
-    warn_of_untrained(listing)
     dtype = dequantize_dtype(dequantize, "save_merged")
-    refuse_unmergeable(listing, dtype)
-    prefix, network = find_network(find_in(listing) or listing) or ("", None)
-    _write_merged(listing, prefix, network, dtype, path, max_shard_bytes)
+    with begin_reading_merged(listing.layers.values(), "save_merged") as reading:
+        refuse_replaced_layers(listing, "save_merged")
+        warn_of_untrained(listing)
+        refuse_unmergeable(listing, dtype)
+        _write_merged(listing, dtype, path, max_shard_bytes, reading.check)
 
 
 def _write_merged(
-    listing: Listing, prefix: str, network: Any, dtype: torch.dtype | None, path: PathLike, max_shard_bytes: int
+    listing: Listing, dtype: torch.dtype | None, path: PathLike, max_shard_bytes: int, check: Callable[[], None]
 ) -> None:
     """Write a folder of merged weights. Collective where the model is sharded.
 
     Args:
         listing: of the model.
-        prefix: of the network's names in the model.
-        network: the transformers model that the folder is for, or None.
         dtype: of plain weights in place of quantised ones, or None.
         path: the folder.
         max_shard_bytes: the size of a file.
+        check: raises where another thread has changed the model since this began.
     """
+    prefix, network = find_network(find_in(listing) or listing) or ("", None)  # the transformers model, if there is one
     dequantizer = None if dtype is None else Dequantizer(dtype)
     state = _base_tensors(listing.places, prefix)
-    tensors = {name: _stored(*entry, dtype) for name, entry in state.items()}
     quantised = {name: kind for name, entry in state.items() if (kind := how_quantised(*entry))}
     if quantised and dequantizer is None:
         refuse_quantised(*next(iter(quantised.items())))
-    parts = _parts_by_key(network, tensors)
+    parts = _parts_by_key(network, {name: _stored(*entry, dtype) for name, entry in state.items()})
     sizes = {key: _size(part.stored) for key, part in parts.items()}
     files = plan_shards(sizes, max_shard_bytes)
     writes = writes_files(module for _, module in listing.modules)
@@ -145,6 +144,7 @@ def _write_merged(
         }
         if len(files) > 1:
             step(INDEX, partial(_write_index, here / INDEX, stored))
+        step(path, check)
         step(path, moves_on_leaving.close)
     if dequantizer is not None:
         dequantizer.report()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, op
 from ..model.inject import inject, inject_to_load
 from ..model.live_state import LiveState
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
+from ..nn.writer import KEEP_ADAPTER, Reading
 from .apply import apply_adapter, config_for, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
@@ -89,8 +90,12 @@ def take_adapter(model: nn.Module) -> Adapter:
         >>> model[0].lora_B.count_nonzero().item()
         0
     """
-    shared = adapter_of_model(LiveState(open_model(model, "take_adapter")), "take_adapter")
-    return replace(shared, tensors=_copied(shared.tensors))
+    handle = open_model(model, "take_adapter")
+    with Reading("take_adapter", [handle.record.writer], KEEP_ADAPTER) as reading:
+        shared = adapter_of_model(LiveState(handle), "take_adapter")
+        adapter = replace(shared, tensors=_copied(shared.tensors))
+        reading.check()
+    return adapter
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,14 +132,27 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
         adapter = apart_from_models(model, "save_adapter")
         write_folder(adapter, path)
         return
-    live = LiveState(open_model(model, "save_adapter"))
+    handle = open_model(model, "save_adapter")
+    with Reading("save_adapter", [handle.record.writer], KEEP_ADAPTER) as reading:
+        _save_model(handle, path, reading.check)
+
+
+def _save_model(handle: AdaptedModel, path: PathLike, check: Callable[[], None]) -> None:
+    """Write the adapter of an injected model as a folder. Collective where the model is sharded.
+
+    Args:
+        handle: the model.
+        path: the folder.
+        check: raises where another thread has changed the adapter since this began.
+    """
+    live = LiveState(handle)
     adapter = adapter_of_model(live, "save_adapter")
     frozen = frozen_values(live, [adapter.network + name for name in frozen_in_saved(by_network_names(adapter))])
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
     sync = RankSync(layer.main_weight() for layer in live.handle.layers.values())
     writes = writes_files(module for _, module in live.handle.modules)
     metrics = _logged(live.handle.model) if writes else {}
-    write = partial(write_folder, adapter, path, network_frozen, metrics=metrics)
+    write = partial(write_folder, adapter, path, network_frozen, metrics=metrics, check=check)
     sync.run("save_adapter", write if writes else None)
     sync.raise_on_any_rank()
 

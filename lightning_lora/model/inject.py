@@ -258,6 +258,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
                     unmerge_listed(handle)
                 put_base_values_(state_of(handle.root_places), record.initial)
                 _set_active(modules, dict.fromkeys(were_active, False))
+                turn.rests = True
                 yield model
             finally:
                 end()

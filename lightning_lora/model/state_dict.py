@@ -30,6 +30,7 @@ from ..nn.adapted_weights import (
 )
 from ..nn.quantised_state import load_quantisation_, quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
+from ..nn.writer import KEEP_ADAPTER, KEEP_MERGED, Reading
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, open_model
 from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
@@ -74,9 +75,12 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         {'0.lora_A': (2, 8), '0.lora_B': (8, 2), '2.lora_A': (2, 8), '2.lora_B': (2, 2)}
     """
     handle = open_model(model, "adapter_state_dict")
-    refuse_replaced_layers(handle, "adapter_state_dict")
-    warn_of_untrained(handle)
-    return without_flat(open_state(handle).values())
+    with Reading("adapter_state_dict", [handle.record.writer], KEEP_ADAPTER) as reading:
+        refuse_replaced_layers(handle, "adapter_state_dict")
+        warn_of_untrained(handle)
+        state = without_flat(open_state(handle).values())
+        reading.check()
+    return state
 
 
 def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> dict[str, Any]:
@@ -105,9 +109,12 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
     """
     dtype = dequantize_dtype(dequantize, "merged_state_dict")
     handle = open_model(model, "merged_state_dict")
-    refuse_replaced_layers(handle, "merged_state_dict")
-    warn_of_untrained(handle)
-    return mark_merged(without_flat(merge_state_dict(handle, _state_to_merge(handle), dtype)))
+    with Reading("merged_state_dict", [handle.record.writer], KEEP_MERGED) as reading:
+        refuse_replaced_layers(handle, "merged_state_dict")
+        warn_of_untrained(handle)
+        state = mark_merged(without_flat(merge_state_dict(handle, _state_to_merge(handle), dtype)))
+        reading.check()
+    return state
 
 
 def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..distributed.flat import are_any_flat, is_flat
 from ..errors import LoRAError
 from ..names import names_factor
 from .low_rank import HALF
-from .writer import Turn
+from .writer import KEEP_MERGED, Reading, Turn, Writer
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -235,8 +235,17 @@ class StandIns:
 
 def take_turn(adapters: Iterable[Adapter], verb: str) -> Turn:
     """Return a turn, for a `with` block, at changing the models that hold these adapters."""
+    return Turn(verb, _writers_of(adapters))
+
+
+def begin_reading_merged(adapters: Iterable[Adapter], verb: str) -> Reading:
+    """Return a reading, for a `with` block, of the merged weights of the models that hold these adapters."""
+    return Reading(verb, _writers_of(adapters), KEEP_MERGED)
+
+
+def _writers_of(adapters: Iterable[Adapter]) -> list[Writer]:
     records = {id(record): record for record in [each.lora.injection for each in adapters]}
-    return Turn(verb, [record.writer for record in records.values()])
+    return [record.writer for record in records.values()]
 
 
 def is_factor(name: str, module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from . import low_rank
 from .added_product import add_product
 from .lora_layer import LoRALayer
 from .low_rank_sum import runs_as_one
+from .transforms import may_write
 from .variant import Acting
 
 
@@ -41,7 +42,9 @@ class LoRAConv(LoRALayer):
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
         if cast(nn.Conv2d, self).groups > 1 or not runs_as_one(x, base):
-            return cast(torch.Tensor, base.add_(self.low_rank_product(x, a, b), alpha=scaling))
+            product = self.low_rank_product(x, a, b)
+            add = torch.Tensor.add_ if may_write(base) else torch.add
+            return add(base, product, alpha=scaling)
         return add_product(base, self._hidden(x, a), b, scaling, 1 - self.weight.dim())
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:

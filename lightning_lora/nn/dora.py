@@ -162,7 +162,7 @@ class DoRALayer(LoRALayer):
 
         Dropout acts as in PEFT: a dropped feature contributes W instead of c * V to the weight.
         """
-        if self.is_cheaper_dense() or len(args) + len(kwargs) != 1:
+        if self.needs_sum(*args, *kwargs.values()):
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         (input,) = (*args, *kwargs.values())
         a, b = self._factors_of_forward()

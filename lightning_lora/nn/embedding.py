@@ -13,6 +13,7 @@ from . import low_rank
 from .added_product import add_product
 from .lora_layer import LoRALayer
 from .low_rank_sum import runs_as_one
+from .transforms import may_write
 
 
 class LoRAEmbedding(LoRALayer):
@@ -48,7 +49,7 @@ class LoRAEmbedding(LoRALayer):
         """Look up rows of W. With max_norm, renormalise copies of them."""
         if self.max_norm is None or self.weight.requires_grad:  # a trained W is renormalised in place, as usual
             return cast(torch.Tensor, self.base_forward(input))
-        rows = self.weight.detach()[input]
+        rows = self.weight.detach()[input.contiguous()]  # else the rows may lie in the order of another layout
         flat = rows.view(-1, rows.shape[-1])
         indices = torch.arange(flat.shape[0], device=flat.device)
         torch.embedding_renorm_(flat, indices, self.max_norm, cast(nn.Embedding, self).norm_type)
@@ -65,7 +66,7 @@ class LoRAEmbedding(LoRALayer):
             delta = torch.where(padding, delta.detach(), delta)
         if layer.scale_grad_by_freq and torch.is_grad_enabled():
             delta = self._with_gradients_by_frequency(delta, input)
-        return base.add_(delta)
+        return base.add_(delta) if may_write(base) else base + delta
 
     def _padding(self, input: torch.Tensor) -> torch.Tensor | None:
         """Return where the tokens of padding_idx are. As in nn.Embedding they give no gradient."""

@@ -17,6 +17,7 @@ from .lora_layer import LoRALayer
 from .low_rank import enabled_parts
 from .low_rank_sum import compute_dtype, low_rank_sum, runs_as_one
 from .quantised import dequantize, dtype_of, quantised_as, quantised_parameters, refuse_bytes
+from .transforms import is_tracing, is_transformed, lies_in_rows
 
 
 class LoRALinear(LoRALayer):
@@ -34,7 +35,8 @@ class LoRALinear(LoRALayer):
     def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if not input.is_cpu and runs_as_one(input, self.weight):  # looking up the weight takes longer than the rest
             return self._as_one(input, a, b)
-        if self.lora.spec.enabled is None and input.dim() > 1 and type(input) is torch.Tensor and input.is_contiguous():
+        plain = type(input) is torch.Tensor and lies_in_rows(input) and self.lora.spec.enabled is None
+        if plain and not (is_transformed() or is_tracing()):
             return self._accumulated(input, a, b)
         return self._concatenated(input, a, b)
 
@@ -77,8 +79,11 @@ class LoRALinear(LoRALayer):
             product = low_rank_product(x, factor_a.to(x.dtype), factor_b.to(x.dtype), scaling)
             if product is not None:
                 return cast(torch.Tensor, base + product)
+        factor_a, factor_b = factor_a.to(x.dtype), factor_b.to(x.dtype)
+        if self.lora.spec.enabled is None:
+            return cast(torch.Tensor, base + F.linear(F.linear(x, factor_a), factor_b) * scaling)
         outputs, end = [], 0
-        for start, a, b in enabled_parts(factor_a.to(x.dtype), factor_b.to(x.dtype), self.lora.spec.enabled):
+        for start, a, b in enabled_parts(factor_a, factor_b, self.lora.spec.enabled):
             if start > end:
                 outputs.append(base.new_zeros(*base.shape[:-1], start - end))
             outputs.append(F.linear(F.linear(x, a), b) * scaling)

@@ -16,6 +16,7 @@ from . import low_rank
 from .adapted_module import AdaptedModule, StandIns
 from .adapted_weights import AdaptedWeights
 from .scaled_output import scaled_output
+from .transforms import is_tracing
 
 DROPOUT_STEPS = 2**16
 
@@ -75,16 +76,23 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         return super().forward(*args, **kwargs)
 
     def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """Return c * (base(x) + s * B(A(dropout(x)))) without building B @ A. The scale c leaves the bias alone.
-
-        A call with several arguments runs on W', because sum_forward gets the input alone.
-        """
-        if self.is_cheaper_dense() or len(args) + len(kwargs) != 1:
+        """Return c * (base(x) + s * B(A(dropout(x)))) without building B @ A. The scale c leaves the bias alone."""
+        if self.needs_sum(*args, *kwargs.values()):
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         (input,) = (*args, *kwargs.values())
         a, b, scale = self.acting()
         sums = self.sum_forward(input, a, b)
         return sums if scale is None else self.scaled(sums, scale)
+
+    def needs_sum(self, *inputs: torch.Tensor) -> bool:
+        """Return whether a call with these inputs runs on W'.
+
+        One with several does, because sum_forward gets the input alone. Nested tensors have no operator that scales
+        outputs, or that changes some of them.
+        """
+        if self.is_cheaper_dense() or len(inputs) != 1:
+            return True
+        return inputs[0].is_nested and (self.lora.spec.enabled is not None or self.lora.spec.variant.reads_weight)
 
     def scaled(self, sums: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return outputs with the scale c (out,) applied to all but the bias. The memory of `sums` may be reused."""
@@ -161,7 +169,8 @@ def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
     each element. p is rounded to a multiple of 1/65536, and the factor is computed from the rounded p, so the
     expectation is exact.
     """
-    if x.device.type != "cpu" or is_sharded(x):
+    dense = not (is_sharded(x) or x.is_nested) and x.layout is torch.strided
+    if x.device.type != "cpu" or not dense or is_tracing():
         return F.dropout(x, p), 1.0
     steps = min(max(round(p * DROPOUT_STEPS), 1), DROPOUT_STEPS - 1)
     words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64, device=x.device)

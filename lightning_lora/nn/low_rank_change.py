@@ -18,6 +18,7 @@ from torch import nn
 from ..distributed.sharding import is_sharded
 from .low_rank import HALF
 from .low_rank_sum import accumulate_product, compute_dtype, scaled_product
+from .transforms import is_tracing, lies_in_rows
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
@@ -28,13 +29,13 @@ def can_change(x: Tensor, weight: Tensor, a: Tensor) -> bool:
 
     Compilers see plain operators. Where gradients are not recorded, plain operators are as fast on the CPU.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
+    if torch.compiler.is_compiling() or is_tracing():
         return False
     kind = type(x)
     if not (kind is Tensor and torch.is_grad_enabled()) if x.is_cpu else is_sharded(x):
         return False
     kinds = kind, nn.Parameter
-    return type(weight) in kinds and type(a) in kinds and x.dim() > 1 and x.is_contiguous()
+    return type(weight) in kinds and type(a) in kinds and lies_in_rows(x)
 
 
 def low_rank_change(

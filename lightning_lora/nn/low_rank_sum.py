@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..distributed.sharding import is_sharded
+from .transforms import is_tracing
 
 Tensor = torch.Tensor
 Part = tuple[int, int]  # (first output, number of outputs) of an adapted part of a fused projection
@@ -25,9 +26,7 @@ Part = tuple[int, int]  # (first output, number of outputs) of an adapted part o
 
 def runs_as_one(x: Tensor, weight: Tensor) -> bool:
     """Return whether a layer with this input and this weight runs as one operation."""
-    if x.device.type == "cpu" or torch.compiler.is_compiling():
-        return False
-    if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
+    if x.device.type == "cpu" or torch.compiler.is_compiling() or is_tracing():
         return False
     # A device that is written in Python has its own class of tensors. The bytes of a quantised weight are no values.
     return _class_of(x) is _class_of(weight) and not is_sharded(x) and weight.is_floating_point()

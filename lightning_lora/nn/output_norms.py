@@ -26,6 +26,7 @@ from ..distributed.flat import whole_shape
 from ..distributed.sharding import is_spread, local, sum_over_shards, windows
 from .exact_merge import parts_of
 from .low_rank import HALF
+from .transforms import is_tracing, is_transformed
 
 # If norm(V)^2 is below this share of norm(W)^2, the terms have cancelled and float32 has lost too many digits. V is
 # then built for that output.
@@ -62,7 +63,7 @@ def output_norms(
         return _sharded_squares(weight, a, b, scaling, transposed, exact=exact).clamp_(min=0).sqrt_()
     if forms_sums(weight):
         return _norms_of_sums(_outputs_first(weight.flatten(1), transposed), a, b, scaling, exact=exact)
-    if exact or weight.dtype == torch.float64:
+    if exact or weight.dtype == torch.float64 or is_transformed():  # then no decision may depend on values
         return _squares(parts_of(weight), a, b, scaling, transposed, base, torch.float64).clamp_(min=0).sqrt_()
     base = base_squares(weight, transposed=transposed) if base is None else base
     parts = [(0, weight.flatten(1))] if weight.dtype == torch.float32 else parts_of(weight)
@@ -109,7 +110,7 @@ def output_scale(lengths: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 def forms_sums(weight: torch.Tensor) -> bool:
     """Return whether the norm is taken of V itself, because no decision may depend on values."""
-    return weight.device.type != "cpu" or torch.compiler.is_compiling() or _is_tracing()
+    return weight.device.type != "cpu" or torch.compiler.is_compiling() or is_tracing()
 
 
 def _norms_of_sums(
@@ -148,14 +149,10 @@ def _dtype_of_norms(dtype: torch.dtype) -> torch.dtype:
 
 def _pieces(matrix: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Split the rows of W and of B so that V has at most PIECE elements at a time."""
-    if _is_tracing():  # it warns of each size that is read
+    if is_tracing():  # it warns of each size that is read
         return [(matrix, b)]
     rows = max(1, PIECE // max(1, matrix.shape[1]))
     return list(zip(torch.split(matrix, rows), torch.split(b, rows), strict=True))
-
-
-def _is_tracing() -> bool:
-    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
 
 
 def _squares_of_sums(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .low_rank_sum import runs_as_one
+from .transforms import may_write
 
 Tensor = torch.Tensor
 
@@ -39,7 +40,8 @@ def scaled_output(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     change = (scale - 1).to(sums.dtype)
     if bias is None:
         return torch.addcmul(sums, sums, change)
-    return sums.addcmul_(sums - bias.to(sums.dtype), change)
+    add = torch.Tensor.addcmul_ if may_write(sums) else torch.addcmul
+    return add(sums, sums - bias.to(sums.dtype), change)
 
 
 class ScaledOutput(torch.autograd.Function):

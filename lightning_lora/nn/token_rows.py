@@ -22,6 +22,7 @@ from ..errors import LoRAError
 from .adapted_module import AdaptedModule, StandIns, swapped_class
 from .adapted_weights import AdaptedWeights, Blocks, LayerSpec, LayerState
 from .low_rank import LowRankBlock, row_blocks
+from .transforms import may_write
 from .variant import Place, Reader, Stored, Variant, Weights, equals_start
 
 ROWS = "lora_rows"  # leaf name: (n, dim)
@@ -162,7 +163,8 @@ class LoRATable(AdaptedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_table.lora_active:
             return super().forward(*args, **kwargs)
-        if self.lora_custom_forward:
+        nested = any(getattr(each, "is_nested", False) for each in (*args, *kwargs.values()))  # they have few operators
+        if self.lora_custom_forward or nested:
             with StandIns(self, [self.lora_table]):
                 return super().forward(*args, **kwargs)
         self.lora_table.note_segment()
@@ -211,7 +213,8 @@ class LoRAHead(LoRATable):
         base = cast(torch.Tensor, self.base_forward(input))
         ids, bias = self.row_ids(input.device), cast(nn.Linear, self).bias
         rows = self.lora_rows.to(self.weight.dtype)
-        return base.index_copy_(-1, ids, F.linear(input, rows, None if bias is None else bias[ids]))
+        put = torch.Tensor.index_copy_ if may_write(base) else torch.index_copy
+        return put(base, -1, ids, F.linear(input, rows, None if bias is None else bias[ids]))
 
 
 TABLES: dict[type[nn.Module], type[LoRATable]] = {nn.Embedding: LoRAEmbeddingTable, nn.Linear: LoRAHead}

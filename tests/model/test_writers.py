@@ -8,7 +8,8 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,10 +29,16 @@ from lightning_lora import (
     merge,
     merge_and_unload,
     merged,
+    merged_state_dict,
+    save_adapter,
+    save_merged,
+    take_adapter,
     unload,
     unmerge,
 )
+from lightning_lora.exchange import apply, merged_folder, take
 from lightning_lora.model import inject as inject_module
+from lightning_lora.model import state_dict as state_dict_module
 from support.models import bits, randomise_
 
 WAIT = 20  # seconds that no test needs
@@ -145,6 +152,84 @@ def test_a_second_thread_cannot_inject_while_the_first_does(monkeypatch):
     assert refusals
     assert all("inject: inject is under way" in refusal for refusal in refusals)
     assert model[0].lora_A.shape == (2, 8)
+
+
+READS: dict[str, Callable[[nn.Module], Any]] = {
+    "adapter_state_dict": adapter_state_dict,
+    "merged_state_dict": merged_state_dict,
+    "take_adapter": take_adapter,
+    "save_adapter": lambda model: save_adapter(model, "saved"),
+    "save_merged": lambda model: save_merged(model, "saved"),
+}
+OF_MERGED = ("merged_state_dict", "save_merged")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def in_between(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    """Let another thread make a change while a model is read."""
+
+    def refuse_replaced_layers(*args: Any) -> None:
+        elsewhere(change)
+
+    for module in (take, state_dict_module, merged_folder):
+        monkeypatch.setattr(module, "refuse_replaced_layers", refuse_replaced_layers)
+
+
+@pytest.mark.parametrize("verb", ["load_adapter", "unload", "load_state_dict", "cast or move", "disable_adapter"])
+@pytest.mark.parametrize("read", READS)
+def test_what_another_thread_changes_meanwhile_is_not_saved(read, verb, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = network(saved=True)
+    READS[read](model)
+    found, state = contents(tmp_path), adapter_state_dict(model)
+    with monkeypatch.context() as patch:
+        in_between(patch, lambda: VERBS[verb](model, state))
+        with pytest.raises(LoRAError, match=f"{read}: {verb} changed this model at .* in the thread 'other"):
+            READS[read](model)
+    assert contents(tmp_path) == found
+
+
+@pytest.mark.parametrize("read", READS)
+def test_beside_a_merge_adapters_are_saved_and_merged_weights_are_not(read, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = network()
+    refused = (
+        pytest.raises(LoRAError, match=f"{read}: merge changed this model") if read in OF_MERGED else nullcontext()
+    )
+    with monkeypatch.context() as patch, refused:
+        in_between(patch, lambda: merge(model))
+        READS[read](model)
+    READS[read](model)  # the model is merged now, and nobody changes it
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_save_is_refused_while_another_thread_is_loading(read, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model, refusals = network(), []
+    state = adapter_state_dict(model)
+
+    def while_loading(*args: Any, original: Any = apply.check_adapter, **options: Any) -> Any:
+        with pytest.raises(LoRAError, match=f"{read}: load_adapter changed this model") as refusal:
+            elsewhere(lambda: READS[read](model))
+        refusals.append(refusal)
+        return original(*args, **options)
+
+    monkeypatch.setattr(apply, "check_adapter", while_loading)
+    load_adapter(model, state)
+    assert refusals
+    READS[read](model)
+
+
+@pytest.mark.parametrize("body", [merged, disable_adapter])
+@pytest.mark.parametrize("read", ["adapter_state_dict", "merged_state_dict"])
+def test_inside_the_block_of_another_thread_the_same_is_read(read, body):
+    model = network(saved=True)
+    before = {name: bits(value) for name, value in READS[read](model).items()}
+    with thread_inside(lambda: body(model)):
+        assert {name: bits(value) for name, value in READS[read](model).items()} == before
 
 
 def test_two_threads_that_inject_at_once_make_one_injection(monkeypatch):
