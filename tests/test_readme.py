@@ -33,7 +33,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_lora
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_from_checkpoint, merge_and_unload
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_from_checkpoint,
+    merge,
+    merge_and_unload,
+)
 from lightning_lora.command.main import VERBS, main
 from support.notices import PEER_NOTICES, lightning_logger
 from support.variants import variants_forgotten
@@ -333,7 +341,7 @@ def test_the_figures_of_the_summary_at_fit_start_are_those_that_are_quoted(front
 def test_calls_of_the_saving_table_run_and_give_the_tuned_model(front):
     exec("from lightning_lora import *", front)
     rows = table(FRONT, "| I want | call |")
-    assert len(rows) == 5
+    assert len(rows) == 6
     for want, call in rows:
         tuned = load_from_checkpoint(front["Net"], "adapter.ckpt")
         front["model"] = front["Net"]() if "in my model" in want else tuned
@@ -437,6 +445,11 @@ def test_common_errors_are_messages_that_come(front):
         inject(model, LoRAConfig(target_modules=["embed_tokens"]))
         merge_and_unload(model)
 
+    def trained_while_merged() -> None:
+        inject(model := net(), LoRAConfig(r=2))
+        merge(model)
+        model.training_step(next(iter(data))).backward()
+
     class WithObject(net):
         def __init__(self, loss: Any = ...) -> None:
             super().__init__()
@@ -461,6 +474,7 @@ def test_common_errors_are_messages_that_come(front):
         lambda: load_from_checkpoint(Other, "adapter.ckpt"),
         lambda: make_trainer(front, lora_alpha=16).fit(net(), data, data, ckpt_path="adapter.ckpt"),
         tied,
+        trained_while_merged,
     ]
     rows = table(ERRORS, "| message | what to do |")
     for (message, _), mistake in zip(rows, mistakes, strict=True):

@@ -42,7 +42,8 @@ def with_options(adapter: Adapter, path: object, lora_alpha: float | None = None
     if lora_alpha is None:
         raise LoRAError(
             f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
-            "trained it, and pass --lora-alpha to merge, export or import; what export writes holds it, for others."
+            "trained it, and pass --lora-alpha to merge, export or import, or lora_alpha to export_adapter; what "
+            "export writes holds it, for others."
         )
     return _with_alpha(adapter, ranks, lora_alpha, path)
 

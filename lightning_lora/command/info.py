@@ -19,7 +19,7 @@ from ..files.paths import PathLike
 from ..files.safetensors import TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
 from ..formats.distributed_folder import SHARDS, read_checkpoint
-from ..formats.forms import form_of
+from ..formats.forms import form_of, refuse_named_adapters
 from ..formats.hub import local_source
 from ..formats.peft_names import are_peft_names
 from ..formats.servers import Server
@@ -77,6 +77,7 @@ def holds_adapter(path: PathLike) -> bool:
     form = form_of(path)
     if form == "PEFT folder":
         return True
+    refuse_named_adapters(path)
     if form in READ_WHOLE and holds_adapter_state(read_checkpoint(path, values=False)):
         return True
     return form != "distributed folder" and open_weights(path).holds_factors()

@@ -22,7 +22,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -133,7 +133,8 @@ def combine_adapters(
     _check_weights(sources, weights)
     names = [str(s) if isinstance(s, (str, os.PathLike)) else f"adapters[{i}]" for i, s in enumerate(sources)]
     read = [
-        by_network_names(adapter_with_options(source, where=name)) for source, name in zip(sources, names, strict=True)
+        by_network_names(adapter_with_options(source, where=name, verb=f"combine: {name}"))
+        for source, name in zip(sources, names, strict=True)
     ]
     same_in_all("the list of trained rows", [(name, _own_tables(each)) for name, each in zip(names, read, strict=True)])
     _check_one_base(read, names, strict_base)
@@ -183,8 +184,10 @@ def _checked_method(method: str, rank: int | None, density: float | None) -> str
 
 
 def _check_weights(sources: Sequence[Any], weights: Sequence[float]) -> None:
-    if isinstance(sources, (str, os.PathLike, Mapping)) or not sources:
-        raise LoRAError("combine: expected a list of one adapter or more.")
+    if isinstance(sources, (str, Mapping)) or not isinstance(sources, Collection) or not sources:
+        raise LoRAError("combine: expected a list of one adapter or more, as combine([adapter], [0.7]).")
+    if not isinstance(weights, Collection):
+        raise LoRAError(f"combine: weights must be a list with a number for each adapter, but it is {weights!r}.")
     if len(sources) != len(weights):
         raise LoRAError(f"combine: {len(sources)} adapters need as many weights, found {len(weights)}.")
     for weight in weights:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..adapter.adapter import Adapter
-from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..formats.peft_folder import write_folder
 from ..formats.plain import plain_form
@@ -40,13 +39,9 @@ def export_adapter(source: Sources, path: PathLike, *, plain: bool = False, lora
         >>> export_adapter(take_adapter(model), "served", plain=True)
         Adapter(r=2, 2 layers, 52 values)
     """
-    if not isinstance(source, (str, os.PathLike, Mapping, Adapter)):
-        raise LoRAError(
-            f"export_adapter: expected a path, a state dict or an adapter, found {type(source).__name__}. Of a model, "
-            "call take_adapter first: export_adapter(take_adapter(model), path)."
-        )
     path_of_source = source if isinstance(source, (str, os.PathLike)) else None
-    adapter = adapter_with_options(source, lora_alpha, "" if path_of_source else "export_adapter")
+    where = "" if path_of_source else "export_adapter"
+    adapter = adapter_with_options(source, lora_alpha, where, verb="export_adapter")
     if plain:
         adapter = plain_form(adapter, path_of_source)
     write_folder(adapter, path, plain=plain)

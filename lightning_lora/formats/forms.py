@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
 from ..files.safetensors import SUFFIX
+from ..names import listed
 from .deepspeed_folder import file_beside_engine
 from .distributed_folder import is_distributed
 
@@ -30,3 +32,20 @@ def form_of(path: PathLike) -> Form:
     if file_beside_engine(path) != path:
         return "DeepSpeed folder"
     return "distributed folder" if is_distributed(path) else "folder"
+
+
+def refuse_named_adapters(path: PathLike) -> None:
+    """Refuse the folder around adapters that PEFT has saved by name, each in a folder of its own.
+
+    Raises:
+        LoRAError: a folder holds such folders, and neither options nor weights itself.
+    """
+    folder = given_path(path)
+    if kind_of(folder) != "folder" or kind_of(folder / CONFIG_FILE) != "nothing" or any(folder.glob(f"*{SUFFIX}")):
+        return
+    named = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_FILE}"))
+    if named:
+        raise LoRAError(
+            f"{path}: holds no adapter itself, but folders with one each, as PEFT saves adapters with names of their "
+            f"own. Give one of these: {listed(named)}."
+        )

@@ -31,7 +31,7 @@ from ..names import A, B
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
 from ..nn.variant import Variant
 from ..notices import tell
-from .forms import CONFIG_FILE
+from .forms import CONFIG_FILE, refuse_named_adapters
 from .model_card import may_write_card, model_card, whole_in, write_card
 from .peft_attention import refuse_conv1d_before_parameters
 from .peft_equivalents import add_idle_attention, as_plain
@@ -246,6 +246,7 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
     Raises:
         LoRAError: a file is missing or damaged, or it holds what this package cannot apply.
     """
+    refuse_named_adapters(path)
     folder = Path(path)
     options_path, tensor_path = folder / CONFIG_FILE, folder / TENSOR_FILE
     variant, options = from_peft_options(read_json(options_path), options_path)

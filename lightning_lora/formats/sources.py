@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors, check_once, require_values
@@ -58,7 +59,11 @@ def read_source(
         require_values(adapter, str(source))
         return adapter
     if not isinstance(source, Mapping):
-        raise LoRAError(f"{verb}: expected a path or a state dict, found {type(source).__name__}.")
+        of_model = isinstance(source, nn.Module)
+        raise LoRAError(
+            f"{verb}: expected a path, a state dict or an adapter, found {type(source).__name__}."
+            + (" Of a model, call take_adapter first, and pass what it returns." if of_model else "")
+        )
     return _read_state(source, verb)
 
 
@@ -124,7 +129,10 @@ def _name_adapter(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def adapter_with_options(
-    source: PathLike | Mapping[str, Any] | Adapter, lora_alpha: float | None = None, where: str = ""
+    source: PathLike | Mapping[str, Any] | Adapter,
+    lora_alpha: float | None = None,
+    where: str = "",
+    verb: str = "load_adapter",
 ) -> Adapter:
     """Read an adapter with its options, to apply it to files or to combine it without a model.
 
@@ -132,11 +140,12 @@ def adapter_with_options(
         source: any form of adapter.
         lora_alpha: for a source that does not store it, such as a file of loralib's.
         where: the name of the source in messages; its path by default.
+        verb: what messages begin with that find no adapter in the source.
 
     Raises:
         LoRAError: lora_alpha is missing, or both stored and given.
     """
-    return apart_from_models(read_source(source), where or source, lora_alpha)
+    return apart_from_models(read_source(source, verb=verb), where or source, lora_alpha)
 
 
 def apart_from_models(adapter: Adapter, path: object, lora_alpha: float | None = None) -> Adapter:

@@ -51,7 +51,7 @@ def describe_passed_over(handle: AdaptedModel, saved: Collection[str]) -> tuple[
     whole = sum(found.sizes.values())
     others = (whole - sum(size for _, size in large)) / total
     shown += [f"others {others:.1%}"] if others > LEAST_SHARE else []
-    hint = f"; target_parameters={list(found.single)} adapts what is no layer" if found.single else ""
+    hint = f"; target_parameters={list(found.single)} adapts these too" if found.single else ""
     nearly_all = whole > NEARLY_ALL * total
     sizes = found.sizes.most_common()
     by_all_layers = [kind for kind, size in sizes if kind in found.by_all_layers and size / total > LEAST_SHARE]

@@ -233,9 +233,10 @@ def check_unadapted(modules: NamedModules) -> None:
                 "module that inject was called on, or unload it first."
             )
         if library == "peft" or (library == "loralib" and hasattr(module, A)):
+            where = f" at {name!r}" if name else ""
             raise LoRAError(
-                f"inject: {type(model).__name__} already has adapters of {library} ({name!r}); merge or unload them "
-                "first."
+                f"inject: {type(model).__name__} already has adapters of {library}{where}. Leave out what put them "
+                "there, such as get_peft_model, or merge or unload them first."
             )
 
 

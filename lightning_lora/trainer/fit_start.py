@@ -22,7 +22,7 @@ from .after_fit import refuse_merge_after_fit
 from .compatibility import refuse_unoptimized, warn_of_frozen, warn_of_idle_optimizers
 from .eval_mode import explain_eval_mode
 from .hyperparameters import LoggedOptions, as_hyperparameters
-from .options import Options
+from .options import LOGGED, Options
 from .precision import refuse_for_quantised, refuse_plain, refuse_unloadable
 from .start_batches import start_from_data
 from .untrained import begin_to_note
@@ -68,8 +68,8 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options, logged: Log
         record.fingerprint = fingerprint_of(open_state(handle))
     record.merged_eval, record.last_merge = options.merged_eval, None
     if trainer.loggers:
-        given = as_hyperparameters(record.config, save=options.save, merged_eval=options.merged_eval)
-        logged.add(handle.model, given)
+        own = {name: getattr(options, name) for name in LOGGED}
+        logged.add(handle.model, as_hyperparameters(record.config, **own))
     if options.verbose:
         show(summarise(handle))
 

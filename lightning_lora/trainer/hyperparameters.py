@@ -13,17 +13,17 @@ from typing import Any
 
 from torch import nn
 
-from ..config import LoRAConfig
+from ..config import LoRAConfig, plain_number
 
 INITIAL, LOGS = "_hparams_initial", "_log_hyperparams"  # attributes of a LightningModule
 
 Plain = bool | int | float | str | None
 
 
-def as_hyperparameters(config: LoRAConfig, **own: Plain) -> dict[str, Plain]:
+def as_hyperparameters(config: LoRAConfig, **own: Any) -> dict[str, Plain]:
     """Return options under the names `lora/r` and so on. Lists become text with commas, mappings JSON."""
-    options = {name: _plain(getattr(config, name)) for name in config.__dataclass_fields__}
-    return {f"lora/{name}": value for name, value in (options | own).items()}
+    options = {name: getattr(config, name) for name in config.__dataclass_fields__} | own
+    return {f"lora/{name}": _plain(value) for name, value in options.items()}
 
 
 class LoggedOptions:
@@ -56,4 +56,4 @@ class LoggedOptions:
 def _plain(value: Any) -> Plain:
     if isinstance(value, Mapping):
         return json.dumps(value)
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else value
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else plain_number(value)

@@ -15,6 +15,7 @@ from ..model.param_groups import check_ratio
 from ..model.quantise import check_kind_of_quantisation
 
 BOOLEANS = ("merged_eval", "verify", "merge_after_fit", "verbose")
+LOGGED = ("save", "merged_eval", "quantize", "lr_ratio", "seed")  # those that tell runs apart, for loggers
 
 
 class Options(Protocol):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     combine,
+    export_adapter,
     inject,
     load_adapter,
     merge,
@@ -180,8 +183,24 @@ def test_an_adapter_is_checked_once(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("source", [3, None, [1]])
 def test_what_is_no_adapter_is_refused_by_the_function_s_name(source: Any):
-    with pytest.raises(LoRAError, match=r"^read_adapter: expected a path or a state dict, found"):
+    with pytest.raises(LoRAError, match=r"^read_adapter: expected a path, a state dict or an adapter, found \w+\.$"):
         read_adapter(source)
+
+
+@pytest.mark.parametrize("verb", ["read_adapter", "load_adapter", "export_adapter", "combine: adapters[0]"])
+def test_a_model_as_a_source_is_refused_with_the_call_that_takes_its_adapter(verb: str, tmp_path: Path):
+    plain = nn.Sequential(nn.Linear(2, 2))
+    inject(model := copy.deepcopy(plain), LoRAConfig(r=1))
+    calls: dict[str, Callable[[Any], Any]] = {
+        "read_adapter": read_adapter,
+        "load_adapter": lambda source: load_adapter(plain, source),
+        "export_adapter": lambda source: export_adapter(source, tmp_path / "folder"),
+        "combine: adapters[0]": lambda source: combine([source], [1]),
+    }
+    expected = "expected a path, a state dict or an adapter, found Sequential. Of a model, call take_adapter first"
+    with pytest.raises(LoRAError, match=f"^{re.escape(f'{verb}: {expected}')}"):
+        calls[verb](model)
+    calls[verb](take_adapter(model))  # as the error says
 
 
 def test_a_source_without_an_adapter_is_refused_by_the_function_s_name():

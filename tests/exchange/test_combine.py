@@ -20,6 +20,7 @@ from lightning_lora import (
     inject,
     load_adapter,
     merged_state_dict,
+    read_adapter,
     save_adapter,
 )
 from lightning_lora.adapter.combined_layer import PRUNING, combined_change
@@ -469,9 +470,15 @@ def test_an_argument_that_is_not_allowed_is_refused(weights: Any, options: dict[
 
 
 def test_no_adapter_or_one_without_a_list_is_refused(tmp_path: Path):
-    for nothing in ([], "folder", {}):
-        with pytest.raises(LoRAError, match="expected a list of one adapter or more"):
+    for nothing in ([], "folder", {}, read_adapter(states(small(2))[0]), iter(states(small(2)))):
+        with pytest.raises(LoRAError, match="expected a list of one adapter or more, as combine"):
             combine(nothing, [1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", [0.7, None])
+def test_weights_without_a_list_are_refused(weights: Any):
+    with pytest.raises(LoRAError, match="weights must be a list with a number for each adapter, but it is"):
+        combine(states(small(2)), weights)
 
 
 # --- what comes out ---

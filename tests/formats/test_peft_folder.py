@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +24,7 @@ from lightning_lora import (
     inject,
     load_adapter,
     merge_and_unload,
+    read_adapter,
     save_adapter,
 )
 from lightning_lora.adapter.fingerprint import without_base
@@ -41,6 +44,7 @@ from support.peers import (
     our_config,
     ours,
     read_by_peft,
+    refused,
     seeded,
     spread_,
     theirs,
@@ -227,6 +231,23 @@ def test_the_old_file_format_of_peft_is_read(tmp_path):
     fresh = model("llama")
     load_adapter(fresh, tmp_path)
     close(logits(fresh), logits(other))
+
+
+def test_the_folder_around_adapters_that_peft_saved_by_name_is_refused_with_those_in_it(tmp_path, capsys):
+    plain, run = nn.Sequential(nn.Linear(4, 4)), tmp_path / "run"
+    options = peft.LoraConfig(r=2, target_modules=["0"])
+    peft.get_peft_model(copy.deepcopy(plain), options, adapter_name="style").save_pretrained(run)
+    expected = f"Give one of these: {run / 'style'}."
+    for read in (read_adapter, lambda path: load_adapter(plain, path)):
+        with pytest.raises(LoRAError, match=re.escape(expected)):
+            read(run)
+    for command in (("info",), ("info", "--for", "vllm"), ("export", tmp_path / "exported")):
+        verb, *rest = command
+        assert expected in refused(capsys, verb, run, *rest)
+    assert load_adapter(plain, run / "style") == ["0"]
+    (run / "model.safetensors").write_bytes(b"")  # a model's folder, with checkpoints of a run in it
+    with pytest.raises(LoRAError, match="no such file"):
+        read_adapter(run)
 
 
 def test_other_files_in_the_folder_stay(tmp_path):

@@ -57,7 +57,7 @@ def test_all_linear_says_once_what_it_passes_over_and_its_share(caplog):
         f"2 {Linear.__module__}.Linear {200 / total:.1%}, 1 LSTM {200 / total:.1%}, "
         f"1 Experts.down_proj {100 / total:.1%}, 1 Conv2d {100 / total:.1%}, 1 Embedding {100 / total:.1%}, "
         f"1 Bilinear {100 / total:.1%}, others {75 / total:.1%}; "
-        "target_parameters=['down_proj', 'weight_ih_l0', 'weight_hh_l0'] adapts what is no layer; "
+        "target_parameters=['down_proj', 'weight_ih_l0', 'weight_hh_l0'] adapts these too; "
         "target_modules='all-layers' adapts Conv2d, MultiheadAttention.in_proj too"
     )
 

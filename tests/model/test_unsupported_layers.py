@@ -97,8 +97,10 @@ def test_peft_layers_anywhere_are_refused():
     model = nn.ModuleDict({"new": nn.Linear(4, 4), "old": nn.Linear(4, 4)})
     peft.LoraModel(model, peft.LoraConfig(target_modules=["old"], r=2), "default")
     before = trace(model)
-    with pytest.raises(LoRAError, match="adapters of peft"):
+    with pytest.raises(LoRAError, match=r"adapters of peft at 'old'\. Leave out what put them there, such as get_peft"):
         inject(model, LoRAConfig(target_modules=["new"], r=1))
+    with pytest.raises(LoRAError, match=r"Linear already has adapters of peft\. Leave out"):
+        inject(model["old"], LoRAConfig(r=1))
     assert trace(model) == before
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,7 +20,13 @@ from support.notices import tiny_layers
 from support.training import Data, Net, make_trainer
 
 pytestmark = tiny_layers
-OPTIONS: dict[str, Any] = {"r": 2, "target_modules": ["body.0", "head"], "rank_pattern": {"head": 4}, "save": "merged"}
+OPTIONS: dict[str, Any] = {
+    "r": 2,
+    "target_modules": ["body.0", "head"],
+    "rank_pattern": {"head": 4},
+    "save": "merged",
+    "seed": 3,
+}
 OWN = {"width": 8, "seed": 1, "lr": 0.05}  # of Net
 
 
@@ -97,6 +104,9 @@ def test_each_logger_is_given_options_and_own_hyperparameters_in_one_call(tmp_pa
             "autocast_adapter_dtype": True,
             "save": "merged",
             "merged_eval": True,
+            "quantize": None,
+            "lr_ratio": None,
+            "seed": 3,
         }
     fresh = model()
     assert (module.hparams, module.hparams_initial) == (fresh.hparams, fresh.hparams_initial)
@@ -108,6 +118,11 @@ def test_every_option_is_among_them_as_a_plain_value():
     assert set(of_lora(found)) == set(LoRAConfig.__dataclass_fields__)
     assert {type(value) for value in found.values()} <= {bool, int, float, str, type(None)}
     assert (found["lora/layers_to_transform"], found["lora/lora_alpha"]) == ("0, 2", 2.5)
+
+
+def test_what_the_callback_alone_has_is_a_plain_value_too():
+    found = as_hyperparameters(LoRAConfig(), lr_ratio=np.float64(16), quantize="nf4")
+    assert (found["lora/lr_ratio"], type(found["lora/lr_ratio"]), found["lora/quantize"]) == (16.0, float, "nf4")
 
 
 def test_csv_logger_writes_them_and_checkpoints_hold_the_modules_own_alone(tmp_path: Path):
