@@ -16,7 +16,7 @@ from . import low_rank
 from .adapted_module import AdaptedModule, StandIns
 from .adapted_weights import AdaptedWeights
 from .scaled_output import scaled_output
-from .transforms import is_tracing
+from .transforms import is_tracing, is_transformed
 
 DROPOUT_STEPS = 2**16
 
@@ -170,7 +170,7 @@ def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
     expectation is exact.
     """
     dense = not (is_sharded(x) or x.is_nested) and x.layout is torch.strided
-    if x.device.type != "cpu" or not dense or is_tracing():
+    if x.device.type != "cpu" or not dense or is_tracing() or is_transformed():
         return F.dropout(x, p), 1.0
     steps = min(max(round(p * DROPOUT_STEPS), 1), DROPOUT_STEPS - 1)
     words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64, device=x.device)
