@@ -134,19 +134,19 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
         return
     handle = open_model(model, "save_adapter")
     with Reading("save_adapter", [handle.record.writer], KEEP_ADAPTER) as reading:
-        _save_model(handle, path, reading.check)
+        live = LiveState(handle)
+        _write(live, adapter_of_model(live, "save_adapter"), path, reading.check)
 
 
-def _save_model(handle: AdaptedModel, path: PathLike, check: Callable[[], None]) -> None:
+def _write(live: LiveState, adapter: Adapter, path: PathLike, check: Callable[[], None]) -> None:
     """Write the adapter of an injected model as a folder. Collective where the model is sharded.
 
     Args:
-        handle: the model.
+        live: the model's state.
+        adapter: the model's.
         path: the folder.
         check: raises where another thread has changed the adapter since this began.
     """
-    live = LiveState(handle)
-    adapter = adapter_of_model(live, "save_adapter")
     frozen = frozen_values(live, [adapter.network + name for name in frozen_in_saved(by_network_names(adapter))])
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
     sync = RankSync(layer.main_weight() for layer in live.handle.layers.values())
