@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.quantise import call_that_quantises, quantise_named_
 from ..model.targets import Targets
+from ..names import listed
 from ..nn.writer import Turn
 from .align import add_frozen_weights, align_names, record_trained, split_off_base
 from .first_names import Names, by_first_names
@@ -206,10 +207,22 @@ def config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
         )
     targets = Targets(listing.modules, config, adapter.scope)
     same_layers = not targets.unmatched and targets.names() == set(ranks)
+    if not adapter.fingerprint:  # with one, all that was trained is known
+        _warn_of_lacking(sorted(targets.names() - ranks.keys()))
     same = same_layers and options_hold(config, ranks, adapter.scalings)
     config = config if same else _options_for(listing, config, adapter)
     same_rows = targets.tables.items() >= adapter.tables.items()
     return config if same_rows else replace(config, trainable_token_indices=dict(adapter.tables))
+
+
+def _warn_of_lacking(layers: Sequence[str]) -> None:
+    """Warn of layers that an adapter's options name, and for which it has no tensors."""
+    if layers:
+        warnings.warn(
+            f"lightning_lora: adapter: it has no tensors for {listed(layers)}, which its options name in this model. "
+            "It is loaded without them. If it was trained on them, its file is not whole.",
+            stacklevel=5,
+        )
 
 
 def _options_for(listing: Listing, config: LoRAConfig, adapter: Adapter) -> LoRAConfig:

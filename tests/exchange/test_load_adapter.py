@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from lightning.fabric import Fabric
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import (
@@ -330,6 +331,18 @@ def test_what_fabric_saves_is_found(tmp_path: Path):
     fabric.save(tmp_path / "checkpoint.ckpt", {"model": trained, "step": 3})
     assert load_adapter(target, tmp_path / "checkpoint.ckpt") == ["0"]
     assert torch.equal(target[0].lora_B, trained[0].lora_B)
+
+
+def test_a_folder_of_pefts_without_a_layers_tensors_is_loaded_with_a_warning_that_names_the_layer(tmp_path: Path):
+    """As PEFT does, which trains the layer from zero."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(r=2, target_modules=["0", "2"])).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        {name: value for name, value in tensors.items() if ".2." not in name}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.warns(UserWarning, match=r"^lightning_lora: adapter: it has no tensors for 2, which its options name"):
+        assert load_adapter(net, tmp_path) == ["0"]
 
 
 def test_what_a_peft_model_saves_in_an_entry_is_found():
