@@ -162,9 +162,11 @@ class DoRALayer(LoRALayer):
 
         Dropout acts as in PEFT: a dropped feature contributes W instead of c * V to the weight.
         """
-        if self.needs_sum(*args, *kwargs.values()):
+        if self.is_cheaper_dense() or len(args) + len(kwargs) != 1:
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         (input,) = (*args, *kwargs.values())
+        if input.is_nested and self.has_no_nested_operators():
+            return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         a, b = self._factors_of_forward()
         scale = self._scale(a, b)
         if self.drops() and not self.LOOKUP:

@@ -17,7 +17,7 @@ from .lora_layer import LoRALayer
 from .low_rank import enabled_parts
 from .low_rank_sum import compute_dtype, low_rank_sum, runs_as_one
 from .quantised import dequantize, dtype_of, quantised_as, quantised_parameters, refuse_bytes
-from .transforms import is_tracing, is_transformed, lies_in_rows
+from .transforms import lies_in_rows, runs_as_written
 
 
 class LoRALinear(LoRALayer):
@@ -35,8 +35,8 @@ class LoRALinear(LoRALayer):
     def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if not input.is_cpu and runs_as_one(input, self.weight):  # looking up the weight takes longer than the rest
             return self._as_one(input, a, b)
-        plain = type(input) is torch.Tensor and lies_in_rows(input) and self.lora.spec.enabled is None
-        if plain and not (is_transformed() or is_tracing()):
+        plain = self.lora.spec.enabled is None and type(input) is torch.Tensor and lies_in_rows(input)
+        if plain and runs_as_written():
             return self._accumulated(input, a, b)
         return self._concatenated(input, a, b)
 

@@ -16,7 +16,7 @@ from . import low_rank
 from .adapted_module import AdaptedModule, StandIns
 from .adapted_weights import AdaptedWeights
 from .scaled_output import scaled_output
-from .transforms import is_tracing, is_transformed
+from .transforms import runs_as_written
 
 DROPOUT_STEPS = 2**16
 
@@ -77,22 +77,18 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
     def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Return c * (base(x) + s * B(A(dropout(x)))) without building B @ A. The scale c leaves the bias alone."""
-        if self.needs_sum(*args, *kwargs.values()):
+        if self.is_cheaper_dense() or len(args) + len(kwargs) != 1:  # sum_forward gets the input alone
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         (input,) = (*args, *kwargs.values())
+        if input.is_nested and self.has_no_nested_operators():
+            return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         a, b, scale = self.acting()
         sums = self.sum_forward(input, a, b)
         return sums if scale is None else self.scaled(sums, scale)
 
-    def needs_sum(self, *inputs: torch.Tensor) -> bool:
-        """Return whether a call with these inputs runs on W'.
-
-        One with several does, because sum_forward gets the input alone. Nested tensors have no operator that scales
-        outputs, or that changes some of them.
-        """
-        if self.is_cheaper_dense() or len(inputs) != 1:
-            return True
-        return inputs[0].is_nested and (self.lora.spec.enabled is not None or self.lora.spec.variant.reads_weight)
+    def has_no_nested_operators(self) -> bool:
+        """Return whether a nested input runs on W', because nothing scales nested outputs, or changes some of them."""
+        return self.lora.spec.enabled is not None or self.lora.spec.variant.reads_weight
 
     def scaled(self, sums: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return outputs with the scale c (out,) applied to all but the bias. The memory of `sums` may be reused."""
@@ -170,7 +166,7 @@ def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
     expectation is exact.
     """
     dense = not (is_sharded(x) or x.is_nested) and x.layout is torch.strided
-    if x.device.type != "cpu" or not dense or is_tracing() or is_transformed():
+    if x.device.type != "cpu" or not (dense and runs_as_written()):
         return F.dropout(x, p), 1.0
     steps = min(max(round(p * DROPOUT_STEPS), 1), DROPOUT_STEPS - 1)
     words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64, device=x.device)

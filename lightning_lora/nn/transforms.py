@@ -18,12 +18,21 @@ def is_transformed() -> bool:
     """
     if torch._C._are_functorch_transforms_active():  # torch's compiler knows the answer too
         return True
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
 
 
 def is_tracing() -> bool:
     """Return whether torch.jit.trace records a graph, which keeps sizes that operators get as plain numbers."""
-    return not torch.compiler.is_compiling() and bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
+
+
+def runs_as_written() -> bool:
+    """Return whether neither a transform nor a trace sees what runs. Each layer asks at each forward."""
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not (forward_ad._current_level >= 0 or torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
 
 
 def may_write(result: torch.Tensor) -> bool:
@@ -32,7 +41,7 @@ def may_write(result: torch.Tensor) -> bool:
     Under vmap the result may be the same for all, and what is written differ. TorchScript may run a recorded graph with
     views in other places. Nested tensors have few operators.
     """
-    return not (is_transformed() or is_tracing() or result.is_nested)
+    return runs_as_written() and not result.is_nested
 
 
 def lies_in_rows(x: torch.Tensor) -> bool:

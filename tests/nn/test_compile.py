@@ -106,7 +106,6 @@ def answers(model, args) -> torch.Tensor:
     return found[~PADDING] if args[-1] is PADDING else found  # torch's fast path leaves padded places empty
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "compiled_first", "training"),
     [(kind, True, True) for kind in LAYERS if kind != "encoder"]
