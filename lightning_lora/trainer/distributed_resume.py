@@ -67,6 +67,15 @@ def refuse_other_groups(saved: Sequence[int], built: Sequence[int]) -> None:
         )
 
 
+def refuse_other_number(saved: int, built: int) -> None:
+    """Raise LoRAError where a checkpoint holds the states of more or fewer optimizers than are to take them."""
+    if saved != built:
+        raise LoRAError(
+            f"LoRACallback: the checkpoint holds the states of {saved} optimizers, and configure_optimizers built "
+            f"{built}. Build as many, or call load_adapter(model, path) and leave ckpt_path out to start a new fit."
+        )
+
+
 def check_complete(handle: AdaptedModel, names: set[str], source: object) -> None:
     """Raise LoRAError unless a state dict without metadata holds the complete base, the complete adapter, or both."""
     base, adapter = set(base_keys(handle)), set(adapter_keys(handle))

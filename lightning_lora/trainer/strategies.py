@@ -33,7 +33,13 @@ from ..names import META, canonical
 from ..nn.adapted_weights import AdaptedWeights
 from .checkpoint_hooks import refuse_foreign_resume
 from .deepspeed import prepare_deepspeed
-from .distributed_resume import accept_folders, check_complete, refuse_other_groups, refuse_weights_only
+from .distributed_resume import (
+    accept_folders,
+    check_complete,
+    refuse_other_groups,
+    refuse_other_number,
+    refuse_weights_only,
+)
 from .fsdp1 import prepare_fsdp1
 
 
@@ -180,9 +186,12 @@ def _load_optimizers_(strategy: Any, states: Sequence[Mapping[str, Any]]) -> Non
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
+    if not strategy.optimizers:
+        return
+    refuse_other_number(len(states), len(strategy.optimizers))
     known = {id(p): canonical(name) for name, p in strategy.lightning_module.named_parameters()}
     options = StateDictOptions(broadcast_from_rank0=True, full_state_dict=True, strict=False)
-    for optimizer, saved in zip(strategy.optimizers, states, strict=bool(strategy.optimizers)):
+    for optimizer, saved in zip(strategy.optimizers, states, strict=True):
         live = [[known[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         named = _by_names(saved, live)
         if named["state"]:

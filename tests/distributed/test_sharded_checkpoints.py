@@ -375,6 +375,16 @@ def test_optimizer_in_a_file_that_has_other_groups_is_an_error(tmp_path):
         assert "has groups of [4, 2] parameters, and configure_optimizers built groups of [2, 2, 2]" in error
 
 
+@pytest.mark.slow
+def test_a_file_of_another_number_of_optimizers_is_an_error(tmp_path):
+    alone(tmp_path, Unordered, 2)
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    saved["optimizer_states"] *= 2
+    torch.save(saved, tmp_path / "other.ckpt")
+    for error in world().run(resumed_sharded, tmp_path, UnorderedSharded, tmp_path / "other.ckpt"):
+        assert "holds the states of 2 optimizers, and configure_optimizers built 1. Build as many" in error
+
+
 def evaluate_in_one(path: Path, save: str, file: Path) -> float:
     trainer = make_trainer(path, lora(save=save))
     trainer.validate(model := Plain(), loader(seed=6), ckpt_path=file, verbose=False)
