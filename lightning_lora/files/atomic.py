@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..errors import LoRAError, sentence
 from .leftovers import hold, partial_name, release, remove, remove_leftovers
-from .paths import PathLike, given_path, is_from_system, is_there, kind_of, passing_over_errors, real_path
+from .paths import PassingOverErrors, PathLike, given_path, is_from_system, is_there, kind_of, real_path
 
 AT_FDCWD, EXCHANGE = -100, 2  # constants of Linux's renameat2
 FILE_BITS = 0o777  # without setuid: a new file is not to run with its owner's rights
@@ -94,7 +94,7 @@ def check_output_path(path: PathLike, *, folder: bool) -> None:
 
 def identity(path: PathLike) -> tuple[int, int] | None:
     """Return a file's or folder's identity, which differs after a replacement; None where nothing is at the path."""
-    with passing_over_errors(), suppress(ValueError):  # a name that no file can have
+    with PassingOverErrors(), suppress(ValueError):  # a name that no file can have
         found = os.stat(path)
         return found.st_dev, found.st_ino
     return None
@@ -235,7 +235,7 @@ def _folder_to_disk(folder: PathLike) -> None:
     """Let the names in a folder survive a power cut, where the system can do that for folders."""
     if os.name != "posix":
         return
-    with passing_over_errors():
+    with PassingOverErrors():
         opened = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(opened)
@@ -316,7 +316,7 @@ def _keep_permissions(old: Path, new: Path, *, writable: bool = False) -> None:
     if os.name != "posix" or new.is_symlink():
         return
     before = None
-    with passing_over_errors():
+    with PassingOverErrors():
         before = os.stat(old)
     if before is None:
         return
@@ -325,7 +325,7 @@ def _keep_permissions(old: Path, new: Path, *, writable: bool = False) -> None:
     mode = before.st_mode & (FOLDER_BITS if new.is_dir() else FILE_BITS)
     if not _keep_owner(before, new):
         mode &= ~0o070 | (mode & 0o007) << 3
-    with passing_over_errors():  # file systems without modes
+    with PassingOverErrors():  # file systems without modes
         os.chmod(new, mode | (stat.S_IRWXU if writable else 0))
 
 
@@ -335,7 +335,7 @@ def _keep_owner(before: os.stat_result, new: Path) -> bool:
     for owner in (before.st_uid, -1):
         if (owner, before.st_gid) in ((now.st_uid, now.st_gid), (-1, now.st_gid)):
             return True
-        with passing_over_errors():
+        with PassingOverErrors():
             os.chown(new, owner, before.st_gid)
             return True
     return False

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .paths import is_from_system, is_there, passing_over_errors
+from .paths import PassingOverErrors, is_from_system, is_there
 
 fcntl: ModuleType | None
 try:
@@ -44,7 +44,7 @@ def hold(folder: Path) -> int | None:
     if fcntl is None:
         return None
     lock = os.open(_lock_in(folder), os.O_RDWR | os.O_CREAT, 0o600)
-    with passing_over_errors():  # a file system without locks
+    with PassingOverErrors():  # a file system without locks
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return lock
 
@@ -60,7 +60,7 @@ def remove(folder: Path) -> None:
 
     Raises nothing, apart from exceptions of signals' handlers.
     """
-    with passing_over_errors():
+    with PassingOverErrors():
         os.rmdir(folder)
     if not os.path.isdir(folder):
         return
@@ -88,7 +88,7 @@ def _remove_what_can_be(folder: Path) -> None:
 
 def _make_writable(folder: Path) -> None:
     if not folder.is_symlink():
-        with passing_over_errors():
+        with PassingOverErrors():
             os.chmod(folder, stat.S_IRWXU)
 
 
@@ -96,11 +96,11 @@ def remove_leftovers(target: Path) -> None:
     """Remove the hidden folders in which killed writers of this file or folder worked."""
     token = re.compile(r"[0-9a-f]{8}")  # as secrets.token_hex(4) makes it
     start, end = partial_name(target, "\0").split("\0")
-    with passing_over_errors():
+    with PassingOverErrors():
         for name in os.listdir(target.parent):
             if name.startswith(start) and name.endswith(end) and token.fullmatch(name[len(start) : -len(end)]):
                 folder = target.parent / name
-                with passing_over_errors():
+                with PassingOverErrors():
                     if not folder.is_symlink() and _is_left(folder):
                         remove(folder)
 

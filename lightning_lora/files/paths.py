@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,14 +111,15 @@ def is_from_system(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno is not None
 
 
-@contextmanager
-def passing_over_errors() -> Iterator[None]:
-    """Suppress refusals of the system inside the block. Exceptions of signals' handlers pass."""
-    try:
-        yield
-    except OSError as error:
-        if not is_from_system(error):
-            raise
+class PassingOverErrors(AbstractContextManager[None]):
+    """Suppress refusals of the system inside the block. Exceptions of signals' handlers pass.
+
+    A class, because the exception and the frame of a generator would hold each other, and with them every caller's
+    model, until Python collects garbage.
+    """
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        return error is not None and is_from_system(error)
 
 
 def is_there(path: PathLike) -> bool:
@@ -126,7 +127,7 @@ def is_there(path: PathLike) -> bool:
 
     os.path.lexists would take a TimeoutError of a signal's handler for an answer.
     """
-    with passing_over_errors(), suppress(ValueError):  # a name that no file can have
+    with PassingOverErrors(), suppress(ValueError):  # a name that no file can have
         os.lstat(path)
         return True
     return False

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ..adapter.adapter import Adapter
 from ..errors import printable, shortened
-from ..files.paths import PathLike, given_path, kind_of, passing_over_errors
+from ..files.paths import PassingOverErrors, PathLike, given_path, kind_of
 
 CARD_FILE = "README.md"
 LONGEST = 2**20  # bytes; a longer file is no card of ours
@@ -73,7 +73,7 @@ def may_write_card(folder: PathLike) -> bool:
         LoRAError: it is no path.
     """
     file = given_path(folder) / CARD_FILE
-    with passing_over_errors():
+    with PassingOverErrors():
         if not os.path.lexists(file):
             return True
         if file.is_symlink() or kind_of(file) != "file" or file.stat().st_size > LONGEST:
