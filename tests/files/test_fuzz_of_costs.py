@@ -126,6 +126,7 @@ def options_of_folders(draw: st.DataObject, path: Path) -> None:
 
 KINDS = [nesting_and_sharing, strides, compression, long_names, options_of_folders]
 kinds = pytest.mark.parametrize("write", KINDS, ids=lambda write: write.__name__)
+pytestmark = pytest.mark.filterwarnings("ignore:lightning_lora. adapter. it has no tensors for")  # by odd options
 
 
 def highest_use() -> int:
