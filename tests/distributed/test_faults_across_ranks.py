@@ -73,6 +73,7 @@ def run(path: Path, kind: str, dies: bool, source: Path | None = None) -> Any:
     return whole_state(model), optimizer_state(fitting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_killed_rank_ends_the_others_and_the_last_checkpoint_resumes(tmp_path, kind, size):
@@ -107,6 +108,7 @@ def failing_save(path: Path, kind: str) -> None:
         assert len(local) == len(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_first_rank_that_cannot_save_ends_the_others_with_an_error(tmp_path, kind):
     ended = World(2).run_broken(failing_save, tmp_path, kind)

@@ -100,6 +100,7 @@ def test_sharded_model_merges_as_one_device_and_restores_every_shard(way):
     world().run(cycles, way)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS_OF_FOUR)
 def test_model_sharded_over_four_ranks_merges_as_one_device(way):
     world(4).run(cycles, way)

@@ -130,6 +130,7 @@ def fit(path: Path, kind: type[Sharded], options: dict[str, Any]) -> tuple[list[
     return model.losses, whole_state(model.to(DEVICE))  # Lightning leaves the shards on the CPU
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Sharded, RootSharded, InjectsItself, InjectsAPart, OnMeta])
 def test_training_equals_that_on_one_device(tmp_path, alone, kind):
     expected_losses, expected = alone(getattr(kind, "part", ""))

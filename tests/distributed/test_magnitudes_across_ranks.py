@@ -181,6 +181,7 @@ def fit(path: Path, save: Any, whole: bool, epochs: int, source: Path | None = N
     return whole_state(model), optimizer_state(trainer), model.losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("save", "whole"), [("adapter", True), ("merged", False), ("full", True)])
 def test_a_resumed_sharded_run_equals_the_uninterrupted_one(tmp_path, save: str, whole: bool):
     state, optimizer, losses = world().run(fit, tmp_path, save, whole, 3)[0]

@@ -49,6 +49,7 @@ def fit(path: Path, kind: type[Plain]) -> tuple[list[float], dict[str, torch.Ten
     return model.losses, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Sharded, RootSharded, Plain], ids=["fsdp2", "fsdp2, root only", "ddp"])
 def test_trained_and_frozen_parameters_side_by_side_equal_one_device(tmp_path, kind):
     alone = Plain()

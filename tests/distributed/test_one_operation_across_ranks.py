@@ -67,6 +67,7 @@ def fit(path: Path, strategy: str, options: dict[str, Any], one: bool) -> tuple[
     return model.losses, whole_state(model.to("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fit_as_one_operation_equals_the_cpus_own_way(tmp_path, strategy, option):

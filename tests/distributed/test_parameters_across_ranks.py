@@ -73,6 +73,7 @@ def compare(name: str, strategy: str) -> None:
         assert all(layer.lora.records for layer in adapted_layers(model).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
 def test_two_ranks_train_and_merge_as_one_process_does(name: str, strategy: str):

@@ -103,6 +103,7 @@ def compare(way: str, tied: bool) -> None:
 PAIRS = [(way, tied) for way in WAYS for tied in (False, True) if not (tied and "each" in way)]  # torch cannot
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "tied"), PAIRS)
 def test_two_ranks_train_and_merge_as_one_process_does(way: str, tied: bool):
     world().run(compare, way, tied)
@@ -172,6 +173,7 @@ def fit(path: Path, save: Any, whole: bool, epochs: int, source: Path | None = N
     return whole_state(model), optimizer_state(trainer), model.losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["file", "distributed"])
 @pytest.mark.parametrize("save", ["adapter", "merged", "full"])
 def test_a_resumed_sharded_run_equals_the_uninterrupted_one(tmp_path, save: str, whole: bool):

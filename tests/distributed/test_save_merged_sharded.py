@@ -115,6 +115,7 @@ def write(folder: Path, kind: str) -> None:
         assert is_merged(net) == (state == "merged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
 def test_a_sharded_model_is_written_as_one_merged_on_one_device(tmp_path, kind):

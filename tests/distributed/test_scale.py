@@ -94,6 +94,7 @@ EXACT = ["base_shard", "adapter_shard", "gathered_block", "received_in_step", "r
 EXACT += ["received_in_step_by_ddp"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "columns"), [(2, False), (4, False), (4, True)])
 def test_memory_and_traffic_of_a_small_model_equal_the_formulas(tmp_path, ranks, columns):
     paper = Costs(TINY, ranks, r=RANK, columns=columns)
@@ -135,6 +136,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", MORE)
 def test_twice_as_much_of_one_thing_costs_as_much_more_as_the_formulas_say(what):
     """Merging sends A and B: bytes are linear in r, in blocks and in a weight's sides, not in its area."""
@@ -245,6 +247,7 @@ def peaks(path: Path) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_rank_stays_within_the_readme(tmp_path):
     """The page's figures are the worst of five runs; here they are bounds, as the allocator rounds as it likes."""
     slack = 16 * 2**20

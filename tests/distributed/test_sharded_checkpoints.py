@@ -66,6 +66,7 @@ def run(
     return found
 
 
+@pytest.mark.slow
 @FORMS
 @pytest.mark.parametrize("save", KINDS)
 def test_resuming_equals_the_uninterrupted_run(tmp_path, save, whole):
@@ -199,6 +200,7 @@ def run_as(kind: type[Sharded], path: Path, save: str, epochs: int = 1, source: 
     return whole(state), getattr(model.net[-1], "calls", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", KINDS)
 @pytest.mark.parametrize("kind", [Replicated, pytest.param(Sharded, marks=pytest.mark.slow)])
 def test_folder_of_four_processes_is_read_in_one(tmp_path, kind, save):
@@ -209,6 +211,7 @@ def test_folder_of_four_processes_is_read_in_one(tmp_path, kind, save):
     assert_same_bits(whole_state(load_from_checkpoint(Plain, tmp_path / "1.ckpt")), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", KINDS)
 def test_extra_state_is_in_a_folder_and_comes_back(tmp_path, save):
     """torch saves the parts of a nested extra state one by one."""
@@ -270,6 +273,7 @@ def test_merged_sharded_checkpoint_loads_without_this_package(tmp_path):
 # --- another number of processes ---
 
 
+@pytest.mark.slow
 @FORMS
 @pytest.mark.parametrize("sizes", [(2, 4), pytest.param((4, 2), marks=pytest.mark.slow)], ids=str)
 def test_resuming_on_another_number_of_processes(tmp_path, sizes, whole):
@@ -285,6 +289,7 @@ def test_resuming_on_another_number_of_processes(tmp_path, sizes, whole):
         assert_same_bits(base_of(state), base_of(uninterrupted[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", KINDS)
 def test_checkpoint_goes_from_one_process_to_two_and_back(tmp_path, save):
     torch.manual_seed(0)
@@ -391,6 +396,7 @@ def evaluate_in_one(path: Path, save: str, file: Path) -> float:
     return model.losses[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", KINDS)
 def test_folder_of_two_processes_is_evaluated_and_resumed_in_one(tmp_path, save):
     """With AdamW's moments: a resume without them would end elsewhere."""

@@ -296,6 +296,7 @@ def fit_with_object(path: Path, kind: str) -> None:
     assert_same_bits(whole_state(again), whole_state(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
 def test_a_checkpoint_with_an_object_in_its_hyperparameters_loads_where_lightning_is_told_to(tmp_path, kind):
     world().run(fit_with_object, tmp_path, kind)

@@ -129,6 +129,7 @@ def compare(way: str, variant: str, path: Path) -> None:
         assert all(torch.equal(held[name], value) for name, value in state.items() if "lora_" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", OPTIONS)
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_train_merge_and_save_as_one_process_does(tmp_path: Path, way: str, variant: str):

@@ -65,6 +65,7 @@ def verified(way: str, lora_merged: bool) -> list[float]:
     return figures(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_merged", [True, False])
 @pytest.mark.parametrize("way", ["layers", "root only", "offloaded", "mixed precision", "bfloat16 base", "by columns"])
 def test_verify_of_a_sharded_model_gives_the_figures_of_one_process(way: str, lora_merged: bool):
@@ -161,6 +162,7 @@ def trained(path: Path, verify: bool, merged_eval: bool) -> tuple[list[float], d
     return model.losses, whole_state(model), logged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged_eval", [True, False])
 def test_verify_in_a_sharded_fit_does_not_change_the_run(tmp_path, merged_eval: bool):
     (losses, state, logged), (*_, other) = world().run(trained, tmp_path, True, merged_eval)

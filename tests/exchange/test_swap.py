@@ -182,6 +182,7 @@ def test_every_kind_of_layer_takes_another_rank():
     assert state_bits(nets[0]) == state_bits(nets[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("copies", [True, False])
 def test_the_base_of_a_merged_model_is_exact_after_200_swaps(monkeypatch, dtype: torch.dtype, copies: bool):

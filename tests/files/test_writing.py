@@ -248,6 +248,7 @@ def at_every_line(look: Callable[[], object]) -> Iterator[None]:
         sys.settrace(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPLACING)
 def test_a_replaced_result_is_at_every_moment_the_whole_old_or_the_whole_new_one(inputs: Path, name: str):
     results = inputs.parent / "results"

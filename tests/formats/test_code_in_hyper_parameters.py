@@ -255,6 +255,7 @@ def refusing(match: str) -> AbstractContextManager[Any]:
     return pytest.raises(LoRAError, match=match) if hasattr(LightningCLI, "_parse_ckpt_path") else nullcontext()
 
 
+@pytest.mark.slow
 @cases
 def test_command_line_that_evaluates_a_checkpoint_refuses_code_that_only_the_file_names(file: Path, case: str):
     path = with_hyper_parameters(file, **HOSTILE[case])
@@ -262,6 +263,7 @@ def test_command_line_that_evaluates_a_checkpoint_refuses_code_that_only_the_fil
         run(LoRACLI, "test", f"--ckpt_path={path}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -284,6 +286,7 @@ def test_command_line_builds_what_a_checkpoint_names_where_it_is_trusted(trust: 
     assert type(tested.got["loss"]) is nn.CrossEntropyLoss
 
 
+@pytest.mark.slow
 def test_command_line_takes_plain_values_and_what_the_config_names_too():
     options = [*RICH, "--model.loss=torch.nn.CrossEntropyLoss", "--model.width=7"]
     run(LoRACLI, "fit", *options).trainer.save_checkpoint("cli.ckpt")

@@ -39,6 +39,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", EDITED, ids=str)
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 def test_edited_scalings_are_those_that_peft_applies(tmp_path, name, options, fields):

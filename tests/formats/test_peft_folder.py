@@ -375,6 +375,7 @@ KINDS: dict[str, Any] = {
 INITS = [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "eva", "lora_ga"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("init", INITS)

@@ -139,6 +139,7 @@ def test_a_cycle_of_bfloat16_touches_no_more_bytes_than_pefts(layers: int) -> No
     assert found.launches <= theirs.launches or layers == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layers_of_one_shape_take_three_operators_each_in_a_cycle(variant: str, dtype: torch.dtype) -> None:
@@ -160,6 +161,7 @@ def counted_norms(model: nn.Module) -> int:
 # --- values ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_bit_comes_back_after_cycles_with_changing_factors(

@@ -419,6 +419,7 @@ def test_a_traced_layer_has_the_same_numbers_with_a_norm_that_was_kept() -> None
 # --- merging ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(("share", "columns"), [(0.1, False), (0.01, True)])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,6 +26,7 @@ def test_dropout_does_nothing_in_evaluation(name: str) -> None:
         assert torch.equal(model(subject.x), same.model(subject.x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropout_in_training_is_active_and_unbiased(name: str) -> None:
     subject = make_subject(name, torch.float64, lora_dropout=P)

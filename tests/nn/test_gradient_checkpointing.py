@@ -278,6 +278,7 @@ TRANSFORMERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("when", ["before injection", "after injection", "enabled twice", "in a copy"])
 @pytest.mark.parametrize("kind", TRANSFORMERS)

@@ -302,6 +302,7 @@ def started(name: str, dtype: torch.dtype, device: str, **options: Any) -> tuple
     return subject.model.to(device), subject.x.to(device).requires_grad_()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize("situation", SITUATIONS, ids=lambda each: each.__name__)
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)

@@ -69,6 +69,7 @@ def test_gradcheck_passes_in_float64(name: str):
     assert torch.autograd.gradcheck(lambda *_: subject.model(subject.x), factors, fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_200_merges_with_changing_adapters_restore_every_bit(name: str, dtype: torch.dtype):

@@ -222,6 +222,7 @@ def assert_alike(found: Any, expected: Any, place: str = "") -> None:
         assert found == expected, place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "variant"), PAIRS)
 def test_a_verb_does_on_a_device_what_it_does_on_the_cpu(verb: str, variant: str, tmp_path: Path, device: str):
     expected = VERBS[verb](adapted("cpu", **VARIANTS[variant]), tmp_path / "cpu")

@@ -251,6 +251,7 @@ def norms_recorded_by_a_sharded_model() -> dict[str, float]:
     return norms_in(with_norms(net))
 
 
+@pytest.mark.slow
 def test_norms_recorded_of_a_sharded_model_are_those_of_the_whole_one_on_every_rank():
     inject(net := network(), LoRAConfig(r=2, target_modules=["0", "2"]))
     expected = {f"{name}.weight": float(net.get_submodule(name).weight.double().norm()) for name in "02"}

@@ -296,6 +296,7 @@ def rates_by_parameter(trainer: L.Trainer) -> dict[str, tuple[float, float]]:
     return dict(rates)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'. 'epoch'")
 @pytest.mark.parametrize("scheduler", ["none", *LR_SCHEDULERS])
 def test_run_with_lr_ratio_equals_that_of_lora_param_groups_with_each_scheduler(tmp_path, scheduler: str):

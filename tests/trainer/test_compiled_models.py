@@ -77,6 +77,7 @@ def fit(path, how: str, *, epochs: int = 3, ckpt_path=None, config: LoRAConfig |
     return model, watch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "options"),
     [(how, {"lora_dropout": 0.5}) for how in WAYS]

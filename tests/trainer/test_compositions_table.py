@@ -300,6 +300,7 @@ def test_the_readme_has_these_rows(tmp_path, request: pytest.FixtureRequest):
     assert list(readme_rows()) == [*ROWS, *LAUNCHED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in ROWS if HAS_WEIGHT_AVERAGING or not n.startswith(ADDED)])
 def test_a_composition_gives_the_outcome_in_the_readme(tmp_path, name: str):
     assert outcome(ROWS[name], tmp_path) == readme_rows()[name]

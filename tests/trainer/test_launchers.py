@@ -20,6 +20,7 @@ from support.training import Data, Net, assert_same_tensors, make_trainer
 KINDS = {"ddp_fork": "adapter", "ddp_notebook": "merged", "ddp_spawn": "full"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", KINDS)
 def test_the_adapter_arrives_in_the_main_process(launched, strategy: str):
     found = launched[strategy]

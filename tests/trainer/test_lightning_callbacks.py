@@ -85,6 +85,7 @@ def fit(path: Path, model: Net, callbacks: list[L.Callback], epochs: int = 4, re
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
 @pytest.mark.parametrize("first", [True, False], ids=["ours first", "ours last"])
 def test_all_callbacks_in_one_trainer_give_the_run_evaluated_unmerged(tmp_path, first: bool, bar: type[L.Callback]):
@@ -163,6 +164,7 @@ FREEZING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(*FREEZING)
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
 @pytest.mark.parametrize("first", [True, False], ids=["ours first", "ours last"])

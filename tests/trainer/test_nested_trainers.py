@@ -34,6 +34,7 @@ def inner_callbacks(kind: str, outer: LoRACallback) -> list[LoRACallback]:
     return {"none": [], "its own": [own], "the same": [outer]}[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "its own", "the same"])
 @pytest.mark.parametrize("before", [True, False], ids=["listed before", "listed after"])
 @pytest.mark.parametrize("hook", TRAINING_HOOKS + VALIDATION_HOOKS)

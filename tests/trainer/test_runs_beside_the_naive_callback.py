@@ -266,6 +266,7 @@ WITH_AVERAGING: list[tuple[Damage, Make, Make]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:`.fit.ckpt_path=None.` was called without a model",
     "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint",

@@ -72,6 +72,7 @@ def test_checkpoint_with_averaging_holds_no_base_tensor_under_any_key(tmp_path, 
             assert not any(torch.equal(tensor, value) for value in base.values()), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_resumed_run_with_averaging_equals_the_uninterrupted_one(tmp_path, name: str, kind: str):
@@ -175,6 +176,7 @@ def test_fresh_trainer_with_the_averaging_callback_gives_the_logged_metric(tmp_p
     assert found == pytest.approx(keep.best_model_score.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_trainer_that_fitted_finds_the_logged_metric_again(tmp_path, name: str, kind: str):
