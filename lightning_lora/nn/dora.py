@@ -162,10 +162,8 @@ class DoRALayer(LoRALayer):
 
         Dropout acts as in PEFT: a dropped feature contributes W instead of c * V to the weight.
         """
-        if self.is_cheaper_dense() or len(args) + len(kwargs) != 1:
-            return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
-        (input,) = (*args, *kwargs.values())
-        if input.is_nested and self.has_no_nested_operators():
+        input = self.factored_input(args, kwargs)
+        if input is None:
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         a, b = self._factors_of_forward()
         scale = self._scale(a, b)

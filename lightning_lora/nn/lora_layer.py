@@ -77,18 +77,25 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
     def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Return c * (base(x) + s * B(A(dropout(x)))) without building B @ A. The scale c leaves the bias alone."""
-        if self.is_cheaper_dense() or len(args) + len(kwargs) != 1:  # sum_forward gets the input alone
-            return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
-        (input,) = (*args, *kwargs.values())
-        if input.is_nested and self.has_no_nested_operators():
+        input = self.factored_input(args, kwargs)
+        if input is None:
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         a, b, scale = self.acting()
         sums = self.sum_forward(input, a, b)
         return sums if scale is None else self.scaled(sums, scale)
 
-    def has_no_nested_operators(self) -> bool:
-        """Return whether a nested input runs on W', because nothing scales nested outputs, or changes some of them."""
-        return self.lora.spec.enabled is not None or self.lora.spec.variant.reads_weight
+    def factored_input(self, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Return the input of a call that can run on A and B, or None for a call that runs on W'.
+
+        A call with several inputs does, because sum_forward gets one. Nested tensors have no operator that scales
+        outputs, or that changes some of them.
+        """
+        if self.is_cheaper_dense() or len(args) + len(kwargs) != 1:
+            return None
+        (input,) = (*args, *kwargs.values())
+        if input.is_nested and (self.lora.spec.enabled is not None or self.lora.spec.variant.reads_weight):
+            return None
+        return input
 
     def scaled(self, sums: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return outputs with the scale c (out,) applied to all but the bias. The memory of `sums` may be reused."""

@@ -28,11 +28,7 @@ def is_tracing() -> bool:
 
 def runs_as_written() -> bool:
     """Return whether neither a transform nor a trace sees what runs. Each layer asks at each forward."""
-    if torch._C._are_functorch_transforms_active():
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    return not (forward_ad._current_level >= 0 or torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
+    return not (is_transformed() or is_tracing())
 
 
 def may_write(result: torch.Tensor) -> bool:
