@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from .paths import PassingOverErrors, is_from_system, is_there
 
@@ -68,22 +65,29 @@ def remove(folder: Path) -> None:
     if not os.path.isdir(folder):
         return
     _make_writable(folder)
-    for path, names, _ in os.walk(folder):  # outer folders come first, so that inner ones can be reached
+    for path, names, _ in os.walk(folder, onerror=_pass_over):  # outer folders first, so that inner ones can be reached
         for name in names:
             _make_writable(Path(path, name))
     _remove_what_can_be(folder)
 
 
 def _remove_what_can_be(folder: Path) -> None:
-    def pass_over(_: Any, path: str, error: Any) -> None:
-        error = error[1] if isinstance(error, tuple) else error
-        if not is_from_system(error):
-            raise error
+    """Delete from the inside out.
 
-    if sys.version_info >= (3, 12):
-        shutil.rmtree(folder, onexc=pass_over)
-    else:
-        shutil.rmtree(folder, onerror=pass_over)
+    Not by shutil.rmtree: where a signal's handler raises in it, it may close a file descriptor twice. It then fails
+    with an OSError of its own instead of the handler's exception, or closes what another thread has just opened.
+    """
+    for path, folders, files in os.walk(folder, topdown=False, onerror=_pass_over):
+        for name in (*files, *folders):  # of the folders links are left: they are deleted as files are
+            with PassingOverErrors():
+                os.unlink(os.path.join(path, name))
+        with PassingOverErrors():
+            os.rmdir(path)
+
+
+def _pass_over(error: OSError) -> None:
+    if not is_from_system(error):
+        raise error
 
 
 def _make_writable(folder: Path) -> None:
@@ -114,7 +118,8 @@ def _is_left(folder: Path) -> bool:
 
 
 def _last_change(folder: Path) -> float:
-    paths = (os.path.join(path, name) for path, _, files in os.walk(folder) for name in (".", *files))
+    walk = os.walk(folder, onerror=_pass_over)
+    paths = (os.path.join(path, name) for path, _, files in walk for name in (".", *files))
     return max((os.lstat(path).st_mtime for path in paths), default=time.time())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,14 +148,17 @@ def test_the_rule_that_is_written_down_is_the_one_that_holds():
 @pytest.mark.parametrize("mode", [0o500, 0o000])
 def test_a_folder_that_cannot_be_written_to_is_removed_too(tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch):
     """Told by the modes, because root may delete everywhere."""
-    honest = leftovers.shutil.rmtree
 
-    def rmtree(path: Path, **options: bool) -> None:
-        folders = [each for each in (path, *path.rglob("*")) if each.is_dir() and not each.is_symlink()]
-        if all(folder.stat().st_mode & 0o700 == 0o700 for folder in folders):
-            honest(path, **options)
+    def by_modes(honest: Callable[[str], None]) -> Callable[[str], None]:
+        def delete(path: str) -> None:
+            if os.stat(os.path.dirname(path)).st_mode & 0o700 != 0o700:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            honest(path)
 
-    monkeypatch.setattr(leftovers.shutil, "rmtree", rmtree)
+        return delete
+
+    for name in ("unlink", "rmdir"):
+        monkeypatch.setattr(os, name, by_modes(getattr(os, name)))
     (tmp_path / "left" / "deep" / "deeper").mkdir(parents=True)
     (tmp_path / "mine").mkdir(mode=0o700)
     (tmp_path / "left" / "link").symlink_to(tmp_path / "mine")
@@ -206,6 +211,19 @@ def test_a_check_of_an_output_broken_off_at_any_line_leaves_nothing(tmp_path: Pa
         assert os.listdir(tmp_path) == []
         count += 1
     assert count > 8
+
+
+@unclosed
+def test_a_removal_broken_off_at_any_line_of_the_standard_library_too_fails_with_nothing_else(tmp_path: Path):
+    """shutil.rmtree may close a file descriptor twice then, and hide the exception behind its own."""
+    count, reached = 0, True
+    while reached:
+        write(tmp_path / "left")
+        reached = break_off(lambda: leftovers.remove(tmp_path / "left"), count, also=(os.__file__, shutil.__file__))
+        leftovers.remove(tmp_path / "left")
+        assert os.listdir(tmp_path) == []
+        count += 1
+    assert count > 20
 
 
 class ExpiredError(Exception):

@@ -28,8 +28,10 @@ def _apart(call: Callable[[], object]) -> Iterator[None]:
     yield
 
 
-def break_off(call: Callable[[], object], *lines: int) -> bool:
+def break_off(call: Callable[[], object], *lines: int, also: tuple[str, ...] = ()) -> bool:
     """Call, and raise BrokenOff before the given lines of the package. The first line that runs has number 0.
+
+    The lines of the files in `also` are counted too.
 
     One of the lines may be the end of a `with torch.no_grad()`, before it is left. No signal's handler runs there, but
     here an exception does, so torch's modes are restored.
@@ -42,7 +44,7 @@ def break_off(call: Callable[[], object], *lines: int) -> bool:
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal seen
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        if not frame.f_code.co_filename.startswith((PACKAGE, *also)):
             return None
         if event == "line":
             seen += 1
