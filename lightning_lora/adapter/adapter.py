@@ -49,7 +49,8 @@ class Adapter:
         weightless: the names of modules without weights that end like an adapted layer's name, so far as known.
             target_modules that name layers by their ends must not take these.
         assumed_order: the order of single parameters, by module, by which PEFT's names were read without a model.
-        perhaps_base: names of tensors that may have the base's values. Only a model tells whether they have.
+        perhaps_base: names of tensors in the source that may have the base's values. Only a model tells whether they
+            have. Without one they are in the fingerprint and not in `tensors`; see without_base.
     """
 
     tensors: Mapping[str, Any]

@@ -123,8 +123,12 @@ def compare_fingerprints(
 
 
 def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
-    """Replace tensors of the base by entries in the fingerprint; by default all tensors in perhaps_base."""
-    base = adapter.perhaps_base if base is None else base
+    """Replace tensors of the base by entries in the fingerprint; by default all tensors in perhaps_base.
+
+    By default nobody has compared names with a model yet, so they stay in perhaps_base.
+    """
+    known = set() if base is None else base
+    base = adapter.perhaps_base & adapter.tensors.keys() if base is None else base
     return replace(
         adapter,
         tensors={name: value for name, value in adapter.tensors.items() if name not in base},
@@ -132,7 +136,7 @@ def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
             **adapter.fingerprint,
             **{name: fingerprint_entry(adapter.tensors[name]) for name in sorted(base)},
         },
-        perhaps_base=adapter.perhaps_base - base,
+        perhaps_base=adapter.perhaps_base - known,
     )
 
 

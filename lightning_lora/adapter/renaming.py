@@ -90,7 +90,8 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
             "submodule that the adapter is for."
         )
     strip, add = prefixes[0]
-    outside = [name for name in adapter.tensors if not name.startswith(strip)]
+    stored = (*adapter.tensors, *sorted(adapter.perhaps_base - adapter.tensors.keys()))
+    outside = [name for name in stored if not name.startswith(strip)]
     if outside and strip != adapter.network:  # a network alone needs no tensors of the module around it
         warnings.warn(
             f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.base_files import OTHER_FILES, compare_with_files
+from ..adapter.fingerprint import entries_match
 from ..adapter.renaming import by_network_names
 from ..adapter.values import check_finite
 from ..config import LoRAConfig
@@ -130,6 +131,7 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True, re
         "merge", base, {*adapter.layers(), *(name.rpartition(".")[0] for name in adapter.beside_factors())}
     )
     _refuse_built(adapter, base, names)
+    _refuse_homeless(adapter, base, names.built)
     _refuse_missing(adapter, base, _scope(before, adapter))
     compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES)
     return Fitted(adapter, base, names.files)
@@ -234,6 +236,24 @@ def _refuse_built(adapter: Adapter, base: Weights, names: ModuleNames) -> None:
                 f"{base.path}: {name!r} is no tensor there: transformers makes it when it loads the folder, out of "
                 f"tensors of another form. {INSTEAD}."
             )
+
+
+def _refuse_homeless(adapter: Adapter, base: Weights, built: Set[str]) -> None:
+    """Raise LoRAError for the first whole tensor in the adapter's source that is no tensor of the base.
+
+    It may have been trained, and the result could not hold it. A table may be there under the name of the other end of
+    a tie.
+    """
+    here = adapter.perhaps_base & base.locations.keys()
+    tables = [adapter.fingerprint[name] for name in sorted(here) if len(base.locations[name].shape) > 1]
+    for name in sorted(adapter.perhaps_base - here - built):
+        if not any(entries_match(adapter.fingerprint[name], table, 0.0) for table in tables):
+            raise _homeless(name, base)
+
+
+def _homeless(name: str, base: Weights) -> LoRAError:
+    """Return the error of a whole tensor in an adapter that is no tensor of the base."""
+    return LoRAError(f"{base.path}: the adapter comes with {name!r} whole, and the base has no such tensor. {INSTEAD}.")
 
 
 def _check_form(base: Weights, output: Path, max_shard_bytes: int | None) -> None:
@@ -421,9 +441,7 @@ def _replacement(name: str, value: Any, base: Weights) -> WeightUpdate:
     """Check a parameter that was trained whole, or a buffer, and let it take the place of the base's."""
     location = base.locations.get(name)
     if location is None:
-        raise LoRAError(
-            f"{base.path}: the adapter comes with {name!r}, trained whole, and the base has no such tensor. {INSTEAD}."
-        )
+        raise _homeless(name, base)
     if not isinstance(value, torch.Tensor) or tuple(value.shape) != location.shape:
         actual = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise LoRAError(f"{base.path}: {name!r} has shape {location.shape}, in the adapter {actual}.")

@@ -101,6 +101,34 @@ def test_a_folder_of_peft_with_a_b_and_no_a_is_refused(tmp_path: Path, capsys: A
     assert "two.lora_" in refused(capsys, *args)
 
 
+@pytest.mark.parametrize("named", ["base_model.model.four.weight", "base_model.model.four.bias", "four.weight"])
+def test_a_whole_tensor_that_no_option_names_and_the_base_has_not_is_refused(
+    tmp_path: Path, capsys: Any, adapter: Path, named: str
+):
+    """It may have been trained. load_adapter refuses it too."""
+    spoil(adapter, lambda tensors: tensors.update({named: torch.ones(WIDTH)}), keep_header=False)
+    said = refused(capsys, *merging(tmp_path, adapter))
+    assert f"the adapter comes with {named.removeprefix('base_model.model.')!r} whole, and the base has no such" in said
+    with pytest.raises(LoRAError, match=r"'four\.\w+' has no place in the model"):
+        load_adapter(small(), adapter)
+
+
+def test_a_whole_tensor_outside_of_the_base_that_no_option_names_is_warned_of(tmp_path: Path, adapter: Path):
+    """As load_adapter warns of it."""
+
+    def put_into_net(tensors: dict[str, Any]) -> None:
+        moved = {name.replace(".model.", ".model.net."): value for name, value in tensors.items()}
+        tensors.clear()
+        tensors.update(moved, **{"base_model.model.other.weight": torch.ones(1, WIDTH)})
+
+    spoil(adapter, put_into_net, keep_header=False)
+    with pytest.warns(UserWarning, match="1 of the adapter's tensors lie outside .*, first 'other.weight'"):
+        load_adapter(small(), adapter)
+    verb, *arguments = merging(tmp_path, adapter)
+    with pytest.warns(UserWarning, match="1 of the adapter's tensors lie outside .*, first 'other.weight'"):
+        main([verb, *map(str, arguments)])
+
+
 @pytest.mark.parametrize("shape", [(WIDTH, 2, 3), (WIDTH, 2, 0), (0, 2, 2)])
 @pytest.mark.parametrize("verb", ["info", "diff"])
 def test_info_and_diff_of_a_factor_with_too_many_dimensions_are_refused(
