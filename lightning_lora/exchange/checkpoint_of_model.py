@@ -25,6 +25,7 @@ from ..names import META, canonical, names_factor, split_factor_name
 from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import adapted_layers
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
+from ..nn.writer import KEEP_MERGED, Reading
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
@@ -45,8 +46,17 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     """Turn a checkpoint with a complete state_dict into one of the given kind. In place. Collective.
 
     For a sharded model, trainer/strategies.py has already chosen and gathered the tensors of the state_dict.
+
+    Raises:
+        LoRAError: the kind cannot express the adapter, or another thread changes it or the base meanwhile.
     """
-    live = LiveState(open_model(module, "checkpoint"))
+    handle = open_model(module, "checkpoint")
+    with Reading("save_checkpoint", [handle.record.writer], KEEP_MERGED) as reading:  # the state has the base's memory
+        _convert(LiveState(handle), checkpoint, kind)
+        reading.check()
+
+
+def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
     handle, record = live.handle, live.handle.record
     own_names = {canonical(name): name for name in checkpoint["state_dict"]}
     state = checkpoint["state_dict"] = by_canonical_names(checkpoint["state_dict"])

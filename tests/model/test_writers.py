@@ -37,6 +37,8 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.exchange import apply, merged_folder, take
+from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint
+from lightning_lora.formats.lightning_checkpoint import Kind
 from lightning_lora.model import inject as inject_module
 from lightning_lora.model import state_dict as state_dict_module
 from support.models import bits, randomise_
@@ -154,14 +156,22 @@ def test_a_second_thread_cannot_inject_while_the_first_does(monkeypatch):
     assert model[0].lora_A.shape == (2, 8)
 
 
+def as_checkpoint(model: nn.Module, kind: Kind) -> dict[str, Any]:
+    """What a Trainer's checkpoint of this kind holds of a model."""
+    checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
+    convert_checkpoint(model, checkpoint, kind)
+    return checkpoint
+
+
 READS: dict[str, Callable[[nn.Module], Any]] = {
     "adapter_state_dict": adapter_state_dict,
     "merged_state_dict": merged_state_dict,
     "take_adapter": take_adapter,
     "save_adapter": lambda model: save_adapter(model, "saved"),
     "save_merged": lambda model: save_merged(model, "saved"),
+    "save_checkpoint": lambda model: as_checkpoint(model, "adapter"),
 }
-OF_MERGED = ("merged_state_dict", "save_merged")
+OF_BASE = ("merged_state_dict", "save_merged", "save_checkpoint")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -193,16 +203,27 @@ def test_what_another_thread_changes_meanwhile_is_not_saved(read, verb, monkeypa
 
 
 @pytest.mark.parametrize("read", READS)
-def test_beside_a_merge_adapters_are_saved_and_merged_weights_are_not(read, monkeypatch, tmp_path):
+def test_beside_a_merge_adapters_are_saved_and_what_reads_the_base_is_not(read, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = network()
     refused = (
-        pytest.raises(LoRAError, match=f"{read}: merge changed this model") if read in OF_MERGED else nullcontext()
+        pytest.raises(LoRAError, match=f"{read}: merge changed this model") if read in OF_BASE else nullcontext()
     )
     with monkeypatch.context() as patch, refused:
         in_between(patch, lambda: merge(model))
         READS[read](model)
     READS[read](model)  # the model is merged now, and nobody changes it
+
+
+@pytest.mark.parametrize("kind", ["merged", "full"])
+def test_a_checkpoint_of_any_kind_is_not_saved_beside_a_merge(kind, monkeypatch):
+    """Its state_dict has the memory of the base's weights, which would be merged ones in the file."""
+    model = network()
+    expected = {name: bits(value) for name, value in as_checkpoint(model, kind)["state_dict"].items()}
+    with monkeypatch.context() as patch, pytest.raises(LoRAError, match="save_checkpoint: merge changed this model"):
+        in_between(patch, lambda: merge(model))
+        as_checkpoint(model, kind)
+    assert {name: bits(value) for name, value in as_checkpoint(model, kind)["state_dict"].items()} == expected
 
 
 @pytest.mark.parametrize("read", READS)
