@@ -39,7 +39,7 @@ from ..names import META, canonical
 from ..nn.low_rank import HALF
 from ..notices import tell
 from .deepspeed_optimizer import LOSS_SCALE, Group, ZeroStates, held_parameters, plain_options, states_of
-from .distributed_resume import refuse_other_groups
+from .distributed_resume import refuse_other_groups, refuse_weights_only
 
 REMEDY = (
     "Use DeepSpeedStrategy(stage=2), ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or "
@@ -329,12 +329,10 @@ def _load_model_state_dict(
     loaded |= {id(parameters[n]): v for n, v in state.items() if n in parameters and id(parameters[n]) in loaded}
     flat.write_values_(loaded)
     states = checkpoint.get("optimizer_states")
-    if not states:
-        raise LoRAError(
-            "LoRACallback: the checkpoint at ckpt_path holds weights only, without the optimizer's state that a fit "
-            "goes on with. To start a new fit from them, call load_adapter(model, path) and leave ckpt_path out."
-        )
-    _load_optimizer_state_(flat, states[0])
+    if states:
+        _load_optimizer_state_(flat, states[0])
+    else:
+        refuse_weights_only(strategy)
 
 
 def _load_optimizer_state_(flat: ZeroStates, saved: Mapping[str, Any]) -> None:
