@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
     """Compare two adapters, or two models' weights, layer by layer or tensor by tensor.
 
     Returns:
-        Plain types. `change` is the Frobenius norm of the difference, `relative` that over the norm in the first.
+        Plain types. `change` is the Frobenius norm of the difference, `relative` that over the norm in the first. Of
+        adapters, `without_scaling` lists the paths that store no scaling; if there are any, B @ A is compared.
 
     Raises:
         LoRAError: only one of the two is an adapter, or a file is damaged.
@@ -164,8 +166,13 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
             refuse_quantised("diff", each)
             each.compare_check_sums()
         return _diff_weights(*both)
-    first, second = (by_network_names(without_base(read_source(path))) for path in (first_path, second_path))
-    return _diff_adapters(first, second)
+    paths = first_path, second_path
+    first, second = (by_network_names(without_base(read_source(path))) for path in paths)
+    unscaled = [each.layers() and not each.scalings for each in (first, second)]
+    lacking = [str(path) for path, lacks in zip(paths, unscaled, strict=True) if lacks]
+    if lacking:  # s * B @ A and B @ A cannot be compared
+        first, second = replace(first, scalings={}), replace(second, scalings={})
+    return {**_diff_adapters(first, second), "without_scaling": lacking}
 
 
 def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:

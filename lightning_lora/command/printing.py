@@ -83,9 +83,10 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
         files = f"{result['files']} file" + ("s" if result["files"] != 1 else "")
         size = f"{result['parameters']:,} parameters, {size_text(result['bytes'])}"
         return [*head, f"{result['tensors']} tensors ({dtypes}) in {files}, {size}"]
+    scaled = all(layer["scaling"] is not None for layer in result["layers"].values())
     head.append(
         f"{len(result['layers'])} adapted layers, {result['parameters']:,} parameters, {size_text(result['bytes'])}, "
-        f"norm {_number(result['norm'])}"
+        f"norm {_number(result['norm'])}{'' if scaled else ' without s, which is not stored'}"
     )
     options = result["config"] or {"options": "none stored; lora_alpha must come from whoever trained it"}
     head += [f"  {name}: {value}" for name, value in options.items() if value is not None]
@@ -100,7 +101,7 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
         (name, layer["kind"] or "", str(layer["rank"]), _number(layer["scaling"]), _number(layer["norm_delta"]))
         for name, layer in result["layers"].items()
     ]
-    return [*head, *_table(("layer", "kind", "rank", "scaling", "norm of s*B@A"), rows)]
+    return [*head, *_table(("layer", "kind", "rank", "scaling", f"norm of {'s*' if scaled else ''}B@A"), rows)]
 
 
 def serving_text(result: Mapping[str, Any]) -> list[str]:
@@ -152,6 +153,8 @@ def diff_text(result: Mapping[str, Any]) -> list[str]:
     lines = [f"options that differ: {', '.join(result['options'])}"] if result.get("options") else []
     for key in ("only_in_first", "only_in_second"):
         lines += [f"{key.replace('_', ' ')}: {name}" for name in result[key]]
+    if result.get("without_scaling"):
+        lines.append(f"B@A is compared without s, which is not stored in {' and '.join(result['without_scaling'])}")
     changes = result["changes"]
     moved = {name: row for name, row in changes.items() if row.get("problem") or row["change"] or row.get("dtypes")}
     lines.append(f"{len(moved)} of {len(changes)} differ")

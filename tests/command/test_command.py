@@ -224,6 +224,23 @@ def test_diff_of_adapters_shows_the_change_of_each_layer(tmp_path, capsys):
     assert "only in first: model.layers.0.mlp.down_proj" in text
 
 
+def test_info_and_diff_of_an_adapter_without_a_scaling_say_that_they_measure_without_it(tmp_path, capsys):
+    """Its s is not 1, and the other's is known: s * B @ A beside B @ A would show a change where there may be none."""
+    net = ours("llama", tmp_path / "folder", rank_pattern=None, alpha_pattern=None)
+    torch.save({name: value.clone() for name, value in adapter_state_dict(net).items()}, tmp_path / "bare.pt")
+    text = call(capsys, "info", tmp_path / "bare.pt")
+    assert "without s, which is not stored" in text
+    assert "norm of B@A" in text
+    assert "norm of s*B@A" in call(capsys, "info", tmp_path / "folder")
+    for both in (("folder", "bare.pt"), ("bare.pt", "folder"), ("bare.pt", "bare.pt")):
+        paths = [tmp_path / name for name in both]
+        found = json.loads(call(capsys, "diff", *paths, "--json"))
+        assert found["without_scaling"] == [str(path) for path in paths if path.suffix]
+        assert {row["change"] for row in found["changes"].values()} == {0.0}
+        assert "B@A is compared without s, which is not stored in" in call(capsys, "diff", *paths)
+    assert json.loads(call(capsys, "diff", tmp_path / "folder", tmp_path / "folder", "--json"))["without_scaling"] == []
+
+
 def test_diff_of_weights_shows_the_change_of_each_tensor(tmp_path, capsys):
     one, other = Net(), Net()
     with torch.no_grad():
