@@ -12,11 +12,11 @@ import torch
 from ..adapter.adapter import Adapter
 from ..adapter.base_files import fingerprint_entry_at
 from ..config import LoRAConfig
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
 from ..formats.peft_attention import after_conv1d
-from ..matching import exact_key, names_match
+from ..matching import exact_key, names_match, naming_some, near_misses
 from ..names import A, B
 from ..nn.low_rank import (
     ATTENTION_OUTPUT,
@@ -85,8 +85,10 @@ def extract(
         drop_rest: leave other tensors that changed out instead of carrying them whole.
 
     Raises:
-        LoRAError: names or shapes differ, or a change can be neither adapted nor carried.
+        LoRAError: names or shapes differ, a change can be neither adapted nor carried, or an entry names no module.
     """
+    _refuse_unmatched("exclude", exclude, base)
+    _refuse_unmatched("embeddings", embeddings, base)
     changed = _changed_names(base, tuned)
     names = [name for name in changed if _adaptable(name, base) and not _excluded(name, exclude)]
     if not names:
@@ -110,6 +112,15 @@ def extract(
     )
     dropped = [name for name in changed if name not in names and name not in whole]
     return Extracted(adapter, kept, dropped, squares)
+
+
+def _refuse_unmatched(option: str, entries: Sequence[str], base: Weights) -> None:
+    """Raise LoRAError for the first entry of an option that names no module with tensors of its own."""
+    modules = list(dict.fromkeys(_modules_of(list(base.locations))))
+    for entry in entries:
+        if not naming_some([entry], modules):
+            found = f"--{option} {entry!r} names no module that has tensors{near_misses(entry, modules)}"
+            raise LoRAError(f"extract: {base.path}: {sentence(found)}")
 
 
 def _changed_names(base: Weights, tuned: Weights) -> list[str]:

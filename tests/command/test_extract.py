@@ -141,6 +141,18 @@ def test_a_change_that_nothing_can_carry_is_named(tmp_path, capsys):
     assert "left out: mha.in_proj_weight, mha.out_proj.weight" in shown
 
 
+@pytest.mark.parametrize("option", ["--exclude", "--embeddings"])
+@pytest.mark.parametrize(
+    ("entry", "hint"),
+    [("dwn_proj", "did you mean 'down_proj'"), ("layers.1", ""), ("nothing", "there are")],
+)
+def test_an_entry_that_names_no_module_with_tensors_is_refused(tmp_path, capsys, option: str, entry: str, hint: str):
+    """Its misspelt module would be adapted without a word. A part of a model, as layers.1, is no such module."""
+    shown = run(tmp_path, capsys, "llama", tuned("llama", 3), option, "down_proj", entry, status=1)
+    assert f"{option} {entry!r} names no module that has tensors; {hint}" in shown
+    assert not (tmp_path / "adapter").exists()
+
+
 @pytest.mark.parametrize(
     ("message", "change"),
     [
