@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from ..files.weights import Weights
 from ..formats.forms import CONFIG_FILE
 from ..formats.peft_folder import TENSOR_FILES
 from ..names import META
+
+FILE_SUFFIXES = (SUFFIX, ".ckpt", ".pt")
 
 
 def refuse_quantised(verb: str, weights: Weights, modules: Collection[str] | None = None) -> None:
@@ -49,12 +52,13 @@ def check_output(verb: str, kind: OutputKind, output: PathLike, inputs: Sequence
     """Refuse an output that must not or cannot be replaced, before any work is done.
 
     Raises:
-        LoRAError: the output overlaps an input, cannot be written, or exists and may not be replaced.
+        LoRAError: the output overlaps an input, cannot be written, has a wrong name, or exists and may not be replaced.
     """
-    output, target = given_path(output), real_path(output)
+    name, output, target = output, given_path(output), real_path(output)
     for path in map(real_path, map(given_path, inputs)):
         if target.is_relative_to(path) or path.is_relative_to(target):
             raise LoRAError(f"{verb}: {output} is, or is inside, or holds {path}; write somewhere else.")
+    _refuse_name(verb, kind, name)
     check_output_path(output, folder=kind.is_folder)
     kind_there = kind_of(output)
     if kind_there == "nothing" or (kind_there == "folder" and not any(output.iterdir())):
@@ -63,6 +67,18 @@ def check_output(verb: str, kind: OutputKind, output: PathLike, inputs: Sequence
         raise LoRAError(f"{verb}: {output} exists; choose another output, or pass --overwrite to replace it.")
     if not kind.holds_content(output):
         raise LoRAError(f"{verb}: {output} holds no {kind.content}, so it is no earlier result, and is not replaced.")
+
+
+def _refuse_name(verb: str, kind: OutputKind, output: PathLike) -> None:
+    """Raise LoRAError where the result would not be what its name says, or lie where nobody looks for it."""
+    name = os.fspath(output)
+    if name == "~" or name.startswith("~/"):
+        raise LoRAError(
+            f"{verb}: {output} begins with '~', which a shell replaces by your home folder at the beginning of a word "
+            f"alone: write --output {name} with a space, or the whole path. A folder named '~' here is './~'."
+        )
+    if kind.is_folder and Path(output).suffix in FILE_SUFFIXES:
+        raise LoRAError(f"{verb}: {output} is to be a folder, and its name is that of a file; give another name.")
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -105,6 +105,27 @@ def test_existing_folder_that_is_no_earlier_result_is_not_replaced(inputs: Path,
     call(capsys, *args[:-1])  # an empty folder is as good as none
 
 
+@every_verb
+def test_output_in_a_home_folder_that_no_shell_put_in_is_refused(
+    inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """bash leaves the ~ of --output=~/out as it is. A folder named ~ would be made in the current folder."""
+    monkeypatch.chdir(inputs.parent)
+    arguments, output = command(name, inputs)
+    given = [f"~/{output.name}" if argument == str(output) else argument for argument in arguments]
+    assert f"~/{output.name} begins with '~'" in refused(capsys, *given)
+    assert not Path("~").exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pt"])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_with_the_name_of_a_file_is_refused(inputs: Path, capsys: Any, name: str, suffix: str):
+    arguments, output = command(name, inputs)
+    given = [f"{output}{suffix}" if argument == str(output) else argument for argument in arguments]
+    assert f"{output}{suffix} is to be a folder, and its name is that of a file" in refused(capsys, *given)
+    assert not Path(f"{output}{suffix}").exists()
+
+
 def test_merge_over_an_adapter_is_refused(inputs: Path, capsys: Any):
     """Its folder has safetensors too."""
     args, output = command("merge to a folder", inputs, "--overwrite")
