@@ -29,7 +29,7 @@ from ..formats.peft_rows import NO_BIAS
 from ..formats.pretrained_names import align_to_networks
 from ..formats.sources import adapter_with_options
 from ..matching import matcher
-from ..names import factor_role, parent_names
+from ..names import META, factor_role, parent_names
 from ..nn.exact_merge import CPU_CHUNK, parts_of
 from ..nn.low_rank import (
     ATTENTION,
@@ -116,8 +116,7 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True, re
     Raises:
         LoRAError: the two do not go together.
     """
-    if base.holds_factors():
-        raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
+    _refuse_adapter(base)
     names = renamed(base, rename) if rename else _module_names(adapter, base)
     base = replace(base, locations={name: base.locations[in_file] for name, in_file in names.files.items()})
     before = adapter
@@ -135,6 +134,19 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True, re
     _refuse_missing(adapter, base, _scope(before, adapter))
     compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES)
     return Fitted(adapter, base, names.files)
+
+
+def _refuse_adapter(base: Weights) -> None:
+    """Raise LoRAError where the base holds an adapter, in its weights or beside them."""
+    if base.holds_factors():
+        raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
+    if base.form == "torch" and META in read_torch_file(base.path, "meta"):
+        raise LoRAError(
+            f"{base.path}: the base is a checkpoint of merged weights with their adapter beside them. The result would "
+            "hold that adapter too, and load_from_checkpoint would load it and nothing else. To add another adapter to "
+            "the merged weights, give these alone, as a state dict: torch.save(torch.load(path)['state_dict'], "
+            "'base.pt')."
+        )
 
 
 def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, WeightUpdate]:

@@ -88,6 +88,23 @@ def test_merge_into_a_state_dict_takes_every_form_of_adapter(tmp_path, form: str
     assert_same_tensors(torch.load(tmp_path / "out.pt", weights_only=True), merged_state_dict(base))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_checkpoint_of_merged_weights_is_no_base_and_its_state_dict_is_one(tmp_path, dtype: torch.dtype | None):
+    """Its own adapter would be in the result, and load_from_checkpoint would load that in place of the other."""
+    trainer = make_trainer(tmp_path / "fit", lora(r=2, save="merged"))
+    run(trainer, "fit", Net())
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    second = Net.load_from_checkpoint(tmp_path / "first.ckpt", **PLAIN_TYPES_ONLY)
+    inject(second, LoRAConfig(r=2, init_lora_weights=False, target_modules=TARGETS))
+    save_adapter(second, tmp_path / "second")
+    with pytest.raises(LoRAError, match="checkpoint of merged weights with their adapter beside them"):
+        merge_on_disk(tmp_path / "first.ckpt", tmp_path / "second", tmp_path / "out.ckpt", dtype=dtype)
+    assert not (tmp_path / "out.ckpt").exists()
+    torch.save(torch.load(tmp_path / "first.ckpt", weights_only=True)["state_dict"], tmp_path / "base.pt")
+    merge_on_disk(tmp_path / "base.pt", tmp_path / "second", tmp_path / "out.pt", check=True)
+    assert_same_tensors(torch.load(tmp_path / "out.pt", weights_only=True), merged_state_dict(second))
+
+
 class Network(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
