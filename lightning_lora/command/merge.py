@@ -18,6 +18,7 @@ from ..adapter.renaming import by_network_names
 from ..adapter.values import check_finite
 from ..config import LoRAConfig
 from ..errors import LoRAError
+from ..exchange.resized_tables import refuse_other_rows
 from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
@@ -130,7 +131,7 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True, re
         "merge", base, {*adapter.layers(), *(name.rpartition(".")[0] for name in adapter.beside_factors())}
     )
     _refuse_built(adapter, base, names)
-    _refuse_homeless(adapter, base, names.built)
+    _refuse_unplaced(adapter, base, names.built)
     _refuse_missing(adapter, base, _scope(before, adapter))
     compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES)
     return Fitted(adapter, base, names.files)
@@ -250,13 +251,18 @@ def _refuse_built(adapter: Adapter, base: Weights, names: ModuleNames) -> None:
             )
 
 
-def _refuse_homeless(adapter: Adapter, base: Weights, built: Set[str]) -> None:
-    """Raise LoRAError for the first whole tensor in the adapter's source that is no tensor of the base.
+def _refuse_unplaced(adapter: Adapter, base: Weights, built: Set[str]) -> None:
+    """Raise LoRAError for the first whole tensor in the adapter's source that the base has not, or has resized.
 
     It may have been trained, and the result could not hold it. A table may be there under the name of the other end of
     a tie.
     """
     here = adapter.perhaps_base & base.locations.keys()
+    for name in sorted(here):
+        try:
+            refuse_other_rows(name, adapter.fingerprint[name]["shape"], base.locations[name].shape)
+        except LoRAError as error:
+            raise LoRAError(f"{base.path}: {error} Then call load_adapter and save_merged.") from error
     tables = [adapter.fingerprint[name] for name in sorted(here) if len(base.locations[name].shape) > 1]
     for name in sorted(adapter.perhaps_base - here - built):
         if not any(entries_match(adapter.fingerprint[name], table, 0.0) for table in tables):

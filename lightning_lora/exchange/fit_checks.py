@@ -160,7 +160,7 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
         if lacks_values or (isinstance(value, torch.Tensor) and value.layout != tensor.layout):
             raise LoRAError(f"adapter: {name!r} must be a tensor as the model's, found {describe_value(value)}.")
         if id(tensor) in tables and isinstance(value, torch.Tensor):
-            refuse_other_rows(name, value, tensor)
+            refuse_other_rows(name, value.shape, whole_shape(tensor))
         shape = shapes.get(id(tensor), whole_shape(tensor))
         if not isinstance(value, torch.Tensor) or value.shape != shape:
             shown = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

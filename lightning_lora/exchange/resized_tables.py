@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..adapter.fingerprint import EQUAL
@@ -17,7 +19,7 @@ def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
         LoRAError: the two have different numbers of rows: one of them was resized.
     """
     if not is_spread(live):
-        refuse_other_rows(name, stored, live)
+        refuse_other_rows(name, stored.shape, whole_shape(live))
     if stored.shape != whole_shape(live) or not stored.dim() or is_spread(live) or live.is_meta:
         return False  # the fingerprint is compared instead
     relative = max(EQUAL, *(torch.finfo(tensor.dtype).eps for tensor in (stored, live)))
@@ -26,11 +28,10 @@ def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
     return len(rows) / 2 <= same < len(rows)
 
 
-def refuse_other_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> None:
-    """Raise LoRAError where a stored table and the model's differ in nothing but the number of rows."""
-    shape = whole_shape(live)
-    if stored.dim() and stored.shape[1:] == shape[1:] and len(stored) != shape[0]:
+def refuse_other_rows(name: str, stored: Sequence[int], live: Sequence[int]) -> None:
+    """Raise LoRAError where the shapes of a stored table and the model's differ in the number of rows alone."""
+    if len(stored) and len(live) and list(stored[1:]) == list(live[1:]) and stored[0] != live[0]:
         raise LoRAError(
-            f"adapter: {name!r} has {len(stored)} rows, in the model {shape[0]}: one of the two was resized. Resize "
-            f"the model first: model.resize_token_embeddings({len(stored)})."
+            f"adapter: {name!r} has {stored[0]} rows, in the model {live[0]}: one of the two was resized. Resize "
+            f"the model first: model.resize_token_embeddings({stored[0]})."
         )

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, load_adapter, merged_state_dict, save_adapter
+from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict, save_adapter
 from support.models import checkpoint
 from support.notices import quiet_peers
 from support.peers import SMALL, call, fill_, refused, seeded
@@ -184,6 +184,21 @@ def test_a_resized_table_is_written_whole_with_its_rows(tmp_path, capsys):
     arguments = ("--base", tmp_path / "larger", "--adapter", tmp_path / "a", "--output", tmp_path / "o")
     call(capsys, "merge", *arguments, "--verify")
     assert_same(load_file(tmp_path / "o" / "model.safetensors"), merged_state_dict(ours))
+
+
+@pytest.mark.parametrize("flags", [[], ["--strict-base=false"]], ids=["strict", "lenient"])
+def test_a_table_that_peft_saved_with_more_rows_than_the_base_has_is_refused(tmp_path, capsys, flags: list[str]):
+    """Tokens were added in training, and the base is the model from before. load_adapter says the same."""
+    llama(True).save_pretrained(tmp_path / "base")
+    net = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    net.resize_token_embeddings(70, mean_resizing=False)
+    theirs = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    reason = "'model.embed_tokens.weight' has 70 rows, in the model 64: one of the two was resized"
+    files = ("--base", tmp_path / "base", "--adapter", tmp_path / "a", "--output", tmp_path / "o", *flags)
+    assert reason in refused(capsys, "merge", *files)
+    with pytest.raises(LoRAError, match=reason.split(": ")[-1]):
+        load_adapter(llama(True), tmp_path / "a")
 
 
 @pytest.mark.parametrize("form", ["folder", "checkpoint"])
