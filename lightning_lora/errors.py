@@ -38,8 +38,11 @@ class LoRAError(ValueError):
 
 
 def sentence(text: object) -> str:
-    """Return a text, such as another program's message, with a full stop where it has no end."""
-    said = str(text)
+    """Return a text, such as another program's message, with a full stop where it has no end.
+
+    Of an error without a message, as EOFError of an empty file, return its name.
+    """
+    said = str(text) or (type(text).__name__ if isinstance(text, BaseException) else "")
     return said if said.endswith((".", "?", "!")) else f"{said}."
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lightning_lora import LoRAError
+from lightning_lora import LoRAError, read_adapter
 from lightning_lora.errors import MOST, NonFiniteError, UnknownOptionError, one_line, printable, shortened
 
 KINDS = [LoRAError, NonFiniteError, UnknownOptionError]
@@ -78,6 +78,13 @@ def test_time_to_read_a_hostile_text_grows_with_its_length_alone(text: str):
     begin = time.process_time()
     assert len(str(LoRAError(text * 200_000))) <= 1_400_000
     assert time.process_time() - begin < 2
+
+
+def test_an_empty_file_is_refused_with_a_reason(tmp_path):
+    """Python's EOFError has no text."""
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(LoRAError, match=r"empty\.pt: cannot be read as a checkpoint; it may be truncated: EOFError\.$"):
+        read_adapter(tmp_path / "empty.pt")
 
 
 def test_line_has_no_breaks():

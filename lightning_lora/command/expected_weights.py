@@ -65,6 +65,8 @@ class ExpectedWeight:
     def part(self, old: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows of the result in float64, and for each element the sum of all that took part in it, unsigned."""
         exact, total = self._unscaled(old, first)
+        if not old.dim():
+            return exact, total
         outputs = slice(None) if self.transposed else slice(first, first + len(old))
         if self.lengths is None:
             scale = self._scale_of_weight()

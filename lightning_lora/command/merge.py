@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,7 +182,21 @@ def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, 
                 f"{base.path}: {name!r} is also {owners[name]}, so changing it would change that too, and merged "
                 "weights cannot express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
             )
+    _refuse_out_of_order(updates, base, dtype)
     return {fitted.files[name]: update for name, update in updates.items()}
+
+
+def _refuse_out_of_order(names: Iterable[str], base: Weights, dtype: torch.dtype | None) -> None:
+    """Raise LoRAError for the first tensor that cannot be written in its place: its values do not lie in a row.
+
+    In another dtype the file is written anew, from memory.
+    """
+    for name in names:
+        if dtype is None and not base.locations[name].in_order:
+            raise LoRAError(
+                f"{base.path}: {name!r} is stored out of order, as a transposed or expanded tensor, and cannot be "
+                "changed in its place; call .contiguous() on it before saving."
+            )
 
 
 def _is_alike(name: str, updates: Mapping[str, WeightUpdate], base: Weights) -> bool:

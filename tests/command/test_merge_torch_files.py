@@ -16,6 +16,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict, save_adapter
 from lightning_lora.command.merge import merge_on_disk
 from support.lightning_versions import PLAIN_TYPES_ONLY
+from support.models import checkpoint
 from support.runs import TARGETS, lora, run
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs
 
@@ -177,10 +178,23 @@ def test_a_weight_that_is_a_view_of_a_larger_storage_is_written_in_its_place(tmp
     assert (found["room"][[0, 2]] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_single_number_in_the_adapter_is_written_and_passes_verify(tmp_path, dtype: torch.dtype | None):
+    """As a temperature in a buffer, which training may change; CLIP's is a parameter."""
+    net = nn.ModuleDict({"body": nn.Linear(3, 3)})
+    net.register_buffer("temperature", torch.tensor(0.5))
+    torch.save(net.state_dict(), tmp_path / "base.pt")
+    inject(net, LoRAConfig(r=1, init_lora_weights=False))
+    net.temperature.fill_(0.25)
+    torch.save(checkpoint(net, "adapter"), tmp_path / "a.ckpt")
+    merge_on_disk(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "out.pt", dtype=dtype, check=True)
+    assert torch.load(tmp_path / "out.pt", weights_only=True)["temperature"] == 0.25
+
+
 def test_merge_of_a_file_that_cannot_be_changed_in_place_is_refused(tmp_path, plain_adapter: Path):
     owner = f"{TARGETS[0]}.weight"
     cases = {
-        "out of order": (state_with(**{owner: Net().state_dict()[owner].T.contiguous().T}), {}),
+        rf"'{owner}' is stored out of order": (state_with(**{owner: Net().state_dict()[owner].T.contiguous().T}), {}),
         r"format that torch\.save has written since": (state_with(), {"_use_new_zipfile_serialization": False}),
         "expected a state dict, found int": ({"state_dict": 3}, {}),
     }
