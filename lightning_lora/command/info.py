@@ -217,8 +217,18 @@ def _value_row(first: Any, second: Any) -> dict[str, Any]:
         return {"problem": "no tensor, so that it is not compared"}
     if first.shape != second.shape:
         return {"problem": f"shape {tuple(first.shape)} and {tuple(second.shape)}"}
-    change = float((first.double() - second.double()).norm())
-    return {"change": change, "relative": _ratio(change, float(first.double().norm()))}
+    change = float(_change(first, second).norm())
+    return {"change": change, "relative": _ratio(change, float(_wide(first).norm()))}
+
+
+def _change(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return second - first. It is zero where both are the same infinity or NaN, as in a mask."""
+    old, new = _wide(first), _wide(second)
+    return (new - old).masked_fill((old == new) | (old.isnan() & new.isnan()), 0)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _diff_weights(first: Weights, second: Weights) -> dict[str, Any]:
@@ -232,13 +242,15 @@ def _diff_weights(first: Weights, second: Weights) -> dict[str, Any]:
 def _location_row(first: TensorLocation, second: TensorLocation) -> dict[str, Any]:
     if first.shape != second.shape:
         return {"problem": f"shape {first.shape} and {second.shape}"}
+    if not (first.in_order and second.in_order):
+        return {"problem": "stored out of order, so that it is not compared"}
     changed, whole, largest = 0.0, 0.0, 0.0
     with open(first.file, "rb") as first_file, open(second.file, "rb") as second_file:
         for start, count in first.chunks():
-            old = read_rows(first_file, first, start, count).double()
-            change = read_rows(second_file, second, start, count).double() - old
-            changed += float(change.square().sum())
-            whole += float(old.square().sum())
+            old, new = read_rows(first_file, first, start, count), read_rows(second_file, second, start, count)
+            change = _change(old, new)
+            changed += float(change.abs().square().sum())
+            whole += float(_wide(old).abs().square().sum())
             largest = max(largest, float(change.abs().max())) if change.numel() else largest
     norm = changed**0.5
     dtypes = {} if first.dtype == second.dtype else {"dtypes": [_dtype_name(first.dtype), _dtype_name(second.dtype)]}
@@ -262,7 +274,9 @@ def _only_in_one(first: set[str], second: set[str]) -> dict[str, Any]:
 
 
 def _ratio(change: float, norm: float) -> float:
-    return change / norm if norm else (0.0 if not change else float("inf"))
+    if not change:
+        return 0.0
+    return change / norm if norm else float("inf")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

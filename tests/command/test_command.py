@@ -15,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_lora import (
@@ -30,6 +31,7 @@ from lightning_lora import (
 from lightning_lora.command.main import VERBS, main
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.lightning_versions import PLAIN_TYPES_ONLY
+from support.models import checkpoint as checkpoint_of
 from support.notices import quiet_peers
 from support.peers import call, logits, model, our_config, ours, read_by_peft, refused, tensors_of, theirs
 from support.runs import TARGETS, lora, run
@@ -264,6 +266,35 @@ def test_diff_of_weights_names_the_largest_change_of_all_parts_of_a_tensor(tmp_p
         save_file({"a.weight": value}, tmp_path / f"{name}.safetensors")
     text = call(capsys, "diff", tmp_path / "one.safetensors", tmp_path / "other.safetensors", "--json")
     assert json.loads(text)["changes"]["a.weight"]["largest"] == 7.0
+
+
+def test_diff_of_weights_tells_changes_of_masks_and_complex_numbers_and_passes_over_what_it_cannot_read(
+    tmp_path, capsys
+):
+    """The same infinity and NaN are no change, and the imaginary part of a change counts."""
+    inf, nan = float("inf"), float("nan")
+    one = {
+        "mask": torch.tensor([0.0, -inf, nan]),
+        "moved": torch.tensor([0.0, inf]),
+        "freqs": torch.tensor([3j, 4 + 0j]),
+    }
+    other = {"mask": one["mask"].clone(), "moved": torch.tensor([-inf, inf]), "freqs": torch.tensor([3j, 4 + 2j])}
+    for name, state in (("one.pt", one), ("other.pt", other)):
+        torch.save({**state, "rows": torch.ones(1, 2).expand(3, 2)}, tmp_path / name)
+    rows = json.loads(call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.pt", "--json"))["changes"]
+    assert rows["mask"] == {"change": 0.0, "relative": 0.0, "largest": 0.0}
+    assert rows["moved"]["change"] is None  # JSON has no infinity
+    assert rows["freqs"] == {"change": 2.0, "relative": 0.4, "largest": 2.0}
+    assert rows["rows"] == {"problem": "stored out of order, so that it is not compared"}
+    assert "3 of 4 differ" in call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.pt")
+
+
+def test_diff_of_adapters_tells_no_change_of_the_same_mask(tmp_path, capsys):
+    net = nn.ModuleDict({"body": nn.Linear(3, 3)})
+    net.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    inject(net, LoRAConfig(r=1))
+    torch.save(checkpoint_of(net, "adapter"), tmp_path / "a.ckpt")
+    assert call(capsys, "diff", tmp_path / "a.ckpt", tmp_path / "a.ckpt").startswith("0 of 2 differ")
 
 
 def test_diff_of_unlike_things_is_refused(tmp_path, capsys, checkpoint: Path):
