@@ -21,7 +21,7 @@ from ..errors import LoRAError
 from ..exchange.resized_tables import refuse_other_rows
 from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
-from ..files.safetensors import SUFFIX, TensorLocation, read_rows
+from ..files.safetensors import SUFFIX, TensorLocation, read_rows, read_tensor
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
 from ..formats.equal_tables import equal_tables
@@ -480,5 +480,17 @@ def _replacement(name: str, value: Any, base: Weights) -> WeightUpdate:
     if value.is_floating_point() != location.dtype.is_floating_point:
         raise LoRAError(f"{base.path}: {name!r} is {location.dtype}, in the adapter {value.dtype}.")
     if value.is_floating_point():
-        check_finite(name, value)
+        _check_finite_where_base_is(name, value, location)
     return WeightUpdate(value=value)
+
+
+def _check_finite_where_base_is(name: str, value: torch.Tensor, location: TensorLocation) -> None:
+    """Raise LoRAError where a tensor is infinite or NaN and the base's is not so too, as a mask is in both."""
+    try:
+        check_finite(name, value)
+    except LoRAError:
+        if not location.in_order:
+            raise
+        here, base = value.detach().double(), read_tensor(location).double()
+        if not (here.isfinite() | (here == base) | (here.isnan() & base.isnan())).all():
+            raise

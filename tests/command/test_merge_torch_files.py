@@ -191,6 +191,22 @@ def test_a_single_number_in_the_adapter_is_written_and_passes_verify(tmp_path, d
     assert torch.load(tmp_path / "out.pt", weights_only=True)["temperature"] == 0.25
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_mask_with_the_bases_infinities_is_merged_and_one_with_others_is_refused(tmp_path, dtype: torch.dtype | None):
+    """nn.Transformer's causal mask in a buffer: no run has diverged, and load_adapter takes it."""
+    net = nn.ModuleDict({"body": nn.Linear(3, 3)})
+    net.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(3))
+    torch.save(net.state_dict(), tmp_path / "base.pt")
+    inject(net, LoRAConfig(r=1, init_lora_weights=False))
+    torch.save(checkpoint(net, "adapter"), tmp_path / "a.ckpt")
+    merge_on_disk(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "out.pt", dtype=dtype, check=True)
+    assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True)["mask"].float(), net.mask)
+    net.mask[0, 0] = float("nan")
+    torch.save(checkpoint(net, "adapter"), tmp_path / "a.ckpt")
+    with pytest.raises(LoRAError, match="'mask' holds NaN or Inf"):
+        merge_on_disk(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "other.pt", dtype=dtype)
+
+
 def test_merge_of_a_file_that_cannot_be_changed_in_place_is_refused(tmp_path, plain_adapter: Path):
     owner = f"{TARGETS[0]}.weight"
     cases = {
