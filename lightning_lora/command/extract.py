@@ -87,8 +87,7 @@ def extract(
     Raises:
         LoRAError: names or shapes differ, a change can be neither adapted nor carried, or an entry names no module.
     """
-    _refuse_unmatched("exclude", exclude, base)
-    _refuse_unmatched("embeddings", embeddings, base)
+    _refuse_unmatched(base, exclude=exclude, embeddings=embeddings)
     changed = _changed_names(base, tuned)
     names = [name for name in changed if _adaptable(name, base) and not _excluded(name, exclude)]
     if not names:
@@ -96,16 +95,12 @@ def extract(
     kinds = {module: _kind(module, base, embeddings, fan_in_fan_out) for module in _modules_of(names)}
     tensors, kept, squares = _all_factors(base, tuned, names, kinds, rank)
     whole, options = ({}, {}) if drop_rest else _carried(base, tuned, changed, set(kinds))
-    fingerprint = {
-        name: fingerprint_entry_at(location)
-        for name, location in base.locations.items()
-        if name not in whole and location.in_order
-    }
+    frozen = {name: each for name, each in base.locations.items() if name not in whole and each.in_order}
     adapter = Adapter(
         tensors={**tensors, **whole},
         config=_config(tensors, list(kinds), rank, options),
         scalings=dict.fromkeys(kinds, 1.0),
-        fingerprint=fingerprint,
+        fingerprint={name: fingerprint_entry_at(location) for name, location in frozen.items()},
         kinds=kinds,
         fan_in_fan_out=fan_in_fan_out,
         after_conv1d=after_conv1d(kinds, fan_in_fan_out),
@@ -114,13 +109,14 @@ def extract(
     return Extracted(adapter, kept, dropped, squares)
 
 
-def _refuse_unmatched(option: str, entries: Sequence[str], base: Weights) -> None:
+def _refuse_unmatched(base: Weights, **options: Sequence[str]) -> None:
     """Raise LoRAError for the first entry of an option that names no module with tensors of its own."""
     modules = list(dict.fromkeys(_modules_of(list(base.locations))))
-    for entry in entries:
-        if not naming_some([entry], modules):
-            found = f"--{option} {entry!r} names no module that has tensors{near_misses(entry, modules)}"
-            raise LoRAError(f"extract: {base.path}: {sentence(found)}")
+    for option, entries in options.items():
+        for entry in entries:
+            if not naming_some([entry], modules):
+                found = f"--{option} {entry!r} names no module that has tensors{near_misses(entry, modules)}"
+                raise LoRAError(f"extract: {base.path}: {sentence(found)}")
 
 
 def _changed_names(base: Weights, tuned: Weights) -> list[str]:
