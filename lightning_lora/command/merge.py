@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -280,12 +280,12 @@ def _refuse_unplaced(adapter: Adapter, base: Weights, built: Set[str]) -> None:
     tables = [adapter.fingerprint[name] for name in sorted(here) if len(base.locations[name].shape) > 1]
     for name in sorted(adapter.perhaps_base - here - built):
         if not any(entries_match(adapter.fingerprint[name], table, 0.0) for table in tables):
-            raise _homeless(name, base)
+            _refuse_absent(name, base)
 
 
-def _homeless(name: str, base: Weights) -> LoRAError:
-    """Return the error of a whole tensor in an adapter that is no tensor of the base."""
-    return LoRAError(f"{base.path}: the adapter comes with {name!r} whole, and the base has no such tensor. {INSTEAD}.")
+def _refuse_absent(name: str, base: Weights) -> NoReturn:
+    """Raise LoRAError for a whole tensor in an adapter that is no tensor of the base."""
+    raise LoRAError(f"{base.path}: the adapter comes with {name!r} whole, and the base has no such tensor. {INSTEAD}.")
 
 
 def _check_form(base: Weights, output: Path, max_shard_bytes: int | None) -> None:
@@ -473,7 +473,7 @@ def _replacement(name: str, value: Any, base: Weights) -> WeightUpdate:
     """Check a parameter that was trained whole, or a buffer, and let it take the place of the base's."""
     location = base.locations.get(name)
     if location is None:
-        raise _homeless(name, base)
+        _refuse_absent(name, base)
     if not isinstance(value, torch.Tensor) or tuple(value.shape) != location.shape:
         actual = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise LoRAError(f"{base.path}: {name!r} has shape {location.shape}, in the adapter {actual}.")
