@@ -57,10 +57,6 @@ def remove(folder: Path) -> None:
 
     Raises nothing, apart from exceptions of signals' handlers.
     """
-    with PassingOverErrors():
-        os.rmdir(folder)
-    if not os.path.isdir(folder):
-        return
     _remove_what_can_be(folder)
     if not os.path.isdir(folder):
         return

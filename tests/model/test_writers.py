@@ -234,9 +234,9 @@ def test_a_save_is_refused_while_another_thread_is_loading(read, monkeypatch, tm
 @pytest.mark.parametrize("read", READS)
 def test_a_save_is_refused_while_another_thread_disables_or_enables_the_adapter(read, step, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    model, refusals = network(saved=True), []
+    model, refusals, original = network(saved=True), [], getattr(inject_module, step)
 
-    def meanwhile(*args: Any, original: Any = getattr(inject_module, step)) -> Any:
+    def meanwhile(*args: Any) -> Any:
         with pytest.raises(LoRAError, match=f"{read}: disable_adapter changed this model") as refusal:
             elsewhere(lambda: READS[read](model))
         refusals.append(refusal)
