@@ -108,7 +108,7 @@ def remove_leftovers(target: Path) -> None:
 def _is_left(folder: Path) -> bool:
     age = time.time() - _last_change(folder)
     if age < min(UNLOCKED_AGE, UNKNOWN_AGE):
-        return False
+        return False  # before the lock is tried, which its writer may be about to take
     is_free = _is_free(folder)
     return age >= UNKNOWN_AGE if is_free is None else is_free and age >= UNLOCKED_AGE
 
