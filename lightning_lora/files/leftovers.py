@@ -107,10 +107,10 @@ def remove_leftovers(target: Path) -> None:
 
 def _is_left(folder: Path) -> bool:
     age = time.time() - _last_change(folder)
-    if age < min(UNLOCKED_AGE, UNKNOWN_AGE):
+    if age < UNLOCKED_AGE:
         return False  # before the lock is tried, which its writer may be about to take
     is_free = _is_free(folder)
-    return age >= UNKNOWN_AGE if is_free is None else is_free and age >= UNLOCKED_AGE
+    return age >= UNKNOWN_AGE if is_free is None else is_free
 
 
 def _last_change(folder: Path) -> float:

@@ -80,7 +80,21 @@ def test_the_last_change_inside_counts(tmp_path: Path):
     assert left.exists()
 
 
-OTHERS = ".out.x.0123abcd.partial .out.0123abcd.x.partial .out.0123.partial out.0123abcd.partial .out.0123abcd.old .our.0123abcd.partial"
+def test_leftover_without_files_is_removed_when_its_folders_are_old(tmp_path: Path):
+    left = leave(tmp_path / "out", 2 * UNKNOWN_AGE, locked=False)
+    (left / "out" / "half").unlink()  # which changes the folder
+    write(tmp_path / "out")
+    assert left.exists()
+    for path in (left / "out", left):
+        os.utime(path, (0, 0))
+    write(tmp_path / "out")
+    assert not left.exists()
+
+
+OTHERS = (
+    ".out.x.0123abcd.partial .out.0123abcd.x.partial .out.0123.partial out.0123abcd.partial .out.0123abcd.old "
+    ".our.0123abcd.partial"
+)
 
 
 @pytest.mark.parametrize("name", OTHERS.split())
