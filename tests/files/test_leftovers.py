@@ -80,6 +80,20 @@ def test_the_last_change_inside_counts(tmp_path: Path):
     assert left.exists()
 
 
+@pytest.mark.skipif(leftovers.fcntl is None, reason="no locks here")
+@pytest.mark.parametrize("call", ["os.scandir", "fcntl.flock"])  # of the walk, and of the lock
+def test_error_of_a_signals_handler_is_not_taken_for_the_systems(tmp_path: Path, monkeypatch, call: str):
+    left = leave(tmp_path / "out", 2 * UNKNOWN_AGE)
+
+    def broken_off(*args: object) -> None:
+        raise TimeoutError("of a handler")
+
+    monkeypatch.setattr(call, broken_off)
+    with pytest.raises(TimeoutError, match="of a handler"):
+        leftovers.remove_leftovers(tmp_path / "out")
+    assert left.exists()
+
+
 def test_leftover_without_files_is_removed_when_its_folders_are_old(tmp_path: Path):
     left = leave(tmp_path / "out", 2 * UNKNOWN_AGE, locked=False)
     (left / "out" / "half").unlink()  # which changes the folder
