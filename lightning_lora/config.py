@@ -30,6 +30,7 @@ OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "runtime_config"),
 )
+TIED_BY_PEFT = ("embed_tokens", "lm_head")  # the names of modules that PEFT's ensure_weight_tying knows
 IGNORED_PEFT_FIELDS = (  # options of a peft.LoraConfig that do not describe the adapter
     *OF_PEFT_ALONE,
     # These belong to another option, and that option is refused.
@@ -303,6 +304,7 @@ class LoRAConfig:
                 "LoRAConfig.from_peft: target_modules=None lets peft choose by the model's type; name the layers, or "
                 "say 'all-linear'."
             )
+        _refuse_tied_adapters(options)
         asked = {"variant": variant.name, "variant_options": own} if variant.name != PLAIN else {}
         return cls(**{name: options[name] for name in shared}, **asked)
 
@@ -426,6 +428,24 @@ class LoRAConfig:
         for rank in (self.r, *(self.rank_pattern or {}).values()) if init == "orthogonal" else ():
             if rank % 2:
                 _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)
+
+
+def _refuse_tied_adapters(options: Mapping[str, Any]) -> None:
+    """Refuse PEFT's ensure_weight_tying where it gives both ends of a tied weight one adapter.
+
+    Beside modules_to_save with such a name PEFT ties those alone, as this package does.
+    """
+    targets, saved = options["target_modules"], options.get("modules_to_save") or ()
+    if isinstance(targets, str):
+        named = [name for name in TIED_BY_PEFT if re.fullmatch(targets, name)]
+    else:
+        named = [entry for entry in sorted(targets) if entry.rpartition(".")[2] in TIED_BY_PEFT]
+    if options.get("ensure_weight_tying") and named and not any(s.rpartition(".")[2] in TIED_BY_PEFT for s in saved):
+        raise LoRAError(
+            f"LoRAConfig.from_peft: ensure_weight_tying=True beside target_modules with {named[0]!r} gives one adapter "
+            "to both ends of a tied weight, which cannot be expressed; leave ensure_weight_tying out, which adapts "
+            f"{named[0]!r} alone."
+        )
 
 
 def is_config(config: object) -> bool:

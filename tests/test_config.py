@@ -219,6 +219,24 @@ def test_what_a_config_from_peft_cannot_express_is_refused_by_name(option):
         LoRAConfig.from_peft(theirs)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "model.embed_tokens"], ["lm_head"], r"q_proj|lm_head"])
+def test_one_adapter_of_both_ends_of_a_tie_is_refused_by_name(targets: Any):
+    """PEFT would adapt the other end too, which target_modules does not name."""
+    theirs = peft.LoraConfig(target_modules=targets, ensure_weight_tying=True)
+    with pytest.raises(
+        LoRAError, match=r"ensure_weight_tying=True beside target_modules with '(model\.embed|lm_).*alone"
+    ):
+        LoRAConfig.from_peft(theirs)
+    theirs.ensure_weight_tying = False
+    assert not LoRAConfig.from_peft(theirs).ensure_weight_tying
+
+
+@pytest.mark.parametrize(("targets", "saved"), [(["q_proj"], ["lm_head"]), (["lm_head"], ["embed_tokens"])])
+def test_modules_that_peft_ties_are_trained_as_one_here_too(targets: list[str], saved: list[str]):
+    theirs = peft.LoraConfig(target_modules=targets, modules_to_save=saved, ensure_weight_tying=True)
+    assert LoRAConfig.from_peft(theirs).ensure_weight_tying
+
+
 def test_a_config_from_peft_needs_a_config_that_says_what_to_adapt():
     with pytest.raises(LoRAError, match=r"expected a peft\.LoraConfig, found a LoKrConfig"):
         LoRAConfig.from_peft(peft.LoKrConfig())

@@ -54,9 +54,9 @@ def called(node: ast.Call) -> str:
 
 def filters(text: str) -> Iterator[tuple[str, bool]]:
     """Each place of a file that passes over warnings, and whether it names a text and no category."""
-    tree = ast.parse(text)
-    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(ast.parse(text)))
+    parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in nodes:
         if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and id(node) not in parts):
             written = ast.unparse(node)[1:].strip("'\"")
             if re.match("['\"]?ignore:", written):

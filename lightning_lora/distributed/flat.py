@@ -119,7 +119,28 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     for name, parameter in flat_parameters(module).items():
         if not isinstance(own.get(name), nn.Parameter):
             own[name] = parameter
+    if isinstance(module, torch.jit.ScriptModule):
+        _mark_as_parameters(own.values())
     return own
+
+
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """Return a module's own parameter "weight", or None. TorchScript's mapping of parameters has no `get`."""
+    parameters = module._parameters
+    if "weight" not in parameters:
+        return None
+    return parameters["weight"]
+
+
+def _mark_as_parameters(tensors: Iterable[torch.Tensor]) -> None:
+    """Let isinstance(tensor, nn.Parameter) be true for the parameters of a TorchScript module.
+
+    torch.jit.load and copy.deepcopy give them as plain tensors, which would be taken for buffers. The attribute is the
+    one by which torch itself recognises parameters of other tensor classes.
+    """
+    for tensor in tensors:
+        if not isinstance(tensor, nn.Parameter):
+            tensor._is_param = True
 
 
 def recognise(attach_one: Callable[[torch.Tensor], bool]) -> None:

@@ -12,10 +12,11 @@ from ..adapter.fingerprint import without_base
 from ..formats.pretrained_names import align_to_networks
 from ..model.adapted_model import Listing
 from ..model.live_state import LiveState, original_value
-from ..model.pretrained import pretrained_models
+from ..model.pretrained import pretrained_models, tied_to_input
 from ..names import names_factor
 from ..nn.adapted_module import is_factor
 from ..nn.parameter import weights_of
+from ..nn.variant import rows_leaf
 from .first_names import Names
 from .resized_tables import has_new_rows
 
@@ -68,16 +69,30 @@ def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:
     """Add tensors that this model saves with its adapter, and that the source does not hold.
 
     A base weight that is trained here and was frozen there gets its initial value. Rows of a table are added under the
-    names of the tables that are tied to it.
+    names of the tables that are tied to it, but for those that PEFT left alone: check_adapter refuses these.
     """
     unfrozen = live.handle.initial_of("unfrozen")
     frozen = {name: value for name, value in unfrozen.items() if name in adapter.fingerprint}
     shared = _names_of_shared(live)
     stored = {other: value for name, value in adapter.tensors.items() for other in shared.get(name, ())}
     resized = {name: stored.get(name, value) for name, value in live.handle.initial_of("resized").items()}
-    tied = {name: value for name, value in stored.items() if names_factor(name)}
+    alone = _left_alone(live, adapter)
+    tied = {name: value for name, value in stored.items() if names_factor(name) and name not in alone}
     added = {**frozen, **resized, **tied}
     return replace(adapter, tensors={**added, **adapter.tensors}) if added.keys() - adapter.tensors.keys() else adapter
+
+
+def _left_alone(live: LiveState, adapter: Adapter) -> set[str]:
+    """Return the names of trained rows here that the tables had frozen where PEFT trained the adapter.
+
+    PEFT follows ties from a transformers model's input embeddings alone: rows of its output head are the head's own.
+    """
+    if not adapter.peft_rows:
+        return set()
+    modules, stored, leaf = live.handle.modules, adapter.rows(), rows_leaf()
+    ties = {end: table for name in pretrained_models(modules) for end, table in tied_to_input(modules, name).items()}
+    followed = {*stored, *(end for end, table in ties.items() if table in stored)}
+    return {f"{name}.{leaf}" for name, _ in modules if name not in followed}
 
 
 def _names_of_shared(live: LiveState) -> dict[str, list[str]]:

@@ -24,6 +24,7 @@ from ..names import A, B, listed, names_factor, rename_keys
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
 from ..nn.conv import LoRAConv
 from ..nn.tied_weights import untie_advice
+from ..nn.variant import rows_leaf
 from .first_names import Names, by_first_names
 from .resized_tables import refuse_other_rows
 
@@ -189,8 +190,14 @@ def _check_ties(live: LiveState, names: Names, tensors: Mapping[str, Any], expec
                 raise LoRAError(
                     f"adapter: {first!r} and {other!r} are one tensor in the model, but were trained apart: the "
                     f"adapter holds {'two values' if len(values) > 1 else 'a value for one of them alone'}. "
-                    f"{untie_advice(other)}."
+                    f"{untie_advice(_weight_name(other))}."
                 )
+
+
+def _weight_name(name: str) -> str:
+    """Return the name of the weight that trained rows belong to; any other name stays."""
+    table, _, leaf = name.rpartition(".")
+    return f"{table}.weight" if leaf == rows_leaf() else name
 
 
 def _equal(one: Any, other: Any) -> bool:

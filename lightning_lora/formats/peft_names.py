@@ -4,6 +4,7 @@ PEFT wraps what it trains, so that names grow segments that the model itself doe
 
     <layer>.base_layer.<leaf>              what an adapted layer owns
     <attention>.base_layer.out_proj...     attention and its out_proj are wrapped one inside the other
+    <module>.base_layer.<layer>...         a layer in a module of which a parameter is adapted, as in a Mamba mixer
     <module>.modules_to_save.<leaf>        the trained copy of a module that is saved whole
     <module>.original_module.<leaf>        the module as it was
     <table>.token_adapter...               a table of which rows are trained, see peft_rows.py
@@ -25,8 +26,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ..errors import LoRAError
-from ..names import split_factor_name
-from ..nn.low_rank import ATTENTION_OUTPUT, PARAMETER
+from ..names import parent_names, split_factor_name
+from ..nn.low_rank import PARAMETER
 from ..nn.variant import Variant, known_variants
 from .peft_parameters import Nesting, our_factor
 from .peft_rows import our_table_name
@@ -131,22 +132,34 @@ def peft_name(name: str, variant: Variant, layers: Set[str], kinds: Mapping[str,
     layer, _, leaf = name.rpartition(".")
     if layer in nesting:
         parameter, own_leaf = split_factor_name(name) or ("", "")
-        order = nesting[layer]
+        order, wrapped = nesting[layer], PREFIX + in_wrappers(layer, layers, nesting)
         if parameter not in layers:  # it lies in the innermost
-            return f"{PREFIX}{layer}{BASE_LAYER * len(order)}.{leaf}"
+            return f"{wrapped}{BASE_LAYER * len(order)}.{leaf}"
         depth = len(order) - 1 - order.index(parameter.rpartition(".")[2])
-        return f"{PREFIX}{layer}{BASE_LAYER * depth}.{variant.peft_leaf(own_leaf, PARAMETER)}"
+        return f"{wrapped}{BASE_LAYER * depth}.{variant.peft_leaf(own_leaf, PARAMETER)}"
     if layer not in layers:
-        return PREFIX + name
+        return PREFIX + in_wrappers(name, layers, nesting)
     if leaf in variant.shared:
         return OUTER + next(theirs for theirs, ours in variant.peft_shared.items() if ours == leaf)
-    kind, wrapped = kinds.get(layer), PREFIX + layer
-    if kind == ATTENTION_OUTPUT:  # its attention is wrapped too
-        attention, dot, _ = layer.rpartition(".")
-        wrapped = f"{PREFIX}{attention}{dot}base_layer.out_proj"
+    wrapped = PREFIX + in_wrappers(layer, layers, nesting)
     if leaf not in variant.trained:
         return f"{wrapped}{BASE_LAYER}.{leaf}"
-    return f"{wrapped}.{variant.peft_leaf(leaf, kind or '')}"
+    return f"{wrapped}.{variant.peft_leaf(leaf, kinds.get(layer, ''))}"
+
+
+def in_wrappers(name: str, layers: Set[str], nesting: Nesting) -> str:
+    """Return the name of a module or tensor with the wrappers of the modules around it; its own are not added.
+
+    Args:
+        name: ours.
+        layers: names of the adapted layers. PEFT wraps each once.
+        nesting: of the parameters. PEFT wraps a module once for each.
+    """
+    wrapped, end = "", 0
+    for module in parent_names(name):
+        wrappers = len(nesting[module]) if module in nesting else int(module in layers)
+        wrapped, end = f"{wrapped}{name[end : len(module)]}{BASE_LAYER * wrappers}", len(module)
+    return wrapped + name[end:]
 
 
 def read_names(
@@ -187,13 +200,13 @@ def read_names(
         ours[peft_name] = name
     if nesting:  # parameters are named in the order in which their modules register them
         ours = dict(sorted(ours.items(), key=lambda names: -names[0].count(BASE_LAYER)))
-    saved = frozenset(name.partition(SAVED)[0] for name in present if _saved_twin(name, present))
+    saved = {name.partition(SAVED)[0] for name in present if _saved_twin(name, present)}
     return PeftNames(
         ours=ours,
         bare={name: bare[peft_name] for peft_name, name in ours.items()},
-        of_layers=frozenset(name for name in ours.values() if bare[first[name]].rpartition(BASE_LAYER)[0] in layers),
+        of_layers=frozenset(name for name in ours.values() if _owner(bare[first[name]]) in layers),
         network=network,
-        saved=saved,
+        saved=frozenset(_without_wrappers(module, layers) for module in saved),
         live=adapter_name != "",
         shared=shared,
     )
@@ -240,11 +253,29 @@ def _without_prefix(name: str, network: str) -> str:
 
 
 def _unwrapped(layer: str, layers: Set[str]) -> tuple[str, int]:
-    """Split PEFT's layer name into the module and its wrapper depth."""
+    """Split PEFT's layer name into our name of the module and its wrapper depth."""
     depth = 0
     while layer.endswith(BASE_LAYER) and layer.removesuffix(BASE_LAYER) in layers:
         layer, depth = layer.removesuffix(BASE_LAYER), depth + 1
-    return layer, depth
+    return _without_wrappers(layer, layers), depth
+
+
+def _without_wrappers(name: str, layers: Set[str]) -> str:
+    """Leave the segments out of a name that PEFT's wrappers of `layers` added."""
+    if BASE_LAYER not in f".{name}":
+        return name
+    segments = name.split(".")
+    return ".".join(
+        segment
+        for i, segment in enumerate(segments)
+        if not (f".{segment}" == BASE_LAYER and ".".join(segments[:i]) in layers)
+    )
+
+
+def _owner(name: str) -> str:
+    """Return the wrapped module, as PEFT writes it, that owns a tensor, or "" where another module does."""
+    module = name.rpartition(".")[0]
+    return module.removesuffix(BASE_LAYER) if module.endswith(BASE_LAYER) else ""
 
 
 def _our_name(
@@ -264,7 +295,7 @@ def _our_name(
             return parameter
     in_table = our_table_name(name, present)
     if in_table != name:
-        return in_table
+        return _without_wrappers(in_table, layers)
     other_method = next((method for leaf, method in OTHER_METHODS.items() if _ends_in(name, leaf)), "")
     if layer is not None and layer.endswith(BASE_LAYER) and layer.removesuffix(BASE_LAYER) in layers:
         other_method = "target_parameters"
@@ -274,17 +305,10 @@ def _our_name(
         return None  # the module as it was before training
     plain = _saved_twin(name, present)
     if plain:
-        return None if plain in present else plain  # bias="all" puts a bias into the file a second time
+        return None if plain in present else _without_wrappers(plain, layers)  # bias="all" puts a bias in twice
     if layer is not None:
         name = f"{layer}.{leaves.ours[ending]}" if layer else leaves.ours[ending]
-    if BASE_LAYER not in f".{name}":
-        return name
-    segments = name.split(".")
-    return ".".join(
-        segment
-        for i, segment in enumerate(segments)
-        if not (f".{segment}" == BASE_LAYER and ".".join(segments[:i]) in layers)
-    )
+    return _without_wrappers(name, layers)
 
 
 def _saved_twin(name: str, present: Set[str]) -> str:

@@ -27,6 +27,7 @@ from ..names import parameter_factor_name, suffixes
 RECURRENT = re.compile(r"weight_(ih|hh|hr)_l(\d+)(_reverse)?")
 USUAL = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' experts, in the order in which they are registered
 
+OUT_PROJ = ".out_proj"
 PARAMETERS = "parameters"  # in the description of a folder: the nesting
 
 Order = Callable[[Collection[str]], Sequence[str] | None]  # of parameters of one module, or None where it is not known
@@ -97,7 +98,8 @@ def nesting_in_peft(options: Mapping[str, Any], wrapped: Mapping[str, int], orde
     is_layer = matcher(targets if isinstance(targets, (str, list)) else None)
     nesting = {}
     for module, count in wrapped.items():
-        if count == 1 and is_layer(module):
+        attention = module.removesuffix(OUT_PROJ)  # whose out_proj PEFT adapts with it
+        if count == 1 and (is_layer(module) or (attention != module and is_layer(attention))):
             continue
         leaves = _parameters_of(module, entries, count)
         ordered = order(leaves) if len(leaves) == count else None

@@ -12,13 +12,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..adapter.adapter import Adapter
-from ..config import LoRAConfig
+from ..config import TIED_BY_PEFT, LoRAConfig
 from ..errors import LoRAError
 from ..matching import matcher
 from ..names import parent_names
 from .equal_tables import equal_tables, ties_of
-
-TIED_BY_PEFT = ("embed_tokens", "lm_head")
 
 
 def entries_in(options: Mapping[str, Any]) -> list[str]:

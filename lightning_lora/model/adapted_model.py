@@ -185,14 +185,16 @@ class AdaptedModel(Listing):
                 done.add(id(tensor))
                 self.record.keep_initial(module, {name.rpartition(".")[2]: values[name]})
 
-    def record_trainable(self, *, expected: bool = False) -> None:
+    def record_trainable(self, *, expected: bool = False, among: Collection[int] | None = None) -> None:
         """Record every base parameter that has become trainable, with its present value as the one before training.
 
         Args:
             expected: the options ask for these parameters. Otherwise a warning names them.
+            among: the ids of parameters; others are passed over.
         """
         trained = self.marked("trained")
         new = [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
+        new = new if among is None else [each for each in new if id(each.parameter) in among]
         for each in new:
             self.record.add_trained(each.module, each.leaf, each.parameter, *(() if expected else ("unfrozen",)))
         if new and not expected:

@@ -65,6 +65,7 @@ from .targets import (
     check_untied,
 )
 from .undisturbed import Ending
+from .unfrozen import keep_first_values
 from .wrappers import unwrapped, warn_of_late_adapters
 
 IN_CONFIG = {
@@ -352,6 +353,7 @@ def _begin(listing: Listing, record: Injection, scope: str = "") -> AdaptedModel
         snapshot_initial(handle)
         if record.merge_weights:
             patch(handle.root, "train", _merge_by_mode)
+    keep_first_values(record)
     return handle
 
 

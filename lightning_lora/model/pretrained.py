@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..config import TASK_HEADS
+from ..distributed.flat import own_weight
 from ..names import derives_from, names_factor, parent_names
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import NamedModules
@@ -108,12 +109,12 @@ def tied_to_input(modules: NamedModules, prefix: str) -> dict[str, str]:
     pretrained = pretrained_models(modules).get(prefix.removesuffix("."))
     table = input_embeddings(pretrained) if pretrained is not None else None
     # An image model's input embeddings may be a block without a weight.
-    weight = table._parameters.get("weight") if table is not None else None
+    weight = own_weight(table) if table is not None else None
     if weight is None or not getattr(getattr(pretrained, "config", None), "tie_word_embeddings", False):
         return {}
     names = {name: module for name, module in modules if name}
     first = next(name for name, module in names.items() if module is table)
-    return {n: first for n, m in names.items() if m is not table and m._parameters.get("weight") is weight}
+    return {n: first for n, m in names.items() if m is not table and own_weight(m) is weight}
 
 
 def embeddings(pretrained: nn.Module) -> list[nn.Parameter]:

@@ -20,6 +20,7 @@ from ..metrics import LayerUse, MergeError
 from ..names import listed
 from ..nn.adapted_weights import AdaptedWeights, active_as, adapted_places
 from ..nn.lora_layer import LoRALayer
+from ..nn.low_rank import HALF
 from ..nn.readers import LoRAReader, read_layers
 from .adapted_model import Listing
 from .merging import restore_shards_
@@ -27,7 +28,7 @@ from .merging import restore_shards_
 Parameters = Mapping[nn.Module, Mapping[str, torch.Tensor]]
 
 
-OTHER_FORWARD = "Is the forward another than the one you adapted?"
+OTHER_FORWARD = "Is the forward another than the one you adapted"
 
 
 class Verification:
@@ -38,6 +39,7 @@ class Verification:
         self.error, self.use = MergeError().to(device), LayerUse(len(watched)).to(device)
         self.never_ran: list[str] = []
         self.no_effect: list[str] = []
+        self._watched = watched
         self._at_start = {name for name, each in watched.items() if all(map(_is_at_start, each.layers))}
 
     def problems(self) -> str:
@@ -53,11 +55,18 @@ class Verification:
         problems = self.problems()
         at_start = [name for name in self.no_effect if name in self._at_start]
         if not at_start:
-            return problems and f"{problems}. {OTHER_FORWARD}"
+            return problems and f"{problems}. {self._question()}"
         explained = at_start == [*self.never_ran, *self.no_effect]
         which = "They have" if explained else f"{listed(at_start)} {'has' if len(at_start) == 1 else 'have'}"
         text = f"{problems}. {which} the values that adapters begin with: nothing has trained or loaded them yet."
-        return text if explained else f"{text} {OTHER_FORWARD}"
+        return text if explained else f"{text} {self._question()}"
+
+    def _question(self) -> str:
+        """Ask for what explains the problems. Outputs in 16 bits do not show a small change."""
+        trained = [self._watched[name] for name in self.no_effect if name not in self._at_start]
+        dtypes = [str(each.dtype).removeprefix("torch.") for each in trained if each.dtype in HALF]
+        small = f", or is the change too small for outputs in {dtypes[0]}" if dtypes else ""
+        return f"{OTHER_FORWARD}{small}?"
 
 
 @dataclass
@@ -94,6 +103,7 @@ class _Watched:
         call: the first call, until it was compared.
         ran: the module was called.
         acted: the adapter changed the output.
+        dtype: of the output.
     """
 
     module: nn.Module
@@ -102,6 +112,7 @@ class _Watched:
     call: _Call | None = None
     ran: bool = False
     acted: bool = False
+    dtype: torch.dtype | None = None
 
     def parameters(self) -> dict[nn.Module, dict[str, torch.Tensor]]:
         """Return the own live parameters of the module and of the layers' modules, by module and name."""
@@ -198,7 +209,7 @@ def _compare(watched: _Watched, error: MergeError) -> None:
     without, factored = _run(watched, call, base, False), _run(watched, call, base, True)
     as_evaluated = watched.layers[0].lora.records or watched.layers[0].quantised()
     error.update(call.output if as_evaluated else _run(watched, call, merged, False), factored)
-    watched.acted = not torch.equal(without, factored)
+    watched.acted, watched.dtype = not torch.equal(without, factored), factored.dtype
 
 
 def _weights(watched: _Watched) -> tuple[Parameters, Parameters]:

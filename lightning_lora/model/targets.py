@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
@@ -39,6 +40,7 @@ from .layers_by_kind import is_empty, layers_by_kind, more_layers
 from .token_tables import OPTION, TokenTables
 
 TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is trained whole, without an adapter"
+SCRIPTED = "TorchScript has compiled its forward, which would pass over the adapter; build it without torch.jit"
 
 
 class Targets:
@@ -301,7 +303,9 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         LoRAError: it cannot be adapted. The message says why, and what to do.
     """
     kind, adapting, enabled = type(module).__name__, layer_class(module), config.enabled_parts(name)
-    if adapting is None:
+    if isinstance(module, torch.jit.ScriptModule):
+        problem = SCRIPTED
+    elif adapting is None:
         inside = [child for child, m in module.named_modules() if child and layer_class(m)]
         problem = f"a {type(module).__module__}.{kind} cannot be adapted, only {ADAPTABLE} and their subclasses can"
         problem += f"; name the layers inside it, as {inside[0]!r}" if inside else ""
@@ -368,6 +372,8 @@ def check_parameter(name: str, module: nn.Module, leaf: str, *, is_layer: bool) 
     problem = _tensor_problem(weight, kind) if weight is not None else ""
     if is_layer or (isinstance(module, Swapped) and not isinstance(module, LoRAParameterHolder)):
         problem = f"its {kind} is adapted as a layer, or reads the weight of one; adapt one of the two"
+    elif isinstance(module, torch.jit.ScriptModule):
+        problem = SCRIPTED
     elif "forward" in vars(module):
         problem = f"the forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
     elif quantised_as(weight):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from ..distributed.flat import own_weight
 from ..errors import LoRAError
 from ..matching import matcher, near_misses
 from ..nn.adapted_weights import NamedModules
@@ -72,9 +73,9 @@ class TokenTables:
 
     def _add_tied(self, modules: Mapping[str, nn.Module]) -> None:
         named = [name for name in modules if name in self.rows]
-        owners = {id(_weight(modules[name])): name for name in named if _weight(modules[name]) is not None}
+        owners = {id(own_weight(modules[name])): name for name in named if own_weight(modules[name]) is not None}
         for name, module in modules.items() if owners else ():
-            owner = owners.get(id(_weight(module)))
+            owner = owners.get(id(own_weight(module)))
             if owner is not None and is_table(module):
                 self._add(name, self.rows[owner], f"{owner!r}, with which it shares its weight")
 
@@ -85,7 +86,3 @@ class TokenTables:
                 f"{list(rows)} by {entry}; give one list for both, or untie them first."
             )
         self._entries.setdefault(name, entry)
-
-
-def _weight(module: nn.Module) -> nn.Parameter | None:
-    return module._parameters.get("weight")

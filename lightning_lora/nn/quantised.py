@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..distributed.flat import whole_shape
+from ..distributed.flat import own_weight, whole_shape
 from ..distributed.sharding import from_local_like, full_tensor, is_sharded, local, shard_like
 from ..errors import LoRAError
 from ..names import canonical, derives_from
@@ -86,7 +86,7 @@ def describe_shard(module: nn.Module) -> None:
 
     It must be called before shape_of, dtype_of or quantised_as looks at such a weight alone.
     """
-    weight = module._parameters.get("weight")
+    weight = own_weight(module)
     if is_sharded(weight) and derives_from(module, "Linear4bit", (BITSANDBYTES,)):
         vars(weight).setdefault(DESCRIPTION, cast(Any, module).quant_state)
 

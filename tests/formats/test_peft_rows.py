@@ -302,6 +302,31 @@ def test_a_tie_that_peft_trained_apart_is_refused(tmp_path):
         load_adapter(llama(True), tmp_path)
 
 
+def test_rows_of_one_end_of_a_tie_are_refused_where_peft_left_the_other_end_alone(tmp_path):
+    """PEFT follows the tie from the input embeddings alone."""
+    expected = logits(theirs(llama(True), tmp_path, trainable_token_indices={"lm_head": IDS}))
+    model = llama(True)
+    with pytest.raises(LoRAError, match=r"holds a value for one of them alone.*: model\.lm_head\.weight = nn\.Param"):
+        load_adapter(model, tmp_path)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # what the message says
+    load_adapter(model, tmp_path)
+    assert_same_logits(logits(model), expected, IDS)
+
+
+@pytest.mark.transformers_5
+def test_rows_of_an_end_that_is_no_input_embedding_are_refused_in_a_wrapped_model_too(tmp_path):
+    build, targets, _ = FAMILIES["t5, whose four tables are one"]
+    theirs(build(), tmp_path, target_modules=targets, trainable_token_indices={"decoder.embed_tokens": IDS})
+    with pytest.raises(LoRAError, match=r"'0\.shared\.lora_rows' and '0\..* for one of them alone"):
+        load_adapter(nn.Sequential(build()), tmp_path)
+
+
+def test_rows_of_a_tie_that_peft_does_not_know_are_refused(tmp_path):
+    theirs(Net(tied=True), tmp_path, target_modules=["body"], trainable_token_indices={"emb": [1]})
+    with pytest.raises(LoRAError, match=r"'emb\.lora_rows' and 'head\.lora_rows' are one tensor .* one of them alone"):
+        load_adapter(Net(tied=True), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("indices", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -198,6 +199,60 @@ def test_disable_adapter_and_unload_bring_back_what_the_user_unfroze():
         assert torch.equal(model(tokens()), output)
     unload(model)
     assert state_bits(model) == before
+
+
+def make_steps(model: Zoo, optimizer: torch.optim.Optimizer, number: int) -> None:
+    for _ in range(number):
+        model.train()(tokens()).square().mean().backward()
+        optimizer.step()
+
+
+UNFROZEN = r"unfrozen after injection \(norm.weight\); they are saved"
+
+
+@pytest.mark.parametrize("built", ["before", "with all", "with what is trained"])
+def test_what_is_unfrozen_in_a_loop_without_a_trainer_has_its_first_value_kept(built: str):
+    model = Zoo()
+    before, output = state_bits(model), model.eval()(tokens())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inject(model, zoo_config())
+    model.norm.weight.requires_grad_(True)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    if built != "before":
+        optimizer = torch.optim.SGD(model.parameters() if built == "with all" else trained, lr=0.1)
+    with pytest.warns(UserWarning, match=UNFROZEN) as warned:
+        make_steps(model, optimizer, 3)
+    assert len(warned) == 1
+    assert bits(model.norm.weight) != before["norm.weight"]
+    with disable_adapter(model.eval()):
+        assert torch.equal(model(tokens()), output)
+    unload(model)
+    assert state_bits(model) == before
+
+
+def test_what_is_unfrozen_after_some_steps_has_its_first_value_kept():
+    model = Zoo()
+    before = state_bits(model)
+    inject(model, zoo_config())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(4):
+        model.norm.weight.requires_grad_(step > 1)
+        with pytest.warns(UserWarning, match=UNFROZEN) if step == 2 else nullcontext():
+            make_steps(model, optimizer, 1)
+    assert bits(model.norm.weight) != before["norm.weight"]
+    unload(model)
+    assert state_bits(model) == before
+
+
+def test_an_optimizer_that_does_not_hold_a_parameter_says_nothing_of_it():
+    model = Zoo()
+    inject(model, zoo_config())
+    model.norm.weight.requires_grad_(True)  # for its gradient alone
+    optimizer = torch.optim.SGD([(other := nn.Linear(2, 2)).weight], lr=0.1)
+    other(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    model.norm.weight.requires_grad_(False)
+    assert "norm.weight" not in adapter_state_dict(model)
 
 
 def test_merge_weights_merges_in_evaluation_mode_at_the_root():

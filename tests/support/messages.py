@@ -8,6 +8,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,15 +58,17 @@ class Message:
 
 @dataclass
 class File:
-    """A file: its syntax tree, the parent of each node, and the imported module."""
+    """A file: its syntax tree, the tree's nodes, the parent of each node, and the imported module."""
 
     name: str
     tree: ast.Module
     module: ModuleType
+    nodes: list[ast.AST] = field(default_factory=list)
     parents: dict[ast.AST, ast.AST] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.parents = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+        self.nodes = list(ast.walk(self.tree))
+        self.parents = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
 
     def scope(self, node: ast.AST) -> Scope:
         """The function that a node is in, or the module."""
@@ -100,8 +103,17 @@ def _held(file: File, node: ast.AST) -> Iterator[tuple[str, ast.expr, ast.expr]]
         yield dotted(node.target).rpartition(".")[2], node.value.key, node.value.value
 
 
+@cache  # each scope is asked many times
+def assignments_in(scope: ast.AST) -> list[ast.AST]:
+    """The nodes in a scope that may give a name its texts."""
+    kinds = (ast.Assign, ast.Call, ast.For, ast.NamedExpr, ast.AugAssign)
+    return [node for node in ast.walk(scope) if isinstance(node, kinds)]
+
+
 def dotted(node: ast.AST) -> str:
-    return ast.unparse(node) if isinstance(node, (ast.Name, ast.Attribute)) else ""
+    if isinstance(node, ast.Name):  # by far the most; ast.unparse takes long
+        return node.id
+    return ast.unparse(node) if isinstance(node, ast.Attribute) else ""
 
 
 class Source:
@@ -112,7 +124,7 @@ class Source:
         self.held: dict[str, list[tuple[File, Scope, ast.expr, ast.expr]]] = {}  # keys and values, by attribute
         self.calls: dict[str, list[tuple[File, ast.Call]]] = {}  # by the last segment of what is called
         for file in files:
-            for node in ast.walk(file.tree):
+            for node in file.nodes:
                 if isinstance(node, ast.Call):
                     self.calls.setdefault(dotted(node.func).rpartition(".")[2], []).append((file, node))
                 for name, key, value in _held(file, node):
@@ -130,7 +142,7 @@ class Source:
 
     def messages(self) -> Iterator[Message]:
         for file in self.files:
-            for node in ast.walk(file.tree):
+            for node in file.nodes:
                 said = self._said(file, node)
                 if said:
                     yield self._message(file, node, *said)
@@ -260,7 +272,7 @@ class Reader:
         if not isinstance(self.scope, ast.FunctionDef) or not (reader := self._elsewhere(self.file, self.scope, name)):
             return []
         texts: list[str] = []
-        for node in ast.walk(self.scope):
+        for node in assignments_in(self.scope):
             if isinstance(node, ast.Assign) and name in map(dotted, node.targets):
                 texts += reader.texts(node.value)
             elif isinstance(node, ast.Call) and dotted(node.func) == f"{name}.append":

@@ -132,6 +132,28 @@ def test_what_is_unfrozen_within_an_epoch_is_recorded_before_it_changes(tmp_path
     assert torch.equal(model.body[0].bias, before)
 
 
+@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen after injection")
+def test_what_an_optimizer_without_lightnings_wrapper_changes_has_its_first_value_kept(tmp_path):
+    class StepsItself(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, *args: Any) -> None:
+            self.body[0].bias.requires_grad_(self.current_epoch == 1)
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(*args))
+            optimizer.step()
+
+    model = StepsItself()
+    before = model.body[0].bias.detach().clone()
+    make_trainer(tmp_path, LoRACallback(r=2), max_epochs=2).fit(model, Data(BATCHES))
+    assert not torch.equal(model.body[0].bias, before)
+    unload(model)
+    assert torch.equal(model.body[0].bias, before)
+
+
 class Frozen(nn.Parameter):
     """It counts how often anyone asks whether it is trained."""
 

@@ -140,6 +140,17 @@ def test_verify_names_adapters_without_effect(tmp_path):
         make_trainer(tmp_path, callback).fit(model, Data())
 
 
+def test_verify_says_that_a_small_effect_may_not_show_in_16_bits(tmp_path):
+    """Whether it does depends on the digits; in float32 the same adapter is reported to have an effect."""
+    model, callback = Net(), LoRACallback(r=2, verify=True, target_modules=["head"])
+    inject(model, LoRAConfig(r=2, target_modules=["head"]))
+    nn.init.constant_(model.head.lora_B, 1e-6)
+    question = r"no effect: head\. Is the forward another .* adapted, or is the change too small for .* bfloat16\?"
+    with pytest.warns(UserWarning, match=question):
+        make_trainer(tmp_path, callback, precision="bf16-mixed").validate(model, Data(), verbose=False)
+    make_trainer(tmp_path, callback).validate(model, Data(), verbose=False)
+
+
 class Attention(Net):
     """Attention whose out_proj torch reads instead of calling, inside torch's own encoder and by itself."""
 

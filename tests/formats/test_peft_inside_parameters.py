@@ -1,0 +1,135 @@
+"""PEFT's names of what lies in a module of which a parameter is adapted, as a layer in a Mamba mixer: both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged, save_adapter
+from support.notices import quiet_peers
+from support.peers import TENSORS, close, seeded
+
+pytestmark = [
+    *quiet_peers,
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
+]
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.fc, self.norm = nn.Parameter(torch.eye(8)), nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(self.fc(F.linear(x, self.weight)))
+        return result
+
+
+class Mixer(nn.Module):
+    """Has two parameters of its own, and layers of every kind beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.eye(8)), nn.Parameter(torch.eye(8))
+        self.fc, self.inner, self.norm = nn.Linear(8, 8), Inner(), nn.LayerNorm(8)
+        self.att, self.table = nn.MultiheadAttention(8, 2), nn.Embedding(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(F.linear(self.fc(F.linear(x, self.first)), self.second)) + self.table(torch.arange(len(x)))
+        result: torch.Tensor = self.norm(self.att(x, x, x)[0])
+        return result
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.Sequential(Mixer(), Mixer()), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.layers(x))
+        return result
+
+
+X = torch.linspace(-1, 1, 48).sin().view(6, 8)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one parameter": {"target_modules": ["fc"], "target_parameters": ["first"]},
+    "two parameters": {"target_modules": ["fc", "table"], "target_parameters": ["first", "second"]},
+    "full names": {"target_modules": ["layers.0.fc", "layers.1.inner.fc"], "target_parameters": ["0.first", "1.first"]},
+    "a regular expression": {"target_modules": r"layers\.\d\.fc", "target_parameters": ["second"]},
+    "the inner module": {"target_modules": ["fc"], "target_parameters": ["inner.weight"]},
+    "attention": {"target_modules": ["att"], "target_parameters": ["first"]},
+    "attention elsewhere": {"target_modules": ["att"], "target_parameters": ["head.weight"]},
+    "biases": {"target_modules": ["fc"], "target_parameters": ["first", "second"], "bias": "all"},
+    "biases of layers": {"target_modules": ["fc", "att"], "target_parameters": ["first"], "bias": "lora_only"},
+    "patterns": {"target_modules": ["fc"], "target_parameters": ["first"], "rank_pattern": {"0.fc": 3, "1.first": 2}},
+    "deep modules_to_save": {
+        "target_parameters": ["first"],
+        "target_modules": ["fc"],
+        "modules_to_save": ["inner.norm"],
+    },
+}
+
+
+def train_(model: nn.Module) -> Any:
+    """Change all that is trained, and the statistics of BatchNorm that PEFT does not hold."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_folder_of_peft_is_read_and_written_under_the_same_names(tmp_path: Path, options: dict[str, Any]):
+    theirs = train_(peft.get_peft_model(seeded(Net), peft.LoraConfig(r=4, **options)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = seeded(Net)
+    load_adapter(ours, tmp_path / "theirs")
+    close(ours(X), theirs(X))
+    with merged(ours):
+        close(ours(X), theirs(X))
+    save_adapter(ours, tmp_path / "ours")
+    found, wanted = (load_file(tmp_path / folder / TENSORS) for folder in ("ours", "theirs"))
+    statistics = found.keys() - wanted.keys()
+    assert wanted.keys() <= found.keys()
+    assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in statistics)
+    assert statistics <= theirs.state_dict().keys()  # so peft finds them
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_peft_computes_what_we_saved(tmp_path: Path, options: dict[str, Any]):
+    ours = seeded(Net)
+    inject(ours, LoRAConfig(r=4, **options))
+    train_(ours)
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(seeded(Net), tmp_path).eval()
+    close(theirs(X), ours(X))
+    again = seeded(Net)
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(X), ours(X))
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "what"),
+    [
+        ({"modules_to_save": ["norm"]}, "layers.0.norm", "is trained whole"),
+        ({"modules_to_save": ["0.inner.norm"]}, "layers.0.inner.norm", "is trained whole"),
+        ({"trainable_token_indices": {"table": [1, 3]}}, "layers.0.table", "has trained rows"),
+        ({"target_parameters": ["first", "inner.weight"]}, "layers.0.inner", "has adapted parameters"),
+    ],
+)
+def test_what_peft_does_not_reach_in_such_a_module_is_refused(tmp_path, options: dict[str, Any], name: str, what: str):
+    model = seeded(Net)
+    inject(model, LoRAConfig(**{"target_modules": ["head"], "target_parameters": ["first"], **options}))
+    with pytest.raises(LoRAError, match=f"'{name}' {what} and lies in 'layers.0', which PEFT wraps"):
+        save_adapter(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
