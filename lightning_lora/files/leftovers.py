@@ -57,10 +57,6 @@ def remove(folder: Path) -> None:
 
     Raises nothing, apart from exceptions of signals' handlers.
     """
-    with PassingOverErrors():
-        os.rmdir(folder)
-    if not os.path.isdir(folder):
-        return
     _remove_what_can_be(folder)
     if not os.path.isdir(folder):
         return
@@ -111,10 +107,10 @@ def remove_leftovers(target: Path) -> None:
 
 def _is_left(folder: Path) -> bool:
     age = time.time() - _last_change(folder)
-    if age < min(UNLOCKED_AGE, UNKNOWN_AGE):
-        return False
+    if age < UNLOCKED_AGE:
+        return False  # before the lock is tried, which its writer may be about to take
     is_free = _is_free(folder)
-    return age >= UNKNOWN_AGE if is_free is None else is_free and age >= UNLOCKED_AGE
+    return age >= UNKNOWN_AGE if is_free is None else is_free
 
 
 def _last_change(folder: Path) -> float:

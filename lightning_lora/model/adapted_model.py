@@ -185,25 +185,36 @@ class AdaptedModel(Listing):
                 done.add(id(tensor))
                 self.record.keep_initial(module, {name.rpartition(".")[2]: values[name]})
 
-    def record_trainable(self, *, expected: bool = False, among: Collection[int] | None = None) -> None:
+    def record_trainable(self, *, expected: bool = False) -> None:
         """Record every base parameter that has become trainable, with its present value as the one before training.
 
         Args:
             expected: the options ask for these parameters. Otherwise a warning names them.
-            among: the ids of parameters; others are passed over.
         """
-        trained = self.marked("trained")
-        new = [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
-        new = new if among is None else [each for each in new if id(each.parameter) in among]
-        for each in new:
-            self.record.add_trained(each.module, each.leaf, each.parameter, *(() if expected else ("unfrozen",)))
-        if new and not expected:
-            shown = ", ".join(each.name for each in new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+        for each in self._newly_trainable():
+            marks: tuple[Mark, ...] = () if expected else ("unfrozen", "untold")
+            self.record.add_trained(each.module, each.leaf, each.parameter, *marks)
+        untold = self.marked("untold")
+        told = [each for each in self.base() if id(each.parameter) in untold] if untold else []
+        for each in told:
+            self.record.take_mark(each.module, each.leaf, "untold")
+        if told and not expected:
+            shown = ", ".join(each.name for each in told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
             warnings.warn(
                 f"lightning_lora: base parameters were unfrozen after injection ({shown}); they are saved with the "
                 "adapter.",
                 stacklevel=2,
             )
+
+    def record_before_step(self, held: Collection[int]) -> None:
+        """Record base parameters that have become trainable, by their ids. The next record_trainable tells of them."""
+        for each in self._newly_trainable():
+            if id(each.parameter) in held:
+                self.record.add_trained(each.module, each.leaf, each.parameter, "unfrozen", "untold")
+
+    def _newly_trainable(self) -> list[BaseParameter]:
+        trained = self.marked("trained")
+        return [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
 
     def record_unfrozen(self, names: Collection[str]) -> None:
         """Record base parameters that another run had unfrozen, with their present values as those before training.

@@ -27,8 +27,8 @@ from ..nn.writer import Writer
 ALL_OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
 
 # Of a base parameter. "trained": it was trainable at some time. "unfrozen": the options did not make it trainable.
-# "resized": it is saved because it was resized before injection.
-Mark = Literal["trained", "unfrozen", "resized"]
+# "untold": no warning has said so yet. "resized": it is saved because it was resized before injection.
+Mark = Literal["trained", "unfrozen", "untold", "resized"]
 
 
 class Kept(TypedDict, total=False):
@@ -181,3 +181,7 @@ class Injection:
         """Mark a module's own parameter as trained, and keep its present value as the one from before training."""
         self.keep(module).setdefault("marks", {}).setdefault(leaf, set()).update(("trained", *marks))
         self.keep_initial(module, {leaf: copy_of(parameter)})
+
+    def take_mark(self, module: nn.Module, leaf: str, mark: Mark) -> None:
+        """Take a mark from a module's own parameter."""
+        self.keep(module)["marks"][leaf].discard(mark)

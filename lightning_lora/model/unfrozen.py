@@ -41,7 +41,7 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         root = record.holder()
         handle = find_in(Listing(root)) if root is not None else None
         if handle is not None:
-            handle.record_trainable(among=new)
+            handle.record_before_step(new)
             _known.update(handle.marked("trained"))
             _known.update(id(factor) for layer in handle.layers.values() for factor in layer.factors())
     _known.update(new)

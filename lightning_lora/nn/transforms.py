@@ -16,9 +16,7 @@ def is_transformed() -> bool:
         >>> torch.vmap(lambda x: x + is_transformed())(torch.zeros(2))
         tensor([1., 1.])
     """
-    if torch._C._are_functorch_transforms_active():  # torch's compiler knows the answer too
-        return True
-    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_tracing() -> bool:

@@ -60,7 +60,7 @@ class Writer:
             turn.thread, turn.rests = thread, False
             for reading in self.readings:
                 reading.note(turn)
-            self.references = [weakref.ref(each) for each in (*turns, *([] if turn in turns else [turn]))]
+            self.references = [weakref.ref(each) for each in dict.fromkeys((*turns, turn))]
 
     def is_at(self, verb: str, before: Turn | None = None) -> bool:
         """Return whether a turn with this verb is open.
@@ -92,7 +92,11 @@ class Turn:
         self.rests = False  # inside a block that changes values at its beginning and its end alone
 
     def __enter__(self) -> Turn:
-        self.go_on()
+        try:
+            self.go_on()
+        except BaseException:
+            self.__exit__()  # where some writers have admitted it: who keeps the error would keep the turn too
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:

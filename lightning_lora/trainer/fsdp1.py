@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -31,7 +32,13 @@ from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.live_state import LiveState
 from ..model.patches import call_previous, is_patched, patch
 from ..names import META, canonical, names_factor
-from .distributed_resume import accept_folders, check_complete, refuse_weights_only
+from .distributed_resume import (
+    accept_folders,
+    check_complete,
+    refuse_other_groups,
+    refuse_other_number,
+    refuse_weights_only,
+)
 from .lightning_packages import is_overridden
 
 WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
@@ -599,10 +606,11 @@ def _load_model_state_dict(
     _write_state_(handle, state)
     if module.trainer.state.fn != "fit":
         return
-    states = checkpoint.get("optimizer_states")
-    if states is None:
+    states = checkpoint.get("optimizer_states") or ()  # empty, where a folder of shards holds none
+    if not states:
         refuse_weights_only(strategy)
-    for optimizer, state in zip(strategy.optimizers, states or (), strict=True):
+    refuse_other_number(len(states), len(strategy.optimizers))
+    for optimizer, state in zip(strategy.optimizers, states, strict=True):
         _load_optimizer_state_(optimizer, state)
 
 
@@ -620,10 +628,10 @@ def _write_state_(handle: AdaptedModel, state: Mapping[str, Any]) -> None:
 
 def _load_optimizer_state_(optimizer: Any, saved: Mapping[str, Any]) -> None:
     """Load a state dict as one device has it. In place."""
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    built, held = ([group["params"] for group in groups] for groups in (optimizer.param_groups, saved["param_groups"]))
+    refuse_other_groups(list(map(len, held)), list(map(len, built)))
     state = dict(saved["state"])
-    for number, parameter in zip(numbers, own, strict=False):
+    for number, parameter in zip(chain(*held), chain(*built), strict=True):
         if is_flat(parameter) and number in state:
             shard = flat_shard(parameter)
             part = slice(shard.start, shard.stop)

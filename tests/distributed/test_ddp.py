@@ -161,10 +161,15 @@ class Second(SingleDeviceStrategy):
         return value if isinstance(value, str) else self.first
 
 
-def test_process_with_another_layer_is_named_with_both(tmp_path):
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ((0, 2), r"'net.4' has no adapter in the first process and r=2, scaling 4 here \(1 in all"),
+        ((0, 2, 4, 6), r"'net.6' has r=2, scaling 4 in the first process and no adapter here \(1 in all"),
+    ],
+)
+def test_process_with_another_layer_is_named_with_both(tmp_path, layers, said):
     strategy = Second("cpu")
-    strategy.first = {"net.0": "r=2, scaling 4", "net.2": "r=2, scaling 4"}
-    with pytest.raises(
-        LoRAError, match=r"'net.4' has no adapter in the first process and r=2, scaling 4 here \(1 in all"
-    ):
+    strategy.first = {f"net.{number}": "r=2, scaling 4" for number in layers}
+    with pytest.raises(LoRAError, match=said):
         make_trainer(tmp_path, lora(lora_alpha=8), strategy=strategy).fit(Plain(), loader(), loader())

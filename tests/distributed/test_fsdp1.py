@@ -962,6 +962,16 @@ def test_part_of_a_base_is_an_error(tmp_path):
         assert "must hold the complete base, the complete adapter or both, but 'net.2.bias' is missing" in error
 
 
+def edited(source: Path, number: int, params: int) -> Path:
+    """A checkpoint of so many optimizers, each with one group of so many parameters."""
+    content = torch.load(source, weights_only=True)
+    for state in content["optimizer_states"]:
+        state["param_groups"][0]["params"] = list(range(params))
+    content["optimizer_states"] *= number
+    torch.save(content, edited := source.with_name(f"{number} of {params}.ckpt"))
+    return edited
+
+
 def under_fsdp2_from(path: Path, source: Path) -> str:
     trainer = model_parallel(path, LoRACallback(r=2, target_modules=TARGETS), max_epochs=3)
     try:
@@ -974,7 +984,8 @@ def under_fsdp2_from(path: Path, source: Path) -> str:
 @slow
 def test_what_cannot_be_right_is_an_error_with_the_remedy(tmp_path):
     base = base_checkpoint(tmp_path)
-    world().run(on_ranks, Case(), tmp_path, 1)
+    file = world().run(on_ranks, Case(), tmp_path, 1)[0].path
+    world().run(on_ranks, Case({"state_dict_type": "sharded"}), tmp_path / "folders", 1)
     for kind, lora, source, callbacks, said in (
         (Plain, {"init_lora_weights": "lora_ga"}, None, (), "the weight of 'net.0' is sharded"),
         (WrappingEarly, {}, None, (), "the weight of the Linear is sharded already; call inject"),
@@ -985,6 +996,9 @@ def test_what_cannot_be_right_is_an_error_with_the_remedy(tmp_path):
         (WithLegacyHook, {}, None, (), "configure_sharded_model wraps layers in FSDP1"),
         (Plain, {}, None, (WeightAveraging,), "WeightAveraging copies whole weights, and FSDPStrategy has slices"),
         (Plain, {}, tmp_path / "weights.ckpt", (), "holds weights only, without the optimizer's state"),
+        (Plain, {}, tmp_path / "folders" / "weights.ckpt", (), "holds weights only, without the optimizer's state"),
+        (Plain, {}, edited(file, 2, 12), (), "holds the states of 2 optimizers, and configure_optimizers built 1."),
+        (Plain, {}, edited(file, 1, 11), (), "has groups of [11] parameters, and configure_optimizers built groups of"),
         (Other, {}, tmp_path / "all.ckpt", (), "adapter: belongs to another base"),
         (Plain, {}, base, (), "the checkpoint at ckpt_path holds no adapter"),
     ):

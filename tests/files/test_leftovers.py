@@ -80,7 +80,35 @@ def test_the_last_change_inside_counts(tmp_path: Path):
     assert left.exists()
 
 
-OTHERS = ".out.x.0123abcd.partial .out.0123.partial out.0123abcd.partial .out.0123abcd.old .our.0123abcd.partial"
+@pytest.mark.skipif(leftovers.fcntl is None, reason="no locks here")
+@pytest.mark.parametrize("call", ["os.scandir", "fcntl.flock"])  # of the walk, and of the lock
+def test_error_of_a_signals_handler_is_not_taken_for_the_systems(tmp_path: Path, monkeypatch, call: str):
+    left = leave(tmp_path / "out", 2 * UNKNOWN_AGE)
+
+    def broken_off(*args: object) -> None:
+        raise TimeoutError("of a handler")
+
+    monkeypatch.setattr(call, broken_off)
+    with pytest.raises(TimeoutError, match="of a handler"):
+        leftovers.remove_leftovers(tmp_path / "out")
+    assert left.exists()
+
+
+def test_leftover_without_files_is_removed_when_its_folders_are_old(tmp_path: Path):
+    left = leave(tmp_path / "out", 2 * UNKNOWN_AGE, locked=False)
+    (left / "out" / "half").unlink()  # which changes the folder
+    write(tmp_path / "out")
+    assert left.exists()
+    for path in (left / "out", left):
+        os.utime(path, (0, 0))
+    write(tmp_path / "out")
+    assert not left.exists()
+
+
+OTHERS = (
+    ".out.x.0123abcd.partial .out.0123abcd.x.partial .out.0123.partial out.0123abcd.partial .out.0123abcd.old "
+    ".our.0123abcd.partial"
+)
 
 
 @pytest.mark.parametrize("name", OTHERS.split())
@@ -92,13 +120,22 @@ def test_what_is_no_leftover_of_this_name_stays(tmp_path: Path, name: str):
     assert (tmp_path / name / "mine").exists()
 
 
+def test_lock_of_a_young_folder_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its writer may be about to take it, and would go on without it."""
+    young = leave(tmp_path / "out", UNLOCKED_AGE - 100)
+    monkeypatch.setattr(leftovers, "_is_free", lambda folder: pytest.fail("tried"))
+    write(tmp_path / "out")
+    assert young.exists()
+
+
 def test_a_link_by_the_name_of_a_leftover_is_not_followed(tmp_path: Path):
     mine = tmp_path / "mine"
     write(mine)
     (tmp_path / ".out.0123abcd.partial").symlink_to(mine)
-    os.utime(mine, (0, 0))
+    for path in (mine, *mine.rglob("*")):
+        os.utime(path, (0, 0))
     write(tmp_path / "out")
-    assert contents(mine)
+    assert contents(mine) == {"a": "new", "deep/b": "new"}
 
 
 @pytest.mark.skipif(leftovers.fcntl is None, reason="no locks here")

@@ -89,7 +89,8 @@ def assert_plain(path: Path) -> int:
     options, tensors = config_of(path), load_file(path / TENSORS)
     assert isinstance(options["target_modules"], list)
     assert options["lora_alpha"] == options["r"]
-    for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "target_parameters"):
+    absent = "rank_pattern alpha_pattern use_rslora use_dora modules_to_save target_parameters layers_to_transform"
+    for name in (*absent.split(), "layers_pattern", "trainable_token_indices"):
         assert not options.get(name), name
     assert (options["peft_type"], options["bias"], options["init_lora_weights"]) == ("LORA", "none", True)
     assert all(name.endswith(("lora_A.weight", "lora_B.weight", "embedding_A", "embedding_B")) for name in tensors)
@@ -120,6 +121,7 @@ def test_plain_folder_gives_the_same_outputs_in_peft_and_here(tmp_path, case: st
         ("llama", {}),
         ("llama", {"target_modules": "all-linear", "use_rslora": True}),
         ("llama-embedding", {"bias": "none"}),
+        ("llama", {"bias": "lora_only", "layers_to_transform": [1], "layers_pattern": "layers"}),  # it has no biases
         ("gpt2", {"rank_pattern": {"c_proj": 6}}),
         ("mixtral", {}),
     ],

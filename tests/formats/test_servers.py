@@ -161,6 +161,21 @@ def test_rule_of_a_server_holds_for_its_folder_and_not_for_a_good_one(case: tupl
     assert named in found["names"]
 
 
+@pytest.mark.parametrize("server", get_args(Server))
+@pytest.mark.parametrize("shape", [(), (0, 16)], ids=str)
+def test_factor_without_a_rank_is_looked_at_all_the_same(server: Server, shape: tuple[int, ...]):
+    view = replace(GOOD, shapes={**FACTORS, f"{ATTENTION}q_proj.lora_A.weight": shape})
+    assert all(each["names"] for each in findings(view, server))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "scale"),
+    [({"q_proj": 8, ".*_proj": 2}, 2), ({".*_proj": 2, "q_proj": 8}, 0.5), ({"v_proj": 8}, 1), ({"q_proj": "8"}, 1)],
+)
+def test_first_pattern_with_a_number_gives_a_module_its_alpha_as_in_peft(patterns: dict[str, Any], scale: float):
+    assert with_options(alpha_pattern=patterns).scale("model.layers.0.self_attn.q_proj") == scale
+
+
 def test_every_rule_is_tried_and_has_an_effect_and_a_source():
     assert set(get_args(Server)) == servers().keys()
     rules = {(server, rule["id"]): rule for server, about in servers().items() for rule in about["rules"]}
@@ -409,12 +424,22 @@ def test_command_tells_of_weights_that_they_are_no_adapter(tmp_path, capsys: pyt
     )
 
 
+def test_rounding_of_a_plain_form_that_is_looked_at_alone_is_not_warned_of(tmp_path, capsys: Any, recwarn: Any):
+    net = seeded(lambda: nn.Sequential(nn.Linear(8, 8)))
+    inject(net, LoRAConfig(r=2, lora_alpha=3, use_rslora=True, target_modules=["0"], autocast_adapter_dtype=False))
+    save_adapter(fill_(net).bfloat16(), tmp_path)
+    recwarn.clear()
+    assert "plain" in json.loads(call(capsys, "info", tmp_path, "--for", "sglang", "--json"))
+    assert not recwarn.list
+
+
 def test_adapter_that_peft_cannot_express_is_refused_by_all(tmp_path, capsys: pytest.CaptureFixture[str]):
     net = seeded(lambda: nn.Sequential(nn.MultiheadAttention(4, 2, kdim=3, vdim=3)))
     inject(net, LoRAConfig(r=1, target_modules=["0"]))
     torch.save(combine([take_adapter(fill_(net))], [1.0]), tmp_path / "a.ckpt")
     printed = call(capsys, "info", tmp_path / "a.ckpt", "--for", "vllm")
     assert "refuses: '0' has separate or partly adapted q, k and v, which PEFT has not" in printed
+    assert "first" not in json.loads(call(capsys, "info", tmp_path / "a.ckpt", "--for", "vllm", "--json"))
 
 
 @pytest.mark.parametrize(

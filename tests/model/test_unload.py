@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -220,10 +219,12 @@ def test_what_is_unfrozen_in_a_loop_without_a_trainer_has_its_first_value_kept(b
     trained = [each for each in model.parameters() if each.requires_grad]
     if built != "before":
         optimizer = torch.optim.SGD(model.parameters() if built == "with all" else trained, lr=0.1)
-    with pytest.warns(UserWarning, match=UNFROZEN) as warned:
-        make_steps(model, optimizer, 3)
-    assert len(warned) == 1
+    make_steps(model, optimizer, 3)
     assert bits(model.norm.weight) != before["norm.weight"]
+    if built != "before":  # where a save has another warning, of the adapters that this optimizer does not hold
+        with pytest.warns(UserWarning, match=UNFROZEN) as warned:
+            assert "norm.weight" in adapter_state_dict(model)
+        assert len(warned) == 1
     with disable_adapter(model.eval()):
         assert torch.equal(model(tokens()), output)
     unload(model)
@@ -237,8 +238,7 @@ def test_what_is_unfrozen_after_some_steps_has_its_first_value_kept():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(4):
         model.norm.weight.requires_grad_(step > 1)
-        with pytest.warns(UserWarning, match=UNFROZEN) if step == 2 else nullcontext():
-            make_steps(model, optimizer, 1)
+        make_steps(model, optimizer, 1)
     assert bits(model.norm.weight) != before["norm.weight"]
     unload(model)
     assert state_bits(model) == before

@@ -202,15 +202,18 @@ def test_what_another_thread_changes_meanwhile_is_not_saved(read, verb, monkeypa
     assert contents(tmp_path) == found
 
 
+@pytest.mark.parametrize("verb", ["merge", "unmerge"])
 @pytest.mark.parametrize("read", READS)
-def test_beside_a_merge_adapters_are_saved_and_what_reads_the_base_is_not(read, monkeypatch, tmp_path):
+def test_beside_a_merge_adapters_are_saved_and_what_reads_the_base_is_not(read, verb, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = network()
-    refused = pytest.raises(LoRAError, match=f"{read}: merge changed this model") if read in OF_BASE else nullcontext()
+    if verb == "unmerge":
+        merge(model)
+    refused = pytest.raises(LoRAError, match=f"{read}: {verb} changed this model") if read in OF_BASE else nullcontext()
     with monkeypatch.context() as patch, refused:
-        in_between(patch, lambda: merge(model))
+        in_between(patch, lambda: VERBS[verb](model, {}))
         READS[read](model)
-    READS[read](model)  # the model is merged now, and nobody changes it
+    READS[read](model)  # nobody changes the model now
 
 
 @pytest.mark.parametrize("kind", ["merged", "full"])
@@ -232,8 +235,12 @@ def test_a_save_is_refused_while_another_thread_is_loading(read, monkeypatch, tm
     state = adapter_state_dict(model)
 
     def while_loading(*args: Any, original: Any = apply.check_adapter, **options: Any) -> Any:
-        with pytest.raises(LoRAError, match=f"{read}: load_adapter changed this model") as refusal:
-            elsewhere(lambda: READS[read](model))
+        begun: list[str] = []
+        with monkeypatch.context() as patch:
+            in_between(patch, lambda: begun.append(read))
+            with pytest.raises(LoRAError, match=f"{read}: load_adapter changed this model") as refusal:
+                elsewhere(lambda: READS[read](model))
+        assert not begun  # nothing was read
         refusals.append(refusal)
         return original(*args, **options)
 
@@ -241,6 +248,51 @@ def test_a_save_is_refused_while_another_thread_is_loading(read, monkeypatch, tm
     load_adapter(model, state)
     assert refusals
     READS[read](model)
+
+
+@pytest.mark.parametrize("step", ["put_base_values_", "take_back_base_values_"])  # of the block's beginning and end
+@pytest.mark.parametrize("read", READS)
+def test_a_save_is_refused_while_another_thread_disables_or_enables_the_adapter(read, step, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model, refusals, original = network(saved=True), [], getattr(inject_module, step)
+
+    def meanwhile(*args: Any) -> Any:
+        with pytest.raises(LoRAError, match=f"{read}: disable_adapter changed this model") as refusal:
+            elsewhere(lambda: READS[read](model))
+        refusals.append(refusal)
+        return original(*args)
+
+    monkeypatch.setattr(inject_module, step, meanwhile)
+    with disable_adapter(model):
+        pass
+    assert refusals
+
+
+def test_what_reads_inside_a_change_of_its_own_thread_is_not_refused():
+    model, states = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), []
+    inject(model, LoRAConfig(r=2, init_lora_weights="eva"))
+
+    def forward(net: nn.Module, batch: torch.Tensor) -> None:
+        states.append(adapter_state_dict(net))
+        net(batch)
+
+    initialize_from_data(model, [torch.randn(9, 8)] * 3, forward)
+    assert states
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_of_a_read_beside_a_change_is_explained_by_it_and_an_interrupt_stays(error, monkeypatch):
+    model = network()
+    state = adapter_state_dict(model)
+
+    def broken_off() -> None:
+        load_adapter(model, state)
+        raise error
+
+    in_between(monkeypatch, broken_off)
+    expected = LoRAError if error is ValueError else error
+    with pytest.raises(expected, match="load_adapter changed this model" if error is ValueError else None):
+        adapter_state_dict(model)
 
 
 @pytest.mark.parametrize("body", [merged, disable_adapter])
@@ -487,3 +539,17 @@ def test_a_model_of_two_injected_models_waits_for_neither():
             pass
     merge(pair)
     assert is_merged(pair[0])
+
+
+def test_an_error_that_is_kept_locks_nobody_out():
+    """It holds the frames of the calls, and with them their turns."""
+    pair = nn.ModuleList([network(), network()])
+    with thread_inside(lambda: merged(pair[1])):
+        with pytest.raises(LoRAError, match="merge: merged is under way") as refused:
+            merge(pair)
+        elsewhere(lambda: merge(pair[0]))
+    with pytest.raises(ZeroDivisionError) as failed, merged(pair):
+        raise ZeroDivisionError
+    elsewhere(lambda: merge(pair))
+    assert refused.tb
+    assert failed.tb
