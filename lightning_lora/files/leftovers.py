@@ -55,8 +55,10 @@ def release(lock: int | None) -> None:
 def remove(folder: Path) -> None:
     """Delete a folder and its content, also where the mode of a folder forbids writing. What cannot be deleted stays.
 
-    Raises nothing, apart from exceptions of signals' handlers.
+    A link stays, and so does what it leads to. Raises nothing, apart from exceptions of signals' handlers.
     """
+    if folder.is_symlink():
+        return
     _remove_what_can_be(folder)
     if not os.path.isdir(folder):
         return

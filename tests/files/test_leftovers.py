@@ -138,6 +138,18 @@ def test_a_link_by_the_name_of_a_leftover_is_not_followed(tmp_path: Path):
     assert contents(mine) == {"a": "new", "deep/b": "new"}
 
 
+def test_what_a_link_leads_to_is_not_removed(tmp_path: Path):
+    """Somebody may put a link in the place of a folder that is about to be removed."""
+    write(tmp_path / "mine")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / "link").symlink_to(tmp_path / "mine")
+    for name in ("link", "left"):
+        leftovers.remove(tmp_path / name)
+    assert contents(tmp_path / "mine") == {"a": "new", "deep/b": "new"}
+    assert not (tmp_path / "left").exists()
+
+
 @pytest.mark.skipif(leftovers.fcntl is None, reason="no locks here")
 def test_a_folder_in_use_stays_however_old_and_goes_when_its_program_was_killed(tmp_path: Path):
     path = tmp_path / "out"
