@@ -87,7 +87,7 @@ def extract(
     Raises:
         LoRAError: names or shapes differ, a change can be neither adapted nor carried, or an entry names no module.
     """
-    _refuse_unmatched(base, exclude=exclude, embeddings=embeddings)
+    _refuse_idle_entries(base, exclude=exclude, embeddings=embeddings)
     changed = _changed_names(base, tuned)
     names = [name for name in changed if _adaptable(name, base) and not _excluded(name, exclude)]
     if not names:
@@ -109,7 +109,7 @@ def extract(
     return Extracted(adapter, kept, dropped, squares)
 
 
-def _refuse_unmatched(base: Weights, **options: Sequence[str]) -> None:
+def _refuse_idle_entries(base: Weights, **options: Sequence[str]) -> None:
     """Raise LoRAError for the first entry of an option that names no module with tensors of its own."""
     modules = list(dict.fromkeys(_modules_of(list(base.locations))))
     for option, entries in options.items():

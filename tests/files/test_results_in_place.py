@@ -20,7 +20,6 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter, save_merged
 from lightning_lora.command.main import main
-from lightning_lora.files import leftovers
 from lightning_lora.files.atomic import _exchange, new_folder
 from support.peers import call, refused
 
@@ -361,7 +360,7 @@ def press_after(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
         monkeypatch.setattr(os, "replace", pressing(os.replace))
         monkeypatch.setattr("lightning_lora.files.atomic._exchange", pressing(_exchange))
     else:
-        monkeypatch.setattr(leftovers, "_remove_what_can_be", pressing(leftovers._remove_what_can_be))
+        monkeypatch.setattr(os, "unlink", pressing(os.unlink))
 
 
 MERGED = {"folder": "", "folder again": "", "safetensors": ".safetensors", "torch": ".pt"}
