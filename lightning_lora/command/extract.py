@@ -109,10 +109,10 @@ def extract(
     return Extracted(adapter, kept, dropped, squares)
 
 
-def _refuse_idle_entries(base: Weights, **options: Sequence[str]) -> None:
+def _refuse_idle_entries(base: Weights, **entries_of: Sequence[str]) -> None:
     """Raise LoRAError for the first entry of an option that names no module with tensors of its own."""
     modules = list(dict.fromkeys(_modules_of(list(base.locations))))
-    for option, entries in options.items():
+    for option, entries in entries_of.items():
         for entry in entries:
             if not naming_some([entry], modules):
                 found = f"--{option} {entry!r} names no module that has tensors{near_misses(entry, modules)}"
