@@ -127,7 +127,7 @@ def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
 
     By default nobody has compared names with a model yet, so they stay in perhaps_base.
     """
-    known = set() if base is None else base
+    undecided = adapter.perhaps_base - (base or set())
     base = adapter.perhaps_base & adapter.tensors.keys() if base is None else base
     return replace(
         adapter,
@@ -136,7 +136,7 @@ def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
             **adapter.fingerprint,
             **{name: fingerprint_entry(adapter.tensors[name]) for name in sorted(base)},
         },
-        perhaps_base=adapter.perhaps_base - known,
+        perhaps_base=undecided,
     )
 
 

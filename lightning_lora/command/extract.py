@@ -113,8 +113,9 @@ def _refuse_idle_entries(base: Weights, **entries_of: Sequence[str]) -> None:
     """Raise LoRAError for the first entry of an option that names no module with tensors of its own."""
     modules = list(dict.fromkeys(_modules_of(list(base.locations))))
     for option, entries in entries_of.items():
+        known = naming_some(entries, modules)
         for entry in entries:
-            if not naming_some([entry], modules):
+            if entry not in known:
                 found = f"--{option} {entry!r} names no module that has tensors{near_misses(entry, modules)}"
                 raise LoRAError(f"extract: {base.path}: {sentence(found)}")
 

@@ -217,13 +217,13 @@ def _value_row(first: Any, second: Any) -> dict[str, Any]:
         return {"problem": "no tensor, so that it is not compared"}
     if first.shape != second.shape:
         return {"problem": f"shape {tuple(first.shape)} and {tuple(second.shape)}"}
-    change = float(_change(first, second).norm())
-    return {"change": change, "relative": _ratio(change, float(_wide(first).norm()))}
-
-
-def _change(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return second - first. It is zero where both are the same infinity or NaN, as in a mask."""
     old, new = _wide(first), _wide(second)
+    change = float(_change(old, new).norm())
+    return {"change": change, "relative": _ratio(change, float(old.norm()))}
+
+
+def _change(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Return new - old. It is zero where both are the same infinity or NaN, as in a mask."""
     return (new - old).masked_fill((old == new) | (old.isnan() & new.isnan()), 0)
 
 
@@ -247,10 +247,10 @@ def _location_row(first: TensorLocation, second: TensorLocation) -> dict[str, An
     changed, whole, largest = 0.0, 0.0, 0.0
     with open(first.file, "rb") as first_file, open(second.file, "rb") as second_file:
         for start, count in first.chunks():
-            old, new = read_rows(first_file, first, start, count), read_rows(second_file, second, start, count)
-            change = _change(old, new)
+            old = _wide(read_rows(first_file, first, start, count))
+            change = _change(old, _wide(read_rows(second_file, second, start, count)))
             changed += float(change.abs().square().sum())
-            whole += float(_wide(old).abs().square().sum())
+            whole += float(old.abs().square().sum())
             largest = max(largest, float(change.abs().max())) if change.numel() else largest
     norm = changed**0.5
     dtypes = {} if first.dtype == second.dtype else {"dtypes": [_dtype_name(first.dtype), _dtype_name(second.dtype)]}

@@ -17,7 +17,7 @@ from .adapted_model import Listing, find_in
 from .injection import Injection
 
 _watched = WeakValueDictionary[int, Injection]()  # the records of injected models, by id
-_known: set[int] = set()  # the ids of parameters whose first values are kept, or which need none, as an adapter's
+_known: set[int] = set()  # the ids of trainable parameters of optimizers that have stepped
 _hooks: list[Any] = []  # of torch, for all optimizers; none before the first injection
 
 
@@ -42,6 +42,4 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         handle = find_in(Listing(root)) if root is not None else None
         if handle is not None:
             handle.record_before_step(new)
-            _known.update(handle.marked("trained"))
-            _known.update(id(factor) for layer in handle.layers.values() for factor in layer.factors())
     _known.update(new)
