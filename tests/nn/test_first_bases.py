@@ -135,6 +135,20 @@ def test_a_class_whose_first_base_has_no_dict_is_adapted_and_put_back(kind: Kind
         assert all(same_bits(value, before[name]) for name, value in adapted.state_dict().items())
 
 
+def test_attention_with_a_first_base_is_adapted_as_that_of_torch():
+    cls = own_class("ABC", nn.MultiheadAttention)
+    own, plain = Model(cls(D, 2)), Model(nn.MultiheadAttention(D, 2))
+    for model in (own, plain):
+        inject(model, LoRAConfig(r=R, init_lora_weights=False, **LAYER))
+    plain.load_state_dict(own.state_dict())
+    for adapted in (own, copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert same_bits(adapted.layer(SERIES, SERIES, SERIES)[0], plain.layer(SERIES, SERIES, SERIES)[0])
+        with merged(adapted), merged(plain):
+            assert same_bits(adapted.layer(SERIES, SERIES, SERIES)[0], plain.layer(SERIES, SERIES, SERIES)[0])
+        unload(adapted)
+        assert type(adapted.layer) is cls
+
+
 def test_a_subclass_of_a_swapped_class_with_a_first_base_is_put_back_too():
     layer = own_class("ABC", nn.Linear)(D, D)
     plain = copy.deepcopy(layer)
