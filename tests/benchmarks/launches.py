@@ -21,6 +21,7 @@ from peft import LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import report
 from lightning_lora import LoRAConfig, inject, merge, unmerge
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -227,8 +228,7 @@ def shown() -> str:
 
 
 def write(table: str) -> None:
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table}\n\n{END}{rest.split(END)[1]}")
+    README.write_text(report.between(README.read_text(), BEGIN, END, table))
 
 
 # --- on a GPU ---

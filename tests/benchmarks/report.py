@@ -37,12 +37,21 @@ SHOWN = [  # in the plot: the kind of work, its size, and its name there
     ("training step {}", "d=768", "training step"),
     ("training step {}, dropout 0.05", "d=768", "the same with\ndropout 0.05"),
     ("Trainer.fit with validation", "d=256", "Trainer.fit with\nvalidation"),
-    ("merge and unmerge {}, 24 layers", "d=512", "merge and\nunmerge, 24 layers"),
-    ("merge and unmerge {}, one layer", "d=1024", "merge and\nunmerge, one layer"),
-    ("merge and unmerge {}, one layer", "d=4096", "merge and\nunmerge, one layer"),
+    ("merge and unmerge {}, 24 layers", "d=512", "merge and\nunmerge,\n24 layers"),
+    ("merge and unmerge {}, one layer", "d=1024", "merge and\nunmerge,\none layer"),
+    ("merge and unmerge {}, one layer", "d=4096", "merge and\nunmerge,\none layer"),
 ]
-BARS = {"fp32": {"facecolor": "#0072b2"}, "bf16": {"facecolor": "#f0c987", "hatch": "///"}}
+BARS = {"fp32": {"facecolor": "#2a78b8"}, "bf16": {"facecolor": "#b8690a"}}  # dark enough for white figures
 BAR = 0.36  # how wide one is
+GREY = "#7a7a7a"  # with the same contrast to a light page as to a dark one
+DPI = 160
+STYLE = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+}
 NAMES = {"/ floor": "the floor", "/ one copy of the weights": "one copy"}
 
 
@@ -146,45 +155,45 @@ def _cell(rows: list[dict[str, Any]], figures: list[str]) -> str:
 
 def plot(content: dict[str, Any]) -> Any:
     """A figure with bars of the time that ours takes over peft's, and the lowest and the highest run."""
+    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.transforms import blended_transform_factory
 
     rows = {(row["what"], row["at"]): row for row in content["rows"] if row["figure"] == "/ peft"}
-    figure = Figure(figsize=(8, 3.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for number, (kind, at, _) in enumerate(SHOWN):
-        dtypes = [*BARS][: 2 if "{}" in kind else 1]
-        for place, dtype in enumerate(dtypes):
-            row = rows[kind.format(dtype), at]
-            x = number + (place - (len(dtypes) - 1) / 2) * BAR
-            span = [[row["value"] - row["lowest"]], [row["highest"] - row["value"]]]
-            error = {"elinewidth": 1, "capsize": 2}
-            axes.bar(x, row["value"], BAR, yerr=span, ecolor="0.3", error_kw=error, edgecolor="black", **BARS[dtype])
-            label = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
-            axes.text(x, 0.04, f"{row['value']:.2f}", ha="center", va="bottom", fontsize=8, bbox=label)
-    axes.axhline(1.0, color="black", linewidth=1.2)
-    beside = blended_transform_factory(axes.transAxes, axes.transData)
-    axes.text(1.005, 1.0, "peft", va="center", transform=beside)
-    axes.set_xticks(range(len(SHOWN)), [f"{name}\n{at}" for _, at, name in SHOWN], fontsize=8)
-    axes.set_ylabel("our time / peft's")
-    axes.spines[["top", "right"]].set_visible(False)
-    handles = [Patch(label=dtype, edgecolor="black", **style) for dtype, style in BARS.items()]
-    axes.legend(handles=handles, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.88))
-    axes.set_title("Time relative to peft, lower is better", loc="left", fontweight="bold")
-    figure.supxlabel(content["machine"], fontsize=6, color="0.35")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.5), dpi=DPI, layout="constrained")
+        axes = figure.subplots()
+        for number, (kind, at, _) in enumerate(SHOWN):
+            dtypes = [*BARS][: 2 if "{}" in kind else 1]
+            for place, dtype in enumerate(dtypes):
+                row = rows[kind.format(dtype), at]
+                x = number + (place - (len(dtypes) - 1) / 2) * BAR
+                span = [[row["value"] - row["lowest"]], [row["highest"] - row["value"]]]
+                error = {"elinewidth": 1, "capsize": 2}
+                axes.bar(x, row["value"], BAR, yerr=span, ecolor=GREY, error_kw=error, **BARS[dtype])
+                axes.text(x, 0.03, f"{row['value']:.2f}", ha="center", va="bottom", fontsize=8, color="white")
+        axes.axhline(1.0, color=GREY, linewidth=1.2)
+        beside = blended_transform_factory(axes.transAxes, axes.transData)
+        axes.text(1.005, 1.0, "peft", va="center", transform=beside)
+        axes.set_xticks(range(len(SHOWN)), [f"{name}\n{at}" for _, at, name in SHOWN], fontsize=8)
+        axes.set_ylabel("our time / peft's")
+        handles = [Patch(label=dtype, **style) for dtype, style in BARS.items()]
+        axes.legend(handles=handles, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.88))
+        axes.set_title("Time relative to peft, lower is better", loc="left", fontweight="bold")
+        figure.supxlabel(content["machine"], fontsize=7)
     return figure
 
 
-def _between(page: str, begin: str, end: str, text: str) -> str:
+def between(page: str, begin: str, end: str, text: str) -> str:
     before, rest = page.split(begin)
     return f"{before}{begin}\n{text}\n\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:
     content = json.loads(RESULTS.read_text())
-    page = _between(README.read_text(), BEGIN, END, markdown(content))
-    README.write_text(_between(page, BEGIN_SLOWER, END_SLOWER, slower(page)))
+    page = between(README.read_text(), BEGIN, END, markdown(content))
+    README.write_text(between(page, BEGIN_SLOWER, END_SLOWER, slower(page)))
     plot(content).savefig(PLOT)
 
 

@@ -40,6 +40,7 @@ PROGRAMS = {
         "steps, forwards, merges, memory, many layers and Trainer.fit, against peft, loralib and the floor",
         ("HEADER",),
     ),
+    "drift": Program("drift", "what merging and unmerging leave behind in frozen weights", ("HEADER",)),
     "launches": Program("launches", "what a device is asked to do, counted; no GPU is needed", ("HEADER",)),
     "quantised": Program("quantised", "steps on bases of bitsandbytes", ("HEADER",), "--width 512"),
     "parameters": Program("parameters", "LSTM, GRU and Mixtral by target_parameters", ("HEADER",), ONE_THREAD),
