@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -194,7 +195,10 @@ def test_python_blocks_and_our_command_run_and_print_what_is_shown(ran, name):
     for block, following in itertools.pairwise([*BLOCKS[name], NOTHING]):
         if block.line in printed:
             shown = following.code if following.language == "text" else ""
-            assert shown == printed[block.line], f"{name}, line {block.line}"
+            found = printed[block.line]
+            if "L.Trainer(max_epochs" in block.code and name == FRONT:
+                found = ""  # the Trainer's own progress bar and table of modules
+            assert shown == found, f"{name}, line {block.line}"
 
 
 COMMANDS = [
@@ -243,7 +247,7 @@ def test_programs_print_what_is_shown(tmp_path, name, command):
 @pytest.mark.parametrize("name", TEXTS)
 def test_no_block_is_of_a_kind_that_nothing_runs(name):
     for previous, block in itertools.pairwise([NOTHING, *BLOCKS[name]]):
-        known = block.language in ("python", "bash") or (block.language == "yaml" and block.file)
+        known = block.language in ("python", "bash", "diff") or (block.language == "yaml" and block.file)
         output = block.language == "text" and previous.language in ("python", "bash")
         assert known or output, f"{name}, line {block.line}"
 
@@ -275,16 +279,33 @@ def anchors(text: str) -> list[str]:
 # --- the front page ---
 
 
-def test_the_first_screen_is_text_the_install_and_one_program_with_its_output():
-    install, program, output = BLOCKS[FRONT][:3]
-    assert [install.language, program.language, output.language] == ["bash", "python", "text"]
+def test_the_first_screen_is_what_it_is_a_diff_and_numbers_and_the_page_is_short():
+    screen = TEXTS[FRONT].partition("## Quick start")[0]
+    assert screen.count("\n") < 40
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", screen, re.MULTILINE | re.DOTALL)
+    assert diff.count("\n") <= 7
+    assert TEXTS[FRONT].count("\n") < 130
+    assert len(TEXTS[FRONT].split()) < 700
+
+
+def test_the_front_page_has_one_program_that_is_loaded_and_served_in_a_few_lines():
+    install, program, serving, output = BLOCKS[FRONT][1:5]
+    assert [install.language, program.language, serving.language, output.language] == [
+        "bash",
+        "python",
+        "python",
+        "text",
+    ]
     assert install.code == "pip install . transformers\n"
-    assert program.line < 14  # after the title, a line of badges, what it is and the install
-    assert output.line < 60
+    assert len([line for line in program.code.splitlines() if line]) <= 20
+    assert len([line for line in serving.code.splitlines() if line]) <= 6
+    assert [block for block in BLOCKS[FRONT] if block.is_statements] == [program, serving]
 
 
-def test_the_front_page_has_one_program():
-    assert [block.line for block in BLOCKS[FRONT] if block.is_statements] == [BLOCKS[FRONT][1].line]
+def test_the_lines_of_the_diff_are_those_of_the_program_and_of_peft():
+    removed, added = (re.findall(rf"^{re.escape(sign)} *(.*)$", BLOCKS[FRONT][0].code, re.MULTILINE) for sign in "-+")
+    assert added[-1].partition("(")[2].rstrip(")") in BLOCKS[FRONT][2].code.replace("max_epochs=10, ", "")
+    assert set(re.findall(r"\w*[pP]eft\w*|LoraConfig", " ".join(removed))) <= {*vars(peft)}
 
 
 def test_the_badges_say_what_the_project_says():
@@ -309,8 +330,7 @@ def links_of(name: str) -> set[str]:
     return {str((ROOT / name).parent.joinpath(target).resolve().relative_to(ROOT)) for target in targets}
 
 
-def test_the_front_page_is_short_and_links_every_other_page_but_the_references():
-    assert TEXTS[FRONT].count("\n") < 250
+def test_the_front_page_links_every_other_page_but_the_references():
     assert set(TEXTS) - {FRONT, *REFERENCE_PAGES} <= links_of(FRONT)
     assert REFERENCE in links_of(FRONT)
 
@@ -323,32 +343,51 @@ def test_the_index_of_the_reference_links_each_of_its_pages_which_are_short():
 
 @pytest.fixture
 def front(ran: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that the front page's blocks define, in the folder with their files."""
+    """The names of the front page's blocks, in the folder with their files, and what its table takes for granted."""
     run = ran(FRONT)
     monkeypatch.chdir(run.folder)
-    return dict(run.namespace)
+    shutil.copy("adapter.ckpt", "best.ckpt")
+
+    class Net(run.namespace["Net"]):  # type: ignore[misc]
+        def validation_step(self, tokens: torch.Tensor) -> None:
+            self.log("loss", self.training_step(tokens))
+
+        test_step = validation_step
+
+    quiet = dict.fromkeys(["logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"], False)
+    data = torch.utils.data.DataLoader(run.namespace["texts"], batch_size=8)
+    return {**run.namespace, "Net": Net, "data": data, "quiet": quiet, "epochs": run.namespace["trainer"].max_epochs}
 
 
 def test_the_figures_of_the_summary_at_fit_start_are_those_that_are_quoted(front, caplog):
     with caplog.at_level(logging.INFO, lightning_logger()):
         make_trainer(front).fit(front["Net"](), front["data"], front["data"])
     (shown,) = {record.message for record in caplog.records if record.message.startswith("LoRA: ")}
-    (quoted,) = re.findall(r"here that is `([^`]+)`", TEXTS[FRONT])
+    (quoted,) = re.findall(r"here `([^`]+ parameters)`", TEXTS[FRONT])
     assert quoted in shown
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-def test_calls_of_the_saving_table_run_and_give_the_tuned_model(front):
+def test_calls_of_the_front_pages_table_run(front):
     exec("from lightning_lora import *", front)
-    rows = table(FRONT, "| I want | call |")
-    assert len(rows) == 6
-    for want, call in rows:
-        tuned = load_from_checkpoint(front["Net"], "adapter.ckpt")
-        front["model"] = front["Net"]() if "in my model" in want else tuned
-        run_call(front, spans(call)[:1])
+    front["Net"]().model.save_pretrained("base")
+    rows = {want: spans(call) for want, call in table(FRONT, "| I want | call |")}
+    calls = {want: found[0] for want, found in rows.items() if found[0].endswith(")")}
+    assert len(calls) == len(rows) - 1  # YAML
+    front["trainer"] = make_trainer(front, epochs=front["epochs"] + 1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for want, call in calls.items():
+            front["model"] = front["Net"]()
+            if "classifier" in call:
+                front["model"].classifier = torch.nn.Linear(2, 2)
+            front["result"] = eval(call, front)
+            if "test" in want:
+                assert front["result"][0]["loss"] < 0.1
+            if "of such a folder" in want:
+                check_tuned(front, front["model"].model, call)
+            if "resume" in want:
+                assert front["trainer"].callbacks[0].batches == len(front["data"])
     check_tuned(front, type(front["tuned"].model).from_pretrained("weights"), "weights")
-    with pytest.raises(RuntimeError, match="Missing key"):  # what the table says not to call
-        front["Net"].load_from_checkpoint("adapter.ckpt")
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -369,18 +408,20 @@ def test_calls_for_each_file_run_and_give_the_tuned_model(front):
     network = type(front["tuned"].model)
     for folder in ("tuned", "weights", "merged"):
         check_tuned(front, network.from_pretrained(folder), folder)
+    with pytest.raises(RuntimeError, match="Missing key"):  # what the pages say not to call
+        front["Net"].load_from_checkpoint("adapter.ckpt")
 
 
 def run_call(front: dict[str, Any], lines: list[str]) -> None:
     """Run the lines of a call, of the command or in Python, and check the model that they leave in `model`."""
-    front["trainer"] = make_trainer(front, epochs=31)
+    front["trainer"] = make_trainer(front, epochs=front["epochs"] + 1)
     if lines[0].startswith("lightning-lora"):
         run_ours(lines[0])
         return
     exec("\n".join(lines), front)
     if front["model"] is not None:
         check_tuned(front, front["model"].model, lines[0])
-    if ".fit" in lines[0]:  # the last of 31 epochs
+    if ".fit" in lines[0]:  # one epoch more
         assert front["trainer"].callbacks[0].batches == len(front["data"])
     if ".validate" in lines[0]:
         assert front["trainer"].callback_metrics["loss"] < 0.1
@@ -406,7 +447,11 @@ class Counted(LoRACallback):
 
 
 def make_trainer(front: dict[str, Any], epochs: int = 1, **options: Any) -> L.Trainer:
-    return L.Trainer(max_epochs=epochs, callbacks=[Counted(r=8, **options)], **front["quiet"])
+    return L.Trainer(
+        max_epochs=epochs,
+        callbacks=[Counted(**{"r": 16, "lora_alpha": 32} | options)],
+        **front["quiet"],
+    )
 
 
 def prepare_files(front: dict[str, Any]) -> None:
@@ -418,7 +463,7 @@ def prepare_files(front: dict[str, Any]) -> None:
     plain = L.Trainer(**front["quiet"])
     plain.validate(front["Net"](), front["data"], verbose=False)
     plain.save_checkpoint("pretrained.ckpt")
-    merging = make_trainer(front, epochs=30, save="merged")
+    merging = make_trainer(front, epochs=front["epochs"], save="merged")
     merging.fit(front["Net"](), front["data"], front["data"], ckpt_path="adapter.ckpt")
     merging.save_checkpoint("merged.ckpt")
 
@@ -483,20 +528,30 @@ def test_common_errors_are_messages_that_come(front):
         assert spans(message)[0] in " ".join(str(error.value).split())
 
 
-def test_figures_on_the_front_page_are_the_benchmarks():
-    rows = json.loads((ROOT / "tests" / "benchmarks" / "results.json").read_text())["rows"]
-    ratios = {(row["what"], row["at"], row["figure"]): f"{row['value']:.2f}" for row in rows}
-    step, memory, merged = (
-        ratios[what, "d=768", figure]
-        for what, figure in (
-            ("training step bf16", "/ peft"),
-            ("peak memory of a training step bf16", "/ peft"),
-            ("merged forward bf16", "/ untouched base"),
-        )
+def test_numbers_of_the_first_screen_are_those_that_commands_measure():
+    benchmarks = ROOT / "tests" / "benchmarks"
+    rows = json.loads((benchmarks / "results.json").read_text())["rows"]
+    (step,) = (
+        row["value"]
+        for row in rows
+        if (row["what"], row["at"], row["figure"]) == ("training step bf16", "d=768", "/ peft")
     )
-    text = " ".join(TEXTS[FRONT].split())
-    assert f"a training step takes {step} of peft's time and {memory} of its peak memory" in text
-    assert f"a merged forward {merged} of the untouched model's time" in text
+    scale = (ROOT / "tests" / "distributed" / "large_models.md").read_text()  # written by test_scale.py, with r = 16
+    (numbers,) = re.findall(r"^\| 8B \| ([\d,]+) \| ([\d,]+) \| (\d+ MB) \| \S+ MB \| ([\d.]+ GB) \|$", scale, re.M)
+    base, adapter = (f"{round(int(number.replace(',', '')) / 1e6):,} million" for number in numbers[:2])
+    without, with_it = zip(*(row[1:] for row in table(FRONT, "| | without | with the callback |")), strict=True)
+    assert without[:2] == (base, numbers[3])
+    assert with_it[:2] == (adapter, numbers[2])
+    assert with_it[3].startswith(f"[{step:.2f}]")
+    drift = json.loads((benchmarks / "drift.json").read_text())
+    (left, ours) = (
+        row["moved"][drift["cycles"].index(1000)]
+        for package in ("peft", "ours")
+        for row in drift["rows"]
+        if (row["adapter"], row["dtype"], row["package"]) == ("changes", "bf16", package)
+    )
+    assert ours == 0
+    assert f"off by {left:.0%} ".replace("%", " %") in without[2]
 
 
 # --- the reference ---
