@@ -400,7 +400,7 @@ def _adapt_new_layers(handle: AdaptedModel) -> None:
     parameters = {name: place for name, place in targets.parameters.items() if name not in live}
     for name, (module, leaf) in parameters.items():
         check_parameter(name, module, leaf, is_layer=module in targets.layers.values())
-    check_trainable(targets.saved)
+    check_trainable(handle.root_modules, targets.saved)
     modules = dict(handle.root_modules)
     tables = {name: rows for name, rows in targets.tables.items() if not isinstance(modules[name], LoRATable)}
     for name in tables:

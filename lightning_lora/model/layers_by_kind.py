@@ -17,6 +17,7 @@ from ..nn.low_rank import ATTENTION_WEIGHTS, CONV, CONV1D, GROUPED_CONV
 from ..nn.quantised import shape_of
 from ..nn.tied_weights import tied_weights
 from ..nn.variant import variant_of
+from .heads import output_heads
 from .pretrained import pretrained_models
 from .token_tables import OPTION
 
@@ -39,8 +40,7 @@ def layers_by_kind(
         The layers by name, and why other layers of these kinds are left out, by name.
     """
     more = config.target_modules == ALL_LAYERS
-    heads = [*output_heads(listed_modules), *(classifiers(listed_modules) if more else [])]
-    tied, in_mamba = tied_weights(listed_modules), _mamba_prefixes(listed_modules)
+    heads, tied, in_mamba = output_heads(listed_modules), tied_weights(listed_modules), _mamba_prefixes(listed_modules)
     modules, chosen, left_out = dict(listed_modules), dict[str, nn.Module](), dict[str, str]()
     for name, module in modules.items():
         if not name or not (_is_linear(module) or (more and isinstance(module, MORE_KINDS))):
@@ -72,24 +72,6 @@ def more_layers(listed_modules: NamedModules, config: LoRAConfig) -> list[str]:
     """Return the names of the layers that "all-layers" adapts and "all-linear" does not, for the other options."""
     chosen, _ = layers_by_kind(listed_modules, replace(config, target_modules=ALL_LAYERS), ())
     return [name for name, module in chosen.items() if isinstance(module, MORE_KINDS)]
-
-
-def output_heads(modules: NamedModules) -> list[nn.Module]:
-    """Return the output heads of transformers models among these modules, by get_output_embeddings."""
-    getters = [getattr(module, "get_output_embeddings", None) for _, module in modules]
-    heads = [getter() for getter in getters if callable(getter)]
-    return [head for head in heads if isinstance(head, nn.Module)]
-
-
-def classifiers(modules: NamedModules) -> list[nn.Module]:
-    """Return the heads of timm's models among these modules, by get_classifier. Some models have two."""
-    heads: list[nn.Module] = []
-    for _, module in modules:
-        getter = getattr(module, "get_classifier", None)
-        if callable(getter) and any(cls.__module__.startswith("timm.") for cls in type(module).__mro__):
-            found = getter()
-            heads += found if isinstance(found, (tuple, list)) else [found]
-    return heads
 
 
 def _mamba_prefixes(modules: NamedModules) -> tuple[str, ...]:

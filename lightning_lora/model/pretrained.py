@@ -12,9 +12,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..config import TASK_HEADS
 from ..distributed.flat import own_weight
-from ..names import derives_from, names_factor, parent_names
+from ..names import derives_from, parent_names
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import NamedModules
 from ..nn.gradient_checkpointing import enable_input_require_grads
@@ -60,21 +59,6 @@ def checkpoint_name(pretrained: nn.Module) -> str:
     """Return the path or name that a transformers model was loaded from, or "" where it was built from a config."""
     name = getattr(pretrained, "name_or_path", None)
     return name if isinstance(name, str) else ""
-
-
-def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
-    """Return the children of a transformers model whose weights its checkpoint may not hold, by name.
-
-    In a model for a task these are the modules beside the body, unless the checkpoint is of the same class. Language
-    models have none, because checkpoints of other classes hold the output head too.
-    """
-    config: Any = getattr(pretrained, "config", None)
-    body = getattr(pretrained, getattr(pretrained, "base_model_prefix", ""), None)
-    same_class = type(pretrained).__name__.removeprefix("FSDP") in (getattr(config, "architectures", None) or ())
-    of_language = cast(Any, pretrained).get_output_embeddings() is not None
-    if not checkpoint_name(pretrained) or same_class or of_language or not isinstance(body, nn.Module):
-        return {}
-    return {name: child for name, child in pretrained.named_children() if child is not body}
 
 
 def resized_embeddings(modules: NamedModules) -> list[nn.Parameter]:
@@ -207,28 +191,3 @@ def _adapted_models(modules: Iterable[nn.Module]) -> list[nn.Module]:
 def is_adapted(module: nn.Module) -> bool:
     """Return whether a module or a module inside it is adapted."""
     return any(isinstance(child, AdaptedModule) for child in module.modules())
-
-
-def warn_of_new_heads(modules: NamedModules) -> None:
-    """Warn of transformers models' heads that have random values and are not trained whole.
-
-    Args:
-        modules: every module of a model under its first name, the model first.
-    """
-    for pretrained in pretrained_models(modules).values():
-        frozen = [
-            name
-            for name, head in new_heads(pretrained).items()
-            if any(not p.requires_grad for leaf, p in head.named_parameters() if not names_factor(leaf))
-        ]
-        if not frozen:
-            continue
-        kind, architectures = type(pretrained).__name__, getattr(pretrained.config, "architectures", None)
-        checkpoint = f"{checkpoint_name(pretrained)!r} ({', '.join(architectures or ['of unknown class'])})"
-        tasks = [f"task_type={task!r}" for task, heads in TASK_HEADS.items() if set(frozen) <= set(heads)]
-        warnings.warn(
-            f"lightning_lora: the head of {kind} ({', '.join(frozen)}) starts from random values, which {checkpoint} "
-            "does not hold, and stays frozen: an adapter that is trained with it fits no other random head. Train it "
-            f"whole, with modules_to_save={frozen}" + (f" or {tasks[0]}." if tasks else "."),
-            stacklevel=2,
-        )

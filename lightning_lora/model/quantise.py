@@ -43,8 +43,8 @@ def quantize_base(
     Args:
         model: any module with its final weights. It is not adapted and not sharded yet.
         kind: "nf4".
-        exclude_modules: layers to leave as they are, named as in LoRAConfig. A classifier that is no output head of a
-            transformers model is one that needs it, or modules_to_save.
+        exclude_modules: layers to leave as they are, named as in LoRAConfig. A classifier of a model that is neither
+            of transformers nor of timm is one that needs it, or modules_to_save.
         modules_to_save: modules that will be trained whole, and so are not quantised.
 
     Returns:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import TASK_HEADS, LoRAConfig
+from ..distributed.flat import own_weight
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..matching import (
@@ -26,17 +27,19 @@ from ..matching import (
     near_misses,
     pattern_matches,
 )
-from ..names import A, listed, parent_names, suffixes
+from ..names import A, canonical, listed, parent_names, suffixes
 from ..nn.adapted_module import AdaptedModule, Swapped
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.parameter import LoRAParameterHolder, weights_of
-from ..nn.quantised import NF4, quantised_as, quantised_modules, quantised_parameters, shape_of
+from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_parameters, shape_of, was_never_quantised
+from ..nn.quantised_state import is_of_lightning
 from ..nn.tied_weights import tied_weights, untie_advice
 from ..nn.token_rows import is_table
 from ..nn.variant import variant_of
 from .layers_by_kind import is_empty, layers_by_kind, more_layers
+from .pretrained import pretrained_models
 from .token_tables import OPTION, TokenTables
 
 TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is trained whole, without an adapter"
@@ -275,25 +278,47 @@ def check_untied(modules: NamedModules, saved: Mapping[str, nn.Module]) -> None:
             )
 
 
-def check_trainable(saved: Mapping[str, nn.Module]) -> None:
+def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module]) -> None:
     """Refuse to train a module whole that holds a quantised weight, because that takes no gradient.
 
+    A layer of bitsandbytes whose weight was never quantised is refused too, because it cannot run. transformers makes
+    such a layer of a head that the checkpoint lacks.
+
+    Args:
+        modules: every module of the model under its first name, the model first.
+        saved: the modules that are to be trained whole, by name.
+
     Raises:
-        LoRAError: a module holds a quantised weight.
+        LoRAError: a module holds such a layer. The message has the option that leaves it out of the quantisation.
     """
-    quantised = {
-        name: (f"{name}.{inside}".rstrip("."), quantised_as(next(iter(quantised_parameters(layer).values()))))
+    found = {
+        name: (canonical(f"{name}.{inside}".rstrip(".")), layer)
         for name, module in saved.items()
-        for inside, layer in quantised_modules(module.named_modules(remove_duplicate=False)).items()
+        for inside, layer in module.named_modules(remove_duplicate=False)
+        if quantised_parameters(layer) or was_never_quantised(layer)
     }
-    for name, (layer_name, kind) in quantised.items():
-        options = "llm_int8_skip_modules, modules_to_not_convert, ignore_modules"
-        if kind == NF4:
-            options = f"quantize_base(model, modules_to_save={list(quantised)})"
+    for name, (layer_name, layer) in found.items():
+        kind = next(map(quantised_as, quantised_parameters(layer).values()), "")
+        problem = f"is quantised ({kind}) and cannot be trained"
+        if not kind:
+            problem = f"is not quantised, as the checkpoint lacks it, and a {type(layer).__name__} cannot run with it"
         raise LoRAError(
-            f"inject: modules_to_save names {name!r}, but the weight of {layer_name!r} is quantised ({kind}) and "
-            f"cannot be trained. Leave it out of the quantisation ({options}), or adapt it with target_modules."
+            f"inject: modules_to_save names {name!r}, but the weight of {layer_name!r} {problem}. Leave it out of the "
+            f"quantisation: {_leaving_plain(modules, list(found), layer, kind)}."
         )
+
+
+def _leaving_plain(modules: NamedModules, names: list[str], layer: nn.Module, kind: str) -> str:
+    """Return the option that leaves modules out of the quantisation, by what has quantised one of their layers."""
+    if kind == NF4:
+        return f"quantize_base(model, modules_to_save={names})"
+    if is_of_lightning(layer):
+        return f"BitsandbytesPrecision(..., ignore_modules={{{', '.join(map(repr, names))}}})"
+    models = [f"{name}." for name in pretrained_models(modules) if name]  # transformers knows names inside of its model
+    inside = [next((name.removeprefix(each) for each in models if name.startswith(each)), name) for name in names]
+    if is_of_torchao(own_weight(layer)):
+        return f"TorchAoConfig(..., modules_to_not_convert={inside}), or filter_fn of torchao's quantize_"
+    return f"BitsAndBytesConfig(..., llm_int8_skip_modules={inside})"
 
 
 def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:

@@ -81,6 +81,14 @@ def quantised_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in parameters if quantised_as(parameter)}
 
 
+def was_never_quantised(module: nn.Module) -> bool:
+    """Return whether a layer of bitsandbytes has a plain weight, with which it cannot run."""
+    weight = own_weight(module)
+    if weight is None or is_sharded(weight) or quantised_as(weight):
+        return False
+    return any(derives_from(module, name, (BITSANDBYTES,)) for name in ("Linear4bit", "Linear8bitLt"))
+
+
 def describe_shard(module: nn.Module) -> None:
     """Let a sharded 4-bit weight hold what its layer keeps of the whole weight, because fully_shard leaves that out.
 

@@ -15,6 +15,7 @@ from torch import nn
 from ..distributed.sharding import local
 from ..matching import BY_KIND
 from ..model.adapted_model import AdaptedModel, open_model
+from ..model.heads import describe_frozen_head
 from ..model.named_state import base_parameters_of
 from ..names import group_names, listed
 from ..nn.adapted_module import Swapped
@@ -101,6 +102,7 @@ class Summary:
     left_out: tuple[LeftOut, ...]
     by_kind: str  # "all-linear" or "all-layers", if that is target_modules, else ""
     passed_over: str  # the weights that `by_kind` passes over beside `left_out`: their share, and each kind's share
+    frozen_head: str  # what looks like a frozen head, and how to train it if it is new; "" where nothing does
     quantised: Mapping[str, int]  # the number of the base's quantised weights, by kind of quantisation
     unmerged: tuple[Unmerged, ...]
     merged_eval: bool | None  # LoRACallback's option; None without a callback
@@ -165,6 +167,7 @@ class Summary:
             "also trained": _sizes(self.also_trained),
             "also saved": _sizes(self.also_saved),
             self.by_kind or "left out": "; ".join((*map(_left_out_text, self.left_out), *passed_over)),
+            "head": self.frozen_head,
             "quantised": ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantised.items()),
             "merging" if self.merged_eval is None else "evaluation": self._evaluation(),
             "checkpoints": f'{SAVED[self.save]} (save="{self.save}")' if self.save else "",
@@ -237,6 +240,7 @@ def summarise(handle: AdaptedModel) -> Summary:
         left_out=_left_out(handle.left_out(), base, total - sum(shape_of(factor).numel() for factor in factors)),
         by_kind=next((value for value in BY_KIND if value == record.config.target_modules), ""),
         passed_over=record.passed_over,
+        frozen_head=describe_frozen_head(handle.root_modules),
         quantised=_quantised(handle),
         unmerged=_unmerged(layers),
         merged_eval=record.merged_eval,

@@ -7,11 +7,11 @@ from typing import Any
 from ..exchange.take import fingerprint_of
 from ..model.adapted_model import AdaptedModel, find_model, open_model
 from ..model.dequantize import dequantize_dtype
+from ..model.heads import warn_of_new_heads
 from ..model.initial_values import snapshot_materialised
 from ..model.large_adapters import warn_of_large_adapters
 from ..model.live_state import open_state
 from ..model.passed_over import warn_of_passed_over
-from ..model.pretrained import warn_of_new_heads
 from ..model.rebuilt_modules import adopt_layers
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable

@@ -13,7 +13,8 @@ import transformers
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.config import Task
-from lightning_lora.model.pretrained import base_name, new_heads, warn_of_new_heads
+from lightning_lora.model.heads import new_heads, warn_of_new_heads
+from lightning_lora.model.pretrained import base_name
 from support.notices import quiet_peers
 from support.peers import SMALL, fill_
 from support.peers import model as peer

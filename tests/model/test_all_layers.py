@@ -257,15 +257,15 @@ def test_a_convolution_without_values_or_with_the_weight_of_another_is_left_out(
 
 
 @pytest.mark.parametrize("classifier", [lambda net: net.fc, lambda net: (net.fc, net.block["shortcut"])])
-def test_the_classifier_of_a_model_of_timm_is_left_out(classifier):
+def test_the_classifier_of_a_model_of_timm_is_left_out_and_no_other(classifier):
     of_timm = type("OfTimm", (CNN,), {"__module__": "timm.models.net", "get_classifier": classifier})
     mine = type("Mine", (CNN,), {"get_classifier": lambda self, argument: None})
     names = inject(model := built(of_timm), config())
     assert "fc" not in names
     assert left_out(model)["fc"] == "it is the output head"
     assert len(left_out(model)) + len(names) == 4
-    with pytest.warns(UserWarning, match="; target_modules='all-layers' adapts Conv2d too"):
-        assert inject(built(of_timm), config(target_modules="all-linear")) == ["fc"]
+    with pytest.raises(LoRAError, match=r"'fc' is left out: it is the output head; say 'all-layers'"):
+        inject(built(of_timm), config(target_modules="all-linear"))
     assert inject(built(mine), config()) == LAYERS[CNN][0]
 
 

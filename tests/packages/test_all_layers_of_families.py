@@ -1,9 +1,10 @@
 """Families of torchvision and timm under target_modules="all-layers": what share of the parameters is adapted, what is
-left out, a step of training, the merge, and the folder in PEFT.
+left out, a step of training, the merge, the folder in PEFT, and new heads.
 """
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, merged, save_adapter, summary
+from lightning_lora import LoRAConfig, inject, merged, save_adapter, summary, unload
+from lightning_lora.model.heads import warn_of_new_heads
 from support.notices import PEER_NOTICES, tiny_layers
 from support.training import own_random_stream
 
@@ -105,3 +107,46 @@ def test_a_family_is_adapted_nearly_whole_and_trains_merges_is_restored_and_read
     theirs = peft.PeftModel.from_pretrained(build(family), tmp_path).eval()
     with torch.no_grad():
         assert torch.allclose(theirs(x), trained, **close) == (family != BY_A_FUNCTION)
+
+
+TWO_HEADS = ["head", "head_dist"]
+NEW_HEADS = {  # the names that modules_to_save needs
+    "torchvision resnet18": ["fc"],
+    "torchvision densenet121": ["classifier"],
+    "torchvision convnext_tiny": ["classifier.2"],
+    "torchvision efficientnet_b0": ["classifier.1"],
+    "torchvision mobilenet_v3_small": ["classifier.3"],
+    "torchvision swin_t": ["head"],
+    "torchvision vgg11": ["classifier.6"],
+    "torchvision vit": ["heads.head"],
+    "timm resnet18": ["fc"],
+    "timm convnext_atto": ["head.fc"],
+    "timm efficientnet_b0": ["classifier"],
+    "timm vit_tiny_patch16_224": ["head"],
+    "timm deit_tiny_distilled_patch16_224": TWO_HEADS,
+}
+
+
+@pytest.mark.parametrize("family", NEW_HEADS)
+def test_a_new_head_of_a_family_is_named_until_it_is_trained_whole(family: str):
+    """torchvision does not tell that it is new: the summary names it. timm does, and a warning says so."""
+    names, of_timm = NEW_HEADS[family], family.startswith("timm")
+    inject(model := build(family), LoRAConfig(r=1, target_modules="all-layers"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_new_heads(list(model.named_modules()))
+    said = "".join(str(each.message) for each in caught) if of_timm else summary(model).frozen_head
+    assert said.removesuffix(".").endswith(f"modules_to_save={names}")
+    assert bool(caught) == of_timm == (not summary(model).frozen_head)
+
+    unload(model)
+    inject(model, LoRAConfig(r=1, target_modules="all-layers", modules_to_save=names))
+    warn_of_new_heads(list(model.named_modules()))  # warnings are errors
+    assert summary(model).frozen_head == ""
+
+
+@pytest.mark.parametrize("family", ["resnet18", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_the_head_of_timms_own_weights_is_not_called_new(family: str):
+    model = import_module("timm").create_model(family, pretrained=False)
+    inject(model, LoRAConfig(r=1, target_modules="all-layers"))
+    warn_of_new_heads(list(model.named_modules()))  # warnings are errors

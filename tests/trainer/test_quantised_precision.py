@@ -98,6 +98,14 @@ def test_a_checkpoint_is_loaded_onto_a_model_that_is_quantised_by_now(tmp_path, 
     assert packed_bits(model) == before[1]
 
 
+def test_a_head_that_is_trained_whole_is_refused_until_the_plugin_ignores_it(tmp_path, precision):
+    callback = lora(modules_to_save=["4"])
+    with pytest.raises(LoRAError, match=r"ignore_modules=\{'network.4'\}"):
+        fitted(tmp_path, precision("nf4"), callback)
+    model = fitted(tmp_path, precision("nf4", ignore_modules={"network.4"}), callback)
+    assert not torch.equal(model.network[4].weight, PlainNet().network[4].weight)
+
+
 def test_ignored_modules_stay_plain_and_are_adapted(tmp_path, precision):
     model = fitted(tmp_path, precision("nf4", ignore_modules={"network.4"}), lora())
     assert [bool(layer.quantised()) for layer in (model.network[0], model.network[2], model.network[4])] == [1, 1, 0]

@@ -1,0 +1,143 @@
+"""Find the heads of models, and say which of them may start from random values.
+
+Models of transformers and timm tell. Of other models there are only the names and sizes of their layers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from ..config import TASK_HEADS
+from ..distributed.flat import own_weight
+from ..names import names_factor
+from ..nn.adapted_module import AdaptedModule
+from ..nn.adapted_weights import NamedModules
+from .pretrained import checkpoint_name, pretrained_models
+
+HEADS = ("head", "heads", "fc", "classifier")  # torchvision's names of heads
+IMAGENET, KINETICS = 1000, 400  # the numbers of classes of torchvision's own weights
+STAYS_FROZEN = (
+    "and stays frozen: an adapter that is trained with it fits no other random head. Train it whole, with "
+    "modules_to_save"
+)
+
+
+def output_heads(modules: NamedModules) -> list[nn.Module]:
+    """Return the heads that models of transformers and timm among these modules tell, with what is inside of timm's."""
+    getters = [getattr(module, "get_output_embeddings", None) for _, module in modules]
+    of_transformers = [getter() for getter in getters if callable(getter)]
+    of_timm = [head for model in timm_models(modules).values() for head in _classifiers(model)]
+    inside = [module for head in of_timm for module in head.modules()]
+    return [head for head in (*of_transformers, *inside) if isinstance(head, nn.Module)]
+
+
+def timm_models(modules: NamedModules) -> dict[str, nn.Module]:
+    """Return the models of timm that tell their head, by name. One may lie in another."""
+    tell = ((name, module) for name, module in modules if callable(getattr(module, "get_classifier", None)))
+    return {name: m for name, m in tell if any(cls.__module__.startswith("timm.") for cls in type(m).__mro__)}
+
+
+def _classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the heads of a model of timm. Some models have two."""
+    found = cast(Any, model).get_classifier()
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
+    """Return the children of a transformers model whose weights its checkpoint may not hold, by name.
+
+    In a model for a task these are the modules beside the body, unless the checkpoint is of the same class. Language
+    models have none, because checkpoints of other classes hold the output head too.
+    """
+    config: Any = getattr(pretrained, "config", None)
+    body = getattr(pretrained, getattr(pretrained, "base_model_prefix", ""), None)
+    same_class = type(pretrained).__name__.removeprefix("FSDP") in (getattr(config, "architectures", None) or ())
+    of_language = cast(Any, pretrained).get_output_embeddings() is not None
+    if not checkpoint_name(pretrained) or same_class or of_language or not isinstance(body, nn.Module):
+        return {}
+    return {name: child for name, child in pretrained.named_children() if child is not body}
+
+
+def new_classifiers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the heads of a model of timm that has another number of classes than its weights to load, by name."""
+    classes, stored = getattr(model, "num_classes", None), _stored_classes(model)
+    if classes == stored or None in (classes, stored):
+        return {}
+    heads = _classifiers(model)
+    return {name: module for name, module in model.named_modules() if any(module is head for head in heads)}
+
+
+def warn_of_new_heads(modules: NamedModules) -> None:
+    """Warn of heads of transformers' and timm's models that have random values and are not trained whole.
+
+    Args:
+        modules: every module of a model under its first name, the model first.
+    """
+    pretrained = pretrained_models(modules)
+    for model in pretrained.values():
+        frozen = _frozen(new_heads(model))
+        architectures = getattr(model.config, "architectures", None) or ["of unknown class"]
+        checkpoint = f"{checkpoint_name(model)!r} ({', '.join(architectures)})"
+        tasks = [f"task_type={task!r}" for task, heads in TASK_HEADS.items() if set(frozen) <= set(heads)]
+        if frozen:
+            warnings.warn(
+                f"lightning_lora: the head of {type(model).__name__} ({', '.join(frozen)}) starts from random values, "
+                f"which {checkpoint} does not hold, {STAYS_FROZEN}={frozen}" + (f" or {tasks[0]}." if tasks else "."),
+                stacklevel=2,
+            )
+    for name, model in timm_models(modules).items():
+        frozen = _frozen(new_classifiers(model))
+        if frozen and not _is_in(name, pretrained):
+            warnings.warn(
+                f"lightning_lora: the head of {type(model).__name__} ({', '.join(frozen)}) has {model.num_classes} "
+                f"classes where timm's weights have {_stored_classes(model)}, so it starts from random values unless "
+                f"you loaded others, {STAYS_FROZEN}={frozen}.",
+                stacklevel=2,
+            )
+
+
+def _stored_classes(model: nn.Module) -> int | None:
+    """Return how many classes the weights have that timm loads for a model, or None where it does not say."""
+    weights = getattr(model, "pretrained_cfg", None)
+    return weights.get("num_classes") if isinstance(weights, Mapping) else None
+
+
+def _frozen(heads: Mapping[str, nn.Module]) -> list[str]:
+    """Return the names of the heads that are not trained whole."""
+    return [
+        name
+        for name, head in heads.items()
+        if any(not p.requires_grad for leaf, p in head.named_parameters() if not names_factor(leaf))
+    ]
+
+
+def describe_frozen_head(modules: NamedModules) -> str:
+    """Say what looks like the frozen head of a model that does not tell whether it is new, or return "".
+
+    It is the last linear layer outside of transformers' and timm's models. The last part of its name that is no number
+    is one of HEADS. It has fewer outputs than ImageNet has classes, and not as many as Kinetics.
+
+    Args:
+        modules: every module of a model under its first name, the model first.
+    """
+    telling = (*pretrained_models(modules), *timm_models(modules))
+    linear = [(name, module) for name, module in modules if isinstance(module, nn.Linear) and not _is_in(name, telling)]
+    if not linear:
+        return ""
+    name, last = linear[-1]
+    title = next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
+    weight = own_weight(last)
+    few = last.out_features < IMAGENET and last.out_features != KINETICS
+    if title not in HEADS or not few or weight is None or weight.requires_grad:
+        return ""
+    adapted = " and adapted" if isinstance(last, AdaptedModule) else ""
+    return f"{name} is frozen{adapted}; if it is new, name it: modules_to_save=[{name!r}]"
+
+
+def _is_in(name: str, models: Collection[str]) -> bool:
+    """Return whether a module is one of these models, or lies in one."""
+    return any(not model or f"{name}.".startswith(f"{model}.") for model in models)

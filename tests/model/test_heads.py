@@ -1,0 +1,163 @@
+"""Heads of models that are no transformers models: left out by "all-linear", named where they may be new."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from lightning_lora import LoRACallback, LoRAConfig, inject, summary
+from lightning_lora.model.heads import warn_of_new_heads
+from support.notices import quiet_peers, tiny_layers
+from support.peers import SMALL
+from support.training import CLASSES, FEATURES, Data, Net, make_trainer
+
+pytestmark = [tiny_layers, *quiet_peers]
+Build = Callable[[], nn.Module]
+OUTPUT_HEAD = "it is the output head"
+
+
+class OfTimm(nn.Module):
+    """A model with what models of timm tell: get_classifier, num_classes, and pretrained_cfg of the weights to load."""
+
+    def __init__(self, classes: int = CLASSES, stored: int | None = 1000) -> None:
+        super().__init__()
+        self.num_classes = classes
+        if stored is not None:  # timm.create_model sets it, timm's classes do not
+            self.pretrained_cfg: dict[str, Any] = {"num_classes": stored, "classifier": "fc"}
+        self.body = nn.Sequential(nn.Linear(FEATURES, 8), nn.ReLU())
+        self.fc = nn.Linear(8, classes) if classes else nn.Identity()
+
+    def get_classifier(self) -> Any:
+        return self.fc
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.fc(self.body(x))
+
+
+class WithTwoHeads(OfTimm):
+    """As timm's DeiT and LeViT, whose heads have the linear layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.ModuleDict({"norm": nn.LayerNorm(8), "linear": nn.Linear(8, CLASSES)})
+
+    def get_classifier(self) -> Any:
+        return self.fc, self.head
+
+
+for each in (OfTimm, WithTwoHeads):
+    each.__module__ = "timm.models.net"  # by which they are recognised
+
+
+class Lit(Net):
+    """A LightningModule around a model of timm."""
+
+    def prepare(self) -> None:
+        self.network = OfTimm()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.network(x)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["body.0", "fc"]], ids=["left out", "adapted"])
+def test_a_new_head_of_timm_that_is_not_trained_whole_is_named_at_fit_start(tmp_path: Path, targets: Any):
+    trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=targets))
+    said = r"the head of OfTimm \(fc\) has 3 classes where timm's weights have 1000.*modules_to_save=\['fc'\]\.$"
+    with pytest.warns(UserWarning, match=said):
+        trainer.fit(Lit(), Data())
+
+
+def test_both_new_heads_of_timm_are_named():
+    inject(model := WithTwoHeads(), LoRAConfig(r=2))
+    with pytest.warns(UserWarning, match=r"\(fc, head\).*modules_to_save=\['fc', 'head'\]"):
+        warn_of_new_heads(list(model.named_modules()))
+
+
+def bert() -> nn.Module:
+    return BertForSequenceClassification(BertConfig(**SMALL))
+
+
+def in_transformers() -> nn.Module:
+    """As transformers' wrapper of timm's models, which may hold other weights than timm's."""
+    model = bert()
+    model.add_module("timm_model", OfTimm())
+    return model
+
+
+SILENT = {
+    "as many classes": (lambda: OfTimm(1000), {}),
+    "trained whole": (OfTimm, {"modules_to_save": ["fc"]}),
+    "no head": (lambda: OfTimm(0), {}),
+    "nothing told": (lambda: OfTimm(stored=None), {}),
+    "in transformers": (in_transformers, {}),
+}
+
+
+@pytest.mark.parametrize(("build", "options"), SILENT.values(), ids=SILENT)
+def test_a_head_of_timm_that_is_not_known_to_be_new_is_not_named(build: Build, options: dict[str, Any]):
+    inject(model := build(), LoRAConfig(r=2, **options))
+    warn_of_new_heads(list(model.named_modules()))  # warnings are errors
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "all-layers"])
+def test_the_heads_that_timm_tells_are_left_out_and_named(targets: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="lightning_lora")
+    model = nn.ModuleDict({"network": WithTwoHeads()})
+    assert inject(model, LoRAConfig(r=2, target_modules=targets)) == ["network.body.0"]
+    assert f"network.fc, network.head.linear are left out of '{targets}': {OUTPUT_HEAD}" in caplog.text
+    assert [each.names for each in summary(model).left_out] == [("network.fc", "network.head.linear")]
+    assert "they are output heads" in " ".join(str(summary(model)).split())
+
+
+def classifier(name: str, outputs: int, after: int = 0) -> nn.Module:
+    """A model whose last linear layer has this name."""
+    model = nn.ModuleDict({"body": nn.Linear(8, 8)})
+    owner: nn.Module = model
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        owner.add_module(parent, nn.Module())
+        owner = owner.get_submodule(parent)
+    owner.add_module(leaf, nn.Linear(8, outputs))
+    if after:
+        model["projection"] = nn.Linear(8, after)
+    return model
+
+
+FROZEN_HEADS = {  # each with the name that is said, or ""
+    "resnet": (partial(classifier, "fc", 5), "fc"),
+    "vit": (partial(classifier, "heads.head", 5), "heads.head"),
+    "vgg": (partial(classifier, "classifier.6", 5), "classifier.6"),
+    "in a module": (partial(classifier, "network.head", 200), "network.head"),
+    "beside transformers": (lambda: nn.ModuleDict({"head": nn.Linear(8, 2), "body": bert()}), "head"),
+    "another name": (partial(classifier, "overhead", 5), ""),
+    "of ImageNet": (partial(classifier, "fc", 1000), ""),
+    "of Kinetics": (partial(classifier, "fc", 400), ""),
+    "of many tokens": (partial(classifier, "head", 32000), ""),
+    "not last": (partial(classifier, "fc", 5, after=5), ""),
+    "of transformers": (bert, ""),
+    "of timm": (OfTimm, ""),
+}
+
+
+@pytest.mark.parametrize(("build", "name"), FROZEN_HEADS.values(), ids=FROZEN_HEADS)
+def test_the_summary_names_what_looks_like_a_frozen_head_of_a_model_that_tells_nothing(build: Build, name: str):
+    inject(model := build(), LoRAConfig(r=1))
+    said = f"{name} is frozen and adapted; if it is new, name it: modules_to_save=['{name}']" if name else ""
+    assert summary(model).frozen_head == said
+    assert said in " ".join(str(summary(model)).split())
+
+
+def test_a_head_without_an_adapter_is_named_and_one_that_is_trained_whole_is_not():
+    inject(frozen := classifier("fc", 5), LoRAConfig(r=1, target_modules=["body"]))
+    assert summary(frozen).frozen_head.startswith("fc is frozen; if it is new")
+    inject(trained := classifier("fc", 5), LoRAConfig(r=1, modules_to_save=["fc"]))
+    assert summary(trained).frozen_head == ""
+    assert not re.search(r"^\s+head ", str(summary(trained)), re.MULTILINE)

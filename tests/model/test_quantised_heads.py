@@ -1,0 +1,77 @@
+"""A head that is to be trained whole in a quantised model: refused with the option that leaves it plain."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, inject
+from support.notices import quiet_peers
+from support.peers import SMALL
+from support.pretrained import LABELS, save_body, tokens
+from support.training import own_random_stream
+
+pytestmark = quiet_peers
+
+
+def a(name: str, package: str, base: type = nn.Linear) -> type:
+    """A class by which a layer of a package is recognised, so that the package need not be there."""
+    return type(name, (base,), {"__module__": f"{package}.layers"})
+
+
+OF_BITSANDBYTES = [a(name, "bitsandbytes") for name in ("Linear4bit", "Linear8bitLt")]
+OF_LIGHTNING = a("_Linear4bit", "lightning", OF_BITSANDBYTES[0])
+SKIP = "BitsAndBytesConfig(..., llm_int8_skip_modules=['classifier'])"
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        (OF_BITSANDBYTES[0], SKIP),
+        (OF_BITSANDBYTES[1], SKIP),
+        (OF_LIGHTNING, "BitsandbytesPrecision(..., ignore_modules={'network.classifier'})"),
+    ],
+    ids=["4 bits", "8 bits", "Lightning"],
+)
+@pytest.mark.parametrize("asked", [{"modules_to_save": ["classifier"]}, {"task_type": "SEQ_CLS"}], ids=str)
+def test_a_head_that_bitsandbytes_never_quantised_is_refused_with_the_option_by_the_name_it_has_there(
+    kind: type, option: str, asked: dict[str, Any]
+):
+    network = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
+    network.classifier = kind(network.config.hidden_size, LABELS)
+    model = nn.ModuleDict({"network": network})
+    said = rf"modules_to_save names 'network\.classifier', .* a {kind.__name__} cannot run .*: {re.escape(option)}\.$"
+    with pytest.raises(LoRAError, match=said):
+        inject(model, LoRAConfig(target_modules=["query"], **asked))
+    assert [name for name, _ in model.named_parameters() if "lora_" in name] == []
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_option_that_the_error_names_lets_the_head_of_a_quantised_model_be_trained(tmp_path: Path, bits: int):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    config = LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+
+    def load(**options: Any) -> Any:
+        quantisation = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **options)
+        with own_random_stream(1):
+            return transformers.AutoModelForSequenceClassification.from_pretrained(
+                tmp_path, num_labels=LABELS, quantization_config=quantisation
+            )
+
+    save_body(tmp_path)
+    with pytest.raises(LoRAError, match="llm_int8_skip_modules=") as refused:
+        inject(load(), config)
+    names = str(refused.value).partition("llm_int8_skip_modules=")[2].removesuffix(").")
+    inject(model := load(llm_int8_skip_modules=ast.literal_eval(names)), config)
+    model(input_ids=tokens(), labels=torch.zeros(len(tokens()), dtype=torch.long)).loss.backward()
+    assert model.classifier.weight.grad.norm() > 0
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert trained == ["classifier.weight", "classifier.bias"]
