@@ -154,7 +154,9 @@ def test_attention_or_a_parameter_beside_conv1d_is_not_written_in_pefts_form(tmp
 def test_extract_of_both_is_refused(tmp_path, capsys):
     base = stack("cm").state_dict()
     torch.save(base, tmp_path / "base.pt")
-    tuned = {name: value + torch.randn(value.shape) if value.dim() > 1 else value for name, value in base.items()}
+    tuned = {
+        name: value + torch.randn(value.shape) if name.endswith(".weight") else value for name, value in base.items()
+    }
     torch.save(tuned, tmp_path / "tuned.pt")
     files = ["--base", tmp_path / "base.pt", "--tuned", tmp_path / "tuned.pt", "--output", tmp_path / "a"]
     error = refused(capsys, "extract", *files, "--rank", "8", "--fan-in-fan-out")
