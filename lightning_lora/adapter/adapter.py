@@ -36,9 +36,8 @@ class Adapter:
         tied: the name of the first table of each tied table, which has the same rows. A tied table may lack its rows.
         tied_by_peft: PEFT makes all these ties by itself, because transformers does.
         peft_rows: PEFT trained the rows. A head with trained rows has no bias in PEFT.
-        peft_outputs: factors of attention's out_proj are as PEFT holds them, perhaps turned; see peft_attention.py.
-        after_conv1d: the names of attention's out_proj and of single parameters that PEFT reaches while its
-            fan_in_fan_out is true. Only the model tells them. None where they are not known.
+        peft_version: of the PEFT that wrote the factors, "" where it is not known, and None of this package's own. What
+            some factors of PEFT's mean depends on it and on the model; see peft_stacks.py and peft_attention.py.
         network: the prefix of the network's names inside the LightningModule that was saved.
         pretrained: the prefix of the transformers model in a LightningModule, where something outside of that model was
             trained too, such as a head, so far as known. Else "".
@@ -69,8 +68,7 @@ class Adapter:
     tied: Mapping[str, str] = field(default_factory=dict)
     tied_by_peft: bool = False
     peft_rows: bool = False
-    peft_outputs: bool = False
-    after_conv1d: frozenset[str] | None = frozenset()
+    peft_version: str | None = None
     weightless: frozenset[str] = frozenset()
     assumed_order: Sequence[Sequence[str]] = ()
 
@@ -252,7 +250,6 @@ class Adapter:
             tied=rename_keys({table: first for table, first in tied.items() if first is not None}, new_table),
             perhaps_base=frozenset(rename_keys(dict.fromkeys(self.perhaps_base), new_name)),
             weightless=frozenset(rename_keys(dict.fromkeys(self.weightless), new_name)),
-            after_conv1d=self.after_conv1d and frozenset(rename_keys(dict.fromkeys(self.after_conv1d), layer_name)),
         )
 
     def without_layers(self, layers: Collection[str]) -> Adapter:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import LoRAError
-from ..nn.low_rank import ATTENTION, SEPARATE, low_rank_blocks
+from ..nn.low_rank import ATTENTION, SEPARATE, TRANSPOSED_EXPERTS, low_rank_blocks
 from ..nn.products import inner_of_products, product_norm
 from .adapter import Adapter
 
@@ -24,7 +24,7 @@ def difference_norm(adapter: Adapter, other_adapter: Adapter, name: str) -> floa
     """Return the Frobenius norm of the difference between two adapters' s * B @ A of one layer.
 
     Raises:
-        ValueError: the layer has other parts or shapes in the two.
+        ValueError: the layer has other parts, shapes or layouts in the two.
     """
     norms = []
     for (left, right), (other_left, other_right) in _matching_pairs(adapter, other_adapter, name):
@@ -39,7 +39,7 @@ def cosine(adapter: Adapter, other_adapter: Adapter, name: str) -> float:
     """Return the cosine between two adapters' s * B @ A of one layer, seen as vectors; NaN where one is zero.
 
     Raises:
-        ValueError: the layer has other parts or shapes in the two.
+        ValueError: the layer has other parts, shapes or layouts in the two.
     """
     inner = sum(
         float(inner_of_products(*pair, *other_pair))
@@ -51,8 +51,11 @@ def cosine(adapter: Adapter, other_adapter: Adapter, name: str) -> float:
 
 
 def _matching_pairs(adapter: Adapter, other_adapter: Adapter, name: str) -> list[tuple[Pair, Pair]]:
-    """Return the scaled_pairs of one layer in two adapters, part by part; ValueError where parts or shapes differ."""
+    """Return the scaled_pairs of one layer in two adapters, part by part; ValueError where they do not match."""
     both = adapter, other_adapter
+    old = [each.peft_version is not None and each.kinds.get(name) == TRANSPOSED_EXPERTS for each in both]
+    if any(old) and adapter.kinds.get(name) != other_adapter.kinds.get(name):
+        raise ValueError(f"{name!r} has another layout in the two, because a PEFT before 0.19 wrote one of them")
     enabled = [each.config.enabled_parts(name) if each.config else None for each in both]
     pairs, other_pairs = (scaled_pairs(each, name) for each in both)
     if len(pairs) != len(other_pairs) or (None not in enabled and enabled[0] != enabled[1]):

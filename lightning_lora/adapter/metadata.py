@@ -41,7 +41,7 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         "origin": dict(adapter.origin),
         "complete": adapter.complete,
         "fan_in_fan_out": adapter.fan_in_fan_out,
-        **_after_conv1d_to_metadata(adapter),
+        **({"peft_version": adapter.peft_version} if adapter.peft_version is not None else {}),
         **({"weightless": sorted(adapter.weightless)} if adapter.weightless else {}),
         **({"scope": adapter.scope} if adapter.scope else {}),
         **({"tables": {name: list(rows) for name, rows in adapter.tables.items()}} if adapter.tables else {}),
@@ -79,7 +79,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
             tied={_text(name): _text(first) for name, first in metadata.get("tied", {}).items()},
             tied_by_peft=metadata.get("tied_by_peft") is True,
             weightless=frozenset(map(_text, _list(metadata.get("weightless", [])))),
-            after_conv1d=_after_conv1d_from_metadata(metadata.get("after_conv1d", [])),
+            peft_version=_text(metadata["peft_version"]) if "peft_version" in metadata else None,
         )
     except LoRAError:
         raise
@@ -99,16 +99,6 @@ def _config(options: Any, where: str) -> LoRAConfig:
         said = sentence(f"{unknown}{near_misses(variant, KNOWN_VARIANTS)}")
         raise LoRAError(f"{where}: {said} Import the file that defines it before loading.")
     return LoRAConfig.from_dict(options)
-
-
-def _after_conv1d_to_metadata(adapter: Adapter) -> dict[str, Any]:
-    if adapter.after_conv1d is None:
-        return {"after_conv1d": None}
-    return {"after_conv1d": sorted(adapter.after_conv1d)} if adapter.after_conv1d else {}
-
-
-def _after_conv1d_from_metadata(names: Any) -> frozenset[str] | None:
-    return None if names is None else frozenset(map(_text, _list(names)))
 
 
 def _norms_to_metadata(fingerprint: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

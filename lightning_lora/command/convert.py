@@ -13,6 +13,7 @@ from ..files.atomic import new_file
 from ..files.paths import PathLike
 from ..files.torch_archive import write_torch_file
 from ..formats.lightning_checkpoint import LIGHTNING_VERSION, checkpoint_metadata, in_one_storage
+from ..formats.peft_stacks import refuse_without_model
 from ..formats.sources import adapter_with_options
 from ..names import META
 from .output import ADAPTER_CHECKPOINT, ADAPTER_FOLDER, check_output
@@ -44,12 +45,13 @@ def to_lightning(
     network.
 
     Raises:
-        LoRAError: the adapter cannot be read, or the target is refused.
+        LoRAError: the adapter cannot be read or needs its model to be understood, or the target is refused.
     """
     if Path(target).suffix != ".ckpt":
         raise LoRAError(f"import: {target} is to be a Lightning checkpoint; its name must end in '.ckpt'.")
     check_output("import", ADAPTER_CHECKPOINT, target, [source], overwrite)
     adapter = adapter_with_options(source, lora_alpha)
+    refuse_without_model(adapter, f"import: {source}")
     checkpoint: dict[str, Any] = {
         "epoch": 0,
         "global_step": 0,

@@ -15,7 +15,6 @@ from ..config import LoRAConfig
 from ..errors import LoRAError, sentence
 from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
-from ..formats.peft_attention import after_conv1d
 from ..matching import exact_key, names_match, naming_some, near_misses
 from ..names import A, B
 from ..nn.low_rank import (
@@ -103,7 +102,6 @@ def extract(
         fingerprint={name: fingerprint_entry_at(location) for name, location in frozen.items()},
         kinds=kinds,
         fan_in_fan_out=fan_in_fan_out,
-        after_conv1d=after_conv1d(kinds, fan_in_fan_out),
     )
     dropped = [name for name in changed if name not in names and name not in whole]
     return Extracted(adapter, kept, dropped, squares)

@@ -26,6 +26,7 @@ from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
 from ..formats.equal_tables import equal_tables
 from ..formats.lightning_checkpoint import LIGHTNING_VERSION
+from ..formats.peft_attention import refuse_conv1d_of_model
 from ..formats.peft_rows import NO_BIAS
 from ..formats.pretrained_names import align_to_networks
 from ..formats.sources import adapter_with_options
@@ -168,6 +169,7 @@ def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, 
         if name in base.locations or name not in tied
     }
     seen = _seen_orientations(adapter, base)
+    refuse_conv1d_of_model(adapter, seen.get(CONV1D), base.path)
     low_rank: dict[str, WeightUpdate] = {}
     for name in adapter.layers():
         low_rank |= _layer_updates(adapter, name, base, seen, dtype)

@@ -17,7 +17,8 @@ from ..config import LoRAConfig
 from ..distributed.copies import tell_written
 from ..distributed.sharding import copies_of, copy_all_
 from ..errors import LoRAError
-from ..formats.peft_attention import turn_as_in_model
+from ..formats.peft_attention import refuse_conv1d_of_model
+from ..formats.peft_stacks import stacks_as_in_model
 from ..matching import matcher
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.inject import inject_to_load, unload
@@ -26,6 +27,7 @@ from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.quantise import call_that_quantises, quantise_named_
 from ..model.targets import Targets
 from ..names import listed
+from ..nn.low_rank import CONV1D
 from ..nn.writer import Turn
 from .align import add_frozen_weights, align_names, record_trained, split_off_base
 from .first_names import Names, by_first_names
@@ -140,12 +142,12 @@ def apply_adapter(
         _tell_of_options(handle, adapter)
     else:
         handle = inject_to_load(listing, config_for(listing, adapter), adapter.scope)
-    adapter = turn_as_in_model(adapter, handle.kinds)
     with Turn("load_adapter", [handle.record.writer]):
         was_merged = holds_merged(handle.layers.values())
         try:
             if was_merged:
                 unmerge_listed(handle)  # at once: reading W out of W' takes as long
+            adapter = _as_in_model(adapter, handle.kinds)
             live = open_state(handle)
             adapter = add_frozen_weights(live, split_off_base(live, adapter))
             specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
@@ -161,6 +163,14 @@ def apply_adapter(
             raise
     warn_of_rounding(present, adapter.fingerprint)
     return list(handle.layers)
+
+
+def _as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
+    """Return an adapter of PEFT's with factors as a model with layers of these kinds has them."""
+    if adapter.peft_version is None:
+        return adapter
+    refuse_conv1d_of_model(adapter, next((name for name, kind in kinds.items() if kind == CONV1D), None), "adapter")
+    return replace(stacks_as_in_model(adapter, kinds), peft_version=None)
 
 
 def quantise_as_trained_(listing: Listing, adapter: Adapter) -> str:

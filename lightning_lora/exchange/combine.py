@@ -39,8 +39,8 @@ from ..config import PLAIN, LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..formats.lightning_checkpoint import checkpoint_metadata
-from ..formats.peft_attention import after_conv1d_in_all
 from ..formats.peft_folder import write_folder
+from ..formats.peft_stacks import TODAYS, refuse_without_model
 from ..formats.sources import adapter_with_options
 from ..names import META, PREFIX, A, B, listed, names_factor
 from ..nn.low_rank import ATTENTION_OUTPUT
@@ -141,6 +141,7 @@ def combine_adapters(
     used = [(name, each, float(weight)) for name, each, weight in zip(names, read, weights, strict=True) if weight]
     for name, each, _ in used:
         _refuse_other_parameters(name, each)
+        refuse_without_model(each, f"combine: {name}")
     with_layer: dict[str, list[tuple[str, Adapter, float]]] = {}
     for name, each, weight in used:
         for layer in each.layers():
@@ -251,7 +252,7 @@ def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Seque
         fingerprint={n: e for each in reversed(adapters) for n, e in each.fingerprint.items() if n not in trained},
         complete=all(each.complete for each in adapters),
         kinds=kinds,
-        after_conv1d=after_conv1d_in_all(adapters, kinds),
+        peft_version=TODAYS if any(each.peft_version is not None for each in adapters) else None,
         weightless=frozenset().union(*(each.weightless for each in adapters)),
         origin={key: value for each in reversed(adapters) for key, value in each.origin.items()},
         fan_in_fan_out=any(each.fan_in_fan_out for each in adapters),

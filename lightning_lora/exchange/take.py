@@ -26,7 +26,6 @@ from ..adapter.layer_options import with_aliases
 from ..adapter.metadata import without
 from ..config import LoRAConfig
 from ..distributed.sharding import gather_all
-from ..formats.peft_attention import after_conv1d
 from ..matching import naming_some
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.gradients import warn_of_untrained
@@ -38,7 +37,6 @@ from ..names import canonical, is_lightning_module
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import adapted_places
 from ..nn.lora_layer import LoRALayer
-from ..nn.low_rank import CONV1D
 from ..nn.quantised import dequantize, how_quantised
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -90,7 +88,6 @@ def describe(live: LiveState, verb: str) -> Adapter:
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= live.tensors.keys()
     first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them
     kinds = {first[name]: kind for name, kind in handle.kinds.items()}
-    reached = {first[name] for name in after_conv1d(handle.kinds, CONV1D in handle.kinds.values())}
     tables = {name: layer for name, layer in layers.items() if layer.replaced_rows()}
     first_names = {layer: name for name, layer in first.items()}
     aliases = {name: first_names[layer] for name, layer in layers.items() if layer in kinds and name not in first}
@@ -106,7 +103,6 @@ def describe(live: LiveState, verb: str) -> Adapter:
         fingerprint=without(record.fingerprint, trained) if at_fit_start else fingerprint_of(live),
         complete=True,
         kinds={name: kinds[layer] for name, layer in layers.items() if layer in kinds},
-        after_conv1d=frozenset(name for name, layer in layers.items() if layer in reached),
         network=network,
         pretrained=_pretrained_prefix(live, trained),
         weightless=_weightless(handle, layers),

@@ -10,6 +10,7 @@ proposed in huggingface/peft#3774). So B is halved on the way out and doubled on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,6 @@ from ..adapter.values import holds_numbers, is_plain
 from ..errors import LoRAError
 from ..names import A, B
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, IN_PROJ, from_block_diagonal, to_block_diagonal
-from .peft_attention import turn
 
 OUT_PROJ_COUNTS = 2  # times
 LAST_KNOWN_PEFT = (0, 21)
@@ -29,8 +29,7 @@ LAST_KNOWN_PEFT = (0, 21)
 
 def as_plain(adapter: Adapter) -> Adapter:
     """Return the equal adapter without enable_lora, as PEFT applies it."""
-    plain = _with_factors_b(adapter, lambda name, a, b, enabled: to_block_diagonal(b, enabled), 1 / OUT_PROJ_COUNTS)
-    return turn(plain)
+    return _with_factors_b(adapter, lambda name, a, b, enabled: to_block_diagonal(b, enabled), 1 / OUT_PROJ_COUNTS)
 
 
 def from_plain(adapter: Adapter) -> Adapter:
@@ -39,7 +38,7 @@ def from_plain(adapter: Adapter) -> Adapter:
     Raises:
         LoRAError: a B is not zero outside its blocks, which enable_lora cannot express.
     """
-    return _with_factors_b(turn(adapter), _from_block_diagonal, OUT_PROJ_COUNTS)
+    return _with_factors_b(adapter, _from_block_diagonal, OUT_PROJ_COUNTS)
 
 
 def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:
@@ -72,12 +71,16 @@ def idle_attention(adapter: Adapter) -> list[str]:
 
 def check_peft_version(version: object, where: object) -> None:
     """Raise LoRAError for attention of a peft that is not known yet, which may add out_proj's change once."""
-    numbers = [int(part) if part.isdigit() else 0 for part in str(version or "0.0").split(".")[:2]]
-    if tuple(numbers) > LAST_KNOWN_PEFT:
+    if peft_numbers(version)[:2] > LAST_KNOWN_PEFT:
         raise LoRAError(
             f"{where}: adapts nn.MultiheadAttention and was written by peft {version}. peft up to 0.21 adds the change "
             "of out_proj twice; whether this one does is not known here. Update lightning_lora, or leave attention out."
         )
+
+
+def peft_numbers(version: object) -> tuple[int, ...]:
+    """Return the numbers of a version of peft, as (0, 18, 1); of an unknown one (), which is before all others."""
+    return tuple(map(int, re.findall(r"\d{1,9}", str(version or ""))[:3]))
 
 
 def _is_zero(tensor: Any) -> bool:

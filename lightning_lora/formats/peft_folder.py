@@ -28,20 +28,21 @@ from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, parent_names
-from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE, TRANSPOSED_EXPERTS
 from ..nn.variant import Variant
 from ..notices import tell
 from .forms import CONFIG_FILE, refuse_named_adapters
 from .model_card import may_write_card, model_card, whole_in, write_card
-from .peft_attention import refuse_conv1d_before_parameters
+from .peft_attention import refuse_to_write_beside_conv1d
 from .peft_equivalents import add_idle_attention, as_plain
 from .peft_forms import to_peft_form
 from .peft_names import PREFIX, in_wrappers, peft_name
 from .peft_options import from_peft_options, options_to_peft, refuse_options
-from .peft_parameters import PARAMETERS, Nesting, Order, nesting_of, stacks_to_peft, usual_order
+from .peft_parameters import PARAMETERS, Nesting, Order, nesting_of, usual_order
 from .peft_reading import FROZEN, IDLE, Source, factor_names, read_peft
 from .peft_rows import as_peft_stores, peft_table_name
 from .peft_saved_modules import frozen_in_saved, to_peft_entries
+from .peft_stacks import refuse_without_model, stacks_to_peft
 from .plain import plain_targets
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -123,7 +124,8 @@ def folder_content(
     _refuse_missing_frozen(own, frozen or {})
     for name in own.layers():
         _refuse_without_equal(own, name)
-    refuse_conv1d_before_parameters(own)
+    refuse_to_write_beside_conv1d(own)
+    refuse_without_model(own, "save_adapter")
     own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
     own = replace(own, config=readable_options(own))
@@ -211,6 +213,8 @@ def _place_problem(adapter: Adapter, name: str, kind: str) -> str:
         return _output_problem(adapter, module)
     if kind == ATTENTION:
         return _attention_problem(adapter, name)
+    if kind == TRANSPOSED_EXPERTS and adapter.factor(name, A).shape[0] == adapter.factor(name, B).shape[1]:
+        return "is a stack of one expert with is_transposed, to which PEFT adds B @ A without transposing it"
     if adapter.is_parameter(name) and not module:
         return "belongs to the model itself, to which PEFT gives no adapter; put it into a module"
     return ""

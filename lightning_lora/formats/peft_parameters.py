@@ -1,4 +1,4 @@
-"""PEFT's adapters of single parameters (target_parameters): how names nest, and how a stack of experts is laid out.
+"""PEFT's adapters of single parameters (target_parameters): how their names nest.
 
 PEFT wraps a module once for each of its parameters, in the order in which the module registered them:
 
@@ -6,8 +6,7 @@ PEFT wraps a module once for each of its parameters, in the order in which the m
     <module>.base_layer.lora_A.weight               of the second
     <module>.lora_A.weight                          of the last
 
-No name says which parameter an adapter belongs to. For a stack of E experts, PEFT's A (E * r, n) is the same as ours.
-Its B is (m, r * E), and the column of rank k and expert e is k * E + e.
+No name says which parameter an adapter belongs to. peft_stacks.py has the layout of a stack of experts.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..matching import matcher
 from ..names import parameter_factor_name, suffixes
@@ -145,36 +142,3 @@ def our_factor(module: str, depth: int, leaf: str, nesting: Nesting) -> str | No
         return None
     name = parameter_factor_name(parameters[len(parameters) - 1 - depth], leaf)
     return f"{module}.{name}" if module else name
-
-
-def stacks_to_peft(tensors: Mapping[str, torch.Tensor], factors: Iterable[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """Return tensors with each B of a stack in PEFT's layout, for the names of A and B of each parameter."""
-    changed = dict(tensors)
-    for name_a, name_b in factors:
-        b = tensors[name_b]
-        rank = b.shape[1]
-        stack = b.view(tensors[name_a].shape[0] // rank, -1, rank)
-        changed[name_b] = stack.permute(1, 2, 0).reshape(stack.shape[1], -1)
-    return changed
-
-
-def stacks_from_peft(
-    tensors: Mapping[str, torch.Tensor], factors: Mapping[str, tuple[str, str]], config: LoRAConfig, where: object
-) -> dict[str, torch.Tensor]:
-    """Undo stacks_to_peft, for the names of A and B of each parameter; the options tell the rank.
-
-    Raises:
-        LoRAError: the shapes do not go together.
-    """
-    changed = dict(tensors)
-    for parameter, (name_a, name_b) in factors.items():
-        a, b, rank = tensors.get(name_a), tensors.get(name_b), config.rank(parameter)
-        if a is None or b is None:
-            continue  # which is refused where factors are checked
-        experts = a.shape[0] // rank if a.dim() == b.dim() == 2 else 0
-        if not experts or a.shape[0] != experts * rank or b.shape[1] != experts * rank:
-            raise LoRAError(
-                f"{where}: {parameter!r}: A {tuple(a.shape)} and B {tuple(b.shape)} are no stack of rank {rank}."
-            )
-        changed[name_b] = b.view(-1, rank, experts).permute(2, 0, 1).reshape(-1, rank)
-    return changed

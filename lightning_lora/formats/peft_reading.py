@@ -33,6 +33,7 @@ from ..names import A, B, parent_names
 from ..nn.variant import Variant
 from ..notices import tell
 from .equal_tables import ties_of
+from .peft_attention import refuse_file_beside_conv1d
 from .peft_edited import honour_options
 from .peft_equivalents import from_plain, idle_attention
 from .peft_forms import config_in_peft, from_peft_form, spread
@@ -45,11 +46,11 @@ from .peft_parameters import (
     nesting_in_peft,
     nesting_of,
     nesting_of_metadata,
-    stacks_from_peft,
     usual_order,
 )
 from .peft_rows import rows_from_peft
 from .peft_saved_modules import entries_in
+from .peft_stacks import stacks_from_peft, with_kinds_of_stacks
 
 FROZEN = "frozen"  # in the description: the tensors that were not trained, and are in the file because PEFT wants them
 IDLE = "idle"  # in the description: the attention layers that add_idle_attention added
@@ -114,10 +115,11 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
     adapter = _without_additions(in_peft, source) if source.description is not None else in_peft
     adapter = from_peft_form(from_plain(adapter))
     check_factors(adapter, str(source.where))
+    refuse_file_beside_conv1d(adapter, source.where)
     if source.options is None:
         return adapter
     if source.description is None:
-        return _without_idle_attention(adapter)
+        return _without_idle_attention(with_kinds_of_stacks(adapter, source.where))
     return honour_options(adapter, in_peft, source.options, cast(Path, source.options_path))
 
 
@@ -139,7 +141,7 @@ def _described_by_options(tensors: Tensors, names: PeftNames, source: Source) ->
         perhaps_base=_perhaps_base_in_folder(whole, names, options, config.bias),
         origin=origin_of(options),
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
-        peft_outputs=True,
+        peft_version=str(options.get("peft_version") or ""),
         assumed_order=several if source.order is usual_order else (),
     )
 
@@ -168,7 +170,7 @@ def _described_by_names(tensors: Tensors, names: PeftNames, source: Source) -> A
             "adapter_config.json alone. Write a folder with PeftModel.save_pretrained(path), and give that."
         )
     kinds = kinds_of(tensors, names.bare, None, source.where)
-    adapter = Adapter(tensors, kinds=kinds, network=names.network, peft_outputs=True)
+    adapter = Adapter(tensors, kinds=kinds, network=names.network, peft_version="")
     adapter = replace(adapter, perhaps_base=_perhaps_base_in_state(adapter.beside_factors(), names))
     config = _config_from_hyper_parameters(adapter, sorted(names.saved), source.hyper_parameters)
     if config is None:

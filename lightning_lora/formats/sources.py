@@ -23,7 +23,6 @@ from .forms import form_of
 from .hub import local_source
 from .hyper_parameters import HYPER_PARAMETERS
 from .lightning_checkpoint import adapter_of
-from .peft_attention import turn_without_model
 from .peft_folder import read_folder, read_tensor_file
 from .peft_names import are_peft_names
 from .peft_parameters import Order, check_order, usual_order
@@ -157,7 +156,6 @@ def apart_from_models(adapter: Adapter, path: object, lora_alpha: float | None =
         lora_alpha: for an adapter that does not store it, such as a file of loralib's.
 
     Raises:
-        LoRAError: lora_alpha is missing, or both stored and given; or the adapter needs a model to be understood.
+        LoRAError: lora_alpha is missing, or both stored and given.
     """
-    own = turn_without_model(without_base(adapter), path)
-    return with_options(own, path, lora_alpha)
+    return with_options(without_base(adapter), path, lora_alpha)

@@ -41,6 +41,7 @@ def layers_by_kind(
     """
     more = config.target_modules == ALL_LAYERS
     heads, tied, in_mamba = output_heads(listed_modules), tied_weights(listed_modules), _mamba_prefixes(listed_modules)
+    has_conv1d = any(is_conv1d(module) for _, module in listed_modules)
     modules, chosen, left_out = dict(listed_modules), dict[str, nn.Module](), dict[str, str]()
     for name, module in modules.items():
         if not name or not (_is_linear(module) or (more and isinstance(module, MORE_KINDS))):
@@ -60,7 +61,7 @@ def layers_by_kind(
         elif module in tied:
             reason = f"its weight is also {tied[module]}"
         else:
-            reason = _problem_of_kind(module, owner, config)
+            reason = _problem_of_kind(module, owner, config, has_conv1d=has_conv1d)
         if reason:
             left_out[name] = reason
         else:
@@ -89,13 +90,15 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _problem_of_kind(module: nn.Module, owner: nn.Module | None, config: LoRAConfig) -> str:
+def _problem_of_kind(module: nn.Module, owner: nn.Module | None, config: LoRAConfig, *, has_conv1d: bool) -> str:
     """Return why a layer of this kind is left out, which a file of PEFT's or the variant has not, or ""."""
     attention = next((each for each in (module, owner) if isinstance(each, nn.MultiheadAttention)), None)
     if attention is not None:
         which = "attention" if attention is module else "the out_proj of attention"
         if not attention._qkv_same_embed_dim:
             return f"PEFT cannot adapt {which} with q, k and v apart"
+        if has_conv1d:
+            return f"PEFT cannot adapt {which} beside transformers' Conv1D"
         return f"PEFT cannot adapt {which} with {variant_of(config).option}" if config.variant != PLAIN else ""
     if isinstance(module, nn.Linear):
         return ""
