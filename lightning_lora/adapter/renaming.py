@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
+
+import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError, sentence
@@ -65,8 +67,14 @@ def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None
     return replace(exact, enable_lora={layer: parts for layer, parts in longest_first if parts})
 
 
-def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
+def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Callable[[str], str] = str) -> Adapter:
     """Return the adapter under the one prefix at which its layers are among the modules.
+
+    Args:
+        adapter: under any prefix, perhaps with a network that was saved under several names.
+        modules: names of the model's modules.
+        where: for messages.
+        first: gives the first name of a module that has several. Prefixes that lead to the same modules are one.
 
     Raises:
         LoRAError: there is no such prefix, or there are several.
@@ -78,9 +86,12 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
         )
     if all(layer in modules for layer in layers):
         return adapter
-    prefixes = _fitting_prefixes(layers, modules)
+    prefixes = _fitting_prefixes(layers, modules, first)
     if len(prefixes) != 1 and adapter.network:
-        return align_to_modules(by_network_names(adapter), modules, where)
+        return align_to_modules(by_network_names(adapter), modules, where, first)
+    once = _without_second_name(adapter) if not prefixes else adapter
+    if once is not adapter:
+        return align_to_modules(once, modules, where, first)
     if len(prefixes) != 1:
         fitting = ", ".join(repr(add or f"without {strip}") for strip, add in prefixes) or "none"
         unplaced = next(layer for layer in layers if layer not in modules)
@@ -101,12 +112,61 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
     return renamed(adapter, strip, add)
 
 
-def _fitting_prefixes(layers: Sequence[str], modules: Set[str]) -> list[tuple[str, str]]:
-    """List each (prefix to strip, prefix to add) that makes every layer a module. One of the two is empty."""
-    first = layers[0].split(".")
-    strips = [".".join(first[:i]) + "." for i in range(1, len(first))]
-    strips = [strip for strip in strips if all(f"{layer}.".startswith(strip) for layer in layers)]
-    strips = [s for s in strips if all(f"{layer}."[len(s) :].removesuffix(".") in modules for layer in layers)]
+def _without_second_name(adapter: Adapter) -> Adapter:
+    """Leave out what an adapter holds again, under a second name of a module, such as loss.model beside model.
+
+    All layers under the second name must have the values of those under the other.
+    """
+    one, *others = layers = adapter.layers()
+    for other in others:
+        keep, drop = sorted(_different_beginnings(one, other), key=bool)  # "" is the beginning of every name
+        again = [layer for layer in layers if layer.startswith(drop)]
+        if all(_are_equal(adapter, layer, keep + layer.removeprefix(drop)) for layer in again):
+            return _under_one_name(adapter, keep, drop)
+    return adapter
+
+
+def _different_beginnings(one: str, other: str) -> tuple[str, str]:
+    """Return what comes before the longest common dotted ending of two names."""
+    ending = next((ending for ending in suffixes(one) if f".{other}".endswith(f".{ending}")), "")
+    return one.removesuffix(ending), other.removesuffix(ending)
+
+
+def _are_equal(adapter: Adapter, layer: str, other: str) -> bool:
+    values, others = adapter.stored(layer), adapter.stored(other)
+    return values.keys() == others.keys() and all(
+        not values[leaf].is_meta and torch.equal(values[leaf], others[leaf]) for leaf in values
+    )
+
+
+def _under_one_name(adapter: Adapter, keep: str, drop: str) -> Adapter:
+    """Leave out what begins with `drop` and is there with the beginning `keep` too."""
+    known = adapter.tensors.keys() | adapter.fingerprint.keys()
+
+    def kept_name(name: str) -> str:
+        return keep + name.removeprefix(drop) if name.startswith(drop) else name
+
+    def new_name(name: str) -> str | None:
+        return name if kept_name(name) == name or kept_name(name) not in known else None
+
+    moved = replace(adapter, scope=kept_name(adapter.scope), pretrained=kept_name(adapter.pretrained))
+    return renamed_by(moved, new_name)
+
+
+def _fitting_prefixes(
+    layers: Sequence[str], modules: Set[str], first_name: Callable[[str], str]
+) -> list[tuple[str, str]]:
+    """List each (prefix to strip, prefix to add) that makes every layer a module. One of the two is empty.
+
+    Of those that lead to the same modules, one is listed.
+    """
+    segments = layers[0].split(".")
+    strips = [".".join(segments[:i]) + "." for i in range(1, len(segments))]
     adds = sorted({module.removesuffix(layers[0]) for module in modules if module.endswith(f".{layers[0]}")})
-    adds = [add for add in adds if all(add + layer in modules for layer in layers)]
-    return [(strip, "") for strip in strips] + [("", add) for add in adds]
+    fitting = dict[tuple[str, ...], tuple[str, str]]()
+    for strip, add in [*((strip, "") for strip in strips), *(("", add) for add in adds)]:
+        rests = [f"{layer}.".removeprefix(strip) for layer in layers if f"{layer}.".startswith(strip)]
+        places = [add + rest.removesuffix(".") for rest in rests]
+        if len(places) == len(layers) and modules >= set(places):
+            fitting.setdefault(tuple(map(first_name, places)), (strip, add))
+    return list(fitting.values())

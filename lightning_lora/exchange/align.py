@@ -29,11 +29,8 @@ def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
     if layers and all(layer in names.modules for layer in layers):
         return adapter
     modules = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}
-    if layers and not modules.issuperset(layers):  # a later name of a shared module would make a second prefix
-        ending = f".{layers[0]}"
-        modules -= {n for n in modules if n.endswith(ending) and n.removesuffix(ending) in names.later}
     return align_to_networks(
-        adapter, modules, type(listing.model).__name__, lambda: pretrained_models(listing.modules).values()
+        adapter, modules, type(listing.model).__name__, lambda: pretrained_models(listing.modules).values(), names.first
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +12,16 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.values import check_finite, describe_value
+from ..config import LoRAConfig
 from ..distributed.flat import whole_shape
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError, sentence
 from ..formats.peft_rows import NO_BIAS
-from ..matching import near_misses
+from ..matching import matcher, near_misses
 from ..model.adapted_model import AdaptedModel
 from ..model.live_state import LiveState
 from ..model.pretrained import embeddings, pretrained_models
-from ..names import A, B, listed, names_factor, rename_keys
+from ..names import A, B, listed, names_factor, parent_names, rename_keys
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
 from ..nn.conv import LoRAConv
 from ..nn.tied_weights import untie_advice
@@ -29,6 +30,7 @@ from .first_names import Names, by_first_names
 from .resized_tables import refuse_other_rows
 
 OTHER_OPTIONS = "Call unload(model) first, so that load_adapter injects with the adapter's options."
+INJECT_WITH_IT = "Call unload(model), inject with options that name it (modules_to_save or bias), and load again."
 Specs = Mapping[AdaptedWeights, LayerSpec]  # the new rank and scaling of each layer that changes
 
 
@@ -85,6 +87,7 @@ def check_adapter(
         _check_layers(live.handle, by_first_names(names, adapter), specs)
         _check_tables(live.handle, adapter)
         _check_tensors(live, names, adapter, specs, values_follow)
+        _check_trained(live, adapter)
     except LoRAError as error:
         config = live.handle.record.config
         differences = (adapter.config or config).differences(config)  # may explain the error
@@ -170,6 +173,27 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
             raise LoRAError(f"adapter: {name!r} must be {tensor.dtype}, but is {value.dtype}.")
         if value.is_floating_point() and isinstance(tensor, nn.Parameter) and not names_factor(name):
             check_finite(name, value)  # factors have been checked where they were read
+
+
+def _check_trained(live: LiveState, adapter: Adapter) -> None:
+    """Raise where a parameter that the adapter's options train whole is frozen in the model, and would stay so.
+
+    Without options, all that is whole was trained. With them, what they do not name was unfrozen later.
+    """
+    trained, config = set(live.keys), adapter.config
+    others = {name: live.tensors[name] for name in adapter.beside_factors() if name not in trained}
+    frozen = [name for name, p in others.items() if isinstance(p, nn.Parameter) and p.is_floating_point()]
+    named = [name for name in frozen if config is None or _trains_whole(config, name, adapter.layers())]
+    if named:
+        advice = f" {INJECT_WITH_IT}" if config is None else ""  # check_adapter compares options
+        raise LoRAError(f"adapter: {named[0]!r} was trained whole, but is frozen in this model.{advice}")
+
+
+def _trains_whole(config: LoRAConfig, name: str, layers: Collection[str]) -> bool:
+    """Return whether options name a base parameter as one that is trained whole."""
+    owner, _, leaf = name.rpartition(".")
+    is_bias = leaf == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in layers))
+    return is_bias or any(map(matcher(config.all_modules_to_save()), parent_names(name)))
 
 
 def _check_ties(live: LiveState, names: Names, tensors: Mapping[str, Any], expected: Iterable[str]) -> None:

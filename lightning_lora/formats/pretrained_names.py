@@ -24,7 +24,11 @@ BEFORE_5 = "_checkpoint_conversion_mapping"  # a class's rules in transformers 4
 
 
 def align_to_networks(
-    adapter: Adapter, modules: Set[str], where: str, networks: Callable[[], Iterable[Any]]
+    adapter: Adapter,
+    modules: Set[str],
+    where: str,
+    networks: Callable[[], Iterable[Any]],
+    first: Callable[[str], str] = str,
 ) -> Adapter:
     """Call align_to_modules; if no prefix fits, try the names of an earlier transformers.
 
@@ -33,17 +37,18 @@ def align_to_networks(
         modules: names of the model's modules.
         where: for messages.
         networks: gives the transformers models among the modules, if they are needed.
+        first: gives the first name of a module that has several.
 
     Raises:
         LoRAError: its layers have no place.
     """
     try:
-        return align_to_modules(adapter, modules, where)
+        return align_to_modules(adapter, modules, where, first)
     except LoRAError:
         for network in networks():
             renamed = _by_present_names(network, by_network_names(adapter))
             with suppress(LoRAError):
-                return align_to_modules(renamed, modules, where)
+                return align_to_modules(renamed, modules, where, first)
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter, unload
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+    take_adapter,
+    unload,
+)
 from lightning_lora.model.adapted_model import open_model
 from support.models import (
     ZOO_LAYERS,
@@ -176,6 +186,104 @@ def test_a_layer_under_two_names_loads_under_a_prefix(form: str, tmp_path: Path)
         save_adapter(inner, tmp_path / "folder")
     load_adapter(around := Whole(), tmp_path / "folder" if form == "folder" else checkpoint(inner, "adapter"))
     assert state_bits(around.network) == state_bits(inner)
+
+
+class Encoder(nn.Sequential):
+    """Stands in for a SentenceTransformer."""
+
+    def __init__(self) -> None:
+        with own_random_stream(0):
+            super().__init__(OrderedDict(body=nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))))
+            self.top = nn.Linear(8, 4)
+
+
+class Loss(nn.Module):
+    """Holds the model, as the losses of sentence-transformers do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).square().mean()
+
+
+class Holder(L.LightningModule):
+    """Holds modules by name."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+def two_losses() -> nn.Module:
+    return Holder(loss=Loss(model := Encoder()), other=Loss(model))
+
+
+HOLDERS: dict[str, Callable[[], nn.Module]] = {
+    "encoder": Encoder,
+    "loss": lambda: Loss(Encoder()),
+    "only in the loss": lambda: Holder(loss=Loss(Encoder())),
+    "loss first": lambda: Holder(loss=Loss(model := Encoder()), model=model),
+    "model first": lambda: Holder(model=(model := Encoder()), loss=Loss(model)),
+    "two losses": two_losses,
+    "no LightningModule": lambda: nn.ModuleDict({"loss": Loss(model := Encoder()), "model": model}),
+}
+WITH_TOP: dict[str, Any] = {"r": 2, "target_modules": ["body.0", "body.2"], "modules_to_save": ["top"], "bias": "all"}
+
+
+def encoder_in(model: nn.Module) -> nn.Module:
+    return next(module for module in model.modules() if isinstance(module, Encoder))
+
+
+def trained_encoder(holder: str, part: str) -> nn.Module:
+    model = HOLDERS[holder]().requires_grad_(False)
+    inject(encoder_in(model) if part == "encoder" else model, LoRAConfig(**WITH_TOP))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("form", ["folder", "adapter", "merged", "full", "in memory", "state dict"])
+@pytest.mark.parametrize("part", ["whole", "encoder"])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_an_adapter_of_a_model_that_a_loss_holds_too_loads_wherever_the_model_is(
+    tmp_path: Path, holder: str, part: str, form: str
+):
+    model, x = trained_encoder(holder, part), torch.randn(3, 6)
+    wanted = encoder_in(model)
+    adapter: Any = tmp_path
+    if form == "folder":
+        save_adapter(model, tmp_path)
+    elif form == "in memory":
+        adapter = take_adapter(model)
+    else:
+        adapter = checkpoint(model, "bare" if form == "state dict" else form)
+    for build in HOLDERS.values():
+        other = build()
+        if form == "state dict":
+            inject(other, LoRAConfig(**WITH_TOP))
+        load_adapter(other, adapter)
+        encoder = encoder_in(other)
+        assert state_bits(encoder) == state_bits(wanted)
+        assert torch.equal(encoder(x), wanted(x))
+        flags = ({n: p.requires_grad for n, p in each.named_parameters()} for each in (encoder, wanted))
+        assert next(flags) == next(flags)
+        unload(other)
+        assert state_bits(other) == state_bits(build())
+
+
+def test_two_networks_with_adapters_of_their_own_are_not_taken_for_one():
+    inject(two := Around("one", "two"), zoo_config())
+    randomise_(two)
+    with torch.no_grad():
+        two.two.conv.lora_B.add_(1)
+    with pytest.raises(LoRAError, match="under exactly one prefix; found none"):
+        load_adapter(base_zoo(), checkpoint(two, "adapter"))
 
 
 class Headed(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     adapter_state_dict,
+    disable_adapter,
     inject,
     is_merged,
     load_adapter,
     merge,
     save_adapter,
+    take_adapter,
     unload,
     unmerge,
 )
@@ -382,3 +385,68 @@ def test_a_copy_of_a_swapped_model_has_its_rank():
     train(copied)
     assert copied.conv.lora_A.shape[0] == 5
     assert state_bits(model) == state_bits(other_zoo(r=5))
+
+
+# --- whole modules and biases that one of two adapters has ---
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.classifier(self.second(self.norm(self.first(x)).relu()))
+        return result
+
+
+WHOLE: dict[str, tuple[dict[str, Any], str, set[str]]] = {  # options, the option that differs, what is trained whole
+    "head": ({"modules_to_save": ["classifier"]}, "modules_to_save", {"classifier.weight", "classifier.bias"}),
+    "task's head": ({"task_type": "SEQ_CLS"}, "task_type", {"classifier.weight", "classifier.bias"}),
+    "all biases": ({"bias": "all"}, "bias", {f"{name}.bias" for name in ("first", "norm", "second", "classifier")}),
+    "biases of layers": ({"bias": "lora_only"}, "bias", {"first.bias", "second.bias"}),
+}
+SOURCES: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "folder": lambda model, path: save_adapter(model, path) or path,  # type: ignore[func-returns-value]
+    "adapter": lambda model, path: checkpoint(model, "adapter"),
+    "full": lambda model, path: checkpoint(model, "full"),
+    "in memory": lambda model, path: take_adapter(model),
+    "state dict": lambda model, path: adapter_state_dict(model),
+}
+
+
+def classifier(**options: Any) -> nn.Module:
+    inject(model := Classifier(), LoRAConfig(**{"r": 2, "target_modules": ["first", "second"], **options}))
+    return spread(model, 3)
+
+
+@pytest.mark.parametrize("form", SOURCES)
+@pytest.mark.parametrize("case", WHOLE)
+def test_what_one_adapter_trains_whole_is_refused_by_name_and_taken_whole_after_unload(
+    tmp_path: Path, case: str, form: str
+):
+    options, option, names = WHOLE[case]
+    other, x = classifier(**options), torch.randn(4, 6)
+    source, without = SOURCES[form](other, tmp_path / "with"), SOURCES[form](classifier(), tmp_path / "without")
+    model, back = classifier(), classifier(**options)
+    states = trace(model), trace(back)
+    advice = r"Call unload\(model\)" if form == "state dict" else rf"{option} was .* Call unload\(model\) first"
+    with pytest.raises(LoRAError, match=rf"\.(weight|bias)' was trained whole, but is frozen in this model.*{advice}"):
+        load_adapter(model, source)
+    with pytest.raises(LoRAError, match=r"is missing"):
+        load_adapter(back, without)  # what the model trains whole would go on acting
+    assert (trace(model), trace(back)) == states
+    unload(model)
+    if form == "state dict":
+        inject(model, LoRAConfig(r=2, target_modules=["first", "second"], **options))
+    load_adapter(model, source)
+    assert torch.equal(model(x), other(x))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == names
+    assert take_adapter(model).tensors.keys() == trained
+    with disable_adapter(model):
+        assert torch.equal(model(x), Classifier()(x))
+    unload(model)
+    assert state_bits(model) == state_bits(Classifier())

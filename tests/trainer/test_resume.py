@@ -253,6 +253,12 @@ def test_resuming_with_other_options_is_refused_by_name(tmp_path, kind: str, opt
     refused(checkpoint(tmp_path, kind), message, **options)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_without_what_the_run_trained_whole_is_refused_by_name(tmp_path, kind: str):
+    message = r"'body\.1\.weight' was trained whole, but is frozen.* modules_to_save was \('body.1',\), now None"
+    refused(checkpoint(tmp_path, kind, modules_to_save=["body.1"]), message)
+
+
 def test_run_that_took_over_an_adapters_options_resumes_by_each_way_that_is_told(tmp_path):
     def resume(options: dict[str, Any], take_over: bool) -> None:
         model = Net()
