@@ -59,8 +59,11 @@ LIVES = {
         "test_layers_built_anew_in_each_stage_are_adapted_anew",
         "test_the_model_from_before_training_comes_back_exactly",
     ],
+    "trainer/test_checkpoint_options": [
+        "test_options_that_were_left_out_are_the_checkpoints",
+        "test_checkpoint_is_found_however_the_trainer_is_told",
+    ],
     "trainer/test_resume": [
-        "test_resuming_equals_the_uninterrupted_run",
         "test_run_resumed_with_another_kind_equals_the_uninterrupted_one",
     ],
     "trainer/test_saving": ["test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run"],
