@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Collection
 from dataclasses import replace
@@ -9,7 +10,6 @@ from typing import Any
 
 from ..config import VARIANTS, LoRAConfig
 from ..errors import LoRAError
-from ..files.paths import PathLike
 from ..formats.deepspeed_folder import file_beside_engine
 from ..formats.distributed_folder import read_without_values
 from ..formats.lightning_checkpoint import adapter_of
@@ -41,7 +41,7 @@ def options_in_checkpoint(trainer: Any) -> LoRAConfig | None:
     return adapter_of(checkpoint)[0].config if META in checkpoint else None
 
 
-def _checkpoint_of(trainer: Any) -> PathLike | None:
+def _checkpoint_of(trainer: Any) -> str | os.PathLike[str] | None:
     """Return the path of the checkpoint that a Trainer in setup is about to load, for "best" and the like too.
 
     Lightning keeps it in an argument of Trainer._run, which calls setup. trainer.ckpt_path is set when setup is over,
