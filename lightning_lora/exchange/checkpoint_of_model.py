@@ -37,7 +37,10 @@ REMEDY_IN_TRAINER = (
     'Net.load_from_checkpoint("pretrained.ckpt"), ckpt_path=...). To use the adapter on this base all the same, call '
     "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
 )
-OPTIONS_IN_TRAINER = "Give the adapter's options to LoRACallback, or call load_adapter(model, path) before fit."
+OPTIONS_IN_TRAINER = (
+    "Leave them out of LoRACallback: they are then the checkpoint's, where it is a local file. If the model was "
+    "injected before, call unload(model) first."
+)
 # Takes a mapping in a checkpoint and the keys that lead to it. Returns a new mapping, or None to keep the old one.
 Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | None]
 

@@ -56,5 +56,5 @@ def remedy_for_trainer(listing: Listing, adapter: Adapter, call_for: CallFor) ->
         return ""
     return (
         f"To quantise it as there, call {call} on the new model before the Trainer gets it, or give LoRACallback "
-        'quantize="nf4" beside the options of the first run.'
+        'quantize="nf4".'
     )

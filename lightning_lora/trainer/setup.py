@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..config import LoRAConfig
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.inject import begin_injection, random_seed
 from ..model.quantise import quantise_
 from ..model.rebuilt_modules import adopt_layers
 from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_only
 from .checkpoint_hooks import save_as
+from .checkpoint_options import complete_options, options_in_checkpoint
 from .cli_optimizer import adapt_cli_optimizer
 from .compatibility import refuse_composition, refuse_other_options, refuse_unlike_processes, warn_of_part
 from .options import Options, seed_text
@@ -38,9 +40,11 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedMo
             load_plain_weights_only(module)
             return None
         forget_merging(module)
-    seed = trainer.strategy.broadcast(random_seed())  # also where this process alone is injected already
+    saved = options_in_checkpoint(trainer) if handle is None else None
+    seed, saved = trainer.strategy.broadcast((random_seed(), saved))  # also where this process alone is injected
     if handle is None:
-        handle = _inject(module, options, seed)
+        config = options.config if saved is None else complete_options(options.config, options.given, saved)
+        handle = _inject(module, options, config, seed)
     else:
         _adopt(trainer, handle, options)
     refuse_unlike_processes(trainer, handle)
@@ -51,13 +55,16 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedMo
     return handle
 
 
-def _inject(module: Any, options: Options, seed: str) -> AdaptedModel:
-    """Inject the module, and return its handle. In place. `seed` is for adapters whose options give none."""
+def _inject(module: Any, options: Options, config: LoRAConfig, seed: str) -> AdaptedModel:
+    """Inject the module with the options of `config`, and return its handle. In place.
+
+    `seed` is for adapters whose options give none.
+    """
     listing = Listing(module)
     convert_linear_layers_(listing)
     if options.quantize is not None:
-        quantise_(listing, options.quantize, options.config)
-    handle = begin_injection(listing, options.config, seed=seed_text(options) or seed, given=options.given)
+        quantise_(listing, options.quantize, config)
+    handle = begin_injection(listing, config, seed=seed_text(options) or seed, given=options.given)
     handle.record.quantize = options.quantize
     return handle
 

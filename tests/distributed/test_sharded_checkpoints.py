@@ -101,7 +101,7 @@ def test_naive_callback_cannot_resume_a_sharded_run(tmp_path, whole, strict):
 def evaluate(path: Path, save: str, whole: bool, name: str, stage: str) -> float:
     torch.manual_seed(9)
     model = Sharded()
-    trainer = model_parallel(path, lora(save=save), whole=whole)
+    trainer = model_parallel(path, LoRACallback(save=save), whole=whole)
     getattr(trainer, stage)(model, data()[1], ckpt_path=path / name, verbose=False)
     return model.losses[-1]
 

@@ -229,15 +229,17 @@ class WithTrainer(Strategy):
     def parts(self) -> tuple[int, int]:
         return ranks() // self.tensor, rank() // self.tensor
 
-    def start(self, path: Path, **options: Any) -> L.Trainer:
+    def start(self, path: Path, source: Path | None, **options: Any) -> L.Trainer:
+        """A Trainer; one that loads a checkpoint has the options from there."""
         saves = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)
-        return self.trainer(path, LoRACallback(**OPTIONS), saves, enable_checkpointing=True, **options)
+        lora = LoRACallback(**({} if source else OPTIONS))
+        return self.trainer(path, lora, saves, enable_checkpointing=True, **options)
 
     def fit(self, path: Path, source: Path | None, seed: int, fault: str) -> tuple[nn.Module, Run]:
         torch.manual_seed(seed)
         model = self.model()
         model.fault, error = fault, ""
-        trainer = self.start(path, max_epochs=BREAKS_IN + 1 if fault else EPOCHS)
+        trainer = self.start(path, source, max_epochs=BREAKS_IN + 1 if fault else EPOCHS)
         with warnings_of_ours() as said:
             try:
                 trainer.fit(model, *self.data(), ckpt_path=source)
@@ -247,7 +249,7 @@ class WithTrainer(Strategy):
 
     def evaluate(self, path: Path, source: Path) -> Run:
         torch.manual_seed(9)
-        model, trainer = self.model(), self.start(path)
+        model, trainer = self.model(), self.start(path, source)
         trainer.validate(model, self.data()[1], ckpt_path=source, verbose=False)
         return Run(model.losses, model.merged, self.state(trainer))
 

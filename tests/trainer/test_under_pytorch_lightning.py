@@ -59,10 +59,8 @@ LIVES = {
         "test_layers_built_anew_in_each_stage_are_adapted_anew",
         "test_the_model_from_before_training_comes_back_exactly",
     ],
-    "trainer/test_resume": [
-        "test_resuming_equals_the_uninterrupted_run",
-        "test_run_resumed_with_another_kind_equals_the_uninterrupted_one",
-    ],
+    "trainer/test_checkpoint_options": ["test_checkpoint_is_found_however_the_trainer_is_told"],
+    "trainer/test_resume": ["test_run_resumed_with_another_kind_equals_the_uninterrupted_one"],
     "trainer/test_saving": ["test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run"],
     "trainer/test_log_statistics": [
         "test_csv_columns_have_the_numbers_of_every_nth_step",
@@ -79,7 +77,7 @@ SLOW = {  # they take longest; hooks, resuming and the command line have shorter
     "test_resumed_run_equals_the_uninterrupted_one",
     "test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right",
     "test_disable_adapter_and_unload_after_fits_give_a_fresh_model_wherever_its_layers_were_built",
-    "test_resuming_equals_the_uninterrupted_run",
+    "test_checkpoint_is_found_however_the_trainer_is_told",
     "test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run",
     "test_validation_sees_the_averaged_adapter",
 }
