@@ -134,8 +134,10 @@ def _different_beginnings(one: str, other: str) -> tuple[str, str]:
 
 def _are_equal(adapter: Adapter, layer: str, other: str) -> bool:
     values, others = adapter.stored(layer), adapter.stored(other)
-    return values.keys() == others.keys() and all(
-        not values[leaf].is_meta and torch.equal(values[leaf], others[leaf]) for leaf in values
+    if values.keys() != others.keys() or any(value.is_meta for value in values.values()):
+        return False
+    return all(
+        value.device == others[leaf].device and torch.equal(value, others[leaf]) for leaf, value in values.items()
     )
 
 
