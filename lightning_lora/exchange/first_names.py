@@ -37,7 +37,8 @@ def by_first_names(names: Names, adapter: Adapter) -> Adapter:
     if not names.later:
         return adapter
     aliases = [name for name in adapter.layers() if names.first(name) != name]
-    renamed = adapter.with_names(names.first)
+    # each name of a shared module has foreign entries of its own
+    renamed = replace(adapter.with_names(names.first), foreign=adapter.foreign)
     if not aliases or adapter.config is None:
         return renamed
     return replace(renamed, config=without_aliases(adapter.config, aliases))
