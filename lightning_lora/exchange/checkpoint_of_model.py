@@ -22,7 +22,7 @@ from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.foreign_state import foreign_entries, foreign_names, unchanged_state, with_foreign
 from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.state_dict import mark_merged, merge_state_dict
-from ..names import META, canonical, names_factor, split_factor_name
+from ..names import META, canonical, names_factor, parent_names, split_factor_name
 from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import adapted_layers
 from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
@@ -266,7 +266,8 @@ def _prepare_full(
     """Check and complete a full checkpoint, and record its initial values. It brings a base: no fingerprint is kept."""
     metadata = metadata_of(checkpoint["state_dict"])
     state = by_canonical_names(checkpoint["state_dict"])
-    missing = [name for name in live.tensors if name not in state]
+    in_pieces = {outer for name in adapter.foreign.values for outer in parent_names(name)}  # weights of quanto's layers
+    missing = [name for name in live.tensors if name not in state and name not in in_pieces]
     left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
     complete = replace(add_frozen_weights(live, adapter), fingerprint=left_out)
     check_adapter(live, names, complete, values_follow=values_follow, remedy=OPTIONS_IN_TRAINER)
