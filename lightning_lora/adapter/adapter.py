@@ -12,6 +12,7 @@ import torch
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import PREFIX, names_factor, parent_names, rename_keys, split_factor_name
+from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import ATTENTION_WEIGHTS
 from ..nn.variant import Acting, Place, Variant, known_variants, rows_leaf, variant_of, variant_with
 from .values import describe_value, holds_numbers
@@ -47,6 +48,7 @@ class Adapter:
         fan_in_fan_out: weights of unknown kind are stored (in, out), as PEFT says of transformers' Conv1D.
         weightless: the names of modules without weights that end like an adapted layer's name, so far as known.
             target_modules that name layers by their ends must not take these.
+        foreign: what modules wrote into state_dict() beside parameters, buffers and extra state.
         assumed_order: the order of single parameters, by module, by which PEFT's names were read without a model.
         perhaps_base: names of tensors in the source that may have the base's values. Only a model tells whether they
             have. Without one they are in the fingerprint and not in `tensors`; see without_base.
@@ -70,6 +72,7 @@ class Adapter:
     peft_rows: bool = False
     peft_version: str | None = None
     weightless: frozenset[str] = frozenset()
+    foreign: ForeignEntries = field(default_factory=ForeignEntries)
     assumed_order: Sequence[Sequence[str]] = ()
 
     def __repr__(self) -> str:
@@ -250,6 +253,7 @@ class Adapter:
             tied=rename_keys({table: first for table, first in tied.items() if first is not None}, new_table),
             perhaps_base=frozenset(rename_keys(dict.fromkeys(self.perhaps_base), new_name)),
             weightless=frozenset(rename_keys(dict.fromkeys(self.weightless), new_name)),
+            foreign=self.foreign.with_names(new_name),
         )
 
     def without_layers(self, layers: Collection[str]) -> Adapter:

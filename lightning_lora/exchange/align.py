@@ -9,12 +9,15 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import without_base
+from ..adapter.metadata import without
 from ..formats.pretrained_names import align_to_networks
 from ..model.adapted_model import Listing
+from ..model.foreign_state import foreign_entries
 from ..model.live_state import LiveState, original_value
 from ..model.pretrained import pretrained_models, tied_to_input
 from ..names import names_factor
 from ..nn.adapted_module import is_factor
+from ..nn.foreign_entries import ForeignEntries
 from ..nn.parameter import weights_of
 from ..nn.variant import rows_leaf
 from .first_names import Names
@@ -60,6 +63,17 @@ def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
         else:
             base.add(name)
     return without_base(adapter, base)
+
+
+def split_off_foreign(live: LiveState, adapter: Adapter) -> Adapter:
+    """Take what modules of this model write of their own out of a source's tensors, as of a state dict."""
+    unknown = adapter.tensors.keys() - live.tensors.keys()
+    known = foreign_entries(live.handle) if unknown else ForeignEntries()
+    values = {name: adapter.tensors[name] for name in unknown & known.values.keys()}
+    if not values:
+        return adapter
+    foreign = ForeignEntries({**adapter.foreign.values, **values}, {**known.versions, **adapter.foreign.versions})
+    return replace(adapter, tensors=without(adapter.tensors, values), foreign=foreign)
 
 
 def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:

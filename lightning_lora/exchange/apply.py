@@ -21,15 +21,17 @@ from ..formats.peft_attention import refuse_conv1d_of_model
 from ..formats.peft_stacks import stacks_as_in_model
 from ..matching import matcher
 from ..model.adapted_model import AdaptedModel, Listing
+from ..model.foreign_state import foreign_entries, load_foreign_
 from ..model.inject import inject_to_load, unload
 from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.quantise import call_that_quantises, quantise_named_
 from ..model.targets import Targets
 from ..names import listed
+from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import CONV1D
 from ..nn.writer import Turn
-from .align import add_frozen_weights, align_names, record_trained, split_off_base
+from .align import add_frozen_weights, align_names, record_trained, split_off_base, split_off_foreign
 from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, specs_for
 from .quantised_base import missing_call, plain_here, quantised_in_training, remedy_for_load
@@ -56,10 +58,12 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
     factors = [factor for layer, spec in specs_before.items() for factor, _ in layer.shapes_by(spec)]
     memory = [(factor, factor.data, factor.grad) for factor in factors]
     values_before = _values_now(live, adapter.tensors)
+    foreign_before = copy.deepcopy(foreign_entries(handle)) if adapter.foreign.values else ForeignEntries()
     try:
         record_trained(live, adapter)
         _take_specs_(handle, adapter, specs or {})
         _write_(live, adapter.tensors)
+        load_foreign_(live, adapter.foreign)
         handle.record_trainable(expected=True)
         if merge_after:
             merge_listed(handle)
@@ -72,6 +76,7 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
             factor.data = data
             factor.grad = gradient
         _write_(live, values_before)
+        load_foreign_(live, foreign_before)
         raise
 
 
@@ -149,7 +154,7 @@ def apply_adapter(
                 unmerge_listed(handle)  # at once: reading W out of W' takes as long
             adapter = _as_in_model(adapter, handle.kinds)
             live = open_state(handle)
-            adapter = add_frozen_weights(live, split_off_base(live, adapter))
+            adapter = add_frozen_weights(live, split_off_base(live, split_off_foreign(live, adapter)))
             specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
             check_adapter(live, names, adapter, specs=specs)
             present = check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)

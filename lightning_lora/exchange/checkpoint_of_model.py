@@ -19,12 +19,14 @@ from ..errors import LoRAError, NonFiniteError
 from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names, checkpoint_metadata, in_one_storage
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
+from ..model.foreign_state import foreign_entries, foreign_names, unchanged_state, with_foreign
 from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.state_dict import mark_merged, merge_state_dict
-from ..names import META, canonical, names_factor, split_factor_name
+from ..names import META, canonical, names_factor, parent_names, split_factor_name
 from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import adapted_layers
-from ..nn.quantised_state import quantisation_entries, unchanged_weight
+from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
+from ..nn.quantised_state import quantisation_entries
 from ..nn.writer import KEEP_MERGED, Reading
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
@@ -61,9 +63,11 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
 
 def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
     handle, record = live.handle, live.handle.record
-    own_names = {canonical(name): name for name in checkpoint["state_dict"]}
-    state = checkpoint["state_dict"] = by_canonical_names(checkpoint["state_dict"])
-    adapter = describe(live, "checkpoint")
+    whole = checkpoint["state_dict"]
+    own_names = {canonical(name): name for name in whole}
+    state = checkpoint["state_dict"] = by_canonical_names(whole)
+    foreign = foreign_of(whole, foreign_names(handle, whole, live.tensors.keys()))
+    adapter = replace(describe(live, "checkpoint"), foreign=foreign)
     trained, sharded = set(live.keys), any(holds_shards(each) or owns_flat(each) for _, each in handle.modules)
     if not sharded:
         adapter = _without_left_out(live, adapter, state, trained, kind)
@@ -84,12 +88,12 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
         dtype = dequantize_dtype(record.dequantize, "checkpoint")
         checkpoint["state_dict"] = state if sharded else _merge_state(handle, state, dtype)
     elif kind == "adapter":
-        tensors = {name: value for name, value in state.items() if name not in frozen}
-        checkpoint["state_dict"] = tensors if sharded else in_one_storage(tensors)
+        tensors = {name: value for name, value in state.items() if name not in frozen and name not in foreign.values}
+        checkpoint["state_dict"] = {**(tensors if sharded else in_one_storage(tensors)), **foreign.values}
     if kind != "adapter":
-        checkpoint["state_dict"] = {own_names[name]: value for name, value in checkpoint["state_dict"].items()}
-    if kind == "merged":
-        checkpoint["state_dict"] = mark_merged(checkpoint["state_dict"])
+        named = {own_names[name]: value for name, value in checkpoint["state_dict"].items()}
+        mark = mark_merged if kind == "merged" else with_metadata
+        checkpoint["state_dict"] = mark(named, metadata_of(whole))
     checkpoint[META] = meta
 
 
@@ -243,41 +247,31 @@ def prepare_for_load(
     check_fingerprint(live, complete.fingerprint, remedy=remedy)
     record_trained(live, adapter)
     live.handle.record.origin = dict(adapter.origin)
-    live_values = _live_state(live.handle) | dict(complete.tensors)
+    here = unchanged_state(live.handle)
+    live_values = {**here, **complete.tensors}
     copies = checkpoint[META].get("copies", [])  # an imported adapter has none
 
     def add_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
         named = by_canonical_names(mapping)
         is_copy = names <= named.keys() if path == ("state_dict",) else list(path) in copies
-        return {**live_values, **named} if is_copy else None
+        return with_metadata({**live_values, **named}, metadata_of(here)) if is_copy else None
 
     for key in checkpoint.keys() - {META}:
         checkpoint[key] = _replace_mappings(checkpoint[key], add_base, (key,))
     if kind == "merged" or names != adapter.tensors.keys():
         checkpoint["state_dict"] = {**live_values, **adapter.tensors}
-
-
-def _live_state(handle: AdaptedModel) -> dict[str, Any]:
-    """Return the model's state dict; loading it leaves quantised weights untouched. Nothing where weights are flat.
-
-    A strategy with flat weights loads what a checkpoint holds, and state_dict would gather the whole model.
-    """
-    if any(owns_flat(module) for _, module in handle.modules):
-        return {}
-    state, quantised = by_canonical_names(handle.model.state_dict()), quantised_weights(handle.places)
-    for name in quantisation_entries(state, quantised):
-        del state[name]
-    for name, owner in quantised.items():
-        state[name] = unchanged_weight(owner, owner._parameters[name.rpartition(".")[2]])
-    return state
+    state = with_metadata(checkpoint["state_dict"], metadata_of(here))
+    checkpoint["state_dict"] = with_foreign(live, state, adapter.foreign)
 
 
 def _prepare_full(
     live: LiveState, names: Names, checkpoint: MutableMapping[str, Any], adapter: Adapter, values_follow: bool
 ) -> None:
     """Check and complete a full checkpoint, and record its initial values. It brings a base: no fingerprint is kept."""
-    state = checkpoint["state_dict"] = by_canonical_names(checkpoint["state_dict"])
-    missing = [name for name in live.tensors if name not in state]
+    metadata = metadata_of(checkpoint["state_dict"])
+    state = by_canonical_names(checkpoint["state_dict"])
+    in_pieces = {outer for name in adapter.foreign.values for outer in parent_names(name)}  # weights of quanto's layers
+    missing = [name for name in live.tensors if name not in state and name not in in_pieces]
     left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
     complete = replace(add_frozen_weights(live, adapter), fingerprint=left_out)
     check_adapter(live, names, complete, values_follow=values_follow, remedy=OPTIONS_IN_TRAINER)
@@ -297,6 +291,7 @@ def _prepare_full(
     for name in missing:  # left out by the class that saved
         tensor, owner = live.tensors[name], live.owners[name]
         state[name] = cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
+    checkpoint["state_dict"] = with_foreign(live, with_metadata(state, metadata), adapter.foreign)
 
 
 def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
@@ -308,23 +303,25 @@ def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
         handle: of the model.
         keep: whether this rank writes files. Elsewhere tensors of the base are dropped, and come on the meta device.
     """
+    state = state_of_kind(handle)
     if handle.record.save == "adapter":
-        return gather_all(state_of_kind(handle))
+        return with_metadata(gather_all(state), metadata_of(state))
     changing = set(open_state(handle).keys)
-    return {
+    whole = {
         name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value
-        for name, value in state_of_kind(handle).items()
+        for name, value in state.items()
     }
+    return with_metadata(whole, metadata_of(state))
 
 
 def state_of_kind(handle: AdaptedModel) -> dict[str, Any]:
     """Return what a checkpoint of the model's kind holds, sharded as the model is. Collective where it is sharded."""
-    live, kind = open_state(handle), handle.record.save
-    if kind == "adapter":
-        return live.values()
-    state = original_values(live.entries)
+    live, kind, foreign = open_state(handle), handle.record.save, foreign_entries(handle)
+    state = live.values() if kind == "adapter" else original_values(live.entries)
+    state = with_metadata({**state, **foreign.values}, foreign.versions)
     if kind == "merged":
-        state = _merge_state(handle, state, dequantize_dtype(handle.record.dequantize, "checkpoint"))
+        merged = _merge_state(handle, state, dequantize_dtype(handle.record.dequantize, "checkpoint"))
+        state = with_metadata(merged, foreign.versions)
     return state
 
 
@@ -362,7 +359,7 @@ def load_whole_state_(module: nn.Module, state: Mapping[str, Any], *, strict: bo
             raise LoRAError(f"checkpoint: {name!r} must have shape {tuple(shape)}, but has {tuple(value.shape)}.")
     if not any(names_factor(name) for name in state):
         _refuse_followers(module, {id(parameter) for parameter, _ in pairs})
-    module.load_state_dict(shown, strict=strict)
+    module.load_state_dict(with_metadata(shown, metadata_of(state)), strict=strict)
     copy_all_(pairs)
 
 

@@ -38,7 +38,8 @@ def by_first_names(names: Names, adapter: Adapter) -> Adapter:
         return adapter
     aliases = [name for name in adapter.layers() if names.first(name) != name]
     scope = adapter.scope and f"{names.first(adapter.scope.removesuffix('.'))}."
-    renamed = replace(adapter.with_names(names.first), scope=scope)
+    # each name of a shared module has foreign entries of its own
+    renamed = replace(adapter.with_names(names.first), scope=scope, foreign=adapter.foreign)
     if not aliases or adapter.config is None:
         return renamed
     return replace(renamed, config=without_aliases(adapter.config, aliases))

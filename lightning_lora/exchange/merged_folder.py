@@ -21,13 +21,13 @@ from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
 from ..model.adapted_model import Listing, find_in, open_model
 from ..model.dequantize import Dequantizer, dequantize_dtype
+from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
-from ..model.named_state import state_of
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
 from ..nn.adapted_module import begin_reading_merged, is_factor
-from ..nn.adapted_weights import NamedModules, adapter_of
+from ..nn.adapted_weights import adapter_of
 from ..nn.quantised import how_quantised, shape_of
 from ..progress import progress_bar
 from .pretrained_folder import (
@@ -59,6 +59,7 @@ def save_merged(
     The folder of a transformers model, or of a LightningModule that holds one, is for from_pretrained: it has the
     network's configuration, and the tensor names of save_pretrained. Weights of the LightningModule outside of the
     network are left out. If any of these were trained, the folder holds all weights under the LightningModule's names.
+    Tensors that modules write into state_dict() of their own go along.
 
     The live weights stay as they are, merged or not. Where the model is sharded every rank calls this: each tensor is
     merged on its shards, gathered, written by the first rank and dropped. Any other model is written by each process
@@ -112,7 +113,7 @@ def _write_merged(
     """
     prefix, network = find_network(find_in(listing) or listing) or ("", None)  # the transformers model, if there is one
     dequantizer = None if dtype is None else Dequantizer(dtype)
-    state = _base_tensors(listing.places, prefix)
+    state = _base_tensors(listing, prefix)
     quantised = {name: kind for name, entry in state.items() if (kind := how_quantised(*entry))}
     if quantised and dequantizer is None:
         refuse_quantised(*next(iter(quantised.items())))
@@ -193,9 +194,11 @@ def _narrowness(part: Part) -> int:
     return -max(tensor.dtype.itemsize for tensor in part.stored.values())
 
 
-def _base_tensors(places: NamedModules, prefix: str) -> dict[str, tuple[torch.Tensor, nn.Module]]:
-    tensors = {}
-    for name, tensor, module in state_of(places):
+def _base_tensors(listing: Listing, prefix: str) -> dict[str, tuple[torch.Tensor, nn.Module]]:
+    tensors, nobody = {}, nn.Module()
+    foreign = foreign_entries(listing).values.items()
+    written = ((name, value if isinstance(value, torch.Tensor) else None, nobody) for name, value in foreign)
+    for name, tensor, module in (*listing.state(), *written):
         if not name.startswith(prefix):
             continue
         if tensor is None or tensor.dtype not in NAMES:

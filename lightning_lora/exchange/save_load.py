@@ -93,7 +93,8 @@ def take_adapter(model: nn.Module) -> Adapter:
     handle = open_model(model, "take_adapter")
     with Reading("take_adapter", [handle.record.writer], KEEP_ADAPTER) as reading:
         shared = adapter_of_model(LiveState(handle), "take_adapter")
-        adapter = replace(shared, tensors=_copied(shared.tensors))
+        foreign = replace(shared.foreign, values=_copied(shared.foreign.values))
+        adapter = replace(shared, tensors=_copied(shared.tensors), foreign=foreign)
         reading.check()
     return adapter
 

@@ -28,6 +28,7 @@ from ..config import LoRAConfig
 from ..distributed.sharding import gather_all
 from ..matching import naming_some
 from ..model.adapted_model import AdaptedModel, open_model
+from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState, open_state, original_value
 from ..model.pretrained import base_name, pretrained_models, tied_to_input
@@ -54,7 +55,7 @@ def adapter_of_model(live: LiveState, verb: str) -> Adapter:
     """
     description = describe(live, verb)
     warn_of_untrained(live.handle, stacklevel=5)
-    adapter = replace(description, tensors=gather_all(live.values()))
+    adapter = replace(description, tensors=gather_all(live.values()), foreign=foreign_entries(live.handle))
     check_factors(adapter, verb)
     return adapter
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _IncompatibleKeys
 
 from ..errors import LoRAError, sentence
 from ..files.inert_pickle import find_placeholder
@@ -96,7 +97,6 @@ def _build(cls: Any, path: PathLike, content: Mapping[str, Any], options: Mappin
     """
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
         warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
         stack.enter_context(_loading_nothing(cls))
         stack.enter_context(_naming_checkpoint(cls, path))
@@ -151,13 +151,18 @@ def _loading_nothing(cls: Any) -> Iterator[None]:
 
 
 def _emptying(own: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """Return an on_load_checkpoint that calls the class's own and then empties the state dict, so nothing is loaded."""
+    """Return an on_load_checkpoint that calls the class's own, and then lets the next load_state_dict do nothing."""
 
     @functools.wraps(own)
     def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
+        def load_nothing(*args: Any, **kwargs: Any) -> Any:
+            del vars(module)["load_state_dict"]
+            return _IncompatibleKeys([], [])
+
         own(module, checkpoint)
         if getattr(type(module), LOAD) is on_load_checkpoint:  # a derived class's, which called this, may go on
             checkpoint["state_dict"] = {}
+            vars(module)["load_state_dict"] = load_nothing  # a module's own may ask for entries that it wrote
 
     return on_load_checkpoint
 

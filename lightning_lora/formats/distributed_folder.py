@@ -12,7 +12,7 @@ A strategy's number of processes does not matter. The shards of optimizers are n
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..files.inert_pickle import find_placeholder
 from ..files.paths import PathLike, kind_of
 from ..files.shards import DESCRIPTION, STATE, Entry, ShardedFolder
 from ..files.torch_archive import read_torch_file, refuse_objects
-from ..names import META, names_factor
+from ..names import META, canonical, names_factor
 from .deepspeed_folder import file_beside_engine
 from .hyper_parameters import HYPER_PARAMETERS
 from .peft_names import are_peft_names
@@ -116,6 +116,14 @@ def read_for_resume(path: Path, *, trusted: bool, optimizers: bool) -> tuple[dic
     return checkpoint, [states[key] for key in sorted(states, key=lambda key: (len(key), key))]
 
 
+def read_entries(path: Path, names: Collection[str]) -> dict[str, Any]:
+    """Read entries of the model's state from a distributed checkpoint, by their names without wrappers' segments."""
+    folder = ShardedFolder(path)
+    of_state = {name: e.keys[1] for name, e in folder.entries.items() if e.keys[0] in STATES and len(e.keys) > 1}
+    read = folder.nested(folder.read([name for name, key in of_state.items() if canonical(str(key)) in names]))
+    return {canonical(str(name)): value for state in read.values() for name, value in state.items()}
+
+
 def _read_folder(
     path: Path, *, trusted: bool = False, values: bool = True, before_torch: bool = False
 ) -> dict[str, Any]:
@@ -147,7 +155,8 @@ def _read_shards(folder: ShardedFolder, *, values: bool) -> dict[Any, Any]:
     described = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         for name, entry in entries.items()
-        if entry.dtype is not None and len(entry.keys) <= 2  # of optimizers nothing is needed
+        if entry.dtype is not None
+        and (len(entry.keys) <= 2 or entry.keys[0] in STATES)  # of optimizers nothing is needed
     }
     return folder.nested(described | folder.read(read))
 

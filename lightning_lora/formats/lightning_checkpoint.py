@@ -20,13 +20,15 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
 from ..adapter.file_options import readable_options
-from ..adapter.metadata import from_metadata, to_metadata
+from ..adapter.metadata import from_metadata, to_metadata, without
 from ..errors import LoRAError, shown
 from ..names import META, canonical
+from ..nn.foreign_entries import ForeignEntries
 from ..nn.quantised_state import quantisation_entries
 
 FORMAT_VERSION = 1
 LIGHTNING_VERSION = "pytorch-lightning_version"  # an entry of every checkpoint of Lightning's, which its readers need
+FOREIGN = "foreign"  # in the metadata: the names of foreign entries in state_dict, and the versions of their modules
 
 Kind = Literal["adapter", "merged", "full"]
 
@@ -48,9 +50,11 @@ def _is_kind(value: object) -> bool:
 
 def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
     """Return what checkpoint["lora"] holds in each kind: the format's version, the kind, the adapter's metadata."""
+    foreign = {"names": list(adapter.foreign.values), "versions": dict(adapter.foreign.versions)}
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,
+        **({FOREIGN: foreign} if adapter.foreign.values else {}),
         **to_metadata(replace(adapter, config=readable_options(adapter))),
     }
 
@@ -76,13 +80,27 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
     if not isinstance(tensors, Mapping):
         raise LoRAError('checkpoint["lora"]: the tensors are missing; the file is damaged.')
-    tensors = by_canonical_names(tensors)
-    adapter = from_metadata(tensors, meta, 'checkpoint["lora"]')
+    foreign = _foreign_in(checkpoint, meta.get(FOREIGN))
+    tensors = without(by_canonical_names(tensors), foreign.values)
+    adapter = replace(from_metadata(tensors, meta, 'checkpoint["lora"]'), foreign=foreign)
     if kind == "full":
         base = adapter.fingerprint.keys() | quantisation_entries(tensors, adapter.fingerprint)
         adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in base})
     check_factors(adapter, 'checkpoint["lora"]')
     return adapter, kind
+
+
+def _foreign_in(checkpoint: Mapping[str, Any], described: Any) -> ForeignEntries:
+    """Return the entries of a checkpoint's state_dict that its metadata names as foreign."""
+    if described is None:
+        return ForeignEntries()
+    state = by_canonical_names(checkpoint.get("state_dict") or {})
+    try:
+        return ForeignEntries({name: state[name] for name in described["names"]}, dict(described["versions"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise LoRAError(
+            f'checkpoint["lora"]: what it says of foreign entries of the state_dict is damaged: {error!r}.'
+        ) from error
 
 
 def in_one_storage(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ..files.atomic import new_folder
 from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
-from ..names import A, B, parent_names
+from ..names import A, B, listed, parent_names
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE, TRANSPOSED_EXPERTS
 from ..nn.variant import Variant
 from ..notices import tell
@@ -95,6 +95,11 @@ def write_folder(
     extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
     if extra:
         warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=3)
+    if adapter.foreign.values:
+        tell(
+            f"lightning_lora: {path}: {listed(list(adapter.foreign.values))} is left out: a module wrote it into "
+            "state_dict() of its own, which PEFT's format has no place for. A checkpoint holds it."
+        )
     if adapter.pretrained:
         tell(_names_of_whole(adapter, path))
     content = folder_content(adapter, frozen, plain=plain)

@@ -7,7 +7,6 @@ still refuses everything else.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -28,12 +27,14 @@ from ..nn.adapted_weights import (
     adapters_in,
     layer_adapter,
 )
+from ..nn.foreign_entries import metadata_of, with_metadata
 from ..nn.quantised_state import load_quantisation_, quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
 from ..nn.writer import KEEP_ADAPTER, KEEP_MERGED, Reading
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, open_model
 from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
+from .foreign_state import foreign_entries, foreign_names
 from .gradients import warn_of_untrained
 from .initial_values import record_loaded
 from .live_state import open_state, original_values
@@ -62,6 +63,8 @@ def base_keys(listing: Listing) -> list[str]:
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return all that training can change, by the names of the state dict: detached tensors in the model's memory.
 
+    What modules write into state_dict() of their own, as persistent metrics do, is in it as they write it.
+
     Collective where DeepSpeed's stage 3 or FSDP1 divides the model: its tensors are gathered.
 
     Raises:
@@ -78,9 +81,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     with Reading("adapter_state_dict", [handle.record.writer], KEEP_ADAPTER) as reading:
         refuse_replaced_layers(handle, "adapter_state_dict")
         warn_of_untrained(handle)
-        state = without_flat(open_state(handle).values())
+        state, foreign = without_flat(open_state(handle).values()), foreign_entries(handle)
         reading.check()
-    return state
+    return with_metadata(state | dict(foreign.values), foreign.versions) if foreign.values else state
 
 
 def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> dict[str, Any]:
@@ -112,7 +115,8 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
     with Reading("merged_state_dict", [handle.record.writer], KEEP_MERGED) as reading:
         refuse_replaced_layers(handle, "merged_state_dict")
         warn_of_untrained(handle)
-        state = mark_merged(without_flat(merge_state_dict(handle, _state_to_merge(handle), dtype)))
+        whole = _state_to_merge(handle)
+        state = mark_merged(without_flat(merge_state_dict(handle, whole, dtype)), metadata_of(whole))
         reading.check()
     return state
 
@@ -123,7 +127,9 @@ def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:
     if any(owns_flat(module) for _, module in handle.modules):
         return original_values(entries)
     flat = original_values(entry for entry in entries if entry[1] is not None and is_flat(entry[1]))
-    return {canonical(name): value for name, value in handle.model.state_dict().items()} | flat
+    state = handle.model.state_dict()
+    metadata = {canonical(name): version for name, version in metadata_of(state).items()}
+    return with_metadata({canonical(name): value for name, value in state.items()} | flat, metadata)
 
 
 def without_flat(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,11 +137,9 @@ def without_flat(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: full_tensor(value) if is_flat(value) else value for name, value in state.items()}
 
 
-def mark_merged(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict of merged weights that says so: a model with an adapter refuses to load it."""
-    marked = OrderedDict(state)
-    marked._metadata = {"": {_MERGED: True}}  # type: ignore[attr-defined]
-    return marked
+def mark_merged(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict of merged weights whose metadata says so: a model with an adapter refuses to load it."""
+    return with_metadata(state, {**metadata, "": {**metadata.get("", {}), _MERGED: True}})
 
 
 def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -154,7 +158,9 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
     """
     refuse_unmergeable(listing, dtype)
     quantised = {name: module for name, module in quantised_weights(listing.places).items() if name in state}
-    plain = {name: state[name] for name in base_keys(listing) if name in state}
+    owners = {name: module for name, _, module in listing.state()}
+    plain = {name: state[name] for name, module in owners.items() if name in state and not is_factor(name, module)}
+    plain |= {name: state[name] for name in foreign_names(listing, state, owners)}
     sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
     if dtype is None:
         plain |= {name: state[name] for name in quantisation_entries(state, quantised)}

@@ -29,9 +29,11 @@ from ..errors import LoRAError
 from ..exchange.checkpoint_of_model import gathered_state, state_of_kind
 from ..formats.lightning_checkpoint import by_canonical_names
 from ..model.adapted_model import AdaptedModel, Listing, find_model
+from ..model.foreign_state import foreign_names, load_foreign_
 from ..model.live_state import LiveState
 from ..model.patches import call_previous, is_patched, patch
 from ..names import META, canonical, names_factor
+from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
 from .distributed_resume import (
     accept_folders,
     check_complete,
@@ -603,7 +605,8 @@ def _load_model_state_dict(
     state = by_canonical_names(checkpoint["state_dict"])
     if META not in checkpoint:
         check_complete(handle, set(state), "LoRACallback: the checkpoint at ckpt_path")
-    _write_state_(handle, state)
+    versions = {canonical(name): version for name, version in metadata_of(checkpoint["state_dict"]).items()}
+    _write_state_(handle, with_metadata(state, versions))
     if module.trainer.state.fn != "fit":
         return
     states = checkpoint.get("optimizer_states") or ()  # empty, where a folder of shards holds none
@@ -622,6 +625,7 @@ def _write_state_(handle: AdaptedModel, state: Mapping[str, Any]) -> None:
             cast(Any, live.owners[name]).set_extra_state(value)
     pairs = ((live.tensors.get(name), value) for name, value in state.items())
     copy_all_([(tensor, value) for tensor, value in pairs if tensor is not None])
+    load_foreign_(live, foreign_of(state, foreign_names(handle, state, live.tensors.keys())))
     for layer in handle.layers.values():
         layer.weight_changed()
 

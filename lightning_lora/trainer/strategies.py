@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,19 @@ from ..errors import LoRAError
 from ..exchange.apply import apply_adapter
 from ..exchange.checkpoint_of_model import prepare_for_load
 from ..formats.deepspeed_folder import file_beside_engine
-from ..formats.distributed_folder import holds_optimizers, is_of_fsdp1, read_without_values
+from ..formats.distributed_folder import holds_optimizers, is_of_fsdp1, read_entries, read_without_values
 from ..formats.lightning_checkpoint import adapter_of
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
+from ..model.foreign_state import foreign_names, load_foreign_
 from ..model.initial_values import snapshot_materialised
+from ..model.live_state import LiveState
 from ..model.patches import call_previous, patch
 from ..model.quantise import call_that_quantises
 from ..model.state_dict import adapter_keys, merge_state_dict
 from ..names import META, canonical
 from ..nn.adapted_weights import AdaptedWeights
+from ..nn.foreign_entries import ForeignEntries
 from .checkpoint_hooks import refuse_foreign_resume
 from .deepspeed import prepare_deepspeed
 from .distributed_resume import (
@@ -70,7 +74,8 @@ def _state_dict(strategy: Any, previous: Callable[[], Any] | None) -> Any:
 
     def of_kind(state: Mapping[str, Any]) -> Mapping[str, Any]:
         if handle is not None and kind == "adapter":
-            return {name: state[name] for name in adapter_keys(handle)}
+            known = {name for name, _, _ in handle.state()}
+            return {name: state[name] for name in (*adapter_keys(handle), *foreign_names(handle, state, known))}
         if handle is not None and kind == "merged":
             return merge_state_dict(handle, state, dequantize_dtype(handle.record.dequantize, "checkpoint"))
         return state
@@ -98,9 +103,10 @@ def _load_checkpoint(
     if adapter is None:
         refuse_foreign_resume(module, checkpoint, loaded)
         check_complete(handle, loaded, path)
-    prepare_for_load(
-        module, checkpoint, values_follow=True, call_for=call_that_quantises
-    )  # raises where it does not fit
+    # raises where it does not fit
+    prepare_for_load(module, checkpoint, values_follow=True, call_for=call_that_quantises)
+    foreign = adapter.foreign if adapter is not None else ForeignEntries()
+    loaded -= foreign.values.keys()  # Lightning takes tensors alone, of the sizes that the model has now
     copies, passed_over = [], dict[str, nn.Module]()
     if kind == "merged":
         passed_over = quantised_weights(handle.places)  # they are plain in the file, and stay as they are here
@@ -123,11 +129,19 @@ def _load_checkpoint(
         for layer, leaf, values in copies:  # looked up again: loading may have replaced the parameters
             local(layer.adapted_weights()[leaf]).copy_(values)
     if kind == "merged" and adapter is not None:
-        apply_adapter(handle, adapter)
+        apply_adapter(handle, replace(adapter, foreign=ForeignEntries()))
+    load_foreign_(LiveState(handle), _with_values(foreign, path))
     if module.trainer.state.fn == "fit" and path.is_file():
         _load_optimizers_(strategy, content.get("optimizer_states", ()))
     content.pop(META, None)  # so that the module's on_load_checkpoint does not do this again
     return content
+
+
+def _with_values(foreign: ForeignEntries, path: Path) -> ForeignEntries:
+    """Return foreign entries of a file as they are, and those of a folder with values."""
+    if not foreign.values or not path.is_dir():
+        return foreign
+    return replace(foreign, values=read_entries(path, foreign.values))
 
 
 def _refuse_folder_of_fsdp1(path: Path) -> None:
