@@ -22,7 +22,7 @@ ONE_CHOICE = {"variant", *VARIANTS}  # to give one of these options is to give t
 def options_in_checkpoint(trainer: Any) -> LoRAConfig | None:
     """Return the options of the adapter in the checkpoint that a Trainer in setup is about to load.
 
-    No values of tensors are read, and no code of the file is run.
+    The base's values are not read, and no code of the file is run.
 
     Returns:
         None where the Trainer loads no checkpoint, or one without an adapter, or none on this machine, or one that

@@ -310,5 +310,6 @@ def test_a_trainer_saves_and_resumes_all_layers_by_its_name(tmp_path: Path):
     assert torch.equal(resumed.conv.lora_B, whole.conv.lora_B)
     assert resumed.conv.lora_B.any()
     wanted = r"target_modules was 'all-layers', now 'all-linear'"
+    given = LoRACallback(target_modules="all-linear")
     with pytest.raises(LoRAError, match=wanted):
-        fit(tmp_path / "third", 2, LoRACallback(r=1), ckpt_path=tmp_path / "first" / "last.ckpt")
+        fit(tmp_path / "third", 2, given, ckpt_path=tmp_path / "first" / "last.ckpt")
