@@ -32,6 +32,10 @@ from lightning_lora import (
 from support.runs import lora, trained
 from support.training import FEATURES, Data, Net, assert_same_tensors, make_trainer
 
+pytestmark = pytest.mark.filterwarnings(  # of torch.ao's quantised tensors
+    "ignore:torch.quantize_per_tensor, torch.quantize_per_channel", "ignore:TypedStorage is deprecated"
+)
+
 SAVED, BUILT = 7, 3  # what is marked in the model that is saved, and in each new one
 
 
@@ -69,23 +73,27 @@ class PersistentMetrics(Marked):
 
 
 class PackedLinear(nn.Module):
-    """A frozen layer of another library: neither parameters nor buffers, and an entry that is no tensor."""
+    """A frozen layer of another library: no parameters, no buffers, an entry that is no tensor, and one of autograd's.
+
+    hqq's HQQLinear keeps a scale that was computed from a weight with gradients.
+    """
 
     _version = 3
 
     def pack(self, number: int) -> None:
-        self.codes, self.meta = torch.full((FEATURES, FEATURES), number, dtype=torch.uint8), {"scale": 1 / number}
+        self.codes, self.meta = torch.full((FEATURES, FEATURES), number, dtype=torch.uint8), {"bits": number}
+        self.scale = nn.Parameter(torch.ones(())) / number
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ (self.codes.float() * self.meta["scale"])
+        return x @ (self.codes.float() * self.scale.detach())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "codes"], destination[prefix + "meta"] = self.codes, self.meta
+        destination |= {prefix + "codes": self.codes, prefix + "meta": self.meta, prefix + "scale": self.scale}
 
     def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *args: Any) -> None:
         assert metadata["version"] == 3
-        self.codes, self.meta = state.pop(prefix + "codes"), state.pop(prefix + "meta")
+        self.codes, self.meta, self.scale = (state.pop(prefix + name) for name in ("codes", "meta", "scale"))
         super()._load_from_state_dict(state, prefix, metadata, *args)
 
 
@@ -107,7 +115,7 @@ class OwnSaveToStateDict(InFront):
         self.front.pack(number)
 
     def marked(self) -> Any:
-        return self.front.codes.tolist(), self.front.meta
+        return self.front.codes.tolist(), self.front.meta, self.front.scale.item()
 
 
 class TorchQuantised(InFront):
