@@ -77,7 +77,8 @@ class Adapter:
     def __repr__(self) -> str:
         layers, origin = self.layers(), self.origin.get("base_model_name_or_path")
         ranks = sorted({self.variant.rank(self.stored(layer)) for layer in layers if not layer_fault(self, layer)})
-        values = sum(value.numel() for value in self.tensors.values() if isinstance(value, torch.Tensor))
+        tensors = (*self.factors(), *self.beside_factors().values())
+        values = sum(value.numel() for value in tensors if isinstance(value, torch.Tensor))
         parts = [f"r={' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"] if ranks else []
         parts += [f"{len(layers)} layer{'s' * (len(layers) != 1)}", f"{values:,} values"]
         parts += [f"base {origin!r}"] if origin else []
@@ -189,6 +190,13 @@ class Adapter:
         """Return whether the name is that of a parameter that is adapted by itself, and not of a layer."""
         leaf = self.variant.trained[0]
         return self.factor_name(layer, leaf) != f"{layer}.{leaf}".lstrip(".")
+
+    def factors(self) -> list[Any]:
+        """Return the tensors that adapt something, trained rows too; those that layers share are there once."""
+        shared = self.variant.shared
+        named = ((leaf, name) for names in self.own_names.values() for leaf, name in names.items())
+        once = {leaf if leaf in shared else name: name for leaf, name in named}
+        return [self.tensors[name] for name in once.values()]
 
     def rows(self) -> dict[str, Any]:
         """Return the trained rows of each table, by its name."""

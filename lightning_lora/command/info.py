@@ -98,8 +98,7 @@ def _adapter_kind(path: PathLike) -> str:
 
 
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:
-    layers = adapter.layers()
-    factors = [*(tensor for name in layers for tensor in adapter.stored(name).values()), *adapter.rows().values()]
+    layers, factors = adapter.layers(), adapter.factors()
     whole = {name: value for name, value in adapter.beside_factors().items() if isinstance(value, torch.Tensor)}
     layers_info = _each("measuring", layers, lambda name: _layer_info(adapter, name))
     return {

@@ -97,9 +97,10 @@ def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind, live
     now = without_rows(fingerprint_entries((name, frozen[name]) for name in at_fit_start), rows_without_values(live))
     moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name], AVERAGED)]
     if moved:
+        weights = {id(live.tensors.get(name, name)) for name in moved}  # a tied weight has several names
         warnings.warn(
             f"lightning_lora: checkpoint: {moved[0]!r} is frozen and has changed since the first fit began "
-            f"({len(moved)} such weights), as those of a momentum encoder do. Whoever resumes or loads a checkpoint "
+            f"({len(weights)} such weights), as those of a momentum encoder do. Whoever resumes or loads a checkpoint "
             f'saved with save={kind!r} gets it as it was then; save="full" keeps it. A new base comes '
             "by load_state_dict, or by inject on a new model.",
             stacklevel=2,

@@ -22,7 +22,7 @@ from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..matching import matcher
 from ..names import A, B, listed
-from ..nn.low_rank import CONVOLUTIONS, HALF, to_block_diagonal
+from ..nn.low_rank import CONVOLUTIONS, GROUPED_CONV, HALF, to_block_diagonal
 from ..nn.variant import Acting
 
 
@@ -75,6 +75,9 @@ def _problem(adapter: Adapter) -> str:
         return f"holds trained rows of {next(iter(adapter.rows()))!r}, and the plain form has factors alone"
     if adapter.parameters:
         return f"adapts the single parameter {adapter.parameters[0]!r}, and the plain form has layers alone"
+    grouped = [layer for layer, kind in adapter.kinds.items() if kind == GROUPED_CONV]
+    if grouped:
+        return f"adapts {grouped[0]!r}, a convolution with groups, and the plain form means another thing there"
     return ""
 
 

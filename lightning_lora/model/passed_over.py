@@ -15,6 +15,7 @@ from ..nn.adapted_module import Swapped, is_factor
 from ..nn.adapted_weights import adapters_in
 from ..nn.layer_kinds import layer_class
 from ..nn.lora_layer import LoRALayer
+from ..nn.low_rank import MERGEABLE_DTYPES
 from ..nn.quantised import shape_of
 from ..nn.variant import variant_of
 from .adapted_model import AdaptedModel
@@ -96,7 +97,8 @@ def _gather(handle: AdaptedModel, saved: Collection[str]) -> _Found:
                 seen.add(id(parameter))
                 kind = _kind(module, leaf)
                 found.sizes[kind] += shape_of(parameter).numel()
-                if (parameter.dim() == 3 or isinstance(module, nn.RNNBase)) and leaf != "weight":
+                is_single = (parameter.dim() == 3 or isinstance(module, nn.RNNBase)) and leaf != "weight"
+                if is_single and parameter.dtype in MERGEABLE_DTYPES:
                     found.single[leaf] = None
                 if name in more:
                     found.by_all_layers[kind] = None

@@ -309,7 +309,7 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         inside = [child for child, m in module.named_modules() if child and layer_class(m)]
         problem = f"a {type(module).__module__}.{kind} cannot be adapted, only {ADAPTABLE} and their subclasses can"
         problem += f"; name the layers inside it, as {inside[0]!r}" if inside else ""
-        weights = [leaf for leaf, (owner, _) in weights_of({"": module}).items() if owner is module]
+        weights = [leaf for leaf in weights_of({"": module}) if not _parameter_problem(module, leaf)]
         if weights and not inside:
             whole = [f"{name}.{leaf}" for leaf in weights]
             problem += f"; leave it out of target_modules, and adapt its parameters by target_parameters={whole}"
@@ -368,18 +368,9 @@ def check_parameter(name: str, module: nn.Module, leaf: str, *, is_layer: bool) 
     Raises:
         LoRAError: it cannot be adapted. The message says why, and what to do.
     """
-    kind, weight = type(module).__name__, module._parameters[leaf]
-    problem = _tensor_problem(weight, kind) if weight is not None else ""
+    problem = _parameter_problem(module, leaf)
     if is_layer or (isinstance(module, Swapped) and not isinstance(module, LoRAParameterHolder)):
-        problem = f"its {kind} is adapted as a layer, or reads the weight of one; adapt one of the two"
-    elif isinstance(module, torch.jit.ScriptModule):
-        problem = SCRIPTED
-    elif "forward" in vars(module):
-        problem = f"the forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
-    elif quantised_as(weight):
-        problem = f"it is quantised ({quantised_as(weight)}), and a quantised weight is adapted in linear layers only"
-    elif weight is not None and not problem and not weight.is_contiguous():
-        problem = "its values do not follow each other in memory; make it contiguous"
+        problem = f"its {type(module).__name__} is adapted as a layer, or reads the weight of one; adapt one of the two"
     if problem:
         raise LoRAError(f"inject: {name!r}: {_with_remedy(problem)} leave it out of target_parameters.")
 
@@ -402,6 +393,21 @@ def _weight_problem(module: nn.Module) -> str:
             return f"the weight of the {kind} is quantised ({quantised}), and only linear layers may have such a weight"
     problems = (_tensor_problem(weight, kind) for weight in weights if weight is not None and not quantised_as(weight))
     return next(filter(None, problems), "")
+
+
+def _parameter_problem(module: nn.Module, leaf: str) -> str:
+    """Return why a parameter of a module cannot be adapted by itself, or ""."""
+    kind, weight = type(module).__name__, cast(nn.Parameter, module._parameters[leaf])
+    if isinstance(module, torch.jit.ScriptModule):
+        return SCRIPTED
+    if "forward" in vars(module):
+        return f"the forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
+    if quantised_as(weight):
+        return f"it is quantised ({quantised_as(weight)}), and a quantised weight is adapted in linear layers only"
+    problem = _tensor_problem(weight, kind)
+    if not problem and not weight.is_contiguous():
+        return "its values do not follow each other in memory; make it contiguous"
+    return problem
 
 
 def _tensor_problem(weight: nn.Parameter, kind: str) -> str:

@@ -98,8 +98,31 @@ def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
     if (mixin, base) not in _CLASSES:
         names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
         attributes = {**names, "lora_mixin": mixin, "lora_base": base}
-        _CLASSES.setdefault((mixin, base), type(base.__name__, (mixin, base), attributes))
+        make, bases = (type, (mixin, base)) if _has_usual_layout(base) else (_base_first(mixin, base), (base, mixin))
+        _CLASSES.setdefault((mixin, base), make(base.__name__, bases, attributes))
     return _CLASSES[mixin, base]
+
+
+def _has_usual_layout(cls: type) -> bool:
+    """Return whether Python lets instances get a class whose first base is the mixin.
+
+    Python compares how instances lie in memory, which a class takes from its first base. A first base without
+    `__dict__`, such as ABC, Generic or any class with `__slots__ = ()`, gives them another layout than nn.Module's.
+    """
+    while cast(type, cls.__base__).__dictoffset__:
+        cls = cast(type, cls.__base__)
+    return cls.__base__ is object
+
+
+def _base_first(mixin: type, base: type) -> type:
+    """Return a metaclass for classes with bases (base, mixin), which looks attributes up in the mixin first."""
+
+    def mro(cls: type) -> list[type]:
+        if "lora_base" not in vars(cls):  # a subclass
+            return type.mro(cls)
+        return [cls, *(parent for parent in mixin.__mro__ if parent not in base.__mro__), *base.__mro__]
+
+    return type(type(base).__name__, (type(base),), {"mro": mro})
 
 
 class AdaptedModule(Swapped):

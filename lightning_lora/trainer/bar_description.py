@@ -28,20 +28,16 @@ def describe_as_merged(trainer: Any, how: str) -> None:
     bar = trainer.progress_bar_callback
     if bar is None or getattr(bar, "lora_how", "") == how or not hasattr(bar, DESCRIPTIONS[0]):
         return
-    own = type(bar).__bases__[1] if isinstance(bar, _Described) else type(bar)
-    space = {"__module__": own.__module__, "lora_how": how}
-    bar.__class__ = type(own.__name__, (_Described, own), space) if how else own
+    own = type(bar).__base__ if hasattr(bar, "lora_how") else type(bar)
+    bar.__class__ = _described(own, how) if how else own
 
 
-class _Described:
-    """Mixin that comes before a progress bar's own class."""
+def _described(own: Any, how: str) -> type:
+    """Return a subclass of a progress bar's own class, whose descriptions end with `how`."""
 
-    lora_how: str
+    def ending(name: str) -> property:
+        return property(lambda self: f"{getattr(super(cls, self), name)}, {how}")
 
-
-def _add_description(name: str) -> None:
-    setattr(_Described, name, property(lambda self: f"{getattr(super(_Described, self), name)}, {self.lora_how}"))
-
-
-for _name in DESCRIPTIONS:
-    _add_description(_name)
+    space = {"__module__": own.__module__, "lora_how": how, **{name: ending(name) for name in DESCRIPTIONS}}
+    cls = type(own.__name__, (own,), space)
+    return cls

@@ -335,6 +335,12 @@ class WithoutStatistics(Table):
         self.norm = nn.BatchNorm1d(4, track_running_stats=False)
 
 
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, groups=2)
+
+
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "DoRA": (Net, {"use_dora": True}, "is a DoRA adapter"),
     "a saved module": (Net, {"modules_to_save": ["sub"]}, r"holds 'body\.sub\.\w+', 'body\.sub\.\w+' whole"),
@@ -350,6 +356,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"target_modules": [], "target_parameters": ["lstm.weight_hh_l0"]},
         r"adapts the single parameter 'stack\.lstm\.weight_hh_l0'",
     ),
+    "groups": (Grouped, {"target_modules": ["conv"], "variant": "loha"}, "adapts 'conv', a convolution with groups"),
 }
 
 

@@ -93,6 +93,10 @@ def test_a_vector_with_dimensions_of_one_is_no_weight_and_not_suggested(shape: t
     inject(model := LayerScale(2, 1, 4), LoRAConfig(r=1))
     assert "1 LayerScale.layer_scale" in summary(model).passed_over
     assert "target_parameters=['layer_scale'] adapts" in summary(model).passed_over
+    model = LayerScale(2, 1, 4)
+    model.layer_scale = nn.Parameter(model.layer_scale.detach().to(torch.uint8), requires_grad=False)
+    inject(model, LoRAConfig(r=1))
+    assert summary(model).passed_over.endswith("1 LayerScale.layer_scale 10.0%")
 
 
 def test_class_tokens_and_scales_of_transformers_models_are_not_suggested():

@@ -127,6 +127,7 @@ class Own(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3, 3))
+        self.codes = nn.Parameter(torch.ones(3, 3, dtype=torch.uint8), requires_grad=False)  # cannot be adapted
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight.T

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from abc import ABC
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ class Around(nn.Module):
         return output[0] if isinstance(output, tuple) else output
 
 
-class Activated(nn.Linear):
-    """Has a forward of its own."""
+class Activated(ABC, nn.Linear):
+    """Has a forward of its own, and a first base without a __dict__."""
 
     def forward(self, x):
         return super().forward(x).relu()

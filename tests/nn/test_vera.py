@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 import pickle
 import zipfile
@@ -26,6 +27,8 @@ from lightning_lora import (
     merge,
     save_adapter,
 )
+from lightning_lora.command.main import main
+from lightning_lora.exchange.save_load import read_adapter
 from support.methods import (
     SAME,
     TOKENS,
@@ -131,6 +134,17 @@ def test_a_file_holds_the_projections_once(tmp_path):
     save_adapter(model, tmp_path)
     held = [name for name in tensors_of(tmp_path) if "vera_A" in name or "vera_B" in name]
     assert sorted(held) == ["base_model.vera_A", "base_model.vera_B"]
+
+
+def test_projections_count_once_whoever_counts(tmp_path, capsys):
+    model = ours(VERA)
+    values = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    save_adapter(model, tmp_path)
+    assert f"| values in their factors | {values:,} |" in (tmp_path / "README.md").read_text()
+    assert f"layers, {values:,} values)" in repr(read_adapter(tmp_path))
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["parameters"], found["bytes"]) == (values, 4 * values)
 
 
 def test_projections_come_from_the_file_and_not_from_the_key(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_bar_does_not_call_merged_what_stays_factored(tmp_path, make: type[Progr
     assert type(bar) is make
 
 
-class Own(TQDMProgressBar):
+class Own(ABC, TQDMProgressBar):
     @property
     def validation_description(self) -> str:
         return "Checking"
