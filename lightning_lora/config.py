@@ -74,8 +74,7 @@ class LoRAConfig:
     string is a regular expression that must match a whole name.
 
     Args:
-        r: rank of A (r, in) and B (out, r). An adapter with more parameters than its layer, as every r above the
-            layer's smaller side gives, is named in one warning at fit start, and in a log line of inject.
+        r: rank of A (r, in) and B (out, r).
         lora_alpha: numerator of the scaling s = lora_alpha / r.
         lora_dropout: probability of dropping a feature of the adapter's input in training mode. Under LoRACallback a
             layer that is kept in eval mode drops too, in training batches where gradients are recorded.

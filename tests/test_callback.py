@@ -34,7 +34,7 @@ from lightning_lora import (
 )
 from lightning_lora.nn.lora_layer import LoRALayer
 from lightning_lora.trainer.compatibility import _modules_of
-from support.notices import lightning_logger, tiny_layers
+from support.notices import lightning_logger
 from support.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make_trainer, outputs, weights
 
 TARGETS = ["body.0", "body.3", "head"]
@@ -146,7 +146,6 @@ def test_callback_takes_a_config_instead_of_options(tmp_path):
 PEFTS = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["body.0"], use_rslora=True)
 
 
-@tiny_layers
 def test_callback_takes_a_config_of_peft(tmp_path):
     callback = LoRACallback(PEFTS, save="full")
     assert callback.config == LoRAConfig.from_peft(PEFTS)
@@ -337,7 +336,6 @@ def test_an_option_that_is_given_counts_at_its_default_too(
         make_trainer(tmp_path, copied(LoRACallback(*config, **options))).fit(model, Data())
 
 
-@tiny_layers
 def test_an_option_that_a_subclass_gives_counts_and_one_that_it_leaves_out_does_not(tmp_path):
     class Own(LoRACallback):
         def __init__(self, rank: int | None = None) -> None:
@@ -355,7 +353,6 @@ def test_an_option_at_its_default_counts_for_a_model_that_injects_itself(tmp_pat
         make_trainer(tmp_path, LoRACallback(r=8)).fit(InjectsInConfigureModel(), Data())
 
 
-@tiny_layers
 @pytest.mark.parametrize("options", [{}, {"merged_eval": True, "save": "adapter", "seed": None}])
 def test_options_of_the_callback_alone_adopt_what_was_injected(tmp_path, options: dict[str, Any]):
     model = Net()
@@ -486,7 +483,6 @@ class Adversarial(Net):
         return torch.optim.SGD(rest, lr=0.1), torch.optim.Adam(self.critic.parameters(), lr=0.1)
 
 
-@tiny_layers
 def test_an_optimizer_of_frozen_parameters_alone_is_named_with_a_remedy_that_works(tmp_path):
     named = r"optimizer 1 \(Adam\) holds frozen parameters alone, first 'critic\.0\.weight' \(4 in all\)"
     with pytest.warns(UserWarning, match=rf"{named}.*pass modules_to_save=\['critic'\]; to adapt their layers"):

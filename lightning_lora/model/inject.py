@@ -39,7 +39,6 @@ from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import ALL_OPTIONS, Injection
-from .large_adapters import describe_large_adapters
 from .merging import FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
 from .named_state import state_of
 from .passed_over import describe_passed_over, warn_of_passed_over
@@ -305,7 +304,7 @@ def _inject(listing: Listing, record: Injection, scope: str = "") -> AdaptedMode
 
 
 def _tell_of_layers(handle: AdaptedModel) -> None:
-    """Log the layers that are left out, the weights that are passed over, and adapters that are too large.
+    """Log the layers that are left out, and the weights that are passed over.
 
     LoRACallback shows the same in its summary.
     """
@@ -319,9 +318,6 @@ def _tell_of_layers(handle: AdaptedModel) -> None:
         warn_of_passed_over(record)
     elif record.passed_over:
         tell(f"lightning_lora: {record.config.target_modules!r} passes over {record.passed_over}")
-    large = describe_large_adapters(handle.layers)
-    if large:
-        tell(f"lightning_lora: {large}")
 
 
 def begin_injection(

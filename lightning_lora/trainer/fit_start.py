@@ -8,7 +8,6 @@ from ..exchange.take import fingerprint_of
 from ..model.adapted_model import AdaptedModel, find_model, open_model
 from ..model.dequantize import dequantize_dtype
 from ..model.initial_values import snapshot_materialised
-from ..model.large_adapters import warn_of_large_adapters
 from ..model.live_state import open_state
 from ..model.passed_over import warn_of_passed_over
 from ..model.pretrained import warn_of_new_heads
@@ -48,7 +47,6 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     warn_of_frozen(handle)
     warn_of_idle_optimizers(trainer, handle)
     warn_of_new_heads(handle.modules)
-    warn_of_large_adapters(handle.layers)
     warn_of_passed_over(handle.record)
     enable_input_require_grads([module for _, module in handle.modules])
     refuse_for_quantised(handle, trainer)

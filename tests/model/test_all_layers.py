@@ -26,11 +26,11 @@ from lightning_lora import (
     summary,
     unload,
 )
-from support.notices import PEER_NOTICES, tiny_layers
+from support.notices import PEER_NOTICES
 from support.training import Data, make_trainer, own_random_stream
 from support.training import Net as Trained
 
-pytestmark = [tiny_layers, *(pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES)]
+pytestmark = [pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES]
 
 
 class CNN(nn.Module):
