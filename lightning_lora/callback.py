@@ -15,18 +15,19 @@ from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, 
 from .errors import LoRAError
 from .formats.lightning_checkpoint import Kind
 from .matching import ALL_LINEAR
-from .model.adapted_model import Listing
+from .model.adapted_model import Listing, find_model
 from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.by_module import ByModule
 from .trainer.checkpoint_hooks import export_where_launched, save_as_where_unpatched
 from .trainer.fabric import refuse_callback
-from .trainer.fit_start import check_fit, open_for_fit, record_fit, start_training
+from .trainer.fit_start import check_fit, open_for_fit, record_fit
 from .trainer.fit_state import FitState
 from .trainer.late_layers import adapt_late_layers, stop_adapting
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.options import check_own_options
 from .trainer.setup import set_up
+from .trainer.start_batches import start_from_data
 from .trainer.strategies import prepare_strategy
 
 ELSEWHERE = {
@@ -87,8 +88,7 @@ class LoRACallback(Callback):
             merge_after_fit: "bfloat16", "float16", "float32" or a torch.dtype.
         lr_ratio: LoRA+ (arXiv:2402.12354): the ratio of B's learning rate to A's, such as 16, for an optimizer that
             LightningCLI makes (--optimizer). In your own configure_optimizers, call lora_param_groups instead.
-        verbose: show the summary at fit start, and explain Lightning's warning of modules in eval mode. This package's
-            own warnings come in any case.
+        verbose: show the summary at fit start. Warnings come in any case.
         r: rank of A (r, in) and B (out, r).
         lora_alpha: numerator of the scaling s = lora_alpha / r.
         lora_dropout: probability of dropping a feature of the adapter's input in training mode. Under LoRACallback a
@@ -233,9 +233,9 @@ class LoRACallback(Callback):
         record_fit(trainer, handle, self, state.logged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from data where the options say so; explain Lightning's warning of modules in eval mode."""
+        """Start from data where the options say so."""
         self._state(pl_module).logged.remove(pl_module)
-        start_training(trainer, pl_module, self)
+        start_from_data(trainer, pl_module, find_model(pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget which layers are in eval mode; the first batch lists them anew, when every mode is training's."""

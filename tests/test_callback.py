@@ -33,7 +33,6 @@ from lightning_lora import (
     unload,
 )
 from lightning_lora.nn.lora_layer import LoRALayer
-from lightning_lora.trainer.compatibility import _modules_of
 from support.notices import lightning_logger
 from support.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make_trainer, outputs, weights
 
@@ -425,21 +424,6 @@ def test_taking_adapters_of_a_part_out_leaves_the_lightning_module_without_patch
     assert not {"on_save_checkpoint", "on_load_checkpoint"} & vars(model).keys()
 
 
-@pytest.mark.parametrize(
-    ("parameters", "adapted", "expected"),
-    [
-        (["critic.0.weight", "critic.2.weight"], ["critics.0"], ["critic"]),  # no segment, but a part of one
-        (["critic.0.weight", "critic.2.weight"], ["critic.1"], ["critic.0", "critic.2"]),
-        (["critic.0.weight", "head.weight"], ["body"], ["critic.0", "head"]),
-        (["scale"], ["body"], []),
-    ],
-)
-def test_frozen_parameters_are_named_by_the_module_that_holds_them_all(
-    parameters: list[str], adapted: list[str], expected: list[str]
-):
-    assert _modules_of(parameters, adapted) == expected
-
-
 class ParametersFromInit(Net):
     """Hands the optimizer what it collected before the adapters were there."""
 
@@ -460,62 +444,6 @@ class HeadOnly(Net):
 def test_an_adapter_that_no_optimizer_holds_is_an_error(tmp_path, model_class: type[Net]):
     with pytest.raises(LoRAError, match=r"no optimizer holds the adapter parameter 'body\.0\.lora_A'"):
         make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(model_class(), Data())
-
-
-class Adversarial(Net):
-    """A network with a critic, each with an optimizer of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.critic = nn.Sequential(nn.Conv1d(1, 2, 1), nn.Flatten(), nn.Linear(12, 1))
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        first, second = self.optimizers()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        first.step()
-        if any(parameter.requires_grad for parameter in self.critic.parameters()):
-            self.manual_backward(self.critic(batch[0][:, None]).mean())
-            second.step()
-
-    def configure_optimizers(self) -> Any:
-        rest = [each for name, each in self.named_parameters() if not name.startswith("critic")]
-        return torch.optim.SGD(rest, lr=0.1), torch.optim.Adam(self.critic.parameters(), lr=0.1)
-
-
-def test_an_optimizer_of_frozen_parameters_alone_is_named_with_a_remedy_that_works(tmp_path):
-    named = r"optimizer 1 \(Adam\) holds frozen parameters alone, first 'critic\.0\.weight' \(4 in all\)"
-    with pytest.warns(UserWarning, match=rf"{named}.*pass modules_to_save=\['critic'\]; to adapt their layers"):
-        make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(Adversarial(), Data())
-    model = Adversarial()
-    before = weights(model)
-    make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS, modules_to_save=["critic"])).fit(model, Data())
-    assert not torch.equal(model.critic[0].weight, before["critic.0.weight"])
-    model = Adversarial()
-    make_trainer(tmp_path, LoRACallback(r=2, target_modules=[*TARGETS, "critic.0"])).fit(model, Data())
-    assert model.critic[0].lora_B.abs().sum() > 0
-
-
-class NormsByThemselves(Net):
-    """Its second optimizer is for what lies between adapted layers."""
-
-    def configure_optimizers(self) -> Any:
-        norm = {id(parameter) for parameter in self.body[1].parameters()}
-        rest = [parameter for parameter in self.parameters() if id(parameter) not in norm]
-        return torch.optim.SGD(rest, lr=0.1), torch.optim.SGD(self.body[1].parameters(), lr=0.1)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.manual_backward(super().training_step(batch, batch_idx))
-        self.optimizers()[0].step()
-
-
-def test_a_module_that_holds_adapted_layers_is_no_remedy(tmp_path):
-    with pytest.warns(UserWarning, match=r"modules_to_save=\['body\.1'\]"):
-        make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(NormsByThemselves(), Data())
 
 
 class FreezesBody(L.Callback):
