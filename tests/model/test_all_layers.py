@@ -144,7 +144,8 @@ def test_all_layers_adapts_convolutions_and_attention_and_says_what_it_leaves_ou
         assert f"lightning_lora: {name} is left out of 'all-layers': {reason}." in caplog.text
     passed_over = summary(model).passed_over
     assert ("1 Embedding" in passed_over) == (build is Cross)
-    assert ("lightning_lora: 'all-layers' passes over" in caplog.text) == bool(passed_over)
+    is_much = float(passed_over.partition("%")[0] or 0) > 10
+    assert ("lightning_lora: 'all-layers' passes over" in caplog.text) == is_much
     assert ("all-layers" in str(summary(model))) == bool(reasons or passed_over)
 
 

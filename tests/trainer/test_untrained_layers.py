@@ -4,7 +4,6 @@ named after the first batch where it cannot.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_lora import LoRACallback, load_from_checkpoint, merge, merged, unload
-from support.notices import lightning_logger
 from support.training import FEATURES, Data, Net, inputs, make_trainer, outputs, own_random_stream
 
 
@@ -156,19 +154,6 @@ def test_a_fit_that_trains_every_layer_warns_of_nothing(tmp_path, model: type[Ne
         options = {"max_epochs": 2}
     rank = 1 if model is Adversarial else 2  # whose critic has one output
     make_trainer(tmp_path, LoRACallback(r=rank), **options).fit(model(), Data())
-
-
-def test_all_linear_says_at_fit_start_what_it_passes_over(tmp_path, caplog):
-    class Embeds(Net):
-        def build_body(self) -> None:
-            super().build_body()
-            self.table = nn.Embedding(3, FEATURES)
-
-    with caplog.at_level(logging.INFO, logger=lightning_logger()):
-        make_trainer(tmp_path, LoRACallback(r=2), max_epochs=1).fit(Embeds(), Data())
-    (shown,) = [record.getMessage() for record in caplog.records if "passes over" in record.getMessage()]
-    total = sum(parameter.numel() for parameter in Embeds().parameters())
-    assert f"passes over {18 / total:.1%} of the parameters: 1 Embedding {18 / total:.1%}" in shown
 
 
 class MergesInItsStep(Net):
