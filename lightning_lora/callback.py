@@ -283,8 +283,8 @@ class LoRACallback(Callback):
         save_as_where_unpatched(pl_module, self.save, self.dequantize)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the fit came to its end."""
-        self._state(pl_module).end_fit()
+        """Note that the fit came to its end, and log what rounding merged weights to 16 bits costs."""
+        self._state(pl_module).end_fit(pl_module, merges=self.merge_after_fit)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""

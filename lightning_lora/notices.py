@@ -14,22 +14,27 @@ if TYPE_CHECKING:
 RANK_ZERO = "lightning_utilities.core.rank_zero"  # holds Lightning's logger and the rank of this process
 
 
-def tell(shown: str) -> None:
-    """Show the summary or a line to the user, on rank zero.
+def show(shown: object) -> None:
+    """Show a summary or a line, on rank zero.
 
     On a terminal or in a notebook rich prints it, if rich is installed. Elsewhere it goes to Lightning's log. Where
     Lightning's log is silenced, where the program has not imported Lightning, and on other ranks, it goes to the logger
     `lightning_lora`.
     """
     if _rank() > 0:
-        getLogger(__name__).info(shown)  # a program that wants other ranks' lines enables this logger
+        getLogger(__name__).info(str(shown))  # a program that wants other ranks' lines enables this logger
         return
     loggers, console = _loggers(), terminal()
     log = next((each for each in loggers if each.isEnabledFor(INFO)), loggers[0])
     if console is None:
-        log.info(shown)
+        log.info(str(shown))
     elif log.isEnabledFor(INFO):
         console.print(shown, markup=False, highlight=False)
+
+
+def tell(message: str) -> None:
+    """Show a line to the user, in the same place as the summary."""
+    show(message)
 
 
 def terminal() -> Console | None:
