@@ -135,7 +135,7 @@ def describe_frozen_head(modules: NamedModules) -> str:
     if title not in HEADS or not few or weight is None or weight.requires_grad:
         return ""
     adapted = " and adapted" if isinstance(last, AdaptedModule) else ""
-    return f"{name} is frozen{adapted}; if it is new, name it: modules_to_save=[{name!r}]"
+    return f"frozen{adapted}; if it is new, train it whole: modules_to_save=[{name!r}]"
 
 
 def _is_in(name: str, models: Collection[str]) -> bool:
