@@ -30,7 +30,6 @@ from .first_names import Names, by_first_names
 from .resized_tables import refuse_other_rows
 
 OTHER_OPTIONS = "Call unload(model) first, so that load_adapter injects with the adapter's options."
-INJECT_WITH_IT = "Call unload(model), inject with options that name it (modules_to_save or bias), and load again."
 Specs = Mapping[AdaptedWeights, LayerSpec]  # the new rank and scaling of each layer that changes
 
 
@@ -178,15 +177,16 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
 def _check_trained(live: LiveState, adapter: Adapter) -> None:
     """Raise where a parameter that the adapter's options train whole is frozen in the model, and would stay so.
 
-    Without options, all that is whole was trained. With them, what they do not name was unfrozen later.
+    What they do not name was unfrozen later, and is loaded into a parameter that stays as it is.
     """
     trained, config = set(live.keys), adapter.config
+    if config is None:
+        return
     others = {name: live.tensors[name] for name in adapter.beside_factors() if name not in trained}
     frozen = [name for name, p in others.items() if isinstance(p, nn.Parameter) and p.is_floating_point()]
-    named = [name for name in frozen if config is None or _trains_whole(config, name, adapter.layers())]
-    if named:
-        advice = f" {INJECT_WITH_IT}" if config is None else ""  # check_adapter compares options
-        raise LoRAError(f"adapter: {named[0]!r} was trained whole, but is frozen in this model.{advice}")
+    named = [name for name in frozen if _trains_whole(config, name, adapter.layers())]
+    if named:  # check_adapter tells how the options differ
+        raise LoRAError(f"adapter: {named[0]!r} was trained whole, but is frozen in this model.")
 
 
 def _trains_whole(config: LoRAConfig, name: str, layers: Collection[str]) -> bool:

@@ -413,7 +413,6 @@ SOURCES: dict[str, Callable[[nn.Module, Path], Any]] = {
     "adapter": lambda model, path: checkpoint(model, "adapter"),
     "full": lambda model, path: checkpoint(model, "full"),
     "in memory": lambda model, path: take_adapter(model),
-    "state dict": lambda model, path: adapter_state_dict(model),
 }
 
 
@@ -432,15 +431,13 @@ def test_what_one_adapter_trains_whole_is_refused_by_name_and_taken_whole_after_
     source, without = SOURCES[form](other, tmp_path / "with"), SOURCES[form](classifier(), tmp_path / "without")
     model, back = classifier(), classifier(**options)
     states = trace(model), trace(back)
-    advice = r"Call unload\(model\)" if form == "state dict" else rf"{option} was .* Call unload\(model\) first"
+    advice = rf"{option} was .* Call unload\(model\) first"
     with pytest.raises(LoRAError, match=rf"\.(weight|bias)' was trained whole, but is frozen in this model.*{advice}"):
         load_adapter(model, source)
     with pytest.raises(LoRAError, match=r"is missing"):
         load_adapter(back, without)  # what the model trains whole would go on acting
     assert (trace(model), trace(back)) == states
     unload(model)
-    if form == "state dict":
-        inject(model, LoRAConfig(r=2, target_modules=["first", "second"], **options))
     load_adapter(model, source)
     assert torch.equal(model(x), other(x))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
