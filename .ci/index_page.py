@@ -16,7 +16,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)\s]+)")
 PICTURE = re.compile(r'(!\[[^\]]*\]\(|src=")(?!https?:)([^)"\s]+)')
 INSTALL = re.compile(r'\bpip install (?:\.(?= |$)|"\.(?=\[))', re.MULTILINE)
-NOT_YET = " No package index has it yet; commands run in a checkout."
+NOT_YET = "No package index has it yet; commands run in a checkout."
 ON_GITHUB = "../../"  # beside the files of a branch
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -44,7 +45,7 @@ def test_every_public_name_gets_a_page(pages: ModuleType):
 def test_sources_and_pictures_that_a_page_links_are_part_of_the_site(pages: ModuleType):
     linked = set(pages.linked_files("examples/README.md"))
     assert {"examples/digits.py", "examples/digits.yaml", "lightning_lora/nn/variant.py"} <= linked
-    assert "tests/benchmarks/results.png" in set(pages.linked_files("README.md"))
+    assert {"tests/benchmarks/drift.png", "examples/finetune.ipynb"} <= set(pages.linked_files("README.md"))
     assert [name for name in linked if name.endswith(".md")] == []
 
 
@@ -64,6 +65,17 @@ def test_lists_are_read_as_they_are_on_github(pages: ModuleType, written: str, r
     assert pages.with_nested_lists(written) == read
 
 
+def test_a_notebook_is_shown_cell_by_cell_with_a_link_to_its_file(pages: ModuleType, tmp_path: Path):
+    hidden = {"jupyter": {"source_hidden": True}}
+    cells = [("markdown", "# A", {}), ("code", "a = 1\nb = 2", {}), ("code", "c = 3\nd = 4", hidden)]
+    cells = [{"cell_type": kind, "source": [text], "metadata": metadata} for kind, text, metadata in cells]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert pages.source_page(tmp_path / "a.ipynb") == (
+        '# A\n\n<a href="a.ipynb" download>Download a.ipynb</a>\n\n```python\na = 1\nb = 2\n```\n\n'
+        '<details markdown="1"><summary>c = 3</summary>\n\n```python\nc = 3\nd = 4\n```\n\n</details>\n'
+    )
+
+
 def shown(pages: ModuleType, name: str, markdown: str) -> str:
     page = SimpleNamespace(file=SimpleNamespace(src_uri=name), meta={})
     return pages.on_page_markdown(markdown, page, None, None)
@@ -72,7 +84,7 @@ def shown(pages: ModuleType, name: str, markdown: str) -> str:
 @pytest.mark.parametrize(
     ("written", "read"),
     [
-        ("[a](b.py), [c](../d.yaml)", "[a](b.py.md), [c](../d.yaml.md)"),
+        ("[a](b.py), [c](../d.yaml), [e](f.ipynb)", "[a](b.py.md), [c](../d.yaml.md), [e](f.ipynb.md)"),
         ("[a](b.md#c), ![d](e.png)", "[a](b.md#c), ![d](e.png)"),
         ("# A\n\n[![CI](../../actions/a.svg)](../../actions/a) ![B](https://host/b)\n\nText", "# A\n\nText"),
         ("[a](https://host/b.py)", "[a](https://host/b.py)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import os
 import re
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 ROOMS = {".": "*.md", ".github": "*.md", "lightning_lora": "**/*.md", "examples": "*.md", "tests": "**/*.md"}
 NO_PAGES = {".github/PULL_REQUEST_TEMPLATE.md"}
 LINK = re.compile(r'(\]\(|(?:src|srcset)=")(?!https?:)([^)#"\s]+)')
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".cff": "yaml"}
+LANGUAGES = {".py": "python", ".ipynb": "python", ".yaml": "yaml", ".yml": "yaml", ".cff": "yaml"}
 BADGES = re.compile(r"^\[!\[.*\n\n", re.MULTILINE)  # pictures from elsewhere
 QUOTE = re.compile(r"^>.*", re.MULTILINE)
 NAME = re.compile(r"^\| `(\w+)(\(.*?\))?` \| (?!`)", re.MULTILINE)  # a row of the table of names
@@ -53,6 +54,22 @@ def linked_files(name: str) -> Iterator[str]:
             yield path
 
 
+def source_page(path: Path) -> str:
+    """Return the Markdown of the page that shows a source, or a notebook with a link to its file."""
+    language = LANGUAGES[path.suffix]
+    if path.suffix != ".ipynb":
+        return f"# {path.name}\n\n```{language}\n{path.read_text()}```\n"
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        code = f"```{language}\n{source}\n```"
+        if cell["metadata"].get("jupyter", {}).get("source_hidden"):
+            code = f'<details markdown="1"><summary>{source.splitlines()[0]}</summary>\n\n{code}\n\n</details>'
+        parts.append(source if cell["cell_type"] == "markdown" else code)
+    parts.insert(1, f'<a href="{path.name}" download>Download {path.name}</a>')
+    return "\n\n".join(parts) + "\n"
+
+
 def add(files: Files, config: MkDocsConfig, name: str, text: str | None = None, in_nav: bool = True) -> None:
     """Add a file of the repository, or a page with a text; the site has no folder that begins with a dot."""
     from mkdocs.structure.files import File, InclusionLevel  # what needs no mkdocs is tested without it
@@ -80,12 +97,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name in pages:
         add(files, config, name)
     for name in sorted({linked for page in pages for linked in linked_files(page)}):
-        language = LANGUAGES.get(Path(name).suffix)
-        if language is None:
+        suffix = Path(name).suffix
+        if suffix in LANGUAGES:
+            add(files, config, f"{name}.md", source_page(ROOT / name), in_nav=False)
+        if suffix not in LANGUAGES or suffix == ".ipynb":
             add(files, config, name)
-        else:
-            text = f"# {Path(name).name}\n\n```{language}\n{(ROOT / name).read_text()}```\n"
-            add(files, config, f"{name}.md", text, in_nav=False)
     for name in public_names():
         add(files, config, f"api/{name}.md", f"::: lightning_lora.{name}\n")
     return files

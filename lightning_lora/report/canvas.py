@@ -17,7 +17,15 @@ DPI = 120
 TITLE_WIDTH = 88  # characters of a title's line
 LONGEST = 28  # characters of a name beside an axis
 MOST_TICKS = 16
-STYLE: dict[str, Any] = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+GREY = "#7a7a7a"  # with the same contrast to a light page as to a dark one
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+}
 
 
 @dataclass(frozen=True)

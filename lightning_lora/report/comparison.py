@@ -40,12 +40,12 @@ def comparison_picture(first: Updates, second: Updates) -> Picture:
         for axes, grid, updates, place in zip(panels, grids, (first, second), ("first", "second"), strict=False):
             note = scale.note() if place == "second" else ""
             colours = draw_grid(axes, grid, scale, xlabel=False, note=note)
-            axes.set_title(f"{place}: {updates.source}", loc="left", color="0.35")
+            axes.set_title(f"{place}: {updates.source}", loc="left")
         label = norm_label(relative=relative, scaled=first.scaled and second.scaled)
         colour_bar(figure, colours, panels[:2], scale, label)
         both_signs = Scale(1.0, -1.0, signed=True)
         colours = draw_grid(panels[2], angles, both_signs, text=cosine_text)
-        panels[2].set_title("cosine between the two updates", loc="left", color="0.35")
+        panels[2].set_title("cosine between the two updates", loc="left")
         colour_bar(figure, colours, panels[2:], both_signs, "cosine")
 
     return Picture(on_comparison(first, second, found), FRAME + 3 * ROW * max(3, len(angles.rows)), draw)

@@ -44,7 +44,8 @@ def plot_adapter(
         other: a second adapter, to compare with the first.
         base: the weights on disk that an adapter in a file was trained on. Norms are then relative to the weights'.
         strict_base: whether another base than the adapter's is an error or a warning.
-        output: a file to write all figures to, below each other: .png, .pdf or .svg.
+        output: a file to write all figures to, below each other: .png, .pdf or .svg. It has no background
+            and can lie on a light or a dark page.
 
     Returns:
         Figures by name: "norms" and "spectra" of one adapter, "comparison" of two, "statistics" of a log.
@@ -68,7 +69,7 @@ def plot_adapter(
 
     if output is not None:
         with new_file(output) as file:
-            to_page([*pictures.values()]).savefig(file)
+            to_page([*pictures.values()]).savefig(file, facecolor="none")
     return {name: to_figure(picture) for name, picture in pictures.items()}
 
 

@@ -81,9 +81,9 @@ def norms_picture(updates: Updates) -> Picture:
         colours = draw_grid(axes, grid, scale, note=scale.note())
         label = norm_label(relative=relative, scaled=updates.scaled)
         colour_bar(figure, colours, [axes], scale, label)
-        axes.set_title(updates.source, loc="left", color="0.35")
+        axes.set_title(updates.source, loc="left")
         if not relative:
-            axes.set_title(WITHOUT_BASE, loc="right", color="0.35", fontsize=9)
+            axes.set_title(WITHOUT_BASE, loc="right", fontsize=9)
 
     return Picture(on_norms(updates), height_of(grid), draw)
 

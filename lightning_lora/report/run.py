@@ -7,7 +7,7 @@ import math
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator
 
-from .canvas import Picture, labels
+from .canvas import GREY, Picture, labels
 from .conclusions import on_statistics
 from .run_log import ALL, Statistics
 
@@ -15,8 +15,8 @@ ACROSS = 2  # panels in a row
 PANEL, FRAME, LEGEND_ROW = 1.75, 0.5, 0.19  # inches
 MOST_LINES, IN_LEGEND_ROW = 12, 4
 LEGEND_WIDTH, KEY_WIDTH = 110, 9  # characters of a row of the legend, and of a line's sample in it
-# Okabe and Ito's colours without yellow, which colour-blind eyes can tell apart. In grey, dashes and markers do.
-COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+# Grey and Okabe and Ito's colours without yellow, which colour-blind eyes tell apart. In print, dashes and markers do.
+COLOURS = (GREY, "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "v", "D", "x", "+")
 KNOWN = ("norm", "rank", "grad_A", "grad_B", "cosine")  # drawn in this order, before other statistics

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator
 
-from .canvas import Picture, labels
+from .canvas import GREY, Picture, labels
 from .conclusions import half_text, held_text, median_share, on_spectra
 from .updates import Updates
 
@@ -18,7 +18,7 @@ ACROSS = 4  # panels in a row
 MOST_PANELS = 12
 LONGEST = 22  # characters of a group's name
 MOST_MARKERS = 16  # on a line
-LINE, BAND = "#00429d", "#b9cbe4"
+LINE = "#2a78b8"  # of the median; the band has it too
 PANEL, FRAME = 1.65, 0.9  # inches of a row of panels, and of everything beside the rows
 
 
@@ -64,13 +64,13 @@ def _draw_panel(axes: Axes, label: str, spectra: Sequence[tuple[float, ...]]) ->
     held = f"{half_text(sorted(set(map(len, finite))))} hold {held_text(share)}" if math.isfinite(share) else ""
     axes.set_title(f"{label}\n{held}", loc="left", fontsize=9)
     if not finite:
-        axes.text(0.5, 0.5, "zero or not finite", transform=axes.transAxes, ha="center", va="center", color="0.35")
+        axes.text(0.5, 0.5, "zero or not finite", transform=axes.transAxes, ha="center", va="center")
         return
     table = np.full((len(finite), rank), np.nan)
     for row, spectrum in zip(table, finite, strict=True):
         row[: len(spectrum)] = np.array(spectrum) / max(spectrum)
     directions = np.arange(1, rank + 1)
-    axes.fill_between(directions, np.nanmin(table, 0), np.nanmax(table, 0), color=BAND, linewidth=0)
+    axes.fill_between(directions, np.nanmin(table, 0), np.nanmax(table, 0), color=LINE, alpha=0.3, linewidth=0)
     axes.plot(directions, np.nanmedian(table, 0), color=LINE, marker="o" if rank <= MOST_MARKERS else "", markersize=3)
     if rank > 1:
-        axes.axvline((rank + 1) // 2 + 0.5, color="0.35", linestyle="--", linewidth=0.9)
+        axes.axvline((rank + 1) // 2 + 0.5, color=GREY, linestyle="--", linewidth=0.9)

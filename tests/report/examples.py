@@ -47,8 +47,7 @@ def main() -> None:
     plot_adapter(tuned["3"], output=HERE / "adapter.png")
     plot_adapter(tuned["3"], tuned["3 again"], output=HERE / "comparison.png")
     for file in (HERE / "adapter.png", HERE / "comparison.png"):  # with fewer colours, for a repository
-        few = Image.open(file).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        few.save(file, optimize=True)
+        Image.open(file).quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
     for name, model in tuned.items():
         print(name, {key: figure.get_suptitle() for key, figure in plot_adapter(model).items()})
 
