@@ -172,6 +172,30 @@ def test_cli_fits_from_yaml(cli: type[LightningCLI], merged_eval: str):
     assert "val_loss" in run.trainer.callback_metrics
 
 
+def test_a_callback_beside_that_of_lora_cli_is_refused_with_the_one_to_leave_out():
+    with pytest.raises(
+        LoRAError, match=r"two LoRA callbacks.* LoRACLI brings its own with .* so trainer\.callbacks needs none"
+    ):
+        fit(as_init_args("lora:\n  r: 2\n  target_modules: [head]\n"))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_plain_cli_overrides_an_option_of_the_last_callback_alone(last: bool, capsys: pytest.CaptureFixture[str]):
+    """jsonargparse has no way to name another one of a list."""
+    ours = as_init_args("lora:\n  r: 2\n  target_modules: [head]\n")
+    other = "    - class_path: lightning.pytorch.callbacks.LearningRateMonitor\n"
+    entries = ours.replace("  callbacks:\n", f"  callbacks:\n{other}") if last else ours + other
+    Path("c.yaml").write_text(TRAINER + entries)
+    arguments = ["--config", "c.yaml", "--trainer.callbacks.init_args.merged_eval=false"]
+    if not last:
+        with pytest.raises(SystemExit):
+            parse(*arguments, cli=LightningCLI)
+        assert "merged_eval" in capsys.readouterr().err
+        return
+    found = callback(parse(*arguments, cli=LightningCLI))
+    assert (found.merged_eval, found.config) == (False, options(r=2, target_modules=["head"]))
+
+
 class Injected(Net):
     def prepare(self) -> None:
         super().prepare()

@@ -37,7 +37,7 @@ def combine_layer(
     holders: Sequence[tuple[str, Adapter, float]],
     how: str,
     rank: int | None,
-    density: float | None,
+    density: float,
     draw: torch.Generator,
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Combine the changes of one layer.
@@ -128,7 +128,7 @@ def _combine_part(
     weighted: Sequence[tuple[Pair, float]],
     how: str,
     rank: int,
-    density: float | None,
+    density: float,
     draw: torch.Generator,
     dtype: torch.dtype,
 ) -> tuple[Pair, tuple[float, float]]:
@@ -138,7 +138,7 @@ def _combine_part(
     """
     if how in PRUNING:
         changes = [(left @ right).to(dtype) for (left, right), _ in weighted]
-        change = combined_change(changes, [weight for _, weight in weighted], how, density or 1.0, draw)
+        change = combined_change(changes, [weight for _, weight in weighted], how, density, draw)
         u, values, vh = (tensor.double() for tensor in truncated_svd(change, rank))
         return (u * values, vh), (float(values.square().sum()), float(change.double().square().sum()))
     left = torch.cat([left for (left, _), _ in weighted], 1)

@@ -272,7 +272,9 @@ def _combine_options(parser: Any) -> None:
     parser.add_argument("--method", type=str, default="linear", help=f"one of {', '.join(get_args(Method))}")
     parser.add_argument("--output", type=str, required=True, help="PEFT folder to write")
     parser.add_argument("--rank", type=int | None, help="of the result, for methods that cut; else the largest")
-    parser.add_argument("--density", type=float | None, help="the share of values that ties, dare and prune keep")
+    parser.add_argument(
+        "--density", type=float | None, help="the share of values that ties, dare and prune keep; else 0.5"
+    )
     parser.add_argument("--seed", type=int, default=0, help="what dare draws from")
     _overwrite_option(parser)
     parser.add_argument("--strict-base", type=bool, default=True, help="false: another base is only a warning")

@@ -11,9 +11,9 @@
     magnitude_prune  of each D the largest values; then the sum                         the largest, or `rank`
 
 The last four build B @ A, for one layer at a time; the others never build it. `density` is the share of each matrix
-that is kept. All methods but linear are peft's. It calls the last four ties_svd, dare_linear_svd and so on, and these
-names are taken too; "dare" is dare_linear. peft's own linear, ties, dare_linear and dare_ties work on A and B apart. So
-they add products of one adapter's B and another's A, and are not offered.
+that is kept, and 0.5 if it is left out. All methods but linear are peft's. It calls the last four ties_svd,
+dare_linear_svd and so on, and these names are taken too; "dare" is dare_linear. peft's own linear, ties, dare_linear
+and dare_ties work on A and B apart. So they add products of one adapter's B and another's A, and are not offered.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ from ..adapter.weighted_means import average_whole
 from ..config import PLAIN, LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
-from ..formats.lightning_checkpoint import checkpoint_metadata
 from ..formats.peft_folder import write_folder
 from ..formats.peft_stacks import TODAYS, refuse_without_model
 from ..formats.sources import adapter_with_options
-from ..names import META, PREFIX, A, B, listed, names_factor
+from ..names import PREFIX, A, B, listed, names_factor
 from ..nn.low_rank import ATTENTION_OUTPUT
 from ..nn.random_stream import stream
 from ..progress import progress_bar
+
+DENSITY = 0.5  # of the methods that prune, where none is given
 
 REMEDY = "Combine adapters that were trained on one base, or pass strict_base=False, which makes this a warning."
 
@@ -78,7 +79,7 @@ def combine(
     seed: int = 0,
     output: PathLike | None = None,
     strict_base: bool = True,
-) -> dict[str, Any]:
+) -> Adapter:
     """Combine several adapters of one base into one.
 
     Args:
@@ -88,13 +89,14 @@ def combine(
         method: "linear" (the weighted sum of the changes s * B @ A, exactly), "cat" (the same, factors side by side),
             "svd" (the same, cut to a rank), "ties", "dare_linear" (or "dare"), "dare_ties" or "magnitude_prune".
         rank: of the result, for all methods but linear and cat; by default the adapters' largest, layer by layer.
-        density: the share of each change that is kept, for the methods that prune.
+        density: the share of each change that is kept, for the methods that prune; 0.5 by default.
         seed: of the random choice in the dare methods.
         output: a folder to write the result to, in PEFT's format. An adapter that is in it is replaced without asking.
         strict_base: whether adapters of different bases are an error or a warning.
 
     Returns:
-        The result, in a form that load_adapter takes. Its scaling is 1, and its tensors are float32 or wider.
+        The result, for load_adapter, save_adapter, export_adapter, plot_adapter and combine. Its scaling is 1, and its
+        tensors are float32 or wider.
 
     Raises:
         LoRAError: an argument is not allowed, an adapter cannot be read, or the adapters do not go together.
@@ -113,7 +115,7 @@ def combine(
     )
     if output is not None:
         write_folder(combined.adapter, output)
-    return {"state_dict": dict(combined.adapter.tensors), META: checkpoint_metadata("adapter", combined.adapter)}
+    return combined.adapter
 
 
 def combine_adapters(
@@ -130,6 +132,7 @@ def combine_adapters(
     weights = [plain_number(weight) for weight in weights] if isinstance(weights, Iterable) else weights
     rank, density, seed = map(plain_number, (rank, density, seed))
     how = _checked_method(method, rank, density)
+    density = DENSITY if density is None else density
     _check_weights(sources, weights)
     names = [str(s) if isinstance(s, (str, os.PathLike)) else f"adapters[{i}]" for i, s in enumerate(sources)]
     read = [
@@ -176,9 +179,8 @@ def _checked_method(method: str, rank: int | None, density: float | None) -> str
         raise LoRAError(f"combine: {how} has no rank to choose; give rank with {', '.join(CUT)}.")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise LoRAError(f"combine: rank must be a whole number of at least 1, but it is {rank!r}.")
-    if (density is None) == (how in PRUNING):
-        known = "is needed for" if density is None else "is only for"
-        raise LoRAError(f"combine: density, the share of values to keep, {known} {', '.join(PRUNING)}.")
+    if density is not None and how not in PRUNING:
+        raise LoRAError(f"combine: density, the share of values to keep, is only for {', '.join(PRUNING)}.")
     if density is not None and not (is_number(density) and 0 < density <= 1):
         raise LoRAError(f"combine: density must be above 0 and at most 1, but it is {density!r}.")
     return how

@@ -42,7 +42,8 @@ def export_adapter(source: Sources, path: PathLike, *, plain: bool = False, lora
     path_of_source = source if isinstance(source, (str, os.PathLike)) else None
     where = "" if path_of_source else "export_adapter"
     adapter = adapter_with_options(source, lora_alpha, where, verb="export_adapter")
+    network = adapter.network
     if plain:
         adapter = plain_form(adapter, path_of_source)
-    write_folder(adapter, path, plain=plain)
+    write_folder(adapter, path, plain=plain, network=network)
     return adapter

@@ -96,13 +96,14 @@ def write_card(folder: Path, text: str) -> None:
     (folder / CARD_FILE).write_bytes(text.encode("utf-8"))
 
 
-def model_card(options: Mapping[str, Any], adapter: Adapter, metrics: Mapping[str, float]) -> str:
+def model_card(options: Mapping[str, Any], adapter: Adapter, metrics: Mapping[str, float], network: str = "") -> str:
     """Return the text of a card.
 
     Args:
         options: the fields of adapter_config.json.
         adapter: the adapter.
         metrics: of the run that trained it, as last logged.
+        network: the prefix, in the LightningModule that was saved, of the network whose names the folder has.
     """
     task = TASKS.get(str(options.get("task_type")))
     base = options.get("base_model_name_or_path")
@@ -112,7 +113,7 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, metrics: Mapping[st
     if metrics:
         rows = [f"| {_cell(name)} | {value:.6g} |" for name, value in sorted(metrics.items())[:MOST_METRICS]]
         parts.append("\n".join(["## As last logged in training\n", "| metric | value |", "|---|---|", *rows, ""]))
-    parts.append(_loading(base, task, adapter))
+    parts.append(_loading(base, task, adapter, network))
     text = "\n".join(parts) + "\n"
     return f"{text}<!-- {MARKED_BY} {_check_sum(text)} -->\n"
 
@@ -145,10 +146,13 @@ def _tells(name: str, value: Any) -> bool:
     return value not in (None, False, "", [], {}) and name not in ("inference_mode", "base_model_name_or_path")
 
 
-def _loading(base: str, task: Task | None, adapter: Adapter) -> str:
+def _loading(base: str, task: Task | None, adapter: Adapter, network: str) -> str:
     if adapter.pretrained:
         part = printable(adapter.pretrained.removeprefix(adapter.network).removesuffix("."))
         return LOADING.format(imports="", base=f"...  # {printable(whole_in(adapter))}, not its {part} alone")
+    if network and (task is None or not base):
+        why = "PEFT would run the LightningModule itself without the adapter, and only warn"
+        return LOADING.format(imports="", base=f"{network_in_module(network)}  # {why}")
     if task is None or not base:
         return LOADING.format(imports="", base="...  # the model that the adapter was trained on")
     imports = f"from transformers import {task.auto_class}\n"
@@ -160,6 +164,11 @@ def whole_in(adapter: Adapter) -> str:
     return (
         f"the LightningModule's {adapter.network.removesuffix('.')}" if adapter.network else "the whole LightningModule"
     )
+
+
+def network_in_module(network: str) -> str:
+    """Return the expression for the network with a prefix, in a LightningModule named `module`."""
+    return f"module.{printable(network.removesuffix('.'))}"
 
 
 def _cell(value: Any) -> str:

@@ -32,7 +32,7 @@ from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE, TRANSPOSED_EXPE
 from ..nn.variant import Variant
 from ..notices import tell
 from .forms import CONFIG_FILE, refuse_named_adapters
-from .model_card import may_write_card, model_card, whole_in, write_card
+from .model_card import may_write_card, model_card, network_in_module, whole_in, write_card
 from .peft_attention import refuse_to_write_beside_conv1d
 from .peft_equivalents import add_idle_attention, as_plain
 from .peft_forms import to_peft_form
@@ -75,6 +75,7 @@ def write_folder(
     frozen: Mapping[str, torch.Tensor] | None = None,
     *,
     plain: bool = False,
+    network: str = "",
     metrics: Mapping[str, float] | None = None,
     check: Callable[[], None] | None = None,
 ) -> None:
@@ -85,6 +86,7 @@ def write_folder(
         path: the folder.
         frozen: the tensors of frozen_in_saved, by the network's names.
         plain: the adapter has the plain form of plain.py, and its layers are named as that form wants it.
+        network: the prefix of the network in the LightningModule that was saved, where the adapter does not tell it.
         metrics: of the run, for the model card.
         check: raises where the tensors have changed since they were read. It is called when they are written.
 
@@ -102,10 +104,16 @@ def write_folder(
         )
     if adapter.pretrained:
         tell(_names_of_whole(adapter, path))
+    elif network := network or adapter.network:
+        tell(
+            f"lightning_lora: names in {path} are those of the LightningModule's {network.removesuffix('.')}, and PEFT "
+            f"loads it onto that: PeftModel.from_pretrained({network_in_module(network)}, path). The LightningModule "
+            "itself PEFT would run without the adapter, and only warn."
+        )
     content = folder_content(adapter, frozen, plain=plain)
     inside, outside = _copies(content.tensors), _copies(content.outside)
     text = json.dumps(content.description, separators=(",", ":"))
-    card = model_card(content.options, adapter, metrics or {}) if may_write_card(path) else None
+    card = model_card(content.options, adapter, metrics or {}, network) if may_write_card(path) else None
     with new_folder(path, keep_others=True, replaced=[OUTSIDE_FILE]) as folder:
         write_tensors(folder / TENSOR_FILE, inside, {"format": "pt", HEADER_KEY: text})
         if outside:

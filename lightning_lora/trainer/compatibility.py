@@ -35,7 +35,10 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
     for position, neighbour in enumerate(order):
         name = type(neighbour).__name__
         if neighbour is not callback and _is_a(neighbour, "LoRACallback"):
-            raise LoRAError("LoRACallback: the Trainer has two LoRA callbacks for one model; keep one.")
+            raise LoRAError(
+                "LoRACallback: the Trainer has two LoRA callbacks for one model. Leave one out: LoRACLI brings its own "
+                "with the options under lora, so trainer.callbacks needs none beside it."
+            )
         if _is_a(neighbour, "ModelPruning"):
             raise LoRAError(
                 "LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite. Leave one "

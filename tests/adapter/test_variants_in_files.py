@@ -137,7 +137,7 @@ def test_adapters_of_any_variant_without_a_scale_are_combined_to_plain_lora(meth
     gated = adapter_of(define_gated()())
     plain = adapter_of(LoRA(), seed=1)
     rank = {"rank": 4} if method == "svd" else {}
-    combined = read_adapter(combine([as_checkpoint(gated), as_checkpoint(plain)], [0.25, -2.0], method=method, **rank))
+    combined = combine([as_checkpoint(gated), as_checkpoint(plain)], [0.25, -2.0], method=method, **rank)
     assert combined.config is not None
     assert combined.config.variant == "lora"
     for layer in ("one", "two"):

@@ -45,7 +45,8 @@ def test_combined_folder_is_read_by_peft_and_merged_by_the_command(tmp_path: Pat
 
 def test_options_are_those_of_the_function(tmp_path: Path, capsys: Any):
     given = both(tmp_path)
-    pruning = ["--method", "dare_ties_svd", "--density", "0.5", "--rank", "3", "--seed", "7"]
+    # The density that is left out here is 0.5.
+    pruning = ["--method", "dare_ties_svd", "--rank", "3", "--seed", "7"]
     printed = call(capsys, "combine", *given, "--weights", 1, 1, *pruning, "--output", tmp_path / "c")
     combine(given, [1, 1], method="dare_ties", density=0.5, rank=3, seed=7, output=tmp_path / "d")
     found, expected = tensors_of(tmp_path / "c"), tensors_of(tmp_path / "d")

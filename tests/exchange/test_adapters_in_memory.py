@@ -92,7 +92,7 @@ def test_an_adapter_in_memory_is_combined_as_its_file(tmp_path: Path):
     for name, model in (("a", net(2)), ("b", net(3, r=4))):
         save_adapter(model, tmp_path / name)
     paths = [tmp_path / "a", tmp_path / "b"]
-    expected, found = (combine(each, [0.5, 2])["state_dict"] for each in (paths, [*map(read_adapter, paths)]))
+    expected, found = (combine(each, [0.5, 2]).tensors for each in (paths, [*map(read_adapter, paths)]))
     assert {name: bits(tensor) for name, tensor in found.items()} == {n: bits(t) for n, t in expected.items()}
 
 

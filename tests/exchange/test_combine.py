@@ -17,12 +17,15 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     combine,
+    export_adapter,
     inject,
     load_adapter,
     merged_state_dict,
+    plot_adapter,
     read_adapter,
     save_adapter,
 )
+from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.adapter.combined_layer import PRUNING, combined_change
 from lightning_lora.exchange.combine import combine_adapters
 from support.models import bits, checkpoint
@@ -163,7 +166,7 @@ def test_one_adapter_twice_has_the_rank_of_one():
     result = loaded(combine([state, state], [0.5, 0.5]))
     assert_deltas(deltas_of(result), deltas_of(net))
     assert result.get_parameter("linear.lora_A").shape[0] == 2
-    assert combine([state, state], [0.5, 0.5], method="cat")["lora"]["config"]["r"] == 4
+    assert combine([state, state], [0.5, 0.5], method="cat").config.r == 4  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("size", [1e-10, 1e10])
@@ -293,7 +296,7 @@ def test_dare_is_drawn_from_the_seed_and_layer_and_not_from_the_users_stream():
         before = torch.get_rng_state()
         state = combine(states, [1, 1], method="dare_linear", density=0.5, seed=seed, rank=5)
         assert torch.equal(torch.get_rng_state(), before)
-        return {name: bits(tensor) for name, tensor in state["state_dict"].items()}
+        return {name: bits(tensor) for name, tensor in state.tensors.items()}
 
     assert run(0) == run(0) != run(1)
 
@@ -301,11 +304,18 @@ def test_dare_is_drawn_from_the_seed_and_layer_and_not_from_the_users_stream():
 @pytest.mark.parametrize("name", ["dare", "dare_svd", "dare_linear_svd"])
 def test_dare_is_the_sum_of_what_it_leaves_under_each_of_its_names(name: str):
     given = states(small(2), small(3))
-    found, expected = (
-        combine(given, [1, 1], method=method, density=0.5)["state_dict"] for method in (name, "dare_linear")
-    )
+    found, expected = (combine(given, [1, 1], method=method, density=0.5).tensors for method in (name, "dare_linear"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_density_that_is_left_out_is_a_half(method: str):
+    given = states(small(2), small(3))
+    found, expected = combine(given, [1, 2], method=method), combine(given, [1, 2], method=method, density=0.5)
+    assert all(torch.equal(value, expected.tensors[name]) for name, value in found.tensors.items())
+    other = combine(given, [1, 2], method=method, density=0.9)
+    assert not torch.equal(found.tensors["linear.lora_B"], other.tensors["linear.lora_B"])
 
 
 def test_dare_draws_other_values_in_each_layer():
@@ -314,7 +324,7 @@ def test_dare_draws_other_values_in_each_layer():
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.fill_(1.0)
-    state = combine([checkpoint(net, "adapter")], [1], method="dare_linear", density=0.5)["state_dict"]
+    state = combine([checkpoint(net, "adapter")], [1], method="dare_linear", density=0.5).tensors
     one, other = ((state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]).abs() > 1e-3 for name in ("one", "other"))
     assert 0 < one.sum() < 36
     assert not torch.equal(one, other)
@@ -459,7 +469,6 @@ def test_an_adapter_of_another_shape_is_refused_by_its_layer():
         ([1, 1], {"method": "slerp"}, "method must be one of linear, cat, svd, .* but it is 'slerp'"),
         ([1, 1], {"rank": 4}, "linear has no rank to choose"),
         ([1, 1], {"method": "svd", "rank": 0}, "rank must be a whole number of at least 1"),
-        ([1, 1], {"method": "ties"}, "density, the share of values to keep, is needed for"),
         ([1, 1], {"method": "svd", "density": 0.5}, "density, the share of values to keep, is only for"),
         ([1, 1], {"method": "ties", "density": 0}, "density must be above 0 and at most 1"),
     ],
@@ -484,11 +493,25 @@ def test_weights_without_a_list_are_refused(weights: Any):
 # --- what comes out ---
 
 
+def test_the_result_goes_wherever_an_adapter_goes(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    nets = [small(seed, target_modules=["linear", "conv"]) for seed in (2, 3)]
+    result = combine(states(*nets), [1, 2])
+    assert isinstance(result, Adapter)
+    save_adapter(result, tmp_path / "saved")
+    export_adapter(result, tmp_path / "exported")
+    assert set(plot_adapter(result)) == {"norms", "spectra"}
+    expected = total([(1, deltas_of(nets[0])), (2, deltas_of(nets[1]))])
+    for source in (result, combine([result], [1.0]), tmp_path / "saved", tmp_path / "exported"):
+        assert_deltas(deltas_of(loaded(source)), expected, atol=1e-6)
+
+
 def test_the_first_adapters_options_stay_where_they_say_the_same():
     given = states(small(2, lora_dropout=0.1, use_rslora=True), small(3))
-    config = combine(given, [1, 1], method="cat")["lora"]["config"]
-    assert config["target_modules"] == ["linear", "conv", "embed"]
-    assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["use_rslora"]) == (4, 4, 0.1, False)
+    config = combine(given, [1, 1], method="cat").config
+    assert config is not None
+    assert config.target_modules == ("linear", "conv", "embed")
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (4, 4, 0.1, False)
 
 
 def test_adapters_of_16_bits_are_combined_in_float32():
@@ -497,7 +520,7 @@ def test_adapters_of_16_bits_are_combined_in_float32():
 
     given = states(*(adapted(s, half, r=2, target_modules=["linear"], autocast_adapter_dtype=False) for s in (2, 3)))
     assert given[0]["state_dict"]["linear.lora_A"].dtype == torch.bfloat16
-    state = combine(given, [0.5, 0.5])["state_dict"]
+    state = combine(given, [0.5, 0.5]).tensors
     assert state["linear.lora_A"].dtype == torch.float32
 
 
@@ -519,7 +542,7 @@ def test_attention_keeps_one_rank_for_all_of_it_as_peft_needs(tmp_path: Path):
     for leaf in ("attention.lora_A", "attention.lora_B"):
         other.get_parameter(leaf).data.copy_(one.get_parameter(leaf))
     state = combine(states(one, other), [1, 1], output=tmp_path / "c")
-    assert len(state["state_dict"]["attention.lora_A"]) == len(state["state_dict"]["attention.out_proj.lora_A"]) == 4
+    assert len(state.tensors["attention.lora_A"]) == len(state.tensors["attention.out_proj.lora_A"]) == 4
     assert_deltas(deltas_of(loaded(state)), total([(1.0, deltas_of(one)), (1.0, deltas_of(other))]))
 
 
@@ -528,7 +551,7 @@ def test_an_adapter_that_was_not_trained_keeps_its_rank():
     net = kinds()
     inject(net, LoRAConfig(r=2, target_modules=["linear"]))
     state = combine(states(net), [1.0])
-    assert state["state_dict"]["linear.lora_A"].shape == (2, 6)
+    assert state.tensors["linear.lora_A"].shape == (2, 6)
     assert_deltas(deltas_of(loaded(state)), total([(0.0, deltas_of(net))]))
 
 
@@ -537,8 +560,8 @@ def test_a_combination_is_complete_where_all_are(tmp_path: Path, order: tuple[in
     ours("llama", tmp_path / "ours")
     theirs("llama", tmp_path / "theirs")
     given = [[tmp_path / "ours", tmp_path / "theirs"][i] for i in order]
-    assert not combine_adapters(given, [1, 1]).adapter.complete
-    assert combine_adapters([tmp_path / "ours"] * 2, [1, 1]).adapter.complete
+    assert not combine(given, [1, 1]).complete
+    assert combine([tmp_path / "ours"] * 2, [1, 1]).complete
 
 
 def test_dropout_stays_out_where_another_adapter_brings_single_parameters():
@@ -548,7 +571,8 @@ def test_dropout_stays_out_where_another_adapter_brings_single_parameters():
         small(3, target_modules=[], target_parameters=["weight_ih_l0"]),
     )
     state = combine(states(*given), [1, 1])
-    assert state["lora"]["config"]["lora_dropout"] == 0
+    assert state.config is not None
+    assert state.config.lora_dropout == 0
     assert_deltas(deltas_of(loaded(state)), total([(1.0, deltas_of(each)) for each in given]))
 
 
@@ -556,7 +580,7 @@ def test_parts_of_attention_keep_their_rank_beside_an_out_proj_of_a_higher_one()
     parts = {"attention": [True, False, True]}
     net = adapted(2, r=1, target_modules=["attention"], enable_lora=parts, rank_pattern={"out_proj": 3})
     state = combine(states(net), [0.5])
-    assert len(state["state_dict"]["attention.lora_A"]) == 2
+    assert len(state.tensors["attention.lora_A"]) == 2
     assert_deltas(deltas_of(loaded(state)), total([(0.5, deltas_of(net))]))
 
 
@@ -565,13 +589,14 @@ def test_numbers_of_numpy_are_taken_and_stored_as_pythons_own(tmp_path: Path, ki
     both = [checkpoint(small(seed), "adapter") for seed in (2, 3)]
     found = combine(both, np.array([1, 2], dtype=kind), method="svd", rank=np.int64(2), seed=np.int32(0))  # type: ignore[arg-type]
     expected = combine(both, [1, 2], method="svd", rank=2)
-    assert found["state_dict"].keys() == expected["state_dict"].keys()
-    assert all(torch.equal(value, expected["state_dict"][name]) for name, value in found["state_dict"].items())
-    torch.save(found, tmp_path / "a.ckpt")
-    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["lora"]["config"] == expected["lora"]["config"]
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(value, expected.tensors[name]) for name, value in found.tensors.items())
+    for name, each in (("found", found), ("expected", expected)):
+        save_adapter(each, tmp_path / name)
+    assert config_of(tmp_path / "found") == config_of(tmp_path / "expected")
     pruned = combine(both, [kind(1), kind(2)], method="ties", density=np.float32(0.5))
     again = combine(both, [1, 2], method="ties", density=0.5)
-    assert all(torch.equal(value, again["state_dict"][name]) for name, value in pruned["state_dict"].items())
+    assert all(torch.equal(value, again.tensors[name]) for name, value in pruned.tensors.items())
 
 
 @pytest.mark.parametrize("weight", [np.float32("nan"), np.float64("inf"), np.bool_(True)])
@@ -587,5 +612,5 @@ def test_pruning_of_float64_adapters_works_in_float64():
     state = combine(
         [checkpoint(net, "adapter") for net in nets], [0.3, 0.7], method="magnitude_prune", density=1.0, rank=6
     )
-    assert state["state_dict"]["linear.lora_A"].dtype == torch.float64
+    assert state.tensors["linear.lora_A"].dtype == torch.float64
     assert_deltas(deltas_of(loaded(state)), total(list(zip([0.3, 0.7], map(deltas_of, nets), strict=True))))

@@ -123,7 +123,6 @@ class Plain(L.LightningModule):
 
 
 SILENT: dict[str, Callable[[], Any]] = {
-    "nothing outside": lambda: trained(modules_to_save=None),
     "the network alone": lambda: trained().model,
     "no transformers model": lambda: trained(Plain, target_modules=["0"]),
     "transformers model outside": lambda: trained(target_modules=["head"], modules_to_save=None),
@@ -140,6 +139,13 @@ def test_folder_that_peft_loads_as_expected_tells_nothing(tmp_path, told, case: 
     assert not told
     assert "the model that the adapter was trained on" in (tmp_path / "folder" / "README.md").read_text()
     assert all(each["id"] != "whole module" for each in findings(view_of_folder(tmp_path / "folder"), "peft"))
+
+
+def test_folder_of_a_network_in_a_lightning_module_names_the_network(tmp_path, told):
+    save_adapter(trained(modules_to_save=None), tmp_path)
+    assert "PeftModel.from_pretrained(module.model, path)" in told.pop()
+    assert not told
+    assert "base = module.model  # " in (tmp_path / "README.md").read_text()
 
 
 def test_network_saved_alone_names_no_head_and_is_read_by_all(tmp_path, capsys: pytest.CaptureFixture[str]):

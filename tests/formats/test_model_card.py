@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -29,8 +30,9 @@ from lightning_lora import (
     take_adapter,
 )
 from lightning_lora.formats import model_card, peft_folder
+from support.models import checkpoint
 from support.notices import quiet_peers
-from support.peers import edit, model, ours, seeded, theirs
+from support.peers import call, edit, model, ours, seeded, theirs
 
 pytestmark = quiet_peers
 
@@ -86,6 +88,39 @@ def test_blocks_of_a_card_without_a_base_load_the_adapter(tmp_path):
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(block.replace("base = ...", "pass"), {"folder": str(tmp_path / "folder"), "base": (net := base())})
         assert any("lora_A" in name for name, _ in net.named_parameters())
+
+
+class Around(L.LightningModule):
+    """A network in a LightningModule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = base()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.net(x)
+        return result
+
+
+@pytest.mark.parametrize("door", ["save_adapter", "export_adapter", "plain", "command"])
+def test_card_and_log_name_the_network_that_peft_loads_onto(tmp_path, caplog, capsys, door: str):
+    """PEFT loads nothing onto the LightningModule around it: it warns, and runs the base."""
+    inject(module := Around(), LoRAConfig(r=2, init_lora_weights=False))
+    folder, expected = str(tmp_path / "folder"), module(x := torch.randn(3, 8))
+    torch.save(checkpoint(module, "adapter"), tmp_path / "a.ckpt")
+    with caplog.at_level(logging.INFO):
+        if door == "save_adapter":
+            save_adapter(module, folder)
+        elif door == "command":
+            call(capsys, "export", tmp_path / "a.ckpt", folder)
+        else:
+            export_adapter(tmp_path / "a.ckpt", folder, plain=door == "plain")
+    assert "PeftModel.from_pretrained(module.net, path)" in caplog.text
+    text = (Path(folder) / "README.md").read_text()
+    assert "base = module.net  # " in text
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names := {"module": Around(), "folder": folder, "base": (net := base())})
+        torch.testing.assert_close(names.get("model", net)(x), expected)
 
 
 HOSTILE = ["a\n---\nlicense: mit", 'x"y', "a: b", "/home/me/llama", "../llama", "~/llama", "a/b/c", "", "- x", "|`<!--"]

@@ -19,7 +19,6 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     adapter_state_dict,
-    combine,
     export_adapter,
     inject,
     load_adapter,
@@ -27,6 +26,7 @@ from lightning_lora import (
     save_adapter,
     take_adapter,
 )
+from support.models import checkpoint
 from support.notices import quiet_peers
 from support.peers import TENSORS, call, config_of, fill_, logits, model, ours, read_by_peft, refused, seeded, theirs
 
@@ -252,7 +252,7 @@ def test_modules_without_weights_are_no_targets(
     if source == "folder":
         save_adapter(net, given := tmp_path / "saved")
     elif source == "checkpoint":
-        torch.save(combine([given], [1.0]), given := tmp_path / "a.ckpt")
+        torch.save(checkpoint(net, "adapter"), given := tmp_path / "a.ckpt")
     for plain in (True, False):
         export_adapter(given, tmp_path / "out", plain=plain)
         options = config_of(tmp_path / "out")

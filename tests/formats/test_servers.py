@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, combine, export_adapter, inject, save_adapter, take_adapter
+from lightning_lora import LoRAConfig, export_adapter, inject, save_adapter, take_adapter
 from lightning_lora.command.main import main
 from lightning_lora.formats.servers import CONDITIONS, FolderView, Server, findings, servers, view_of_folder
+from support.models import checkpoint
 from support.notices import quiet_peers
 from support.peers import TENSORS, call, config_of, edit, fill_, ours, refused, seeded, theirs
 
@@ -436,7 +437,7 @@ def test_rounding_of_a_plain_form_that_is_looked_at_alone_is_not_warned_of(tmp_p
 def test_adapter_that_peft_cannot_express_is_refused_by_all(tmp_path, capsys: pytest.CaptureFixture[str]):
     net = seeded(lambda: nn.Sequential(nn.MultiheadAttention(4, 2, kdim=3, vdim=3)))
     inject(net, LoRAConfig(r=1, target_modules=["0"]))
-    torch.save(combine([take_adapter(fill_(net))], [1.0]), tmp_path / "a.ckpt")
+    torch.save(checkpoint(fill_(net), "adapter"), tmp_path / "a.ckpt")
     printed = call(capsys, "info", tmp_path / "a.ckpt", "--for", "vllm")
     assert "refuses: '0' has separate or partly adapted q, k and v, which PEFT has not" in printed
     assert "first" not in json.loads(call(capsys, "info", tmp_path / "a.ckpt", "--for", "vllm", "--json"))

@@ -1,21 +1,313 @@
-"""lora_dropout: nothing in evaluation, active and unbiased in training, for layers with their own forward too."""
+"""lora_dropout: nothing in evaluation; in training one mask on what the adapter gets, on every path of a forward.
+
+The table compares outputs and gradients with the formulas in float64, under the mask that the same seed draws.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
+from test_layers_on_a_device import Packed
 from torch import nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject
+from lightning_lora.nn.adapted_module import swapped_class
+from lightning_lora.nn.linear import LoRAQuantisedLinear
 from lightning_lora.nn.lora_layer import drop
-from support.layers import CASES, make_subject
+from support.devices import Place
+from support.layers import ALPHA, CASES, Case, Holder, R, make_subject, matrix
+from support.quantised import QUANTISED, adapted, inputs
 
-P = 0.4
+P = 0.5  # a value that is kept is doubled, exactly in every dtype
 LOOKED_UP = [name for name in CASES if "embedding" in name]  # no dropout, as in PEFT and loralib
-NOT_LINEAR = ["activated linear", "dora, activated linear"]  # the mean of its outputs is not the output of the mean
-DROPPING = [name for name in CASES if name not in LOOKED_UP]
+
+# The table: kinds of layers, ways to run them, precisions -----------------------------------------------------------
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "vera": {"variant": "vera", "lora_alpha": 8, "variant_options": {"d_initial": 1.0}},
+    "quantised": {},
+}
+WITH_OPTIONS = {
+    "pissa": ("linear", "linear, three axes", "transformers Conv1D"),
+    "vera": ("linear", "linear, three axes", "transformers Conv1D"),
+    "quantised": ("linear", "linear, one vector", "linear, three axes", "fused, outer parts"),
+}
+KINDS = {name: case for name, case in CASES.items() if name not in LOOKED_UP and "embedding" not in name}
+KINDS |= {
+    f"{option}, {name}": replace(CASES[name], options=OPTIONS[option])
+    for option, names in WITH_OPTIONS.items()
+    for name in names
+}
+# These build W' without the input, so a mask is of whole features of it.
+DENSE = [name for name in KINDS if any(each in name for each in ("activated", "that pads", "an inner forward"))]
+
+WAYS = ("cpu", "device", "transformed", "without gradients", "not contiguous")
+PRECISIONS = {"float32": (torch.float32, 4e-6), "bfloat16": (torch.bfloat16, 3e-2)}
+
+
+class Row(NamedTuple):
+    """A kind of layer, a way to run it, a precision."""
+
+    kind: str
+    way: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} - {self.way} - {self.precision}"
+
+
+EVERY_DAY = ("linear", "conv2d", "dora, linear", "pissa, linear")  # in 16 bits too; no path asks for the dtype
+
+
+def rows() -> list[Any]:
+    found = []
+    for kind, case in KINDS.items():
+        for way in WAYS:
+            if way == "not contiguous" and (len(case.shape) != 3 or "conv" in kind.lower()):
+                continue  # only nn.Linear takes such an input by a way of its own
+            if way == "device" and kind == "quantised, fused, outer parts":
+                continue  # the weight of this stand-in is a plain one, which then runs as one operation
+            found += [Row(kind, way, precision) for precision in PRECISIONS]
+    slow = [row.precision != "float32" and row.kind not in EVERY_DAY for row in found]
+    return [pytest.param(row, marks=pytest.mark.slow if late else ()) for row, late in zip(found, slow, strict=True)]
+
+
+# What is expected: in float64, from the definitions -----------------------------------------------------------------
+
+
+class Made(NamedTuple):
+    """An adapted model in training mode, the plain one, and an input."""
+
+    model: Any
+    plain: Any
+    x: torch.Tensor
+
+
+def make(kind: str, dtype: torch.dtype) -> Made:
+    """Factors are about as large as W, so that a product with another mask is another output."""
+    case = KINDS[kind]
+    quantised = kind.startswith("quantised")
+    linear = case.build()
+    if quantised:  # stands for a layer with packed bytes: its forward is its own
+        linear.__class__ = Packed
+    plain = Holder(linear).to(dtype)
+    model = copy.deepcopy(plain)
+    plain.requires_grad_(False)
+    options: dict[str, Any] = {"r": R, "lora_alpha": ALPHA, "target_modules": ["layer"], "lora_dropout": P}
+    if case.parts:
+        options["enable_lora"] = {"layer": list(case.parts)}
+    inject(model, LoRAConfig(**options | case.options))
+    layer: Any = model.layer
+    if quantised:
+        layer.__class__ = swapped_class(LoRAQuantisedLinear, Packed)
+        layer.lora.custom_forward = False
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad and name != "lora_magnitude":
+                parameter.add_(0.5 * torch.randn(parameter.shape))
+        if "use_dora" in case.options:  # about 1 times the norm, so that no large terms cancel
+            norms = layer.norms(layer.weight, layer.lora_A, layer.lora_B)
+            layer.lora_magnitude.copy_(norms * (0.8 + 0.4 * torch.rand(norms.shape)))
+    return Made(model.train(), plain, case.make_input(dtype))
+
+
+def change(made: Made, case: Case, factors: dict[str, torch.Tensor], features: torch.Tensor | None) -> torch.Tensor:
+    """s * B @ A as the layer stores it; with a mask of A's columns, where the layer runs on W'."""
+    layer, plain = made.model.layer, made.plain.layer
+    if "variant" in case.options:
+        shapes = plain.weight.T.shape if isinstance(plain, Conv1D) else plain.weight.shape
+        a, b = layer.lora_vera_A.detach().double(), layer.lora_vera_B.detach().double()
+        product = factors["lora_vera_b"][:, None] * b[: shapes[0]] * factors["lora_vera_d"] @ a[:, : shapes[1]]
+        return product.T if isinstance(plain, Conv1D) else product
+    a, b = factors["lora_A"], factors["lora_B"]
+    delta = matrix(plain, a if features is None else a * features, b, case.parts)
+    if "init_lora_weights" in case.options:
+        starts = (getattr(layer, name).detach().double() for name in ("lora_start_A", "lora_start_B"))
+        delta = delta - matrix(plain, *starts, case.parts)
+    return (ALPHA / R * delta).reshape(plain.weight.shape)
+
+
+def expected(made: Made, case: Case, mask: torch.Tensor, *, dense: bool) -> dict[str, torch.Tensor]:
+    """The output, and the gradients of it times a fixed tensor."""
+    wide = copy.deepcopy(made.plain).double()
+    weight = wide.layer.weight.detach()
+    trained = {name: each for name, each in made.model.layer.named_parameters() if each.requires_grad}
+    factors = {name: each.detach().double().requires_grad_() for name, each in trained.items()}
+    x = made.x.double().requires_grad_()
+    bias = wide.layer.bias
+
+    def run(weight: torch.Tensor, x: torch.Tensor, *, biased: bool = False) -> torch.Tensor:
+        state = {"layer.weight": weight}
+        if bias is not None:
+            state["layer.bias"] = bias if biased else torch.zeros_like(bias)
+        result: torch.Tensor = functional_call(wide, state, (x,))
+        return result
+
+    delta, scale = change(made, case, factors, mask if dense else None), None
+    if "use_dora" in case.options:
+        whole = (weight + change(made, case, factors, None)).detach()
+        inputs = 0 if isinstance(wide.layer, Conv1D) else tuple(range(1, whole.dim()))
+        norms = torch.linalg.vector_norm(whole, dim=inputs, keepdim=True)
+        scale = factors["lora_magnitude"].view(norms.shape) / norms - 1
+    if dense:
+        seen = weight * mask.double() + delta
+        output = run(weight + delta if scale is None else weight + delta + scale * seen, x, biased=True)
+    else:
+        dropped = x * mask.double()
+        # Packed doubles what its weight gives, and no product of factors is doubled.
+        product = run(delta / 2 if isinstance(wide.layer, Packed) else delta, dropped)
+        output = run(weight, x, biased=True) + product
+        if scale is not None:
+            per_output = scale.view(-1, *[1] * (weight.dim() - 2)) if weight.dim() > 2 else scale.flatten()
+            output = output + per_output * (run(weight, dropped) + product)
+    (output * upstream(output)).sum().backward()
+    return {"output": output.detach(), "input": x.grad} | {name: each.grad for name, each in factors.items()}  # type: ignore[dict-item]
+
+
+def upstream(output: torch.Tensor) -> torch.Tensor:
+    return torch.linspace(0.5, 1.5, output.numel(), dtype=torch.float64).view(output.shape)
+
+
+def mask_of(made: Made, x: torch.Tensor, way: str, *, dense: bool) -> torch.Tensor:
+    """The mask that the seed draws, 0 and 2: torch's own, but of the CPU's inputs."""
+    torch.manual_seed(5)
+    if dense:
+        a = made.model.layer.lora_A
+        mask = F.dropout(torch.ones(1, a.shape[1], *[1] * (a.dim() - 2), dtype=a.dtype), P)
+    elif way in ("device", "transformed"):
+        mask = F.dropout(torch.ones_like(x), P)
+    else:
+        kept, factor = drop(torch.ones_like(x), P)
+        mask = kept * factor
+    assert mask.unique().tolist() == [0, 2]
+    return mask
+
+
+# What is found ------------------------------------------------------------------------------------------------------
+
+
+def step(model: Any, x: torch.Tensor, *, gradients: bool = True) -> dict[str, torch.Tensor]:
+    x = x.detach().requires_grad_(gradients)
+    torch.manual_seed(5)
+    with nullcontext() if gradients else torch.no_grad():
+        output = model(x)
+    if not gradients:
+        return {"output": output.cpu()}
+    (output.double() * upstream(output).to(output.device)).sum().backward()
+    trained = {name: each.grad for name, each in model.layer.named_parameters() if each.requires_grad}
+    return {name: each.detach().cpu() for name, each in {"output": output, "input": x.grad, **trained}.items()}  # type: ignore[union-attr]
+
+
+def transformed(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Under torch.func, whose transforms a layer's own operations do not know."""
+    trained = {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
+    torch.manual_seed(5)
+    output, pull = torch.func.vjp(lambda state, x: functional_call(model, state, (x,)), trained, x)
+    factors, of_input = pull(upstream(output).to(output.dtype))
+    return {"output": output, "input": of_input} | {n.removeprefix("layer."): each for n, each in factors.items()}
+
+
+@pytest.mark.parametrize("row", rows(), ids=str)
+def test_the_mask_is_on_what_the_adapter_gets_on_every_path(row: Row, a_device: Place) -> None:
+    dtype, tolerance = PRECISIONS[row.precision]
+    made, case, dense = make(row.kind, dtype), KINDS[row.kind], row.kind in DENSE
+    if row.way == "not contiguous":
+        made = made._replace(x=made.x.mT.contiguous().mT)
+    mask = mask_of(made, made.x, row.way, dense=dense)
+    wanted = expected(made, case, mask, dense=dense)
+    if row.way == "device":
+        with a_device() as device:
+            found = step(made.model.to(device), made.x.to(device))
+    elif row.way == "transformed":
+        found = transformed(made.model, made.x)
+    else:
+        found = step(made.model, made.x, gradients=row.way != "without gradients")
+    for name, value in found.items():
+        distance = (value.double() - wanted[name]).norm() / wanted[name].norm()
+        assert distance <= tolerance, f"{name}: {distance:.1e}"
+    assert len(found) == (1 if row.way == "without gradients" else len(wanted))
+
+
+@pytest.mark.parametrize("way", ["cpu", "device"])
+@pytest.mark.parametrize("targets", [["layer"], ["layer", "layer.out_proj"]], ids=["alone", "with out_proj"])
+@pytest.mark.parametrize("apart", [False, True], ids=["one weight", "q, k and v apart"])
+def test_attention_runs_on_weights_with_a_mask_of_features(apart: bool, targets: list[str], way: str, a_device: Place):
+    sizes = {"kdim": 6, "vdim": 4} if apart else {}
+    plain: Any = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
+    x = torch.randn(2, 5, 8), torch.randn(2, 5, sizes.get("kdim", 8)), torch.randn(2, 5, sizes.get("vdim", 8))
+    inject(model := Holder(copy.deepcopy(plain)), LoRAConfig(r=2, target_modules=targets, lora_dropout=P))
+    layer: Any = model.train().layer
+    for each in model.parameters():
+        each.data.add_(0.3 * torch.randn(each.shape) if each.requires_grad else 0)
+    torch.manual_seed(5)
+    state = {name: value.detach().double() for name, value in plain.state_dict().items()}
+    factors = {
+        name: each.detach().double().requires_grad_() for name, each in layer.named_parameters() if "lora" in name
+    }
+    for prefix in ("out_proj.", "") if "out_proj.lora_A" in factors else ("",):  # in the order in which masks are drawn
+        a, b = factors[f"{prefix}lora_A"], factors[f"{prefix}lora_B"]
+        mask = F.dropout(torch.ones(1, a.shape[1]), P)
+        assert mask.unique().tolist() == [0, 2]
+        product = a * mask.double()
+        if prefix or not apart:
+            state[f"{prefix}weight" if prefix else "in_proj_weight"] += 4 * b @ product
+            continue
+        for name, left, right in zip("qkv", b.split(8), product.split([8, 6, 4], 1), strict=True):
+            state[f"{name}_proj_weight"] += 4 * left @ right
+    wanted = functional_call(plain.double(), state, tuple(each.double() for each in x))[0]
+    (wanted * upstream(wanted)).sum().backward()
+    with a_device() if way == "device" else nullcontext("cpu") as device:
+        torch.manual_seed(5)
+        found = model.to(device).layer(*(each.to(device) for each in x))[0]
+        (found * upstream(found).float().to(device)).sum().backward()
+        torch.testing.assert_close(found.detach().cpu().double(), wanted.detach(), rtol=0, atol=1e-4)
+        for name, each in factors.items():
+            torch.testing.assert_close(layer.get_parameter(name).grad.cpu().double(), each.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_the_mask_is_on_what_the_adapter_of_a_quantised_layer_gets(kind: str) -> None:
+    """Beside the layer's own outputs and gradients, which its class computes."""
+    model = adapted(kind, lora_dropout=P).train()
+    layer = model[0]
+    with disable_adapter(model):
+        base_output, base_input = outputs_and_gradient(layer, inputs())
+        assert torch.equal(base_output, layer(inputs()))  # nothing is dropped
+    torch.manual_seed(5)
+    kept, factor = drop(torch.ones_like(inputs()), P)
+    found, of_input = outputs_and_gradient(layer, inputs())
+    x = inputs().double().requires_grad_()
+    a, b = (each.detach().double().requires_grad_() for each in (layer.lora_A, layer.lora_B))
+    product = 2 * (x * kept * factor) @ a.T @ b.T
+    (product * upstream(product)).sum().backward()
+    for name, one, other in (
+        ("output", found - base_output, product),
+        ("input", of_input - base_input, x.grad),
+        ("A", layer.lora_A.grad, a.grad),
+        ("B", layer.lora_B.grad, b.grad),
+    ):
+        assert (one.double() - other).norm() <= 2e-6 * other.norm() * (10 if name == "output" else 1), name  # type: ignore[union-attr]
+
+
+def outputs_and_gradient(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x.requires_grad_()
+    torch.manual_seed(5)
+    output = layer(x)
+    (output * upstream(output).to(output.dtype)).sum().backward()
+    assert x.grad is not None
+    return output.detach(), x.grad
+
+
+# What a mask is, and where there is none ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -24,21 +316,6 @@ def test_dropout_does_nothing_in_evaluation(name: str) -> None:
     same.model.load_state_dict(subject.model.state_dict())
     for model in (subject.model, subject.model.train().eval()):
         assert torch.equal(model(subject.x), same.model(subject.x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", DROPPING)
-def test_dropout_in_training_is_active_and_unbiased(name: str) -> None:
-    subject = make_subject(name, torch.float64, lora_dropout=P)
-    wanted = subject.model(subject.x).detach()
-    subject.model.train()
-    with torch.no_grad():
-        outputs = torch.stack([subject.model(subject.x) for _ in range(600)])
-    deviation = outputs.std(0)
-    assert (deviation > 0).any()
-    if name not in NOT_LINEAR:
-        # Of some hundred independent means, one beyond six standard errors is one case in a million.
-        assert ((outputs.mean(0) - wanted).abs() <= 6 * deviation / 600**0.5 + 1e-9).all()
 
 
 @pytest.mark.parametrize("name", ["linear", "transformers Conv1D", "conv2d, pointwise", "fused, all parts"])
@@ -63,33 +340,6 @@ def test_the_share_of_dropped_features_is_p(name: str) -> None:
 def test_dropout_on_an_embedding_drops_nothing(name: str) -> None:
     subject = make_subject(name, lora_dropout=P)
     assert torch.equal(subject.model.train()(subject.x), subject.model.eval()(subject.x))
-
-
-@pytest.mark.parametrize("name", DROPPING)
-def test_gradients_with_dropout_belong_to_the_mask_that_was_drawn(name: str) -> None:
-    """Finite differences under one and the same random stream."""
-    subject = make_subject(name, torch.float64, lora_dropout=P)
-    subject.model.train()
-    layer = subject.layer
-    if name.startswith("dora"):  # the gradient passes over the norm
-        fixed = layer.norms(layer.weight, layer.lora_A, layer.lora_B)
-        layer.norms = lambda *args: fixed
-
-    def loss() -> torch.Tensor:
-        torch.manual_seed(5)
-        return subject.model(subject.x).sum()
-
-    loss().backward()
-    for factor in layer.factors():
-        direction = torch.randn_like(factor)
-        with torch.no_grad():
-            factor.add_(direction, alpha=1e-5)
-            above = loss()
-            factor.add_(direction, alpha=-2e-5)
-            below = loss()
-            factor.add_(direction, alpha=1e-5)
-        assert factor.grad is not None
-        torch.testing.assert_close((above - below) / 2e-5, (factor.grad * direction).sum(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "conv that pads", "fused, outer parts"])

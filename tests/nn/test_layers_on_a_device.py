@@ -137,25 +137,6 @@ def test_a_padded_place_gives_the_factors_no_gradient_that_is_not_finite(device)
     assert not subject.layer.lora_A.grad.cpu()[:, padding].any()
 
 
-@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d"])
-def test_dropout_on_a_device_is_torchs_own_on_what_the_adapter_gets(device, name):
-    subject = make_subject(name, torch.float64, lora_dropout=P)
-    seen = subject.x
-    torch.manual_seed(5)
-    subject.x = F.dropout(seen, P)
-    a, b = (factor.detach().requires_grad_() for factor in (subject.layer.lora_A, subject.layer.lora_B))
-    wanted = subject.plain(seen) + subject.reference(a, b) - subject.plain(subject.x)
-    wanted.backward(upstream(wanted))
-    subject.model.to(device).train()
-    torch.manual_seed(5)
-    output = subject.model(seen.to(device))
-    assert runs_as_one(output)
-    output.backward(upstream(wanted).to(device))
-    torch.testing.assert_close(output.cpu(), wanted)
-    for factor, expected in ((subject.layer.lora_A, a), (subject.layer.lora_B, b)):
-        torch.testing.assert_close(factor.grad.cpu(), expected.grad)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d", "embedding, padding"])
 def test_layer_on_a_device_under_autocast_agrees_with_float64(device, name, dtype):

@@ -189,30 +189,6 @@ def test_layer_on_a_device_does_what_it_does_on_the_cpu(device: str, name: str, 
             torch.testing.assert_close(there, here)
 
 
-@pytest.mark.parametrize("name", ["linear", "linear, three axes", "transformers Conv1D", *FUSED])
-def test_dropout_on_a_device_is_torchs_own_on_what_the_adapter_gets(device: str, name: str) -> None:
-    subject = make_subject(name, torch.float64, lora_dropout=P)
-    torch.manual_seed(5)
-    dropped = F.dropout(subject.x, P)
-    a, b = (factor.detach().requires_grad_() for factor in (subject.layer.lora_A, subject.layer.lora_B))
-    delta = subject.reference(a, b)
-    plain = subject.plain(subject.x)
-    seen, subject.x = subject.x, dropped
-    wanted = plain + subject.reference(a, b) - subject.plain(dropped)
-    wanted.backward(upstream(wanted))
-    assert not torch.allclose(wanted, delta)
-
-    subject.model.to(device).train()
-    x = seen.to(device).requires_grad_()
-    torch.manual_seed(5)
-    output = subject.model(x)
-    assert_uses_the_operation(output)
-    output.backward(upstream(wanted).to(device))
-    torch.testing.assert_close(output.cpu(), wanted)
-    for factor, expected in ((subject.layer.lora_A, a), (subject.layer.lora_B, b)):
-        torch.testing.assert_close(factor.grad.cpu(), expected.grad)
-
-
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["linear", "linear, three axes", "transformers Conv1D", "fused, outer parts"])

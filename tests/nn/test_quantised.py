@@ -237,17 +237,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, reentrant):
 
 
 @every_kind
-def test_dropout_acts_on_the_adapter_alone(kind):
-    model = adapted(kind, lora_dropout=0.5)
-    model.train()
-    torch.manual_seed(0)
-    outputs = [model(inputs()) for _ in range(2)]
-    assert not torch.equal(*outputs)
-    with disable_adapter(model):
-        assert torch.equal(model(inputs()), model(inputs()))
-
-
-@every_kind
 def test_evaluation_cycles_change_no_bit_of_the_base_while_adapters_change(kind, caplog):
     model, untouched = adapted(kind), quantised(kind)
     model.eval()

@@ -11,6 +11,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
 from lightning_lora import (
     LoRACallback,
@@ -299,3 +301,44 @@ def test_fit_goes_on_from_a_plain_checkpoint_that_has_no_optimizers(tmp_path):
     make_trainer(tmp_path, lora()).fit(model, Data(BATCHES), ckpt_path=tmp_path / "base.ckpt", **PLAIN_TYPES_ONLY)
     assert torch.equal(model.head.weight, base.head.weight)
     assert model.head.lora_B.any()
+
+
+class Seen(BoringModel):
+    """Notes the number that each sample of a batch stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for parameter in self.parameters():  # stand in for pretrained weights
+            torch.nn.init.ones_(parameter)
+        self.seen: list[list[int]] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+        self.seen.append(batch[:, 0].mul(100).round().int().tolist())
+        return super().training_step(batch, batch_idx)
+
+
+def batches_seen(path: Path, *callbacks: L.Callback, shuffle: bool, steps: int) -> tuple[Any, Any]:
+    """The batches of two epochs of four, and those of a run that resumes after some steps, of another seed."""
+    samples = torch.arange(8.0).div(100)[:, None].repeat(1, 32)
+    found = []
+    for seed, ckpt_path in ((0, None), (1, str(path / f"step={steps}.ckpt"))):
+        torch.manual_seed(seed)
+        saves = ModelCheckpoint(path, "{step}", every_n_train_steps=steps, save_top_k=-1, enable_version_counter=False)
+        trainer = make_trainer(path, *callbacks, saves, max_epochs=2)
+        loader = DataLoader(samples, batch_size=2, shuffle=shuffle)
+        trainer.fit(model := Seen(), loader, ckpt_path=ckpt_path, **PLAIN_TYPES_ONLY)
+        found.append(model.seen)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("steps", [4, 6], ids=["after an epoch", "in the middle of one"])
+def test_a_resumed_run_sees_the_batches_that_lightnings_own_does(tmp_path: Path, shuffle: bool, steps: int):
+    whole, resumed = batches_seen(tmp_path / "a", lora(r=1, target_modules=["layer"]), shuffle=shuffle, steps=steps)
+    assert (whole, resumed) == batches_seen(tmp_path / "b", shuffle=shuffle, steps=steps)
+    assert len(resumed) == 8 - steps
+    if shuffle:  # another order, because no random stream is restored
+        assert resumed != whole[steps:]
+    else:  # in the middle of an epoch, the loader's first batches again
+        assert resumed == whole[: 8 - steps]
+    assert (len({sample for batch in resumed for sample in batch}) == 8) == (steps == 4)
