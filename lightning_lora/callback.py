@@ -156,10 +156,8 @@ class LoRACallback(Callback):
         ensure_weight_tying: bool = True,
         verify: bool = False,
     ) -> None:
-        options = locals()
-        adapter_options = {field.name: options[field.name] for field in fields(LoRAConfig)}
-        self.config = _one_config(config, adapter_options, self.given)
-        self.given |= adapter_options.keys() if config else set()
+        self.config = _one_config(config, locals(), self.given)
+        self.given |= {field.name for field in fields(LoRAConfig)} if config else set()
         self.merged_eval = merged_eval
         self.save = save
         self.verify = verify
@@ -290,9 +288,10 @@ class LoRACallback(Callback):
 
 
 def _one_config(
-    configs: Sequence[LoRAConfig | PeftConfig], options: Mapping[str, Any], given: Collection[str]
+    configs: Sequence[LoRAConfig | PeftConfig], arguments: Mapping[str, Any], given: Collection[str]
 ) -> LoRAConfig:
     """Return the config that was given, whole or option by option, never both. `given` names the single options."""
+    options = {field.name: arguments[field.name] for field in fields(LoRAConfig)}
     from_options = LoRAConfig(**options)
     if not configs:
         return from_options
