@@ -94,22 +94,8 @@ def write_folder(
         LoRAError: PEFT has no equal of one of its layers, or wants frozen tensors that were not given. Nothing is
             written.
     """
-    extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
-    if extra:
-        warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=3)
-    if adapter.foreign.values:
-        tell(
-            f"lightning_lora: {path}: {listed(list(adapter.foreign.values))} is left out: a module wrote it into "
-            "state_dict() of its own, which PEFT's format has no place for. A checkpoint holds it."
-        )
-    if adapter.pretrained:
-        tell(_names_of_whole(adapter, path))
-    elif network := network or adapter.network:
-        tell(
-            f"lightning_lora: names in {path} are those of the LightningModule's {network.removesuffix('.')}, and PEFT "
-            f"loads it onto that: PeftModel.from_pretrained({network_in_module(network)}, path). The LightningModule "
-            "itself PEFT would run without the adapter, and only warn."
-        )
+    network = network or ("" if adapter.pretrained else adapter.network)
+    _tell_what_differs(adapter, path, network)
     content = folder_content(adapter, frozen, plain=plain)
     inside, outside = _copies(content.tensors), _copies(content.outside)
     text = json.dumps(content.description, separators=(",", ":"))
@@ -123,6 +109,26 @@ def write_folder(
             write_card(folder, card)
         if check is not None:
             check()
+
+
+def _tell_what_differs(adapter: Adapter, path: PathLike, network: str) -> None:
+    """Tell what PEFT's folder leaves out of an adapter, and what its names begin at."""
+    extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
+    if extra:
+        warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=4)
+    if adapter.foreign.values:
+        tell(
+            f"lightning_lora: {path}: {listed(list(adapter.foreign.values))} is left out: a module wrote it into "
+            "state_dict() of its own, which PEFT's format has no place for. A checkpoint holds it."
+        )
+    if adapter.pretrained:
+        tell(_names_of_whole(adapter, path))
+    elif network:
+        tell(
+            f"lightning_lora: names in {path} are those of the LightningModule's {network.removesuffix('.')}, and PEFT "
+            f"loads it onto that: PeftModel.from_pretrained({network_in_module(network)}, path). The LightningModule "
+            "itself PEFT would run without the adapter, and only warn."
+        )
 
 
 def folder_content(
