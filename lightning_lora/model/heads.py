@@ -135,7 +135,7 @@ def describe_frozen_head(modules: NamedModules) -> str:
     if title not in HEADS or not few or weight is None or weight.requires_grad:
         return ""
     adapted = " and adapted" if isinstance(last, AdaptedModule) else ""
-    return f"frozen{adapted}; if it is new, train it whole: modules_to_save=[{name!r}]"
+    return f"if it is new, modules_to_save=[{name!r}] trains it; now it is frozen{adapted}"
 
 
 def _is_in(name: str, models: Collection[str]) -> bool:
