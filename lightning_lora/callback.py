@@ -15,18 +15,19 @@ from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, 
 from .errors import LoRAError
 from .formats.lightning_checkpoint import Kind
 from .matching import ALL_LINEAR
-from .model.adapted_model import Listing
+from .model.adapted_model import Listing, find_model
 from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.by_module import ByModule
 from .trainer.checkpoint_hooks import export_where_launched, save_as_where_unpatched
 from .trainer.fabric import refuse_callback
-from .trainer.fit_start import check_fit, open_for_fit, record_fit, start_training
+from .trainer.fit_start import check_fit, open_for_fit, record_fit
 from .trainer.fit_state import FitState
 from .trainer.late_layers import adapt_late_layers, stop_adapting
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.options import check_own_options
 from .trainer.setup import set_up
+from .trainer.start_batches import start_from_data
 from .trainer.strategies import prepare_strategy
 
 ELSEWHERE = {
@@ -63,7 +64,7 @@ def _noting_options(init: Method) -> Method:
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
-    The options after `verbose` are LoRAConfig's. Where the user has injected the model already, an option that is given
+    Beside its own options it takes LoRAConfig's. Where the user has injected the model already, an option that is given
     must equal the model's, and an option that is left out is taken from the model. Otherwise, where the Trainer loads a
     checkpoint with an adapter (ckpt_path), an option that is left out is taken from the checkpoint, if it is a local
     file or folder. A LoRAConfig gives all options. In LightningCLI's configs, where defaults are filled in, an option
@@ -71,77 +72,37 @@ class LoRACallback(Callback):
 
     Args:
         config: at most one: a LoRAConfig, or a peft.LoraConfig, instead of its options one by one.
-        merged_eval: merge for validation, test and prediction, and unmerge after.
-        save: what a checkpoint holds: "adapter" (what training changes), "merged" (plain weights for programs without
-            this package, and the adapter beside them) or "full" (base and adapter).
-        verify: on the first evaluation batch, compare each layer's merged and factored output and log the error. Layers
-            that never ran, or whose adapter had no effect, are named in a warning.
-        seed: a whole number that the adapters are drawn from. Without one they are drawn from the state of torch's
-            random stream at setup, which is not advanced: a run that is started again draws the same adapters, and so
-            do two runs in a row. Members of an ensemble need seeds of their own.
-        merge_after_fit: leave plain layers with merged weights behind when fit ends, so that a library that saves the
-            model itself saves what was trained. The model is then evaluated as it is, and loads merged checkpoints
-            only.
-        quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4", as quantize_base
-            does. exclude_modules, modules_to_save, task_type and trainable_token_indices leave layers out. None leaves
-            the base as it is, quantised or not.
-        dequantize: dtype of the plain weights that take the place of quantised ones, for save="merged" and
-            merge_after_fit: "bfloat16", "float16", "float32" or a torch.dtype.
-        lr_ratio: LoRA+ (arXiv:2402.12354): the ratio of B's learning rate to A's, such as 16, for an optimizer that
-            LightningCLI makes (--optimizer). In your own configure_optimizers, call lora_param_groups instead.
-        verbose: show the summary at fit start, and explain Lightning's warning of modules in eval mode. This package's
-            own warnings come in any case.
-        r: rank of A (r, in) and B (out, r). An adapter with more parameters than its layer, as every r above the
-            layer's smaller side gives, is named in one warning at fit start, and in a log line of inject.
+        r: rank of A (r, in) and B (out, r).
         lora_alpha: numerator of the scaling s = lora_alpha / r.
-        lora_dropout: probability of dropping a feature of the adapter's input in training mode. Under LoRACallback a
-            layer that is kept in eval mode drops too, in training batches where gradients are recorded.
-        target_modules: the layers to adapt. A list holds whole names or dotted suffixes of names. A string is a regular
-            expression that must match a whole name. "all-linear" is every linear layer and transformers' Conv1D,
-            without the output head and without tied weights. "all-layers" is these, all convolutions and
-            nn.MultiheadAttention, without what a PEFT file cannot hold, such as convolutions with groups.
-        target_parameters: single parameters to adapt, by name or dotted suffix: weights of nn.LSTM and nn.GRU, stacks
-            of experts (E, m, n), and any matrix that its module's forward reads. target_modules may then be empty, and
-            lora_dropout must be 0, as in PEFT.
+        lora_dropout: probability of dropping a feature of the adapter's input in training mode.
+        target_modules: the layers to adapt: a list of names, a regular expression, "all-linear" or "all-layers".
         exclude_modules: layers to leave alone although target_modules names them.
-        layers_to_transform: the number or numbers of the layers (blocks) in which target_modules, which must then be a
-            list, adapts modules. A module that is listed by its full name is adapted in any layer. A layer's number is
-            the first number in the module's name that has at least two segments before it, such as the 1 of
-            "model.layers.1.q_proj".
-        layers_pattern: the name segment that the layer's number follows, such as "layers". A regular expression, or
-            several.
         modules_to_save: modules that are trained and saved whole, such as a new head.
-        trainable_token_indices: rows of embeddings or output heads to train, such as those of new tokens. The other
-            rows stay frozen, and a tied head follows. A list is for the input embeddings; a mapping gives a list for
-            each name or dotted suffix.
-        task_type: what the model is for, as in PEFT's files. "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
-            modules_to_save, "QUESTION_ANS" adds "qa_outputs", where the model has them. "SEQ_2_SEQ_LM", "CAUSAL_LM" and
-            "FEATURE_EXTRACTION" add nothing.
-        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares with another module, and train
-            it for both. False, which is PEFT's default, means two weights. It is refused where they are one weight:
-            untie them first.
-        rank_pattern: another r for some layers, such as {"q_proj": 16}. Keys are regular expressions over a dotted
-            suffix of the name.
+        merged_eval: merge for validation, test and prediction, and unmerge after.
+        save: what a checkpoint holds: "adapter", "merged" or "full".
+        rank_pattern: another r for some layers, such as {"q_proj": 16}.
         alpha_pattern: another lora_alpha for some layers, with keys as in rank_pattern.
         bias: which biases are trained: "none", "all", or "lora_only", which is those of adapted layers.
         use_rslora: scale by s = lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
-        use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude. For linear
-            layers, transformers' Conv1D, convolutions and nn.Embedding.
-        variant: what an adapter stores and what it adds to the weight: "lora", "dora" (the same as use_dora), "vera"
-            (arXiv:2310.11454), "loha" (arXiv:2108.06098), or the name of a variant of your own whose file was imported.
+        use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude.
+        variant: what an adapter stores and adds to the weight: "lora", "dora", "vera", "loha" or one of your own.
         variant_options: options that this variant alone has, by name, such as {"d_initial": 0.1} of "vera".
-        init_lora_weights: how A and B start. True: A is random (Kaiming uniform) and B zero, so training starts from
-            the base; an embedding's A is zero and its B normal. "gaussian": A is normal with deviation 1 / r, and B
-            zero. "orthogonal": neither is zero, but B @ A is; r must be even. False: both are random, which changes the
-            outputs at once. Three values start from the weight, which itself stays as it is: W' = W + s * (B @ A - B0 @
-            A0). "pissa" takes A0 and B0 from its largest singular values (arXiv:2404.02948), "pissa_niter_4" from 4
-            steps of subspace iteration, which is much faster for large layers, and "olora" from its QR decomposition
-            (arXiv:2406.01775). Two values start from training data, at fit start or by initialize_from_data. "eva"
-            takes A from the layer's inputs, and B is zero (arXiv:2410.07170). "lora_ga" takes A0 and B0 from the
-            gradients of the weight (arXiv:2407.05000).
-        enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}
-            (loralib's MergedLinear).
+        init_lora_weights: how A and B start: True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga".
+        task_type: what the model is for, as in PEFT's files, such as "SEQ_CLS" or "CAUSAL_LM".
+        target_parameters: single parameters to adapt, by name or dotted suffix, such as weights of nn.LSTM.
+        trainable_token_indices: rows of embeddings or output heads to train, such as those of new tokens.
+        layers_to_transform: the number or numbers of the layers (blocks) in which target_modules adapts modules.
+        layers_pattern: the name segment that the layer's number follows, such as "layers".
+        enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
+        seed: a whole number that the adapters are drawn from.
+        merge_after_fit: leave plain layers with merged weights behind when fit ends.
+        quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4".
+        dequantize: dtype of the plain weights that replace quantised ones, for save="merged" and merge_after_fit.
+        verbose: show the summary at fit start.
+        lr_ratio: LoRA+ (arXiv:2402.12354): B's learning rate over A's, such as 16, if LightningCLI makes the optimizer.
+        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares, and train it for both.
+        verify: on the first evaluation batch, compare each layer's merged and factored output and log the error.
 
     Raises:
         LoRAError: a value is not allowed; the message holds it.
@@ -162,27 +123,14 @@ class LoRACallback(Callback):
     def __init__(
         self,
         *config: LoRAConfig | PeftConfig,
-        merged_eval: bool = True,
-        save: Kind = "adapter",
-        verify: bool = False,
-        seed: int | None = None,
-        merge_after_fit: bool = False,
-        quantize: str | None = None,
-        dequantize: str | torch.dtype | None = None,
-        lr_ratio: float | None = None,
-        verbose: bool = True,
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         target_modules: str | Sequence[str] = ALL_LINEAR,
-        target_parameters: Sequence[str] | None = None,
         exclude_modules: str | Sequence[str] | None = None,
-        layers_to_transform: int | Sequence[int] | None = None,
-        layers_pattern: str | Sequence[str] | None = None,
         modules_to_save: Sequence[str] | None = None,
-        trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
-        task_type: Task | None = None,
-        ensure_weight_tying: bool = True,
+        merged_eval: bool = True,
+        save: Kind = "adapter",
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         bias: Bias = "none",
@@ -191,8 +139,21 @@ class LoRACallback(Callback):
         variant: str = PLAIN,
         variant_options: Mapping[str, Any] | None = None,
         init_lora_weights: bool | Init | str = True,
+        task_type: Task | None = None,
+        target_parameters: Sequence[str] | None = None,
+        trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        layers_to_transform: int | Sequence[int] | None = None,
+        layers_pattern: str | Sequence[str] | None = None,
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,
+        seed: int | None = None,
+        merge_after_fit: bool = False,
+        quantize: str | None = None,
+        dequantize: str | torch.dtype | None = None,
+        verbose: bool = True,
+        lr_ratio: float | None = None,
+        ensure_weight_tying: bool = True,
+        verify: bool = False,
     ) -> None:
         options = locals()
         adapter_options = {field.name: options[field.name] for field in fields(LoRAConfig)}
@@ -236,9 +197,9 @@ class LoRACallback(Callback):
         record_fit(trainer, handle, self, state.logged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from data where the options say so; explain Lightning's warning of modules in eval mode."""
+        """Start from data where the options say so."""
         self._state(pl_module).logged.remove(pl_module)
-        start_training(trainer, pl_module, self)
+        start_from_data(trainer, pl_module, find_model(pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget which layers are in eval mode; the first batch lists them anew, when every mode is training's."""
@@ -286,8 +247,8 @@ class LoRACallback(Callback):
         save_as_where_unpatched(pl_module, self.save, self.dequantize)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the fit came to its end."""
-        self._state(pl_module).end_fit()
+        """Note that the fit came to its end, and log what rounding merged weights to 16 bits costs."""
+        self._state(pl_module).end_fit(pl_module, merges=self.merge_after_fit)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""

@@ -74,57 +74,28 @@ class LoRAConfig:
     string is a regular expression that must match a whole name.
 
     Args:
-        r: rank of A (r, in) and B (out, r). An adapter with more parameters than its layer, as every r above the
-            layer's smaller side gives, is named in one warning at fit start, and in a log line of inject.
+        r: rank of A (r, in) and B (out, r).
         lora_alpha: numerator of the scaling s = lora_alpha / r.
-        lora_dropout: probability of dropping a feature of the adapter's input in training mode. Under LoRACallback a
-            layer that is kept in eval mode drops too, in training batches where gradients are recorded.
-        target_modules: the layers to adapt. A list holds whole names or dotted suffixes of names. A string is a regular
-            expression that must match a whole name. "all-linear" is every linear layer and transformers' Conv1D,
-            without the output head and without tied weights. "all-layers" is these, all convolutions and
-            nn.MultiheadAttention, without what a PEFT file cannot hold, such as convolutions with groups.
-        target_parameters: single parameters to adapt, by name or dotted suffix: weights of nn.LSTM and nn.GRU, stacks
-            of experts (E, m, n), and any matrix that its module's forward reads. target_modules may then be empty, and
-            lora_dropout must be 0, as in PEFT.
+        lora_dropout: probability of dropping a feature of the adapter's input in training mode.
+        target_modules: the layers to adapt: a list of names, a regular expression, "all-linear" or "all-layers".
         exclude_modules: layers to leave alone although target_modules names them.
-        layers_to_transform: the number or numbers of the layers (blocks) in which target_modules, which must then be a
-            list, adapts modules. A module that is listed by its full name is adapted in any layer. A layer's number is
-            the first number in the module's name that has at least two segments before it, such as the 1 of
-            "model.layers.1.q_proj".
-        layers_pattern: the name segment that the layer's number follows, such as "layers". A regular expression, or
-            several.
         modules_to_save: modules that are trained and saved whole, such as a new head.
-        trainable_token_indices: rows of embeddings or output heads to train, such as those of new tokens. The other
-            rows stay frozen, and a tied head follows. A list is for the input embeddings; a mapping gives a list for
-            each name or dotted suffix.
-        task_type: what the model is for, as in PEFT's files. "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
-            modules_to_save, "QUESTION_ANS" adds "qa_outputs", where the model has them. "SEQ_2_SEQ_LM", "CAUSAL_LM" and
-            "FEATURE_EXTRACTION" add nothing.
-        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares with another module, and train
-            it for both. False, which is PEFT's default, means two weights. It is refused where they are one weight:
-            untie them first.
-        rank_pattern: another r for some layers, such as {"q_proj": 16}. Keys are regular expressions over a dotted
-            suffix of the name.
+        rank_pattern: another r for some layers, such as {"q_proj": 16}.
         alpha_pattern: another lora_alpha for some layers, with keys as in rank_pattern.
         bias: which biases are trained: "none", "all", or "lora_only", which is those of adapted layers.
         use_rslora: scale by s = lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
-        use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude. For linear
-            layers, transformers' Conv1D, convolutions and nn.Embedding.
-        variant: what an adapter stores and what it adds to the weight: "lora", "dora" (the same as use_dora), "vera"
-            (arXiv:2310.11454), "loha" (arXiv:2108.06098), or the name of a variant of your own whose file was imported.
+        use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude.
+        variant: what an adapter stores and adds to the weight: "lora", "dora", "vera", "loha" or one of your own.
         variant_options: options that this variant alone has, by name, such as {"d_initial": 0.1} of "vera".
-        init_lora_weights: how A and B start. True: A is random (Kaiming uniform) and B zero, so training starts from
-            the base; an embedding's A is zero and its B normal. "gaussian": A is normal with deviation 1 / r, and B
-            zero. "orthogonal": neither is zero, but B @ A is; r must be even. False: both are random, which changes the
-            outputs at once. Three values start from the weight, which itself stays as it is: W' = W + s * (B @ A - B0 @
-            A0). "pissa" takes A0 and B0 from its largest singular values (arXiv:2404.02948), "pissa_niter_4" from 4
-            steps of subspace iteration, which is much faster for large layers, and "olora" from its QR decomposition
-            (arXiv:2406.01775). Two values start from training data, at fit start or by initialize_from_data. "eva"
-            takes A from the layer's inputs, and B is zero (arXiv:2410.07170). "lora_ga" takes A0 and B0 from the
-            gradients of the weight (arXiv:2407.05000).
-        enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}
-            (loralib's MergedLinear).
+        init_lora_weights: how A and B start: True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga".
+        task_type: what the model is for, as in PEFT's files, such as "SEQ_CLS" or "CAUSAL_LM".
+        target_parameters: single parameters to adapt, by name or dotted suffix, such as weights of nn.LSTM.
+        trainable_token_indices: rows of embeddings or output heads to train, such as those of new tokens.
+        layers_to_transform: the number or numbers of the layers (blocks) in which target_modules adapts modules.
+        layers_pattern: the name segment that the layer's number follows, such as "layers".
+        enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
+        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares, and train it for both.
 
     Raises:
         LoRAError: a value is not allowed; the message holds it.
@@ -140,14 +111,8 @@ class LoRAConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
-    target_parameters: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
-    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
-    task_type: Task | None = None
-    ensure_weight_tying: bool = True
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     bias: Bias = "none"
@@ -156,8 +121,14 @@ class LoRAConfig:
     variant: str = PLAIN
     variant_options: Mapping[str, Any] | None = None
     init_lora_weights: bool | Init | str = True
+    task_type: Task | None = None
+    target_parameters: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
     enable_lora: Mapping[str, Sequence[bool]] | None = None
     autocast_adapter_dtype: bool = True
+    ensure_weight_tying: bool = True
 
     def __post_init__(self) -> None:
         self._normalise()

@@ -33,8 +33,7 @@ from lightning_lora import (
     unload,
 )
 from lightning_lora.nn.lora_layer import LoRALayer
-from lightning_lora.trainer.compatibility import _modules_of
-from support.notices import lightning_logger, tiny_layers
+from support.notices import lightning_logger
 from support.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make_trainer, outputs, weights
 
 TARGETS = ["body.0", "body.3", "head"]
@@ -44,7 +43,7 @@ def adapted(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
 
 
-def test_options_are_those_of_the_config_and_eight_of_its_own():
+def test_options_are_those_of_the_config_and_nine_of_its_own_the_usual_ones_first():
     whole, *ours = inspect.signature(LoRACallback).parameters.values()
     assert (whole.name, whole.kind) == ("config", inspect.Parameter.VAR_POSITIONAL)  # unseen by YAML and --help
     ours = {parameter.name: parameter for parameter in ours}
@@ -60,7 +59,10 @@ def test_options_are_those_of_the_config_and_eight_of_its_own():
         "lr_ratio": None,
         "verbose": True,
     }
-    assert list(ours) == [*own, *config]
+    assert {*ours} == {*own, *config}
+    usual = ["r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save"]
+    assert list(ours)[:8] == [*usual, "merged_eval", "save"]
+    assert list(config)[:6] == usual
     assert list(config) == [field.name for field in fields(LoRAConfig)]
     assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in ours.values())
     assert {name: p.default for name, p in ours.items()} == own | {name: p.default for name, p in config.items()}
@@ -146,7 +148,6 @@ def test_callback_takes_a_config_instead_of_options(tmp_path):
 PEFTS = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["body.0"], use_rslora=True)
 
 
-@tiny_layers
 def test_callback_takes_a_config_of_peft(tmp_path):
     callback = LoRACallback(PEFTS, save="full")
     assert callback.config == LoRAConfig.from_peft(PEFTS)
@@ -167,7 +168,7 @@ def test_callback_takes_a_config_of_peft(tmp_path):
         ({"log_stats": 50}, "'log_stats' (use LoRAMonitor(every_n_steps=..., plots=...))"),
         ({"log_plot": True}, "'log_plot' (use LoRAMonitor(every_n_steps=..., plots=...))"),
         ({"config": LoRAConfig()}, "'config' (give it by position: LoRACallback(LoRAConfig(...)))"),
-        ({"colour": 1}, "'colour' (there are merged_eval, save, verify, "),
+        ({"colour": 1}, "'colour' (there are r, lora_alpha, lora_dropout, "),
     ],
 )
 def test_an_unknown_option_of_the_callback_is_named_with_near_misses(options: dict[str, Any], said: str):
@@ -337,7 +338,6 @@ def test_an_option_that_is_given_counts_at_its_default_too(
         make_trainer(tmp_path, copied(LoRACallback(*config, **options))).fit(model, Data())
 
 
-@tiny_layers
 def test_an_option_that_a_subclass_gives_counts_and_one_that_it_leaves_out_does_not(tmp_path):
     class Own(LoRACallback):
         def __init__(self, rank: int | None = None) -> None:
@@ -355,7 +355,6 @@ def test_an_option_at_its_default_counts_for_a_model_that_injects_itself(tmp_pat
         make_trainer(tmp_path, LoRACallback(r=8)).fit(InjectsInConfigureModel(), Data())
 
 
-@tiny_layers
 @pytest.mark.parametrize("options", [{}, {"merged_eval": True, "save": "adapter", "seed": None}])
 def test_options_of_the_callback_alone_adopt_what_was_injected(tmp_path, options: dict[str, Any]):
     model = Net()
@@ -428,21 +427,6 @@ def test_taking_adapters_of_a_part_out_leaves_the_lightning_module_without_patch
     assert not {"on_save_checkpoint", "on_load_checkpoint"} & vars(model).keys()
 
 
-@pytest.mark.parametrize(
-    ("parameters", "adapted", "expected"),
-    [
-        (["critic.0.weight", "critic.2.weight"], ["critics.0"], ["critic"]),  # no segment, but a part of one
-        (["critic.0.weight", "critic.2.weight"], ["critic.1"], ["critic.0", "critic.2"]),
-        (["critic.0.weight", "head.weight"], ["body"], ["critic.0", "head"]),
-        (["scale"], ["body"], []),
-    ],
-)
-def test_frozen_parameters_are_named_by_the_module_that_holds_them_all(
-    parameters: list[str], adapted: list[str], expected: list[str]
-):
-    assert _modules_of(parameters, adapted) == expected
-
-
 class ParametersFromInit(Net):
     """Hands the optimizer what it collected before the adapters were there."""
 
@@ -463,63 +447,6 @@ class HeadOnly(Net):
 def test_an_adapter_that_no_optimizer_holds_is_an_error(tmp_path, model_class: type[Net]):
     with pytest.raises(LoRAError, match=r"no optimizer holds the adapter parameter 'body\.0\.lora_A'"):
         make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(model_class(), Data())
-
-
-class Adversarial(Net):
-    """A network with a critic, each with an optimizer of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.critic = nn.Sequential(nn.Conv1d(1, 2, 1), nn.Flatten(), nn.Linear(12, 1))
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        first, second = self.optimizers()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        first.step()
-        if any(parameter.requires_grad for parameter in self.critic.parameters()):
-            self.manual_backward(self.critic(batch[0][:, None]).mean())
-            second.step()
-
-    def configure_optimizers(self) -> Any:
-        rest = [each for name, each in self.named_parameters() if not name.startswith("critic")]
-        return torch.optim.SGD(rest, lr=0.1), torch.optim.Adam(self.critic.parameters(), lr=0.1)
-
-
-@tiny_layers
-def test_an_optimizer_of_frozen_parameters_alone_is_named_with_a_remedy_that_works(tmp_path):
-    named = r"optimizer 1 \(Adam\) holds frozen parameters alone, first 'critic\.0\.weight' \(4 in all\)"
-    with pytest.warns(UserWarning, match=rf"{named}.*pass modules_to_save=\['critic'\]; to adapt their layers"):
-        make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(Adversarial(), Data())
-    model = Adversarial()
-    before = weights(model)
-    make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS, modules_to_save=["critic"])).fit(model, Data())
-    assert not torch.equal(model.critic[0].weight, before["critic.0.weight"])
-    model = Adversarial()
-    make_trainer(tmp_path, LoRACallback(r=2, target_modules=[*TARGETS, "critic.0"])).fit(model, Data())
-    assert model.critic[0].lora_B.abs().sum() > 0
-
-
-class NormsByThemselves(Net):
-    """Its second optimizer is for what lies between adapted layers."""
-
-    def configure_optimizers(self) -> Any:
-        norm = {id(parameter) for parameter in self.body[1].parameters()}
-        rest = [parameter for parameter in self.parameters() if id(parameter) not in norm]
-        return torch.optim.SGD(rest, lr=0.1), torch.optim.SGD(self.body[1].parameters(), lr=0.1)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.manual_backward(super().training_step(batch, batch_idx))
-        self.optimizers()[0].step()
-
-
-def test_a_module_that_holds_adapted_layers_is_no_remedy(tmp_path):
-    with pytest.warns(UserWarning, match=r"modules_to_save=\['body\.1'\]"):
-        make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(NormsByThemselves(), Data())
 
 
 class FreezesBody(L.Callback):
@@ -544,13 +471,13 @@ def test_fit_start_shows_the_summary_once(tmp_path, caplog):
         trainer = make_trainer(tmp_path, LoRACallback(r=2, save="full", merged_eval=False), max_epochs=2)
         trainer.fit(model := Net(), Data())
         trainer.test(model, Data(), verbose=False)
-    assert said(caplog) == [str(summary(model))]
+    assert said(caplog) == [summary(model).short()]
     # A and B of 6 -> 8, 8 -> 8 and 8 -> 3 at r = 2; the base has 3 layers and a BatchNorm.
     trainable = 2 * (6 + 8 + 8 + 8 + 8 + 3)
     total = trainable + (6 * 8 + 8) + 2 * 8 + (8 * 8 + 8) + (8 * 3 + 3)
     assert f"{trainable} of {total} parameters ({trainable / total:.2%})" in said(caplog)[0]
     assert "factored (merged_eval=False)" in said(caplog)[0]
-    assert 'base and adapter (save="full")' in said(caplog)[0]
+    assert 'base and adapter (save="full")' in str(summary(model))
 
 
 def test_verbose_false_shows_nothing_at_fit_start_and_still_warns(tmp_path, caplog):

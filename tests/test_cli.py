@@ -17,7 +17,6 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_lora import LoRACallback, LoRACLI, LoRAConfig, LoRAError, inject
 from lightning_lora.nn.lora_layer import LoRALayer
 from lightning_lora.trainer.lightning_packages import PACKAGES
-from support.notices import tiny_layers
 from support.runs import TARGETS
 from support.training import Data, Net
 
@@ -179,7 +178,6 @@ class Injected(Net):
         inject(self, LoRAConfig(r=4, target_modules=TARGETS))
 
 
-@tiny_layers
 @pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
 @pytest.mark.parametrize(
     ("line", "differs"), [("save: adapter", False), ("r: 4", False), ("r: 8", False), ("r: 2", True)]

@@ -120,7 +120,7 @@ def test_repr_shows_what_differs_from_the_defaults_and_can_be_evaluated():
     assert repr(LoRAConfig(r=8, lora_alpha=8.0)) == "LoRAConfig()"
     config = LoRAConfig(r=16, target_modules=["q_proj"], rank_pattern={r"a\.b": 2}, task_type="SEQ_CLS", bias="all")
     assert repr(config) == (
-        "LoRAConfig(r=16, target_modules=('q_proj',), task_type='SEQ_CLS', rank_pattern={'a\\\\.b': 2}, bias='all')"
+        "LoRAConfig(r=16, target_modules=('q_proj',), rank_pattern={'a\\\\.b': 2}, bias='all', task_type='SEQ_CLS')"
     )
     assert eval(repr(config)) == config
 

@@ -1,7 +1,7 @@
-"""What an option means is written once: in LoRAConfig's docstring, or in LoRACallback's for the callback's own options.
+"""What an option means is written once: in the tables of the reference.
 
-LoRACallback's docstring repeats the texts of LoRAConfig, because editors and `--help` read it, and so do the tables of
-the reference. WRITE_TABLE=1 in the environment writes both from the source.
+The docstrings of LoRAConfig and LoRACallback, which editors and `--help` read, have the first sentence of it.
+WRITE_TABLE=1 in the environment writes them there.
 """
 
 from __future__ import annotations
@@ -17,85 +17,45 @@ import pytest
 from lightning_lora import LoRACallback, LoRAConfig
 
 PACKAGE = Path(__file__).parents[1] / "lightning_lora"
-CONFIG, CALLBACK, REFERENCE = PACKAGE / "config.py", PACKAGE / "callback.py", PACKAGE / "README.md"
-CODE = re.compile(  # in a text: what a table shows as code
-    r'"[^"]*"|\{"[^}]*\}|\b[a-z]+="\w+"|\b[a-z]+(?:_[a-z\d]+)+|\b(?:nn|torch|peft)\.\w+|--[a-z]+|\bLoRA(?:Config|Callback)\b'
-)
+REFERENCE = PACKAGE / "README.md"
+SOURCES = {LoRAConfig: PACKAGE / "config.py", LoRACallback: PACKAGE / "callback.py"}
+ROW = re.compile(r"^\| `(\w+)` \| `[^`]+` \| (.+) \|$", re.MULTILINE)
+FIRST_SENTENCE = re.compile(r".+?\.(?= |$)")
+LINK = re.compile(r"\[([^]]+)\]\([^)]+\)")
+CONFIG = "at most one: a LoRAConfig, or a peft.LoraConfig, instead of its options one by one."  # no option of a table
 
 
-def arguments(source: str) -> str:
-    """The lines below `Args:` in the docstring of the class, as they stand in the file."""
-    return source.partition("\nclass LoRA")[2].partition("\n    Args:\n")[2].partition("\n\n")[0]
+def first_sentence(cell: str) -> str:
+    """The first sentence of a table's cell, as a docstring has it: without links and marks of code."""
+    return FIRST_SENTENCE.match(LINK.sub(r"\1", cell).replace("`", ""))[0]
 
 
-def texts(source: str) -> dict[str, str]:
-    """The text of each option, in one line."""
-    entries = re.split(r"^ {8}(?=\w)", arguments(source), flags=re.MULTILINE)[1:]
-    return {name: " ".join(text.split()) for name, text in (entry.split(": ", 1) for entry in entries)}
+def meanings(page: str) -> dict[str, str]:
+    """The whole text of each option, by name."""
+    return dict(ROW.findall(page))
 
 
-def shared(source: str) -> str:
-    """The entries of the options that LoRAConfig has, as they stand in the file."""
-    lines = arguments(source)
-    return lines[re.search(r"^ {8}r: ", lines, re.MULTILINE).start() :]
+def written(owner: type[Any]) -> str:
+    """The lines below `Args:` of the class, a line an option, in the order of the signature."""
+    texts = {name: first_sentence(cell) for name, cell in meanings(REFERENCE.read_text()).items()} | {"config": CONFIG}
+    return "\n".join(f"        {name}: {texts[name]}" for name in inspect.signature(owner).parameters)
 
 
-def as_cell(text: str) -> str:
-    """The text as a table shows it: names and values as code, papers as links."""
-    marked = CODE.sub(lambda match: f"`{match[0]}`", text)
-    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", marked)
-
-
-def table(head: str, options: dict[str, tuple[Any, str]], page: str) -> str:
-    """The rows of a table of options; what a row of the page links at its end ("More: ...") stays."""
-    lines = [f"| {head} | default | meaning |", "|---|---|---|"]
-    for name, (default, text) in options.items():
-        shown = f'"{default}"' if isinstance(default, str) else str(default)
-        more = re.search(rf"^\| `{name}` \|.*?( More: \[.*\)) \|$", page, re.MULTILINE)
-        lines.append(f"| `{name}` | `{shown}` | {as_cell(text)}{more[1] if more else ''} |")
-    return "\n".join(lines) + "\n"
-
-
-def tables(page: str) -> dict[str, str]:
-    """Both tables of the reference, by the name of their markers."""
-    defaults = {name: each.default for name, each in inspect.signature(LoRACallback).parameters.items()}
-    config = {name: (defaults[name], text) for name, text in texts(CONFIG.read_text()).items()}
-    own = {
-        name: (defaults[name], text)
-        for name, text in texts(CALLBACK.read_text()).items()
-        if name not in config and name != "config"
-    }
-    return {"options": table("option", config, page), "callback": table("option of the callback", own, page)}
-
-
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- {name}: written by tests/test_option_texts.py -->\n", f"<!-- end of {name} -->\n"
-
-
-def test_callback_says_of_each_option_what_the_config_says():
-    config, callback = CONFIG.read_text(), CALLBACK.read_text()
+@pytest.mark.parametrize("owner", [LoRAConfig, LoRACallback])
+def test_docstring_has_the_first_sentence_of_the_reference_in_a_line_each(owner: type[Any]):
+    source = SOURCES[owner].read_text()
+    before, begin, rest = source.partition(f"\nclass {owner.__name__}")
+    head, args, rest = rest.partition("\n    Args:\n")
+    entries, end, rest = rest.partition("\n\n")
     if os.environ.get("WRITE_TABLE"):
-        CALLBACK.write_text(callback := callback.replace(shared(callback), shared(config)))
-    assert shared(callback) == shared(config)
-    for owner, source in ((LoRAConfig, config), (LoRACallback, callback)):  # what is read here is what editors read
-        shown = " ".join(inspect.getdoc(owner).split())
-        assert [name for name, text in texts(source).items() if f"{name}: {text}" not in shown] == []
+        entries = written(owner)
+        SOURCES[owner].write_text("".join((before, begin, head, args, entries, end, rest)))
+    assert entries == written(owner)
+    assert max(map(len, entries.splitlines())) <= 120
+    shown = inspect.getdoc(owner).splitlines()  # what editors read
+    assert [line for line in entries.splitlines() if line.removeprefix("    ") not in shown] == []
 
 
-@pytest.mark.parametrize("name", ["options", "callback"])
-def test_table_of_the_reference_says_of_each_option_what_the_docstring_says(name: str):
-    page = REFERENCE.read_text()
-    begin, end = markers(name)
-    before, rest = page.split(begin)
-    written = f"{before}{begin}\n{tables(page)[name]}\n{end}{rest.split(end)[1]}"
-    if os.environ.get("WRITE_TABLE"):
-        REFERENCE.write_text(page := written)
-    assert page == written
-
-
-def test_cell_shows_values_and_papers():
-    text = 'a list, such as {"q": 16}, or "none" in modules_to_save (nn.Linear, arXiv:2312.03732); save="full"'
-    assert as_cell(text) == (
-        'a list, such as `{"q": 16}`, or `"none"` in `modules_to_save` '
-        '(`nn.Linear`, [arXiv:2312.03732](https://arxiv.org/abs/2312.03732)); `save="full"`'
-    )
+def test_first_sentence_is_without_marks():
+    cell = 'one of `"a"` and `[b]`, by DoRA ([arXiv:2402.09353](https://x.org)), as peft.LoraConfig. More: [x](y.md)'
+    assert first_sentence(cell) == 'one of "a" and [b], by DoRA (arXiv:2402.09353), as peft.LoraConfig.'

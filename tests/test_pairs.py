@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from lightning_lora import LoRAError
-from support.notices import tiny_layers
 from support.pair_checks import (
     another_base,
     by_pickle,
@@ -47,7 +46,6 @@ from support.pair_checks import (
 from support.pairs import Variant
 
 pytestmark = [
-    tiny_layers,
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
 ]

@@ -9,7 +9,7 @@ loop.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -131,15 +131,12 @@ def _warn_of_optimizer(stacklevel: int) -> None:
     )
 
 
-def explain_missing_gradients(
-    exception: BaseException, model: nn.Module, idle: Callable[[], Sequence[str]] = tuple
-) -> None:
+def explain_missing_gradients(exception: BaseException, model: nn.Module) -> None:
     """Extend torch's error about a loss without gradients where adapters are its reason. In place.
 
     Args:
         exception: of a training step.
         model: that was trained.
-        idle: returns sentences on the Trainer's optimizers that hold frozen parameters alone.
     """
     if "does not require grad" not in str(exception):
         return
@@ -153,8 +150,6 @@ def explain_missing_gradients(
         )
     elif any(state.in_segment for state in states):
         exception.args = (f"{exception}. The adapters ran in {REENTRANT}. {REENTRANT_REMEDY}.",)
-    elif frozen_alone := idle():
-        exception.args = (f"{exception}. {' '.join(each[0].upper() + each[1:] for each in frozen_alone)}",)
     elif layers and not any(_is_trainable(factor, model) for layer in layers for factor in layer.factors()):
         exception.args = (
             f"{exception}. The adapters are frozen: something set requires_grad=False after they were injected, as a "

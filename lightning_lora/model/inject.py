@@ -39,7 +39,6 @@ from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import ALL_OPTIONS, Injection
-from .large_adapters import describe_large_adapters
 from .merging import FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
 from .named_state import state_of
 from .passed_over import describe_passed_over, warn_of_passed_over
@@ -138,7 +137,7 @@ def inject_to_load(listing: Listing, config: LoRAConfig, scope: str = "") -> Ada
     """
     record = Injection(config, values_follow=True)
     handle = _inject(listing, record, scope)
-    record.values_follow = record.passes_over_nearly_all = False  # no warning: its trainer chose the layers
+    record.values_follow, record.passed_over_due = False, ""  # its trainer chose the layers
     return handle
 
 
@@ -305,23 +304,17 @@ def _inject(listing: Listing, record: Injection, scope: str = "") -> AdaptedMode
 
 
 def _tell_of_layers(handle: AdaptedModel) -> None:
-    """Log the layers that are left out, the weights that are passed over, and adapters that are too large.
-
-    LoRACallback shows the same in its summary.
-    """
+    """Say which layers are left out and which weights are passed over, as LoRACallback's summary does."""
     record, reasons = handle.record, dict[str, list[str]]()
     for name, reason in handle.left_out().items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         are = "is" if len(names) == 1 else "are"
         tell(f"lightning_lora: {listed(names)} {are} left out of {record.config.target_modules!r}: {reason}.")
-    if record.passes_over_nearly_all:
-        warn_of_passed_over(record)
-    elif record.passed_over:
+    warn_of_passed_over(record)
+    if record.passed_over_due == "line":
+        record.passed_over_due = ""
         tell(f"lightning_lora: {record.config.target_modules!r} passes over {record.passed_over}")
-    large = describe_large_adapters(handle.layers)
-    if large:
-        tell(f"lightning_lora: {large}")
 
 
 def begin_injection(
@@ -378,7 +371,7 @@ def finish_injection(handle: AdaptedModel) -> None:
         for name in targets.saved_instead:
             tell(f"lightning_lora: {name} {TRAINED_WHOLE}")
         if record.config.target_modules in BY_KIND:
-            record.passed_over, record.passes_over_nearly_all = describe_passed_over(handle, targets.saved)
+            record.passed_over, record.passed_over_due = describe_passed_over(handle, targets.saved)
     record.validated = True
 
 

@@ -67,7 +67,7 @@ def merge(model: nn.Module) -> None:
 
     Harmless when repeated, and inside disable_adapter. A layer stays factored where another module shares its weight,
     where it renormalises its weight, and where its weight is quantised. The first merge of 16-bit layers logs the cost
-    of rounding W'.
+    of rounding W'; in a Trainer's fit its end does.
 
     Collective: every rank of a sharded model calls this. The factors are gathered, the weights are not.
 
@@ -86,17 +86,17 @@ def merge(model: nn.Module) -> None:
     merge_listed(Listing(unwrapped(model, "merge")))
 
 
-def merge_listed(listing: Listing, *, in_fit: bool = False) -> None:
-    """Do what merge does for a listed model. In place. `in_fit`: a Trainer's fit looks at untrained layers itself."""
+def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rounding: bool = True) -> None:
+    """Do what merge does for a listed model. In place. The options are for a fit, which says both itself."""
     refuse_replaced_layers(listing, "merge")
     _require_layers(listing, "merge")
     with take_turn(listing.layers.values(), "merge"):
         pending = {name: each for name, each in listing.layers.items() if _is_pending(each)}
         if pending:
-            if not in_fit:
+            if warns_of_untrained:
                 warn_of_untrained(listing, stacklevel=5)
             with shards_in_place(listing, "merge", changes=True):
-                _merge_pending(listing, pending)
+                _merge_pending(listing, pending, tells_rounding)
 
 
 def _is_pending(layer: AdaptedWeights) -> bool:
@@ -104,7 +104,7 @@ def _is_pending(layer: AdaptedWeights) -> bool:
     return (layer.lora_active and not layer.lora.merged) or layer.lora.unfinished
 
 
-def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> None:
+def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tells_rounding: bool) -> None:
     """Merge the pending layers of a model, all of them or none. In place."""
     weights = {layer: layer.own_weights() for layer in listing.layers.values()}
     main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
@@ -113,7 +113,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> N
     def write() -> None:
         record_ties(listing.modules)
         sync = RankSync(main_weights.values())
-        fidelity = _Fidelity(main_weights, sync)
+        fidelity = _Fidelity(main_weights, sync, tells_rounding)
         scratch, device = Scratch(), DeviceMerge()
         with progress_bar("merging", len(pending)) as advance:
             for name, layer in pending.items():
@@ -135,6 +135,17 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> N
 
     with torch.no_grad():  # once for all layers, because entering it takes longer than merging a small layer
         run_undisturbed(write, partial(_restore_all, listing), "merge")
+
+
+def has_rounding_to_tell(layers: Iterable[AdaptedWeights]) -> bool:
+    """Return whether a merge of these layers would log what rounding W' to 16 bits costs."""
+    mergeable = [layer for layer in layers if not layer.unmergeable_reason()]
+    weights = {layer: next(iter(layer.adapted_weights().values())) for layer in mergeable}
+    return any(_is_unreported(layer, weight) for layer, weight in weights.items())
+
+
+def _is_unreported(layer: AdaptedWeights, weight: torch.Tensor) -> bool:
+    return weight.dtype in HALF and not layer.lora.rounding_reported
 
 
 def unmerge(model: nn.Module) -> None:
@@ -336,18 +347,19 @@ def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
 
 
 class _Fidelity:
-    """Measure the cost of rounding W' to 16 bits: once for each layer, or at each merge where the record says so."""
+    """Measure the cost of rounding W' to 16 bits: to tell it once, or at each merge where the record says so."""
 
-    def __init__(self, weights: Mapping[AdaptedWeights, torch.Tensor], sync: RankSync) -> None:
+    def __init__(self, weights: Mapping[AdaptedWeights, torch.Tensor], sync: RankSync, tells: bool) -> None:
         """Choose the layers to measure.
 
         Args:
             weights: the pending layers, each with the first of its weights.
             sync: sums over the ranks.
+            tells: log the cost of layers of which it was not logged yet.
         """
         self.weights = weights
         in_16_bits = [layer for layer, weight in weights.items() if weight.dtype in HALF]
-        self.unreported = [layer for layer in in_16_bits if not layer.lora.rounding_reported]
+        self.unreported = [layer for layer in in_16_bits if tells and _is_unreported(layer, weights[layer])]
         self.layers = {*self.unreported, *(layer for layer in in_16_bits if layer.lora.injection.measures_rounding)}
         self.sync = sync
         # By the share of this rank's part in the sum over ranks, and by the device on which the sums stay so long.
@@ -377,7 +389,9 @@ class _Fidelity:
             return
         lost = math.sqrt(error / delta)
         for layer in self.layers:
-            layer.lora.rounding_reported, layer.lora.injection.rounding = True, lost
+            layer.lora.injection.rounding = lost
+        for layer in self.unreported:
+            layer.lora.rounding_reported = True
         if not self.unreported:
             return
         message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"

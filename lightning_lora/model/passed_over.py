@@ -19,17 +19,18 @@ from ..nn.low_rank import MERGEABLE_DTYPES
 from ..nn.quantised import shape_of
 from ..nn.variant import variant_of
 from .adapted_model import AdaptedModel
-from .injection import Injection
+from .injection import Due, Injection
 from .layers_by_kind import more_layers
 
 MOST_KINDS, LEAST_SHARE = 6, 0.0005  # kinds that a message names, and the least share of such a kind
+LITTLE = 0.1  # a share up to this is told on request only
 MOST = 0.5  # above this share the line says whether "all-layers" adapts more
 NEARLY_ALL = 0.9  # a larger share is probably a mistake
 # Another library's class with one of these names is shown with its module path.
 NAMES_OF_LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention")
 
 
-def describe_passed_over(handle: AdaptedModel, saved: Collection[str]) -> tuple[str, bool]:
+def describe_passed_over(handle: AdaptedModel, saved: Collection[str]) -> tuple[str, Due]:
     """Describe the weights that "all-linear" or "all-layers" passes over.
 
     Vectors (biases, norms, scales of layers, a class token) are no weights, however many dimensions they have. Layers
@@ -41,13 +42,14 @@ def describe_passed_over(handle: AdaptedModel, saved: Collection[str]) -> tuple[
 
     Returns:
         The share of the parameters that is passed over with its kinds of weights, or "" where it is next to nothing;
-        and whether it is nearly all of the model while some of it could be adapted by name.
+        and how to say so: as a warning where it is nearly all of the model and some of it could be adapted by name, in
+        a line where it is more than a little, else only on request.
     """
     found = _gather(handle, saved)
     total = sum(shape_of(each.parameter).numel() for each in handle.base())
     large = [(kind, size) for kind, size in found.sizes.most_common(MOST_KINDS) if size / total > LEAST_SHARE]
     if not large:
-        return "", False
+        return "", ""
     shown = [f"{found.counts[kind]} {kind} {size / total:.1%}" for kind, size in large]
     whole = sum(found.sizes.values())
     others = (whole - sum(size for _, size in large)) / total
@@ -62,7 +64,8 @@ def describe_passed_over(handle: AdaptedModel, saved: Collection[str]) -> tuple[
     layers = [f"{kind} ({examples[kind]!r}, ...)" for kind, _ in large if kind in examples]
     if nearly_all and layers:
         hint += f"; a list of target_modules can name {' and '.join(layers)} too, and exclude_modules what is to stay"
-    return f"{whole / total:.1%} of the parameters: {', '.join(shown)}{hint}", nearly_all and bool(hint)
+    due: Due = "warning" if nearly_all and hint else "line" if whole > LITTLE * total else ""
+    return f"{whole / total:.1%} of the parameters: {', '.join(shown)}{hint}", due
 
 
 @dataclass
@@ -111,8 +114,8 @@ def _gather(handle: AdaptedModel, saved: Collection[str]) -> _Found:
 
 def warn_of_passed_over(record: Injection) -> None:
     """Warn once of a model nearly all of which is passed over."""
-    if record.passes_over_nearly_all:
-        record.passes_over_nearly_all = False
+    if record.passed_over_due == "warning":
+        record.passed_over_due = ""
         warnings.warn(
             f"lightning_lora: {record.config.target_modules!r} passes over {record.passed_over}.", stacklevel=4
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,13 @@ from ..nn.variant import variant_of
 from ..units import size_text
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.text import Text
 
 WIDTH = 80  # columns of the plain text
 NARROWEST = 12  # columns for a long name or class at least
-MOST_GROUPS = 12  # groups that are shown
+LINES, MOST_ROWS = 10, 4  # of the short form, and of its table
+ON_REQUEST = ("also saved", "checkpoints", "memory")  # facts that the short form leaves out
+QUANTISED = "its weight is quantised"  # the beginning of a reason
 SAVED = {"adapter": "the adapter", "merged": "merged weights, and the adapter", "full": "base and adapter"}
 HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
 BESIDE_NUMBER, GLUE = re.compile(r"(?<=\w) (?=\d)|(?<=\d) (?=\w)"), "\xa0"  # a line breaks at no such blank
@@ -86,7 +88,7 @@ class Unmerged:
 
 @dataclass(frozen=True)
 class Summary:
-    """A description of an injected model. `str` gives plain text of 80 columns; rich prints a table."""
+    """A description of an injected model. `str` gives all of it, as text of 80 columns; `short` what is most needed."""
 
     variant: str  # the variant's title, and "with use_rslora"
     start: str  # the value of init_lora_weights; "" for True
@@ -103,6 +105,7 @@ class Summary:
     by_kind: str  # "all-linear" or "all-layers", if that is target_modules, else ""
     passed_over: str  # the weights that `by_kind` passes over beside `left_out`: their share, and each kind's share
     frozen_head: str  # what looks like a frozen head, and how to train it if it is new; "" where nothing does
+    tells_passed_over: bool  # the short form has them: they are more than a tenth, and no other message names them
     quantised: Mapping[str, int]  # the number of the base's quantised weights, by kind of quantisation
     unmerged: tuple[Unmerged, ...]
     merged_eval: bool | None  # LoRACallback's option; None without a callback
@@ -110,66 +113,59 @@ class Summary:
     memory: Memory
 
     def __str__(self) -> str:
-        lines = [self._title(), *_plain_table(self._rows(), more=self._more())]
-        width = max(len(label) for label, _ in self._facts()) + 2
-        for label, text in self._facts():
-            lead = f"  {label.ljust(width)}"
-            lines += textwrap.wrap(
-                BESIDE_NUMBER.sub(GLUE, text),
-                WIDTH,
-                initial_indent=lead,
-                subsequent_indent=" " * len(lead),
-                break_on_hyphens=False,
-            )
-        return "\n".join(lines).replace(GLUE, " ")
+        return self._text(self._table(len(self.groups)), self._facts(), _wrapped)
 
-    def __rich__(self) -> RenderableType:
-        from rich import box
-        from rich.console import Group
-        from rich.table import Table
+    def __rich__(self) -> Text:
         from rich.text import Text
 
-        groups = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-        for column in HEAD:
-            groups.add_column(column, justify="left" if column in HEAD[:2] else "right", overflow="fold")
-        for row in self._rows():
-            groups.add_row(*map(Text, row))  # not read as markup
-        facts = Table.grid(padding=(0, 2, 0, 0))
-        facts.add_column(style="bold", no_wrap=True)
-        facts.add_column(overflow="fold")
-        for label, text in self._facts():
-            facts.add_row(label, Text(text))
-        more = [Text(self._more(), style="dim")] if self._more() else []
-        return Group(Text(self._title(), style="bold"), groups, *more, facts)
+        return Text(str(self))
+
+    def short(self) -> str:
+        """Return at most ten lines of at most 80 columns, as LoRACallback shows them at fit start."""
+        facts = [(label, text) for label, text in self._facts(short=True) if label not in ON_REQUEST]
+        return self._text(self._table(min(MOST_ROWS, LINES - 2 - len(facts))), facts, _cut)
+
+    def _text(self, table: list[str], facts: list[tuple[str, str]], fit: Callable[[str, str], list[str]]) -> str:
+        width = max(len(label) for label, _ in facts) + 2
+        lines = [line for label, text in facts for line in fit(f"  {label.ljust(width)}", text)]
+        return "\n".join([*fit("", self._title()), *table, *lines])
 
     def _title(self) -> str:
         start = f", start: {self.start}" if self.start else ""
         return f"{self.variant}: {_counted(self.layers, 'adapted layer')}{start}"
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [
+    def _table(self, most: int) -> list[str]:
+        """Return a line of heads and at most so many lines of groups, of which the last one may count the rest."""
+        shown = len(self.groups) if len(self.groups) <= most else most - 1
+        rows = [
             (group.name, group.kind, str(group.count), *_rank_and_alpha(group), f"{group.parameters:,}")
-            for group in self.groups[:MOST_GROUPS]
+            for group in self.groups[:shown]
         ]
+        rest = self.groups[shown:]
+        layers = _counted(sum(group.count for group in rest), "layer")
+        return [*_lines_of(rows), *([f"  and {len(rest)} more of these, {layers}"] if rest else [])]
 
-    def _more(self) -> str:
-        hidden = self.groups[MOST_GROUPS:]
-        layers = _counted(sum(group.count for group in hidden), "layer")
-        return f"and {len(hidden)} more of these, {layers}" if hidden else ""
-
-    def _facts(self) -> list[tuple[str, str]]:
+    def _facts(self, *, short: bool = False) -> list[tuple[str, str]]:
         share = f"{self.trainable / max(self.total, 1):.2%}"
         memory = self.memory
-        passed_over = [f"passes over {self.passed_over}"] if self.passed_over else []
+        passes_over = self.passed_over and (self.tells_passed_over or not short)
+        passed_over = [f"passes over {self.passed_over}"] if passes_over else []
+        quantised = ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantised.items())
+        evaluation = self._evaluation(short=short)
+        if short and quantised:  # both in one line
+            stays = self.merged_eval is not False and any(each.reason.startswith(QUANTISED) for each in self.unmerged)
+            said = ["adapted ones stay factored"] if stays else []
+            said += [f"evaluation {evaluation}"] if evaluation else []
+            quantised, evaluation = "; ".join([quantised, *said]), ""
         facts = {
             "trainable": f"{self.trainable:,} of {self.total:,} parameters ({share})",
             "adapter": f"{size_text(self.adapter_bytes)} in {' and '.join(self.adapter_dtypes)}",
             "also trained": _sizes(self.also_trained),
             "also saved": _sizes(self.also_saved),
-            self.by_kind or "left out": "; ".join((*map(_left_out_text, self.left_out), *passed_over)),
+            self.by_kind or "left out": "; ".join((*passed_over, *map(_left_out_text, self.left_out))),
             "head": self.frozen_head,
-            "quantised": ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantised.items()),
-            "merging" if self.merged_eval is None else "evaluation": self._evaluation(),
+            "quantised": quantised,
+            "merging" if self.merged_eval is None else "evaluation": evaluation,
             "checkpoints": f'{SAVED[self.save]} (save="{self.save}")' if self.save else "",
             "memory": (
                 f"{size_text(memory.total)} and activations: weights {size_text(memory.weights)}, "
@@ -179,17 +175,18 @@ class Summary:
         }
         return [(label, text) for label, text in facts.items() if text]
 
-    def _evaluation(self) -> str:
-        """Say whether evaluations run merged, and which layers cannot."""
+    def _evaluation(self, *, short: bool) -> str:
+        """Say whether evaluations run merged, and which layers cannot. Short: only what is not the default."""
         if self.merged_eval is False:
             return "factored (merged_eval=False)"
-        count = sum(len(unmerged.names) for unmerged in self.unmerged)
-        which = "; ".join(f"{listed(each.names)}: {_reason_text(each)}" for each in self.unmerged)
+        unmerged = [each for each in self.unmerged if not (short and each.reason.startswith(QUANTISED))]
+        count = sum(len(each.names) for each in unmerged)
+        which = "; ".join(f"{listed(each.names)}: {_reason_text(each)}" for each in unmerged)
         if count == self.layers:
             return f"factored, as no layer can be merged ({which})"
         if count:
             return f"merged, but for {_counted(count, 'layer')} ({which})"
-        return "merged" if self.merged_eval else ""
+        return "merged" if self.merged_eval and not short else ""
 
 
 def summary(model: nn.Module) -> Summary:
@@ -241,6 +238,7 @@ def summarise(handle: AdaptedModel) -> Summary:
         by_kind=next((value for value in BY_KIND if value == record.config.target_modules), ""),
         passed_over=record.passed_over,
         frozen_head=describe_frozen_head(handle.root_modules),
+        tells_passed_over=record.passed_over_due == "line",
         quantised=_quantised(handle),
         unmerged=_unmerged(layers),
         merged_eval=record.merged_eval,
@@ -345,7 +343,7 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 
 
 def _left_out_text(left_out: LeftOut) -> str:
-    share = f"{left_out.share:.1%} of the parameters, " if left_out.share else ""
+    share = f"{left_out.share:.1%} of all, " if left_out.share else ""
     return f"leaves out {listed(left_out.names)} ({share}{_reason_text(left_out)})"
 
 
@@ -358,16 +356,33 @@ def _reason_text(about: LeftOut | Unmerged) -> str:
     return reason
 
 
-def _plain_table(rows: list[tuple[str, ...]], *, more: str) -> list[str]:
+def _lines_of(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table of groups. Long classes are cut at their end, and long names at their beginning."""
     widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
-    for column in (1, 0):  # long classes are cut first, then long names are written over several lines
+    for column in (1, 0):
         excess = sum(widths) + 2 * len(widths) - WIDTH
         widths[column] = max(min(widths[column], NARROWEST), widths[column] - max(excess, 0))
     lines = []
     for name, kind, *numbers in (HEAD, *rows):
-        first, *more_lines = textwrap.wrap(name, widths[0], break_on_hyphens=False)
+        name = name if len(name) <= widths[0] else f"...{name[3 - widths[0] :]}"
         kind = kind if len(kind) <= widths[1] else f"{kind[: widths[1] - 3]}..."
         right = [cell.rjust(width) for cell, width in zip(numbers, widths[2:], strict=True)]
-        lines.append(f"  {'  '.join([first.ljust(widths[0]), kind.ljust(widths[1]), *right])}")
-        lines += [f"  {line}" for line in more_lines]
-    return [*lines, f"  {more}"] if more else lines
+        lines.append(f"  {'  '.join([name.ljust(widths[0]), kind.ljust(widths[1]), *right])}")
+    return lines
+
+
+def _wrapped(lead: str, text: str) -> list[str]:
+    """Return a text after its lead, in as many lines of WIDTH columns as it takes."""
+    glued, indent = BESIDE_NUMBER.sub(GLUE, text), " " * len(lead)
+    lines = textwrap.wrap(glued, WIDTH, initial_indent=lead, subsequent_indent=indent, break_on_hyphens=False)
+    return [line.replace(GLUE, " ") for line in lines]
+
+
+def _cut(lead: str, text: str) -> list[str]:
+    """Return a text after its lead in one line of WIDTH columns, with fewer names where it is too long."""
+    room = WIDTH - len(lead)
+    if len(text) > room:
+        begin = text[: room - len(" ...")]
+        end = max(begin.rfind(mark) for mark in (", ", "; ", ": ")) + 1
+        text = f"{begin[:end]} ..." if end else f"{begin}..."
+    return [lead + text]

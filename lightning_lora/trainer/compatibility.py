@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.injection import Injection
-from ..model.named_state import base_parameters_of
 from ..names import listed
 from ..nn.adapted_weights import LayerSpec
 from .deepspeed_optimizer import held_parameters
@@ -150,43 +148,6 @@ def warn_of_frozen(handle: AdaptedModel) -> None:
             "meant to, put the callback that freezes a backbone in setup before LoRACallback in the list.",
             stacklevel=2,
         )
-
-
-def warn_of_idle_optimizers(trainer: Any, listing: Listing) -> None:
-    """Warn of an optimizer that holds nothing but weights that injection froze, as that of a GAN's other network.
-
-    Its backward would fail with a message of torch that names neither the optimizer nor the weights.
-    """
-    for sentence in describe_idle_optimizers(trainer, listing):
-        warnings.warn(f"lightning_lora: {sentence}", stacklevel=2)
-
-
-def describe_idle_optimizers(trainer: Any, listing: Listing) -> list[str]:
-    """Return a sentence on each optimizer that holds nothing but frozen weights of the base, with the remedy."""
-    base, found = base_parameters_of(listing.modules), []
-    names = {id(each.parameter): each.name for each in base if not each.parameter.requires_grad}
-    for number, optimizer in enumerate(trainer.optimizers):
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        frozen = [names[id(parameter)] for parameter in held if id(parameter) in names]
-        modules = _modules_of(frozen, listing.layers)
-        if modules and len(frozen) == len(held):
-            found.append(
-                f"optimizer {number} ({type(optimizer).__name__}) holds frozen parameters alone, first "
-                f"{frozen[0]!r} ({len(frozen)} in all), so it trains nothing. To train them whole beside the adapter, "
-                f"pass modules_to_save=[{', '.join(map(repr, modules))}]; to adapt their layers, name these in "
-                "target_modules, and build the optimizer in configure_optimizers from the parameters at that time."
-            )
-    return found
-
-
-def _modules_of(parameters: Sequence[str], adapted: Collection[str]) -> list[str]:
-    """Return the one module that holds all these parameters; if it holds an adapted layer, the module of each."""
-    paths = [name.split(".")[:-1] for name in parameters]
-    alike = takewhile(lambda segments: len(set(segments)) == 1, zip(*paths, strict=False))
-    together = ".".join(segments[0] for segments in alike)
-    if together and not any(f"{layer}.".startswith(f"{together}.") for layer in adapted):
-        return [together]
-    return list(dict.fromkeys(".".join(path) for path in paths if path))
 
 
 def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], listing: Listing) -> None:

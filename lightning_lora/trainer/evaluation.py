@@ -10,9 +10,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from ..errors import NonFiniteError, sentence
-from ..model.adapted_model import Listing
+from ..model.adapted_model import Listing, find_model
 from ..model.injection import Injection, MergeCost
-from ..model.merging import is_merged, merge, merge_listed, unmerge
+from ..model.merging import has_rounding_to_tell, holds_merged, is_merged, merge, merge_listed, unmerge, unmerge_listed
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.self_check import Verification, watch
 from ..notices import tell
@@ -110,5 +110,21 @@ def _merge_noting_cost(module: nn.Module, record: Injection | None, *, in_fit: b
         merge(module)  # raises
         return
     began, record.rounding = time.perf_counter(), None
-    merge_listed(Listing(module), in_fit=in_fit)
+    merge_listed(Listing(module), warns_of_untrained=not in_fit, tells_rounding=not in_fit)
     record.last_merge = MergeCost(time.perf_counter() - began, record.rounding)
+
+
+def tell_rounding(module: nn.Module) -> None:
+    """Log what rounding W' to 16 bits costs at the end of a fit that has merged, by one more merge. Collective.
+
+    Earlier merges of the fit say nothing: an adapter that has just begun to grow loses most of itself.
+    """
+    handle = find_model(module)
+    if handle is None or handle.record.last_merge is None or holds_merged(handle.layers.values()):
+        return
+    if has_rounding_to_tell(handle.layers.values()):
+        try:
+            merge_listed(handle, warns_of_untrained=False)
+        except NonFiniteError:
+            return  # a validation runs unmerged then, and warns; every layer is unmerged
+        unmerge_listed(handle)

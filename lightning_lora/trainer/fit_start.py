@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..exchange.take import fingerprint_of
-from ..model.adapted_model import AdaptedModel, find_model, open_model
+from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype
 from ..model.heads import warn_of_new_heads
 from ..model.initial_values import snapshot_materialised
-from ..model.large_adapters import warn_of_large_adapters
 from ..model.live_state import open_state
 from ..model.passed_over import warn_of_passed_over
 from ..model.rebuilt_modules import adopt_layers
@@ -19,12 +18,10 @@ from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..notices import show
 from ..report.summary import summarise
 from .after_fit import refuse_merge_after_fit
-from .compatibility import refuse_unoptimized, warn_of_frozen, warn_of_idle_optimizers
-from .eval_mode import explain_eval_mode
+from .compatibility import refuse_unoptimized, warn_of_frozen
 from .hyperparameters import LoggedOptions, as_hyperparameters
 from .options import LOGGED, Options
 from .precision import refuse_for_quantised, refuse_plain, refuse_unloadable
-from .start_batches import start_from_data
 from .untrained import begin_to_note
 
 
@@ -46,9 +43,7 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     begin_to_note(handle)
     refuse_unoptimized(trainer.optimizers, handle)
     warn_of_frozen(handle)
-    warn_of_idle_optimizers(trainer, handle)
     warn_of_new_heads(handle.modules)
-    warn_of_large_adapters(handle.layers)
     warn_of_passed_over(handle.record)
     enable_input_require_grads([module for _, module in handle.modules])
     refuse_for_quantised(handle, trainer)
@@ -71,11 +66,6 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options, logged: Log
         own = {name: getattr(options, name) for name in LOGGED}
         logged.add(handle.model, as_hyperparameters(record.config, **own))
     if options.verbose:
-        show(summarise(handle))
-
-
-def start_training(trainer: Any, module: Any, options: Options) -> None:
-    """Start from data where the options say so; explain Lightning's warning of modules in eval mode."""
-    start_from_data(trainer, module, find_model(module))
-    if options.verbose:
-        explain_eval_mode(trainer, module)
+        found = summarise(handle)
+        show(found.short())
+        record.quantised_reported |= bool(found.quantised)

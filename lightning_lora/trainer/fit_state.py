@@ -6,15 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from ..model.adapted_model import Listing
 from ..model.gradients import explain_missing_gradients
 from ..model.merging import unmerge
 from ..model.patches import unpatch
 from .after_fit import is_merged_for_good
 from .bar_description import describe_as_merged
-from .compatibility import describe_idle_optimizers
-from .eval_mode import warn_of_checkpointing_off
-from .evaluation import Evaluation
+from .checkpointing_off import warn_of_checkpointing_off
+from .evaluation import Evaluation, tell_rounding
 from .hyperparameters import LoggedOptions
 from .step_lists import StepLists
 from .untrained import warn_of_untrained_in
@@ -82,9 +80,11 @@ class FitState:
         """Count a fit that starts."""
         self.running += 1
 
-    def end_fit(self) -> None:
-        """Note that the innermost fit came to its end."""
+    def end_fit(self, module: Any, *, merges: bool) -> None:
+        """Note that the innermost fit came to its end; log what rounding costs, unless `merges`: a merge will."""
         self.ended = True
+        if not merges:
+            tell_rounding(module)
 
     def close_fit(self) -> bool:
         """Leave the innermost fit. Tell whether it came to its end and no other fit is under way."""
@@ -104,6 +104,6 @@ class FitState:
 
     def break_off(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Leave a run that an exception or Ctrl-C has ended; explain it if merged weights caused it. In place."""
-        explain_missing_gradients(exception, module, lambda: describe_idle_optimizers(trainer, Listing(module)))
+        explain_missing_gradients(exception, module)
         self.leave(module)
         describe_as_merged(trainer, "")

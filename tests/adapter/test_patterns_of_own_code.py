@@ -133,7 +133,6 @@ def test_peft_reads_own_patterns_as_they_are_here(tmp_path: Path, name: str):
 @pytest.mark.slow
 @every_pattern
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:lightning_lora. .* too large for their layers")
 def test_a_run_with_an_own_pattern_resumes_and_its_checkpoint_loads_exports_and_imports(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ):

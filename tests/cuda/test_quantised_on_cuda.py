@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lightning_lora import LoRAConfig, inject, is_merged, load_adapter, merge, save_adapter, unmerge
-from support.notices import tiny_layers
 from support.pairs import assert_near, placed
 from support.pretend_accelerator import on_the_device
 from support.quantised import (
@@ -26,7 +25,7 @@ from support.runs import lora_with_effect
 from support.training import make_trainer
 from test_pairs import COLUMN_OF, NO_PAIR, PAIRS, ROW_OF, outcome, page_outcomes
 
-pytestmark = [tiny_layers, pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")]
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
 TOLERANCE = {"int8": 3e-2, "Float8WeightOnlyConfig": 1e-4}  # int8 rounds the inputs of a layer too
 every_kind = pytest.mark.parametrize("kind", QUANTISED)
 

@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,7 +148,6 @@ def shown() -> str:
 def main() -> None:
     """Measure all lines."""
     logging.disable(logging.INFO)
-    warnings.filterwarnings("ignore", ".*too large for")  # adapters of tiny weights
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         lines = [line(model, Path(folder)) for model in MODELS]

@@ -195,9 +195,7 @@ def fit(case: Case, path: Path) -> Run:
     model, callback = case.build()
     on_ranks = dist.is_initialized()
     trainer = zero(path, callback, stage=3, max_epochs=2) if on_ranks else make_trainer(path, callback, max_epochs=2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lightning_lora: .* too large for")
-        trainer.fit(model, batches(1), batches(2))
+    trainer.fit(model, batches(1), batches(2))
     return Run(model.losses, whole_state(model))
 
 

@@ -12,11 +12,8 @@ import seconds
 from seconds import OPTIONS, Steps, large, small
 
 from lightning_lora import LoRACallback
-from support.notices import tiny_layers
 from support.scale import MODELS, Llama
 from support.shortcuts import without_collections
-
-pytestmark = [tiny_layers]
 
 
 def calls(work: Callable[[], Any]) -> int:

@@ -26,11 +26,11 @@ from lightning_lora import (
     summary,
     unload,
 )
-from support.notices import PEER_NOTICES, tiny_layers
+from support.notices import PEER_NOTICES
 from support.training import Data, make_trainer, own_random_stream
 from support.training import Net as Trained
 
-pytestmark = [tiny_layers, *(pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES)]
+pytestmark = [pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES]
 
 
 class CNN(nn.Module):
@@ -144,7 +144,8 @@ def test_all_layers_adapts_convolutions_and_attention_and_says_what_it_leaves_ou
         assert f"lightning_lora: {name} is left out of 'all-layers': {reason}." in caplog.text
     passed_over = summary(model).passed_over
     assert ("1 Embedding" in passed_over) == (build is Cross)
-    assert ("lightning_lora: 'all-layers' passes over" in caplog.text) == bool(passed_over)
+    is_much = float(passed_over.partition("%")[0] or 0) > 10
+    assert ("lightning_lora: 'all-layers' passes over" in caplog.text) == is_much
     assert ("all-layers" in str(summary(model))) == bool(reasons or passed_over)
 
 

@@ -15,11 +15,11 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, summary
 from lightning_lora.model.heads import warn_of_new_heads
-from support.notices import quiet_peers, tiny_layers
+from support.notices import quiet_peers
 from support.peers import SMALL
 from support.training import CLASSES, FEATURES, Data, Net, make_trainer
 
-pytestmark = [tiny_layers, *quiet_peers]
+pytestmark = quiet_peers
 Build = Callable[[], nn.Module]
 OUTPUT_HEAD = "it is the output head"
 

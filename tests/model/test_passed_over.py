@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -62,12 +63,38 @@ def test_all_linear_says_once_what_it_passes_over_and_its_share(caplog):
     )
 
 
-def test_what_is_excluded_or_saved_whole_is_not_passed_over(caplog):
-    (line,) = logged(caplog, exclude_modules=["conv"], modules_to_save=["foreign", "experts", "embed", "lstm", "more"])
-    assert line == (
-        f"lightning_lora: 'all-linear' passes over {75 / 1100:.1%} of the parameters: "
-        f"1 MultiheadAttention.in_proj {75 / 1100:.1%}"
-    )
+def test_what_is_excluded_or_saved_whole_is_not_passed_over():
+    options = {"exclude_modules": ["conv"], "modules_to_save": ["foreign", "experts", "embed", "lstm", "more"]}
+    inject(model := Net(), LoRAConfig(r=1, **options))
+    found = f"{75 / 1100:.1%} of the parameters: 1 MultiheadAttention.in_proj {75 / 1100:.1%}"
+    assert summary(model).passed_over == found
+
+
+@pytest.mark.parametrize(("rows", "is_said"), [(2, False), (3, True)])
+def test_what_is_passed_over_is_said_above_a_tenth_and_once(tmp_path, caplog, rows: int, is_said: bool):
+    """By inject in a line, or by the summary at fit start; a warning stands for both."""
+    with own_random_stream(1):
+        model = Tabled(rows)
+        twin = copy.deepcopy(model)
+    share = 8 * rows / sum(parameter.numel() for parameter in model.parameters())
+    assert (share > 0.1) == is_said
+    with caplog.at_level(logging.INFO):
+        make_trainer(tmp_path, LoRACallback(r=1), max_epochs=1).fit(model, Data())
+        assert caplog.text.count("passes over") == is_said
+        caplog.clear()
+        inject(twin, LoRAConfig(r=1))
+        assert caplog.text.count("passes over") == is_said
+        make_trainer(tmp_path, LoRACallback(), max_epochs=1).fit(twin, Data())
+        assert caplog.text.count("passes over") == is_said
+    assert f"passes over {share:.1%} of the parameters: 1 Embedding" in str(summary(model))
+
+
+class Tabled(Trained):
+    """171 parameters and a table of 8 columns."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, 8)
 
 
 def test_a_list_of_targets_passes_over_nothing_and_neither_does_a_model_of_linear_layers(caplog):

@@ -27,7 +27,6 @@ from transformers import (
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, merge, unload
 from support.models import Zoo, randomise_, tokens, trace, zoo_config
-from support.notices import tiny_layers
 from support.training import Data, Net, assert_same_tensors, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT")  # torch 2.6
@@ -363,7 +362,6 @@ def test_a_pass_without_gradients_is_no_reentrant_segment(gradients_off):
         merge(model)
 
 
-@tiny_layers
 def test_a_fit_that_is_checkpointed_late_equals_the_plain_fit(tmp_path):
     results = []
     for checkpointed in (False, True):

@@ -35,10 +35,10 @@ from support.methods import (
     theirs,
     trained_names,
 )
-from support.notices import quiet_peers, tiny_layers
+from support.notices import quiet_peers
 from support.quantised import quantise_, values_of
 
-pytestmark = [*quiet_peers, tiny_layers]
+pytestmark = quiet_peers
 
 # --- PEFT's numbers ---
 

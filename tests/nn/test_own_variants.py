@@ -36,11 +36,9 @@ from lightning_lora import (
 )
 from support.forks import DONE, run_in_forks
 from support.models import state_bits
-from support.notices import tiny_layers
 from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
-pytestmark = tiny_layers
 on_device = pytest.mark.skipif(not CAN_PRETEND, reason="this version of torch cannot pretend a device")
 TARGETS = ["body.0", "body.3", "head"]
 SQUARE, INSIDE_A, INSIDE_B = "lora_own_square", "lora_own_A", "lora_own_B"

@@ -27,9 +27,9 @@ from lightning_lora import (
 from lightning_lora.command.main import main
 from support.methods import METHODS, SAME, TOKENS, base, config_of, edit, moved, ours, theirs
 from support.models import bits, state_bits
-from support.notices import quiet_peers, tiny_layers
+from support.notices import quiet_peers
 
-pytestmark = [*quiet_peers, tiny_layers]
+pytestmark = quiet_peers
 
 MARKS = {  # of what peft says of its own
     "vera": [

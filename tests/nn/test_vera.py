@@ -43,12 +43,11 @@ from support.methods import (
     theirs,
     trained_names,
 )
-from support.notices import quiet_peers, tiny_layers
+from support.notices import quiet_peers
 from support.quantised import quantise_, values_of
 
 pytestmark = [
     *quiet_peers,
-    tiny_layers,
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:Specified to not"),  # save the projections
 ]

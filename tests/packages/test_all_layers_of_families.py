@@ -16,10 +16,10 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, merged, save_adapter, summary, unload
 from lightning_lora.model.heads import warn_of_new_heads
-from support.notices import PEER_NOTICES, tiny_layers
+from support.notices import PEER_NOTICES
 from support.training import own_random_stream
 
-pytestmark = [pytest.mark.packages, tiny_layers, *(pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES)]
+pytestmark = [pytest.mark.packages, *(pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES)]
 
 GROUPS, HEAD = "PEFT cannot adapt a convolution with groups", "it is the output head"
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, export_adapter, inject, merged_state_dict, save_adapter, take_adapter
 from lightning_lora.formats.servers import CONDITIONS, FolderView, findings, servers, view_of_folder
-from support.notices import quiet_peers, tiny_layers
+from support.notices import quiet_peers
 from support.peers import SMALL, TENSORS, edit, seeded, spread_
 
 PLACE = os.environ.get("LLAMA_CPP", "")
@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.packages,
     pytest.mark.skipif(not PLACE, reason="LLAMA_CPP names no checkout of llama.cpp"),
     *quiet_peers,
-    tiny_layers,
 ]
 Tensors = dict[str, torch.Tensor]
 

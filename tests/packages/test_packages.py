@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, disable_adapter, is_merged, load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.notices import tiny_layers
 from support.training import assert_same_tensors, own_random_stream, weights
 
 EPOCHS = 2
@@ -39,7 +38,7 @@ NOTICES = (  # what the packages say of themselves, with and without this one
     "ignore:'pin_memory' argument is set as true but no accelerator is found",
 )
 
-pytestmark = [pytest.mark.packages, tiny_layers, *(pytest.mark.filterwarnings(notice) for notice in NOTICES)]
+pytestmark = [pytest.mark.packages, *(pytest.mark.filterwarnings(notice) for notice in NOTICES)]
 
 
 @dataclass(frozen=True)

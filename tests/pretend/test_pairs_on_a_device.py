@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 
 from support.devices import Place
-from support.notices import tiny_layers
 from support.pairs import placed
 from test_pairs import COLUMN_OF, NO_PAIR, PAIRS, ROW_OF, outcome, page_outcomes
 
 pytestmark = [
-    tiny_layers,
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
 ]
 ROWS = ("LoRA", "DoRA", "PiSSA", "EVA", "rows", "parameters", "VeRA", "LoHa", "most of it at once")

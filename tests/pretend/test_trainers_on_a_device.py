@@ -14,13 +14,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_lora import LoRACallback, LoRAMonitor, is_merged, load_from_checkpoint
 from support.devices import Place
 from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.notices import tiny_layers
 from support.pretend_accelerator import on_the_device
 from support.runs import Watched, base_weights, lora
 from support.training import Data, Net, assert_same_tensors, make_trainer, weights
 
 pytestmark = [
-    tiny_layers,
     pytest.mark.filterwarnings("ignore:lightning_lora. the components of .* had not converged"),
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
 ]

@@ -1,10 +1,11 @@
-"""summary: what is adapted, trained and saved, against the model's own tensors; how it is printed; reprs of layers."""
+"""summary: what is adapted, trained and saved, against the model's own tensors; both forms of text; reprs of layers."""
 
 from __future__ import annotations
 
 import io
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from lightning_lora import LoRAConfig, LoRAError, adapter_stats, inject, is_merged, merge, summary, unload
 from lightning_lora.names import group_names
 from lightning_lora.notices import terminal
-from lightning_lora.report.summary import MOST_GROUPS, WIDTH, Memory, Summary
+from lightning_lora.report.summary import LINES, WIDTH, Memory, Summary
 from support.models import Zoo, zoo_config
 from support.quantised import NAMES, QUANTISED, quantised
 
@@ -138,9 +139,7 @@ def test_layers_that_all_linear_leaves_out_are_told_with_their_share():
     assert (head.names, head.reason) == (("lm_head",), "it is the output head")
     assert head.share == model.lm_head.weight.numel() / total
     assert found.passed_over == f"{head.share:.1%} of the parameters: 1 Embedding {head.share:.1%}"
-    assert f"leaves out lm_head ({head.share:.1%} of the parameters, it is the output head); passes over" in words(
-        found
-    )
+    assert f"; leaves out lm_head ({head.share:.1%} of all, it is the output head)" in words(found)
     inject(tied := llama(tie_word_embeddings=True), LoRAConfig())
     assert summary(tied).left_out[0].share == 0  # the embedding's parameters, which are counted there
     assert "leaves out lm_head (it is the output head)" in words(summary(tied))
@@ -202,34 +201,104 @@ def test_all_that_is_printed_fits_into_80_columns():
     lines = str(summary(model)).splitlines()
     assert max(map(len, lines)) <= WIDTH == 80
     assert any("NonDynami..." in line for line in lines)
-    first, *rest = (line.split()[0] for line in lines if line.split()[0] in LONG)  # over several lines, and whole
-    assert "".join([first, *rest]) == LONG
-    assert rest
-    assert max(map(len, rich_text(model, 80))) <= 80
-    assert max(map(len, rich_text(model, 120))) > 80
+    (name,) = (line.split()[0] for line in lines if line.startswith("  ..."))
+    assert LONG.endswith(name.removeprefix("..."))
 
 
-def test_rich_prints_what_the_plain_text_says():
-    inject(model := Mixed(), LoRAConfig(r=4))
-    plain, table = str(summary(model)).split(), " ".join(rich_text(model, 160)).split()
-    shortened = [word for word in plain if word not in table]
-    assert all(word.endswith("...") or word in LONG for word in shortened), shortened
-    inject(
-        model := nn.ModuleDict({"[b]": nn.Linear(2, 2), "[i]": nn.Linear(2, 2)}), LoRAConfig(modules_to_save=["[i]"])
-    )
-    table = rich_text(model, 80)
-    assert any(line.startswith(" [b] ") for line in table)  # no markup
-    assert any("[i].weight" in line for line in table)
+def test_rich_prints_the_plain_text_and_reads_no_markup():
+    names = {"[b]": nn.Linear(2, 2), "[i]": nn.Linear(2, 2)}
+    inject(model := nn.ModuleDict(names), LoRAConfig(modules_to_save=["[i]"]))
+    assert rich_text(model, 80) == str(summary(model)).splitlines()
 
 
-def test_of_many_names_the_first_are_shown_and_the_rest_counted():
-    model = nn.ModuleDict({f"layer_{i}": nn.Linear(2, 2) for i in range(MOST_GROUPS + 3)})
-    inject(model, LoRAConfig(r=1))
-    for text in (str(summary(model)), "\n".join(rich_text(model, 80))):
-        assert f"layer_{MOST_GROUPS - 1} " in text
-        assert f"layer_{MOST_GROUPS} " not in text
-        assert "and 3 more of these, 3 layers" in text
-    assert len(summary(model).groups) == MOST_GROUPS + 3
+def with_all_there_is_to_say() -> nn.Module:
+    """Many groups; a quantised layer; layers left out for two reasons; long names; large tables."""
+    model = nn.ModuleDict({f"{LONG}_{i}": nn.Linear(16, 16, bias=False) for i in range(12)})
+    model.update({"packed": quantised("nf4")[0], "net": llama(), "table": nn.Embedding(300, 32)})
+    model["out"] = nn.Linear(32, 300, bias=False)
+    model["out"].weight = model["table"].weight
+    inject(model, LoRAConfig(r=2, modules_to_save=[f"{LONG}_{i}" for i in range(6)], use_rslora=True))
+    return model
+
+
+def with_layers_that_stay_factored() -> nn.Module:
+    model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in ("a", "b", "tied")})
+    model["other"] = nn.Embedding(16, 16)
+    model["other"].weight = model["tied"].weight
+    model["renormalised"] = nn.Embedding(16, 16, max_norm=1.0)
+    inject(model, LoRAConfig(r=2, target_modules=["a", "b", "tied", "renormalised"]))
+    return model
+
+
+SHORT: dict[str, Callable[[], nn.Module]] = {
+    "one layer": lambda: injected(nn.Sequential(nn.Linear(8, 8))),
+    "several kinds": lambda: injected(Zoo(), zoo_config(r=4)),
+    "long names and numbers": lambda: injected(
+        Mixed(), LoRAConfig(r=1024, lora_alpha=123.25, target_parameters=["weight_ih_l0"], modules_to_save=[LONG])
+    ),
+    "seven groups": lambda: injected(llama()),
+    "forty groups": lambda: injected(nn.ModuleDict({f"layer_{i}": nn.Linear(2, 2) for i in range(40)})),
+    "quantised": lambda: injected(quantised("nf4")),
+    "rows": lambda: injected(llama(), LoRAConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])),
+    "a start": lambda: injected(llama(), LoRAConfig(init_lora_weights="pissa_niter_4", use_rslora=True)),
+    "layers that stay factored": with_layers_that_stay_factored,
+    "all there is to say": with_all_there_is_to_say,
+}
+
+
+def injected(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
+    inject(model, config or LoRAConfig(r=2))
+    return model
+
+
+@pytest.mark.parametrize("merged_eval", [None, True, False])
+@pytest.mark.parametrize("name", SHORT)
+def test_the_short_form_has_at_most_ten_lines_of_80_columns(name: str, merged_eval: bool | None):
+    record = vars(model := SHORT[name]())["lora_injection"]
+    record.merged_eval, record.save = merged_eval, "merged"
+    record.passed_over_due = record.passed_over and "line"
+    lines = summary(model).short().splitlines()
+    assert len(lines) <= LINES == 10
+    assert max(map(len, lines)) <= WIDTH
+    assert summary(model).short() == "\n".join(line.rstrip() for line in lines)
+    assert not {"memory", "checkpoints", "also saved"} & {line.strip().partition("  ")[0] for line in lines}
+
+
+def test_the_short_form_says_all_that_there_is_in_one_line_each():
+    model = with_all_there_is_to_say()
+    model.lora_injection.merged_eval, model.lora_injection.passed_over_due = True, "line"
+    assert summary(model).short() == SHORTENED
+
+
+SHORTENED = """\
+LoRA with use_rslora: 21 adapted layers
+  layers                                     class   count  r  alpha  parameters
+  ..._in_a_table_beside_the_other_columns_6  Linear      1  2      8          64
+  ..._in_a_table_beside_the_other_columns_7  Linear      1  2      8          64
+  and 12 more of these, 19 layers
+  trainable     4,288 of 45,344 parameters (9.46%)
+  adapter       11 kB in float32
+  also trained  6 tensors, 1,536 values: ...
+  all-linear    passes over 27.3% of the parameters: 2 Embedding 27.3%; ...
+  quantised     1 weight as nf4; adapted ones stay factored"""
+
+
+def test_of_many_groups_the_short_form_shows_the_first_and_counts_the_rest():
+    model = injected(nn.ModuleDict({f"layer_{i}": nn.Linear(2, 2) for i in range(7)}))
+    rows = [line.split()[0] for line in str(summary(model)).splitlines() if line.startswith("  layer_")]
+    assert rows == [f"layer_{i}" for i in range(7)]
+    lines = summary(model).short().splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == rows[:3]
+    assert lines[5] == "  and 4 more of these, 4 layers"
+    assert lines[6].startswith("  trainable")
+
+
+def test_the_short_form_says_once_that_quantised_layers_stay_factored():
+    model = injected(quantised("nf4"))
+    model.lora_injection.merged_eval = True
+    assert summary(model).short().splitlines()[-1] == "  quantised  3 weights as nf4; adapted ones stay factored"
+    model.lora_injection.merged_eval = False
+    assert summary(model).short().endswith("  quantised  3 weights as nf4; evaluation factored (merged_eval=False)")
 
 
 def test_rich_is_used_only_where_it_is_installed_and_somebody_looks(monkeypatch):
@@ -388,11 +457,7 @@ def test_a_quantised_layer_under_two_names_counts_once():
 
 
 def test_layers_that_stay_factored_beside_merged_ones_are_told_with_their_reasons():
-    model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in ("a", "b", "tied")})
-    model["other"] = nn.Embedding(16, 16)
-    model["other"].weight = model["tied"].weight
-    model["renormalised"] = nn.Embedding(16, 16, max_norm=1.0)
-    inject(model, LoRAConfig(r=2, target_modules=["a", "b", "tied", "renormalised"]))
+    model = with_layers_that_stay_factored()
     model.lora_injection.merged_eval = True
     reasons = "tied: its weight is also other.weight; renormalised: max_norm"
     assert f"evaluation merged, but for 2 layers ({reasons}" in words(summary(model))

@@ -56,9 +56,6 @@ PEER_NOTICES = (
 )
 quiet_peers = [pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES]
 
-# Said of layers as small as these, whose adapters are larger.
-tiny_layers = pytest.mark.filterwarnings(r"ignore:lightning_lora. \d+ adapters? (is|are) too large for")
-
 
 def let_warnings_be_errors() -> None:
     """Turn warnings into errors in a process that a test starts, as pytest does in its own."""

@@ -30,7 +30,6 @@ from lightning_lora import (
 )
 from support.distributed_folders import write_as_lightning
 from support.lightning_versions import ANY_OBJECTS, PLAIN_TYPES_ONLY
-from support.notices import tiny_layers
 from support.runs import BATCHES, TARGETS
 from support.training import (
     FEATURES,
@@ -289,7 +288,6 @@ WAYS = (
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@tiny_layers
 def test_checkpoint_is_found_however_the_trainer_is_told(tmp_path, way: Callable[[Path, LoRACallback], Any]):
     model, file = way(tmp_path, LoRACallback(merged_eval=False))
     assert model.head.lora_A.shape[0] == 2

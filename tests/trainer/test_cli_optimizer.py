@@ -19,7 +19,6 @@ from lightning_lora.model.param_groups import LR_EMBEDDING
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.trainer.cli_optimizer import _split_groups_
 from support.models import Zoo, zoo_config
-from support.notices import tiny_layers
 from support.runs import BATCHES, TARGETS
 from support.training import Data, Net, assert_same_tensors, make_trainer
 
@@ -171,7 +170,6 @@ def test_resumed_run_equals_that_of_the_method_resumed_from_the_same_file(tmp_pa
     assert_same_tensors(state(resumed.trainer), state(expected))
 
 
-@tiny_layers
 @pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
 def test_fit_with_names_on_the_command_line_trains_the_adapter(cli: type):
     ours = ["--lora.r=2"] if cli is LoRACLI else ["--trainer.callbacks=lightning_lora.LoRACallback"]

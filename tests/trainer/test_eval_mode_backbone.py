@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
 
 import lightning as L
 import pytest
@@ -15,7 +13,6 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, is_merged
-from support.notices import lightning_logger
 from support.training import assert_same_tensors, make_trainer, own_random_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training")
@@ -157,36 +154,6 @@ def test_without_lora_dropout_nothing_is_random_in_an_eval_mode_backbone(tmp_pat
     model = Classifier(evaluates=True)
     fit(tmp_path, model, Evaluator())
     assert not any(random for _, _, random in model.noise)
-
-
-WARNS = "Found .* in eval mode at the start of training"
-EXPLAINS = "LoRACallback: adapters are trained in eval mode too"
-
-
-def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records]
-
-
-def test_lightnings_warning_of_eval_mode_is_explained_right_after_it(tmp_path, monkeypatch):
-    order: list[str] = []
-    monkeypatch.setattr(logging.getLogger(lightning_logger()), "info", lambda text, **kwargs: order.append(text))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", WARNS)
-        monkeypatch.setattr(warnings, "showwarning", lambda message, *args, **kwargs: order.append(str(message)))
-        fit(tmp_path, Classifier(), epochs=1)
-    places = [i for i, text in enumerate(order) if re.match(f"{WARNS}|{EXPLAINS}", text)]
-    assert len(places) == 2
-    assert places[1] == places[0] + 1
-    assert order[places[1]].startswith(EXPLAINS)
-
-
-@pytest.mark.parametrize("quiet", [True, False])
-def test_nothing_is_explained_where_nothing_is_in_eval_mode_or_verbose_is_off(tmp_path, caplog, quiet):
-    model = Classifier()
-    model.backbone.train(not quiet)
-    with caplog.at_level(logging.INFO, logger=lightning_logger()):
-        fit(tmp_path, model, verbose=not quiet)
-    assert not [message for message in messages(caplog) if "eval mode" in message]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -378,7 +345,7 @@ def fit_parts(path, model: Classifier, *callbacks: L.Callback, **options) -> Non
 @renamed
 def test_the_call_that_is_named_fits_a_network_in_a_list(tmp_path):
     with pytest.warns(UserWarning, match=r"Call self\.get_submodule\('parts\.0'\)\.train\(\) before fit"):
-        fit_parts(tmp_path, InASubmodule(), verbose=False)  # a warning, not an explanation
+        fit_parts(tmp_path, InASubmodule(), verbose=False)
 
 
 class TrainsAtStart(L.Callback):
@@ -397,11 +364,3 @@ def test_gradient_checkpointing_that_acts_is_not_warned_of(tmp_path, how):
         make_trainer(tmp_path, lora, max_epochs=1).fit(model, loader(), loader())
     else:
         fit_parts(tmp_path, model, *([TrainsAtStart()] if how == "at epoch start" else []))
-
-
-@renamed
-def test_the_note_on_eval_mode_tells_of_gradient_checkpointing_too(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger=lightning_logger()), pytest.warns(UserWarning, match=CHECKPOINTING):
-        fit(tmp_path, Frugal(), epochs=1)
-    (said,) = [message for message in messages(caplog) if message.startswith(EXPLAINS)]
-    assert "and transformers' gradient checkpointing; for these call model.train() before fit" in said

@@ -16,10 +16,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning_lora import LoRACallback, LoRAConfig, inject
 from lightning_lora.trainer.hyperparameters import LoggedOptions, as_hyperparameters
 from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.notices import tiny_layers
 from support.training import Data, Net, make_trainer
 
-pytestmark = tiny_layers
 OPTIONS: dict[str, Any] = {
     "r": 2,
     "target_modules": ["body.0", "head"],

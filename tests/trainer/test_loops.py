@@ -15,7 +15,6 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_lora import LoRACallback
-from support.notices import tiny_layers
 from support.runs import At, Manual, Watched, assert_as_found, base_weights, compare, lora_with_effect
 from support.shortcuts import let_collections_pass_over_what_is_there
 from support.training import Data, Net, SizedData, TwoLoaders, make_trainer
@@ -239,7 +238,6 @@ def size_finder() -> BatchSizeFinder:
 BESIDE, BEFORE = [rate_finder, size_finder], [find_rate, find_size]
 
 
-@tiny_layers
 @pytest.mark.parametrize(
     ("variant", "finder"), [*product(["lora"], [*BESIDE, *BEFORE]), *product(["dora", "vera", "loha"], [rate_finder])]
 )
@@ -253,7 +251,6 @@ def test_adapters_that_a_finder_trained_and_restored_are_not_taken_for_untrained
     trainer.fit(model, data)
 
 
-@tiny_layers
 def test_a_finder_still_names_the_adapters_that_it_did_not_train(tmp_path):
     class Detached(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

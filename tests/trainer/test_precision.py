@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -230,3 +232,48 @@ def test_moving_average_in_16_bits_agrees_merged_and_unmerged(tmp_path, precisio
         results[merged_eval] = trainer.callback_metrics["val_loss"].item(), weights(model)
     assert_same_tensors(results[True][1], results[False][1])
     assert results[True][0] == pytest.approx(results[False][0], rel=PRECISIONS[precision][2])
+
+
+def cost_of_rounding(model: nn.Module) -> float:
+    """The error of W' in 16 bits over the adapter's norm, by hand in float64."""
+    errors, deltas = [], []
+    for layer in (module for module in model.modules() if hasattr(module, "lora_A")):
+        delta = layer.lora.spec.scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+        exact = layer.weight.detach().double() + delta
+        errors.append((exact.to(layer.weight.dtype).double() - exact).flatten())
+        deltas.append(delta.flatten())
+    return float(torch.cat(errors).norm() / torch.cat(deltas).norm())
+
+
+def break_off(trainer: L.Trainer, module: L.LightningModule) -> None:
+    if trainer.current_epoch == 1:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("options", "callbacks", "times"),
+    [
+        ({}, [], 1),
+        ({"merge_after_fit": True}, [], 1),
+        ({"merged_eval": False}, [], 0),  # nothing is merged
+        ({}, [At("on_train_epoch_end", break_off)], 0),
+    ],
+    ids=["merged evaluation", "merged for good", "factored evaluation", "broken off"],
+)
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs")
+def test_a_fit_tells_what_rounding_costs_once_of_the_model_at_its_end(tmp_path, caplog, options, callbacks, times):
+    costs: list[float] = []
+    note = At("on_train_end", lambda trainer, module: costs.append(cost_of_rounding(module)))
+    with caplog.at_level(logging.INFO), nullcontext() if not callbacks else pytest.raises(ZeroDivisionError):
+        fit(tmp_path, Stable(), lora(**options), note, *callbacks, precision="bf16-true")
+    said = [message.partition(": rounding costs ")[2] for message in caplog.messages if "rounding costs" in message]
+    assert said == [f"{cost:.1%} of the adapter's norm" for cost in costs][:times]
+    assert len(costs) == (not callbacks)
+
+
+def test_an_evaluation_outside_of_a_fit_tells_what_rounding_costs_at_its_first_merge(tmp_path, caplog):
+    trainer, model = make_trainer(tmp_path, lora(), precision="bf16-true"), Stable()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            trainer.validate(model, Data(), verbose=False)
+    assert sum("rounding costs" in message for message in caplog.messages) == 1

@@ -14,11 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lora import LoRACallback, LoRAConfig, load_adapter, load_from_checkpoint, merged, save_adapter
 from lightning_lora.formats.lightning_checkpoint import Kind
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.notices import tiny_layers
 from support.parameters import Experts
 from support.training import make_trainer, own_random_stream
 
-pytestmark = tiny_layers  # the head has one output
 KINDS: list[Kind] = ["adapter", "merged", "full"]
 OPTIONS: dict[str, Any] = {
     "r": 2,

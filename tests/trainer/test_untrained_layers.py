@@ -4,7 +4,6 @@ named after the first batch where it cannot.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_lora import LoRACallback, load_from_checkpoint, merge, merged, unload
-from support.notices import lightning_logger
 from support.training import FEATURES, Data, Net, inputs, make_trainer, outputs, own_random_stream
 
 
@@ -158,19 +156,6 @@ def test_a_fit_that_trains_every_layer_warns_of_nothing(tmp_path, model: type[Ne
     make_trainer(tmp_path, LoRACallback(r=rank), **options).fit(model(), Data())
 
 
-def test_all_linear_says_at_fit_start_what_it_passes_over(tmp_path, caplog):
-    class Embeds(Net):
-        def build_body(self) -> None:
-            super().build_body()
-            self.table = nn.Embedding(3, FEATURES)
-
-    with caplog.at_level(logging.INFO, logger=lightning_logger()):
-        make_trainer(tmp_path, LoRACallback(r=2), max_epochs=1).fit(Embeds(), Data())
-    (shown,) = [record.getMessage() for record in caplog.records if "passes over" in record.getMessage()]
-    total = sum(parameter.numel() for parameter in Embeds().parameters())
-    assert f"passes over {18 / total:.1%} of the parameters: 1 Embedding {18 / total:.1%}" in shown
-
-
 class MergesInItsStep(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         merge(self)
@@ -213,16 +198,12 @@ class HalfAdaptedWithoutToggling(HalfAdapted):
     toggles = False
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. optimizer 1")
 @pytest.mark.parametrize("cls", [HalfAdapted, HalfAdaptedWithoutToggling])
-def test_an_error_of_an_optimizer_of_frozen_weights_names_it_and_not_the_adapters(tmp_path, cls):
+def test_an_error_of_an_optimizer_of_frozen_weights_does_not_say_that_the_adapters_are_frozen(tmp_path, cls):
     callback = LoRACallback(r=1, target_modules=["head", "body.0", "body.3"])
     with pytest.raises(RuntimeError, match="does not require grad") as caught:
         make_trainer(tmp_path, callback).fit(cls(), Data())
-    message = str(caught.value)
-    assert r". Optimizer 1 (SGD) holds frozen parameters alone, first 'critic.weight'" in message
-    assert "modules_to_save=['critic']" in message
-    assert "adapters are frozen" not in message
+    assert "adapters are frozen" not in str(caught.value)
 
 
 def test_an_error_while_another_optimizer_is_toggled_does_not_say_frozen(tmp_path):

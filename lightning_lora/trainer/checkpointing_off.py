@@ -1,9 +1,8 @@
-"""Explain what eval mode at fit start means for adapters and for transformers' gradient checkpointing."""
+"""Warn where eval mode switches off transformers' gradient checkpointing."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 from torch import nn
 
@@ -11,19 +10,6 @@ from ..model.adapted_model import find_model
 from ..model.pretrained import pretrained_models
 from ..names import listed
 from ..nn.gradient_checkpointing import segments_in_eval_mode
-from ..notices import tell
-
-WARNS = "_warn_if_modules_in_eval_mode"  # method of Lightning's fit loop; not every version has it
-
-
-def explain_eval_mode(trainer: Any, module: nn.Module) -> None:
-    """Show a line that explains Lightning's warning of modules in eval mode: what it means for adapters."""
-    if hasattr(trainer.fit_loop, WARNS) and not all(part.training for part in module.modules()):
-        tell(
-            "LoRACallback: adapters are trained in eval mode too, with their dropout. Eval mode, as from_pretrained "
-            "leaves it, switches off the base's own dropout, updates of BatchNorm's statistics and transformers' "
-            "gradient checkpointing; for these call model.train() before fit."
-        )
 
 
 def warn_of_checkpointing_off(module: nn.Module) -> None:
