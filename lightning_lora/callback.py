@@ -102,7 +102,6 @@ class LoRACallback(Callback):
         verbose: show the summary at fit start.
         lr_ratio: LoRA+ (arXiv:2402.12354): B's learning rate over A's, such as 16, if LightningCLI makes the optimizer.
         ensure_weight_tying: keep a weight tied that a module of modules_to_save shares, and train it for both.
-        verify: on the first evaluation batch, compare each layer's merged and factored output and log the error.
 
     Raises:
         LoRAError: a value is not allowed; the message holds it.
@@ -153,7 +152,6 @@ class LoRACallback(Callback):
         verbose: bool = True,
         lr_ratio: float | None = None,
         ensure_weight_tying: bool = True,
-        verify: bool = False,
     ) -> None:
         options = locals()
         adapter_options = {field.name: options[field.name] for field in fields(LoRAConfig)}
@@ -161,7 +159,6 @@ class LoRACallback(Callback):
         self.given |= adapter_options.keys() if config else set()
         self.merged_eval = merged_eval
         self.save = save
-        self.verify = verify
         self.seed = seed
         self.merge_after_fit = merge_after_fit
         self.quantize = quantize
@@ -186,7 +183,6 @@ class LoRACallback(Callback):
         handle = set_up(trainer, pl_module, self, stage)
         if handle is not None:
             adapt_late_layers(handle)
-        self._state(pl_module).evaluation.verified = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""
@@ -225,13 +221,9 @@ class LoRACallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Merge at the first batch, because weight averaging swaps weights after the start hooks; begin verify."""
-        options = {"merged_eval": self.merged_eval, "verify": self.verify}
-        self._state(pl_module).start_evaluation_batch(trainer, pl_module, **options)
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Log and warn of what verify saw in the first batch."""
-        self._state(pl_module).evaluation.end_batch(trainer, pl_module)
+        """Merge at the first batch, because weight averaging swaps weights after the start hooks."""
+        if self.merged_eval:
+            self._state(pl_module).start_evaluation_batch(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unmerge, before weight averaging swaps weights back."""
@@ -239,7 +231,6 @@ class LoRACallback(Callback):
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

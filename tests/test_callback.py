@@ -51,7 +51,6 @@ def test_options_are_those_of_the_config_and_nine_of_its_own_the_usual_ones_firs
     own = {
         "merged_eval": True,
         "save": "adapter",
-        "verify": False,
         "seed": None,
         "merge_after_fit": False,
         "quantize": None,

@@ -24,7 +24,7 @@ class FitState:
     Fits are counted, because a hook of a fit may run another fit of the same module.
 
     Attributes:
-        evaluation: merging and verifying.
+        evaluation: merging for it.
         logged: the options among the module's hyper-parameters.
         running: how many fits are under way, one inside the other.
         ended: whether the innermost fit came to its end; a finder of Lightning's may break one off.
@@ -70,11 +70,10 @@ class FitState:
             lists.stepped = stepped
             warn_of_untrained_in(trainer, module)
 
-    def start_evaluation_batch(self, trainer: Any, module: Any, *, merged_eval: bool, verify: bool) -> None:
-        """Merge and begin to verify at the first batch, unless a fit has merged the module for good. In place."""
+    def start_evaluation_batch(self, trainer: Any, module: Any) -> None:
+        """Merge at the first batch, unless a fit has merged the module for good. In place."""
         if not is_merged_for_good(module):
-            lists = self.lists(module) if merged_eval else None
-            self.evaluation.start_batch(trainer, module, lists, verify=verify)
+            self.evaluation.start_batch(trainer, module, self.lists(module))
 
     def begin_fit(self) -> None:
         """Count a fit that starts."""

@@ -14,7 +14,7 @@ from ..model.inject import fixed_seed
 from ..model.param_groups import check_ratio
 from ..model.quantise import check_kind_of_quantisation
 
-BOOLEANS = ("merged_eval", "verify", "merge_after_fit", "verbose")
+BOOLEANS = ("merged_eval", "merge_after_fit", "verbose")
 LOGGED = ("save", "merged_eval", "quantize", "lr_ratio", "seed")  # those that tell runs apart, for loggers
 
 
@@ -25,7 +25,6 @@ class Options(Protocol):
     given: frozenset[str]  # the options that the user gave; others are at their defaults
     merged_eval: bool
     save: Kind
-    verify: bool
     seed: int | None
     merge_after_fit: bool
     quantize: str | None
