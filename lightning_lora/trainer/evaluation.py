@@ -8,7 +8,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from ..errors import NonFiniteError, sentence
+from ..errors import LoRAError, NonFiniteError, sentence
 from ..model.adapted_model import Listing, find_model
 from ..model.injection import Injection, MergeCost
 from ..model.merging import has_rounding_to_tell, holds_merged, is_merged, merge, merge_listed, unmerge, unmerge_listed
@@ -87,6 +87,6 @@ def tell_rounding(module: nn.Module) -> None:
     if has_rounding_to_tell(handle.layers.values()):
         try:
             merge_listed(handle, warns_of_untrained=False)
-        except NonFiniteError:
-            return  # a validation runs unmerged then, and warns; every layer is unmerged
+        except LoRAError:
+            return  # every layer is unmerged; what needs the model merged says why it cannot be
         unmerge_listed(handle)

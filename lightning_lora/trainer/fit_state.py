@@ -12,7 +12,7 @@ from ..model.patches import unpatch
 from .after_fit import is_merged_for_good
 from .bar_description import describe_as_merged
 from .checkpointing_off import warn_of_checkpointing_off
-from .evaluation import Evaluation, tell_rounding
+from .evaluation import Evaluation
 from .hyperparameters import LoggedOptions
 from .step_lists import StepLists
 from .untrained import warn_of_untrained_in
@@ -79,11 +79,9 @@ class FitState:
         """Count a fit that starts."""
         self.running += 1
 
-    def end_fit(self, module: Any, *, merges: bool) -> None:
-        """Note that the innermost fit came to its end; log what rounding costs, unless `merges`: a merge will."""
+    def end_fit(self) -> None:
+        """Note that the innermost fit came to its end."""
         self.ended = True
-        if not merges:
-            tell_rounding(module)
 
     def close_fit(self) -> bool:
         """Leave the innermost fit. Tell whether it came to its end and no other fit is under way."""

@@ -265,7 +265,7 @@ def test_a_fit_tells_what_rounding_costs_once_of_the_model_at_its_end(tmp_path, 
     costs: list[float] = []
     note = At("on_train_end", lambda trainer, module: costs.append(cost_of_rounding(module)))
     with caplog.at_level(logging.INFO), nullcontext() if not callbacks else pytest.raises(ZeroDivisionError):
-        fit(tmp_path, Stable(), lora(**options), note, *callbacks, precision="bf16-true")
+        fit(tmp_path, Stable(), lora(init_lora_weights=True, **options), note, *callbacks, precision="bf16-true")
     said = [message.partition(": rounding costs ")[2] for message in caplog.messages if "rounding costs" in message]
     assert said == [f"{cost:.1%} of the adapter's norm" for cost in costs][:times]
     assert len(costs) == (not callbacks)
