@@ -101,7 +101,6 @@ class LoRACallback(Callback):
         quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4".
         dequantize: dtype of the plain weights that replace quantised ones, for save="merged" and merge_after_fit.
         verbose: show the summary at fit start.
-        lr_ratio: LoRA+ (arXiv:2402.12354): B's learning rate over A's, such as 16, if LightningCLI makes the optimizer.
         ensure_weight_tying: keep a weight tied that a module of modules_to_save shares, and train it for both.
 
     Raises:
@@ -151,7 +150,6 @@ class LoRACallback(Callback):
         quantize: str | None = None,
         dequantize: str | torch.dtype | None = None,
         verbose: bool = True,
-        lr_ratio: float | None = None,
         ensure_weight_tying: bool = True,
     ) -> None:
         options = locals()
@@ -164,7 +162,6 @@ class LoRACallback(Callback):
         self.merge_after_fit = merge_after_fit
         self.quantize = quantize
         self.dequantize = dequantize
-        self.lr_ratio = lr_ratio
         self.verbose = verbose
         check_own_options(self)
         self._states: ByModule[FitState] = ByModule()

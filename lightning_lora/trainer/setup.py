@@ -48,7 +48,7 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedMo
     else:
         _adopt(trainer, handle, options)
     refuse_unlike_processes(trainer, handle)
-    adapt_cli_optimizer(handle, options.lr_ratio, is_fit=stage == "fit")
+    adapt_cli_optimizer(module)
     refuse_for_quantised(handle, trainer)
     leave_out_of_ddp_(handle)
     save_as(handle, options.save, options.dequantize)
