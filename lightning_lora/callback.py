@@ -201,8 +201,8 @@ class LoRACallback(Callback):
         refuse_replaced_layers(Listing(pl_module), "LoRACallback")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the strategy's setup, or a hook, has not replaced adapted layers; let the bar say "merged"."""
-        self._state(pl_module).evaluation.start(trainer, pl_module, self.merged_eval)
+        """Check that the strategy's setup, or a hook, has not replaced adapted layers."""
+        refuse_replaced_layers(Listing(pl_module), "LoRACallback")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
@@ -225,7 +225,7 @@ class LoRACallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unmerge, before weight averaging swaps weights back."""
-        self._state(pl_module).evaluation.end_epoch(trainer, pl_module)
+        self._state(pl_module).evaluation.end(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
@@ -243,7 +243,7 @@ class LoRACallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
-        self._state(pl_module).break_off(trainer, pl_module, exception)
+        self._state(pl_module).break_off(pl_module, exception)
         self._states.pop(pl_module, None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

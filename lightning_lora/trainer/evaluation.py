@@ -12,8 +12,6 @@ from ..errors import LoRAError, NonFiniteError, sentence
 from ..model.adapted_model import Listing, find_model
 from ..model.injection import Injection, MergeCost
 from ..model.merging import has_rounding_to_tell, holds_merged, is_merged, merge, merge_listed, unmerge, unmerge_listed
-from ..model.recorded_layers import refuse_replaced_layers
-from .bar_description import describe_as_merged, when_merged
 from .step_lists import StepLists
 
 
@@ -29,12 +27,6 @@ class Evaluation:
         self.merged = False
         self.stays_unmerged = False
 
-    def start(self, trainer: Any, module: Any, merged_eval: bool) -> None:
-        """Check that no adapted layer was replaced; let the progress bar say "merged"."""
-        listing = Listing(module)
-        refuse_replaced_layers(listing, "LoRACallback")
-        describe_as_merged(trainer, when_merged(listing.layers.values()) if merged_eval else "")
-
     def start_batch(self, trainer: Any, module: Any, lists: StepLists) -> None:
         """Merge if that has not been done yet. In place."""
         if not self.stays_unmerged and not lists.is_merged():
@@ -49,13 +41,7 @@ class Evaluation:
             if trainer.state.fn != "fit":
                 raise
             self.stays_unmerged = True  # EarlyStopping and others judge the loss
-            describe_as_merged(trainer, "")
             rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
-
-    def end_epoch(self, trainer: Any, module: nn.Module) -> None:
-        """Unmerge what was merged here, and take "merged" out of the progress bar. In place."""
-        self.end(module)
-        describe_as_merged(trainer, "")
 
     def end(self, module: nn.Module) -> None:
         """Unmerge what was merged here. In place."""

@@ -10,7 +10,6 @@ from ..model.gradients import explain_missing_gradients
 from ..model.merging import unmerge
 from ..model.patches import unpatch
 from .after_fit import is_merged_for_good
-from .bar_description import describe_as_merged
 from .checkpointing_off import warn_of_checkpointing_off
 from .evaluation import Evaluation
 from .hyperparameters import LoggedOptions
@@ -99,8 +98,7 @@ class FitState:
         if is_merged_for_good(module):
             unpatch(module.modules())
 
-    def break_off(self, trainer: Any, module: Any, exception: BaseException) -> None:
+    def break_off(self, module: Any, exception: BaseException) -> None:
         """Leave a run that an exception or Ctrl-C has ended; explain it if merged weights caused it. In place."""
         explain_missing_gradients(exception, module)
         self.leave(module)
-        describe_as_merged(trainer, "")
