@@ -36,11 +36,6 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
         name = type(neighbour).__name__
         if neighbour is not callback and _is_a(neighbour, "LoRACallback"):
             raise LoRAError("LoRACallback: the Trainer has two LoRA callbacks for one model; keep one.")
-        if _is_a(neighbour, "ModelPruning"):
-            raise LoRAError(
-                "LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite. Leave one "
-                "of the two out; merge_and_unload(model) leaves a plain model behind, which can be pruned."
-            )
         slicing = _slicing(trainer.strategy)
         if fitting and _is_a(neighbour, *AVERAGING) and slicing:
             raise LoRAError(
