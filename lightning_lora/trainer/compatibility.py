@@ -17,7 +17,6 @@ from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.injection import Injection
 from ..names import listed
-from ..nn.adapted_weights import LayerSpec
 from .deepspeed_optimizer import held_parameters
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -91,31 +90,6 @@ def refuse_other_options(record: Injection, config: LoRAConfig, given: Collectio
             )
     if seed and record.seed != seed:
         raise LoRAError("LoRACallback: the model was injected with another seed; give none, or unload(model) first.")
-
-
-def refuse_unlike_processes(trainer: Any, handle: AdaptedModel) -> None:
-    """Raise LoRAError in all processes where one has another adapter, or is merged and others are not. Collective.
-
-    A strategy such as DDP sends the first process's tensors to the others, but neither a scaling nor what is merged.
-    """
-    here = {name: _as_text(layer.lora.spec, layer.lora.merged) for name, layer in handle.layers.items()}
-    first: dict[str, str] = trainer.strategy.broadcast(here)
-    if trainer.strategy.reduce_boolean_decision(here == first):
-        return
-    unlike = [name for name in first.keys() | here.keys() if first.get(name) != here.get(name)]
-    how = "the message of another process says how"
-    if unlike:
-        name = min(unlike)
-        found = [of.get(name, "no adapter") for of in (first, here)]
-        how = f"{name!r} has {found[0]} in the first process and {found[1]} here ({len(unlike)} in all)"
-    raise LoRAError(
-        f"LoRACallback: the adapter of {type(handle.model).__name__} is not the same in all processes: {how}. Each "
-        "process runs the whole program, so call inject, load_adapter and merge in all of them, not on rank zero alone."
-    )
-
-
-def _as_text(spec: LayerSpec, merged: bool) -> str:
-    return f"r={spec.r}, scaling {spec.scaling:g}{', merged' if merged else ''}"
 
 
 def warn_of_part(trainer: Any, name: str) -> None:

@@ -13,7 +13,7 @@ from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_on
 from .checkpoint_hooks import save_as
 from .checkpoint_options import complete_options, options_in_checkpoint
 from .cli_optimizer import adapt_cli_optimizer
-from .compatibility import refuse_composition, refuse_other_options, refuse_unlike_processes, warn_of_part
+from .compatibility import refuse_composition, refuse_other_options, warn_of_part
 from .options import Options, seed_text
 from .precision import convert_linear_layers_, leave_out_of_ddp_, refuse_for_quantised, refuse_late_conversion
 
@@ -47,7 +47,6 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedMo
         handle = _inject(module, options, config, seed)
     else:
         _adopt(trainer, handle, options)
-    refuse_unlike_processes(trainer, handle)
     adapt_cli_optimizer(module)
     refuse_for_quantised(handle, trainer)
     leave_out_of_ddp_(handle)
