@@ -19,7 +19,7 @@ from .model.adapted_model import Listing, find_model
 from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.by_module import ByModule
-from .trainer.checkpoint_hooks import export_where_launched, save_as_where_unpatched
+from .trainer.checkpoint_hooks import save_as_where_unpatched
 from .trainer.evaluation import tell_rounding
 from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit
@@ -247,17 +247,14 @@ class LoRACallback(Callback):
         self._states.pop(pl_module, None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unmerge what is merged still; in a process that ends with the fit, hand the record to the main process.
+        """Unmerge what is merged still.
 
         A merge for good comes last, when every checkpoint of the fit is written and averaged weights are in place.
         """
         state = self._state(pl_module)
         state.leave(pl_module)
         stop_adapting(pl_module)
-        has_ended = False
-        if stage == "fit":
-            export_where_launched(trainer, pl_module)
-            has_ended = state.close_fit()
+        has_ended = stage == "fit" and state.close_fit()
         if not state.running:  # else a fit goes on, of which a hook ran this Trainer
             self._states.pop(pl_module, None)
         if has_ended and self.merge_after_fit:

@@ -92,20 +92,6 @@ def refuse_other_options(record: Injection, config: LoRAConfig, given: Collectio
         raise LoRAError("LoRACallback: the model was injected with another seed; give none, or unload(model) first.")
 
 
-def warn_of_part(trainer: Any, name: str) -> None:
-    """Warn where a part of a LightningModule was injected and the strategy starts processes.
-
-    The main process does not know such an injection.
-    """
-    if trainer.state.fn == "fit" and launches(trainer) and name:
-        warnings.warn(
-            f"lightning_lora: inject was called on {name!r}, and {type(trainer.strategy).__name__} starts processes: "
-            "after the fit, save_checkpoint(..., weights_only=True) in the main process would save the base too. Call "
-            "inject on the LightningModule.",
-            stacklevel=2,
-        )
-
-
 def warn_of_frozen(handle: AdaptedModel) -> None:
     """Warn of adapter parameters that another callback has frozen."""
     frozen = [name for name, factor in _factors(handle).items() if not factor.requires_grad]
