@@ -19,7 +19,7 @@ from .model.adapted_model import Listing, find_model
 from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.by_module import ByModule
-from .trainer.checkpoint_hooks import export_where_launched, save_as_where_unpatched
+from .trainer.checkpoint_hooks import save_as_where_unpatched
 from .trainer.evaluation import tell_rounding
 from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit
@@ -101,9 +101,7 @@ class LoRACallback(Callback):
         quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4".
         dequantize: dtype of the plain weights that replace quantised ones, for save="merged" and merge_after_fit.
         verbose: show the summary at fit start.
-        lr_ratio: LoRA+ (arXiv:2402.12354): B's learning rate over A's, such as 16, if LightningCLI makes the optimizer.
         ensure_weight_tying: keep a weight tied that a module of modules_to_save shares, and train it for both.
-        verify: on the first evaluation batch, compare each layer's merged and factored output and log the error.
 
     Raises:
         LoRAError: a value is not allowed; the message holds it.
@@ -152,20 +150,16 @@ class LoRACallback(Callback):
         quantize: str | None = None,
         dequantize: str | torch.dtype | None = None,
         verbose: bool = True,
-        lr_ratio: float | None = None,
         ensure_weight_tying: bool = True,
-        verify: bool = False,
     ) -> None:
         self.config = _one_config(config, locals(), self.given)
         self.given |= {field.name for field in fields(LoRAConfig)} if config else set()
         self.merged_eval = merged_eval
         self.save = save
-        self.verify = verify
         self.seed = seed
         self.merge_after_fit = merge_after_fit
         self.quantize = quantize
         self.dequantize = dequantize
-        self.lr_ratio = lr_ratio
         self.verbose = verbose
         check_own_options(self)
         self._states: ByModule[FitState] = ByModule()
@@ -185,7 +179,6 @@ class LoRACallback(Callback):
         handle = set_up(trainer, pl_module, self, stage)
         if handle is not None:
             adapt_late_layers(handle)
-        self._state(pl_module).evaluation.verified = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""
@@ -206,8 +199,8 @@ class LoRACallback(Callback):
         refuse_replaced_layers(Listing(pl_module), "LoRACallback")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the strategy's setup, or a hook, has not replaced adapted layers; let the bar say "merged"."""
-        self._state(pl_module).evaluation.start(trainer, pl_module, self.merged_eval)
+        """Check that the strategy's setup, or a hook, has not replaced adapted layers."""
+        refuse_replaced_layers(Listing(pl_module), "LoRACallback")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
@@ -224,21 +217,16 @@ class LoRACallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Merge at the first batch, because weight averaging swaps weights after the start hooks; begin verify."""
-        options = {"merged_eval": self.merged_eval, "verify": self.verify}
-        self._state(pl_module).start_evaluation_batch(trainer, pl_module, **options)
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Log and warn of what verify saw in the first batch."""
-        self._state(pl_module).evaluation.end_batch(trainer, pl_module)
+        """Merge at the first batch, because weight averaging swaps weights after the start hooks."""
+        if self.merged_eval:
+            self._state(pl_module).start_evaluation_batch(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unmerge, before weight averaging swaps weights back."""
-        self._state(pl_module).evaluation.end_epoch(trainer, pl_module)
+        self._state(pl_module).evaluation.end(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -253,21 +241,18 @@ class LoRACallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
-        self._state(pl_module).break_off(trainer, pl_module, exception)
+        self._state(pl_module).break_off(pl_module, exception)
         self._states.pop(pl_module, None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unmerge what is merged still; in a process that ends with the fit, hand the record to the main process.
+        """Unmerge what is merged still.
 
         A merge for good comes last, when every checkpoint of the fit is written and averaged weights are in place.
         """
         state = self._state(pl_module)
         state.leave(pl_module)
         stop_adapting(pl_module)
-        has_ended = False
-        if stage == "fit":
-            export_where_launched(trainer, pl_module)
-            has_ended = state.close_fit()
+        has_ended = stage == "fit" and state.close_fit()
         if not state.running:  # else a fit goes on, of which a hook ran this Trainer
             self._states.pop(pl_module, None)
         if has_ended and self.merge_after_fit:

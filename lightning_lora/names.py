@@ -11,7 +11,6 @@ A, B = "lora_A", "lora_B"
 ATTRIBUTE = "lora_injection"  # attribute of the injected module: the record of its injection
 KEPT = "lora_kept"  # attribute of modules of an injected model: what the record keeps of the module
 META = "lora"  # key of an adapter's metadata in a checkpoint
-ENTRY = "lora_learned"  # key of the record's content in a state dict
 # Segments that torch.compile, checkpoint_wrapper and FSDP1 add to names.
 COMPILED, CHECKPOINTED, FLATTENED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 

@@ -51,12 +51,10 @@ def test_options_are_those_of_the_config_and_nine_of_its_own_the_usual_ones_firs
     own = {
         "merged_eval": True,
         "save": "adapter",
-        "verify": False,
         "seed": None,
         "merge_after_fit": False,
         "quantize": None,
         "dequantize": None,
-        "lr_ratio": None,
         "verbose": True,
     }
     assert {*ours} == {*own, *config}
@@ -163,7 +161,6 @@ def test_callback_takes_a_config_of_peft(tmp_path):
         ({"rank": 8}, "'rank' (did you mean 'r'?)"),
         ({"lora_r": 8, "alpha": 16}, "'lora_r' (did you mean 'r'?), 'alpha' (did you mean 'lora_alpha'?)"),
         ({"merge_eval": False}, "'merged_eval'"),
-        ({"lr": 1e-3}, "'lr' (did you mean 'lr_ratio'?)"),
         ({"inference_mode": False}, "'inference_mode' (leave it out, it says nothing of the adapter)"),
         ({"log_stats": 50}, "'log_stats' (use LoRAMonitor(every_n_steps=..., plots=...))"),
         ({"log_plot": True}, "'log_plot' (use LoRAMonitor(every_n_steps=..., plots=...))"),

@@ -133,7 +133,6 @@ def test_without_any_option_the_defaults_hold():
         ("--lora.save=full", "save", "full"),
         ("--lora.quantize=nf4", "quantize", "nf4"),
         ("--lora.dequantize=bfloat16", "dequantize", "bfloat16"),
-        ("--lora.lr_ratio=8", "lr_ratio", 8),
         ("--lora.target_modules=all-linear", "target_modules", "all-linear"),
         ("--lora.target_modules=all-layers", "target_modules", "all-layers"),
         (r"--lora.target_modules=body\.(0|3)", "target_modules", r"body\.(0|3)"),

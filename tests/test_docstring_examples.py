@@ -17,12 +17,14 @@ import torch
 from torch import nn
 
 import lightning_lora
+from lightning_lora.metrics import MergeError, MergeFidelity
 from support.notices import PEER_NOTICES
 from support.variants import variants_forgotten
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
 
 PUBLIC: dict[str, Any] = {name: getattr(lightning_lora, name) for name in (*lightning_lora.__all__, "LoRACLI")}
+PUBLIC |= {metric.__name__: metric for metric in (MergeError, MergeFidelity)}
 METHODS: dict[str, Callable[..., Any]] = {  # which users call on classes
     f"{name}.{method}": function
     for name, owner in PUBLIC.items()

@@ -67,7 +67,7 @@ class MergesAtStart(LoRACallback):
     """Merges at on_validation_start."""
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._state(pl_module).start_evaluation_batch(trainer, pl_module, merged_eval=True, verify=False)
+        self._state(pl_module).start_evaluation_batch(trainer, pl_module)
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
         pass

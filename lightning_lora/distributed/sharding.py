@@ -96,7 +96,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
         return moved.full_tensor().to(device)
 
 
-def meeting_device(tensor: torch.Tensor) -> torch.device:
+def _meeting_device(tensor: torch.Tensor) -> torch.device:
     """Return the device on which ranks exchange values of a tensor. An offloaded shard lies on another device."""
     if is_flat(tensor):
         return flat_shard(tensor).device
@@ -175,7 +175,7 @@ def windows(tensor: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slice,
 
 def sum_over_shards(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Return sums over the ranks of values that each rank computed from its shard of a tensor. Collective."""
-    device, values = values.device, values.to(meeting_device(tensor))
+    device, values = values.device, values.to(_meeting_device(tensor))
     if is_flat(tensor):
         dist.all_reduce(values, group=flat_shard(tensor).group)
     elif is_sharded(tensor):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, WRAPPERS, names_factor
+from ..names import ATTRIBUTE, WRAPPERS
 from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.low_rank import ATTENTION_OUTPUT
 from .injection import Injection, Mark
@@ -227,24 +227,6 @@ class AdaptedModel(Listing):
         for each in self.base():
             if names_here.get(id(each.parameter), "") in names and id(each.parameter) not in trained:
                 self.record.add_trained(each.module, each.leaf, each.parameter, "unfrozen")
-
-    def take_over(
-        self, initial: Mapping[str, torch.Tensor], trained: Collection[str], unfrozen: Collection[str]
-    ) -> None:
-        """Let the record keep what another process's record kept. In place.
-
-        Args:
-            initial: values from before training, by name.
-            trained: the names of base parameters that were ever trainable.
-            unfrozen: the names of those that the options did not ask for.
-        """
-        self.set_initial(initial)
-        for name, tensor, module in self.state():
-            if isinstance(tensor, nn.Parameter) and not names_factor(name):
-                marks = {mark for mark, names in (("trained", trained), ("unfrozen", unfrozen)) if name in names}
-                leaf, earlier = name.rpartition(".")[2], self.record.marks(module)
-                kept = earlier.get(leaf, set()) & {"resized"}
-                self.record.keep_marks(module, {**earlier, leaf: marks | kept} if marks | kept else earlier)
 
     def kept(self) -> KeptTensors:
         """Return a copy of the recorded values and marks, for put_back."""

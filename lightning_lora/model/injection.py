@@ -80,7 +80,6 @@ class Injection:
     layers: list[str] = field(default_factory=list)  # names that the adapted layers had in the injected module
     merged_eval: bool | None = None  # LoRACallback's option; None without a callback
     save: Any = None  # the kind of Lightning checkpoint; None without a callback, which leaves checkpoints unfiltered
-    lr_ratio: float | None = None  # of LoRA+, for the optimizer that LightningCLI builds
     quantize: str | None = None  # LoRACallback's option: how layers that are built later are quantised
     dequantize: Any = None  # the dtype of quantised weights in merged checkpoints
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names

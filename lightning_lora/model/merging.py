@@ -249,18 +249,18 @@ def shards_in_place(listing: Listing, verb: str, *, changes: bool) -> Iterator[N
         changes: whether anything is written.
 
     Raises:
-        LoRAError: as restore_shards_; or a backward of FSDP1 runs.
+        LoRAError: as _restore_shards_; or a backward of FSDP1 runs.
     """
     modules = [module for _, module in listing.modules]
     with suspended(modules, verb, changes=changes):
-        restore_shards_(listing)
+        _restore_shards_(listing)
         try:
             yield
         finally:
             free_gathered_weights_(modules)
 
 
-def restore_shards_(listing: Listing) -> None:
+def _restore_shards_(listing: Listing) -> None:
     """Put the shards of a sharded model back in place of weights that FSDP2 has gathered. In place.
 
     Raises:

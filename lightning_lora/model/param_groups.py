@@ -60,8 +60,9 @@ def lora_param_groups(
     """
     lr, lr_ratio, weight_decay, lr_embedding = map(plain_number, (lr, lr_ratio, weight_decay, lr_embedding))
     _check_not_negative(lr=lr, weight_decay=weight_decay, lr_embedding=lr_embedding)
-    check_ratio(lr_ratio, "lora_param_groups")
-    groups = grouped_parameters(open_model(model, "lora_param_groups"))
+    if not is_number(lr_ratio) or lr_ratio <= 0:
+        raise LoRAError(f"lora_param_groups: lr_ratio must be a number above 0, but it is {lr_ratio!r}.")
+    groups = _grouped_parameters(open_model(model, "lora_param_groups"))
     rates, decays = {FACTOR_B: lr * lr_ratio, EMBEDDING: lr_embedding}, {NO_DECAY: 0.0}
     return [
         {"params": each, "lr": rates.get(name, lr), "weight_decay": decays.get(name, weight_decay), "name": name}
@@ -76,13 +77,7 @@ def _check_not_negative(**numbers: float) -> None:
             raise LoRAError(f"lora_param_groups: {name} must be a number from 0, but it is {value!r}.")
 
 
-def check_ratio(lr_ratio: float, where: str) -> None:
-    """Raise LoRAError, which begins with `where`, for a ratio of learning rates that is no number above 0."""
-    if not is_number(plain_number(lr_ratio)) or lr_ratio <= 0:
-        raise LoRAError(f"{where}: lr_ratio must be a number above 0, but it is {lr_ratio!r}.")
-
-
-def grouped_parameters(handle: AdaptedModel) -> dict[str, list[nn.Parameter]]:
+def _grouped_parameters(handle: AdaptedModel) -> dict[str, list[nn.Parameter]]:
     """Return the trainable parameters of an adapted model by the groups of lora_param_groups, without empty ones."""
     factors = _groups_of_factors(handle.layers.values())
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}

@@ -7,7 +7,7 @@ still refuses everything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -43,8 +43,6 @@ from .recorded_layers import refuse_replaced_layers
 
 # Key in the metadata of a state dict, which torch pickles with the dictionary and hands to load_state_dict's hooks.
 _MERGED = "lora_merged"
-# Entries beside tensors that a state dict of an injected model may hold: by key, the function that loads the entry.
-EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}
 
 
 def adapter_keys(handle: AdaptedModel) -> list[str]:
@@ -307,9 +305,6 @@ def _fill_in(
         return
     if metadata.get(_MERGED) and not all(layer.is_initial() for layer in adapted_layers(module).values()):
         _refuse_merged(module)
-    for key in EXTRA_ENTRIES.keys() & {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}:
-        if ATTRIBUTE in vars(module):
-            EXTRA_ENTRIES[key](module, state_dict.pop(prefix + key))
     places = list(module.named_modules(remove_duplicate=False))
     state = {_as_seen_here(name): (tensor, owner) for name, tensor, owner in state_of(places)}
     for name in state:  # names saved without the segments of wrappers

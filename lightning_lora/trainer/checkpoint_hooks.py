@@ -1,9 +1,7 @@
 """Convert a Trainer's checkpoints in the patched hooks of the LightningModule.
 
 Lightning calls the module's on_save_checkpoint last, also with save_weights_only=True, and its on_load_checkpoint
-before the strict load. A callback's own hooks come too early, too late or not at all. From the processes of ddp_spawn,
-ddp_fork and ddp_notebook the main process gets only a state dict. So what these processes recorded of the injection is
-put into the state dict.
+before the strict load. A callback's own hooks come too early, too late or not at all.
 """
 
 from __future__ import annotations
@@ -16,12 +14,10 @@ from torch import nn
 from ..errors import LoRAError
 from ..exchange.checkpoint_of_model import convert_checkpoint, prepare_for_load
 from ..formats.lightning_checkpoint import Kind, check_kind
-from ..model.adapted_model import AdaptedModel, find_model, open_model
+from ..model.adapted_model import AdaptedModel, find_model
 from ..model.patches import call_previous, patch
 from ..model.quantise import call_that_quantises
-from ..model.state_dict import EXTRA_ENTRIES
-from ..names import ENTRY, META, names_factor
-from .compatibility import launches
+from ..names import META, names_factor
 from .untrained import warn_of_untrained_in
 
 # The key under which WeightAveraging keeps the weights that are not averaged. When it finds an average it loads them,
@@ -37,8 +33,9 @@ def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:
         kind: of its checkpoints.
         dequantize: the dtype of plain weights in place of quantised ones in merged checkpoints.
     """
-    _patch_saving(handle, kind)
-    handle.record.dequantize = dequantize
+    check_kind(kind)
+    handle.record.save, handle.record.dequantize = kind, dequantize
+    patch(handle.model, "on_save_checkpoint", _on_save_checkpoint)
     patch(handle.model, "on_load_checkpoint", _on_load_checkpoint)
 
 
@@ -47,35 +44,6 @@ def save_as_where_unpatched(module: nn.Module, kind: Kind, dequantize: Any = Non
     handle = find_model(module)
     if handle is not None and handle.record.save is None:
         save_as(handle, kind, dequantize)
-
-
-def export_where_launched(trainer: Any, module: nn.Module) -> None:
-    """Export the state of an injected LightningModule where a main process started this one."""
-    if launches(trainer) and (handle := find_model(module)) is not None:
-        export_state(handle)
-
-
-def export_state(handle: AdaptedModel) -> None:
-    """Put into the module's state dicts what the main process needs of the injection: this process is about to end."""
-    handle.root.register_state_dict_post_hook(_export_to_state_dict)  # type: ignore[no-untyped-call]
-
-
-def import_state(root: nn.Module, exported: dict[str, Any]) -> None:
-    """Take over what another process exported. A LightningModule saves from now on the kind that it saved there."""
-    handle = open_model(root, "LoRACallback")
-    handle.take_over(exported["initial"], exported["trained"], exported["unfrozen"])
-    handle.record.fingerprint = dict(exported["fingerprint"])
-    if exported["save"] is not None and hasattr(root, "on_save_checkpoint"):
-        _patch_saving(handle, exported["save"])
-
-
-EXTRA_ENTRIES[ENTRY] = import_state
-
-
-def _patch_saving(handle: AdaptedModel, kind: Kind) -> None:
-    check_kind(kind)
-    handle.record.save = kind
-    patch(handle.model, "on_save_checkpoint", _on_save_checkpoint)
 
 
 def _on_save_checkpoint(
@@ -125,14 +93,3 @@ def refuse_foreign_resume(module: nn.Module, checkpoint: Mapping[str, Any], name
         f'and leave ckpt_path out: trainer.fit({name}.load_from_checkpoint("pretrained.ckpt"), ...). To resume that '
         "training, leave LoRACallback out."
     )
-
-
-def _export_to_state_dict(root: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    handle = open_model(root, "LoRACallback")
-    state[prefix + ENTRY] = {
-        "save": handle.record.save,
-        "fingerprint": handle.record.fingerprint,
-        "initial": handle.initial(),
-        "trained": sorted(handle.initial_of("trained")),
-        "unfrozen": sorted(handle.initial_of("unfrozen")),
-    }

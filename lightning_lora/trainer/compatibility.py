@@ -17,7 +17,6 @@ from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.injection import Injection
 from ..names import listed
-from ..nn.adapted_weights import LayerSpec
 from .deepspeed_optimizer import held_parameters
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -38,11 +37,6 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
             raise LoRAError(
                 "LoRACallback: the Trainer has two LoRA callbacks for one model. Leave one out: LoRACLI brings its own "
                 "with the options under lora, so trainer.callbacks needs none beside it."
-            )
-        if _is_a(neighbour, "ModelPruning"):
-            raise LoRAError(
-                "LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite. Leave one "
-                "of the two out; merge_and_unload(model) leaves a plain model behind, which can be pruned."
             )
         slicing = _slicing(trainer.strategy)
         if fitting and _is_a(neighbour, *AVERAGING) and slicing:
@@ -99,45 +93,6 @@ def refuse_other_options(record: Injection, config: LoRAConfig, given: Collectio
             )
     if seed and record.seed != seed:
         raise LoRAError("LoRACallback: the model was injected with another seed; give none, or unload(model) first.")
-
-
-def refuse_unlike_processes(trainer: Any, handle: AdaptedModel) -> None:
-    """Raise LoRAError in all processes where one has another adapter, or is merged and others are not. Collective.
-
-    A strategy such as DDP sends the first process's tensors to the others, but neither a scaling nor what is merged.
-    """
-    here = {name: _as_text(layer.lora.spec, layer.lora.merged) for name, layer in handle.layers.items()}
-    first: dict[str, str] = trainer.strategy.broadcast(here)
-    if trainer.strategy.reduce_boolean_decision(here == first):
-        return
-    unlike = [name for name in first.keys() | here.keys() if first.get(name) != here.get(name)]
-    how = "the message of another process says how"
-    if unlike:
-        name = min(unlike)
-        found = [of.get(name, "no adapter") for of in (first, here)]
-        how = f"{name!r} has {found[0]} in the first process and {found[1]} here ({len(unlike)} in all)"
-    raise LoRAError(
-        f"LoRACallback: the adapter of {type(handle.model).__name__} is not the same in all processes: {how}. Each "
-        "process runs the whole program, so call inject, load_adapter and merge in all of them, not on rank zero alone."
-    )
-
-
-def _as_text(spec: LayerSpec, merged: bool) -> str:
-    return f"r={spec.r}, scaling {spec.scaling:g}{', merged' if merged else ''}"
-
-
-def warn_of_part(trainer: Any, name: str) -> None:
-    """Warn where a part of a LightningModule was injected and the strategy starts processes.
-
-    The main process does not know such an injection.
-    """
-    if trainer.state.fn == "fit" and launches(trainer) and name:
-        warnings.warn(
-            f"lightning_lora: inject was called on {name!r}, and {type(trainer.strategy).__name__} starts processes: "
-            "after the fit, save_checkpoint(..., weights_only=True) in the main process would save the base too. Call "
-            "inject on the LightningModule.",
-            stacklevel=2,
-        )
 
 
 def warn_of_frozen(handle: AdaptedModel) -> None:

@@ -1,9 +1,8 @@
-"""Merged evaluation of one LightningModule: merged at the first batch, verified in it, unmerged at the end."""
+"""Merged evaluation of one LightningModule: merged at the first batch, unmerged at the end."""
 
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -13,10 +12,6 @@ from ..errors import LoRAError, NonFiniteError, sentence
 from ..model.adapted_model import Listing, find_model
 from ..model.injection import Injection, MergeCost
 from ..model.merging import has_rounding_to_tell, holds_merged, is_merged, merge, merge_listed, unmerge, unmerge_listed
-from ..model.recorded_layers import refuse_replaced_layers
-from ..model.self_check import Verification, watch
-from ..notices import tell
-from .bar_description import describe_as_merged, when_merged
 from .step_lists import StepLists
 
 
@@ -26,40 +21,19 @@ class Evaluation:
     Attributes:
         merged: whether the module was merged here, and so is to be unmerged here.
         stays_unmerged: whether merging found a value that is not finite, so that this evaluation runs unmerged.
-        verified: whether a batch was watched since setup.
     """
 
     def __init__(self) -> None:
         self.merged = False
         self.stays_unmerged = False
-        self.verified = False
-        self._watched: tuple[AbstractContextManager[Verification], Verification] | None = None
 
-    def start(self, trainer: Any, module: Any, merged_eval: bool) -> None:
-        """Check that no adapted layer was replaced; let the progress bar say "merged"."""
-        listing = Listing(module)
-        refuse_replaced_layers(listing, "LoRACallback")
-        describe_as_merged(trainer, when_merged(listing.layers.values()) if merged_eval else "")
+    def start_batch(self, trainer: Any, module: Any, lists: StepLists) -> None:
+        """Merge if that has not been done yet. In place."""
+        if not self.stays_unmerged and not lists.is_merged():
+            self._merge(trainer, module, lists.record)
 
-    def start_batch(self, trainer: Any, module: Any, lists: StepLists | None, *, verify: bool) -> None:
-        """Merge if that has not been done yet; begin to watch the batch if it is the first one to verify. In place.
-
-        Args:
-            trainer: the Trainer that evaluates.
-            module: the LightningModule.
-            lists: the module's lists if it is evaluated merged, else None.
-            verify: whether the first batch after each setup is verified.
-        """
-        if self.stays_unmerged:
-            return
-        if lists is not None and not lists.is_merged() and not self._merge(trainer, module, lists.record):
-            return
-        if verify and not self.verified and self._watched is None and not trainer.sanity_checking:
-            watching = watch(Listing(module))
-            self._watched, self.verified = (watching, watching.__enter__()), True
-
-    def _merge(self, trainer: Any, module: nn.Module, record: Injection | None) -> bool:
-        """Merge, and tell whether that was possible. In a fit, a value that is not finite is a warning. In place."""
+    def _merge(self, trainer: Any, module: nn.Module, record: Injection | None) -> None:
+        """Merge. In a fit, a value that is not finite is a warning. In place."""
         self.merged = True  # first, because Ctrl-C is raised when merging is complete
         try:
             _merge_noting_cost(module, record, in_fit=trainer.state.fn == "fit")
@@ -67,36 +41,10 @@ class Evaluation:
             if trainer.state.fn != "fit":
                 raise
             self.stays_unmerged = True  # EarlyStopping and others judge the loss
-            describe_as_merged(trainer, "")
             rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
-            return False
-        return True
-
-    def end_batch(self, trainer: Any, module: Any) -> None:
-        """If this batch was watched, log the errors of merging and warn of layers that never ran or had no effect."""
-        if self._watched is None:
-            return
-        (watching, verification), self._watched = self._watched, None
-        watching.__exit__(None, None, None)
-        errors = {f"lora_merge_error_{name}": value for name, value in verification.error.compute().items()}
-        if not trainer.predicting:  # Lightning logs nothing there
-            values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
-            module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
-        tell(f"LoRACallback: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
-        report = verification.report()
-        if report:
-            rank_zero_warn(f"LoRACallback: {sentence(report)}")
-
-    def end_epoch(self, trainer: Any, module: nn.Module) -> None:
-        """Unmerge what was merged here, and take "merged" out of the progress bar. In place."""
-        self.end(module)
-        describe_as_merged(trainer, "")
 
     def end(self, module: nn.Module) -> None:
         """Unmerge what was merged here. In place."""
-        if self._watched is not None:  # the batch was broken off, perhaps on this rank alone: nothing is gathered
-            (watching, _), self._watched = self._watched, None
-            watching.__exit__(GeneratorExit, GeneratorExit(), None)
         self.stays_unmerged = False
         if self.merged:
             self.merged = False

@@ -10,7 +10,6 @@ from ..model.gradients import explain_missing_gradients
 from ..model.merging import unmerge
 from ..model.patches import unpatch
 from .after_fit import is_merged_for_good
-from .bar_description import describe_as_merged
 from .checkpointing_off import warn_of_checkpointing_off
 from .evaluation import Evaluation
 from .hyperparameters import LoggedOptions
@@ -24,7 +23,7 @@ class FitState:
     Fits are counted, because a hook of a fit may run another fit of the same module.
 
     Attributes:
-        evaluation: merging and verifying.
+        evaluation: merging for it.
         logged: the options among the module's hyper-parameters.
         running: how many fits are under way, one inside the other.
         ended: whether the innermost fit came to its end; a finder of Lightning's may break one off.
@@ -70,11 +69,10 @@ class FitState:
             lists.stepped = stepped
             warn_of_untrained_in(trainer, module)
 
-    def start_evaluation_batch(self, trainer: Any, module: Any, *, merged_eval: bool, verify: bool) -> None:
-        """Merge and begin to verify at the first batch, unless a fit has merged the module for good. In place."""
+    def start_evaluation_batch(self, trainer: Any, module: Any) -> None:
+        """Merge at the first batch, unless a fit has merged the module for good. In place."""
         if not is_merged_for_good(module):
-            lists = self.lists(module) if merged_eval else None
-            self.evaluation.start_batch(trainer, module, lists, verify=verify)
+            self.evaluation.start_batch(trainer, module, self.lists(module))
 
     def begin_fit(self) -> None:
         """Count a fit that starts."""
@@ -100,8 +98,7 @@ class FitState:
         if is_merged_for_good(module):
             unpatch(module.modules())
 
-    def break_off(self, trainer: Any, module: Any, exception: BaseException) -> None:
+    def break_off(self, module: Any, exception: BaseException) -> None:
         """Leave a run that an exception or Ctrl-C has ended; explain it if merged weights caused it. In place."""
         explain_missing_gradients(exception, module)
         self.leave(module)
-        describe_as_merged(trainer, "")

@@ -11,11 +11,10 @@ from ..errors import LoRAError
 from ..formats.lightning_checkpoint import Kind, check_kind
 from ..model.dequantize import dequantize_dtype
 from ..model.inject import fixed_seed
-from ..model.param_groups import check_ratio
 from ..model.quantise import check_kind_of_quantisation
 
-BOOLEANS = ("merged_eval", "verify", "merge_after_fit", "verbose")
-LOGGED = ("save", "merged_eval", "quantize", "lr_ratio", "seed")  # those that tell runs apart, for loggers
+BOOLEANS = ("merged_eval", "merge_after_fit", "verbose")
+LOGGED = ("save", "merged_eval", "quantize", "seed")  # those that tell runs apart, for loggers
 
 
 class Options(Protocol):
@@ -25,12 +24,10 @@ class Options(Protocol):
     given: frozenset[str]  # the options that the user gave; others are at their defaults
     merged_eval: bool
     save: Kind
-    verify: bool
     seed: int | None
     merge_after_fit: bool
     quantize: str | None
     dequantize: str | torch.dtype | None
-    lr_ratio: float | None
     verbose: bool
 
 
@@ -44,8 +41,6 @@ def check_own_options(options: Options) -> None:
         value = getattr(options, name)
         if not isinstance(value, bool):
             raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {value!r}.")
-    if options.lr_ratio is not None:
-        check_ratio(options.lr_ratio, "LoRACallback")
     seed_text(options)
 
 

@@ -13,7 +13,7 @@ from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_on
 from .checkpoint_hooks import save_as
 from .checkpoint_options import complete_options, options_in_checkpoint
 from .cli_optimizer import adapt_cli_optimizer
-from .compatibility import refuse_composition, refuse_other_options, refuse_unlike_processes, warn_of_part
+from .compatibility import refuse_composition, refuse_other_options
 from .options import Options, seed_text
 from .precision import convert_linear_layers_, leave_out_of_ddp_, refuse_for_quantised, refuse_late_conversion
 
@@ -46,9 +46,8 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedMo
         config = options.config if saved is None else complete_options(options.config, options.given, saved)
         handle = _inject(module, options, config, seed)
     else:
-        _adopt(trainer, handle, options)
-    refuse_unlike_processes(trainer, handle)
-    adapt_cli_optimizer(handle, options.lr_ratio, is_fit=stage == "fit")
+        _adopt(handle, options)
+    adapt_cli_optimizer(module)
     refuse_for_quantised(handle, trainer)
     leave_out_of_ddp_(handle)
     save_as(handle, options.save, options.dequantize)
@@ -69,9 +68,8 @@ def _inject(module: Any, options: Options, config: LoRAConfig, seed: str) -> Ada
     return handle
 
 
-def _adopt(trainer: Any, handle: AdaptedModel, options: Options) -> None:
+def _adopt(handle: AdaptedModel, options: Options) -> None:
     """Check that the earlier injection of a module agrees with the options, and take it over. In place."""
     adopt_layers(handle)
     refuse_late_conversion(handle)
     refuse_other_options(handle.record, options.config, options.given, seed_text(options))
-    warn_of_part(trainer, handle.prefix.removesuffix("."))

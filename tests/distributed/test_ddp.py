@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, is_merged, load_adapter, merge, save_adapter
+from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged, load_adapter, save_adapter
 from support.models import randomise_
 from support.processes import BACKEND, world
 from support.sharded import BATCHES, TARGETS, Plain, base_of, data, loader, make_trainer, whole_state
@@ -103,23 +103,12 @@ def test_a_step_sends_the_gradients_of_the_adapters(tmp_path, adapted):
 # --- what one process alone has done before the fit ---
 
 
-def begun_on_the_first(path: Path, source: Path, step: str) -> str | dict[str, torch.Tensor]:
-    """Fit, where the first process alone has loaded an adapter or merged; an error's text, or the state."""
-    model, callback = Plain(), lora(lora_alpha=4)
-    if step != "load where nothing is injected":
-        callback = LoRACallback()  # takes the options that are there
-        inject(model, LoRAConfig(r=2, lora_alpha=4, target_modules=TARGETS), seed=1)
+def loaded_on_the_first(path: Path, source: Path) -> dict[str, torch.Tensor]:
+    model = Plain()
     if dist.get_rank() == 0:
-        if step == "merge":
-            merge(model)
-        else:
-            load_adapter(model, source)
+        load_adapter(model, source)
     strategy = DDPStrategy(process_group_backend=BACKEND)
-    trainer = make_trainer(path, callback, devices=dist.get_world_size(), strategy=strategy)
-    try:
-        trainer.fit(model, *data())
-    except LoRAError as error:
-        return str(error)
+    make_trainer(path, lora(lora_alpha=4), devices=dist.get_world_size(), strategy=strategy).fit(model, *data())
     return whole_state(model)
 
 
@@ -131,45 +120,11 @@ def folder_of(path: Path, **options: Any) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("step", "first", "second"),
-    [("load", "r=2, scaling 4", "r=2, scaling 2"), ("merge", "r=2, scaling 2, merged", "r=2, scaling 2")],
-)
-def test_what_the_first_process_alone_did_and_ddp_does_not_send_is_an_error_on_all(tmp_path, step, first, second):
-    found = world().run(begun_on_the_first, tmp_path, folder_of(tmp_path / "adapter", lora_alpha=8), step)
-    assert "is not the same in all processes: the message of another process says how" in found[0]
-    assert f"'net.0' has {first} in the first process and {second} here (3 in all)" in found[1]
-
-
-@pytest.mark.slow
 def test_adapter_that_the_first_process_alone_loaded_is_sent_to_the_others(tmp_path):
     folder = folder_of(tmp_path / "adapter", lora_alpha=4)
-    first, second = world().run(begun_on_the_first, tmp_path, folder, "load where nothing is injected")
+    first, second = world().run(loaded_on_the_first, tmp_path, folder)
     assert_same_bits(first, second)
     load_adapter(model := Plain(), folder)
     make_trainer(tmp_path, lora(lora_alpha=4)).fit(model, loader(), loader(seed=6))
     for name, value in whole_state(model).items():
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6)
-
-
-class Second(SingleDeviceStrategy):
-    """The second process of a run whose first one has `first`."""
-
-    first: Any = None
-
-    def broadcast(self, value: Any, src: int = 0) -> Any:
-        return value if isinstance(value, str) else self.first
-
-
-@pytest.mark.parametrize(
-    ("layers", "said"),
-    [
-        ((0, 2), r"'net.4' has no adapter in the first process and r=2, scaling 4 here \(1 in all"),
-        ((0, 2, 4, 6), r"'net.6' has r=2, scaling 4 in the first process and no adapter here \(1 in all"),
-    ],
-)
-def test_process_with_another_layer_is_named_with_both(tmp_path, layers, said):
-    strategy = Second("cpu")
-    strategy.first = {f"net.{number}": "r=2, scaling 4" for number in layers}
-    with pytest.raises(LoRAError, match=said):
-        make_trainer(tmp_path, lora(lora_alpha=8), strategy=strategy).fit(Plain(), loader(), loader())

@@ -174,7 +174,6 @@ CASES = {
     "parts": Case({"target_modules": ["head"], "enable_lora": {"head": [True, False, True]}}),
     "VeRA": Case({"variant": "vera", "lora_alpha": 8}),
     "LoHa": Case({"variant": "loha", "r": 1}),
-    "verify": Case({"verify": True}),
     "merge_after_fit": Case({"merge_after_fit": True}),
     "divided at once": Case({"target_modules": ["body", "head"]}, BUILT),
     "divided at once, injected by the module": Case({"target_modules": ["body", "head"]}, {"builds": "and injects"}),

@@ -199,7 +199,7 @@ def assert_close(found: Run, expected: Run, epochs: int) -> None:
 
 CASES = {
     "one unit": Case(),
-    "a unit for each layer, verified": Case(LAYERS, lora={"verify": True}),
+    "a unit for each layer": Case(LAYERS),
     "SHARD_GRAD_OP, LoRA+": Case({"sharding_strategy": "SHARD_GRAD_OP"}, model="Plus"),
     "SHARD_GRAD_OP, layers, SGD, a scheduler": Case({"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS, "Scheduled"),
     "NO_SHARD": Case({"sharding_strategy": "NO_SHARD"}),

@@ -391,9 +391,9 @@ def test_values_that_are_not_finite_on_one_rank_are_an_error_on_all(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def verified_and_swapped(path: Path, kind: str) -> tuple[float, bool]:
+def swapped(path: Path, kind: str) -> bool:
     model = ShardedNet(kind)
-    trainer = model_parallel(path, lora(verify=True, init_lora_weights=False), max_epochs=1)
+    trainer = model_parallel(path, lora(init_lora_weights=False), max_epochs=1)
     trainer.fit(model, data(), data())
     save_adapter(model, path / "first")
     before = adapter_of(model)
@@ -405,11 +405,9 @@ def verified_and_swapped(path: Path, kind: str) -> tuple[float, bool]:
     load_adapter(model, path / "first")
     back = adapter_of(model)
     differed = not any(torch.equal(changed[name], value) for name, value in before.items())
-    return float(trainer.callback_metrics["lora_merge_error_max"]), differed and all(
-        torch.equal(back[name], value) for name, value in before.items()
-    )
+    return differed and all(torch.equal(back[name], value) for name, value in before.items())
 
 
 @both_packages
-def test_verify_finds_no_error_and_an_adapter_is_swapped_in(tmp_path, kind):
-    assert world().run(verified_and_swapped, tmp_path, kind) == [(0, True)] * 2
+def test_an_adapter_is_swapped_in(tmp_path, kind):
+    assert world().run(swapped, tmp_path, kind) == [True] * 2

@@ -75,18 +75,3 @@ def test_copies_made_in_a_run_have_its_options_and_nothing_of_its_state(tmp_path
     assert kept(*copies) == [0, 0, 0]
     trainer(tmp_path, *copies).fit(model := Net(), Data(1))
     assert model.head.lora_B.abs().sum() > 0
-
-
-def test_verification_of_a_batch_is_not_ended_by_a_run_on_another_model(tmp_path: Path, caplog: Any):
-    """Each model's first batch is watched to its end, and logged where the model is."""
-    callback, errors = lora_with_effect(verify=True), []
-
-    def inner(outer: L.Trainer, module: L.LightningModule) -> None:
-        other = make_trainer(tmp_path, callback)
-        other.validate(Net(seed=5), Data(1), verbose=False)
-        errors.append("lora_merge_error_max" in other.callback_metrics)
-
-    outer = make_trainer(tmp_path, callback, At("on_validation_batch_start", inner))
-    outer.validate(Net(), Data(1), verbose=False)
-    assert errors == [True]
-    assert "lora_merge_error_max" in outer.callback_metrics

@@ -103,7 +103,6 @@ def test_each_logger_is_given_options_and_own_hyperparameters_in_one_call(tmp_pa
             "save": "merged",
             "merged_eval": True,
             "quantize": None,
-            "lr_ratio": None,
             "seed": 3,
         }
     fresh = model()
@@ -119,8 +118,8 @@ def test_every_option_is_among_them_as_a_plain_value():
 
 
 def test_what_the_callback_alone_has_is_a_plain_value_too():
-    found = as_hyperparameters(LoRAConfig(), lr_ratio=np.float64(16), quantize="nf4")
-    assert (found["lora/lr_ratio"], type(found["lora/lr_ratio"]), found["lora/quantize"]) == (16.0, float, "nf4")
+    found = as_hyperparameters(LoRAConfig(), seed=np.int64(16), quantize="nf4")
+    assert (found["lora/seed"], type(found["lora/seed"]), found["lora/quantize"]) == (16, int, "nf4")
 
 
 def test_csv_logger_writes_them_and_checkpoints_hold_the_modules_own_alone(tmp_path: Path):
