@@ -49,6 +49,11 @@ from support.variants import variants_forgotten
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
 
+OTHER_CALLBACKS = (  # Lightning's own: the page's Trainer has a ModelCheckpoint
+    "ignore:Be aware that when using `ckpt_path`",
+    "ignore:The dirpath has changed",
+)
+
 ROOT = Path(__file__).parent.parent
 CI = (ROOT / ".ci" / "run").read_text()
 FRONT, REFERENCE, CONTRIBUTING = "README.md", "lightning_lora/README.md", ".github/CONTRIBUTING.md"
@@ -367,7 +372,7 @@ def test_the_figures_of_the_summary_at_fit_start_are_those_that_are_quoted(front
     assert quoted in shown
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`", *OTHER_CALLBACKS)
 def test_calls_of_the_front_pages_table_run(front):
     exec("from lightning_lora import *", front)
     front["Net"]().model.save_pretrained("base")
@@ -390,7 +395,7 @@ def test_calls_of_the_front_pages_table_run(front):
     check_tuned(front, type(front["tuned"].model).from_pretrained("weights"), "weights")
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`", *OTHER_CALLBACKS)
 def test_calls_for_each_file_run_and_give_the_tuned_model(front):
     exec("from lightning_lora import *", front)
     prepare_files(front)

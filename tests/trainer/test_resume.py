@@ -331,6 +331,7 @@ def batches_seen(path: Path, *callbacks: L.Callback, shuffle: bool, steps: int) 
     return found[0], found[1]
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("steps", [4, 6], ids=["after an epoch", "in the middle of one"])
 def test_a_resumed_run_sees_the_batches_that_lightnings_own_does(tmp_path: Path, shuffle: bool, steps: int):
