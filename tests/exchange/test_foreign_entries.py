@@ -29,6 +29,7 @@ from lightning_lora import (
     save_merged,
     take_adapter,
 )
+from support.covering import covering
 from support.runs import lora, trained
 from support.training import FEATURES, Data, Net, assert_same_tensors, make_trainer
 
@@ -245,9 +246,9 @@ def expected(way: type[Marked]) -> Any:
     return model.marked()
 
 
-@pytest.mark.parametrize("load", [resume, validate, from_checkpoint, adapter_loaded])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "load", "kind"), covering(WAYS, [resume, validate, from_checkpoint, adapter_loaded], KINDS)
+)
 def test_what_a_module_writes_of_its_own_is_saved_and_handed_back(saved, way: type[Marked], kind: str, load: Any):
     loaded = load(way, kind, saved(way, kind))
     assert loaded.marked() == expected(way) != way().marked()

@@ -23,6 +23,7 @@ from lightning_lora import (
     unload,
 )
 from lightning_lora.model.adapted_model import open_model
+from support.covering import covering
 from support.models import (
     ZOO_LAYERS,
     base_zoo,
@@ -248,9 +249,10 @@ def trained_encoder(holder: str, part: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("form", ["folder", "adapter", "merged", "full", "in memory", "state dict"])
-@pytest.mark.parametrize("part", ["whole", "encoder"])
-@pytest.mark.parametrize("holder", HOLDERS)
+FORMS = ["folder", "adapter", "merged", "full", "in memory", "state dict"]
+
+
+@pytest.mark.parametrize(("holder", "form", "part"), covering([*HOLDERS], FORMS, ["whole", "encoder"]))
 def test_an_adapter_of_a_model_that_a_loss_holds_too_loads_wherever_the_model_is(
     tmp_path: Path, holder: str, part: str, form: str
 ):

@@ -28,6 +28,7 @@ from lightning_lora import (
     load_adapter,
     unload,
 )
+from support.covering import covering
 from support.distributed_folders import write_as_lightning
 from support.lightning_versions import ANY_OBJECTS, PLAIN_TYPES_ONLY
 from support.runs import BATCHES, TARGETS
@@ -121,9 +122,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     return run
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("case", "stage", "kind"), covering([*CASES], STAGES, KINDS))
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from", "ignore:Be aware that when using `ckpt_path`")
 def test_options_that_were_left_out_are_the_checkpoints(tmp_path, uninterrupted, stage: str, kind: str, case: str):
     path, ended, losses = uninterrupted(case, kind)
