@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..config import tasks_with
 from ..distributed.flat import whole_shape
 from ..distributed.sharding import samples, samples_of_all
 from ..errors import LoRAError
@@ -216,9 +217,10 @@ def _head_hint(differing: Iterable[str], expected: Mapping[str, Any]) -> str:
     heads = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
     if not with_equal or "" in heads or len(heads) > MOST_HEADS:
         return ""
+    or_task = " (or task_type)" if tasks_with(heads) else ""
     return (
         f" All that differs lies in {', '.join(map(repr, heads))}: if that is a new head, which starts from other "
-        f"random values in each program, train and save it whole with modules_to_save={heads} (or task_type)."
+        f"random values in each program, train and save it whole with modules_to_save={heads}{or_task}."
     )
 
 
