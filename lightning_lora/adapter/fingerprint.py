@@ -116,7 +116,8 @@ def compare_fingerprints(
         differing.append(name)
     if not differing:
         return
-    hint = _quantised_hint(differing, present, expected) or _head_hint(differing, expected)
+    hint = _quantised_hint(differing, present, expected)
+    hint = hint or _head_hint(differing, expected) + _dtype_hint(differing, present, expected)
     message = f"adapter: belongs to another base: {difference}.{hint}"
     if strict:
         raise LoRAError(f"{message} {remedy}")
@@ -156,8 +157,8 @@ def warn_of_rounding(present: Mapping[str, Any], expected: Mapping[str, Any]) ->
             warnings.warn(
                 f"lightning_lora: the adapter was trained on a base in {before['dtype']}, and this one is in "
                 f"{now['dtype']}, with other digits ({name!r}: {_shown(before['values'])}, here "
-                f"{_shown(now['values'])}): outputs differ a little from those in training. Cast the model to "
-                f"{before['dtype']} before loading to have the same.",
+                f"{_shown(now['values'])}): outputs differ a little from those in training. Cast the base (the model, "
+                f"or its file) to {before['dtype']} first to have the same.",
                 stacklevel=3,
             )
             return
@@ -190,6 +191,18 @@ def _quantised_hint(differing: Iterable[str], present: Mapping[str, Any], expect
             return (
                 f" Where the adapter was trained the base was {_quantised_words(was)}, here it is "
                 f"{_quantised_words(is_now)}, which changes its values; an adapter often serves both."
+            )
+    return ""
+
+
+def _dtype_hint(differing: Iterable[str], present: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Say that the base had another dtype in training, if it had: random values are drawn differently in each."""
+    for name in differing:
+        was, is_now = (entries.get(name, {}).get("dtype") for entries in (expected, present))
+        if is_now not in (None, was):
+            return (
+                f" The adapter was trained on a base in {was}, and this one is in {is_now}, which changes values: try "
+                f"the base in {was}."
             )
     return ""
 
