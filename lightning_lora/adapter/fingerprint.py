@@ -116,9 +116,9 @@ def compare_fingerprints(
         differing.append(name)
     if not differing:
         return
-    hint = _quantised_hint(differing, present, expected)
-    hint = hint or _head_hint(differing, expected) + _dtype_hint(differing, present, expected)
-    message = f"adapter: belongs to another base: {difference}.{hint}"
+    hint = _quantised_hint(differing, present, expected) or _head_hint(differing, expected)
+    of_dtype = _dtype_hint(differing, present, expected)
+    message = f"adapter: belongs to another base: {difference}.{hint}{of_dtype}"
     if strict:
         raise LoRAError(f"{message} {remedy}")
     warnings.warn(f"lightning_lora: {message}", stacklevel=3)
@@ -198,11 +198,11 @@ def _quantised_hint(differing: Iterable[str], present: Mapping[str, Any], expect
 def _dtype_hint(differing: Iterable[str], present: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """Say that the base had another dtype in training, if it had: random values are drawn differently in each."""
     for name in differing:
-        was, is_now = (entries.get(name, {}).get("dtype") for entries in (expected, present))
-        if is_now not in (None, was):
+        before, now = expected[name], present.get(name, expected[name])
+        if before["dtype"] != now["dtype"] and before.get("quantised") == now.get("quantised"):
             return (
-                f" The adapter was trained on a base in {was}, and this one is in {is_now}, which changes values: try "
-                f"the base in {was}."
+                f" The adapter was trained on a base in {before['dtype']}, and this one is in {now['dtype']}, which "
+                f"changes values: try the base in {before['dtype']}."
             )
     return ""
 
