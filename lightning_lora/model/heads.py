@@ -52,8 +52,9 @@ def _classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
 def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
     """Return the outermost modules of a transformers model of which its checkpoint holds no weight, by name.
 
-    Language models have none: their output head is often tied, or resized. Where transformers has not marked what it
-    loaded, the names tell, as far as they can.
+    They are children of the model or of its body: deeper ones may have lost transformers' mark by dequantisation. Where
+    nothing is marked, the names tell, as far as they can. Language models have none: their output head is often tied,
+    or resized.
     """
     if not checkpoint_name(pretrained) or cast(Any, pretrained).get_output_embeddings() is not None:
         return {}
@@ -69,7 +70,7 @@ def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
     }
     with_held = {module for name in held for module in parent_names(name)}
     missing = [next((m for m in parent_names(name) if m not in with_held), "") for name in weights if name not in held]
-    return {name: pretrained.get_submodule(name) for name in dict.fromkeys(missing) if name}
+    return {name: pretrained.get_submodule(name) for name in dict.fromkeys(missing) if name and name.count(".") < 2}
 
 
 def _beside_the_body(pretrained: nn.Module) -> dict[str, nn.Module]:

@@ -98,6 +98,14 @@ def test_a_head_of_another_size_than_in_a_checkpoint_of_the_same_class_is_new(tm
     assert list(new_heads(resized)) == ["classifier"]
 
 
+def test_layers_whose_weights_were_replaced_as_dequantisation_does_are_no_new_head(body):
+    model = classifier(body)
+    for linear in model.bert.encoder.layer[0].attention.modules():
+        for name, weight in list(linear.named_parameters(recurse=False)):
+            setattr(linear, name, torch.nn.Parameter(weight.detach().clone()))
+    assert list(new_heads(model)) == ["classifier"]
+
+
 def test_the_base_of_two_models_is_that_of_the_one_with_adapters():
     models = torch.nn.ModuleDict({name: bert() for name in ("teacher", "student")})
     for name, model in models.items():
