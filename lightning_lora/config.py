@@ -7,7 +7,7 @@ import numbers
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal, NoReturn, Protocol, cast, get_args
@@ -43,6 +43,12 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+
+def tasks_with(heads: Iterable[str]) -> list[str]:
+    """Return the values of task_type that add all of these names to modules_to_save."""
+    return [task for task, added in TASK_HEADS.items() if set(heads) <= set(added)]
+
 
 LISTS = {"modules_to_save": "a list of module names", "target_parameters": "a list of parameter names"}
 

@@ -318,7 +318,7 @@ SAID: dict[str, tuple[Callable[[Path], None], str]] = {
         load_what_was_trained_in_bfloat16,
         "lightning_lora: the adapter was trained on a base in bfloat16, and this one is in float32, with other digits "
         "('model.embed_tokens.weight': [...], here [...]): outputs differ a little from those in training. Cast the "
-        "model to bfloat16 before loading to have the same.",
+        "base (the model, or its file) to bfloat16 first to have the same.",
     ),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..config import tasks_with
 from ..distributed.flat import whole_shape
 from ..distributed.sharding import samples, samples_of_all
 from ..errors import LoRAError
@@ -116,7 +117,8 @@ def compare_fingerprints(
     if not differing:
         return
     hint = _quantised_hint(differing, present, expected) or _head_hint(differing, expected)
-    message = f"adapter: belongs to another base: {difference}.{hint}"
+    of_dtype = _dtype_hint(differing, present, expected)
+    message = f"adapter: belongs to another base: {difference}.{hint}{of_dtype}"
     if strict:
         raise LoRAError(f"{message} {remedy}")
     warnings.warn(f"lightning_lora: {message}", stacklevel=3)
@@ -155,8 +157,8 @@ def warn_of_rounding(present: Mapping[str, Any], expected: Mapping[str, Any]) ->
             warnings.warn(
                 f"lightning_lora: the adapter was trained on a base in {before['dtype']}, and this one is in "
                 f"{now['dtype']}, with other digits ({name!r}: {_shown(before['values'])}, here "
-                f"{_shown(now['values'])}): outputs differ a little from those in training. Cast the model to "
-                f"{before['dtype']} before loading to have the same.",
+                f"{_shown(now['values'])}): outputs differ a little from those in training. Cast the base (the model, "
+                f"or its file) to {before['dtype']} first to have the same.",
                 stacklevel=3,
             )
             return
@@ -193,6 +195,18 @@ def _quantised_hint(differing: Iterable[str], present: Mapping[str, Any], expect
     return ""
 
 
+def _dtype_hint(differing: Iterable[str], present: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Say that the base had another dtype in training, if it had: random values are drawn differently in each."""
+    for name in differing:
+        before, now = expected[name], present.get(name, expected[name])
+        if before["dtype"] != now["dtype"] and before.get("quantised") == now.get("quantised"):
+            return (
+                f" The adapter was trained on a base in {before['dtype']}, and this one is in {now['dtype']}, which "
+                f"changes values: try the base in {before['dtype']}."
+            )
+    return ""
+
+
 def _quantised_words(quantised: str) -> str:
     return f"quantised ({quantised})" if quantised else "not quantised"
 
@@ -216,9 +230,10 @@ def _head_hint(differing: Iterable[str], expected: Mapping[str, Any]) -> str:
     heads = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
     if not with_equal or "" in heads or len(heads) > MOST_HEADS:
         return ""
+    or_task = " (or task_type)" if tasks_with(heads) else ""
     return (
         f" All that differs lies in {', '.join(map(repr, heads))}: if that is a new head, which starts from other "
-        f"random values in each program, train and save it whole with modules_to_save={heads} (or task_type)."
+        f"random values in each program, train and save it whole with modules_to_save={heads}{or_task}."
     )
 
 

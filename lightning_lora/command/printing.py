@@ -157,7 +157,9 @@ def diff_text(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"B@A is compared without s, which is not stored in {' and '.join(result['without_scaling'])}")
     changes = result["changes"]
     moved = {name: row for name, row in changes.items() if row.get("problem") or row["change"] or row.get("dtypes")}
-    lines.append(f"{len(moved)} of {len(changes)} differ")
+    of_dtype = [" and ".join(row["dtypes"]) for row in moved.values() if row.get("dtypes") and not row["change"]]
+    alone = f", {len(of_dtype)} in dtype alone ({', '.join(sorted(set(of_dtype)))})" if of_dtype else ""
+    lines.append(f"{len(moved)} of {len(changes)} differ{alone}")
     rows = [
         (name, row.get("problem") or _number(row["change"]), "" if row.get("problem") else _number(row["relative"]))
         for name, row in moved.items()

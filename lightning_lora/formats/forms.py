@@ -34,6 +34,15 @@ def form_of(path: PathLike) -> Form:
     return "distributed folder" if is_distributed(path) else "folder"
 
 
+def refuse_peft_folder(path: PathLike) -> None:
+    """Raise LoRAError where a PEFT folder is given for a checkpoint."""
+    if form_of(path) == "PEFT folder":
+        raise LoRAError(
+            f"{path}: is a PEFT folder, and no checkpoint. Call load_adapter(model, {str(path)!r}) instead; a Trainer "
+            "then takes that model, LoRACallback() without options, and no ckpt_path."
+        )
+
+
 def refuse_named_adapters(path: PathLike) -> None:
     """Refuse the folder around adapters that PEFT has saved by name, each in a folder of its own.
 

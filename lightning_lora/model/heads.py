@@ -5,21 +5,23 @@ Models of transformers and timm tell. Of other models there are only the names a
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from torch import nn
 
-from ..config import TASK_HEADS
+from ..config import tasks_with
 from ..distributed.flat import own_weight
-from ..names import names_factor
+from ..names import names_factor, parent_names
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import NamedModules
 from .pretrained import checkpoint_name, pretrained_models
 
 HEADS = ("head", "heads", "fc", "classifier")  # torchvision's names of heads
 IMAGENET, KINETICS = 1000, 400  # the numbers of classes of torchvision's own weights
+LOADED = "_is_hf_initialized"  # of transformers 5: on each parameter that was in the checkpoint, or is tied to one
 STAYS_FROZEN = (
     "and stays frozen: an adapter that is trained with it fits no other random head. Train it whole, with "
     "modules_to_save"
@@ -48,16 +50,35 @@ def _classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
-    """Return the children of a transformers model whose weights its checkpoint may not hold, by name.
+    """Return the outermost modules of a transformers model of which its checkpoint holds no weight, by name.
 
-    In a model for a task these are the modules beside the body, unless the checkpoint is of the same class. Language
-    models have none, because checkpoints of other classes hold the output head too.
+    They are children of the model or of its body: deeper ones may have lost transformers' mark by dequantisation. Where
+    nothing is marked, the names tell, as far as they can. Language models have none: their output head is often tied,
+    or resized.
     """
+    if not checkpoint_name(pretrained) or cast(Any, pretrained).get_output_embeddings() is not None:
+        return {}
+    weights = {name: p for name, p in pretrained.named_parameters() if not names_factor(name)}
+    if not any(hasattr(weight, LOADED) for weight in weights.values()):  # older than 5, sharded, or a copy
+        return _beside_the_body(pretrained)
+    computed = getattr(pretrained, "_keys_to_ignore_on_load_missing", None) or ()  # patterns
+    held = {
+        name
+        for name, weight in weights.items()
+        # A weight that was quantised or distributed since then is of another type, and has no mark.
+        if hasattr(weight, LOADED) or type(weight) is not nn.Parameter or any(re.search(c, name) for c in computed)
+    }
+    with_held = {module for name in held for module in parent_names(name)}
+    missing = [next((m for m in parent_names(name) if m not in with_held), "") for name in weights if name not in held]
+    return {name: pretrained.get_submodule(name) for name in dict.fromkeys(missing) if name and name.count(".") < 2}
+
+
+def _beside_the_body(pretrained: nn.Module) -> dict[str, nn.Module]:
+    """Return the children of a model for a task beside its body, unless its checkpoint is of the same class."""
     config: Any = getattr(pretrained, "config", None)
     body = getattr(pretrained, getattr(pretrained, "base_model_prefix", ""), None)
     same_class = type(pretrained).__name__.removeprefix("FSDP") in (getattr(config, "architectures", None) or ())
-    of_language = cast(Any, pretrained).get_output_embeddings() is not None
-    if not checkpoint_name(pretrained) or same_class or of_language or not isinstance(body, nn.Module):
+    if same_class or not isinstance(body, nn.Module):
         return {}
     return {name: child for name, child in pretrained.named_children() if child is not body}
 
@@ -82,7 +103,7 @@ def warn_of_new_heads(modules: NamedModules) -> None:
         frozen = _frozen(new_heads(model))
         architectures = getattr(model.config, "architectures", None) or ["of unknown class"]
         checkpoint = f"{checkpoint_name(model)!r} ({', '.join(architectures)})"
-        tasks = [f"task_type={task!r}" for task, heads in TASK_HEADS.items() if set(frozen) <= set(heads)]
+        tasks = [f"task_type={task!r}" for task in tasks_with(frozen)]
         if frozen:
             warnings.warn(
                 f"lightning_lora: the head of {type(model).__name__} ({', '.join(frozen)}) starts from random values, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,9 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..errors import LoRAError
 from ..files.atomic import new_file
-from ..files.paths import PathLike
+from ..files.paths import PathLike, given_path
+from ..formats.forms import form_of
+from ..names import listed
 from .from_files import read_updates
 from .from_model import updates_of_model
 from .pictures import pictures_of, require_matplotlib
@@ -96,8 +99,19 @@ def _pictures(source: Any, other: Any, base: PathLike | None, strict_base: bool)
 
 
 def _updates(source: Any, base: PathLike | None, strict_base: bool) -> Updates:
+    if isinstance(source, (str, os.PathLike)):
+        _refuse_folder_of_runs(source)
     if not isinstance(source, nn.Module):
         return read_updates(source, base, strict_base=strict_base)
     if base is not None:
         raise LoRAError("plot: base is for adapters in files; a model has its own weights.")
     return updates_of_model(source)
+
+
+def _refuse_folder_of_runs(path: PathLike) -> None:
+    """Raise LoRAError where a folder holds neither an adapter nor a log itself, but folders with a log each."""
+    if form_of(path) != "folder":
+        return
+    runs = [str(each) for each in sorted(given_path(path).iterdir()) if each.is_dir() and is_log(each)]
+    if runs:
+        raise LoRAError(f"plot: {path}: holds no log itself, but folders with one each. Give one: {listed(runs)}.")

@@ -12,6 +12,7 @@ from ..config import VARIANTS, LoRAConfig
 from ..errors import LoRAError
 from ..formats.deepspeed_folder import file_beside_engine
 from ..formats.distributed_folder import read_without_values
+from ..formats.forms import refuse_peft_folder
 from ..formats.lightning_checkpoint import adapter_of
 from ..model.injection import ALL_OPTIONS
 from ..names import META
@@ -39,6 +40,13 @@ def options_in_checkpoint(trainer: Any) -> LoRAConfig | None:
     except LoRAError:
         return None
     return adapter_of(checkpoint)[0].config if META in checkpoint else None
+
+
+def refuse_folder_for_checkpoint(trainer: Any) -> None:
+    """Raise LoRAError where a Trainer in setup is about to load a PEFT folder as its checkpoint."""
+    path = _checkpoint_of(trainer)
+    if isinstance(path, (str, os.PathLike)):
+        refuse_peft_folder(path)
 
 
 def _checkpoint_of(trainer: Any) -> str | os.PathLike[str] | None:

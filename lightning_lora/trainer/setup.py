@@ -11,7 +11,7 @@ from ..model.quantise import quantise_
 from ..model.rebuilt_modules import adopt_layers
 from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_only
 from .checkpoint_hooks import save_as
-from .checkpoint_options import complete_options, options_in_checkpoint
+from .checkpoint_options import complete_options, options_in_checkpoint, refuse_folder_for_checkpoint
 from .cli_optimizer import adapt_cli_optimizer
 from .compatibility import refuse_composition, refuse_other_options
 from .options import Options, seed_text
@@ -35,6 +35,7 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedMo
     """
     handle = find_model(module)
     refuse_composition(trainer, options, injected=handle is not None)
+    refuse_folder_for_checkpoint(trainer)
     if is_merged_for_good(module):
         if handle is None and stage != "fit":
             load_plain_weights_only(module)

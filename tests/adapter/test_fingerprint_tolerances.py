@@ -86,6 +86,12 @@ def test_a_base_in_another_dtype_is_let_in_up_to_the_rounding_of_the_coarser_one
     assert_let_in(accepted, lambda: load(tmp_path / "coarser here", Base(value, fine), Base(1.0, coarse)))
 
 
+def test_the_error_of_a_base_in_another_dtype_names_both(tmp_path):
+    said = r"on a base in bfloat16, and this one is in float32, which changes values: try the base in bfloat16\. Load"
+    with pytest.raises(LoRAError, match=said):
+        load(tmp_path, Base(1.0, torch.bfloat16), Base(1.01))
+
+
 @pytest.mark.parametrize(("difference", "accepted"), [(9e-6, True), (1.1e-5, False)])
 @pytest.mark.parametrize("other", [torch.float64, torch.int8])
 def test_another_dtype_that_rounds_no_more_makes_no_base_fit_better(

@@ -289,6 +289,16 @@ def test_diff_of_weights_tells_changes_of_masks_and_complex_numbers_and_passes_o
     assert "3 of 4 differ" in call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.pt")
 
 
+def test_diff_tells_which_weights_differ_in_dtype_alone(tmp_path, capsys):
+    one = {"same": torch.ones(2), "exact": torch.ones(2), "rounded": torch.full((2,), 0.1)}
+    torch.save(one, tmp_path / "one.pt")
+    torch.save(
+        {name: value.bfloat16() if name != "same" else value for name, value in one.items()}, tmp_path / "two.pt"
+    )
+    text = call(capsys, "diff", tmp_path / "one.pt", tmp_path / "two.pt")
+    assert "2 of 3 differ, 1 in dtype alone (float32 and bfloat16)\n" in text
+
+
 def test_diff_of_adapters_tells_no_change_of_the_same_mask(tmp_path, capsys):
     net = nn.ModuleDict({"body": nn.Linear(3, 3)})
     net.register_buffer("mask", torch.tensor([0.0, float("-inf")]))

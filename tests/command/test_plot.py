@@ -17,7 +17,7 @@ from support.peers import call, refused
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """Two adapters, their base, and a run's log."""
+    """Two adapters, their base, a run's log, and a folder with one of a CSVLogger."""
     net = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2))})
     save_file(net.state_dict(), tmp_path / "base.safetensors")
     inject(net, LoRAConfig(r=2, init_lora_weights=False))
@@ -25,7 +25,9 @@ def inputs(tmp_path: Path) -> Path:
     with torch.no_grad():
         net.layers[0]["q"].lora_B.neg_()
     save_adapter(net, tmp_path / "b")
-    (tmp_path / "metrics.csv").write_text("step,lora/q/norm\n0,1.0\n5,2.0\n")
+    (tmp_path / "runs" / "version_0").mkdir(parents=True)
+    for log in (tmp_path / "metrics.csv", tmp_path / "runs" / "version_0" / "metrics.csv"):
+        log.write_text("step,lora/q/norm\n0,1.0\n5,2.0\n")
     return tmp_path
 
 
@@ -68,6 +70,7 @@ def test_the_command_calls_the_function_and_nothing_else(inputs: Path, capsys: A
     [
         (["IN/a", "--output", "IN/out.gif"], "the output 'out.gif' must end in one of .png, .pdf, .svg."),
         (["IN/none", "--output", "IN/out.png"], "none: there is no such file"),
+        (["IN/runs", "--output", "IN/out.png"], "folders with one each. Give one: IN/runs/version_0."),
         (["IN/base.safetensors", "--output", "IN/out.png"], "base.safetensors"),
         (["IN/a", "--output", "IN/a/out.png"], "write somewhere else"),
         (["IN/a", "--output", "IN/b"], "is a folder; give the name of a file"),
@@ -80,7 +83,7 @@ def test_what_cannot_be_drawn_or_written_is_refused_in_one_line(
     inputs: Path, capsys: Any, arguments: list[str], message: str
 ):
     shown = refused(capsys, "plot", *(argument.replace("IN", str(inputs)) for argument in arguments))
-    assert message in shown
+    assert message.replace("IN", str(inputs)) in shown
     assert shown.startswith("lightning-lora plot: ")
     assert not shown.startswith("lightning-lora plot: plot")
     assert shown.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -52,12 +53,57 @@ def test_a_new_head_that_is_not_trained_whole_is_named_at_fit_start(tmp_path, bo
 
 
 def test_a_head_that_the_checkpoint_holds_is_not_new_in_a_class_that_fsdp_has_made(body):
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(body)
+    model = copy.deepcopy(transformers.AutoModelForSequenceClassification.from_pretrained(body))
     assert "classifier" in new_heads(model)
     model.config.architectures = [type(model).__name__]
     assert new_heads(model) == {}
     model.__class__ = type(f"FSDP{type(model).__name__}", (type(model),), {})
     assert new_heads(model) == {}
+
+
+NEW_POOLER = {
+    "two": ({}, r"\(bert.pooler, classifier\).*modules_to_save=\['bert.pooler', 'classifier'\]\.$"),
+    "one": ({"modules_to_save": ["classifier"]}, r"\(bert.pooler\).*modules_to_save=\['bert.pooler'\]\.$"),
+    "beside a task": ({"task_type": "SEQ_CLS"}, r"\(bert.pooler\).*modules_to_save=\['bert.pooler'\]\.$"),
+}
+
+
+@pytest.mark.transformers_5
+@pytest.mark.parametrize(("options", "said"), NEW_POOLER.values(), ids=NEW_POOLER)
+def test_every_module_that_the_checkpoint_lacks_is_named_while_it_is_frozen(tmp_path, options, said: str):
+    transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=False).save_pretrained(tmp_path)
+    inject(model := classifier(tmp_path), LoRAConfig(r=2, target_modules=TARGETS, **options))
+    with pytest.warns(UserWarning, match=said):
+        warn_of_new_heads(list(model.named_modules()))
+
+
+@pytest.mark.transformers_5
+def test_a_random_pooler_is_trained_whole_by_the_warnings_remedy_and_moves_to_peft(tmp_path):
+    transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=False).save_pretrained(tmp_path / "body")
+    net = classifier(tmp_path / "body")
+    inject(net, LoRAConfig(r=2, target_modules=TARGETS, modules_to_save=["bert.pooler", "classifier"]))
+    warn_of_new_heads(list(net.named_modules()))  # warnings are errors
+    fill_(net)
+    save_adapter(net, tmp_path / "folder")
+    theirs = peft.PeftModel.from_pretrained(classifier(tmp_path / "body"), tmp_path / "folder")
+    torch.testing.assert_close(answer(theirs), answer(net), rtol=0, atol=1e-6)
+
+
+@pytest.mark.transformers_5
+def test_a_head_of_another_size_than_in_a_checkpoint_of_the_same_class_is_new(tmp_path, body):
+    classifier(body).save_pretrained(tmp_path)
+    kind = transformers.BertForSequenceClassification
+    assert list(new_heads(kind.from_pretrained(tmp_path))) == []
+    resized = kind.from_pretrained(tmp_path, num_labels=LABELS + 1, ignore_mismatched_sizes=True)
+    assert list(new_heads(resized)) == ["classifier"]
+
+
+def test_layers_whose_weights_were_replaced_as_dequantisation_does_are_no_new_head(body):
+    model = classifier(body)
+    for linear in model.bert.encoder.layer[0].attention.modules():
+        for name, weight in list(linear.named_parameters(recurse=False)):
+            setattr(linear, name, torch.nn.Parameter(weight.detach().clone()))
+    assert list(new_heads(model)) == ["classifier"]
 
 
 def test_the_base_of_two_models_is_that_of_the_one_with_adapters():
@@ -132,13 +178,25 @@ def test_the_error_of_a_load_onto_another_random_head_names_modules_to_save(tmp_
         trainer = fit(module, tmp_path)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     save_adapter(module, tmp_path / "folder")
-    remedy = r"All that differs lies in 'classifier': .*modules_to_save=\['classifier'\].*strict_base=False"
+    remedy = (
+        r"All that differs lies in 'classifier': .*modules_to_save=\['classifier'\] \(or task_type\).*strict_base=False"
+    )
     with pytest.raises(LoRAError, match=remedy):
         load_adapter(Lit(body), tmp_path / "folder")
     with pytest.raises(LoRAError, match=remedy):
         load_from_checkpoint(Lit, tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match=remedy.removesuffix(".*strict_base=False")):
         load_adapter(Lit(body), tmp_path / "folder", strict_base=False)
+
+
+def test_the_error_of_a_load_names_no_task_type_where_none_trains_all_that_differs(tmp_path, body):
+    net, other = classifier(body), classifier(body)
+    for layer in (other.bert.pooler.dense, other.classifier):
+        layer.reset_parameters()
+    inject(net, LoRAConfig(r=2, target_modules=TARGETS))
+    save_adapter(net, tmp_path)
+    with pytest.raises(LoRAError, match=r"modules_to_save=\['pooler', 'classifier'\]\. Load"):
+        load_adapter(other, tmp_path)
 
 
 def test_the_error_of_a_load_onto_another_base_speaks_of_no_head(tmp_path):

@@ -26,6 +26,8 @@ from lightning_lora import (
     disable_adapter,
     inject,
     load_adapter,
+    load_from_checkpoint,
+    save_adapter,
     unload,
 )
 from support.covering import covering
@@ -200,6 +202,23 @@ def test_given_option_that_differs_from_the_checkpoints_is_an_error_that_names_i
     for door in (trainer.fit, trainer.test):
         with pytest.raises(LoRAError, match=rf"The options differ: {difference}\. Leave them out of LoRACallback"):
             door(Net(), Data(BATCHES), ckpt_path=file, **PLAIN_TYPES_ONLY)
+
+
+def test_a_peft_folder_for_a_checkpoint_is_an_error_with_the_call_that_loads_it(tmp_path):
+    folder = tmp_path / "folder"
+    inject(model := Net(), LoRAConfig(r=2))
+    save_adapter(model, folder)
+    said = (
+        rf"folder: is a PEFT folder, and no checkpoint\. Call load_adapter\(model, '{folder}'\) instead; .*no ckpt_path"
+    )
+    for net, door in ((Net(), "fit"), (Net(), "test"), (model, "test")):
+        with pytest.raises(LoRAError, match=said):
+            getattr(make_trainer(tmp_path, LoRACallback()), door)(net, Data(BATCHES), ckpt_path=folder)
+    with pytest.raises(LoRAError, match=said):
+        load_from_checkpoint(Net, folder)
+    load_adapter(again := Net(), folder)  # what the error says
+    make_trainer(tmp_path, LoRACallback()).test(again, Data(BATCHES), verbose=False)
+    assert torch.equal(outputs(again), outputs(model))
 
 
 @pytest.mark.parametrize("given", [{"r": 2}, {"variant": "dora"}, {"use_dora": True}, {"lora_dropout": 0.2}])
