@@ -56,7 +56,9 @@ def check_lstm(printed: str) -> None:
     assert english > before + 0.3
     assert after > before + 0.3
     assert "myformatter(helpformatter)" in printed.splitlines()[1]
-    assert "(HelpFormatter): raise ArgumentError(None, msg)" in printed.splitlines()[2]
+    # Whether "None" has its capital too depends on the processor's sums.
+    assert "(HelpFormatter): raise ArgumentError(None, msg)".lower() in printed.splitlines()[2].lower()
+    assert "(HelpFormatter): raise ArgumentError(" in printed.splitlines()[2]
 
 
 def check_quantised(printed: str) -> None:
