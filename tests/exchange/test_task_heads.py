@@ -98,6 +98,7 @@ def test_a_head_of_another_size_than_in_a_checkpoint_of_the_same_class_is_new(tm
     assert list(new_heads(resized)) == ["classifier"]
 
 
+@pytest.mark.transformers_5
 def test_layers_whose_weights_were_replaced_as_dequantisation_does_are_no_new_head(body):
     model = classifier(body)
     for linear in model.bert.encoder.layer[0].attention.modules():
