@@ -77,6 +77,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed():
     torch.set_num_threads(1)
+    torch.set_grad_enabled(True)  # a test that was broken off inside of no_grad may have left it off
     torch.manual_seed(0)
     for name in ("lightning.pytorch", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
