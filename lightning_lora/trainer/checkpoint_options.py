@@ -1,4 +1,4 @@
-"""Options that were left out of LoRACallback are those of the checkpoint that its Trainer loads after setup."""
+"""Take the options that LoRACallback leaves out from the checkpoint that its Trainer is about to load."""
 
 from __future__ import annotations
 
