@@ -97,7 +97,7 @@ def test_links_to_sources_lead_to_pages_that_show_them(pages: ModuleType, writte
 
 def test_names_in_the_reference_lead_to_their_pages_and_options_do_not(pages: ModuleType):
     names = "| `merge(model)` | merges |\n| `LoRAError` | the error |\n"
-    options = "| `r` | `8` | rank |\n"
+    options = "| `r` | `8` | rank |\n| `init_lora_weights` | how they start |\n"
     found = shown(pages, "lightning_lora/README.md", names + options)
     assert found.startswith("| [`merge(model)`](../api/merge.md) | merges |\n| [`LoRAError`](../api/LoRAError.md) | ")
     assert found.endswith(options)

@@ -131,6 +131,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def to_page(link: re.Match[str]) -> str:
         return link[0] + ".md" if Path(link[2]).suffix in LANGUAGES else link[0]
 
+    def to_name(row: re.Match[str]) -> str:
+        return f"| [`{row[1]}{row[2] or ''}`](../api/{row[1]}.md) | " if row[1] in names else row[0]
+
+    names = public_names()
     markdown = BADGES.sub("", markdown)
     markdown = LINK.sub(to_page, with_nested_lists(markdown))
     markdown = QUOTE.sub(lambda line: line[0].replace("][", "]\\["), markdown)  # no link, but an index of an index
@@ -139,7 +143,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri == "tests/messages.md":
         page.meta["search"] = {"boost": 0.1}  # it has every word
     if page.file.src_uri == "lightning_lora/README.md":
-        markdown = NAME.sub(lambda row: f"| [`{row[1]}{row[2] or ''}`](../api/{row[1]}.md) | ", markdown)
+        markdown = NAME.sub(to_name, markdown)
     return markdown
 
 
