@@ -15,7 +15,6 @@ from torch import nn
 from ..config import tasks_with
 from ..distributed.flat import own_weight
 from ..names import names_factor, parent_names
-from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import NamedModules
 from .pretrained import checkpoint_name, pretrained_models
 
@@ -155,8 +154,7 @@ def describe_frozen_head(modules: NamedModules) -> str:
     few = last.out_features < IMAGENET and last.out_features != KINETICS
     if title not in HEADS or not few or weight is None or weight.requires_grad:
         return ""
-    adapted = " and adapted" if isinstance(last, AdaptedModule) else ""
-    return f"if it is new, modules_to_save=[{name!r}] trains it; now it is frozen{adapted}"
+    return f"frozen; if it is new, train it whole: modules_to_save=[{name!r}]"
 
 
 def _is_in(name: str, models: Collection[str]) -> bool:

@@ -170,7 +170,9 @@ class Targets:
         """Return why no layer is left to adapt, and the kinds of layers that could be, each with a name for it."""
         if chosen:
             first = next(iter(chosen))
-            return f"; another option takes out {first!r} ({len(chosen)} in all): exclude_modules or modules_to_save"
+            taken = f"; another option takes out {first!r} ({len(chosen)} in all): exclude_modules or modules_to_save"
+            has_more = config.target_modules == ALL_LINEAR and more_layers(list(modules.items()), config)
+            return f"{taken}; {ALL_LAYERS!r} adapts more layers" if has_more else taken
         said = "".join(f"; {name!r} is left out: {reason}" for name, reason in list(self.left_out.items())[:1])
         kinds: dict[str, list[str]] = {}
         for name, module in modules.items():

@@ -551,6 +551,13 @@ TAKEN_OUT = "; another option takes out '0' (1 in all): exclude_modules or modul
         ),
         (linear, {"exclude_modules": ["0"]}, TAKEN_OUT, None),
         (linear, {"modules_to_save": ["0"]}, TAKEN_OUT, None),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 2)),  # a ResNet and its new head
+            {"modules_to_save": ["1"]},
+            "; another option takes out '1' (1 in all): exclude_modules or modules_to_save; 'all-layers' adapts more "
+            "layers.",
+            None,
+        ),
     ],
 )
 def test_all_linear_that_leaves_nothing_says_what_there_is_and_how_to_name_it(
