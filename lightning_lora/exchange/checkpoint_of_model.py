@@ -40,8 +40,8 @@ REMEDY_IN_TRAINER = (
     "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
 )
 OPTIONS_IN_TRAINER = (
-    "Leave them out of LoRACallback: they are then the checkpoint's, where it is a local file. If the model was "
-    "injected before, call unload(model) first."
+    "If the model already has an adapter, call unload(model) first. Otherwise leave them out of LoRACallback: they are "
+    "then the checkpoint's, where it is a local file."
 )
 # Takes a mapping in a checkpoint and the keys that lead to it. Returns a new mapping, or None to keep the old one.
 Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | None]

@@ -35,10 +35,11 @@ def form_of(path: PathLike) -> Form:
 
 
 def refuse_peft_folder(path: PathLike) -> None:
-    """Raise LoRAError where a PEFT folder is given for a checkpoint."""
-    if form_of(path) == "PEFT folder":
+    """Raise LoRAError where a PEFT folder, or the safetensors file in it, is given for a checkpoint."""
+    form = form_of(path)
+    if form in ("PEFT folder", "safetensors file"):
         raise LoRAError(
-            f"{path}: is a PEFT folder, and no checkpoint. Call load_adapter(model, {str(path)!r}) instead; a Trainer "
+            f"{path}: is a {form}, and no checkpoint. Call load_adapter(model, {str(path)!r}) instead; a Trainer "
             "then takes that model, LoRACallback() without options, and no ckpt_path."
         )
 

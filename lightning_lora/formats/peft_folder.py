@@ -125,9 +125,9 @@ def _tell_what_differs(adapter: Adapter, path: PathLike, network: str) -> None:
         tell(_names_of_whole(adapter, path))
     elif network:
         tell(
-            f"lightning_lora: names in {path} are those of the LightningModule's {network.removesuffix('.')}, and PEFT "
-            f"loads it onto that: PeftModel.from_pretrained({network_in_module(network)}, path). The LightningModule "
-            "itself PEFT would run without the adapter, and only warn."
+            f"lightning_lora: names in {str(path)!r} are those of the LightningModule's {network.removesuffix('.')}, "
+            f"and PEFT loads it onto that: PeftModel.from_pretrained({network_in_module(network)}, path). With the "
+            "LightningModule itself PEFT fails, or runs without the adapter and only warns."
         )
 
 

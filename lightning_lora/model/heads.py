@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -16,6 +16,8 @@ from ..config import tasks_with
 from ..distributed.flat import own_weight
 from ..names import names_factor, parent_names
 from ..nn.adapted_weights import NamedModules
+from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_parameters, was_never_quantised
+from ..nn.quantised_state import is_of_lightning
 from .pretrained import checkpoint_name, pretrained_models
 
 HEADS = ("head", "heads", "fc", "classifier")  # torchvision's names of heads
@@ -91,22 +93,27 @@ def new_classifiers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if any(module is head for head in heads)}
 
 
-def warn_of_new_heads(modules: NamedModules) -> None:
+def warn_of_new_heads(modules: NamedModules, saved: Collection[str] = ()) -> None:
     """Warn of heads of transformers' and timm's models that have random values and are not trained whole.
 
     Args:
         modules: every module of a model under its first name, the model first.
+        saved: modules_to_save as it is, which the remedy goes on with.
     """
     pretrained = pretrained_models(modules)
     for model in pretrained.values():
-        frozen = _frozen(new_heads(model))
+        heads = new_heads(model)
+        frozen = _frozen(heads)
         architectures = getattr(model.config, "architectures", None) or ["of unknown class"]
         checkpoint = f"{checkpoint_name(model)!r} ({', '.join(architectures)})"
-        tasks = [f"task_type={task!r}" for task in tasks_with(frozen)]
         if frozen:
+            task = next((f" or task_type={task!r}" for task in tasks_with(frozen)), "")
+            plain = _option_for(modules, heads)
             warnings.warn(
                 f"lightning_lora: the head of {type(model).__name__} ({', '.join(frozen)}) starts from random values, "
-                f"which {checkpoint} does not hold, {STAYS_FROZEN}={frozen}" + (f" or {tasks[0]}." if tasks else "."),
+                f"because {checkpoint} does not hold it, {STAYS_FROZEN}={[*saved, *frozen]}"
+                + task
+                + (f", and leave it out of the quantisation: {plain}." if plain else "."),
                 stacklevel=2,
             )
     for name, model in timm_models(modules).items():
@@ -115,9 +122,35 @@ def warn_of_new_heads(modules: NamedModules) -> None:
             warnings.warn(
                 f"lightning_lora: the head of {type(model).__name__} ({', '.join(frozen)}) has {model.num_classes} "
                 f"classes where timm's weights have {_stored_classes(model)}, so it starts from random values unless "
-                f"you loaded others, {STAYS_FROZEN}={frozen}.",
+                f"you loaded others, {STAYS_FROZEN}={[*saved, *frozen]}.",
                 stacklevel=2,
             )
+
+
+def _option_for(modules: NamedModules, heads: Mapping[str, nn.Module]) -> str:
+    """Return the option that leaves heads out of the quantisation, or "" where none of their layers is quantised."""
+    layers = (layer for head in heads.values() for layer in head.modules())
+    found = next((layer for layer in layers if quantised_parameters(layer) or was_never_quantised(layer)), None)
+    return "" if found is None else option_that_leaves_plain(modules, [*heads], found)
+
+
+def option_that_leaves_plain(modules: NamedModules, names: Sequence[str], layer: nn.Module) -> str:
+    """Return the option that leaves modules out of the quantisation, by what has quantised one of their layers.
+
+    Args:
+        modules: every module of a model under its first name, the model first.
+        names: of the modules.
+        layer: of bitsandbytes, or with a quantised weight.
+    """
+    if NF4 in map(quantised_as, quantised_parameters(layer).values()):
+        return f"quantize_base(model, modules_to_save={names})"
+    if is_of_lightning(layer):
+        return f"BitsandbytesPrecision(..., ignore_modules={{{', '.join(map(repr, names))}}})"
+    models = [f"{name}." for name in pretrained_models(modules) if name]  # transformers knows names inside of its model
+    inside = [next((name.removeprefix(each) for each in models if name.startswith(each)), name) for name in names]
+    if is_of_torchao(own_weight(layer)):
+        return f"TorchAoConfig(..., modules_to_not_convert={inside}), or filter_fn of torchao's quantize_"
+    return f"BitsAndBytesConfig(..., llm_int8_skip_modules={inside})"
 
 
 def _stored_classes(model: nn.Module) -> int | None:

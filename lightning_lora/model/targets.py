@@ -12,7 +12,6 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import TASK_HEADS, LoRAConfig
-from ..distributed.flat import own_weight
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..matching import (
@@ -33,13 +32,12 @@ from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.parameter import LoRAParameterHolder, weights_of
-from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_parameters, shape_of, was_never_quantised
-from ..nn.quantised_state import is_of_lightning
+from ..nn.quantised import quantised_as, quantised_parameters, shape_of, was_never_quantised
 from ..nn.tied_weights import tied_weights, untie_advice
 from ..nn.token_rows import is_table
 from ..nn.variant import variant_of
+from .heads import option_that_leaves_plain
 from .layers_by_kind import is_empty, layers_by_kind, more_layers
-from .pretrained import pretrained_models
 from .token_tables import OPTION, TokenTables
 
 TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is trained whole, without an adapter"
@@ -306,21 +304,8 @@ def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module]) -> No
             problem = f"is not quantised, as the checkpoint lacks it, and a {type(layer).__name__} cannot run with it"
         raise LoRAError(
             f"inject: modules_to_save names {name!r}, but the weight of {layer_name!r} {problem}. Leave it out of the "
-            f"quantisation: {_leaving_plain(modules, list(found), layer, kind)}."
+            f"quantisation: {option_that_leaves_plain(modules, list(saved), layer)}."
         )
-
-
-def _leaving_plain(modules: NamedModules, names: list[str], layer: nn.Module, kind: str) -> str:
-    """Return the option that leaves modules out of the quantisation, by what has quantised one of their layers."""
-    if kind == NF4:
-        return f"quantize_base(model, modules_to_save={names})"
-    if is_of_lightning(layer):
-        return f"BitsandbytesPrecision(..., ignore_modules={{{', '.join(map(repr, names))}}})"
-    models = [f"{name}." for name in pretrained_models(modules) if name]  # transformers knows names inside of its model
-    inside = [next((name.removeprefix(each) for each in models if name.startswith(each)), name) for name in names]
-    if is_of_torchao(own_weight(layer)):
-        return f"TorchAoConfig(..., modules_to_not_convert={inside}), or filter_fn of torchao's quantize_"
-    return f"BitsAndBytesConfig(..., llm_int8_skip_modules={inside})"
 
 
 def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:

@@ -43,7 +43,7 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     begin_to_note(handle)
     refuse_unoptimized(trainer.optimizers, handle)
     warn_of_frozen(handle)
-    warn_of_new_heads(handle.modules)
+    warn_of_new_heads(handle.modules, handle.record.config.modules_to_save or ())
     warn_of_passed_over(handle.record)
     enable_input_require_grads([module for _, module in handle.modules])
     refuse_for_quantised(handle, trainer)

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject
+from lightning_lora.model.heads import warn_of_new_heads
 from support.notices import quiet_peers
 from support.peers import SMALL
 from support.pretrained import LABELS, save_body, tokens
@@ -75,3 +76,28 @@ def test_the_option_that_the_error_names_lets_the_head_of_a_quantised_model_be_t
     assert model.classifier.weight.grad.norm() > 0
     trained = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
     assert trained == ["classifier.weight", "classifier.bias"]
+
+
+@pytest.mark.transformers_5
+def test_the_warning_of_a_pooler_that_the_base_lacks_has_both_options_to_copy(tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=False).save_pretrained(tmp_path)
+
+    def load(skipped: list[str]) -> Any:
+        quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+        return transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path, num_labels=LABELS, quantization_config=quantisation
+        )
+
+    inject(model := load(["classifier"]), LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
+    with pytest.warns(UserWarning, match="starts from random values") as caught:
+        warn_of_new_heads(list(model.named_modules()), ["classifier"])
+    whole, skipped = re.findall(r"modules(?:_to_save)?=(\[.*?\])", str(caught[0].message))
+    assert sorted(ast.literal_eval(whole)) == sorted(ast.literal_eval(skipped)) == ["bert.pooler", "classifier"]
+    config = LoRAConfig(r=2, target_modules=["query"], modules_to_save=ast.literal_eval(whole))
+    inject(again := load(ast.literal_eval(skipped)), config)
+    again(input_ids=tokens(), labels=torch.zeros(len(tokens()), dtype=torch.long)).loss.backward()
+    assert again.bert.pooler.dense.weight.grad.norm() > 0
+    with pytest.raises(LoRAError, match=r"llm_int8_skip_modules=\['bert.pooler', 'classifier'\]"):
+        inject(load(["classifier"]), config)  # what is plain already is named too, so that the list can be copied

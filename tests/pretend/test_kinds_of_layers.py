@@ -19,6 +19,7 @@ from support.variants import define_gated, variants_forgotten
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),  # of cuDNN
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]
 KINDS = ("linear", "linear, three axes", "transformers Conv1D", "conv2d", "conv1d, groups", "embedding, padding")
 OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # and the kinds of layers that take them
