@@ -20,7 +20,6 @@ from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.by_module import ByModule
 from .trainer.checkpoint_hooks import save_as_where_unpatched
-from .trainer.evaluation import tell_rounding
 from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit
 from .trainer.fit_state import FitState
@@ -234,10 +233,8 @@ class LoRACallback(Callback):
         save_as_where_unpatched(pl_module, self.save, self.dequantize)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the fit came to its end, and log what rounding merged weights to 16 bits costs."""
+        """Note that the fit came to its end."""
         self._state(pl_module).end_fit()
-        if not self.merge_after_fit:  # which merges later, and tells it then
-            tell_rounding(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
