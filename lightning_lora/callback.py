@@ -23,7 +23,7 @@ from .trainer.checkpoint_hooks import save_as_where_unpatched
 from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit
 from .trainer.fit_state import FitState
-from .trainer.late_layers import adapt_late_layers, stop_adapting
+from .trainer.late_layers import stop_adapting
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.options import check_own_options
 from .trainer.setup import set_up
@@ -173,11 +173,9 @@ class LoRACallback(Callback):
     # --- in the order in which Lightning calls them ---
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Adapt layers before the optimizer is built and the strategy wraps; patch the methods that build others."""
+        """Adapt layers before the optimizer is built and the strategy wraps; patch the method that builds others."""
         prepare_strategy(trainer.strategy)
-        handle = set_up(trainer, pl_module, self, stage)
-        if handle is not None:
-            adapt_late_layers(handle)
+        set_up(trainer, pl_module, self, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""

@@ -1,124 +1,129 @@
-"""Adapt the layers that LightningModule.setup and configure_model build. The options are checked after that."""
+"""Adapt the layers of a LightningModule: those that exist in setup, and those that its own methods build after that.
+
+Lightning calls the callbacks' setup, the module's setup and its configure_model, in this order. So one patch, of the
+last method that the module has, finds what each of them has built.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import nn
 
+from ..config import LoRAConfig
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.initial_values import snapshot_initial
-from ..model.inject import adapt_new_layers, begin_injection, finish_injection, strip_adapters
+from ..model.inject import adapt_new_layers, begin_injection, finish_injection
 from ..model.injection import Injection
-from ..model.patches import call_previous, is_patched, patch, unpatch_method
+from ..model.patches import call_previous, patch, unpatch_method
 from ..model.quantise import quantise_
-from ..model.recorded_layers import describe_class
-from ..nn.adapted_weights import adapted_layers
+from ..model.rebuilt_modules import adopt_layers
+from ..model.targets import Targets
 from .checkpoint_hooks import save_as
 from .compatibility import refuse_other_options
 from .deepspeed import outside_zero_init
 from .lightning_packages import is_overridden
-from .precision import convert_linear_layers_, leave_out_of_ddp_, naming_uneven_shards
+from .options import Options, seed_text
+from .precision import (
+    convert_linear_layers_,
+    leave_out_of_ddp_,
+    naming_uneven_shards,
+    refuse_for_quantised,
+    refuse_late_conversion,
+)
+
+BUILDERS = ("configure_model", "setup")  # the last that Lightning calls first
 
 
-def adapt_late_layers(handle: AdaptedModel) -> None:
-    """Patch the methods of an injected LightningModule that may build layers; without any, judge its options now.
+def adapt_in_setup(module: nn.Module, options: Options, config: LoRAConfig, seed: str) -> None:
+    """Adapt the layers that exist now, or adopt an earlier injection; patch the method that may build others. In place.
 
-    The patches stay for the whole setup, because WeightAveraging calls configure_model before Lightning does.
+    Args:
+        module: the LightningModule.
+        options: the LoRACallback.
+        config: the options of a new injection.
+        seed: for adapters whose options give none.
     """
-    names = [name for name in BUILDERS if is_overridden(name, handle.model)]
-    for name in names:
-        patch(handle.model, name, BUILDERS[name])
-    if not names:
+    stop_adapting(module)  # of a run that an exception ended
+    last = next((name for name in BUILDERS if is_overridden(name, module)), None)
+    handle = find_model(module)
+    if handle is None:
+        handle = _inject(module, options, config, seed, is_complete=last is None)
+    else:
+        _adopt(handle, options)
+    _fit_to_trainer(handle, options)
+    if last is not None:
+        patch(module, last, _build_and_adapt, last, options, config, seed)
+    elif handle is not None and not handle.record.validated:
         finish_injection(handle)
 
 
 def stop_adapting(module: nn.Module) -> None:
-    """Take the patches of adapt_late_layers out."""
-    for name, function in BUILDERS.items():
-        unpatch_method(module, name, function)
+    """Take the patch out. It stays for the whole setup, because WeightAveraging calls configure_model early."""
+    for name in BUILDERS:
+        unpatch_method(module, name, _build_and_adapt)
 
 
-def _setup_and_adapt(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> None:
-    """Adapt what setup built. Where the module has a configure_model, the options are checked after that."""
-    complete = not is_patched(module, "configure_model", _configure_and_adapt)
-    _build_and_adapt(module, partial(call_previous, module, previous, "setup", *args, **kwargs), "setup", complete)
+def _build_and_adapt(
+    module: nn.Module,
+    previous: Any,
+    name: str,
+    options: Options,
+    config: LoRAConfig,
+    seed: str,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Adapt what was built before, call the method of this name, which may shard it, and adapt what that built."""
+    _adapt_built(module, options, config, seed, is_complete=False)
+    with naming_uneven_shards(Listing(module)):
+        call_previous(module, previous, name, *args, **kwargs)
+    _adapt_built(module, options, config, seed, is_complete=True)
 
 
-def _configure_and_adapt(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> None:
-    build = partial(call_previous, module, previous, "configure_model", *args, **kwargs)
-    _build_and_adapt(module, build, "configure_model", complete=True)
-
-
-BUILDERS: dict[str, Callable[..., None]] = {"setup": _setup_and_adapt, "configure_model": _configure_and_adapt}
-
-
-def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, complete: bool) -> None:
-    """Call the method of this name by `build`, and adapt what it built; `complete`: all layers are there now."""
-    earlier = find_model(module)
-    if earlier is None:  # it was taken out meanwhile
-        build()
-        return
-    record, layers = earlier.record, earlier.record.layers
-    with _allowing_injection(earlier), naming_uneven_shards(earlier):
-        build()
+def _adapt_built(module: nn.Module, options: Options, config: LoRAConfig, seed: str, *, is_complete: bool) -> None:
+    """Adapt the layers that are not adapted yet; where all layers are there, check that each option names something."""
     with outside_zero_init():
-        _adapt_built(module, record, layers, name, complete)
+        handle = find_model(module)
+        if handle is None:
+            handle = _inject(module, options, config, seed, is_complete=is_complete)
+        else:
+            if handle.record.validated:  # by an earlier run, or by the user's method
+                _adopt(handle, options)
+            convert_linear_layers_(handle)
+            if handle.record.quantize is not None:
+                quantise_(handle, handle.record.quantize, handle.record.config)
+            adapt_new_layers(handle)
+        _fit_to_trainer(handle, options)
+        if handle is not None and is_complete:
+            snapshot_initial(handle)
+            finish_injection(handle)
 
 
-def _adapt_built(module: nn.Module, record: Injection, layers: Collection[str], name: str, complete: bool) -> None:
-    """Adapt what was built. Arguments are those of _build_and_adapt, and what was adapted before."""
-    handle = find_model(module)
-    if handle is None:
-        return
-    goes_on = handle.record is record and record.layers is layers  # else what was built is recorded already
-    convert_linear_layers_(handle)
-    if handle.record.quantize is not None:
-        quantise_(handle, handle.record.quantize, handle.record.config)
-    adapt_new_layers(handle)
-    leave_out_of_ddp_(handle)
-    if goes_on:
-        _warn_of_replaced(handle, layers, name)
-    if complete:
-        snapshot_initial(handle)
-        finish_injection(handle)
+def _inject(
+    module: nn.Module, options: Options, config: LoRAConfig, seed: str, *, is_complete: bool
+) -> AdaptedModel | None:
+    """Inject the layers that exist; where more may follow and none is named yet, return None. In place."""
+    listing = Listing(module)
+    convert_linear_layers_(listing)
+    if options.quantize is not None:
+        quantise_(listing, options.quantize, config)
+    if not is_complete and Targets(listing.modules, config).is_empty():
+        return None
+    record = Injection(config, given=options.given, quantize=options.quantize, seed=seed_text(options) or seed)
+    return begin_injection(listing, record)
 
 
-def _warn_of_replaced(handle: AdaptedModel, layers: Collection[str], method: str) -> None:
-    """Warn where the user's method replaced adapted layers by others that have parameters and are not adapted."""
-    modules = dict(handle.root_modules)
-    gone = [name for name in layers if name not in handle.record.layers and name in modules]
-    replaced = [name for name in gone if list(modules[name].parameters()) and not adapted_layers(modules[name])]
-    if replaced:
-        shown = ", ".join(f"{name!r} (now a {describe_class(modules[name])})" for name in replaced[:3])
-        warnings.warn(
-            f"lightning_lora: {method} replaced adapted layers by others, which are not adapted: {shown}"
-            f"{', ...' if len(replaced) > 3 else ''}; leave them out with exclude_modules={replaced[:3]}, or name what "
-            "is to be adapted in target_modules.",
-            stacklevel=2,
-        )
+def _adopt(handle: AdaptedModel, options: Options) -> None:
+    """Check that the earlier injection of a module agrees with the options, and take it over. In place."""
+    adopt_layers(handle)
+    refuse_late_conversion(handle)
+    refuse_other_options(handle.record, options.config, options.given, seed_text(options))
 
 
-@contextmanager
-def _allowing_injection(earlier: AdaptedModel) -> Iterator[None]:
-    """Let the user's method call inject() itself, on the module or a part of it; that injection then stands.
-
-    A method that builds and shards has to call it: adapters come before fully_shard.
-    """
-    record = earlier.record
-    still_empty = not record.validated and not earlier.layers
-    if still_empty:
-        strip_adapters(earlier)
-    yield
-    handle = find_model(earlier.model)
-    if handle is None and still_empty:
-        with outside_zero_init():
-            handle = begin_injection(Listing(earlier.model), record.config, seed=record.seed, given=record.given)
-    elif handle is not None and handle.record is not record:
-        refuse_other_options(handle.record, record.config, record.given)
+def _fit_to_trainer(handle: AdaptedModel | None, options: Options) -> None:
+    """Let a Trainer's strategy and checkpoints take an injected module. In place."""
     if handle is not None:
-        save_as(handle, record.save, record.dequantize)
+        refuse_for_quantised(handle, handle.model.trainer)
+        leave_out_of_ddp_(handle)
+        save_as(handle, options.save, options.dequantize)
