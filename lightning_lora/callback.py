@@ -35,7 +35,6 @@ ELSEWHERE = {
     **dict.fromkeys(["log_stats", "log_plots"], "use LoRAMonitor(every_n_steps=..., plots=...)"),
     "config": "give it by position: LoRACallback(LoRAConfig(...))",
 }
-KEYWORD = inspect.Parameter.KEYWORD_ONLY
 Method = TypeVar("Method", bound=Callable[..., None])
 
 if TYPE_CHECKING:
@@ -49,12 +48,12 @@ def _noting_options(init: Method) -> Method:
 
     A command line (LightningCLI) gives every option. There, those that differ from their defaults count as given.
     """
-    defaults = {name: each.default for name, each in inspect.signature(init).parameters.items() if each.kind is KEYWORD}
+    defaults: dict[str, Any] = cast(Any, init).__kwdefaults__
 
     @functools.wraps(init)
     def noting(self: LoRACallback, *config: LoRAConfig | PeftConfig, **options: Any) -> None:
         filled_in = options.keys() >= defaults.keys()
-        self.given = frozenset(o for o in options if not filled_in or options[o] != defaults.get(o))
+        self.given = frozenset(name for name in options if not filled_in or options[name] != defaults[name])
         init(self, *config, **options)
 
     return cast(Method, noting)
@@ -95,12 +94,12 @@ class LoRACallback(Callback):
         layers_pattern: the name segment that the layer's number follows, such as "layers".
         enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
+        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares, and train it for both.
         seed: a whole number that the adapters are drawn from.
         merge_after_fit: leave plain layers with merged weights behind when fit ends.
         quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4".
         dequantize: dtype of the plain weights that replace quantised ones, for save="merged" and merge_after_fit.
         verbose: show the summary at fit start.
-        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares, and train it for both.
 
     Raises:
         LoRAError: a value is not allowed; the message holds it.
@@ -144,12 +143,12 @@ class LoRACallback(Callback):
         layers_pattern: str | Sequence[str] | None = None,
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,
+        ensure_weight_tying: bool = True,
         seed: int | None = None,
         merge_after_fit: bool = False,
         quantize: str | None = None,
         dequantize: str | torch.dtype | None = None,
         verbose: bool = True,
-        ensure_weight_tying: bool = True,
     ) -> None:
         self.config = _one_config(config, locals(), self.given)
         self.given |= {field.name for field in fields(LoRAConfig)} if config else set()
@@ -272,9 +271,8 @@ def _one_config(
 ) -> LoRAConfig:
     """Return the config that was given, whole or option by option, never both. `given` names the single options."""
     options = {field.name: arguments[field.name] for field in fields(LoRAConfig)}
-    from_options = LoRAConfig(**options)
     if not configs:
-        return from_options
+        return LoRAConfig(**options)
     if len(configs) > 1 or not is_config(configs[0]):
         types = ", ".join(type(config).__name__ for config in configs)
         raise LoRAError(f"LoRACallback: expected one LoRAConfig or options by their names, found {types}.")
