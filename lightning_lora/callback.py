@@ -23,10 +23,9 @@ from .trainer.checkpoint_hooks import save_as_where_unpatched
 from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit
 from .trainer.fit_state import FitState
-from .trainer.late_layers import stop_adapting
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.options import check_own_options
-from .trainer.setup import set_up
+from .trainer.setup import set_up, stop_adapting
 from .trainer.start_batches import start_from_data
 from .trainer.strategies import prepare_strategy
 
