@@ -20,14 +20,12 @@ from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.by_module import ByModule
 from .trainer.checkpoint_hooks import save_as_where_unpatched
-from .trainer.evaluation import tell_rounding
 from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit
 from .trainer.fit_state import FitState
-from .trainer.late_layers import adapt_late_layers, stop_adapting
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.options import check_own_options
-from .trainer.setup import set_up
+from .trainer.setup import set_up, stop_adapting
 from .trainer.start_batches import start_from_data
 from .trainer.strategies import prepare_strategy
 
@@ -36,7 +34,6 @@ ELSEWHERE = {
     **dict.fromkeys(["log_stats", "log_plots"], "use LoRAMonitor(every_n_steps=..., plots=...)"),
     "config": "give it by position: LoRACallback(LoRAConfig(...))",
 }
-KEYWORD = inspect.Parameter.KEYWORD_ONLY
 Method = TypeVar("Method", bound=Callable[..., None])
 
 if TYPE_CHECKING:
@@ -50,12 +47,12 @@ def _noting_options(init: Method) -> Method:
 
     A command line (LightningCLI) gives every option. There, those that differ from their defaults count as given.
     """
-    defaults = {name: each.default for name, each in inspect.signature(init).parameters.items() if each.kind is KEYWORD}
+    defaults: dict[str, Any] = cast(Any, init).__kwdefaults__
 
     @functools.wraps(init)
     def noting(self: LoRACallback, *config: LoRAConfig | PeftConfig, **options: Any) -> None:
         filled_in = options.keys() >= defaults.keys()
-        self.given = frozenset(o for o in options if not filled_in or options[o] != defaults.get(o))
+        self.given = frozenset(name for name in options if not filled_in or options[name] != defaults[name])
         init(self, *config, **options)
 
     return cast(Method, noting)
@@ -96,12 +93,12 @@ class LoRACallback(Callback):
         layers_pattern: the name segment that the layer's number follows, such as "layers".
         enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
+        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares, and train it for both.
         seed: a whole number that the adapters are drawn from.
         merge_after_fit: leave plain layers with merged weights behind when fit ends.
         quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4".
         dequantize: dtype of the plain weights that replace quantised ones, for save="merged" and merge_after_fit.
         verbose: show the summary at fit start.
-        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares, and train it for both.
 
     Raises:
         LoRAError: a value is not allowed; the message holds it.
@@ -145,12 +142,12 @@ class LoRACallback(Callback):
         layers_pattern: str | Sequence[str] | None = None,
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,
+        ensure_weight_tying: bool = True,
         seed: int | None = None,
         merge_after_fit: bool = False,
         quantize: str | None = None,
         dequantize: str | torch.dtype | None = None,
         verbose: bool = True,
-        ensure_weight_tying: bool = True,
     ) -> None:
         self.config = _one_config(config, locals(), self.given)
         self.given |= {field.name for field in fields(LoRAConfig)} if config else set()
@@ -174,11 +171,9 @@ class LoRACallback(Callback):
     # --- in the order in which Lightning calls them ---
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Adapt layers before the optimizer is built and the strategy wraps; patch the methods that build others."""
+        """Adapt layers before the optimizer is built and the strategy wraps; patch the method that builds others."""
         prepare_strategy(trainer.strategy)
-        handle = set_up(trainer, pl_module, self, stage)
-        if handle is not None:
-            adapt_late_layers(handle)
+        set_up(trainer, pl_module, self, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""
@@ -234,10 +229,8 @@ class LoRACallback(Callback):
         save_as_where_unpatched(pl_module, self.save, self.dequantize)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the fit came to its end, and log what rounding merged weights to 16 bits costs."""
+        """Note that the fit came to its end."""
         self._state(pl_module).end_fit()
-        if not self.merge_after_fit:  # which merges later, and tells it then
-            tell_rounding(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
@@ -277,9 +270,8 @@ def _one_config(
 ) -> LoRAConfig:
     """Return the config that was given, whole or option by option, never both. `given` names the single options."""
     options = {field.name: arguments[field.name] for field in fields(LoRAConfig)}
-    from_options = LoRAConfig(**options)
     if not configs:
-        return from_options
+        return LoRAConfig(**options)
     if len(configs) > 1 or not is_config(configs[0]):
         types = ", ".join(type(config).__name__ for config in configs)
         raise LoRAError(f"LoRACallback: expected one LoRAConfig or options by their names, found {types}.")

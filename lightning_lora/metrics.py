@@ -1,4 +1,4 @@
-"""Metrics of merging and training, as torchmetrics, so that they are right over all ranks."""
+"""Metrics of merging, as torchmetrics, so that they are right over all ranks."""
 
 from __future__ import annotations
 
@@ -96,26 +96,3 @@ class MergeError(_RatioOfNorms):
     def compute(self) -> dict[str, torch.Tensor]:
         """Return two scalars: "max", in the unit of the outputs, and "relative", a ratio of norms."""
         return {"max": self.largest, "relative": self._ratio()}
-
-
-class StepStatistic(Metric):
-    """A number that every rank has at a step. Its call returns the number, `compute` the mean since the last reset."""
-
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-    total: torch.Tensor
-    count: torch.Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("total", "count"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, value: float) -> None:
-        """Add the number of a step."""
-        self.total, self.count = self.total + value, self.count + 1
-
-    def compute(self) -> torch.Tensor:
-        """Return the mean, a scalar. Ranks that all added the same numbers do not change it."""
-        return self.total / self.count

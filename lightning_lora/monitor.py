@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from .arguments import names_near_misses
-from .errors import LoRAError
-from .model.adapted_model import find_model
-from .trainer.by_module import ByModule
-from .trainer.fabric import refuse_monitor
+from .distributed.sharding import reshard_
+from .errors import LoRAError, sentence
+from .model.adapted_model import find_model, open_model
+from .names import group_names
+from .report.from_model import record_norms, updates_of_model
+from .report.pictures import has_matplotlib, pictures_of
+from .report.statistics import AdapterStats, layer_stats
+from .trainer.deepspeed_optimizer import holds_copies
 from .trainer.lightning_packages import become_callback, first_package
-from .trainer.log_plots import log_plots, note_norms, will_draw
-from .trainer.log_statistics import StatisticsLog
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,14 +30,12 @@ class LoRAMonitor(Callback):
     """Log statistics of the adapter while it is trained, and pictures of it when fit ends.
 
     It works beside a LoRACallback, before or after it in the list, and without one on a model that inject was called
-    on. Every logger gets the statistics of adapter_stats, by groups of layers, and what merging for evaluation took.
-    Loggers that take figures, as TensorBoardLogger does, get pictures of the norms and singular values of the updates.
+    on. Every logger gets the statistics of adapter_stats, by groups of layers. A TensorBoardLogger gets pictures of the
+    norms and singular values of the updates.
 
     Args:
-        every_n_steps: optimizer steps from one log of statistics to the next; 0 logs none. Let it be a multiple of the
-            Trainer's log_every_n_steps.
-        plots: add the pictures of plot_adapter to loggers that take figures. Without matplotlib a line says so at fit
-            start, and none are drawn.
+        every_n_steps: optimizer steps from one log of statistics to the next; 0 logs none.
+        plots: add the pictures of plot_adapter to each TensorBoardLogger; they need matplotlib.
 
     Raises:
         LoRAError: a value is not allowed; in fit, the Trainer has no logger, or the model no adapter.
@@ -41,7 +44,7 @@ class LoRAMonitor(Callback):
 
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> callbacks = [LoRACallback(r=1), LoRAMonitor(every_n_steps=2, plots=False)]
-        >>> options = {"log_every_n_steps": 2, "enable_progress_bar": False, "enable_model_summary": False}
+        >>> options = {"enable_progress_bar": False, "enable_model_summary": False}
         >>> trainer = L.Trainer(max_steps=4, logger=L.pytorch.loggers.CSVLogger("."), callbacks=callbacks, **options)
         >>> trainer.fit(BoringModel())
         >>> print(*plot_adapter("lightning_logs/version_0"))
@@ -55,8 +58,11 @@ class LoRAMonitor(Callback):
             raise LoRAError(f"LoRAMonitor: plots must be true or false, but it is {plots!r}.")
         self.every_n_steps = every_n_steps
         self.plots = plots
-        self._statistics = StatisticsLog(every_n_steps)
-        self._draws: ByModule[bool] = ByModule()  # whether there will be pictures at the end of a fit
+        self._forget()
+
+    def _forget(self) -> None:
+        self._last = AdapterStats({})  # snapshots of what was logged last, for cosines
+        self._logged: dict[int, int] = {}  # the last step that was logged, by the id of the optimizer
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(every_n_steps={self.every_n_steps}, plots={self.plots})"
@@ -70,61 +76,76 @@ class LoRAMonitor(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to measure; say what will not be logged or drawn."""
-        handle = find_model(pl_module)
-        if handle is None:
+        """Refuse a model without an adapter; forget an earlier fit."""
+        if find_model(pl_module) is None:
             raise LoRAError(
                 f"LoRAMonitor: {type(pl_module).__name__} has no adapter. Put a LoRACallback into the Trainer's "
                 "callbacks too, or call inject(model, LoRAConfig(...)) before fit."
             )
-        self._statistics.begin(trainer, pl_module, handle.record)
-        self._draws[pl_module] = self.plots and will_draw(trainer)
+        self._forget()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the weights that pictures compare the updates with, for the checkpoints of this fit."""
-        if self._draws.get(pl_module):
-            note_norms(pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Let Lightning forget what it has written, so that it does not write it again."""
-        self._statistics.take_back(trainer, pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let Lightning forget the statistics that it has written, or the validation would show them as its metrics."""
-        self._statistics.take_back(trainer, pl_module)
+        if self._draws(trainer):
+            with contextlib.suppress(LoRAError):  # the fit's end says it
+                record_norms(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Log statistics at an Nth step, when gradients are summed over ranks and not clipped yet."""
-        if self.every_n_steps:
-            self._statistics.log(trainer, pl_module, optimizer)
+        """Log statistics at an Nth step, when gradients are summed over ranks and not clipped yet.
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let Lightning forget what was logged at the last step."""
-        self._statistics.take_back(trainer, pl_module)
+        An optimizer that evaluates its closure several times calls this several times a step; the first call counts.
+        """
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as Lightning's own monitors count
+        if not self.every_n_steps or (step + 1) % self.every_n_steps or self._logged.get(id(optimizer)) == step:
+            return
+        self._logged[id(optimizer)] = step
+        values = self._measure(pl_module, optimizer, is_one_of_several=len(trainer.optimizers) > 1)
+        for logger in trainer.loggers if values else []:
+            logger.log_metrics(values, step=step)
+
+    def _measure(self, module: LightningModule, optimizer: Optimizer, *, is_one_of_several: bool) -> dict[str, float]:
+        """Return the statistics of the layers that the optimizer is about to change, by name. Collective."""
+        handle = open_model(module, "LoRAMonitor")
+        layers = handle.layers
+        if is_one_of_several:
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            layers = {name: each for name, each in layers.items() if any(id(f) in held for f in each.factors())}
+        if not layers:
+            return {}
+        reshard_(each for _, each in handle.modules)
+        stats = layer_stats(layers, self._last.snapshots, group_names(handle.layers))
+        self._last = AdapterStats(stats.groups, {**self._last.snapshots, **stats.snapshots})
+        values = {
+            f"lora/{group}/{name}": v for group, found in stats.groups.items() for name, v in found.to_dict().items()
+        }
+        if holds_copies(optimizer):  # DeepSpeed, which keeps sums of gradients elsewhere
+            values = {name: value for name, value in values.items() if "/grad_" not in name}
+        return values
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the adapter."""
-        if self._draws.get(pl_module):
-            log_plots(trainer, pl_module)
+        """Draw the adapter, and forget the fit."""
+        self._forget()
+        loggers = self._draws(trainer)
+        if not loggers:
+            return
+        try:
+            updates = updates_of_model(pl_module)
+        except LoRAError as error:  # on all ranks alike; a run is not lost for want of a picture
+            rank_zero_warn(f"LoRAMonitor: plots: {sentence(error)}")
+            return
+        if trainer.is_global_zero:
+            from .report.canvas import to_figure  # imports matplotlib
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Forget the fit; Lightning calls no teardown after an exception."""
-        self._end(pl_module)
+            for name, picture in pictures_of(updates).items():
+                for logger in loggers:
+                    logger.experiment.add_figure(f"lora/{name}", to_figure(picture), trainer.global_step, close=False)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the fit."""
-        if stage == "fit":
-            self._end(pl_module)
-
-    def on_after_setup(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to be in Fabric's list: Fabric calls this hook, and none of a Trainer's."""
-        refuse_monitor()
-
-    on_after_optimizer_step = on_after_setup  # which Fabric calls where the model came from setup_module
-
-    def _end(self, module: LightningModule) -> None:
-        self._statistics.end(module)
-        self._draws.pop(module, None)
+    def _draws(self, trainer: Trainer) -> list[Any]:
+        """Return the loggers that get pictures; every rank finds the same."""
+        if not self.plots or not has_matplotlib():
+            return []
+        names = [[cls.__name__ for cls in type(logger).__mro__] for logger in trainer.loggers]
+        return [logger for logger, of in zip(trainer.loggers, names, strict=True) if "TensorBoardLogger" in of]
 
 
 become_callback(LoRAMonitor)

@@ -1,11 +1,13 @@
-"""What an option means is written once: in the tables of the reference.
+"""An option is written once: its type and default in LoRAConfig, its meaning in the tables of the reference.
 
-The docstrings of LoRAConfig and LoRACallback, which editors and `--help` read, have the first sentence of it.
-WRITE_TABLE=1 in the environment writes them there.
+The docstrings of LoRAConfig and LoRACallback, which editors and `--help` read, have the first sentence of the meaning.
+LoRACallback's signature, which editors, type checkers and LightningCLI read, repeats LoRAConfig's options.
+`WRITE_TABLE=1 pytest -n 0 tests/test_option_texts.py` writes both there.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import re
@@ -22,6 +24,8 @@ SOURCES = {LoRAConfig: PACKAGE / "config.py", LoRACallback: PACKAGE / "callback.
 ROW = re.compile(r"^\| `(\w+)` \| `[^`]+` \| (.+) \|$", re.MULTILINE)
 FIRST_SENTENCE = re.compile(r".+?\.(?= |$)")
 LINK = re.compile(r"\[([^]]+)\]\([^)]+\)")
+BEFORE_OPTIONS = "        *config: LoRAConfig | PeftConfig,\n"
+USUAL, USUAL_OWN = 6, 2  # the first options, which most users give
 CONFIG = "at most one: a LoRAConfig, or a peft.LoraConfig, instead of its options one by one."  # no option of a table
 
 
@@ -35,10 +39,47 @@ def meanings(page: str) -> dict[str, str]:
     return dict(ROW.findall(page))
 
 
+def options_of_the_config() -> dict[str, str]:
+    """LoRAConfig's options as parameters of another function, a line each, by name."""
+    source = SOURCES[LoRAConfig].read_text()
+    (config,) = (each for each in ast.parse(source).body if getattr(each, "name", "") == "LoRAConfig")
+    options = [each for each in config.body if isinstance(each, ast.AnnAssign)]
+    return {each.target.id: f"        {ast.get_source_segment(source, each)},\n" for each in options}
+
+
+def written_signature(lines: list[str]) -> list[str]:
+    """The options of the callback: the usual ones of the config, the usual ones of its own, the others."""
+    whole = options_of_the_config()
+    own = [line for line in lines if name_in(line) not in whole]
+    options = list(whole.values())
+    return [*options[:USUAL], *own[:USUAL_OWN], *options[USUAL:], *own[USUAL_OWN:]]
+
+
+def name_in(line: str) -> str:
+    return line.partition(":")[0].strip()
+
+
+def test_signature_of_the_callback_repeats_the_options_of_the_config():
+    source = SOURCES[LoRACallback].read_text()
+    before, begin, rest = source.partition(BEFORE_OPTIONS)
+    lines, end, rest = rest.partition("    ) -> None:\n")
+    expected = "".join(written_signature(lines.splitlines(keepends=True)))
+    if os.environ.get("WRITE_TABLE"):
+        SOURCES[LoRACallback].write_text("".join((before, begin, lines := expected, end, rest)))
+    assert lines == expected, "WRITE_TABLE=1 pytest -n 0 tests/test_option_texts.py writes LoRAConfig's options there"
+
+
+def names(owner: type[Any]) -> list[str]:
+    if owner is LoRAConfig:
+        return list(options_of_the_config())
+    lines = SOURCES[owner].read_text().partition(BEFORE_OPTIONS)[2].partition("    ) -> None:\n")[0]
+    return ["config", *map(name_in, lines.splitlines())]
+
+
 def written(owner: type[Any]) -> str:
     """The lines below `Args:` of the class, a line an option, in the order of the signature."""
     texts = {name: first_sentence(cell) for name, cell in meanings(REFERENCE.read_text()).items()} | {"config": CONFIG}
-    return "\n".join(f"        {name}: {texts[name]}" for name in inspect.signature(owner).parameters)
+    return "\n".join(f"        {name}: {texts[name]}" for name in names(owner))
 
 
 @pytest.mark.parametrize("owner", [LoRAConfig, LoRACallback])

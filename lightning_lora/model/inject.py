@@ -38,7 +38,7 @@ from .base_values import put_base_values_, take_back_base_values_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .initial_values import restore_initial_, snapshot_initial
-from .injection import ALL_OPTIONS, Injection
+from .injection import Injection
 from .merging import FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
 from .named_state import state_of
 from .passed_over import describe_passed_over, warn_of_passed_over
@@ -298,7 +298,7 @@ def _enable_again(
 
 def _inject(listing: Listing, record: Injection, scope: str = "") -> AdaptedModel:
     with Turn("inject", [record.writer]):
-        handle = _begin(listing, record, scope)
+        handle = begin_injection(listing, record, scope)
         finish_injection(handle)
     return handle
 
@@ -317,36 +317,28 @@ def _tell_of_layers(handle: AdaptedModel) -> None:
         tell(f"lightning_lora: {record.config.target_modules!r} passes over {record.passed_over}")
 
 
-def begin_injection(
-    listing: Listing, config: LoRAConfig, *, seed: str = "", given: frozenset[str] = ALL_OPTIONS
-) -> AdaptedModel:
+def begin_injection(listing: Listing, record: Injection, scope: str = "") -> AdaptedModel:
     """Adapt the layers that exist now. In place.
 
     adapt_new_layers adapts layers that are built later, and finish_injection checks that each option names something.
 
     Args:
         listing: of the model.
-        config: the options.
-        seed: the text that adapters are drawn from, or "" for the state of the random stream at each layer.
-        given: the options that the user gave.
+        record: of the new injection, with its options.
+        scope: the beginning of the names for which `bias` and modules_to_save count, "" or ending in a dot.
     """
-    record = Injection(config, seed=seed, given=given)
-    with Turn("inject", [record.writer]):
-        return _begin(listing, record)
-
-
-def _begin(listing: Listing, record: Injection, scope: str = "") -> AdaptedModel:
     check_unadapted(listing.modules)
-    record.begin(listing.model)
-    handle = cast(AdaptedModel, find_in(listing))
-    with _leaving_no_trace(handle):
-        if scope:
-            record.keep(dict(handle.modules)[scope.removesuffix(".")])["scope"] = True
-        adapt_new_layers(handle)
-        snapshot_initial(handle)
-        if record.merge_weights:
-            patch(handle.root, "train", _merge_by_mode)
-    keep_first_values(record)
+    with Turn("inject", [record.writer]):
+        record.begin(listing.model)
+        handle = cast(AdaptedModel, find_in(listing))
+        with _leaving_no_trace(handle):
+            if scope:
+                record.keep(dict(handle.modules)[scope.removesuffix(".")])["scope"] = True
+            adapt_new_layers(handle)
+            snapshot_initial(handle)
+            if record.merge_weights:
+                patch(handle.root, "train", _merge_by_mode)
+        keep_first_values(record)
     return handle
 
 

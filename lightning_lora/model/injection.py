@@ -56,13 +56,6 @@ class Owner(NamedTuple):
     leaf: str
 
 
-class MergeCost(NamedTuple):
-    """The cost of a merge: seconds on this rank, and the share of the adapter lost by rounding to 16 bits, if any."""
-
-    seconds: float
-    rounding: float | None
-
-
 class Steps(NamedTuple):
     """The ids of the parameters of optimizers that have stepped, see optimizer_steps."""
 
@@ -90,9 +83,6 @@ class Injection:
     began_frozen: bool = False  # some adapters were frozen when the fit began
     checkpointing_off_reported: bool = False  # a message said that gradient checkpointing does nothing in eval mode
     quantised_reported: bool = False  # a message said that layers with quantised weights stay factored
-    measures_rounding: bool = False  # every merge measures the cost of rounding to 16 bits, not only the first
-    rounding: float | None = None  # the last measured cost of rounding, as MergeFidelity gives it
-    last_merge: MergeCost | None = None  # of this fit's last merged evaluation
     started: bool = False  # initialize_from_data was called, so a fit does not start from its own data
     values_follow: bool = False  # an adapter is loaded next, so no initial values are computed from weights
     passed_over: str = ""  # the weights that target_modules passes over by kind: their share, and each kind's share
@@ -105,7 +95,7 @@ class Injection:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in vars(self).items() if name not in ("writer", "owners", "steps")}
-        return kept | {"root": None, "measures_rounding": False}
+        return kept | {"root": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, writer=Writer(), owners={}, steps=Steps(set(), set()))

@@ -86,8 +86,8 @@ def merge(model: nn.Module) -> None:
     merge_listed(Listing(unwrapped(model, "merge")))
 
 
-def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rounding: bool = True) -> None:
-    """Do what merge does for a listed model. In place. The options are for a fit, which says both itself."""
+def merge_listed(listing: Listing, *, warns_of_untrained: bool = True) -> None:
+    """Do what merge does for a listed model. In place. A fit warns of untrained layers itself."""
     refuse_replaced_layers(listing, "merge")
     _require_layers(listing, "merge")
     with take_turn(listing.layers.values(), "merge"):
@@ -96,7 +96,7 @@ def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rou
             if warns_of_untrained:
                 warn_of_untrained(listing, stacklevel=5)
             with shards_in_place(listing, "merge", changes=True):
-                _merge_pending(listing, pending, tells_rounding)
+                _merge_pending(listing, pending)
 
 
 def _is_pending(layer: AdaptedWeights) -> bool:
@@ -104,7 +104,7 @@ def _is_pending(layer: AdaptedWeights) -> bool:
     return (layer.lora_active and not layer.lora.merged) or layer.lora.unfinished
 
 
-def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tells_rounding: bool) -> None:
+def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> None:
     """Merge the pending layers of a model, all of them or none. In place."""
     weights = {layer: layer.own_weights() for layer in listing.layers.values()}
     main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
@@ -113,7 +113,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
     def write() -> None:
         record_ties(listing.modules)
         sync = RankSync(main_weights.values())
-        fidelity = _Fidelity(main_weights, sync, tells_rounding)
+        fidelity = _Fidelity(main_weights, sync)
         scratch, device = Scratch(), DeviceMerge()
         with progress_bar("merging", len(pending)) as advance:
             for name, layer in pending.items():
@@ -135,17 +135,6 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
 
     with torch.no_grad():  # once for all layers, because entering it takes longer than merging a small layer
         run_undisturbed(write, partial(_restore_all, listing), "merge")
-
-
-def has_rounding_to_tell(layers: Iterable[AdaptedWeights]) -> bool:
-    """Return whether a merge of these layers would log what rounding W' to 16 bits costs."""
-    mergeable = [layer for layer in layers if not layer.unmergeable_reason()]
-    weights = {layer: next(iter(layer.adapted_weights().values())) for layer in mergeable}
-    return any(_is_unreported(layer, weight) for layer, weight in weights.items())
-
-
-def _is_unreported(layer: AdaptedWeights, weight: torch.Tensor) -> bool:
-    return weight.dtype in HALF and not layer.lora.rounding_reported
 
 
 def unmerge(model: nn.Module) -> None:
@@ -347,20 +336,19 @@ def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
 
 
 class _Fidelity:
-    """Measure the cost of rounding W' to 16 bits: to tell it once, or at each merge where the record says so."""
+    """Measure the cost of rounding W' to 16 bits, to tell it once of each layer."""
 
-    def __init__(self, weights: Mapping[AdaptedWeights, torch.Tensor], sync: RankSync, tells: bool) -> None:
+    def __init__(self, weights: Mapping[AdaptedWeights, torch.Tensor], sync: RankSync) -> None:
         """Choose the layers to measure.
 
         Args:
             weights: the pending layers, each with the first of its weights.
             sync: sums over the ranks.
-            tells: log the cost of layers of which it was not logged yet.
         """
         self.weights = weights
-        in_16_bits = [layer for layer, weight in weights.items() if weight.dtype in HALF]
-        self.unreported = [layer for layer in in_16_bits if tells and _is_unreported(layer, weights[layer])]
-        self.layers = {*self.unreported, *(layer for layer in in_16_bits if layer.lora.injection.measures_rounding)}
+        self.layers = {
+            each for each, weight in weights.items() if weight.dtype in HALF and not each.lora.rounding_reported
+        }
         self.sync = sync
         # By the share of this rank's part in the sum over ranks, and by the device on which the sums stay so long.
         self.metrics: dict[tuple[float, torch.device], MergeFidelity] = {}
@@ -379,7 +367,7 @@ class _Fidelity:
         return self.metrics[key].update
 
     def report(self) -> None:
-        """Record and log the share of the adapter that rounding loses; nothing while every B is zero. Collective."""
+        """Log the share of the adapter that rounding loses; nothing while every B is zero. Collective."""
         if not self.layers:
             return
         sums = [metric.sums() * share for (share, _), metric in self.metrics.items()]
@@ -389,11 +377,7 @@ class _Fidelity:
             return
         lost = math.sqrt(error / delta)
         for layer in self.layers:
-            layer.lora.injection.rounding = lost
-        for layer in self.unreported:
             layer.lora.rounding_reported = True
-        if not self.unreported:
-            return
         message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"
         tell(f"lightning_lora: {message}")
         if lost > WORST_FIDELITY:

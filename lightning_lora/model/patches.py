@@ -11,8 +11,8 @@ from torch import nn
 from ..errors import LoRAError
 
 
-def patch(module: Any, name: str, function: Callable[..., Any]) -> None:
-    """Replace a method of one module by function(module, previous, ...). In place; harmless when repeated.
+def patch(module: Any, name: str, function: Callable[..., Any], *arguments: Any) -> None:
+    """Replace a method of one module by function(module, previous, *arguments, ...). In place; harmless when repeated.
 
     The patch is a functools.partial, because a closure cannot be pickled and a copied closure acts on the original
     module.
@@ -20,8 +20,9 @@ def patch(module: Any, name: str, function: Callable[..., Any]) -> None:
     Args:
         module: the module.
         name: of the method.
-        function: called with the module, the earlier replacement of the method on this module (or None), and the
-            caller's arguments. It is a function of a module of this package, so that unpatch finds it.
+        function: called with the module, the earlier replacement of the method on this module (or None), `arguments`
+            and the caller's arguments. It is a function of a module of this package, so that unpatch finds it.
+        arguments: what the function needs.
 
     Raises:
         LoRAError: the module has no such method. Nobody would call the replacement, which would be noticed late.
@@ -33,7 +34,7 @@ def patch(module: Any, name: str, function: Callable[..., Any]) -> None:
             "newer lightning_lora."
         )
     if not is_patched(module, name, function):
-        setattr(module, name, functools.partial(function, module, vars(module).get(name)))
+        setattr(module, name, functools.partial(function, module, vars(module).get(name), *arguments))
 
 
 def is_patched(module: Any, name: str, function: Callable[..., Any]) -> bool:
@@ -63,7 +64,7 @@ def call_previous(module: Any, previous: Callable[..., Any] | None, name: str, *
 
 
 def _restore_method(module: Any, name: str) -> None:
-    _, previous = vars(module)[name].args
+    previous = vars(module)[name].args[1]
     delattr(module, name)
     if previous is not None:
         setattr(module, name, previous)

@@ -100,6 +100,10 @@ class Targets:
             )
             self.unmatched = {reason: True}
 
+    def is_empty(self) -> bool:
+        """Return whether the options name nothing that is trained."""
+        return not (self.layers or self.parameters or self.tables or self.saved)
+
     def names(self) -> set[str]:
         """Return the names of all layers and single parameters to adapt."""
         return {*self.layers, *self.parameters}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -68,40 +67,6 @@ def copy_to_optimizer_(optimizers: Iterable[Any]) -> None:
     for optimizer in optimizers:
         if _groups_of(optimizer) is not None:
             states_of(optimizer).write_values_({id(each): detached(each) for each in held_parameters(optimizer)})
-
-
-def is_stepping(optimizer: Any) -> bool:
-    """Return whether the next call of step changes the parameters. DeepSpeed accumulates gradients by itself."""
-    boundary = getattr(optimizer, "is_gradient_accumulation_boundary", True)  # older DeepSpeed: an attribute
-    return bool(boundary() if callable(boundary) else boundary)
-
-
-@contextmanager
-def with_whole_gradients(optimizer: Any) -> Iterator[None]:
-    """Let parameters have their gradients inside the block. DeepSpeed keeps parts of them elsewhere. Collective."""
-    parameters = held_parameters(optimizer) if _groups_of(optimizer) is not None else []
-    before = [parameter.grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            _set_gradient_(parameter, _whole_gradient(optimizer, parameter).to(parameter.dtype))
-        yield
-    finally:
-        for parameter, gradient in zip(parameters, before, strict=True):
-            _set_gradient_(parameter, gradient)
-
-
-def _whole_gradient(optimizer: Any, parameter: Any) -> torch.Tensor:
-    """Return the gradient of a parameter that DeepSpeed trains. Collective."""
-    whole = optimizer.get_fp32_grad_for_param(parameter) if is_flat(parameter) else parameter.get_full_hp_grad()
-    return cast(torch.Tensor, whole)
-
-
-def _set_gradient_(parameter: nn.Parameter, gradient: torch.Tensor | None) -> None:
-    """Set a gradient, which torch wants to have the shape of the parameter: a divided parameter is empty. In place."""
-    own = parameter.data
-    if gradient is not None:
-        parameter.data = own.new_empty(1).expand(gradient.shape)
-    parameter.grad, parameter.data = gradient, own
 
 
 def states_of(optimizer: Any, order: Sequence[Group] = ()) -> ZeroStates:

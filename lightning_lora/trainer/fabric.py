@@ -14,11 +14,3 @@ def refuse_callback(config: LoRAConfig) -> None:
         f"write `inject(model, LoRAConfig({options}))` before fabric.setup, `with merged(model):` around an "
         "evaluation, and `save_adapter(model, path)` to save. examples/fabric.py shows fabric.save and fabric.load too."
     )
-
-
-def refuse_monitor() -> None:
-    """Raise LoRAError for a LoRAMonitor in Fabric's list."""
-    raise LoRAError(
-        "LoRAMonitor: Fabric calls no hook of a Trainer, so this callback does nothing in its list. Take it out, and "
-        "log what `adapter_stats(model)` returns."
-    )

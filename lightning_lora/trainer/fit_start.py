@@ -61,7 +61,7 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options, logged: Log
     record = handle.record
     if not record.fingerprint:
         record.fingerprint = fingerprint_of(open_state(handle))
-    record.merged_eval, record.last_merge = options.merged_eval, None
+    record.merged_eval = options.merged_eval
     if trainer.loggers:
         own = {name: getattr(options, name) for name in LOGGED}
         logged.add(handle.model, as_hyperparameters(record.config, **own))

@@ -1,25 +1,47 @@
-"""What LoRACallback does in setup: adapt the LightningModule, and patch those of its methods that no hook reaches."""
+"""What LoRACallback does in setup: adapt the LightningModule's layers, those that exist and those that it builds later.
+
+Lightning calls the callbacks' setup, the module's setup and its configure_model, in this order. So one patch, of the
+last method that the module has, finds what each of them has built.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from ..config import LoRAConfig
 from ..model.adapted_model import AdaptedModel, Listing, find_model
-from ..model.inject import begin_injection, random_seed
+from ..model.initial_values import snapshot_initial
+from ..model.inject import adapt_new_layers, begin_injection, finish_injection, random_seed
+from ..model.injection import Injection
+from ..model.patches import call_previous, patch, unpatch_method
 from ..model.quantise import quantise_
 from ..model.rebuilt_modules import adopt_layers
+from ..model.targets import Targets
 from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_only
 from .checkpoint_hooks import save_as
 from .checkpoint_options import complete_options, options_in_checkpoint, refuse_folder_for_checkpoint
 from .cli_optimizer import adapt_cli_optimizer
 from .compatibility import refuse_composition, refuse_other_options
+from .deepspeed import outside_zero_init
+from .lightning_packages import is_overridden
 from .options import Options, seed_text
-from .precision import convert_linear_layers_, leave_out_of_ddp_, refuse_for_quantised, refuse_late_conversion
+from .precision import (
+    convert_linear_layers_,
+    leave_out_of_ddp_,
+    naming_uneven_shards,
+    refuse_for_quantised,
+    refuse_late_conversion,
+)
+
+BUILDERS = ("configure_model", "setup")  # the last that Lightning calls first
 
 
-def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedModel | None:
-    """Adapt what exists, before the optimizer is built and the strategy wraps; patch the module's hooks. In place.
+def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
+    """Adapt the module before the optimizer is built and the strategy wraps; patch the module's hooks. In place.
+
+    A module that an earlier fit merged for good is evaluated as it is.
 
     Args:
         trainer: in its setup.
@@ -27,46 +49,103 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedMo
         options: the LoRACallback.
         stage: "fit", "validate", "test" or "predict".
 
-    Returns:
-        The handle of the adapted module; None for one that an earlier fit merged for good, evaluated as it is.
-
     Raises:
         LoRAError: the Trainer, its callbacks or the model do not go with these options.
     """
-    handle = find_model(module)
-    refuse_composition(trainer, options, injected=handle is not None)
+    is_injected = find_model(module) is not None
+    refuse_composition(trainer, options, injected=is_injected)
     refuse_folder_for_checkpoint(trainer)
     if is_merged_for_good(module):
-        if handle is None and stage != "fit":
+        if not is_injected and stage != "fit":
             load_plain_weights_only(module)
-            return None
+            return
         forget_merging(module)
-    saved = options_in_checkpoint(trainer) if handle is None else None
+    saved = None if is_injected else options_in_checkpoint(trainer)
     seed, saved = trainer.strategy.broadcast((random_seed(), saved))  # also where this process alone is injected
+    config = options.config if saved is None else complete_options(options.config, options.given, saved)
+    adapt_cli_optimizer(module)
+    _adapt_now(module, options, config, seed)
+    if (handle := find_model(module)) is not None:
+        refuse_for_quantised(handle, trainer)
+
+
+def _adapt_now(module: nn.Module, options: Options, config: LoRAConfig, seed: str) -> None:
+    """Adapt the layers that exist now, or adopt an earlier injection; patch the method that may build others. In place.
+
+    Args:
+        module: the LightningModule.
+        options: the LoRACallback.
+        config: the options of a new injection.
+        seed: for adapters whose options give none.
+    """
+    stop_adapting(module)  # of a run that an exception ended
+    last = next((name for name in BUILDERS if is_overridden(name, module)), None)
+    handle = find_model(module)
     if handle is None:
-        config = options.config if saved is None else complete_options(options.config, options.given, saved)
-        handle = _inject(module, options, config, seed)
+        handle = _inject(module, options, config, seed, is_complete=last is None)
     else:
         _adopt(handle, options)
-    adapt_cli_optimizer(module)
-    refuse_for_quantised(handle, trainer)
-    leave_out_of_ddp_(handle)
-    save_as(handle, options.save, options.dequantize)
-    return handle
+    _prepare_copies(handle, options)
+    if last is not None:
+        patch(module, last, _build_and_adapt, last, options, config, seed)
+    elif handle is not None and not handle.record.validated:
+        finish_injection(handle)
 
 
-def _inject(module: Any, options: Options, config: LoRAConfig, seed: str) -> AdaptedModel:
-    """Inject the module with the options of `config`, and return its handle. In place.
+def stop_adapting(module: nn.Module) -> None:
+    """Take the patch out. It stays for the whole setup, because WeightAveraging calls configure_model early."""
+    for name in BUILDERS:
+        unpatch_method(module, name, _build_and_adapt)
 
-    `seed` is for adapters whose options give none.
-    """
+
+def _build_and_adapt(
+    module: nn.Module,
+    previous: Any,
+    name: str,
+    options: Options,
+    config: LoRAConfig,
+    seed: str,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Adapt what was built before, call the method of this name, which may shard it, and adapt what that built."""
+    _adapt_built(module, options, config, seed, is_complete=False)
+    with naming_uneven_shards(Listing(module)):
+        call_previous(module, previous, name, *args, **kwargs)
+    _adapt_built(module, options, config, seed, is_complete=True)
+
+
+def _adapt_built(module: nn.Module, options: Options, config: LoRAConfig, seed: str, *, is_complete: bool) -> None:
+    """Adapt the layers that are not adapted yet; where all layers are there, check that each option names something."""
+    with outside_zero_init():
+        handle = find_model(module)
+        if handle is None:
+            handle = _inject(module, options, config, seed, is_complete=is_complete)
+        else:
+            if handle.record.validated:  # by an earlier run, or by the user's method
+                _adopt(handle, options)
+            convert_linear_layers_(handle)
+            if handle.record.quantize is not None:
+                quantise_(handle, handle.record.quantize, handle.record.config)
+            adapt_new_layers(handle)
+        _prepare_copies(handle, options)
+        if handle is not None and is_complete:
+            snapshot_initial(handle)
+            finish_injection(handle)
+
+
+def _inject(
+    module: nn.Module, options: Options, config: LoRAConfig, seed: str, *, is_complete: bool
+) -> AdaptedModel | None:
+    """Inject the layers that exist; where more may follow and none is named yet, return None. In place."""
     listing = Listing(module)
     convert_linear_layers_(listing)
     if options.quantize is not None:
         quantise_(listing, options.quantize, config)
-    handle = begin_injection(listing, config, seed=seed_text(options) or seed, given=options.given)
-    handle.record.quantize = options.quantize
-    return handle
+    if not is_complete and Targets(listing.modules, config).is_empty():
+        return None
+    record = Injection(config, given=options.given, quantize=options.quantize, seed=seed_text(options) or seed)
+    return begin_injection(listing, record)
 
 
 def _adopt(handle: AdaptedModel, options: Options) -> None:
@@ -74,3 +153,10 @@ def _adopt(handle: AdaptedModel, options: Options) -> None:
     adopt_layers(handle)
     refuse_late_conversion(handle)
     refuse_other_options(handle.record, options.config, options.given, seed_text(options))
+
+
+def _prepare_copies(handle: AdaptedModel | None, options: Options) -> None:
+    """Let DDP and checkpoints take what they can take of an injected module. In place."""
+    if handle is not None:
+        leave_out_of_ddp_(handle)
+        save_as(handle, options.save, options.dequantize)

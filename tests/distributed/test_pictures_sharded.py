@@ -17,8 +17,8 @@ from support.sharded import TARGETS, Plain, Sharded, data, loader, make_trainer,
 pytestmark = pytest.mark.slow
 
 
-class Board(Logger):
-    """A logger that takes figures, as TensorBoard's."""
+class TensorBoardLogger(Logger):
+    """Stands in for Lightning's."""
 
     name, version = "board", 0
 
@@ -44,7 +44,7 @@ def norms_of(figure: Any) -> list[float]:
 
 def fitted(path: Path, strategy: str) -> list[tuple[str, list[float]]]:
     """Title and values of the heat map that was logged, on rank 0, and of that of the checkpoint, on all ranks."""
-    board, monitor = Board(), LoRAMonitor(every_n_steps=0)
+    board, monitor = TensorBoardLogger(), LoRAMonitor(every_n_steps=0)
     callback = LoRACallback(r=2, target_modules=TARGETS)
     saved = ModelCheckpoint(path / "checkpoints", save_last=True, save_top_k=0)
     options = {"logger": board, "max_epochs": 1, "enable_checkpointing": True}

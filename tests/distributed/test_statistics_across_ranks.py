@@ -184,8 +184,8 @@ def test_a_run_on_two_ranks_logs_what_one_process_logs(tmp_path: Path, kind: str
             assert row == pytest.approx(other, rel=1e-3)
 
 
-class Figures(CSVLogger):
-    """A logger that takes figures on every rank, though the first alone has any."""
+class TensorBoardLogger(CSVLogger):
+    """Stands in for Lightning's. It takes figures on every rank, though the first alone has any."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, name=None, version="figures")
@@ -208,7 +208,7 @@ def pictures(path: Path, kind: str) -> list[str]:
     size = dist.get_world_size()
     options = {"strategy": STRATEGIES[kind](size), "devices": size, "max_epochs": 1}
     trainer = make_trainer(path, LoRAMonitor(0), lora(init_lora_weights=False, seed=1), **options)
-    trainer.logger = Figures(path)
+    trainer.logger = TensorBoardLogger(path)
     trainer.fit((Sharded if kind == "FSDP2" else Plain)(), *data())
     return trainer.logger.drawn
 

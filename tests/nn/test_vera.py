@@ -162,9 +162,10 @@ def test_layers_that_come_later_and_are_larger_fit(tmp_path):
     """As a Trainer's configure_model builds them after the others were adapted."""
     from lightning_lora.model.adapted_model import Listing, open_model
     from lightning_lora.model.inject import adapt_new_layers, begin_injection, finish_injection
+    from lightning_lora.model.injection import Injection
 
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
-    begin_injection(Listing(model), LoRAConfig(variant="vera", r=2, target_modules=["0", "2"]))
+    begin_injection(Listing(model), Injection(LoRAConfig(variant="vera", r=2, target_modules=["0", "2"])))
     model.append(nn.Linear(3, 20))
     handle = open_model(model, "test")
     adapt_new_layers(handle)

@@ -25,7 +25,8 @@ SPEAKERS = {  # what says something to a user, and the kind of message that it i
     "console.print": "printed",
 }
 SAYS = re.compile(
-    r"(^|\.)(rank_zero_(?!only)\w+|warn|warn_explicit|warning|print|add_note)$|^(log|logger|logging)\.(?!get)"
+    r"(^|\.)(rank_zero_(?!only)\w+|warn|warn_explicit|warning|print|add_note)$|"
+    r"^(log|logger|logging)\.(?!get|log_metrics|experiment)"
 )
 RESULTS = {  # what is shown is no message, but what was asked for
     "command/printing, print_lines": "what a verb returns",

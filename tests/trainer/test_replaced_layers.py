@@ -173,15 +173,3 @@ def test_a_layer_that_a_hook_wraps_is_still_there(tmp_path):
     model = trained(tmp_path, Net(), At("on_fit_start", wrap), lora(), At("on_train_start", lambda trainer, _: None))
     assert isinstance(model.head, nn.Sequential)
     make_trainer(tmp_path, lora()).test(model, Data(), verbose=False)
-
-
-def test_what_setup_makes_of_adapted_layers_is_warned_of(tmp_path):
-    """A program may build whatever it likes there, so that is no error; but the adapters are not where they were."""
-
-    class ConvertsInSetup(Net):
-        def setup(self, stage: str) -> None:
-            replace(self, "body.3")
-
-    callback = lora(target_modules="all-linear")
-    with pytest.warns(UserWarning, match=r"setup replaced .*: 'body\.3' \(now a .*Converted\);"):
-        make_trainer(tmp_path, callback).fit(ConvertsInSetup(), Data())

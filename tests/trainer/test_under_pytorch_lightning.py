@@ -62,7 +62,7 @@ LIVES = {
     "trainer/test_checkpoint_options": ["test_checkpoint_is_found_however_the_trainer_is_told"],
     "trainer/test_resume": ["test_run_resumed_with_another_kind_equals_the_uninterrupted_one"],
     "trainer/test_saving": ["test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run"],
-    "trainer/test_log_statistics": [
+    "test_monitor_statistics": [
         "test_csv_columns_have_the_numbers_of_every_nth_step",
         "test_training_is_the_same_and_nothing_else_sees_the_statistics",
         "test_each_of_several_optimizers_logs_the_layers_that_it_holds_once_a_batch",

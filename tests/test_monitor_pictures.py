@@ -1,10 +1,8 @@
-"""LoRAMonitor(plots=True): pictures in loggers that take figures, when fit ends."""
+"""LoRAMonitor(plots=True): pictures in TensorBoardLoggers, when fit ends."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -14,18 +12,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_lora import (
-    LoRAConfig,
     LoRAError,
     LoRAMonitor,
     adapter_stats,
-    inject,
     plot_adapter,
     save_adapter,
     summary,
 )
 from lightning_lora.report import pictures
-from lightning_lora.trainer.log_plots import log_plots, tell_of_no_logger
-from support.notices import lightning_logger
 from support.runs import lora
 from support.training import Data, Net, make_trainer
 
@@ -40,8 +34,8 @@ class Board:
         self.figures.append((tag, figure, global_step))
 
 
-class Figures(Logger):
-    """A logger that takes figures."""
+class TensorBoardLogger(Logger):
+    """Stands in for Lightning's, which needs tensorboard. Both packages of Lightning have one, so names count."""
 
     name, version = "figures", 0
 
@@ -67,7 +61,7 @@ def fit(path: Path, callbacks: list[L.Callback], *loggers: Logger, net: Net | No
 
 
 def test_heat_map_and_spectra_of_the_trained_adapter_are_added_at_the_last_step(tmp_path: Path):
-    logger = Figures()
+    logger = TensorBoardLogger()
     net = fit(tmp_path, [lora(), pictures_alone()], logger, CSVLogger(tmp_path))
     (norms, figure, step), (spectra, _, _) = logger.experiment.figures
     assert (norms, spectra, step) == ("lora/norms", "lora/spectra", net.trainer.global_step)
@@ -81,7 +75,7 @@ def test_heat_map_and_spectra_of_the_trained_adapter_are_added_at_the_last_step(
 @pytest.mark.parametrize("save", ["adapter", "merged", "full"])
 def test_the_command_draws_the_same_of_the_runs_checkpoint(tmp_path: Path, save: Any):
     """Titles, names and values of the logger's pictures; the summary and the scalars have the same names."""
-    board, scalars = Figures(), CSVLogger(tmp_path / "logs", "", "")
+    board, scalars = TensorBoardLogger(), CSVLogger(tmp_path / "logs", "", "")
     net = Net()
     torch.save(net.state_dict(), tmp_path / "base.pt")
     checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_top_k=0)
@@ -110,51 +104,9 @@ def content_of(axes: Any) -> list[Any]:
 
 
 def test_nothing_is_drawn_by_default(tmp_path: Path):
-    logger = Figures()
+    logger = TensorBoardLogger()
     fit(tmp_path, [lora()], logger)
     assert logger.experiment.figures == []
-
-
-class Trains(Net):
-    """Says when its first batch comes."""
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        logging.getLogger(lightning_logger()).info("training")
-
-
-def test_a_hint_is_given_before_training_where_no_logger_takes_figures(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    with caplog.at_level(logging.INFO, lightning_logger()):
-        fit(tmp_path, [lora(), pictures_alone()], CSVLogger(tmp_path), net=Trains())
-    order = [message for message in caplog.messages if "LoRAMonitor: plots" in message or message == "training"]
-    assert "LoRAMonitor: plots" in order[0]
-    (hint,) = [message for message in caplog.messages if "LoRAMonitor: plots" in message]
-    assert hint == (
-        "LoRAMonitor: plots: no logger of this Trainer takes figures, as TensorBoardLogger does; "
-        "plot_adapter(model, output='adapter.png') draws them."
-    )
-
-
-def test_no_hint_is_given_where_a_logger_takes_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.INFO, lightning_logger()):
-        fit(tmp_path, [lora(), pictures_alone()], CSVLogger(tmp_path), Figures())
-        fit(tmp_path, [lora()], CSVLogger(tmp_path))
-    assert not [message for message in caplog.messages if "LoRAMonitor: plots" in message]
-
-
-def test_the_first_rank_alone_draws_and_gives_hints(caplog: pytest.LogCaptureFixture):
-    net = Net()
-    inject(net, LoRAConfig(r=2, target_modules=["head"], init_lora_weights=False))
-    for is_first in (False, True):
-        board, logger = Figures(), CSVLogger("unused")
-        trainers = [SimpleNamespace(is_global_zero=is_first, loggers=[each], global_step=3) for each in (board, logger)]
-        with caplog.at_level(logging.INFO, lightning_logger()):
-            for trainer in trainers:
-                log_plots(trainer, net)
-                tell_of_no_logger(trainer)
-        assert len(board.experiment.figures) == 2 * is_first
-        assert sum("LoRAMonitor: plots" in message for message in caplog.messages) == is_first
 
 
 class Diverges(Net):
@@ -166,7 +118,7 @@ class Diverges(Net):
 
 
 def test_a_diverged_run_ends_with_a_picture_that_names_the_layer(tmp_path: Path):
-    logger = Figures()
+    logger = TensorBoardLogger()
     fit(tmp_path, [lora(save="adapter"), pictures_alone()], logger, net=Diverges())
     assert logger.experiment.figures[0][1].get_suptitle() == "1 update of 3 not finite, first body.N of layer 3"
 
@@ -175,29 +127,19 @@ def test_what_cannot_be_measured_is_a_warning_and_the_fit_ends(tmp_path: Path, m
     def fails(module: Any) -> Any:
         raise LoRAError("nothing to draw")
 
-    monkeypatch.setattr("lightning_lora.trainer.log_plots.updates_of_model", fails)
+    monkeypatch.setattr("lightning_lora.monitor.updates_of_model", fails)
     with pytest.warns(UserWarning, match="LoRAMonitor: plots: nothing to draw"):
-        fit(tmp_path, [lora(), pictures_alone()], Figures())
+        fit(tmp_path, [lora(), pictures_alone()], TensorBoardLogger())
 
 
-def test_a_missing_matplotlib_is_told_before_training_and_costs_the_pictures_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    monkeypatch.setattr("lightning_lora.monitor.log_plots", None)  # nothing is measured for them
-    logger = Figures()
-    with caplog.at_level(logging.INFO, lightning_logger()):
-        fit(tmp_path, [lora(), LoRAMonitor()], logger, net=Trains())
-    told = [message for message in caplog.messages if "plots" in message or message == "training"]
-    needs = "LoRAMonitor: plots: needs matplotlib; pip install matplotlib. This fit ends without pictures."
-    assert told == [needs, *["training"] * 3]
-    assert logger.experiment.figures == []
-
-
-def test_updates_are_not_measured_where_no_logger_takes_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lightning_lora.monitor.log_plots", None)
-    fit(tmp_path, [lora(), LoRAMonitor()], CSVLogger(tmp_path))
-    fit(tmp_path, [lora(), LoRAMonitor(plots=False)], Figures())
+@pytest.mark.parametrize("case", ["another logger", "not wished", "no matplotlib"])
+def test_updates_are_not_measured_where_nothing_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str):
+    monkeypatch.setattr("lightning_lora.monitor.updates_of_model", None)
+    monkeypatch.setattr("lightning_lora.monitor.record_norms", None)
+    if case == "no matplotlib":
+        monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    logger = CSVLogger(tmp_path) if case == "another logger" else TensorBoardLogger()
+    fit(tmp_path, [lora(), LoRAMonitor(plots=case != "not wished")], logger)
 
 
 def test_plots_is_true_or_false():
@@ -207,10 +149,10 @@ def test_plots_is_true_or_false():
 
 def test_tensorboard_holds_both_pictures(tmp_path: Path):
     pytest.importorskip("tensorboard")
-    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch import loggers
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logger = TensorBoardLogger(tmp_path)
+    logger = loggers.TensorBoardLogger(tmp_path)
     fit(tmp_path, [lora(), pictures_alone()], logger)
     events = EventAccumulator(logger.log_dir)
     events.Reload()

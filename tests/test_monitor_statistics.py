@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
+import lightning_lora.monitor
 from lightning_lora import LoRAMonitor, adapter_stats
-from lightning_lora.metrics import StepStatistic
-from lightning_lora.trainer import log_statistics
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import lora
 from support.training import Data, Net, make_trainer, weights
@@ -30,7 +28,11 @@ Rows = dict[int, dict[str, float]]  # columns of lora/ that are filled, by step
 def read(path: Path) -> Rows:
     rows = csv.DictReader((path / "metrics.csv").read_text().splitlines())
     filled = ((int(row["step"]), {k: float(v) for k, v in row.items() if v and k.startswith("lora/")}) for row in rows)
-    return {step: values for step, values in filled if values}
+    found: Rows = {}
+    for step, values in filled:
+        if values:
+            found.setdefault(step, {}).update(values)
+    return found
 
 
 def fit(path: Path, model: L.LightningModule, *callbacks: L.Callback, resume: Any = None, **options: Any) -> L.Trainer:
@@ -94,8 +96,7 @@ def test_csv_columns_have_the_numbers_of_every_nth_step(tmp_path: Path):
     rows = read(tmp_path)
     assert list(rows) == [1, 3, 5, 7]  # the rows of the 2nd, 4th, ... step, as Lightning numbers them
     for step, before in ((2, None), (4, 2), (6, 4), (8, 6)):
-        given = {name: value for name, value in rows[step - 1].items() if name != "lora/merge_seconds"}
-        assert given == pytest.approx(probe.row(step, before), rel=1e-5)
+        assert rows[step - 1] == pytest.approx(probe.row(step, before), rel=1e-5)
 
 
 class Progress(L.Callback):
@@ -121,17 +122,14 @@ def test_training_is_the_same_and_nothing_else_sees_the_statistics(tmp_path: Pat
     assert read(tmp_path / "without") == {}
 
 
-@pytest.mark.parametrize(("every", "options"), [(0, {}), (1, {"log_every_n_steps": 0})])
-def test_where_nothing_is_logged_nothing_is_computed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, options: Any
-):
-    monkeypatch.setattr(log_statistics, "layer_stats", None)
-    fit(tmp_path, Net(), lora(), monitor(every), **options)
+def test_where_nothing_is_logged_nothing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lightning_lora.monitor, "layer_stats", None)
+    fit(tmp_path, Net(), lora(), monitor(0))
 
 
 def test_steps_between_do_not_look_at_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(log_statistics, "find_model", None)
-    monkeypatch.setattr(log_statistics, "reshard_", None)
+    monkeypatch.setattr(lightning_lora.monitor, "open_model", None)
+    monkeypatch.setattr(lightning_lora.monitor, "reshard_", None)
     fit(tmp_path, Net(), lora(), monitor(4))
 
 
@@ -140,8 +138,7 @@ def test_accumulated_batches_are_one_step(tmp_path: Path):
     fit(tmp_path, Net(), lora(), monitor(2), probe, max_epochs=4, accumulate_grad_batches=3)
     assert list(read(tmp_path)) == [1, 3]
     assert len(probe.steps) == 4
-    given = {name: value for name, value in read(tmp_path)[3].items() if name != "lora/merge_seconds"}
-    assert given == pytest.approx(probe.row(4, 2), rel=1e-5)
+    assert read(tmp_path)[3] == pytest.approx(probe.row(4, 2), rel=1e-5)
 
 
 class TwoOptimizers(Net):
@@ -175,11 +172,11 @@ def test_each_of_several_optimizers_logs_the_layers_that_it_holds_once_a_batch(t
     assert [sum(name.endswith("cosine") for name in row) for row in rows.values()] == [0, 2, 2]
 
 
-def test_a_trial_of_a_few_batches_computes_statistics_though_no_step_is_written(tmp_path: Path, monkeypatch):
+def test_a_trial_of_a_few_batches_computes_statistics_though_nothing_is_written(tmp_path: Path, monkeypatch):
     """So that what would fail in the run fails in the trial."""
     calls: list[Any] = []
-    compute = log_statistics.layer_stats
-    monkeypatch.setattr(log_statistics, "layer_stats", lambda *args: calls.append(args) or compute(*args))
+    compute = lightning_lora.monitor.layer_stats
+    monkeypatch.setattr(lightning_lora.monitor, "layer_stats", lambda *args: calls.append(args) or compute(*args))
     fit(tmp_path, Net(), lora(), monitor(1), fast_dev_run=2, log_every_n_steps=50)
     assert len(calls) == 2
 
@@ -214,70 +211,23 @@ class Lbfgs(Net):
 
 def test_a_step_with_several_closures_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[Any] = []
-    layer_stats = log_statistics.layer_stats
-    monkeypatch.setattr(log_statistics, "layer_stats", lambda *args: calls.append(args) or layer_stats(*args))
+    compute = lightning_lora.monitor.layer_stats
+    monkeypatch.setattr(lightning_lora.monitor, "layer_stats", lambda *args: calls.append(args) or compute(*args))
     fit(tmp_path, Lbfgs(), lora(init_lora_weights=False), monitor(1), probe := Probe())
     assert len(probe.steps) > 3
     assert len(calls) == len(read(tmp_path)) == 3
     assert read(tmp_path)[0]["lora/head/grad_A"] == pytest.approx(_norm(probe.steps[0]["head"][2][0]), rel=1e-6)
 
 
-def test_steps_that_the_trainer_does_not_write_are_warned_of_and_left_out(tmp_path: Path):
-    with pytest.warns(UserWarning, match=r"every_n_steps=2, but the Trainer writes to .* log_every_n_steps=3 divides"):
-        fit(tmp_path, Net(), lora(), monitor(2), max_epochs=4, log_every_n_steps=3)
-    assert list(read(tmp_path)) == [5, 11]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        fit(tmp_path / "multiple", Net(), lora(), monitor(4), max_epochs=4, log_every_n_steps=2)
-    assert list(read(tmp_path / "multiple")) == [3, 7, 11]
-
-
-def test_between_two_logged_steps_nothing_is_repeated(tmp_path: Path):
-    fit(tmp_path, Net(), lora(), monitor(3), max_epochs=1, limit_val_batches=0)
-    (row,) = read(tmp_path).values()
-    assert set(row) == {f"lora/{g}/{name}" for g in GROUPS for name in OF_GROUP[:4]}
+@pytest.mark.parametrize("interval", [0, 1, 2, 50])
+def test_steps_are_the_monitors_own_whatever_the_trainer_writes_and_each_is_written_once(tmp_path: Path, interval: int):
+    fit(tmp_path, Net(), lora(), monitor(3), max_epochs=2, log_every_n_steps=interval)
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
-    assert len(rows) == 1
-
-
-class Cost(L.Callback):
-    """Keeps what rounding the merged weights costs, in each validation, from copies of the weights."""
-
-    def __init__(self) -> None:
-        self.costs: list[float] = []
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.layers = [m for m in pl_module.modules() if hasattr(m, "lora_A")]
-        self.base = [layer.weight.detach().double().clone() for layer in self.layers]
-
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        deltas = [m.lora.spec.scaling * m.lora_B.detach().double() @ m.lora_A.detach().double() for m in self.layers]
-        merged = [layer.weight.detach().double() for layer in self.layers]
-        lost = [m - w - d for m, w, d in zip(merged, self.base, deltas, strict=True)]
-        if not self.costs or args[2] == 0:
-            self.costs.append(_norm(lost) / _norm(deltas))
-
-
-@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs")
-def test_merges_tell_their_seconds_and_what_16_bits_lose_each_time(tmp_path: Path, caplog):
-    cost = Cost()
-    with caplog.at_level("INFO", logger="lightning_lora"):
-        fit(tmp_path, Net(), lora(), monitor(3), cost, max_epochs=4, precision="bf16-true")
-    rows = read(tmp_path)
-    assert list(rows) == [2, 5, 8, 11]
-    assert "lora/fidelity" not in rows[2]
-    given = [row["lora/fidelity"] for step, row in rows.items() if step > 2]
-    assert given == pytest.approx(cost.costs[:3], rel=1e-6)
-    assert len(set(given)) == 3
-    assert all(0 < row["lora/merge_seconds"] < 10 for step, row in rows.items() if step > 2)
-    assert sum("rounding costs" in message for message in caplog.messages) == 1
-
-
-def test_float32_models_have_no_fidelity_and_unmerged_evaluations_no_seconds(tmp_path: Path):
-    fit(tmp_path / "merged", Net(), lora(), monitor(3), max_epochs=2)
-    fit(tmp_path / "not", Net(), lora(merged_eval=False), monitor(3), max_epochs=2)
-    found = [{name for row in read(tmp_path / run).values() for name in row} for run in ("merged", "not")]
-    assert found[0] - found[1] == {"lora/merge_seconds"}
+    ours = [row for row in rows if any(row[name] for name in row if name.startswith("lora/"))]
+    assert [int(row["step"]) for row in ours] == [2, 5]
+    assert {name for name in ours[0] if ours[0][name]} - {"step", "epoch"} == {
+        f"lora/{group}/{name}" for group in GROUPS for name in OF_GROUP[:4]
+    }
 
 
 def test_a_resumed_run_goes_on_with_the_same_numbers_and_begins_cosines_anew(tmp_path: Path):
@@ -287,10 +237,8 @@ def test_a_resumed_run_goes_on_with_the_same_numbers_and_begins_cosines_anew(tmp
     whole, second = read(tmp_path / "whole"), read(tmp_path / "second")
     assert list(second) == [3, 4, 5]
     for step, row in second.items():
-        expected = {n: v for n, v in whole[step].items() if n != "lora/merge_seconds"}
-        if step == 3:
-            expected = {n: v for n, v in expected.items() if not n.endswith("cosine")}
-        assert {n: v for n, v in row.items() if n != "lora/merge_seconds"} == expected
+        expected = {n: v for n, v in whole[step].items() if step > 3 or not n.endswith("cosine")}
+        assert row == expected
 
 
 class Diverges(Net):
@@ -322,7 +270,7 @@ def test_a_trainer_in_a_hook_leaves_what_the_outer_one_logs(tmp_path: Path):
     fit(tmp_path, Net(), *callbacks, Validates(tmp_path / "inner", *callbacks), max_epochs=2)
     assert list(read(tmp_path)) == [1, 3, 5]
     assert all("lora/head/norm" in row for row in read(tmp_path).values())
-    assert callbacks[1]._statistics.runs == {}
+    assert all("lora/head/cosine" in row for step, row in read(tmp_path).items() if step > 1)
 
 
 def test_numbers_are_those_of_the_function_on_a_plain_model(tmp_path: Path):
@@ -335,11 +283,3 @@ class Reads(L.Callback):
         groups = adapter_stats(pl_module).groups
         values = {f"lora/{g}/{n}": v for g, s in groups.items() for n, v in s.to_dict().items()}
         pl_module.seen.append(values)
-
-
-def test_metric_gives_the_number_of_a_step_and_computes_the_mean():
-    metric = StepStatistic()
-    assert [float(metric(value)) for value in (1.0, 4.0)] == [1.0, 4.0]
-    assert float(metric.compute()) == 2.5
-    metric.reset()
-    assert float(metric(3.0)) == float(metric.compute()) == 3.0
