@@ -175,7 +175,7 @@ class LoRACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt layers before the optimizer is built and the strategy wraps; patch the methods that build others."""
-        prepare_strategy(trainer.strategy)
+        prepare_strategy(trainer.strategy, self.save)
         handle = set_up(trainer, pl_module, self, stage)
         if handle is not None:
             adapt_late_layers(handle)
