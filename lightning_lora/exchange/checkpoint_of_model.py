@@ -403,9 +403,10 @@ def _check_values(live: LiveState, state: Mapping[str, Any]) -> None:
                 "quantize_base and fully_shard, and after them only an adapter or a merged checkpoint."
             )
     for name, tensor in live.tensors.items():
-        if tensor is not None and name in state and state[name].shape != whole_shape(tensor):
-            shapes = f"must have shape {tuple(whole_shape(tensor))}, but has {tuple(state[name].shape)}"
-            raise LoRAError(f"checkpoint: {name!r} {shapes}.")
+        value = state.get(name)
+        if tensor is not None and value is not None and value.shape != whole_shape(tensor):
+            shape = tuple(whole_shape(tensor))
+            raise LoRAError(f"checkpoint: {name!r} must have shape {shape}, but has {tuple(value.shape)}.")
 
 
 def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:

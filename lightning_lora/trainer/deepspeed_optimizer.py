@@ -196,4 +196,4 @@ def _is_divided(value: Any) -> bool:
 
 def _copy(value: Any) -> Any:
     """Return a state for one parameter. With one tensor for all of them AdamW would count each step several times."""
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value

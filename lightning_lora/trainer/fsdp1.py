@@ -5,10 +5,8 @@ tensors of several dtypes, and would keep gradients of frozen weights beside tra
 outside of the flat tensors: whole on each rank, as under DDP, with gradients that are averaged here.
 
     the model     W in slices: found anew for each use, because FSDP1 replaces the memory of a slice
-    checkpoints   as one device writes them, or a folder of shards with the names of parameters
-    optimizers    whole states, except of weights that were unfrozen later
-
-torch's own optim_state_dict is not used: with offload_to_cpu on a CPU it gives exp_avg for exp_avg_sq.
+    optimizers    whole states, because all that they train is whole
+    checkpoints   as one device writes them, see one_file.py
 """
 
 from __future__ import annotations
