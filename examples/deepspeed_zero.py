@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO on two processes: trained, evaluated merged, saved as a folder that one process loads.
+"""DeepSpeed's ZeRO on two processes: trained, evaluated merged, saved as a file that one process loads.
 
 pip install -e ".[examples,deepspeed]"
 python examples/deepspeed_zero.py
@@ -99,16 +99,16 @@ if __name__ == "__main__":  # each of the two processes runs all of this
     )
     before = trainer.validate(model, validate, verbose=False)[0]["loss"]
     trainer.fit(model, train)
-    folder = RUNS / f"deepspeed_stage_{stage}.ckpt"
-    trainer.save_checkpoint(folder)  # every process calls it, and writes its part of DeepSpeed's own files
+    file = RUNS / f"deepspeed_stage_{stage}.ckpt"
+    trainer.save_checkpoint(file)  # every process calls it, and sends its part to the first, which writes
     after = trainer.validate(model, validate, verbose=False)[0]["loss"]
     with deepspeed.zero.GatheredParameters([*model.parameters()]):  # what stage 3 has divided, for the comparison below
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if trainer.is_global_zero:
         print(f"loss on Python code: {before:.2f} before, {after:.2f} after")
-        print(f"adapter.ckpt in the checkpoint folder: {(folder / 'adapter.ckpt').stat().st_size:,} bytes")
-        plain = load_from_checkpoint(LanguageModel, folder)  # in one process, without DeepSpeed
+        print(f"the checkpoint: {file.stat().st_size:,} bytes")
+        plain = load_from_checkpoint(LanguageModel, file)  # in one process, without DeepSpeed
         with torch.no_grad():
-            print(f"loss of that folder, loaded in one process: {plain(next(iter(validate))):.2f}")
+            print(f"loss of that file, loaded in one process: {plain(next(iter(validate))):.2f}")
         same = all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in weights.items())
         print(f"the same weights in every bit: {same}")

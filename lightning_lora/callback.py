@@ -172,7 +172,7 @@ class LoRACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt layers before the optimizer is built and the strategy wraps; patch the method that builds others."""
-        prepare_strategy(trainer.strategy)
+        prepare_strategy(trainer.strategy, self.save)
         set_up(trainer, pl_module, self, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

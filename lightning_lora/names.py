@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 A, B = "lora_A", "lora_B"
 ATTRIBUTE = "lora_injection"  # attribute of the injected module: the record of its injection
 KEPT = "lora_kept"  # attribute of modules of an injected model: what the record keeps of the module
+MERGED_FOR_GOOD = "merged_after_fit"  # attribute of a LightningModule that a fit merged, until it is fitted again
 META = "lora"  # key of an adapter's metadata in a checkpoint
 # Segments that torch.compile, checkpoint_wrapper and FSDP1 add to names.
 COMPILED, CHECKPOINTED, FLATTENED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")

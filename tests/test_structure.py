@@ -39,7 +39,7 @@ MAY_IMPORT = {  # beside itself and the ground; files at the top may import ever
     "formats": {"adapter", "nn", "files"},
     "exchange": {"formats", "adapter", "model", "nn", "distributed", "files"},
     "report": {"exchange", "formats", "adapter", "model", "nn", "distributed", "files"},
-    "trainer": {"report", "exchange", "formats", "adapter", "start", "model", "nn", "distributed"},
+    "trainer": {"report", "exchange", "formats", "adapter", "start", "model", "nn", "distributed", "files"},
     "command": {"report", "exchange", "formats", "adapter", "nn", "files"},
 }
 MOST_FLOORS = 14

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, shown
 from ..files.paths import PathLike
 from ..files.safetensors import TensorLocation, read_rows
+from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
-from ..formats.distributed_folder import SHARDS, read_checkpoint
 from ..formats.forms import form_of, refuse_named_adapters
 from ..formats.hub import local_source
 from ..formats.peft_names import are_peft_names
@@ -29,8 +28,6 @@ from ..names import META
 from ..progress import Unit, progress_bar
 from .output import refuse_quantised
 from .serving import serving
-
-READ_WHOLE = ("torch file", "DeepSpeed folder", "distributed folder")  # only a reading tells what these hold
 
 
 def info(path: PathLike, server: Server | None = None) -> dict[str, Any]:
@@ -50,10 +47,6 @@ def info(path: PathLike, server: Server | None = None) -> dict[str, Any]:
         return {"path": str(path), "kind": _adapter_kind(place), **serving(place, server)}
     if holds_adapter(place):
         return {"path": str(path), "kind": _adapter_kind(place), **_adapter_info(without_base(read_source(place)))}
-    if form_of(place) == "distributed folder":
-        files, state = list(Path(place).glob(SHARDS)), read_checkpoint(place, values=False)
-        found = [value for value in state.get("state_dict", state).values() if isinstance(value, torch.Tensor)]
-        return _weights_info(path, "distributed", len(files), [(tensor.dtype, tensor.numel()) for tensor in found])
     weights = open_weights(place)
     locations = weights.locations.values()
     tensors = [(location.dtype, location.numel) for location in locations]
@@ -79,19 +72,18 @@ def holds_adapter(path: PathLike) -> bool:
     if form == "PEFT folder":
         return True
     refuse_named_adapters(path)
-    if form in READ_WHOLE and holds_adapter_state(read_checkpoint(path, values=False)):
+    if form == "torch file" and holds_adapter_state(read_torch_file(path, "meta")):  # only a reading tells
         return True
-    return form != "distributed folder" and open_weights(path).holds_factors()
+    return open_weights(path).holds_factors()
 
 
 def _adapter_kind(path: PathLike) -> str:
     form = form_of(path)
-    if form not in READ_WHOLE:
+    if form != "torch file":
         return f"{form} with an adapter" if form == "safetensors file" else form
-    content = read_checkpoint(path, values=False)
+    content = read_torch_file(path, "meta")
     if isinstance(content.get(META), Mapping):
-        sharded = "distributed " if form == "distributed folder" else ""
-        return f"{sharded}Lightning checkpoint of kind {shown(content[META].get('kind'))}"
+        return f"Lightning checkpoint of kind {shown(content[META].get('kind'))}"
     if are_peft_names(content.get("state_dict", content)):
         return "Lightning checkpoint that holds a PeftModel" if "state_dict" in content else "state dict of PEFT"
     return "state dict with an adapter and no options, as loralib writes it"

@@ -14,8 +14,8 @@ from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import REMEDY, warn_of_rounding
 from ..adapter.layer_options import exact_options, options_hold, with_exact_ranks
 from ..config import LoRAConfig
-from ..distributed.copies import tell_written
 from ..distributed.sharding import copies_of, copy_all_
+from ..distributed.zero import update_copies_
 from ..errors import LoRAError
 from ..formats.peft_attention import refuse_conv1d_of_model
 from ..formats.peft_stacks import stacks_as_in_model
@@ -117,7 +117,7 @@ def _write_(live: LiveState, values: Mapping[str, Any]) -> None:
             owner.set_extra_state(copy.deepcopy(value))  # an adapter in memory does not change with the model
     written = [(tensor, value) for name, value in values.items() if (tensor := live.tensors[name]) is not None]
     copy_all_(written)
-    tell_written(written)
+    update_copies_(written)
 
 
 def apply_adapter(

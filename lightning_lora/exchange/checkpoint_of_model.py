@@ -13,18 +13,19 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import AVERAGED, entries_match, fingerprint_entries, without_rows
-from ..distributed.flat import is_flat, owns_flat, whole_shape
-from ..distributed.sharding import copy_all_, full_tensor, gather_all, holds_shards, reshard_
+from ..distributed.flat import owns_flat, whole_shape
+from ..distributed.sharding import copy_all_, full_tensor, gather_all, holds_shards, is_sharded
+from ..distributed.zero import update_copies_
 from ..errors import LoRAError, NonFiniteError
 from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names, checkpoint_metadata, in_one_storage
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
-from ..model.foreign_state import foreign_entries, foreign_names, unchanged_state, with_foreign
+from ..model.foreign_state import foreign_entries, foreign_names, load_foreign_, unchanged_state, with_foreign
+from ..model.initial_values import record_loaded
 from ..model.live_state import LiveState, open_state, original_value, original_values
-from ..model.state_dict import mark_merged, merge_state_dict
+from ..model.state_dict import adapter_keys, base_keys, mark_merged, merge_state_dict
 from ..names import META, canonical, names_factor, parent_names, split_factor_name
 from ..nn.adapted_module import is_factor
-from ..nn.adapted_weights import adapted_layers
 from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
 from ..nn.quantised_state import quantisation_entries
 from ..nn.writer import KEEP_MERGED, Reading
@@ -50,7 +51,7 @@ Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | No
 def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
     """Turn a checkpoint with a complete state_dict into one of the given kind. In place. Collective.
 
-    For a sharded model, trainer/strategies.py has already chosen and gathered the tensors of the state_dict.
+    For a divided model, gathered_state has chosen and gathered the tensors of the state_dict.
 
     Raises:
         LoRAError: the kind cannot express the adapter, or another thread changes it or the base meanwhile.
@@ -68,8 +69,8 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
     state = checkpoint["state_dict"] = by_canonical_names(whole)
     foreign = foreign_of(whole, foreign_names(handle, whole, live.tensors.keys()))
     adapter = replace(describe(live, "checkpoint"), foreign=foreign)
-    trained, sharded = set(live.keys), any(holds_shards(each) or owns_flat(each) for _, each in handle.modules)
-    if not sharded:
+    trained, divided = set(live.keys), is_divided(handle)
+    if not divided:
         adapter = _without_left_out(live, adapter, state, trained, kind)
     if kind == "full":
         base = {name: entry for name, entry in adapter.fingerprint.items() if name not in trained}
@@ -78,18 +79,18 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
     else:
         frozen = {name for name, tensor in live.tensors.items() if tensor is not None} - trained
         frozen |= quantisation_entries(state, quantised_weights(handle.places))
-        if not sharded:
+        if not divided:
             _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind, live)
         meta = _describe(kind, adapter)
         meta["copies"] = _strip_copies(live, checkpoint, frozen, adapter)
     if kind == "merged":
-        tensors = gather_all(live.values()) if sharded else {name: state[name] for name in live.keys if name in state}
+        tensors = gather_all(live.values()) if divided else {name: state[name] for name in live.keys if name in state}
         meta["adapter"] = in_one_storage(tensors)
         dtype = dequantize_dtype(record.dequantize, "checkpoint")
-        checkpoint["state_dict"] = state if sharded else _merge_state(handle, state, dtype)
+        checkpoint["state_dict"] = state if divided else _merge_state(handle, state, dtype)
     elif kind == "adapter":
         tensors = {name: value for name, value in state.items() if name not in frozen and name not in foreign.values}
-        checkpoint["state_dict"] = {**(tensors if sharded else in_one_storage(tensors)), **foreign.values}
+        checkpoint["state_dict"] = {**in_one_storage(tensors), **foreign.values}
     if kind != "adapter":
         named = {own_names[name]: value for name, value in checkpoint["state_dict"].items()}
         mark = mark_merged if kind == "merged" else with_metadata
@@ -217,7 +218,6 @@ def prepare_for_load(
     module: nn.Module,
     checkpoint: MutableMapping[str, Any],
     *,
-    values_follow: bool = False,
     call_for: CallFor = lambda *_: "",
 ) -> None:
     """Complete the state dicts of a checkpoint of any kind, so that Lightning's strict load takes them. In place.
@@ -225,7 +225,6 @@ def prepare_for_load(
     Args:
         module: an injected module.
         checkpoint: its content.
-        values_follow: its tensors may be on the meta device, because their values are read later.
         call_for: tells how to quantise a base, for an error.
 
     Raises:
@@ -237,17 +236,17 @@ def prepare_for_load(
     live = open_state(open_model(module, "checkpoint"))
     module_names = Names(live.handle.places)
     if kind == "full":
-        _prepare_full(live, module_names, checkpoint, adapter, values_follow)
+        _prepare_full(live, module_names, checkpoint, adapter)
         return
     names = adapter.tensors.keys()
     adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(live, adapter)
-    check_adapter(live, module_names, complete, values_follow=values_follow, remedy=OPTIONS_IN_TRAINER)
+    check_adapter(live, module_names, complete, remedy=OPTIONS_IN_TRAINER)
     remedy = remedy_for_trainer(live.handle, adapter, call_for) or REMEDY_IN_TRAINER
     check_fingerprint(live, complete.fingerprint, remedy=remedy)
     record_trained(live, adapter)
     live.handle.record.origin = dict(adapter.origin)
-    here = unchanged_state(live.handle)
+    here = {} if is_divided(live.handle) else unchanged_state(live.handle)  # write_whole_state_ needs no more
     live_values = {**here, **complete.tensors}
     copies = checkpoint[META].get("copies", [])  # an imported adapter has none
 
@@ -264,9 +263,7 @@ def prepare_for_load(
     checkpoint["state_dict"] = with_foreign(live, state, adapter.foreign)
 
 
-def _prepare_full(
-    live: LiveState, names: Names, checkpoint: MutableMapping[str, Any], adapter: Adapter, values_follow: bool
-) -> None:
+def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str, Any], adapter: Adapter) -> None:
     """Check and complete a full checkpoint, and record its initial values. It brings a base: no fingerprint is kept."""
     metadata = metadata_of(checkpoint["state_dict"])
     state = by_canonical_names(checkpoint["state_dict"])
@@ -274,7 +271,7 @@ def _prepare_full(
     missing = [name for name in live.tensors if name not in state and name not in in_pieces]
     left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
     complete = replace(add_frozen_weights(live, adapter), fingerprint=left_out)
-    check_adapter(live, names, complete, values_follow=values_follow, remedy=OPTIONS_IN_TRAINER)
+    check_adapter(live, names, complete, remedy=OPTIONS_IN_TRAINER)
     check_fingerprint(live, complete.fingerprint)
     if missing and adapter.complete:
         raise LoRAError(
@@ -294,84 +291,122 @@ def _prepare_full(
     checkpoint["state_dict"] = with_foreign(live, with_metadata(state, metadata), adapter.foreign)
 
 
-def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
-    """Return what a checkpoint of the model's kind holds as whole tensors on the CPU, tensor by tensor. Collective.
+def is_divided(handle: AdaptedModel) -> bool:
+    """Return whether ranks hold parts of a model's weights."""
+    return any(holds_shards(module) or owns_flat(module) for _, module in handle.modules)
 
-    It is for strategies under which state_dict() does not show the parameters.
+
+def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
+    """Return what a checkpoint of the model's kind holds, as whole tensors on the CPU, one by one. Collective.
+
+    Of a model that is not divided it is the whole state dict, which convert_checkpoint converts.
 
     Args:
         handle: of the model.
         keep: whether this rank writes files. Elsewhere tensors of the base are dropped, and come on the meta device.
     """
-    state = state_of_kind(handle)
-    if handle.record.save == "adapter":
-        return with_metadata(gather_all(state), metadata_of(state))
-    changing = set(open_state(handle).keys)
-    whole = {
-        name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value
-        for name, value in state.items()
-    }
-    return with_metadata(whole, metadata_of(state))
-
-
-def state_of_kind(handle: AdaptedModel) -> dict[str, Any]:
-    """Return what a checkpoint of the model's kind holds, sharded as the model is. Collective where it is sharded."""
+    if not is_divided(handle):
+        return handle.model.state_dict()
     live, kind, foreign = open_state(handle), handle.record.save, foreign_entries(handle)
     state = live.values() if kind == "adapter" else original_values(live.entries)
     state = with_metadata({**state, **foreign.values}, foreign.versions)
     if kind == "merged":
-        merged = _merge_state(handle, state, dequantize_dtype(handle.record.dequantize, "checkpoint"))
-        state = with_metadata(merged, foreign.versions)
-    return state
+        state = _merge_state(handle, state, dequantize_dtype(handle.record.dequantize, "checkpoint"))
+    changing = set(live.keys)
+    whole = {
+        name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value
+        for name, value in state.items()
+    }
+    return with_metadata(whole, foreign.versions)
 
 
 def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
     whole = full_tensor(tensor).cpu()
+    if is_sharded(tensor):
+        whole = whole.clone()  # one gathered from uneven shards has gaps, and lies in a larger storage
     return whole if keep else whole.to("meta")
 
 
-def load_whole_state_(module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
-    """Do what module.load_state_dict does, where some parameters may be flat. In place.
+def write_whole_state_(handle: AdaptedModel, checkpoint: Mapping[str, Any], *, strict: bool) -> None:
+    """Write the state dict of a checkpoint into a model: this rank's parts where it is divided. In place.
 
-    torch is shown the empty parameters themselves, so that it checks all names and the other shapes.
+    DeepSpeed's copies of what is written follow.
 
     Args:
-        module: an injected module.
-        state: whole tensors. An empty one in place of a flat parameter says that it stays as it is.
+        handle: of the model.
+        checkpoint: prepare_for_load has completed it.
         strict: as in load_state_dict.
 
     Raises:
-        LoRAError: a tensor has another shape than a flat parameter, or adapters would have to start again from a new
-            base; nothing is loaded.
+        LoRAError: the state dict does not fit. Nothing is loaded.
     """
-    reshard_(module.modules())
-    names = module.named_parameters(remove_duplicate=False)
-    flat = {canonical(name): parameter for name, parameter in names if is_flat(parameter)}
-    shown, pairs = dict(state), []
-    for name, value in state.items():
-        parameter = flat.get(canonical(name))
-        if parameter is None:
-            continue
-        shape, shown[name] = whole_shape(parameter), parameter.detach()
-        if value.shape == shape:
-            pairs.append((parameter, value))
-        elif value.shape != parameter.shape:
-            raise LoRAError(f"checkpoint: {name!r} must have shape {tuple(shape)}, but has {tuple(value.shape)}.")
-    if not any(names_factor(name) for name in state):
-        _refuse_followers(module, {id(parameter) for parameter, _ in pairs})
-    module.load_state_dict(with_metadata(shown, metadata_of(state)), strict=strict)
-    copy_all_(pairs)
+    state, live = checkpoint["state_dict"], LiveState(handle)
+    named = by_canonical_names(state)
+    pairs = [(tensor, named[name]) for name, tensor in live.tensors.items() if tensor is not None and name in named]
+    if is_divided(handle):
+        is_state_dict = META not in checkpoint
+        if is_state_dict and strict:
+            check_complete(handle, named.keys() - foreign_entries(handle).values.keys(), "checkpoint")
+        _check_values(live, named)
+        if is_state_dict and not any(map(names_factor, named)):
+            _record_base(live, named)
+        for name in [each for each in named if live.tensors.get(each, named) is None]:
+            cast(Any, live.owners[name]).set_extra_state(named[name])
+        copy_all_(pairs)
+        load_foreign_(live, foreign_of(state, foreign_names(handle, state, live.tensors.keys())))
+        for layer in handle.layers.values():
+            layer.weight_changed()
+    else:
+        handle.model.load_state_dict(state, strict=strict)
+    update_copies_(pairs)
 
 
-def _refuse_followers(module: nn.Module, loaded: Set[int]) -> None:
-    """Raise LoRAError where adapters started from weights that are loaded anew without them."""
-    for name, layer in adapted_layers(module).items():
-        weights = layer.adapted_weights().values()
-        if layer.lora.spec.variant.follows_weight and any(id(weight) in loaded for weight in weights):
+def _record_base(live: LiveState, state: Mapping[str, Any]) -> None:
+    """Record a base that is about to be loaded without an adapter as the values from before training.
+
+    Raises:
+        LoRAError: adapters would have to start again from it.
+    """
+    for name, layer in live.handle.layers.items():
+        if layer.lora.spec.variant.follows_weight:
             raise LoRAError(
                 f"checkpoint: it holds a base without an adapter, and the adapter of {name!r} started from the weight "
                 "that it replaces. Load the base into the module before the Trainer divides it over ranks."
             )
+    places = [
+        (live.owners[name], name.rpartition(".")[2], value) for name, value in state.items() if name in live.owners
+    ]
+    record_loaded(live.handle.record, places)
+
+
+def check_complete(handle: AdaptedModel, names: Set[str], source: object) -> None:
+    """Raise LoRAError unless a state dict without metadata holds the complete base, the complete adapter, or both."""
+    base, adapter = set(base_keys(handle)), set(adapter_keys(handle))
+    if names in (base | adapter, base, adapter):
+        return
+    expected = adapter if names & (adapter - base) else base
+    expected = expected | base if names & (base - adapter) else expected
+    unknown, missing = sorted(names - base - adapter), sorted(expected - names)
+    first = f"{unknown[0]!r} has no place in the model" if unknown else f"{missing[0]!r} is missing"
+    raise LoRAError(
+        f"{source}: a state dict must hold the complete base, the complete adapter or both, but {first} "
+        f"({len(missing)} missing, {len(unknown)} unexpected)."
+    )
+
+
+def _check_values(live: LiveState, state: Mapping[str, Any]) -> None:
+    """Raise LoRAError where whole tensors cannot be written into the divided tensors of a model."""
+    for name in quantised_weights(live.handle.places):
+        if name in state:
+            raise LoRAError(
+                f"checkpoint: holds the base, but {name!r} is quantised and sharded here. Load the base before "
+                "quantize_base and fully_shard, and after them only an adapter or a merged checkpoint."
+            )
+    for name, tensor in live.tensors.items():
+        value = state.get(name)
+        if tensor is not None and value is not None and value.shape != whole_shape(tensor):
+            shape = tuple(whole_shape(tensor))
+            raise LoRAError(f"checkpoint: {name!r} must have shape {shape}, but has {tuple(value.shape)}.")
 
 
 def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from ..adapter.values import check_finite, describe_value
 from ..config import LoRAConfig
 from ..distributed.flat import whole_shape
 from ..distributed.sharding import is_spread
+from ..distributed.zero import keeps_copy
 from ..errors import LoRAError, sentence
 from ..formats.peft_rows import NO_BIAS
 from ..matching import matcher, near_misses
@@ -41,7 +42,7 @@ def specs_for(handle: AdaptedModel, adapter: Adapter) -> Specs:
         adapter: under first names. Where it has no options, the model's hold.
 
     Raises:
-        LoRAError: a sharded layer would get another rank.
+        LoRAError: a layer that is sharded, or that DeepSpeed trains, would get another rank.
     """
     if adapter.config is None:
         return {}
@@ -49,11 +50,10 @@ def specs_for(handle: AdaptedModel, adapter: Adapter) -> Specs:
     for name in filter(ranks.__contains__, handle.kinds):
         layer, rank, spec = layers[name], ranks[name], layers[name].lora.spec
         scaling = adapter.scalings.get(name, spec.scaling)
-        if rank != spec.r and is_spread(layer.factors()[0]):
-            raise LoRAError(
-                f"adapter: {name!r} is sharded, and has rank {spec.r}, the adapter {rank}: load it before the model is "
-                "sharded."
-            )
+        factor = layer.factors()[0]
+        if rank != spec.r and (is_spread(factor) or keeps_copy(factor)):
+            how = "is sharded" if is_spread(factor) else "is trained by DeepSpeed"
+            raise LoRAError(f"adapter: {name!r} {how}, and has rank {spec.r}, the adapter {rank}: load it before that.")
         if rank != spec.r or not math.isclose(scaling, spec.scaling):
             alpha = scaling * (math.sqrt(rank) if adapter.config.use_rslora else rank)
             specs[layer] = replace(spec, r=rank, scaling=scaling, alpha=alpha)
@@ -66,7 +66,6 @@ def check_adapter(
     adapter: Adapter,
     *,
     specs: Specs | None = None,
-    values_follow: bool = False,
     remedy: str = OTHER_OPTIONS,
 ) -> None:
     """Raise LoRAError for the first layer, scaling, name, shape or value that does not fit the model.
@@ -78,14 +77,13 @@ def check_adapter(
         names: of its modules.
         adapter: under these names.
         specs: the new options of layers, from specs_for.
-        values_follow: tensors may be on the meta device, because their values are read later.
         remedy: the advice at the end of the error where the adapter has other options than the model.
     """
     specs = specs or {}
     try:
         _check_layers(live.handle, by_first_names(names, adapter), specs)
         _check_tables(live.handle, adapter)
-        _check_tensors(live, names, adapter, specs, values_follow)
+        _check_tensors(live, names, adapter, specs)
         _check_trained(live, adapter)
     except LoRAError as error:
         config = live.handle.record.config
@@ -143,7 +141,7 @@ def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str
         )
 
 
-def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs, values_follow: bool) -> None:
+def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs) -> None:
     shapes = {id(factor): torch.Size(shape) for layer, spec in specs.items() for factor, shape in layer.shapes_by(spec)}
     expected = dict.fromkeys(
         name
@@ -159,7 +157,7 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
         tensor = live.tensors[name]
         if tensor is None:
             continue  # extra state: its owner checks it
-        lacks_values = isinstance(value, torch.Tensor) and value.is_meta > (tensor.is_meta or values_follow)
+        lacks_values = isinstance(value, torch.Tensor) and value.is_meta > tensor.is_meta
         if lacks_values or (isinstance(value, torch.Tensor) and value.layout != tensor.layout):
             raise LoRAError(f"adapter: {name!r} must be a tensor as the model's, found {describe_value(value)}.")
         if id(tensor) in tables and isinstance(value, torch.Tensor):
@@ -226,7 +224,7 @@ def _weight_name(name: str) -> str:
 
 def _equal(one: Any, other: Any) -> bool:
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)) or one.is_meta:
-        return True  # a distributed checkpoint is checked before its values are read
+        return True  # without values there is nothing to compare
     return torch.equal(one, other)
 
 

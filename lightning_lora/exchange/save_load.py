@@ -19,8 +19,8 @@ from ..distributed.rank_sync import RankSync, writes_files
 from ..distributed.sharding import copies_of
 from ..errors import LoRAError
 from ..files.paths import PathLike
+from ..files.torch_archive import read_torch_file
 from ..formats.build_module import build_module
-from ..formats.distributed_folder import read_checkpoint
 from ..formats.forms import refuse_peft_folder
 from ..formats.lightning_checkpoint import adapter_of
 from ..formats.model_card import finite_metrics
@@ -250,7 +250,7 @@ def load_from_checkpoint(
         found = cls.__name__ if isinstance(cls, type) else f"a {type(cls).__name__}"
         raise LoRAError(f"load_from_checkpoint: expected the class of a LightningModule, found {found}.")
     refuse_peft_folder(path)
-    checkpoint = read_checkpoint(path, trusted=weights_only is False)
+    checkpoint = read_torch_file(path, trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, _without_strict(kwargs))
     if kind != "full":

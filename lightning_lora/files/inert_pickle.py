@@ -49,15 +49,6 @@ class Placeholder:
     __setstate__ = __setitem__ = append = extend = add = _ignore
 
 
-class Described(Placeholder):
-    """Stand for an object and keep the state that the file gives it."""
-
-    state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
 class _Called:
     """Pass calls on to a function. A pickle can then call the function and not change its attributes."""
 
@@ -87,8 +78,6 @@ class _Storage:
 class Unpickler(pickle.Unpickler):
     """Find tensors' functions, storages and dtypes; any other name becomes a placeholder's class."""
 
-    stand_in: ClassVar[type[Placeholder]] = Placeholder
-
     def __init_subclass__(cls) -> None:
         """Keep this find_class in the subclass that torch.load makes: torch's own takes storages from any module."""
         cls.find_class = Unpickler.find_class  # type: ignore[method-assign]
@@ -104,13 +93,7 @@ class Unpickler(pickle.Unpickler):
             return value
         if isinstance(value, type) and issubclass(value, (torch.TypedStorage, torch.UntypedStorage)):
             return _Storage(global_name)
-        return type("Placeholder", (self.stand_in,), {"stands_for": name})
-
-
-class DescribingUnpickler(Unpickler):
-    """Keep the state of the objects in a file, as data."""
-
-    stand_in = Described
+        return type("Placeholder", (Placeholder,), {"stands_for": name})
 
 
 def find_placeholder(value: Any) -> tuple[str, str] | None:

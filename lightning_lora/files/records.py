@@ -77,24 +77,19 @@ def check_archive(path: PathLike, *, whole: bool, trusted: bool = False) -> list
         OSError, ValueError, zipfile.BadZipFile: the file is damaged in another way.
     """
     with open(path, "rb") as file:
-        return check_opened(file, path, whole=whole, trusted=trusted)
-
-
-def check_opened(file: BinaryIO, path: object, *, whole: bool, trusted: bool = False) -> list[int]:
-    """Check an opened archive as check_archive does. The path is for messages."""
-    if file.read(len(ARCHIVE)) != ARCHIVE:
-        if not trusted:
-            file.seek(0)
-            _check_old(file.read(PICKLE_BYTES.most), path)
-        return []
-    records = _records(file, path)
-    for record in records:
-        if whole or DATA not in record.info.filename:
-            _compare_check_sum(path, file, record)
-        if not trusted and record.info.filename.endswith("data.pkl"):
-            check(PICKLE_BYTES, record.info.file_size, path)
-            file.seek(record.start)
-            check_pickle(file.read(record.info.file_size), path)
+        if file.read(len(ARCHIVE)) != ARCHIVE:
+            if not trusted:
+                file.seek(0)
+                _check_old(file.read(PICKLE_BYTES.most), path)
+            return []
+        records = _records(file, path)
+        for record in records:
+            if whole or DATA not in record.info.filename:
+                _compare_check_sum(path, file, record)
+            if not trusted and record.info.filename.endswith("data.pkl"):
+                check(PICKLE_BYTES, record.info.file_size, path)
+                file.seek(record.start)
+                check_pickle(file.read(record.info.file_size), path)
     return [record.info.file_size for record in records if DATA in record.info.filename]
 
 
@@ -119,7 +114,6 @@ def check_tensors(
     path: PathLike,
     held: Sequence[int] = (),
     *,
-    size: int | None = None,
     without_values: bool = False,
 ) -> None:
     """Raise LoRAError where tensors, or their names, are larger than a file of this size can hold.
@@ -129,7 +123,6 @@ def check_tensors(
         path: of the file.
         held: the sizes of the records that hold tensors, where the whole file was read. They are compared because
             torch 2.6 reads beyond the end of a record where the pickle claims more.
-        size: how many bytes were read; by default the whole file.
         without_values: the tensors are on the meta device, where each has a storage of its own.
     """
     stored: dict[int, int] = {}
@@ -157,7 +150,7 @@ def check_tensors(
             f"{path}: cannot be read as a checkpoint; its tensors claim more bytes than its records hold, so it is "
             "damaged."
         )
-    size = Path(path).stat().st_size if size is None else size
+    size = Path(path).stat().st_size
     # On the meta device each view has a storage of its own, so that stored bytes would count several times.
     own = size if without_values else sum(stored.values())
     if own > size:

@@ -6,7 +6,6 @@ changed tensors and of their records' check sums.
 
 from __future__ import annotations
 
-import io
 import pickle
 import warnings
 import zipfile
@@ -24,7 +23,7 @@ from ..progress import progress_bar
 from . import inert_pickle
 from .inert_pickle import find_placeholder
 from .paths import PathLike, require_file
-from .records import ARCHIVE, DATA, Record, check_archive, check_opened, check_sum, check_tensors, read_records
+from .records import ARCHIVE, DATA, Record, check_archive, check_sum, check_tensors, read_records
 from .safetensors import TensorLocation
 
 CENTRAL = 46  # bytes of a record's entry in the directory before the name
@@ -41,7 +40,6 @@ def read_torch_file(
     *,
     trusted: bool = False,
     has_objects: bool = False,
-    is_header: bool = False,
 ) -> dict[str, Any]:
     """Read a checkpoint or state dict that torch.save wrote.
 
@@ -52,7 +50,6 @@ def read_torch_file(
         trusted: unpickle all objects, which may run any code. Otherwise objects in a checkpoint, such as
             hyper-parameters, become placeholders: nothing that the file names is imported or called.
         has_objects: the file is known to hold objects. This saves a second reading.
-        is_header: the file is a checkpoint whose state dict lies elsewhere; objects in it are for the caller to judge.
 
     Raises:
         LoRAError: there is no such file, it is truncated, it is no dictionary, or tensors lie inside objects.
@@ -73,8 +70,7 @@ def read_torch_file(
         ) from error
     except Exception as error:  # of a damaged file torch raises anything
         raise LoRAError(f"{path}: cannot be read as a checkpoint; it may be truncated: {sentence(error)}") from error
-    if not is_header:
-        refuse_objects(content, path)
+    _refuse_objects(content, path)
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
     if not trusted:
@@ -82,7 +78,7 @@ def read_torch_file(
     return content
 
 
-def refuse_objects(content: Any, path: PathLike) -> None:
+def _refuse_objects(content: Any, path: PathLike) -> None:
     """Raise LoRAError where a placeholder is in a state dict, or in a checkpoint's state dict or adapter."""
     is_checkpoint = isinstance(content, dict) and "state_dict" in content
     found = find_placeholder({key: content.get(key) for key in PLAIN} if is_checkpoint else content)
@@ -94,35 +90,9 @@ def refuse_objects(content: Any, path: PathLike) -> None:
         )
 
 
-def read_part(content: bytes, where: str) -> Any:
-    """Read what torch.save wrote into a part of a file. Objects become placeholders.
-
-    Args:
-        content: the bytes of that part.
-        where: for messages.
-
-    Raises:
-        LoRAError: they are damaged, or claim to be larger than they are.
-    """
-    file = io.BytesIO(content)
-    try:
-        if not content.startswith(ARCHIVE):
-            raise ValueError("it does not begin as torch.save's files do")
-        held = check_opened(file, where, whole=True)
-        value = _load(file, "cpu", False, False, False)
-    except LoRAError:
-        raise
-    except Exception as error:  # of a damaged file torch raises anything
-        raise LoRAError(f"{where}: cannot be read; it may be truncated: {sentence(error)}") from error
-    check_tensors({"": value}, where, held, size=len(content))
-    return value
-
-
 def _load(
-    source: PathLike | io.BytesIO, device: str | Callable[[Any, str], Any], mmap: bool, trusted: bool, has_objects: bool
+    source: PathLike, device: str | Callable[[Any, str], Any], mmap: bool, trusted: bool, has_objects: bool
 ) -> Any:
-    if isinstance(source, io.BytesIO):
-        source.seek(0)
     load = partial(torch.load, source, map_location=device, mmap=mmap)
     if trusted:
         return load(weights_only=False)
@@ -137,9 +107,7 @@ def _load(
         return content
 
 
-def _is_archive(source: PathLike | io.BytesIO) -> bool:
-    if isinstance(source, io.BytesIO):
-        return source.getvalue().startswith(ARCHIVE)
+def _is_archive(source: PathLike) -> bool:
     with open(source, "rb") as file:
         return file.read(len(ARCHIVE)) == ARCHIVE
 

@@ -14,7 +14,6 @@ from .model_folder import ModelFolder, open_folder
 from .paths import PathLike, given_path, kind_of
 from .records import compare_check_sums
 from .safetensors import SUFFIX, Header, TensorLocation, read_header
-from .shards import is_sharded
 from .torch_archive import torch_locations
 
 # Entries that show a quantised weight: bitsandbytes' layers save them beside it, transformers in place of torchao's.
@@ -113,11 +112,6 @@ def open_weights(path: PathLike) -> Weights:
     """
     path = given_path(path)
     kind = kind_of(path)
-    if kind == "folder" and is_sharded(path):
-        raise LoRAError(
-            f"{path}: is a distributed checkpoint; its weights lie in shards, and are not changed there. Make one file "
-            f"of it and use that: python -m lightning.fabric.utilities.consolidate_checkpoint {path}."
-        )
     if kind == "folder":
         folder = open_folder(path)
         locations = {name: where for header in folder.shards.values() for name, where in header.locations.items()}

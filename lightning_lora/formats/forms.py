@@ -8,12 +8,10 @@ from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
 from ..files.safetensors import SUFFIX
 from ..names import listed
-from .deepspeed_folder import file_beside_engine
-from .distributed_folder import is_distributed
 
 CONFIG_FILE = "adapter_config.json"  # PEFT's, with the options
 
-Form = Literal["PEFT folder", "DeepSpeed folder", "distributed folder", "folder", "safetensors file", "torch file"]
+Form = Literal["PEFT folder", "folder", "safetensors file", "torch file"]
 
 
 def form_of(path: PathLike) -> Form:
@@ -27,11 +25,7 @@ def form_of(path: PathLike) -> Form:
     path = given_path(path)
     if kind_of(path) != "folder":
         return "safetensors file" if path.suffix == SUFFIX else "torch file"
-    if kind_of(path / CONFIG_FILE) != "nothing":
-        return "PEFT folder"
-    if file_beside_engine(path) != path:
-        return "DeepSpeed folder"
-    return "distributed folder" if is_distributed(path) else "folder"
+    return "folder" if kind_of(path / CONFIG_FILE) == "nothing" else "PEFT folder"
 
 
 def refuse_peft_folder(path: PathLike) -> None:

@@ -16,9 +16,9 @@ from ..adapter.fingerprint import without_base
 from ..adapter.own_options import with_options
 from ..errors import LoRAError
 from ..files.paths import PathLike
+from ..files.torch_archive import read_torch_file
 from ..names import META, listed, names_factor
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT
-from .distributed_folder import read_checkpoint
 from .forms import form_of
 from .hub import local_source
 from .hyper_parameters import HYPER_PARAMETERS
@@ -54,7 +54,7 @@ def read_source(
             return read_folder(source, order)
         if form == "safetensors file":
             return read_tensor_file(source)
-        adapter = _read_state(read_checkpoint(source), verb)
+        adapter = _read_state(read_torch_file(source), verb)
         require_values(adapter, str(source))
         return adapter
     if not isinstance(source, Mapping):

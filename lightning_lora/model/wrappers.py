@@ -134,8 +134,7 @@ def _refuse_divided(model: nn.Module, network: nn.Module, verb: str) -> None:
             raise LoRAError(
                 f"{verb}: {DIVIDED[mark][1]} has divided the adapter, together with the weights, without LoRACallback. "
                 "Let a Trainer with LoRACallback use that strategy, or use fully_shard (FSDP2), in Fabric by "
-                "ModelParallelStrategy. What was trained is in the strategy's own checkpoint: load_adapter reads the "
-                "one of FSDP1 in one process."
+                "ModelParallelStrategy."
             )
 
 

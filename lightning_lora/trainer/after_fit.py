@@ -16,10 +16,8 @@ from ..model.dequantize import dequantize_dtype
 from ..model.inject import merge_and_unload
 from ..model.patches import call_previous, patch
 from ..model.state_dict import refuse_unmergeable
-from ..names import META
+from ..names import MERGED_FOR_GOOD, META
 from .compatibility import launches
-
-MERGED_FOR_GOOD = "merged_after_fit"  # attribute of a LightningModule that was merged, until it is fitted again
 
 
 def refuse_merge_after_fit(trainer: Any, handle: AdaptedModel) -> None:

@@ -6,7 +6,7 @@ before the strict load. A callback's own hooks come too early, too late or not a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import nn
@@ -61,8 +61,7 @@ def _on_load_checkpoint(
     if find_model(module) is not None:
         trainer = getattr(module, "_trainer", None)
         warn_of_untrained_in(trainer, module, loading=True)  # now, because loading hides what a finder has trained
-        if "state_dict" in checkpoint:  # without it, the strategy has loaded and checked it already
-            refuse_foreign_resume(module, checkpoint, checkpoint["state_dict"])
+        _refuse_foreign_resume(module, checkpoint)
         prepare_for_load(module, checkpoint, call_for=call_that_quantises)
         fitting = trainer is None or trainer.state.fn == "fit"
         if META in checkpoint and CURRENT in checkpoint and not fitting:
@@ -70,13 +69,8 @@ def _on_load_checkpoint(
     call_previous(module, previous, "on_load_checkpoint", checkpoint)
 
 
-def refuse_foreign_resume(module: nn.Module, checkpoint: Mapping[str, Any], names: Iterable[str]) -> None:
+def _refuse_foreign_resume(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Refuse to resume a fit from a checkpoint without an adapter: its optimizers hold other parameters.
-
-    Args:
-        module: the injected LightningModule.
-        checkpoint: what the Trainer loaded.
-        names: of the tensors in the checkpoint.
 
     Raises:
         LoRAError: a fit is about to restore the optimizers of a training without adapters.
@@ -84,7 +78,7 @@ def refuse_foreign_resume(module: nn.Module, checkpoint: Mapping[str, Any], name
     trainer = getattr(module, "_trainer", None)
     resuming = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
     optimizers = checkpoint.get("optimizer_states", True)  # an empty list leaves no optimizer to restore
-    if not resuming or not optimizers or META in checkpoint or any(map(names_factor, names)):
+    if not resuming or not optimizers or META in checkpoint or any(map(names_factor, checkpoint["state_dict"])):
         return
     name = type(module).__name__
     raise LoRAError(

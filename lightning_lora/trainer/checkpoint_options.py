@@ -10,8 +10,7 @@ from typing import Any
 
 from ..config import VARIANTS, LoRAConfig
 from ..errors import LoRAError
-from ..formats.deepspeed_folder import file_beside_engine
-from ..formats.distributed_folder import read_without_values
+from ..files.torch_archive import read_torch_file
 from ..formats.forms import refuse_peft_folder
 from ..formats.lightning_checkpoint import adapter_of
 from ..model.injection import ALL_OPTIONS
@@ -36,7 +35,7 @@ def options_in_checkpoint(trainer: Any) -> LoRAConfig | None:
     if path is None:
         return None
     try:
-        checkpoint = read_without_values(file_beside_engine(path))
+        checkpoint = read_torch_file(path, mmap=True)
     except LoRAError:
         return None
     return adapter_of(checkpoint)[0].config if META in checkpoint else None

@@ -38,10 +38,10 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
                 "LoRACallback: the Trainer has two LoRA callbacks for one model. Leave one out: LoRACLI brings its own "
                 "with the options under lora, so trainer.callbacks needs none beside it."
             )
-        slicing = _slicing(trainer.strategy)
-        if fitting and _is_a(neighbour, *AVERAGING) and slicing:
+        sliced_by = slicing(trainer.strategy)
+        if fitting and _is_a(neighbour, *AVERAGING) and sliced_by:
             raise LoRAError(
-                f"LoRACallback: {name} copies whole weights, and {slicing} has slices of them. "
+                f"LoRACallback: {name} copies whole weights, and {sliced_by} has slices of them. "
                 "Leave it out, or use strategy='ddp' where the base fits on one device."
             )
         if fitting and _is_a(neighbour, *AVERAGING) and position < order.index(callback):
@@ -57,7 +57,7 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
         )
 
 
-def _slicing(strategy: Any) -> str:
+def slicing(strategy: Any) -> str:
     """Return the name of a strategy under which each rank has slices of weights, or "". None is imported for it."""
     config = getattr(strategy, "config", None)
     zero = config.get("zero_optimization") if _is_a(strategy, "DeepSpeedStrategy") and config else None

@@ -5,10 +5,8 @@ tensors of several dtypes, and would keep gradients of frozen weights beside tra
 outside of the flat tensors: whole on each rank, as under DDP, with gradients that are averaged here.
 
     the model     W in slices: found anew for each use, because FSDP1 replaces the memory of a slice
-    checkpoints   as one device writes them, or a folder of shards with the names of parameters
-    optimizers    whole states, except of weights that were unfrozen later
-
-torch's own optim_state_dict is not used: with offload_to_cpu on a CPU it gives exp_avg for exp_avg_sq.
+    optimizers    whole states, because all that they train is whole
+    checkpoints   as one device writes them, see one_file.py
 """
 
 from __future__ import annotations
@@ -16,31 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distributed.flat import FlatShard, attach, attach_owner, flat_like, flat_shard, gather, is_flat
-from ..distributed.sharding import copy_all_, detached, full_tensor, local
+from ..distributed.flat import FlatShard, attach, attach_owner
 from ..errors import LoRAError
-from ..exchange.checkpoint_of_model import gathered_state, state_of_kind
-from ..formats.lightning_checkpoint import by_canonical_names
-from ..model.adapted_model import AdaptedModel, Listing, find_model
-from ..model.foreign_state import foreign_names, load_foreign_
-from ..model.live_state import LiveState
+from ..model.adapted_model import find_model
 from ..model.patches import call_previous, is_patched, patch
-from ..names import META, canonical, names_factor
-from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
-from .distributed_resume import (
-    accept_folders,
-    check_complete,
-    refuse_other_groups,
-    refuse_other_number,
-    refuse_weights_only,
-)
+from ..names import names_factor
 from .lightning_packages import is_overridden
 
 WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
@@ -59,7 +43,7 @@ BUCKET = 2**25  # bytes of gradients that are averaged at once
 
 
 def prepare_fsdp1(strategy: Any) -> None:
-    """Patch how an FSDPStrategy wraps, reduces gradients, and saves and loads checkpoints.
+    """Patch how an FSDPStrategy wraps and reduces gradients.
 
     Raises:
         LoRAError: its options cannot be used. The message says what to do.
@@ -78,12 +62,7 @@ def prepare_fsdp1(strategy: Any) -> None:
     patch(strategy, "_setup_model", _setup_model)
     patch(strategy, "model_sharded_context", _model_sharded_context)
     patch(strategy, "block_backward_sync", _block_backward_sync)
-    patch(strategy, "lightning_module_state_dict", _state_dict)
-    patch(strategy, "optimizer_state", _optimizer_state)
     patch(strategy, "teardown", _teardown)
-    patch(strategy, "load_checkpoint", _load_checkpoint)
-    accept_folders(strategy)
-    patch(strategy, "load_model_state_dict", _load_model_state_dict)
 
 
 def _refused(options: Mapping[str, Any]) -> Iterator[str]:
@@ -207,7 +186,6 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     if is_new:
         with _leaving_out(strategy):
             wrapping.root = call_previous(strategy, previous, "_setup_model", model)
-    wrapping.put_in_order_()
     try:
         _attach(wrapping.root)
     except AttributeError as error:
@@ -222,6 +200,7 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     setattr(strategy, WHOLE, [unit for unit in units if not unit._handle.uses_sharded_strategy])
     patch(strategy.precision_plugin, "backward", _backward)
     patch(strategy.precision_plugin, "clip_grad_by_norm", _clip_grad_by_norm)
+    wrapping.put_in_order_()  # last, because FSDP1 registers parameters anew
     return wrapping.root
 
 
@@ -393,10 +372,10 @@ def _backward(
     """Average the gradients after backward: the patched backward of the precision plugin. Collective.
 
     Raises:
-        LoRAError: as _refuse_unfrozen_by_hand.
+        LoRAError: as _refuse_unfrozen.
     """
     strategy = module.trainer.strategy
-    _refuse_unfrozen_by_hand(strategy)
+    _refuse_unfrozen(strategy)
     try:
         call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
     finally:  # torch notes the end only after a backward of the outermost wrapper's outputs, where nothing is raised
@@ -409,21 +388,13 @@ def _backward(
         average_gradients_(getattr(strategy, OUTSIDE))
 
 
-def _refuse_unfrozen_by_hand(strategy: Any) -> None:
-    """Refuse a backward inside of the forward, if it should give gradients to slices, for which torch would not.
-
-    Raises:
-        LoRAError: a weight was unfrozen, and manual optimization goes backward.
-    """
-    state = getattr(strategy.model, "training_state", None)  # it is no wrapper where configure_model wraps parts
-    if state is None or state.name == "IDLE":
-        return
+def _refuse_unfrozen(strategy: Any) -> None:
+    """Raise LoRAError where a weight in slices is to be trained: what is trained is whole in a checkpoint."""
     for unit in getattr(strategy, UNITS):
         if unit._handle.flat_param.requires_grad:
             raise LoRAError(
-                "LoRACallback: a weight was unfrozen after FSDP1 had wrapped it, and it gets no gradient under manual "
-                "optimization, which goes backward inside of a forward. Name the weight's module in modules_to_save, "
-                "or use automatic optimization."
+                "LoRACallback: a weight was unfrozen after FSDP1 had wrapped it. Unfreeze it before fit, or name its "
+                "module in modules_to_save."
             )
 
 
@@ -460,186 +431,5 @@ def _average_bucket_(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def _clip_grad_by_norm(plugin: Any, previous: Any, optimizer: Any, clip_val: float | int, *args: Any) -> None:
-    """Clip by the norm over whole gradients, which Lightning refuses to do: the patched clip_grad_by_norm.
-
-    Collective where an optimizer trains weights that are in slices.
-    """
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None or is_flat(p)]
-    clip_gradients_(trained, float(clip_val))
-
-
-def clip_gradients_(parameters: Sequence[nn.Parameter], limit: float) -> None:
-    """Scale gradients so that their common norm is at most `limit`. In place. Collective where some are in slices."""
-    whole = [p.grad for p in parameters if p.grad is not None and not is_flat(p)]
-    slices = [p for p in parameters if is_flat(p) and p.requires_grad]
-    squares = [gradient.norm().double() ** 2 for gradient in whole]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-    for group, device in dict.fromkeys((flat_shard(p).group, flat_shard(p).device) for p in slices):
-        own = [p.grad.norm().double() ** 2 for p in slices if p.grad is not None and flat_shard(p).group is group]
-        part = torch.stack(own).sum().to(device) if own else torch.zeros((), dtype=torch.float64, device=device)
-        dist.all_reduce(part, group=group)
-        total = total + part.to(total.device)
-    scale = (limit / (total.sqrt() + 1e-6)).clamp(max=1.0)
-    for gradient in [*whole, *(p.grad for p in slices if p.grad is not None)]:
-        gradient.mul_(scale.to(gradient.device, gradient.dtype))
-
-
-# --- checkpoints ---
-
-
-def _state_dict(strategy: Any, previous: Callable[..., Any] | None) -> Any:
-    """Gather what the module's kind of checkpoint holds: the patched lightning_module_state_dict. Collective.
-
-    For a folder each rank returns its rows.
-    """
-    module = strategy.lightning_module
-    handle = find_model(module)
-    if handle is None and WRAPPING not in vars(module):
-        return call_previous(strategy, previous, "lightning_module_state_dict")
-    if strategy._state_dict_type == "sharded":
-        state = state_of_kind(handle) if handle is not None else _state_without_adapter(module)
-        return {name: _rows_of_rank(value) for name, value in state.items()}
-    if handle is not None:
-        return gathered_state(handle, keep=strategy.is_global_zero)
-    return {n: full_tensor(value) if is_flat(value) else value for n, value in _state_without_adapter(module).items()}
-
-
-def _state_without_adapter(module: nn.Module) -> dict[str, Any]:
-    """Return the state of a module whose adapter was taken out since FSDP1 wrapped it, for example merged for good."""
-    entries = Listing(module).state()
-    return {
-        canonical(name): cast(Any, owner).get_extra_state() if tensor is None else detached(tensor)
-        for name, tensor, owner in entries
-    }
-
-
-def _rows_of_rank(value: Any) -> Any:
-    """Return a tensor in slices as a DTensor divided by rows, which torch saves as shards. Collective."""
-    if not is_flat(value):
-        return value
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
-
-    shard, whole = flat_shard(value), gather(value)
-    if not whole.dim():
-        return whole
-    parts = whole.chunk(dist.get_world_size(shard.group))
-    rank = dist.get_rank(shard.group)
-    own = parts[rank].clone() if rank < len(parts) else whole[:0]
-    mesh = DeviceMesh.from_group(shard.group, own.device.type)
-    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
-
-
-def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimizer: Any) -> Any:
-    """Return the state dict as one device has it; by names for a folder: the patched optimizer_state. Collective."""
-    module = strategy.lightning_module
-    handle = find_model(module)
-    if handle is None and WRAPPING not in vars(module):
-        return call_previous(strategy, previous, "optimizer_state", optimizer)
-    trained = handle.marked("trained") if handle is not None else set()  # merged for good, its states are all whole
-    optimizer = getattr(optimizer, "_optimizer", optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    packed = optimizer.state_dict()
-    state = dict(packed["state"])
-    for number, parameter in enumerate(parameters):
-        if is_flat(parameter) and (parameter.requires_grad or id(parameter) in trained):  # unfrozen after wrapping
-            whole = _whole_state(parameter, state.pop(number, {}), type(optimizer).__name__)
-            state |= {number: whole} if whole else {}
-    if strategy._state_dict_type != "sharded":
-        return {**packed, "state": state}
-    known = {id(p): canonical(name) for name, p in module.named_parameters()}
-    names = [known.get(id(p), f"parameter {number}") for number, p in enumerate(parameters)]
-    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in packed["param_groups"]]
-    return {"state": {names[number]: value for number, value in state.items()}, "param_groups": groups}
-
-
-def _whole_state(parameter: nn.Parameter, state: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
-    """Gather an optimizer's state of a parameter in slices, also from ranks whose slice is empty. Collective.
-
-    Raises:
-        LoRAError: the state has not one value for each value of the parameter.
-    """
-    group, size = flat_shard(parameter).group, local(parameter).numel()
-    divided = {name: value for name, value in state.items() if _is_divided(value)}
-    misfits = [name for name, value in divided.items() if value.numel() != size]
-    here = {name: (value.dtype, None) if name in divided else (None, value) for name, value in state.items()}
-    everywhere: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, (here, misfits), group=group)
-    for name in (name for _, found in everywhere for name in found):
-        raise LoRAError(
-            f"LoRACallback: a weight was unfrozen after FSDP1 had wrapped it, and of its slice {optimizer} keeps "
-            f"{name!r} in another size, so a checkpoint could not be resumed. Use an optimizer that keeps a value for "
-            "each value, such as AdamW, or name the weight's module in modules_to_save."
-        )
-    whole: dict[str, Any] = {}
-    for name, (dtype, value) in {name: each for found, _ in everywhere for name, each in found.items()}.items():
-        own = state.get(name, local(parameter).new_empty(0, dtype=dtype))
-        whole[name] = value if dtype is None else gather(flat_like(own, parameter)).cpu()
-    return whole
-
-
-def _is_divided(value: Any) -> bool:
-    """Return whether an optimizer's state has values for each value of its parameter."""
-    return isinstance(value, torch.Tensor) and value.dim() > 0
-
-
-def _load_checkpoint(strategy: Any, previous: Callable[..., Any] | None, path: Any, *args: Any, **kwargs: Any) -> Any:
-    """Read a file as under DDP; load_model_state_dict takes it from there: the patched load_checkpoint."""
-    if find_model(strategy.lightning_module) is None:
-        return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
-    return strategy.checkpoint_io.load_checkpoint(strategy.broadcast(path), *args, **kwargs)
-
-
-def _load_model_state_dict(
-    strategy: Any, previous: Callable[..., Any] | None, checkpoint: Mapping[str, Any], strict: bool = True
-) -> None:
-    """Load the model, and in a fit the optimizers: the patched load_model_state_dict.
-
-    Lightning calls no other method of the strategy for the optimizers.
-    """
-    module = strategy.lightning_module
-    handle = find_model(module)
-    if handle is None:
-        call_previous(strategy, previous, "load_model_state_dict", checkpoint, strict=strict)
-        return
-    state = by_canonical_names(checkpoint["state_dict"])
-    if META not in checkpoint:
-        check_complete(handle, set(state), "LoRACallback: the checkpoint at ckpt_path")
-    versions = {canonical(name): version for name, version in metadata_of(checkpoint["state_dict"]).items()}
-    _write_state_(handle, with_metadata(state, versions))
-    if module.trainer.state.fn != "fit":
-        return
-    states = checkpoint.get("optimizer_states") or ()  # empty, where a folder of shards holds none
-    if not states:
-        refuse_weights_only(strategy)
-    refuse_other_number(len(states), len(strategy.optimizers))
-    for optimizer, state in zip(strategy.optimizers, states, strict=True):
-        _load_optimizer_state_(optimizer, state)
-
-
-def _write_state_(handle: AdaptedModel, state: Mapping[str, Any]) -> None:
-    """Copy values into the model: slices of them where weights are in slices. In place."""
-    live = LiveState(handle)
-    for name, value in state.items():
-        if name in live.tensors and live.tensors[name] is None:
-            cast(Any, live.owners[name]).set_extra_state(value)
-    pairs = ((live.tensors.get(name), value) for name, value in state.items())
-    copy_all_([(tensor, value) for tensor, value in pairs if tensor is not None])
-    load_foreign_(live, foreign_of(state, foreign_names(handle, state, live.tensors.keys())))
-    for layer in handle.layers.values():
-        layer.weight_changed()
-
-
-def _load_optimizer_state_(optimizer: Any, saved: Mapping[str, Any]) -> None:
-    """Load a state dict as one device has it. In place."""
-    built, held = ([group["params"] for group in groups] for groups in (optimizer.param_groups, saved["param_groups"]))
-    refuse_other_groups(list(map(len, held)), list(map(len, built)))
-    state = dict(saved["state"])
-    for number, parameter in zip(chain(*held), chain(*built), strict=True):
-        if is_flat(parameter) and number in state:
-            shard = flat_shard(parameter)
-            part = slice(shard.start, shard.stop)
-            values = state.pop(number).items()
-            if shard.values.numel():
-                state[number] = {k: v.reshape(-1)[part].clone() if _is_divided(v) else v for k, v in values}
-    optimizer.load_state_dict({**saved, "state": state})
+    """Clip by the norm over whole gradients, which Lightning refuses to do: the patched clip_grad_by_norm."""
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_val)

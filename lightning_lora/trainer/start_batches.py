@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
+from ..distributed.sharding import detached
+from ..distributed.zero import update_copies_
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel
 from ..start.batches import Caller, Run
 from ..start.from_data import FROM_DATA, start_from_batches
-from .deepspeed_optimizer import copy_to_optimizer_
+from .deepspeed_optimizer import held_parameters
 from .lightning_packages import package_of
 
 GRADIENT_BATCHES = 8  # the mean gradient over so many batches
@@ -54,7 +56,8 @@ def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> N
         else:
             run = Run(batches, partial(_forward, trainer), caller=caller)
         start_from_batches(handle, run)
-    copy_to_optimizer_(trainer.optimizers)
+    held = (parameter for optimizer in trainer.optimizers for parameter in held_parameters(optimizer))
+    update_copies_((parameter, detached(parameter)) for parameter in held)
 
 
 def _own_loader(trainer: Any, package: str, option: str) -> Any:

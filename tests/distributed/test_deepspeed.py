@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import warnings
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -39,7 +38,7 @@ from lightning_lora.command.info import info
 from support.deepspeed import zero
 from support.processes import world
 from support.quantised import OF_BITSANDBYTES, OUTPUTS, QUANTISED, QuantisedNet, factors, inputs, packed_bits
-from support.sharded import TARGETS, Plain, Sharded, base_of, data, loader, make_trainer, model_parallel, whole
+from support.sharded import TARGETS, Plain, base_of, data, loader, make_trainer
 from support.sharded_adapters import Plus, Scheduled, assert_same_bits
 
 pytestmark = [
@@ -59,19 +58,12 @@ def _started() -> None:
 
 
 State = dict[str, torch.Tensor]
-FILE = "adapter.ckpt"
 
 
 class GroupWithoutParameters(Plain):
     def configure_optimizers(self) -> Any:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.AdamW([{"params": []}, {"params": trained}], lr=0.05)
-
-
-class FrozenGroup(Plain):
-    def configure_optimizers(self) -> Any:
-        biases = [parameter for name, parameter in self.named_parameters() if name.endswith("bias")]
-        return torch.optim.AdamW([{"params": list(self.net.parameters())[2:4]}, {"params": biases}])
 
 
 class TrainedAlone(Plain):
@@ -90,7 +82,7 @@ class Normalised(Plain):
         return super().forward(self.norm(x))
 
 
-CLASSES = (Plain, Plus, Scheduled, GroupWithoutParameters, FrozenGroup, TrainedAlone, Normalised)
+CLASSES = (Plain, Plus, Scheduled, GroupWithoutParameters, TrainedAlone, Normalised)
 MODELS = {cls.__name__: cls for cls in CLASSES}
 UNTESTED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
@@ -119,7 +111,7 @@ class Run:
 
     state: State
     losses: list[float]
-    folder: Path
+    file: Path
     frozen: list[str]
 
 
@@ -172,7 +164,6 @@ CASES = {
     "stage 3": Case(stage=3),
     "stage 1, optimizer on the CPU": Case(stage=1, strategy=config(1, offload_optimizer={"device": "cpu"})),
     "stage 2, optimizer on the CPU": Case(strategy=config(2, offload_optimizer={"device": "cpu"})),
-    "parameters in another order": Case(strategy=config(2, round_robin_gradients=True)),
     "LoRA+": Case(model="Plus"),
     "SGD, a scheduler": Case(stage=1, model="Scheduled"),
     "a group without parameters": Case(model="GroupWithoutParameters"),
@@ -213,7 +204,7 @@ def test_run_equals_one_device_and_is_resumed_exactly_by_ranks_and_by_one_device
         assert_close(found, expected, 3)
         assert len(found.frozen) >= 3
         assert_same_bits(*({name: state[name] for name in found.frozen} for state in (found.state, base)))
-    first = world().run(on_ranks, case, tmp_path / "first", 2)[0].folder
+    first = world().run(on_ranks, case, tmp_path / "first", 2)[0].file
     for found in world().run(on_ranks, case, tmp_path / "second", 3, first, 5):
         assert_same_bits(found.state, whole[0].state)
         assert found.losses == whole[0].losses[2:]
@@ -225,7 +216,7 @@ def test_optimizer_states_in_a_checkpoint_are_those_of_one_device(tmp_path):
     world().run(on_ranks, Case(), tmp_path / "ranks", 2)
     found, expected = (
         torch.load(tmp_path / path, weights_only=True)["optimizer_states"][0]
-        for path in (f"ranks/all.ckpt/{FILE}", "alone/all.ckpt")
+        for path in ("ranks/all.ckpt", "alone/all.ckpt")
     )
     assert found["param_groups"] == expected["param_groups"]
     assert found["state"].keys() == expected["state"].keys()
@@ -238,58 +229,9 @@ def test_optimizer_states_in_a_checkpoint_are_those_of_one_device(tmp_path):
 @pytest.mark.parametrize(("before", "stage", "size"), [(1, 2, 1), (1, 2, 4), (3, 3, 4), (2, 3, 1), (3, 1, 1)])
 def test_run_is_resumed_on_another_number_of_ranks_and_at_another_stage(tmp_path, before, stage, size):
     expected = alone(Case(), tmp_path / "alone", 3)
-    first = world().run(on_ranks, Case(stage=before), tmp_path / "first", 2)[0].folder
+    first = world().run(on_ranks, Case(stage=before), tmp_path / "first", 2)[0].file
     for found in world(size).run(on_ranks, Case(stage=stage), tmp_path / "second", 3, first, 5):
         assert_close(found, expected, 1)
-
-
-def test_run_is_resumed_by_one_device_from_the_ordinary_checkpoint_alone(tmp_path):
-    expected = alone(Case(), tmp_path / "alone", 3)
-    first = world().run(on_ranks, Case(), tmp_path / "first", 2)[0].folder
-    file = shutil.move(first / FILE, tmp_path / "moved.ckpt")
-    assert_close(alone(Case(), tmp_path / "one", 3, file, 5), expected, 1)
-
-
-def sharded(path: Path, epochs: int) -> Path:
-    """A fit under FSDP2."""
-    torch.manual_seed(0)
-    trainer = model_parallel(path, LoRACallback(r=2, target_modules=TARGETS), max_epochs=epochs)
-    trainer.fit(Sharded(), *data())
-    trainer.save_checkpoint(path / "sharded.ckpt")
-    return path / "sharded.ckpt"
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_run_of_another_strategy_is_resumed_from_its_folder(tmp_path, stage):
-    expected = alone(Case(), tmp_path / "alone", 3)
-    source = world().run(sharded, tmp_path, 2)[0]
-    for found in world().run(on_ranks, Case(stage=stage), tmp_path / "second", 3, source, 5):
-        assert_close(found, expected, 1)
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_run_of_one_device_is_resumed_on_ranks(tmp_path, stage):
-    expected = alone(Case(), tmp_path / "alone", 3)
-    first = alone(Case(), tmp_path / "first", 2).folder
-    for found in world().run(on_ranks, Case(stage=stage), tmp_path / "second", 3, first, 5):
-        assert_close(found, expected, 1)
-
-
-def under_fsdp2_from(path: Path, source: Path) -> State:
-    torch.manual_seed(5)
-    trainer = model_parallel(path, LoRACallback(r=2, target_modules=TARGETS), max_epochs=3)
-    trainer.fit(model := Sharded(), *data(), ckpt_path=source)
-    return whole(model.state_dict())
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_folder_is_resumed_under_fsdp2(tmp_path, stage):
-    expected = alone(Case(), tmp_path / "alone", 3).state
-    folder = world().run(on_ranks, Case(stage=stage), tmp_path / "first", 2)[0].folder
-    for found in world().run(under_fsdp2_from, tmp_path, folder):
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
 
 
 # --- files ---
@@ -322,43 +264,29 @@ FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
 CONTENT = {"adapter": FACTORS, "merged": BASE, "full": sorted(BASE + FACTORS)}
 
 
-def by_deepspeed(folder: Path, stage: int) -> State:
-    """The weights in DeepSpeed's own files; those of stage 3 are put together by DeepSpeed."""
-    if stage < 3:
-        path = folder / "checkpoint" / "mp_rank_00_model_states.pt"
-        return torch.load(path, weights_only=False)["module"]
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="checkpoint")
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("save", CONTENT)
-def test_folder_of_each_kind_is_read_in_every_door(tmp_path, save, stage):
+@pytest.mark.parametrize(("stage", "save"), [(2, "adapter"), (2, "merged"), (2, "full"), (3, "adapter"), (3, "merged")])
+def test_file_of_each_kind_is_read_in_every_door(tmp_path, save, stage):
     case = Case(stage=stage, lora={"save": save})
     run = world().run(on_ranks, case, tmp_path / "fit", 2)[0]
     for name in ("all.ckpt", "weights.ckpt"):
-        folder = tmp_path / "fit" / name
-        content = torch.load(folder / FILE, weights_only=True)
+        file = tmp_path / "fit" / name
+        content = torch.load(file, weights_only=True)
         assert sorted(content["state_dict"]) == CONTENT[save]
         assert ("optimizer_states" in content) == (name == "all.ckpt")
-        by_engine = by_deepspeed(folder, stage)
-        assert sorted(by_engine) == (CONTENT["full"] if save == "full" else FACTORS)
-        shutil.rmtree(folder / "checkpoint")  # nothing of it is read
-        for other in (1, stage):
-            assert world().run(evaluate, tmp_path, other, save, folder) == pytest.approx([run.losses[-1]] * 2, abs=1e-6)
-        loaded = load_from_checkpoint(Plain, folder)
+        for other in {1, stage} if save != "full" else {1}:
+            assert world().run(evaluate, tmp_path, other, save, file) == pytest.approx([run.losses[-1]] * 2, abs=1e-6)
+        loaded = load_from_checkpoint(Plain, file)
         assert_same_bits(dict(loaded.state_dict()), run.state)
-        assert info(folder)["kind"] == f"Lightning checkpoint of kind '{save}'"
+        assert info(file)["kind"] == f"Lightning checkpoint of kind '{save}'"
         if save != "full":
-            load_adapter(fresh := Plain(), str(folder))
+            load_adapter(fresh := Plain(), str(file))
             assert_same_bits(dict(fresh.state_dict()), run.state)
         if save == "merged":  # by a program without this package
             plain, trainer = Plain(), make_trainer(tmp_path)
             plain.load_state_dict(content["state_dict"])
             trainer.validate(plain, loader(seed=6), verbose=False)
             assert plain.losses[-1] == pytest.approx(run.losses[-1], abs=1e-6)
-    for found in world().run(on_ranks, case, tmp_path / "second", 3, run.folder, 5):
+    for found in world().run(on_ranks, case, tmp_path / "second", 3, run.file, 5):
         assert_close(found, alone(case, tmp_path / "alone", 3), 1)
 
 
@@ -391,7 +319,7 @@ def saved_in_a_run(path: Path, stage: int, save: str) -> tuple[list[float], str,
     return model.losses, best.best_model_path, whole_state(model)
 
 
-@pytest.mark.parametrize(("stage", "save"), [(1, "adapter"), (2, "adapter"), (2, "full"), (3, "adapter"), (3, "full")])
+@pytest.mark.parametrize(("stage", "save"), [(1, "adapter"), (2, "adapter"), (2, "full"), (3, "adapter")])
 def test_what_is_saved_within_a_run_holds_the_base_and_the_adapter(tmp_path, stage, save):
     losses, best, state = world().run(saved_in_a_run, tmp_path, stage, save)[0]
     assert losses[-1] == losses[-2] == losses[-3]  # the best is the last
@@ -402,7 +330,6 @@ def test_what_is_saved_within_a_run_holds_the_base_and_the_adapter(tmp_path, sta
     for name in ("inside.ckpt", *(f"adapter{rank}" for rank in writing), best):
         if save == "full" and not name.startswith("adapter"):
             assert_same_bits(dict(load_from_checkpoint(Plain, tmp_path / name).state_dict()), state)
-            assert_same_bits(by_deepspeed(tmp_path / name, stage), state)
         else:
             load_adapter(loaded := Plain(), tmp_path / name)
             assert_same_bits(dict(loaded.state_dict()), state)
@@ -486,24 +413,15 @@ def error_of(case: Case, path: Path, source: Path | None = None) -> str:
     return ""
 
 
-def without_adapter(path: Path) -> None:
-    trainer = zero(path, stage=2, max_epochs=1)
-    trainer.fit(Plain(), *data())
-    trainer.save_checkpoint(path / "plain.ckpt")
-
-
 def test_what_cannot_be_resumed_is_an_error_with_the_remedy(tmp_path):
-    world().run(without_adapter, tmp_path)
     run = world().run(on_ranks, Case(), tmp_path, 1)[0]
     for case, source, said in (
-        (Case(model="FrozenGroup"), None, "group 1 of the optimizer holds frozen parameters alone (3)"),
         (BFLOAT16_OPTIMIZER, None, "DeepSpeed made a BF16_Optimizer, whose states cannot be put together"),
-        (Case(), tmp_path / "plain.ckpt", "was not saved with LoRACallback under DeepSpeed"),
         (Case(), tmp_path / "weights.ckpt", "holds weights only, without the optimizer's state"),
         (
             Case(model="Plus"),
-            run.folder,
-            "has groups of [12] parameters, and configure_optimizers built groups of [3, 3]",
+            run.file,
+            "have groups of [[12]] parameters, and configure_optimizers built groups of [[3, 3]]",
         ),
     ):
         for error in world().run(error_of, case, tmp_path / "second", source):
@@ -570,7 +488,7 @@ def halved(path: Path) -> torch.Tensor:
 
 def test_value_that_something_else_wrote_into_a_checkpoint_stays(tmp_path):
     trained = world().run(halved, tmp_path)[0]
-    saved = torch.load(tmp_path / "halved.ckpt" / FILE, weights_only=True)["state_dict"]
+    saved = torch.load(tmp_path / "halved.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(saved["net.0.lora_A"], trained / 2)
     assert saved["net.2.lora_A"].dtype == torch.float32
 
@@ -609,8 +527,8 @@ def assert_resumed_in_16_bits(tmp_path: Path, precision: str, lora: dict[str, An
     whole = world().run(in_16_bits, tmp_path / "whole", precision, lora, 3, None, stage)[0]
     base = {name: value.to(torch.bfloat16) for name, value in Plain().state_dict().items()}
     assert_same_bits(*({name: state[name] for name in whole.frozen} for state in (whole.state, base)))
-    first = world().run(in_16_bits, tmp_path / "first", precision, lora, 2, None, stage)[0].folder
-    content = torch.load(first / FILE, weights_only=True)
+    first = world().run(in_16_bits, tmp_path / "first", precision, lora, 2, None, stage)[0].file
+    content = torch.load(first, weights_only=True)
     values = content["lora"]["adapter"] if lora.get("save") == "merged" else content["state_dict"]
     float32 = {n: v for n, v in values.items() if v.dtype == torch.float32 and not torch.equal(v, v.bfloat16().float())}
     assert {"net.0.lora_A", "net.2.lora_B"} <= float32.keys()
@@ -619,28 +537,10 @@ def assert_resumed_in_16_bits(tmp_path: Path, precision: str, lora: dict[str, An
         assert found.losses == whole.losses[2:]
 
 
-def test_bfloat16_folder_evaluates_as_the_run_did(tmp_path):
+def test_bfloat16_file_evaluates_as_the_run_did(tmp_path):
     run = world().run(in_16_bits, tmp_path, "bf16-true", {}, 2)[0]
     for stage in (1, 3):
-        assert world().run(evaluate, tmp_path, stage, "adapter", run.folder, "bf16-true") == [run.losses[-1]] * 2
-
-
-def said_of_dtype(path: Path, precision: str) -> list[str]:
-    from lightning_lora.trainer import deepspeed
-
-    said: list[str] = []
-    own, deepspeed.tell = deepspeed.tell, said.append
-    try:
-        in_16_bits(path, precision, {}, 1)
-    finally:
-        deepspeed.tell = own
-    return said
-
-
-def test_float32_adapter_that_deepspeed_casts_is_said_once(tmp_path):
-    (said,) = world().run(said_of_dtype, tmp_path, "bf16-true")[0]
-    assert said.startswith("LoRACallback: DeepSpeed casts the adapter to bfloat16 with the model, and trains float32")
-    assert world().run(said_of_dtype, tmp_path, "32-true") == [[], []]
+        assert world().run(evaluate, tmp_path, stage, "adapter", run.file, "bf16-true") == [run.losses[-1]] * 2
 
 
 def in_float16(path: Path, epochs: int, source: Path | None = None, stage: int = 2) -> Run:
@@ -656,12 +556,12 @@ def in_float16(path: Path, epochs: int, source: Path | None = None, stage: int =
 @pytest.mark.parametrize("stage", [2, 3])
 def test_scale_of_the_loss_is_resumed(tmp_path, stage):
     whole = world().run(in_float16, tmp_path / "whole", 3, None, stage)[0]
-    first = world().run(in_float16, tmp_path / "first", 2, None, stage)[0].folder
+    first = world().run(in_float16, tmp_path / "first", 2, None, stage)[0].file
     for found in world().run(in_float16, tmp_path / "second", 3, first, stage):
         assert_same_bits(found.state, whole.state)
     scales = [
-        torch.load(path / FILE, weights_only=True)["optimizer_states"][0]["loss_scale"]["cur_scale"]
-        for path in (tmp_path / "second" / "all.ckpt", whole.folder)
+        torch.load(path, weights_only=True)["optimizer_states"][0]["loss_scale"]["cur_scale"]
+        for path in (tmp_path / "second" / "all.ckpt", whole.file)
     ]
     assert scales[0] == scales[1] > 2**8
 
@@ -671,11 +571,11 @@ def test_statistics_of_normalisation_are_those_of_rank_zero_in_a_checkpoint(tmp_
     """DeepSpeed lets each rank have its own; a checkpoint of its own holds rank 0's too."""
     case = Case(stage=stage, model="Normalised")
     first = world().run(on_ranks, case, tmp_path, 1)
-    saved = torch.load(first[0].folder / FILE, weights_only=True)["state_dict"]
+    saved = torch.load(first[0].file, weights_only=True)["state_dict"]
     buffers = {name: value for name, value in first[0].state.items() if "running" in name}
     assert_same_bits({name: saved[name] for name in buffers}, buffers)
     assert not torch.equal(first[1].state["norm.running_mean"], buffers["norm.running_mean"])
-    again = world().run(on_ranks, case, tmp_path / "again", 1, first[0].folder)
+    again = world().run(on_ranks, case, tmp_path / "again", 1, first[0].file)
     for found in again:  # nothing is left to train
         assert_same_bits({name: found.state[name] for name in buffers}, buffers)
 
@@ -776,7 +676,7 @@ def test_adapter_that_is_loaded_between_steps_is_trained_on(tmp_path, stage):
 
 
 OTHER_RANK = {
-    2: r"load_adapter: DeepSpeed trains a parameter of shape \(2, 6\), .* one of \(3, 6\)\. .* before the fit\.$",
+    2: r"adapter: 'net.0' is trained by DeepSpeed, and has rank 2, the adapter 3: ",
     3: r"adapter: 'net.0' is sharded, and has rank 2, the adapter 3: ",
 }
 

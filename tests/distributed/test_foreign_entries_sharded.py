@@ -40,8 +40,7 @@ class ShardedCounting(Counting, Sharded):
 
 
 STRATEGIES = {
-    "FSDP2, a file": (ShardedCounting, lambda *args, **options: model_parallel(*args, whole=True, **options)),
-    "FSDP2, a folder": (ShardedCounting, model_parallel),
+    "FSDP2": (ShardedCounting, model_parallel),
     "FSDP1": (Counting, fsdp1),
 }
 

@@ -28,7 +28,7 @@ def trainer(path: Path, kind: type[Plain], epochs: int) -> Any:
     if kind is Plain:
         strategy = DDPStrategy(process_group_backend=BACKEND)
         return make_trainer(path, lora(), devices=2, strategy=strategy, max_epochs=epochs)
-    return model_parallel(path, lora(), whole=True, max_epochs=epochs)
+    return model_parallel(path, lora(), max_epochs=epochs)
 
 
 def fit(path: Path, kind: type[Plain]) -> tuple[list[float], dict[str, torch.Tensor]]:

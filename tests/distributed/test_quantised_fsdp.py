@@ -235,7 +235,6 @@ SAVES: dict[str, dict[str, Any]] = {
     "adapter": {"save": "adapter"},
     "merged": {"save": "merged", "dequantize": "float32"},
 }
-FORMS = pytest.mark.parametrize("whole_file", [True, False], ids=["file", "distributed"])
 
 
 def lora(**options: Any) -> LoRACallback:
@@ -255,11 +254,11 @@ def fit_alone(path: Path, kind: str, epochs: int, source: Path | None = None, **
 
 
 def fit(
-    path: Path, kind: str, save: str, whole_file: bool, epochs: int, source: Path | None = None
+    path: Path, kind: str, save: str, epochs: int, source: Path | None = None
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Train on all ranks, and save under `path`; the factors and the losses of this rank in validation."""
     model = ShardedNet(kind)
-    trainer = model_parallel(path, lora(**SAVES[save]), whole=whole_file, max_epochs=epochs)
+    trainer = model_parallel(path, lora(**SAVES[save]), max_epochs=epochs)
     trainer.fit(model, data(), data(), ckpt_path=source)
     trainer.save_checkpoint(path / f"{epochs}.ckpt")
     assert {merged for stage, merged, _ in model.seen if stage == "validation"} == {True}
@@ -270,16 +269,15 @@ def fit(
 
 @pytest.mark.slow
 @both_packages
-@FORMS
 @pytest.mark.parametrize("save", SAVES)
-def test_a_run_and_its_resumption_are_those_of_one_device(tmp_path, save, whole_file, kind):
+def test_a_run_and_its_resumption_are_those_of_one_device(tmp_path, save, kind):
     alone, trainer = fit_alone(tmp_path / "alone", kind, 3)
     expected, loss = adapter_of(alone), float(trainer.callback_metrics["val_loss"])
-    uninterrupted = world().run(fit, tmp_path / "whole", kind, save, whole_file, 3)
-    world().run(fit, tmp_path / "half", kind, save, whole_file, 2)
+    uninterrupted = world().run(fit, tmp_path / "whole", kind, save, 3)
+    world().run(fit, tmp_path / "half", kind, save, 2)
     source = tmp_path / "half/2.ckpt"
-    resumed = world().run(fit, tmp_path / "on", kind, save, whole_file, 3, source)
-    elsewhere = world(4).run(fit, tmp_path / "four", kind, save, whole_file, 3, source)
+    resumed = world().run(fit, tmp_path / "on", kind, save, 3, source)
+    elsewhere = world(4).run(fit, tmp_path / "four", kind, save, 3, source)
     resumed_alone, _ = fit_alone(tmp_path / "one", kind, 3, source, **SAVES[save])
     for factors, losses in (*uninterrupted, *resumed, *elsewhere):
         assert_close(factors, expected)
@@ -289,10 +287,9 @@ def test_a_run_and_its_resumption_are_those_of_one_device(tmp_path, save, whole_
 
 
 @both_packages
-@FORMS
 @pytest.mark.parametrize("save", SAVES)
-def test_checkpoints_are_loaded_in_one_process(tmp_path, save, whole_file, kind):
-    trained = world().run(fit, tmp_path, kind, save, whole_file, 1)[0][0]
+def test_checkpoints_are_loaded_in_one_process(tmp_path, save, kind):
+    trained = world().run(fit, tmp_path, kind, save, 1)[0][0]
     path = tmp_path / "1.ckpt"
     loaded = load_from_checkpoint(QuantisedNet, path)
     other = QuantisedNet(kind)

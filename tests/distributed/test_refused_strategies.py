@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from lightning_lora import LoRAError
 from support.models import trace
@@ -41,6 +41,7 @@ REFUSED = [
     (deepspeed(zero={"offload_param": {"device": "nvme"}}), "offload_param to NVMe"),
     (deepspeed(zero={"zero_quantized_weights": True}), r"zero_quantized_weights \(ZeRO\+\+\)"),
     (deepspeed(zero={"zero_quantized_gradients": True}), r"zero_quantized_gradients \(ZeRO\+\+\)"),
+    (deepspeed(zero={"round_robin_gradients": True}), "round_robin_gradients keeps states in another order"),
     (deepspeed(zero={"zero_hpz_partition_size": 2}), r"zero_hpz_partition_size \(ZeRO\+\+\)"),
     (deepspeed(3, zero={"mics_shard_size": 2}), r"mics_shard_size \(MiCS\)"),
     (deepspeed(3, zero={"zenflow": {"topk_ratio": 0.1}}), "zenflow keeps a part"),
@@ -57,6 +58,16 @@ def test_strategy_that_cannot_be_right_is_refused_with_the_alternative(strategy,
         lora().setup(trainer, model, "fit")
     assert "ModelParallelStrategy with fully_shard (FSDP2)" in str(caught.value)
     assert "strategy='ddp'" in str(caught.value)
+    assert trace(model) == before
+
+
+@pytest.mark.parametrize("strategy", [lambda: ModelParallelStrategy(), lambda: FSDPStrategy(), deepspeed(3)])
+def test_full_checkpoint_of_a_base_that_a_strategy_divides_is_refused_with_the_alternatives(strategy):
+    trainer = SimpleNamespace(strategy=strategy(), callbacks=[], state=SimpleNamespace(fn="fit"))
+    before = trace(model := Plain())
+    with pytest.raises(LoRAError, match="save='full' is for a base that each rank holds whole, and ") as caught:
+        lora(save="full").setup(trainer, model, "fit")
+    assert "Use save='adapter' or save='merged', or strategy='ddp'" in str(caught.value)
     assert trace(model) == before
 
 

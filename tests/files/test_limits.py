@@ -22,8 +22,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as dcp
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lightning_lora.adapter.file_options import BY_LAYER, EXPRESSIONS, check_options
@@ -34,7 +32,6 @@ from lightning_lora.files.pattern_cost import count_repeats
 from lightning_lora.files.pickle_check import check_pickle
 from lightning_lora.files.safetensors import read_header
 from lightning_lora.files.torch_archive import read_torch_file
-from support.distributed_folders import edit, write_as_lightning
 
 SECONDS, MEGABYTES = 2.0, 200
 INPUTS = int(os.environ.get("LORA_FUZZ_INPUTS", "40"))
@@ -259,75 +256,6 @@ def test_long_and_deep_names_are_refused(tmp_path: Path, folder: Path, case: str
         torch.save({"state_dict": own, "lora": meta | {"fingerprint": [], "network": "", "origin": {}}}, path)
     said = refusal(lambda: load_adapter(model(), path))
     assert re.search(r"has \d+ (characters of a name|parts between dots of a name)", said)
-
-
-# --- distributed folders ---
-
-
-def claims(description: Any, tensor: str = "0.lora_A", **values: Any) -> None:
-    entry = description.state_dict_metadata[f"state_dict.{tensor}"]
-    for name, value in values.items():
-        setattr(entry, name, value)
-
-
-HUGE = torch.Size([2**20, 2**20])
-ONE_CHUNK = [dcp.ChunkStorageMetadata(torch.Size([0, 0]), HUGE)]
-CHUNKS = [dcp.ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([2, 4]))] * 20_000
-SHARDS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "a huge tensor": (lambda each: claims(each, size=HUGE), "its tensors claim"),
-    "in one part": (lambda each: claims(each, size=HUGE, chunks=ONE_CHUNK), "its tensors claim"),
-    "in no part": (lambda each: claims(each, size=torch.Size([2**40]), chunks=[]), "its tensors claim"),
-    "a part many times": (lambda each: claims(each, chunks=CHUNKS), "shards overlap"),
-    "a long name": (
-        lambda each: each.state_dict_metadata.update({"a" * 10_000: each.state_dict_metadata["state_dict.0.lora_A"]}),
-        "characters of a name",
-    ),
-    "deep keys": (
-        lambda each: each.state_dict_metadata.update({"a." * 5000: each.state_dict_metadata["state_dict.0.lora_A"]}),
-        "of a name",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", SHARDS)
-def test_description_of_shards_that_claims_more_than_the_files_is_refused(tmp_path: Path, case: str):
-    change, said = SHARDS[case]
-    state = {"0.lora_A": torch.ones(2, 4), "0.lora_B": torch.ones(4, 2)}
-    folder = write_as_lightning(tmp_path / "sharded", {"state_dict": state})
-    edit(folder, change)
-    for door in both(folder):
-        assert said in refusal(door)
-
-
-@pytest.mark.parametrize("case", PICKLES)
-def test_description_of_shards_is_followed_before_it_is_read(tmp_path: Path, case: str):
-    program, said = PICKLES[case]
-    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + program)
-    for door in both(tmp_path):
-        assert said in refusal(door)
-
-
-def test_shard_that_expands_is_refused(tmp_path: Path):
-    """A part of a few bytes whose tensor repeats one number."""
-    folder = write_as_lightning(tmp_path / "sharded", {"state_dict": {"0.lora_A": torch.ones(2, 4)}})
-    torch.save(expanded(2**18, 2**12), file := folder / "__0_0.distcp")
-    place = filesystem._StorageInfo("__0_0.distcp", 0, file.stat().st_size)
-    size, zero = torch.Size([2**18, 2**12]), torch.Size([0, 0])
-
-    def change(description: Any) -> None:
-        claims(description, size=size, chunks=[dcp.ChunkStorageMetadata(zero, size)])
-        description.storage_data = {dcp.MetadataIndex("state_dict.0.lora_A", zero): place}
-
-    edit(folder, change)
-    for door in both(folder):
-        assert "its tensors claim" in refusal(door)
-
-
-def test_description_of_any_size_is_refused_by_its_size(tmp_path: Path):
-    with open(tmp_path / ".metadata", "wb") as out:
-        out.truncate(2**32)
-    for door in both(tmp_path):
-        assert "4294967296 bytes of a pickle" in refusal(door)
 
 
 # --- patterns ---

@@ -21,7 +21,6 @@ from lightning_lora import LoRACallback, LoRACLI, LoRAError, load_adapter, load_
 from lightning_lora.command.convert import to_peft
 from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
-from lightning_lora.formats.distributed_folder import read_without_values
 from support.lightning_versions import ANY_OBJECTS
 from support.training import CLASSES, FEATURES, Data, make_trainer, own_random_stream
 
@@ -297,27 +296,3 @@ def test_command_line_takes_plain_values_and_what_the_config_names_too():
 
 
 # --- shards ---
-
-
-class Calls:
-    def __reduce__(self) -> Any:
-        return __import__, ("trap",)
-
-
-def test_description_of_shards_is_read_and_calls_nothing(tmp_path: Path):
-    import pickle
-
-    from torch.distributed.checkpoint import metadata as dcp
-
-    properties = dcp.TensorProperties(dtype=torch.bfloat16)
-    entry = dcp.TensorStorageMetadata(properties, torch.Size([2, 3]), [])
-    entries = {"state_dict.a": entry, "other": dcp.BytesStorageMetadata()}
-    torch.save({"epoch": 1}, tmp_path / "meta.pt")
-    for extra in (None, Calls()):
-        (tmp_path / ".metadata").write_bytes(pickle.dumps(dcp.Metadata(entries, planner_data=extra)))
-        state = read_without_values(tmp_path)["state_dict"]
-        assert {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()} == {"a": ((2, 3), torch.bfloat16)}
-    for damaged in (b"", pickle.dumps(3), pickle.dumps(dcp.Metadata({"state_dict.a": 3}))):
-        (tmp_path / ".metadata").write_bytes(damaged)
-        with pytest.raises(LoRAError, match=r"\.metadata: cannot be read as the description of shards"):
-            read_without_values(tmp_path)

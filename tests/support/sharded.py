@@ -119,7 +119,7 @@ def make_trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Traine
 def model_parallel(
     path: Path, *callbacks: L.Callback, whole: bool = False, tensor: int = 1, **options: Any
 ) -> L.Trainer:
-    """A Trainer on all ranks of this world. With `whole` checkpoints are single files."""
+    """A Trainer on all ranks of this world. With `whole` Lightning's own checkpoints are single files."""
     size = torch.distributed.get_world_size()
     strategy = ModelParallelStrategy(size // tensor, tensor, save_distributed_checkpoint=not whole)
     return make_trainer(path, *callbacks, devices=size, strategy=strategy, **options)

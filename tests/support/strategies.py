@@ -22,8 +22,6 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -266,10 +264,6 @@ def on_one_device(path: Path, *callbacks: L.Callback, **options: Any) -> L.Train
     return make_trainer(path, *callbacks, devices=ranks(), strategy=strategy, **options)
 
 
-def in_one_file(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    return model_parallel(path, *callbacks, whole=True, **options)
-
-
 def by_tensor(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     return model_parallel(path, *callbacks, tensor=2, **options)
 
@@ -303,10 +297,6 @@ def fsdp1_by_layers(path: Path, *callbacks: L.Callback, **options: Any) -> L.Tra
     return fsdp1(path, *callbacks, options={"auto_wrap_policy": {nn.Linear}}, **options)
 
 
-def fsdp1_in_folders(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    return fsdp1(path, *callbacks, options={"state_dict_type": "sharded"}, **options)
-
-
 def gathered_by_fsdp1(trainer: Any) -> State:
     with FullyShardedDataParallel.summon_full_params(trainer.model, writeback=False):
         named = [*trainer.model.named_parameters(remove_duplicate=False)]
@@ -314,17 +304,9 @@ def gathered_by_fsdp1(trainer: Any) -> State:
 
 
 def tensors_in(path: Path) -> State:
-    """Read all tensors of a state dict by torch alone: of a file, of DeepSpeed's folder, or of a distributed one."""
-    if path.is_dir() and not (path / ".metadata").exists():
-        path = path / "adapter.ckpt"
-    if path.is_file():
-        found: State = torch.load(path, weights_only=True)["state_dict"]
-        return found
-    stored: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
-    prefix = "state_dict." if any(name.startswith("state_dict.") for name in stored) else "model."
-    values: dict[str, Any] = {n: torch.empty(each.size) for n, each in stored.items() if n.startswith(prefix)}
-    load(values, checkpoint_id=path, no_dist=True)
-    return {name.removeprefix(prefix): value for name, value in values.items()}
+    """Read all tensors of a state dict by torch alone."""
+    found: State = torch.load(path, weights_only=True)["state_dict"]
+    return found
 
 
 # --- Fabric ---

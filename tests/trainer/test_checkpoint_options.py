@@ -31,7 +31,6 @@ from lightning_lora import (
     unload,
 )
 from support.covering import covering
-from support.distributed_folders import write_as_lightning
 from support.lightning_versions import ANY_OBJECTS, PLAIN_TYPES_ONLY
 from support.runs import BATCHES, TARGETS
 from support.training import (
@@ -269,21 +268,6 @@ def as_text(path: Path, lora: LoRACallback) -> tuple[Net, Path]:
     return model, file
 
 
-def in_deepspeeds_folder(path: Path, lora: LoRACallback) -> tuple[Net, Path]:
-    (path / "engine").mkdir()
-    (path / "engine/latest").touch()
-    saved(path, name="engine/adapter.ckpt")
-    make_trainer(path, lora).test(model := Net(), Data(BATCHES), ckpt_path=path / "engine", verbose=False)
-    return model, path / "engine/adapter.ckpt"
-
-
-def in_shards(path: Path, lora: LoRACallback) -> tuple[Net, Path]:
-    file = saved(path)
-    folder = write_as_lightning(path / "shards", torch.load(file, weights_only=True))
-    make_trainer(path, lora).test(model := Net(), Data(BATCHES), ckpt_path=folder, verbose=False)
-    return model, file
-
-
 def beside_objects(path: Path, lora: LoRACallback) -> tuple[Net, Path]:
     file = saved(path)
     torch.save(torch.load(file, weights_only=True) | {"objects": [Losses()]}, file)
@@ -305,7 +289,7 @@ def by_a_trainer_in_a_hook(path: Path, lora: LoRACallback) -> tuple[Net, Path]:
 
 WAYS = (
     *(as_best, as_last, as_hpc, as_attribute, as_text),
-    *(in_deepspeeds_folder, in_shards, beside_objects, by_a_trainer_in_a_hook),
+    *(beside_objects, by_a_trainer_in_a_hook),
 )
 
 

@@ -17,8 +17,9 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAError, is_merged, load_from_checkpoint, merge_and_unload
+from lightning_lora.names import MERGED_FOR_GOOD
 from lightning_lora.nn.lora_layer import LoRALayer
-from lightning_lora.trainer.after_fit import MERGED_FOR_GOOD, refuse_merge_after_fit
+from lightning_lora.trainer.after_fit import refuse_merge_after_fit
 from lightning_lora.trainer.fit_state import FitState
 from support.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
 from support.pretrained import Lit, answer, save_body, token_loader

@@ -19,9 +19,9 @@ from lightning_lora import (
     merged,
     merged_state_dict,
 )
+from lightning_lora.exchange.checkpoint_of_model import check_complete
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.state_dict import adapter_keys, base_keys
-from lightning_lora.trainer.distributed_resume import check_complete
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import lora, trained
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights

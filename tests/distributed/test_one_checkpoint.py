@@ -1,0 +1,158 @@
+"""The checkpoint of each strategy is the file that one device writes, and every other strategy goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora import lora_param_groups
+from support.fsdp1 import fsdp1
+from support.processes import world
+from support.sharded import model_parallel
+from support.strategies import (
+    FIRST,
+    OfFSDP2,
+    OfTensorParallel,
+    Run,
+    Watched,
+    WithTrainer,
+    by_tensor,
+    gathered_by_deepspeed,
+    gathered_by_fsdp1,
+    on_one_device,
+    stage_1,
+    stage_2,
+    stage_3,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized"),  # in one process
+]
+CLOSE = 1e-6
+
+
+class InGroups:
+    """Two groups with learning rates of their own, a decay and a schedule."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(lora_param_groups(self, lr=0.02, lr_ratio=4, weight_decay=0.1))
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+class WatchedInGroups(InGroups, Watched):
+    pass
+
+
+class OfFSDP2InGroups(InGroups, OfFSDP2):
+    pass
+
+
+class OfTensorParallelInGroups(InGroups, OfTensorParallel):
+    pass
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "all parameters, frozen ones too": (Watched, OfFSDP2, OfTensorParallel),
+    "two groups": (WatchedInGroups, OfFSDP2InGroups, OfTensorParallelInGroups),
+}
+STRATEGIES = ["one device", "ddp", "FSDP2", "tensor parallel", "FSDP1", "stage 1", "stage 2", "stage 3"]
+
+
+def start_deepspeed() -> None:
+    """Its import takes a while, which is no part of a run's time."""
+    import deepspeed  # noqa: F401
+
+
+def rows(optimizer: str) -> dict[str, WithTrainer]:
+    plain, of_fsdp2, of_tensor_parallel = OPTIMIZERS[optimizer]
+    found = [
+        WithTrainer("one device", 1, 2, plain, on_one_device),
+        WithTrainer("ddp", 2, 2, plain, on_one_device),
+        WithTrainer("FSDP2", 2, 2, of_fsdp2, model_parallel),
+        WithTrainer("tensor parallel", 2, 2, of_tensor_parallel, by_tensor, tensor=2),
+        WithTrainer("FSDP1", 2, 2, plain, fsdp1, state=gathered_by_fsdp1),
+    ]
+    if find_spec("deepspeed") is not None:
+        world().run(start_deepspeed, timeout=240)
+        found += [
+            WithTrainer("stage 1", 2, 2, plain, stage_1),
+            WithTrainer("stage 2", 2, 2, plain, stage_2),
+            WithTrainer("stage 3", 2, 2, plain, stage_3, state=gathered_by_deepspeed),
+        ]
+    return {row.label: row for row in found}
+
+
+def fit(row: WithTrainer, path: Path, source: Path | None, seed: int) -> Run:
+    return row.fit(path, source, seed, "")[1]
+
+
+def fits(row: WithTrainer, path: Path, source: Path | None = None, seed: int = 0) -> list[Run]:
+    return [fit(row, path, source, seed)] if row.ranks == 1 else world(2).run(fit, row, path, source, seed)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The checkpoints of a fit in each strategy, and what came of that on one device."""
+
+    rows: dict[str, WithTrainer]
+    files: dict[str, Path]
+    alone: Run
+
+    def file(self, strategy: str) -> Path:
+        if strategy not in self.files:
+            pytest.skip("needs the extra `deepspeed`")
+        return self.files[strategy]
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    found, folder = rows(request.param), tmp_path_factory.mktemp("fits")
+    runs = {label: fits(row, folder / label)[0] for label, row in found.items()}
+    return Written(found, {label: folder / label / FIRST for label in found}, runs["one device"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_file_of_a_strategy_is_resumed_in_each_of_them_as_on_one_device(tmp_path, written: Written, strategy: str):
+    file = written.file(strategy)
+    for label, row in written.rows.items():
+        for found in fits(row, tmp_path / label, file, 5):  # the adapter starts from another seed
+            assert found.losses == pytest.approx(written.alone.losses[-1:], abs=CLOSE), label
+            assert found.state.keys() == written.alone.state.keys()
+            for name, value in written.alone.state.items():
+                assert (found.state[name] - value).abs().max() <= CLOSE, (label, name)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_the_file_of_a_strategy_holds_what_that_of_one_device_holds(written: Written, strategy: str):
+    """The trained tensors and the optimizer's states, by the same names and positions, and nothing beside."""
+    (found, bytes_found), (expected, bytes_expected) = map(read, (written.file(strategy), written.file("one device")))
+    assert found.keys() == expected.keys()
+    for place, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found[place], value, atol=CLOSE, rtol=0)
+    groups = [place for place in expected if place[:1] == ("optimizer_states",) and "param_groups" in place]
+    assert {place: found[place] for place in groups} == {place: expected[place] for place in groups}
+    assert bytes_found == bytes_expected
+
+
+def read(file: Path) -> tuple[dict[Any, Any], int]:
+    """Read what differs between strategies, by the keys that lead to it; and the bytes of all that lies in the file."""
+    content = torch.load(file, weights_only=True)
+    leaves = dict(leaves_of({key: content[key] for key in ("state_dict", "optimizer_states", "lora")}))
+    tensors = [value for value in leaves.values() if isinstance(value, torch.Tensor)]
+    return leaves, sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def leaves_of(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield place, value
+    for key, item in items or ():
+        yield from leaves_of(item, (*place, key))
