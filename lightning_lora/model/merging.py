@@ -29,6 +29,7 @@ from .adapted_model import Listing
 from .dequantize import WORST_FIDELITY, report_factored
 from .device_merging import NOT_FINITE_REMEDY, DeviceMerge, begin_unmerging_
 from .gradients import warn_of_untrained
+from .injection import Injection
 from .recorded_layers import refuse_replaced_layers
 from .undisturbed import Ending, run_undisturbed
 from .wrappers import unwrapped
@@ -93,10 +94,18 @@ def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rou
     with take_turn(listing.layers.values(), "merge"):
         pending = {name: each for name, each in listing.layers.items() if _is_pending(each)}
         if pending:
+            for record in records_of(listing):
+                record.merged = True  # first, because an exception may break off what follows
             if warns_of_untrained:
-                warn_of_untrained(listing, stacklevel=5)
+                warn_of_untrained(listing, stacklevel=4)
             with shards_in_place(listing, "merge", changes=True):
                 _merge_pending(listing, pending, tells_rounding)
+
+
+def records_of(listing: Listing) -> list[Injection]:
+    """Return the records of the injections that the adapters of a listed model belong to, each once."""
+    records = (layer.lora.injection for layer in listing.layers.values())
+    return list({id(record): record for record in records if record is not None}.values())
 
 
 def _is_pending(layer: AdaptedWeights) -> bool:
@@ -327,6 +336,8 @@ def _restore_all(listing: Listing) -> None:
     """Unmerge every layer. Another call completes the work where an exception broke it off. In place."""
     try:
         _unmerge_all(listing.layers)
+        for record in records_of(listing):
+            record.merged = record.merged and len(listing.layers) < len(record.layers)  # a part was unmerged
     finally:
         update_fast_paths(module for _, module in listing.modules)
 

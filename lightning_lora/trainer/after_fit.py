@@ -18,8 +18,7 @@ from ..model.patches import call_previous, patch
 from ..model.state_dict import refuse_unmergeable
 from ..names import META
 from .compatibility import launches
-
-MERGED_FOR_GOOD = "merged_after_fit"  # attribute of a LightningModule that was merged, until it is fitted again
+from .record import MERGED_FOR_GOOD
 
 
 def refuse_merge_after_fit(trainer: Any, handle: AdaptedModel) -> None:
@@ -43,11 +42,6 @@ def merge_for_good(module: nn.Module) -> None:
 def _dtype(handle: AdaptedModel) -> torch.dtype | None:
     """Return the dtype of the plain weights that replace quantised ones, or None."""
     return dequantize_dtype(handle.record.dequantize, "LoRACallback")
-
-
-def is_merged_for_good(module: nn.Module) -> bool:
-    """Return whether a fit merged the model for good, and nothing injected it since."""
-    return MERGED_FOR_GOOD in vars(module)
 
 
 def forget_merging(module: nn.Module) -> None:

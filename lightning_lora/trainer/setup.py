@@ -9,13 +9,14 @@ from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.inject import begin_injection, random_seed
 from ..model.quantise import quantise_
 from ..model.rebuilt_modules import adopt_layers
-from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_only
+from .after_fit import forget_merging, load_plain_weights_only
 from .checkpoint_hooks import save_as
 from .checkpoint_options import complete_options, options_in_checkpoint, refuse_folder_for_checkpoint
 from .cli_optimizer import adapt_cli_optimizer
 from .compatibility import refuse_composition, refuse_other_options
 from .options import Options, seed_text
 from .precision import convert_linear_layers_, leave_out_of_ddp_, refuse_for_quantised, refuse_late_conversion
+from .record import is_merged_for_good
 
 
 def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedModel | None:
