@@ -18,16 +18,18 @@ from .matching import ALL_LINEAR
 from .model.adapted_model import Listing, find_model
 from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
-from .trainer.by_module import ByModule
 from .trainer.checkpoint_hooks import save_as_where_unpatched
+from .trainer.evaluation import end_evaluation, merge_to_evaluate, tell_rounding
 from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit
-from .trainer.fit_state import FitState
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.options import check_own_options
+from .trainer.record import record_of
+from .trainer.run_hooks import begin_batch, begin_epoch, break_off, close_fit, end_batch, end_fit, leave
 from .trainer.setup import set_up, stop_adapting
 from .trainer.start_batches import start_from_data
 from .trainer.strategies import prepare_strategy
+from .trainer.untrained import look_for_gradients
 
 ELSEWHERE = {
     **LEAVE_OUT,
@@ -159,7 +161,6 @@ class LoRACallback(Callback):
         self.dequantize = dequantize
         self.verbose = verbose
         check_own_options(self)
-        self._states: ByModule[FitState] = ByModule()
 
     def __repr__(self) -> str:
         parameters = inspect.signature(LoRACallback).parameters
@@ -177,21 +178,19 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""
-        state = self._state(pl_module)
-        state.begin_fit()
         handle = open_for_fit(pl_module)
+        handle.record.fits += 1
         check_fit(trainer, handle, self)
-        record_fit(trainer, handle, self, state.logged)
+        record_fit(trainer, handle, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from data where the options say so."""
-        self._state(pl_module).logged.remove(pl_module)
         start_from_data(trainer, pl_module, find_model(pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget which layers are in eval mode; the first batch lists them anew, when every mode is training's."""
-        self._state(pl_module).forget_lists()
+        """Check that no hook has replaced adapted layers; let the first batch look at what was unfrozen."""
         refuse_replaced_layers(Listing(pl_module), "LoRACallback")
+        begin_epoch(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the strategy's setup, or a hook, has not replaced adapted layers."""
@@ -199,26 +198,26 @@ class LoRACallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
-        self._state(pl_module).start_batch(pl_module)
+        begin_batch(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Record the initial value of every base parameter that became trainable since the last step."""
-        self._state(pl_module).lists(pl_module).record_trainable(optimizer)
+        """Before an optimizer's first step, warn of adapters that have no gradient."""
+        look_for_gradients(trainer.optimizers, optimizer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Let dropout follow each layer's own mode; after an optimizer's first step, warn of what it did not train."""
-        self._state(pl_module).end_batch(trainer, pl_module)
+        """Let dropout follow each layer's own mode."""
+        end_batch(pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Merge at the first batch, because weight averaging swaps weights after the start hooks."""
         if self.merged_eval:
-            self._state(pl_module).start_evaluation_batch(trainer, pl_module)
+            merge_to_evaluate(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unmerge, before weight averaging swaps weights back."""
-        self._state(pl_module).evaluation.end(pl_module)
+        end_evaluation(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
@@ -229,26 +228,24 @@ class LoRACallback(Callback):
         save_as_where_unpatched(pl_module, self.save, self.dequantize)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the fit came to its end."""
-        self._state(pl_module).end_fit()
+        """Note that the fit came to its end, and log what rounding merged weights to 16 bits costs."""
+        end_fit(pl_module)
+        if not self.merge_after_fit:  # which merges later, and tells it then
+            tell_rounding(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
-        self._state(pl_module).break_off(pl_module, exception)
-        self._states.pop(pl_module, None)
+        break_off(pl_module, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unmerge what is merged still.
 
         A merge for good comes last, when every checkpoint of the fit is written and averaged weights are in place.
         """
-        state = self._state(pl_module)
-        state.leave(pl_module)
+        record = record_of(pl_module)
+        leave(pl_module)
         stop_adapting(pl_module)
-        has_ended = stage == "fit" and state.close_fit()
-        if not state.running:  # else a fit goes on, of which a hook ran this Trainer
-            self._states.pop(pl_module, None)
-        if has_ended and self.merge_after_fit:
+        if stage == "fit" and record is not None and close_fit(record) and self.merge_after_fit:
             merge_for_good(pl_module)
 
     def on_after_setup(self, *args: Any, **kwargs: Any) -> None:
@@ -256,13 +253,6 @@ class LoRACallback(Callback):
         refuse_callback(self.config)
 
     on_after_optimizer_step = on_after_setup  # which Fabric calls where the model came from setup_module
-
-    def _state(self, pl_module: LightningModule) -> FitState:
-        """Return the state of a module; a new one if setup did not run, or an exception ended the run."""
-        state = self._states.get(pl_module)
-        if state is None:
-            state = self._states[pl_module] = FitState()
-        return state
 
 
 def _one_config(

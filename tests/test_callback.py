@@ -447,7 +447,7 @@ class FreezesBody(L.Callback):
 
 def test_a_frozen_adapter_is_reported(tmp_path):
     trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS), FreezesBody())
-    with pytest.warns(UserWarning, match=r"4 adapter parameters are frozen \(body\.0\.lora_A, "):
+    with pytest.warns(UserWarning, match=r"the adapters of 2 layers are frozen \('body\.0', 'body\.3'\)"):
         trainer.fit(Net(), Data())
 
 
@@ -473,7 +473,7 @@ def test_verbose_false_shows_nothing_at_fit_start_and_still_warns(tmp_path, capl
     trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS, verbose=False), FreezesBody())
     with (
         caplog.at_level(logging.INFO, logger=lightning_logger()),
-        pytest.warns(UserWarning, match="4 adapter parameters are frozen"),
+        pytest.warns(UserWarning, match="the adapters of 2 layers are frozen"),
     ):
         trainer.fit(Net(), Data())
     assert not [message for message in map(logging.LogRecord.getMessage, caplog.records) if "LoRA" in message]

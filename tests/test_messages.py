@@ -383,15 +383,17 @@ def test_training_while_merged_names_merged(tmp_path):
     )
 
 
-def test_an_optimizer_built_before_inject_is_named_at_the_first_merge():
-    model = nn.Sequential(nn.Linear(3, 3))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+def test_layers_that_a_loop_did_not_train_are_named_at_the_first_merge():
+    model = nn.ModuleDict({"used": nn.Linear(3, 3), "unused": nn.Linear(3, 3)})
     inject(model, LoRAConfig(r=1))
-    model(torch.randn(2, 3)).sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model["used"](torch.randn(2, 3)).sum().backward()
     optimizer.step()
-    with pytest.warns(UserWarning, match="gradients reach") as caught:
+    with pytest.warns(UserWarning, match="training has changed") as caught:
         merge(model)
     assert show(caught[0].message) == (
-        "lightning_lora: gradients reach the adapters, but none of them has changed. An optimizer that was built "
-        "before inject does not hold them: build it afterwards, from model.parameters()."
+        "lightning_lora: training has changed other adapters, and not those of 1 of 2 layers: 'unused'. Either nothing "
+        "has used these layers yet (parts that few inputs reach), or they are cut off from the loss (detach, no_grad), "
+        "or the model reads their weight without calling them, which the adapter cannot follow. Leave out layers that "
+        "are never trained: exclude_modules=['unused']."
     )

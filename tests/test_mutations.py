@@ -17,6 +17,7 @@ from lightning_lora import LoRACallback, LoRAError, is_merged, merge
 from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint as write
 from lightning_lora.model.patches import unpatch
 from lightning_lora.nn.exact_merge import RestoreRecord
+from lightning_lora.trainer.evaluation import merge_to_evaluate
 from support.lightning_versions import EMAWeightAveraging, weight_averaging
 from support.naive import NaiveCallback
 from support.runs import BATCHES, TARGETS, run
@@ -67,7 +68,7 @@ class MergesAtStart(LoRACallback):
     """Merges at on_validation_start."""
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._state(pl_module).start_evaluation_batch(trainer, pl_module)
+        merge_to_evaluate(trainer, pl_module)
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -66,7 +66,7 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         load_foreign_(live, adapter.foreign)
         handle.record_trainable(expected=True)
         if merge_after:
-            merge_listed(handle)
+            merge_listed(handle, warns_of_untrained=False)
     except BaseException:
         handle.put_back(kept)
         record.config = config_before

@@ -281,8 +281,10 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
     initial = _read_initial(live, checkpoint[META].get("initial"), adapter)
     record_trained(live, adapter)
     handle, record = live.handle, live.handle.record
-    unfrozen = handle.initial_of("unfrozen")
-    handle.set_initial({name: state.get(name, value) for name, value in unfrozen.items()} | initial)
+    here, part = handle.initial_of("trained"), _common_module(initial)
+    trained = {id(live.tensors[name]) for name in adapter.tensors if name.startswith(part) and name in live.tensors}
+    frozen = {name: state.get(name, value) for name, value in here.items() if id(live.tensors[name]) not in trained}
+    handle.set_initial(frozen | initial)  # where it was trained, the first value is in the file, or nothing knows it
     record.fingerprint = {}
     record.origin = dict(adapter.origin)
     for name in missing:  # left out by the class that saved
@@ -413,13 +415,15 @@ def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, 
     """Return the values from before training, by the model's names.
 
     Raises:
-        LoRAError: a buffer or a trained parameter of the injected part is missing, or does not fit the model.
+        LoRAError: a buffer of the injected part is missing, or something does not fit the model. A parameter may be
+            missing: its value from before training was not known where the file was written.
     """
     base = {name: tensor for name, tensor, owner in live.entries if not is_factor(name, owner) and tensor is not None}
+    buffers = {name for name, tensor in base.items() if not isinstance(tensor, nn.Parameter)}
     named = initial.items() if isinstance(initial, Mapping) else [(None, None)]
     if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named):
         part = _common_module(initial)  # what is trained beside the injected part is not listed
-        changed = {id(base[name]) for name in adapter.tensors if name in base and name.startswith(part)}
+        changed = {id(base[name]) for name in adapter.tensors if name in buffers and name.startswith(part)}
         fits = all(name in base and whole_shape(base[name]) == value.shape for name, value in initial.items())
         if fits and changed <= {id(base[name]) for name in initial}:
             return dict(initial)

@@ -54,7 +54,7 @@ def adapter_of_model(live: LiveState, verb: str) -> Adapter:
         LoRAError: a layer was replaced, or the factors are not finite.
     """
     description = describe(live, verb)
-    warn_of_untrained(live.handle, stacklevel=5)
+    warn_of_untrained(live.handle, stacklevel=4)
     adapter = replace(description, tensors=gather_all(live.values()), foreign=foreign_entries(live.handle))
     check_factors(adapter, verb)
     return adapter

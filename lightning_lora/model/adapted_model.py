@@ -185,15 +185,18 @@ class AdaptedModel(Listing):
                 done.add(id(tensor))
                 self.record.keep_initial(module, {name.rpartition(".")[2]: values[name]})
 
-    def record_trainable(self, *, expected: bool = False) -> None:
-        """Record every base parameter that has become trainable, with its present value as the one before training.
+    def record_trainable(self, *, expected: bool = False, untouched: bool = False) -> list[nn.Parameter]:
+        """Record every base parameter that has become trainable, and return these parameters.
 
         Args:
             expected: the options ask for these parameters. Otherwise a warning names them.
+            untouched: no optimizer has stepped since, so that the present values are those from before training.
         """
-        for each in self._newly_trainable():
+        new = self._newly_trainable()
+        for each in new:
             marks: tuple[Mark, ...] = () if expected else ("unfrozen", "untold")
-            self.record.add_trained(each.module, each.leaf, each.parameter, *marks)
+            first = each.parameter if expected or untouched else None
+            self.record.add_trained(each.module, each.leaf, first, *marks)
         untold = self.marked("untold")
         told = [each for each in self.base() if id(each.parameter) in untold] if untold else []
         for each in told:
@@ -205,12 +208,17 @@ class AdaptedModel(Listing):
                 "adapter.",
                 stacklevel=2,
             )
+        return [each.parameter for each in new]
 
-    def record_before_step(self, held: Collection[int]) -> None:
-        """Record base parameters that have become trainable, by their ids. The next record_trainable tells of them."""
-        for each in self._newly_trainable():
-            if id(each.parameter) in held:
-                self.record.add_trained(each.module, each.leaf, each.parameter, "unfrozen", "untold")
+    def without_first_values(self) -> list[str]:
+        """Return the names of base parameters that may have been trained and whose values from before are not known."""
+        trained, known = self.marked("trained"), set[int]()
+        for _, module in self.root_modules:
+            leaves = self.record.initial(module)
+            own = own_state(module) if leaves else {}
+            known |= {id(own[leaf]) for leaf in leaves if leaf in own}
+        base = ((each.name, id(each.parameter), each.parameter.requires_grad) for each in self.base())
+        return [name for name, key, trains in base if (trains or key in trained) and key not in known]
 
     def _newly_trainable(self) -> list[BaseParameter]:
         trained = self.marked("trained")

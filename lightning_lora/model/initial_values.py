@@ -19,7 +19,7 @@ from .named_state import own_state
 def snapshot_initial(handle: AdaptedModel) -> None:
     """Record the present values of trained base parameters and persistent buffers.
 
-    After finish_injection only tensors without a recorded value are added.
+    After finish_injection only buffers without a recorded value are added: a parameter has been trained since.
     """
     record = handle.record
     reshard_(module for _, module in handle.root_modules)
@@ -28,6 +28,8 @@ def snapshot_initial(handle: AdaptedModel) -> None:
             record.forget_initial(module)
         earlier, marks = record.initial(module), record.marks(module)
         new = {leaf: tensor for leaf, tensor in _changed_by_training(module, marks).items() if leaf not in earlier}
+        if record.validated:
+            new = {leaf: tensor for leaf, tensor in new.items() if not isinstance(tensor, nn.Parameter)}
         record.keep_initial(module, {leaf: copy_of(tensor) for leaf, tensor in new.items()})
 
 

@@ -36,7 +36,6 @@ from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, find_in, open_model, scope_in
 from .base_values import put_base_values_, take_back_base_values_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
-from .gradients import note_gradient
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Injection
 from .merging import FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
@@ -64,7 +63,6 @@ from .targets import (
     check_untied,
 )
 from .undisturbed import Ending
-from .unfrozen import keep_first_values
 from .wrappers import unwrapped, warn_of_late_adapters
 
 IN_CONFIG = {
@@ -145,7 +143,8 @@ def unload(model: nn.Module) -> None:
     """Take the adapters out without merging. In place.
 
     Classes, names, values, parameter objects and requires_grad are as before injection. That includes the values of
-    trained biases, modules_to_save and buffers.
+    trained biases, modules_to_save and buffers. A weight that you unfroze after injection keeps its trained value, and
+    a warning names it; only what LoRACallback saw unfrozen when an epoch began has its value from before.
 
     Raises:
         LoRAError: the model was not injected.
@@ -160,6 +159,7 @@ def unload(model: nn.Module) -> None:
     """
     handle = open_model(model, "unload")
     adopt_layers(handle)
+    _warn_of_unknown_values(handle, "unload", stacklevel=3)
     modules = _all_modules(handle)
     refuse_fully_sharded(handle.root, modules, "unload")
     with Turn("unload", [handle.record.writer]):
@@ -219,6 +219,17 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
     return model
 
 
+def _warn_of_unknown_values(handle: AdaptedModel, verb: str, stacklevel: int) -> None:
+    """Warn of weights that were unfrozen after injection, so that their values from before training are not known."""
+    names = handle.without_first_values()
+    if names:
+        warnings.warn(
+            f"lightning_lora: {verb} cannot bring back the values from before training of what was unfrozen after "
+            f"injection ({listed(names)}), and leaves it as it is. Name such modules in modules_to_save instead.",
+            stacklevel=stacklevel,
+        )
+
+
 def _all_modules(handle: AdaptedModel) -> list[nn.Module]:
     """Return the modules of the model and of the injected module that holds it, each once."""
     return list(dict.fromkeys(module for _, module in (*handle.root_modules, *handle.modules)))
@@ -231,7 +242,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Trained biases, modules_to_save and persistent buffers have their initial values inside, and get no gradients there.
     Their trained values are not written to, so that the backward of an earlier forward still works inside. State dicts
     and saved files hold the trained values. Values that are loaded inside the block stay after it, and unload can be
-    called inside it.
+    called inside it. A weight that you unfroze after injection is as in unload.
 
     Example::
 
@@ -246,6 +257,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     handle = open_model(model, "disable_adapter")
     adopt_layers(handle)
+    _warn_of_unknown_values(handle, "disable_adapter", stacklevel=4)
     record, modules = handle.record, [module for _, module in handle.root_modules]
     with Turn("disable_adapter", [record.writer]) as turn:
         found = FoundState(handle)
@@ -338,7 +350,6 @@ def begin_injection(listing: Listing, record: Injection, scope: str = "") -> Ada
             snapshot_initial(handle)
             if record.merge_weights:
                 patch(handle.root, "train", _merge_by_mode)
-        keep_first_values(record)
     return handle
 
 
@@ -396,10 +407,10 @@ def _adapt_new_layers(handle: AdaptedModel) -> None:
     seed = record.seed or random_seed()
     with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
         for name, module in new.items():
-            note_gradient(_with_factors(adapt_(module, name, _spec(name, record, seed), record)))
+            _create_tensors(adapt_(module, name, _spec(name, record, seed), record))
             advance(1)
         for name, (module, leaf) in parameters.items():
-            note_gradient(_with_factors(adapt_parameter_(module, leaf, name, _spec(name, record, seed), record)))
+            _create_tensors(adapt_parameter_(module, leaf, name, _spec(name, record, seed), record))
             advance(1)
         for name, rows in tables.items():
             _adapt_table(handle, name, modules[name], rows)
@@ -564,14 +575,13 @@ def _adapt_table(handle: AdaptedModel, name: str, module: nn.Module, rows: tuple
     spec = LayerSpec(
         r=len(rows), alpha=len(rows), scaling=1.0, variant=TrainedRows(), keep_float32=keep_float32, rows=rows
     )
-    note_gradient(_with_factors(adapt_table_(module, name, spec, record)))
+    _create_tensors(adapt_table_(module, name, spec, record))
 
 
-def _with_factors(layer: AdaptedWeights) -> AdaptedWeights:
-    """Return the adapter with its tensors, created in the weight's dtype, or in float32 for 16-bit weights."""
+def _create_tensors(layer: AdaptedWeights) -> None:
+    """Create the adapter's tensors in the weight's dtype, or in float32 for 16-bit weights. In place."""
     dtype = layer.weight_dtype()
     layer.create_(torch.float32 if dtype in HALF and layer.lora.spec.keep_float32 else dtype)
-    return layer
 
 
 def _merge_by_mode(module: nn.Module, previous: Callable[..., Any] | None, mode: bool = True) -> nn.Module:

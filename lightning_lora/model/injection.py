@@ -56,11 +56,11 @@ class Owner(NamedTuple):
     leaf: str
 
 
-class Steps(NamedTuple):
-    """The ids of the parameters of optimizers that have stepped, see optimizer_steps."""
-
-    all: set[int]
-    on_gradients: set[int]  # of optimizers some of whose parameters had gradients
+# What LoRACallback notes while a Trainer runs. A copy of the model is in no run.
+OF_A_RUN = (
+    *("dropping", "merged_here", "stays_unmerged", "epoch_begins", "looked_at", "fits", "fit_ended"),
+    "merged_in_fit",
+)
 
 
 @dataclass
@@ -79,8 +79,15 @@ class Injection:
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
     validated: bool = False  # finish_injection has checked that each entry of the options names something
     seed: str = ""  # the text that adapters are drawn from; "" means the state of the random stream
-    steps: Steps = field(default_factory=lambda: Steps(set(), set()))  # of optimizers; empty in a copy
-    began_frozen: bool = False  # some adapters were frozen when the fit began
+    merged: bool = False  # merge was called, and since then unmerge was not called for all layers
+    dropping: bool = False  # a training batch runs, in which dropout acts in layers that are kept in eval mode too
+    merged_here: bool = False  # LoRACallback has merged the model, and is to unmerge it
+    merged_in_fit: bool = False  # an evaluation of this fit ran merged
+    stays_unmerged: bool = False  # merging found a value that is not finite, so this evaluation runs unmerged
+    epoch_begins: bool = False  # no training batch of the epoch has begun
+    looked_at: frozenset[int] = frozenset()  # ids of the fit's optimizers whose adapters were looked at for gradients
+    fits: int = 0  # how many fits of the model are under way, one inside a hook of the other
+    fit_ended: bool = False  # the innermost fit came to its end; a finder of Lightning's may break one off
     checkpointing_off_reported: bool = False  # a message said that gradient checkpointing does nothing in eval mode
     quantised_reported: bool = False  # a message said that layers with quantised weights stay factored
     started: bool = False  # initialize_from_data was called, so a fit does not start from its own data
@@ -94,11 +101,11 @@ class Injection:
     owners: dict[int, Owner] = field(default_factory=dict)  # of a BatchNorm's tensors by id; empty in a copy
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in vars(self).items() if name not in ("writer", "owners", "steps")}
-        return kept | {"root": None}
+        left_out = ("writer", "owners", *OF_A_RUN)  # the class has their values of a new record
+        return {name: value for name, value in vars(self).items() if name not in left_out} | {"root": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, writer=Writer(), owners={}, steps=Steps(set(), set()))
+        vars(self).update(state, writer=Writer(), owners={})
 
     def begin(self, root: nn.Module) -> None:
         """Let a module hold the record as the injected module. In place.
@@ -167,10 +174,11 @@ class Injection:
             kept.clear()
             kept.update({leaf: set(each) for leaf, each in marks.items()})
 
-    def add_trained(self, module: nn.Module, leaf: str, parameter: torch.Tensor, *marks: Mark) -> None:
-        """Mark a module's own parameter as trained, and keep its present value as the one from before training."""
+    def add_trained(self, module: nn.Module, leaf: str, first: torch.Tensor | None, *marks: Mark) -> None:
+        """Mark a module's own parameter as trained, and keep its value from before training, if that is known."""
         self.keep(module).setdefault("marks", {}).setdefault(leaf, set()).update(("trained", *marks))
-        self.keep_initial(module, {leaf: copy_of(parameter)})
+        if first is not None:
+            self.keep_initial(module, {leaf: copy_of(first)})
 
     def take_mark(self, module: nn.Module, leaf: str, mark: Mark) -> None:
         """Take a mark from a module's own parameter."""

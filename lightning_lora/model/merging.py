@@ -29,6 +29,7 @@ from .adapted_model import Listing
 from .dequantize import WORST_FIDELITY, report_factored
 from .device_merging import NOT_FINITE_REMEDY, DeviceMerge, begin_unmerging_
 from .gradients import warn_of_untrained
+from .injection import Injection
 from .recorded_layers import refuse_replaced_layers
 from .undisturbed import Ending, run_undisturbed
 from .wrappers import unwrapped
@@ -86,17 +87,25 @@ def merge(model: nn.Module) -> None:
     merge_listed(Listing(unwrapped(model, "merge")))
 
 
-def merge_listed(listing: Listing, *, warns_of_untrained: bool = True) -> None:
-    """Do what merge does for a listed model. In place. A fit warns of untrained layers itself."""
+def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rounding: bool = True) -> None:
+    """Do what merge does for a listed model. In place. The options are for a fit, which says both itself."""
     refuse_replaced_layers(listing, "merge")
     _require_layers(listing, "merge")
     with take_turn(listing.layers.values(), "merge"):
         pending = {name: each for name, each in listing.layers.items() if _is_pending(each)}
         if pending:
+            for record in records_of(listing):
+                record.merged = True  # first, because an exception may break off what follows
             if warns_of_untrained:
-                warn_of_untrained(listing, stacklevel=5)
+                warn_of_untrained(listing, stacklevel=4)
             with shards_in_place(listing, "merge", changes=True):
-                _merge_pending(listing, pending)
+                _merge_pending(listing, pending, tells_rounding)
+
+
+def records_of(listing: Listing) -> list[Injection]:
+    """Return the records of the injections that the adapters of a listed model belong to, each once."""
+    records = (layer.lora.injection for layer in listing.layers.values())
+    return list({id(record): record for record in records if record is not None}.values())
 
 
 def _is_pending(layer: AdaptedWeights) -> bool:
@@ -104,7 +113,7 @@ def _is_pending(layer: AdaptedWeights) -> bool:
     return (layer.lora_active and not layer.lora.merged) or layer.lora.unfinished
 
 
-def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> None:
+def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tells_rounding: bool) -> None:
     """Merge the pending layers of a model, all of them or none. In place."""
     weights = {layer: layer.own_weights() for layer in listing.layers.values()}
     main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
@@ -113,7 +122,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> N
     def write() -> None:
         record_ties(listing.modules)
         sync = RankSync(main_weights.values())
-        fidelity = _Fidelity(main_weights, sync)
+        fidelity = _Fidelity(main_weights if tells_rounding else {}, sync)
         scratch, device = Scratch(), DeviceMerge()
         with progress_bar("merging", len(pending)) as advance:
             for name, layer in pending.items():
@@ -135,6 +144,17 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> N
 
     with torch.no_grad():  # once for all layers, because entering it takes longer than merging a small layer
         run_undisturbed(write, partial(_restore_all, listing), "merge")
+
+
+def has_rounding_to_tell(layers: Iterable[AdaptedWeights]) -> bool:
+    """Return whether a merge of these layers would log what rounding W' to 16 bits costs."""
+    mergeable = [layer for layer in layers if not layer.unmergeable_reason()]
+    weights = {layer: next(iter(layer.adapted_weights().values())) for layer in mergeable}
+    return any(_is_unreported(layer, weight) for layer, weight in weights.items())
+
+
+def _is_unreported(layer: AdaptedWeights, weight: torch.Tensor) -> bool:
+    return weight.dtype in HALF and not layer.lora.rounding_reported
 
 
 def unmerge(model: nn.Module) -> None:
@@ -316,6 +336,8 @@ def _restore_all(listing: Listing) -> None:
     """Unmerge every layer. Another call completes the work where an exception broke it off. In place."""
     try:
         _unmerge_all(listing.layers)
+        for record in records_of(listing):
+            record.merged = record.merged and len(listing.layers) < len(record.layers)  # a part was unmerged
     finally:
         update_fast_paths(module for _, module in listing.modules)
 
@@ -346,9 +368,7 @@ class _Fidelity:
             sync: sums over the ranks.
         """
         self.weights = weights
-        self.layers = {
-            each for each, weight in weights.items() if weight.dtype in HALF and not each.lora.rounding_reported
-        }
+        self.layers = {layer for layer, weight in weights.items() if _is_unreported(layer, weight)}
         self.sync = sync
         # By the share of this rank's part in the sum over ranks, and by the device on which the sums stay so long.
         self.metrics: dict[tuple[float, torch.device], MergeFidelity] = {}

@@ -73,7 +73,6 @@ class LayerState:
     name: str = ""  # in the injected module
     injection: Any = None  # the record of the injection; all layers of a model share it
     custom_forward: bool = False  # the layer's class overrides torch's forward, so that forward runs on W + delta
-    dropout_override: bool | None = None  # True: dropout acts where gradients are recorded; None: by the training flag
     merged: bool = False  # merge was called
     records: dict[str, RestoreRecord] = field(default_factory=dict)  # what unmerging needs, by weight name
     unfinished: bool = False  # merging or unmerging runs, or an exception broke it off; unmerge_ completes it
@@ -82,8 +81,7 @@ class LayerState:
     restore_failed: bool = False  # unmerging failed, so the weight may differ from W
     rounding_reported: bool = False  # the cost of rounding W' was reported
     sharded: int = 0  # over how many dimensions of ranks the weight lay when it was last seen
-    gradient_arrived: bool = False  # the last trained tensor has had a gradient since injection
-    training_checked: bool = False  # after training had begun it was looked at whether training reaches the layer
+    training_checked: bool = False  # training was seen to reach the layer, or a warning has named it
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
     shared: SharedTensors | None = None  # tensors that all layers of the model share; None for most variants
     placed: tuple[LayerSpec, Place] | None = None  # the last result of `place`, with its spec
@@ -238,12 +236,12 @@ class StoredTensors:
             self.lora.shared.draw_(self.lora.spec.r)
 
     def is_initial(self) -> bool:
-        """Return whether nothing was trained yet, as far as this rank's shards show."""
+        """Return whether the values are those from before training, as far as this rank's shards show.
+
+        False where values cannot tell, as with init_lora_weights=False.
+        """
         stored = {leaf: local(tensor) for leaf, tensor in self.stored().items()}
-        known = self.lora.spec.variant.is_initial(stored, self.place())
-        if known is None:
-            return not self.lora.gradient_arrived and self.factors()[-1].grad is None
-        return known
+        return bool(self.lora.spec.variant.is_initial(stored, self.place()))
 
     def followers(self, state_dict: Mapping[str, Any], prefix: str) -> Collection[str]:
         """Return the leaf names of tensors that must start again from the new weight of a state dict.
@@ -379,12 +377,13 @@ class AdaptedWeights(StoredTensors):
     def drops(self) -> bool:
         """Return whether dropout acts now.
 
-        Under dropout_override it acts only where gradients are recorded: a user may evaluate the model inside a
-        training batch.
+        In a Trainer's training batch it acts in eval mode too, but only where gradients are recorded: a user may
+        evaluate the model inside the batch.
         """
-        override = self.lora.dropout_override
-        active = self.lora_holder.training if override is None else override and records_gradients()
-        return active and self.lora.spec.dropout > 0
+        if not self.lora.spec.dropout > 0:
+            return False
+        injection = self.lora.injection
+        return self.lora_holder.training or (injection is not None and injection.dropping and records_gradients())
 
     # --- merging ---
 

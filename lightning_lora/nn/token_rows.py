@@ -86,7 +86,7 @@ class TokenRows(AdaptedWeights):
 
     def is_initial(self) -> bool:
         if self.lora.records or is_spread(self.rows):
-            return not self.lora.gradient_arrived and self.rows.grad is None
+            return False
         return equals_start(self.rows, self.initial_values()[ROWS])
 
     def unmergeable_reason(self) -> str:

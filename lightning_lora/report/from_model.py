@@ -13,7 +13,6 @@ from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import gather_all, local, reshard_
 from ..exchange.take import describe
 from ..model.adapted_model import AdaptedModel, open_model
-from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState
 from ..model.named_state import base_parameters_of
 from ..names import names_factor
@@ -66,7 +65,6 @@ def record_norms(model: nn.Module) -> None:
 
 def _adapters_own(live: LiveState) -> dict[str, torch.Tensor]:
     """Return the adapter's own tensors by name, without trained tensors of the base."""
-    warn_of_untrained(live.handle)
     return {name: value for name, value in live.values().items() if names_factor(name)}
 
 

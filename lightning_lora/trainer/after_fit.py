@@ -43,11 +43,6 @@ def _dtype(handle: AdaptedModel) -> torch.dtype | None:
     return dequantize_dtype(handle.record.dequantize, "LoRACallback")
 
 
-def is_merged_for_good(module: nn.Module) -> bool:
-    """Return whether a fit merged the model for good, and nothing injected it since."""
-    return MERGED_FOR_GOOD in vars(module)
-
-
 def forget_merging(module: nn.Module) -> None:
     """Remove the mark of merge_for_good: the model is about to get adapters again."""
     vars(module).pop(MERGED_FOR_GOOD, None)

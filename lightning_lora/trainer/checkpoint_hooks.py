@@ -18,7 +18,6 @@ from ..model.adapted_model import AdaptedModel, find_model
 from ..model.patches import call_previous, patch
 from ..model.quantise import call_that_quantises
 from ..names import META, names_factor
-from .untrained import warn_of_untrained_in
 
 # The key under which WeightAveraging keeps the weights that are not averaged. When it finds an average it loads them,
 # even for a test of the best checkpoint, although that checkpoint's metric was measured on the averaged weights.
@@ -60,7 +59,6 @@ def _on_load_checkpoint(
 ) -> None:
     if find_model(module) is not None:
         trainer = getattr(module, "_trainer", None)
-        warn_of_untrained_in(trainer, module, loading=True)  # now, because loading hides what a finder has trained
         _refuse_foreign_resume(module, checkpoint)
         prepare_for_load(module, checkpoint, call_for=call_that_quantises)
         fitting = trainer is None or trainer.state.fn == "fit"

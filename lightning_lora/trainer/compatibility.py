@@ -1,11 +1,10 @@
-"""Refuse or warn of Trainers, callbacks and models that LoRACallback cannot be combined with, and say the remedy.
+"""Refuse Trainers, callbacks and models that LoRACallback cannot be combined with, and say the remedy.
 
 Classes are recognised by name, so that neither Lightning nor DeepSpeed is imported here.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..model.adapted_model import AdaptedModel, Listing
+from ..model.adapted_model import Listing
 from ..model.injection import Injection
 from ..names import listed
 from .deepspeed_optimizer import held_parameters
@@ -93,19 +92,6 @@ def refuse_other_options(record: Injection, config: LoRAConfig, given: Collectio
             )
     if seed and record.seed != seed:
         raise LoRAError("LoRACallback: the model was injected with another seed; give none, or unload(model) first.")
-
-
-def warn_of_frozen(handle: AdaptedModel) -> None:
-    """Warn of adapter parameters that another callback has frozen."""
-    frozen = [name for name, factor in _factors(handle).items() if not factor.requires_grad]
-    handle.record.began_frozen = bool(frozen)
-    if frozen:
-        warnings.warn(
-            f"lightning_lora: {len(frozen)} adapter parameters are frozen ({', '.join(frozen[:3])}"
-            f"{', ...' if len(frozen) > 3 else ''}) and not trained until something unfreezes them. If nothing is "
-            "meant to, put the callback that freezes a backbone in setup before LoRACallback in the list.",
-            stacklevel=2,
-        )
 
 
 def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], listing: Listing) -> None:

@@ -1,4 +1,4 @@
-"""Merged evaluation of one LightningModule: merged at the first batch, unmerged at the end."""
+"""Merged evaluation of a LightningModule: merged at the first batch, unmerged at the end."""
 
 from __future__ import annotations
 
@@ -7,44 +7,52 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from ..errors import NonFiniteError, sentence
-from ..model.adapted_model import Listing
-from ..model.merging import is_merged, merge_listed, unmerge
-from .step_lists import StepLists
+from ..errors import LoRAError, NonFiniteError, sentence
+from ..model.adapted_model import Listing, find_model
+from ..model.merging import has_rounding_to_tell, holds_merged, merge_listed, unmerge, unmerge_listed
+from .record import record_of
 
 
-class Evaluation:
-    """The evaluations of one module.
+def merge_to_evaluate(trainer: Any, module: nn.Module) -> None:
+    """Merge, if that has not been done yet. In a fit, a value that is not finite is a warning. In place."""
+    record = record_of(module)
+    if record is None or record.merged or record.stays_unmerged:
+        return
+    record.merged_here = True  # first, because Ctrl-C is raised when merging is complete
+    in_fit = trainer.state.fn == "fit"
+    try:
+        merge_listed(Listing(module), warns_of_untrained=not in_fit, tells_rounding=not in_fit)
+        record.merged_in_fit = in_fit
+    except NonFiniteError as error:
+        if not in_fit:
+            raise
+        record.stays_unmerged = True  # EarlyStopping and others judge the loss
+        rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
 
-    Attributes:
-        merged: whether the module was merged here, and so is to be unmerged here.
-        stays_unmerged: whether merging found a value that is not finite, so that this evaluation runs unmerged.
+
+def end_evaluation(module: nn.Module) -> None:
+    """Unmerge what merge_to_evaluate has merged. In place."""
+    record = record_of(module)
+    if record is None:
+        return
+    record.stays_unmerged = False
+    if record.merged_here:
+        record.merged_here = False
+        if record.merged:
+            unmerge(module)
+
+
+def tell_rounding(module: nn.Module) -> None:
+    """Log what rounding W' to 16 bits costs at the end of a fit that has merged, by one more merge. Collective.
+
+    Earlier merges of the fit say nothing: an adapter that has just begun to grow loses most of itself.
     """
-
-    def __init__(self) -> None:
-        self.merged = False
-        self.stays_unmerged = False
-
-    def start_batch(self, trainer: Any, module: Any, lists: StepLists) -> None:
-        """Merge if that has not been done yet. In place."""
-        if not self.stays_unmerged and not lists.is_merged():
-            self._merge(trainer, module)
-
-    def _merge(self, trainer: Any, module: nn.Module) -> None:
-        """Merge. In a fit, a value that is not finite is a warning. In place."""
-        self.merged = True  # first, because Ctrl-C is raised when merging is complete
+    handle = find_model(module)
+    if handle is None or not handle.record.merged_in_fit or holds_merged(handle.layers.values()):
+        return
+    if has_rounding_to_tell(handle.layers.values()):
         try:
-            merge_listed(Listing(module), warns_of_untrained=trainer.state.fn != "fit")
-        except NonFiniteError as error:
-            if trainer.state.fn != "fit":
-                raise
-            self.stays_unmerged = True  # EarlyStopping and others judge the loss
-            rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
-
-    def end(self, module: nn.Module) -> None:
-        """Unmerge what was merged here. In place."""
-        self.stays_unmerged = False
-        if self.merged:
-            self.merged = False
-            if is_merged(module):
-                unmerge(module)
+            merge_listed(handle, warns_of_untrained=False)
+        except LoRAError:
+            return  # every layer is unmerged; what needs the model merged says why it cannot be
+        unmerge_listed(handle)

@@ -18,11 +18,10 @@ from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..notices import show
 from ..report.summary import summarise
 from .after_fit import refuse_merge_after_fit
-from .compatibility import refuse_unoptimized, warn_of_frozen
-from .hyperparameters import LoggedOptions, as_hyperparameters
+from .compatibility import refuse_unoptimized
+from .hyperparameters import as_hyperparameters, log_options
 from .options import LOGGED, Options
 from .precision import refuse_for_quantised, refuse_plain, refuse_unloadable
-from .untrained import begin_to_note
 
 
 def open_for_fit(module: Any) -> AdaptedModel:
@@ -40,9 +39,7 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     """
     refuse_replaced_layers(handle, "LoRACallback")
     snapshot_materialised(handle)
-    begin_to_note(handle)
     refuse_unoptimized(trainer.optimizers, handle)
-    warn_of_frozen(handle)
     warn_of_new_heads(handle.modules, handle.record.config.modules_to_save or ())
     warn_of_passed_over(handle.record)
     enable_input_require_grads([module for _, module in handle.modules])
@@ -56,15 +53,17 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
         refuse_merge_after_fit(trainer, handle)
 
 
-def record_fit(trainer: Any, handle: AdaptedModel, options: Options, logged: LoggedOptions) -> None:
+def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     """Record the base's fingerprint and whether evaluations merge; log the options and show the summary. In place."""
     record = handle.record
+    record.looked_at, record.merged_in_fit = frozenset(), False
+    handle.record_trainable(untouched=True)  # what setup and configure_optimizers unfroze
     if not record.fingerprint:
         record.fingerprint = fingerprint_of(open_state(handle))
     record.merged_eval = options.merged_eval
     if trainer.loggers:
         own = {name: getattr(options, name) for name in LOGGED}
-        logged.add(handle.model, as_hyperparameters(record.config, **own))
+        log_options(handle.model, as_hyperparameters(record.config, **own))
     if options.verbose:
         found = summarise(handle)
         show(found.short())

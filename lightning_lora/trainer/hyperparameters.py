@@ -1,8 +1,8 @@
 """Log the adapter's options among the hyper-parameters of a run. Checkpoints do not get them.
 
 Lightning gives `hparams_initial` to the loggers in one call, right after the hooks of fit start, and puts `hparams`
-into checkpoints. So the options are added to `hparams_initial` for that call. A call of our own would come too late:
-TensorBoard compares runs by the first call.
+into checkpoints. So the options are added to `hparams_initial`. A call of our own would come too late: TensorBoard
+compares runs by the first call.
 """
 
 from __future__ import annotations
@@ -11,11 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ..config import LoRAConfig, plain_number
-
-INITIAL, LOGS = "_hparams_initial", "_log_hyperparams"  # attributes of a LightningModule
 
 Plain = bool | int | float | str | None
 
@@ -26,31 +22,14 @@ def as_hyperparameters(config: LoRAConfig, **own: Any) -> dict[str, Plain]:
     return {f"lora/{name}": _plain(value) for name, value in options.items()}
 
 
-class LoggedOptions:
-    """Options that a LightningModule has among its hyper-parameters, until Lightning has logged them."""
-
-    def __init__(self) -> None:
-        self._before: dict[str, Any] | None = None  # the module's own, while it has others
-
-    def add(self, module: Any, options: Mapping[str, Plain]) -> None:
-        """Add options to those that the module logs next. In place, until `remove`."""
-        if self._before is not None:
-            return
-        self._before = {name: vars(module)[name] for name in (INITIAL, LOGS) if name in vars(module)}
-        initial = module.hparams_initial if getattr(module, LOGS) else {}
-        if isinstance(initial, dict):  # Lightning's own; a config of omegaconf may refuse new keys
-            initial.update(options)
-        else:
-            initial = {**initial, **options}
-        vars(module).update({INITIAL: initial, LOGS: True})
-
-    def remove(self, module: nn.Module) -> None:
-        """Give the module its own hyper-parameters back. In place."""
-        before, self._before = self._before, None
-        if before is not None:
-            for name in (INITIAL, LOGS):
-                vars(module).pop(name, None)
-            vars(module).update(before)
+def log_options(module: Any, options: Mapping[str, Plain]) -> None:
+    """Add options to the hyper-parameters that a LightningModule's loggers get. In place."""
+    initial = module.hparams_initial if module._log_hyperparams else {}
+    if isinstance(initial, dict):  # Lightning's own, a copy; a config of omegaconf may refuse new keys
+        initial.update(options)
+    else:
+        initial = {**initial, **options}
+    module._hparams_initial, module._log_hyperparams = initial, True
 
 
 def _plain(value: Any) -> Plain:

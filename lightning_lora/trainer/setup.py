@@ -19,7 +19,7 @@ from ..model.patches import call_previous, patch, unpatch_method
 from ..model.quantise import quantise_
 from ..model.rebuilt_modules import adopt_layers
 from ..model.targets import Targets
-from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_only
+from .after_fit import forget_merging, load_plain_weights_only
 from .checkpoint_hooks import save_as
 from .checkpoint_options import complete_options, options_in_checkpoint, refuse_folder_for_checkpoint
 from .cli_optimizer import adapt_cli_optimizer
@@ -34,6 +34,7 @@ from .precision import (
     refuse_for_quantised,
     refuse_late_conversion,
 )
+from .record import is_merged_for_good
 
 BUILDERS = ("configure_model", "setup")  # the last that Lightning calls first
 

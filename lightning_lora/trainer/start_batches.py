@@ -39,7 +39,7 @@ def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> N
     """
     if handle is None or handle.record.config.init_lora_weights not in FROM_DATA or trainer.global_step:
         return
-    if handle.record.started or not all(layer.is_initial() for layer in handle.layers.values()):
+    if handle.record.started or not all(layer.is_initial() for layer in handle.layers.values() if layer.kind()):
         return
     option = f"LoRACallback: init_lora_weights={handle.record.config.init_lora_weights!r}"
     if not module.automatic_optimization:

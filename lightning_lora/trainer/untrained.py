@@ -1,70 +1,57 @@
-"""Look in a Trainer for adapters that training does not reach: without a gradient, or without an optimizer."""
+"""Look in a Trainer for adapters that training does not reach, before an optimizer's first step."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from ..model.adapted_model import AdaptedModel, Listing, find_model
-from ..model.gradients import warn_of_untrained
-from ..model.injection import Injection
-from ..model.optimizer_steps import note_steps
+from ..model.adapted_model import Listing
+from ..model.gradients import warn_of_layers
 from ..names import listed
 from .deepspeed_optimizer import held_parameters, holds_copies
-
-Held = Sequence[Collection[int]]  # for each optimizer, the ids of the parameters that it trains
-
-
-def begin_to_note(handle: AdaptedModel) -> None:
-    """Note optimizers' steps of a fit that starts, where some layers were not looked at yet. In place."""
-    for noted in handle.record.steps:
-        noted.clear()
-    if not all(layer.lora.training_checked for layer in handle.layers.values()):
-        note_steps(handle.record)
+from .record import record_of
 
 
-def warn_of_untrained_in(trainer: Any, module: nn.Module, *, loading: bool = False) -> None:
-    """Warn once of layers that the first step of their optimizer did not train, and of those that no optimizer holds.
+def look_for_gradients(optimizers: Sequence[Any], optimizer: Any, module: nn.Module) -> None:
+    """Warn of adapters that an optimizer, which is about to step, does not train. Once for each optimizer and fit.
+
+    The first of the optimizers also finds adapters that are frozen and in none of them.
 
     Args:
-        trainer: of the module, or None.
-        module: an injected LightningModule.
-        loading: a checkpoint is about to be loaded. The Trainer may still have the optimizers of an earlier fit.
+        optimizers: of the Trainer.
+        optimizer: the one that is about to step.
+        module: a LightningModule.
     """
-    handle = find_model(module)
-    if handle is None or trainer is None:
+    record = record_of(module)
+    if record is None or id(optimizer) in record.looked_at:
         return
-    held = [_held(optimizer, handle.record) for optimizer in trainer.optimizers]
-    if handle.record.began_frozen and held and not loading:
-        _warn_of_unoptimized(handle, held)
-    warn_of_untrained(Listing(module), held=held, held_alone=loading)
+    parameters = held_parameters(optimizer)
+    knows_gradients = not holds_copies(optimizer)  # DeepSpeed keeps them elsewhere
+    if knows_gradients and all(parameter.grad is None for parameter in parameters):
+        return  # the step is skipped
+    is_first = not record.looked_at
+    record.looked_at |= {id(optimizer)}
+    if knows_gradients:
+        held = {id(parameter) for parameter in parameters}
+        others = {id(parameter) for each in optimizers for parameter in held_parameters(each)} - held
+        _warn_of_lacking(Listing(module), lambda key: key in held or (is_first and key not in others))
 
 
-def _held(optimizer: Any, record: Injection) -> set[int]:
-    """Return the ids of the parameters that an optimizer trains now. Of DeepSpeed's, which is alone, its copies too.
-
-    Frozen ones are left out: layers of several optimizers may share them.
-    """
-    held = {id(parameter) for parameter in held_parameters(optimizer) if parameter.requires_grad}
-    return held | record.steps.on_gradients if holds_copies(optimizer) else held
-
-
-def _warn_of_unoptimized(handle: AdaptedModel, held: Held) -> None:
-    """Warn once of layers that were frozen when the fit began, get gradients now, and are in no optimizer."""
-    optimized = {each for of in held for each in of}
-    unchecked = {name: layer for name, layer in handle.layers.items() if not layer.lora.training_checked}
-    trained = {name: layer.factors()[-1] for name, layer in unchecked.items() if layer.lora.gradient_arrived}
-    missing = [name for name, factor in trained.items() if factor.requires_grad and id(factor) not in optimized]
-    if missing:
-        for name in missing:
-            handle.layers[name].lora.training_checked = True
+def _warn_of_lacking(listing: Listing, is_looked_at: Callable[[int], bool]) -> None:
+    """Warn of layers without a gradient; `is_looked_at` tells whether to look at a parameter of this id."""
+    last = {name: layer.factors()[-1] for name, layer in listing.layers.items()}
+    lacking = {name: factor for name, factor in last.items() if factor.grad is None and is_looked_at(id(factor))}
+    unreached = [name for name, factor in lacking.items() if factor.requires_grad]
+    frozen = [repr(name) for name in lacking if name not in unreached]
+    if unreached:
+        warn_of_layers("no gradient has reached the adapters", listing.layers, unreached)
+    if frozen:
         warnings.warn(
-            f"lightning_lora: the adapters of {len(missing)} layers were frozen when the fit began and get gradients "
-            f"now, but no optimizer holds them, so they stay as they are: {listed([repr(name) for name in missing])}. "
-            "Build the optimizer from self.parameters() without a filter, or call optimizer.add_param_group when they "
-            "are unfrozen.",
+            f"lightning_lora: the adapters of {len(frozen)} layers are frozen ({listed(frozen)}) and not trained until "
+            "something unfreezes them. If nothing is meant to, put the callback that freezes a backbone in setup "
+            "before LoRACallback in the list.",
             stacklevel=2,
         )

@@ -729,32 +729,6 @@ def test_weight_that_is_unfrozen_during_the_fit_stays_and_a_warning_says_so(tmp_
     assert world().run(unfrozen_later, tmp_path, stage) == [True, True]
 
 
-class CutsOff(Plain):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cut_off = nn.Linear(6, 1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return super().training_step(batch, batch_idx) + self.cut_off(batch[0]).detach().mean()
-
-
-def cut_off(path: Path, stage: int) -> list[str]:
-    trainer = zero(path, LoRACallback(r=1, target_modules=[*TARGETS, "cut_off"]), stage=stage, max_epochs=1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.fit(CutsOff(), *data())
-    return [str(each.message) for each in caught if "lightning_lora" in str(each.message)]
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_layer_that_the_first_step_did_not_train_is_named(tmp_path, stage):
-    """Of the optimizer's steps those on DeepSpeed's copies are seen alone."""
-    for found in world().run(cut_off, tmp_path, stage):
-        (message,) = found
-        assert "no gradient has reached the adapters of 1 of " in message
-        assert ": 'cut_off'. Either" in message
-
-
 def averaged(path: Path, stage: int) -> str:
     model, callback = Case().build(0)
     with pytest.raises(LoRAError) as error:

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged, merge, unload
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, is_merged, merge, unload
 from lightning_lora.model import adapted_model
-from lightning_lora.trainer.step_lists import StepLists
+from lightning_lora.nn.adapted_weights import LayerState, adapted_layers
 from support.training import Data, Net, make_trainer
 
 BATCHES = 3
@@ -117,7 +118,7 @@ def test_a_model_that_a_hook_left_merged_trains_unmerged_all_the_same(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen after injection")
-def test_what_is_unfrozen_within_an_epoch_is_recorded_before_it_changes(tmp_path):
+def test_what_is_unfrozen_within_an_epoch_is_saved_and_named_where_its_first_value_is_asked_for(tmp_path):
     class Unfreezes(Net):
         def on_before_backward(self, loss: torch.Tensor) -> None:
             if self.trainer.global_step == 1:
@@ -125,71 +126,51 @@ def test_what_is_unfrozen_within_an_epoch_is_recorded_before_it_changes(tmp_path
 
     model = Unfreezes()
     before = model.body[0].bias.detach().clone()
-    make_trainer(tmp_path, LoRACallback(r=2), max_epochs=2).fit(model, Data(BATCHES))
+    make_trainer(tmp_path, LoRACallback(r=2)).fit(model, Data(BATCHES))
     changed = model.body[0].bias.detach().clone()
     assert not torch.equal(changed, before)
-    unload(model)
-    assert torch.equal(model.body[0].bias, before)
+    assert torch.equal(adapter_state_dict(model)["body.0.bias"], changed)
+    with pytest.warns(UserWarning, match=r"unload cannot bring back .* \(body.0.bias\), and leaves it as it is"):
+        unload(model)
+    assert torch.equal(model.body[0].bias, changed)
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen after injection")
-def test_what_an_optimizer_without_lightnings_wrapper_changes_has_its_first_value_kept(tmp_path):
-    class StepsItself(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
+@pytest.mark.parametrize("inside", [False, True], ids=["whole", "network inside"])
+def test_hooks_of_a_step_ask_no_layer(tmp_path, inside: bool):
+    """A state that counts what is read of it: nothing, whatever the number of layers."""
+    reads: list[str] = []
 
-        def training_step(self, *args: Any) -> None:
-            self.body[0].bias.requires_grad_(self.current_epoch == 1)
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(*args))
-            optimizer.step()
+    class Counting(LayerState):
+        def __getattribute__(self, name: str) -> Any:
+            reads.append(name)
+            return super().__getattribute__(name)
 
-    model = StepsItself()
-    before = model.body[0].bias.detach().clone()
-    make_trainer(tmp_path, LoRACallback(r=2), max_epochs=2).fit(model, Data(BATCHES))
-    assert not torch.equal(model.body[0].bias, before)
-    unload(model)
-    assert torch.equal(model.body[0].bias, before)
+    class Watches(LoRACallback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+            self.count(super().on_train_batch_start, trainer, pl_module)
 
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            self.count(super().on_before_optimizer_step, trainer, pl_module, optimizer)
 
-class Frozen(nn.Parameter):
-    """It counts how often anyone asks whether it is trained."""
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+            self.count(super().on_train_batch_end, trainer, pl_module)
 
-    asked = 0
+        def count(self, hook: Any, trainer: Any, *args: Any) -> None:
+            reads.clear()
+            hook(trainer, *args)
+            counts.append((trainer.global_step, len(reads)))
 
-    @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
-        Frozen.asked += 1
-        return False
+    class Swaps(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            for layer in adapted_layers(pl_module).values():
+                layer.lora.__class__ = Counting
 
-
-class HoldsCopies(torch.optim.SGD):
-    """As an optimizer with weights in float32 of its own, which are no parameters of the model."""
-
-    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
-        super().__init__([parameter.detach().clone() for parameter in parameters], lr=0.1)
-
-
-@pytest.mark.parametrize(
-    ("held", "looks"),
-    [
-        (lambda model: torch.optim.SGD(each for each in model.parameters() if each.requires_grad), 0),
-        (lambda model: torch.optim.SGD(model.parameters()), 1),
-        (lambda model: HoldsCopies(model.parameters()), 1),
-    ],
-    ids=["its own", "all", "copies"],
-)
-def test_a_step_looks_at_the_frozen_parameters_that_its_optimizer_may_change(held: Any, looks: int):
+    counts: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"r": 2, "lora_dropout": 0.5}
     model = Net()
-    inject(model, LoRAConfig(r=2))
-    model.body[0].weight = Frozen(model.body[0].weight.detach(), requires_grad=False)
-    optimizer, lists = held(model), StepLists(model)
-    Frozen.asked = 0
-    lists.record_trainable(optimizer)
-    assert Frozen.asked == looks
-    before = Frozen.asked
-    optimizer.add_param_group({"params": model.body[0].weight}) if not looks else None
-    lists.record_trainable(optimizer)
-    assert Frozen.asked > before
+    if inside:
+        inject(model.body, LoRAConfig(**options))
+    make_trainer(tmp_path, Watches(**options), Swaps()).fit(model, Data(BATCHES))
+    assert sum(number for step, number in counts if step == 0) > 0  # the counter counts
+    assert len(counts) == 3 * BATCHES
+    assert not any(number for step, number in counts if step > 1)

@@ -45,7 +45,7 @@ from support.training import BuiltInConfigureModel, Data, Net, SizedData, TwoLoa
 pytestmark = pytest.mark.filterwarnings(
     "ignore:lightning_lora. base parameters were unfrozen",
     "ignore:The provided params to be frozen already exist",
-    "ignore:lightning_lora. 4 adapter parameters are frozen",
+    "ignore:lightning_lora. the adapters of 2 layers are frozen",
     "ignore:Found . module.s. in eval mode at the start of training",
     "ignore:lightning_lora. merged 16-bit weights",
     "ignore:`.fit.ckpt_path=None.` was called without a model",

@@ -185,14 +185,14 @@ def test_a_backbone_in_training_mode_drops_the_same(tmp_path):
     assert_same_tensors(results[0], results[1])
 
 
-def test_dropout_follows_a_mode_changed_inside_the_training_step(tmp_path):
+def test_dropout_acts_where_the_training_step_records_gradients_or_sets_training_mode(tmp_path):
     class Evaluating(Classifier):
         def training_step(self, batch, batch_idx):
             for mode in (False, True):
                 self.train(mode)
                 for recording in (True, False):
                     with torch.set_grad_enabled(recording):
-                        self.look(str(mode))
+                        self.look(f"{mode or recording}")
             return self.loss(batch)
 
     model = Evaluating()

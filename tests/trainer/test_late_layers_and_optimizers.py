@@ -12,10 +12,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, unload
+from lightning_lora import LoRAError, disable_adapter, unload
 from lightning_lora.exchange.take import fingerprint
-from lightning_lora.model.adapted_model import AdaptedModel, open_model
-from lightning_lora.trainer.step_lists import StepLists
 from support.lightning_versions import WeightAveraging, averaging
 from support.runs import BATCHES, lora, trained
 from support.training import (
@@ -399,25 +397,6 @@ def test_no_frozen_weight_is_in_the_copies_that_weight_averaging_adds_to_a_check
     assert not names(checkpoint) & frozen
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen after injection")
-def test_what_a_user_unfreezes_is_recorded_once_and_then_not_looked_for(monkeypatch: pytest.MonkeyPatch):
-    inject(model := Net(), LoRAConfig(r=2, target_modules=["head"]))
-    lists, calls = StepLists(model), []
-    optimizer = torch.optim.SGD(model.parameters())
-    record = AdaptedModel.record_trainable
-    monkeypatch.setattr(AdaptedModel, "record_trainable", lambda self: calls.append(self.root) or record(self))
-    lists.record_trainable(optimizer)
-    assert calls == []
-    model.body[0].bias.requires_grad_()
-    for _ in range(3):
-        lists.record_trainable(optimizer)
-    assert calls == [model]
-    assert "body.0.bias" in open_model(model, "test").initial_of("trained")
-    model.body[3].bias.requires_grad_()
-    lists.record_trainable(optimizer)
-    assert calls == [model, model]
-
-
 def test_a_base_that_setup_builds_anew_has_its_own_fingerprint_in_the_next_fit(tmp_path):
     callback = lora()
     make_trainer(tmp_path, callback).fit(model := RebuiltInSetup(), Data(BATCHES))
@@ -426,15 +405,3 @@ def test_a_base_that_setup_builds_anew_has_its_own_fingerprint_in_the_next_fit(t
     model.hparams["seed"] += 1
     make_trainer(tmp_path, callback).fit(model, Data(BATCHES))
     assert model.lora_injection.fingerprint == fingerprint(model) != first
-
-
-def test_lists_of_a_model_that_was_injected_anew_are_not_current():
-    config = LoRAConfig(r=2, target_modules=["head"])
-    inject(model := Net(), config)
-    lists = StepLists(model)
-    assert lists.is_current()
-    unload(model)
-    assert not lists.is_current()
-    inject(model, config)
-    assert not lists.is_current()
-    assert StepLists(model).is_current()

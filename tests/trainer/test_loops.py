@@ -249,16 +249,3 @@ def test_adapters_that_a_finder_trained_and_restored_are_not_taken_for_untrained
     if finder in BEFORE:
         finder(trainer, model, data)
     trainer.fit(model, data)
-
-
-def test_a_finder_still_names_the_adapters_that_it_did_not_train(tmp_path):
-    class Detached(Net):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.body(x) + self.head(self.body(x)).detach().sum()
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return self(batch[0]).square().mean()
-
-    trainer = make_trainer(tmp_path, LoRACallback(r=2))
-    with pytest.warns(UserWarning, match="no gradient has reached the adapters of 1 of 3 layers: 'head'"):
-        find_rate(trainer, Detached(), Data())

@@ -16,11 +16,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAError, is_merged, load_from_checkpoint, merge_and_unload
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, is_merged, load_from_checkpoint, merge_and_unload
+from lightning_lora.model.injection import Injection
 from lightning_lora.names import MERGED_FOR_GOOD
 from lightning_lora.nn.lora_layer import LoRALayer
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
-from lightning_lora.trainer.fit_state import FitState
+from lightning_lora.trainer.run_hooks import close_fit
 from support.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
 from support.pretrained import Lit, answer, save_body, token_loader
 from support.runs import At, BrokenError, lora_with_effect
@@ -211,15 +212,12 @@ def test_a_fit_inside_a_hook_of_another_does_not_merge_what_that_trains(tmp_path
 
 
 def test_a_fit_that_is_broken_off_has_not_ended_because_one_inside_it_has():
-    state = FitState()
-    state.begin_fit()
-    state.begin_fit()
-    state.end_fit()
-    assert not state.close_fit()  # the inner one, which is not the last
-    assert not state.close_fit()  # a finder ends the outer one without its end
-    state.begin_fit()
-    state.end_fit()
-    assert state.close_fit()
+    record = Injection(LoRAConfig())
+    record.fits, record.fit_ended = 2, True
+    assert not close_fit(record)  # the inner one, which is not the last
+    assert not close_fit(record)  # a finder ends the outer one without its end
+    record.fits, record.fit_ended = 1, True
+    assert close_fit(record)
 
 
 # --- what cannot leave plain layers ---

@@ -256,18 +256,19 @@ def break_off(trainer: L.Trainer, module: L.LightningModule) -> None:
         ({}, [], 1),
         ({"merge_after_fit": True}, [], 1),
         ({"merged_eval": False}, [], 0),  # nothing is merged
-        ({}, [At("on_train_epoch_end", break_off)], 1),
+        ({}, [At("on_train_epoch_end", break_off)], 0),
     ],
     ids=["merged evaluation", "merged for good", "factored evaluation", "broken off"],
 )
 @pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs")
-def test_a_fit_tells_what_rounding_costs_once_of_its_first_merge(tmp_path, caplog, options, callbacks, times):
+def test_a_fit_tells_what_rounding_costs_once_of_the_model_at_its_end(tmp_path, caplog, options, callbacks, times):
     costs: list[float] = []
-    note = At("on_validation_start", lambda trainer, module: costs.append(cost_of_rounding(module)))
+    note = At("on_train_end", lambda trainer, module: costs.append(cost_of_rounding(module)))
     with caplog.at_level(logging.INFO), nullcontext() if not callbacks else pytest.raises(ZeroDivisionError):
         fit(tmp_path, Stable(), lora(init_lora_weights=True, **options), note, *callbacks, precision="bf16-true")
     said = [message.partition(": rounding costs ")[2] for message in caplog.messages if "rounding costs" in message]
     assert said == [f"{cost:.1%} of the adapter's norm" for cost in costs][:times]
+    assert len(costs) == (not callbacks)
 
 
 def test_an_evaluation_outside_of_a_fit_tells_what_rounding_costs_at_its_first_merge(tmp_path, caplog):

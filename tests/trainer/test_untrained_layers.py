@@ -1,5 +1,5 @@
 """Layers that are read and not called, under a Trainer: trained from the first batch where the adapter can follow, and
-named after the first batch where it cannot.
+named before the first step where it cannot.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_lora import LoRACallback, load_from_checkpoint, merge, merged, unload
+from lightning_lora.trainer import untrained
 from support.training import FEATURES, Data, Net, inputs, make_trainer, outputs, own_random_stream
 
 
@@ -169,56 +171,6 @@ def test_an_error_of_training_while_merged_names_merged(tmp_path):
         make_trainer(tmp_path, LoRACallback(r=2)).fit(MergesInItsStep(), Data())
 
 
-class FreezesInAHook(Net):
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.requires_grad_(False)
-
-
-@pytest.mark.parametrize("variant", ["lora", "dora", "vera", "loha"])
-def test_an_error_of_training_frozen_adapters_names_the_freezing(tmp_path, variant):
-    with pytest.raises(
-        RuntimeError, match=r"does not require grad.*\. The adapters are frozen: .* Leave that call out"
-    ):
-        make_trainer(tmp_path, LoRACallback(r=1, variant=variant)).fit(FreezesInAHook(), Data())
-
-
-class HalfAdapted(Adversarial):
-    """The critic's weights are frozen; the optimizers take turns, by toggling or not."""
-
-    toggles = True
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        for optimizer, loss in zip(self.optimizers(), (Net.training_step, Adversarial._critic_loss), strict=True):
-            if self.toggles:
-                self.toggle_optimizer(optimizer)
-            self.manual_backward(loss(self, batch, batch_idx))
-
-
-class HalfAdaptedWithoutToggling(HalfAdapted):
-    toggles = False
-
-
-@pytest.mark.parametrize("cls", [HalfAdapted, HalfAdaptedWithoutToggling])
-def test_an_error_of_an_optimizer_of_frozen_weights_does_not_say_that_the_adapters_are_frozen(tmp_path, cls):
-    callback = LoRACallback(r=1, target_modules=["head", "body.0", "body.3"])
-    with pytest.raises(RuntimeError, match="does not require grad") as caught:
-        make_trainer(tmp_path, callback).fit(cls(), Data())
-    assert "adapters are frozen" not in str(caught.value)
-
-
-def test_an_error_while_another_optimizer_is_toggled_does_not_say_frozen(tmp_path):
-    class CutOff(HalfAdapted):
-        def _critic_loss(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return super()._critic_loss(batch, batch_idx).detach()
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            self.toggle_optimizer(self.optimizers()[1])
-            self.manual_backward(self._critic_loss(batch, batch_idx))
-
-    with pytest.raises(RuntimeError, match=r"does not require grad and does not have a grad_fn$"):
-        make_trainer(tmp_path, LoRACallback(r=1, modules_to_save=["critic"])).fit(CutOff(), Data())
-
-
 def test_another_error_stays_as_it_is(tmp_path):
     class Fails(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -278,7 +230,7 @@ def test_a_right_fit_that_begins_slowly_warns_of_nothing(tmp_path, cls, variant:
         make_trainer(tmp_path, callback, num_sanity_val_steps=1, **options).fit(cls(), Data())
 
 
-def test_layers_are_named_after_the_first_step_of_their_own_optimizer(tmp_path):
+def test_layers_are_named_before_the_first_step_of_their_own_optimizer(tmp_path):
     class TakesTurnsReading(TakesTurns):
         def build_head(self) -> None:
             super().build_head()
@@ -289,21 +241,18 @@ def test_layers_are_named_after_the_first_step_of_their_own_optimizer(tmp_path):
             first.add_param_group({"params": list(self.decoder.parameters())})
             return first, second
 
-    batches: list[int] = []
-    model = TakesTurnsReading()
-    showing = pytest.warns(UserWarning, match="no gradient has reached the adapters of 1 of 4 layers: 'decoder'")
+    found: list[tuple[int, int]] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
 
-    class Counts(L.Callback):  # after LoRACallback
-        def on_train_batch_end(self, *args: Any) -> None:
-            batches.append(sum(layer.lora.training_checked for layer in lora_layers(model)))
+        class Counts(L.Callback):  # after LoRACallback
+            def on_train_batch_end(self, *args: Any) -> None:
+                found.append((args[-1], sum("no gradient has reached" in str(each.message) for each in caught)))
 
-    with showing:
-        make_trainer(tmp_path, LoRACallback(r=1), Counts(), val_check_interval=1).fit(model, Data())
-    assert batches == [1, 1, 5]
-
-
-def lora_layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "lora")]
+        make_trainer(tmp_path, LoRACallback(r=1), Counts(), val_check_interval=1).fit(TakesTurnsReading(), Data())
+    assert found == [(0, 0), (1, 0), (2, 1)]
+    (text,) = [str(each.message) for each in caught if "no gradient" in str(each.message)]
+    assert "the adapters of 1 of 5 layers: 'decoder'." in text
 
 
 class TrainsItsHeadAlone(Net):
@@ -339,8 +288,8 @@ def test_layers_that_the_first_step_shows_to_be_untrained_are_named(tmp_path, cl
         make_trainer(tmp_path, callback).fit(cls(), Data())
 
 
-class UnfreezesLate(Net):
-    """The body is frozen for an epoch, its adapters too. The optimizer holds them or does not."""
+class Freezes(Net):
+    """The body is frozen in the first epoch, its adapters too. The optimizer holds them or does not."""
 
     holds_all = False
 
@@ -349,23 +298,31 @@ class UnfreezesLate(Net):
         factors = [p for p in self.parameters() if self.holds_all or p.requires_grad]
         return torch.optim.AdamW(factors, 0.01)
 
-    def on_train_epoch_start(self) -> None:
-        for name, parameter in self.body.named_parameters():
-            parameter.requires_grad_("lora" in name and self.current_epoch == 1)
 
-
-class UnfreezesLateAndHolds(UnfreezesLate):
+class FreezesAndHolds(Freezes):
     holds_all = True
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. 4 adapter parameters are frozen")
-@pytest.mark.parametrize("cls", [UnfreezesLate, UnfreezesLateAndHolds])
-def test_adapters_that_are_unfrozen_without_an_optimizer_are_named_once(tmp_path, cls):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        make_trainer(tmp_path, LoRACallback(r=1), max_epochs=3).fit(cls(), Data())
-    found = [str(each.message) for each in caught if "no optimizer holds them" in str(each.message)]
-    assert len(found) == (cls is UnfreezesLate)
-    if found:
-        assert "the adapters of 2 layers were frozen" in found[0]
-        assert "'body.0', 'body.3'. Build the optimizer" in found[0]
+@pytest.mark.parametrize("cls", [Freezes, FreezesAndHolds])
+def test_adapters_that_are_frozen_when_a_fit_begins_are_named_once(tmp_path, cls):
+    with pytest.warns(UserWarning, match="lightning_lora: the adapters of 2 layers are frozen") as caught:
+        make_trainer(tmp_path, LoRACallback(r=1), max_epochs=2).fit(cls(), Data())
+    (text,) = [str(each.message) for each in caught if "are frozen" in str(each.message)]
+    assert "('body.0', 'body.3') and not trained until something unfreezes them" in text
+
+
+def test_each_fit_looks_once_at_each_optimizer(tmp_path, monkeypatch):
+    looks: list[int] = []
+    held = untrained.held_parameters
+    monkeypatch.setattr(untrained, "held_parameters", lambda each: looks.append(id(each)) or held(each))
+    callback, model = LoRACallback(r=1), Net()
+    for fits in (1, 2):
+        make_trainer(tmp_path, callback, max_epochs=2).fit(model, Data())
+        assert len(looks) == 2 * fits  # as the one that is about to step, and among all
+
+
+def test_what_a_finder_has_trained_is_looked_at_in_the_fit_that_follows(tmp_path):
+    trainer = make_trainer(tmp_path, LoRACallback(r=1), max_epochs=1)
+    Tuner(trainer).lr_find(model := ReadFromOutside(), datamodule=Data(), num_training=3, attr_name="lr")
+    with pytest.warns(UserWarning, match="no gradient has reached the adapters of 1 of 4 layers: 'decoder'"):
+        trainer.fit(model, Data())

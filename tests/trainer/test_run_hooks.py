@@ -1,0 +1,105 @@
+"""What the callback notes of a run: in the record of the injection, from setup to teardown, and not in copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged, merge, unload, unmerge
+from lightning_lora.model.injection import OF_A_RUN, Injection
+from lightning_lora.trainer.record import INSIDE, record_of
+from support.runs import At, BrokenError, lora_with_effect
+from support.training import Data, Net, make_trainer
+
+COPIES = pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+
+
+def noted(record: Injection) -> dict[str, Any]:
+    """What differs from the record of a model that was in no run."""
+    fresh = Injection(LoRAConfig())
+    names = {*OF_A_RUN, "merged"} - {"looked_at", "epoch_begins"}  # which each fit and epoch set anew
+    return {name: getattr(record, name) for name in names if getattr(record, name) != getattr(fresh, name)}
+
+
+class Breaks(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        raise BrokenError
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["whole", "network inside"])
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_nothing_of_a_run_is_left_after_it(tmp_path: Path, stage: str, inside: bool):
+    seen: list[dict[str, Any]] = []
+    hook = "on_train_batch_start" if stage == "fit" else f"on_{stage.replace('validate', 'validation')}_batch_end"
+    model, callback = Net(), LoRACallback(r=2)
+    if inside:
+        inject(model.body, LoRAConfig(r=2))
+    look = At(hook, lambda trainer, module: seen.append(noted(record_of(module))))
+    getattr(make_trainer(tmp_path, callback, look), stage)(model, Data(1))
+    assert seen == [{"dropping": True, "fits": 1} if stage == "fit" else {"merged": True, "merged_here": True}]
+    assert INSIDE not in vars(model)
+    assert noted(record_of(model)) == {}
+
+
+def test_nothing_of_a_run_is_left_after_an_exception(tmp_path: Path):
+    with pytest.raises(BrokenError):
+        make_trainer(tmp_path, lora_with_effect()).fit(model := Breaks(), Data(1))
+    assert noted(record_of(model)) == {}
+    assert not is_merged(model)
+
+
+@COPIES
+def test_a_copy_made_in_a_run_is_in_none_and_has_a_record_of_its_own(tmp_path: Path, copied: Any):
+    copies: list[Net] = []
+
+    def take(trainer: Any, module: Any) -> None:
+        module.trainer = None
+        copies.append(copied(module))
+        module.trainer = trainer
+
+    model = Net()
+    make_trainer(tmp_path, lora_with_effect(), At("on_train_batch_end", take), At("on_train_batch_start", take)).fit(
+        model, Data(1)
+    )
+    for each in copies:
+        assert record_of(each) is not record_of(model)
+        assert noted(record_of(each)) == {}
+        make_trainer(tmp_path, lora_with_effect()).fit(each, Data(1))
+
+
+@COPIES
+def test_a_copy_of_a_callback_has_its_options_and_trains(tmp_path: Path, copied: Any):
+    callback, copies = LoRACallback(r=2, seed=3, merged_eval=False), list[Any]()
+    look = At("on_train_batch_end", lambda trainer, module: copies.append(copied(callback)))
+    make_trainer(tmp_path, callback, look).fit(Net(), Data(1))
+    assert repr(copies[0]) == repr(callback)
+    make_trainer(tmp_path, copies[0]).fit(model := Net(), Data(1))
+    assert model.head.lora_B.abs().sum() > 0
+
+
+def test_a_model_that_is_injected_anew_has_the_new_record():
+    for root in (lambda model: model, lambda model: model.body):
+        model = Net()
+        inject(root(model), LoRAConfig(r=1))
+        first = record_of(model)
+        assert record_of(model) is first
+        unload(root(model))
+        assert record_of(model) is None
+        inject(root(model), LoRAConfig(r=1))
+        assert record_of(model) not in (None, first)
+
+
+@pytest.mark.parametrize("undone", ["all", "a part"])
+def test_the_record_says_merged_until_all_layers_are_unmerged(undone: str):
+    inject(model := Net(), LoRAConfig(r=1))
+    merge(model)
+    assert record_of(model).merged
+    assert copy.deepcopy(model).lora_injection.merged
+    unmerge(model if undone == "all" else model.body)
+    assert record_of(model).merged == (undone == "a part")
+    unmerge(model)
+    assert not record_of(model).merged
