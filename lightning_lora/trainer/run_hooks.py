@@ -70,7 +70,7 @@ def end_fit(module: nn.Module) -> None:
 
 def close_fit(record: Injection) -> bool:
     """Leave the innermost fit. Tell whether it came to its end and no other fit is under way."""
-    ended, record.fit_ended = record.fit_ended, False
+    ended, record.fit_ended, record.merged_in_fit = record.fit_ended, False, False
     record.fits = max(record.fits - 1, 0)
     return ended and not record.fits
 
@@ -89,5 +89,5 @@ def break_off(module: nn.Module, exception: BaseException) -> None:
     explain_missing_gradients(exception, module)
     record = record_of(module)
     if record is not None:
-        record.fits, record.fit_ended = 0, False
+        record.fits, record.fit_ended, record.merged_in_fit = 0, False, False
     leave(module)
