@@ -88,7 +88,6 @@ class Injection:
     looked_at: frozenset[int] = frozenset()  # ids of the fit's optimizers whose adapters were looked at for gradients
     fits: int = 0  # how many fits of the model are under way, one inside a hook of the other
     fit_ended: bool = False  # the innermost fit came to its end; a finder of Lightning's may break one off
-    checkpointing_off_reported: bool = False  # a message said that gradient checkpointing does nothing in eval mode
     quantised_reported: bool = False  # a message said that layers with quantised weights stay factored
     started: bool = False  # initialize_from_data was called, so a fit does not start from its own data
     values_follow: bool = False  # an adapter is loaded next, so no initial values are computed from weights

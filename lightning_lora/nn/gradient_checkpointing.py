@@ -15,10 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..names import derives_from
-
 CHECKPOINT = "_gradient_checkpointing_func"  # attribute in which transformers keeps its checkpointing function
-CHECKPOINTED_LAYER = "GradientCheckpointingLayer"  # transformers' class of checkpointed layers; newer versions only
 
 # For messages about segments that cannot be found.
 REENTRANT = "torch.utils.checkpoint with use_reentrant=True, which trains nothing where no input requires a gradient"
@@ -62,17 +59,6 @@ def disable_input_require_grads(modules: Iterable[nn.Module]) -> None:
         function = vars(module).get(CHECKPOINT)
         if isinstance(function, CheckpointWithInputGrads):
             setattr(module, CHECKPOINT, function.function)
-
-
-def segments_in_eval_mode(model: nn.Module) -> list[nn.Module]:
-    """Return the segments that transformers does not checkpoint only because they are in eval mode.
-
-    A segment is a layer of the class CHECKPOINTED_LAYER. In models without such layers it is the module that has
-    checkpointing enabled.
-    """
-    enabled = [module for module in model.modules() if vars(module).get("gradient_checkpointing") is True]
-    layers = [module for module in enabled if derives_from(module, CHECKPOINTED_LAYER, ("transformers",))]
-    return [segment for segment in layers or enabled if not segment.training]
 
 
 def records_gradients() -> bool:

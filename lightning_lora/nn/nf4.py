@@ -108,11 +108,6 @@ def can_be_nf4(weight: torch.Tensor) -> bool:
     return weight.is_floating_point() and weight.itemsize in (2, 4) and weight.numel() % BLOCK == 0
 
 
-def can_be_split(weight: Any, ranks: int) -> bool:
-    """Return whether a whole NF4Tensor can be sharded evenly over so many ranks."""
-    return len(weight) % ranks == 0 and weight.quantization_factor.numel() % ranks == 0
-
-
 def group_size(scales: int) -> int:
     """Return how many scales are quantised together: as many as leave a group for each of 64 ranks."""
     size = LARGEST_GROUP

@@ -6,12 +6,9 @@ and would drop the adapters. So the layers are converted before injection; to co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..distributed.sharding import is_sharded
@@ -19,8 +16,7 @@ from ..errors import LoRAError
 from ..model.adapted_model import Listing
 from ..names import LIGHTNING, derives_from
 from ..nn.lora_layer import LoRALayer
-from ..nn.nf4 import can_be_split
-from ..nn.quantised import NF4, is_nf4_tensor, is_of_torchao, quantised_as, quantised_modules, quantised_parameters
+from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_modules, quantised_parameters
 from ..nn.quantised_state import is_of_lightning
 from .compatibility import AVERAGING
 
@@ -123,27 +119,11 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
             f"LoRACallback: {weight}, and DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2) "
             "or strategy='ddp', which hold the quantised base whole on each device."
         )
-    _refuse_cast_bytes(listing, trainer)
     for callback in trainer.callbacks:
         if any(derives_from(callback, average, LIGHTNING) for average in AVERAGING):
             raise LoRAError(
                 f"LoRACallback: {weight}, and {type(callback).__name__} averages frozen weights too, which would "
                 "change its bytes. Leave the averaging out, or train on the base that is not quantised."
-            )
-
-
-def _refuse_cast_bytes(listing: Listing, trainer: Any) -> None:
-    """Raise LoRAError where a Trainer would cast packed 4-bit values that are stored in a floating dtype."""
-    bits, _, way = str(trainer.precision).partition("-")
-    casts = derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) or (way == "true" and bits != "32")
-    dtype = DTYPES.get(bits) if casts else None
-    for name, layer in quantised_modules(listing.places).items() if dtype else ():
-        storage = getattr(layer._parameters["weight"], "quant_storage", None)  # bitsandbytes' attribute
-        if isinstance(storage, torch.dtype) and storage.is_floating_point and storage != dtype:
-            raise LoRAError(
-                f"LoRACallback: the bytes of {name!r} are stored in {storage}, and {type(trainer.strategy).__name__} "
-                f"with precision={trainer.precision!r} would cast them to {dtype}. Quantise the base with "
-                "bnb_4bit_quant_storage of that dtype, or of uint8."
             )
 
 
@@ -161,24 +141,6 @@ def _refuse_sharding(listing: Listing, strategy: Any) -> None:
                 "shard here. ModelParallelStrategy with tensor_parallel_size=1 (FSDP2) shards bases in 4 bits, of "
                 "bitsandbytes and quantize_base; strategy='ddp' holds any quantised base whole on each device."
             )
-
-
-@contextmanager
-def naming_uneven_shards(listing: Listing) -> Iterator[None]:
-    """Inside, turn the error of fully_shard on an NF4Tensor that it cannot divide into one that names the weight."""
-    try:
-        yield
-    except (AssertionError, NotImplementedError) as error:  # torchao's own
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        for name, layer in quantised_modules(listing.places).items():
-            weight: Any = layer._parameters["weight"]
-            if is_nf4_tensor(weight) and not is_sharded(weight) and not can_be_split(weight, ranks):
-                raise LoRAError(
-                    f"LoRACallback: {name!r} has an NF4Tensor of shape {tuple(weight.shape)}, which cannot be divided "
-                    f"into equal rows with whole groups of scales for {ranks} ranks. Leave it out by "
-                    f"quantize_base(model, exclude_modules=[{name!r}]), or use another number of ranks."
-                ) from error
-        raise
 
 
 def _holds_torchao(listing: Listing) -> bool:

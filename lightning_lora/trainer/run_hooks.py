@@ -16,7 +16,6 @@ from ..model.gradients import explain_missing_gradients
 from ..model.injection import Injection
 from ..model.merging import unmerge
 from ..model.patches import unpatch
-from .checkpointing_off import warn_of_checkpointing_off
 from .deepspeed_optimizer import warn_of_unfrozen
 from .evaluation import end_evaluation
 from .record import forget_record, is_merged_for_good, record_of
@@ -41,7 +40,6 @@ def begin_batch(trainer: Any, module: nn.Module) -> None:
     if record.epoch_begins:
         record.epoch_begins = False
         _record_unfrozen(trainer, module)
-        warn_of_checkpointing_off(module)
 
 
 def _record_unfrozen(trainer: Any, module: nn.Module) -> None:

@@ -30,7 +30,6 @@ from .options import Options, seed_text
 from .precision import (
     convert_linear_layers_,
     leave_out_of_ddp_,
-    naming_uneven_shards,
     refuse_for_quantised,
     refuse_late_conversion,
 )
@@ -111,8 +110,7 @@ def _build_and_adapt(
 ) -> None:
     """Adapt what was built before, call the method of this name, which may shard it, and adapt what that built."""
     _adapt_built(module, options, config, seed, is_complete=False)
-    with naming_uneven_shards(Listing(module)):
-        call_previous(module, previous, name, *args, **kwargs)
+    call_previous(module, previous, name, *args, **kwargs)
     _adapt_built(module, options, config, seed, is_complete=True)
 
 

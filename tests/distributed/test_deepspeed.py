@@ -456,17 +456,15 @@ def quantised(path: Path, kind: str, stage: int = 2) -> str:
     return ""
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", [kind for kind in QUANTISED if kind != "nf4 in bfloat16"])  # DeepSpeed casts its bytes
 def test_base_of_bitsandbytes_is_right_and_one_of_torchao_is_refused(tmp_path, kind):
     QuantisedNet(kind)  # skips where its package is missing
     for error in world().run(quantised, tmp_path, kind):
-        if kind == "nf4 in bfloat16":
-            assert "the bytes of 'network.0' are stored in torch.bfloat16" in error
-        elif kind in OF_BITSANDBYTES:
+        if kind in OF_BITSANDBYTES:
             assert error == ""
         else:
             assert "which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise" in error
-    if kind in OF_BITSANDBYTES and kind != "nf4 in bfloat16":
+    if kind in OF_BITSANDBYTES:
         for error in world().run(quantised, tmp_path, kind, 3):
             assert "DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2)" in error
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import lightning as L
 import pytest
 import torch
@@ -282,85 +280,3 @@ def test_without_a_trainer_dropout_follows_the_mode():
             with torch.set_grad_enabled(recording):
                 model.look("")
             assert model.noise[-1][2] is mode
-
-
-CHECKPOINTING = r"^LoRACallback: gradient checkpointing is enabled in GPT2Model 'backbone', but does nothing: .* eval"
-# transformers 5.24 gives these methods other names.
-renamed = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated")
-
-
-class Frugal(Classifier):
-    """Checkpointed by transformers; `kept` are the bytes that each training step keeps for its backward."""
-
-    def __init__(self, reentrant: bool = False) -> None:
-        super().__init__()
-        self.kept: list[int] = []
-        self.backbone.gradient_checkpointing_enable({"use_reentrant": reentrant})
-
-    def training_step(self, batch, batch_idx):
-        self.kept.append(0)
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            self.kept[-1] += tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            return self.loss(batch)
-
-
-@renamed
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_that_eval_mode_switches_off_is_warned_of_once(tmp_path, reentrant):
-    model = Frugal(reentrant)
-    with pytest.warns(UserWarning, match=CHECKPOINTING) as caught:
-        fit(tmp_path, model)
-    (said,) = [str(warning.message) for warning in caught if "gradient checkpointing" in str(warning.message)]
-    fit(tmp_path, model)
-    call = re.search(r"Call (self\.backbone\.train\(\)) before fit", said)
-    checkpointed = Frugal(reentrant)
-    eval(call[1], {"self": checkpointed})
-    fit(tmp_path, checkpointed)  # without a warning
-    assert max(checkpointed.kept) < 0.5 * min(model.kept)
-
-
-class InASubmodule(Frugal):
-    """The backbone is in a list; `trained` are the parts in training mode."""
-
-    def __init__(self, *trained: str) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList([self.backbone])
-        del self.backbone
-        for name in trained:
-            self.get_submodule(name).train()
-
-    def features(self, tokens):
-        return self.parts[0](tokens)[0]
-
-
-def fit_parts(path, model: Classifier, *callbacks: L.Callback, **options) -> None:
-    lora = LoRACallback(r=2, target_modules=["c_attn"], **options)
-    make_trainer(path, lora, *callbacks, max_epochs=1).fit(model, loader(), loader())
-
-
-@renamed
-def test_the_call_that_is_named_fits_a_network_in_a_list(tmp_path):
-    with pytest.warns(UserWarning, match=r"Call self\.get_submodule\('parts\.0'\)\.train\(\) before fit"):
-        fit_parts(tmp_path, InASubmodule(), verbose=False)
-
-
-class TrainsAtStart(L.Callback):
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.train()
-
-
-@renamed
-@pytest.mark.parametrize("how", ["not enabled", "layers in training mode", "at epoch start", "nothing trained there"])
-def test_gradient_checkpointing_that_acts_is_not_warned_of(tmp_path, how):
-    model = InASubmodule(*(["parts.0.h"] if how == "layers in training mode" else []))
-    if how == "not enabled":
-        model.parts[0].gradient_checkpointing_disable()
-    if how == "nothing trained there":
-        lora = LoRACallback(r=2, target_modules=["head"])
-        make_trainer(tmp_path, lora, max_epochs=1).fit(model, loader(), loader())
-    else:
-        fit_parts(tmp_path, model, *([TrainsAtStart()] if how == "at epoch start" else []))

@@ -282,11 +282,3 @@ def test_a_cast_of_the_model_to_the_dtype_of_packed_values_leaves_them(tmp_path,
     model = QuantisedNet(kind)
     make_trainer(tmp_path, lora(), max_epochs=1, precision="bf16-true").fit(model, batches(), batches(2))
     assert packed_bits(model)[0] == packed_bits(QuantisedNet(kind))[0]
-
-
-def test_a_cast_of_packed_values_is_refused_by_name(tmp_path):
-    model = QuantisedNet("nf4 in bfloat16")
-    trainer = make_trainer(tmp_path, lora(), max_epochs=1, precision="64-true")
-    with pytest.raises(LoRAError, match=r"'network\.0' are stored in torch\.bfloat16.*cast them to torch\.float64"):
-        trainer.fit(model, batches(), batches(2))
-    assert model.seen == []
