@@ -141,11 +141,14 @@ class LoRAMonitor(Callback):
                     logger.experiment.add_figure(f"lora/{name}", to_figure(picture), trainer.global_step, close=False)
 
     def _draws(self, trainer: Trainer) -> list[Any]:
-        """Return the loggers that get pictures; every rank finds the same."""
+        """Return the loggers that get pictures. Every rank finds the same, as measuring is collective."""
         if not self.plots or not has_matplotlib():
             return []
-        names = [[cls.__name__ for cls in type(logger).__mro__] for logger in trainer.loggers]
-        return [logger for logger, of in zip(trainer.loggers, names, strict=True) if "TensorBoardLogger" in of]
+        return [
+            logger
+            for logger in trainer.loggers
+            if any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__)  # of either Lightning
+        ]
 
 
 become_callback(LoRAMonitor)
