@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, WRAPPERS
+from ..names import ATTRIBUTE, WRAPPERS, names_factor
 from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.low_rank import ATTENTION_OUTPUT
-from .injection import Injection, Mark
+from .injection import Injection, Kept, Mark
 from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, own_state, state_of
 from .wrappers import inside_known_wrappers, unwrapped
 
@@ -212,6 +212,8 @@ class AdaptedModel(Listing):
 
     def without_first_values(self) -> list[str]:
         """Return the names of base parameters that may have been trained and whose values from before are not known."""
+        if not any(self._may_lack_values(module) for _, module in self.root_modules):
+            return []
         trained, known = self.marked("trained"), set[int]()
         for _, module in self.root_modules:
             leaves = self.record.initial(module)
@@ -219,6 +221,16 @@ class AdaptedModel(Listing):
             known |= {id(own[leaf]) for leaf in leaves if leaf in own}
         base = ((each.name, id(each.parameter), each.parameter.requires_grad) for each in self.base())
         return [name for name, key, trains in base if (trains or key in trained) and key not in known]
+
+    def _may_lack_values(self, module: nn.Module) -> bool:
+        """Return whether a module's own parameters may lack values from before training: at once, without a list."""
+        kept = self.record.kept(module) or Kept()
+        initial, marks = kept.get("initial", {}), kept.get("marks", {})
+        for leaf, live in module._parameters.items():
+            may_be_trained = live is not None and (live.requires_grad or leaf in marks)
+            if may_be_trained and leaf not in initial and not names_factor(leaf):
+                return True
+        return False
 
     def _newly_trainable(self) -> list[BaseParameter]:
         trained = self.marked("trained")
