@@ -281,9 +281,9 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
     initial = _read_initial(live, checkpoint[META].get("initial"), adapter)
     record_trained(live, adapter)
     handle, record = live.handle, live.handle.record
-    here, part = handle.initial_of("trained"), _common_module(initial)
-    trained = {id(live.tensors[name]) for name in adapter.tensors if name.startswith(part) and name in live.tensors}
-    frozen = {name: state.get(name, value) for name, value in here.items() if id(live.tensors[name]) not in trained}
+    trained = {id(live.tensors[name]) for name in adapter.tensors if name in live.tensors}
+    here = handle.initial_of("trained").items()
+    frozen = {name: state.get(name, value) for name, value in here if id(live.tensors[name]) not in trained}
     handle.set_initial(frozen | initial)  # where it was trained, the first value is in the file, or nothing knows it
     record.fingerprint = {}
     record.origin = dict(adapter.origin)

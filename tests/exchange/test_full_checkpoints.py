@@ -20,7 +20,7 @@ from lightning_lora import (
     load_from_checkpoint,
     unload,
 )
-from support.runs import lora, trained
+from support.runs import At, lora, trained
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, seen, weights
 
 
@@ -63,6 +63,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:lightning_lora. [a-z_]+ cannot bring back")  # what was trained beside the part
 @pytest.mark.parametrize("what", TRAINED)
 @pytest.mark.parametrize("part", PARTS)
 def test_load_from_checkpoint_of_a_full_checkpoint_of_a_part_brings_back_the_base_of_the_part(
@@ -126,3 +127,18 @@ def test_a_full_checkpoint_without_proper_first_values_is_refused_by_name(tmp_pa
     torch.save(content, path)
     with pytest.raises(LoRAError, match="initial"):
         READS[way](path)
+
+
+@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen")
+def test_a_full_checkpoint_of_a_weight_without_a_first_value_loads_and_the_weight_is_named(tmp_path):
+    unfreeze = At("on_after_backward", lambda trainer, module: module.head.bias.requires_grad_(True))
+    model = Net()
+    trainer = make_trainer(tmp_path, LoRACallback(r=2, save="full"), unfreeze)
+    trainer.fit(model, Data())
+    trainer.save_checkpoint(tmp_path / "full.ckpt")
+    assert not torch.equal(model.head.bias, Net().head.bias)
+    loaded = load_from_checkpoint(Net, tmp_path / "full.ckpt")
+    assert torch.equal(outputs(loaded), outputs(model))
+    with pytest.warns(UserWarning, match=r"unload cannot bring back .* \(head.bias\), and leaves it as it is"):
+        unload(loaded)
+    assert torch.equal(loaded.head.bias, model.head.bias)
