@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def parallel(plan: str) -> None:
             with merged(net), merged(alone):
                 torch.testing.assert_close(whole(net(x)), alone(TENSOR_X), rtol=1e-4, atol=1e-5)
                 assert not torch.equal(before["up.weight"], net.up.weight.full_tensor())
+            # SequenceParallel unfreezes the norm that it replicates, which then has no first values.
+            warnings.filterwarnings("ignore", "lightning_lora. disable_adapter cannot bring back .*norm.weight")
             with disable_adapter(net), disable_adapter(alone):
                 torch.testing.assert_close(whole(net(x)), alone(TENSOR_X), rtol=1e-4, atol=1e-5)
         assert_same_bits(base_of(whole_state(net)), before)

@@ -192,6 +192,7 @@ def quiet() -> None:
 
     seed_without_stack_traces()
     let_warnings_be_errors()
+    warnings.filterwarnings("ignore", "lightning_lora. training has changed other adapters")  # as in pyproject.toml
     for message in LIGHTNING_NOTICES:
         warnings.filterwarnings("ignore", message)
     for message in DISTRIBUTED_NOTICES:
