@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, is_merged, merge, merged_state_dict, unmerge
 from lightning_lora.distributed import sharding
-from lightning_lora.distributed.flat import FlatShard, attach, flat_like, is_flat, make_plain, pieces, whole_shape
+from lightning_lora.distributed.flat import FlatShard, attach, flat_like, is_flat, pieces, whole_shape
 from lightning_lora.distributed.sharding import (
     copies_of,
     copy_,
@@ -143,7 +143,7 @@ def test_windows_of_a_plain_weight_are_one_and_of_a_slice_those_of_its_pieces():
         assert view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
 
 
-def test_tensor_is_flat_while_it_is_attached():
+def test_tensor_is_flat_once_it_is_attached():
     tensor = nn.Parameter(torch.ones(3))
     assert not is_flat(tensor)
     attach(tensor, lambda: FlatShard(tensor.detach(), 0, torch.Size((3, 1)), None, CPU))
@@ -152,8 +152,6 @@ def test_tensor_is_flat_while_it_is_attached():
     other = flat_like(torch.zeros(3), tensor)
     assert is_flat(other)
     assert whole_shape(other) == (3, 1)
-    make_plain(tensor)
-    assert not is_flat(tensor)
     assert not is_flat(None)
 
 
