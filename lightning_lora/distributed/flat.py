@@ -193,15 +193,26 @@ def flat_like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole tensor, on the device that holds the slice. Collective.
 
-    Bits travel as bytes, so that -0.0 and NaN stay what they are.
+    Each rank sends its slice, as bytes, so that -0.0 and NaN stay what they are.
     """
     shard = flat_shard(tensor)
     size = shard.values.element_size()
-    whole = torch.zeros(shard.shape.numel() * size, dtype=torch.uint8, device=shard.device)
+    whole = torch.empty(shard.shape.numel() * size, dtype=torch.uint8, device=shard.device)
     own = shard.values.detach().contiguous().view(torch.uint8)
     whole[shard.start * size : shard.stop * size] = own.to(shard.device)
-    dist.all_reduce(whole, group=shard.group)  # gloo has no sum of 16-bit integers
+    for rank, start, stop in _places(shard):
+        if start < stop:  # all_gather would take slices of one size, and FSDP1's are of any
+            dist.broadcast(whole[start * size : stop * size], rank, group=shard.group)
     return whole.view(shard.values.dtype).view(shard.shape).to(shard.values.device)
+
+
+def _places(shard: FlatShard) -> list[tuple[int, int, int]]:
+    """Return the first and last element of each rank's slice, as (rank, start, stop). Collective."""
+    ranks = dist.get_process_group_ranks(shard.group)
+    own = torch.tensor([shard.start, shard.stop], device=shard.device)
+    places = [torch.empty_like(own) for _ in ranks]
+    dist.all_gather(places, own, group=shard.group)
+    return [(rank, *place) for rank, place in zip(ranks, torch.stack(places).tolist(), strict=True)]
 
 
 def scatter_(target: torch.Tensor, whole: torch.Tensor) -> None:

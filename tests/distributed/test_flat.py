@@ -28,6 +28,7 @@ from lightning_lora.exchange.take import fingerprint
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, restored_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock, crop_to_slice
 from support.processes import world
+from support.recorders import Traffic
 from support.sharded_adapters import assert_same_bits
 
 CPU = torch.device("cpu")
@@ -185,15 +186,26 @@ def plain_net(**options: object) -> nn.Sequential:
     return net
 
 
+def gathered(dtype: torch.dtype) -> None:
+    values = torch.tensor([[-0.0, math.nan, 1.5], [math.inf, 2.0, -3.0]], dtype=dtype)
+    for place in (0, 2, 6):  # all of it lies on one rank, or a part on each
+        own = values.flatten()[:place] if dist.get_rank() == 0 else values.flatten()[place:]
+        shard = FlatShard(own.clone(), place * dist.get_rank(), values.shape, dist.group.WORLD, CPU)
+        attach(own, lambda shard=shard: shard)
+        with Traffic() as traffic:
+            assert torch.equal(bits(full_tensor(own)), bits(values))
+        assert traffic.bytes("broadcast") == values.nbytes
+        assert traffic.bytes() - traffic.bytes("broadcast", "allgather") == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_are_gathered_as_they_are_in_every_bit(dtype):
+    world().run(gathered, dtype)
+
+
 def exchanged() -> None:
     whole = plain_net()
     divide_(net := plain_net())
-    for dtype in DTYPES:
-        values = torch.tensor([[-0.0, math.nan, 1.5], [math.inf, 2.0, -3.0]], dtype=dtype)
-        own = values.flatten()[:2] if dist.get_rank() == 0 else values.flatten()[2:]
-        shard = FlatShard(own, 2 * dist.get_rank(), values.shape, dist.group.WORLD, CPU)
-        attach(own, lambda shard=shard: shard)
-        assert torch.equal(bits(full_tensor(own)), bits(values))
     for name in WEIGHTS:
         flat, plain = net.get_submodule(name).weight, whole.get_submodule(name).weight
         assert_same_bits({"W": full_tensor(flat)}, {"W": plain.detach()})
