@@ -9,10 +9,11 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from .arguments import names_near_misses
 from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
-from .errors import LoRAError
+from .errors import LoRAError, sentence
 from .formats.lightning_checkpoint import Kind
 from .matching import ALL_LINEAR
 from .model.adapted_model import Listing, find_model
@@ -235,7 +236,10 @@ class LoRACallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
-        break_off(pl_module, exception)
+        try:
+            break_off(pl_module, exception)
+        except LoRAError as error:  # of a sharded forward that cannot be left; the exception is what the user must see
+            rank_zero_warn(f"LoRACallback: the model stays merged: {sentence(error)}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unmerge what is merged still.

@@ -1,9 +1,8 @@
 """Flat slices: each rank holds a slice of the flattened weight, as DeepSpeed's ZeRO-3 and FSDP1 divide weights.
 
-A tensor is flat where `attach` was called on it. A strategy's own file does that, at once or when it recognises a
-tensor as its own, and says how the slice is found: a function, because strategies replace the memory of a slice. No
-strategy is known here. The shape, values and size of a flat parameter itself tell nothing: it is empty, or gathered for
-a forward. Ask whole_shape and flat_shard.
+A tensor is flat where `attach` was called on it, which says how the slice is found: a function, because strategies
+replace the memory of a slice. A parameter of ZeRO-3 is flat as soon as DeepSpeed has divided it. The shape, values and
+size of a flat parameter itself tell nothing: it is empty, or gathered for a forward. Ask whole_shape and flat_shard.
 
 A slice of a matrix is at most three matrices: a row's end, whole rows, a row's beginning. So what is computed by
 elements is computed in the memory of the slice, and nothing is gathered for it.
@@ -13,16 +12,16 @@ Functions marked "Collective" communicate: every rank must call them, in the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-FIND, FREE = "lora_find_slice", "lora_free_gathered"  # attributes of a flat tensor
-UNIT, INSIDE = "lora_unit", "lora_flat_parameters"  # attributes of a module that owns flat tensors
+FIND = "lora_find_slice"  # attribute of a tensor that `attach` was called on
+ZERO = "ds_tensor"  # attribute of a parameter of DeepSpeed's zero.Init, which has this rank's slice
+UNIT, INSIDE = "lora_unit", "lora_flat_parameters"  # attributes of a module
 
 
 class FlatShard(NamedTuple):
@@ -53,42 +52,30 @@ class Unit(Protocol):
     def free(self) -> None:
         """Drop what was gathered and put the flat tensors back, unless a forward or backward uses it now."""
 
-    def suspend(self, verb: str) -> bool:
-        """Do the same for a forward that runs now. Returns whether one does.
+    def begin_writing(self, verb: str) -> None:
+        """Let a backward of an earlier forward raise, as on one device, because slices are written now.
 
         Args:
             verb: the public function that the user called, for the message.
 
         Raises:
-            LoRAError: a backward runs, which cannot go on with other values.
-        """
-
-    def resume(self, runs: bool, changed: bool) -> None:
-        """Gather the present values for a forward that was suspended. Collective for such a forward.
-
-        Args:
-            runs: what `suspend` returned.
-            changed: values were written, so that a backward of an earlier forward has to raise as on one device.
+            LoRAError: a forward or backward runs, which would go on with what it has gathered.
         """
 
 
-class _Known:
-    """Whether this process has flat tensors at all, so that others are not looked at one by one; who attaches them."""
-
-    flat = False
-    attachers: ClassVar[list[Callable[[torch.Tensor], bool]]] = []
-
-
-def attach(tensor: torch.Tensor, find: Callable[[], FlatShard], free: Callable[[], None] | None = None) -> None:
+def attach(tensor: torch.Tensor, find: Callable[[], FlatShard]) -> None:
     """Make a tensor flat.
 
     Args:
         tensor: usually a parameter.
         find: returns this rank's slice as it is now.
-        free: drops memory into which the whole tensor was gathered, so that the next forward gathers it again.
     """
-    _Known.flat = True
-    vars(tensor)[FIND], vars(tensor)[FREE] = find, free
+    vars(tensor)[FIND] = find
+
+
+def attach_unit(module: nn.Module, unit: Unit) -> None:
+    """Note who frees what is gathered for a module's forward, so that changes of slices count."""
+    vars(module)[UNIT] = unit
 
 
 def attach_owner(module: nn.Module, unit: Unit, inside: Mapping[str, nn.Parameter]) -> None:
@@ -99,12 +86,13 @@ def attach_owner(module: nn.Module, unit: Unit, inside: Mapping[str, nn.Paramete
         unit: to which they belong.
         inside: the module's own parameters that the strategy has laid into a flat one, by name.
     """
-    vars(module)[UNIT], vars(module)[INSIDE] = unit, inside
+    attach_unit(module, unit)
+    vars(module)[INSIDE] = inside
 
 
 def owns_flat(module: nn.Module) -> bool:
     """Return whether attach_owner was called on a module."""
-    return UNIT in vars(module)
+    return INSIDE in vars(module)
 
 
 def flat_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
@@ -143,38 +131,24 @@ def _mark_as_parameters(tensors: Iterable[torch.Tensor]) -> None:
             tensor._is_param = True
 
 
-def recognise(attach_one: Callable[[torch.Tensor], bool]) -> None:
-    """Let a strategy recognise its own tensors when they are first asked for; harmless when repeated.
-
-    Args:
-        attach_one: calls `attach` for a tensor that the strategy has divided. Returns whether it did.
-    """
-    _Known.flat = True
-    if attach_one not in _Known.attachers:
-        _Known.attachers.append(attach_one)
-
-
-def make_plain(tensor: torch.Tensor) -> None:
-    """Make a tensor plain again, whose whole values are in it now."""
-    vars(tensor).pop(FIND, None)
-    vars(tensor).pop(FREE, None)
-
-
-def are_any_flat() -> bool:
-    """Return whether this process ever had a flat tensor. In a compiled forward none counts, see is_flat."""
-    return _Known.flat and not torch.compiler.is_compiling()
-
-
 def is_flat(tensor: object) -> bool:
     """Return whether a tensor is flat. In a compiled forward none counts as flat: the weights are gathered there."""
-    if not _Known.flat or torch.compiler.is_compiling() or not isinstance(tensor, torch.Tensor):
-        return False
-    return FIND in vars(tensor) or any(attach_one(tensor) for attach_one in _Known.attachers)
+    is_divided = getattr(tensor, FIND, None) is not None or getattr(tensor, ZERO, None) is not None
+    return is_divided and not torch.compiler.is_compiling()
 
 
 def flat_shard(tensor: torch.Tensor) -> FlatShard:
     """Return this rank's slice of a flat tensor."""
-    return cast(FlatShard, vars(tensor)[FIND]())
+    find: Callable[[], FlatShard] | None = getattr(tensor, FIND, None)
+    return _shard_of_zero(tensor) if find is None else find()
+
+
+def _shard_of_zero(parameter: Any) -> FlatShard:
+    """Return this rank's slice of a parameter of ZeRO-3, without the values that fill the last slice up."""
+    part, group = getattr(parameter, ZERO), parameter.ds_process_group
+    start = min(part.ds_numel * dist.get_rank(group), parameter.ds_numel)
+    count = min(part.ds_numel, parameter.ds_numel - start)
+    return FlatShard(part.detach()[:count], start, parameter.ds_shape, group, parameter.device)
 
 
 def whole_shape(tensor: torch.Tensor) -> torch.Size:
@@ -182,43 +156,24 @@ def whole_shape(tensor: torch.Tensor) -> torch.Size:
     return flat_shard(tensor).shape if is_flat(tensor) else tensor.shape
 
 
-def free_gathered(tensors: Iterable[object]) -> None:
-    """Drop what was gathered of flat tensors, so that changes of their slices count."""
-    for tensor in tensors:
-        if is_flat(tensor):
-            free = vars(tensor)[FREE]
-            if free is not None:
-                free()
-
-
-def free_owners(modules: Iterable[nn.Module]) -> None:
+def free_gathered(modules: Iterable[nn.Module]) -> None:
     """Give modules their flat tensors back in place of gathered ones, unless a forward uses these now. In place."""
     for unit in _units(modules):
         unit.free()
 
 
-@contextmanager
-def suspended(modules: Iterable[nn.Module], verb: str, *, changes: bool) -> Iterator[None]:
-    """Give modules their flat tensors back inside the block, also where a forward has gathered them and runs now.
-
-    Collective where such a forward runs. It goes on with the values from after the block.
+def begin_writing(modules: Iterable[nn.Module], verb: str) -> None:
+    """Prepare modules for a change of their flat tensors.
 
     Args:
         modules: all modules of a model.
-        verb: the public function that the user called, for a message.
-        changes: whether anything is written.
+        verb: the public function that the user called, for the message.
 
     Raises:
-        LoRAError: a backward runs.
+        LoRAError: a strategy cannot take the change now.
     """
-    runs: dict[Unit, bool] = {}
-    try:
-        for unit in _units(modules) if are_any_flat() else ():
-            runs[unit] = unit.suspend(verb)
-        yield
-    finally:
-        for unit, did_run in runs.items():
-            unit.resume(did_run, changes)
+    for unit in _units(modules):
+        unit.begin_writing(verb)
 
 
 def _units(modules: Iterable[nn.Module]) -> list[Unit]:
@@ -238,15 +193,26 @@ def flat_like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole tensor, on the device that holds the slice. Collective.
 
-    Bits travel as bytes, so that -0.0 and NaN stay what they are.
+    Each rank sends its slice, as bytes, so that -0.0 and NaN stay what they are.
     """
     shard = flat_shard(tensor)
     size = shard.values.element_size()
-    whole = torch.zeros(shard.shape.numel() * size, dtype=torch.uint8, device=shard.device)
+    whole = torch.empty(shard.shape.numel() * size, dtype=torch.uint8, device=shard.device)
     own = shard.values.detach().contiguous().view(torch.uint8)
     whole[shard.start * size : shard.stop * size] = own.to(shard.device)
-    dist.all_reduce(whole, group=shard.group)  # gloo has no sum of 16-bit integers
+    for rank, start, stop in _places(shard):
+        if start < stop:  # all_gather would take slices of one size, and FSDP1's are of any
+            dist.broadcast(whole[start * size : stop * size], rank, group=shard.group)
     return whole.view(shard.values.dtype).view(shard.shape).to(shard.values.device)
+
+
+def _places(shard: FlatShard) -> list[tuple[int, int, int]]:
+    """Return the first and last element of each rank's slice, as (rank, start, stop). Collective."""
+    ranks = dist.get_process_group_ranks(shard.group)
+    own = torch.tensor([shard.start, shard.stop], device=shard.device)
+    places = [torch.empty_like(own) for _ in ranks]
+    dist.all_gather(places, own, group=shard.group)
+    return [(rank, *place) for rank, place in zip(ranks, torch.stack(places).tolist(), strict=True)]
 
 
 def scatter_(target: torch.Tensor, whole: torch.Tensor) -> None:

@@ -17,13 +17,11 @@ from torch import nn
 from ..errors import LoRAError
 from .flat import (
     Piece,
-    are_any_flat,
     flat_like,
     flat_rows,
     flat_samples,
     flat_shard,
     free_gathered,
-    free_owners,
     gather,
     is_flat,
     own_parameters,
@@ -247,47 +245,13 @@ def reshard_(modules: Iterable[nn.Module]) -> None:
 
     Changes of a gathered weight are lost, because the shards do not get them.
     """
-    if are_any_flat():
-        modules = list(modules)
-        free_owners(modules)
-        free_gathered(parameter for module in modules for parameter in module._parameters.values())
+    modules = list(modules)
+    free_gathered(modules)
     if FSDP not in sys.modules:
         return
     for module in modules:
         if is_fully_sharded(module):
             module.reshard()
-
-
-def free_gathered_weights_(modules: Iterable[nn.Module]) -> None:
-    """Drop gathered weights after their slices were written. In place.
-
-    During a forward, ZeRO-3 gathers a parameter as soon as it is looked at, which is before it is written.
-    """
-    if are_any_flat():
-        reshard_(modules)
-
-
-def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Put the shards back after an exception inside a forward, when reshard_ has no effect. In place.
-
-    Args:
-        modules: all modules of a model, with their names.
-
-    Raises:
-        LoRAError: this version of torch cannot do it, or fully_shard was not called on the outermost module.
-    """
-    outermost: list[str] = []
-    for name, module in modules:
-        if is_fully_sharded(module) and not any(name.startswith(f"{outer}." if outer else "") for outer in outermost):
-            outermost.append(name)
-            try:
-                cast(Any, module).reset_iter_state()
-            except (AttributeError, RuntimeError) as error:
-                raise LoRAError(
-                    f"{name or type(module).__name__!r}: an exception left FSDP2 inside its forward, with gathered "
-                    "weights in place of its shards. Pass the module that fully_shard was called on last, or build "
-                    "the model again."
-                ) from error
 
 
 def refuse_fully_sharded(model: nn.Module, modules: Iterable[nn.Module], verb: str) -> None:

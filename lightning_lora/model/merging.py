@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..distributed.flat import is_flat, suspended
+from ..distributed.flat import begin_writing, free_gathered, is_flat
 from ..distributed.rank_sync import RankSync
-from ..distributed.sharding import dimensions_of_ranks, free_gathered_weights_, is_spread, local, reset_, reshard_
+from ..distributed.sharding import dimensions_of_ranks, is_spread, local, reshard_
 from ..errors import LoRAError, NonFiniteError
 from ..nn.adapted_module import take_turn
 from ..nn.adapted_weights import AdaptedWeights, Blocks
@@ -98,7 +98,7 @@ def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rou
                 record.merged = True  # first, because an exception may break off what follows
             if warns_of_untrained:
                 warn_of_untrained(listing, stacklevel=4)
-            with shards_in_place(listing, "merge", changes=True):
+            with shards_in_place(listing, "merge"):
                 _merge_pending(listing, pending, tells_rounding)
 
 
@@ -181,8 +181,8 @@ def unmerge_listed(listing: Listing) -> None:
     """Do what unmerge does for a listed model. In place."""
     _require_layers(listing, "unmerge")
     layers, restore = listing.layers.values(), partial(_restore_all, listing)
-    changes = holds_merged(layers)
-    with take_turn(layers, "unmerge"), torch.no_grad(), shards_in_place(listing, "unmerge", changes=changes):
+    writing = shards_in_place(listing, "unmerge") if holds_merged(layers) else nullcontext()
+    with take_turn(layers, "unmerge"), torch.no_grad(), writing:
         run_undisturbed(restore, restore, "unmerge")
 
 
@@ -247,46 +247,33 @@ class FoundState:
 
 
 @contextmanager
-def shards_in_place(listing: Listing, verb: str, *, changes: bool) -> Iterator[None]:
+def shards_in_place(listing: Listing, verb: str) -> Iterator[None]:
     """Put the shards of a sharded model in place of gathered weights, and let what is written into them count.
-
-    Collective where a forward of FSDP1 runs, which goes on with the new values.
 
     Args:
         listing: of the model.
         verb: the public function that the user called, for a message.
-        changes: whether anything is written.
 
     Raises:
-        LoRAError: as _restore_shards_; or a backward of FSDP1 runs.
+        LoRAError: a forward has gathered weights, and runs or was ended by an exception; or fully_shard was called on
+            a module outside of this one, which has gathered a weight.
     """
     modules = [module for _, module in listing.modules]
-    with suspended(modules, verb, changes=changes):
-        _restore_shards_(listing)
-        try:
-            yield
-        finally:
-            free_gathered_weights_(modules)
-
-
-def _restore_shards_(listing: Listing) -> None:
-    """Put the shards of a sharded model back in place of weights that FSDP2 has gathered. In place.
-
-    Raises:
-        LoRAError: a weight is still gathered, because fully_shard was called on a module outside of this one.
-    """
-    layers = listing.layers
-    reshard_(module for _, module in listing.modules)
-    if any(dimensions_of_ranks(layer.main_weight()) < layer.lora.sharded for layer in layers.values()):
-        reset_(listing.modules)
-    for name, layer in layers.items():
+    begin_writing(modules, verb)
+    reshard_(modules)
+    for name, layer in listing.layers.items():
         sharded = dimensions_of_ranks(layer.main_weight())
         if sharded < layer.lora.sharded:
             raise LoRAError(
-                f"{name!r}: its weight is gathered by an FSDP2 module outside of {type(listing.model).__name__}; pass "
-                "the module that fully_shard was called on last."
+                f"{name!r}: its weight is gathered by FSDP2, by a module outside of {type(listing.model).__name__} or "
+                "in a forward that an exception ended. Pass the module that fully_shard was called on last, or build "
+                "the model again."
             )
         layer.lora.sharded = sharded
+    try:
+        yield
+    finally:
+        free_gathered(modules)  # in a forward, ZeRO-3 gathers a parameter as soon as it is looked at
 
 
 def _require_layers(listing: Listing, verb: str) -> None:

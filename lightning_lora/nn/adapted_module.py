@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import nn
 
-from ..distributed.flat import are_any_flat, is_flat
+from ..distributed.flat import is_flat, owns_flat
 from ..errors import LoRAError
 from ..names import names_factor
 from .low_rank import HALF
@@ -137,7 +137,8 @@ class AdaptedModule(Swapped):
     def lora_place(self, values: Mapping[str, Any]) -> None:
         """Place values under the names of parameters, or place the parameters again. In place."""
         self._parameters.update(values)
-        if are_any_flat():  # FSDP1 also sets what it has gathered as plain attributes, which are found first
+        if not torch.compiler.is_compiling() and owns_flat(self):
+            # FSDP1 also sets what it has gathered as plain attributes, which are found first.
             vars(self).update({name: value for name, value in values.items() if name in vars(self)})
 
     def lora_take_out(self, adapter: Adapter) -> None:

@@ -18,15 +18,13 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from ..distributed.flat import FlatShard, attach, recognise
+from ..distributed.flat import attach_unit, is_flat
 from ..errors import LoRAError
 from ..model.adapted_model import find_model
 from ..model.patches import call_previous, patch
@@ -57,7 +55,6 @@ def prepare_deepspeed(strategy: Any) -> None:
             "LoRACallback: DeepSpeedStrategy needs DeepSpeed, which is not installed. Run pip install "
             "'lightning-lora[deepspeed]'."
         )
-    recognise(_attach_slice)
     patch(strategy, "init_deepspeed", _init_deepspeed)
     patch(strategy, "_setup_model_and_optimizer", _set_up_optimizer)
 
@@ -89,42 +86,32 @@ def _refused(config: Mapping[str, Any]) -> Iterator[str]:
 # --- slices of stage 3 ---
 
 
-def _attach_slice(tensor: torch.Tensor) -> bool:
-    """Make a parameter that stage 3 has divided known as flat, and return whether it is one."""
-    if getattr(tensor, "ds_tensor", None) is None:
-        return False
-    attach(tensor, partial(_slice_of, tensor), partial(_free, tensor))
-    return True
+class _Gathered:
+    """What an engine has gathered at stage 3."""
 
+    def __init__(self, offload: Any, parameters: Iterable[Any]) -> None:
+        """Note the engine's part that gathers parameters and frees them, and the parameters that are divided."""
+        self.offload: Callable[[], Any] = weakref.ref(offload)
+        self.parameters = [each for each in parameters if is_flat(each)]
 
-def _slice_of(parameter: Any) -> FlatShard:
-    """Return this rank's slice of a parameter, without the values that fill the last slice up."""
-    part, group = parameter.ds_tensor, parameter.ds_process_group
-    start = min(part.ds_numel * dist.get_rank(group), parameter.ds_numel)
-    count = min(part.ds_numel, parameter.ds_numel - start)
-    return FlatShard(part.detach()[:count], start, parameter.ds_shape, group, parameter.device)
+    def free(self) -> None:
+        """Let the slices be the only copies of parameters that were gathered, or that are being gathered. In place.
 
+        DeepSpeed gathers small parameters once for many forwards, and others ahead of time. An exception inside a
+        forward leaves some gathered, and noted as in use.
+        """
+        if all(each.ds_status.name == "NOT_AVAILABLE" for each in self.parameters):
+            return
+        offload = self.offload()
+        if offload is not None:
+            offload.partition_all_parameters()
+        for parameter in self.parameters:
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.ds_active_sub_modules.clear()
+                parameter.partition()
 
-class _Current:
-    """The part of DeepSpeed's present engine that gathers parameters and frees them."""
-
-    offload: ClassVar[Callable[[], Any]] = staticmethod(lambda: None)
-
-
-def _free(parameter: Any) -> None:
-    """Let the slices be the only copies of parameters that a forward has gathered, or had begun to gather. In place.
-
-    DeepSpeed gathers small parameters once for many forwards, and others ahead of time. An exception inside a forward
-    leaves some gathered, and noted as in use.
-    """
-    if parameter.ds_status.name == "NOT_AVAILABLE":
-        return
-    offload = _Current.offload()
-    if offload is not None:
-        offload.partition_all_parameters()  # of the whole model: the others are found free then
-    if parameter.ds_status.name == "AVAILABLE":
-        parameter.ds_active_sub_modules.clear()
-        parameter.partition()
+    def begin_writing(self, verb: str) -> None:
+        """Do nothing: a forward that runs gathers anew what was freed."""
 
 
 @contextmanager
@@ -145,12 +132,14 @@ def outside_zero_init() -> Iterator[None]:
 
 
 def _init_deepspeed(strategy: Any, previous: Callable[..., Any] | None) -> None:
-    """Note what gathers parameters, and frees them, in the new engine: the patched init_deepspeed."""
+    """Tell modules who frees what the new engine gathers for them: the patched init_deepspeed."""
     call_previous(strategy, previous, "init_deepspeed")
     optimizer = strategy.deepspeed_engine.optimizer
     offload = getattr(optimizer, "parameter_offload", optimizer)
     if hasattr(offload, "partition_all_parameters"):
-        _Current.offload = weakref.ref(offload)
+        gathered = _Gathered(offload, strategy.lightning_module.parameters())
+        for module in strategy.lightning_module.modules():
+            attach_unit(module, gathered)
 
 
 def _set_up_optimizer(

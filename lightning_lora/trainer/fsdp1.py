@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distributed.flat import FlatShard, attach, attach_owner
+from ..distributed.flat import FlatShard, attach, attach_owner, begin_writing
 from ..errors import LoRAError
 from ..model.adapted_model import find_model
 from ..model.patches import call_previous, is_patched, patch
@@ -56,13 +56,11 @@ def prepare_fsdp1(strategy: Any) -> None:
         )
     for reason in _refused(getattr(strategy, "kwargs", {})):
         raise LoRAError(f"LoRACallback: FSDPStrategy cannot be used so: {reason}, or use {ALTERNATIVES}.")
-    _parts_of_torch()
     if is_patched(strategy, "_setup_model", _setup_model):
         return  # in an earlier stage
     patch(strategy, "_setup_model", _setup_model)
     patch(strategy, "model_sharded_context", _model_sharded_context)
     patch(strategy, "block_backward_sync", _block_backward_sync)
-    patch(strategy, "teardown", _teardown)
 
 
 def _refused(options: Mapping[str, Any]) -> Iterator[str]:
@@ -74,32 +72,6 @@ def _refused(options: Mapping[str, Any]) -> Iterator[str]:
             "torch takes ignored_modules or ignored_states, and the adapter is passed in the second. Pass "
             "ignored_states=[*module.parameters()] instead"
         )
-
-
-class _Parts(NamedTuple):
-    """What torch has under names of its own to run FSDP1. An exception is no time to find that one is gone."""
-
-    HandleTrainingState: Any
-    TrainingState: Any
-    lazy_init: Callable[..., Any]
-    unshard: Callable[..., Any]
-
-
-def _parts_of_torch() -> _Parts:
-    """Return these parts. Raises LoRAError where torch has others."""
-    try:
-        from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
-        from torch.distributed.fsdp._runtime_utils import _lazy_init, _unshard
-    except ImportError as error:
-        _refuse_torch(error)
-    return _Parts(HandleTrainingState, TrainingState, _lazy_init, _unshard)
-
-
-def _refuse_torch(error: Exception) -> NoReturn:
-    raise LoRAError(
-        f"LoRACallback: FSDPStrategy cannot be used with torch {torch.__version__}, in which FSDP1 is built in another "
-        f"way than this version of lightning_lora knows. Use {ALTERNATIVES}, or an older torch."
-    ) from error
 
 
 # --- the model is wrapped ---
@@ -186,10 +158,14 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     if is_new:
         with _leaving_out(strategy):
             wrapping.root = call_previous(strategy, previous, "_setup_model", model)
+    begin_writing(wrapping.root.modules(), "Trainer")  # after an exception it would use what it has gathered
     try:
         _attach(wrapping.root)
-    except AttributeError as error:
-        _refuse_torch(error)
+    except (AttributeError, ImportError) as error:
+        raise LoRAError(
+            f"LoRACallback: FSDPStrategy cannot be used with torch {torch.__version__}, in which FSDP1 is built in "
+            f"another way than this version of lightning_lora knows. Use {ALTERNATIVES}, or an older torch."
+        ) from error
     units = [unit for unit in _units(wrapping.root) if unit._handle is not None]
     inside = {id(parameter) for unit in units for parameter in unit._handle.flat_param._params}
     outside = [parameter for parameter in module.parameters() if id(parameter) not in inside]
@@ -227,11 +203,11 @@ def _units(root: nn.Module) -> list[Any]:
 
 def _attach(root: nn.Module) -> None:
     """Tell how the slice of each original parameter is found, and how gathered memory is freed. In place."""
-    lazy_init = _parts_of_torch().lazy_init
+    from torch.distributed.fsdp._runtime_utils import _lazy_init
+
     for unit in _units(root):
-        lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
+        _lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
         handle, attached = unit._handle, _Unit(unit)
-        patch(unit, "forward", _forward)
         inside = _parameters_inside(handle) if handle is not None else {}
         for owner in (unit, *inside):
             attach_owner(owner, attached, inside.get(owner, {}))
@@ -260,95 +236,51 @@ def _find_slice(handle: Any, info: Any, shape: torch.Size) -> FlatShard:
 
 
 class _Unit:
-    """A wrapper of FSDP1, whose gathered memory can be freed. FSDP1 keeps it in the root, or under SHARD_GRAD_OP.
-
-    torch notes in the wrapper what runs. An exception would leave that note as it was, see _forward and _backward.
-    """
+    """A wrapper of FSDP1, whose gathered memory can be freed. FSDP1 keeps it in the root, or under SHARD_GRAD_OP."""
 
     def __init__(self, wrapper: Any) -> None:
         self.wrapper = wrapper
 
     def free(self) -> None:
         """Drop what was gathered, unless a forward or backward runs in this wrapper, and put the parameters back."""
-        if self._runs() == "IDLE":
-            self._free()
-
-    def end(self) -> None:
-        """Drop what was gathered after an exception has ended a forward or backward."""
-        parts = _parts_of_torch()
-        self.wrapper.training_state = parts.TrainingState.IDLE
-        if self.wrapper._handle is not None:
-            self.wrapper._handle._training_state = parts.HandleTrainingState.IDLE
-            self._free()
-
-    def suspend(self, verb: str) -> bool:
-        """Put the parameters back in place of what a forward has gathered, and return whether one runs.
-
-        Args:
-            verb: the public function that the user called, for the message.
-
-        Raises:
-            LoRAError: a backward runs.
-        """
-        if self.is_in_backward():
-            raise LoRAError(
-                f"{verb}: the weights of {type(self.wrapper.module).__name__} cannot be changed while FSDP1 computes "
-                "gradients with them. Call it after backward, for example in on_after_backward."
-            )
-        if self._runs() != "FORWARD":
-            return False
-        with torch.no_grad():  # otherwise torch would leave the gathered weights there under SHARD_GRAD_OP
-            self._free()
-        return True
-
-    def resume(self, runs: bool, changed: bool) -> None:
-        """Gather the present values for a forward that was suspended. Collective for such a forward.
-
-        Args:
-            runs: what `suspend` returned.
-            changed: weights were written, so that a backward of an earlier forward has to raise as on one device.
-        """
-        unit = self.wrapper
-        if changed and unit._handle is not None:
-            torch.autograd.graph.increment_version(unit._handle.flat_param)
-        if runs:
-            _parts_of_torch().unshard(unit, unit._handle, unit._unshard_stream, unit._pre_unshard_stream)
-            unit._device_handle.current_stream().wait_stream(unit._unshard_stream)
-
-    def is_in_backward(self) -> bool:
-        """Return whether a backward runs in this wrapper."""
-        return self._runs().startswith("BACKWARD")
-
-    def _runs(self) -> str:
-        """Return torch's word for what runs in this wrapper, IDLE where nothing does; "" where it has no weights."""
         handle = self.wrapper._handle
-        return "" if handle is None else str(handle._training_state.name)
-
-    def _free(self) -> None:
-        handle = self.wrapper._handle
+        if handle is None or not self._is_idle():
+            return
         if not handle.uses_sharded_strategy or not handle.needs_unshard():
             handle.reshard(handle.uses_sharded_strategy)  # without slices there is nothing to free
             handle.post_reshard()
             handle._prefetched = False
 
+    def begin_writing(self, verb: str) -> None:
+        """Let a backward of an earlier forward raise, as on one device, because slices are written now.
 
-def _forward(unit: Any, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    """Let nothing run in a wrapper after an exception: its patched forward."""
-    try:
-        return call_previous(unit, previous, "forward", *args, **kwargs)
-    except BaseException:
-        if not _Unit(unit).is_in_backward():  # which recomputes activations, and breaks that off by an exception
-            _Unit(unit).end()
-        raise
+        Args:
+            verb: the public function that the user called, for the message.
 
+        Raises:
+            LoRAError: a forward or backward runs, or an exception has ended one. It uses what it has gathered.
+        """
+        handle = self.wrapper._handle
+        if handle is None:
+            return
+        if not self._is_idle():
+            raise LoRAError(
+                f"{verb}: the weights of {type(self.wrapper.module).__name__} cannot be changed while FSDP1 computes "
+                "with them. Call it between steps, not inside a forward or backward; an evaluation with "
+                "merged_eval=False changes none. After an exception in a forward build the model again."
+            )
+        torch.autograd.graph.increment_version(handle.flat_param)
 
-def _teardown(strategy: Any, previous: Callable[..., Any] | None) -> None:
-    """Leave the parameters in place of what the last forward has gathered: the patched teardown."""
-    call_previous(strategy, previous, "teardown")
-    if vars(strategy.lightning_module).get(WRAPPING) is not None:
-        for unit in _units(strategy.model):
-            if unit._is_root is not None:  # else an error came before the model was set up
-                _Unit(unit).end()
+    def end_backward(self) -> None:
+        """Note that a backward has ended. torch does so only where it began at the outermost wrapper's outputs."""
+        unit, handle = self.wrapper, self.wrapper._handle
+        if handle._training_state.name.startswith("BACKWARD"):
+            unit.training_state = type(unit.training_state).IDLE
+            handle._training_state = type(handle._training_state).IDLE
+            self.free()
+
+    def _is_idle(self) -> bool:
+        return all(each.name == "IDLE" for each in (self.wrapper.training_state, self.wrapper._handle._training_state))
 
 
 # --- gradients ---
@@ -376,12 +308,9 @@ def _backward(
     """
     strategy = module.trainer.strategy
     _refuse_unfrozen(strategy)
-    try:
-        call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
-    finally:  # torch notes the end only after a backward of the outermost wrapper's outputs, where nothing is raised
-        for unit in getattr(strategy, UNITS):
-            if _Unit(unit).is_in_backward():
-                _Unit(unit).end()
+    call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
+    for unit in getattr(strategy, UNITS):
+        _Unit(unit).end_backward()
     for unit in getattr(strategy, WHOLE):  # FSDP1 leaves plain tensors in place of their frozen parameters
         _Unit(unit).free()
     if not getattr(strategy, LATER, False) and getattr(strategy.model, "_sync_gradients", True):

@@ -39,8 +39,6 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.distributed.flat import recognise
-from lightning_lora.trainer.deepspeed import _attach_slice
 from support.deepspeed import NOTICES
 from support.fsdp1 import on_cpu
 from support.processes import world
@@ -249,10 +247,7 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="nee
 
 
 def start_deepspeed() -> None:
-    """Import it, and let the package know its slices, as a Trainer with DeepSpeedStrategy does."""
     import deepspeed  # noqa: F401
-
-    recognise(_attach_slice)
 
 
 def with_deepspeed(path: Path, stage: int) -> tuple[list[str], torch.Tensor, Any]:

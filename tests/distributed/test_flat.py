@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, is_merged, merge, merged_state_dict, unmerge
 from lightning_lora.distributed import sharding
-from lightning_lora.distributed.flat import FlatShard, attach, flat_like, is_flat, make_plain, pieces, whole_shape
+from lightning_lora.distributed.flat import FlatShard, attach, flat_like, is_flat, pieces, whole_shape
 from lightning_lora.distributed.sharding import (
     copies_of,
     copy_,
@@ -28,6 +28,7 @@ from lightning_lora.exchange.take import fingerprint
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, restored_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock, crop_to_slice
 from support.processes import world
+from support.recorders import Traffic
 from support.sharded_adapters import assert_same_bits
 
 CPU = torch.device("cpu")
@@ -143,7 +144,7 @@ def test_windows_of_a_plain_weight_are_one_and_of_a_slice_those_of_its_pieces():
         assert view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
 
 
-def test_tensor_is_flat_while_it_is_attached():
+def test_tensor_is_flat_once_it_is_attached():
     tensor = nn.Parameter(torch.ones(3))
     assert not is_flat(tensor)
     attach(tensor, lambda: FlatShard(tensor.detach(), 0, torch.Size((3, 1)), None, CPU))
@@ -152,8 +153,6 @@ def test_tensor_is_flat_while_it_is_attached():
     other = flat_like(torch.zeros(3), tensor)
     assert is_flat(other)
     assert whole_shape(other) == (3, 1)
-    make_plain(tensor)
-    assert not is_flat(tensor)
     assert not is_flat(None)
 
 
@@ -187,15 +186,26 @@ def plain_net(**options: object) -> nn.Sequential:
     return net
 
 
+def gathered(dtype: torch.dtype) -> None:
+    values = torch.tensor([[-0.0, math.nan, 1.5], [math.inf, 2.0, -3.0]], dtype=dtype)
+    for place in (0, 2, 6):  # all of it lies on one rank, or a part on each
+        own = values.flatten()[:place] if dist.get_rank() == 0 else values.flatten()[place:]
+        shard = FlatShard(own.clone(), place * dist.get_rank(), values.shape, dist.group.WORLD, CPU)
+        attach(own, lambda shard=shard: shard)
+        with Traffic() as traffic:
+            assert torch.equal(bits(full_tensor(own)), bits(values))
+        assert traffic.bytes("broadcast") == values.nbytes
+        assert traffic.bytes() - traffic.bytes("broadcast", "allgather") == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_are_gathered_as_they_are_in_every_bit(dtype):
+    world().run(gathered, dtype)
+
+
 def exchanged() -> None:
     whole = plain_net()
     divide_(net := plain_net())
-    for dtype in DTYPES:
-        values = torch.tensor([[-0.0, math.nan, 1.5], [math.inf, 2.0, -3.0]], dtype=dtype)
-        own = values.flatten()[:2] if dist.get_rank() == 0 else values.flatten()[2:]
-        shard = FlatShard(own, 2 * dist.get_rank(), values.shape, dist.group.WORLD, CPU)
-        attach(own, lambda shard=shard: shard)
-        assert torch.equal(bits(full_tensor(own)), bits(values))
     for name in WEIGHTS:
         flat, plain = net.get_submodule(name).weight, whole.get_submodule(name).weight
         assert_same_bits({"W": full_tensor(flat)}, {"W": plain.detach()})

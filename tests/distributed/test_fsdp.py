@@ -20,12 +20,15 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     LoRAError,
+    adapter_state_dict,
     disable_adapter,
     inject,
     is_merged,
+    load_adapter,
     merge,
     merged,
     merged_state_dict,
+    save_adapter,
     unmerge,
 )
 from lightning_lora.distributed.rank_sync import RankSync
@@ -408,18 +411,23 @@ class Failing(Sharded):
 
 def fail_and_go_on(path: Path) -> None:
     model = Failing()
-    before = base_of(whole_state(model))
     callback = LoRACallback(r=2, target_modules=sharded.TARGETS)
     size, rank = dist.get_world_size(), dist.get_rank()
     data = (loader(size, rank), loader(size, rank, 6))
-    with pytest.raises(ZeroDivisionError):
-        model_parallel(path, callback).fit(model, *data)
-    assert not is_merged(model)
-    assert_same_bits(base_of(whole_state(model)), before)
-    model_parallel(path, callback).fit(model.train(), *data)
-    assert_same_bits(base_of(whole_state(model)), before)
-    assert len(model.losses) == 3
+    left = "gathered by FSDP2, .* or in a forward that an exception ended"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f"LoRACallback: the model stays merged: .*{left}")
+        with pytest.raises(ZeroDivisionError):
+            model_parallel(path, callback).fit(model, *data)
+        assert is_merged(model)
+        save_adapter(model, path / "adapter")
+        with pytest.raises(LoRAError, match=left):
+            unmerge(model)
+        with pytest.raises(AssertionError, match="can only be applied to a module once"):  # by fully_shard
+            model_parallel(path, callback).fit(model.train(), *data)
+    load_adapter(plain := sharded.Plain(), path / "adapter")
+    assert_same_bits(adapter_state_dict(plain), adapter_state_dict(model))
 
 
-def test_exception_in_a_sharded_merged_forward_leaves_the_model_unmerged(tmp_path):
+def test_exception_in_a_sharded_merged_forward_ends_the_fit_as_itself_and_leaves_the_adapter_to_save(tmp_path):
     world().run(fail_and_go_on, tmp_path)

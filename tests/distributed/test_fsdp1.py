@@ -7,6 +7,7 @@ import csv
 import math
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.command.info import info
+from lightning_lora.distributed.sharding import full_tensor
 from lightning_lora.trainer import fsdp1 as fsdp1_file
 from support.fsdp1 import fsdp1
 from support.processes import world
@@ -466,79 +468,17 @@ def test_what_is_saved_inside_of_a_step_is_what_is_saved_outside(tmp_path, strat
 # --- weights that are changed inside of a step ---
 
 
-class Changing(Plain):
-    """Changes weights inside of its steps, while FSDP1 has plain tensors in place of the frozen parameters."""
-
-    atol = 1e-6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[torch.Tensor] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        with merged(self), torch.no_grad():
-            before = self(batch[0])
-        loss = super().training_step(batch, batch_idx)
-        unmerge(self)  # which has nothing to do, so the backward can go on
-        return loss + before.square().mean()
+class MergingInStep(Plain):
+    """Compares with the base in a merged validation."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        self.found.append(as_merged := self(batch[0]))
-        (plain := Plain()).load_state_dict(merged_state_dict(self))
-        self.assert_close(plain(batch[0].float()), as_merged)
         with disable_adapter(self):
-            self.assert_close(self(batch[0]), Plain()(batch[0].float()))
-        unmerge(self)
-        factored = self(batch[0])
-        self.assert_close(factored, as_merged)
-        with merged(self):
-            assert torch.equal(self(batch[0]), as_merged)
-        assert torch.equal(self(batch[0]), factored)
-        hook = self.net[2].register_forward_pre_hook(lambda *args: merge(self))
-        self.assert_close(self(batch[0]), as_merged)  # the first layer had run factored
-        hook.remove()
+            super().validation_step(batch, batch_idx)
+
+
+class LoadingInStep(Plain):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         load_adapter(self, take_adapter(self))
-        assert torch.equal(self(batch[0]), as_merged)
-
-    def assert_close(self, found: torch.Tensor, expected: torch.Tensor) -> None:
-        torch.testing.assert_close(found.float(), expected.float(), atol=self.atol, rtol=0)
-
-
-def changed_inside(path: Path, strategy: dict[str, Any], ranks: bool) -> tuple[list[float], State]:
-    torch.manual_seed(0)
-    model, callback = Changing(), LoRACallback(r=2, target_modules=TARGETS)
-    model.atol = 0.05 if "mixed_precision" in strategy else model.atol
-    trainer = (
-        fsdp1(path, callback, options=strategy, max_epochs=2) if ranks else make_trainer(path, callback, max_epochs=2)
-    )
-    trainer.fit(model, *(data() if ranks else (loader(), loader(seed=6))))
-    return model.losses, base_of(gathered(trainer.model) if ranks else dict(model.state_dict()))
-
-
-IN_BF16 = {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)}
-WHOLE_IN_BF16 = {"sharding_strategy": "NO_SHARD"} | IN_BF16
-
-
-@slow
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        {},
-        LAYERS,
-        {"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS,
-        {"cpu_offload": True},
-        {"sharding_strategy": "NO_SHARD"},
-        IN_BF16,
-        WHOLE_IN_BF16,
-    ],
-    ids=str,
-)
-def test_weights_changed_inside_of_a_step_count_in_its_next_forward_as_on_one_device(tmp_path, strategy):
-    expected, base = changed_inside(tmp_path, {}, False)
-    for losses, state in world().run(changed_inside, tmp_path, strategy, True):
-        assert losses == pytest.approx(expected, abs=0.01 if "mixed_precision" in strategy else 1e-6)
-        assert_same_bits(state, base)
 
 
 class LeavingMerged(Plain):
@@ -546,8 +486,20 @@ class LeavingMerged(Plain):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = super().training_step(batch, batch_idx)
+        unmerge(self)  # which has nothing to do
         merge(self)
         return loss
+
+
+class MergingBeforeBackward(Plain):
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        merge(self)
+
+
+class MergingInForward(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.net[2].register_forward_pre_hook(lambda *args: merge(self))
+        return super().training_step(batch, batch_idx)
 
 
 class MergingInBackward(Plain):
@@ -557,30 +509,54 @@ class MergingInBackward(Plain):
         return super().training_step(batch, batch_idx)
 
 
-def wrong_inside(path: Path, kind: type[Plain], strategy: dict[str, Any]) -> tuple[str, State]:
+class ChangingBetweenUnits(Plain):
+    """Compares with the base in a merged validation, between forwards of units."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        as_merged = self(batch[0])
+        with disable_adapter(self):
+            torch.testing.assert_close(self(batch[0]), Plain()(batch[0]), atol=1e-6, rtol=0)
+        assert torch.equal(self(batch[0]), as_merged)
+
+
+WHOLE_IN_BF16 = {"sharding_strategy": "NO_SHARD", "mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)}
+REFUSED = "the weights of .* cannot be changed while FSDP1 computes with them. Call it between steps, not inside"
+IN_PLACE = "has been modified by an inplace operation"  # torch's words, as on one device
+
+
+def error_inside(path: Path, kind: type[Plain], strategy: dict[str, Any]) -> str:
     torch.manual_seed(0)
-    trainer, model, said = fsdp1(path, LoRACallback(r=2, target_modules=TARGETS), options=strategy), kind(), ""
-    try:
-        trainer.fit(model, *data())
-    except (LoRAError, RuntimeError) as error:
-        said = str(error)
-    unmerge(model)
-    return said, base_of(gathered(trainer.model))
+    trainer = fsdp1(path, LoRACallback(r=2, target_modules=TARGETS), options=strategy)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LoRACallback: the model stays merged")
+        try:
+            trainer.fit(kind(), *data())
+        except (LoRAError, RuntimeError) as error:
+            return str(error)
+    return ""
 
 
 @slow
-@pytest.mark.parametrize("strategy", [{}, LAYERS], ids=str)
-def test_weights_changed_before_the_backward_that_needs_them_are_an_error(tmp_path, strategy):
-    for kind, expected in (
-        (LeavingMerged, "has been modified by an inplace operation"),  # torch's words, as on one device
-        (
-            MergingInBackward,
-            "merge: the weights of .* cannot be changed while FSDP1 computes gradients with them. Call it after",
-        ),
+@pytest.mark.parametrize("strategy", [{}, {"sharding_strategy": "SHARD_GRAD_OP"}, WHOLE_IN_BF16], ids=str)
+def test_weights_changed_inside_of_a_step_are_an_error(tmp_path, strategy):
+    for kind, said in (
+        (MergingInStep, f"^unmerge: {REFUSED}"),
+        (LoadingInStep, f"^unmerge: {REFUSED}"),
+        (LeavingMerged, f"^merge: {REFUSED}"),
+        (MergingBeforeBackward, IN_PLACE),
+        (MergingInForward, f"^merge: {REFUSED}"),
+        (MergingInBackward, f"^merge: {REFUSED}"),
     ):
-        for said, state in world().run(wrong_inside, tmp_path, kind, strategy):
-            assert re.search(expected, said)
-            assert_same_bits(state, dict(Plain().state_dict()))
+        for error in world().run(error_inside, tmp_path, kind, strategy):
+            assert re.search(said, error), kind
+
+
+@slow
+def test_weights_changed_between_forwards_of_units_count_at_once(tmp_path):
+    for kind, said in ((ChangingBetweenUnits, "^$"), (LeavingMerged, IN_PLACE)):
+        for error in world().run(error_inside, tmp_path, kind, LAYERS):
+            assert re.search(said, error), kind
 
 
 def states_merged(path: Path, strategy: dict[str, Any]) -> tuple[State, State]:
@@ -620,8 +596,13 @@ class Faulty(Plain):
             assert not is_merged(self)
         if self.fault == "exception" and self.trainer.current_epoch == 1:
             assert is_merged(self)
-            self.net[2].register_forward_hook(lambda *args: 1 / 0)
+            self.breaking = self.net[2].register_forward_hook(lambda *args: 1 / 0)
         super().validation_step(batch, batch_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.fault == "in training" and self.trainer.current_epoch == 1:
+            self.breaking = self.net[2].register_forward_hook(lambda *args: 1 / 0)
+        return super().training_step(batch, batch_idx)
 
 
 def broken(path: Path, strategy: dict[str, Any], fault: str) -> tuple[str, list[str], State]:
@@ -635,20 +616,52 @@ def broken(path: Path, strategy: dict[str, Any], fault: str) -> tuple[str, list[
             trainer.fit(model, *data())
         except ZeroDivisionError as error:
             said = str(error)
-    assert not is_merged(model)
     messages = [str(each.message) for each in caught if str(each.message).startswith("LoRACallback")]
-    return said, messages, base_of(gathered(trainer.model))
+    if fault == "nan":
+        assert not is_merged(model)
+        return said, messages, base_of(gathered(trainer.model))
+    save_adapter(model, path / "adapter")
+    factors = {name: value.clone() for name, value in adapter_state_dict(model).items()}
+    if strategy == LAYERS:
+        assert not is_merged(model)
+        whole = {name: full_tensor(value) for name, value in model.named_parameters()}
+        assert_same_bits(base_of({name.replace("_fsdp_wrapped_module.", ""): v for name, v in whole.items()}), base())
+        model.breaking.remove()
+        fit_again(model)
+    elif is_merged(model):
+        assert_refused(unmerge, model)
+        with pytest.raises(RuntimeError):  # of torch, when Lightning casts the model
+            fit_again(model)
+    else:
+        assert_refused(merge, model)
+        assert_refused(fit_again, model)
+    return said, messages, factors
+
+
+def base() -> State:
+    return dict(Plain().state_dict())
+
+
+def assert_refused(use: Callable[[Plain], None], model: Plain) -> None:
+    with pytest.raises(LoRAError, match=f"{REFUSED}.*After an exception in a forward build the model again"):
+        use(model)
+
+
+def fit_again(model: Plain) -> None:
+    fsdp1(Path(), LoRACallback(r=2, target_modules=TARGETS), max_epochs=1).fit(model, *data())
 
 
 @slow
-@pytest.mark.parametrize(
-    "strategy", [{}, LAYERS, {"sharding_strategy": "SHARD_GRAD_OP"}, IN_BF16, WHOLE_IN_BF16], ids=str
-)
-def test_exception_inside_a_merged_forward_leaves_the_base(tmp_path, strategy):
-    for said, messages, state in world().run(broken, tmp_path, strategy, "exception"):
+@pytest.mark.parametrize("fault", ["exception", "in training"])
+@pytest.mark.parametrize("strategy", [{}, LAYERS, {"sharding_strategy": "SHARD_GRAD_OP"}, WHOLE_IN_BF16], ids=str)
+def test_exception_in_a_forward_ends_the_fit_as_itself_and_leaves_the_adapter_to_save(tmp_path, strategy, fault):
+    stays = fault == "exception" and strategy != LAYERS  # whose wrappers have left their own forwards
+    for rank, (said, messages, factors) in enumerate(world().run(broken, tmp_path, strategy, fault)):
         assert said == "division by zero"
-        assert messages == []
-        assert_same_bits(state, dict(Plain().state_dict()))
+        assert len(messages) == (stays and rank == 0)
+        assert all(re.match(f"LoRACallback: the model stays merged: unmerge: {REFUSED}", each) for each in messages)
+        load_adapter(loaded := Plain(), tmp_path / "adapter")
+        assert_same_bits(dict(adapter_state_dict(loaded)), factors)
 
 
 def broken_where_replicated(path: Path) -> tuple[str, list[str], State]:

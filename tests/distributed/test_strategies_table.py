@@ -60,6 +60,8 @@ HOW_TO_WRITE = "write the page with WRITE_TABLE=1 pytest -n 0 -m slow tests/dist
 CLOSE = 1e-6
 FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
 
+OF_FSDP1: Any = {"state": gathered_by_fsdp1, "restores": False}
+
 STRATEGIES: list[Strategy] = [
     WithTrainer("one device", 1, 2, Watched, on_one_device),
     WithTrainer("`ddp`", 2, 4, Watched, on_one_device),
@@ -68,16 +70,16 @@ STRATEGIES: list[Strategy] = [
     WithTrainer("FSDP2", 4, 2, OfFSDP2, model_parallel),
     WithTrainer("HSDP", 4, 2, OfHSDP, model_parallel),
     WithTrainer("tensor parallel", 2, 4, OfTensorParallel, by_tensor, tensor=2),
-    WithTrainer("tensor parallel and FSDP2", 4, 2, OfTensorParallel, by_tensor, tensor=2),
+    WithTrainer("tensor parallel and FSDP2", 4, 2, OfTensorParallel, by_tensor, tensor=2, restores=False),
     WithTrainer("DeepSpeed, stage 1", 2, 4, Watched, stage_1, package="deepspeed"),
     WithTrainer("DeepSpeed, stage 1", 4, 2, Watched, stage_1, package="deepspeed"),
     WithTrainer("DeepSpeed, stage 2", 2, 4, Watched, stage_2, package="deepspeed"),
     WithTrainer("DeepSpeed, stage 2", 4, 2, Watched, stage_2, package="deepspeed"),
     WithTrainer("DeepSpeed, stage 3", 2, 4, Watched, stage_3, package="deepspeed", state=gathered_by_deepspeed),
     WithTrainer("DeepSpeed, stage 3", 4, 2, Watched, stage_3, package="deepspeed", state=gathered_by_deepspeed),
-    WithTrainer("FSDP1, one unit", 2, 4, Watched, fsdp1, state=gathered_by_fsdp1),
-    WithTrainer("FSDP1, a unit for each layer", 2, 4, Watched, fsdp1_by_layers, state=gathered_by_fsdp1),
-    WithTrainer("FSDP1, a unit for each layer", 4, 2, Watched, fsdp1_by_layers, state=gathered_by_fsdp1),
+    WithTrainer("FSDP1, one unit", 2, 4, Watched, fsdp1, **OF_FSDP1),
+    WithTrainer("FSDP1, a unit for each layer", 2, 4, Watched, fsdp1_by_layers, **OF_FSDP1),
+    WithTrainer("FSDP1, a unit for each layer", 4, 2, Watched, fsdp1_by_layers, **OF_FSDP1),
     WithFabric("Fabric, `ddp`", 2, 4, sharded=False),
     WithFabric("Fabric, `ddp`", 4, 2, sharded=False),
     WithFabric("Fabric, FSDP2", 2, 4, sharded=True),
@@ -179,8 +181,11 @@ def broken_off(done: Done) -> None:
     for run in done.runs("exception"):
         assert run.error == "division by zero"
         assert run.merged == [True] * (BREAKS_IN * BATCHES + 1)
-        assert run.said == []
-        assert_same_bits(base_of(run.state), whole_state(Plain()))
+        if done.row.restores:
+            assert run.said == []
+            assert_same_bits(base_of(run.state), whole_state(Plain()))
+        else:
+            assert all("the model stays merged: " in each for each in run.said)
 
 
 def unmerged_where_not_finite(done: Done) -> None:
@@ -226,7 +231,8 @@ COLUMNS = [
     Column(
         "exception",
         broken_off,
-        "raised inside a merged forward, it ends the run as itself. The model is unmerged, the base has its bits",
+        "raised inside a merged forward, it ends the run as itself. The model is unmerged, the base has its bits. "
+        "Under FSDP1, and where FSDP2 gathers adapted layers in its outermost module, it stays merged, which is said",
     ),
     Column(
         "NaN",
