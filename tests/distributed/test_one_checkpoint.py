@@ -25,6 +25,7 @@ from support.strategies import (
     by_tensor,
     gathered_by_deepspeed,
     gathered_by_fsdp1,
+    import_package,
     on_one_device,
     stage_1,
     stage_2,
@@ -65,11 +66,6 @@ OPTIMIZERS: dict[str, Any] = {
 STRATEGIES = ["one device", "ddp", "FSDP2", "tensor parallel", "FSDP1", "stage 1", "stage 2", "stage 3"]
 
 
-def start_deepspeed() -> None:
-    """Its import takes a while, which is no part of a run's time."""
-    import deepspeed  # noqa: F401
-
-
 def rows(optimizer: str) -> dict[str, WithTrainer]:
     plain, of_fsdp2, of_tensor_parallel = OPTIMIZERS[optimizer]
     found = [
@@ -80,7 +76,7 @@ def rows(optimizer: str) -> dict[str, WithTrainer]:
         WithTrainer("FSDP1", 2, 2, plain, fsdp1, state=gathered_by_fsdp1),
     ]
     if find_spec("deepspeed") is not None:
-        world().run(start_deepspeed, timeout=240)
+        world().run(import_package, "deepspeed", timeout=240)
         found += [
             WithTrainer("stage 1", 2, 2, plain, stage_1),
             WithTrainer("stage 2", 2, 2, plain, stage_2),

@@ -44,6 +44,7 @@ from support.strategies import (
     fsdp1_by_layers,
     gathered_by_deepspeed,
     gathered_by_fsdp1,
+    import_package,
     on_one_device,
     resume,
     stage_1,
@@ -252,11 +253,6 @@ test runs every row and compares this page with what came of it.
 "right" means what the list says. "refused" shows how the error begins, before training.
 
 """
-
-
-def import_package(name: str) -> None:
-    """Its import takes a while, which is no part of a run's time."""
-    __import__(name)
 
 
 @functools.cache

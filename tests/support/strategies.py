@@ -113,6 +113,10 @@ class Watched(Plain):
             self.net[2].register_forward_hook(lambda *args: 1 / 0)
         super().validation_step(batch, batch_idx)
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.merged.append(is_merged(self))
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
 
 class OfFSDP2(Watched, Sharded):
     """Each layer and the rest by fully_shard."""
@@ -160,6 +164,11 @@ def spoil_(factor: torch.Tensor) -> None:
         factor.fill_(math.nan)
     elif rank() == 0:
         mine.fill_(math.nan)
+
+
+def import_package(name: str) -> None:
+    """Its import takes a while, which is no part of a run's time."""
+    __import__(name)
 
 
 # --- strategies ---
