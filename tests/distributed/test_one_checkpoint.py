@@ -35,6 +35,7 @@ from support.strategies import (
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized"),  # in one process
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
 CLOSE = 1e-6
 
