@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from ..distributed.sharding import is_spread
 from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.gradient_checkpointing import REENTRANT, REENTRANT_REMEDY
 from .adapted_model import Listing
@@ -21,11 +22,13 @@ SHOWN = 5  # names in a warning
 def warn_of_untrained(listing: Listing, *, stacklevel: int = 3) -> None:
     """Warn of adapters that still have their first values, beside others that have not. Once a layer.
 
+    A sharded adapter is not looked at: this rank's part of it may be empty, or not trained yet.
+
     Args:
         listing: of any module that holds adapted layers.
         stacklevel: of the warning, so that it shows the user's line.
     """
-    layers = listing.layers
+    layers = {name: layer for name, layer in listing.layers.items() if not is_spread(layer.factors()[-1])}
     unchecked = {name: layer for name, layer in layers.items() if not layer.lora.training_checked}
     for layer in unchecked.values():
         layer.lora.training_checked = not layer.is_initial()

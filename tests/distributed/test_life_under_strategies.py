@@ -42,11 +42,13 @@ from support.strategies import (
     WithTrainer,
     by_tensor,
     fsdp1_by_layers,
+    gathered_by_deepspeed,
     gathered_by_fsdp1,
     import_package,
     on_one_device,
     stage_1,
     stage_2,
+    stage_3,
 )
 
 pytestmark = [
@@ -68,6 +70,7 @@ ROWS = [
     WithTrainer("FSDP1, a unit for each layer", 2, 2, Watched, fsdp1_by_layers, state=gathered_by_fsdp1),
     WithTrainer("stage 1", 2, 2, Watched, stage_1, package="deepspeed"),
     WithTrainer("stage 2", 2, 2, Watched, stage_2, package="deepspeed"),
+    WithTrainer("stage 3", 2, 2, Watched, stage_3, package="deepspeed", state=gathered_by_deepspeed),
 ]
 UNLOAD_IS_REFUSED = ("FSDP2", "HSDP")
 

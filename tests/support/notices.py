@@ -35,6 +35,8 @@ DISTRIBUTED_NOTICES = (
     "FSDP is switching to use `NO_SHARD` instead of ",
     "FSDP with `bf16-true` enables computation in lower precision",
     "Detected an existing checkpoint in ",
+    "The dirpath has changed from ",
+    "CUDA is not available or torch_xla is imported. Disabling autocast",
     "Initializing zero-element tensors is a no-op",
     "When saving the DeepSpeed Stage 3 checkpoint, each worker will save a shard",
     "You have overridden `WithLegacyHook.configure_sharded_model` which is deprecated",
