@@ -78,13 +78,6 @@ def test_deepspeed_without_its_package_is_refused_with_the_extra_to_install(monk
         lora().setup(trainer, Plain(), "fit")
 
 
-def test_fsdp1_of_another_torch_is_refused_before_anything_is_wrapped(monkeypatch):
-    monkeypatch.delattr("torch.distributed.fsdp._runtime_utils._unshard")
-    trainer = SimpleNamespace(strategy=FSDPStrategy(), callbacks=[], state=SimpleNamespace(fn="fit"))
-    with pytest.raises(LoRAError, match=r"FSDPStrategy cannot be used with torch .* or an older torch\.$"):
-        lora().setup(trainer, Plain(), "fit")
-
-
 @pytest.mark.parametrize("name", ["_setup_model", "load_model_state_dict"])
 def test_strategy_of_another_lightning_is_refused_by_the_method_that_it_lacks(monkeypatch, name):
     """Otherwise FSDP1 would flatten the adapter, and slices would be saved as whole weights."""
