@@ -39,6 +39,7 @@ def received(sent: list[tuple[str, int]], n: int = 0) -> float:
         "all_gather_into_tensor": n - 1,
         "allgather": (n - 1) / (n + 1),  # recorded with what comes
         "reduce_scatter_base": (n - 1) / n,
+        "broadcast": (n - 1) / n,  # of a slice by each rank in turn
         "allreduce": 2 * (n - 1) / n,
     }
     return sum(of_each[name.strip("_")] * size for name, size in sent)

@@ -36,6 +36,8 @@ DISTRIBUTED_NOTICES = (
     "FSDP with `bf16-true` enables computation in lower precision",
     "Detected an existing checkpoint in ",
     "The dirpath has changed from ",
+    "It is recommended to use `self.log",
+    r"Found \d+ module\(s\) in eval mode",
     "CUDA is not available or torch_xla is imported. Disabling autocast",
     "Initializing zero-element tensors is a no-op",
     "When saving the DeepSpeed Stage 3 checkpoint, each worker will save a shard",

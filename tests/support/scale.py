@@ -189,7 +189,7 @@ def by_deepspeed(costs: Costs, stage: int) -> Share:
     """Factors have the base's dtype, with float32 copies, which are divided as AdamW's two moments are.
 
     Stage 3 gathers each layer in the forward and in the backward, but the embedding and the first norm once, whose
-    inputs need no gradient. To merge, ranks add up the slices of a factor.
+    inputs need no gradient. To merge, each rank sends its slice of a factor, and before that where the slice lies.
     """
     n, base = costs.ranks, costs.full_file()
     factors = costs.adapter_file() // 4 * costs.wide
@@ -198,7 +198,8 @@ def by_deepspeed(costs: Costs, stage: int) -> Share:
     if stage == 3:
         once = costs.wide * (size(costs.model.rest()[:1]) + costs.model.hidden)
         step = others * (2 * (base + factors) - once + factors)
-        return Share(base / n, factors / n + optimizer, factors / n, step, 2 * others * factors)
+        places = 2 * 8 * (n - 1) * costs.model.blocks * len(costs.factors())  # two integers of each factor
+        return Share(base / n, factors / n + optimizer, factors / n, step, others * factors + places)
     return Share(base, factors + optimizer, factors if stage == 1 else factors / n, 3 * others * factors, 0)
 
 
