@@ -15,7 +15,7 @@ from .names import group_names
 from .report.from_model import record_norms, updates_of_model
 from .report.pictures import has_matplotlib, pictures_of
 from .report.statistics import AdapterStats, layer_stats
-from .trainer.deepspeed_optimizer import holds_copies
+from .trainer.deepspeed_optimizer import held_parameters, holds_copies
 from .trainer.lightning_packages import become_callback, first_package
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class LoRAMonitor(Callback):
         handle = open_model(module, "LoRAMonitor")
         layers = handle.layers
         if is_one_of_several:
-            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            held = {id(parameter) for parameter in held_parameters(optimizer)}
             layers = {name: each for name, each in layers.items() if any(id(f) in held for f in each.factors())}
         if not layers:
             return {}

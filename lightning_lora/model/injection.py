@@ -58,8 +58,8 @@ class Owner(NamedTuple):
 
 # What LoRACallback notes while a Trainer runs. A copy of the model is in no run.
 OF_A_RUN = (
-    *("dropping", "merged_here", "stays_unmerged", "epoch_begins", "looked_at", "fits", "fit_ended"),
-    "merged_in_fit",
+    *("dropping", "merged_here", "merged_in_fit", "stays_unmerged"),
+    *("epoch_begins", "looked_at", "fits", "fit_ended"),
 )
 
 

@@ -3,11 +3,8 @@
 DeepSpeed trains float32 copies of the trained parameters. In stages 1 and 2 these lie group by group one after the
 other in a flat tensor, of which each rank keeps an equal part, and so do the states of the optimizer. At stage 3 each
 rank keeps an equal slice of each flattened parameter (distributed/flat.py), and gathers a module's parameters for its
-forward. DeepSpeed's own files depend on the number of ranks. So an ordinary checkpoint is written beside them, with
-whole tensors, and only that is loaded.
-
-    epoch=1.ckpt/adapter.ckpt   the ordinary checkpoint, which one device, DDP or any number of ranks goes on from
-    epoch=1.ckpt/checkpoint/    DeepSpeed's own files
+forward. DeepSpeed's own files depend on the number of ranks, so they are not written: a checkpoint is the file of one
+device, see one_file.py.
 
 DeepSpeed's classes are recognised by name and by attributes, so that it is not imported here.
 """

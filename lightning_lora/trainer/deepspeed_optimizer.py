@@ -1,7 +1,7 @@
 """The optimizer of DeepSpeed's engine: float32 copies of the trained parameters, and their states, divided over ranks.
 
 They are read and written by DeepSpeed's public functions, one parameter at a time (deepspeed.utils.safe_get_full_...).
-DeepSpeed's classes are recognised by attributes, so that it is not imported before it is used.
+DeepSpeed's optimizer is recognised by its attributes. So DeepSpeed is imported only where it is used.
 """
 
 from __future__ import annotations

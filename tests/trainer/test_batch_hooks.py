@@ -137,7 +137,7 @@ def test_what_is_unfrozen_within_an_epoch_is_saved_and_named_where_its_first_val
 
 @pytest.mark.parametrize("inside", [False, True], ids=["whole", "network inside"])
 def test_hooks_of_a_step_ask_no_layer(tmp_path, inside: bool):
-    """A state that counts what is read of it: nothing, whatever the number of layers."""
+    """The state of a layer notes each attribute that is read. The hooks of a step read none."""
     reads: list[str] = []
 
     class Counting(LayerState):
