@@ -121,9 +121,8 @@ def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
 @message("A Trainer where the base was pretrained")
 def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
     """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the Trainer the model
-    with the base that the adapter was trained on, as trainer.fit(Net.load_from_checkpoint("pretrained.ckpt"),
-    ckpt_path=...). To use the adapter on this base all the same, call load_adapter(model, path, strict_base=False) and
-    leave ckpt_path out.
+    with the base that the adapter was trained on, as Net.load_from_checkpoint("pretrained.ckpt"). To use the adapter on
+    this base all the same, call load_adapter(model, path, strict_base=False) and leave ckpt_path out.
     """
     file = saved(path, lora(), base=saved(path))
     make_trainer(path, lora()).validate(Net(), Data(), ckpt_path=file, **PLAIN_TYPES_ONLY)

@@ -151,7 +151,7 @@ def _loading(base: str, task: Task | None, adapter: Adapter, network: str) -> st
         part = printable(adapter.pretrained.removeprefix(adapter.network).removesuffix("."))
         return LOADING.format(imports="", base=f"...  # {printable(whole_in(adapter))}, not its {part} alone")
     if network and (task is None or not base):
-        why = "of your LightningModule; not the module itself, with which PEFT fails or runs without the adapter"
+        why = "module is your LightningModule; given that itself, PEFT fails or runs the base"
         return LOADING.format(imports="", base=f"{network_in_module(network)}  # {why}")
     if task is None or not base:
         return LOADING.format(imports="", base="...  # the model that the adapter was trained on")
