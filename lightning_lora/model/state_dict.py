@@ -28,7 +28,7 @@ from ..nn.adapted_weights import (
     layer_adapter,
 )
 from ..nn.foreign_entries import metadata_of, with_metadata
-from ..nn.quantised_state import load_quantisation_, quantisation_entries, unchanged_weight
+from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
 from ..nn.writer import KEEP_ADAPTER, KEEP_MERGED, Reading
 from ..progress import progress_bar
@@ -306,7 +306,6 @@ def _fill_in(
         plain = prefix + canonical(name)
         if plain in state_dict and prefix + name not in state_dict:
             state_dict[prefix + name] = state_dict.pop(plain)
-    load_quantisation_(places, state_dict, prefix)
     loaded = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
     factors = {name for name, (_, owner) in state.items() if is_factor(name, owner)}
     base = state.keys() - factors

@@ -21,7 +21,7 @@ from .after_fit import refuse_merge_after_fit
 from .compatibility import refuse_unoptimized
 from .hyperparameters import as_hyperparameters, log_options
 from .options import LOGGED, Options
-from .precision import refuse_for_quantised, refuse_plain, refuse_unloadable
+from .precision import refuse_for_quantised, refuse_full_of_quantised, refuse_plain
 
 
 def open_for_fit(module: Any) -> AdaptedModel:
@@ -46,7 +46,7 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     refuse_for_quantised(handle, trainer)
     refuse_plain(handle, options.quantize)
     if options.save == "full":
-        refuse_unloadable(handle.model)
+        refuse_full_of_quantised(handle)
     if options.save == "merged":
         refuse_unmergeable(handle, dequantize_dtype(options.dequantize, "LoRACallback"))
     if options.merge_after_fit:
