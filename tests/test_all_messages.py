@@ -45,7 +45,7 @@ PARTS = {  # what is raised here is part of another message
     "nn/parameter, crop_to_shard",
 }
 # The last where ranks agree on one of these.
-OWN_KINDS = ("LoRAError", "NonFiniteError", "UnknownOptionError", "WeightEditedError", "kind")
+OWN_KINDS = ("LoRAError", "NonFiniteError", "WeightEditedError", "kind")
 PYTHONS_PROTOCOLS = ("AttributeError", "ModuleNotFoundError", "added to torch's error")
 CALLED = {"verb", "where", "option", "subject", "method"}  # a name fills these in; what fills in others is a text
 LOGGED = {"warning": "Warnings", "log": "Log lines", "printed": "Printed"}

@@ -6,14 +6,12 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..arguments import names_near_misses
 from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
@@ -65,12 +63,7 @@ from .targets import (
 from .undisturbed import Ending
 from .wrappers import unwrapped, warn_of_late_adapters
 
-IN_CONFIG = {
-    field.name: f"say it in the config: inject(model, LoRAConfig({field.name}=...))" for field in fields(LoRAConfig)
-}
 
-
-@names_near_misses("inject", IN_CONFIG)
 def inject(
     model: nn.Module, config: LoRAConfig | PeftConfig, *, merge_weights: bool = False, seed: int | None = None
 ) -> list[str]:
