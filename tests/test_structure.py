@@ -211,7 +211,6 @@ EXTRAS = (
     "deepspeed",
     "huggingface_hub",
     "jsonargparse",
-    "rich",
     "peft",
     "transformers",
     "loralib",

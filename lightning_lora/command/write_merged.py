@@ -94,7 +94,7 @@ class Job:
     updates: Mapping[str, WeightUpdate]
     dtype: torch.dtype | None
     expected: ExpectedWeights | None = None
-    progress: Callable[[int], None] = lambda size: None
+    progress: Callable[[int], object] = lambda size: None
 
     def result_dtype(self, name: str) -> torch.dtype:
         """Return the dtype of one tensor of the result. Tensors that are not floating point keep theirs."""

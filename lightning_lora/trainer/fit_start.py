@@ -15,7 +15,7 @@ from ..model.rebuilt_modules import adopt_layers
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
 from ..nn.gradient_checkpointing import enable_input_require_grads
-from ..notices import show
+from ..notices import tell
 from ..report.summary import summarise
 from .after_fit import refuse_merge_after_fit
 from .compatibility import refuse_unoptimized
@@ -66,5 +66,5 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
         log_options(handle.model, as_hyperparameters(record.config, **own))
     if options.verbose:
         found = summarise(handle)
-        show(found.short())
+        tell(found.short())
         record.quantised_reported |= bool(found.quantised)
