@@ -22,7 +22,7 @@ LIST = Path(__file__).parent / "messages.md"
 MESSAGES = list(package_source().messages())
 
 SUBJECTS = {  # a message begins with one of these and a colon: what was called
-    *(*lightning_lora.__all__, "LoRACLI", *VERBS, "merge --verify", "merge --rename {pair}", "lightning-lora"),
+    *(*lightning_lora.__all__, "LoRACLI", *VERBS, "merge --rename {pair}", "lightning-lora"),
     *("LoRAConfig.from_peft", "load_state_dict", "state_dict", "torch.jit.script"),
     *("LoRACallback(merge_after_fit=True)", "lightning-lora {verb}"),
     *("adapter", "checkpoint", 'checkpoint["lora"]', "merged weights"),  # or what it was given, or was to make

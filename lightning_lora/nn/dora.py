@@ -33,7 +33,6 @@ from .scaled_output import near_one
 from .variant import (
     Acting,
     Config,
-    Expected,
     Fault,
     LayerClass,
     Place,
@@ -105,9 +104,6 @@ class DoRA(LoRA):
         if tuple(stored[MAGNITUDE].shape) != (outputs,):
             return super().fault(stored) or Fault(f"{outputs} floating point values", MAGNITUDE)
         return super().fault(stored)
-
-    def expected(self, stored: Stored) -> Expected:
-        return super().expected(stored)._replace(lengths=stored[MAGNITUDE].detach())
 
     def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
         """Return the tensors with PEFT's shapes: a convolution's magnitudes are (1, out, 1...)."""

@@ -13,7 +13,7 @@ from torch import nn
 from ..names import A, B
 from .low_rank import EMBEDDING, GROUPED_CONV
 from .random_stream import stream
-from .variant import Acting, Expected, Fault, Place, Stored, Variant, Weights
+from .variant import Acting, Fault, Place, Stored, Variant, Weights
 
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"  # PEFT's names
 PEFT_LEAVES = {"lora_A.weight": A, "lora_B.weight": B, EMBEDDING_A: A, EMBEDDING_B: B}
@@ -64,9 +64,6 @@ class LoRA(Variant):
         if not b.shape[1] or not a.shape[0] or a.shape[0] % b.shape[1]:
             return Fault(f"{shapes} do not share a rank")
         return None
-
-    def expected(self, stored: Stored) -> Expected:
-        return Expected([(stored[A].detach().double(), stored[B].detach().double())])
 
     def peft_problem(self, kind: str) -> str:
         if kind == GROUPED_CONV:

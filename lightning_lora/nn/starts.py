@@ -25,7 +25,7 @@ from .lora import LoRA
 from .lora_layer import LoRALayer
 from .low_rank_change import can_change, low_rank_change
 from .random_stream import leading_basis, stream
-from .variant import Acting, Config, Expected, Fault, LayerClass, Place, Stored, Weights
+from .variant import Acting, Config, Fault, LayerClass, Place, Stored, Weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -104,10 +104,6 @@ class Started(LoRA):
                 shapes = tuple(stored[leaf].shape), tuple(stored[start].shape)
                 return super().fault(stored) or Fault(f"{start} {shapes[1]} must have the shape of {leaf}, {shapes[0]}")
         return super().fault(stored)
-
-    def expected(self, stored: Stored) -> Expected:
-        a, b, start_a, start_b = (stored[leaf].detach().double() for leaf in (A, B, START_A, START_B))
-        return Expected([(a, b), (start_a, -start_b)], rounded=True)
 
     def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
         """Return plain LoRA of twice the rank that adds the same to the unchanged base: [B, -B0] @ [A; A0].

@@ -121,18 +121,6 @@ class Fault(NamedTuple):
     leaf: str = ""
 
 
-class Expected(NamedTuple):
-    """What a layer's tensors mean, for a check of merged weights that shares no arithmetic with merging.
-
-    W' = W + s * (sum of b @ a over the pairs). If lengths are given, the weights of each output are then scaled to have
-    that norm.
-    """
-
-    pairs: list[tuple[torch.Tensor, torch.Tensor]]  # (a, b), float64, in the shapes that low_rank.py states
-    lengths: torch.Tensor | None = None  # (out,)
-    rounded: bool = False  # merging computes the pairs from the stored tensors, and rounds them to float32 or better
-
-
 class Variant(PeftForm):
     """What one layer's adapter stores and what it adds to the weight.
 
@@ -197,8 +185,6 @@ class Variant(PeftForm):
             cls.title = cls.name
         if "peft_type" not in own:  # a subclass may store the same tensors as its parent and give them another meaning
             cls.peft_type = ""
-        if "acting" in own and "expected" not in own:
-            cls.expected = Variant.expected  # type: ignore[method-assign]
         variant, known = cls(), _STARTED if cls.started else KNOWN_VARIANTS
         has_name = bool(own.keys() & {"name", "started"} and cls.name)
         other = type(known.get(cls.name, variant)) if has_name else cls
@@ -381,19 +367,6 @@ class Variant(PeftForm):
     def fault(self, stored: Stored) -> Fault | None:
         """Return why a layer's stored tensors are invalid, or None. All are there and have a floating point dtype."""
         return None
-
-    def expected(self, stored: Stored) -> Expected:
-        """Return what a layer's tensors mean, for `merge --verify`.
-
-        Override this without calling `acting`, so that the check finds mistakes in `acting`. The default calls it, and
-        so finds none there.
-
-        Args:
-            stored: the result of of_layer.
-        """
-        wide = {leaf: value.detach().double() for leaf, value in stored.items()}
-        a, b, _ = self.acting_exactly(wide, None, 1.0)
-        return Expected([(a, b)], rounded=True)
 
     # --- in PEFT ---
 
