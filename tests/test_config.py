@@ -100,7 +100,7 @@ REFUSED = [
     ("enable_lora", {"": [True]}),
     ("enable_lora", {3: [True]}),
     ("variant_options", ["d_initial"]),
-    ("variant_options", {"d_initial": 0.1}),  # an option of "vera"
+    ("variant_options", {"d_initial": 0.1}),
     ("variant_options", {3: 1}),
 ]
 OWN = ("enable_lora", "autocast_adapter_dtype", "variant", "variant_options")

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..config import LoRAConfig
-from ..errors import LoRAError
 from ..names import PREFIX, names_factor, parent_names, rename_keys, split_factor_name
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import ATTENTION_WEIGHTS
@@ -128,30 +127,8 @@ class Adapter:
         return {leaf: self.tensors[names[leaf]] for leaf in self.variant.leaves if leaf in names}
 
     def acting(self, layer: str) -> Acting:
-        """Return the factors that a layer's tensors act as, without a scale of the sum with W.
-
-        Raises:
-            LoRAError: layers share tensors. A layer uses a part of them as large as itself, and its size is not stored.
-        """
-        stored = self.stored(layer)
-        if self.variant.shared:
-            place = self._known_place(layer)
-            if place is None:
-                raise LoRAError(
-                    f"adapter: {layer!r} uses a part of tensors that {self.variant.title} layers share, and the source "
-                    "does not say how large the layer is. Load it onto its model in Python: load_adapter(model, path)."
-                )
-            stored = dict(self.variant.of_layer(stored, place))
-        return self.variant.acting_exactly(stored, None, self.scalings.get(layer, 1.0))
-
-    def is_placed(self, layer: str) -> bool:
-        """Return whether what a layer adds is known: it shares no tensors, or its kind and size are known."""
-        return not self.variant.shared or self._known_place(layer) is not None
-
-    def _known_place(self, layer: str) -> Place | None:
-        """Return place(layer), or None where the layer's kind or size is not known."""
-        place = self.place(layer)
-        return place if place.kind and place.shapes else None
+        """Return the factors that a layer's tensors act as, without a scale of the sum with W."""
+        return self.variant.acting_exactly(self.stored(layer), None, self.scalings.get(layer, 1.0))
 
     def place(self, layer: str) -> Place:
         """Return what is known of a layer or parameter. An unknown kind is "", and unknown shapes are missing."""
@@ -193,11 +170,8 @@ class Adapter:
         return self.factor_name(layer, leaf) != f"{layer}.{leaf}".lstrip(".")
 
     def factors(self) -> list[Any]:
-        """Return the tensors that adapt something, trained rows too; those that layers share are there once."""
-        shared = self.variant.shared
-        named = ((leaf, name) for names in self.own_names.values() for leaf, name in names.items())
-        once = {leaf if leaf in shared else name: name for leaf, name in named}
-        return [self.tensors[name] for name in once.values()]
+        """Return the tensors that adapt something, trained rows too."""
+        return [self.tensors[name] for names in self.own_names.values() for name in names.values()]
 
     def rows(self) -> dict[str, Any]:
         """Return the trained rows of each table, by its name."""

@@ -98,7 +98,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
         "layers": layers_info,
         "parameters": sum(factor.numel() for factor in factors),
         "bytes": sum(factor.nbytes for factor in factors),
-        "norm": _norm([layer["norm_delta"] for layer in layers_info.values()]),
+        "norm": math.hypot(*(layer["norm_delta"] for layer in layers_info.values())),
         **({"tables": {table: _table_info(adapter, table) for table in adapter.rows()}} if adapter.rows() else {}),
         "also_trained": {name: list(tensor.shape) for name, tensor in whole.items()},
         "base": {
@@ -121,14 +121,9 @@ def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
         **{f"shape_{role}": list(tensor.shape) for role, tensor in matrices.items()},
         "dtype": _dtype_name(next(iter(trained.values())).dtype),
         **{name: norm for name, norm in norms.items() if name.removeprefix("norm_") in matrices},
-        "norm_delta": delta_norm(adapter, name) if adapter.is_placed(name) else None,
+        "norm_delta": delta_norm(adapter, name),
         **norms,
     }
-
-
-def _norm(norms: Sequence[float | None]) -> float | None:
-    known = [norm for norm in norms if norm is not None]
-    return math.hypot(*known) if len(known) == len(norms) else None
 
 
 def _table_info(adapter: Adapter, table: str) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from ..adapter.adapter import Adapter
 from ..config import LoRAConfig
@@ -46,15 +44,3 @@ def from_peft_form(adapter: Adapter) -> Adapter:
 def config_in_peft(adapter: Adapter) -> LoRAConfig | None:
     """Return the options that an adapter has in PEFT's form."""
     return None if adapter.config is None else adapter.variant.config_in_peft(adapter.config)
-
-
-def spread(shared: Mapping[str, str], source: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tensors with those that all layers share under the name of each layer.
-
-    Args:
-        shared: the leaf name of each, by its name in PEFT.
-        source: tensors by PEFT's names.
-        tensors: the others, by our names.
-    """
-    layers = Adapter(tensors).layers() if shared else []
-    return {**tensors, **{f"{layer}.{leaf}": source[name] for name, leaf in shared.items() for layer in layers}}

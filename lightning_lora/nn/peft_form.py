@@ -19,7 +19,6 @@ class PeftForm:
         peft_type: the value in PEFT's adapter_config.json, or "" for a variant that PEFT does not have. Subclasses do
             not inherit it.
         peft_leaves: our leaf names by the end of PEFT's tensor name after the layer's name, such as "lora_A.weight".
-        peft_shared: our leaf names of shared tensors by PEFT's name after "base_model.".
         peft_attention: PEFT adapts attention with the variant.
         peft_fields: options that PEFT's config of the variant has under the same name; empty for a peft.LoraConfig.
         peft_names: the names of other options in PEFT's config of the variant, by ours.
@@ -27,7 +26,6 @@ class PeftForm:
 
     peft_type: ClassVar[str] = ""
     peft_leaves: ClassVar[Mapping[str, str]] = {}
-    peft_shared: ClassVar[Mapping[str, str]] = {}
     peft_attention: ClassVar[bool] = True
     peft_fields: ClassVar[Sequence[str]] = ()
     peft_names: ClassVar[Mapping[str, str]] = {}
@@ -39,7 +37,7 @@ class PeftForm:
     def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
         """Return a layer's tensors with PEFT's values and shapes, by our leaf names.
 
-        Leave out tensors that PEFT does not store. Shared tensors are included, the same for each layer.
+        Leave out tensors that PEFT does not store.
 
         Args:
             stored: by leaf name, detached.

@@ -133,14 +133,11 @@ class Variant(PeftForm):
         trained: leaf names of the trained tensors. Each begins with "lora_". The last of the tensors must get a
             gradient from the first step on.
         frozen: leaf names of the tensors that are stored but not trained.
-        shared: leaf names of frozen tensors that all layers of a model share. Each is one nn.Parameter, registered in
-            every layer.
         placed_as: "lora_A" or "lora_B" by leaf name: under a tensor parallel plan, the tensor is split like that factor
             of plain LoRA. A layer that stores any other tensor refuses such a plan.
         follows_weight: whether some tensors start from W's values, see `followers`.
         started: whether A and B start from values that are subtracted again. Such a variant is asked for by
             init_lora_weights together with the name.
-        scaled: whether s is lora_alpha / r. Otherwise s is 1 and lora_alpha has no effect.
         own_options: options that only this variant has (LoRAConfig's variant_options), with their defaults.
         replaces_rows: whether the adapter belongs to a table and stores the present values of some of its rows.
         reads_weight: whether `acting` returns a scale that it computes from W. Such adapters cannot be combined.
@@ -166,20 +163,18 @@ class Variant(PeftForm):
     title: ClassVar[str] = ""
     trained: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[tuple[str, ...]] = ()
-    shared: ClassVar[tuple[str, ...]] = ()
-    leaves: ClassVar[tuple[str, ...]] = ()  # trained, frozen and shared leaf names; set for each subclass
+    leaves: ClassVar[tuple[str, ...]] = ()  # trained and frozen leaf names; set for each subclass
     placed_as: ClassVar[Mapping[str, str]] = {}
     started: ClassVar[bool] = False
     replaces_rows: ClassVar[bool] = False
     follows_weight: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
-    scaled: ClassVar[bool] = True
     own_options: ClassVar[Mapping[str, Any]] = {}
     scale_title: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.leaves = (*cls.trained, *cls.frozen, *cls.shared)
+        cls.leaves = (*cls.trained, *cls.frozen)
         own = vars(cls)
         if "name" in own and "title" not in own:
             cls.title = cls.name
@@ -231,15 +226,6 @@ class Variant(PeftForm):
         """
         raise NotImplementedError
 
-    def start_shared(self, places: Iterable[Place], seed: int) -> dict[str, torch.Tensor]:
-        """Return the initial values of a model's shared tensors, by leaf name, large enough for each of its layers.
-
-        Args:
-            places: the layers that share them.
-            seed: of the generator for random values.
-        """
-        return {}
-
     def needs_values(self, place: Place) -> bool:
         """Return whether `start` needs the values of the weight, and so refuses one on the meta device."""
         return False
@@ -265,10 +251,6 @@ class Variant(PeftForm):
         return None
 
     # --- what it adds ---
-
-    def of_layer(self, stored: Stored, place: Place) -> Stored:
-        """Return the stored tensors with each shared tensor cut to the part that this layer uses."""
-        return stored
 
     def acting_rank(self, rank: int) -> int:
         """Return the rank of the factors that `acting` returns for an option r of `rank`."""
@@ -308,7 +290,7 @@ class Variant(PeftForm):
             (name,) = place.shapes
             matrix = torch.cat([part for _, part in read(name)])
             weight = low_rank.matrix_view(place.kind, matrix)
-        a, b, scale = self.acting_exactly(self.of_layer(stored, place), weight, place.scaling)
+        a, b, scale = self.acting_exactly(stored, weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
         if scale is None:
             return blocks
@@ -357,7 +339,7 @@ class Variant(PeftForm):
         return {"variant": self.name}
 
     def rank(self, stored: Stored) -> int:
-        """Return r of a layer. Shared tensors in `stored` are not cut to the layer.
+        """Return r of a layer.
 
         By default return the rank of the factors from `acting`. Override this if that rank is not r.
         """
@@ -372,7 +354,7 @@ class Variant(PeftForm):
 
     def peft_problem(self, kind: str) -> str:
         """Return why PEFT cannot express the adapter of a layer of this kind, or "". It follows the layer's name."""
-        named = {*self.peft_leaves.values(), *self.peft_shared.values(), *self.frozen}
+        named = {*self.peft_leaves.values(), *self.frozen}
         if not self.peft_type or not named.issuperset(self.leaves):
             return f"has an adapter of the variant {self.title}, which PEFT does not have"
         if kind == low_rank.ATTENTION_OUTPUT and not self.peft_attention:

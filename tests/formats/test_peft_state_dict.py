@@ -254,10 +254,9 @@ def test_statistics_in_a_live_state_dict_are_merged_as_the_training_left_them(tm
 @pytest.mark.parametrize(
     ("variant", "config"),
     [
-        ("vera", peft.VeraConfig(r=3, target_modules=["0", "1"])),
         ("loha", peft.LoHaConfig(r=3, alpha=8, target_modules=["0", "1"])),
     ],
-    ids=["vera", "loha"],
+    ids=["loha"],
 )
 def test_the_state_of_a_live_model_of_another_variant_is_read(variant: str, config: Any):
     torch.manual_seed(0)

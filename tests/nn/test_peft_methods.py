@@ -32,17 +32,9 @@ from support.notices import quiet_peers
 
 pytestmark = quiet_peers
 
-MARKS = {  # of what peft says of its own
-    "vera": [
-        pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
-        pytest.mark.filterwarnings("ignore:Specified to not"),  # save the projections
-    ]
-}
-EACH = [pytest.param(method, id=name, marks=MARKS.get(name, ())) for name, method in METHODS.items()]
+EACH = [pytest.param(method, id=name) for name, method in METHODS.items()]
 CASES = [
-    pytest.param(method, case, id=f"{name}, {case}", marks=MARKS.get(name, ()))
-    for name, method in METHODS.items()
-    for case in method.folders
+    pytest.param(method, case, id=f"{name}, {case}") for name, method in METHODS.items() for case in method.folders
 ]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,6 @@ from lightning_lora.files.weights import Weights, open_weights
 from lightning_lora.formats.sources import adapter_with_options
 from lightning_lora.nn.low_rank import (
     ATTENTION_WEIGHTS,
-    CONV1D,
-    LINEAR,
     MERGEABLE_DTYPES,
     SEPARATE,
     TRANSPOSED,
@@ -214,7 +212,7 @@ class ExpectedWeights:
         return None
 
     def _add_factors(self, expected: ExpectedWeight, layer: str, leaf: str) -> None:
-        variant, stored, scaling = self.adapter.variant, self._stored(layer, leaf), self.adapter.scalings[layer]
+        variant, stored, scaling = self.adapter.variant, self.adapter.stored(layer), self.adapter.scalings[layer]
         meant = meaning(variant, stored)
         for a, b in meant.pairs:
             left, right, expected.transposed = self._placed(layer, leaf, expected.location.shape, a, b)
@@ -224,20 +222,6 @@ class ExpectedWeights:
         if variant.reads_weight and meant.lengths is None:
             double = {name: value.detach().double() for name, value in stored.items()}
             expected.scale_of = lambda weight: variant.acting_exactly(double, weight, scaling)[2]
-
-    def _stored(self, layer: str, leaf: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of a layer; of those that layers share its part, which the weight's shape tells."""
-        variant, stored = self.adapter.variant, self.adapter.stored(layer)
-        if not variant.shared:
-            return stored
-        name = layer if self.adapter.is_parameter(layer) else f"{layer}.{leaf}"
-        place = self.adapter.place(layer)
-        shape = torch.Size(self.base.locations[name].shape)
-        place = replace(place, shapes={leaf: shape}, rank=variant.rank(stored))
-        turned = (CONV1D, LINEAR) if self.adapter.fan_in_fan_out else (LINEAR, CONV1D)
-        places = [replace(place, kind=kind) for kind in ((place.kind,) if place.kind else turned)]
-        fitting = (each for each in places if _has_shapes(stored, variant.shapes(each)))
-        return dict(variant.of_layer(stored, next(fitting, places[0])))
 
     def _placed(
         self, layer: str, leaf: str, shape: Sequence[int], a: torch.Tensor, b: torch.Tensor
@@ -278,10 +262,6 @@ class ExpectedWeights:
         top, left = (sum(shape[i] for shape in shapes[:place]) for i in (0, 1))
         height, width = shapes[place]
         return a[:, left : left + width], b[top : top + height]
-
-
-def _has_shapes(stored: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]) -> bool:
-    return all(tuple(stored[leaf].shape) == tuple(shape) for leaf, shape in shapes.items())
 
 
 def merge_and_check(base: PathLike, adapter: PathLike, output: PathLike, **options: Any) -> list[Path]:
