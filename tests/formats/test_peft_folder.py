@@ -466,5 +466,5 @@ def test_a_folder_of_another_method_is_refused_by_name(tmp_path):
     peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).save_pretrained(str(tmp_path))
     with pytest.raises(LoRAError, match=r"peft_type is 'VERA', only 'LOHA', 'LORA' is read"):
         load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path)
-    with pytest.raises(LoRAError, match="expected a peft.LoraConfig, found a VeraConfig"):
+    with pytest.raises(LoRAError, match=r"expected a peft\.LoraConfig, found a VeraConfig"):
         LoRAConfig.from_peft(config)
