@@ -25,6 +25,7 @@ Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight; nn/starts.py computes the starts.
 STARTS = re.compile(r"pissa|pissa_niter_\d+|olora")
 FROM_GRADIENTS = "lora_ga"  # lets A and B start from gradients of the weight; start/lora_ga.py computes the starts
+FROM_DATA = ("eva", FROM_GRADIENTS)
 # Options of a peft.LoraConfig that describe the adapter's origin and how peft holds it. The model itself tells these.
 OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -369,10 +370,9 @@ class LoRAConfig:
         if self.use_dora and self.variant != BY_OPTION:
             _refuse("use_dora", f"left out with variant={self.variant!r}", self.use_dora)
         self._check_variant_options(KNOWN_VARIANTS[self.variant].own_options)
-        conflict = KNOWN_VARIANTS[self.variant].conflict(self)
-        if conflict is not None:
-            option, expected = conflict
-            _refuse(option, expected, getattr(self, option))
+        why_not = KNOWN_VARIANTS[self.variant].why_not_with(self) if self.variant != PLAIN else ""
+        if why_not:
+            raise LoRAError(f"LoRAConfig: {why_not}.")
 
     def _check_variant_options(self, defaults: Mapping[str, Any]) -> None:
         """Refuse unknown options of the variant and values of a wrong type, and drop values that are the default.

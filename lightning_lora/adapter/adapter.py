@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..config import LoRAConfig
-from ..names import PREFIX, names_factor, parent_names, rename_keys, split_factor_name
+from ..names import PREFIX, factor_role, names_factor, parent_names, rename_keys, split_factor_name
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import ATTENTION_WEIGHTS
 from ..nn.variant import Acting, Place, Variant, known_variants, rows_leaf, variant_of, variant_with
@@ -258,13 +258,23 @@ def layer_fault(adapter: Adapter, layer: str) -> str:
             return f"{name!r} is missing; the adapter was cut."
         if not holds_numbers(stored[leaf]):
             return f"{name!r} must be a floating point tensor, found {describe_value(stored[leaf])}."
-    problem = adapter.variant.fault(stored)
-    if problem is None:
-        return ""
-    if problem.leaf:
-        found = describe_value(stored[problem.leaf])
-        return f"{adapter.factor_name(layer, problem.leaf)!r} must be {problem.text}, found {found}."
-    return f"{layer!r}: {problem.text}."
+    why_not = _why_not_together(adapter.variant, stored)
+    return f"{layer!r}: {why_not}." if why_not else ""
+
+
+@torch.no_grad()
+def _why_not_together(variant: Variant, stored: Mapping[str, torch.Tensor]) -> str:
+    """Return why the shapes of a layer's tensors do not go together, or ""."""
+    shapes = " and ".join(f"{factor_role(leaf)} {tuple(tensor.shape)}" for leaf, tensor in stored.items())
+    try:
+        a, b, _ = variant.acting_exactly(stored, None, 1.0)
+    except (RuntimeError, IndexError):  # of torch, for shapes that no product takes
+        return f"{shapes} do not go together"
+    if a.dim() < 2 or a.dim() != b.dim() or any(size != 1 for size in b.shape[2:]):
+        return f"{shapes} are no pair: both must be matrices, or those of a convolution, where B has a kernel of size 1"
+    if not b.shape[1] or not a.shape[0] or a.shape[0] % b.shape[1]:
+        return f"{shapes} do not share a rank"
+    return ""
 
 
 def nothing_adapted(adapter: Adapter) -> str:

@@ -24,7 +24,7 @@ from ..formats.hub import local_source
 from ..formats.peft_names import are_peft_names
 from ..formats.servers import Server
 from ..formats.sources import holds_adapter_state, read_source
-from ..names import META
+from ..names import META, factor_role
 from ..progress import Unit, progress_bar
 from .output import refuse_quantised
 from .serving import serving
@@ -111,7 +111,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
 
 def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
     stored, variant = adapter.stored(name), adapter.variant
-    trained = {variant.role(leaf): stored[leaf] for leaf in variant.trained}
+    trained = {factor_role(leaf): stored[leaf] for leaf in variant.trained}
     matrices = {role: tensor for role, tensor in trained.items() if tensor.dim() > 1}
     norms = {f"norm_{role}": float(tensor.double().norm()) for role, tensor in trained.items()}
     return {

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from ..adapter.adapter import Adapter
 from ..config import LoRAConfig
-from ..nn.peft_form import PeftForm
+from ..nn.variant import Variant
 
 
 def to_peft_form(adapter: Adapter) -> Adapter:
     """Return the adapter with tensors and options as PEFT has them for its variant, under our names."""
-    if type(adapter.variant).to_peft is PeftForm.to_peft:
+    if type(adapter.variant).to_peft is Variant.to_peft:
         return replace(adapter, config=config_in_peft(adapter))
     tensors = dict(adapter.tensors)
     for layer in adapter.layers():
@@ -29,7 +29,7 @@ def from_peft_form(adapter: Adapter) -> Adapter:
     Raises:
         LoRAError: the tensors of a layer do not have that form.
     """
-    if type(adapter.variant).from_peft is PeftForm.from_peft:
+    if type(adapter.variant).from_peft is Variant.from_peft:
         return adapter
     tensors = dict(adapter.tensors)
     for layer in adapter.layers():

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..config import FROM_DATA
 from ..distributed.flat import flat_parameters, flat_shard, is_flat, whole_shape
 from ..distributed.sharding import copy_, detached, from_local_like, full_tensor, is_sharded, local, window
 from ..errors import LoRAError
@@ -208,7 +209,7 @@ class StoredTensors:
     def create_(self, dtype: torch.dtype) -> None:
         """Register the stored tensors with their initial values. In place."""
         variant, device = self.lora.spec.variant, self.main_weight().device
-        if variant.started and self.lora.injection.values_follow:
+        if variant.follows_weight and self.lora.injection.values_follow:
             values = {leaf: torch.zeros(shape) for leaf, shape in variant.shapes(self.place()).items()}
         else:
             values = self.initial_values()
@@ -219,40 +220,37 @@ class StoredTensors:
             for holder in self.lora_holders():
                 holder.register_parameter(self.stored_name(leaf), parameter)
 
-    def draw_(self, leaves: Collection[str] | None = None) -> None:
-        """Give the tensors with these leaf names, or all, their initial values. In place.
-
-        Collective where initial_values is.
-        """
+    def draw_(self) -> None:
+        """Give the stored tensors their initial values. In place. Collective where initial_values is."""
         stored = self.stored()
         for leaf, values in self.initial_values().items():
-            if leaves is None or leaf in leaves:
-                copy_(stored[leaf], values.to(stored[leaf].dtype))
+            copy_(stored[leaf], values.to(stored[leaf].dtype))
 
-    def is_initial(self) -> bool:
-        """Return whether the values are those from before training, as far as this rank's shards show.
+    def is_initial(self, *, everywhere: bool = False) -> bool:
+        """Return whether the values are those from before training.
 
         False where values cannot tell, as with init_lora_weights=False.
-        """
-        stored = {leaf: local(tensor) for leaf, tensor in self.stored().items()}
-        return bool(self.lora.spec.variant.is_initial(stored, self.place()))
 
-    def followers(self, state_dict: Mapping[str, Any], prefix: str) -> Collection[str]:
-        """Return the leaf names of tensors that must start again from the new weight of a state dict.
-
-        Such tensors started from the old weight, still have their initial values, and are not in the state dict.
-        Collective where W is sharded. Of a flat weight a state dict shows nothing.
+        Args:
+            everywhere: on all ranks, which is collective where the tensors are sharded. Else as far as this rank shows.
         """
-        variant = self.lora.spec.variant
-        weights = self.adapted_weights()
-        if not variant.follows_weight or not any(prefix + name in state_dict for name in weights):
-            return ()
-        if any(map(is_flat, weights.values())):
-            return ()
-        stored = self.stored()
-        names = {leaf: prefix + self.stored_name(leaf) for leaf in stored}
-        kept = [leaf for leaf, live in stored.items() if state_dict.get(names[leaf], live) is live]
-        return variant.followers(kept, stored, self.place(), self.weight_values)
+        read = full_tensor if everywhere else local
+        stored = {leaf: read(tensor) for leaf, tensor in self.stored().items()}
+        return self.lora.spec.variant.is_initial(stored, self.place())
+
+    def starts_again(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Return whether the tensors must be drawn again from the weight of a state dict.
+
+        They started from the old weight and were not trained, and the state dict has none of them. Collective where W
+        is sharded. Of a flat weight a state dict shows nothing.
+        """
+        weights, stored = self.adapted_weights(), self.stored()
+        if not self.lora.spec.variant.follows_weight or self.lora.spec.init in FROM_DATA:
+            return False
+        if not any(prefix + name in state_dict for name in weights) or any(map(is_flat, weights.values())):
+            return False
+        kept = (state_dict.get(prefix + self.stored_name(leaf), live) is live for leaf, live in stored.items())
+        return all(kept) and self.is_initial(everywhere=True)
 
     def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
         """Return each stored tensor with its shape under other options."""

@@ -112,7 +112,7 @@ def test_peft_does_not_have_a_variant_that_does_not_say_how(tmp_path):
 def test_a_subclass_says_its_form_in_peft_itself(tmp_path):
     """It may mean another thing by the same tensors."""
     own = type("Own", (LoRA,), {"name": "own", "acting": lambda self, stored, weight, scaling: None})()
-    assert own.peft_problem("Linear") == "has an adapter of the variant own, which PEFT does not have"
+    assert own.why_not_in_peft("Linear") == "has an adapter of the variant own, which PEFT does not have"
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_damaged_magnitudes_are_refused_by_name(tmp_path, damage: str):
     key = "base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector"
     problems = {
         "missing": "q_proj.lora_magnitude' is missing; the adapter was cut",
-        "shape": r"q_proj.lora_magnitude' must be 32 floating point values, found torch.float32 \(2, 16\)",
+        "shape": r"q_proj.lora_magnitude' must have shape \(32,\), but has \(2, 16\)",
         "value": "q_proj.lora_magnitude'",
         "option": "use_dora=true is missing in the options",
     }
