@@ -79,8 +79,8 @@ class LoRACallback(Callback):
         bias: which biases are trained: "none", "all", or "lora_only", which is those of adapted layers.
         use_rslora: scale by s = lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
         use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude.
-        variant: what an adapter stores and adds to the weight: "lora", "dora", "vera", "loha" or one of your own.
-        variant_options: options that this variant alone has, by name, such as {"d_initial": 0.1} of "vera".
+        variant: what an adapter stores and adds to the weight: "lora", "dora", "loha" or one of your own.
+        variant_options: options that a variant of your own has, by name.
         init_lora_weights: how A and B start: True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga".
         task_type: what the model is for, as in PEFT's files, such as "SEQ_CLS" or "CAUSAL_LM".
         target_parameters: single parameters to adapt, by name or dotted suffix, such as weights of nn.LSTM.

@@ -24,6 +24,7 @@ Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight; nn/starts.py computes the starts.
 STARTS = re.compile(r"pissa|pissa_niter_\d+|olora")
 FROM_GRADIENTS = "lora_ga"  # lets A and B start from gradients of the weight; start/lora_ga.py computes the starts
+FROM_DATA = ("eva", FROM_GRADIENTS)
 # Options of a peft.LoraConfig that describe the adapter's origin and how peft holds it. The model itself tells these.
 OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -86,8 +87,8 @@ class LoRAConfig:
         bias: which biases are trained: "none", "all", or "lora_only", which is those of adapted layers.
         use_rslora: scale by s = lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
         use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude.
-        variant: what an adapter stores and adds to the weight: "lora", "dora", "vera", "loha" or one of your own.
-        variant_options: options that this variant alone has, by name, such as {"d_initial": 0.1} of "vera".
+        variant: what an adapter stores and adds to the weight: "lora", "dora", "loha" or one of your own.
+        variant_options: options that a variant of your own has, by name.
         init_lora_weights: how A and B start: True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga".
         task_type: what the model is for, as in PEFT's files, such as "SEQ_CLS" or "CAUSAL_LM".
         target_parameters: single parameters to adapt, by name or dotted suffix, such as weights of nn.LSTM.
@@ -185,9 +186,7 @@ class LoRAConfig:
         return next((alpha for key, alpha in alphas if pattern_matches(key, name)), self.lora_alpha)
 
     def scaling(self, name: str) -> float:
-        """Return s of the layer `name`; 1 for a variant without lora_alpha."""
-        if not KNOWN_VARIANTS[self.variant].scaled:
-            return 1.0
+        """Return s of the layer `name`."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -366,10 +365,9 @@ class LoRAConfig:
         if self.use_dora and self.variant != BY_OPTION:
             _refuse("use_dora", f"left out with variant={self.variant!r}", self.use_dora)
         self._check_variant_options(KNOWN_VARIANTS[self.variant].own_options)
-        conflict = KNOWN_VARIANTS[self.variant].conflict(self)
-        if conflict is not None:
-            option, expected = conflict
-            _refuse(option, expected, getattr(self, option))
+        why_not = KNOWN_VARIANTS[self.variant].why_not_with(self) if self.variant != PLAIN else ""
+        if why_not:
+            raise LoRAError(f"LoRAConfig: {why_not}.")
 
     def _check_variant_options(self, defaults: Mapping[str, Any]) -> None:
         """Refuse unknown options of the variant and values of a wrong type, and drop values that are the default.

@@ -22,8 +22,7 @@ WORD = re.compile(r"[^._]+[._]?|[._]")  # a word of a name, with what parts it f
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")  # packages
 
 PREFIX = "lora_"  # the beginning of the leaf name (the last segment) of each tensor of an adapter
-_ROLES: dict[str, str] = {}  # the role of each registered leaf name; each variant's file registers the variant's
-_LONGEST_FIRST: list[str] = []  # the registered leaf names
+LEAVES: set[str] = set()  # the leaf names of all known variants; for a single parameter a suffix follows them
 
 # Objects of nn/variant.py's class by the value of LoRAConfig(variant=...). Each variant's file adds its variant.
 KNOWN_VARIANTS: dict[str, Any] = {}
@@ -48,25 +47,8 @@ def parent_names(name: str) -> list[str]:
     return [name[:i] for i, character in enumerate(name) if character == "."]
 
 
-def register_leaf(leaf: str, role: str) -> None:
-    """Register the leaf name of an adapter's tensor. For a single parameter a suffix follows the leaf name.
-
-    Args:
-        leaf: the name in the module of the weight, such as "lora_A".
-        role: of the tensor in the adapter, such as "A". Statistics and param groups use it.
-
-    Raises:
-        ValueError: the name does not begin with "lora_", or is registered with another role.
-    """
-    if not leaf.startswith(PREFIX):
-        raise ValueError(f"{leaf!r} must begin with {PREFIX!r}")
-    if _ROLES.setdefault(leaf, role) != role:
-        raise ValueError(f"{leaf!r} is known already, as {_ROLES[leaf]!r}")
-    _LONGEST_FIRST[:] = sorted(_ROLES, key=len, reverse=True)
-
-
 def names_factor(name: str) -> bool:
-    """Return whether a name belongs to an adapter's tensor: its last segment is a registered leaf name."""
+    """Return whether a name belongs to an adapter's tensor: its last segment is a leaf name of a known variant."""
     return split_factor_name(name) is not None
 
 
@@ -76,11 +58,11 @@ def split_factor_name(name: str) -> tuple[str, str] | None:
     "net.lora_A" gives ("net", "lora_A"), and "net.lora_A_w" gives ("net.w", "lora_A"). Other names give None.
     """
     path, dot, last = name.rpartition(".")
-    if last in _ROLES:
+    if last in LEAVES:
         return path, last
     if not last.startswith(PREFIX):
         return None
-    leaf = next((leaf for leaf in _LONGEST_FIRST if last.startswith(f"{leaf}_")), None)
+    leaf = max((leaf for leaf in LEAVES if last.startswith(f"{leaf}_")), key=len, default=None)
     return None if leaf is None else (path + dot + last.removeprefix(f"{leaf}_"), leaf)
 
 
@@ -90,10 +72,10 @@ def parameter_factor_name(parameter: str, leaf: str) -> str:
 
 
 def factor_role(name: str) -> str:
-    """Return the role of an adapter's tensor in the adapter: "A", "B", "rows", or a role of its variant."""
+    """Return the role of an adapter's tensor, such as "A", "B" or "rows": its leaf name without "lora_"."""
     split = split_factor_name(name)
     leaf = split[1] if split else name.rpartition(".")[2]
-    return _ROLES.get(leaf) or leaf.removeprefix(PREFIX)
+    return leaf.removeprefix(PREFIX)
 
 
 def group_names(names: Iterable[str]) -> dict[str, str]:

@@ -80,7 +80,6 @@ VARIANTS = [
     Variant("enable_lora", QKV),
     Variant("enable_lora, PiSSA", QKV | {"init_lora_weights": "pissa"}),
     Variant("LoRA+", lr_ratio=4),
-    Variant("VeRA", {"variant": "vera", "lora_alpha": 8, "variant_options": {"d_initial": 1.0}}, swapped={"r": 4}),
     Variant("LoHa", {"variant": "loha"}),
     Variant(
         "most of it at once",

@@ -49,7 +49,6 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 VARIANT_WORDS = {  # each with the file of the variant
     "dora": "nn/dora",
     r"magnitude(?!_prune)": "nn/dora",  # magnitude_prune is a method of combine, which has that name in PEFT
-    r"\bvera\b|vera_": "nn/vera",
     "loha|hada": "nn/loha",
     "start_A": "nn/starts",
     "lora_rows": "nn/token_rows",

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from ..config import LoRAConfig
-from ..errors import LoRAError
-from ..names import PREFIX, names_factor, parent_names, rename_keys, split_factor_name
+from ..names import PREFIX, factor_role, names_factor, parent_names, rename_keys, split_factor_name
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import ATTENTION_WEIGHTS
 from ..nn.variant import Acting, Place, Variant, known_variants, rows_leaf, variant_of, variant_with
@@ -128,30 +127,8 @@ class Adapter:
         return {leaf: self.tensors[names[leaf]] for leaf in self.variant.leaves if leaf in names}
 
     def acting(self, layer: str) -> Acting:
-        """Return the factors that a layer's tensors act as, without a scale of the sum with W.
-
-        Raises:
-            LoRAError: layers share tensors. A layer uses a part of them as large as itself, and its size is not stored.
-        """
-        stored = self.stored(layer)
-        if self.variant.shared:
-            place = self._known_place(layer)
-            if place is None:
-                raise LoRAError(
-                    f"adapter: {layer!r} uses a part of tensors that {self.variant.title} layers share, and the source "
-                    "does not say how large the layer is. Load it onto its model in Python: load_adapter(model, path)."
-                )
-            stored = dict(self.variant.of_layer(stored, place))
-        return self.variant.acting_exactly(stored, None, self.scalings.get(layer, 1.0))
-
-    def is_placed(self, layer: str) -> bool:
-        """Return whether what a layer adds is known: it shares no tensors, or its kind and size are known."""
-        return not self.variant.shared or self._known_place(layer) is not None
-
-    def _known_place(self, layer: str) -> Place | None:
-        """Return place(layer), or None where the layer's kind or size is not known."""
-        place = self.place(layer)
-        return place if place.kind and place.shapes else None
+        """Return the factors that a layer's tensors act as, without a scale of the sum with W."""
+        return self.variant.acting_exactly(self.stored(layer), None, self.scalings.get(layer, 1.0))
 
     def place(self, layer: str) -> Place:
         """Return what is known of a layer or parameter. An unknown kind is "", and unknown shapes are missing."""
@@ -193,11 +170,8 @@ class Adapter:
         return self.factor_name(layer, leaf) != f"{layer}.{leaf}".lstrip(".")
 
     def factors(self) -> list[Any]:
-        """Return the tensors that adapt something, trained rows too; those that layers share are there once."""
-        shared = self.variant.shared
-        named = ((leaf, name) for names in self.own_names.values() for leaf, name in names.items())
-        once = {leaf if leaf in shared else name: name for leaf, name in named}
-        return [self.tensors[name] for name in once.values()]
+        """Return the tensors that adapt something, trained rows too."""
+        return [self.tensors[name] for names in self.own_names.values() for name in names.values()]
 
     def rows(self) -> dict[str, Any]:
         """Return the trained rows of each table, by its name."""
@@ -284,13 +258,23 @@ def layer_fault(adapter: Adapter, layer: str) -> str:
             return f"{name!r} is missing; the adapter was cut."
         if not holds_numbers(stored[leaf]):
             return f"{name!r} must be a floating point tensor, found {describe_value(stored[leaf])}."
-    problem = adapter.variant.fault(stored)
-    if problem is None:
-        return ""
-    if problem.leaf:
-        found = describe_value(stored[problem.leaf])
-        return f"{adapter.factor_name(layer, problem.leaf)!r} must be {problem.text}, found {found}."
-    return f"{layer!r}: {problem.text}."
+    why_not = _why_not_together(adapter.variant, stored)
+    return f"{layer!r}: {why_not}." if why_not else ""
+
+
+@torch.no_grad()
+def _why_not_together(variant: Variant, stored: Mapping[str, torch.Tensor]) -> str:
+    """Return why the shapes of a layer's tensors do not go together, or ""."""
+    shapes = " and ".join(f"{factor_role(leaf)} {tuple(tensor.shape)}" for leaf, tensor in stored.items())
+    try:
+        a, b, _ = variant.acting_exactly(stored, None, 1.0)
+    except (RuntimeError, IndexError):  # of torch, for shapes that no product takes
+        return f"{shapes} do not go together"
+    if a.dim() < 2 or a.dim() != b.dim() or any(size != 1 for size in b.shape[2:]):
+        return f"{shapes} are no pair: both must be matrices, or those of a convolution, where B has a kernel of size 1"
+    if not b.shape[1] or not a.shape[0] or a.shape[0] % b.shape[1]:
+        return f"{shapes} do not share a rank"
+    return ""
 
 
 def nothing_adapted(adapter: Adapter) -> str:

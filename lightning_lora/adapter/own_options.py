@@ -57,7 +57,7 @@ def _with_alpha(adapter: Adapter, ranks: Mapping[str, int], lora_alpha: float, p
     """
     if not isinstance(lora_alpha, (int, float)):
         raise LoRAError(f"{path}: lora_alpha must be a number, but it is {shown(lora_alpha)}.")
-    for name in filter(adapter.is_placed, ranks):
+    for name in ranks:
         acting = adapter.acting(name)
         if acting.a.shape[0] != acting.b.shape[1]:
             raise LoRAError(

@@ -24,7 +24,7 @@ from ..formats.hub import local_source
 from ..formats.peft_names import are_peft_names
 from ..formats.servers import Server
 from ..formats.sources import holds_adapter_state, read_source
-from ..names import META
+from ..names import META, factor_role
 from ..progress import Unit, progress_bar
 from .output import refuse_quantised
 from .serving import serving
@@ -98,7 +98,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
         "layers": layers_info,
         "parameters": sum(factor.numel() for factor in factors),
         "bytes": sum(factor.nbytes for factor in factors),
-        "norm": _norm([layer["norm_delta"] for layer in layers_info.values()]),
+        "norm": math.hypot(*(layer["norm_delta"] for layer in layers_info.values())),
         **({"tables": {table: _table_info(adapter, table) for table in adapter.rows()}} if adapter.rows() else {}),
         "also_trained": {name: list(tensor.shape) for name, tensor in whole.items()},
         "base": {
@@ -111,7 +111,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
 
 def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
     stored, variant = adapter.stored(name), adapter.variant
-    trained = {variant.role(leaf): stored[leaf] for leaf in variant.trained}
+    trained = {factor_role(leaf): stored[leaf] for leaf in variant.trained}
     matrices = {role: tensor for role, tensor in trained.items() if tensor.dim() > 1}
     norms = {f"norm_{role}": float(tensor.double().norm()) for role, tensor in trained.items()}
     return {
@@ -121,14 +121,9 @@ def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
         **{f"shape_{role}": list(tensor.shape) for role, tensor in matrices.items()},
         "dtype": _dtype_name(next(iter(trained.values())).dtype),
         **{name: norm for name, norm in norms.items() if name.removeprefix("norm_") in matrices},
-        "norm_delta": delta_norm(adapter, name) if adapter.is_placed(name) else None,
+        "norm_delta": delta_norm(adapter, name),
         **norms,
     }
-
-
-def _norm(norms: Sequence[float | None]) -> float | None:
-    known = [norm for norm in norms if norm is not None]
-    return math.hypot(*known) if len(known) == len(norms) else None
 
 
 def _table_info(adapter: Adapter, table: str) -> dict[str, Any]:

@@ -149,7 +149,6 @@ def _merge_options(parser: Any) -> None:
     parser.add_argument("--output", type=str, required=True, help="of the base's form; appears whole at the end")
     parser.add_argument("--dtype", type=Dtype | None, help="of the result; without it that of the base")
     parser.add_argument("--max-shard-size", type=str | None, help="as 5GB; without it the base's own shards")
-    parser.add_argument("--verify", action="store_true", help="read the result again and compare it in float64")
     _overwrite_option(parser)
     parser.add_argument("--strict-base", type=bool, default=True, help="false: another base is only a warning")
     parser.add_argument(
@@ -172,13 +171,12 @@ def _merge(options: Any) -> list[str]:
         lora_alpha=options.lora_alpha,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         max_shard_bytes=bytes_of(options.max_shard_size) if options.max_shard_size else None,
-        check=options.verify,
         strict_base=options.strict_base,
         rename=options.rename,
         overwrite=options.overwrite,
     )
     lines = [f"left out, because it holds weights that are not merged: {path}" for path in left_out]
-    return [*lines, f"wrote {options.output}" + (", verified" if options.verify else "")]
+    return [*lines, f"wrote {options.output}"]
 
 
 def _convert_options(output: str, parser: Any) -> None:

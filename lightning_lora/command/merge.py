@@ -46,10 +46,9 @@ from ..nn.low_rank import (
 )
 from ..nn.variant import Parts, Place
 from ..progress import progress_bar
-from .expected_weights import ExpectedWeights
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed
 from .output import MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
-from .write_merged import Job, WeightUpdate, verify_result, write_file_of, write_folder_of
+from .write_merged import Job, WeightUpdate, write_file_of, write_folder_of
 
 CHECKPOINT_SUFFIX = ".ckpt"
 INSTEAD = "Load the model in Python and use load_adapter and save_merged instead"
@@ -63,7 +62,6 @@ def merge_on_disk(
     lora_alpha: float | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int | None = None,
-    check: bool = False,
     strict_base: bool = True,
     rename: Sequence[str] = (),
     overwrite: bool = False,
@@ -77,7 +75,6 @@ def merge_on_disk(
         lora_alpha: for an adapter that does not store it.
         dtype: of the floating point tensors of the result, or None for the base's own.
         max_shard_bytes: how large a file of a folder may be, or None for the base's own sharding.
-        check: read the result again and compare it with base and adapter.
         strict_base: whether another base than the adapter's is an error or a warning.
         rename: "OLD=NEW", regular expressions and what replaces them, which make the modules' names of the base's.
         overwrite: replace an earlier result at `output`.
@@ -93,8 +90,7 @@ def merge_on_disk(
     check_output("merge", MODEL_FOLDER if weights.folder else MODEL_FILE, output, (base, adapter), overwrite)
     with _one_thread():
         fitted = fit_to_base(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base, rename=rename)
-        expected = ExpectedWeights(fitted.adapter, fitted.base, fitted.files) if check else None
-        return _write(Job(weights, plan_updates(fitted, dtype), dtype, expected), output, max_shard_bytes)
+        return _write(Job(weights, plan_updates(fitted, dtype), dtype), output, max_shard_bytes)
 
 
 @dataclass(frozen=True)
@@ -325,15 +321,13 @@ def _one_thread() -> Iterator[None]:
 
 def _write(job: Job, output: PathLike, max_shard_bytes: int | None) -> list[Path]:
     left_out: list[Path] = []
-    with (new_folder if job.base.folder else new_file)(output) as result:
-        with progress_bar("merging", job.base.nbytes, "bytes") as advance:
-            job = replace(job, progress=advance)
-            if job.base.folder:
-                left_out = write_folder_of(job, result, max_shard_bytes)
-            else:
-                write_file_of(job, result)
-        if job.expected is not None:
-            verify_result(job, open_weights(result))
+    new, total = new_folder if job.base.folder else new_file, job.base.nbytes
+    with new(output) as result, progress_bar("merging", total, "bytes") as advance:
+        job = replace(job, progress=advance)
+        if job.base.folder:
+            left_out = write_folder_of(job, result, max_shard_bytes)
+        else:
+            write_file_of(job, result)
     return left_out
 
 

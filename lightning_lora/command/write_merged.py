@@ -1,4 +1,4 @@
-"""Write merged weights part by part, and verify them: read the result and compare it with base and adapter."""
+"""Write merged weights part by part."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from ..errors import LoRAError
 from ..files.inert_pickle import find_placeholder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, side_files
 from ..files.paths import write_json
-from ..files.safetensors import Header, TensorLocation, as_bytes, build_header, read_rows
+from ..files.safetensors import Header, as_bytes, build_header, read_rows
 from ..files.torch_archive import read_torch_file, set_check_sums
 from ..files.weights import Weights
 from ..nn.exact_merge import chunk_elements, merged_weight
 from ..nn.low_rank import MERGEABLE_DTYPES, LowRankBlock, crop, row_blocks
-from ..progress import progress_bar
-from .expected_weights import ExpectedWeight, ExpectedWeights
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,12 @@ class Job:
         base: the weights.
         updates: by the name of a tensor.
         dtype: of the result, or None for that of the base.
-        expected: what verify_result compares the result with, or None without verification.
         progress: called with the number of bytes of each part that is done.
     """
 
     base: Weights
     updates: Mapping[str, WeightUpdate]
     dtype: torch.dtype | None
-    expected: ExpectedWeights | None = None
     progress: Callable[[int], object] = lambda size: None
 
     def result_dtype(self, name: str) -> torch.dtype:
@@ -171,31 +167,6 @@ def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tenso
     if dtype != rows.dtype and not torch.isfinite(new).all() and torch.isfinite(rows).all():
         raise LoRAError(f"merge: {name!r} does not fit into {dtype}: it holds values beyond its range.")
     return new
-
-
-def verify_result(job: Job, result: Weights) -> None:
-    """Compare every tensor of a result with base and adapter.
-
-    The expected values are computed apart from the updates that wrote the result, so that a wrong update is found.
-
-    Raises:
-        LoRAError: a tensor differs. The message names the first one.
-    """
-    in_only_one = sorted(set(result.locations) ^ set(job.base.locations))
-    if in_only_one:
-        raise LoRAError(f"merge --verify: {in_only_one[0]!r} is in only one of base and result.")
-    assert job.expected is not None
-    with progress_bar("verifying", job.base.nbytes, "bytes") as advance:
-        for name, before in job.base.locations.items():
-            after, dtype = result.locations[name], job.result_dtype(name)
-            if (after.dtype, after.shape) != (dtype, before.shape):
-                raise LoRAError(
-                    f"merge --verify: {name!r} is {after.dtype} {after.shape}, expected {dtype} {before.shape}."
-                )
-            if before.in_order:
-                _compare(name, before, after, job.expected.of(name, dtype))
-            advance(before.nbytes)
-    job.expected.check_all_found()
 
 
 def _write_safetensors(
@@ -279,44 +250,3 @@ def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, o
         elif key in ("dtype", "torch_dtype") and value in known:
             changed[key] = str(dtype).removeprefix("torch.")
     return changed
-
-
-def _compare(name: str, before: TensorLocation, after: TensorLocation, expected: ExpectedWeight | None) -> None:
-    with open(before.file, "rb") as base, open(after.file, "rb") as result:
-        for first, count in before.chunks():
-            old, new = read_rows(base, before, first, count), read_rows(result, after, first, count)
-            if expected is None and old.dtype == new.dtype:
-                same = torch.equal(_bits(old), _bits(new))
-            elif expected is None:
-                same = _close(new, old.double(), old.double().abs())
-            elif not old.is_floating_point():
-                same = torch.equal(expected.exact_part(old, first), new)
-            else:
-                same = _close(new, *expected.part(old, first), expected.arithmetic)
-            if not same:
-                raise LoRAError(
-                    f"merge --verify: {name!r} differs from what base and adapter give, in rows {first} to "
-                    f"{first + count - 1}; the disk or the memory may be faulty. Nothing was written."
-                )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _close(
-    new: torch.Tensor, exact: torch.Tensor, total: torch.Tensor, arithmetic: torch.dtype = torch.float64
-) -> bool:
-    """Return whether values agree to half a unit in the dtype's last place, plus the rounding of the arithmetic.
-
-    Args:
-        new: the values.
-        exact: what they should be, in float64.
-        total: the sum of the absolute values of all terms, which bounds the rounding.
-        arithmetic: what a float64 result was computed in. Others were computed in float32 or better.
-    """
-    info = torch.finfo(new.dtype)
-    rounding = torch.finfo(arithmetic if new.dtype == torch.float64 else torch.float32).eps * 8
-    allowed = exact.abs() * (info.eps / 2 * 1.001) + total * rounding + info.tiny * info.eps
-    actual = new.double()
-    return bool((((actual - exact).abs() <= allowed) | (actual == exact) | (actual.isnan() & exact.isnan())).all())

@@ -220,7 +220,7 @@ def _refuse_missing_frozen(adapter: Adapter, frozen: Mapping[str, torch.Tensor])
 
 def _refuse_without_equal(adapter: Adapter, name: str) -> None:
     kind = adapter.kinds.get(name, "")
-    problem = adapter.variant.peft_problem(kind) or _place_problem(adapter, name, kind)
+    problem = adapter.variant.why_not_in_peft(kind) or _place_problem(adapter, name, kind)
     if problem:
         raise LoRAError(f"save_adapter: {name!r} {problem}; save a Lightning checkpoint instead.")
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from ..adapter.adapter import Adapter
 from ..config import LoRAConfig
-from ..nn.peft_form import PeftForm
+from ..nn.variant import Variant
 
 
 def to_peft_form(adapter: Adapter) -> Adapter:
     """Return the adapter with tensors and options as PEFT has them for its variant, under our names."""
-    if type(adapter.variant).to_peft is PeftForm.to_peft:
+    if type(adapter.variant).to_peft is Variant.to_peft:
         return replace(adapter, config=config_in_peft(adapter))
     tensors = dict(adapter.tensors)
     for layer in adapter.layers():
@@ -31,7 +29,7 @@ def from_peft_form(adapter: Adapter) -> Adapter:
     Raises:
         LoRAError: the tensors of a layer do not have that form.
     """
-    if type(adapter.variant).from_peft is PeftForm.from_peft:
+    if type(adapter.variant).from_peft is Variant.from_peft:
         return adapter
     tensors = dict(adapter.tensors)
     for layer in adapter.layers():
@@ -46,15 +44,3 @@ def from_peft_form(adapter: Adapter) -> Adapter:
 def config_in_peft(adapter: Adapter) -> LoRAConfig | None:
     """Return the options that an adapter has in PEFT's form."""
     return None if adapter.config is None else adapter.variant.config_in_peft(adapter.config)
-
-
-def spread(shared: Mapping[str, str], source: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tensors with those that all layers share under the name of each layer.
-
-    Args:
-        shared: the leaf name of each, by its name in PEFT.
-        source: tensors by PEFT's names.
-        tensors: the others, by our names.
-    """
-    layers = Adapter(tensors).layers() if shared else []
-    return {**tensors, **{f"{layer}.{leaf}": source[name] for name, leaf in shared.items() for layer in layers}}

@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from ..errors import LoRAError
@@ -32,7 +32,7 @@ from ..nn.variant import Variant, known_variants
 from .peft_parameters import Nesting, our_factor
 from .peft_rows import our_table_name
 
-OUTER, PREFIX = "base_model.", "base_model.model."
+PREFIX = "base_model.model."
 BASE_LAYER, SAVED, ORIGINAL = ".base_layer", ".modules_to_save", ".original_module"
 OTHER_METHODS = {
     "lora_B.bias": "lora_bias",
@@ -53,7 +53,6 @@ class PeftNames:
         network: the name before PEFT's prefix, as in the state dict of a LightningModule: "" or ending in a dot.
         saved: the modules that were copied and trained whole, as far as names tell.
         live: the names are those of a live PeftModel's state dict, which holds the base too.
-        shared: our leaf name of each tensor that all layers share.
     """
 
     ours: Mapping[str, str]
@@ -62,7 +61,6 @@ class PeftNames:
     network: str
     saved: frozenset[str]
     live: bool
-    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,6 @@ class _Leaves:
 
     ours: Mapping[str, str]  # our leaf name of each ending
     most_segments: int  # of an ending
-    shared: Mapping[str, str]  # the same of tensors that all layers share
     adapter_name: re.Pattern[str]  # finds the adapter's name inside of an ending
     named: str  # an expression for what an adapter's name follows
 
@@ -98,17 +95,15 @@ def _leaves() -> _Leaves:
 @lru_cache(maxsize=1)
 def _leaves_of(variants: tuple[Variant, ...]) -> _Leaves:
     ours = {ending: leaf for variant in reversed(variants) for ending, leaf in variant.peft_leaves.items()}
-    shared = {ending: leaf for variant in reversed(variants) for ending, leaf in variant.peft_shared.items()}
     inside = []
-    for ending in {**ours, **shared}:
+    for ending in ours:
         head, dot, rest = ending.partition(".")
         if f"{ending}.weight" not in ours:  # else PEFT has the adapter's name before that
             inside.append(rf"{re.escape(head)}\.([^.]+){re.escape(dot + rest)}")
-    heads = sorted({re.escape(ending.partition(".")[0]) for ending in (*ours, *shared)})
+    heads = sorted({re.escape(ending.partition(".")[0]) for ending in ours})
     return _Leaves(
         ours,
         max(ending.count(".") for ending in ours) + 1,
-        shared,
         re.compile(rf"(?:^|\.)(?:{'|'.join(inside)})$"),
         rf"(^|\.)({'|'.join(heads)}|lora_\w+|modules_to_save|trainable_tokens_delta)\.",
     )
@@ -139,8 +134,6 @@ def peft_name(name: str, variant: Variant, layers: Set[str], kinds: Mapping[str,
         return f"{wrapped}{BASE_LAYER * depth}.{variant.peft_leaf(own_leaf, PARAMETER)}"
     if layer not in layers:
         return PREFIX + in_wrappers(name, layers, nesting)
-    if leaf in variant.shared:
-        return OUTER + next(theirs for theirs, ours in variant.peft_shared.items() if ours == leaf)
     wrapped = PREFIX + in_wrappers(layer, layers, nesting)
     if leaf not in variant.trained:
         return f"{wrapped}{BASE_LAYER}.{leaf}"
@@ -180,9 +173,7 @@ def read_names(
     peft_names, leaves = list(peft_names), _leaves()
     adapter_name, network = "" if written_here else _adapter_name(peft_names, where), _network(peft_names, where)
     bare = {name: _without_adapter_name(name, adapter_name) for name in peft_names}
-    shared = {name: leaves.shared.get(bare[name].removeprefix(network + OUTER), "") for name in peft_names}
-    shared = {name: leaf for name, leaf in shared.items() if leaf and bare[name].startswith(network + OUTER)}
-    bare = {name: _without_prefix(each, network) for name, each in bare.items() if name not in shared}
+    bare = {name: _without_prefix(each, network) for name, each in bare.items()}
     present = set(bare.values())
     split_of = {name: split for name in present if (split := leaves.split(name)) is not None}
     layers = {layer for layer, _ in split_of.values()}
@@ -208,7 +199,6 @@ def read_names(
         network=network,
         saved=frozenset(_without_wrappers(module, layers) for module in saved),
         live=adapter_name != "",
-        shared=shared,
     )
 
 

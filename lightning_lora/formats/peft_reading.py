@@ -36,7 +36,7 @@ from .equal_tables import ties_of
 from .peft_attention import refuse_file_beside_conv1d
 from .peft_edited import honour_options
 from .peft_equivalents import from_plain, idle_attention
-from .peft_forms import config_in_peft, from_peft_form, spread
+from .peft_forms import config_in_peft, from_peft_form
 from .peft_kinds import kinds_of
 from .peft_names import PeftNames, read_names
 from .peft_options import options_from_peft, origin_of
@@ -104,7 +104,7 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
         LoRAError: tensors and options are damaged or do not go together, or this package cannot apply them.
     """
     names = read_names(tensors, source.where, source.nesting, written_here=source.description is not None)
-    ours = spread(names.shared, tensors, {ours: tensors[theirs] for theirs, ours in names.ours.items()})
+    ours = {ours: tensors[theirs] for theirs, ours in names.ours.items()}
     if source.description is not None:
         adapter = from_metadata(ours, source.description, str(source.where))
     elif source.options is not None:

@@ -17,7 +17,7 @@ from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..matching import BY_KIND
 from ..names import listed
-from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, share_tensors_
+from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
 from ..nn.lora_layer import LoRALayer
@@ -408,8 +408,6 @@ def _adapt_new_layers(handle: AdaptedModel) -> None:
         for name, rows in tables.items():
             _adapt_table(handle, name, modules[name], rows)
     handle.look_for_layers_again()
-    if variant_of(record.config).shared:
-        share_tensors_(adapted_layers(handle.root, modules=handle.root_modules).values(), _number(f"{seed}shared"))
     record_layers(handle)
     record_ties(handle.root_modules)
     handle.record_trainable(expected=True)

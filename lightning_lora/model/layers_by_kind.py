@@ -103,8 +103,8 @@ def _problem_of_kind(module: nn.Module, owner: nn.Module | None, config: LoRACon
     if isinstance(module, nn.Linear):
         return ""
     variant, adapting = variant_of(config), layer_class(module, variant_of(config))
-    if variant.peft_type and getattr(module, "groups", 1) > 1 and variant.peft_problem(GROUPED_CONV):
+    if variant.peft_type and getattr(module, "groups", 1) > 1 and variant.why_not_in_peft(GROUPED_CONV):
         return "PEFT cannot adapt a convolution with groups"
     if adapting is None:
         return f"{variant.option} cannot adapt a {type(module).__name__}"
-    return variant.problem(module, CONV1D if is_conv1d(module) else CONV, config)
+    return variant.why_not_on(module, CONV1D if is_conv1d(module) else CONV, config)

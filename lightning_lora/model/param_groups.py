@@ -9,8 +9,10 @@ from torch import nn
 
 from ..config import is_number, plain_number
 from ..errors import LoRAError
+from ..names import factor_role
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.quantised import shape_of
+from ..nn.variant import rows_leaf
 from .adapted_model import AdaptedModel, open_model
 
 LR_RATIO = 16.0  # the paper's
@@ -98,7 +100,7 @@ def _parameters(handle: AdaptedModel) -> dict[nn.Parameter, str]:
 
 
 def _groups_of_factors(layers: Iterable[AdaptedWeights]) -> dict[nn.Parameter, str]:
-    """Return the group of each trained tensor of the adapters, by its role in the variant (Variant.role).
+    """Return the group of each trained tensor of the adapters, by its role in the variant.
 
     Vectors are scales, and rows replace rows of a table. Weight decay would shrink both toward zero, so they get none.
     """
@@ -106,11 +108,11 @@ def _groups_of_factors(layers: Iterable[AdaptedWeights]) -> dict[nn.Parameter, s
     for adapter in layers:
         variant, stored = adapter.lora.spec.variant, adapter.stored()
         for leaf in variant.trained:
-            parameter, role = stored[leaf], variant.role(leaf)
+            parameter, role = stored[leaf], factor_role(leaf)
             if role in FACTORS:
                 groups[parameter] = EMBEDDING if adapter.LOOKUP else FACTORS[role]
             else:
-                groups[parameter] = NO_DECAY if len(shape_of(parameter)) < 2 or variant.replaces_rows else OTHER
+                groups[parameter] = NO_DECAY if len(shape_of(parameter)) < 2 or leaf == rows_leaf() else OTHER
     return groups
 
 

@@ -448,7 +448,7 @@ def _variant_problem(module: nn.Module, config: LoRAConfig) -> str:
         quantised = ", ".join(map(quantised_as, quantised_parameters(module).values()))
         what = type(module).__name__ + (f" whose weight is quantised ({quantised})" if quantised else "")
         return f"{variant.option} cannot adapt a {what}"
-    return variant.problem(module, adapting.KIND, config)
+    return variant.why_not_on(module, adapting.KIND, config)
 
 
 def _parts_problem(module: nn.Module, kind: str, parts: int) -> str:

@@ -9,7 +9,7 @@ Invariants for every adapted layer and every parameter that is adapted by itself
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar, Protocol, cast
 
@@ -54,11 +54,11 @@ class Adapter(Protocol):
     def briefly_unmerged(self) -> AbstractContextManager[None]:
         """Unmerge inside the block, so that code which changes a weight there changes W."""
 
-    def followers(self, state_dict: Mapping[str, Any], prefix: str) -> Collection[str]:
-        """Return the leaf names of tensors that must start again from the new weight of a state dict."""
+    def starts_again(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Return whether the tensors must be drawn again from the new weight of a state dict."""
 
-    def draw_(self, leaves: Collection[str] | None = None) -> None:
-        """Give the tensors with these leaf names, or all, their initial values. In place."""
+    def draw_(self) -> None:
+        """Give the tensors their initial values. In place."""
 
     def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None], *, loaded: bool) -> None:
         """Tie parameters of several modules again after torch replaced them by separate ones. In place."""
@@ -165,7 +165,6 @@ class AdaptedModule(Swapped):
                 adapter.weight_changed()
         for adapter in were_meta:
             if not _is_meta(adapter):  # to_empty gave it memory without values
-                _refuse_new_values(adapter)
                 adapter.draw_()
         return self
 
@@ -182,18 +181,18 @@ class AdaptedModule(Swapped):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict, in which a merged weight's entry is W.
 
-        Untrained tensors that started from the old weight start again from the new one, unless the state dict has them.
+        Untrained tensors that started from the old weight start again from the new one.
         """
         adapters = self.lora_adapters().values()
         with self._lora_briefly_unmerged():
-            following = [(adapter, adapter.followers(state_dict, prefix)) for adapter in adapters]
+            again = [adapter for adapter in adapters if adapter.starts_again(state_dict, prefix)]
             before = dict(self._parameters)
             super()._load_from_state_dict(state_dict, prefix, *args)
-            for adapter, leaves in following:
+            for adapter in adapters:
                 adapter.tie_again_(self, before, loaded=True)
                 adapter.weight_changed()
-                if leaves:
-                    adapter.draw_(leaves)
+                if adapter in again:
+                    adapter.draw_()
                 absent = any(prefix + name not in state_dict for name in adapter.adapted_weights())
                 adapter.lora.restore_failed = adapter.lora.restore_failed and absent
 
@@ -308,19 +307,6 @@ def _originals(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 def _is_meta(adapter: Adapter) -> bool:
     return next(iter(adapter.stored().values())).is_meta
-
-
-def _refuse_new_values(adapter: Adapter) -> None:
-    """Refuse to draw an adapter that starts from the weight's values, because to_empty leaves none.
-
-    Raises:
-        LoRAError: the adapter starts from the weight.
-    """
-    if adapter.lora.spec.variant.needs_values(adapter.place()):
-        raise LoRAError(
-            f"{adapter.lora.name!r}: its adapter starts from the weight, which has no values after to_empty; inject "
-            "after the weights are loaded."
-        )
 
 
 def _keeping_float32(fn: Transform, adapters: Iterable[Adapter]) -> Transform:

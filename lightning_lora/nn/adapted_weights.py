@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..config import FROM_DATA
 from ..distributed.flat import flat_parameters, flat_shard, is_flat, whole_shape
 from ..distributed.sharding import copy_, detached, from_local_like, full_tensor, is_sharded, local, window
 from ..errors import LoRAError
@@ -40,7 +41,6 @@ from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop, crop_to_slice, dense_delta
 from .merge_checks import Checks
 from .scratch import Scratch
-from .shared_tensors import SharedTensors
 from .variant import Acting, Place, Stored, Variant
 
 Blocks = Mapping[str, list[LowRankBlock]]  # by weight name
@@ -83,7 +83,6 @@ class LayerState:
     sharded: int = 0  # over how many dimensions of ranks the weight lay when it was last seen
     training_checked: bool = False  # training was seen to reach the layer, or a warning has named it
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
-    shared: SharedTensors | None = None  # tensors that all layers of the model share; None for most variants
     placed: tuple[LayerSpec, Place] | None = None  # the last result of `place`, with its spec
     # Plain copies that are not needed any more, by weight name: the next merge reuses their memory. On the CPU only,
     # because there fresh pages of memory take longer than the copy.
@@ -119,18 +118,16 @@ class StoredTensors:
     def options_text(self) -> str:
         """Return r and alpha as text, for the module's repr."""
         spec = self.lora.spec
-        return f"r={spec.r}, alpha={spec.alpha:g}" if spec.variant.scaled else f"r={spec.r}"
+        return f"r={spec.r}, alpha={spec.alpha:g}"
 
     def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-        """Return the stored tensors by leaf name: trained ones first, then frozen ones, then shared ones.
+        """Return the stored tensors by leaf name: trained ones first, then frozen ones.
 
         Args:
             leaves: leaf names to return; by default all.
         """
         holder, variant = self.lora_holder, self.lora.spec.variant
         leaves = leaves or variant.leaves
-        if variant.shared and self.lora.shared is None:  # not registered until all layers of the model are adapted
-            leaves = [leaf for leaf in leaves if leaf not in variant.shared]
         return {leaf: getattr(holder, self.stored_name(leaf)) for leaf in leaves}
 
     def stored_name(self, leaf: str) -> str:
@@ -210,9 +207,9 @@ class StoredTensors:
             return self.lora.spec.variant.start(self.place(), self.weight_values)
 
     def create_(self, dtype: torch.dtype) -> None:
-        """Register the stored tensors with their initial values; shared tensors are registered elsewhere. In place."""
+        """Register the stored tensors with their initial values. In place."""
         variant, device = self.lora.spec.variant, self.main_weight().device
-        if variant.started and self.lora.injection.values_follow:
+        if variant.follows_weight and self.lora.injection.values_follow:
             values = {leaf: torch.zeros(shape) for leaf, shape in variant.shapes(self.place()).items()}
         else:
             values = self.initial_values()
@@ -223,48 +220,41 @@ class StoredTensors:
             for holder in self.lora_holders():
                 holder.register_parameter(self.stored_name(leaf), parameter)
 
-    def draw_(self, leaves: Collection[str] | None = None) -> None:
-        """Give the tensors with these leaf names, or all, their initial values. In place.
-
-        Collective where initial_values is.
-        """
+    def draw_(self) -> None:
+        """Give the stored tensors their initial values. In place. Collective where initial_values is."""
         stored = self.stored()
         for leaf, values in self.initial_values().items():
-            if leaves is None or leaf in leaves:
-                copy_(stored[leaf], values.to(stored[leaf].dtype))
-        if leaves is None and self.lora.shared is not None:
-            self.lora.shared.draw_(self.lora.spec.r)
+            copy_(stored[leaf], values.to(stored[leaf].dtype))
 
-    def is_initial(self) -> bool:
-        """Return whether the values are those from before training, as far as this rank's shards show.
+    def is_initial(self, *, everywhere: bool = False) -> bool:
+        """Return whether the values are those from before training.
 
         False where values cannot tell, as with init_lora_weights=False.
-        """
-        stored = {leaf: local(tensor) for leaf, tensor in self.stored().items()}
-        return bool(self.lora.spec.variant.is_initial(stored, self.place()))
 
-    def followers(self, state_dict: Mapping[str, Any], prefix: str) -> Collection[str]:
-        """Return the leaf names of tensors that must start again from the new weight of a state dict.
-
-        Such tensors started from the old weight, still have their initial values, and are not in the state dict.
-        Collective where W is sharded. Of a flat weight a state dict shows nothing.
+        Args:
+            everywhere: on all ranks, which is collective where the tensors are sharded. Else as far as this rank shows.
         """
-        variant = self.lora.spec.variant
-        weights = self.adapted_weights()
-        if not variant.follows_weight or not any(prefix + name in state_dict for name in weights):
-            return ()
-        if any(map(is_flat, weights.values())):
-            return ()
-        stored = self.stored()
-        names = {leaf: prefix + self.stored_name(leaf) for leaf in stored}
-        kept = [leaf for leaf, live in stored.items() if state_dict.get(names[leaf], live) is live]
-        return variant.followers(kept, stored, self.place(), self.weight_values)
+        read = full_tensor if everywhere else local
+        stored = {leaf: read(tensor) for leaf, tensor in self.stored().items()}
+        return self.lora.spec.variant.is_initial(stored, self.place())
+
+    def starts_again(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Return whether the tensors must be drawn again from the weight of a state dict.
+
+        They started from the old weight and were not trained, and the state dict has none of them. Collective where W
+        is sharded. Of a flat weight a state dict shows nothing.
+        """
+        weights, stored = self.adapted_weights(), self.stored()
+        if not self.lora.spec.variant.follows_weight or self.lora.spec.init in FROM_DATA:
+            return False
+        if not any(prefix + name in state_dict for name in weights) or any(map(is_flat, weights.values())):
+            return False
+        kept = (state_dict.get(prefix + self.stored_name(leaf), live) is live for leaf, live in stored.items())
+        return all(kept) and self.is_initial(everywhere=True)
 
     def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
-        """Return each stored tensor with its shape under other options. All layers of the model take these options."""
-        stored, shapes = self.stored(), dict(self.lora.spec.variant.shapes(self.place(spec)))
-        if self.lora.shared is not None:
-            shapes |= self.lora.shared.shapes(spec.r)
+        """Return each stored tensor with its shape under other options."""
+        stored, shapes = self.stored(), self.lora.spec.variant.shapes(self.place(spec))
         return [(stored[leaf], shape) for leaf, shape in shapes.items()]
 
     def take_spec_(self, spec: LayerSpec) -> None:
@@ -285,8 +275,6 @@ class StoredTensors:
             before: its parameters before torch replaced some of them.
             loaded: whether load_state_dict(assign=True) replaced them; otherwise a move or to_empty did.
         """
-        if self.lora.shared is not None:
-            self.lora.shared.tie_again_(module, before)
 
 
 class AdaptedWeights(StoredTensors):
@@ -324,7 +312,7 @@ class AdaptedWeights(StoredTensors):
         """Return the factors and scale that the stored tensors act as now, differentiable."""
         spec = self.lora.spec
         weight = _matrix(self) if spec.variant.reads_weight else None
-        acting = spec.variant.acting(_seen_part(self, self.stored()), weight, spec.scaling)
+        acting = spec.variant.acting(self.stored(), weight, spec.scaling)
         return acting if type(acting) is Acting else Acting(*acting)
 
     def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
@@ -430,7 +418,7 @@ class AdaptedWeights(StoredTensors):
         Collective where `blocks` is.
         """
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
-        a, b, _ = self.lora.spec.variant.acting_exactly(_seen_part(self, whole), None, self.lora.spec.scaling)
+        a, b, _ = self.lora.spec.variant.acting_exactly(whole, None, self.lora.spec.scaling)
         return self.place().low_rank_blocks(a, b)
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
@@ -646,12 +634,6 @@ def _set_merged_(layer: AdaptedWeights) -> None:
     layer.lora.unfinished = False
 
 
-def _seen_part(layer: AdaptedWeights, stored: Stored) -> Stored:
-    """Return a layer's stored tensors; of shared tensors, the part that this layer uses."""
-    variant = layer.lora.spec.variant
-    return variant.of_layer(stored, layer.place()) if variant.shared else stored
-
-
 def _matrix(layer: AdaptedWeights) -> torch.Tensor | None:
     """Return W as a matrix (out, in), or None if the layer has several weights."""
     weights = list(layer.adapted_weights().values())
@@ -667,28 +649,6 @@ def _portable_state(layer: AdaptedWeights) -> LayerState:
     """
     copies = {name: layer.as_matrix(layer.original(name)) for name in layer.lora.records}
     return replace(layer.lora, records={name: RestoreRecord([], copy=copy) for name, copy in copies.items()})
-
-
-def share_tensors_(layers: Collection[AdaptedWeights], seed: int) -> None:
-    """Register the shared tensors of a model in each layer whose variant has such tensors. In place.
-
-    Args:
-        layers: all adapted layers of a model, also those adapted by an earlier call. The tensors become large enough
-            for all of them.
-        seed: of the generator that the tensors are drawn from.
-    """
-    sharing = [layer for layer in layers if layer.lora.spec.variant.shared]
-    if not sharing:
-        return
-    shared = next((layer.lora.shared for layer in sharing if layer.lora.shared is not None), None)
-    if shared is None:
-        shared = SharedTensors(sharing[0].lora.spec.variant.start_shared, seed)
-    shared.fit_([layer.place() for layer in sharing], sharing[0].factors()[0])
-    for layer in sharing:
-        if layer.lora.shared is None:
-            layer.lora.shared = shared
-            for leaf, parameter in shared.parameters.items():
-                layer.lora_holder.register_parameter(layer.stored_name(leaf), parameter)
 
 
 def adapted_places(

@@ -10,7 +10,7 @@ output whose weights are all zero has c = 1; in PEFT it gives NaN.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -33,14 +33,11 @@ from .scaled_output import near_one
 from .variant import (
     Acting,
     Config,
-    Expected,
-    Fault,
     LayerClass,
     Place,
     Reader,
     Stored,
     Weights,
-    equals_start,
     scaled_blocks,
 )
 from .weight_mark import WeightMark, is_wrapped, mark_of
@@ -48,7 +45,6 @@ from .weight_mark import WeightMark, is_wrapped, mark_of
 MAGNITUDE = "lora_magnitude"  # leaf name: (out,)
 WEIGHT = "weight"
 BASE_SQUARES = "lora_base_squares"  # attribute of a layer: BaseSquares of W
-OTHER_DEVICE = 1e-6  # relative difference of norms that two devices compute of the same float32 values
 SQUARES_BEFORE = "lora_squares_before"  # attribute of a merged layer: its BaseSquares from before, kept for unmerging
 
 
@@ -57,7 +53,6 @@ class DoRA(LoRA):
 
     name, title = "dora", "DoRA"
     trained: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE)
-    scale_title = "magnitudes"
     peft_type = "LORA"
     peft_attention = False
     peft_leaves: ClassVar[Mapping[str, str]] = {
@@ -75,12 +70,6 @@ class DoRA(LoRA):
     def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
         plain = super().start(place, weights)
         return {**plain, MAGNITUDE: self._norms(plain, place, weights()[WEIGHT])}
-
-    def followers(self, kept: Collection[str], stored: Stored, place: Place, weights: Weights) -> Collection[str]:
-        if MAGNITUDE not in kept or stored[MAGNITUDE].is_meta:
-            return ()
-        start = self.start(place, weights)[MAGNITUDE]
-        return (MAGNITUDE,) if equals_start(stored[MAGNITUDE], start, OTHER_DEVICE) else ()
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         a, b = stored[A], stored[B]
@@ -100,15 +89,6 @@ class DoRA(LoRA):
     def options(self) -> dict[str, Any]:
         return {"use_dora": True}
 
-    def fault(self, stored: Stored) -> Fault | None:
-        outputs = len(stored[B]) if stored[B].dim() else 0
-        if tuple(stored[MAGNITUDE].shape) != (outputs,):
-            return super().fault(stored) or Fault(f"{outputs} floating point values", MAGNITUDE)
-        return super().fault(stored)
-
-    def expected(self, stored: Stored) -> Expected:
-        return super().expected(stored)._replace(lengths=stored[MAGNITUDE].detach())
-
     def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
         """Return the tensors with PEFT's shapes: a convolution's magnitudes are (1, out, 1...)."""
         kernel, magnitude = stored[A].dim() - 2, stored[MAGNITUDE]
@@ -117,14 +97,14 @@ class DoRA(LoRA):
     def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
         magnitude = found.get(MAGNITUDE)
         if magnitude is None or magnitude.dim() < 3 or magnitude.numel() != magnitude.shape[1]:
-            return dict(found)  # unchanged; `fault` reports a wrong shape later
+            return dict(found)  # unchanged; a wrong shape is reported later
         return {**found, MAGNITUDE: magnitude.flatten()}
 
     @property
     def option(self) -> str:
         return "use_dora"
 
-    def problem(self, module: nn.Module, kind: str, config: Config) -> str:
+    def why_not_on(self, module: nn.Module, kind: str, config: Config) -> str:
         if getattr(module, "max_norm", None) is None:
             return ""
         return "max_norm renormalises its rows in place, and use_dora depends on their norms; set it to None"

@@ -18,7 +18,7 @@ from torch import nn
 
 from .low_rank import CONV, GROUPED_CONV, LINEAR
 from .random_stream import stream
-from .variant import Acting, Config, Fault, Place, Stored, Variant, Weights
+from .variant import Acting, Config, Place, Stored, Variant, Weights
 
 FIRST_A, FIRST_B = "lora_hada_w1_a", "lora_hada_w1_b"  # (out, r) and (r, in)
 SECOND_A, SECOND_B = "lora_hada_w2_a", "lora_hada_w2_b"  # (out, r) and (r, in)
@@ -57,9 +57,9 @@ class LoHa(Variant):
                 nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=draw)
         return start
 
-    def is_initial(self, stored: Stored, place: Place) -> bool | None:
+    def is_initial(self, stored: Stored, place: Place) -> bool:
         if place.init is False:
-            return None
+            return False
         return not stored[SECOND_B].is_meta and not bool(stored[SECOND_B].any())
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
@@ -72,19 +72,19 @@ class LoHa(Variant):
 
     # --- what it goes with ---
 
-    def conflict(self, config: Config) -> tuple[str, str] | None:
+    def why_not_with(self, config: Config) -> str:
         for option in WITHOUT:
             if getattr(config, option):
-                return option, f"left out with {self.option}"
+                return f"{option} must be left out with {self.option}"
         if config.lora_dropout:
-            return "lora_dropout", f"0 with {self.option}, which has none in PEFT"
+            return f"lora_dropout must be 0 with {self.option}, which has none in PEFT"
         if config.bias != "none":
-            return "bias", f"'none' with {self.option}, which has none in PEFT"
+            return f"bias must be 'none' with {self.option}, which has none in PEFT"
         if not isinstance(config.init_lora_weights, bool):
-            return "init_lora_weights", f"true or false with {self.option}"
-        return None
+            return f"init_lora_weights must be true or false with {self.option}"
+        return ""
 
-    def problem(self, module: nn.Module, kind: str, config: Config) -> str:
+    def why_not_on(self, module: nn.Module, kind: str, config: Config) -> str:
         if kind in (LINEAR, CONV, GROUPED_CONV) and not isinstance(module, nn.Conv3d):
             return ""
         return f"{self.option} is for linear layers, nn.Conv1d and nn.Conv2d alone, as in PEFT"
@@ -93,17 +93,6 @@ class LoHa(Variant):
 
     def rank(self, stored: Stored) -> int:
         return stored[FIRST_A].shape[1]
-
-    def fault(self, stored: Stored) -> Fault | None:
-        for leaf in LEAVES:
-            if stored[leaf].dim() != 2:
-                return Fault("a matrix", leaf)
-        (outputs, rank), inputs = stored[FIRST_A].shape, stored[FIRST_B].shape[1]
-        pair = (outputs, rank), (rank, inputs)
-        for leaf, shape in zip(LEAVES, pair + pair, strict=True):
-            if tuple(stored[leaf].shape) != shape:
-                return Fault(f"of shape {shape}, to go with the other three", leaf)
-        return None
 
     # --- in PEFT ---
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..names import A, B
 from .low_rank import EMBEDDING, GROUPED_CONV
 from .random_stream import stream
-from .variant import Acting, Expected, Fault, Place, Stored, Variant, Weights
+from .variant import Acting, Place, Stored, Variant, Weights
 
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"  # PEFT's names
 PEFT_LEAVES = {"lora_A.weight": A, "lora_B.weight": B, EMBEDDING_A: A, EMBEDDING_B: B}
@@ -38,9 +38,9 @@ class LoRA(Variant):
         a, b = initial_factors(*place.factor_shapes(), place.init, place.seed, lookup=place.is_lookup)
         return {A: a, B: b}
 
-    def is_initial(self, stored: Stored, place: Place) -> bool | None:
+    def is_initial(self, stored: Stored, place: Place) -> bool:
         if place.init in WITHOUT_ZERO:
-            return None
+            return False
         factor = stored[A if place.is_lookup else B].detach()
         return factor.numel() > 0 and not factor.is_meta and not bool(factor.any())
 
@@ -50,28 +50,10 @@ class LoRA(Variant):
     def rank(self, stored: Stored) -> int:
         return stored[B].shape[1]
 
-    def fault(self, stored: Stored) -> Fault | None:
-        a, b = stored[A], stored[B]
-        for leaf in (A, B):
-            if stored[leaf].dim() < 2:
-                return Fault("a floating point tensor of two dimensions or more", leaf)
-        shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
-        if b.dim() != a.dim() or any(size != 1 for size in b.shape[2:]):
-            return Fault(
-                f"{shapes} are no pair: both must be matrices, or B must have the dimensions of A, which is a "
-                "convolution's, and 1 for each of its kernel's"
-            )
-        if not b.shape[1] or not a.shape[0] or a.shape[0] % b.shape[1]:
-            return Fault(f"{shapes} do not share a rank")
-        return None
-
-    def expected(self, stored: Stored) -> Expected:
-        return Expected([(stored[A].detach().double(), stored[B].detach().double())])
-
-    def peft_problem(self, kind: str) -> str:
+    def why_not_in_peft(self, kind: str) -> str:
         if kind == GROUPED_CONV:
             return "is a convolution with groups; PEFT's adapter for those mixes the groups and means another thing"
-        return super().peft_problem(kind)
+        return super().why_not_in_peft(kind)
 
     def peft_leaf(self, leaf: str, kind: str) -> str:
         embedding = {A: EMBEDDING_A, B: EMBEDDING_B} if kind == EMBEDDING else {}

@@ -8,14 +8,14 @@ olora          B0 @ A0 is Q[:, :r] @ R[:r] for W = Q @ R, without division by s 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
 
 from ..config import is_start
-from ..distributed.sharding import full_tensor, is_spread
+from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
 from ..names import A, B
 from . import low_rank
@@ -25,7 +25,7 @@ from .lora import LoRA
 from .lora_layer import LoRALayer
 from .low_rank_change import can_change, low_rank_change
 from .random_stream import leading_basis, stream
-from .variant import Acting, Config, Expected, Fault, LayerClass, Place, Stored, Weights
+from .variant import START_OPTION, Acting, Config, LayerClass, Place, Stored, Weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -40,9 +40,10 @@ START_A, START_B = "lora_start_A", "lora_start_B"  # leaf names of A0 and B0
 class Started(LoRA):
     """LoRA whose A and B start from the weight or from data. The weight gets s * (B @ A - B0 @ A0) added."""
 
+    name, asked_by = "", START_OPTION
     frozen = (START_A, START_B)
     placed_as: ClassVar[Mapping[str, str]] = {A: A, B: B, START_A: A, START_B: B}
-    started = follows_weight = True
+    follows_weight = True
     peft_type = "LORA"
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
@@ -65,20 +66,7 @@ class Started(LoRA):
         shapes = place.factor_shapes()
         return {leaf: each.reshape(shape) for leaf, each, shape in zip((A, B), joined, shapes, strict=True)}
 
-    def needs_values(self, place: Place) -> bool:
-        return is_start(place.init)
-
-    def followers(self, kept: Collection[str], stored: Stored, place: Place, weights: Weights) -> Collection[str]:
-        """Return all leaf names or none.
-
-        Nothing follows where tensors are sharded, because W would have to be gathered. The adapter then keeps its old
-        start; W' still equals W.
-        """
-        if not is_start(place.init) or len(kept) < len(self.leaves) or any(map(is_spread, stored.values())):
-            return ()
-        return self.leaves if self.is_initial(stored, place) else ()
-
-    def is_initial(self, stored: Stored, place: Place) -> bool | None:
+    def is_initial(self, stored: Stored, place: Place) -> bool:
         pairs = ((stored[A], stored[START_A]), (stored[B], stored[START_B]))
         return all(not now.is_meta and torch.equal(now, start) for now, start in pairs)
 
@@ -97,17 +85,6 @@ class Started(LoRA):
 
     def options(self) -> dict[str, Any]:
         return {"init_lora_weights": PISSA}  # A0 and B0 are stored, so any start serves
-
-    def fault(self, stored: Stored) -> Fault | None:
-        for leaf, start in ((A, START_A), (B, START_B)):
-            if stored[leaf].shape != stored[start].shape:
-                shapes = tuple(stored[leaf].shape), tuple(stored[start].shape)
-                return super().fault(stored) or Fault(f"{start} {shapes[1]} must have the shape of {leaf}, {shapes[0]}")
-        return super().fault(stored)
-
-    def expected(self, stored: Stored) -> Expected:
-        a, b, start_a, start_b = (stored[leaf].detach().double() for leaf in (A, B, START_A, START_B))
-        return Expected([(a, b), (start_a, -start_b)], rounded=True)
 
     def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
         """Return plain LoRA of twice the rank that adds the same to the unchanged base: [B, -B0] @ [A; A0].
@@ -201,32 +178,6 @@ def start_factors(weight: torch.Tensor, rank: int, scaling: float, init: str, se
         else:
             left, projected = _leading_by_iteration(weight, rank, int(init.removeprefix(STEPS)), seed)
         return _share_values(left, projected, scaling, _at_least_float32(weight[:0]).dtype)
-
-
-@torch.no_grad()
-def leading_vectors(weight: torch.Tensor, rank: int, seed: int, option: str) -> tuple[torch.Tensor, ...]:
-    """Return U (out, rank), S (rank,) and V (rank, in) of a weight's largest singular values, in float32 or float64.
-
-    Args:
-        weight: a floating point matrix (out, in).
-        rank: r.
-        seed: of a random start of the search. torch's own random stream is not advanced.
-        option: what asks for it, for messages, for example "variant='square'".
-
-    Raises:
-        LoRAError: as check_decomposable.
-
-    Example::
-
-        >>> left, values, right = leading_vectors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2, 0, "variant='square'")
-        >>> left.shape, right.shape, [round(value, 4) for value in values.tolist()]
-        (torch.Size([3, 2]), torch.Size([2, 3]), [3.0, 2.0])
-    """
-    check_decomposable(weight, rank, option)
-    with without_autocast(weight.device.type):
-        left, projected = _leading_exactly(weight, rank, seed)
-        values, dtype = projected.norm(dim=1), _at_least_float32(weight[:0]).dtype
-        return left.to(dtype), values.to(dtype), (projected / _positive(values)[:, None]).to(dtype)
 
 
 def check_decomposable(weight: torch.Tensor, rank: int, option: str) -> None:

@@ -71,7 +71,7 @@ def record_ties(modules: NamedModules) -> None:
 
 
 def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
-    """Return a module's own parameters, without the shared tensors of a variant, which are no ties.
+    """Return a module's own parameters.
 
     Waits while W + delta stands in for a parameter in another thread's forward.
     """
@@ -80,16 +80,11 @@ def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     adapters = list(module.lora_adapters().values())
     if len(adapters) == 1:  # the common case; an ExitStack takes longer
         with adapters[0].lora.lock:
-            parameters = dict(module._parameters)
-    else:
-        with ExitStack() as stack:
-            for adapter in adapters:
-                stack.enter_context(adapter.lora.lock)
-            parameters = dict(module._parameters)
-    for adapter in adapters:
-        for leaf in adapter.lora.spec.variant.shared if adapter.lora.shared is not None else ():
-            parameters.pop(adapter.stored_name(leaf), None)
-    return parameters
+            return dict(module._parameters)
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.enter_context(adapter.lora.lock)
+        return dict(module._parameters)
 
 
 def _add_overlaps(sharing: Sequence[Owned], tied: dict[tuple[nn.Module, str], str]) -> None:

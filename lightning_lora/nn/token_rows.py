@@ -9,7 +9,7 @@ Tied tables share one adapter and its parameter, as they share the weight. The a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -23,7 +23,7 @@ from .adapted_module import AdaptedModule, StandIns, swapped_class
 from .adapted_weights import AdaptedWeights, Blocks, LayerSpec, LayerState
 from .low_rank import LowRankBlock, row_blocks
 from .transforms import may_write
-from .variant import Place, Reader, Stored, Variant, Weights, equals_start
+from .variant import ROWS_OPTION, Place, Reader, Stored, Variant, Weights
 
 ROWS = "lora_rows"  # leaf name: (n, dim)
 WEIGHT = "weight"
@@ -34,7 +34,7 @@ class TrainedRows(Variant):
 
     title = "trained rows"
     trained = (ROWS,)
-    replaces_rows = True
+    asked_by = ROWS_OPTION
     follows_weight = True
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
@@ -42,12 +42,6 @@ class TrainedRows(Variant):
 
     def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
         return {ROWS: rows_of(weights()[WEIGHT], place.rows)}
-
-    def is_initial(self, stored: Stored, place: Place) -> bool | None:
-        return None
-
-    def followers(self, kept: Collection[str], stored: Stored, place: Place, weights: Weights) -> Collection[str]:
-        return tuple(kept) if kept and equals_start(stored[ROWS], self.start(place, weights)[ROWS]) else ()
 
     def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
         rows = stored[ROWS]
@@ -84,10 +78,14 @@ class TokenRows(AdaptedWeights):
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         return {WEIGHT: self.tables[0].weight}
 
-    def is_initial(self) -> bool:
-        if self.lora.records or is_spread(self.rows):
+    def is_initial(self, *, everywhere: bool = False) -> bool:
+        if not everywhere and (self.lora.records or is_spread(self.rows)):
             return False
-        return equals_start(self.rows, self.initial_values()[ROWS])
+        live, start = full_tensor(self.rows).detach(), self.initial_values()[ROWS]
+        if live.is_meta or start.is_meta:
+            return False
+        start = start.to(live.device, live.dtype)
+        return bool(((live == start) | (live.isnan() & start.isnan())).all())
 
     def unmergeable_reason(self) -> str:
         weight = self.tables[0]._parameters.get(WEIGHT)

@@ -8,20 +8,18 @@ To define a variant, subclass Variant in a new file and import that file. LoRACo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
-from ..names import KNOWN_VARIANTS, PREFIX, register_leaf
+from ..names import KNOWN_VARIANTS, LEAVES, PREFIX
 from . import low_rank
 from .autocast import without_autocast
 from .low_rank import LowRankBlock
-from .peft_form import PeftForm
 
 Config = Any  # a LoRAConfig; importing config.py here would add a floor to the package
 LayerClass = TypeVar("LayerClass", bound=type[nn.Module])
@@ -30,8 +28,8 @@ Weights = Callable[[], Mapping[str, torch.Tensor]]  # returns a layer's weights 
 Parts = Iterable[tuple[int, torch.Tensor]]  # (first row, some rows of a weight as a matrix)
 Reader = Callable[[str], Parts]  # reads the weight with this name part by part
 
-_STARTED: dict[str, Variant] = {}  # variants with `started`, by name; init_lora_weights asks for them
-_ALL: dict[str, Variant] = {}  # every variant, by the qualified name of its class
+BY_OPTION: dict[str, Variant] = {}  # variants that another option than `variant` asks for, by its name
+ROWS_OPTION, START_OPTION = "trainable_token_indices", "init_lora_weights"
 
 
 @dataclass(frozen=True)
@@ -110,54 +108,31 @@ class Acting(NamedTuple):
     scale: torch.Tensor | None = None
 
 
-class Fault(NamedTuple):
-    """A reason why the stored tensors of a layer are invalid, as part of a message.
-
-    Without `leaf`, the message is "<layer>: <text>", for example with the text "A and B do not share a rank". With
-    `leaf`, it is "<name of that tensor> must be <text>", for example with the text "32 floating point values".
-    """
-
-    text: str
-    leaf: str = ""
-
-
-class Expected(NamedTuple):
-    """What a layer's tensors mean, for a check of merged weights that shares no arithmetic with merging.
-
-    W' = W + s * (sum of b @ a over the pairs). If lengths are given, the weights of each output are then scaled to have
-    that norm.
-    """
-
-    pairs: list[tuple[torch.Tensor, torch.Tensor]]  # (a, b), float64, in the shapes that low_rank.py states
-    lengths: torch.Tensor | None = None  # (out,)
-    rounded: bool = False  # merging computes the pairs from the stored tensors, and rounds them to float32 or better
-
-
-class Variant(PeftForm):
+class Variant:
     """What one layer's adapter stores and what it adds to the weight.
 
-    A variant has no state, and one object serves all layers. The methods and attributes inherited from PeftForm define
-    how the variant looks in PEFT's files.
+    A variant has no state, and one object serves all layers. A subclass needs a name, the leaf names of its tensors,
+    `shapes`, `start` and `acting`. All else has a default.
 
     Attributes:
-        name: the value of LoRAConfig's `variant`, unique; "" for a variant that another option asks for.
+        name: the value of LoRAConfig's `variant`; "" for a variant that another option asks for.
         title: the variant's name in sentences, for example "LoRA"; `name` by default.
         trained: leaf names of the trained tensors. Each begins with "lora_". The last of the tensors must get a
             gradient from the first step on.
         frozen: leaf names of the tensors that are stored but not trained.
-        shared: leaf names of frozen tensors that all layers of a model share. Each is one nn.Parameter, registered in
-            every layer.
+        reads_weight: whether `acting` returns a scale that it computes from W. Such adapters cannot be combined.
+        follows_weight: whether `start` reads W. Tensors that were not trained yet are then drawn again where another W
+            is loaded.
+        own_options: options that only this variant has (LoRAConfig's variant_options), with their defaults.
         placed_as: "lora_A" or "lora_B" by leaf name: under a tensor parallel plan, the tensor is split like that factor
             of plain LoRA. A layer that stores any other tensor refuses such a plan.
-        follows_weight: whether some tensors start from W's values, see `followers`.
-        started: whether A and B start from values that are subtracted again. Such a variant is asked for by
-            init_lora_weights together with the name.
-        scaled: whether s is lora_alpha / r. Otherwise s is 1 and lora_alpha has no effect.
-        own_options: options that only this variant has (LoRAConfig's variant_options), with their defaults.
-        replaces_rows: whether the adapter belongs to a table and stores the present values of some of its rows.
-        reads_weight: whether `acting` returns a scale that it computes from W. Such adapters cannot be combined.
-        scale_title: the name, in the plural, of the values that the scale is computed from, for example "lengths".
-            Reports that look at B @ A only say that these values do not count.
+        asked_by: the option of LoRAConfig that asks for a variant without a name.
+        peft_type: the value in PEFT's adapter_config.json, or "" for a variant that PEFT does not have. Subclasses do
+            not inherit it.
+        peft_leaves: our leaf names by the end of PEFT's tensor name after the layer's name, such as "lora_A.weight".
+        peft_attention: PEFT adapts attention with the variant.
+        peft_fields: options that PEFT's config of the variant has under the same name; empty for a peft.LoraConfig.
+        peft_names: the names of other options in PEFT's config of the variant, by ours.
 
     Example::
 
@@ -178,56 +153,36 @@ class Variant(PeftForm):
     title: ClassVar[str] = ""
     trained: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[tuple[str, ...]] = ()
-    shared: ClassVar[tuple[str, ...]] = ()
-    leaves: ClassVar[tuple[str, ...]] = ()  # trained, frozen and shared leaf names; set for each subclass
-    placed_as: ClassVar[Mapping[str, str]] = {}
-    started: ClassVar[bool] = False
-    replaces_rows: ClassVar[bool] = False
-    follows_weight: ClassVar[bool] = False
+    leaves: ClassVar[tuple[str, ...]] = ()  # trained and frozen leaf names; set for each subclass
     reads_weight: ClassVar[bool] = False
-    scaled: ClassVar[bool] = True
+    follows_weight: ClassVar[bool] = False
     own_options: ClassVar[Mapping[str, Any]] = {}
-    scale_title: ClassVar[str] = ""
+    placed_as: ClassVar[Mapping[str, str]] = {}
+    asked_by: ClassVar[str] = ""
+    peft_type: ClassVar[str] = ""
+    peft_leaves: ClassVar[Mapping[str, str]] = {}
+    peft_attention: ClassVar[bool] = True
+    peft_fields: ClassVar[Sequence[str]] = ()
+    peft_names: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
+        """Make the variant known."""
         super().__init_subclass__()
-        cls.leaves = (*cls.trained, *cls.frozen, *cls.shared)
-        own = vars(cls)
-        if "name" in own and "title" not in own:
+        own, cls.leaves = vars(cls), (*cls.trained, *cls.frozen)
+        if own.get("name") and "title" not in own:
             cls.title = cls.name
         if "peft_type" not in own:  # a subclass may store the same tensors as its parent and give them another meaning
             cls.peft_type = ""
-        if "acting" in own and "expected" not in own:
-            cls.expected = Variant.expected  # type: ignore[method-assign]
-        variant, known = cls(), _STARTED if cls.started else KNOWN_VARIANTS
-        has_name = bool(own.keys() & {"name", "started"} and cls.name)
-        other = type(known.get(cls.name, variant)) if has_name else cls
-        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise LoRAError(
-                f"Variant: {cls.__qualname__}: the variant {cls.name!r} is {other.__module__}.{other.__qualname__} "
-                "already; choose another name."
-            )
-        try:
-            for leaf in cls.leaves:
-                register_leaf(leaf, cls.role(leaf))
-        except ValueError as error:
-            raise LoRAError(f"Variant: {cls.__qualname__}: the leaf name {error}.") from None
-        _ALL[f"{cls.__module__}.{cls.__qualname__}"] = variant
-        if has_name:
-            known[cls.name] = variant
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
-
-    def __hash__(self) -> int:
-        return hash(type(self))
+        for leaf in cls.leaves:
+            if not leaf.startswith(PREFIX):
+                raise LoRAError(f"Variant: {cls.__qualname__}: the leaf name {leaf!r} must begin with {PREFIX!r}.")
+        LEAVES.update(cls.leaves)
+        if own.get("name"):
+            KNOWN_VARIANTS[cls.name] = cls()
+        elif "asked_by" in own:
+            BY_OPTION[cls.asked_by] = cls()
 
     # --- what is stored ---
-
-    @classmethod
-    def role(cls, leaf: str) -> str:
-        """Return the role of a stored tensor, for example "A". Param groups and statistics are keyed by it."""
-        return leaf.removeprefix(PREFIX)
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a layer's trained and frozen tensors, by leaf name."""
@@ -245,44 +200,11 @@ class Variant(PeftForm):
         """
         raise NotImplementedError
 
-    def start_shared(self, places: Iterable[Place], seed: int) -> dict[str, torch.Tensor]:
-        """Return the initial values of a model's shared tensors, by leaf name, large enough for each of its layers.
-
-        Args:
-            places: the layers that share them.
-            seed: of the generator for random values.
-        """
-        return {}
-
-    def needs_values(self, place: Place) -> bool:
-        """Return whether `start` needs the values of the weight, and so refuses one on the meta device."""
+    def is_initial(self, stored: Stored, place: Place) -> bool:
+        """Return whether nothing was trained yet; False if the values cannot tell."""
         return False
 
-    def followers(self, kept: Collection[str], stored: Stored, place: Place, weights: Weights) -> Collection[str]:
-        """Return the leaf names of tensors that must start again because W is about to be replaced.
-
-        These are tensors that started from W and still have their initial values. Collective where `start` is.
-
-        Args:
-            kept: leaf names of the tensors that are not replaced together with W.
-            stored: by leaf name; tensors may be sharded.
-            place: the layer.
-            weights: returns the old W.
-        """
-        return ()
-
-    def is_initial(self, stored: Stored, place: Place) -> bool | None:
-        """Return whether nothing was trained yet, as far as this rank's shards show.
-
-        Return None if the values cannot tell.
-        """
-        return None
-
     # --- what it adds ---
-
-    def of_layer(self, stored: Stored, place: Place) -> Stored:
-        """Return the stored tensors with each shared tensor cut to the part that this layer uses."""
-        return stored
 
     def acting_rank(self, rank: int) -> int:
         """Return the rank of the factors that `acting` returns for an option r of `rank`."""
@@ -322,7 +244,7 @@ class Variant(PeftForm):
             (name,) = place.shapes
             matrix = torch.cat([part for _, part in read(name)])
             weight = low_rank.matrix_view(place.kind, matrix)
-        a, b, scale = self.acting_exactly(self.of_layer(stored, place), weight, place.scaling)
+        a, b, scale = self.acting_exactly(stored, weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
         if scale is None:
             return blocks
@@ -335,19 +257,16 @@ class Variant(PeftForm):
         """The option by which a user asks for the variant, for messages."""
         return f"variant={self.name!r}"
 
-    def conflict(self, config: Config) -> tuple[str, str] | None:
-        """Return an option of LoRAConfig that conflicts with the variant and what it must be instead, or None.
-
-        The message is "<option> must be <what it must be>".
-        """
-        if config.has_start and self.name not in _STARTED:
-            return "init_lora_weights", f"one that does not start from the weight, with {self.option}"
+    def why_not_with(self, config: Config) -> str:
+        """Return why the variant does not go with options, as "<option> must be <what it must be>", or ""."""
+        if config.has_start:
+            return f"init_lora_weights must be one that does not start from the weight, with {self.option}"
         for option in ("enable_lora", "target_parameters") if self.reads_weight else ():
             if getattr(config, option):
-                return option, f"left out with {self.option}, which adapts whole layers"
-        return None
+                return f"{option} must be left out with {self.option}, which adapts whole layers"
+        return ""
 
-    def problem(self, module: nn.Module, kind: str, config: Config) -> str:
+    def why_not_on(self, module: nn.Module, kind: str, config: Config) -> str:
         """Return why the variant cannot adapt a module of this kind with these options, or "".
 
         inject puts the text between the name of the module and the advice to leave it out. A remedy in it begins with
@@ -371,80 +290,94 @@ class Variant(PeftForm):
         return {"variant": self.name}
 
     def rank(self, stored: Stored) -> int:
-        """Return r of a layer. Shared tensors in `stored` are not cut to the layer.
+        """Return r of a layer.
 
         By default return the rank of the factors from `acting`. Override this if that rank is not r.
         """
         _, b, _ = self.acting_exactly(stored, None, 1.0)
         return b.shape[1]
 
-    def fault(self, stored: Stored) -> Fault | None:
-        """Return why a layer's stored tensors are invalid, or None. All are there and have a floating point dtype."""
-        return None
+    # --- in PEFT: by default its tensors and options are the same there ---
 
-    def expected(self, stored: Stored) -> Expected:
-        """Return what a layer's tensors mean, for `merge --verify`.
-
-        Override this without calling `acting`, so that the check finds mistakes in `acting`. The default calls it, and
-        so finds none there.
-
-        Args:
-            stored: the result of of_layer.
-        """
-        wide = {leaf: value.detach().double() for leaf, value in stored.items()}
-        a, b, _ = self.acting_exactly(wide, None, 1.0)
-        return Expected([(a, b)], rounded=True)
-
-    # --- in PEFT ---
-
-    def peft_problem(self, kind: str) -> str:
+    def why_not_in_peft(self, kind: str) -> str:
         """Return why PEFT cannot express the adapter of a layer of this kind, or "". It follows the layer's name."""
-        named = {*self.peft_leaves.values(), *self.peft_shared.values(), *self.frozen}
-        if not self.peft_type or not named.issuperset(self.leaves):
+        if not self.peft_type or not {*self.peft_leaves.values(), *self.frozen}.issuperset(self.leaves):
             return f"has an adapter of the variant {self.title}, which PEFT does not have"
         if kind == low_rank.ATTENTION_OUTPUT and not self.peft_attention:
             return f"belongs to attention, which PEFT does not adapt with {self.option}"
         return ""
 
+    def peft_leaf(self, leaf: str, kind: str) -> str:
+        """Return the end of PEFT's name for a tensor of a layer of this kind; by default the first in peft_leaves."""
+        return next(theirs for theirs, ours in self.peft_leaves.items() if ours == leaf)
+
+    def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
+        """Return a layer's tensors with PEFT's values and shapes, by our leaf names.
+
+        Leave out tensors that PEFT does not store.
+
+        Args:
+            stored: by leaf name, detached.
+            place: the layer. Its kind is "" and its shapes are empty if they are not known.
+        """
+        return dict(stored)
+
+    def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
+        """Undo to_peft: return a layer's tensors by leaf name.
+
+        Raises:
+            LoRAError: the tensors do not have the form that to_peft gives them.
+        """
+        return dict(found)
+
+    def config_in_peft(self, config: Config) -> Config:
+        """Return the options for the tensors of to_peft, which may have another rank. The scalings must stay."""
+        return config
+
+    def options_to_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of adapter_config.json without peft_type, from those of an equivalent peft.LoraConfig.
+
+        Raises:
+            ValueError: PEFT's config of the variant cannot express an option. The text names it, as part of a sentence.
+        """
+        if not self.peft_fields:
+            return dict(options)
+        same = {name: options.get(name) for name in self.peft_fields}
+        return same | {theirs: options[ours] for ours, theirs in self.peft_names.items()}
+
+    def options_from_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Undo options_to_peft: return the fields of an equivalent peft.LoraConfig.
+
+        Raises:
+            ValueError: the variant cannot do what a field asks for. The text names it, as part of a sentence.
+        """
+        ours = {theirs: ours for ours, theirs in self.peft_names.items()}
+        return {ours.get(name, name): value for name, value in options.items()}
+
 
 def variant_of(config: Config) -> Variant:
     """Return the variant that a LoRAConfig asks for."""
-    known = _STARTED if config.has_start else KNOWN_VARIANTS
-    return known[config.variant]
+    return BY_OPTION[START_OPTION] if config.has_start else KNOWN_VARIANTS[config.variant]
 
 
 def variant_with(leaves: Collection[str]) -> Variant:
-    """Return the named variant that stores the most of these leaf names and, among such, the fewest others.
+    """Return the variant of layers that stores the most of these leaf names and, among such, the fewest others.
 
     Plain LoRA is returned where no variant stores any of them.
     """
     wanted = set(leaves)
-    named = [variant for variant in known_variants() if variant.name]
-    return min(named, key=lambda variant: (len(wanted.difference(variant.leaves)), len(variant.leaves)))
+    of_layers = [variant for variant in known_variants() if variant.asked_by != ROWS_OPTION]
+    return min(of_layers, key=lambda variant: (len(wanted.difference(variant.leaves)), len(variant.leaves)))
 
 
 def rows_leaf() -> str:
     """Return the leaf name of a table's trained rows."""
-    return next(variant.trained[0] for variant in known_variants() if variant.replaces_rows)
+    return BY_OPTION[ROWS_OPTION].trained[0]
 
 
 def known_variants() -> list[Variant]:
     """Return all variants, also those without a name."""
-    return list(_ALL.values())
-
-
-def equals_start(live: torch.Tensor, start: torch.Tensor, tolerance: float = 0.0) -> bool:
-    """Return whether a tensor still has its initial values, NaN included. Collective where it is sharded.
-
-    Args:
-        live: the tensor.
-        start: its initial values, computed anew.
-        tolerance: relative; for initial values whose last bits another device computes differently.
-    """
-    if live.is_meta or start.is_meta:
-        return False
-    live = full_tensor(live)
-    return bool(torch.isclose(live, start.to(live.device, live.dtype), tolerance, 0.0, equal_nan=True).all())
+    return [*KNOWN_VARIANTS.values(), *BY_OPTION.values()]
 
 
 def scaled_blocks(blocks: Iterable[LowRankBlock], scale: torch.Tensor, *, transposed: bool) -> list[LowRankBlock]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import attention, conv, dora, embedding, linear, loha, lora, starts, token_rows, vera
+from . import attention, conv, dora, embedding, linear, loha, lora, starts, token_rows
 
 LAYER_KINDS = (linear, embedding, conv, attention)
-VARIANTS = (lora, starts, dora, token_rows, vera, loha)
+VARIANTS = (lora, starts, dora, token_rows, loha)

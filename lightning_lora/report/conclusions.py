@@ -43,8 +43,7 @@ def on_norms(updates: Updates) -> str:
     left_out = len(measured) - len(norms)
     if not norms:
         return "All weights are zero or not finite, so nothing tells how far they moved"
-    scale = updates.adapter.variant.scale_title
-    unseen = f"; {scale} do not count" if scale else ""
+    unseen = "; scales do not count" if updates.adapter.variant.reads_weight else ""
     if not any(measured.values()):
         return f"{'Every' if unseen else 'Nothing has moved: every'} update is zero{unseen}"
     largest = max(norms, key=lambda cell: norms[cell])

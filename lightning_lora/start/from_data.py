@@ -20,8 +20,6 @@ from .batches import TAU, Caller, Forward, Mask, Run, call_with, learned_tokens
 from .eva import start_from_inputs
 from .lora_ga import start_from_gradients
 
-FROM_DATA = ("eva", "lora_ga")  # values of init_lora_weights
-
 log = logging.getLogger(__name__)
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
+from ..config import FROM_DATA
 from ..distributed.sharding import detached
 from ..distributed.zero import update_copies_
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel
 from ..start.batches import Caller, Run
-from ..start.from_data import FROM_DATA, start_from_batches
+from ..start.from_data import start_from_batches
 from .deepspeed_optimizer import held_parameters
 from .lightning_packages import package_of
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, LoRAError, combine, load_adapter
 from lightning_lora.adapter.adapter import Adapter
-from lightning_lora.command import write_merged
 from lightning_lora.command.info import diff, info
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.exchange.save_load import read_adapter
@@ -23,6 +22,7 @@ from lightning_lora.nn.dora import DoRA
 from lightning_lora.nn.lora import LoRA
 from lightning_lora.nn.starts import Started
 from lightning_lora.nn.variant import Variant
+from support.expected_weights import merge_and_check
 from support.small_adapters import WIDTH, small
 from support.variants import define_gated, define_halved, variants_forgotten
 
@@ -112,9 +112,7 @@ def test_peft_does_not_have_a_variant_that_does_not_say_how(tmp_path):
 def test_a_subclass_says_its_form_in_peft_itself(tmp_path):
     """It may mean another thing by the same tensors."""
     own = type("Own", (LoRA,), {"name": "own", "acting": lambda self, stored, weight, scaling: None})()
-    assert own.peft_problem("Linear") == "has an adapter of the variant own, which PEFT does not have"
-    assert type(own).expected is Variant.expected
-    assert type("Same", (LoRA,), {"name": "same"}).expected is LoRA.expected
+    assert own.why_not_in_peft("Linear") == "has an adapter of the variant own, which PEFT does not have"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +155,7 @@ def test_adapters_whose_scale_depends_on_the_weight_are_not_combined():
 def test_a_variant_is_merged_on_disk_as_its_factors_say(tmp_path, define: Any):
     adapter = adapter_of(define()())
     torch.save(as_checkpoint(adapter), tmp_path / "a.ckpt")
-    merge_on_disk(base_file(tmp_path), tmp_path / "a.ckpt", tmp_path / "o.safetensors", check=True)
+    merge_and_check(base_file(tmp_path), tmp_path / "a.ckpt", tmp_path / "o.safetensors")
     before, after = small().state_dict(), load_file(tmp_path / "o.safetensors")
     for layer in ("one", "two"):
         weight = before[f"{layer}.weight"]
@@ -168,18 +166,6 @@ def test_a_variant_is_merged_on_disk_as_its_factors_say(tmp_path, define: Any):
             expected *= scale[:, None]
         torch.testing.assert_close(after[f"{layer}.weight"], expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(after["three.weight"], before["three.weight"])
-
-
-def test_a_result_without_the_scale_of_a_variant_is_found_by_verify(tmp_path, monkeypatch):
-    torch.save(as_checkpoint(adapter_of(define_halved()())), tmp_path / "a.ckpt")
-    applied = write_merged.WeightUpdate.applied
-
-    def without_scale(update: write_merged.WeightUpdate, rows: torch.Tensor, first: int) -> torch.Tensor:
-        return applied(replace(update, blocks=[block._replace(scale=None) for block in update.blocks]), rows, first)
-
-    monkeypatch.setattr(write_merged.WeightUpdate, "applied", without_scale)
-    with pytest.raises(LoRAError, match="differs from what base and adapter give"):
-        merge_on_disk(base_file(tmp_path), tmp_path / "a.ckpt", tmp_path / "o.safetensors", check=True)
 
 
 def test_tensors_of_another_size_than_the_weight_are_not_merged(tmp_path):
@@ -207,6 +193,6 @@ def test_a_convolution_of_an_adapter_without_options_is_merged(tmp_path):
     torch.save(base.state_dict(), tmp_path / "base.pt")
     a, b = torch.randn(2, 3, 2), torch.randn(4, 2, 1)
     torch.save({"0.lora_A": a, "0.lora_B": b}, tmp_path / "a.pt")
-    merge_on_disk(tmp_path / "base.pt", tmp_path / "a.pt", tmp_path / "o.pt", lora_alpha=4, check=True)
+    merge_and_check(tmp_path / "base.pt", tmp_path / "a.pt", tmp_path / "o.pt", lora_alpha=4)
     expected = base[0].weight + 2 * (b.flatten(1) @ a.flatten(1)).view(4, 3, 2)
     torch.testing.assert_close(torch.load(tmp_path / "o.pt")["0.weight"], expected.detach())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoHaConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -105,7 +105,6 @@ TABLE = {
     "LoRA, dropout": Row({"lora_dropout": 0.1}, partial(LoraConfig, lora_dropout=0.1)),
     "DoRA": Row({"use_dora": True}, partial(LoraConfig, use_dora=True)),
     "PiSSA (peft: plain)": Row({"init_lora_weights": "pissa"}),
-    "VeRA": Row({"variant": "vera"}, VeraConfig),
     "LoHa": Row({"variant": "loha"}, LoHaConfig),
     "a variant of your own": Row({"variant": "gated"}, None),
     "LoRA, Conv1D": Row(network=chain(lambda: Conv1D(WIDTH, WIDTH)), peft=partial(LoraConfig, fan_in_fan_out=True)),

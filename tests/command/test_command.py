@@ -30,6 +30,7 @@ from lightning_lora import (
 )
 from lightning_lora.command.main import VERBS, main
 from lightning_lora.nn.adapted_weights import adapted_layers
+from support.expected_weights import check_merge_command
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.models import checkpoint as checkpoint_of
 from support.notices import quiet_peers
@@ -187,16 +188,17 @@ def test_an_exported_checkpoint_has_the_networks_names(tmp_path, capsys):
     torch.testing.assert_close(logits(read_by_peft("llama", tmp_path / "folder")), logits(lit.network.eval()))
 
 
-def test_merge_command_writes_verifies_and_names_what_it_left_out(tmp_path, capsys):
+def test_merge_command_writes_and_names_what_it_left_out(tmp_path, capsys):
     base = tmp_path / "base"
     model("llama").save_pretrained(base, max_shard_size="12KB")
     (base / "model.gguf").write_bytes(b"x")
     ours("llama", tmp_path / "adapter")
     given = ["--base", base, "--adapter", tmp_path / "adapter", "--output", tmp_path / "out"]
-    shown = call(capsys, "merge", *given, "--verify", "--dtype=bfloat16", "--max-shard-size", "10GB")
+    shown = call(capsys, "merge", *given, "--dtype=bfloat16", "--max-shard-size", "10GB")
+    check_merge_command(*given, "--dtype=bfloat16")
     left_out, wrote = shown.splitlines()
     assert left_out == "left out, because it holds weights that are not merged: model.gguf"
-    assert wrote == f"wrote {tmp_path / 'out'}, verified"
+    assert wrote == f"wrote {tmp_path / 'out'}"
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
     assert "pass --overwrite" in refused(capsys, "merge", *given)
     assert "'5 pounds' is no size" in refused(capsys, "merge", *given, "--overwrite", "--max-shard-size=5 pounds")
@@ -406,23 +408,6 @@ def test_max_shard_size_bounds_the_largest_file(tmp_path, capsys):
     assert len(files) > 3
     assert max(sizes) <= 12_000 < sizes[0] + sizes[1]
     assert_same_tensors(tensors_of(tmp_path / "out"), load_file(tmp_path / "one" / "model.safetensors"))
-
-
-def test_merge_with_verify_finds_what_a_bad_disk_wrote(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
-    """A disk that spoils a value is found out with the option alone, and then nothing is left."""
-    from lightning_lora.command import write_merged
-
-    save_file(Net().state_dict(), tmp_path / "base.safetensors")
-    inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS))
-    save_adapter(net, tmp_path / "adapter")
-    honest = write_merged.as_bytes
-    monkeypatch.setattr(write_merged, "as_bytes", lambda rows: honest(rows + 0.01 if rows.dim() == 2 else rows))
-    given = ["--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter", "--output"]
-    assert call(capsys, "merge", *given, tmp_path / "a.safetensors") == f"wrote {tmp_path / 'a.safetensors'}\n"
-    assert "differs from what base and adapter give" in refused(
-        capsys, "merge", *given, tmp_path / "b.safetensors", "--verify"
-    )
-    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "adapter", "base.safetensors"]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -65,7 +65,6 @@ CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("diff", "--json"): ("diff IN/base IN/tuned", "--json", "printed"),
     ("merge", "--dtype"): (MERGE, "--dtype=float16", "files"),
     ("merge", "--max-shard-size"): (MERGE, "--max-shard-size=60", "files"),
-    ("merge", "--verify"): (MERGE, "--verify", "printed"),
     ("merge", "--overwrite"): (f"{MERGE} --dtype=float64", "--overwrite", "status"),
     ("merge", "--strict-base"): (MERGE.replace("IN/base", "IN/other"), "--strict-base=false", "status"),
     ("merge", "--rename"): (MERGE.replace("IN/base", "IN/renamed"), "--rename trunk=body", "status"),

@@ -173,12 +173,12 @@ def with_storages_exchanged(pickled: bytes) -> bytes:
 def test_merge_into_a_checkpoint_whose_tensors_name_records_in_another_order_is_right_or_refused(
     tmp_path: Path, capsys: Any, adapter: Path
 ):
-    """An adapter without a fingerprint would be added to the wrong tensor, and --verify would look there too."""
+    """An adapter without a fingerprint would be added to the wrong tensor, and a comparison would look there too."""
     spoil(adapter, lambda tensors: None, keep_header=False)
     repickle(tmp_path / "base.pt", with_storages_exchanged)
     read = torch.load(tmp_path / "base.pt", weights_only=True)
     assert torch.equal(read["two.weight"], small().three.weight)
-    status = main([str(arg) for arg in merging(tmp_path, adapter, "base.pt", "--verify")])
+    status = main([str(arg) for arg in merging(tmp_path, adapter, "base.pt")])
     if status:
         assert "base.pt" in capsys.readouterr().err
         return
@@ -195,7 +195,7 @@ def with_a_smaller_storage(pickled: bytes) -> bytes:
 def test_merge_into_a_checkpoint_that_torch_cannot_read_is_refused(
     tmp_path: Path, capsys: Any, adapter: Path, damage: str
 ):
-    """The result would be as unreadable as the base, and --verify would not find it."""
+    """The result would be as unreadable as the base."""
     base = tmp_path / "base.pt"
     if damage == "record header":
         with zipfile.ZipFile(base) as archive:
@@ -207,7 +207,7 @@ def test_merge_into_a_checkpoint_that_torch_cannot_read_is_refused(
         repickle(base, with_a_smaller_storage)
     with pytest.raises(RuntimeError):
         torch.load(base, weights_only=True)
-    assert "base.pt" in refused(capsys, *merging(tmp_path, adapter, "base.pt", "--verify"))
+    assert "base.pt" in refused(capsys, *merging(tmp_path, adapter, "base.pt"))
 
 
 @pytest.mark.parametrize("record", ["data/0", "data/1"])

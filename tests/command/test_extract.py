@@ -14,8 +14,8 @@ from torch import nn
 from lightning_lora import LoRAError, load_adapter
 from lightning_lora.command.extract import _factors, extract
 from lightning_lora.command.main import main
-from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.weights import open_weights
+from support.expected_weights import merge_and_check
 from support.notices import quiet_peers
 from support.peers import logits, model, read_by_peft, seeded
 
@@ -67,7 +67,7 @@ def test_extract_keeps_a_change_of_the_rank_whole(tmp_path, capsys, name: str):
     after = tuned(name, 3, others)
     shown = run(tmp_path, capsys, name, after, *args)
     assert "kept 100.00% of the squared norm of the change" in shown
-    merge_on_disk(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors", check=True)
+    merge_and_check(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors")
     found = load_file(tmp_path / "out.safetensors")
     for key, value in after.state_dict().items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)

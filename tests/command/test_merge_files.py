@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAConfig, LoRAError, inject, merged_state_dict, save_adapter
+from lightning_lora import LoRAConfig, inject, merged_state_dict, save_adapter
 from lightning_lora.command.convert import to_lightning
 from lightning_lora.command.merge import merge_on_disk
+from support.expected_weights import merge_and_check
 from support.notices import quiet_peers
 from support.peers import Fused, base_folder, fill_, in_memory, logits, model, ours, seeded, tensors_of, theirs
 
@@ -43,7 +44,7 @@ def files_of(path: Path) -> list[Path]:
 def test_a_folder_is_merged_as_in_memory_and_keeps_the_rest(tmp_path, name: str, dtype: torch.dtype):
     base, out = base_folder(name, tmp_path / "base", dtype), tmp_path / "out"
     theirs(name, tmp_path / "adapter")
-    assert merge_on_disk(base, tmp_path / "adapter", out, check=True) == []
+    assert merge_and_check(base, tmp_path / "adapter", out) == []
     before, after = tensors_of(base), tensors_of(out)
     expected = in_memory(name, tmp_path / "adapter", dtype)
     for key, tensor in after.items():
@@ -101,7 +102,7 @@ def test_the_classifier_and_biases_of_an_adapter_replace_the_bases(tmp_path):
     base = tmp_path / "base"
     model("bert").save_pretrained(base)  # type: ignore[operator]
     theirs("bert", tmp_path / "adapter", target_modules=["query", "value"])
-    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", check=True)
+    merge_and_check(base, tmp_path / "adapter", tmp_path / "out")
     expected = in_memory("bert", tmp_path / "adapter")
     for key, tensor in tensors_of(tmp_path / "out").items():
         assert torch.equal(tensor, expected[key]), key
@@ -111,7 +112,7 @@ def test_the_classifier_and_biases_of_an_adapter_replace_the_bases(tmp_path):
 def test_merge_of_one_safetensors_file_equals_that_in_memory(tmp_path):
     save_file(model("convolutions").state_dict(), tmp_path / "base.safetensors", {"format": "pt", "mine": "kept"})
     ours("convolutions", tmp_path / "adapter")
-    merge_on_disk(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors", check=True)
+    merge_and_check(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors")
     expected = in_memory("convolutions", tmp_path / "adapter")
     found = load_file(tmp_path / "out.safetensors")
     assert found.keys() == expected.keys()
@@ -124,7 +125,7 @@ def test_every_kind_of_layer_is_merged_as_peft_names_it(tmp_path):
     """peft's names and shapes alone, without our header: attention, embedding and convolutions of each dimension."""
     save_file(model("convolutions").state_dict(), tmp_path / "base.safetensors")
     theirs("convolutions", tmp_path / "adapter")
-    merge_on_disk(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors", check=True)
+    merge_and_check(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors")
     expected = in_memory("convolutions", tmp_path / "adapter")
     found = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -142,7 +143,7 @@ def test_merge_of_parts_of_a_fused_projection_equals_that_in_memory(tmp_path, pa
     expected = merged_state_dict(net)
     for source in ("adapter", "adapter.ckpt"):
         out = tmp_path / f"{source}.safetensors"
-        merge_on_disk(tmp_path / "base.safetensors", tmp_path / source, out, check=True)
+        merge_and_check(tmp_path / "base.safetensors", tmp_path / source, out)
         for key, value in load_file(out).items():
             torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
 
@@ -152,7 +153,7 @@ def test_merge_of_parts_of_a_fused_projection_equals_that_in_memory(tmp_path, pa
 def test_merge_into_another_dtype_rounds_once(tmp_path, before: torch.dtype, dtype: torch.dtype):
     base = base_folder("llama", tmp_path / "base", before)
     net = ours("llama", tmp_path / "adapter")
-    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", dtype=dtype, check=True)
+    merge_and_check(base, tmp_path / "adapter", tmp_path / "out", dtype=dtype)
     exact = {key: value.double() for key, value in tensors_of(base).items()}
     for key, layer in net.named_modules():
         if hasattr(layer, "lora_A"):
@@ -187,7 +188,7 @@ def test_merge_into_other_shards_holds_the_same_tensors(tmp_path, size: int, fil
     base = base_folder("llama", tmp_path / "base")
     ours("llama", tmp_path / "adapter")
     merge_on_disk(base, tmp_path / "adapter", tmp_path / "a")
-    merge_on_disk(base, tmp_path / "adapter", tmp_path / "b", max_shard_bytes=size, check=True)
+    merge_and_check(base, tmp_path / "adapter", tmp_path / "b", max_shard_bytes=size)
     one, other = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -219,7 +220,7 @@ def test_unmerged_weights_in_other_files_are_left_out(tmp_path):
     assert (tmp_path / "out" / "sub" / "notes.txt").exists()
 
 
-def test_merge_with_check_finds_a_wrong_value(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_the_reference_finds_a_wrong_value_in_a_merged_file(tmp_path, monkeypatch: pytest.MonkeyPatch):
     from lightning_lora.command import write_merged
 
     base = base_folder("llama", tmp_path / "base", torch.bfloat16)
@@ -237,6 +238,5 @@ def test_merge_with_check_finds_a_wrong_value(tmp_path, monkeypatch: pytest.Monk
 
     for which in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
         monkeypatch.setattr(write_merged, "new_rows", wrong(which, 2**-6))
-        with pytest.raises(LoRAError, match=f"verify: '{which}' differs from what base and adapter give"):
-            merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", check=True)
-        assert not (tmp_path / "out").exists()
+        with pytest.raises(AssertionError, match=f"'{which}' differs from what base and adapter give"):
+            merge_and_check(base, tmp_path / "adapter", tmp_path / "out", overwrite=True)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict, save_adapter, save_merged
 from lightning_lora.command.merge import merge_on_disk
+from support.expected_weights import check_merge_command, merge_and_check
 from support.notices import TORCH_NOTICES, quiet_peers
 from support.peers import call, fill_, refused, seeded
 from support.pretrained import (
@@ -56,7 +57,7 @@ VIT_NAMES = (
 def test_merge_into_a_folder_with_other_names_than_the_modules_loads_as_the_merged_model(tmp_path, family: str):
     network = base_and_adapter(tmp_path, FAMILIES[family])
     assert not load_file(tmp_path / "base" / "model.safetensors").keys() >= {n for n, _ in network.named_parameters()}
-    merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", check=True)
+    merge_and_check(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert_loads_as(tmp_path / "out", network)
 
 
@@ -65,7 +66,7 @@ def test_merge_of_what_was_trained_whole_loads_as_the_merged_model(tmp_path):
     with torch.no_grad():
         network.vit.layers[0].attention.o_proj.weight.add_(1)
     save_adapter(network, tmp_path / "adapter")
-    merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", check=True)
+    merge_and_check(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert_loads_as(tmp_path / "out", network)
 
 
@@ -196,7 +197,8 @@ def test_rename_merges_a_lone_file_by_expressions_one_after_the_other(tmp_path, 
     file = tmp_path / "base" / "model.safetensors"
     given = ["merge", "--base", file, "--adapter", tmp_path / "adapter", "--output", tmp_path / "out.safetensors"]
     assert "--rename OLD=NEW" in refused(capsys, *given)
-    call(capsys, *given, "--verify", "--rename", *VIT_NAMES)
+    call(capsys, *given, "--rename", *VIT_NAMES)
+    check_merge_command(*given, "--rename", *VIT_NAMES)
     (tmp_path / "out.safetensors").replace(file)
     assert_loads_as(tmp_path / "base", network)
 

@@ -1,4 +1,4 @@
-"""Merging weights that an adapter holds whole beside their factors, and --verify, which computes them apart."""
+"""Merging weights that an adapter holds whole beside their factors, and the reference, which computes them apart."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_lora import (
     save_merged,
 )
 from lightning_lora.command import merge
-from lightning_lora.command.merge import merge_on_disk
+from support.expected_weights import merge_and_check
 from support.notices import quiet_peers
 from support.peers import SMALL, ConvNet, Fused, close, seeded, spread_, tensors_of
 from support.tables import ROWS as TRAINED_ROWS
@@ -83,7 +83,7 @@ def test_an_adapted_table_that_was_resized_is_merged_into_a_sharded_folder_as_in
     spread_(net)
     save_adapter(net, tmp_path / "a")
     resized(tied, 2, tmp_path / "small").save_pretrained(tmp_path / "base", max_shard_size="8KB")
-    merge_on_disk(tmp_path / "base", tmp_path / "a", tmp_path / "o", check=True)
+    merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
     found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "o").eval()
     close(outputs(found), outputs(net))
     save_merged(net, tmp_path / "m")
@@ -102,7 +102,7 @@ def test_a_resized_table_of_pefts_folder_is_merged_as_peft_does(tmp_path):
     spread_(net)
     net.save_pretrained(str(tmp_path / "a"))
     resized(False, 1, tmp_path / "small").save_pretrained(tmp_path / "base")
-    merge_on_disk(tmp_path / "base", tmp_path / "a", tmp_path / "o", check=True)
+    merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
     found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "o").eval()
     close(outputs(found), outputs(net.eval()))
 
@@ -115,7 +115,7 @@ def test_a_resized_and_adapted_table_that_is_tied_is_refused(tmp_path):
     save_adapter(net, tmp_path / "a")
     resized(True, 2, tmp_path / "small").save_pretrained(tmp_path / "base")
     with pytest.raises(LoRAError, match=r"'model.embed_tokens.weight' is also tied to the other end of the model"):
-        merge_on_disk(tmp_path / "base", tmp_path / "a", tmp_path / "o", check=True)
+        merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 
@@ -188,7 +188,7 @@ def trained(case: str, path: Path) -> nn.Module:
 @pytest.mark.parametrize("case", WHOLE)
 def test_an_unfrozen_weight_of_an_adapted_layer_is_merged_as_in_memory(tmp_path, case: str):
     expected = merged_state_dict(trained(case, tmp_path))
-    merge_on_disk(tmp_path / "base.safetensors", tmp_path / "a.ckpt", tmp_path / "o.safetensors", check=True)
+    merge_and_check(tmp_path / "base.safetensors", tmp_path / "a.ckpt", tmp_path / "o.safetensors")
     found = load_file(tmp_path / "o.safetensors")
     assert found.keys() == expected.keys()
     for name, value in found.items():
@@ -197,10 +197,10 @@ def test_an_unfrozen_weight_of_an_adapted_layer_is_merged_as_in_memory(tmp_path,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", WHOLE)
-def test_a_result_in_another_dtype_passes_verify(tmp_path, case: str, dtype: torch.dtype):
+def test_a_result_in_another_dtype_is_rounded_once(tmp_path, case: str, dtype: torch.dtype):
     expected = merged_state_dict(trained(case, tmp_path))
     out = tmp_path / "o.safetensors"
-    merge_on_disk(tmp_path / "base.safetensors", tmp_path / "a.ckpt", out, check=True, dtype=dtype)
+    merge_and_check(tmp_path / "base.safetensors", tmp_path / "a.ckpt", out, dtype=dtype)
     for name, value in load_file(out).items():
         wide = 2 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
         torch.testing.assert_close(value.double(), expected[name].double(), rtol=wide, atol=wide)
@@ -211,7 +211,7 @@ def test_names_given_with_rename_reach_a_weight_that_is_held_whole(tmp_path):
     base = load_file(tmp_path / "base.safetensors")
     save_file({f"old.{name}": value for name, value in base.items()}, tmp_path / "old.safetensors")
     out = tmp_path / "o.safetensors"
-    merge_on_disk(tmp_path / "old.safetensors", tmp_path / "a.ckpt", out, check=True, rename=[r"^old\.="])
+    merge_and_check(tmp_path / "old.safetensors", tmp_path / "a.ckpt", out, rename=[r"^old\.="])
     for name, value in load_file(out).items():
         torch.testing.assert_close(value, expected[name.removeprefix("old.")], rtol=2e-7, atol=1e-7)
 
@@ -265,7 +265,7 @@ BROKEN: dict[str, tuple[str, str, Damage]] = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_verify_finds_a_plan_that_is_broken(tmp_path, monkeypatch: pytest.MonkeyPatch, how: str):
+def test_the_reference_finds_a_plan_that_is_broken(tmp_path, monkeypatch: pytest.MonkeyPatch, how: str):
     case, name, damage = BROKEN[how]
     trained(case, tmp_path)
     honest = merge.plan_updates
@@ -277,35 +277,17 @@ def test_verify_finds_a_plan_that_is_broken(tmp_path, monkeypatch: pytest.Monkey
         return {key: update for key, update in changed.items() if update is not None}
 
     monkeypatch.setattr(merge, "plan_updates", plan_updates)
-    with pytest.raises(LoRAError, match=f"merge --verify: '{name}' differs from what base and adapter give"):
-        merge_on_disk(tmp_path / "base.safetensors", tmp_path / "a.ckpt", tmp_path / "o.safetensors", check=True)
-    assert not (tmp_path / "o.safetensors").exists()
+    with pytest.raises(AssertionError, match=f"'{name}' differs from what base and adapter give"):
+        merge_and_check(tmp_path / "base.safetensors", tmp_path / "a.ckpt", tmp_path / "o.safetensors")
 
 
-def test_verify_finds_a_part_of_the_adapter_that_is_in_no_tensor(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """As where names are brought together wrongly, which plan and reference share."""
-    trained("linear", tmp_path)
-    honest = merge.fit_to_base
-
-    def fit_to_base(*args: Any, **options: Any) -> Any:
-        fitted = honest(*args, **options)
-        files = {f"other.{name}": file for name, file in fitted.files.items()}
-        locations = {name: fitted.base.locations[file] for name, file in files.items()}
-        return replace(fitted, base=replace(fitted.base, locations=locations), files=files)
-
-    monkeypatch.setattr(merge, "fit_to_base", fit_to_base)
-    monkeypatch.setattr(merge, "plan_updates", lambda *args, **options: {})
-    with pytest.raises(LoRAError, match="merge --verify: 'linear' of the adapter is in no tensor of the result"):
-        merge_on_disk(tmp_path / "base.safetensors", tmp_path / "a.ckpt", tmp_path / "o.safetensors", check=True)
-
-
-def test_tables_with_trained_rows_that_were_resized_are_verified(tmp_path):
+def test_tables_with_trained_rows_that_were_resized_are_merged(tmp_path):
     net = resized(False, 1, tmp_path / "small")
     inject(net, LoRAConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, ROWS - 1]))
     spread_(net)
     save_adapter(net, tmp_path / "a")
     resized(False, 2, tmp_path / "small").save_pretrained(tmp_path / "base")
-    merge_on_disk(tmp_path / "base", tmp_path / "a", tmp_path / "o", check=True)
+    merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
     assert torch.equal(
         tensors_of(tmp_path / "o")["model.embed_tokens.weight"], merged_state_dict(net)["model.embed_tokens.weight"]
     )

@@ -18,6 +18,7 @@ from lightning_lora import LoRAError
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.safetensors import TensorLocation
 from lightning_lora.files.weights import Weights
+from support.expected_weights import merge_and_check
 from support.notices import quiet_peers
 from support.peers import SMALL, base_folder, in_memory, model, ours, tensors_of, theirs
 from support.pretrained import assert_loads_as, base_and_adapter
@@ -49,14 +50,14 @@ def test_merge_into_a_tied_embedding_is_refused_in_a_folder(
     config |= {} if tied is None else {"tie_word_embeddings": tied}
     (base / "config.json").write_text(json.dumps(config))
     ours("gpt2", tmp_path / "adapter", target_modules=["wpe", "c_attn"])
-    merge_on_disk(base, tmp_path / "adapter", tmp_path / "good", check=True)
+    merge_and_check(base, tmp_path / "adapter", tmp_path / "good")
     ours("gpt2", tmp_path / "tied", target_modules=["wte"])
     if refused:
         with pytest.raises(LoRAError, match=r"'transformer\.wte\.weight' is also tied to the other end"):
             merge_on_disk(base, tmp_path / "tied", tmp_path / "out")
         assert not (tmp_path / "out").exists()
     else:
-        merge_on_disk(base, tmp_path / "tied", tmp_path / "out", check=True)
+        merge_and_check(base, tmp_path / "tied", tmp_path / "out")
 
 
 def square_gpt2() -> Any:
@@ -72,7 +73,7 @@ def square_llama() -> Any:
 @pytest.mark.parametrize(("build", "norm"), [(square_gpt2, "ln_f"), (square_llama, "norm")])
 def test_only_the_embedding_is_tied_in_a_model_as_wide_as_its_vocabulary(tmp_path, build: Callable[[], Any], norm: str):
     network = base_and_adapter(tmp_path, build, modules_to_save=[norm])
-    merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", check=True)
+    merge_and_check(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert_loads_as(tmp_path / "out", network)
     table = {"ln_f": "wte", "norm": "embed_tokens"}[norm]
     base_and_adapter(tmp_path / "tied", build, target_modules=[table])
@@ -94,7 +95,7 @@ def test_gpt2s_square_weights_are_turned_as_the_adapter_says(tmp_path, flag: boo
         with pytest.raises(LoRAError, match=r"'transformer\.h\.0\.attn\.c_proj' is square.*contradicted by"):
             merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
     else:
-        merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", check=True)
+        merge_and_check(base, tmp_path / "adapter", tmp_path / "out")
         expected = in_memory("gpt2", tmp_path / "adapter")
         assert all(torch.equal(expected[key], value) for key, value in tensors_of(tmp_path / "out").items())
 

@@ -12,10 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_lora.command.merge import merge_on_disk
-from lightning_lora.command.write_merged import verify_result
-from lightning_lora.files.weights import open_weights
-from support.peers import base_folder, call, ours, refused
-from support.small_adapters import merging, small, write_small_adapter
+from support.peers import base_folder, call, ours
+from support.small_adapters import small, write_small_adapter
 
 
 @pytest.fixture
@@ -40,22 +38,6 @@ def test_merge_to_another_dtype_or_sharding_aligns_every_tensor(tmp_path: Path, 
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         sizes = {name: tensor.itemsize for name, tensor in load_file(file).items()}
         assert {name for name, size in sizes.items() if header[name]["data_offsets"][0] % size} == set()
-
-
-def test_verify_of_a_wrong_dtype_says_which_was_expected(
-    tmp_path: Path, capsys: Any, adapter: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """That of --dtype, not the base's."""
-
-    def verify_spoiled(job: Any, result: Any) -> None:
-        save_file({name: tensor.double() for name, tensor in load_file(result.path).items()}, result.path)
-        verify_result(job, open_weights(result.path))
-
-    monkeypatch.setattr("lightning_lora.command.merge.verify_result", verify_spoiled)
-    args = merging(tmp_path, adapter, "base.safetensors", "--verify", "--dtype=float16")
-    shown = refused(capsys, *args)
-    assert "is torch.float64" in shown
-    assert "expected torch.float16" in shown
 
 
 def test_merge_opens_its_base_once(tmp_path):

@@ -15,6 +15,7 @@ from lightning_lora.command.info import diff
 from lightning_lora.command.main import main
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.weights import open_weights
+from support.expected_weights import merge_and_check
 from support.models import randomise_, same
 from support.quantised import OF_BITSANDBYTES, network, quantised
 
@@ -62,7 +63,7 @@ def test_plain_weights_beside_quantised_ones_are_merged(tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     save_file(before, tmp_path / "base.safetensors")
     path = adapter(tmp_path / "adapter", model, target_modules=["4"])
-    merge_on_disk(tmp_path / "base.safetensors", path, tmp_path / "out.safetensors", check=True)
+    merge_and_check(tmp_path / "base.safetensors", path, tmp_path / "out.safetensors")
     merged = load_file(tmp_path / "out.safetensors")
     assert {name for name in merged if not same(merged[name], before[name])} == {"4.weight"}
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict, save_adapter
+from support.expected_weights import check_merge_command
 from support.models import checkpoint
 from support.notices import quiet_peers
 from support.peers import SMALL, call, fill_, refused, seeded
@@ -44,7 +45,8 @@ def test_a_folder_is_merged_as_in_memory(tmp_path, tied: bool, dtype: torch.dtyp
     llama(tied).to(dtype).save_pretrained(tmp_path / "base")
     save_adapter(ours := adapted(llama(tied).to(dtype), [5, 17, 63]), tmp_path / "a")
     base = ("--base", tmp_path / "base")
-    call(capsys, "merge", *base, "--adapter", tmp_path / "a", "--output", tmp_path / "o", "--verify")
+    call(capsys, "merge", *base, "--adapter", tmp_path / "a", "--output", tmp_path / "o")
+    check_merge_command(*base, "--adapter", tmp_path / "a", "--output", tmp_path / "o")
     assert_same(found := load_file(tmp_path / "o" / "model.safetensors"), merged_state_dict(ours))
     assert ("lm_head.weight" in found) != tied
     net = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "o")
@@ -55,7 +57,8 @@ def test_a_folder_is_merged_as_in_memory(tmp_path, tied: bool, dtype: torch.dtyp
     )
     (tmp_path / "base" / "model.safetensors").unlink()
     (tmp_path / "both.safetensors").rename(tmp_path / "base" / "model.safetensors")
-    call(capsys, "merge", *base, "--adapter", tmp_path / "a", "--output", tmp_path / "p", "--verify")
+    call(capsys, "merge", *base, "--adapter", tmp_path / "a", "--output", tmp_path / "p")
+    check_merge_command(*base, "--adapter", tmp_path / "a", "--output", tmp_path / "p")
     assert_same(load_file(tmp_path / "p" / "model.safetensors"), merged_state_dict(ours))
 
 
@@ -90,7 +93,8 @@ def test_files_that_hold_both_ends_of_a_tie_are_merged_at_both(tmp_path, form: s
     content: dict[str, Any] = {"state_dict": net.state_dict(), "epoch": 0, "global_step": 0}
     write(net, content, "adapter")
     torch.save(content, checkpoint)
-    call(capsys, "merge", "--base", base, "--adapter", checkpoint, "--output", output, "--verify")
+    call(capsys, "merge", "--base", base, "--adapter", checkpoint, "--output", output)
+    check_merge_command("--base", base, "--adapter", checkpoint, "--output", output)
     found = load_file(output) if form == "safetensors" else torch.load(output, weights_only=True)
     assert_same(found, merged_state_dict(net))
     assert torch.equal(found["head.weight"][list(ROWS)], net.get_parameter("emb.lora_rows").detach())
@@ -182,7 +186,8 @@ def test_a_resized_table_is_written_whole_with_its_rows(tmp_path, capsys):
     save_adapter(ours := adapted(resized(1), [3, 69]), tmp_path / "a")
     resized(2).save_pretrained(tmp_path / "larger")
     arguments = ("--base", tmp_path / "larger", "--adapter", tmp_path / "a", "--output", tmp_path / "o")
-    call(capsys, "merge", *arguments, "--verify")
+    call(capsys, "merge", *arguments)
+    check_merge_command(*arguments)
     assert_same(load_file(tmp_path / "o" / "model.safetensors"), merged_state_dict(ours))
 
 
@@ -202,27 +207,29 @@ def test_a_table_that_peft_saved_with_more_rows_than_the_base_has_is_refused(tmp
 
 
 @pytest.mark.parametrize("form", ["folder", "checkpoint"])
-def test_rows_of_both_ends_of_a_tie_pass_verify_where_the_base_holds_one(tmp_path, form: str, capsys):
+def test_rows_of_both_ends_of_a_tie_are_right_where_the_base_holds_one(tmp_path, form: str, capsys):
     llama(True).save_pretrained(tmp_path / "base")
     ours = adapted(llama(True), [5, 63])
     save_adapter(ours, tmp_path / "folder")
     torch.save(checkpoint(ours, "adapter"), tmp_path / "checkpoint")
     files = ("--base", tmp_path / "base", "--adapter", tmp_path / form, "--output", tmp_path / "o")
-    call(capsys, "merge", *files, "--verify")
+    call(capsys, "merge", *files)
+    check_merge_command(*files)
     assert_same(load_file(tmp_path / "o" / "model.safetensors"), merged_state_dict(ours))
 
 
-def test_a_bias_of_a_head_with_trained_rows_stays_and_passes_verify(tmp_path, capsys):
+def test_a_bias_of_a_head_with_trained_rows_stays_as_it_is(tmp_path, capsys):
     """It has as many values as the table has rows."""
     torch.save(seeded(lambda: Net(bias=True)).state_dict(), tmp_path / "base.pt")
     ours = adapted(seeded(lambda: Net(bias=True)), {"head": [1, 2]}, "body")
     torch.save(checkpoint(ours, "adapter"), tmp_path / "a.ckpt")
     files = ("--base", tmp_path / "base.pt", "--adapter", tmp_path / "a.ckpt", "--output", tmp_path / "o.pt")
-    call(capsys, "merge", *files, "--verify")
+    call(capsys, "merge", *files)
+    check_merge_command(*files)
     assert_same(torch.load(tmp_path / "o.pt", weights_only=True), merged_state_dict(ours))
 
 
-def test_a_bias_beside_a_tied_table_stays_and_passes_verify(tmp_path, capsys):
+def test_a_bias_beside_a_tied_table_stays_as_it_is(tmp_path, capsys):
     def bert() -> Any:
         return seeded(lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)))
 
@@ -230,7 +237,8 @@ def test_a_bias_beside_a_tied_table_stays_and_passes_verify(tmp_path, capsys):
     ours = adapted(bert(), {"word_embeddings": [5, 63]}, "query")
     torch.save(checkpoint(ours, "adapter"), tmp_path / "a.ckpt")
     files = ("--base", tmp_path / "base", "--adapter", tmp_path / "a.ckpt", "--output", tmp_path / "o")
-    call(capsys, "merge", *files, "--verify")
+    call(capsys, "merge", *files)
+    check_merge_command(*files)
     found = load_file(tmp_path / "o" / "model.safetensors")
     assert "cls.predictions.bias" in found
     assert_same(found, merged_state_dict(ours))

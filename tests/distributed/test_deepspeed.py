@@ -181,7 +181,6 @@ CASES = {
     "DoRA": Case(lora={"use_dora": True}),
     "PiSSA": Case(lora={"init_lora_weights": "pissa"}),
     "LoRA-GA": Case(lora={"init_lora_weights": "lora_ga"}),
-    "VeRA": Case(lora={"variant": "vera", "lora_alpha": 8}),
     "gradient clipping": Case(trainer={"gradient_clip_val": 0.1}),
     "stage 3, LoRA+, groups cut": Case(stage=3, model="Plus", strategy=config(3, sub_group_size=20, **ALL_DIVIDED)),
     "stage 3, all on the CPU": Case(

@@ -172,7 +172,6 @@ CASES = {
     "rows of a tied table": Case(rows_of("body"), {"tied": True}),
     "tied weight": Case({"target_modules": ["body", "embed"]}, {"tied": True}),
     "parts": Case({"target_modules": ["head"], "enable_lora": {"head": [True, False, True]}}),
-    "VeRA": Case({"variant": "vera", "lora_alpha": 8}),
     "LoHa": Case({"variant": "loha", "r": 1}),
     "merge_after_fit": Case({"merge_after_fit": True}),
     "divided at once": Case({"target_modules": ["body", "head"]}, BUILT),

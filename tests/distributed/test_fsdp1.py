@@ -207,7 +207,6 @@ CASES = {
     ),
     "DoRA": Case(lora={"use_dora": True}),
     "PiSSA": Case(LAYERS, lora={"init_lora_weights": "pissa"}),
-    "VeRA": Case(LAYERS, lora={"variant": "vera"}),
     "LoHa": Case(lora={"variant": "loha", "r": 1}),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_lora import load_adapter, load_from_checkpoint, merge_and_unload, save_adapter
-from lightning_lora.command.merge import merge_on_disk
+from support.expected_weights import merge_and_check
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.recorders import Recorder
 from support.runs import lora
@@ -85,7 +85,7 @@ def test_command_merges_into_a_checkpoint_with_the_segments_of_a_wrapper(tmp_pat
     model = Compiled.load_from_checkpoint(tmp_path / "base.ckpt", **PLAIN_TYPES_ONLY)
     make_trainer(tmp_path, lora()).fit(model, Data())
     save_adapter(model, tmp_path / "adapter")
-    merge_on_disk(tmp_path / "base.ckpt", tmp_path / "adapter", tmp_path / "merged.ckpt", check=True)
+    merge_and_check(tmp_path / "base.ckpt", tmp_path / "adapter", tmp_path / "merged.ckpt")
     merged = Compiled.load_from_checkpoint(tmp_path / "merged.ckpt", strict=True, **PLAIN_TYPES_ONLY)
     merge_and_unload(model)
     assert_same_tensors(dict(merged.state_dict()), dict(model.state_dict()))

@@ -165,7 +165,7 @@ MISFITS = {
         _with("body.0.lora_B", torch.zeros(2, 8)),
         r"'body.0': A \(2, 8\) and B \(2, 8\) do not share a rank",
     ),
-    "a scalar": (_with("body.0.lora_B", torch.tensor(1.0)), r"body.0.lora_B'"),
+    "a scalar": (_with("body.0.lora_B", torch.tensor(1.0)), r"'body.0': A .* and B \(\) are no pair"),
     "no tensor": (_with("body.3.lora_A", "text"), r"body.3.lora_A'"),  # type: ignore[arg-type]
     "head of another shape": (_with("head.weight", torch.zeros(4, 8)), "head.weight' must have shape"),
     "nan": (_filled("body.0.lora_B", float("nan")), "body.0.lora_B' holds NaN or Inf"),

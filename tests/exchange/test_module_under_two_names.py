@@ -22,8 +22,8 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.command.convert import to_lightning, to_peft
-from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.model.adapted_model import open_model
+from support.expected_weights import merge_and_check
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.models import checkpoint
 from support.peers import fill_, seeded
@@ -175,7 +175,7 @@ def test_merge_changes_both_names_of_a_base_file(tmp_path, form: str, case: str)
         torch.save(plain.state_dict(), base)
     else:
         save_file({name: value.clone() for name, value in plain.state_dict().items()}, base)
-    merge_on_disk(base, folder(net, tmp_path), out, check=True)
+    merge_and_check(base, folder(net, tmp_path), out)
     merged = torch.load(out) if form == "pt" else load_file(out)
     assert torch.equal(merged["first.weight"], merged["second.weight"])
     plain.load_state_dict(merged)

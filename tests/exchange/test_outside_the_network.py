@@ -18,8 +18,8 @@ from torch import nn
 from lightning_lora import LoRAError, load_adapter, save_adapter, unload
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.command.info import diff, info
-from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.command.output import MODEL_FOLDER
+from support.expected_weights import merge_and_check
 from support.models import trace
 from support.runs import lora
 from support.training import CLASSES, FEATURES, Data, Net, assert_same_tensors, inputs, make_trainer, own_random_stream
@@ -146,8 +146,8 @@ def test_command_reads_converts_and_merges_a_folder_with_tensors_outside_the_net
         assert_same_tensors(dict(loaded.state_dict()), dict(tuned.state_dict()))
     torch.save(Contrast().state_dict(), tmp_path / "base.pt")
     torch.save(Contrast().network.state_dict(), tmp_path / "network.pt")
-    merge_on_disk(tmp_path / "base.pt", folder, tmp_path / "merged.pt", check=True)
-    merge_on_disk(tmp_path / "network.pt", folder, tmp_path / "merged_network.pt", check=True)
+    merge_and_check(tmp_path / "base.pt", folder, tmp_path / "merged.pt")
+    merge_and_check(tmp_path / "network.pt", folder, tmp_path / "merged_network.pt")
     assert_same_tensors(outside(merged := plain(Contrast(), tmp_path / "merged.pt")), outside(tuned))
     for network in (merged.network, plain(Contrast().network, tmp_path / "merged_network.pt")):
         torch.testing.assert_close(network_outputs(network), network_outputs(tuned.network))

@@ -27,11 +27,11 @@ from lightning_lora import (
 )
 from lightning_lora.adapter.renaming import by_network_names
 from lightning_lora.command.convert import to_lightning, to_peft
-from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.exchange.save_load import read_adapter
 from lightning_lora.files.safetensors import read_safetensors
 from lightning_lora.formats.peft_folder import HEADER_KEY
 from lightning_lora.formats.peft_reading import FROZEN
+from support.expected_weights import merge_and_check
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.notices import quiet_peers
 from support.peers import TENSORS
@@ -174,7 +174,7 @@ def combined(path: Path, tied: bool) -> torch.Tensor:
 def merged_on_disk(path: Path, tied: bool) -> torch.Tensor:
     plain = Net(tied)
     torch.save(plain.state_dict(), path / "base.pt")
-    merge_on_disk(path / "base.pt", path / "folder", path / "out.pt", check=True)
+    merge_and_check(path / "base.pt", path / "folder", path / "out.pt")
     plain.load_state_dict(torch.load(path / "out.pt"))
     return answers(plain)
 

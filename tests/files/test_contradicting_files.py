@@ -1,24 +1,21 @@
-"""Files that contradict themselves: short records, damaged results, and ties in config.json."""
+"""Files that contradict themselves: short records, damaged tensors, and ties in config.json."""
 
 from __future__ import annotations
 
 import json
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter, unload
-from lightning_lora.command.main import main
-from lightning_lora.command.write_merged import verify_result
 from lightning_lora.files.torch_archive import read_torch_file
-from lightning_lora.files.weights import open_weights
+from support.expected_weights import check_merge_command
 from support.peers import call, refused
 
 ROWS, COLUMNS, RANK, ALPHA = 5, 7, 2, 4.0
@@ -119,113 +116,6 @@ def test_merge_into_a_damaged_file_is_refused_and_info_reads_no_tensor_of_it(tmp
     call(capsys, "info", tmp_path / "base.pt")
 
 
-# --- merge --verify, from both sides ---
-
-Change = Callable[[dict[str, torch.Tensor]], object]
-SUFFIXES = {"folder": "", "safetensors": ".safetensors", "torch": ".pt"}
-
-
-def state_of(path: Path) -> dict[str, torch.Tensor]:
-    file = path / "model.safetensors" if path.is_dir() else path
-    return torch.load(file, weights_only=True) if file.suffix == ".pt" else load_file(file)
-
-
-def write_state(state: dict[str, torch.Tensor], path: Path) -> None:
-    if path.suffix == ".pt":
-        torch.save(state, path)
-        return
-    if not path.suffix:
-        path.mkdir(exist_ok=True)
-    save_file(state, path if path.suffix else path / "model.safetensors")
-
-
-def verified(
-    path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: Change,
-    form: str = "safetensors",
-    dtype: torch.dtype | None = None,
-) -> int:
-    """The status of `merge --verify` where `change` acts on the result between writing and reading it again."""
-    state = {"one.weight": torch.randn(ROWS, COLUMNS), "two.weight": torch.randn(9), "count": torch.tensor([4, 5])}
-    base, out = path / f"base{SUFFIXES[form]}", path / f"out{SUFFIXES[form]}"
-    write_state({name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in state.items()}, base)
-    write_adapter(path / "adapter")
-
-    def verify_spoiled(job: Any, result: Any) -> None:
-        written = state_of(result.path)
-        change(written)
-        write_state(written, result.path)
-        verify_result(job, open_weights(result.path))
-
-    monkeypatch.setattr("lightning_lora.command.merge.verify_result", verify_spoiled)
-    given = ["--base", base, "--adapter", path / "adapter", "--output", out]
-    status = main(["merge", *map(str, given), "--verify"])
-    assert out.exists() == (status == 0)
-    return status
-
-
-def add(name: str, amount: float) -> Change:
-    return lambda state: state[name].view(-1)[3:4].add_(amount)
-
-
-def step(name: str, steps: int) -> Change:
-    """Move one value by that many values of its dtype."""
-    return lambda state: (
-        state[name].view({4: torch.int32, 2: torch.int16}[state[name].itemsize]).view(-1)[3:4].add_(steps)
-    )
-
-
-def cast(name: str, dtype: torch.dtype) -> Change:
-    return lambda state: state.update({name: state[name].to(dtype)})
-
-
-WRONG: dict[str, tuple[str, Change]] = {
-    "merged value off by 1e-4": ("'one.weight' differs", add("one.weight", 1e-4)),
-    "merged value off by 1e-5": ("'one.weight' differs", add("one.weight", -1e-5)),
-    "other value off by one step": ("'two.weight' differs", step("two.weight", 1)),
-    "whole number off by one": ("'count' differs", lambda state: state["count"].add_(1)),
-    "NaN": ("'one.weight' differs", add("one.weight", float("nan"))),
-    "tensor missing": ("'two.weight' is in only one", lambda state: state.pop("two.weight")),
-    "tensor too many": ("'three' is in only one", lambda state: state.update(three=torch.ones(2))),
-    "wider dtype": ("'one.weight' is torch.float64", cast("one.weight", torch.float64)),
-    "narrower dtype": ("'one.weight' is torch.bfloat16", cast("one.weight", torch.bfloat16)),
-    "dtype of another tensor": ("'two.weight' is torch.float64", cast("two.weight", torch.float64)),
-    "another shape": ("'one.weight' is torch.float32 (7, 5)", lambda s: s["one.weight"].resize_(7, 5)),
-}
-
-
-@pytest.mark.parametrize("form", ["folder", "safetensors", "torch"])
-@pytest.mark.parametrize("case", WRONG)
-def test_verify_of_a_spoiled_result_names_the_tensor_and_leaves_nothing(
-    tmp_path, capsys, monkeypatch: pytest.MonkeyPatch, case: str, form: str
-):
-    message, change = WRONG[case]
-    assert verified(tmp_path, monkeypatch, change, form) == 1
-    assert f"verify: {message}" in capsys.readouterr().err
-
-
-ROUNDED: dict[str, tuple[torch.dtype, Change]] = {
-    "as written": (torch.float32, lambda state: None),
-    "float32, one step up": (torch.float32, step("one.weight", 1)),
-    "float32, one step down": (torch.float32, step("one.weight", -1)),
-    "bfloat16, as written": (torch.bfloat16, lambda state: None),
-}
-
-
-@pytest.mark.parametrize("case", ROUNDED)
-def test_verify_of_a_result_that_rounding_explains_accepts_it(tmp_path, monkeypatch: pytest.MonkeyPatch, case: str):
-    dtype, change = ROUNDED[case]
-    assert verified(tmp_path, monkeypatch, change, dtype=dtype) == 0
-
-
-@pytest.mark.parametrize("steps", [-2, 2])
-def test_verify_of_a_16_bit_result_that_is_two_steps_off_refuses_it(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, steps: int
-):
-    assert verified(tmp_path, monkeypatch, step("one.weight", steps), dtype=torch.bfloat16) == 1
-
-
 # --- ties and vocabulary that only the inner config names ---
 
 VOCAB, WIDTH = 11, 4
@@ -267,4 +157,5 @@ def test_merge_into_an_embedding_whose_text_config_ties_it_is_refused(
         assert "'embed.weight' is also tied to the other end of the model" in shown
         assert not (tmp_path / "b").exists()
     else:
-        call(capsys, *given, tmp_path / "embed", "--output", tmp_path / "b", "--verify")
+        call(capsys, *given, tmp_path / "embed", "--output", tmp_path / "b")
+        check_merge_command(*given, tmp_path / "embed", "--output", tmp_path / "b")

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from lightning_lora import LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
 from lightning_lora.command.convert import to_lightning
 from lightning_lora.command.info import diff, info
-from lightning_lora.command.merge import merge_on_disk
+from support.expected_weights import merge_and_check
 from support.fuzz_reference import (
     Source,
     assert_changes,
@@ -175,7 +175,7 @@ def load(name: str) -> Callable[[Path], None]:
 def merge(base: str, adapter: str, output: str) -> Callable[[Path], None]:
     def act(path: Path) -> None:
         found = info(path / base)
-        merge_on_disk(path / base, path / adapter, path / output, check=True)
+        merge_and_check(path / base, path / adapter, path / output)
         weights = weights_in(path / base)
         if found["kind"] == "weights":  # and not what a name makes it look like
             assert found["parameters"] == sum(tensor.numel() for tensor in weights.values())

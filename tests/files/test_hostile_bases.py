@@ -18,6 +18,7 @@ from lightning_lora import LoRAError, save_adapter
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.model_folder import is_plain_name
 from lightning_lora.files.safetensors import read_header
+from support.expected_weights import merge_and_check
 from support.models import bits
 from support.notices import quiet_peers
 from support.peers import model, ours, theirs
@@ -182,7 +183,7 @@ def test_a_model_in_hugging_faces_cache_is_all_links_and_is_read(tmp_path, base:
     for i, file in enumerate(sorted(base.iterdir())):
         shutil.move(file, blobs / str(i))
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
-    merge_on_disk(snapshot, tmp_path / "adapter", tmp_path / "out", check=True)
+    merge_and_check(snapshot, tmp_path / "adapter", tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in snapshot.iterdir()}
 

@@ -95,7 +95,7 @@ SPOILED: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = {
     "two ranks": (r"A \(3, 8, 3\) and B \(8, 2, 1\) do not share a rank", lambda t: t.update({A: zeros(3, 8, 3)})),
     "another width": (r"'conv\.lora_A' must have shape \(2, 8, 3\), but has", lambda t: t.update({A: zeros(2, 9, 3)})),
     "rank 0": (r"do not share a rank", lambda t: t.update({A: zeros(0, 8, 3), B: zeros(8, 0, 1)})),
-    "a vector": (r"two dimensions or more", lambda t: t.update({A: zeros(2)})),
+    "a vector": (r"A \(2,\) and B .* are no pair", lambda t: t.update({A: zeros(2)})),
     "one too many": (r"'nowhere\.weight'", lambda t: t.update({f"{ROOT}nowhere.weight": zeros(2)})),
     "a layer too many": (
         r"'nowhere'",

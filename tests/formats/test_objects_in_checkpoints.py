@@ -21,6 +21,7 @@ from lightning_lora.command.convert import to_peft
 from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.torch_archive import read_torch_file
+from support.expected_weights import merge_and_check
 from support.lightning_versions import ANY_OBJECTS
 from support.models import bits
 from support.training import CLASSES, FEATURES, Data, Net, assert_same_tensors, make_trainer, outputs, own_random_stream
@@ -194,7 +195,7 @@ def test_merge_into_a_base_checkpoint_with_objects_keeps_them(tmp_path):
     model.load_state_dict(base.state_dict())
     make_trainer(tmp_path, LoRACallback(r=2)).fit(model, Data())
     save_adapter(model, adapter)
-    merge_on_disk(file, adapter, tmp_path / "out.ckpt", check=True)
+    merge_and_check(file, adapter, tmp_path / "out.ckpt")
     assert not unpickled
     merged = WithObjects.load_from_checkpoint(tmp_path / "out.ckpt", **ANY_OBJECTS)
     assert merged.hparams["shade"] is Shade.DARK

@@ -459,3 +459,12 @@ def test_modules_that_are_called_like_factors_are_saved_and_loaded(tmp_path, ini
     torch.testing.assert_close(again(x), net(x), rtol=0, atol=0)
     theirs = peft.PeftModel.from_pretrained(seeded(NamedLikeFactors), tmp_path)
     torch.testing.assert_close(theirs(x), net(x), rtol=0, atol=1e-6)
+
+
+def test_a_folder_of_another_method_is_refused_by_name(tmp_path):
+    config = peft.VeraConfig(r=2, target_modules=["0"])
+    peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).save_pretrained(str(tmp_path))
+    with pytest.raises(LoRAError, match=r"peft_type is 'VERA', only 'LOHA', 'LORA' is read"):
+        load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path)
+    with pytest.raises(LoRAError, match=r"expected a peft\.LoraConfig, found a VeraConfig"):
+        LoRAConfig.from_peft(config)

@@ -74,7 +74,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "an expression": {"target_modules": r"(body\.)?q|body\.v"},
     "a fused projection": {"enable_lora": {"body.v": [True, False, True]}},
     "LoHa": {"variant": "loha", "r": 3},
-    "VeRA": {"variant": "vera", "lora_alpha": 8},
 }
 
 

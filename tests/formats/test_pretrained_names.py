@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
-from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.formats.pretrained_names import _renaming
+from support.expected_weights import merge_and_check
 from support.notices import TORCH_NOTICES, quiet_peers
 from support.peers import TENSORS, close, fill_, seeded
 from support.peers import model as peer_model
@@ -110,7 +110,7 @@ def test_merge_into_a_folder_takes_the_earlier_and_the_present_names(tmp_path, f
     load_adapter(model, tmp_path / "then")
     save_adapter(model, tmp_path / "now")
     for name in ("then", "now"):
-        merge_on_disk(tmp_path / "base", tmp_path / name, tmp_path / f"merged-{name}", check=True)
+        merge_and_check(tmp_path / "base", tmp_path / name, tmp_path / f"merged-{name}")
         close(logits(type(model).from_pretrained(tmp_path / f"merged-{name}").eval()), expected)
 
 

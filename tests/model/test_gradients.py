@@ -121,7 +121,6 @@ START: list[dict[str, Any]] = [
     {},
     {"init_lora_weights": "pissa"},
     {"use_dora": True},
-    {"variant": "vera"},
     {"variant": "loha"},
 ]
 
@@ -212,7 +211,7 @@ def skipping(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
 
 
 @pytest.mark.parametrize("begin", [accumulated, warming_up, skipping])
-@pytest.mark.parametrize("variant", ["lora", "dora", "vera", "loha"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "loha"])
 @pytest.mark.parametrize("end", ENDS)
 def test_a_right_loop_that_begins_slowly_warns_of_nothing(tmp_path, end: str, variant: str, begin: Any):
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))

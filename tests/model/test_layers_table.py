@@ -170,9 +170,8 @@ RSLORA = {"use_rslora": True, "r": 4, "lora_alpha": 3}
 EVA, GA = STARTS | {"init_lora_weights": "eva"}, STARTS | {"init_lora_weights": "lora_ga"}
 BOTH = STARTS | {"init_lora_weights": FROM_DATA}
 PLUS = "LoRA+"  # an optimizer's groups, no option of the adapter
-VERA = {"target_modules": ["inner"], "variant": "vera", "lora_alpha": 8}  # its default
 LOHA = {"target_modules": ["inner"], "variant": "loha"}
-OF_METHOD = {"r": 2, "target_modules": ["inner"], "init_weights": False}  # peft's options of these two
+OF_METHOD = {"r": 2, "target_modules": ["inner"], "init_weights": False}  # peft's options
 DORA = {"target_modules": ["inner"], "use_dora": True}
 PARTS = {"target_modules": ["inner"], "enable_lora": {"inner": [True, False, True]}}
 QUANTISED = {
@@ -303,13 +302,6 @@ ROWS = [
         {"target_modules": ["linear"], "use_dora": True},
         "DoRA",
         theirs=None,
-    ),
-    *(
-        Row(layer, inner(build), x, VERA, "VeRA", theirs=OF_METHOD | others, method=peft.VeraConfig)
-        for layer, build, x, others in (
-            ("nn.Linear", lambda: nn.Linear(8, 6), floats(3, 8), {}),
-            ("transformers' Conv1D", lambda: Conv1D(6, 8), floats(3, 8), {"fan_in_fan_out": True}),
-        )
     ),
     *(
         Row(layer, inner(build), x, LOHA, "LoHa", theirs=OF_METHOD | {"alpha": 3}, method=peft.LoHaConfig)

@@ -27,7 +27,7 @@ from lightning_lora import (
 )
 from lightning_lora.command.convert import to_lightning
 from lightning_lora.command.info import diff, info
-from lightning_lora.command.merge import merge_on_disk
+from support.expected_weights import merge_and_check
 from support.models import checkpoint
 
 FEW, MANY = 6, 24
@@ -85,8 +85,8 @@ def steps(count: int, form: str, path: Path) -> dict[str, Callable[[], Any]]:
         "under a prefix": lambda: load_adapter(nn.ModuleDict({"network": inner}), path / "folder"),
         "import": lambda: to_lightning(path / "folder", path / "imported.ckpt"),
         "PEFT's folder": lambda: load_adapter(third, without_our_header(path / "folder", peft)),
-        "merge a file": lambda: merge_on_disk(path / "base.safetensors", peft, path / "o.safetensors", check=True),
-        "merge a checkpoint": lambda: merge_on_disk(path / "base.pt", path / "folder", path / "out.pt", check=True),
+        "merge a file": lambda: merge_and_check(path / "base.safetensors", peft, path / "o.safetensors"),
+        "merge a checkpoint": lambda: merge_and_check(path / "base.pt", path / "folder", path / "out.pt"),
         "info": lambda: info(path / "folder"),
         "diff": lambda: diff(path / "folder", path / "imported.ckpt"),
         "unload": lambda: unload(bare),

@@ -33,12 +33,10 @@ LOOKED_UP = [name for name in CASES if "embedding" in name]  # no dropout, as in
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa"},
-    "vera": {"variant": "vera", "lora_alpha": 8, "variant_options": {"d_initial": 1.0}},
     "quantised": {},
 }
 WITH_OPTIONS = {
     "pissa": ("linear", "linear, three axes", "transformers Conv1D"),
-    "vera": ("linear", "linear, three axes", "transformers Conv1D"),
     "quantised": ("linear", "linear, one vector", "linear, three axes", "fused, outer parts"),
 }
 KINDS = {name: case for name, case in CASES.items() if name not in LOOKED_UP and "embedding" not in name}
@@ -123,11 +121,6 @@ def make(kind: str, dtype: torch.dtype) -> Made:
 def change(made: Made, case: Case, factors: dict[str, torch.Tensor], features: torch.Tensor | None) -> torch.Tensor:
     """s * B @ A as the layer stores it; with a mask of A's columns, where the layer runs on W'."""
     layer, plain = made.model.layer, made.plain.layer
-    if "variant" in case.options:
-        shapes = plain.weight.T.shape if isinstance(plain, Conv1D) else plain.weight.shape
-        a, b = layer.lora_vera_A.detach().double(), layer.lora_vera_B.detach().double()
-        product = factors["lora_vera_b"][:, None] * b[: shapes[0]] * factors["lora_vera_d"] @ a[:, : shapes[1]]
-        return product.T if isinstance(plain, Conv1D) else product
     a, b = factors["lora_A"], factors["lora_B"]
     delta = matrix(plain, a if features is None else a * features, b, case.parts)
     if "init_lora_weights" in case.options:

@@ -50,6 +50,7 @@ class Squares(Variant):
     name, title = "own-squares", "squares"
     trained, frozen = (SQUARE,), (INSIDE_A, INSIDE_B)
     own_options = {"size": 0.0}  # noqa: RUF012
+    follows_weight = True
 
     def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
         a, b = place.factor_shapes()
@@ -60,6 +61,9 @@ class Squares(Variant):
         r = place.rank
         square = torch.full((r, r), place.options["size"])
         return {SQUARE: square, INSIDE_A: right[:r], INSIDE_B: left[:, :r] @ values[:r].diag()}
+
+    def is_initial(self, stored: Any, place: Any) -> bool:
+        return bool((stored[SQUARE] == place.options["size"]).all())
 
     def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
         return stored[SQUARE] @ stored[INSIDE_A], stored[INSIDE_B], None
@@ -222,6 +226,21 @@ def test_an_option_of_its_own_reaches_its_start():
     assert torch.equal(model.head.lora_own_square, torch.full((2, 2), 0.5))
 
 
+def test_a_base_loaded_later_is_what_an_untrained_one_starts_from_and_a_trained_one_stays():
+    torch.manual_seed(5)
+    other = nn.Sequential(nn.Linear(6, 4))
+    base = copy.deepcopy(other).state_dict()
+    inject(other, config := LoRAConfig(variant="own-squares", r=2, target_modules=["0"]))
+    inject(model := nn.Sequential(nn.Linear(6, 4)), config)
+    model.load_state_dict(base)
+    assert_same_tensors(adapter_state_dict(model), adapter_state_dict(other))
+    with torch.no_grad():
+        model[0].lora_own_square.add_(1)
+    trained = {name: value.clone() for name, value in adapter_state_dict(model).items()}
+    model.load_state_dict({name: value + 1 for name, value in base.items()})
+    assert_same_tensors(adapter_state_dict(model), trained)
+
+
 @each
 def test_the_summary_names_it(name):
     assert lightning_lora_variant(name).title in str(summary(filled(name)))
@@ -296,9 +315,7 @@ def test_an_unknown_name_is_an_error_with_near_misses_and_the_remedy():
         LoRAConfig(variant="own_squares")
 
 
-def test_a_name_or_a_leaf_that_is_taken_is_refused():
-    with pytest.raises(ValueError, match=r"'own-squares' is .*Squares"):
-        type("Other", (Variant,), {"name": "own-squares", "trained": ("lora_other",)})
+def test_a_leaf_of_another_prefix_is_refused():
     with pytest.raises(ValueError, match="'other_leaf' must begin with 'lora_'"):
         type("Other", (Variant,), {"name": "own-other", "trained": ("other_leaf",)})
 

@@ -27,7 +27,7 @@ from lightning_lora import (
 from lightning_lora.model import merging
 from lightning_lora.nn import linear, starts
 from lightning_lora.nn.adapted_weights import adapted_layers
-from lightning_lora.nn.starts import leading_vectors, start_factors
+from lightning_lora.nn.starts import start_factors
 from support import layers, parameters
 from support.layers import same_bits
 
@@ -73,34 +73,18 @@ def test_exact_pissa_is_exact_on_a_weight_without_decay():
     assert (b @ a - best).norm() < 1e-12 * best.norm()
 
 
-@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_leading_vectors_for_other_variants_are_those_of_the_svd(shape, dtype):
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        left, values, right = leading_vectors(weight, R, 0, "variant='own'")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert (left.dtype, values.dtype, right.dtype) == (wide, wide, wide)
-    close = {"rtol": 0, "atol": 100 * torch.finfo(wide).eps}
-    torch.testing.assert_close(left.T @ left, torch.eye(R, dtype=wide), **close)
-    torch.testing.assert_close(right @ right.T, torch.eye(R, dtype=wide), **close)
-    torch.testing.assert_close(values.double(), torch.linalg.svdvals(weight.double())[:R], rtol=1e-6, atol=0)
-    best = truncated(weight, R)
-    assert (left * values @ right - best).norm() < 100 * torch.finfo(wide).eps * best.norm()
-
-
 @pytest.mark.parametrize(
     ("weight", "said"),
     [
-        (torch.ones(4, 6, device="meta"), r"needs the values .* or choose another variant"),
+        (torch.ones(4, 6, device="meta"), r"needs the values .* or choose another init_lora_weights"),
         (torch.ones(4, 6), "needs r of at most 4 for a weight of 4 by 6, but r is 5"),
         (torch.full((8, 8), torch.nan), "needs finite weights"),
     ],
     ids=["meta", "small", "NaN"],
 )
-def test_leading_vectors_that_cannot_be_computed_are_refused_by_the_callers_option(weight, said):
-    with pytest.raises(LoRAError, match=f"^variant='own' {said}"):
-        leading_vectors(weight, 5, 0, "variant='own'")
+def test_a_weight_that_cannot_be_decomposed_is_refused_by_the_option(weight, said):
+    with pytest.raises(LoRAError, match=f"^init_lora_weights='pissa' {said}"):
+        start_factors(weight, 5, 1.0, "pissa", 0)
 
 
 @pytest.mark.parametrize("shape", [(512, 600), (600, 512)], ids=str)
@@ -573,9 +557,6 @@ def test_weights_without_values_are_refused_with_the_remedy():
         model = net()
     with pytest.raises(LoRAError, match=r"'0': .*on the meta device; inject after the weights are loaded"):
         inject_start(model)
-    model = inject_start(net()).to("meta")
-    with pytest.raises(LoRAError, match=r"'0': .*no values after to_empty; inject after"):
-        model.to_empty(device="cpu")
 
 
 def test_weights_that_are_not_finite_are_refused():

@@ -30,10 +30,10 @@ from lightning_lora import (
 )
 from lightning_lora import load_adapter as apply_adapter
 from lightning_lora import take_adapter as adapter_of_model
-from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.model import merging
 from lightning_lora.model.token_tables import TokenTables
 from lightning_lora.nn.adapted_weights import adapted_layers
+from support.expected_weights import merge_and_check
 from support.layers import same_bits
 from support.models import checkpoint
 from support.tables import (
@@ -572,7 +572,7 @@ def test_rows_take_the_place_of_rows_that_are_not_finite(tmp_path, tied: bool, d
         assert same_bits(net.emb.weight, before)
     assert torch.equal(merged_state_dict(net)["emb.weight"], expected)
     torch.save(checkpoint(net, "adapter"), tmp_path / "a.ckpt")
-    merge_on_disk(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "out.pt", check=True)
+    merge_and_check(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "out.pt")
     assert torch.equal(torch.load(tmp_path / "out.pt")["emb.weight"], expected)
     merge_and_unload(net)
     assert torch.equal(net.emb.weight, expected)

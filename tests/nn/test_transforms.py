@@ -117,7 +117,6 @@ CASES = {
     "linear": Case(linear, rows),
     "linear, DoRA": Case(linear, rows, {"use_dora": True}),
     "linear, PiSSA": Case(linear, rows, {"init_lora_weights": "pissa"}),
-    "linear, VeRA": Case(linear, rows, {"variant": "vera"}),
     "linear, LoHa": Case(linear, rows, {"variant": "loha"}),
     "linear, fused": Case(linear, rows, {"enable_lora": {"0": [True, False]}}),
     "linear, fused, PiSSA": Case(linear, rows, {"enable_lora": {"0": [True, False]}, "init_lora_weights": "pissa"}),

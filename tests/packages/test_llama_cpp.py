@@ -116,7 +116,6 @@ FORMS = {
     "PiSSA": Form({"init_lora_weights": "pissa"}),
     "DoRA": Form({"use_dora": True}, ("tensors",), "refused"),
     "LoHa": Form({"variant": "loha"}, ("fields", "tensors"), "refused"),
-    "VeRA": Form({"variant": "vera"}, ("fields", "tensors"), "refused"),
     "biases": Form({"target_modules": ["dense"], "bias": "lora_only"}, ("tensors",), "refused", neox),
     "embedding": Form(EMBEDDING, ("embedding",)),
     "tied embedding": Form(EMBEDDING, ("embedding",), "refused", tied_llama),
@@ -154,7 +153,6 @@ PLAIN = {
         "init_lora_weights": "pissa",
     },
     "LoHa": {"variant": "loha"},
-    "VeRA": {"variant": "vera"},
     "embedding": {**EMBEDDING, "use_rslora": True},
 }
 

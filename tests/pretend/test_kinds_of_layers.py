@@ -25,7 +25,6 @@ KINDS = ("linear", "linear, three axes", "transformers Conv1D", "conv2d", "conv1
 OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # and the kinds of layers that take them
     "PiSSA": ({"init_lora_weights": "pissa"}, KINDS[:5]),
     "OLoRA": ({"init_lora_weights": "olora"}, KINDS[:5]),
-    "VeRA": ({"variant": "vera", "lora_alpha": 8}, KINDS[:3]),
     "LoHa": ({"variant": "loha"}, (*KINDS[:2], *KINDS[3:5])),
     "own": ({"variant": "gated"}, KINDS[:3]),
     "rsLoRA with biases": ({"use_rslora": True, "bias": "lora_only"}, KINDS),

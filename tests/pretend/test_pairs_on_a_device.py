@@ -11,7 +11,7 @@ from test_pairs import COLUMN_OF, NO_PAIR, PAIRS, ROW_OF, outcome, page_outcomes
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
 ]
-ROWS = ("LoRA", "DoRA", "PiSSA", "EVA", "rows", "parameters", "VeRA", "LoHa", "most of it at once")
+ROWS = ("LoRA", "DoRA", "PiSSA", "EVA", "rows", "parameters", "LoHa", "most of it at once")
 COLUMNS = (  # what a device meets
     *("bfloat16", "autocast", "cast while merged", "start", "steps", "W unfrozen", "base edited", "lora_dropout"),
     *("adapter", "merged, while merged", "full", "PEFT folder", "swap, merged", "taken while merged", "deepcopy"),

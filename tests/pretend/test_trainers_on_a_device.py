@@ -29,7 +29,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PiSSA": {"init_lora_weights": "pissa"},
     "EVA": {"init_lora_weights": "eva"},
     "LoRA-GA": {"init_lora_weights": "lora_ga"},
-    "VeRA": {"variant": "vera"},
     "LoHa": {"variant": "loha"},
     "LoRA, dropout": {"lora_dropout": 0.2},
 }

@@ -45,7 +45,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "DoRA": {"use_dora": True},
     "PiSSA": {"init_lora_weights": "pissa", "target_modules": ["conv", "body.0", "body.3"]},
-    "VeRA": {"variant": "vera", "target_modules": ["body.0", "body.3"]},
     "LoHa": {"variant": "loha", "bias": "none", "target_modules": ["conv", "body.0", "body.3"]},
     "rows": {"target_modules": ["body.0", "body.3"], "trainable_token_indices": {"embed": [1, 4]}},
 }

@@ -44,13 +44,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "DoRA": {"use_dora": True},
     "PiSSA": {"init_lora_weights": "pissa", "target_modules": ["conv", "first", "second", "last"]},
-    "VeRA": {"variant": "vera", "target_modules": ["first", "second", "last"]},
     "LoHa": {"variant": "loha", "target_modules": ["conv", "first", "second", "last"]},
     "own": {"variant": "gated", "target_modules": ["first", "second", "last"]},
     "parameters": {"target_modules": ["first", "second"], "target_parameters": ["last.weight"]},
     "rows": {"target_modules": ["first", "second", "last"], "trainable_token_indices": {"table": [1, 4]}},
 }
-DROPPING = ("LoRA", "DoRA", "PiSSA", "VeRA", "own", "rows")  # the others take no lora_dropout
+DROPPING = ("LoRA", "DoRA", "PiSSA", "own", "rows")  # the others take no lora_dropout
 COMPILED = [pytest.param(name, marks=() if name in ("LoRA", "DoRA") else pytest.mark.slow) for name in VARIANTS]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -93,9 +93,9 @@ def test_title_of_norms_says_what_does_not_count():
     )
     magnitudes = Adapter({"layers.0.q_proj.lora_magnitude": torch.ones(20)})
     dora = replace(of_norms(1.0), adapter=magnitudes)
-    assert conclusions.on_norms(dora) == "q_proj of layer 0 moved by 10% of its weight; magnitudes do not count"
+    assert conclusions.on_norms(dora) == "q_proj of layer 0 moved by 10% of its weight; scales do not count"
     still = replace(of_norms(0.0), adapter=magnitudes)
-    assert conclusions.on_norms(still) == "Every update is zero; magnitudes do not count"
+    assert conclusions.on_norms(still) == "Every update is zero; scales do not count"
 
 
 def spectrum(share: float, rank: int = 4) -> tuple[float, ...]:

@@ -111,52 +111,7 @@ LOHA = Method(
     ("peft_type", "r", "alpha", "rank_pattern", "alpha_pattern", "init_weights", "use_effective_conv2d"),
 )
 
-VERA_LAYERS = ["one", "two", "third"]  # (9, 6), (7, 9) and (8, 7)
-VERA_SHAPES = {"one": (9, 6), "two": (7, 9), "third": (8, 7), "head": (5, 4)}
-VERA_LEAVES = {"vera_lambda_b": "lora_vera_b", "vera_lambda_d": "lora_vera_d"}
-VERA_FOLDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # peft's options, and what LoRAConfig is then
-    "plain": ({}, {}),
-    "initial d, key": (
-        {"d_initial": 0.01, "projection_prng_key": 7},
-        {"variant_options": {"d_initial": 0.01, "projection_prng_key": 7}},
-    ),
-    "dropout": ({"vera_dropout": 0.25}, {"lora_dropout": 0.25}),
-    "biases of adapted layers": ({"bias": "vera_only"}, {"bias": "lora_only"}),
-    "all biases": ({"bias": "all"}, {"bias": "all"}),
-    "modules_to_save": ({"modules_to_save": ["head"]}, {"modules_to_save": ["head"]}),
-    "random start": ({"init_weights": False}, {"init_lora_weights": False}),
-    "an expression": ({"target_modules": "one|two"}, {"target_modules": "one|two"}),
-}
-
-
-def vera_reference(model: Any, name: str) -> torch.Tensor:
-    """W' of a layer in float64, from the definition."""
-    layer = model.get_submodule(name)
-    out, inputs = VERA_SHAPES[name]
-    a, b, d, diagonal = (
-        getattr(layer, leaf).detach().double() for leaf in ("lora_vera_A", "lora_vera_B", "lora_vera_d", "lora_vera_b")
-    )
-    delta = diagonal[:, None] * b[:out] @ (d[:, None] * a[:, :inputs])
-    weight = layer.weight.detach().double()
-    merged: torch.Tensor = weight + (delta if weight.shape == (out, inputs) and name != "third" else delta.T)
-    return merged
-
-
-VERA = Method(
-    peft.VeraConfig,
-    {"variant": "vera", "r": 3, "target_modules": VERA_LAYERS},
-    {"r": 3, "target_modules": VERA_LAYERS, "fan_in_fan_out": True},
-    VERA_LEAVES,
-    VERA_LAYERS,
-    vera_reference,
-    VERA_FOLDERS,
-    (
-        *("peft_type", "r", "d_initial", "projection_prng_key", "vera_dropout", "bias", "save_projection"),
-        "init_weights",
-    ),
-)
-
-METHODS = {"loha": LOHA, "vera": VERA}
+METHODS = {"loha": LOHA}
 
 
 def ours(method: Method, model: Any = None, **options: Any) -> Any:

@@ -165,9 +165,7 @@ class Naive:
         self.shell = Small(self.base["embed.weight"].shape[1]).double()
 
     def scaling(self, name: str) -> float:
-        """Return s: alpha / r, or alpha / sqrt(r) of rsLoRA, by the patterns' values; VeRA has none."""
-        if self.options.get("variant") == "vera":
-            return 1.0
+        """Return s: alpha / r, or alpha / sqrt(r) of rsLoRA, by the patterns' values."""
         r = (self.options.get("rank_pattern") or {}).get(name, self.options["r"])
         alpha = (self.options.get("alpha_pattern") or {}).get(name, self.options["lora_alpha"])
         return float(alpha / (math.sqrt(r) if self.options.get("use_rslora") else r))
@@ -228,13 +226,6 @@ def product(a: torch.Tensor, b: torch.Tensor, shape: torch.Size, parts: Iterable
     return torch.cat([zeros if pair is None else pair[1] @ pair[0] for pair in products])
 
 
-def vera_delta(name: str, shape: torch.Size, values: Tensors) -> torch.Tensor:
-    """Return diag(b) B diag(d) A; the first of the layers that share A and B holds them."""
-    a, b = (next(v for key, v in values.items() if key.endswith(f".lora_vera_{leaf}")) for leaf in "AB")
-    rows, columns = (values[f"{name}.lora_vera_{leaf}"] for leaf in "bd")
-    return rows[:, None] * (b[: shape[0]] @ (columns[:, None] * a[:, : shape[1]]))
-
-
 def loha_delta(name: str, shape: torch.Size, values: Tensors) -> torch.Tensor:
     """Return the elementwise product of two products of factors."""
     first_a, first_b, second_a, second_b = (
@@ -243,7 +234,7 @@ def loha_delta(name: str, shape: torch.Size, values: Tensors) -> torch.Tensor:
     return (first_a @ first_b) * (second_a @ second_b)
 
 
-DELTAS = {"vera": vera_delta, "loha": loha_delta}  # without s
+DELTAS = {"loha": loha_delta}  # without s
 
 
 def wide(model: nn.Module) -> Tensors:

@@ -9,22 +9,19 @@ from typing import Any
 import torch
 
 from lightning_lora import names
-from lightning_lora.nn import variant as variant_module
 from lightning_lora.nn.variant import Acting, Variant
 
 
 @contextmanager
 def variants_forgotten() -> Iterator[None]:
     """What is registered inside is not known any more outside."""
-    kept: list[Any] = [names.KNOWN_VARIANTS, variant_module._STARTED, variant_module._ALL, names._ROLES]
-    before, longest = [dict(each) for each in kept], list(names._LONGEST_FIRST)
+    variants, leaves = dict(names.KNOWN_VARIANTS), set(names.LEAVES)
     try:
         yield
     finally:
-        for each, old in zip(kept, before, strict=True):
-            each.clear()
-            each.update(old)
-        names._LONGEST_FIRST[:] = longest
+        names.KNOWN_VARIANTS.clear()
+        names.KNOWN_VARIANTS.update(variants)
+        names.LEAVES.intersection_update(leaves)
 
 
 def define_gated(**attributes: Any) -> type[Variant]:

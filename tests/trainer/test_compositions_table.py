@@ -234,7 +234,6 @@ ROWS: dict[str, Case] = {
     "TransformerEncoder, MultiheadAttention": fitted(model=Transformer, target_modules="all-linear"),
     "a head tied to an embedding": fitted(model=TiedHead),
     "a backbone in evaluation mode, with lora_dropout": fitted(model=EvaluationMode, lora_dropout=0.3),
-    'variant="vera"': fitted(variant="vera", lora_alpha=8),
     'variant="loha"': fitted(variant="loha", r=1),
     "layers built in configure_model": fitted(model=LateBuilt, base_stays=False),
     "torch.compile of a submodule": fitted(model=CompiledPart, base_stays=False),

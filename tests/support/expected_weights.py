@@ -1,27 +1,60 @@
-"""What each tensor of a merged model must be, from base and adapter alone: the reference of `merge --verify`.
+"""What each tensor of a merged file must be, from base and adapter alone, and the comparison with what was written.
 
     expected = m / norm(W + s * B @ A) * (W + s * B @ A), in float64
 
 W is the base's, or the adapter's own where it holds the weight whole, and trained rows take their place in it. The
-scale in front is there where the adapter's variant gives outputs a length m. What the stored tensors mean, a variant
-says for this alone (Variant.expected). Neither the plan that wrote the result nor the arithmetic of nn/exact_merge.py
-is used, so that a mistake in these is found.
+scale in front is there where the adapter's variant gives outputs a length m. Neither the plan that wrote the result nor
+the arithmetic of nn/exact_merge.py is used, and of LoRA, its starts and DoRA nothing of the variant's class either, so
+that a mistake in these is found.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from ..adapter.adapter import Adapter
-from ..errors import LoRAError
-from ..files.safetensors import TensorLocation, read_rows
-from ..files.weights import Weights
-from ..nn.low_rank import ATTENTION_WEIGHTS, CONV1D, LINEAR, SEPARATE, TRANSPOSED, TRANSPOSED_EXPERTS
+from lightning_lora.adapter.adapter import Adapter
+from lightning_lora.command.merge import fit_to_base, merge_on_disk
+from lightning_lora.files.safetensors import TensorLocation, read_rows
+from lightning_lora.files.weights import Weights, open_weights
+from lightning_lora.formats.sources import adapter_with_options
+from lightning_lora.nn.low_rank import (
+    ATTENTION_WEIGHTS,
+    MERGEABLE_DTYPES,
+    SEPARATE,
+    TRANSPOSED,
+    TRANSPOSED_EXPERTS,
+)
+from lightning_lora.nn.variant import Variant
 
+PathLike = str | Path
 Factors = tuple[torch.Tensor, torch.Tensor]  # left (m, k) and right (k, n); of a stack (E, m, k) and (E, k, n)
+
+
+class Meaning(NamedTuple):
+    """W' = W + s * (sum of b @ a over the pairs). If lengths are given, each output is then scaled to that norm."""
+
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]  # (a, b), float64, in the shapes that nn/low_rank.py states
+    lengths: torch.Tensor | None = None  # (out,)
+    rounded: bool = False  # merging computes the pairs from the stored tensors, and rounds them to float32 or better
+
+
+def meaning(variant: Variant, stored: Mapping[str, torch.Tensor]) -> Meaning:
+    """Say what a layer's tensors mean; of variants that are not named here, as `acting` says it."""
+    wide = {leaf.removeprefix("lora_"): value.detach().double() for leaf, value in stored.items()}
+    if wide.keys() == {"A", "B"}:
+        return Meaning([(wide["A"], wide["B"])])
+    if wide.keys() == {"A", "B", "start_A", "start_B"}:
+        return Meaning([(wide["A"], wide["B"]), (wide["start_A"], -wide["start_B"])], rounded=True)
+    if wide.keys() == {"A", "B", "magnitude"}:
+        return Meaning([(wide["A"], wide["B"])], lengths=stored["lora_magnitude"].detach())
+    a, b, _ = variant.acting_exactly({leaf: value.detach().double() for leaf, value in stored.items()}, None, 1.0)
+    return Meaning([(a, b)], rounded=True)
 
 
 @dataclass
@@ -156,15 +189,14 @@ class ExpectedWeights:
         return expected
 
     def check_all_found(self) -> None:
-        """Raise LoRAError for the first part of the adapter that no tensor of the base has taken up."""
+        """Fail for the first part of the adapter that no tensor of the base has taken up."""
         whole = [value for name, value in self.whole.items() if name in self.found and isinstance(value, torch.Tensor)]
         lost = [
             *sorted(self.layers - self.found),
             *sorted({self.tables.get(table, table) for table in self.rows} - self.found),
             *(n for n, v in self.whole.items() if n not in self.found and not any(torch.equal(v, w) for w in whole)),
         ]
-        if lost:
-            raise LoRAError(f"merge --verify: {lost[0]!r} of the adapter is in no tensor of the result.")
+        assert not lost, f"{lost[0]!r} of the adapter is in no tensor of the result"
 
     def _table_of(self, name: str) -> str | None:
         """Return the table whose trained rows a tensor has: its own, or those of the other end of a tie."""
@@ -180,8 +212,8 @@ class ExpectedWeights:
         return None
 
     def _add_factors(self, expected: ExpectedWeight, layer: str, leaf: str) -> None:
-        variant, stored, scaling = self.adapter.variant, self._stored(layer, leaf), self.adapter.scalings[layer]
-        meant = variant.expected(stored)
+        variant, stored, scaling = self.adapter.variant, self.adapter.stored(layer), self.adapter.scalings[layer]
+        meant = meaning(variant, stored)
         for a, b in meant.pairs:
             left, right, expected.transposed = self._placed(layer, leaf, expected.location.shape, a, b)
             expected.factors.append((left * scaling, right))
@@ -190,20 +222,6 @@ class ExpectedWeights:
         if variant.reads_weight and meant.lengths is None:
             double = {name: value.detach().double() for name, value in stored.items()}
             expected.scale_of = lambda weight: variant.acting_exactly(double, weight, scaling)[2]
-
-    def _stored(self, layer: str, leaf: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of a layer; of those that layers share its part, which the weight's shape tells."""
-        variant, stored = self.adapter.variant, self.adapter.stored(layer)
-        if not variant.shared:
-            return stored
-        name = layer if self.adapter.is_parameter(layer) else f"{layer}.{leaf}"
-        place = self.adapter.place(layer)
-        shape = torch.Size(self.base.locations[name].shape)
-        place = replace(place, shapes={leaf: shape}, rank=variant.rank(stored))
-        turned = (CONV1D, LINEAR) if self.adapter.fan_in_fan_out else (LINEAR, CONV1D)
-        places = [replace(place, kind=kind) for kind in ((place.kind,) if place.kind else turned)]
-        fitting = (each for each in places if _has_shapes(stored, variant.shapes(each)))
-        return dict(variant.of_layer(stored, next(fitting, places[0])))
 
     def _placed(
         self, layer: str, leaf: str, shape: Sequence[int], a: torch.Tensor, b: torch.Tensor
@@ -246,5 +264,89 @@ class ExpectedWeights:
         return a[:, left : left + width], b[top : top + height]
 
 
-def _has_shapes(stored: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]) -> bool:
-    return all(tuple(stored[leaf].shape) == tuple(shape) for leaf, shape in shapes.items())
+def merge_and_check(base: PathLike, adapter: PathLike, output: PathLike, **options: Any) -> list[Path]:
+    """Merge as merge_on_disk does, and check each tensor of the result."""
+    left_out = merge_on_disk(base, adapter, output, **options)
+    names = ("dtype", "lora_alpha", "strict_base", "rename")
+    check_merged(base, adapter, output, **{name: options[name] for name in names if name in options})
+    return left_out
+
+
+def check_merge_command(*arguments: object) -> None:
+    """Check what `lightning-lora merge` wrote with these arguments."""
+    parser = argparse.ArgumentParser()
+    for name in ("base", "adapter", "output", "dtype", "strict-base", "lora-alpha"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--rename", nargs="+", default=())
+    given, _ = parser.parse_known_args([str(argument) for argument in arguments])
+    check_merged(
+        given.base,
+        given.adapter,
+        given.output,
+        dtype=getattr(torch, given.dtype) if given.dtype else None,
+        lora_alpha=float(given.lora_alpha) if given.lora_alpha else None,
+        strict_base=given.strict_base != "false",
+        rename=given.rename,
+    )
+
+
+def check_merged(
+    base: PathLike,
+    adapter: PathLike,
+    output: PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    lora_alpha: float | None = None,
+    strict_base: bool = True,
+    rename: Sequence[str] = (),
+) -> None:
+    """Compare every tensor of a merged file or folder with base and adapter; arguments are those of merge_on_disk."""
+    weights, result = open_weights(base), open_weights(output)
+    source = adapter_with_options(adapter, lora_alpha)
+    fitted = fit_to_base(source, weights, strict_base=strict_base, rename=rename)
+    expected = ExpectedWeights(fitted.adapter, fitted.base, fitted.files)
+    assert result.locations.keys() == weights.locations.keys()
+    for name, before in weights.locations.items():
+        after = result.locations[name]
+        wanted = dtype if dtype is not None and before.dtype in MERGEABLE_DTYPES else before.dtype
+        assert (after.dtype, after.shape) == (wanted, before.shape), name
+        if before.in_order:
+            _compare(name, before, after, expected.of(name, wanted))
+    expected.check_all_found()
+
+
+def _compare(name: str, before: TensorLocation, after: TensorLocation, expected: ExpectedWeight | None) -> None:
+    with open(before.file, "rb") as base, open(after.file, "rb") as result:
+        for first, count in before.chunks():
+            old, new = read_rows(base, before, first, count), read_rows(result, after, first, count)
+            if expected is None and old.dtype == new.dtype:
+                same = torch.equal(_bits(old), _bits(new))
+            elif expected is None:
+                same = _is_close(new, old.double(), old.double().abs())
+            elif not old.is_floating_point():
+                same = torch.equal(expected.exact_part(old, first), new)
+            else:
+                same = _is_close(new, *expected.part(old, first), expected.arithmetic)
+            assert same, f"{name!r} differs from what base and adapter give, in rows {first} to {first + count - 1}"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _is_close(
+    new: torch.Tensor, exact: torch.Tensor, total: torch.Tensor, arithmetic: torch.dtype = torch.float64
+) -> bool:
+    """Return whether values agree to half a unit in the dtype's last place, plus the rounding of the arithmetic.
+
+    Args:
+        new: the values.
+        exact: what they should be, in float64.
+        total: the sum of the absolute values of all terms, which bounds the rounding.
+        arithmetic: what a float64 result was computed in. Others were computed in float32 or better.
+    """
+    info = torch.finfo(new.dtype)
+    rounding = torch.finfo(arithmetic if new.dtype == torch.float64 else torch.float32).eps * 8
+    allowed = exact.abs() * (info.eps / 2 * 1.001) + total * rounding + info.tiny * info.eps
+    actual = new.double()
+    return bool((((actual - exact).abs() <= allowed) | (actual == exact) | (actual.isnan() & exact.isnan())).all())
