@@ -354,8 +354,6 @@ def write_whole_state_(handle: AdaptedModel, checkpoint: Mapping[str, Any], *, s
             cast(Any, live.owners[name]).set_extra_state(named[name])
         copy_all_(pairs)
         load_foreign_(live, foreign_of(state, foreign_names(handle, state, live.tensors.keys())))
-        for layer in handle.layers.values():
-            layer.weight_changed()
     else:
         handle.model.load_state_dict(state, strict=strict)
     update_copies_(pairs)

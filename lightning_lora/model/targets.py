@@ -365,8 +365,6 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
         problem = f"its forward is replaced on the instance of {kind}, which would pass over the rows; undo that"
     elif isinstance(module, Swapped):
         problem = f"the {kind} reads the weight of an adapted layer; leave that out with exclude_modules"
-    elif getattr(module, "max_norm", None) is not None:
-        problem = "max_norm renormalises all of its rows in place, also the trained ones; set it to None"
     elif getattr(module, "scale_grad_by_freq", False):
         problem = "scale_grad_by_freq counts rows in the whole table, but trained rows lie apart; turn it off"
     else:
@@ -399,6 +397,8 @@ def _with_remedy(problem: str) -> str:
 def _weight_problem(module: nn.Module) -> str:
     """Return why the weight of a layer cannot be adapted, or ""."""
     kind = type(module).__name__
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm renormalises its rows in place; set it to None"
     names = ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
     weights = [module._parameters[name] for name in names if module._parameters.get(name) is not None]
     if is_parametrized(module) or not weights:

@@ -280,7 +280,6 @@ class StoredTensors:
 class AdaptedWeights(StoredTensors):
     """The adapter of one layer or of one parameter, and the weights that it changes."""
 
-    TRANSIENT: ClassVar[tuple[str, ...]] = ()  # attributes that copies and pickles leave out
     lora_active: bool  # whether the adapter is applied in a forward
 
     def strip_(self) -> None:
@@ -295,10 +294,8 @@ class AdaptedWeights(StoredTensors):
     def __getstate__(self) -> Any:
         inherited = getattr(super(), "__getstate__", None)  # object has none in Python 3.10
         state = inherited() if inherited is not None else vars(self)
-        if isinstance(state, dict):
-            state = {name: value for name, value in state.items() if name not in self.TRANSIENT}
-            if self.lora.records:
-                state["lora"] = _portable_state(self)
+        if isinstance(state, dict) and self.lora.records:
+            state = {**state, "lora": _portable_state(self)}
         return state
 
     # --- in a forward ---
@@ -326,10 +323,8 @@ class AdaptedWeights(StoredTensors):
         """
         self.note_segment()
         a, b, scale = self.acting()
-        mask = None
         if self.drops():
-            mask = F.dropout(a.new_ones(1, a.shape[1], *[1] * (a.dim() - 2)), self.lora.spec.dropout)
-            a = a * mask
+            a = a * F.dropout(a.new_ones(1, a.shape[1], *[1] * (a.dim() - 2)), self.lora.spec.dropout)
         sums = {}
         for name, delta in self.deltas(a, b).items():
             weight = weights[name]
@@ -338,8 +333,10 @@ class AdaptedWeights(StoredTensors):
                     f"{type(self.lora_holder).__name__}: since injection, {name} is computed from other parameters "
                     "(weight_norm, parametrize); undo that."
                 )
-            wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
-            sums[name] = self.combine(wide, delta, scale, mask).to(weight.dtype)
+            dense = weight + delta  # in the wider dtype of the two
+            if scale is not None:
+                dense = dense * low_rank.over_weight(self.KIND, scale, weight)
+            sums[name] = dense.to(weight.dtype)
         return sums
 
     def deltas(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -347,20 +344,6 @@ class AdaptedWeights(StoredTensors):
         place = self.place()
         blocks = place.low_rank_blocks(a, b * self.lora.spec.scaling)  # B is smaller than the product
         return {name: dense_delta(blocks[name], place.shapes[name]) for name in blocks}
-
-    def combine(
-        self, weight: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return W' for W and its delta, differentiable.
-
-        Args:
-            weight: W.
-            delta: s * B @ A in the shape of W, with dropout applied.
-            scale: c (out,), or None for no scale.
-            mask: (1, in, 1...), the dropout mask in delta, or None.
-        """
-        sums = weight + delta
-        return sums if scale is None else sums * low_rank.over_weight(self.KIND, scale, weight).to(sums.dtype)
 
     def drops(self) -> bool:
         """Return whether dropout acts now.
@@ -444,15 +427,6 @@ class AdaptedWeights(StoredTensors):
         """Return a view of a weight in which the first dimension counts the rows of its blocks; a flat slice itself."""
         return weight
 
-    def weight_changed(self) -> None:
-        """Drop cached values that were computed from the weight; called after a move, a cast or a load."""
-
-    def before_merge(self) -> None:
-        """Prepare for the first write to the weight, which is still W."""
-
-    def after_unmerge(self) -> None:
-        """Clean up after the weight got its bits from before_merge back."""
-
     def merge_(
         self,
         *,
@@ -483,8 +457,6 @@ class AdaptedWeights(StoredTensors):
             blocks = blocks or self.blocks(weights)
             try:
                 state.unfinished = True
-                if not state.records:
-                    self.before_merge()
                 for name in blocks:
                     if name not in state.records:
                         weight, hold = self.as_matrix(local(weights[name])), partial(state.records.__setitem__, name)
@@ -522,10 +494,6 @@ class AdaptedWeights(StoredTensors):
                 if record.copy is not None and record.copy.device.type == "cpu":
                     state.spares[name] = record.copy
             vars(self)["lora_active"], state.merged = True, False
-            if failure is None:
-                self.after_unmerge()
-            else:
-                self.weight_changed()
             state.unfinished = False
         if failure:
             raise failure

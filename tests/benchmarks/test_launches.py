@@ -13,7 +13,7 @@ STEP_LIMITS = {  # launches of a layer over the frozen network: in float32, and 
     "LoRA": (6.5, 10),
     "LoRA, dropout": (8.5, 12),
     "DoRA": (20, 26),
-    "PiSSA (peft: plain)": (11, 16),
+    "PiSSA (peft: plain)": (12, 16),
 }
 BYTES_LIMITS = {"float32": 0.85, "bf16": 0.6}  # of peft's, in a step of LoRA
 MOST_WAITS = 4  # in a merge and an unmerge of any number of layers

@@ -206,11 +206,10 @@ def with_all_there_is_to_say() -> nn.Module:
 
 
 def with_layers_that_stay_factored() -> nn.Module:
-    model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in ("a", "b", "tied")})
-    model["other"] = nn.Embedding(16, 16)
-    model["other"].weight = model["tied"].weight
-    model["renormalised"] = nn.Embedding(16, 16, max_norm=1.0)
-    inject(model, LoRAConfig(r=2, target_modules=["a", "b", "tied", "renormalised"]))
+    model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in ("a", "b", "tied", "tied_too")})
+    model["other"], model["another"] = nn.Embedding(16, 16), nn.Embedding(16, 16)
+    model["other"].weight, model["another"].weight = model["tied"].weight, model["tied_too"].weight
+    inject(model, LoRAConfig(r=2, target_modules=["a", "b", "tied", "tied_too"]))
     return model
 
 
@@ -430,7 +429,7 @@ def test_a_quantised_layer_under_two_names_counts_once():
 def test_layers_that_stay_factored_beside_merged_ones_are_told_with_their_reasons():
     model = with_layers_that_stay_factored()
     model.lora_injection.merged_eval = True
-    reasons = "tied: its weight is also other.weight; renormalised: max_norm"
+    reasons = "tied: its weight is also other.weight; tied_too: its weight"
     assert f"evaluation merged, but for 2 layers ({reasons}" in words(summary(model))
     inject(plain := Zoo(), zoo_config())
     plain.lora_injection.merged_eval = True
