@@ -38,14 +38,13 @@ PLACES = {  # or with where it is
 INSIDE = "Inside another message, as its {error}"
 PARTS = {  # what is raised here is part of another message
     "nn/exact_merge, unmerge_weight_",
-    "nn/exact_merge, _rounded_sum",
-    "nn/device_merge, refuse_unless_finite",
+    "nn/exact_merge, _write_sum_",
     "nn/starts, check_decomposable",
     "nn/adapted_weights, crop_to_shard",
     "nn/parameter, crop_to_shard",
 }
 # The last where ranks agree on one of these.
-OWN_KINDS = ("LoRAError", "NonFiniteError", "UnknownOptionError", "WeightEditedError", "kind")
+OWN_KINDS = ("LoRAError", "NonFiniteError", "UnknownOptionError", "kind")
 PYTHONS_PROTOCOLS = ("AttributeError", "ModuleNotFoundError", "added to torch's error")
 CALLED = {"verb", "where", "option", "subject", "method"}  # a name fills these in; what fills in others is a text
 LOGGED = {"warning": "Warnings", "log": "Log lines", "printed": "Printed"}

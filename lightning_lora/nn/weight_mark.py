@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..distributed.sharding import local
-from .bits import bit_sums
+from .exact_merge import BITS
 
 
 class WeightMark(NamedTuple):
@@ -62,3 +62,14 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
     except RuntimeError:  # the transform's tensors have no memory of their own
         return True
     return False
+
+
+def bit_sums(part: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return sums of the bits of part.flatten(1) over `dim`, read as 64-bit words where the memory allows them."""
+    matrix = part if part.dim() == 2 else part.flatten(1)
+    size = matrix.element_size()
+    if not matrix.numel():  # a rank's shard may be empty; torch cannot view an empty tensor as words
+        return matrix.new_empty(0, dtype=torch.int64)
+    fits_words = matrix.is_contiguous() and matrix.shape[1] * size % 8 == 0 and matrix.data_ptr() % 8 == 0
+    integers = torch.int64 if fits_words else BITS[size]
+    return matrix.view(integers).sum(dim, dtype=integers)
