@@ -239,8 +239,8 @@ def merge_after_a_diverged_run(path: Path) -> None:
 
 @message("`unmerge` of a weight that was changed meanwhile")
 def unmerge_of_a_weight_that_was_changed_meanwhile(path: Path) -> None:
-    """unmerge: layer '0': the weight was changed while it was merged; the change was undone, and the weight has its
-    values from before merging. Change weights while the model is unmerged.
+    """unmerge: layer '0': the weight was changed while it was merged; the change was undone. Change weights while the
+    model is unmerged.
     """
     merge(net := small(init_lora_weights=False))
     net.get_parameter("0.weight").data.add_(1)

@@ -36,7 +36,7 @@ from .base_values import put_base_values_, take_back_base_values_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Injection
-from .merging import FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
+from .merging import Ending, FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
 from .named_state import state_of
 from .passed_over import describe_passed_over, warn_of_passed_over
 from .patches import call_previous, patch, unpatch
@@ -60,7 +60,6 @@ from .targets import (
     check_unadapted,
     check_untied,
 )
-from .undisturbed import Ending
 from .wrappers import unwrapped, warn_of_late_adapters
 
 
@@ -259,7 +258,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         end = Ending(turn, partial(_enable_again, handle, found, were_active, is_inside))
         try:
             try:
-                if found.merged:
+                if holds_merged(handle.layers.values()):
                     unmerge_listed(handle)
                 put_base_values_(state_of(handle.root_places), record.initial)
                 _set_active(modules, dict.fromkeys(were_active, False))

@@ -8,8 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -24,23 +23,9 @@ from ..names import canonical
 from . import low_rank
 from .adapted_module import AdaptedModule
 from .autocast import without_autocast
-from .device_merge import Observer, Prepared
-from .exact_merge import (
-    RestoreRecord,
-    WeightEditedError,
-    complete_merge_,
-    merge_prepared_,
-    merge_weight_,
-    merged_weight,
-    parts_of,
-    restore_weight_,
-    restored_weight,
-    unmerge_weight_,
-)
+from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, parts_of, restored_weight, unmerge_weight_
 from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop, crop_to_slice, dense_delta
-from .merge_checks import Checks
-from .scratch import Scratch
 from .variant import Acting, Place, Stored, Variant
 
 Blocks = Mapping[str, list[LowRankBlock]]  # by weight name
@@ -74,7 +59,7 @@ class LayerState:
     injection: Any = None  # the record of the injection; all layers of a model share it
     custom_forward: bool = False  # the layer's class overrides torch's forward, so that forward runs on W + delta
     merged: bool = False  # merge was called
-    records: dict[str, RestoreRecord] = field(default_factory=dict)  # what unmerging needs, by weight name
+    records: dict[str, Undo] = field(default_factory=dict)  # what unmerging needs, by weight name
     unfinished: bool = False  # merging or unmerging runs, or an exception broke it off; unmerge_ completes it
     stands_in: int = 0  # number of forwards with W + delta in place of the weight, all in the thread with the lock
     unmergeable_reason: str = ""  # why the weight cannot be merged, for example another owner
@@ -84,17 +69,16 @@ class LayerState:
     training_checked: bool = False  # training was seen to reach the layer, or a warning has named it
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
     placed: tuple[LayerSpec, Place] | None = None  # the last result of `place`, with its spec
-    # Plain copies that are not needed any more, by weight name: the next merge reuses their memory. On the CPU only,
-    # because there fresh pages of memory take longer than the copy.
-    spares: dict[str, torch.Tensor] = field(default_factory=dict)
+    # Memory of plain copies by weight name, kept from merge to merge: on the CPU fresh pages take longer than the copy.
+    copies: dict[str, Buffers] = field(default_factory=dict)
     # Held while W + delta stands in for the weight and while the weight is written. A copy of the layer has its own.
     lock: Any = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("spares", "lock", "placed")}
+        return {name: value for name, value in vars(self).items() if name not in ("copies", "lock", "placed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, spares={}, lock=threading.RLock(), placed=None)
+        vars(self).update(state, copies={}, lock=threading.RLock(), placed=None)
 
 
 class StoredTensors:
@@ -291,13 +275,6 @@ class AdaptedWeights(StoredTensors):
             if isinstance(holder, AdaptedModule):
                 holder.lora_take_out(self)
 
-    def __getstate__(self) -> Any:
-        inherited = getattr(super(), "__getstate__", None)  # object has none in Python 3.10
-        state = inherited() if inherited is not None else vars(self)
-        if isinstance(state, dict) and self.lora.records:
-            state = {**state, "lora": _portable_state(self)}
-        return state
-
     # --- in a forward ---
 
     def note_segment(self) -> None:
@@ -431,20 +408,17 @@ class AdaptedWeights(StoredTensors):
         self,
         *,
         copy: bool,
-        observe: Observer | None = None,
+        cost: list[float] | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
         blocks: Blocks | None = None,
-        scratch: Scratch | None = None,
-        checks: Checks | None = None,
-        prepared: Mapping[str, Prepared] | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         """Write W' into this rank's shard of each weight. In place. Other arguments are those of merge_weight_.
 
         Args:
+            copy: keep plain copies.
             weights: the result of own_weights, if the caller has it.
             blocks: the result of `blocks` for these weights, if the caller has it.
-            checks: of a verb on many layers. Call complete_layer_ afterwards.
-            prepared: W' of weights that was computed with other layers, by weight name.
 
         Raises:
             NonFiniteError: a value of a sum is not finite. All weights then have their old values.
@@ -458,41 +432,33 @@ class AdaptedWeights(StoredTensors):
             try:
                 state.unfinished = True
                 for name in blocks:
-                    if name not in state.records:
-                        weight, hold = self.as_matrix(local(weights[name])), partial(state.records.__setitem__, name)
-                        if prepared and name in prepared:
-                            merge_prepared_(weight, prepared[name], hold)
-                            continue
-                        how: dict[str, Any] = {"copy": copy, "spare": state.spares.pop(name, None), "hold": hold}
-                        how |= {"observe": observe, "scratch": scratch, "checks": checks}
-                        merge_weight_(weight, blocks[name], state.spec.scaling, **how)
-                if checks is None:
-                    _set_merged_(self)
+                    weight, undo = self.as_matrix(local(weights[name])), state.records.setdefault(name, Undo())
+                    memory = state.copies.setdefault(name, Buffers()) if copy and weight.is_cpu else Buffers()
+                    how: dict[str, Any] = {"copies": memory if copy else None, "undo": undo, "buffers": buffers}
+                    merge_weight_(weight, blocks[name], state.spec.scaling, cost=cost, **how)
+                vars(self)["lora_active"], state.merged = False, True  # nn.Module.__setattr__ is many times slower
+                state.unfinished = False
             except BaseException:
                 self.unmerge_()
                 raise
 
-    def unmerge_(self) -> None:
+    def unmerge_(self, buffers: Buffers | None = None) -> None:
         """Write W back into this rank's shard of each weight, as unmerge_weight_ does. In place.
 
         If an exception breaks this call off, another call completes it.
 
         Raises:
-            WeightEditedError: something else changed a merged weight, and W was restored from a copy.
-            LoRAError: something else changed a merged weight, and W is lost.
+            LoRAError: something else changed a merged weight. W is lost, unless a plain copy of it was kept.
         """
         failure, state = None, self.lora
         with state.lock:
             weights, state.unfinished = self.adapted_weights(), True
-            for name, record in list(state.records.items()):
+            for name, undo in list(state.records.items()):
                 try:
-                    unmerge_weight_(self.as_matrix(local(weights[name])), record)
+                    unmerge_weight_(self.as_matrix(local(weights[name])), undo, buffers)
                 except LoRAError as error:
-                    failure = error
-                    state.restore_failed = state.restore_failed or not isinstance(error, WeightEditedError)
+                    failure, state.restore_failed = error, state.restore_failed or not undo.copied
                 del state.records[name]
-                if record.copy is not None and record.copy.device.type == "cpu":
-                    state.spares[name] = record.copy
             vars(self)["lora_active"], state.merged = True, False
             state.unfinished = False
         if failure:
@@ -508,9 +474,11 @@ class AdaptedWeights(StoredTensors):
         if not self.lora.records:
             yield
             return
-        copy = any(record.copy is not None for record in self.lora.records.values())
+        copy, was_merged = any(undo.copied for undo in self.lora.records.values()), self.lora.merged
         self.unmerge_()
         yield
+        if not was_merged:  # an exception had broken a merge off
+            return
         if self.unmergeable_reason():  # the change may have untied tables
             self.lora.merged = True
             return
@@ -564,59 +532,12 @@ class AdaptedWeights(StoredTensors):
         return merged
 
 
-def complete_layer_(layer: AdaptedWeights, weights: Mapping[str, torch.Tensor]) -> None:
-    """Complete merge_ of a layer, after all layers of the verb have begun. In place.
-
-    Args:
-        layer: one whose merge_ was given checks.
-        weights: the result of own_weights from before.
-
-    Raises:
-        NonFiniteError: a value of a sum is not finite. All weights of the layer then have their old values.
-    """
-    with layer.lora.lock:
-        try:
-            for name, record in layer.lora.records.items():
-                complete_merge_(layer.as_matrix(local(weights[name])), record)
-            _set_merged_(layer)
-        except BaseException:
-            layer.unmerge_()
-            raise
-
-
-def restore_layer_(layer: AdaptedWeights, checks: Checks) -> None:
-    """Write W back into this rank's shard of each weight of a merged layer. In place; unmerge_ then looks for edits.
-
-    Args:
-        layer: a merged layer.
-        checks: of the verb, which reads the sums of all layers at once.
-    """
-    with layer.lora.lock:
-        weights, layer.lora.unfinished = layer.adapted_weights(), True
-        for name, record in layer.lora.records.items():
-            restore_weight_(layer.as_matrix(local(weights[name])), record, checks)
-
-
-def _set_merged_(layer: AdaptedWeights) -> None:
-    vars(layer)["lora_active"], layer.lora.merged = False, True  # nn.Module.__setattr__ is many times slower
-    layer.lora.unfinished = False
-
-
 def _matrix(layer: AdaptedWeights) -> torch.Tensor | None:
     """Return W as a matrix (out, in), or None if the layer has several weights."""
     weights = list(layer.adapted_weights().values())
     if len(weights) > 1:
         return None
     return low_rank.matrix_view(layer.KIND, weights[0])
-
-
-def _portable_state(layer: AdaptedWeights) -> LayerState:
-    """Return the layer's state with records that hold plain copies of W.
-
-    Another machine may compute other last bits of d, so stored values alone could not restore W there.
-    """
-    copies = {name: layer.as_matrix(layer.original(name)) for name in layer.lora.records}
-    return replace(layer.lora, records={name: RestoreRecord([], copy=copy) for name, copy in copies.items()})
 
 
 def adapted_places(
