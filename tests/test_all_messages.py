@@ -32,7 +32,7 @@ PLACES = {  # or with where it is
     **dict.fromkeys(["name", "type of self", "type of table", "type of module", "type of lora_holder"], "A layer"),
     "type of model": "A model",
     "where": "An adapter or its file",
-    "verb": "The call that takes a turn",
+    "verb": "The call that claims the model",
     **dict.fromkeys(["error", "message", "exception", "names"], "Around another message"),
 }
 INSIDE = "Inside another message, as its {error}"
