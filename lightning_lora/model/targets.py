@@ -30,7 +30,7 @@ from ..names import A, canonical, listed, parent_names, suffixes
 from ..nn.adapted_module import AdaptedModule, Swapped
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
-from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
+from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, SEPARATE, matrix_shape
 from ..nn.parameter import LoRAParameterHolder, weights_of
 from ..nn.quantised import quantised_as, quantised_parameters, shape_of, was_never_quantised
 from ..nn.tied_weights import tied_weights, untie_advice
@@ -41,6 +41,7 @@ from .layers_by_kind import is_empty, layers_by_kind, more_layers
 from .token_tables import OPTION, TokenTables
 
 TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is trained whole, without an adapter"
+MAX_NORM = "max_norm renormalises its rows in place, and W would change; set it to None"
 SCRIPTED = "TorchScript has compiled its forward, which would pass over the adapter; build it without torch.jit"
 
 
@@ -90,7 +91,13 @@ class Targets:
             out_proj = f"{name}.out_proj"
             if isinstance(module, nn.MultiheadAttention) and not excluded(out_proj):
                 self.layers[out_proj] = modules[out_proj]
+        self.apart = {  # attention whose weights of q, k and v are three single parameters
+            name: self.layers.pop(name)
+            for name, module in list(self.layers.items())
+            if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim
+        }
         self.parameters = self._single_parameters(config, {"": model, **modules})
+        self.parameters |= {f"{name}.{leaf}": (each, leaf) for name, each in self.apart.items() for leaf in SEPARATE}
         self.unmatched: dict[str, bool] = dict.fromkeys(tables.unmatched, True)
         self._check_entries(config, chosen, modules, weights_of({"": model, **modules}))
         if layer_class(model) and not self.names() and not any(map(layer_class, modules.values())):
@@ -334,7 +341,7 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
     elif "forward" in vars(module):
         problem = f"its forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
     else:
-        problem = _weight_problem(module)
+        problem = MAX_NORM if getattr(module, "max_norm", None) is not None else _weight_problem(module)
         if not problem and enabled is not None:
             problem = _parts_problem(module, adapting.KIND, len(enabled))
         if not problem:
@@ -366,7 +373,7 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
     elif isinstance(module, Swapped):
         problem = f"the {kind} reads the weight of an adapted layer; leave that out with exclude_modules"
     elif getattr(module, "max_norm", None) is not None:
-        problem = "max_norm renormalises all of its rows in place, also the trained ones; set it to None"
+        problem = MAX_NORM
     elif getattr(module, "scale_grad_by_freq", False):
         problem = "scale_grad_by_freq counts rows in the whole table, but trained rows lie apart; turn it off"
     else:

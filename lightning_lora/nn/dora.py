@@ -32,7 +32,6 @@ from .output_norms import base_squares, forms_sums, output_norms, output_norms_o
 from .scaled_output import near_one
 from .variant import (
     Acting,
-    Config,
     LayerClass,
     Place,
     Reader,
@@ -103,11 +102,6 @@ class DoRA(LoRA):
     @property
     def option(self) -> str:
         return "use_dora"
-
-    def why_not_on(self, module: nn.Module, kind: str, config: Config) -> str:
-        if getattr(module, "max_norm", None) is None:
-            return ""
-        return "max_norm renormalises its rows in place, and use_dora depends on their norms; set it to None"
 
     def layer_class(self, plain: LayerClass) -> LayerClass | None:
         return cast("LayerClass | None", cast("Mapping[type, type]", LAYERS).get(plain))

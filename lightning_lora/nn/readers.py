@@ -93,7 +93,8 @@ def patch_readers(modules: Iterable[nn.Module]) -> None:
                 vars(module).pop("lora_reads", None)
                 module.__class__ = module.lora_base  # type: ignore[assignment]
         elif isinstance(module, LoRAParameterHolder):
-            _refuse_reading_holder(module)
+            if not isinstance(module, nn.MultiheadAttention):  # its holder knows out_proj
+                _refuse_reading_holder(module)
         elif not isinstance(module, Swapped):
             paths = _paths_to_layers(module, type(module))
             if paths:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .low_rank import ATTENTION_WEIGHTS
+from .low_rank import IN_PROJ
 
 ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # the search begins here
 # Code of these is not searched. torch's transformer layers read weights on their fast paths only, which are switched
@@ -23,7 +23,7 @@ GETTERS = {  # attributes of nn.Module that lead to the modules inside
     *("_modules", "__dict__", "__getattr__"),
     *("apply", "children", "get_submodule", "modules", "named_children", "named_modules"),
 }
-WEIGHTS = {"weight", *ATTENTION_WEIGHTS}
+WEIGHTS = {"weight", IN_PROJ}
 # Attributes of a weight that are the same for W + delta; and `data`, which code writes to and autograd does not follow.
 FACTS = {"data", "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_meta"}
 LOADS = ("LOAD_ATTR", "LOAD_METHOD")

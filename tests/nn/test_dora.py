@@ -871,7 +871,7 @@ def test_a_refusal_without_a_remedy_of_its_own_ends_in_one_and_another_has_two()
     leave = r"leave it out with exclude_modules=\['0'\]\.$"
     with pytest.raises(LoRAError, match=rf"^inject: '0': use_dora cannot adapt a MultiheadAttention; {leave}"):
         inject(nn.Sequential(nn.MultiheadAttention(8, 2)), dora())
-    with pytest.raises(LoRAError, match=rf"depends on their norms; set it to None, or {leave}"):
+    with pytest.raises(LoRAError, match=rf"and W would change; set it to None, or {leave}"):
         inject(nn.Sequential(nn.Embedding(11, 6, max_norm=1.0)), dora())
 
 

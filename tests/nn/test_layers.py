@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, unload, unmerge
+from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, merge, unload, unmerge
 from lightning_lora.nn import layer_kinds, lora_layer, low_rank
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lora_layer import LoRALayer
@@ -136,64 +135,6 @@ def test_a_merged_layer_runs_just_the_operators_of_the_plain_one(name: str) -> N
     assert operators(subject.model, subject.x) == wanted
     assert not subject.layer._forward_hooks
     assert not subject.layer._forward_pre_hooks
-
-
-# nn.Embedding with max_norm renormalises rows of its weight in place --------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm_type", [1.0, 2.0])
-def test_max_norm_embedding_gives_torchs_output_and_leaves_the_weight_alone(
-    dtype: torch.dtype, norm_type: float
-) -> None:
-    plain = nn.Embedding(11, 6, max_norm=1.5, norm_type=norm_type, padding_idx=2).to(dtype)
-    model = nn.Sequential(nn.Embedding(11, 6, max_norm=1.5, norm_type=norm_type, padding_idx=2).to(dtype))
-    model.load_state_dict({"0.weight": plain.weight})
-    before = plain.weight.detach().clone()
-    inject(model, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=["0"]))
-    tokens = torch.randint(11, (4, 5))
-    wanted = plain(tokens)  # this changes plain.weight
-    assert not torch.equal(plain.weight, before)
-
-    assert torch.equal(model(tokens), wanted)  # A is zero
-    with disable_adapter(model):
-        assert torch.equal(model(tokens), wanted)
-    layer: Any = model[0]
-    with torch.no_grad():
-        layer.lora_A.normal_()
-    delta = F.embedding(tokens, ALPHA / R * (layer.lora_B.double() @ layer.lora_A.double()).T)
-    size = wanted.double().abs() + F.embedding(
-        tokens, ALPHA / R * (layer.lora_B.double().abs() @ layer.lora_A.double().abs()).T
-    )
-    merge(model)
-    assert is_merged(model)
-    for _ in range(2):  # such a layer is factored, merged or not
-        assert ((model(tokens).double() - wanted - delta).abs() <= rounding(dtype, size)).all()
-        unmerge(model)
-    model(tokens).sum().backward()
-    assert layer.lora_A.grad.abs().sum() > 0
-    assert same_bits(layer.weight, before)
-
-
-class DoubledEmbedding(nn.Embedding):
-    """A forward of its own around one that renormalises."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(tokens)
-
-
-def test_max_norm_embedding_with_its_own_forward_leaves_the_weight_alone() -> None:
-    plain = DoubledEmbedding(11, 6, max_norm=1.5)
-    model = nn.Sequential(DoubledEmbedding(11, 6, max_norm=1.5))
-    model.load_state_dict({"0.weight": plain.weight})
-    before = plain.weight.detach().clone()
-    inject(model, LoRAConfig(r=R, target_modules=["0"]))
-    tokens = torch.randint(11, (4, 5))
-    wanted = plain(tokens)
-    assert torch.equal(model(tokens), wanted)
-    with disable_adapter(model):
-        assert torch.equal(model(tokens), wanted)
-    assert same_bits(model[0].weight, before)
 
 
 # Which way a layer goes -----------------------------------------------------------------------------------------------

@@ -225,8 +225,9 @@ def with_layers_that_stay_factored() -> nn.Module:
     model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in ("a", "b", "tied")})
     model["other"] = nn.Embedding(16, 16)
     model["other"].weight = model["tied"].weight
-    model["renormalised"] = nn.Embedding(16, 16, max_norm=1.0)
-    inject(model, LoRAConfig(r=2, target_modules=["a", "b", "tied", "renormalised"]))
+    model["knotted"], model["another"] = nn.Linear(16, 16, bias=False), nn.Embedding(16, 16)
+    model["another"].weight = model["knotted"].weight
+    inject(model, LoRAConfig(r=2, target_modules=["a", "b", "tied", "knotted"]))
     return model
 
 
@@ -459,7 +460,7 @@ def test_a_quantised_layer_under_two_names_counts_once():
 def test_layers_that_stay_factored_beside_merged_ones_are_told_with_their_reasons():
     model = with_layers_that_stay_factored()
     model.lora_injection.merged_eval = True
-    reasons = "tied: its weight is also other.weight; renormalised: max_norm"
+    reasons = "tied: its weight is also other.weight; knotted: its weight is also another.weight"
     assert f"evaluation merged, but for 2 layers ({reasons}" in words(summary(model))
     inject(plain := Zoo(), zoo_config())
     plain.lora_injection.merged_eval = True
