@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from .arguments import names_near_misses
-from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
+from .config import PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
 from .errors import LoRAError, sentence
 from .formats.lightning_checkpoint import Kind
 from .matching import ALL_LINEAR
@@ -32,11 +31,6 @@ from .trainer.start_batches import start_from_data
 from .trainer.strategies import prepare_strategy
 from .trainer.untrained import look_for_gradients
 
-ELSEWHERE = {
-    **LEAVE_OUT,
-    **dict.fromkeys(["log_stats", "log_plots"], "use LoRAMonitor(every_n_steps=..., plots=...)"),
-    "config": "give it by position: LoRACallback(LoRAConfig(...))",
-}
 Method = TypeVar("Method", bound=Callable[..., None])
 
 if TYPE_CHECKING:
@@ -61,7 +55,6 @@ def _noting_options(init: Method) -> Method:
     return cast(Method, noting)
 
 
-@names_near_misses("LoRACallback", ELSEWHERE)
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 

@@ -12,7 +12,6 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal, NoReturn, Protocol, cast, get_args
 
-from .arguments import names_near_misses, refuse_unknown
 from .errors import LoRAError, sentence, shown
 from .matching import ALL_LINEAR, layer_number, layer_pattern, near_misses, pattern_matches, suffix_pattern
 from .names import KNOWN_VARIANTS, listed
@@ -63,16 +62,12 @@ LEFT_OUT_AT_DEFAULT = {  # options that files leave out at their default, with t
 }
 
 
-LEAVE_OUT = dict.fromkeys(OF_PEFT_ALONE, "leave it out, it says nothing of the adapter")  # for messages
-
-
 class PeftConfig(Protocol):
     """The attribute by which a config of peft is recognised."""
 
     peft_type: Any
 
 
-@names_near_misses("LoRAConfig", LEAVE_OUT)
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LoRAConfig:
     """Options of a low-rank adapter, W' = W + s * B @ A with s = lora_alpha / r (arXiv:2106.09685).
@@ -237,7 +232,7 @@ class LoRAConfig:
         """
         if not isinstance(options, Mapping):
             _refuse("the options", "a mapping", options)
-        refuse_unknown("LoRAConfig", map(str, options), [field.name for field in fields(cls)], LEAVE_OUT)
+        _refuse_unknown("an option", options, [field.name for field in fields(cls)])
         return cls(**options)
 
     @classmethod
@@ -381,7 +376,7 @@ class LoRAConfig:
             defaults: the variant's own options, at their defaults.
         """
         given = self.variant_options or {}
-        refuse_unknown("LoRAConfig: variant_options", map(str, given), list(defaults))
+        _refuse_unknown("variant_options: an option", given, defaults)
         for name, value in given.items():
             if not _is_like(value, defaults[name]):
                 kind = "a finite number" if isinstance(defaults[name], float) else type(defaults[name]).__name__
@@ -460,6 +455,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _refuse_unknown(what: str, given: Iterable[Any], known: Iterable[str]) -> None:
+    unknown = [name for name in map(str, given) if name not in known]
+    if unknown:
+        raise LoRAError(f"LoRAConfig: {what} is unknown: {unknown[0]!r}; there are {', '.join(known)}.")
 
 
 def _refuse(option: str, expected: str, value: object) -> NoReturn:

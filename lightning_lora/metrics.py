@@ -36,11 +36,6 @@ class _RatioOfNorms(Metric):
         self.error = self.error + _square_of_norm(error).to(self.error.device)
         self.reference = self.reference + _square_of_norm(reference).to(self.error.device)
 
-    def sums(self) -> torch.Tensor:
-        """Return float64 (2,): the sums of squares of errors and of references, on the CPU. Waits once for a device."""
-        sums = [self.error, self.reference]
-        return torch.stack(sums if self.error.device.type == "cpu" else [each.float() for each in sums]).cpu().double()
-
     def _ratio(self) -> torch.Tensor:
         return torch.where(self.reference > 0, (self.error / self.reference).sqrt(), torch.zeros_like(self.error))
 

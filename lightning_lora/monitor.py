@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from .arguments import names_near_misses
 from .distributed.sharding import reshard_
 from .errors import LoRAError, sentence
 from .model.adapted_model import find_model, open_model
@@ -25,7 +24,6 @@ else:
     Callback = first_package().Callback
 
 
-@names_near_misses("LoRAMonitor")
 class LoRAMonitor(Callback):
     """Log statistics of the adapter while it is trained, and pictures of it when fit ends.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import logging
 import pickle
 import re
@@ -15,7 +14,6 @@ from typing import Any
 import lightning as L
 import peft
 import pytest
-import rich.console
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
@@ -33,7 +31,6 @@ from lightning_lora import (
     unload,
 )
 from lightning_lora.nn.lora_layer import LoRALayer
-from support.notices import lightning_logger
 from support.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make_trainer, outputs, weights
 
 TARGETS = ["body.0", "body.3", "head"]
@@ -147,28 +144,9 @@ def test_callback_takes_a_config_of_peft(tmp_path):
     assert adapted(model) == ["body.0"]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"rank": 8}, "'rank' (did you mean 'r'?)"),
-        ({"lora_r": 8, "alpha": 16}, "'lora_r' (did you mean 'r'?), 'alpha' (did you mean 'lora_alpha'?)"),
-        ({"merge_eval": False}, "'merged_eval'"),
-        ({"inference_mode": False}, "'inference_mode' (leave it out, it says nothing of the adapter)"),
-        ({"log_stats": 50}, "'log_stats' (use LoRAMonitor(every_n_steps=..., plots=...))"),
-        ({"log_plot": True}, "'log_plot' (use LoRAMonitor(every_n_steps=..., plots=...))"),
-        ({"config": LoRAConfig()}, "'config' (give it by position: LoRACallback(LoRAConfig(...)))"),
-        ({"colour": 1}, "'colour' (there are r, lora_alpha, lora_dropout, "),
-    ],
-)
-def test_an_unknown_option_of_the_callback_is_named_with_near_misses(options: dict[str, Any], said: str):
-    class OfAUser(LoRACallback):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-
-    for callback in (LoRACallback, OfAUser):
-        with pytest.raises(LoRAError, match=f"^LoRACallback: there is no option .*{re.escape(said)}") as caught:
-            callback(**options)
-        assert isinstance(caught.value, TypeError)
+def test_an_unknown_option_is_named_by_python():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
+        LoRACallback(rank=8)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +434,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_fit_start_shows_the_summary_once(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger=lightning_logger()):
+    with caplog.at_level(logging.INFO, logger="lightning_lora"):
         trainer = make_trainer(tmp_path, LoRACallback(r=2, save="full", merged_eval=False), max_epochs=2)
         trainer.fit(model := Net(), Data())
         trainer.test(model, Data(), verbose=False)
@@ -472,36 +450,22 @@ def test_fit_start_shows_the_summary_once(tmp_path, caplog):
 def test_verbose_false_shows_nothing_at_fit_start_and_still_warns(tmp_path, caplog):
     trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS, verbose=False), FreezesBody())
     with (
-        caplog.at_level(logging.INFO, logger=lightning_logger()),
+        caplog.at_level(logging.INFO, logger="lightning_lora"),
         pytest.warns(UserWarning, match="the adapters of 2 layers are frozen"),
     ):
         trainer.fit(Net(), Data())
     assert not [message for message in map(logging.LogRecord.getMessage, caplog.records) if "LoRA" in message]
 
 
-@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
-def test_rich_shows_the_summary_on_a_terminal_unless_lightnings_log_is_silenced(tmp_path, caplog, monkeypatch, level):
-    out = io.StringIO()
-    monkeypatch.setattr(rich, "_console", rich.console.Console(file=out, force_terminal=True, color_system=None))
-    with caplog.at_level(level, logger=lightning_logger()):
-        make_trainer(tmp_path, LoRACallback(r=2)).fit(Net(), Data())
-    assert not said(caplog)
-    assert out.getvalue().count("3 adapted layers") == (level == logging.INFO)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("on_a_terminal", [True, False])
-def test_the_summary_is_shown_on_rank_zero_alone(tmp_path, caplog, monkeypatch, on_a_terminal: bool, rank: int):
+def test_the_summary_is_shown_on_rank_zero_alone(tmp_path, caplog, monkeypatch, rank: int):
     class OnRank(L.Callback):
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             monkeypatch.setattr(rank_zero_only, "rank", rank)
 
-    out = io.StringIO()
-    monkeypatch.setattr(rich, "_console", rich.console.Console(file=out, force_terminal=on_a_terminal))
-    with caplog.at_level(logging.INFO, logger=lightning_logger()):
+    with caplog.at_level(logging.INFO, logger="lightning_lora"):
         make_trainer(tmp_path, OnRank(), LoRACallback(r=2)).fit(Net(), Data())
-    assert len(said(caplog)) == (rank == 0 and not on_a_terminal)
-    assert bool(out.getvalue()) == (rank == 0 and on_a_terminal)
+    assert len(said(caplog)) == (rank == 0)
 
 
 def test_repr_shows_what_differs_from_the_defaults():

@@ -315,44 +315,8 @@ def test_options_that_earlier_versions_had_not_are_left_out_at_their_defaults():
 
 
 def test_from_dict_names_an_unknown_option():
-    with pytest.raises(LoRAError, match=r"LoRAConfig: there is no option 'rank' \(did you mean 'r'\?\)\.$"):
+    with pytest.raises(LoRAError, match=r"LoRAConfig: an option is unknown: 'rank'; there are r, lora_alpha, "):
         LoRAConfig.from_dict({"rank": 8})
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        *((name, "did you mean 'r'?") for name in ("rank", "lora_r", "lora_rank")),
-        ("alpha", "did you mean 'lora_alpha'?"),
-        ("dropout", "did you mean 'lora_dropout'?"),
-        ("target_module", "did you mean 'target_modules' or 'target_parameters'?"),
-        ("targets", "did you mean 'target_modules'?"),
-        ("init", "did you mean 'init_lora_weights'?"),
-        ("dora", "did you mean 'use_dora'?"),
-        ("fan_in_fan_out", "leave it out, it says nothing of the adapter"),
-        ("inference_mode", "leave it out, it says nothing of the adapter"),
-        ("colour", f"there are {', '.join(field.name for field in dataclasses.fields(LoRAConfig))}"),
-    ],
-)
-def test_an_unknown_option_is_named_with_near_misses(given: str, said: str):
-    with pytest.raises(LoRAError) as caught:
-        LoRAConfig(**{given: 8})
-    assert str(caught.value) == f"LoRAConfig: there is no option {given!r} ({said})."
-    assert isinstance(caught.value, TypeError)
-
-
-def test_every_unknown_option_is_named():
-    with pytest.raises(LoRAError, match=r"'rank' \(did you mean 'r'\?\), 'alpha' \(did you mean 'lora_alpha'\?\)\.$"):
-        LoRAConfig(rank=8, lora_dropout=0.1, alpha=16)
-    with pytest.raises(LoRAError, match="LoRAConfig: there is no option 'rank'"):
-        dataclasses.replace(LoRAConfig(), rank=8)
-
-
-def test_an_option_without_its_name_is_refused_and_a_config_of_peft_shown_the_door():
-    with pytest.raises(LoRAError, match=r"^LoRAConfig: expected options by their names, found int\.$"):
-        LoRAConfig(8)
-    with pytest.raises(LoRAError, match=r"found LoraConfig; LoRAConfig\.from_peft takes a config of peft\.$"):
-        LoRAConfig(peft.LoraConfig(target_modules=["q"]))
 
 
 def test_a_config_cannot_be_changed_and_keeps_nothing_of_its_callers():

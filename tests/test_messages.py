@@ -121,9 +121,8 @@ def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
 @message("A Trainer where the base was pretrained")
 def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
     """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the Trainer the model
-    with the base that the adapter was trained on, as trainer.fit(Net.load_from_checkpoint("pretrained.ckpt"),
-    ckpt_path=...). To use the adapter on this base all the same, call load_adapter(model, path, strict_base=False) and
-    leave ckpt_path out.
+    with the base that the adapter was trained on, as Net.load_from_checkpoint("pretrained.ckpt"). To use the adapter on
+    this base all the same, call load_adapter(model, path, strict_base=False) and leave ckpt_path out.
     """
     file = saved(path, lora(), base=saved(path))
     make_trainer(path, lora()).validate(Net(), Data(), ckpt_path=file, **PLAIN_TYPES_ONLY)
@@ -240,8 +239,8 @@ def merge_after_a_diverged_run(path: Path) -> None:
 
 @message("`unmerge` of a weight that was changed meanwhile")
 def unmerge_of_a_weight_that_was_changed_meanwhile(path: Path) -> None:
-    """unmerge: layer '0': the weight was changed while it was merged; the change was undone, and the weight has its
-    values from before merging. Change weights while the model is unmerged.
+    """unmerge: layer '0': the weight was changed while it was merged; the change was undone. Change weights while the
+    model is unmerged.
     """
     merge(net := small(init_lora_weights=False))
     net.get_parameter("0.weight").data.add_(1)

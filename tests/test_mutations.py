@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_lora import LoRACallback, LoRAError, is_merged, merge
 from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint as write
 from lightning_lora.model.patches import unpatch
-from lightning_lora.nn.exact_merge import RestoreRecord
+from lightning_lora.nn.exact_merge import Undo
 from lightning_lora.trainer.evaluation import merge_to_evaluate
 from support.lightning_versions import EMAWeightAveraging, weight_averaging
 from support.naive import NaiveCallback
@@ -45,9 +45,9 @@ def base_weights_stay(make: Make, path: Path) -> None:
         )
 
 
-def subtract(weight: torch.Tensor, kept: RestoreRecord) -> None:
+def subtract(weight: torch.Tensor, kept: Undo, buffers: object) -> None:
     """W -= d in place of unmerge_weight_."""
-    for piece in kept.factors:
+    for piece in (chunk.part for chunk in kept.chunks):
         delta = (piece.left @ piece.right).mul(kept.scaling).to(weight.dtype)
         weight.detach()[piece.row : piece.row + delta.shape[0]].sub_(delta)
 

@@ -1,25 +1,21 @@
-"""Lines that the reference promises are shown where the summary is: on a terminal, or in Lightning's log."""
+"""Lines that the reference promises go to the log of the package, as the summary does."""
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
-import rich
 import transformers
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, merge, merged_state_dict
-from lightning_lora.notices import tell, terminal
+from lightning_lora.notices import tell
 from support.forks import DONE, run_in_forks
-from support.notices import lightning_logger
 from support.quantised import quantised
 
-LINE = "lightning_lora: [bold]a line[/bold] of 100%."
+LINE = "lightning_lora: a line of 100%."
 
 
 def in_16_bits(**options: object) -> nn.Module:
@@ -64,43 +60,20 @@ PROMISED: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize("subject", PROMISED)
-def test_what_the_reference_promises_is_in_lightnings_log_once(caplog, subject: str):
+def test_what_the_reference_promises_is_logged_once(caplog, subject: str):
     act, expected = PROMISED[subject]
-    with caplog.at_level(logging.INFO, lightning_logger()):
+    with caplog.at_level(logging.INFO, "lightning_lora"):
         act()
     assert sum(record.getMessage().startswith(expected) for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize("subject", PROMISED)
-def test_what_the_reference_promises_is_shown_on_a_terminal(monkeypatch, subject: str):
-    out = io.StringIO()
-    monkeypatch.setattr(rich, "_console", rich.console.Console(file=out, force_terminal=True, width=10_000))
-    monkeypatch.setattr(logging.getLogger(lightning_logger()), "level", logging.INFO)
-    act, expected = PROMISED[subject]
-    act()
-    assert sum(line.startswith(expected) for line in out.getvalue().splitlines()) == 1
-
-
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("on_a_terminal", [True, False])
-@pytest.mark.parametrize("silenced", [True, False])
-def test_a_line_is_shown_as_it_is_on_rank_zero_alone_unless_lightnings_log_is_silenced(
-    caplog, monkeypatch, on_a_terminal: bool, silenced: bool, rank: int
-):
-    out = io.StringIO()
+@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
+def test_a_line_is_logged_on_rank_zero_alone_unless_the_log_is_silenced(caplog, monkeypatch, level: int, rank: int):
     monkeypatch.setattr(rank_zero_only, "rank", rank)
-    monkeypatch.setattr(rich, "_console", rich.console.Console(file=out, force_terminal=on_a_terminal, width=80))
-    with caplog.at_level(logging.WARNING if silenced else logging.INFO, lightning_logger()):
+    with caplog.at_level(level, "lightning_lora"):
         tell(LINE)
-    shown = rank == 0 and not silenced
-    assert [record.getMessage() for record in caplog.records] == [LINE] * (shown and not on_a_terminal)
-    assert out.getvalue().splitlines() == [LINE] * (shown and on_a_terminal)
-
-
-def test_where_lightnings_log_is_silenced_this_packages_own_can_be_asked_for(caplog):
-    with caplog.at_level(logging.INFO, "lightning_lora"):
-        tell(LINE)
-    assert [record.getMessage() for record in caplog.records] == [LINE]
+    assert [record.getMessage() for record in caplog.records] == [LINE] * (rank == 0 and level == logging.INFO)
 
 
 WITHOUT_LIGHTNING = """
@@ -125,10 +98,3 @@ def test_a_program_without_lightning_shows_lines_unless_it_has_set_up_logging_it
     }
     programs = {name: (["torch"], WITHOUT_LIGHTNING.format(setup=s, times=n)) for name, (s, n) in cases.items()}
     assert run_in_forks(programs) == dict.fromkeys(cases, DONE)
-
-
-@pytest.mark.parametrize(("is_terminal", "is_jupyter"), [(True, False), (False, True), (False, False)])
-def test_the_summary_is_shown_by_rich_on_a_terminal_and_in_a_notebook(monkeypatch, is_terminal: bool, is_jupyter: bool):
-    console = SimpleNamespace(is_terminal=is_terminal, is_jupyter=is_jupyter)
-    monkeypatch.setattr("rich.get_console", lambda: console)
-    assert terminal() is (console if is_terminal or is_jupyter else None)

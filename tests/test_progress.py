@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     """Make the standard error a terminal, on which bars come at once."""
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)  # of each phase of a test
     monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setattr(progress, "tqdm", partial(progress.tqdm, mininterval=0, miniters=1))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     return Terminal(capsys)
@@ -62,13 +64,14 @@ def test_bar_shows_work_count_and_unit(terminal: Terminal):
         advance(1)
         advance(1)
     assert "counting" in terminal.text()
-    assert "2/3 layers" in terminal.text()
+    assert "2/3 [" in terminal.text()
+    assert "layers/s" in terminal.text()
 
 
 def test_bar_of_bytes_counts_in_the_unit_of_its_total(terminal: Terminal):
     with progress_bar("copying", 4_000_000, "bytes") as advance:
         advance(1_000_000)
-    assert "1.0/4.0 MB" in terminal.text()
+    assert "1.00M/4.00M" in terminal.text()
 
 
 def test_short_work_shows_no_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch):
@@ -94,13 +97,6 @@ def test_only_the_first_process_shows_a_bar(terminal: Terminal, monkeypatch: pyt
         assert bool(terminal.text()) == shown
 
 
-def test_without_rich_there_is_no_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    with progress_bar("counting", 3) as advance:
-        advance(1)
-    assert terminal.text() == ""
-
-
 def test_exception_takes_the_bar_away_and_goes_on(terminal: Terminal):
     def interrupted() -> None:
         with progress_bar("counting", 3) as advance:
@@ -109,7 +105,7 @@ def test_exception_takes_the_bar_away_and_goes_on(terminal: Terminal):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert terminal.text().endswith("\x1b[2K")  # the line is erased
+    assert not terminal.text().rpartition("\r")[0].rpartition("\r")[2].strip()  # the line is erased
 
 
 @pytest.mark.parametrize(
@@ -143,7 +139,7 @@ def test_what_can_take_long_shows_a_bar_that_reaches_the_end(terminal: Terminal,
     work(tmp_path, model)
     screen = terminal.text()[before:]
     assert shown in screen
-    done, total = re.findall(r"([\d.]+)/([\d.]+) (?:layers|tensors|bytes)", screen)[-1]
+    done, total = re.findall(r"([\d.]+[kM]?)/([\d.]+[kM]?) \[", screen)[-1]
     assert done == total
 
 

@@ -44,7 +44,7 @@ from lightning_lora import (
     merge_and_unload,
 )
 from lightning_lora.command.main import VERBS, main
-from support.notices import PEER_NOTICES, lightning_logger
+from support.notices import PEER_NOTICES
 from support.variants import variants_forgotten
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
@@ -365,7 +365,7 @@ def front(ran: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def test_the_figures_of_the_summary_at_fit_start_are_those_that_are_quoted(front, caplog):
-    with caplog.at_level(logging.INFO, lightning_logger()):
+    with caplog.at_level(logging.INFO, "lightning_lora"):
         make_trainer(front).fit(front["Net"](), front["data"], front["data"])
     (shown,) = {record.message for record in caplog.records if record.message.startswith("LoRA: ")}
     (quoted,) = re.findall(r"here `([^`]+ parameters)`", TEXTS[FRONT])

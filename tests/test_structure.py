@@ -19,7 +19,6 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 GROUND = {  # files at the top that every room may import
-    "arguments",
     "config",
     "errors",
     "matching",
@@ -211,7 +210,6 @@ EXTRAS = (
     "deepspeed",
     "huggingface_hub",
     "jsonargparse",
-    "rich",
     "peft",
     "transformers",
     "loralib",

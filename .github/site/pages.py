@@ -140,8 +140,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = QUOTE.sub(lambda line: line[0].replace("][", "]\\["), markdown)  # no link, but an index of an index
     if page.file.src_uri == "README.md":  # alone under its tab
         page.meta["hide"] = ["navigation"]
-    if page.file.src_uri == "tests/messages.md":
-        page.meta["search"] = {"boost": 0.1}  # it has every word
     if page.file.src_uri == "lightning_lora/README.md":
         markdown = NAME.sub(to_name, markdown)
     return markdown

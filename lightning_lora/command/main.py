@@ -16,7 +16,7 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.combined_layer import Method
-from ..errors import LoRAError, one_line
+from ..errors import LoRAError
 from ..exchange.combine import combine_adapters
 from ..files.atomic import identity
 from ..files.paths import reason_of
@@ -35,6 +35,7 @@ from .printing import (
     diff_text,
     extract_text,
     info_text,
+    one_line,
     print_failure,
     print_lines,
     result_lines,

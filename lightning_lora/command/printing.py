@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..errors import one_line, printable, shortened
 from ..exchange.combine import Combined
 from ..files.paths import reason_of
 from ..names import listed
@@ -47,6 +46,16 @@ def print_failure(verb: str, reason: str, status: int = 1) -> int:
     with suppress(OSError):
         print(f"lightning-lora {verb}: {reason}", file=sys.stderr, flush=True)
     return status
+
+
+def one_line(text: str) -> str:
+    """Return a text in one line, with escapes for control characters."""
+    return printable(" ".join(text.split("\n")))
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes for control characters, which a name in a file may hold."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def discard_output() -> None:
@@ -140,7 +149,7 @@ def _mended(result: Mapping[str, Any]) -> set[str]:
 
 def _finding_text(found: Mapping[str, Any]) -> str:
     before = f" before {found['before']}" if "before" in found else ""
-    names = f": {_few(list(map(shortened, found['names'])))}" if found["names"] else ""
+    names = f": {_few(found['names'])}" if found["names"] else ""
     return f"{found['effect']}{before}: {found['says']}{names} ({found['source']})"
 
 
@@ -194,7 +203,7 @@ def _number(value: float | None) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     if not rows:
         return []
-    rows = [[shortened(printable(cell)) for cell in row] for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
     return ["  ".join(row).rstrip() for row in padded]

@@ -90,7 +90,7 @@ class Job:
     base: Weights
     updates: Mapping[str, WeightUpdate]
     dtype: torch.dtype | None
-    progress: Callable[[int], None] = lambda size: None
+    progress: Callable[[int], object] = lambda size: None
 
     def result_dtype(self, name: str) -> torch.dtype:
         """Return the dtype of one tensor of the result. Tensors that are not floating point keep theirs."""

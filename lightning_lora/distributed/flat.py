@@ -206,6 +206,11 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return whole.view(shard.values.dtype).view(shard.shape).to(shard.values.device)
 
 
+def gather_flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict in which flat tensors are gathered, because their slices alone tell nothing. Collective."""
+    return {name: gather(value) if is_flat(value) else value for name, value in state.items()}
+
+
 def _places(shard: FlatShard) -> list[tuple[int, int, int]]:
     """Return the first and last element of each rank's slice, as (rank, start, stop). Collective."""
     ranks = dist.get_process_group_ranks(shard.group)

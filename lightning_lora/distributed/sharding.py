@@ -101,9 +101,14 @@ def _meeting_device(tensor: torch.Tensor) -> torch.device:
     return torch.device(tensor.device_mesh.device_type) if is_sharded(tensor) else tensor.device
 
 
+def whole_on_cpu(value: Any) -> Any:
+    """Return a sharded tensor gathered on the CPU; other values are unchanged. Collective."""
+    return full_tensor(value).cpu().clone() if is_spread(value) else value  # gathered, it has gaps in a larger storage
+
+
 def gather_all(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values with each sharded tensor gathered on the CPU; other values are unchanged. Collective."""
-    return {name: full_tensor(value).cpu() if is_spread(value) else value for name, value in values.items()}
+    return {name: whole_on_cpu(value) for name, value in values.items()}
 
 
 def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:

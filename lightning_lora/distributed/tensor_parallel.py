@@ -40,8 +40,8 @@ def place_like_weight(name: str, factor: nn.Parameter, weight: torch.Tensor, dim
     return nn.Parameter(moved, requires_grad=factor.requires_grad)
 
 
-def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor | None:
-    """Return s * x @ A.T @ B.T, computed by each rank on its own shards. Return None if it needs communication."""
+def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+    """Return x @ A.T @ B.T, computed by each rank on its own shards. Return None if it needs communication."""
     if not isinstance(x, DTensor) or not isinstance(a, DTensor) or not isinstance(b, DTensor):
         return None
     last = x.dim() - 1
@@ -50,8 +50,7 @@ def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling:
         return None
     out, grad_x, grad_a, grad_b = zip(*(case for case in cases if case is not None), strict=True)
     hidden = F.linear(x.to_local(grad_placements=grad_x), _shard(a, grad_a))
-    # Scaled here and not at the end, because torch 2.6 sums partial values over the ranks before it scales them.
-    product = F.linear(hidden * scaling, _shard(b, grad_b))
+    product = F.linear(hidden, _shard(b, grad_b))
     shape = torch.Size((*x.shape[:-1], b.shape[0]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(product, x.device_mesh, out, run_check=False, shape=shape, stride=stride)

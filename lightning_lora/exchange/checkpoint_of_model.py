@@ -14,7 +14,7 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import AVERAGED, entries_match, fingerprint_entries, without_rows
 from ..distributed.flat import owns_flat, whole_shape
-from ..distributed.sharding import copy_all_, full_tensor, gather_all, holds_shards, is_sharded
+from ..distributed.sharding import copy_all_, gather_all, holds_shards, whole_on_cpu
 from ..distributed.zero import update_copies_
 from ..errors import LoRAError, NonFiniteError
 from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names, checkpoint_metadata, in_one_storage
@@ -36,8 +36,8 @@ from .quantised_base import CallFor, remedy_for_trainer
 from .take import check_fingerprint, describe, rows_without_values
 
 REMEDY_IN_TRAINER = (
-    "Give the Trainer the model with the base that the adapter was trained on, as trainer.fit("
-    'Net.load_from_checkpoint("pretrained.ckpt"), ckpt_path=...). To use the adapter on this base all the same, call '
+    "Give the Trainer the model with the base that the adapter was trained on, as "
+    'Net.load_from_checkpoint("pretrained.ckpt"). To use the adapter on this base all the same, call '
     "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
 )
 OPTIONS_IN_TRAINER = (
@@ -323,10 +323,8 @@ def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
 
 
 def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
-    whole = full_tensor(tensor).cpu()
-    if is_sharded(tensor):
-        whole = whole.clone()  # one gathered from uneven shards has gaps, and lies in a larger storage
-    return whole if keep else whole.to("meta")
+    whole: torch.Tensor = whole_on_cpu(tensor)
+    return whole.cpu() if keep else whole.to("meta")
 
 
 def write_whole_state_(handle: AdaptedModel, checkpoint: Mapping[str, Any], *, strict: bool) -> None:
@@ -356,8 +354,6 @@ def write_whole_state_(handle: AdaptedModel, checkpoint: Mapping[str, Any], *, s
             cast(Any, live.owners[name]).set_extra_state(named[name])
         copy_all_(pairs)
         load_foreign_(live, foreign_of(state, foreign_names(handle, state, live.tensors.keys())))
-        for layer in handle.layers.values():
-            layer.weight_changed()
     else:
         handle.model.load_state_dict(state, strict=strict)
     update_copies_(pairs)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed.flat import is_flat, whole_shape
 from ..distributed.rank_sync import RankSync, writes_files
 from ..distributed.sharding import detached, full_tensor
 from ..errors import LoRAError
@@ -211,11 +210,10 @@ def _base_tensors(listing: Listing, prefix: str) -> dict[str, tuple[torch.Tensor
 
 def _stored(tensor: torch.Tensor, module: nn.Module, dtype: torch.dtype | None) -> torch.Tensor:
     """Return a tensor with the shape and dtype that will be written."""
-    if is_flat(tensor):
-        return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
-    if dtype is None or not how_quantised(tensor, module):
+    quantised = dtype is not None and how_quantised(tensor, module)
+    if not quantised and tensor.shape == shape_of(tensor):  # a slice of a weight has another shape
         return tensor
-    return torch.empty(shape_of(tensor), dtype=dtype, device="meta")
+    return torch.empty(shape_of(tensor), dtype=dtype if quantised else tensor.dtype, device="meta")
 
 
 def _merged(

@@ -133,7 +133,7 @@ def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> Non
 class _InParts:
     """A file for torch.save that writes each storage in parts and reports them, at most `nbytes` in all."""
 
-    def __init__(self, file: BinaryIO, nbytes: int, advance: Callable[[int], None]) -> None:
+    def __init__(self, file: BinaryIO, nbytes: int, advance: Callable[[int], object]) -> None:
         self.file, self.left, self.advance = file, nbytes, advance
 
     def write(self, content: bytes | memoryview) -> int:

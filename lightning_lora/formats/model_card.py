@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..adapter.adapter import Adapter
-from ..errors import printable, shortened
 from ..files.paths import PassingOverErrors, PathLike, given_path, kind_of
 
 CARD_FILE = "README.md"
@@ -148,10 +147,10 @@ def _tells(name: str, value: Any) -> bool:
 
 def _loading(base: str, task: Task | None, adapter: Adapter, network: str) -> str:
     if adapter.pretrained:
-        part = printable(adapter.pretrained.removeprefix(adapter.network).removesuffix("."))
-        return LOADING.format(imports="", base=f"...  # {printable(whole_in(adapter))}, not its {part} alone")
+        part = adapter.pretrained.removeprefix(adapter.network).removesuffix(".")
+        return LOADING.format(imports="", base=f"...  # {whole_in(adapter)}, not its {part} alone")
     if network and (task is None or not base):
-        why = "of your LightningModule; not the module itself, with which PEFT fails or runs without the adapter"
+        why = "module is your LightningModule; given that itself, PEFT fails or runs the base"
         return LOADING.format(imports="", base=f"{network_in_module(network)}  # {why}")
     if task is None or not base:
         return LOADING.format(imports="", base="...  # the model that the adapter was trained on")
@@ -168,7 +167,7 @@ def whole_in(adapter: Adapter) -> str:
 
 def network_in_module(network: str) -> str:
     """Return the expression for the network with a prefix, in a LightningModule named `module`."""
-    return f"module.{printable(network.removesuffix('.'))}"
+    return f"module.{network.removesuffix('.')}"
 
 
 def _cell(value: Any) -> str:
@@ -179,7 +178,7 @@ def _cell(value: Any) -> str:
 
 
 def _code(text: str) -> str:
-    return f"`{shortened(printable(text)).replace('`', chr(39))}`"
+    return f"`{text.replace('`', chr(39))}`"
 
 
 def finite_metrics(values: Mapping[str, Any]) -> dict[str, float]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,16 +15,12 @@ from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import from_local_like, local
 from ..errors import LoRAError
 from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of, layer_adapter
-from ..nn.device_merge import Observer
 from ..nn.exact_merge import merged_weight
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.nf4 import NF4Linear
 from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
 from ..nn.variant import Stored
 from ..notices import tell
-
-if TYPE_CHECKING:
-    from ..metrics import MergeFidelity
 
 WORST_FIDELITY = 0.05  # a warning tells when rounding loses a larger share of the adapter's norm
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGEABLE_DTYPES}
@@ -73,7 +70,7 @@ def plain_weight(
     module: nn.Module,
     name: str,
     dtype: torch.dtype,
-    observe: Observer | None = None,
+    cost: list[float] | None = None,
     stored: Stored | None = None,
     run: Callable[[Callable[[], None]], object] = lambda merge: merge(),
 ) -> torch.Tensor:
@@ -85,7 +82,7 @@ def plain_weight(
         module: the owner of the parameter.
         name: the parameter's name in the module.
         dtype: of the result.
-        observe: called with each merged chunk, see merge_weight_.
+        cost: as of merge_weight_.
         stored: other values for the layer's stored tensors, by leaf name.
         run: runs the part that does not communicate. Where that fails on a rank, and `run` keeps the error for later,
             the result is without the adapter.
@@ -101,7 +98,7 @@ def plain_weight(
     found = [local(values)]
 
     def merge() -> None:
-        found[0] = merged_weight(found[0], blocks, adapter.lora.spec.scaling, dtype=dtype, observe=observe)
+        found[0] = merged_weight(found[0], blocks, adapter.lora.spec.scaling, dtype=dtype, cost=cost)
 
     run(merge)
     return from_local_like(found[0].to(dtype), values)
@@ -150,11 +147,7 @@ class Dequantizer:
     """Make plain weights one by one, and report the cost of rounding W' to their dtype, once for each layer."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        from ..metrics import MergeFidelity  # imported late, because torchmetrics takes long to import
-
-        self.dtype = dtype
-        with torch.inference_mode(False):
-            self.fidelity: MergeFidelity = MergeFidelity(sync_on_compute=False)
+        self.dtype, self.cost = dtype, [0.0, 0.0]  # see merge_weight_
 
     def weight(
         self, name: str, module: nn.Module, sync: RankSync | None = None, stored: Stored | None = None
@@ -168,20 +161,21 @@ class Dequantizer:
                 is raised at once.
             stored: as of plain_weight.
         """
-        observe, adapter = None, layer_adapter(module)
+        cost, adapter = None, layer_adapter(module)
         if adapter is not None and not adapter.lora.rounding_reported:
-            observe, adapter.lora.rounding_reported = self.fidelity.update, True
+            cost, adapter.lora.rounding_reported = self.cost, True
         leaf = name.rpartition(".")[2]
         if sync is None:
-            return plain_weight(module, leaf, self.dtype, observe, stored)
+            return plain_weight(module, leaf, self.dtype, cost, stored)
         run = partial(sync.run, f"merged weights: {name!r}")
-        return plain_weight(module, leaf, self.dtype, observe, stored, run)
+        return plain_weight(module, leaf, self.dtype, cost, stored, run)
 
     def report(self) -> None:
         """Log the share of the adapter that rounding loses, for layers that were not reported earlier."""
-        if not float(self.fidelity.reference) > 0:
+        error, change = self.cost
+        if not change > 0:
             return
-        lost = float(self.fidelity.compute())
+        lost = math.sqrt(error / change)
         name = str(self.dtype).removeprefix("torch.")
         message = f"merged {name} weights, dequantised: rounding costs {lost:.1%} of the adapter's norm"
         tell(f"lightning_lora: {message}")

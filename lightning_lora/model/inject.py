@@ -6,14 +6,12 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..arguments import names_near_misses
 from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
@@ -38,7 +36,7 @@ from .base_values import put_base_values_, take_back_base_values_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Injection
-from .merging import FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
+from .merging import Ending, FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
 from .named_state import state_of
 from .passed_over import describe_passed_over, warn_of_passed_over
 from .patches import call_previous, patch, unpatch
@@ -62,15 +60,9 @@ from .targets import (
     check_unadapted,
     check_untied,
 )
-from .undisturbed import Ending
 from .wrappers import unwrapped, warn_of_late_adapters
 
-IN_CONFIG = {
-    field.name: f"say it in the config: inject(model, LoRAConfig({field.name}=...))" for field in fields(LoRAConfig)
-}
 
-
-@names_near_misses("inject", IN_CONFIG)
 def inject(
     model: nn.Module, config: LoRAConfig | PeftConfig, *, merge_weights: bool = False, seed: int | None = None
 ) -> list[str]:
@@ -266,7 +258,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         end = Ending(turn, partial(_enable_again, handle, found, were_active, is_inside))
         try:
             try:
-                if found.merged:
+                if holds_merged(handle.layers.values()):
                     unmerge_listed(handle)
                 put_base_values_(state_of(handle.root_places), record.initial)
                 _set_active(modules, dict.fromkeys(were_active, False))

@@ -4,42 +4,36 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..distributed.flat import begin_writing, free_gathered, is_flat
+from ..distributed.flat import begin_writing, free_gathered
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import dimensions_of_ranks, is_spread, local, reshard_
 from ..errors import LoRAError, NonFiniteError
 from ..nn.adapted_module import take_turn
 from ..nn.adapted_weights import AdaptedWeights, Blocks
-from ..nn.device_merge import Observer
+from ..nn.exact_merge import Buffers
 from ..nn.low_rank import HALF
 from ..nn.readers import update_fast_paths
-from ..nn.scratch import Scratch
 from ..nn.tied_weights import record_ties
+from ..nn.writer import Turn
 from ..notices import tell
 from ..progress import progress_bar
 from .adapted_model import Listing
 from .dequantize import WORST_FIDELITY, report_factored
-from .device_merging import NOT_FINITE_REMEDY, DeviceMerge, begin_unmerging_
 from .gradients import warn_of_untrained
 from .injection import Injection
 from .recorded_layers import refuse_replaced_layers
-from .undisturbed import Ending, run_undisturbed
 from .wrappers import unwrapped
-
-if TYPE_CHECKING:
-    from ..metrics import MergeFidelity
 
 Weights = Mapping[str, torch.Tensor]  # of a layer, by name
 
-COPY_BUDGET = 64 * 2**20  # bytes for plain copies of small weights, which are restored faster than stored corrections
+COPY_BUDGET = 64 * 2**20  # bytes: up to this size of all adapted weights plain copies are kept, which is faster
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -116,34 +110,48 @@ def _is_pending(layer: AdaptedWeights) -> bool:
 def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tells_rounding: bool) -> None:
     """Merge the pending layers of a model, all of them or none. In place."""
     weights = {layer: layer.own_weights() for layer in listing.layers.values()}
+    sizes = [sum(map(_local_nbytes, weights[layer].values())) for layer in weights if not layer.unmergeable_reason()]
+    copy = sum(sizes) <= COPY_BUDGET
     main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
-    copies = _affordable_copies({layer: weights[layer] for layer in weights if not layer.unmergeable_reason()})
 
     def write() -> None:
         record_ties(listing.modules)
-        sync = RankSync(main_weights.values())
-        fidelity = _Fidelity(main_weights if tells_rounding else {}, sync)
-        scratch, device = Scratch(), DeviceMerge()
+        sync, buffers = RankSync(main_weights.values()), Buffers()
+        costs: dict[AdaptedWeights, list[float]] = {}
+        for layer in pending.values():
+            if layer.lora.unfinished:  # an exception broke off what took another exception's merge back
+                layer.unmerge_(buffers)
         with progress_bar("merging", len(pending)) as advance:
             for name, layer in pending.items():
                 if layer.unmergeable_reason():
                     layer.lora.merged = True
                 else:
-                    blocks = layer.blocks(weights[layer])
-                    how = layer in copies, fidelity.observer(layer)
-                    if _lies_on_cpu(main_weights[layer]):
-                        sync.run(f"merge: layer {name!r}", _merge_layer, layer, weights[layer], blocks, *how, scratch)
-                    else:
-                        device.add(name, layer, weights[layer], blocks, *how)
+                    if tells_rounding and _is_unreported(layer, main_weights[layer]):
+                        costs[layer] = [0.0, 0.0]
+                    arguments = weights[layer], layer.blocks(weights[layer]), copy, costs.get(layer), buffers
+                    sync.run(f"merge: layer {name!r}", _merge_layer, layer, *arguments)
                 advance(1)
-        device.merge_(sync)
         sync.raise_on_any_rank()
-        fidelity.report()
+        if costs:
+            shares = torch.tensor([sync.share(main_weights[layer]) for layer in costs], dtype=torch.float64)
+            sums = shares @ torch.tensor(list(costs.values()), dtype=torch.float64)
+            _tell_rounding(costs, *sync.total(sums).tolist())
         report_factored(pending.values())
         update_fast_paths(module for _, module in listing.modules)
 
     with torch.no_grad():  # once for all layers, because entering it takes longer than merging a small layer
-        run_undisturbed(write, partial(_restore_all, listing), "merge")
+        all_or_nothing(write, partial(_restore_all, listing))
+
+
+def all_or_nothing(step: Callable[[], None], restore: Callable[[], None]) -> None:
+    """Run a step. If an exception breaks it off, restore what it changed. If another one breaks that off, too, the next
+    call on the model restores it.
+    """
+    try:
+        step()
+    except BaseException:
+        restore()
+        raise
 
 
 def has_rounding_to_tell(layers: Iterable[AdaptedWeights]) -> bool:
@@ -183,7 +191,7 @@ def unmerge_listed(listing: Listing) -> None:
     layers, restore = listing.layers.values(), partial(_restore_all, listing)
     writing = shards_in_place(listing, "unmerge") if holds_merged(layers) else nullcontext()
     with take_turn(layers, "unmerge"), torch.no_grad(), writing:
-        run_undisturbed(restore, restore, "unmerge")
+        all_or_nothing(restore, restore)
 
 
 @contextmanager
@@ -211,12 +219,43 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         end = Ending(turn, FoundState(listing).bring_back)
         try:
             try:
-                merge_listed(listing)  # signal handlers wait until it is done
+                merge_listed(listing)
                 yield model
             finally:
                 end()
         finally:
             end()
+
+
+class Ending:
+    """The end of a `with` block, which restores the model.
+
+    Call it in two nested `finally` clauses: where an exception comes before the inner one has done it, the outer one
+    does.
+
+    Args:
+        turn: of the block, which may end in another thread than it began in.
+        step: restores the model. It can be called again after any part of itself.
+    """
+
+    def __init__(self, turn: Turn, step: Callable[[], None]) -> None:
+        self.turn, self.step, self.is_done = turn, step, False
+
+    def __call__(self) -> None:
+        """Restore the model, unless that was done.
+
+        Raises:
+            LoRAError: another thread is changing the model, or the step raised it. Later calls do nothing.
+        """
+        if self.is_done:
+            return
+        try:
+            self.turn.go_on()
+            self.step()
+        except LoRAError:
+            self.is_done = True
+            raise
+        self.is_done = True
 
 
 class FoundState:
@@ -282,41 +321,20 @@ def _require_layers(listing: Listing, verb: str) -> None:
         raise LoRAError(f"{verb}: {kind} has no adapted layer; call inject(model, LoRAConfig(...)).")
 
 
-def _affordable_copies(layers: Mapping[AdaptedWeights, Weights]) -> set[AdaptedWeights]:
-    """Return the unmerged layers whose weights are copied before a merge: the smallest ones that fit the budget.
-
-    A copy of a shard that is no larger than A costs nothing, because stored corrections and factors take more memory.
-    """
-    copies = [record.copy for layer in layers for record in layer.lora.records.values() if record.copy is not None]
-    budget = COPY_BUDGET - sum(copy.nbytes for copy in copies)
-    affordable = set()
-    sizes = {layer: sum(map(_local_nbytes, weights.values())) for layer, weights in layers.items()}
-    if not copies and sum(sizes.values()) <= budget:
-        return {layer for layer in layers if not layer.lora.records}
-    for layer in sorted(sizes, key=sizes.__getitem__):
-        cost = 0 if sizes[layer] <= layer.factors()[0].nbytes else sizes[layer]
-        if not layer.lora.records and cost <= max(budget, 0):
-            budget -= cost
-            affordable.add(layer)
-    return affordable
-
-
-def _lies_on_cpu(weight: torch.Tensor) -> bool:
-    """Return whether this rank's part of a weight is on the CPU; the slice of a flat weight may be offloaded."""
-    return (local(weight) if is_flat(weight) else weight).is_cpu
-
-
 def _local_nbytes(weight: torch.Tensor) -> int:
     return local(weight).nbytes if is_spread(weight) else weight.nbytes
 
 
 def _merge_layer(
-    layer: AdaptedWeights, weights: Weights, blocks: Blocks, copy: bool, observe: Observer | None, scratch: Scratch
+    layer: AdaptedWeights, weights: Weights, blocks: Blocks, copy: bool, cost: list[float] | None, buffers: Buffers
 ) -> None:
     try:
-        layer.merge_(weights=weights, blocks=blocks, copy=copy, observe=observe, scratch=scratch)
+        layer.merge_(weights=weights, blocks=blocks, copy=copy, cost=cost, buffers=buffers)
     except NonFiniteError as error:
-        raise NonFiniteError(f"{error}. {NOT_FINITE_REMEDY}") from error
+        raise NonFiniteError(
+            f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
+            "clipping) or evaluate with merged_eval=False."
+        ) from error
 
 
 def _restore_all(listing: Listing) -> None:
@@ -330,13 +348,12 @@ def _restore_all(listing: Listing) -> None:
 
 
 def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
-    failures = []
-    begin_unmerging_(layers.values())
+    failures, buffers = [], Buffers()
     with progress_bar("unmerging", len(layers)) as advance:
         for name, layer in layers.items():
             try:
                 if layer.lora.merged or layer.lora.unfinished:
-                    layer.unmerge_()
+                    layer.unmerge_(buffers)
             except LoRAError as error:
                 failures.append(f"unmerge: layer {name!r}: {error}.")
             advance(1)
@@ -344,52 +361,24 @@ def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
         raise LoRAError("\n".join(failures))
 
 
-class _Fidelity:
-    """Measure the cost of rounding W' to 16 bits, to tell it once of each layer."""
+def _tell_rounding(layers: Iterable[AdaptedWeights], error: float, change: float) -> None:
+    """Log the share of the adapter that rounding W' loses, once for each layer; nothing while every B is zero.
 
-    def __init__(self, weights: Mapping[AdaptedWeights, torch.Tensor], sync: RankSync) -> None:
-        """Choose the layers to measure.
-
-        Args:
-            weights: the pending layers, each with the first of its weights.
-            sync: sums over the ranks.
-        """
-        self.weights = weights
-        self.layers = {layer for layer, weight in weights.items() if _is_unreported(layer, weight)}
-        self.sync = sync
-        # By the share of this rank's part in the sum over ranks, and by the device on which the sums stay so long.
-        self.metrics: dict[tuple[float, torch.device], MergeFidelity] = {}
-
-    def observer(self, layer: AdaptedWeights) -> Observer | None:
-        """Return a function to call with each merged chunk of a layer, or None for a layer that is not measured."""
-        if layer not in self.layers:
-            return None
-        share, device = self.sync.share(self.weights[layer]), self.weights[layer].device
-        key = share, torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-        if key not in self.metrics:
-            from ..metrics import MergeFidelity  # imported late, because torchmetrics takes long to import
-
-            with torch.inference_mode(False):  # inference tensors could not be updated outside of it
-                self.metrics[key] = MergeFidelity(sync_on_compute=False).to(device)
-        return self.metrics[key].update
-
-    def report(self) -> None:
-        """Log the share of the adapter that rounding loses; nothing while every B is zero. Collective."""
-        if not self.layers:
-            return
-        sums = [metric.sums() * share for (share, _), metric in self.metrics.items()]
-        on_this_rank = torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64)
-        error, delta = self.sync.total(on_this_rank).tolist()
-        if not delta > 0:
-            return
-        lost = math.sqrt(error / delta)
-        for layer in self.layers:
-            layer.lora.rounding_reported = True
-        message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"
-        tell(f"lightning_lora: {message}")
-        if lost > WORST_FIDELITY:
-            warnings.warn(
-                f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "
-                "with merged_eval=False the adapter is evaluated unrounded.",
-                stacklevel=8,
-            )
+    Args:
+        layers: those that were measured.
+        error: the squared norm of what rounding changed, of all layers.
+        change: the squared norm of what the adapters changed.
+    """
+    if not change > 0:
+        return
+    lost = math.sqrt(error / change)
+    for layer in layers:
+        layer.lora.rounding_reported = True
+    message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"
+    tell(f"lightning_lora: {message}")
+    if lost > WORST_FIDELITY:
+        warnings.warn(
+            f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "
+            "with merged_eval=False the adapter is evaluated unrounded.",
+            stacklevel=7,
+        )

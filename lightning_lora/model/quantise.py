@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..arguments import names_near_misses
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
@@ -26,7 +25,6 @@ from .wrappers import unwrapped
 KINDS = ("nf4",)
 
 
-@names_near_misses("quantize_base", {})
 def quantize_base(
     model: nn.Module,
     kind: str = "nf4",

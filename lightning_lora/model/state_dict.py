@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ..distributed.flat import is_flat, owns_flat
+from ..distributed.flat import gather_flat, owns_flat
 from ..distributed.rank_sync import RankSync
-from ..distributed.sharding import full_tensor
+from ..distributed.sharding import is_spread
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, CHECKPOINTED, canonical, parent_names
 from ..nn.adapted_module import AdaptedModule, is_factor
@@ -28,7 +28,7 @@ from ..nn.adapted_weights import (
     layer_adapter,
 )
 from ..nn.foreign_entries import metadata_of, with_metadata
-from ..nn.quantised_state import load_quantisation_, quantisation_entries, unchanged_weight
+from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
 from ..nn.writer import KEEP_ADAPTER, KEEP_MERGED, Reading
 from ..progress import progress_bar
@@ -79,7 +79,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     with Reading("adapter_state_dict", [handle.record.writer], KEEP_ADAPTER) as reading:
         refuse_replaced_layers(handle, "adapter_state_dict")
         warn_of_untrained(handle)
-        state, foreign = without_flat(open_state(handle).values()), foreign_entries(handle)
+        state, foreign = gather_flat(open_state(handle).values()), foreign_entries(handle)
         reading.check()
     return with_metadata(state | dict(foreign.values), foreign.versions) if foreign.values else state
 
@@ -114,7 +114,7 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
         refuse_replaced_layers(handle, "merged_state_dict")
         warn_of_untrained(handle)
         whole = _state_to_merge(handle)
-        state = mark_merged(without_flat(merge_state_dict(handle, whole, dtype)), metadata_of(whole))
+        state = mark_merged(gather_flat(merge_state_dict(handle, whole, dtype)), metadata_of(whole))
         reading.check()
     return state
 
@@ -124,15 +124,10 @@ def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:
     entries = handle.state()
     if any(owns_flat(module) for _, module in handle.modules):
         return original_values(entries)
-    flat = original_values(entry for entry in entries if entry[1] is not None and is_flat(entry[1]))
+    spread = original_values(entry for entry in entries if is_spread(entry[1]))  # state_dict() shows no flat values
     state = handle.model.state_dict()
     metadata = {canonical(name): version for name, version in metadata_of(state).items()}
-    return with_metadata({canonical(name): value for name, value in state.items()} | flat, metadata)
-
-
-def without_flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict in which flat tensors are gathered, because their slices alone tell nothing. Collective."""
-    return {name: full_tensor(value) if is_flat(value) else value for name, value in state.items()}
+    return with_metadata({canonical(name): value for name, value in state.items()} | spread, metadata)
 
 
 def mark_merged(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,7 +306,6 @@ def _fill_in(
         plain = prefix + canonical(name)
         if plain in state_dict and prefix + name not in state_dict:
             state_dict[prefix + name] = state_dict.pop(plain)
-    load_quantisation_(places, state_dict, prefix)
     loaded = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
     factors = {name for name, (_, owner) in state.items() if is_factor(name, owner)}
     base = state.keys() - factors

@@ -41,7 +41,6 @@ from .layers_by_kind import is_empty, layers_by_kind, more_layers
 from .token_tables import OPTION, TokenTables
 
 TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is trained whole, without an adapter"
-MAX_NORM = "max_norm renormalises its rows in place, and W would change; set it to None"
 SCRIPTED = "TorchScript has compiled its forward, which would pass over the adapter; build it without torch.jit"
 
 
@@ -341,7 +340,7 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
     elif "forward" in vars(module):
         problem = f"its forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
     else:
-        problem = MAX_NORM if getattr(module, "max_norm", None) is not None else _weight_problem(module)
+        problem = _weight_problem(module)
         if not problem and enabled is not None:
             problem = _parts_problem(module, adapting.KIND, len(enabled))
         if not problem:
@@ -372,8 +371,6 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
         problem = f"its forward is replaced on the instance of {kind}, which would pass over the rows; undo that"
     elif isinstance(module, Swapped):
         problem = f"the {kind} reads the weight of an adapted layer; leave that out with exclude_modules"
-    elif getattr(module, "max_norm", None) is not None:
-        problem = MAX_NORM
     elif getattr(module, "scale_grad_by_freq", False):
         problem = "scale_grad_by_freq counts rows in the whole table, but trained rows lie apart; turn it off"
     else:
@@ -406,6 +403,8 @@ def _with_remedy(problem: str) -> str:
 def _weight_problem(module: nn.Module) -> str:
     """Return why the weight of a layer cannot be adapted, or ""."""
     kind = type(module).__name__
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm renormalises its rows in place; set it to None"
     names = ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
     weights = [module._parameters[name] for name in names if module._parameters.get(name) is not None]
     if is_parametrized(module) or not weights:

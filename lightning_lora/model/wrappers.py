@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch import nn
 
-from ..arguments import require_module
 from ..distributed.flat import owns_flat
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError
@@ -53,10 +52,9 @@ def unwrapped(model: nn.Module, verb: str) -> nn.Module:
     """Return the module inside all wrappers, or the model itself where there is no wrapper.
 
     Raises:
-        LoRAError: the model is no module, or a wrapper of an unknown class; or a strategy that cannot be followed has
-            divided the adapter. The message begins with the verb.
+        LoRAError: the model is a wrapper of an unknown class, or a strategy that cannot be followed has divided the
+            adapter. The message begins with the verb.
     """
-    require_module(model, verb)
     network = inside_known_wrappers(model)
     if ATTRIBUTE not in vars(network):
         _refuse_unknown_wrapper(network, verb)

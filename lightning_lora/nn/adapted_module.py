@@ -63,9 +63,6 @@ class Adapter(Protocol):
     def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None], *, loaded: bool) -> None:
         """Tie parameters of several modules again after torch replaced them by separate ones. In place."""
 
-    def weight_changed(self) -> None:
-        """Drop cached values that were computed from the weight."""
-
     def place(self) -> Any:
         """Return the layer's Place, which its variant is given."""
 
@@ -162,7 +159,6 @@ class AdaptedModule(Swapped):
             super()._apply(_keeping_float32(fn, adapters), recurse)  # type: ignore[no-untyped-call]
             for adapter in adapters:
                 adapter.tie_again_(self, before, loaded=False)
-                adapter.weight_changed()
         for adapter in were_meta:
             if not _is_meta(adapter):  # to_empty gave it memory without values
                 adapter.draw_()
@@ -190,7 +186,6 @@ class AdaptedModule(Swapped):
             super()._load_from_state_dict(state_dict, prefix, *args)
             for adapter in adapters:
                 adapter.tie_again_(self, before, loaded=True)
-                adapter.weight_changed()
                 if adapter in again:
                     adapter.draw_()
                 absent = any(prefix + name not in state_dict for name in adapter.adapted_weights())

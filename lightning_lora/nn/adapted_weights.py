@@ -8,8 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -24,23 +23,9 @@ from ..names import canonical
 from . import low_rank
 from .adapted_module import AdaptedModule
 from .autocast import without_autocast
-from .device_merge import Observer, Prepared
-from .exact_merge import (
-    RestoreRecord,
-    WeightEditedError,
-    complete_merge_,
-    merge_prepared_,
-    merge_weight_,
-    merged_weight,
-    parts_of,
-    restore_weight_,
-    restored_weight,
-    unmerge_weight_,
-)
+from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, parts_of, restored_weight, unmerge_weight_
 from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop, crop_to_slice, dense_delta
-from .merge_checks import Checks
-from .scratch import Scratch
 from .variant import Acting, Place, Stored, Variant
 
 Blocks = Mapping[str, list[LowRankBlock]]  # by weight name
@@ -74,7 +59,7 @@ class LayerState:
     injection: Any = None  # the record of the injection; all layers of a model share it
     custom_forward: bool = False  # the layer's class overrides torch's forward, so that forward runs on W + delta
     merged: bool = False  # merge was called
-    records: dict[str, RestoreRecord] = field(default_factory=dict)  # what unmerging needs, by weight name
+    records: dict[str, Undo] = field(default_factory=dict)  # what unmerging needs, by weight name
     unfinished: bool = False  # merging or unmerging runs, or an exception broke it off; unmerge_ completes it
     stands_in: int = 0  # number of forwards with W + delta in place of the weight, all in the thread with the lock
     unmergeable_reason: str = ""  # why the weight cannot be merged, for example another owner
@@ -84,17 +69,16 @@ class LayerState:
     training_checked: bool = False  # training was seen to reach the layer, or a warning has named it
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
     placed: tuple[LayerSpec, Place] | None = None  # the last result of `place`, with its spec
-    # Plain copies that are not needed any more, by weight name: the next merge reuses their memory. On the CPU only,
-    # because there fresh pages of memory take longer than the copy.
-    spares: dict[str, torch.Tensor] = field(default_factory=dict)
+    # Memory of plain copies by weight name, kept from merge to merge: on the CPU fresh pages take longer than the copy.
+    copies: dict[str, Buffers] = field(default_factory=dict)
     # Held while W + delta stands in for the weight and while the weight is written. A copy of the layer has its own.
     lock: Any = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("spares", "lock", "placed")}
+        return {name: value for name, value in vars(self).items() if name not in ("copies", "lock", "placed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, spares={}, lock=threading.RLock(), placed=None)
+        vars(self).update(state, copies={}, lock=threading.RLock(), placed=None)
 
 
 class StoredTensors:
@@ -280,7 +264,6 @@ class StoredTensors:
 class AdaptedWeights(StoredTensors):
     """The adapter of one layer or of one parameter, and the weights that it changes."""
 
-    TRANSIENT: ClassVar[tuple[str, ...]] = ()  # attributes that copies and pickles leave out
     lora_active: bool  # whether the adapter is applied in a forward
 
     def strip_(self) -> None:
@@ -291,15 +274,6 @@ class AdaptedWeights(StoredTensors):
         for holder in self.lora_holders():
             if isinstance(holder, AdaptedModule):
                 holder.lora_take_out(self)
-
-    def __getstate__(self) -> Any:
-        inherited = getattr(super(), "__getstate__", None)  # object has none in Python 3.10
-        state = inherited() if inherited is not None else vars(self)
-        if isinstance(state, dict):
-            state = {name: value for name, value in state.items() if name not in self.TRANSIENT}
-            if self.lora.records:
-                state["lora"] = _portable_state(self)
-        return state
 
     # --- in a forward ---
 
@@ -326,10 +300,8 @@ class AdaptedWeights(StoredTensors):
         """
         self.note_segment()
         a, b, scale = self.acting()
-        mask = None
         if self.drops():
-            mask = F.dropout(a.new_ones(1, a.shape[1], *[1] * (a.dim() - 2)), self.lora.spec.dropout)
-            a = a * mask
+            a = a * F.dropout(a.new_ones(1, a.shape[1], *[1] * (a.dim() - 2)), self.lora.spec.dropout)
         sums = {}
         for name, delta in self.deltas(a, b).items():
             weight = weights[name]
@@ -338,8 +310,10 @@ class AdaptedWeights(StoredTensors):
                     f"{type(self.lora_holder).__name__}: since injection, {name} is computed from other parameters "
                     "(weight_norm, parametrize); undo that."
                 )
-            wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
-            sums[name] = self.combine(wide, delta, scale, mask).to(weight.dtype)
+            dense = weight + delta  # in the wider dtype of the two
+            if scale is not None:
+                dense = dense * low_rank.over_weight(self.KIND, scale, weight)
+            sums[name] = dense.to(weight.dtype)
         return sums
 
     def deltas(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -347,20 +321,6 @@ class AdaptedWeights(StoredTensors):
         place = self.place()
         blocks = place.low_rank_blocks(a, b * self.lora.spec.scaling)  # B is smaller than the product
         return {name: dense_delta(blocks[name], place.shapes[name]) for name in blocks}
-
-    def combine(
-        self, weight: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return W' for W and its delta, differentiable.
-
-        Args:
-            weight: W.
-            delta: s * B @ A in the shape of W, with dropout applied.
-            scale: c (out,), or None for no scale.
-            mask: (1, in, 1...), the dropout mask in delta, or None.
-        """
-        sums = weight + delta
-        return sums if scale is None else sums * low_rank.over_weight(self.KIND, scale, weight).to(sums.dtype)
 
     def drops(self) -> bool:
         """Return whether dropout acts now.
@@ -444,33 +404,21 @@ class AdaptedWeights(StoredTensors):
         """Return a view of a weight in which the first dimension counts the rows of its blocks; a flat slice itself."""
         return weight
 
-    def weight_changed(self) -> None:
-        """Drop cached values that were computed from the weight; called after a move, a cast or a load."""
-
-    def before_merge(self) -> None:
-        """Prepare for the first write to the weight, which is still W."""
-
-    def after_unmerge(self) -> None:
-        """Clean up after the weight got its bits from before_merge back."""
-
     def merge_(
         self,
         *,
         copy: bool,
-        observe: Observer | None = None,
+        cost: list[float] | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
         blocks: Blocks | None = None,
-        scratch: Scratch | None = None,
-        checks: Checks | None = None,
-        prepared: Mapping[str, Prepared] | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         """Write W' into this rank's shard of each weight. In place. Other arguments are those of merge_weight_.
 
         Args:
+            copy: keep plain copies.
             weights: the result of own_weights, if the caller has it.
             blocks: the result of `blocks` for these weights, if the caller has it.
-            checks: of a verb on many layers. Call complete_layer_ afterwards.
-            prepared: W' of weights that was computed with other layers, by weight name.
 
         Raises:
             NonFiniteError: a value of a sum is not finite. All weights then have their old values.
@@ -483,49 +431,35 @@ class AdaptedWeights(StoredTensors):
             blocks = blocks or self.blocks(weights)
             try:
                 state.unfinished = True
-                if not state.records:
-                    self.before_merge()
                 for name in blocks:
-                    if name not in state.records:
-                        weight, hold = self.as_matrix(local(weights[name])), partial(state.records.__setitem__, name)
-                        if prepared and name in prepared:
-                            merge_prepared_(weight, prepared[name], hold)
-                            continue
-                        how: dict[str, Any] = {"copy": copy, "spare": state.spares.pop(name, None), "hold": hold}
-                        how |= {"observe": observe, "scratch": scratch, "checks": checks}
-                        merge_weight_(weight, blocks[name], state.spec.scaling, **how)
-                if checks is None:
-                    _set_merged_(self)
+                    weight, undo = self.as_matrix(local(weights[name])), state.records.setdefault(name, Undo())
+                    memory = state.copies.setdefault(name, Buffers()) if copy and weight.is_cpu else Buffers()
+                    how: dict[str, Any] = {"copies": memory if copy else None, "undo": undo, "buffers": buffers}
+                    merge_weight_(weight, blocks[name], state.spec.scaling, cost=cost, **how)
+                vars(self)["lora_active"], state.merged = False, True  # nn.Module.__setattr__ is many times slower
+                state.unfinished = False
             except BaseException:
                 self.unmerge_()
                 raise
 
-    def unmerge_(self) -> None:
+    def unmerge_(self, buffers: Buffers | None = None) -> None:
         """Write W back into this rank's shard of each weight, as unmerge_weight_ does. In place.
 
         If an exception breaks this call off, another call completes it.
 
         Raises:
-            WeightEditedError: something else changed a merged weight, and W was restored from a copy.
-            LoRAError: something else changed a merged weight, and W is lost.
+            LoRAError: something else changed a merged weight. W is lost, unless a plain copy of it was kept.
         """
         failure, state = None, self.lora
         with state.lock:
             weights, state.unfinished = self.adapted_weights(), True
-            for name, record in list(state.records.items()):
+            for name, undo in list(state.records.items()):
                 try:
-                    unmerge_weight_(self.as_matrix(local(weights[name])), record)
+                    unmerge_weight_(self.as_matrix(local(weights[name])), undo, buffers)
                 except LoRAError as error:
-                    failure = error
-                    state.restore_failed = state.restore_failed or not isinstance(error, WeightEditedError)
+                    failure, state.restore_failed = error, state.restore_failed or not undo.copied
                 del state.records[name]
-                if record.copy is not None and record.copy.device.type == "cpu":
-                    state.spares[name] = record.copy
             vars(self)["lora_active"], state.merged = True, False
-            if failure is None:
-                self.after_unmerge()
-            else:
-                self.weight_changed()
             state.unfinished = False
         if failure:
             raise failure
@@ -540,9 +474,11 @@ class AdaptedWeights(StoredTensors):
         if not self.lora.records:
             yield
             return
-        copy = any(record.copy is not None for record in self.lora.records.values())
+        copy, was_merged = any(undo.copied for undo in self.lora.records.values()), self.lora.merged
         self.unmerge_()
         yield
+        if not was_merged:  # an exception had broken a merge off
+            return
         if self.unmergeable_reason():  # the change may have untied tables
             self.lora.merged = True
             return
@@ -596,59 +532,12 @@ class AdaptedWeights(StoredTensors):
         return merged
 
 
-def complete_layer_(layer: AdaptedWeights, weights: Mapping[str, torch.Tensor]) -> None:
-    """Complete merge_ of a layer, after all layers of the verb have begun. In place.
-
-    Args:
-        layer: one whose merge_ was given checks.
-        weights: the result of own_weights from before.
-
-    Raises:
-        NonFiniteError: a value of a sum is not finite. All weights of the layer then have their old values.
-    """
-    with layer.lora.lock:
-        try:
-            for name, record in layer.lora.records.items():
-                complete_merge_(layer.as_matrix(local(weights[name])), record)
-            _set_merged_(layer)
-        except BaseException:
-            layer.unmerge_()
-            raise
-
-
-def restore_layer_(layer: AdaptedWeights, checks: Checks) -> None:
-    """Write W back into this rank's shard of each weight of a merged layer. In place; unmerge_ then looks for edits.
-
-    Args:
-        layer: a merged layer.
-        checks: of the verb, which reads the sums of all layers at once.
-    """
-    with layer.lora.lock:
-        weights, layer.lora.unfinished = layer.adapted_weights(), True
-        for name, record in layer.lora.records.items():
-            restore_weight_(layer.as_matrix(local(weights[name])), record, checks)
-
-
-def _set_merged_(layer: AdaptedWeights) -> None:
-    vars(layer)["lora_active"], layer.lora.merged = False, True  # nn.Module.__setattr__ is many times slower
-    layer.lora.unfinished = False
-
-
 def _matrix(layer: AdaptedWeights) -> torch.Tensor | None:
     """Return W as a matrix (out, in), or None if the layer has several weights."""
     weights = list(layer.adapted_weights().values())
     if len(weights) > 1:
         return None
     return low_rank.matrix_view(layer.KIND, weights[0])
-
-
-def _portable_state(layer: AdaptedWeights) -> LayerState:
-    """Return the layer's state with records that hold plain copies of W.
-
-    Another machine may compute other last bits of d, so stored values alone could not restore W there.
-    """
-    copies = {name: layer.as_matrix(layer.original(name)) for name in layer.lora.records}
-    return replace(layer.lora, records={name: RestoreRecord([], copy=copy) for name, copy in copies.items()})
 
 
 def adapted_places(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,85 +12,65 @@ from torch import nn
 from ..distributed.sharding import is_sharded, local
 from . import low_rank
 from .adapted_weights import Blocks
-from .added_product import add_product
 from .lora_layer import LoRALayer
-from .low_rank import enabled_parts
-from .low_rank_sum import compute_dtype, low_rank_sum, runs_as_one
+from .low_rank_sum import compute_dtype, fits, low_rank_sum
 from .quantised import dequantize, dtype_of, quantised_as, quantised_parameters, refuse_bytes
-from .transforms import lies_in_rows, runs_as_written
+from .transforms import runs_by_formula
 
 
 class LoRALinear(LoRALayer):
-    """nn.Linear: weight (out, in), A (r, in), B (out, r).
+    """nn.Linear: y = W x + bias + s * B A dropout(x), with W (out, in), A (r, in), B (out, r).
 
-    With n of m equal parts adapted, A is (n * r, in) and B is (n * out / m, r).
+    With n of m equal parts adapted, A is (n * r, in) and B is (n * out / m, r). A forward runs on the B (out, n * r)
+    that equals them.
     """
 
     KIND = low_rank.LINEAR
+    READS_VALUES: ClassVar[bool] = True  # whether a forward may compute W x itself, from the values of the weight
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) and not quantised_parameters(module)
 
-    def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        if not input.is_cpu and runs_as_one(input, self.weight):  # looking up the weight takes longer than the rest
-            return self._as_one(input, a, b)
-        plain = self.lora.spec.enabled is None and type(input) is torch.Tensor and lies_in_rows(input)
-        if plain and runs_as_written():
-            return self._accumulated(input, a, b)
-        return self._concatenated(input, a, b)
-
-    def base_product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+    def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if self.lora.spec.enabled is not None:
+            b = low_rank.to_block_diagonal(b, self.lora.spec.enabled)
+        if x.dim() < 2 or runs_by_formula(x):
+            return super().sum_forward(x, a, b)
+        rows = x.flatten(0, -2)
+        if not x.is_cpu and self.READS_VALUES and fits(rows, self.weight):  # looking up the weight takes long
+            y = self._as_one(rows, a, b)
+        else:
+            y = self._accumulated(rows, a, b)
+        # autograd must not see a view: fully_shard's hooks on the output would be lost if a view were changed in place.
+        return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
-
-    def _as_one(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Run as one operation of autograd, which asks a device for less."""
-        x = input.to(compute_dtype(input))
-        dropped, scaling = self.dropped(x)
-        weight = low_rank.matrix_view(self.KIND, self.weight)
-        parts = low_rank.part_outputs(len(weight), self.lora.spec.enabled)
-        bias = getattr(self, "bias", None)
-        return low_rank_sum(x, weight, bias, a, b, scaling, None if dropped is x else dropped, parts)
-
-    def _accumulated(self, input: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor) -> torch.Tensor:
-        """Add the adapter's product in place to the base's output: one full-size tensor instead of three."""
-        rows = input.view(-1, input.shape[-1])
-        x, scaling = self.dropped(rows)
-        hidden = torch.mm(factor_a.to(x.dtype), x.t())
-        # Computed after hidden, so that backward comes to it first. Its gradient of the input is no view, so autograd
-        # adds the other gradient to it in place.
-        base = cast(torch.Tensor, self.base_forward(rows))
-        # Contiguous, so that autograd computes the gradient of B with the thin factor on the left.
-        base.addmm_(hidden.t().to(base.dtype), factor_b.to(base.dtype).t().contiguous(), alpha=scaling)
-        # autograd must not see a view: fully_shard's hooks on the output would be lost if a view were changed in place.
-        shape = (*input.shape[:-1], base.shape[-1])
-        return base if input.dim() == 2 else cast(torch.Tensor, torch.ops.aten._unsafe_view(base, shape))
-
-    def _concatenated(self, input: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor) -> torch.Tensor:
-        """Add the adapter's outputs part by part; for fused projections and inputs that cannot be viewed as rows."""
-        base = self.base_forward(input)
-        x, scaling = self.dropped(input)
-        if is_sharded(x) and self.lora.spec.enabled is None:
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        if is_sharded(x):
             from ..distributed.tensor_parallel import low_rank_product  # imported here: slow to import, rarely needed
 
-            product = low_rank_product(x, factor_a.to(x.dtype), factor_b.to(x.dtype), scaling)
+            product = low_rank_product(x, a, b)
             if product is not None:
-                return cast(torch.Tensor, base + product)
-        factor_a, factor_b = factor_a.to(x.dtype), factor_b.to(x.dtype)
-        if self.lora.spec.enabled is None:
-            return cast(torch.Tensor, base + F.linear(F.linear(x, factor_a), factor_b) * scaling)
-        outputs, end = [], 0
-        for start, a, b in enabled_parts(factor_a, factor_b, self.lora.spec.enabled):
-            if start > end:
-                outputs.append(base.new_zeros(*base.shape[:-1], start - end))
-            outputs.append(F.linear(F.linear(x, a), b) * scaling)
-            end = start + b.shape[0]
-        if end < base.shape[-1]:
-            outputs.append(base.new_zeros(*base.shape[:-1], base.shape[-1] - end))
-        return cast(torch.Tensor, base + (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)))
+                return product
+        return F.linear(F.linear(x, a), b)
+
+    def _accumulated(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Add the product in place to the base's output: one full-size tensor instead of three."""
+        x, scaling = self.dropped(rows)
+        hidden = torch.mm(a.to(x.dtype), x.t())
+        # Computed after hidden, so that backward comes to it first. Its gradient of the input is no view, so autograd
+        # adds the other gradient to it in place.
+        y = cast(torch.Tensor, self.base_forward(rows))
+        # Contiguous, so that autograd computes the gradient of B with the thin factor on the left.
+        return y.addmm_(hidden.t().to(y.dtype), b.to(y.dtype).t().contiguous(), alpha=scaling)
+
+    def _as_one(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Run as one operation of autograd, which asks a device for less."""
+        rows = rows.to(compute_dtype(rows))
+        x, scaling = self.dropped(rows)
+        weight = low_rank.matrix_view(self.KIND, self.weight)
+        return low_rank_sum(rows, x, weight, getattr(self, "bias", None), a, b, scaling)
 
 
 class LoRAConv1D(LoRALinear):
@@ -102,9 +82,6 @@ class LoRAConv1D(LoRALinear):
     def adapts(cls, module: nn.Module) -> bool:
         return is_conv1d(module)
 
-    def base_product(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(x, self.weight)
-
 
 class LoRAQuantisedLinear(LoRALinear):
     """A linear layer with a quantised weight: the forward of its own class, plus the factors' product.
@@ -112,6 +89,7 @@ class LoRAQuantisedLinear(LoRALinear):
     The weight is never written to, and the forward dequantises no more than that class does.
     """
 
+    READS_VALUES = False
     KNOWN_FORWARD = ()  # any forward counts as that of a linear layer, because W + delta would be a dequantised copy
 
     @classmethod
@@ -128,13 +106,6 @@ class LoRAQuantisedLinear(LoRALinear):
 
     def unmergeable_reason(self) -> str:
         return super().unmergeable_reason() or f"its weight is quantised ({self.quantised()})"
-
-    def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        if self.lora.spec.enabled is not None or not runs_as_one(input, input):
-            return super().sum_forward(input, a, b)
-        x, scaling = self.dropped(input)
-        hidden = F.linear(x, a.to(x.dtype))  # before the base's forward, as in _accumulated
-        return add_product(self.base_forward(input), hidden, b, scaling)
 
     def dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W + delta in dequantised form, for code that reads the weight instead of calling the layer."""

@@ -15,8 +15,7 @@ from ..names import names_factor
 from . import low_rank
 from .adapted_module import AdaptedModule, StandIns
 from .adapted_weights import AdaptedWeights
-from .scaled_output import scaled_output
-from .transforms import runs_as_written
+from .transforms import runs_by_formula
 
 DROPOUT_STEPS = 2**16
 
@@ -26,9 +25,8 @@ KINDS: list[type[LoRALayer]] = []  # one class for each kind of layer; a class a
 class LoRALayer(AdaptedWeights, AdaptedModule):
     """An adapted layer (arXiv:2106.09685).
 
-    A kind of layer is a subclass. It defines KIND, MODULES or `adapts` to say which modules it adapts, and sum_forward.
-    It may define is_cheaper_dense, KNOWN_FORWARD, kind, acting and over_outputs too. DoRA with dropout needs
-    base_product and low_rank_product.
+    A kind of layer is a subclass. It defines KIND, MODULES or `adapts` to say which modules it adapts, and
+    low_rank_product. It may define runs_on_factors, sum_forward, KNOWN_FORWARD, kind, acting and over_outputs too.
     """
 
     MODULES: ClassVar[tuple[type[nn.Module], ...]] = ()  # the classes of layers of this kind
@@ -66,61 +64,52 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_active:
             return super().forward(*args, **kwargs)
-        if self.lora.custom_forward:
+        inputs = (*args, *kwargs.values())
+        if len(inputs) != 1 or not self.runs_on_factors(inputs[0]):
             return self.dense_forward(*args, **kwargs)
         self.note_segment()
-        return self.factored_forward(*args, **kwargs)
+        return self.factored_forward(inputs[0])
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward that the layer had before it was adapted, without the adapter."""
         return super().forward(*args, **kwargs)
 
-    def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """Return c * (base(x) + s * B(A(dropout(x)))) without building B @ A. The scale c leaves the bias alone."""
-        input = self.factored_input(args, kwargs)
-        if input is None:
-            return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
-        a, b, scale = self.acting()
-        sums = self.sum_forward(input, a, b)
-        return sums if scale is None else self.scaled(sums, scale)
+    def runs_on_factors(self, x: torch.Tensor) -> bool:
+        """Return whether factored_forward is right for this input, and costs less than dense_forward.
 
-    def factored_input(self, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """Return the input of a call that can run on A and B, or None for a call that runs on W'.
-
-        A call with several inputs does, because sum_forward gets one. Nested tensors have no operator that scales
-        outputs, or that changes some of them.
+        Nested tensors have no operator that scales outputs.
         """
-        if self.is_cheaper_dense() or len(args) + len(kwargs) != 1:
-            return None
-        (input,) = (*args, *kwargs.values())
-        if input.is_nested and (self.lora.spec.enabled is not None or self.lora.spec.variant.reads_weight):
-            return None
-        return input
+        return not (self.lora.custom_forward or (self.lora.spec.variant.reads_weight and x.is_nested))
 
-    def scaled(self, sums: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Return outputs with the scale c (out,) applied to all but the bias. The memory of `sums` may be reused."""
-        bias = getattr(self, "bias", None)
-        return scaled_output(sums, self.over_outputs(scale), None if bias is None else self.over_outputs(bias))
+    def factored_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return y = c * (W x + s * B(A(dropout(x)))) + bias without building B @ A. Most variants have no scale c."""
+        a, b, scale = self.acting()
+        y = self.sum_forward(x, a, b)
+        return y if scale is None else self.scaled(y, scale)
 
-    def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return base(x) + s * B(A(dropout(x))) without building B @ A, in memory that may be reused."""
+    def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return y = W x + bias + s * B(A(dropout(x))), in memory that may be reused."""
+        y = cast(torch.Tensor, self.base_forward(x))
+        dropped, scaling = self.dropped(x)
+        product = self.low_rank_product(dropped, a, b * scaling)  # B is smaller than the product
+        return y + product if runs_by_formula(y) else y.add_(product)
+
+    def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return B(A(x)) in the dtype of the outputs; A and B may have another."""
         raise NotImplementedError
 
-    def is_cheaper_dense(self) -> bool:
-        """Return whether running on W' costs less than running on the factors."""
-        return False
+    def scaled(self, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return c * (y - bias) + bias, as y + (c - 1) * (y - bias): where c is 1, no bit of y changes.
+
+        The memory of y may be reused.
+        """
+        change, bias = self.over_outputs(scale - 1).to(y.dtype), getattr(self, "bias", None)
+        product = change * (y if bias is None else y - self.over_outputs(bias).to(y.dtype))
+        return y + product if bias is None or runs_by_formula(y) else y.add_(product)
 
     def over_outputs(self, values: torch.Tensor) -> torch.Tensor:
         """Return values (out,) in the shape that broadcasts with the layer's outputs."""
         return values.view(-1, *[1] * (self.weight.dim() - 2))
-
-    def base_product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the base's outputs without the bias."""
-        raise NotImplementedError
-
-    def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return B(A(x)) without the scaling."""
-        raise NotImplementedError
 
     def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run base_forward on W', differentiable in the trained tensors.
@@ -172,8 +161,7 @@ def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
     each element. p is rounded to a multiple of 1/65536, and the factor is computed from the rounded p, so the
     expectation is exact.
     """
-    dense = not (is_sharded(x) or x.is_nested) and x.layout is torch.strided
-    if x.device.type != "cpu" or not (dense and runs_as_written()):
+    if not x.is_cpu or runs_by_formula(x):
         return F.dropout(x, p), 1.0
     steps = min(max(round(p * DROPOUT_STEPS), 1), DROPOUT_STEPS - 1)
     words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64, device=x.device)

@@ -19,7 +19,7 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -283,21 +283,18 @@ def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tens
 
 
 def to_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
-    """Return B (out, n * r) of the plain adapter of rank n * r that equals n enabled parts. Its A is the same."""
-    rows, rank = b.shape[0] // sum(enabled), b.shape[1]
-    whole = b.new_zeros(len(enabled) * rows, sum(enabled) * rank)
-    for block, part in zip(_diagonal_blocks(whole, enabled), torch.split(b, rows), strict=True):
-        block.copy_(part)
-    return whole
+    """Return B (out, n * r) of the plain adapter of rank n * r that equals n enabled parts. Its A is the same.
+
+    Differentiable.
+    """
+    rows = b.shape[0] // sum(enabled)
+    parts = iter(torch.split(b, rows))
+    blocks = [next(parts) if on else b.new_zeros(rows, 0) for on in enabled]
+    return cast(torch.Tensor, torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
 
 
 def from_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
     """Undo to_block_diagonal. Values outside the blocks are dropped."""
-    return torch.cat(_diagonal_blocks(b, enabled))
-
-
-def _diagonal_blocks(whole: torch.Tensor, enabled: tuple[bool, ...]) -> list[torch.Tensor]:
-    """Return a view of the block of each enabled part."""
-    rows, rank = whole.shape[0] // len(enabled), whole.shape[1] // sum(enabled)
+    rows, rank = b.shape[0] // len(enabled), b.shape[1] // sum(enabled)
     adapted = [i for i, on in enumerate(enabled) if on]
-    return [whole[i * rows : (i + 1) * rows, k * rank : (k + 1) * rank] for k, i in enumerate(adapted)]
+    return torch.cat([b[i * rows : (i + 1) * rows, k * rank : (k + 1) * rank] for k, i in enumerate(adapted)])

@@ -23,7 +23,7 @@ from .adapted_weights import AdaptedWeights, LayerSpec, LayerState
 from .factored_weight import FactoredWeight
 from .low_rank import LowRankBlock, crop, stack_factors
 from .quantised import shape_of
-from .transforms import runs_as_written
+from .transforms import runs_by_formula
 
 HOLDERS: list[type[LoRAParameterHolder]] = []  # of modules whose forward needs more than W + delta in its place
 FACTORED = ("transformers.", "torch.nn.modules.linear")  # forwards from these modules run with a FactoredWeight
@@ -76,8 +76,8 @@ class LoRAParameter(AdaptedWeights):
     def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """Return W + delta, or a FactoredWeight if the module's forward is known to work with one."""
         weight, forward = weights[self.parameter], self.module.lora_base.forward
-        known = forward.__module__.startswith(FACTORED) and not is_sharded(weight)
-        if not known or torch.compiler.is_compiling() or not runs_as_written():
+        known = forward.__module__.startswith(FACTORED)
+        if not known or torch.compiler.is_compiling() or runs_by_formula(weight):
             return super().stand_ins(weights)
         a, b, scale = self.acting()
         if scale is not None:

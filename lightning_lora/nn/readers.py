@@ -1,9 +1,12 @@
 """Readers: modules that read the weight of an adapted layer instead of calling the layer. They read W + delta.
 
 Examples are nn.MultiheadAttention with its out_proj, torchvision's Swin attention and transformers' Mamba. At injection
-the code of a module's methods shows which of them read a weight, and of which layer (nn/weight_reads.py). While such a
+the source of a module's methods shows which of them read a weight, and of which layer: `self.proj.weight`. While such a
 method runs, a view takes the layer's place. The view computes W + delta when the weight is read, and calls the layer
 when it is called. A method that could read the weight but does not costs next to nothing.
+
+A read through a variable or an argument is not found. An adapter that is never called gets no gradient, which is said
+(model/gradients.py).
 
 nn.TransformerEncoder and its layers read all weights on a fast path in evaluation mode. That path is switched off while
 an adapter inside is not merged.
@@ -12,8 +15,11 @@ an adapter inside is not merged.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 import torch
@@ -22,8 +28,20 @@ from torch import nn
 from ..errors import LoRAError
 from .adapted_module import Swapped, swapped_class
 from .adapted_weights import AdaptedWeights, adapted_layers, layer_adapter
+from .low_rank import IN_PROJ
 from .parameter import LoRAParameterHolder
-from .weight_reads import WEIGHTS, Path, weight_reads
+
+Path = tuple[str, ...]  # attribute names that lead from a module to a module inside it
+WEIGHTS = {"weight", IN_PROJ}
+ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # the search begins here
+# These are not searched. torch's transformer layers read weights on their fast paths only, which are switched off while
+# an adapter is active.
+LIBRARIES = ("torch.nn.modules.module", "torch.nn.modules.transformer", "lightning", "pytorch_lightning")
+# What is the same for W + delta; and `data`, which code writes to and autograd does not follow.
+FACTS = ("data", "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_meta")
+READ = re.compile(
+    rf"(?<!isinstance\()\bself((?:\.\w+)+)\.(?:{'|'.join(sorted(WEIGHTS))})\b(?!\.(?:{'|'.join(FACTS)})\b)(?!\s*=[^=])"
+)
 
 # Attributes that a module checks before it takes its fast path, and uses for nothing else. A forward hook would keep a
 # layer off its fast path too, but torch.compile has guards on these attributes and none on hooks.
@@ -31,8 +49,6 @@ SWITCHES: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",  # the layers' slow path rejects nested tensors
 }
-
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class LayerView:
@@ -71,7 +87,7 @@ class LoRAReader(Swapped):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for name in weight_reads(vars(cls)["lora_base"]).methods if "lora_base" in vars(cls) else ():
+        for name in weight_reads(vars(cls)["lora_base"]) if "lora_base" in vars(cls) else ():
             setattr(cls, name, _with_views(cls.lora_base, name))
 
 
@@ -200,20 +216,49 @@ def _modules_around(reader: LoRAReader, path: Path) -> dict[str, nn.Module | Non
     return cast(nn.Module, _inside(reader, path[:-1]))._modules
 
 
-def _paths_to_layers(module: nn.Module, cls: type) -> list[Path]:
-    reads, paths = weight_reads(cls), dict[Path, None]()
-    for path in sorted({path for found in reads.methods.values() for path in found}):
-        if path:
-            paths |= dict.fromkeys([path] if layer_adapter(_inside(module, path)) else [])
-        else:
-            paths |= dict.fromkeys(reads.in_reach(module, _near_layers(module)))
-    return list(paths)
+def _paths_to_layers(module: nn.Module, cls: type[nn.Module]) -> list[Path]:
+    paths = sorted({path for found in weight_reads(cast(Any, cls)).values() for path in found})
+    return [path for path in paths if layer_adapter(_inside(module, path)) is not None]
 
 
-def _near_layers(module: nn.Module, path: Path = ()) -> Iterator[Path]:
-    """Yield the paths to the adapted layers that are children of a module, or lie in its containers of modules."""
-    for name, child in module._modules.items():
-        if layer_adapter(child) is not None:
-            yield (*path, name)
-        elif isinstance(child, CONTAINERS):
-            yield from _near_layers(child, (*path, name))
+@functools.cache
+def weight_reads(cls: type[nn.Module]) -> Mapping[str, set[Path]]:
+    """Return the paths to the modules whose weights the methods of a class read, by the name of the method.
+
+    Methods count that a forward or a step names, directly or by others.
+    """
+    reads: dict[str, set[Path]] = {}
+    pending, followed = set(ENTRIES), set()
+    while pending:
+        name = pending.pop()
+        followed.add(name)
+        for parent in cls.__mro__:  # super() may call any of them
+            function = inspect.unwrap(vars(parent)[name]) if callable(vars(parent).get(name)) else None
+            if not isinstance(function, FunctionType) or _is_passed_over(function):
+                continue
+            used = _names(function.__code__)
+            pending |= used - followed
+            paths = {tuple(found[1].split(".")[1:]) for found in READ.finditer(_source(function, used))}
+            if paths:
+                reads.setdefault(name, set()).update(paths)
+    return reads
+
+
+def _is_passed_over(function: FunctionType) -> bool:
+    """Return whether a function is a library's, or a generator, whose body runs after the call."""
+    of_library = f"{function.__module__}.".startswith(tuple(f"{library}." for library in LIBRARIES))
+    return of_library or inspect.isgeneratorfunction(function)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the attributes and globals that code names, and the functions that it defines."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _source(function: FunctionType, used: set[str]) -> str:
+    """Return a function's source, or nothing if it names no weight or has no source. Finding it takes time."""
+    try:
+        return "" if WEIGHTS.isdisjoint(used) else inspect.getsource(function)
+    except OSError:
+        return ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,12 +20,9 @@ from ..errors import LoRAError
 from ..names import A, B
 from . import low_rank
 from .autocast import without_autocast
-from .linear import LoRAConv1D, LoRALinear
 from .lora import LoRA
-from .lora_layer import LoRALayer
-from .low_rank_change import can_change, low_rank_change
 from .random_stream import leading_basis, stream
-from .variant import START_OPTION, Acting, Config, LayerClass, Place, Stored, Weights
+from .variant import START_OPTION, Acting, Config, Place, Stored, Weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -116,43 +113,6 @@ class Started(LoRA):
             alpha_pattern={key: growth * alpha for key, alpha in (config.alpha_pattern or {}).items()},
             init_lora_weights=True,
         )
-
-    def layer_class(self, plain: LayerClass) -> LayerClass | None:
-        same = type(self).acting is Started.acting  # another variant that starts so may add something else
-        return cast("LayerClass", cast("Mapping[type, type]", LAYERS).get(plain, plain)) if same else plain
-
-
-class StartedLayer(LoRALinear):
-    """A linear layer whose forward and backward form the differences and the stacked factors once."""
-
-    def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        own = cast("dict[str, torch.Tensor]", self._parameters)
-        # Where a weight or bias is computed from other parameters, it is not among them.
-        if len(args) == 1 and "weight" in own and "bias" in own and not kwargs and self.lora.spec.enabled is None:
-            x, weight, a = args[0], own["weight"], own[A]
-            if can_change(x, weight, a):
-                dropped, scaling = self.dropped(x)
-                now, start = (a, own[B]), (own[START_A], own[START_B])
-                return low_rank_change(x, self.out_in(weight), own["bias"], now, start, scaling, dropped)
-        return super().factored_forward(*args, **kwargs)
-
-    def out_in(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weight as (out, in)."""
-        return weight
-
-
-class StartedLinear(StartedLayer, LoRALinear):
-    """nn.Linear."""
-
-
-class StartedConv1D(StartedLayer, LoRAConv1D):
-    """transformers' Conv1D."""
-
-    def out_in(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.t()
-
-
-LAYERS: dict[type[LoRALayer], type[LoRALayer]] = {LoRALinear: StartedLinear, LoRAConv1D: StartedConv1D}
 
 
 @torch.no_grad()

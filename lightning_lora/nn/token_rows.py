@@ -22,7 +22,7 @@ from ..errors import LoRAError
 from .adapted_module import AdaptedModule, StandIns, swapped_class
 from .adapted_weights import AdaptedWeights, Blocks, LayerSpec, LayerState
 from .low_rank import LowRankBlock, row_blocks
-from .transforms import may_write
+from .transforms import runs_by_formula
 from .variant import ROWS_OPTION, Place, Reader, Stored, Variant, Weights
 
 ROWS = "lora_rows"  # leaf name: (n, dim)
@@ -211,7 +211,7 @@ class LoRAHead(LoRATable):
         base = cast(torch.Tensor, self.base_forward(input))
         ids, bias = self.row_ids(input.device), cast(nn.Linear, self).bias
         rows = self.lora_rows.to(self.weight.dtype)
-        put = torch.Tensor.index_copy_ if may_write(base) else torch.index_copy
+        put = torch.index_copy if runs_by_formula(base) else torch.Tensor.index_copy_
         return put(base, -1, ids, F.linear(input, rows, None if bias is None else bias[ids]))
 
 

@@ -1,43 +1,37 @@
-"""What a layer may do with a tensor: not all tensors can be written to, or be asked for their values."""
+"""When a layer's formula must run as it is written: not all tensors can be written to, or be asked for their sizes."""
 
 from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
 
+from ..distributed.sharding import is_sharded
 
-def is_transformed() -> bool:
-    """Return whether a transform of torch.func runs now, such as vmap, grad or jvp, or forward-mode derivatives.
 
-    Under vmap no decision can depend on values, and a tensor may stand for many.
+def runs_by_formula(x: torch.Tensor) -> bool:
+    """Return whether y = base(x) + s * B(A(x)) must run by plain operators, which write into no tensor.
+
+    - A transform of torch.func runs (vmap, grad, jvp), or forward-mode derivatives. Under vmap a tensor may stand for
+      many, and the base's output may be the same for all of them.
+    - torch.jit.trace records a graph, which keeps sizes that operators get as plain numbers.
+    - x is nested, sparse or a DTensor, which have few operators.
 
     Example::
 
-        >>> torch.vmap(lambda x: x + is_transformed())(torch.zeros(2))
-        tensor([1., 1.])
+        >>> x = torch.zeros(2, 3)
+        >>> runs_by_formula(x), runs_by_formula(x.to_sparse())
+        (False, True)
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_tracing()
+        or x.is_nested
+        or x.layout is not torch.strided
+        or is_sharded(x)
+    )
 
 
 def is_tracing() -> bool:
-    """Return whether torch.jit.trace records a graph, which keeps sizes that operators get as plain numbers."""
+    """Return whether torch.jit.trace records a graph."""
     return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
-
-
-def runs_as_written() -> bool:
-    """Return whether neither a transform nor a trace sees what runs. Each layer asks at each forward."""
-    return not (is_transformed() or is_tracing())
-
-
-def may_write(result: torch.Tensor) -> bool:
-    """Return whether an operation may write into a result that nothing else uses.
-
-    Under vmap the result may be the same for all, and what is written differ. TorchScript may run a recorded graph with
-    views in other places. Nested tensors have few operators.
-    """
-    return runs_as_written() and not result.is_nested
-
-
-def lies_in_rows(x: torch.Tensor) -> bool:
-    """Return whether x has two dimensions or more, and its memory can be viewed as rows: it is dense and contiguous."""
-    return x.layout is torch.strided and not x.is_nested and x.dim() > 1 and x.is_contiguous()

@@ -22,7 +22,6 @@ from ..model.adapted_model import open_model
 from ..names import factor_role, group_names
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.products import Stack, effective_rank, inner_product, singular_values_of_grams, stack_blocks
-from ..nn.weight_mark import WeightMark, mark_of
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,15 @@ class GroupStats:
 
 
 class WeightSquares(NamedTuple):
-    """The sum of squares (a scalar) of this rank's part of a weight, and marks that tell whether it is still right."""
+    """The sum of squares (a scalar) of this rank's part of a weight, and what tells whether it is still right."""
 
-    weight: weakref.ref[nn.Parameter]
-    mark: WeightMark | None
+    weight: weakref.ref[nn.Parameter]  # no id: another tensor may get the id of a tensor that is gone
+    writes: tuple[int, int] | None  # see _writes
     squares: torch.Tensor
 
     def is_of(self, weight: nn.Parameter) -> bool:
         """Return whether the sum is still that of this weight, which is frozen and was not written to."""
-        return self.mark is not None and not weight.requires_grad and self.mark.is_of(weight)
+        return self.weight() is weight and self.writes is not None and self.writes == _writes(weight)
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
         model: any module that holds all adapted layers, merged or not.
         previous: the result of an earlier call, for `cosine`. It holds a copy of the factors. The norm of a frozen
             weight is taken from it unless the weight was replaced, merged or written to since. A write through `.data`
-            to a weight that is not on the CPU goes unnoticed.
+            goes unnoticed.
 
     Returns:
         `groups`: a GroupStats for each group of layers. Its values are NaN where a factor holds NaN.
@@ -182,16 +181,18 @@ def _weight_squares(layer: AdaptedWeights, before: Snapshot | None) -> dict[str,
     return {
         name: known[name]
         if name in known and known[name].is_of(weight)
-        else WeightSquares(weakref.ref(weight), _mark(weight), _squares(layer.base_values(name)))
+        else WeightSquares(weakref.ref(weight), _writes(weight), _squares(layer.base_values(name)))
         for name, weight in layer.adapted_weights().items()
     }
 
 
-def _mark(weight: nn.Parameter) -> WeightMark | None:
-    """Return a mark that tells later whether the weight was written to, or None where it could not tell."""
-    mark = mark_of(weight)
-    stepped_unseen = weight.requires_grad and mark is not None and not mark.sees_every_write()  # a fused optimizer
-    return None if stepped_unseen else mark
+def _writes(weight: nn.Parameter) -> tuple[int, int] | None:
+    """Return where a weight lies and torch's count of writes to it, or None if torch does not count them all.
+
+    torch counts no step of a fused optimizer, and no write to an inference tensor.
+    """
+    part = local(weight)
+    return None if weight.requires_grad or part.is_inference() else (part.data_ptr(), part._version)
 
 
 def _squares_of_gradient(factor: nn.Parameter, sync: RankSync) -> torch.Tensor:

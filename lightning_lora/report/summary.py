@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +23,6 @@ from ..nn.adapted_weights import AdaptedWeights
 from ..nn.quantised import quantised_as, quantised_parameters, shape_of
 from ..nn.variant import variant_of
 from ..units import size_text
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 WIDTH = 80  # columns of the plain text
 NARROWEST = 12  # columns for a long name or class at least
@@ -114,11 +111,6 @@ class Summary:
 
     def __str__(self) -> str:
         return self._text(self._table(len(self.groups)), self._facts(), _wrapped)
-
-    def __rich__(self) -> Text:
-        from rich.text import Text
-
-        return Text(str(self))
 
     def short(self) -> str:
         """Return at most ten lines of at most 80 columns, as LoRACallback shows them at fit start."""

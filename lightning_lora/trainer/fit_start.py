@@ -15,13 +15,13 @@ from ..model.rebuilt_modules import adopt_layers
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
 from ..nn.gradient_checkpointing import enable_input_require_grads
-from ..notices import show
+from ..notices import tell
 from ..report.summary import summarise
 from .after_fit import refuse_merge_after_fit
 from .compatibility import refuse_unoptimized
 from .hyperparameters import as_hyperparameters, log_options
 from .options import LOGGED, Options
-from .precision import refuse_for_quantised, refuse_plain, refuse_unloadable
+from .precision import refuse_for_quantised, refuse_full_of_quantised, refuse_plain
 
 
 def open_for_fit(module: Any) -> AdaptedModel:
@@ -46,7 +46,7 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     refuse_for_quantised(handle, trainer)
     refuse_plain(handle, options.quantize)
     if options.save == "full":
-        refuse_unloadable(handle.model)
+        refuse_full_of_quantised(handle)
     if options.save == "merged":
         refuse_unmergeable(handle, dequantize_dtype(options.dequantize, "LoRACallback"))
     if options.merge_after_fit:
@@ -66,5 +66,5 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
         log_options(handle.model, as_hyperparameters(record.config, **own))
     if options.verbose:
         found = summarise(handle)
-        show(found.short())
+        tell(found.short())
         record.quantised_reported |= bool(found.quantised)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..distributed.sharding import full_tensor, is_sharded, is_spread, shard_like
+from ..distributed.sharding import gather_all, is_sharded, shard_like
 from ..errors import LoRAError
 from ..exchange.checkpoint_of_model import gathered_state, write_whole_state_
 from ..model.adapted_model import Listing, find_model
@@ -44,7 +44,7 @@ def _state_dict(strategy: Any, previous: Callable[..., Any] | None) -> Any:
     if handle is not None:
         return gathered_state(handle, keep=strategy.is_global_zero)
     if MERGED_FOR_GOOD in vars(module):
-        return {name: _whole(value) for name, value in original_values(Listing(module).state()).items()}
+        return gather_all(original_values(Listing(module).state()))
     return call_previous(strategy, previous, "lightning_module_state_dict")
 
 
@@ -56,17 +56,13 @@ def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimiz
     if holds_copies(optimizer):
         return whole_state(optimizer)
     packed = optimizer.state_dict()
-    return {**packed, "state": {n: {k: _whole(v) for k, v in state.items()} for n, state in packed["state"].items()}}
+    return {**packed, "state": {n: gather_all(state) for n, state in packed["state"].items()}}
 
 
 def _is_ours(strategy: Any) -> bool:
     """Return whether the module has adapters, or had some until a fit merged them for good."""
     module = strategy.lightning_module
     return find_model(module) is not None or MERGED_FOR_GOOD in vars(module)
-
-
-def _whole(value: Any) -> Any:
-    return full_tensor(value).cpu().clone() if is_spread(value) else value  # gathered, it has gaps in a larger storage
 
 
 def _save_checkpoint(

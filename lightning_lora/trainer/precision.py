@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..model.adapted_model import Listing
 from ..names import LIGHTNING, derives_from
@@ -74,17 +73,14 @@ def leave_out_of_ddp_(listing: Listing) -> None:
         vars(module)[LEFT_OUT_OF_DDP] = list(dict.fromkeys([*earlier, *names]))
 
 
-def refuse_unloadable(module: nn.Module) -> None:
-    """Raise LoRAError where Lightning could save a full checkpoint of a module but not load it again."""
-    weights = ((f"{n}.{leaf}", p) for n, m in module.named_modules() for leaf, p in quantised_parameters(m).items())
-    for name, parameter in weights:
-        if is_of_torchao(parameter) or is_sharded(parameter):
-            what = "a torchao tensor" if is_of_torchao(parameter) else "a sharded quantised weight"
-            raise LoRAError(
-                f"LoRACallback: save='full' would save {name!r}, {what} ({quantised_as(parameter)}), and a "
-                "checkpoint that holds one cannot be loaded again. Use save='adapter', which holds nothing of the "
-                "base, or save='merged' with dequantize."
-            )
+def refuse_full_of_quantised(listing: Listing) -> None:
+    """Raise LoRAError where a full checkpoint would hold quantised weights, which Lightning cannot load again."""
+    for name in quantised_modules(listing.places):
+        raise LoRAError(
+            f"LoRACallback: save='full' would save the quantised weight of {name!r}, and a checkpoint that holds one "
+            "cannot be loaded again. Use save='adapter', which holds nothing of the base, or save='merged' with "
+            "dequantize."
+        )
 
 
 def refuse_plain(listing: Listing, quantize: str | None) -> None:

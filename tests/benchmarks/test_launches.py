@@ -13,10 +13,9 @@ STEP_LIMITS = {  # launches of a layer over the frozen network: in float32, and 
     "LoRA": (6.5, 10),
     "LoRA, dropout": (8.5, 12),
     "DoRA": (20, 26),
-    "PiSSA (peft: plain)": (11, 16),
+    "PiSSA (peft: plain)": (12, 16),
 }
 BYTES_LIMITS = {"float32": 0.85, "bf16": 0.6}  # of peft's, in a step of LoRA
-MOST_WAITS = 4  # in a merge and an unmerge of any number of layers
 EVERY_LINE = pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in TABLE for dtype in DTYPES])
 
 
@@ -76,20 +75,3 @@ def test_a_step_of_lora_touches_at_most_its_share_of_pefts_bytes(dtype: str):
     found = counts("LoRA", dtype)
     assert found.peft_step is not None
     assert found.step.bytes <= BYTES_LIMITS[dtype] * found.peft_step.bytes
-
-
-@EVERY_LINE
-def test_a_merge_cycle_waits_as_often_for_any_number_of_layers(name: str, dtype: str):
-    few, many = counts(name, dtype).cycle, counts(name, dtype, 2 * LAYERS + 1).cycle
-    assert many.waits == few.waits <= MOST_WAITS
-
-
-@pytest.mark.parametrize("name", TABLE)
-def test_a_merge_cycle_of_bf16_weights_has_no_float64(name: str):
-    assert counts(name, "bf16").cycle.float64 == 0, counts(name, "bf16").cycle.operators
-
-
-def test_a_merge_cycle_of_bf16_weights_touches_no_more_bytes_than_pefts():
-    found = counts("LoRA", "bf16")
-    assert found.peft_cycle is not None
-    assert found.cycle.bytes <= found.peft_cycle.bytes

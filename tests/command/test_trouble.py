@@ -21,7 +21,8 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter
 from lightning_lora.command import main as command
 from lightning_lora.command.main import VERBS, main
-from support.peers import call, refused
+from lightning_lora.command.printing import one_line, printable
+from support.peers import call
 
 WRITING = {  # where each result is written to, and by what
     "merge": ("out", "merge --base IN/base --adapter IN/adapter --output OUT"),
@@ -203,7 +204,7 @@ def paths_read(case: str) -> list[str]:
 
 UNUSABLE = {
     "empty": ("", "'': is an empty path; give the name of a file or folder, '.' for the current folder."),
-    "of 300 characters": ("a" * 300, "(300 characters): cannot be accessed: File name too long."),
+    "of 300 characters": ("a" * 300, "cannot be accessed: File name too long."),
     "with a lone surrogate": ("a\ud800", "a\\ud800: "),
     "with escape codes": ("\x1b[31mred\nline\x07", "\\x1b[31mred line\\x07: there is no such file"),
 }
@@ -339,23 +340,6 @@ def test_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path, monkeypat
     assert rb"gr\xf6\xdfe" in output.buffer.getvalue()
 
 
-@pytest.mark.parametrize("length", [200, 201, 900])  # a file's name of over 1,000 is refused
-def test_long_name_is_cut_in_messages_and_in_tables(tmp_path: Path, capsys: Any, length: int):
-    name = "n" * length
-    save_file({f"{name}.lora_A": torch.ones(1, 2)}, tmp_path / "cut.safetensors")
-    whole = {f"{name}.lora_A": torch.ones(1, 2), f"{name}.lora_B": torch.ones(3, 1)}
-    save_file(whole, tmp_path / "whole.safetensors")
-    said = refused(capsys, "info", tmp_path / "cut.safetensors")
-    shown = call(capsys, "info", tmp_path / "whole.safetensors")
-    assert max(map(len, said.replace("'", " ").split())) <= max(200, len(str(tmp_path / "cut.safetensors:")))
-    if length == 200:
-        assert name in shown
-    else:
-        assert f"({length + 7:,} characters)" in said
-        assert f"({length:,} characters)" in shown
-        assert max(map(len, shown.splitlines())) < 300
-
-
 def test_warning_is_one_readable_line(inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
     def run(_: Any) -> list[str]:
         return warnings.formatwarning("lightning_lora: \x1b[31m is\nodd.", UserWarning, "", 0).split("\n")
@@ -373,3 +357,13 @@ def test_command_without_its_extra_names_it_as_the_pages_do(capsys: Any, monkeyp
     pages = [(rooms / page).read_text() for page in ("formats/serving.md", "command/README.md")]
     from_a_checkout = 'pip install ".[cli]"'  # the pages say it as the front page does
     assert all(f"`{from_a_checkout}`" in page for page in pages)
+
+
+def test_line_has_no_breaks():
+    assert one_line("a\nb\r\n\u2028c") == "a b\\r \\u2028c"
+
+
+def test_printable_text_is_as_repr_shows_it():
+    for code in [*range(0x3000), 0xD800, 0xE000, 0xFEFF, 0x1F600, 0xE0001]:
+        if chr(code) not in "'\\":
+            assert printable(chr(code)) == repr(chr(code))[1:-1]

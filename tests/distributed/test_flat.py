@@ -25,7 +25,7 @@ from lightning_lora.distributed.sharding import (
 )
 from lightning_lora.errors import NonFiniteError
 from lightning_lora.exchange.take import fingerprint
-from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, restored_weight, unmerge_weight_
+from lightning_lora.nn.exact_merge import Buffers, merge_weight_, merged_weight, restored_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock, crop_to_slice
 from support.processes import world
 from support.recorders import Traffic
@@ -91,7 +91,7 @@ def test_slices_of_any_cut_are_merged_as_the_whole_weight_and_restored_in_every_
             memory = torch.cat([weight.new_full((3,), 7.0), weight.flatten()[start:stop], weight.new_full((2,), 7.0)])
             own, before = memory[3:-2], memory.clone()
             cropped = crop_to_slice(blocks, start, stop, shape[1])
-            record = merge_weight_(own, cropped, 0.01, copy=copy)
+            record = merge_weight_(own, cropped, 0.01, copies=Buffers() if copy else None)
             torch.testing.assert_close(own, expected[start:stop])  # another order of summing may round otherwise
             assert torch.equal(bits(restored_weight(own, record)), bits(weight.flatten()[start:stop]))
             assert torch.equal(memory[:3], before[:3])

@@ -11,7 +11,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from torch.distributed.tensor import DTensor
 
 from lightning_lora import LoRACallback
 from lightning_lora.nn.linear import LoRALinear
@@ -39,14 +38,11 @@ def as_one() -> Iterator[list[int]]:
     calls: list[int] = []
     patch = pytest.MonkeyPatch()
 
-    def sum_forward(self: LoRALinear, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        if isinstance(x, DTensor):
-            return own(self, x, a, b)
+    def as_one(self: LoRALinear, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return self._as_one(x, a, b)
+        return self._as_one(rows, a, b)
 
-    own = LoRALinear.sum_forward
-    patch.setattr(LoRALinear, "sum_forward", sum_forward)
+    patch.setattr(LoRALinear, "_accumulated", as_one)
     try:
         yield calls
     finally:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, merge, merged, save_merged, unmerge
 from lightning_lora.exchange.merged_folder import FILE
+from lightning_lora.nn.exact_merge import Undo
 from lightning_lora.nn.lora_layer import LoRALayer
 from support.llama import LINEAR, RANK, TINY, Network, network, stored
 from support.processes import world
@@ -37,6 +38,12 @@ def shard_(model: Network, columns: bool) -> None:
     split = lambda p: Shard(1) if p.dim() == 2 and p.shape[0] < ranks <= p.shape[1] else None  # noqa: E731
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh, shard_placement_fn=split if columns else None)
+
+
+def factors_nbytes(undo: Undo) -> int:
+    """Bytes of the factors' copies, which the chunks share."""
+    factors = [factor.untyped_storage() for chunk in undo.chunks for factor in (chunk.part.left, chunk.part.right)]
+    return sum({memory.data_ptr(): memory.nbytes() for memory in factors}.values())
 
 
 def measured(path: Path, columns: bool) -> dict[str, int]:
@@ -66,8 +73,7 @@ def measured(path: Path, columns: bool) -> dict[str, int]:
         merge(model)
     found["received_in_merge"] = (ranks - 1) * sum(entry for name, entry in sent.sent if "gather" in name)
     kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora.records.values()]
-    own = sum(piece.left.nbytes + piece.right.nbytes for one in kept for piece in one.factors)
-    found["kept_while_merged"] = own + sum(one.nbytes() for one in kept)
+    found["kept_while_merged"] = sum(one.nbytes() + factors_nbytes(one) for one in kept)
     unmerge(model)
     with Traffic() as sent:
         save_merged(model, path)
@@ -240,7 +246,7 @@ def peaks(path: Path) -> dict[str, int]:
     found = {"shard": sum(stored(p) for name, p in model.named_parameters() if "lora_" not in name)}
     found["merge"] = peak(lambda: merge(model))
     kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora.records.values()]
-    found["kept"] = sum(one.nbytes() + sum(p.left.nbytes + p.right.nbytes for p in one.factors) for one in kept)
+    found["kept"] = sum(one.nbytes() + factors_nbytes(one) for one in kept)
     found["unmerge"] = peak(lambda: unmerge(model))
     found["export"] = peak(lambda: save_merged(model, path))
     module.COPY_BUDGET = budget

@@ -310,12 +310,12 @@ def product_of(places: tuple[Any, Any, Any]) -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in ((2, 4, 6), (3, 6), (8, 3))]
     plain = [tensor.clone().requires_grad_() for tensor in tensors]
-    expected = 1.5 * plain[0] @ plain[1].T @ plain[2].T
+    expected = plain[0] @ plain[1].T @ plain[2].T
     sharded = [
         distribute_tensor(tensor, mesh(), [place]).detach().requires_grad_()
         for tensor, place in zip(tensors, places, strict=True)
     ]
-    found = low_rank_product(*sharded, 1.5)
+    found = low_rank_product(*sharded)
     torch.testing.assert_close(found.full_tensor(), expected)
     for output in (found.full_tensor(), expected):
         output.square().sum().backward()
@@ -355,9 +355,9 @@ def test_a_frozen_factor_that_is_placed_like_its_weight_stays_frozen():
 def product_that_needs_communication() -> None:
     x, a, b = (distribute_tensor(torch.ones(shape), mesh(), [Shard(1)]) for shape in ((4, 6), (2, 6), (8, 2)))
     whole_a, whole_b = (factor.redistribute(placements=[Replicate()]) for factor in (a, b))
-    assert low_rank_product(x, whole_a, whole_b, 1.0) is None
-    assert low_rank_product(x, a, b, 1.0) is None
-    assert low_rank_product(x, a, whole_b, 1.0) is not None
+    assert low_rank_product(x, whole_a, whole_b) is None
+    assert low_rank_product(x, a, b) is None
+    assert low_rank_product(x, a, whole_b) is not None
 
 
 def test_a_product_that_needs_communication_is_left_to_torch():

@@ -60,7 +60,7 @@ def test_trainer_with_a_fresh_base_says_what_can_be_done_there(tmp_path, kind: s
         getattr(make_trainer(tmp_path, lora(save=kind), max_epochs=2), stage)(
             Net(width=7), Data(), ckpt_path=tmp_path / "lora.ckpt", **PLAIN_TYPES_ONLY
         )
-    assert 'trainer.fit(Net.load_from_checkpoint("pretrained.ckpt"), ckpt_path=...)' in str(refused.value)
+    assert 'Net.load_from_checkpoint("pretrained.ckpt")' in str(refused.value)
     assert "load_adapter(model, path, strict_base=False) and leave ckpt_path out" in str(refused.value)
     base = Net.load_from_checkpoint(tmp_path / "pretrained.ckpt")
     trainer = make_trainer(tmp_path, lora(save=kind), max_epochs=2)

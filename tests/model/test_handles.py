@@ -4,39 +4,29 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import nn
 
-import lightning_lora
 from lightning_lora import (
     LoRAConfig,
     LoRAError,
     adapter_state_dict,
-    adapter_stats,
     disable_adapter,
-    initialize_from_data,
     inject,
     is_merged,
     load_adapter,
-    lora_param_groups,
     merge,
     merge_and_unload,
     merged,
     merged_state_dict,
-    quantize_base,
-    redistribute_ranks,
     save_adapter,
     save_merged,
-    summary,
-    take_adapter,
     unload,
     unmerge,
 )
@@ -295,49 +285,6 @@ def test_a_copy_of_a_part_does_not_copy_the_whole():
     inject(plan, LoRAConfig(**OPTIONS))
     assert len(pickle.dumps(net)) < 20_000
     assert len(pickle.dumps(plan)) > 1_000_000
-
-
-DOORS: dict[str, Callable[[Any], Any]] = {  # every public function that takes a model
-    "adapter_state_dict": adapter_state_dict,
-    "adapter_stats": adapter_stats,
-    "disable_adapter": lambda model: disable_adapter(model).__enter__(),
-    "initialize_from_data": lambda model: initialize_from_data(model, [torch.ones(1, 2)]),
-    "inject": lambda model: inject(model, LoRAConfig(r=1)),
-    "is_merged": is_merged,
-    "load_adapter": lambda model: load_adapter(model, {}),
-    "lora_param_groups": lambda model: lora_param_groups(model, lr=0.1),
-    "merge": merge,
-    "merge_and_unload": merge_and_unload,
-    "merged": lambda model: merged(model).__enter__(),
-    "merged_state_dict": merged_state_dict,
-    "quantize_base": quantize_base,
-    "redistribute_ranks": lambda model: redistribute_ranks(model, [torch.ones(1, 2)]),
-    "save_adapter": lambda model: save_adapter(model, "nowhere"),
-    "save_merged": lambda model: save_merged(model, "nowhere"),
-    "summary": summary,
-    "take_adapter": take_adapter,
-    "unload": unload,
-    "unmerge": unmerge,
-}
-
-
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("given", [None, peft.LoraConfig(), LoRAConfig(), {}, [nn.Linear(2, 2)], nn.Linear], ids=repr)
-def test_something_else_than_a_model_is_refused_at_every_door(door: str, given: Any):
-    found = "the class Linear" if isinstance(given, type) else type(given).__name__
-    with pytest.raises(LoRAError) as told:
-        DOORS[door](given)
-    assert str(told.value) == f"{door}: expected a model (torch.nn.Module), found {found}."
-
-
-def test_the_table_of_doors_has_every_function_that_takes_a_model():
-    functions = {name: getattr(lightning_lora, name) for name in lightning_lora.__all__}
-    taking = {
-        name
-        for name, function in functions.items()
-        if inspect.isroutine(function) and next(iter(inspect.signature(function).parameters)) == "model"
-    }
-    assert set(DOORS) == taking
 
 
 @pytest.mark.parametrize("given", [None, {}, 3, "r=8"])

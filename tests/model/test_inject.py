@@ -218,20 +218,6 @@ def test_anything_else_is_refused(config: Any, found: str):
     assert type(net[0]) is nn.Linear
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"r": 8}, r"'r' \(say it in the config: inject\(model, LoRAConfig\(r=\.\.\.\)\)\)"),
-        ({"rank": 8}, r"'rank' \(say it in the config: inject\(model, LoRAConfig\(r=\.\.\.\)\)\)"),
-        ({"merge_weight": True}, r"'merge_weight' \(did you mean 'merge_weights'\?\)"),
-    ],
-)
-def test_an_option_beside_the_config_is_refused_with_its_place(options: dict[str, Any], said: str):
-    for args in ((), (LoRAConfig(),)):
-        with pytest.raises(LoRAError, match=rf"^inject: there is no option {said}\.$"):
-            inject(nn.Sequential(nn.Linear(3, 3)), *args, **options)
-
-
 def test_biases_that_are_trained_with_all_are_those_of_that_very_name():
     """As in PEFT, which leaves in_proj_bias frozen."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "body": nn.Linear(8, 8)})

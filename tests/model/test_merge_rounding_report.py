@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torchmetrics import Metric
 
-from lightning_lora import LoRAConfig, inject, is_merged, merge, merged, merged_state_dict, metrics, unmerge
+from lightning_lora import LoRAConfig, inject, is_merged, merge, merged, merged_state_dict, unmerge
 from support.models import randomise_, state_bits
 from support.quantised import adapted
 
@@ -62,24 +60,6 @@ def test_the_first_merge_into_16_bits_reports_its_cost_once(caplog, share, dtype
     assert reports == [f"lightning_lora: merged 16-bit weights: rounding costs {expected:.1%} of the adapter's norm"]
     assert [reports[0] in str(warning.message) for warning in caught] == [True] * warns
     assert all("merged_eval=False" in str(w.message) and w.filename == __file__ for w in caught)
-
-
-def test_the_report_comes_through_a_torchmetrics_metric(monkeypatch):
-    made: list[Any] = []
-
-    class Spy(metrics.MergeFidelity):
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(metrics, "MergeFidelity", Spy)
-    model = with_adapter_of(0.2, torch.bfloat16)
-    expected = cost(model)
-    with merged(model):
-        pass
-    assert len(made) == 1
-    assert isinstance(made[0], Metric)
-    assert float(made[0].compute()) == pytest.approx(expected, rel=1e-3)
 
 
 def test_merge_in_full_precision_or_without_effect_gives_no_rounding_report(caplog):

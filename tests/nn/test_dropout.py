@@ -113,7 +113,7 @@ def make(kind: str, dtype: torch.dtype) -> Made:
             if parameter.requires_grad and name != "lora_magnitude":
                 parameter.add_(0.5 * torch.randn(parameter.shape))
         if "use_dora" in case.options:  # about 1 times the norm, so that no large terms cancel
-            norms = layer.norms(layer.weight, layer.lora_A, layer.lora_B)
+            norms = layer.lora_magnitude / layer.acting().scale
             layer.lora_magnitude.copy_(norms * (0.8 + 0.4 * torch.rand(norms.shape)))
     return Made(model.train(), plain, case.make_input(dtype))
 
@@ -150,10 +150,9 @@ def expected(made: Made, case: Case, mask: torch.Tensor, *, dense: bool) -> dict
         whole = (weight + change(made, case, factors, None)).detach()
         inputs = 0 if isinstance(wide.layer, Conv1D) else tuple(range(1, whole.dim()))
         norms = torch.linalg.vector_norm(whole, dim=inputs, keepdim=True)
-        scale = factors["lora_magnitude"].view(norms.shape) / norms - 1
+        scale = factors["lora_magnitude"].view(norms.shape) / norms
     if dense:
-        seen = weight * mask.double() + delta
-        output = run(weight + delta if scale is None else weight + delta + scale * seen, x, biased=True)
+        output = run(weight + delta if scale is None else scale * (weight + delta), x, biased=True)
     else:
         dropped = x * mask.double()
         # Packed doubles what its weight gives, and no product of factors is doubled.
@@ -161,7 +160,7 @@ def expected(made: Made, case: Case, mask: torch.Tensor, *, dense: bool) -> dict
         output = run(weight, x, biased=True) + product
         if scale is not None:
             per_output = scale.view(-1, *[1] * (weight.dim() - 2)) if weight.dim() > 2 else scale.flatten()
-            output = output + per_output * (run(weight, dropped) + product)
+            output = output + (per_output - 1) * (run(weight, x) + product)
     (output * upstream(output)).sum().backward()
     return {"output": output.detach(), "input": x.grad} | {name: each.grad for name, each in factors.items()}  # type: ignore[dict-item]
 

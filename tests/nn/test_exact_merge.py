@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_lora import LoRAError
+from lightning_lora.nn import exact_merge
 from lightning_lora.nn.exact_merge import (
-    WeightEditedError,
+    Buffers,
     merge_weight_,
     merged_weight,
     restored_weight,
@@ -69,10 +70,10 @@ def test_naive_adding_and_subtracting_drifts_on_the_same_weights(dtype: torch.dt
 def test_a_plain_copy_restores_every_bit_too(dtype: torch.dtype) -> None:
     weight = make_weight((30, 40), dtype)
     before, pieces = weight.clone(), make_pieces(weight)
-    kept = merge_weight_(weight, pieces, 0.01, copy=True)
+    kept = merge_weight_(weight, pieces, 0.01, copies=Buffers())
     assert same_bits(weight, merged_weight(before, pieces, 0.01))
     weight.zero_()  # a copy needs nothing of what is there, but a change is an error as for kept values
-    with pytest.raises(WeightEditedError, match="was changed while it was merged; the change was undone"):
+    with pytest.raises(LoRAError, match="was changed while it was merged; the change was undone"):
         unmerge_weight_(weight, kept)
     assert same_bits(weight, before)
 
@@ -81,9 +82,9 @@ def test_a_plain_copy_restores_every_bit_too(dtype: torch.dtype) -> None:
 def test_a_change_of_one_bit_is_an_edit(dtype: torch.dtype) -> None:
     weight = make_weight((300, 40), dtype)
     before, pieces = weight.clone(), make_pieces(weight)
-    kept = merge_weight_(weight, pieces, 0.01, copy=True)
+    kept = merge_weight_(weight, pieces, 0.01, copies=Buffers())
     weight.view(torch.uint8)[299, 0] ^= 1  # the lowest bit of one value, which no sum of the values would show
-    with pytest.raises(WeightEditedError, match="was changed while it was merged"):
+    with pytest.raises(LoRAError, match="was changed while it was merged"):
         unmerge_weight_(weight, kept)
     assert same_bits(weight, before)
 
@@ -95,7 +96,7 @@ def test_memory_that_was_exchanged_with_the_same_values_is_no_edit(moved: str, d
     """A strategy may put a weight into other memory meanwhile, which whole words do not fit."""
     weight = make_weight((30, 40), dtype)
     before, pieces = weight.clone(), make_pieces(weight)
-    kept = merge_weight_(weight, pieces, 0.01, copy=copy)
+    kept = merge_weight_(weight, pieces, 0.01, copies=Buffers() if copy else None)
     if moved == "unaligned":
         weight.data = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(weight.shape)
     else:
@@ -109,7 +110,7 @@ def test_memory_that_was_exchanged_with_the_same_values_is_no_edit(moved: str, d
 def test_restored_weight_is_the_base_and_leaves_the_merge_alone(copy: bool) -> None:
     weight = make_weight((30, 40), torch.bfloat16)
     before, pieces = weight.clone(), make_pieces(weight)
-    kept = merge_weight_(weight, pieces, 0.0005, copy=copy)
+    kept = merge_weight_(weight, pieces, 0.0005, copies=Buffers() if copy else None)
     merged = weight.clone()
     for _ in range(2):
         original = restored_weight(weight, kept)
@@ -125,7 +126,7 @@ def test_a_weight_of_which_few_rows_change_is_not_copied(dtype: torch.dtype) -> 
     weight = make_weight((100, 40), dtype)
     before = weight.clone()
     pieces = [LowRankBlock(row, 0, torch.randn(rows, 3), torch.randn(3, 40)) for row, rows in ((20, 10), (90, 10))]
-    kept = merge_weight_(weight, pieces, 1.0, copy=True)
+    kept = merge_weight_(weight, pieces, 1.0, copies=Buffers())
     assert kept.nbytes() <= before[:20].nbytes
     assert_rounded_sum(weight, before, pieces, 1.0)
     assert same_bits(restored_weight(weight, kept), before)
@@ -157,7 +158,7 @@ def test_merge_in_any_layout_and_block_size_is_exact_and_undone(
     weight = LAYOUTS[layout](dtype)
     before, strides, pieces = weight.clone(), weight.stride(), make_pieces(weight, r=2)
     scaling = scaling_for(weight, pieces, 0.05)
-    kept = merge_weight_(weight, pieces, scaling, copy=copy)
+    kept = merge_weight_(weight, pieces, scaling, copies=Buffers() if copy else None)
     assert_rounded_sum(weight, before, pieces, scaling)
     assert same_bits(merged_weight(before, pieces, scaling), weight)
     assert same_bits(restored_weight(weight, kept), before)
@@ -220,7 +221,7 @@ def test_any_merge_is_nearest_and_comes_back(case: dict[str, Any]) -> None:
     weight, pieces = case["weight"].clone(), [LowRankBlock(0, 0, case["left"], case["right"])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", case["block"])
-        kept = merge_weight_(weight, pieces, case["scaling"], copy=case["copy"])
+        kept = merge_weight_(weight, pieces, case["scaling"], copies=Buffers() if case["copy"] else None)
         assert same_bits(weight, merged_weight(case["weight"], pieces, case["scaling"]))
         assert_rounded_sum(weight, case["weight"], pieces, case["scaling"])
         unmerge_weight_(weight, kept)
@@ -278,7 +279,7 @@ def test_what_is_not_finite_is_refused_and_leaves_every_bit(dtype: torch.dtype, 
     weight = make_weight((30, 40), dtype)
     before, pieces = weight.clone(), poisoned(kind, weight)
     with pytest.raises(LoRAError, match="not finite"):
-        merge_weight_(weight, pieces, 0.5, copy=copy)
+        merge_weight_(weight, pieces, 0.5, copies=Buffers() if copy else None)
     assert same_bits(weight, before)
     with pytest.raises(LoRAError, match="not finite"):
         merged_weight(weight, pieces, 0.5)
@@ -302,17 +303,21 @@ def test_merge_of_finite_values_whose_sum_overflows_is_undone() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_merge_that_fails_in_the_middle_leaves_every_bit() -> None:
+@pytest.mark.parametrize("copy", [False, True])
+def test_merge_that_fails_in_the_middle_leaves_every_bit(copy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = make_weight((30, 40), torch.bfloat16)
     before, calls = weight.clone(), []
 
-    def fail_at_the_third(*tensors: torch.Tensor) -> None:
-        calls.append(1)
+    def fail_at_the_third(weight: torch.Tensor, part: LowRankBlock, original: Any = exact_merge._window) -> Any:
+        calls.append(not same_bits(weight, before))
         if len(calls) == 3:
             raise KeyboardInterrupt
+        return original(weight, part)
 
+    monkeypatch.setattr(exact_merge, "_window", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        merge_weight_(weight, make_pieces(weight), 0.01, observe=fail_at_the_third)
+        merge_weight_(weight, make_pieces(weight), 0.01, copies=Buffers() if copy else None)
+    assert calls[2]  # something was written
     assert same_bits(weight, before)
 
 
@@ -347,16 +352,18 @@ def test_float64_agrees_with_rational_arithmetic() -> None:
             assert abs(Fraction(merged[i, j].item()) - wanted) <= 4 * Fraction(torch.finfo(torch.float64).eps) * terms
 
 
-def test_the_observer_sees_the_rounded_and_the_exact_sum_of_every_element(small_blocks: None) -> None:
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("way", ["values", "copies", "new"])
+def test_the_cost_of_rounding_is_that_of_float64(way: str) -> None:
     weight = make_weight((30, 40), torch.bfloat16)
-    before, pieces = weight.clone(), make_pieces(weight)
-    seen: list[tuple[torch.Tensor, ...]] = []
-    merge_weight_(weight, pieces, 0.01, observe=lambda *tensors: seen.append(tuple(t.clone() for t in tensors)))
-    rounded, exact_sum, delta = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    assert len(seen) > 1
-    assert torch.equal(rounded, weight.double())
-    torch.testing.assert_close(delta, exact_delta(pieces, 0.01, weight.shape))
-    torch.testing.assert_close(exact_sum, before.double() + exact_delta(pieces, 0.01, weight.shape))
+    before, pieces, cost = weight.clone(), make_pieces(weight), [0.0, 0.0]
+    delta = exact_delta(pieces, 0.01, weight.shape)
+    if way == "new":
+        weight = merged_weight(weight, pieces, 0.01, cost=cost)
+    else:
+        merge_weight_(weight, pieces, 0.01, copies=Buffers() if way == "copies" else None, cost=cost)
+    error = weight.double() - (before.double() + delta)
+    assert cost == pytest.approx([float(error.norm()) ** 2, float(delta.norm()) ** 2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

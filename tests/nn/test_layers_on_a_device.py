@@ -21,15 +21,9 @@ from support.layers import CASES, DTYPES, make_subject, rounding
 from support.recorders import start_anew
 
 CONVOLUTIONS = [name for name in CASES if name.startswith("conv") and "conv that" not in name and "inner" not in name]
-GROUPED = [name for name in CONVOLUTIONS if "groups" in name or "depthwise" in name]
-AS_ONE = [name for name in CONVOLUTIONS if name not in GROUPED]
 EMBEDDINGS = ["embedding", "embedding, padding", "embedding, sparse"]
 BY_FREQUENCY = "embedding, by frequency"
 P = 0.5
-
-
-def runs_as_one(output: torch.Tensor) -> bool:
-    return "AddedProduct" in type(output.grad_fn).__name__
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,7 +39,6 @@ def test_layer_on_a_device_gives_outputs_and_gradients_of_float64(device, name, 
 
     subject.model.to(device)
     output = subject.model(subject.x.to(device))
-    assert runs_as_one(output) == (name in AS_ONE or name in EMBEDDINGS)
     output.backward(g.to(device))
     assert output.dtype == dtype
     assert ((output.cpu().double() - wanted).abs() <= rounding(dtype, bound)).all()
@@ -151,7 +144,6 @@ def test_layer_on_a_device_under_autocast_agrees_with_float64(device, name, dtyp
     with torch.autocast(device, dtype):
         output = subject.model(subject.x.to(device))
     assert output.dtype == (torch.float32 if CASES[name].tokens else dtype)
-    assert runs_as_one(output)
     output.backward(g.to(device, output.dtype))
     assert ((output.cpu().double() - wanted).abs() <= rounding(dtype, bound)).all()
     for factor, exact, size in zip((subject.layer.lora_A, subject.layer.lora_B), wide_ones, sizes, strict=True):
@@ -186,17 +178,17 @@ def test_quantised_layer_on_a_device_adds_the_product_to_the_forward_of_its_own_
         torch.manual_seed(2)
         x = torch.randn(shape, dtype=torch.float64).to(where).requires_grad_()
         output = model.to(where)(x)
-        assert runs_as_one(output) == (where == device)
         output.backward(upstream(output.cpu()).to(where))
         found.append([output.detach().cpu(), x.grad.cpu(), model[0].lora_A.grad.cpu(), model[0].lora_B.grad.cpu()])
     torch.testing.assert_close(*found)
 
 
-def test_forward_and_backward_of_a_quantised_layer_launch_two_and_five_kernels_beside_the_bases(device):
+def test_quantised_layer_on_a_device_writes_its_product_into_the_bases_output(device):
     x = torch.randn(4, 6, dtype=torch.float64).to(device)
     frozen = nn.Sequential(Packed(6, 6)).double().requires_grad_(False).to(device)
     added = step_of(packed().to(device), x) - step_of(frozen, x)
-    assert added.operators == {"mm": 3, "addmm_": 1, "addmm": 2, "add": 1}  # the sum is of the gradients of x
+    small = {"mul": 2, "clone": 1, "copy_": 1}  # by s; B and its gradient are transposed
+    assert added.operators == {"mm": 5, "addmm_": 1, "add": 1, **small}  # the sum is of the gradients of x
 
 
 # What a device is asked to do -----------------------------------------------------------------------------------------
@@ -225,31 +217,6 @@ def asked(device: str, name: str, dtype: torch.dtype = torch.float32, last: bool
 
         counts.append(count(step))
     return dict((counts[1] - counts[0]).operators)
-
-
-@pytest.mark.parametrize(
-    ("name", "last", "wanted"),
-    [
-        ("conv2d", False, {"baddbmm_": 1, "baddbmm": 2, "sum": 1}),
-        ("conv1d", False, {"baddbmm_": 1, "baddbmm": 2, "sum": 1}),
-        ("conv3d", False, {"baddbmm_": 1, "baddbmm": 2, "sum": 1}),
-        ("conv1d, unbatched", False, {"baddbmm_": 1, "baddbmm": 2}),
-        ("conv2d", True, {"addmm_": 1, "addmm": 2}),
-    ],
-)
-def test_a_convolution_launches_one_more_and_three_kernels_for_its_product(device, name, last, wanted):
-    """And no kernel multiplies a tensor of the outputs' size."""
-    convolutions = {"convolution": 1, "convolution_backward": 1, "add": 1}
-    assert asked(device, name, last=last) == convolutions | wanted
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [("embedding", {}), ("embedding, padding", {"eq": 1, "masked_fill": 1})],
-)
-def test_an_embedding_launches_four_products_and_lookups(device, name, wanted):
-    products = {"embedding": 1, "addmm_": 1, "addmm": 2, "embedding_dense_backward": 1}
-    assert asked(device, name) == products | wanted | {"copy_": 1}  # the table's gradient is transposed
 
 
 @pytest.mark.parametrize("name", ["conv2d", "embedding"])
@@ -333,5 +300,4 @@ def test_a_graph_of_a_layer_on_a_device_is_that_of_the_cpu(
     wanted = written(model, x)
     assert any("conv" in line or "embedding" in line for line in wanted)
     model.to("meta")
-    assert runs_as_one(model(x.to("meta")))
     assert written(model, x.to("meta")) == wanted

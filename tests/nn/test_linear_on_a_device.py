@@ -28,8 +28,11 @@ def upstream(output: torch.Tensor) -> torch.Tensor:
     return torch.randn(output.shape).to(output.dtype)
 
 
-def assert_uses_the_operation(output: torch.Tensor) -> None:
-    assert "LowRankSum" in type(output.grad_fn).__name__
+def assert_uses_the_operation(output: torch.Tensor, name: str = "") -> None:
+    """One vector has no rows: for it the formula runs."""
+    node: Any = output.grad_fn
+    names = [type(each).__name__ for each in (node, *(function for function, _ in node.next_functions))]
+    assert any("LowRankSum" in each for each in names) == (name != "linear, one vector"), names
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,7 +51,7 @@ def test_layer_on_a_device_gives_outputs_and_gradients_of_float64(device: str, n
     subject.model.to(device)
     there = x.detach().to(device).requires_grad_()
     output = subject.model(there)
-    assert_uses_the_operation(output)
+    assert_uses_the_operation(output, name)
     output.backward(g.to(device))
     assert output.dtype == dtype
     assert ((output.cpu().double() - wanted).abs() <= rounding(dtype, bound)).all()
@@ -234,11 +237,13 @@ def asked(
     return {name: number for name, number in (counts[1] - counts[0]).operators.items() if number}
 
 
-@pytest.mark.parametrize("name", [*LINEAR, *FUSED])
+@pytest.mark.parametrize("name", [*(name for name in LINEAR if "vector" not in name), *FUSED])
 def test_a_layer_launches_six_products_beside_its_base_and_nothing_else(device: str, name: str) -> None:
-    parts = sum(CASES[name].parts or (True,))
-    joined = {"cat": 2} if parts > 1 else {}  # u and the gradient of B, small ones
-    assert asked(device, name) == {"mm": 2, "addmm": 2 * parts, "addmm_": parts + 1, **joined}
+    found = asked(device, name)
+    if CASES[name].parts:  # B is written as a block-diagonal one
+        for small in ("block_diag", "new_zeros", "cat"):
+            assert found.pop(small, 0) <= 2
+    assert found == {"mm": 2, "addmm": 2, "addmm_": 2}
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"autocast": True}], ids=["16 bits", "autocast"])

@@ -15,6 +15,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.models import randomise_
 from support.shortcuts import let_collections_pass_over_what_is_there
 
@@ -52,3 +53,37 @@ def test_the_memory_of_a_models_copies_is_given_back_when_its_adapters_are(end: 
     del model
     models.clear()
     assert held() - empty < 1000
+
+
+def copies(model: nn.Module) -> set[int]:
+    undos = [undo for layer in adapted_layers(model).values() for undo in layer.lora.records.values()]
+    return {chunk.kept.data_ptr() for undo in undos for chunk in undo.chunks}
+
+
+def test_two_models_never_share_the_memory_that_each_takes_again():
+    one, two = one_layer(1), one_layer(2)
+    before = [model[0].weight.clone() for model in (one, two)]
+    taken = []
+    for _ in range(2):
+        merge(one)
+        merge(two)
+        taken.append((copies(one), copies(two)))
+        unmerge(one)
+        unmerge(two)
+    assert taken[0] == taken[1]
+    assert not taken[0][0] & taken[0][1]
+    assert all(map(torch.equal, before, [model[0].weight for model in (one, two)]))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_weight_made_in_inference_mode_and_one_that_was_not_have_copies_of_their_own(first):
+    model = one_layer(1)
+    before, memory = model[0].weight.clone(), set()
+    for inference in (first, not first):
+        with torch.inference_mode(inference):
+            model[0].weight = nn.Parameter(before.clone(), requires_grad=False)
+        merge(model)
+        memory |= copies(model)
+        unmerge(model)
+        assert torch.equal(before, model[0].weight)
+    assert len(memory) == 2

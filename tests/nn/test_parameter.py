@@ -122,7 +122,6 @@ def test_copies_and_pickles_are_adapted_alike(name: str, is_merged: bool, monkey
     for twin in (copy.deepcopy(subject.model), pickle.loads(pickle.dumps(subject.model))):
         records = [r for layer in adapted_layers(twin).values() for r in layer.lora.records.values()]
         assert len(records) == is_merged * CASES[name].adapted
-        assert all(record.copy is not None and not record.factors for record in records)  # another machine's too
         unmerge(twin)
         assert torch.equal(twin(subject.x), output)
         fill_factors_(twin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.model import merging
-from lightning_lora.nn import linear, starts
+from lightning_lora.nn import linear
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.starts import start_factors
 from support import layers, parameters
@@ -291,6 +292,26 @@ def test_the_first_step_changes_no_bit_in_any_dtype(init, keep, dtype):
     assert model[0].lora_start_A.dtype == model[0].lora_A.dtype == (torch.float32 if keep else dtype)
 
 
+@pytest.mark.parametrize("where", ["cpu", "a device"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_first_step_changes_no_bit_of_the_inputs_gradient_and_trains_a_and_b(dtype, where, a_device):
+    plain = net()[0].to(dtype).requires_grad_(False)
+    model = inject_start(nn.Sequential(copy.deepcopy(plain)))
+    x, g = torch.randn(5, 8).to(dtype), torch.randn(5, 6).to(dtype)
+    found = []
+    with nullcontext("cpu") if where == "cpu" else a_device() as device:
+        for module in (plain.to(device), model.to(device)):
+            given = x.to(device).requires_grad_()
+            output = module(given)
+            output.backward(g.to(device))
+            found.append((output.detach().cpu(), given.grad.cpu()))
+        assert all(factor.grad.abs().max() > 0 for factor in model[0].factors())
+    (wanted, of_input), (output, gradient) = found
+    # A - A0 = 0 meets B0, and B - B0 = 0 meets A: the sum that is added is exactly zero.
+    assert torch.equal(output, wanted)
+    assert torch.equal(gradient, of_input)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_small_change_is_not_lost_to_rounding_in_16_bits(dtype):
     """B @ A and B0 @ A0 are large and nearly equal: in 16 bits their difference would be noise."""
@@ -353,7 +374,6 @@ def test_a_training_step_has_the_gradients_of_the_operations_one_by_one(frozen, 
         return layer.base_forward(x) + scaling * (seen @ (b @ a - start_b @ start_a).T).view(*x.shape[:-1], -1)
 
     found, ran = gradients(), []
-    monkeypatch.setattr(starts, "can_change", lambda *_: False)
     monkeypatch.setattr(linear.LoRALinear, "sum_forward", one_by_one)
     for gradient, expected in zip(found, gradients(), strict=True):
         torch.testing.assert_close(gradient, expected)
@@ -387,7 +407,7 @@ def test_a_start_trains_under_autocast_in_its_dtype():
         torch.testing.assert_close(gradient, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
 
 
-def test_a_training_step_keeps_its_input_and_one_thin_product_for_backward():
+def test_a_training_step_keeps_its_input_a_thin_product_and_what_acts_for_backward():
     model = inject_start(
         nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64)), r=4, rank_pattern={}, target_modules=["0"]
     )
@@ -397,7 +417,7 @@ def test_a_training_step_keeps_its_input_and_one_thin_product_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model[0](x)
     new = {t.untyped_storage().data_ptr(): t.shape for t in kept if t.untyped_storage().data_ptr() not in parameters}
-    assert sorted(map(tuple, new.values())) == [(5, 64), (8, 5)]  # x, and its product with what acts, of twice the rank
+    assert sorted(map(tuple, new.values())) == [(5, 8), (8, 48), (64, 5)]  # what acts has twice the rank
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at its first jvp
@@ -524,10 +544,20 @@ def test_the_state_dict_holds_the_start_and_brings_it_back():
     assert torch.equal(again(x), model(x))
 
 
-def test_compiled_output_is_the_eager_one():
-    model, x = move_(inject_start(net())), torch.randn(5, 8)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x))
+GRAPHS = {
+    "compile": lambda model, x: torch.compile(model, backend="aot_eager", fullgraph=True),
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "trace": lambda model, x: torch.jit.trace(model, (x,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore:Converting a tensor to a Python boolean")
+@pytest.mark.parametrize("how", GRAPHS)
+def test_a_graph_has_the_outputs_and_gradients_of_the_eager_layer(how):
+    model, x = move_(inject_start(net())), torch.randn(5, 8, requires_grad=True)
+    graph = GRAPHS[how](model, x)
+    found, wanted = ([output := each(x), *torch.autograd.grad(output.square().sum(), x)] for each in (graph, model))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_dropout_drops_what_the_adapter_adds():

