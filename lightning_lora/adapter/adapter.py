@@ -12,7 +12,7 @@ import torch
 from ..config import LoRAConfig
 from ..names import PREFIX, factor_role, names_factor, parent_names, rename_keys, split_factor_name
 from ..nn.foreign_entries import ForeignEntries
-from ..nn.low_rank import ATTENTION_WEIGHTS
+from ..nn.low_rank import IN_PROJ
 from ..nn.variant import Acting, Place, Variant, known_variants, rows_leaf, variant_of, variant_with
 from .values import describe_value, holds_numbers
 
@@ -133,7 +133,7 @@ class Adapter:
     def place(self, layer: str) -> Place:
         """Return what is known of a layer or parameter. An unknown kind is "", and unknown shapes are missing."""
         config = self.config or LoRAConfig()
-        leaves = [layer] if self.is_parameter(layer) else [f"{layer}.{leaf}" for leaf in ("weight", *ATTENTION_WEIGHTS)]
+        leaves = [layer] if self.is_parameter(layer) else [f"{layer}.{leaf}" for leaf in ("weight", IN_PROJ)]
         entries = {name.rpartition(".")[2]: self.fingerprint.get(name) for name in leaves}
         in_options = self.options_name(layer)
         return Place(

@@ -12,7 +12,7 @@ from ..names import A, B, parameter_factor_name
 from ..nn.low_rank import CONVOLUTIONS, to_block_diagonal
 from ..nn.products import product_svd, truncated_svd
 from .adapter import Adapter
-from .measures import scaled_pairs, separate_shapes
+from .measures import scaled_pairs
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 OTHER_NAMES = {"dare": "dare_linear"}  # as DARE's paper calls the sum of what it leaves
@@ -69,9 +69,8 @@ def combine_layer(
         norms.append(share)
     r = max(left.shape[1] for left, _ in pairs)
     lefts, rights = zip(*(padded(pair, r) for pair in pairs), strict=True)
-    separate = bool(separate_shapes(first, layer))
     kernel = _inputs(first, layer)
-    a, b = torch.cat(rights, 1 if separate else 0), torch.cat(lefts)
+    a, b = torch.cat(rights), torch.cat(lefts)
     factors = {
         _plain_name(first, layer, A): a.to(dtype).reshape(-1, *kernel).contiguous(),
         _plain_name(first, layer, B): b.to(dtype).reshape(-1, r, *[1] * (len(kernel) - 1)).contiguous(),
@@ -106,8 +105,6 @@ def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adap
     enabled = adapter.config.enabled_parts(layer) if adapter.config else None
     if all(part == parts[0][1] for _, part in parts):
         return scaled_pairs(adapter, layer)
-    if any(separate_shapes(each, layer) for _, each, _ in holders):
-        same_in_all(f"enable_lora of {layer!r}", parts)
     if enabled is None:
         return scaled_pairs(adapter, layer)
     pairs = scaled_pairs(adapter, layer)

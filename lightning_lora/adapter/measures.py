@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
 from ..errors import LoRAError
-from ..nn.low_rank import ATTENTION, SEPARATE, TRANSPOSED_EXPERTS, low_rank_blocks
+from ..nn.low_rank import TRANSPOSED_EXPERTS
 from ..nn.products import inner_of_products, product_norm
 from .adapter import Adapter
 
@@ -67,16 +66,8 @@ def _matching_pairs(adapter: Adapter, other_adapter: Adapter, name: str) -> list
     return matching
 
 
-def separate_shapes(adapter: Adapter, name: str) -> dict[str, Sequence[int]]:
-    """Return the shapes of the weights of q, k and v, if a layer is attention with separate weights; else none."""
-    if adapter.kinds.get(name) != ATTENTION:
-        return {}
-    entries = {leaf: adapter.fingerprint.get(f"{name}.{leaf}") for leaf in SEPARATE}
-    return {leaf: entry["shape"] for leaf, entry in entries.items() if entry is not None}
-
-
 def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
-    """Return (s * B, A) of each part of a layer (an expert, an adapted part; q, k, v), as matrices in float64.
+    """Return (s * B, A) of each part of a layer (an expert, an adapted part), as matrices in float64.
 
     s is 1 where the source does not hold it.
 
@@ -85,11 +76,7 @@ def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
     """
     a, b, _ = adapter.acting(name)
     a, b = (factor.detach().double().flatten(1) for factor in (a, b))
-    scaling, shapes = adapter.scalings.get(name, 1.0), separate_shapes(adapter, name)
-    if shapes:
-        enabled = adapter.config.enabled_parts(name) if adapter.config else None
-        blocks = low_rank_blocks(ATTENTION, shapes, a, b, enabled)
-        return [(block.left * scaling, block.right) for parts in blocks.values() for block in parts]
+    scaling = adapter.scalings.get(name, 1.0)
     parts = a.shape[0] // b.shape[1]
     if a.shape[0] % b.shape[1] or not parts or b.shape[0] % parts:
         raise LoRAError(

@@ -35,9 +35,9 @@ from ..names import META, factor_role, parent_names
 from ..nn.exact_merge import CPU_CHUNK, parts_of
 from ..nn.low_rank import (
     ATTENTION,
-    ATTENTION_WEIGHTS,
     CONV,
     CONV1D,
+    IN_PROJ,
     LINEAR,
     MERGEABLE_DTYPES,
     PARAMETER,
@@ -363,7 +363,7 @@ def _layer_updates(
     if adapter.is_parameter(name):
         leaves = {name.rpartition(".")[2]: name}
     else:
-        leaves = {leaf: f"{name}.{leaf}" for leaf in ("weight", *ATTENTION_WEIGHTS)}
+        leaves = {leaf: f"{name}.{leaf}" for leaf in ("weight", IN_PROJ)}
     leaves = {leaf: weight for leaf, weight in leaves.items() if weight in base.locations}
     shapes = {leaf: base.locations[weight].shape for leaf, weight in leaves.items()}
     if not shapes:

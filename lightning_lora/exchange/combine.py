@@ -32,7 +32,6 @@ from ..adapter.adapter import Adapter
 from ..adapter.combined_layer import CUT, OTHER_NAMES, PRUNING, Method, combine_layer, padded, same_in_all
 from ..adapter.fingerprint import compare_fingerprints
 from ..adapter.layer_options import exact_options, options_hold
-from ..adapter.measures import separate_shapes
 from ..adapter.renaming import by_network_names
 from ..adapter.weighted_means import average_whole
 from ..config import PLAIN, LoRAConfig, is_number, plain_number
@@ -280,7 +279,7 @@ def _with_equal_attention(adapter: Adapter) -> Adapter:
     tensors, ranks = dict(adapter.tensors), adapter.ranks()
     for name, kind in adapter.kinds.items():
         attention = name.rpartition(".")[0]
-        if kind != ATTENTION_OUTPUT or attention not in ranks or separate_shapes(adapter, attention):
+        if kind != ATTENTION_OUTPUT or attention not in ranks:
             continue
         lower = min(name, attention, key=ranks.__getitem__)
         rank = max(ranks[name], ranks[attention])

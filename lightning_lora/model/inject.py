@@ -17,7 +17,7 @@ from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..matching import BY_KIND
 from ..names import listed
-from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, adapters_in
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
 from ..nn.lora_layer import LoRALayer
@@ -381,7 +381,8 @@ def _adapt_new_layers(handle: AdaptedModel) -> None:
     scope = scope_in(handle.root_places, record)
     targets = Targets(handle.root_modules, record.config, scope)
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
-    for name, module in new.items():
+    apart = {name: module for name, module in targets.apart.items() if not adapters_in(module)}
+    for name, module in {**new, **apart}.items():
         check_supported(name, module, record.config)
     live = adapted_layers(root, modules=handle.root_modules)
     parameters = {name: place for name, place in targets.parameters.items() if name not in live}

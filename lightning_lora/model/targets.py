@@ -30,7 +30,7 @@ from ..names import A, canonical, listed, parent_names, suffixes
 from ..nn.adapted_module import AdaptedModule, Swapped
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
-from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
+from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, SEPARATE, matrix_shape
 from ..nn.parameter import LoRAParameterHolder, weights_of
 from ..nn.quantised import quantised_as, quantised_parameters, shape_of, was_never_quantised
 from ..nn.tied_weights import tied_weights, untie_advice
@@ -90,7 +90,13 @@ class Targets:
             out_proj = f"{name}.out_proj"
             if isinstance(module, nn.MultiheadAttention) and not excluded(out_proj):
                 self.layers[out_proj] = modules[out_proj]
+        self.apart = {  # attention whose weights of q, k and v are three single parameters
+            name: self.layers.pop(name)
+            for name, module in list(self.layers.items())
+            if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim
+        }
         self.parameters = self._single_parameters(config, {"": model, **modules})
+        self.parameters |= {f"{name}.{leaf}": (each, leaf) for name, each in self.apart.items() for leaf in SEPARATE}
         self.unmatched: dict[str, bool] = dict.fromkeys(tables.unmatched, True)
         self._check_entries(config, chosen, modules, weights_of({"": model, **modules}))
         if layer_class(model) and not self.names() and not any(map(layer_class, modules.values())):

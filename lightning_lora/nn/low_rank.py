@@ -5,7 +5,6 @@
     Conv1D, Embedding          (in, out)               (r, in)               (out, r)
     Conv, GroupedConv          (out, in/groups, k...)  (r, in/groups, k...)  (out, r, 1...)
     MultiheadAttention         in_proj (3E, E)         (r, E)                (3E, r)
-      with q, k and v apart    (E, E), (E, kdim), ...  (r, E + kdim + vdim)  (3E, r)
     Parameter                  (m, n)                  (r, n)                (m, r)
     Experts                    (E, m, n)               (E * r, n)            (E * m, r)
     TransposedExperts          (E, m, n)               (E * r, m)            (E * n, r)
@@ -132,9 +131,6 @@ def factor_shapes(
     if kind in CONVOLUTIONS:
         out, inputs, *kernel = first
         return (rank, inputs, *kernel), (out, rank, *[1] * len(kernel))
-    if kind == ATTENTION and IN_PROJ not in shapes:
-        adapted = [shapes[name] for name in _separate(enabled)]
-        return (rank, sum(columns for _, columns in adapted)), (sum(rows for rows, _ in adapted), rank)
     out, inputs = matrix_shape(kind, first)
     parts = enabled or (True,)
     return (sum(parts) * rank, inputs), (out // len(parts) * sum(parts), rank)
@@ -144,12 +140,6 @@ def low_rank_blocks(
     kind: str, shapes: Mapping[str, Shape], a: torch.Tensor, b: torch.Tensor, enabled: Enabled = None
 ) -> dict[str, list[LowRankBlock]]:
     """Return the blocks that B @ A adds to each weight, without the scaling. Arguments are those of factor_shapes."""
-    if kind == ATTENTION and IN_PROJ not in shapes:
-        names = _separate(enabled)
-        parts_a = torch.split(a, [shapes[name][1] for name in names], dim=1)
-        parts_b = torch.split(b, [shapes[name][0] for name in names])
-        parts = zip(names, parts_b, parts_a, strict=True)
-        return {name: [LowRankBlock(0, 0, left, right)] for name, left, right in parts}
     name, shape = next(iter(shapes.items()))
     if kind in STACKS:
         pairs = zip(*stack_factors(kind, shape, a, b), strict=True)
@@ -205,8 +195,6 @@ def halve_ranks(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, to
 
 def adapted_parts(kind: str, weights: Mapping[str, torch.Tensor], enabled: Enabled = None) -> list[torch.Tensor]:
     """Return each matrix (out, in) that has its own factors, as a view of a layer's weights."""
-    if kind == ATTENTION and IN_PROJ not in weights:
-        return [weights[name] for name in _separate(enabled)]
     weight = next(iter(weights.values()))
     if kind in STACKS:
         return list(weight.mT if kind == TRANSPOSED_EXPERTS else weight)
@@ -214,14 +202,6 @@ def adapted_parts(kind: str, weights: Mapping[str, torch.Tensor], enabled: Enabl
     if enabled is None:
         return [matrix]
     return [part for part, on in zip(matrix.chunk(len(enabled)), enabled, strict=True) if on]
-
-
-def join_parts(
-    kind: str, weights: Mapping[str, object], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the layer's A and B as matrices, from one pair (A, B) for each of adapted_parts."""
-    side_by_side = kind == ATTENTION and IN_PROJ not in weights
-    return torch.cat([a for a, _ in pairs], int(side_by_side)), torch.cat([b for _, b in pairs])
 
 
 def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHING) -> list[LowRankBlock]:
@@ -318,8 +298,3 @@ def from_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Ten
     rows, rank = b.shape[0] // len(enabled), b.shape[1] // sum(enabled)
     adapted = [i for i, on in enumerate(enabled) if on]
     return torch.cat([b[i * rows : (i + 1) * rows, k * rank : (k + 1) * rank] for k, i in enumerate(adapted)])
-
-
-def _separate(enabled: Enabled) -> list[str]:
-    """Return the names of the adapted ones among the weights of q, k and v."""
-    return [name for name, on in zip(SEPARATE, enabled or (True, True, True), strict=True) if on]

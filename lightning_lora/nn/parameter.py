@@ -9,7 +9,7 @@ on, so that the layer does not flatten its weights again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from .low_rank import LowRankBlock, crop, stack_factors
 from .quantised import shape_of
 from .transforms import runs_by_formula
 
+HOLDERS: list[type[LoRAParameterHolder]] = []  # of modules whose forward needs more than W + delta in its place
 FACTORED = ("transformers.", "torch.nn.modules.linear")  # forwards from these modules run with a FactoredWeight
 
 
@@ -89,7 +90,13 @@ class LoRAParameterHolder(AdaptedModule):
     """A module with some parameters that are adapted by themselves."""
 
     ATTRIBUTES = ("lora_parameters",)
+    MODULES: ClassVar[tuple[type[nn.Module], ...]] = ()  # the modules of a subclass, which adds itself to HOLDERS
     lora_parameters: dict[str, LoRAParameter]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "MODULES" in vars(cls):
+            HOLDERS.append(cls)
 
     def lora_adapters(self) -> Mapping[str, AdaptedWeights]:
         return self.lora_parameters
@@ -119,6 +126,8 @@ class LoRAParameterHolder(AdaptedModule):
 class LoRARecurrent(LoRAParameterHolder):
     """nn.LSTM or nn.GRU. They run on a list of their weights, and flatten it again if a parameter was replaced."""
 
+    MODULES = (nn.RNNBase,)
+
     def lora_place(self, values: Mapping[str, Any]) -> None:
         cast(Any, self)._update_flat_weights()  # the layer's forward calls this first, and would undo the change below
         weights, names = cast("list[Any]", self._flat_weights), cast("list[str]", self._flat_weights_names)
@@ -140,7 +149,7 @@ def parameter_kind(module: nn.Module, parameter: str) -> str:
 def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSpec, injection: object) -> LoRAParameter:
     """Add an adapter for one parameter to a module. Its stored tensors are created later. In place."""
     if not isinstance(module, LoRAParameterHolder):
-        mixin = LoRARecurrent if isinstance(module, nn.RNNBase) else LoRAParameterHolder
+        mixin = next((each for each in HOLDERS if isinstance(module, each.MODULES)), LoRAParameterHolder)
         module.__class__ = swapped_class(mixin, type(module))
         vars(module)["lora_parameters"] = {}
     holder = cast(LoRAParameterHolder, module)

@@ -28,11 +28,11 @@ from torch import nn
 from ..errors import LoRAError
 from .adapted_module import Swapped, swapped_class
 from .adapted_weights import AdaptedWeights, adapted_layers, layer_adapter
-from .low_rank import ATTENTION_WEIGHTS
+from .low_rank import IN_PROJ
 from .parameter import LoRAParameterHolder
 
 Path = tuple[str, ...]  # attribute names that lead from a module to a module inside it
-WEIGHTS = {"weight", *ATTENTION_WEIGHTS}
+WEIGHTS = {"weight", IN_PROJ}
 ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # the search begins here
 # These are not searched. torch's transformer layers read weights on their fast paths only, which are switched off while
 # an adapter is active.
@@ -109,7 +109,8 @@ def patch_readers(modules: Iterable[nn.Module]) -> None:
                 vars(module).pop("lora_reads", None)
                 module.__class__ = module.lora_base  # type: ignore[assignment]
         elif isinstance(module, LoRAParameterHolder):
-            _refuse_reading_holder(module)
+            if not isinstance(module, nn.MultiheadAttention):  # its holder knows out_proj
+                _refuse_reading_holder(module)
         elif not isinstance(module, Swapped):
             paths = _paths_to_layers(module, type(module))
             if paths:

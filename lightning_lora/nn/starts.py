@@ -59,7 +59,7 @@ class Started(LoRA):
             ]
         except LoRAError as error:
             raise LoRAError(f"{place.name!r}: {error}.") from None
-        joined = low_rank.join_parts(place.kind, weights, pairs)
+        joined = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
         shapes = place.factor_shapes()
         return {leaf: each.reshape(shape) for leaf, each, shape in zip((A, B), joined, shapes, strict=True)}
 

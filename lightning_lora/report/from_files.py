@@ -16,7 +16,7 @@ from ..files.paths import PathLike
 from ..files.safetensors import TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
 from ..formats.sources import read_source
-from ..nn.low_rank import ATTENTION_WEIGHTS, MERGEABLE_DTYPES
+from ..nn.low_rank import IN_PROJ, MERGEABLE_DTYPES
 from ..progress import progress_bar
 from .updates import Updates, measure, refuse_empty, sum_of_squares
 
@@ -71,7 +71,7 @@ def _fit(adapter: Adapter, base: Weights) -> Adapter:
 
 def _weights_of(adapter: Adapter, name: str) -> list[str]:
     """Return the names that the weights of a layer may have."""
-    return [name] if adapter.is_parameter(name) else [f"{name}.{leaf}" for leaf in ("weight", *ATTENTION_WEIGHTS)]
+    return [name] if adapter.is_parameter(name) else [f"{name}.{leaf}" for leaf in ("weight", IN_PROJ)]
 
 
 def _recorded_norms(adapter: Adapter) -> dict[str, float]:

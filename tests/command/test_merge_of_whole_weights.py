@@ -141,7 +141,7 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[str]]] = {
     "attention": (ConvNet, {"target_modules": ["mha"]}, ["mha.in_proj_weight", "mha.out_proj.weight"]),
     "attention, apart": (
         Wide,
-        {"target_modules": ["apart"], "enable_lora": {"apart": [True, False, True]}},
+        {"target_modules": ["apart"]},
         ["apart.q_proj_weight", "apart.k_proj_weight", "apart.v_proj_weight"],
     ),
     "parts": (Fused, {"target_modules": ["qkv"], "enable_lora": {"qkv": [True, False, True]}}, ["qkv.weight"]),

@@ -61,7 +61,7 @@ LAYERS = ["linear", "conv1d", "embed", "conv", "grouped", "qkv", "attention", "a
 BASE: dict[str, Any] = {
     "target_modules": LAYERS,
     "target_parameters": ["weight_ih_l0", *[name for name, p in Experts().named_parameters() if p.dim() == 3]],
-    "enable_lora": {"qkv": [True, False, True], "apart": [True, False, True]},
+    "enable_lora": {"qkv": [True, False, True]},
 }
 FIRST: dict[str, Any] = {"r": 2, "lora_alpha": 3, **BASE}
 SECOND: dict[str, Any] = {
@@ -126,7 +126,7 @@ def test_the_sum_of_other_ranks_and_scalings_is_exact_for_every_kind(method: str
     result = loaded(state)
     expected = total(list(zip(weights, map(deltas_of, (one, other)), strict=True)))
     changed = {name for name, delta in expected.items() if delta.any()}
-    assert len(changed) == 14  # each layer's and parameter's weight; of `apart` two, and its out_proj
+    assert len(changed) == 15  # each layer's and parameter's weight; of `apart` three, and its out_proj
     assert_deltas(deltas_of(result), expected)
 
 
@@ -143,14 +143,6 @@ def test_other_parts_of_a_fused_projection_are_one_plain_adapter(parts: list[boo
     other = adapted(3, r=1, target_modules=["qkv"], enable_lora=parts and {"qkv": parts})
     result = loaded(combine([checkpoint(one, "adapter"), checkpoint(other, "adapter")], [1.0, -0.5]))
     assert_deltas(deltas_of(result), total([(1.0, deltas_of(one)), (-0.5, deltas_of(other))]))
-
-
-def test_other_parts_of_attention_with_q_k_and_v_apart_are_refused():
-    options = {"r": 2, "target_modules": ["apart"]}
-    one = adapted(2, **options, enable_lora={"apart": [True, False, True]})
-    other = adapted(3, **options)
-    with pytest.raises(LoRAError, match=r"enable_lora of 'apart' is \(True, False, True\) in adapters\[0\] and None"):
-        combine([checkpoint(one, "adapter"), checkpoint(other, "adapter")], [1, 1])
 
 
 # --- weights ---

@@ -123,7 +123,7 @@ class Attention(nn.Module):
         ("another rank or lora_alpha", {}, {"target_modules": ["mha"], "rank_pattern": {"out_proj": 1}}),
         ("another rank or lora_alpha", {}, {"target_modules": ["mha"], "alpha_pattern": {"out_proj": 1}}),
         ("separate or partly adapted", {}, {"target_modules": ["mha"], "enable_lora": {"mha": [True, False, True]}}),
-        ("separate or partly adapted", {"kdim": 3, "vdim": 5}, {"target_modules": ["mha"]}),
+        ("'mha', which has q, k and v apart", {"kdim": 3, "vdim": 5}, {"target_modules": ["mha"]}),
     ],
 )
 def test_attention_that_peft_has_not_is_refused(tmp_path, message: str, options: Any, config: Any):

@@ -439,7 +439,7 @@ def test_adapter_that_peft_cannot_express_is_refused_by_all(tmp_path, capsys: py
     inject(net, LoRAConfig(r=1, target_modules=["0"]))
     torch.save(checkpoint(fill_(net), "adapter"), tmp_path / "a.ckpt")
     printed = call(capsys, "info", tmp_path / "a.ckpt", "--for", "vllm")
-    assert "refuses: '0' has separate or partly adapted q, k and v, which PEFT has not" in printed
+    assert "refuses: '0.out_proj' belongs to '0', which has q, k and v apart" in printed
     assert "first" not in json.loads(call(capsys, "info", tmp_path / "a.ckpt", "--for", "vllm", "--json"))
 
 

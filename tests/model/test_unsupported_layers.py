@@ -53,6 +53,10 @@ REFUSED = {
         lambda: nn.Sequential(nn.ReLU(), nn.Linear(2, 2)),
         r"container\.Sequential cannot be adapted.*'1'",
     ),
+    "max_norm": (
+        lambda: nn.Embedding(4, 4, max_norm=1.0),
+        "max_norm renormalises its rows in place.*set it to",
+    ),
     "no weight": (nn.ReLU, r"a torch\.nn\.modules\.activation\.ReLU cannot be adapted, only nn\.Linear, "),
     "norm": (lambda: nn.LayerNorm(4), r"a torch\.nn\.modules\.normalization\.LayerNorm cannot be adapted, only"),
 }

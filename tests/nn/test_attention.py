@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_lora import LoRAConfig, disable_adapter, inject, merge, merged_state_dict, unload, unmerge
-from lightning_lora.errors import NonFiniteError
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    disable_adapter,
+    inject,
+    is_merged,
+    merge,
+    merged_state_dict,
+    save_adapter,
+    unload,
+    unmerge,
+)
 from support.layers import DTYPES, same_bits
 from support.recorders import Operators
 
@@ -55,6 +68,7 @@ class Case:
     build: Callable[[], nn.Module]
     targets: list[str]
     enable: dict[str, list[bool]] | None = None
+    without: Sequence[str] = ()
 
 
 CASES = {
@@ -63,7 +77,7 @@ CASES = {
     "both": Case(Attention, ["attention", "out_proj"]),
     "q and v": Case(Attention, ["attention"], {"attention": [True, False, True]}),
     "own widths": Case(lambda: Attention(kdim=12, vdim=8), ["attention", "out_proj"]),
-    "own widths, k and v": Case(lambda: Attention(kdim=12, vdim=8), ["attention"], {"attention": [False, True, True]}),
+    "own widths, without out_proj": Case(lambda: Attention(kdim=12, vdim=8), ["attention"], without=["out_proj"]),
     "encoder, feed-forward": Case(Encoder, ["linear1", "linear2"]),
     "encoder, out_proj": Case(Encoder, ["out_proj"]),
     "encoder, all": Case(Encoder, ["linear1", "linear2", "self_attn", "out_proj"]),
@@ -91,31 +105,27 @@ class Subject:
         """The plain model in that dtype on W + s * B @ A, differentiable in the factors."""
         wide = copy.deepcopy(self.plain).to(dtype)
         state = dict(wide.named_parameters())
-        for name in [name.removesuffix("lora_A") for name in factors if name.endswith("lora_A")]:
-            a, b = factors[name + "lora_A"], factors[name + "lora_B"]
-            for weight, delta in deltas(self.model.get_submodule(name[:-1]), a, b):
-                value = state[name + weight]
-                state[name + weight] = (value.to(delta.dtype) + delta).to(dtype)
+        for name in [name for name in factors if "lora_A" in name]:
+            module, _, parameter = name.partition("lora_A")
+            a, b = factors[name], factors[name.replace("lora_A", "lora_B")]
+            layer = self.model.get_submodule(module[:-1])
+            weight, delta = (parameter[1:], ALPHA / R * b @ a) if parameter else of_layer(layer, a, b)
+            state[module + weight] = (state[module + weight].to(delta.dtype) + delta).to(dtype)
         output: torch.Tensor = functional_call(wide, state, (self.x.to(dtype), self.mask))
         return output[~self.mask]
 
 
-def deltas(layer: Any, a: torch.Tensor, b: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """s * B @ A of each weight, from the definitions."""
+def of_layer(layer: Any, a: torch.Tensor, b: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """The name of a layer's weight, and s * B @ A of it, from the definitions."""
     if not isinstance(layer, nn.MultiheadAttention):
-        return [("weight", ALPHA / R * b @ a)]
-    parts = [i for i, enabled in enumerate(layer.lora.spec.enabled or (True, True, True)) if enabled]
-    names = [f"{letter}_proj_weight" for letter in "qkv"]
-    if not layer._qkv_same_embed_dim:
-        widths = [getattr(layer, names[i]).shape[1] for i in parts]
-        pairs = zip(parts, a.split(widths, dim=1), b.split(WIDTH), strict=True)
-        return [(names[i], ALPHA / R * part_b @ part_a) for i, part_a, part_b in pairs]
+        return "weight", ALPHA / R * b @ a
     if layer.lora.spec.enabled is None:
-        return [("in_proj_weight", ALPHA / R * b @ a)]
+        return "in_proj_weight", ALPHA / R * b @ a
+    parts = [i for i, enabled in enumerate(layer.lora.spec.enabled) if enabled]
     delta = a.new_zeros(3 * WIDTH, WIDTH)
     for i, part_a, part_b in zip(parts, a.split(R), b.split(WIDTH), strict=True):
         delta = delta.index_add(0, torch.arange(i * WIDTH, (i + 1) * WIDTH), ALPHA / R * part_b @ part_a)
-    return [("in_proj_weight", delta)]
+    return "in_proj_weight", delta
 
 
 def make_subject(name: str, dtype: torch.dtype = torch.float32, *, fill: bool = True) -> Subject:
@@ -123,7 +133,8 @@ def make_subject(name: str, dtype: torch.dtype = torch.float32, *, fill: bool = 
     plain = case.build().to(dtype).eval()
     model = copy.deepcopy(plain)
     plain.requires_grad_(False)  # as injection does; torch multiplies otherwise where a weight is trained
-    inject(model, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=case.targets, enable_lora=case.enable))
+    options: dict[str, Any] = {"enable_lora": case.enable, "exclude_modules": case.without or None}
+    inject(model, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=case.targets, **options))
     mask = torch.zeros(3, 5, dtype=torch.bool)
     mask[0, 3:] = mask[2, 4:] = True
     subject = Subject(model, plain, torch.randn(3, 5, WIDTH).to(dtype), mask)
@@ -247,16 +258,44 @@ def test_copy_of_a_layer_is_equal_and_independent(name: str, state: Callable[...
         assert same_bits(subject.run(twin), wanted)
 
 
-@pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
-def test_a_part_that_is_not_finite_leaves_every_weight_as_it_was(part: int) -> None:
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_a_part_that_is_not_finite_leaves_every_weight_as_it_was(part: str) -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 4, kdim=6, vdim=5)})
     inject(model, LoRAConfig(r=R, target_modules=["attention"], init_lora_weights=False))
-    layer: Any = model["attention"]
-    weights = {name: weight.detach().clone() for name, weight in layer.adapted_weights().items()}
+    before = {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" not in name}
     with torch.no_grad():
-        layer.lora_B[part * WIDTH : (part + 1) * WIDTH] = torch.nan
-    with pytest.raises(NonFiniteError):
-        layer.merge_(copy=False)
-    assert not layer.lora.records
-    assert len(weights) == 3
-    assert all(same_bits(layer.adapted_weights()[name], weight) for name, weight in weights.items())
+        model.get_parameter(f"attention.lora_B_{part}_proj_weight").fill_(torch.nan)
+    with pytest.raises(LoRAError, match=f"attention.{part}_proj_weight"):
+        merge(model)
+    assert not is_merged(model)
+    assert all(same_bits(model.get_parameter(name), weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["attention"]},
+        {"target_modules": ["out_proj"], "target_parameters": ["q_proj_weight", "k_proj_weight", "v_proj_weight"]},
+    ],
+    ids=["the layer", "its parameters"],
+)
+def test_weights_of_attention_with_own_widths_are_single_parameters(options: dict[str, Any]) -> None:
+    model = Attention(kdim=12, vdim=8)
+    names = inject(model, LoRAConfig(r=R, **options))
+    leaves = ("k_proj_weight", "out_proj", "q_proj_weight", "v_proj_weight")
+    assert sorted(names) == [f"attention.{leaf}" for leaf in leaves]
+    shapes = {name: tuple(value.shape) for name, value in adapter_state_dict(model).items() if "lora_A" in name}
+    assert shapes == {
+        "attention.lora_A_q_proj_weight": (R, WIDTH),
+        "attention.lora_A_k_proj_weight": (R, 12),
+        "attention.lora_A_v_proj_weight": (R, 8),
+        "attention.out_proj.lora_A": (R, WIDTH),
+    }
+
+
+def test_the_weights_of_own_widths_alone_are_read_by_peft(tmp_path: Path) -> None:
+    subject = make_subject("own widths, without out_proj")
+    save_adapter(subject.model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(subject.plain), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(subject.run(theirs), subject.run(subject.model), rtol=0, atol=1e-5)

@@ -245,16 +245,16 @@ def test_attention_runs_on_weights_with_a_mask_of_features(apart: bool, targets:
     factors = {
         name: each.detach().double().requires_grad_() for name, each in layer.named_parameters() if "lora" in name
     }
-    for prefix in ("out_proj.", "") if "out_proj.lora_A" in factors else ("",):  # in the order in which masks are drawn
-        a, b = factors[f"{prefix}lora_A"], factors[f"{prefix}lora_B"]
+    weights = {
+        "out_proj.lora_A": "out_proj.weight",
+        "lora_A": "in_proj_weight",
+    }  # in the order of drawing
+    weights |= {f"lora_A_{letter}_proj_weight": f"{letter}_proj_weight" for letter in "qkv"}
+    for name in filter(factors.__contains__, weights):
+        a, b = factors[name], factors[name.replace("lora_A", "lora_B")]
         mask = F.dropout(torch.ones(1, a.shape[1]), P)
-        assert mask.unique().tolist() == [0, 2]
-        product = a * mask.double()
-        if prefix or not apart:
-            state[f"{prefix}weight" if prefix else "in_proj_weight"] += 4 * b @ product
-            continue
-        for name, left, right in zip("qkv", b.split(8), product.split([8, 6, 4], 1), strict=True):
-            state[f"{name}_proj_weight"] += 4 * left @ right
+        assert set(mask.unique().tolist()) <= {0, 2}
+        state[weights[name]] += 4 * b @ (a * mask.double())
     wanted = functional_call(plain.double(), state, tuple(each.double() for each in x))[0]
     (wanted * upstream(wanted)).sum().backward()
     with a_device() if way == "device" else nullcontext("cpu") as device:

@@ -24,9 +24,8 @@ from lightning_lora.files.safetensors import TensorLocation, read_rows
 from lightning_lora.files.weights import Weights, open_weights
 from lightning_lora.formats.sources import adapter_with_options
 from lightning_lora.nn.low_rank import (
-    ATTENTION_WEIGHTS,
+    IN_PROJ,
     MERGEABLE_DTYPES,
-    SEPARATE,
     TRANSPOSED,
     TRANSPOSED_EXPERTS,
 )
@@ -172,10 +171,8 @@ class ExpectedWeights:
         """Return what a tensor of the result must be, or None where the adapter does not change it."""
         name = self.names[name_in_file]
         module, _, leaf = name.rpartition(".")
-        is_weight = leaf in ("weight", *ATTENTION_WEIGHTS)
+        is_weight = leaf in ("weight", IN_PROJ)
         layer = name if name in self.layers else module if is_weight and module in self.layers else None
-        if layer is not None and leaf in SEPARATE and leaf not in self._separate_leaves(layer):
-            layer = None
         table = self._table_of(name)
         if name not in self.whole and table is None and layer is None:
             return None
@@ -185,7 +182,7 @@ class ExpectedWeights:
             self.found.add(table)
             expected.rows, expected.row_values = self.adapter.tables[table], self.rows[table]
         if layer is not None:
-            self._add_factors(expected, layer, leaf)
+            self._add_factors(expected, layer)
         return expected
 
     def check_all_found(self) -> None:
@@ -211,11 +208,11 @@ class ExpectedWeights:
                 return first
         return None
 
-    def _add_factors(self, expected: ExpectedWeight, layer: str, leaf: str) -> None:
+    def _add_factors(self, expected: ExpectedWeight, layer: str) -> None:
         variant, stored, scaling = self.adapter.variant, self.adapter.stored(layer), self.adapter.scalings[layer]
         meant = meaning(variant, stored)
         for a, b in meant.pairs:
-            left, right, expected.transposed = self._placed(layer, leaf, expected.location.shape, a, b)
+            left, right, expected.transposed = self._placed(layer, expected.location.shape, a, b)
             expected.factors.append((left * scaling, right))
         expected.arithmetic = torch.float32 if meant.rounded else torch.float64
         expected.lengths = meant.lengths
@@ -224,18 +221,16 @@ class ExpectedWeights:
             expected.scale_of = lambda weight: variant.acting_exactly(double, weight, scaling)[2]
 
     def _placed(
-        self, layer: str, leaf: str, shape: Sequence[int], a: torch.Tensor, b: torch.Tensor
+        self, layer: str, shape: Sequence[int], a: torch.Tensor, b: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Return the left and right whose product lies in a weight of this shape, and whether they are turned."""
         kind, rank = self.adapter.kinds.get(layer), b.shape[1]
         parts = self.adapter.config.enabled_parts(layer) if self.adapter.config is not None else None
-        if leaf in SEPARATE:
-            a, b = self._separate(layer, leaf, a, b)
-        elif self.adapter.is_parameter(layer) and len(shape) == 3:
+        if self.adapter.is_parameter(layer) and len(shape) == 3:
             a, b = a.view(shape[0], rank, -1), b.view(shape[0], -1, rank)
             turned = (b.shape[1], a.shape[2]) != tuple(shape[1:]) if kind is None else kind == TRANSPOSED_EXPERTS
             return (a.mT, b.mT, turned) if turned else (b, a, turned)
-        elif parts is not None:
+        if parts is not None:
             height = b.shape[0] // sum(parts)
             wide = b.new_zeros(height * len(parts), rank * sum(parts))
             for place, part in enumerate(i for i, enabled in enumerate(parts) if enabled):
@@ -248,20 +243,6 @@ class ExpectedWeights:
         if kind is None:
             turned = not fitting or (self.adapter.fan_in_fan_out and len(shape) == 2 and shape[0] == shape[1])
         return (a.T, b.T, turned) if turned else (b, a, turned)
-
-    def _separate_leaves(self, layer: str) -> list[str]:
-        """Return the names of the weights that are adapted of attention with q, k and v apart."""
-        parts = self.adapter.config.enabled_parts(layer) if self.adapter.config is not None else None
-        return [name for name, enabled in zip(SEPARATE, parts or (True,) * 3, strict=True) if enabled]
-
-    def _separate(self, layer: str, leaf: str, a: torch.Tensor, b: torch.Tensor) -> Factors:
-        """Return the part of A and B that is for q, k or v, which lie side by side in A and below each other in B."""
-        leaves = self._separate_leaves(layer)
-        shapes = [self.base.locations[f"{layer}.{name}"].shape for name in leaves]
-        place = leaves.index(leaf)
-        top, left = (sum(shape[i] for shape in shapes[:place]) for i in (0, 1))
-        height, width = shapes[place]
-        return a[:, left : left + width], b[top : top + height]
 
 
 def merge_and_check(base: PathLike, adapter: PathLike, output: PathLike, **options: Any) -> list[Path]:
