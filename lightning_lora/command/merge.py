@@ -44,6 +44,7 @@ from ..nn.low_rank import (
     SINGLE,
     STACKS,
 )
+from ..nn.rounding import IN_FILES, tell_rounding
 from ..nn.variant import Parts, Place
 from ..progress import progress_bar
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed
@@ -328,6 +329,7 @@ def _write(job: Job, output: PathLike, max_shard_bytes: int | None) -> list[Path
             left_out = write_folder_of(job, result, max_shard_bytes)
         else:
             write_file_of(job, result)
+    tell_rounding(f"{output}: 16-bit weights", job.cost, IN_FILES, stacklevel=3)
     return left_out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,7 @@ from ..files.safetensors import Header, as_bytes, build_header, read_rows
 from ..files.torch_archive import read_torch_file, set_check_sums
 from ..files.weights import Weights
 from ..nn.exact_merge import chunk_elements, merged_weight
-from ..nn.low_rank import MERGEABLE_DTYPES, LowRankBlock, crop, row_blocks
+from ..nn.low_rank import HALF, MERGEABLE_DTYPES, LowRankBlock, crop, row_blocks
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,22 @@ class WeightUpdate:
     rows: Sequence[int] = ()
     row_values: torch.Tensor | None = None
 
-    def applied(self, rows: torch.Tensor, first: int) -> torch.Tensor:
-        """Return the new values of some rows, in the dtype of the old ones. `first` is the number of the first row."""
+    def applied(self, rows: torch.Tensor, first: int, dtype: torch.dtype, cost: list[float]) -> torch.Tensor:
+        """Return the new values of some rows in a dtype, rounded once.
+
+        Args:
+            rows: the old values.
+            first: the number of the first row.
+            dtype: of the result.
+            cost: as of merged_weight.
+        """
         if self.value is not None:
             rows = (self.value[first : first + len(rows)] if rows.dim() else self.value).detach().to(rows.dtype)
         matrix, blocks = self._matrix_and_blocks(rows, first)
-        return merged_weight(matrix, blocks, self.scaling).view(rows.shape) if blocks else rows
+        if not blocks:
+            return rows.to(dtype)
+        counted = cost if dtype in HALF else None
+        return merged_weight(matrix, blocks, self.scaling, dtype=dtype, cost=counted).view(rows.shape)
 
     def is_equal(self, other: WeightUpdate) -> bool:
         """Return whether another update changes a tensor in the same way."""
@@ -85,12 +95,14 @@ class Job:
         updates: by the name of a tensor.
         dtype: of the result, or None for that of the base.
         progress: called with the number of bytes of each part that is done.
+        cost: what rounding to 16 bits costs, see merge_weight_.
     """
 
     base: Weights
     updates: Mapping[str, WeightUpdate]
     dtype: torch.dtype | None
     progress: Callable[[int], object] = lambda size: None
+    cost: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def result_dtype(self, name: str) -> torch.dtype:
         """Return the dtype of one tensor of the result. Tensors that are not floating point keep theirs."""
@@ -159,9 +171,8 @@ def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tenso
     dtype, update = job.result_dtype(name), job.updates.get(name)
     if update is None and dtype == rows.dtype:
         return rows
-    wide = rows.to(torch.promote_types(rows.dtype, dtype))
     try:
-        new = (update.applied(wide, first) if update else wide).to(dtype)
+        new = update.applied(rows, first, dtype, job.cost) if update else rows.to(dtype)
     except LoRAError as error:
         raise LoRAError(f"merge: {name!r}: {error}. Nothing was written.") from error
     if dtype != rows.dtype and not torch.isfinite(new).all() and torch.isfinite(rows).all():

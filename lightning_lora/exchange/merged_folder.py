@@ -27,7 +27,9 @@ from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
 from ..nn.adapted_module import claimed_with, is_factor
 from ..nn.adapted_weights import adapter_of
+from ..nn.low_rank import HALF
 from ..nn.quantised import how_quantised, shape_of
+from ..nn.rounding import IN_FILES, Rounding
 from ..progress import progress_bar
 from .pretrained_folder import (
     Part,
@@ -70,7 +72,7 @@ def save_merged(
             files stay.
         max_shard_bytes: what does not fit into one `model.safetensors` of this size goes into several and an index.
         dequantize: the dtype of plain weights in place of quantised ones, adapted or not; one is dequantised at a
-            time. What rounding W' to it costs is logged.
+            time. What rounding W' costs is logged, as for 16-bit weights.
 
     Raises:
         LoRAError: the model was not injected, a layer cannot be merged, a weight is quantised and `dequantize` is not
@@ -118,6 +120,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
     files = plan_shards(sizes, max_shard_bytes)
     writes = writes_files(module for _, module in listing.modules)
     sync = RankSync(tensor for tensor, _ in state.values())
+    rounding = Rounding(sync)
 
     def step(what: object, action: Callable[[], object]) -> None:  # the first rank acts, and all learn if it failed
         sync.run(f"save_merged: {what}", action if writes else None)
@@ -133,7 +136,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         advance = moves_on_leaving.enter_context(progress_bar("saving", sum(sizes.values()), "bytes"))
 
         def merged(part: Part) -> Tensors:
-            return {name: _merged(name, *state[name], sync, dequantizer) for name in part.names}
+            return {name: _merged(name, *state[name], rounding, dequantizer) for name in part.names}
 
         stored = {
             file: _write_shard(here / file, [parts[key] for key in keys], merged, step, advance)
@@ -142,6 +145,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         if len(files) > 1:
             step(INDEX, partial(_write_index, here / INDEX, stored))
         step(path, moves_on_leaving.close)
+    rounding.tell(f"{path}: 16-bit weights", IN_FILES, stacklevel=3)
     if dequantizer is not None:
         dequantizer.report()
 
@@ -213,22 +217,23 @@ def _stored(tensor: torch.Tensor, module: nn.Module, dtype: torch.dtype | None) 
 
 
 def _merged(
-    name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantizer: Dequantizer | None
+    name: str, tensor: torch.Tensor, module: nn.Module, rounding: Rounding, dequantizer: Dequantizer | None
 ) -> torch.Tensor:
     """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
     if dequantizer is not None and how_quantised(tensor, module):
-        return full_tensor(dequantizer.weight(name, module, sync)).cpu()
+        return full_tensor(dequantizer.weight(name, module, rounding.sync)).cpu()
     leaf = name.rpartition(".")[2]
     values = [detached(tensor)]
     adapter = adapter_of(module, leaf)
     if adapter is not None and leaf not in adapter.lora.records:
         weights = adapter.adapted_weights()
         blocks = adapter.blocks(weights)
+        cost = rounding.of(adapter, tensor) if tensor.dtype in HALF else None
 
         def merge() -> None:
-            values[0] = adapter.merged_copies(weights, {leaf: blocks[leaf]})[leaf]
+            values[0] = adapter.merged_copies(weights, {leaf: blocks[leaf]}, cost)[leaf]
 
-        sync.run(f"save_merged: {name!r}", merge)
+        rounding.sync.run(f"save_merged: {name!r}", merge)
     return full_tensor(values.pop()).cpu()
 
 

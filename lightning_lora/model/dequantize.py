@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import cast
@@ -19,10 +17,10 @@ from ..nn.exact_merge import merged_weight
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.nf4 import NF4Linear
 from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
+from ..nn.rounding import tell_rounding
 from ..nn.variant import Stored
 from ..notices import tell
 
-WORST_FIDELITY = 0.05  # a warning tells when rounding loses a larger share of the adapter's norm
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGEABLE_DTYPES}
 
 
@@ -172,16 +170,6 @@ class Dequantizer:
 
     def report(self) -> None:
         """Log the share of the adapter that rounding loses, for layers that were not reported earlier."""
-        error, change = self.cost
-        if not change > 0:
-            return
-        lost = math.sqrt(error / change)
-        name = str(self.dtype).removeprefix("torch.")
-        message = f"merged {name} weights, dequantised: rounding costs {lost:.1%} of the adapter's norm"
-        tell(f"lightning_lora: {message}")
-        if lost > WORST_FIDELITY and self.dtype in HALF:
-            warnings.warn(
-                f"lightning_lora: {message}. Merged and factored outputs differ by that much of the adapter's effect; "
-                'dequantize="float32" takes twice the space and loses next to nothing.',
-                stacklevel=3,
-            )
+        what = f"merged {str(self.dtype).removeprefix('torch.')} weights, dequantised"
+        remedy = 'dequantize="float32" takes twice the space and loses next to nothing.'
+        tell_rounding(what, self.cost, remedy if self.dtype in HALF else "", stacklevel=2)

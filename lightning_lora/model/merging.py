@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -21,11 +19,11 @@ from ..nn.exact_merge import Buffers
 from ..nn.low_rank import HALF
 from ..nn.owner import Claim
 from ..nn.readers import update_fast_paths
+from ..nn.rounding import Rounding
 from ..nn.tied_weights import record_ties
-from ..notices import tell
 from ..progress import progress_bar
 from .adapted_model import Listing
-from .dequantize import WORST_FIDELITY, report_factored
+from .dequantize import report_factored
 from .gradients import warn_of_untrained
 from .injection import Injection
 from .recorded_layers import refuse_replaced_layers
@@ -33,6 +31,10 @@ from .wrappers import unwrapped
 
 Weights = Mapping[str, torch.Tensor]  # of a layer, by name
 
+UNROUNDED = (  # the remedy where rounding a merged evaluation costs much
+    "Merged and unmerged outputs differ by that much of the adapter's effect; with merged_eval=False the adapter is "
+    "evaluated unrounded."
+)
 COPY_BUDGET = 64 * 2**20  # bytes: up to this size of all adapted weights plain copies are kept, which is faster
 
 
@@ -117,7 +119,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
     def write() -> None:
         record_ties(listing.modules)
         sync, buffers = RankSync(main_weights.values()), Buffers()
-        costs: dict[AdaptedWeights, list[float]] = {}
+        rounding = Rounding(sync)
         for layer in pending.values():
             if layer.lora.unfinished:  # an exception broke off what took another exception's merge back
                 layer.unmerge_(buffers)
@@ -126,16 +128,13 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
                 if layer.unmergeable_reason():
                     layer.lora.merged = True
                 else:
-                    if tells_rounding and _is_unreported(layer, main_weights[layer]):
-                        costs[layer] = [0.0, 0.0]
-                    arguments = weights[layer], layer.blocks(weights[layer]), copy, costs.get(layer), buffers
+                    told = tells_rounding and _is_unreported(layer, main_weights[layer])
+                    cost = rounding.of(layer, main_weights[layer]) if told else None
+                    arguments = weights[layer], layer.blocks(weights[layer]), copy, cost, buffers
                     sync.run(f"merge: layer {name!r}", _merge_layer, layer, *arguments)
                 advance(1)
         sync.raise_on_any_rank()
-        if costs:
-            shares = {layer: sync.share(main_weights[layer]) for layer in costs}
-            sums = [sum(shares[layer] * cost[i] for layer, cost in costs.items()) for i in (0, 1)]
-            _tell_rounding(costs, *sync.total(torch.tensor(sums, dtype=torch.float64)).tolist())
+        rounding.tell("merged 16-bit weights", UNROUNDED, stacklevel=6)
         report_factored(pending.values())
         update_fast_paths(module for _, module in listing.modules)
 
@@ -359,26 +358,3 @@ def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
             advance(1)
     if failures:
         raise LoRAError("\n".join(failures))
-
-
-def _tell_rounding(layers: Iterable[AdaptedWeights], error: float, change: float) -> None:
-    """Log the share of the adapter that rounding W' loses, once for each layer; nothing while every B is zero.
-
-    Args:
-        layers: those that were measured.
-        error: the squared norm of what rounding changed, of all layers.
-        change: the squared norm of what the adapters changed.
-    """
-    if not change > 0:
-        return
-    lost = math.sqrt(error / change)
-    for layer in layers:
-        layer.lora.rounding_reported = True
-    message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"
-    tell(f"lightning_lora: {message}")
-    if lost > WORST_FIDELITY:
-        warnings.warn(
-            f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "
-            "with merged_eval=False the adapter is evaluated unrounded.",
-            stacklevel=7,
-        )

@@ -519,17 +519,21 @@ class AdaptedWeights(StoredTensors):
         """Return this rank's shard of W, detached; a quantised weight is dequantised."""
         return local(self.original(name))
 
-    def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
+    def merged_copies(
+        self, weights: Mapping[str, torch.Tensor], blocks: Blocks, cost: list[float] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Return W' of each adapted weight as new tensors, sharded like W.
 
         Args:
             weights: W by name.
             blocks: the result of `blocks` for these weights.
+            cost: as of merge_weight_.
         """
         merged = {}
         for name in blocks:
             shard = local(weights[name])
-            values = merged_weight(self.as_matrix(shard), blocks[name], self.lora.spec.scaling).view(shard.shape)
+            values = merged_weight(self.as_matrix(shard), blocks[name], self.lora.spec.scaling, cost=cost)
+            values = values.view(shard.shape)
             merged[name] = from_local_like(values, weights[name])
         return merged
 

@@ -116,9 +116,11 @@ class LoRAQuantisedLinear(LoRALinear):
     def base_values(self, name: str) -> torch.Tensor:
         return local(dequantize(self, name))
 
-    def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
+    def merged_copies(
+        self, weights: Mapping[str, torch.Tensor], blocks: Blocks, cost: list[float] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Return W' in the dtype of the dequantised weights."""
-        return super().merged_copies({name: dequantize(self, name) for name in blocks}, blocks)
+        return super().merged_copies({name: dequantize(self, name) for name in blocks}, blocks, cost)
 
     def weight_values(self) -> dict[str, torch.Tensor]:
         return {"weight": dequantize(self)}

@@ -7,9 +7,22 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, is_merged, merge, merged, merged_state_dict, unmerge
+from lightning_lora import (
+    LoRAConfig,
+    inject,
+    is_merged,
+    merge,
+    merged,
+    merged_state_dict,
+    save_adapter,
+    save_merged,
+    unmerge,
+)
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.nn.rounding import IN_FILES
 from support.models import randomise_, state_bits
 from support.quantised import adapted
 
@@ -56,9 +69,9 @@ def test_the_first_merge_into_16_bits_reports_its_cost_once(caplog, share, dtype
         for _ in range(3):
             merge(model)
             unmerge(model)
-    reports = [record.getMessage() for record in caplog.records if "rounding" in record.getMessage()]
-    assert reports == [f"lightning_lora: merged 16-bit weights: rounding costs {expected:.1%} of the adapter's norm"]
-    assert [reports[0] in str(warning.message) for warning in caught] == [True] * warns
+    report = f"lightning_lora: merged 16-bit weights: rounding costs {expected:.1%} of the adapter's norm"
+    assert [record.getMessage() for record in caplog.records] == [report] * (not warns)
+    assert [str(warning.message).startswith(f"{report}. ") for warning in caught] == [True] * warns
     assert all("merged_eval=False" in str(w.message) and w.filename == __file__ for w in caught)
 
 
@@ -103,6 +116,29 @@ def test_dequantised_weights_are_reported_once_and_warned_of_in_16_bits_alone(ca
         warnings.simplefilter("always")
         for _ in range(2):
             merged_state_dict(model, dequantize=dtype)
-    reports = [record.getMessage() for record in caplog.records if "rounding" in record.getMessage()]
-    assert [float(report.partition("costs ")[2].partition("%")[0]) > 5 for report in reports] == [True]
-    assert sum("rounding" in str(warning.message) for warning in caught) == (dtype == "bfloat16")
+    logged = [record.getMessage() for record in caplog.records if "rounding" in record.getMessage()]
+    warned = [str(warning.message) for warning in caught if "rounding" in str(warning.message)]
+    assert (len(logged), len(warned)) == ((0, 1) if dtype == "bfloat16" else (1, 0))
+    assert float((logged + warned)[0].partition("costs ")[2].partition("%")[0]) > 5
+
+
+@pytest.mark.parametrize("write", ["save_merged", "the command"])
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_a_file_of_merged_16_bit_weights_tells_what_it_lost(tmp_path, caplog, write, share):
+    caplog.set_level(logging.INFO, logger="lightning_lora")
+    model = with_adapter_of(share, torch.bfloat16)
+    save_adapter(model, tmp_path / "adapter")
+    base = {name: value for name, value in model.state_dict().items() if "lora_" not in name}
+    save_file(base, tmp_path / "base.safetensors")
+    caplog.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if write == "save_merged":
+            save_merged(model, output := tmp_path / "merged")
+        else:
+            output = tmp_path / "merged.safetensors"
+            merge_on_disk(tmp_path / "base.safetensors", tmp_path / "adapter", output)
+    report = f"lightning_lora: {output}: 16-bit weights: rounding costs {cost(model):.1%} of the adapter's norm"
+    said = [record.getMessage() for record in caplog.records] or [str(warning.message) for warning in caught]
+    assert [text.removesuffix(f". {IN_FILES}") for text in said] == [report]
+    assert bool(caught) == (share == 0.01)
