@@ -286,8 +286,9 @@ def test_merged_leaves_the_model_as_it_found_it_whatever_was_called_inside(befor
 @pytest.mark.parametrize("fits", [True, False])
 def test_plain_copies_are_kept_of_all_weights_or_of_none(monkeypatch, fits: bool):
     model = stack(size=64)
+    randomise_(model, 1e-3)  # so that few values differ
     size = sum(layer.weight.nbytes for layer in model)
     monkeypatch.setattr(MERGE, "COPY_BUDGET", size if fits else size - 1)
     merge(model)
     held = sum(undo.nbytes() for layer in model for undo in layer.lora.records.values())
-    assert held == size if fits else 0 < held < size
+    assert held == size if fits else 0 < held < size / 2
