@@ -88,7 +88,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         return y if scale is None else self.scaled(y, scale)
 
     def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return y = W x + bias + s * B(A(dropout(x))), in memory that may be reused."""
+        """Return y = W x + bias + s * B(A(dropout(x)))."""
         y = cast(torch.Tensor, self.base_forward(x))
         dropped, scaling = self.dropped(x)
         product = self.low_rank_product(dropped, a, b * scaling)  # B is smaller than the product
@@ -99,13 +99,12 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         raise NotImplementedError
 
     def scaled(self, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Return c * (y - bias) + bias, as y + (c - 1) * (y - bias): where c is 1, no bit of y changes.
-
-        The memory of y may be reused.
-        """
-        change, bias = self.over_outputs(scale - 1).to(y.dtype), getattr(self, "bias", None)
-        product = change * (y if bias is None else y - self.over_outputs(bias).to(y.dtype))
-        return y + product if bias is None or runs_by_formula(y) else y.add_(product)
+        """Return c * (y - bias) + bias. Where c is 1, no bit of y changes."""
+        c, bias = self.over_outputs(scale), getattr(self, "bias", None)
+        if y.dtype == c.dtype:
+            return y * c if bias is None else torch.lerp(self.over_outputs(bias), y, c)
+        change = (c - 1).to(y.dtype)  # 16 bits would round c, which is near 1
+        return y + change * (y if bias is None else y - self.over_outputs(bias).to(y.dtype))
 
     def over_outputs(self, values: torch.Tensor) -> torch.Tensor:
         """Return values (out,) in the shape that broadcasts with the layer's outputs."""

@@ -49,7 +49,7 @@ def test_a_folder_is_merged_as_in_memory_part_by_part(tmp_path, name: str, dtype
     load_adapter(net := model(name).to(dtype), tmp_path / "a", strict_base=False)
     expected = merged_state_dict(net)
     for key, value in found.items():
-        ulp = 0 if dtype == torch.bfloat16 else 4  # norms are summed in float32, in other pieces
+        ulp = 1 if dtype == torch.bfloat16 else 4  # float32 norms of parts have other last bits
         torch.testing.assert_close(value, expected[key], rtol=ulp * torch.finfo(dtype).eps, atol=0)
     merged = type(net).from_pretrained(tmp_path / "o")  # type: ignore[attr-defined]
     if dtype == torch.float32:
