@@ -67,9 +67,6 @@ class LoHa(Variant):
         a = (first_b[:, None, :] * second_b[None, :, :]).flatten(0, 1)
         return Acting(a, (first_a[:, :, None] * second_a[:, None, :]).flatten(1))
 
-    def acting_rank(self, rank: int) -> int:
-        return rank**2
-
     # --- what it goes with ---
 
     def why_not_with(self, config: Config) -> str:

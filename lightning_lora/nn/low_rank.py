@@ -144,9 +144,13 @@ def low_rank_blocks(
     if kind in STACKS:
         pairs = zip(*stack_factors(kind, shape, a, b), strict=True)
         return {name: [LowRankBlock(i * shape[1], 0, left, right) for i, (left, right) in enumerate(pairs)]}
+    a, b = a.flatten(1), b.flatten(1)
+    height = b.shape[0] // sum(enabled or (True,))
+    starts = [i * height for i, on in enumerate(enabled or (True,)) if on]
+    parts = zip(starts, torch.split(b, height), torch.split(a, b.shape[1] if enabled else len(a)), strict=True)
     blocks = [
         LowRankBlock(0, start, right.T, left.T) if kind in TRANSPOSED else LowRankBlock(start, 0, left, right)
-        for start, right, left in enabled_parts(a.flatten(1), b.flatten(1), enabled)
+        for start, left, right in parts
     ]
     return {name: blocks}
 
@@ -156,21 +160,6 @@ def stack_factors(kind: str, shape: Shape, a: torch.Tensor, b: torch.Tensor) -> 
     experts, rank = shape[0], b.shape[1]
     stacked_a, stacked_b = a.view(experts, rank, a.shape[1]), b.view(experts, -1, rank)
     return (stacked_a.mT, stacked_b.mT) if kind == TRANSPOSED_EXPERTS else (stacked_b, stacked_a)
-
-
-def enabled_parts(a: torch.Tensor, b: torch.Tensor, enabled: Enabled) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Split factors into (first output, A, B) for each adapted part. A layer without parts counts as one part."""
-    if enabled is None:
-        return [(0, a, b)]
-    size = b.shape[0] // sum(enabled)
-    starts = [start for start, _ in part_outputs(size * len(enabled), enabled)]
-    return list(zip(starts, torch.split(a, b.shape[1]), torch.split(b, size), strict=True))
-
-
-def part_outputs(outputs: int, enabled: Enabled) -> list[tuple[int, int]]:
-    """Return (first output, number of outputs) of each adapted part. A layer without parts counts as one part."""
-    size = outputs // len(enabled or (True,))
-    return [(i * size, size) for i, on in enumerate(enabled or (True,)) if on]
 
 
 def stack_ranks(

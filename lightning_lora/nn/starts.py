@@ -67,9 +67,6 @@ class Started(LoRA):
         pairs = ((stored[A], stored[START_A]), (stored[B], stored[START_B]))
         return all(not now.is_meta and torch.equal(now, start) for now, start in pairs)
 
-    def acting_rank(self, rank: int) -> int:
-        return 2 * rank
-
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         """Return [A; A - A0] and [B - B0, B0], whose product is B @ A - B0 @ A0.
 

@@ -206,10 +206,6 @@ class Variant:
 
     # --- what it adds ---
 
-    def acting_rank(self, rank: int) -> int:
-        """Return the rank of the factors that `acting` returns for an option r of `rank`."""
-        return rank
-
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         """Return the factors and the scale that stored tensors act as, differentiable in the trained ones.
 
