@@ -30,7 +30,7 @@ from ..model.targets import Targets
 from ..names import listed
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import CONV1D
-from ..nn.writer import Turn
+from ..nn.owner import claimed
 from .align import add_frozen_weights, align_names, record_trained, split_off_base, split_off_foreign
 from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, specs_for
@@ -147,7 +147,7 @@ def apply_adapter(
         _tell_of_options(handle, adapter)
     else:
         handle = inject_to_load(listing, config_for(listing, adapter), adapter.scope)
-    with Turn("load_adapter", [handle.record.writer]):
+    with claimed("load_adapter", handle.record.owner):
         was_merged = holds_merged(handle.layers.values())
         try:
             if was_merged:

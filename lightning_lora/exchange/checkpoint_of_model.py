@@ -27,8 +27,8 @@ from ..model.state_dict import adapter_keys, base_keys, mark_merged, merge_state
 from ..names import META, canonical, names_factor, parent_names, split_factor_name
 from ..nn.adapted_module import is_factor
 from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
+from ..nn.owner import claimed
 from ..nn.quantised_state import quantisation_entries
-from ..nn.writer import KEEP_MERGED, Reading
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
@@ -54,12 +54,11 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     For a divided model, gathered_state has chosen and gathered the tensors of the state_dict.
 
     Raises:
-        LoRAError: the kind cannot express the adapter, or another thread changes it or the base meanwhile.
+        LoRAError: the kind cannot express the adapter, or another thread changes or saves the model.
     """
     handle = open_model(module, "checkpoint")
-    with Reading("save_checkpoint", [handle.record.writer], KEEP_MERGED) as reading:  # the state has the base's memory
+    with claimed("save_checkpoint", handle.record.owner):
         _convert(LiveState(handle), checkpoint, kind)
-        reading.check()
 
 
 def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:

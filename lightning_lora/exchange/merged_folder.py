@@ -25,7 +25,7 @@ from ..model.gradients import warn_of_untrained
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
-from ..nn.adapted_module import begin_reading_merged, is_factor
+from ..nn.adapted_module import claimed_with, is_factor
 from ..nn.adapted_weights import adapter_of
 from ..nn.quantised import how_quantised, shape_of
 from ..progress import progress_bar
@@ -91,16 +91,14 @@ def save_merged(
     if not listing.layers:
         open_model(model, "save_merged")
     dtype = dequantize_dtype(dequantize, "save_merged")
-    with begin_reading_merged(listing.layers.values(), "save_merged") as reading:
+    with claimed_with(listing.layers.values(), "save_merged"):
         refuse_replaced_layers(listing, "save_merged")
         warn_of_untrained(listing)
         refuse_unmergeable(listing, dtype)
-        _write_merged(listing, dtype, path, max_shard_bytes, reading.check)
+        _write_merged(listing, dtype, path, max_shard_bytes)
 
 
-def _write_merged(
-    listing: Listing, dtype: torch.dtype | None, path: PathLike, max_shard_bytes: int, check: Callable[[], None]
-) -> None:
+def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, max_shard_bytes: int) -> None:
     """Write a folder of merged weights. Collective where the model is sharded.
 
     Args:
@@ -108,7 +106,6 @@ def _write_merged(
         dtype: of plain weights in place of quantised ones, or None.
         path: the folder.
         max_shard_bytes: the size of a file.
-        check: raises where another thread has changed the model since this began.
     """
     prefix, network = find_network(find_in(listing) or listing) or ("", None)  # the transformers model, if there is one
     dequantizer = None if dtype is None else Dequantizer(dtype)
@@ -144,7 +141,6 @@ def _write_merged(
         }
         if len(files) > 1:
             step(INDEX, partial(_write_index, here / INDEX, stored))
-        step(path, check)
         step(path, moves_on_leaving.close)
     if dequantizer is not None:
         dequantizer.report()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, op
 from ..model.inject import inject, inject_to_load
 from ..model.live_state import LiveState
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
-from ..nn.writer import KEEP_ADAPTER, Reading
+from ..nn.owner import claimed
 from .apply import apply_adapter, config_for, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
@@ -92,12 +92,10 @@ def take_adapter(model: nn.Module) -> Adapter:
         0
     """
     handle = open_model(model, "take_adapter")
-    with Reading("take_adapter", [handle.record.writer], KEEP_ADAPTER) as reading:
+    with claimed("take_adapter", handle.record.owner):
         shared = adapter_of_model(LiveState(handle), "take_adapter")
         foreign = replace(shared.foreign, values=_copied(shared.foreign.values))
-        adapter = replace(shared, tensors=_copied(shared.tensors), foreign=foreign)
-        reading.check()
-    return adapter
+        return replace(shared, tensors=_copied(shared.tensors), foreign=foreign)
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,26 +133,25 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
         write_folder(adapter, path)
         return
     handle = open_model(model, "save_adapter")
-    with Reading("save_adapter", [handle.record.writer], KEEP_ADAPTER) as reading:
+    with claimed("save_adapter", handle.record.owner):
         live = LiveState(handle)
-        _write(live, adapter_of_model(live, "save_adapter"), path, reading.check)
+        _write(live, adapter_of_model(live, "save_adapter"), path)
 
 
-def _write(live: LiveState, adapter: Adapter, path: PathLike, check: Callable[[], None]) -> None:
+def _write(live: LiveState, adapter: Adapter, path: PathLike) -> None:
     """Write the adapter of an injected model as a folder. Collective where the model is sharded.
 
     Args:
         live: the model's state.
         adapter: the model's.
         path: the folder.
-        check: raises where another thread has changed the adapter since this began.
     """
     frozen = frozen_values(live, [adapter.network + name for name in frozen_in_saved(by_network_names(adapter))])
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
     sync = RankSync(layer.main_weight() for layer in live.handle.layers.values())
     writes = writes_files(module for _, module in live.handle.modules)
     metrics = _logged(live.handle.model) if writes else {}
-    write = partial(write_folder, adapter, path, network_frozen, metrics=metrics, check=check)
+    write = partial(write_folder, adapter, path, network_frozen, metrics=metrics)
     sync.run("save_adapter", write if writes else None)
     sync.raise_on_any_rank()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +77,6 @@ def write_folder(
     plain: bool = False,
     network: str = "",
     metrics: Mapping[str, float] | None = None,
-    check: Callable[[], None] | None = None,
 ) -> None:
     """Write an adapter as a PEFT folder under the network's names, with a model card; what else is there stays.
 
@@ -88,7 +87,6 @@ def write_folder(
         plain: the adapter has the plain form of plain.py, and its layers are named as that form wants it.
         network: the prefix of the network in the LightningModule that was saved, where the adapter does not tell it.
         metrics: of the run, for the model card.
-        check: raises where the tensors have changed since they were read. It is called when they are written.
 
     Raises:
         LoRAError: PEFT has no equal of one of its layers, or wants frozen tensors that were not given. Nothing is
@@ -107,8 +105,6 @@ def write_folder(
         write_json(folder / CONFIG_FILE, content.options)
         if card is not None:
             write_card(folder, card)
-        if check is not None:
-            check()
 
 
 def _tell_what_differs(adapter: Adapter, path: PathLike, network: str) -> None:

@@ -22,13 +22,13 @@ from ..nn.gradient_checkpointing import disable_input_require_grads, enable_inpu
 from ..nn.layer_kinds import adapt_
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import HALF
+from ..nn.owner import claimed
 from ..nn.parameter import adapt_parameter_
 from ..nn.quantised import allow_packing_, keep_gradients_
 from ..nn.readers import patch_readers, update_fast_paths
 from ..nn.tied_weights import record_ties
 from ..nn.token_rows import LoRATable, TrainedRows, adapt_table_, share_table_, table_adapters
 from ..nn.variant import variant_of
-from ..nn.writer import Turn
 from ..notices import tell
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, find_in, open_model, scope_in
@@ -100,7 +100,7 @@ def inject(
     listing = Listing(unwrapped(model, "inject"))
     handle = find_in(listing)
     if handle is not None and handle.root is handle.model and not handle.record.validated:
-        with Turn("inject", [handle.record.writer]):
+        with claimed("inject", handle.record.owner):
             strip_adapters(handle)  # the callback adapted the model before configure_model, which calls inject itself
         handle = None
     if handle is not None:
@@ -154,7 +154,7 @@ def unload(model: nn.Module) -> None:
     _warn_of_unknown_values(handle, "unload", stacklevel=3)
     modules = _all_modules(handle)
     refuse_fully_sharded(handle.root, modules, "unload")
-    with Turn("unload", [handle.record.writer]):
+    with claimed("unload", handle.record.owner):
         if holds_merged(handle.layers.values()):
             unmerge_listed(handle)
         take_back_base_values_(modules)
@@ -191,8 +191,8 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
     refuse_replaced_layers(handle, "merge_and_unload")
     modules = _all_modules(handle)
     refuse_fully_sharded(handle.root, modules, "merge_and_unload")
-    with Turn("merge_and_unload", [handle.record.writer]):
-        if handle.record.writer.is_at("disable_adapter"):
+    with claimed("merge_and_unload", handle.record.owner) as claim:
+        if handle.record.owner.holds("disable_adapter", beside=claim):
             raise LoRAError(
                 "merge_and_unload: the adapters are disabled, inside `with disable_adapter(model)`; call it after that "
                 "block, or call unload(model) to get the base."
@@ -251,18 +251,17 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     adopt_layers(handle)
     _warn_of_unknown_values(handle, "disable_adapter", stacklevel=4)
     record, modules = handle.record, [module for _, module in handle.root_modules]
-    with Turn("disable_adapter", [record.writer]) as turn:
+    with claimed("disable_adapter", record.owner) as claim:
         found = FoundState(handle)
         were_active = {layer: layer.lora_active or layer.lora.merged for layer in handle.layers.values()}
-        is_inside = record.writer.is_at("disable_adapter", before=turn)
-        end = Ending(turn, partial(_enable_again, handle, found, were_active, is_inside))
+        is_inside = record.owner.holds("disable_adapter", beside=claim)
+        end = Ending(claim, partial(_enable_again, handle, found, were_active, is_inside))
         try:
             try:
                 if holds_merged(handle.layers.values()):
                     unmerge_listed(handle)
                 put_base_values_(state_of(handle.root_places), record.initial)
                 _set_active(modules, dict.fromkeys(were_active, False))
-                turn.rests = True
                 yield model
             finally:
                 end()
@@ -301,7 +300,7 @@ def _enable_again(
 
 
 def _inject(listing: Listing, record: Injection, scope: str = "") -> AdaptedModel:
-    with Turn("inject", [record.writer]):
+    with claimed("inject", record.owner):
         handle = begin_injection(listing, record, scope)
         finish_injection(handle)
     return handle
@@ -332,7 +331,7 @@ def begin_injection(listing: Listing, record: Injection, scope: str = "") -> Ada
         scope: the beginning of the names for which `bias` and modules_to_save count, "" or ending in a dot.
     """
     check_unadapted(listing.modules)
-    with Turn("inject", [record.writer]):
+    with claimed("inject", record.owner):
         record.begin(listing.model)
         handle = cast(AdaptedModel, find_in(listing))
         with _leaving_no_trace(handle):
@@ -352,7 +351,7 @@ def finish_injection(handle: AdaptedModel) -> None:
         LoRAError: an entry names nothing. The adapters are then taken out.
     """
     root, record = handle.root, handle.record
-    with Turn("inject", [record.writer]), _leaving_no_trace(handle):
+    with claimed("inject", record.owner), _leaving_no_trace(handle):
         targets = Targets(handle.root_modules, record.config, scope_in(handle.root_places, record))
         if any(targets.unmatched.values()):
             sentences = "\n".join(map(sentence, targets.unmatched))
@@ -372,7 +371,7 @@ def finish_injection(handle: AdaptedModel) -> None:
 
 def adapt_new_layers(handle: AdaptedModel) -> None:
     """Adapt the named layers that are not adapted yet, and freeze new parameters. In place."""
-    with Turn("inject", [handle.record.writer]):
+    with claimed("inject", handle.record.owner):
         _adapt_new_layers(handle)
 
 

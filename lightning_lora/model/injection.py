@@ -22,7 +22,7 @@ from ..config import LoRAConfig
 from ..distributed.sharding import copy_of
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, KEPT
-from ..nn.writer import Writer
+from ..nn.owner import Owner
 
 ALL_OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
 
@@ -48,7 +48,7 @@ class Kept(TypedDict, total=False):
     scope: bool  # the options name biases and whole modules in this module alone
 
 
-class Owner(NamedTuple):
+class BatchNormTensor(NamedTuple):
     """A tensor, what is kept of the module that had it, and the tensor's name in that module."""
 
     tensor: torch.Tensor  # no weak reference, because torch cannot swap a tensor that has one
@@ -96,15 +96,15 @@ class Injection:
     ended: bool = False  # the adapters were taken out
     token: list[Any] = field(default_factory=list)  # marks the Kept of this record; a copied model has a copied token
     root: weakref.ref[nn.Module] | None = None  # the injected module; None in a copy of the record
-    writer: Writer = field(default_factory=Writer)  # the thread that changes the model; a copy has its own
-    owners: dict[int, Owner] = field(default_factory=dict)  # of a BatchNorm's tensors by id; empty in a copy
+    owner: Owner = field(default_factory=Owner)  # the thread that changes or saves the model; a copy has its own
+    batch_norms: dict[int, BatchNormTensor] = field(default_factory=dict)  # by id of the tensor; empty in a copy
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("writer", "owners", *OF_A_RUN)  # the class has their values of a new record
+        left_out = ("owner", "batch_norms", *OF_A_RUN)  # the class has their values of a new record
         return {name: value for name, value in vars(self).items() if name not in left_out} | {"root": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, writer=Writer(), owners={})
+        vars(self).update(state, owner=Owner(), batch_norms={})
 
     def begin(self, root: nn.Module) -> None:
         """Let a module hold the record as the injected module. In place.

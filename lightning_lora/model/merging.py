@@ -15,13 +15,13 @@ from ..distributed.flat import begin_writing, free_gathered
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import dimensions_of_ranks, is_spread, local, reshard_
 from ..errors import LoRAError, NonFiniteError
-from ..nn.adapted_module import take_turn
+from ..nn.adapted_module import claimed_with
 from ..nn.adapted_weights import AdaptedWeights, Blocks
 from ..nn.exact_merge import Buffers
 from ..nn.low_rank import HALF
+from ..nn.owner import Claim
 from ..nn.readers import update_fast_paths
 from ..nn.tied_weights import record_ties
-from ..nn.writer import Turn
 from ..notices import tell
 from ..progress import progress_bar
 from .adapted_model import Listing
@@ -85,7 +85,7 @@ def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rou
     """Do what merge does for a listed model. In place. The options are for a fit, which says both itself."""
     refuse_replaced_layers(listing, "merge")
     _require_layers(listing, "merge")
-    with take_turn(listing.layers.values(), "merge"):
+    with claimed_with(listing.layers.values(), "merge"):
         pending = {name: each for name, each in listing.layers.items() if _is_pending(each)}
         if pending:
             for record in records_of(listing):
@@ -133,9 +133,9 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
                 advance(1)
         sync.raise_on_any_rank()
         if costs:
-            shares = torch.tensor([sync.share(main_weights[layer]) for layer in costs], dtype=torch.float64)
-            sums = shares @ torch.tensor(list(costs.values()), dtype=torch.float64)
-            _tell_rounding(costs, *sync.total(sums).tolist())
+            shares = {layer: sync.share(main_weights[layer]) for layer in costs}
+            sums = [sum(shares[layer] * cost[i] for layer, cost in costs.items()) for i in (0, 1)]
+            _tell_rounding(costs, *sync.total(torch.tensor(sums, dtype=torch.float64)).tolist())
         report_factored(pending.values())
         update_fast_paths(module for _, module in listing.modules)
 
@@ -190,7 +190,7 @@ def unmerge_listed(listing: Listing) -> None:
     _require_layers(listing, "unmerge")
     layers, restore = listing.layers.values(), partial(_restore_all, listing)
     writing = shards_in_place(listing, "unmerge") if holds_merged(layers) else nullcontext()
-    with take_turn(layers, "unmerge"), torch.no_grad(), writing:
+    with claimed_with(layers, "unmerge"), torch.no_grad(), writing:
         all_or_nothing(restore, restore)
 
 
@@ -215,8 +215,8 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         True
     """
     listing = Listing(unwrapped(model, "merged"))
-    with take_turn(listing.layers.values(), "merged") as turn:
-        end = Ending(turn, FoundState(listing).bring_back)
+    with claimed_with(listing.layers.values(), "merged") as claim:
+        end = Ending(claim, FoundState(listing).bring_back)
         try:
             try:
                 merge_listed(listing)
@@ -234,12 +234,12 @@ class Ending:
     does.
 
     Args:
-        turn: of the block, which may end in another thread than it began in.
+        claim: of the block, which may end in another thread than it began in.
         step: restores the model. It can be called again after any part of itself.
     """
 
-    def __init__(self, turn: Turn, step: Callable[[], None]) -> None:
-        self.turn, self.step, self.is_done = turn, step, False
+    def __init__(self, claim: Claim, step: Callable[[], None]) -> None:
+        self.claim, self.step, self.is_done = claim, step, False
 
     def __call__(self) -> None:
         """Restore the model, unless that was done.
@@ -250,7 +250,7 @@ class Ending:
         if self.is_done:
             return
         try:
-            self.turn.go_on()
+            self.claim.take()
             self.step()
         except LoRAError:
             self.is_done = True

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..names import ATTRIBUTE
 from .adapted_model import AdaptedModel
-from .injection import Kept, Owner
+from .injection import BatchNormTensor, Kept
 from .named_state import own_state
 
 
@@ -35,8 +35,8 @@ def note_owners(handle: AdaptedModel) -> None:
     """
     modules = (module for _, module in handle.root_modules if isinstance(module, _BatchNorm))
     kept = ((module, handle.record.kept(module)) for module in modules)
-    handle.record.owners = {
-        id(tensor): Owner(tensor, each, leaf)
+    handle.record.batch_norms = {
+        id(tensor): BatchNormTensor(tensor, each, leaf)
         for module, each in kept
         if each is not None
         for leaf, tensor in own_state(module).items()
@@ -45,7 +45,7 @@ def note_owners(handle: AdaptedModel) -> None:
 
 def _follow_tensors(handle: AdaptedModel) -> None:
     """Let a SyncBatchNorm around a BatchNorm's tensors keep what the record kept of the BatchNorm. In place."""
-    owners = handle.record.owners
+    owners = handle.record.batch_norms
     for _, module in handle.root_modules if owners else ():
         if isinstance(module, _BatchNorm) and handle.record.kept(module) is None:
             for leaf, tensor in own_state(module).items():
@@ -53,7 +53,7 @@ def _follow_tensors(handle: AdaptedModel) -> None:
                     _copy_kept(owners[id(tensor)], handle.record.keep(module), leaf)
 
 
-def _copy_kept(owner: Owner, kept: Kept, leaf: str) -> None:
+def _copy_kept(owner: BatchNormTensor, kept: Kept, leaf: str) -> None:
     """Copy what is kept of one tensor of an owner to a tensor of the module that `kept` belongs to. In place."""
     earlier, name = owner.kept, owner.leaf
     if name in earlier.get("requires_grad", ()):

@@ -28,9 +28,9 @@ from ..nn.adapted_weights import (
     layer_adapter,
 )
 from ..nn.foreign_entries import metadata_of, with_metadata
+from ..nn.owner import claimed
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
-from ..nn.writer import KEEP_ADAPTER, KEEP_MERGED, Reading
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, open_model
 from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
@@ -76,11 +76,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         {'0.lora_A': (2, 8), '0.lora_B': (8, 2), '2.lora_A': (2, 8), '2.lora_B': (2, 2)}
     """
     handle = open_model(model, "adapter_state_dict")
-    with Reading("adapter_state_dict", [handle.record.writer], KEEP_ADAPTER) as reading:
+    with claimed("adapter_state_dict", handle.record.owner):
         refuse_replaced_layers(handle, "adapter_state_dict")
         warn_of_untrained(handle)
         state, foreign = gather_flat(open_state(handle).values()), foreign_entries(handle)
-        reading.check()
     return with_metadata(state | dict(foreign.values), foreign.versions) if foreign.values else state
 
 
@@ -110,13 +109,11 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
     """
     dtype = dequantize_dtype(dequantize, "merged_state_dict")
     handle = open_model(model, "merged_state_dict")
-    with Reading("merged_state_dict", [handle.record.writer], KEEP_MERGED) as reading:
+    with claimed("merged_state_dict", handle.record.owner):
         refuse_replaced_layers(handle, "merged_state_dict")
         warn_of_untrained(handle)
         whole = _state_to_merge(handle)
-        state = mark_merged(gather_flat(merge_state_dict(handle, whole, dtype)), metadata_of(whole))
-        reading.check()
-    return state
+        return mark_merged(gather_flat(merge_state_dict(handle, whole, dtype)), metadata_of(whole))
 
 
 def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..distributed.flat import is_flat, owns_flat
 from ..errors import LoRAError
 from ..names import names_factor
 from .low_rank import HALF
-from .writer import KEEP_MERGED, Reading, Turn, Writer
+from .owner import Claim, claimed
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -195,7 +195,7 @@ class AdaptedModule(Swapped):
     def _lora_briefly_unmerged(self, verb: str = "load_state_dict") -> Iterator[None]:
         adapters = self.lora_adapters().values()
         with ExitStack() as stack:
-            stack.enter_context(take_turn(adapters, verb))
+            stack.enter_context(claimed_with(adapters, verb))
             for adapter in adapters:
                 stack.enter_context(adapter.briefly_unmerged())
             yield
@@ -251,19 +251,10 @@ class StandIns:
             state.lock.release()
 
 
-def take_turn(adapters: Iterable[Adapter], verb: str) -> Turn:
-    """Return a turn, for a `with` block, at changing the models that hold these adapters."""
-    return Turn(verb, _writers_of(adapters))
-
-
-def begin_reading_merged(adapters: Iterable[Adapter], verb: str) -> Reading:
-    """Return a reading, for a `with` block, of the merged weights of the models that hold these adapters."""
-    return Reading(verb, _writers_of(adapters), KEEP_MERGED)
-
-
-def _writers_of(adapters: Iterable[Adapter]) -> list[Writer]:
+def claimed_with(adapters: Iterable[Adapter], verb: str) -> AbstractContextManager[Claim]:
+    """Claim the models that hold these adapters inside the block; see owner.claimed."""
     records = {id(record): record for record in [each.lora.injection for each in adapters]}
-    return [record.writer for record in records.values()]
+    return claimed(verb, *[record.owner for record in records.values()])
 
 
 def is_factor(name: str, module: nn.Module) -> bool:

@@ -369,7 +369,9 @@ class AdaptedWeights(StoredTensors):
             stored: by leaf name, instead of the live values.
         """
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
-        blocks = self.lora.spec.variant.blocks(whole, self.place(), lambda name: parts_of(full_tensor(weights[name])))
+        blocks = self.lora.spec.variant.live_blocks(
+            whole, self.place(), weights, lambda name: parts_of(full_tensor(weights[name]))
+        )
         return {name: self.crop_to_shard(blocks[name], weights[name]) for name in blocks}
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:

@@ -11,24 +11,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
-from ..distributed.sharding import detached, full_tensor
+from ..distributed.sharding import detached
 from ..names import A, B
-from .adapted_weights import Blocks
-from .conv import LoRAConv
-from .embedding import LoRAEmbedding
-from .linear import LoRAConv1D, LoRALinear
+from . import low_rank
 from .lora import PEFT_LEAVES, LoRA
-from .lora_layer import LoRALayer
 from .low_rank import LowRankBlock
 from .output_norms import norms_of_weight, output_norms, squares_of_windows
 from .variant import (
     Acting,
-    LayerClass,
     Place,
     Reader,
     Stored,
@@ -53,6 +47,7 @@ class DoRA(LoRA):
         "lora_magnitude_vector.weight": MAGNITUDE,  # of a live model
     }
     placed_as: ClassVar[Mapping[str, str]] = {}
+    kinds = (low_rank.LINEAR, low_rank.CONV1D, low_rank.CONV, low_rank.EMBEDDING)
     reads_weight = follows_weight = True
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
@@ -79,6 +74,13 @@ class DoRA(LoRA):
         squares = squares_of_windows(parts, a, b, place.scaling, transposed=place.is_transposed)
         return _blocks(stored, place, squares.sqrt())
 
+    def live_blocks(
+        self, stored: Stored, place: Place, weights: Mapping[str, torch.Tensor], read: Reader
+    ) -> dict[str, list[LowRankBlock]]:
+        a, b = (stored[leaf].flatten(1) for leaf in (A, B))
+        norms = norms_of_weight(detached(weights[WEIGHT]), a, b, place.scaling, transposed=place.is_transposed)
+        return _blocks(stored, place, norms)
+
     def options(self) -> dict[str, Any]:
         return {"use_dora": True}
 
@@ -97,9 +99,6 @@ class DoRA(LoRA):
     def option(self) -> str:
         return "use_dora"
 
-    def layer_class(self, plain: LayerClass) -> LayerClass | None:
-        return cast("LayerClass | None", cast("Mapping[type, type]", LAYERS).get(plain))
-
 
 def _scale(stored: Stored, norms: torch.Tensor) -> torch.Tensor:
     """Return c = m / norm(V), differentiable in m. norm(V) is rounded as m was at its start."""
@@ -110,41 +109,3 @@ def _scale(stored: Stored, norms: torch.Tensor) -> torch.Tensor:
 def _blocks(stored: Stored, place: Place, norms: torch.Tensor) -> dict[str, list[LowRankBlock]]:
     blocks = place.low_rank_blocks(stored[A], stored[B])[WEIGHT]
     return {WEIGHT: scaled_blocks(blocks, _scale(stored, norms), transposed=place.is_transposed)}
-
-
-class DoRALayer(LoRALayer):
-    """A layer with a magnitude for each output: lora_magnitude (out,)."""
-
-    lora_magnitude: nn.Parameter
-
-    def blocks(self, weights: Mapping[str, torch.Tensor], stored: Stored | None = None) -> Blocks:
-        """Sum norms over the ranks, instead of gathering W."""
-        whole, place = {leaf: full_tensor(t) for leaf, t in (stored or self.stored()).items()}, self.place()
-        a, b = whole[A].flatten(1), whole[B].flatten(1)
-        weight = detached(weights[WEIGHT])
-        norms = norms_of_weight(weight, a, b, place.scaling, transposed=place.is_transposed)
-        return {WEIGHT: self.crop_to_shard(_blocks(whole, place, norms)[WEIGHT], weights[WEIGHT])}
-
-
-class DoRALinear(DoRALayer, LoRALinear):
-    """nn.Linear."""
-
-
-class DoRAConv1D(DoRALayer, LoRAConv1D):
-    """transformers' Conv1D."""
-
-
-class DoRAConv(DoRALayer, LoRAConv):
-    """nn.Conv1d/2d/3d: one magnitude for each output channel."""
-
-
-class DoRAEmbedding(DoRALayer, LoRAEmbedding):
-    """nn.Embedding: one magnitude for each dimension, over its values in the whole vocabulary, as in PEFT."""
-
-
-LAYERS: dict[type[LoRALayer], type[LoRALayer]] = {  # class with magnitudes, by the class of plain LoRA
-    LoRALinear: DoRALinear,
-    LoRAConv1D: DoRAConv1D,
-    LoRAConv: DoRAConv,
-    LoRAEmbedding: DoRAEmbedding,
-}

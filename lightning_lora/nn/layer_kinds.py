@@ -22,10 +22,10 @@ LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # factored_forw
 
 def layer_class(module: nn.Module, variant: Variant = LORA) -> type[LoRALayer] | None:
     """Return the class that adapts a module with a variant, or None if there is no such class."""
-    plain = next((kind for kind in KINDS if kind.adapts(module)), None)
-    if plain is None or (variant.reads_weight and quantised_parameters(module)):
+    found = next((kind for kind in KINDS if kind.adapts(module)), None)
+    if found is None or found.KIND not in variant.kinds or (variant.reads_weight and quantised_parameters(module)):
         return None
-    return variant.layer_class(plain)
+    return found
 
 
 def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> LoRALayer:

@@ -33,6 +33,7 @@ class LoRALinear(LoRALayer):
         return isinstance(module, nn.Linear) and not quantised_parameters(module)
 
     def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return y = W x + bias + s * B A dropout(x): as the formula is written, or by a faster way to the same sum."""
         if self.lora.spec.enabled is not None:
             b = low_rank.to_block_diagonal(b, self.lora.spec.enabled)
         if x.dim() < 2 or runs_by_formula(x):

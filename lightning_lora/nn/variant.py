@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +22,6 @@ from .autocast import without_autocast
 from .low_rank import LowRankBlock
 
 Config = Any  # a LoRAConfig; importing config.py here would add a floor to the package
-LayerClass = TypeVar("LayerClass", bound=type[nn.Module])
 Stored = Mapping[str, torch.Tensor]  # tensors of one layer's adapter, by leaf name
 Weights = Callable[[], Mapping[str, torch.Tensor]]  # returns a layer's weights as stored, by name
 Parts = Iterable[tuple[int, torch.Tensor]]  # (first row, some rows of a weight as a matrix)
@@ -126,6 +125,7 @@ class Variant:
         own_options: options that only this variant has (LoRAConfig's variant_options), with their defaults.
         placed_as: "lora_A" or "lora_B" by leaf name: under a tensor parallel plan, the tensor is split like that factor
             of plain LoRA. A layer that stores any other tensor refuses such a plan.
+        kinds: the kinds of layers that can be adapted, see low_rank.KINDS.
         asked_by: the option of LoRAConfig that asks for a variant without a name.
         peft_type: the value in PEFT's adapter_config.json, or "" for a variant that PEFT does not have. Subclasses do
             not inherit it.
@@ -154,6 +154,7 @@ class Variant:
     trained: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[tuple[str, ...]] = ()
     leaves: ClassVar[tuple[str, ...]] = ()  # trained and frozen leaf names; set for each subclass
+    kinds: ClassVar[tuple[str, ...]] = low_rank.KINDS
     reads_weight: ClassVar[bool] = False
     follows_weight: ClassVar[bool] = False
     own_options: ClassVar[Mapping[str, Any]] = {}
@@ -246,6 +247,15 @@ class Variant:
             return blocks
         return {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed) for name in blocks}
 
+    def live_blocks(
+        self, stored: Stored, place: Place, weights: Mapping[str, torch.Tensor], read: Reader
+    ) -> dict[str, list[LowRankBlock]]:
+        """Return `blocks` for the weights of a live layer. Collective where they are sharded.
+
+        Override it to sum over the ranks what `blocks` computes from a whole weight, which `read` would gather.
+        """
+        return self.blocks(stored, place, read)
+
     # --- what it goes with ---
 
     @property
@@ -271,13 +281,6 @@ class Variant:
         if self.reads_weight and kind == low_rank.ATTENTION and getattr(module, low_rank.IN_PROJ, None) is None:
             return f"{self.option} cannot adapt attention with separate weights for q, k and v"
         return ""
-
-    def layer_class(self, plain: LayerClass) -> LayerClass | None:
-        """Return the class for a kind of layer; override it to return a subclass with a faster forward.
-
-        Return None if the variant cannot adapt that kind.
-        """
-        return plain
 
     # --- apart from a model ---
 

@@ -15,7 +15,7 @@ from ..model.recorded_layers import refuse_replaced_layers
 from ..names import listed
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import CONV1D, LINEAR
-from ..nn.writer import Turn
+from ..nn.owner import claimed
 from .batches import TAU, Caller, Forward, Mask, Run, call_with, learned_tokens
 from .eva import start_from_inputs
 from .lora_ga import start_from_gradients
@@ -66,7 +66,7 @@ def initialize_from_data(
 def start_from_batches(handle: AdaptedModel, run: Run) -> None:
     """Do what initialize_from_data does, for an opened model. In place."""
     layers = linear_layers(handle, run.caller.verb)
-    with Turn("initialize_from_data", [handle.record.writer]):
+    with claimed("initialize_from_data", handle.record.owner):
         start = start_from_gradients if handle.record.config.has_start else start_from_inputs
         start(handle.model, layers, run)
     others = [name for name in handle.layers if name not in layers]

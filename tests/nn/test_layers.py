@@ -137,6 +137,14 @@ def test_a_merged_layer_runs_just_the_operators_of_the_plain_one(name: str) -> N
     assert not subject.layer._forward_pre_hooks
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_embedding_whose_forward_writes_into_its_weight_is_refused_by_name(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Embedding(11, 6, max_norm=1.5))
+    with pytest.raises(LoRAError, match=r"^inject: '0': max_norm .*set it to None, or leave it out with"):
+        inject(model, LoRAConfig(r=R, target_modules=["0"], **options))
+    assert type(model[0]) is nn.Embedding
+
+
 # Which way a layer goes -----------------------------------------------------------------------------------------------
 
 
@@ -197,10 +205,6 @@ def test_a_kind_of_layer_is_one_class(options: dict[str, Any], monkeypatch: pyte
 
     model = nn.Sequential(Gated())
     config = LoRAConfig(r=2, target_modules=["0"], **options)
-    if "use_dora" in options:
-        with pytest.raises(LoRAError, match="use_dora cannot adapt a Gated"):
-            inject(model, config)
-        return
     x, weight = torch.randn(3, 4), model[0].weight.detach().clone()
     assert inject(model, config) == ["0"]
     assert isinstance(model[0], LoRAGated)

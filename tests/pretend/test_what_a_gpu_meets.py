@@ -129,19 +129,6 @@ def test_no_step_makes_the_host_wait(variant: str, dropout: float, dtype: str, d
     gradients(model)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_merge_cycle_makes_the_host_wait_four_times_at_most(variant: str, dtype: str, device: str):
-    model = adapted(device, DTYPES[dtype], **VARIANTS[variant])
-
-    def cycle() -> None:
-        merge(model)
-        unmerge(model)
-
-    cycle()
-    assert 1 <= waits(device, cycle) <= 4
-
-
 # --- graphs and compilers ---
 
 

@@ -1,4 +1,4 @@
-"""One thread at a time changes a model; a second one is refused at once, and the base is never damaged."""
+"""One thread at a time changes or saves a model; a second one is refused at once, and the base is never damaged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def test_a_second_thread_that_changes_the_model_is_refused_at_once_and_told_by_w
             VERBS[verb](model, state)
         assert values(model) == found
     assert values(model) == before
-    VERBS["merge"](model, state)  # the turn is free again
+    VERBS["merge"](model, state)  # the claim has ended
     unmerge(model)
     assert values(model) == before
 
@@ -171,7 +171,6 @@ READS: dict[str, Callable[[nn.Module], Any]] = {
     "save_merged": lambda model: save_merged(model, "saved"),
     "save_checkpoint": lambda model: as_checkpoint(model, "adapter"),
 }
-OF_BASE = ("merged_state_dict", "save_merged", "save_checkpoint")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -188,44 +187,43 @@ def in_between(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) ->
         monkeypatch.setattr(module, "refuse_replaced_layers", refuse_replaced_layers)
 
 
-@pytest.mark.parametrize("verb", ["load_adapter", "unload", "load_state_dict", "cast or move", "disable_adapter"])
+@pytest.mark.parametrize("verb", [*(verb for verb in VERBS if verb != "initialize_from_data"), "take_adapter"])
 @pytest.mark.parametrize("read", READS)
-def test_what_another_thread_changes_meanwhile_is_not_saved(read, verb, monkeypatch, tmp_path):
+def test_what_one_thread_saves_no_other_changes_or_saves_meanwhile(read, verb, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    model = network(saved=True)
-    READS[read](model)
-    found, state = contents(tmp_path), adapter_state_dict(model)
+    model, refused = network(saved=True), []
+    before, state = values(model), adapter_state_dict(model)
+    calls = VERBS | {"take_adapter": lambda model, state: take_adapter(model)}
+
+    def change() -> None:
+        with pytest.raises(LoRAError, match=f"{verb}: {read} is under way on this model in the thread 'MainThread'"):
+            calls[verb](model, state)
+        refused.append(verb)
+
     with monkeypatch.context() as patch:
-        in_between(patch, lambda: VERBS[verb](model, state))
-        with pytest.raises(LoRAError, match=f"{read}: {verb} changed this model at .* in the thread 'other"):
-            READS[read](model)
-    assert contents(tmp_path) == found
-
-
-@pytest.mark.parametrize("verb", ["merge", "unmerge"])
-@pytest.mark.parametrize("read", READS)
-def test_beside_a_merge_adapters_are_saved_and_what_reads_the_base_is_not(read, verb, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    model = network()
-    if verb == "unmerge":
-        merge(model)
-    refused = pytest.raises(LoRAError, match=f"{read}: {verb} changed this model") if read in OF_BASE else nullcontext()
-    with monkeypatch.context() as patch, refused:
-        in_between(patch, lambda: VERBS[verb](model, {}))
+        in_between(patch, change)
         READS[read](model)
-    READS[read](model)  # nobody changes the model now
+    assert refused
+    assert values(model) == before
+    calls[verb](model, state)  # the claim has ended
 
 
 @pytest.mark.parametrize("kind", ["merged", "full"])
-def test_a_checkpoint_of_any_kind_is_not_saved_beside_a_merge(kind, monkeypatch):
+def test_a_checkpoint_of_any_kind_holds_the_base_beside_another_threads_merge(kind, monkeypatch):
     """Its state_dict has the memory of the base's weights, which would be merged ones in the file."""
-    model = network()
+    model, refused = network(), []
     expected = {name: bits(value) for name, value in as_checkpoint(model, kind)["state_dict"].items()}
+
+    def change() -> None:
+        with pytest.raises(LoRAError, match="merge: save_checkpoint is under way"):
+            merge(model)
+        refused.append(kind)
+
     with monkeypatch.context() as patch:
-        in_between(patch, lambda: merge(model))
-        with pytest.raises(LoRAError, match="save_checkpoint: merge changed this model"):
-            as_checkpoint(model, kind)
-    assert {name: bits(value) for name, value in as_checkpoint(model, kind)["state_dict"].items()} == expected
+        in_between(patch, change)
+        found = as_checkpoint(model, kind)["state_dict"]
+    assert refused
+    assert {name: bits(value) for name, value in found.items()} == expected
 
 
 @pytest.mark.parametrize("read", READS)
@@ -238,7 +236,7 @@ def test_a_save_is_refused_while_another_thread_is_loading(read, monkeypatch, tm
         begun: list[str] = []
         with monkeypatch.context() as patch:
             in_between(patch, lambda: begun.append(read))
-            with pytest.raises(LoRAError, match=f"{read}: load_adapter changed this model") as refusal:
+            with pytest.raises(LoRAError, match=f"{read}: load_adapter is under way") as refusal:
                 elsewhere(lambda: READS[read](model))
         assert not begun  # nothing was read
         refusals.append(refusal)
@@ -257,7 +255,7 @@ def test_a_save_is_refused_while_another_thread_disables_or_enables_the_adapter(
     model, refusals, original = network(saved=True), [], getattr(inject_module, step)
 
     def meanwhile(*args: Any) -> Any:
-        with pytest.raises(LoRAError, match=f"{read}: disable_adapter changed this model") as refusal:
+        with pytest.raises(LoRAError, match=f"{read}: disable_adapter is under way") as refusal:
             elsewhere(lambda: READS[read](model))
         refusals.append(refusal)
         return original(*args)
@@ -280,28 +278,31 @@ def test_what_reads_inside_a_change_of_its_own_thread_is_not_refused():
     assert states
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_of_a_read_beside_a_change_is_explained_by_it_and_an_interrupt_stays(error, monkeypatch):
-    model = network()
-    state = adapter_state_dict(model)
+@pytest.mark.parametrize("body", [merged, disable_adapter])
+@pytest.mark.parametrize("read", READS)
+def test_inside_the_block_of_another_thread_nothing_is_saved(read, body, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = network(saved=True)
+    with thread_inside(lambda: body(model)):
+        with pytest.raises(LoRAError, match=f"{read}: {body.__name__} is under way on this model in the thread"):
+            READS[read](model)
+        assert not contents(tmp_path)
+    READS[read](model)
 
-    def broken_off() -> None:
-        load_adapter(model, state)
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_save_that_an_exception_ends_locks_nobody_out(error, monkeypatch):
+    model = network()
+
+    def fail() -> None:
         raise error
 
-    in_between(monkeypatch, broken_off)
-    expected = LoRAError if error is ValueError else error
-    with pytest.raises(expected, match="load_adapter changed this model" if error is ValueError else None):
-        adapter_state_dict(model)
-
-
-@pytest.mark.parametrize("body", [merged, disable_adapter])
-@pytest.mark.parametrize("read", ["adapter_state_dict", "merged_state_dict"])
-def test_inside_the_block_of_another_thread_the_same_is_read(read, body):
-    model = network(saved=True)
-    before = {name: bits(value) for name, value in READS[read](model).items()}
-    with thread_inside(lambda: body(model)):
-        assert {name: bits(value) for name, value in READS[read](model).items()} == before
+    with monkeypatch.context() as patch:
+        in_between(patch, fail)
+        with pytest.raises(error):
+            adapter_state_dict(model)
+    elsewhere(lambda: merge(model))
+    assert is_merged(model)
 
 
 def test_two_threads_that_inject_at_once_make_one_injection(monkeypatch):
@@ -508,7 +509,7 @@ def test_tasks_of_one_event_loop_are_one_thread():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_made_inside_has_a_turn_of_its_own(copied):
+def test_a_copy_made_inside_has_claims_of_its_own(copied):
     model = network()
     with merged(model):
         other = copied(model)
@@ -524,7 +525,7 @@ def test_two_models_are_changed_by_two_threads_at_once():
         assert is_merged(other)
 
 
-def test_a_part_of_a_model_shares_its_turn():
+def test_a_part_of_a_model_shares_its_claims():
     model = network()
     with thread_inside(lambda: merged(model[:1])), pytest.raises(LoRAError, match="merge: merged is under way"):
         merge(model)
@@ -536,14 +537,14 @@ def test_a_model_of_two_injected_models_waits_for_neither():
         with pytest.raises(LoRAError, match="merge: merged is under way"):
             merge(pair)
         assert not is_merged(pair[0])
-        with merged(pair[0]):  # its turn was given back
+        with merged(pair[0]):  # the claim on it has ended
             pass
     merge(pair)
     assert is_merged(pair[0])
 
 
 def test_an_error_that_is_kept_locks_nobody_out():
-    """It holds the frames of the calls, and with them their turns."""
+    """It holds the frames of the calls, and with them their claims."""
     pair = nn.ModuleList([network(), network()])
     with thread_inside(lambda: merged(pair[1])):
         with pytest.raises(LoRAError, match="merge: merged is under way") as refused:

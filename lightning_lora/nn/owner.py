@@ -1,0 +1,96 @@
+"""One owner at a time: only one thread may change or save an injected model.
+
+Each call that changes a model, or reads it for a file or a dictionary, claims it. A call with a body, such as `with
+merged(model)`, keeps its claim until the body has ended, because the end of the block writes too. Claims of one thread
+nest. A call from another thread is refused at once. Nobody waits for a claim, so there is no deadlock.
+
+A claim is no lock of the operating system. A body may therefore end in another thread than it began in, which happens
+with generators.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from ..errors import LoRAError
+
+
+class Owner:
+    """The open claims on one injected model, outermost first. All are of one thread, or of threads that have ended.
+
+    Claims are held weakly. If an exception comes just before a `with` block ends its claim, the claim is garbage
+    collected and so is not open any more.
+    """
+
+    def __init__(self) -> None:
+        self.claims: weakref.WeakKeyDictionary[Claim, None] = weakref.WeakKeyDictionary()
+        self.guard = threading.RLock()  # reentrant: a signal's handler may claim the model while this thread holds it
+
+    def admit(self, claim: Claim) -> None:
+        """Open a claim, or move an open one to its present thread.
+
+        Raises:
+            LoRAError: another thread has a claim.
+        """
+        with self.guard:
+            for other in list(self.claims):
+                if other is not claim and other.thread is not claim.thread and other.thread.is_alive():
+                    raise LoRAError(
+                        f"{claim.verb}: {other.verb} is under way on this model in the thread {other.thread.name!r}. "
+                        "Only one thread at a time may change or save a model: hold one threading.Lock around each "
+                        "such call, including its whole `with` block, and around the forwards of other threads."
+                    )
+            self.claims[claim] = None
+
+    def dismiss(self, claim: Claim) -> None:
+        """End a claim."""
+        with self.guard:
+            self.claims.pop(claim, None)
+
+    def holds(self, verb: str, *, beside: Claim) -> bool:
+        """Return whether another claim with this verb is open."""
+        return any(claim.verb == verb for claim in list(self.claims) if claim is not beside)
+
+
+class Claim:
+    """A claim on one model, or on several."""
+
+    def __init__(self, verb: str, owners: Iterable[Owner]) -> None:
+        self.verb, self.owners, self.thread = verb, list(owners), threading.current_thread()
+
+    def take(self) -> None:
+        """Open this claim in the present thread, or move it there.
+
+        Raises:
+            LoRAError: another thread has a different claim. This one then stays with its thread.
+        """
+        before, self.thread = self.thread, threading.current_thread()
+        try:
+            for owner in self.owners:
+                owner.admit(self)
+        except BaseException:
+            self.thread = before
+            raise
+
+
+@contextmanager
+def claimed(verb: str, *owners: Owner) -> Iterator[Claim]:
+    """Claim models for the present thread inside the block.
+
+    Args:
+        verb: the call, as messages show it.
+        owners: one for each model.
+
+    Raises:
+        LoRAError: another thread has a claim on one of them.
+    """
+    claim = Claim(verb, owners)
+    try:
+        claim.take()
+        yield claim
+    finally:
+        for owner in claim.owners:
+            owner.dismiss(claim)
