@@ -26,7 +26,7 @@ from .autocast import without_autocast
 from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, parts_of, restored_weight, unmerge_weight_
 from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop, crop_to_slice, dense_delta
-from .variant import Acting, Place, Stored, Variant
+from .variant import Acting, Parts, Place, Stored, Variant
 
 Blocks = Mapping[str, list[LowRankBlock]]  # by weight name
 
@@ -139,7 +139,7 @@ class StoredTensors:
         raise NotImplementedError
 
     def main_weight(self) -> nn.Parameter:
-        """Return the first of the adapted weights, whose dtype and device stand for all."""
+        """Return the weight."""
         return next(iter(self.adapted_weights().values()))
 
     def weight_name(self, name: str, weight: str) -> str:
@@ -150,13 +150,13 @@ class StoredTensors:
         """Return the dtype of the weight's values, from which the dtype of the stored tensors follows."""
         return self.main_weight().dtype
 
-    def weight_values(self) -> Mapping[str, torch.Tensor]:
-        """Return the values of the adapted weights, detached. Sharded weights stay sharded."""
-        return {name: detached(weight) for name, weight in self.adapted_weights().items()}
+    def weight_values(self) -> torch.Tensor:
+        """Return the weight's values, detached. A sharded weight stays sharded."""
+        return detached(self.main_weight())
 
-    def weight_shapes(self) -> dict[str, torch.Size]:
-        """Return the shapes of the adapted weights, by name."""
-        return {name: whole_shape(weight) for name, weight in self.adapted_weights().items()}
+    def weight_shape(self) -> torch.Size:
+        """Return the weight's shape."""
+        return whole_shape(self.main_weight())
 
     def kind(self) -> str:
         """Return the layer's kind, one of low_rank.KINDS, or "" for a table with trained rows.
@@ -177,7 +177,7 @@ class StoredTensors:
         if known is not None and known[0] is spec and known[1].name == self.lora.name:
             return known[1]
         options = spec.r, spec.scaling, spec.enabled, spec.init, spec.seed, spec.rows, spec.options
-        place = Place(self.lora.name, self.KIND, self.weight_shapes(), *options)
+        place = Place(self.lora.name, self.KIND, self.weight_shape(), *options)
         if spec is self.lora.spec and not compiling:
             self.lora.placed = spec, place
         return place
@@ -285,7 +285,7 @@ class AdaptedWeights(StoredTensors):
     def acting(self) -> Acting:
         """Return the factors and scale that the stored tensors act as now, differentiable."""
         spec = self.lora.spec
-        weight = _matrix(self) if spec.variant.reads_weight else None
+        weight = low_rank.matrix_view(self.KIND, self.main_weight()) if spec.variant.reads_weight else None
         acting = spec.variant.acting(self.stored(), weight, spec.scaling)
         return acting if type(acting) is Acting else Acting(*acting)
 
@@ -318,9 +318,9 @@ class AdaptedWeights(StoredTensors):
 
     def deltas(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return s * B @ A in each weight's shape and the factors' dtype, differentiable."""
-        place = self.place()
+        place, (name,) = self.place(), self.adapted_weights()
         blocks = place.low_rank_blocks(a, b * self.lora.spec.scaling)  # B is smaller than the product
-        return {name: dense_delta(blocks[name], place.shapes[name]) for name in blocks}
+        return {name: dense_delta(blocks, place.shape)}
 
     def drops(self) -> bool:
         """Return whether dropout acts now.
@@ -369,10 +369,13 @@ class AdaptedWeights(StoredTensors):
             stored: by leaf name, instead of the live values.
         """
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
-        blocks = self.lora.spec.variant.live_blocks(
-            whole, self.place(), weights, lambda name: parts_of(full_tensor(weights[name]))
-        )
-        return {name: self.crop_to_shard(blocks[name], weights[name]) for name in blocks}
+        ((name, weight),) = weights.items()
+
+        def read() -> Parts:
+            return parts_of(full_tensor(weight))
+
+        blocks = self.lora.spec.variant.live_blocks(whole, self.place(), weight, read)
+        return {name: self.crop_to_shard(blocks, weight)}
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
         """Return the blocks that are added to the whole weights, without s and without a scale.
@@ -381,7 +384,8 @@ class AdaptedWeights(StoredTensors):
         """
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
         a, b, _ = self.lora.spec.variant.acting_exactly(whole, None, self.lora.spec.scaling)
-        return self.place().low_rank_blocks(a, b)
+        (name,) = self.adapted_weights()
+        return {name: self.place().low_rank_blocks(a, b)}
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
         """Return the parts of a weight's blocks that overlap with this rank's shard of the weight.
@@ -532,14 +536,6 @@ class AdaptedWeights(StoredTensors):
             values = merged_weight(self.as_matrix(shard), blocks[name], self.lora.spec.scaling).view(shard.shape)
             merged[name] = from_local_like(values, weights[name])
         return merged
-
-
-def _matrix(layer: AdaptedWeights) -> torch.Tensor | None:
-    """Return W as a matrix (out, in), or None if the layer has several weights."""
-    weights = list(layer.adapted_weights().values())
-    if len(weights) > 1:
-        return None
-    return low_rank.matrix_view(layer.KIND, weights[0])
 
 
 def adapted_places(

@@ -120,12 +120,12 @@ class LoRAQuantisedLinear(LoRALinear):
         """Return W' in the dtype of the dequantised weights."""
         return super().merged_copies({name: dequantize(self, name) for name in blocks}, blocks)
 
-    def weight_values(self) -> dict[str, torch.Tensor]:
-        return {"weight": dequantize(self)}
+    def weight_values(self) -> torch.Tensor:
+        return dequantize(self)
 
-    def weight_shapes(self) -> dict[str, torch.Size]:
+    def weight_shape(self) -> torch.Size:
         linear = cast(nn.Linear, self)
-        return {"weight": torch.Size((linear.out_features, linear.in_features))}
+        return torch.Size((linear.out_features, linear.in_features))
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from .adapted_module import AdaptedModule, StandIns, swapped_class
 from .adapted_weights import AdaptedWeights, Blocks, LayerSpec, LayerState
 from .low_rank import LowRankBlock, row_blocks
 from .transforms import runs_by_formula
-from .variant import ROWS_OPTION, Place, Reader, Stored, Variant, Weights
+from .variant import ROWS_OPTION, Place, Reader, Stored, Variant, Weight
 
 ROWS = "lora_rows"  # leaf name: (n, dim)
 WEIGHT = "weight"
@@ -38,14 +38,14 @@ class TrainedRows(Variant):
     follows_weight = True
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        return {ROWS: (len(place.rows), place.shapes[WEIGHT][1])}
+        return {ROWS: (len(place.rows), place.shape[1])}
 
-    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
-        return {ROWS: rows_of(weights()[WEIGHT], place.rows)}
+    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
+        return {ROWS: rows_of(weight(), place.rows)}
 
-    def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
+    def blocks(self, stored: Stored, place: Place, read: Reader) -> list[LowRankBlock]:
         rows = stored[ROWS]
-        return {WEIGHT: [b for first, part in read(WEIGHT) for b in row_blocks(part, place.rows, rows, first)]}
+        return [block for first, part in read() for block in row_blocks(part, place.rows, rows, first)]
 
 
 class TokenRows(AdaptedWeights):
