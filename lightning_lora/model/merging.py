@@ -109,14 +109,13 @@ def _is_pending(layer: AdaptedWeights) -> bool:
 
 def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tells_rounding: bool) -> None:
     """Merge the pending layers of a model, all of them or none. In place."""
-    weights = {layer: layer.own_weights() for layer in listing.layers.values()}
-    sizes = [sum(map(_local_nbytes, weights[layer].values())) for layer in weights if not layer.unmergeable_reason()]
+    weights = {layer: layer.own_weight() for layer in listing.layers.values()}
+    sizes = [_local_nbytes(weight) for layer, weight in weights.items() if not layer.unmergeable_reason()]
     copy = sum(sizes) <= COPY_BUDGET
-    main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
 
     def write() -> None:
         record_ties(listing.modules)
-        sync, buffers = RankSync(main_weights.values()), Buffers()
+        sync, buffers = RankSync(weights[layer] for layer in pending.values()), Buffers()
         costs: dict[AdaptedWeights, list[float]] = {}
         for layer in pending.values():
             if layer.lora.unfinished:  # an exception broke off what took another exception's merge back
@@ -126,14 +125,14 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
                 if layer.unmergeable_reason():
                     layer.lora.merged = True
                 else:
-                    if tells_rounding and _is_unreported(layer, main_weights[layer]):
+                    if tells_rounding and _is_unreported(layer, weights[layer]):
                         costs[layer] = [0.0, 0.0]
                     arguments = weights[layer], layer.blocks(weights[layer]), copy, costs.get(layer), buffers
                     sync.run(f"merge: layer {name!r}", _merge_layer, layer, *arguments)
                 advance(1)
         sync.raise_on_any_rank()
         if costs:
-            shares = {layer: sync.share(main_weights[layer]) for layer in costs}
+            shares = {layer: sync.share(weights[layer]) for layer in costs}
             sums = [sum(shares[layer] * cost[i] for layer, cost in costs.items()) for i in (0, 1)]
             _tell_rounding(costs, *sync.total(torch.tensor(sums, dtype=torch.float64)).tolist())
         report_factored(pending.values())
@@ -157,8 +156,7 @@ def all_or_nothing(step: Callable[[], None], restore: Callable[[], None]) -> Non
 def has_rounding_to_tell(layers: Iterable[AdaptedWeights]) -> bool:
     """Return whether a merge of these layers would log what rounding W' to 16 bits costs."""
     mergeable = [layer for layer in layers if not layer.unmergeable_reason()]
-    weights = {layer: next(iter(layer.adapted_weights().values())) for layer in mergeable}
-    return any(_is_unreported(layer, weight) for layer, weight in weights.items())
+    return any(_is_unreported(layer, layer.adapted_weight()) for layer in mergeable)
 
 
 def _is_unreported(layer: AdaptedWeights, weight: torch.Tensor) -> bool:
@@ -301,7 +299,7 @@ def shards_in_place(listing: Listing, verb: str) -> Iterator[None]:
     begin_writing(modules, verb)
     reshard_(modules)
     for name, layer in listing.layers.items():
-        sharded = dimensions_of_ranks(layer.main_weight())
+        sharded = dimensions_of_ranks(layer.adapted_weight())
         if sharded < layer.lora.sharded:
             raise LoRAError(
                 f"{name!r}: its weight is gathered by FSDP2, by a module outside of {type(listing.model).__name__} or "
@@ -326,10 +324,10 @@ def _local_nbytes(weight: torch.Tensor) -> int:
 
 
 def _merge_layer(
-    layer: AdaptedWeights, weights: Weights, blocks: Blocks, copy: bool, cost: list[float] | None, buffers: Buffers
+    layer: AdaptedWeights, weight: torch.Tensor, blocks: Blocks, copy: bool, cost: list[float] | None, buffers: Buffers
 ) -> None:
     try:
-        layer.merge_(weights=weights, blocks=blocks, copy=copy, cost=cost, buffers=buffers)
+        layer.merge_(weight=weight, blocks=blocks, copy=copy, cost=cost, buffers=buffers)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "

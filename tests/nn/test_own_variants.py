@@ -174,7 +174,7 @@ def test_it_answers_by_its_definition_merges_exactly_and_is_taken_out(name, dtyp
 
 
 def blocks_of(model: Any) -> list[torch.Tensor]:
-    (block,) = model.head.update_blocks()["weight"]
+    (block,) = model.head.update_blocks()
     return [block.left, block.right]
 
 
