@@ -29,8 +29,8 @@ class SquareBetween(Variant):
     def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
         return dict(zip(self.leaves, ((place.rank, place.rank), *place.factor_shapes()), strict=True))
 
-    def start(self, place: Any, weights: Any) -> dict[str, Tensor]:
-        left, values, right = torch.linalg.svd(weights()["weight"], full_matrices=False)
+    def start(self, place: Any, weight: Any) -> dict[str, Tensor]:
+        left, values, right = torch.linalg.svd(weight(), full_matrices=False)
         square, a, b = torch.zeros(place.rank, place.rank), right[: place.rank], (left * values)[:, : place.rank]
         return dict(zip(self.leaves, (square, a, b), strict=True))
 

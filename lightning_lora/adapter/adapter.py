@@ -131,15 +131,15 @@ class Adapter:
         return self.variant.acting_exactly(self.stored(layer), None, self.scalings.get(layer, 1.0))
 
     def place(self, layer: str) -> Place:
-        """Return what is known of a layer or parameter. An unknown kind is "", and unknown shapes are missing."""
+        """Return what is known of a layer or parameter. An unknown kind is "", and an unknown shape empty."""
         config = self.config or LoRAConfig()
-        leaves = [layer] if self.is_parameter(layer) else [f"{layer}.{leaf}" for leaf in ("weight", IN_PROJ)]
-        entries = {name.rpartition(".")[2]: self.fingerprint.get(name) for name in leaves}
+        names = [layer] if self.is_parameter(layer) else [f"{layer}.{leaf}" for leaf in ("weight", IN_PROJ)]
+        shape = next((self.fingerprint[name]["shape"] for name in names if name in self.fingerprint), ())
         in_options = self.options_name(layer)
         return Place(
             name=layer,
             kind=self.kinds.get(layer, ""),
-            shapes={leaf: torch.Size(entry["shape"]) for leaf, entry in entries.items() if entry is not None},
+            shape=torch.Size(shape),
             rank=config.rank(in_options),
             scaling=self.scalings.get(layer, 1.0),
             enabled=config.enabled_parts(layer),

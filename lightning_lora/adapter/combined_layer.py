@@ -93,10 +93,8 @@ def _plain_name(adapter: Adapter, layer: str, leaf: str) -> str:
 def _inputs(adapter: Adapter, layer: str) -> list[int]:
     """Return the shape of a row of plain LoRA's A. For a convolution whose kernel is known it is (in, k...)."""
     place, inputs = adapter.place(layer), list(adapter.acting(layer).a.shape[1:])
-    if place.kind in CONVOLUTIONS and len(inputs) == 1 and place.shapes:
-        (shape,) = place.shapes.values()
-        return list(shape[1:])
-    return inputs
+    is_flat = place.kind in CONVOLUTIONS and len(inputs) == 1 and place.shape
+    return list(place.shape[1:]) if is_flat else inputs
 
 
 def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adapter, float]]) -> list[Pair]:

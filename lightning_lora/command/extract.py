@@ -241,7 +241,7 @@ def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, 
     share = min(1.0, float(values.double().square().sum()) / square)
     root = values.sqrt() * largest.sqrt()  # half of the scale for A, half for B
     a, b = root[:, None] * right, left * root
-    shape_a, shape_b = factor_shapes(kind, {"weight": change.shape}, len(values))
+    shape_a, shape_b = factor_shapes(kind, change.shape, len(values))
     return (
         a.reshape(shape_a).contiguous(),
         b.reshape(shape_b).contiguous(),

@@ -362,36 +362,30 @@ def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
 def _layer_updates(
     adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str], result_dtype: torch.dtype | None
 ) -> dict[str, WeightUpdate]:
-    if adapter.is_parameter(name):
-        leaves = {name.rpartition(".")[2]: name}
-    else:
-        leaves = {leaf: f"{name}.{leaf}" for leaf in ("weight", IN_PROJ)}
-    leaves = {leaf: weight for leaf, weight in leaves.items() if weight in base.locations}
-    shapes = {leaf: base.locations[weight].shape for leaf, weight in leaves.items()}
-    if not shapes:
+    names = [name] if adapter.is_parameter(name) else [f"{name}.weight", f"{name}.{IN_PROJ}"]
+    weight = next((each for each in names if each in base.locations), None)
+    if weight is None:
         raise LoRAError(f"{base.path}: {name!r}, which the adapter updates, has no weight there. {INSTEAD}.")
-    for weight in leaves.values():
-        dtype = base.locations[weight].dtype
-        if dtype not in MERGEABLE_DTYPES:
-            raise LoRAError(f"{base.path}: {weight!r} is {dtype}; only floating point weights are merged.")
-    kind = adapter.kinds.get(name) or _kind(adapter, name, shapes, base, seen)
-    place, stored = _placed(adapter, name, kind, shapes), adapter.stored(name)
+    location, whole = base.locations[weight], adapter.tensors.get(weight)
+    if location.dtype not in MERGEABLE_DTYPES:
+        raise LoRAError(f"{base.path}: {weight!r} is {location.dtype}; only floating point weights are merged.")
+    kind = adapter.kinds.get(name) or _kind(adapter, name, weight, base, seen)
+    place, stored = _placed(adapter, name, kind, location.shape), adapter.stored(name)
     if not _fits(adapter, place):
         found = [f"{factor_role(leaf)} {tuple(stored[leaf].shape)}" for leaf in adapter.variant.trained]
         raise LoRAError(
-            f"{base.path}: {name!r}: {' and '.join(found)} do not fit a {kind} layer whose weights have shape "
-            f"{', '.join(map(str, shapes.values()))}; the adapter belongs to another base."
+            f"{base.path}: {name!r}: {' and '.join(found)} do not fit a {kind} layer whose weight has the "
+            f"shape {location.shape}; the adapter belongs to another base."
         )
 
-    def read(leaf: str) -> Parts:
-        location, whole = base.locations[leaves[leaf]], adapter.tensors.get(leaves[leaf])
+    def read() -> Parts:
         if whole is None:
             return _parts_of_file(location)
         # W is the adapter's own, as it is written.
         return parts_of(whole.detach().to(torch.promote_types(location.dtype, result_dtype or location.dtype)))
 
-    blocks, stacked = adapter.variant.blocks(stored, place, read), kind in STACKS
-    return {leaves[leaf]: WeightUpdate(blocks[leaf], adapter.scalings[name], stacked=stacked) for leaf in blocks}
+    blocks = adapter.variant.blocks(stored, place, read)
+    return {weight: WeightUpdate(blocks, adapter.scalings[name], stacked=kind in STACKS)}
 
 
 def _parts_of_file(location: TensorLocation) -> Iterator[tuple[int, torch.Tensor]]:
@@ -400,11 +394,10 @@ def _parts_of_file(location: TensorLocation) -> Iterator[tuple[int, torch.Tensor
             yield first, read_rows(file, location, first, count).flatten(1)
 
 
-def _placed(adapter: Adapter, name: str, kind: str, shapes: Mapping[str, Sequence[int]]) -> Place:
-    """Return a layer or parameter with its weights in the base."""
-    sizes = {leaf: torch.Size(shape) for leaf, shape in shapes.items()}
+def _placed(adapter: Adapter, name: str, kind: str, shape: Sequence[int]) -> Place:
+    """Return a layer or parameter with its weight in the base."""
     rank = adapter.variant.rank(adapter.stored(name))
-    return replace(adapter.place(name), kind=kind, shapes=sizes, rank=rank)
+    return replace(adapter.place(name), kind=kind, shape=torch.Size(shape), rank=rank)
 
 
 def _fits(adapter: Adapter, place: Place) -> bool:
@@ -412,22 +405,21 @@ def _fits(adapter: Adapter, place: Place) -> bool:
     stored = adapter.stored(place.name)
     try:
         shapes = adapter.variant.shapes(place)
-    except (ValueError, LookupError):  # the weights have other dimensions or names than the kind has
+    except ValueError:  # the weight has other dimensions than the kind has
         return False
     return all(tuple(stored[leaf].shape) == tuple(shape) for leaf, shape in shapes.items())
 
 
-def _kind(
-    adapter: Adapter, name: str, shapes: Mapping[str, Sequence[int]], base: Weights, seen: Mapping[str, str]
-) -> str:
+def _kind(adapter: Adapter, name: str, weight: str, base: Weights, seen: Mapping[str, str]) -> str:
     """Tell a Linear, Conv1D or attention layer by names and shapes, for an adapter that does not say which it is."""
     if adapter.is_parameter(name):
-        return _parameter_kind(adapter, name, shapes, base)
-    if "weight" not in shapes:
+        return _parameter_kind(adapter, name, base)
+    if weight.endswith(IN_PROJ):
         return ATTENTION
-    if len(shapes["weight"]) > 2:
+    shape = base.locations[weight].shape
+    if len(shape) > 2:
         return CONV
-    fitting = _orientations(adapter, name, shapes["weight"])
+    fitting = _orientations(adapter, name, shape)
     if len(fitting) < 2:
         return next(iter(fitting), LINEAR)
     stated, opposite = (CONV1D, LINEAR) if adapter.fan_in_fan_out else (LINEAR, CONV1D)
@@ -440,9 +432,10 @@ def _kind(
     return stated
 
 
-def _parameter_kind(adapter: Adapter, name: str, shapes: Mapping[str, Sequence[int]], base: Weights) -> str:
+def _parameter_kind(adapter: Adapter, name: str, base: Weights) -> str:
     """Tell what a parameter is by shapes, for an adapter that does not say it."""
-    fitting = [kind for kind in SINGLE if _fits(adapter, _placed(adapter, name, kind, shapes))]
+    shape = base.locations[name].shape
+    fitting = [kind for kind in SINGLE if _fits(adapter, _placed(adapter, name, kind, shape))]
     if len(fitting) > 1:
         raise LoRAError(
             f"{base.path}: {name!r} is a stack of square matrices, so that its shape does not tell whether they are "
@@ -464,7 +457,7 @@ def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
 
 def _orientations(adapter: Adapter, name: str, shape: Sequence[int]) -> set[str]:
     kinds = (LINEAR, CONV1D) if len(shape) == 2 else ()
-    return {kind for kind in kinds if _fits(adapter, _placed(adapter, name, kind, {"weight": shape}))}
+    return {kind for kind in kinds if _fits(adapter, _placed(adapter, name, kind, shape))}
 
 
 def _replacement(name: str, value: Any, base: Weights) -> WeightUpdate:

@@ -225,13 +225,13 @@ def _merged(
     leaf = name.rpartition(".")[2]
     values = [detached(tensor)]
     adapter = adapter_of(module, leaf)
-    if adapter is not None and leaf not in adapter.lora.records:
-        weights = adapter.adapted_weights()
-        blocks = adapter.blocks(weights)
+    if adapter is not None and adapter.lora.undo is None:
+        weight = adapter.adapted_weight()
+        blocks = adapter.blocks(weight)
         cost = rounding.of(adapter, tensor) if tensor.dtype in HALF else None
 
         def merge() -> None:
-            values[0] = adapter.merged_copies(weights, {leaf: blocks[leaf]}, cost)[leaf]
+            values[0] = adapter.merged_copy(weight, blocks, cost)
 
         rounding.sync.run(f"save_merged: {name!r}", merge)
     return full_tensor(values.pop()).cpu()

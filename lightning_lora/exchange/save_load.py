@@ -148,7 +148,7 @@ def _write(live: LiveState, adapter: Adapter, path: PathLike) -> None:
     """
     frozen = frozen_values(live, [adapter.network + name for name in frozen_in_saved(by_network_names(adapter))])
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
-    sync = RankSync(layer.main_weight() for layer in live.handle.layers.values())
+    sync = RankSync(layer.adapted_weight() for layer in live.handle.layers.values())
     writes = writes_files(module for _, module in live.handle.modules)
     metrics = _logged(live.handle.model) if writes else {}
     write = partial(write_folder, adapter, path, network_frozen, metrics=metrics)

@@ -213,7 +213,7 @@ def replaced_rows(handle: AdaptedModel) -> Tables:
 
 
 def _how_quantised(tensor: torch.Tensor, module: nn.Module) -> str:
-    if isinstance(module, LoRALayer) and tensor is module.main_weight():
+    if isinstance(module, LoRALayer) and tensor is module.adapted_weight():
         return module.quantised()
     return how_quantised(tensor, module)
 

@@ -21,7 +21,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.values import holds_numbers, is_plain
 from ..errors import LoRAError
 from ..names import A, B
-from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, IN_PROJ, from_block_diagonal, to_block_diagonal
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, from_block_diagonal, to_block_diagonal
 
 OUT_PROJ_COUNTS = 2  # times
 LAST_KNOWN_PEFT = (0, 21)
@@ -52,8 +52,8 @@ def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:
     tensors = dict(adapter.tensors)
     for name in added:
         stored, (a, b, _) = adapter.stored(outputs[name]), adapter.acting(outputs[name])
-        shapes = {IN_PROJ: torch.Size((3 * b.shape[0], a.shape[1]))}
-        place = replace(adapter.place(outputs[name]), name=name, kind=ATTENTION, shapes=shapes)
+        shape = torch.Size((3 * b.shape[0], a.shape[1]))
+        place = replace(adapter.place(outputs[name]), name=name, kind=ATTENTION, shape=shape)
         place = replace(place, rank=adapter.variant.rank(stored))
         zeros = {leaf: stored[leaf].new_zeros(shape) for leaf, shape in adapter.variant.shapes(place).items()}
         tensors |= {f"{name}.{leaf}": zero for leaf, zero in zeros.items()}

@@ -102,7 +102,7 @@ def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
 def _acting(adapter: Adapter, layer: str) -> Acting:
     """Return the factors that a layer's tensors act as, in the shapes that plain LoRA stores."""
     acting, place = adapter.acting(layer), adapter.place(layer)
-    if place.kind in CONVOLUTIONS and acting.a.dim() == 2 and not place.shapes:
+    if place.kind in CONVOLUTIONS and acting.a.dim() == 2 and not place.shape:
         raise LoRAError(
             f"export_adapter: {layer!r} is a convolution, and the source does not say how large its kernel is. Load it "
             "onto its model in Python: load_adapter(model, path), then export_adapter(take_adapter(model), path, "

@@ -202,7 +202,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
         merge_listed(handle)
         for layer in handle.layers.values():
-            layer.lora.records.clear()
+            layer.lora.undo = None
         strip_adapters(handle)
         if plain:
             replace_quantised_(modules, plain)

@@ -91,5 +91,5 @@ def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.
         leaf = name.rpartition(".")[2]
         adapter = adapter_of(module, leaf)
         if adapter is not None:
-            return adapter.original(leaf)
+            return adapter.original()
     return detached(tensor)

@@ -111,14 +111,13 @@ def _is_pending(layer: AdaptedWeights) -> bool:
 
 def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tells_rounding: bool) -> None:
     """Merge the pending layers of a model, all of them or none. In place."""
-    weights = {layer: layer.own_weights() for layer in listing.layers.values()}
-    sizes = [sum(map(_local_nbytes, weights[layer].values())) for layer in weights if not layer.unmergeable_reason()]
+    weights = {layer: layer.own_weight() for layer in listing.layers.values()}
+    sizes = [_local_nbytes(weight) for layer, weight in weights.items() if not layer.unmergeable_reason()]
     copy = sum(sizes) <= COPY_BUDGET
-    main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
 
     def write() -> None:
         record_ties(listing.modules)
-        sync, buffers = RankSync(main_weights.values()), Buffers()
+        sync, buffers = RankSync(weights[layer] for layer in pending.values()), Buffers()
         rounding = Rounding(sync)
         for layer in pending.values():
             if layer.lora.unfinished:  # an exception broke off what took another exception's merge back
@@ -128,8 +127,8 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
                 if layer.unmergeable_reason():
                     layer.lora.merged = True
                 else:
-                    told = tells_rounding and _is_unreported(layer, main_weights[layer])
-                    cost = rounding.of(layer, main_weights[layer]) if told else None
+                    told = tells_rounding and _is_unreported(layer, weights[layer])
+                    cost = rounding.of(layer, weights[layer]) if told else None
                     arguments = weights[layer], layer.blocks(weights[layer]), copy, cost, buffers
                     sync.run(f"merge: layer {name!r}", _merge_layer, layer, *arguments)
                 advance(1)
@@ -156,8 +155,7 @@ def all_or_nothing(step: Callable[[], None], restore: Callable[[], None]) -> Non
 def has_rounding_to_tell(layers: Iterable[AdaptedWeights]) -> bool:
     """Return whether a merge of these layers would log what rounding W' to 16 bits costs."""
     mergeable = [layer for layer in layers if not layer.unmergeable_reason()]
-    weights = {layer: next(iter(layer.adapted_weights().values())) for layer in mergeable}
-    return any(_is_unreported(layer, weight) for layer, weight in weights.items())
+    return any(_is_unreported(layer, layer.adapted_weight()) for layer in mergeable)
 
 
 def _is_unreported(layer: AdaptedWeights, weight: torch.Tensor) -> bool:
@@ -300,7 +298,7 @@ def shards_in_place(listing: Listing, verb: str) -> Iterator[None]:
     begin_writing(modules, verb)
     reshard_(modules)
     for name, layer in listing.layers.items():
-        sharded = dimensions_of_ranks(layer.main_weight())
+        sharded = dimensions_of_ranks(layer.adapted_weight())
         if sharded < layer.lora.sharded:
             raise LoRAError(
                 f"{name!r}: its weight is gathered by FSDP2, by a module outside of {type(listing.model).__name__} or "
@@ -325,10 +323,10 @@ def _local_nbytes(weight: torch.Tensor) -> int:
 
 
 def _merge_layer(
-    layer: AdaptedWeights, weights: Weights, blocks: Blocks, copy: bool, cost: list[float] | None, buffers: Buffers
+    layer: AdaptedWeights, weight: torch.Tensor, blocks: Blocks, copy: bool, cost: list[float] | None, buffers: Buffers
 ) -> None:
     try:
-        layer.merge_(weights=weights, blocks=blocks, copy=copy, cost=cost, buffers=buffers)
+        layer.merge_(weight=weight, blocks=blocks, copy=copy, cost=cost, buffers=buffers)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "

@@ -157,19 +157,19 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
     else:
         plain |= _dequantize_state(quantised, state, dtype, sync)
 
-    copies: dict[AdaptedWeights, dict[str, torch.Tensor]] = {}
+    copies: dict[AdaptedWeights, torch.Tensor] = {}
 
-    def merge_layer(path: str, layer: AdaptedWeights, weights: dict[str, torch.Tensor], blocks: Blocks) -> None:
+    def merge_layer(name: str, layer: AdaptedWeights, blocks: Blocks) -> None:
         if layer not in copies:  # a shared layer is merged once
-            copies[layer] = layer.merged_copies(weights, blocks)
-        plain.update({path + leaf: merged for leaf, merged in copies[layer].items()})
+            copies[layer] = layer.merged_copy(state[name], blocks)
+        plain[name] = copies[layer]
 
     layers = _layers_to_merge(listing, state)
     with progress_bar("merging", len(layers)) as advance:
         for path, layer in layers:
-            weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
-            blocks = layer.blocks(weights, layer.stored_in(state, path))
-            sync.run(f"merged weights: layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
+            name = path + layer.weight_leaf
+            blocks = layer.blocks(state[name], layer.stored_in(state, path))
+            sync.run(f"merged weights: layer {path[:-1]!r}", merge_layer, name, layer, blocks)
             advance(1)
     sync.raise_on_any_rank()
     return plain
@@ -201,7 +201,7 @@ def _layers_to_merge(listing: Listing, state: Mapping[str, Any]) -> list[tuple[s
         for adapter in adapters_in(module).values()
         if not adapter.quantised()
     ]
-    names = [[path + leaf for leaf in (*layer.adapted_weights(), *layer.stored_names())] for path, layer in layers]
+    names = [[path + leaf for leaf in (layer.weight_leaf, *layer.stored_names())] for path, layer in layers]
     whole = {layer for (_, layer), own in zip(layers, names, strict=True) if state.keys() >= set(own)}
     there = [
         (path, layer, own)

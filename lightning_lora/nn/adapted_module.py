@@ -3,7 +3,7 @@
 Invariants for every adapted layer and every parameter that is adapted by itself:
     - The module's class is a subclass of its former class. Module tree, names, parameter objects and storage stay.
     - With lora_active False, the base class's own forward runs and nothing else.
-    - A weight named in lora.records holds W'. A layer with lora.merged but without records stays factored.
+    - With lora.undo the weight holds W'. A layer with lora.merged but without lora.undo stays factored.
 """
 
 from __future__ import annotations
@@ -42,14 +42,18 @@ class Adapter(Protocol):
     def stored_name(self, leaf: str) -> str:
         """Return the parameter name in the module of the tensor with this leaf name."""
 
-    def adapted_weights(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that the adapter changes, by name."""
+    @property
+    def weight_leaf(self) -> str:
+        """The name in the module of the parameter that the adapter changes."""
 
-    def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """Return the values that a forward reads in place of adapted_weights, by name."""
+    def adapted_weight(self) -> nn.Parameter:
+        """Return the parameter that the adapter changes."""
 
-    def original(self, name: str) -> torch.Tensor:
-        """Return the values that a parameter has without the adapter, detached."""
+    def stand_in(self, weight: torch.Tensor) -> Any:
+        """Return what a forward reads in place of the weight."""
+
+    def original(self) -> torch.Tensor:
+        """Return W, detached."""
 
     def briefly_unmerged(self) -> AbstractContextManager[None]:
         """Unmerge inside the block, so that code which changes a weight there changes W."""
@@ -171,8 +175,8 @@ class AdaptedModule(Swapped):
                 stack.enter_context(adapter.lora.lock)  # waits while W + delta stands in for W in another thread
             super()._save_to_state_dict(destination, prefix, keep_vars)
             for adapter in adapters:
-                if adapter.lora.records or adapter.lora.restore_failed:
-                    destination.update({prefix + name: value for name, value in _originals(adapter).items()})
+                if adapter.lora.undo is not None or adapter.lora.restore_failed:
+                    _put_original(adapter, destination, prefix)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict, in which a merged weight's entry is W.
@@ -188,7 +192,7 @@ class AdaptedModule(Swapped):
                 adapter.tie_again_(self, before, loaded=True)
                 if adapter in again:
                     adapter.draw_()
-                absent = any(prefix + name not in state_dict for name in adapter.adapted_weights())
+                absent = prefix + adapter.weight_leaf not in state_dict
                 adapter.lora.restore_failed = adapter.lora.restore_failed and absent
 
     @contextmanager
@@ -231,11 +235,8 @@ class StandIns:
         try:
             # Another thread may have merged them while this one waited for the lock.
             adapters = [each for each in self.adapters if each.lora_active] if self.states else self.adapters
-            names = [name for adapter in adapters for name in adapter.adapted_weights()]
-            self.weights = {name: getattr(self.module, name) for name in names}
-            values: dict[str, Any] = {}
-            for adapter in adapters:
-                values.update(adapter.stand_ins(self.weights))
+            self.weights = {each.weight_leaf: getattr(self.module, each.weight_leaf) for each in adapters}
+            values = {each.weight_leaf: each.stand_in(self.weights[each.weight_leaf]) for each in adapters}
         except BaseException:
             for state in self.states:
                 state.lock.release()
@@ -275,20 +276,20 @@ def class_before_swap(module: Swapped) -> type[nn.Module]:
     return type(type(module).__name__, bases, attributes)
 
 
-def _originals(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Return W of each weight; flat weights stay as the strategy shows them, which is empty.
+def _put_original(adapter: Adapter, destination: dict[str, Any], prefix: str) -> None:
+    """Put W into a state dict; a flat weight stays as the strategy shows it, which is empty. In place.
 
     Raises:
         LoRAError: a flat weight is merged and gathered, so that its values are W'.
     """
-    weights = adapter.adapted_weights()
-    for name, weight in weights.items():
-        if is_flat(weight) and weight.numel():
-            raise LoRAError(
-                f"state_dict: {adapter.lora.name!r} is merged, and {name!r} is gathered from all ranks, so its values "
-                "are merged ones. Call unmerge(model) first, or save a checkpoint with the Trainer."
-            )
-    return {name: adapter.original(name) for name, weight in weights.items() if not is_flat(weight)}
+    weight = adapter.adapted_weight()
+    if not is_flat(weight):
+        destination[prefix + adapter.weight_leaf] = adapter.original()
+    elif weight.numel():
+        raise LoRAError(
+            f"state_dict: {adapter.lora.name!r} is merged, and {adapter.weight_leaf!r} is gathered from all ranks, so "
+            "its values are merged ones. Call unmerge(model) first, or save a checkpoint with the Trainer."
+        )
 
 
 def _is_meta(adapter: Adapter) -> bool:

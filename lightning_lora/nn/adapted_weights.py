@@ -9,7 +9,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,9 @@ from .autocast import without_autocast
 from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, parts_of, restored_weight, unmerge_weight_
 from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop, crop_to_slice, dense_delta
-from .variant import Acting, Place, Stored, Variant
+from .variant import Acting, Parts, Place, Stored, Variant
 
-Blocks = Mapping[str, list[LowRankBlock]]  # by weight name
+Blocks = list[LowRankBlock]  # of one weight
 
 NamedModules = Sequence[tuple[str, nn.Module]]  # what named_modules() yields
 
@@ -59,7 +59,7 @@ class LayerState:
     injection: Any = None  # the record of the injection; all layers of a model share it
     custom_forward: bool = False  # the layer's class overrides torch's forward, so that forward runs on W + delta
     merged: bool = False  # merge was called
-    records: dict[str, Undo] = field(default_factory=dict)  # what unmerging needs, by weight name
+    undo: Undo | None = None  # what unmerging needs, while the weight is merged
     unfinished: bool = False  # merging or unmerging runs, or an exception broke it off; unmerge_ completes it
     stands_in: int = 0  # number of forwards with W + delta in place of the weight, all in the thread with the lock
     unmergeable_reason: str = ""  # why the weight cannot be merged, for example another owner
@@ -69,8 +69,8 @@ class LayerState:
     training_checked: bool = False  # training was seen to reach the layer, or a warning has named it
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
     placed: tuple[LayerSpec, Place] | None = None  # the last result of `place`, with its spec
-    # Memory of plain copies by weight name, kept from merge to merge: on the CPU fresh pages take longer than the copy.
-    copies: dict[str, Buffers] = field(default_factory=dict)
+    # Memory of plain copies, kept from merge to merge: on the CPU fresh pages take longer than the copy.
+    copies: Buffers = field(default_factory=Buffers)
     # Held while W + delta stands in for the weight and while the weight is written. A copy of the layer has its own.
     lock: Any = field(default_factory=threading.RLock)
 
@@ -78,7 +78,7 @@ class LayerState:
         return {name: value for name, value in vars(self).items() if name not in ("copies", "lock", "placed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, copies={}, lock=threading.RLock(), placed=None)
+        vars(self).update(state, copies=Buffers(), lock=threading.RLock(), placed=None)
 
 
 class StoredTensors:
@@ -134,29 +134,26 @@ class StoredTensors:
         """Return the trained parameters. The last one gets a gradient from the first step on."""
         return tuple(self.stored(self.lora.spec.variant.trained).values())
 
-    def adapted_weights(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that the adapter changes, by name."""
+    @property
+    def weight_leaf(self) -> str:
+        """The name in the holder of the parameter that the adapter changes."""
         raise NotImplementedError
 
-    def main_weight(self) -> nn.Parameter:
-        """Return the first of the adapted weights, whose dtype and device stand for all."""
-        return next(iter(self.adapted_weights().values()))
-
-    def weight_name(self, name: str, weight: str) -> str:
-        """Return a weight's name in a model in which the adapter has the name `name`."""
-        return f"{name}.{weight}".lstrip(".")
+    def adapted_weight(self) -> nn.Parameter:
+        """Return the parameter that the adapter changes."""
+        return cast(nn.Parameter, getattr(self.lora_holder, self.weight_leaf))
 
     def weight_dtype(self) -> torch.dtype:
         """Return the dtype of the weight's values, from which the dtype of the stored tensors follows."""
-        return self.main_weight().dtype
+        return self.adapted_weight().dtype
 
-    def weight_values(self) -> Mapping[str, torch.Tensor]:
-        """Return the values of the adapted weights, detached. Sharded weights stay sharded."""
-        return {name: detached(weight) for name, weight in self.adapted_weights().items()}
+    def weight_values(self) -> torch.Tensor:
+        """Return the weight's values, detached. A sharded weight stays sharded."""
+        return detached(self.adapted_weight())
 
-    def weight_shapes(self) -> dict[str, torch.Size]:
-        """Return the shapes of the adapted weights, by name."""
-        return {name: whole_shape(weight) for name, weight in self.adapted_weights().items()}
+    def weight_shape(self) -> torch.Size:
+        """Return the weight's shape."""
+        return whole_shape(self.adapted_weight())
 
     def kind(self) -> str:
         """Return the layer's kind, one of low_rank.KINDS, or "" for a table with trained rows.
@@ -177,7 +174,7 @@ class StoredTensors:
         if known is not None and known[0] is spec and known[1].name == self.lora.name:
             return known[1]
         options = spec.r, spec.scaling, spec.enabled, spec.init, spec.seed, spec.rows, spec.options
-        place = Place(self.lora.name, self.KIND, self.weight_shapes(), *options)
+        place = Place(self.lora.name, self.KIND, self.weight_shape(), *options)
         if spec is self.lora.spec and not compiling:
             self.lora.placed = spec, place
         return place
@@ -187,12 +184,12 @@ class StoredTensors:
 
         Collective where W is sharded and the variant reads it.
         """
-        with without_autocast("cpu"), without_autocast(self.main_weight().device.type):
+        with without_autocast("cpu"), without_autocast(self.adapted_weight().device.type):
             return self.lora.spec.variant.start(self.place(), self.weight_values)
 
     def create_(self, dtype: torch.dtype) -> None:
         """Register the stored tensors with their initial values. In place."""
-        variant, device = self.lora.spec.variant, self.main_weight().device
+        variant, device = self.lora.spec.variant, self.adapted_weight().device
         if variant.follows_weight and self.lora.injection.values_follow:
             values = {leaf: torch.zeros(shape) for leaf, shape in variant.shapes(self.place()).items()}
         else:
@@ -228,10 +225,10 @@ class StoredTensors:
         They started from the old weight and were not trained, and the state dict has none of them. Collective where W
         is sharded. Of a flat weight a state dict shows nothing.
         """
-        weights, stored = self.adapted_weights(), self.stored()
+        stored = self.stored()
         if not self.lora.spec.variant.follows_weight or self.lora.spec.init in FROM_DATA:
             return False
-        if not any(prefix + name in state_dict for name in weights) or any(map(is_flat, weights.values())):
+        if prefix + self.weight_leaf not in state_dict or is_flat(self.adapted_weight()):
             return False
         kept = (state_dict.get(prefix + self.stored_name(leaf), live) is live for leaf, live in stored.items())
         return all(kept) and self.is_initial(everywhere=True)
@@ -285,16 +282,16 @@ class AdaptedWeights(StoredTensors):
     def acting(self) -> Acting:
         """Return the factors and scale that the stored tensors act as now, differentiable."""
         spec = self.lora.spec
-        weight = _matrix(self) if spec.variant.reads_weight else None
+        weight = low_rank.matrix_view(self.KIND, self.adapted_weight()) if spec.variant.reads_weight else None
         acting = spec.variant.acting(self.stored(), weight, spec.scaling)
         return acting if type(acting) is Acting else Acting(*acting)
 
-    def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """Return the values that a forward reads in place of adapted_weights, by name: here W'."""
-        return self.dense_weights(weights)
+    def stand_in(self, weight: torch.Tensor) -> Any:
+        """Return what a forward reads in place of the weight W: here W'."""
+        return self.merged_values(weight)
 
-    def dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Return W' for each of adapted_weights, differentiable in the trained tensors.
+    def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W' for W, differentiable in the trained tensors.
 
         Dropout drops whole input features, the same ones for the whole batch, because the input is not known here.
         """
@@ -302,25 +299,20 @@ class AdaptedWeights(StoredTensors):
         a, b, scale = self.acting()
         if self.drops():
             a = a * F.dropout(a.new_ones(1, a.shape[1], *[1] * (a.dim() - 2)), self.lora.spec.dropout)
-        sums = {}
-        for name, delta in self.deltas(a, b).items():
-            weight = weights[name]
-            if name not in self.lora_holder._parameters:
-                raise LoRAError(
-                    f"{type(self.lora_holder).__name__}: since injection, {name} is computed from other parameters "
-                    "(weight_norm, parametrize); undo that."
-                )
-            dense = weight + delta  # in the wider dtype of the two
-            if scale is not None:
-                dense = dense * low_rank.over_weight(self.KIND, scale, weight)
-            sums[name] = dense.to(weight.dtype)
-        return sums
+        if self.weight_leaf not in self.lora_holder._parameters:
+            raise LoRAError(
+                f"{type(self.lora_holder).__name__}: since injection, {self.weight_leaf} is computed from other "
+                "parameters (weight_norm, parametrize); undo that."
+            )
+        dense = weight + self.delta(a, b)  # in the wider dtype of the two
+        if scale is not None:
+            dense = dense * low_rank.over_weight(self.KIND, scale, weight)
+        return dense.to(weight.dtype)
 
-    def deltas(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return s * B @ A in each weight's shape and the factors' dtype, differentiable."""
+    def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return s * B @ A in the weight's shape and the factors' dtype, differentiable."""
         place = self.place()
-        blocks = place.low_rank_blocks(a, b * self.lora.spec.scaling)  # B is smaller than the product
-        return {name: dense_delta(blocks[name], place.shapes[name]) for name in blocks}
+        return dense_delta(place.low_rank_blocks(a, b * self.lora.spec.scaling), place.shape)  # B is smaller than B @ A
 
     def drops(self) -> bool:
         """Return whether dropout acts now.
@@ -335,8 +327,8 @@ class AdaptedWeights(StoredTensors):
 
     # --- merging ---
 
-    def own_weights(self) -> dict[str, nn.Parameter]:
-        """Return adapted_weights for merging, where W + delta does not stand in for any of them.
+    def own_weight(self) -> nn.Parameter:
+        """Return the weight for merging, where W + delta does not stand in for it.
 
         Waits for the forward of another thread in which it does.
 
@@ -349,7 +341,7 @@ class AdaptedWeights(StoredTensors):
                     f"merge: {self.lora.name!r}: called inside a forward of this layer, while W + delta stands in for "
                     "its weight; call it outside of the forward."
                 )
-            return self.adapted_weights()
+            return self.adapted_weight()
 
     def quantised(self) -> str:
         """Return how the weight is quantised, or "". A quantised layer stays factored when the model is merged."""
@@ -359,23 +351,25 @@ class AdaptedWeights(StoredTensors):
         """Return why merging would be wrong for this layer, or ""."""
         return self.lora.unmergeable_reason
 
-    def blocks(self, weights: Mapping[str, torch.Tensor], stored: Stored | None = None) -> Blocks:
-        """Return the blocks that are added to this rank's shards of weights, by weight name.
+    def blocks(self, weight: torch.Tensor, stored: Stored | None = None) -> Blocks:
+        """Return the blocks that are added to this rank's shard of the weight.
 
-        Collective where the stored tensors or the weights are sharded.
+        Collective where the stored tensors or the weight are sharded.
 
         Args:
-            weights: by name; the live ones, or those of a state dict.
+            weight: the live one, or that of a state dict.
             stored: by leaf name, instead of the live values.
         """
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
-        blocks = self.lora.spec.variant.live_blocks(
-            whole, self.place(), weights, lambda name: parts_of(full_tensor(weights[name]))
-        )
-        return {name: self.crop_to_shard(blocks[name], weights[name]) for name in blocks}
+
+        def read() -> Parts:
+            return parts_of(full_tensor(weight))
+
+        blocks = self.lora.spec.variant.live_blocks(whole, self.place(), weight, read)
+        return self.crop_to_shard(blocks, weight)
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
-        """Return the blocks that are added to the whole weights, without s and without a scale.
+        """Return the blocks that are added to the whole weight, without s and without a scale.
 
         Collective where `blocks` is.
         """
@@ -411,33 +405,32 @@ class AdaptedWeights(StoredTensors):
         *,
         copy: bool,
         cost: list[float] | None = None,
-        weights: Mapping[str, torch.Tensor] | None = None,
+        weight: torch.Tensor | None = None,
         blocks: Blocks | None = None,
         buffers: Buffers | None = None,
     ) -> None:
-        """Write W' into this rank's shard of each weight. In place. Other arguments are those of merge_weight_.
+        """Write W' into this rank's shard of the weight. In place. Other arguments are those of merge_weight_.
 
         Args:
             copy: keep plain copies.
-            weights: the result of own_weights, if the caller has it.
-            blocks: the result of `blocks` for these weights, if the caller has it.
+            weight: the result of own_weight, if the caller has it.
+            blocks: the result of `blocks` for this weight, if the caller has it.
 
         Raises:
-            NonFiniteError: a value of a sum is not finite. All weights then have their old values.
+            NonFiniteError: a value of a sum is not finite. The weight then has its old values.
         """
         state = self.lora
         with state.lock:
             if state.unfinished:
                 self.unmerge_()
-            weights = weights or self.own_weights()
-            blocks = blocks or self.blocks(weights)
+            weight = self.own_weight() if weight is None else weight
+            blocks = self.blocks(weight) if blocks is None else blocks
             try:
                 state.unfinished = True
-                for name in blocks:
-                    weight, undo = self.as_matrix(local(weights[name])), state.records.setdefault(name, Undo())
-                    memory = state.copies.setdefault(name, Buffers()) if copy and weight.is_cpu else Buffers()
-                    how: dict[str, Any] = {"copies": memory if copy else None, "undo": undo, "buffers": buffers}
-                    merge_weight_(weight, blocks[name], state.spec.scaling, cost=cost, **how)
+                state.undo, matrix = Undo() if state.undo is None else state.undo, self.as_matrix(local(weight))
+                copies = (state.copies if matrix.is_cpu else Buffers()) if copy else None
+                how: dict[str, Any] = {"copies": copies, "undo": state.undo, "buffers": buffers}
+                merge_weight_(matrix, blocks, state.spec.scaling, cost=cost, **how)
                 vars(self)["lora_active"], state.merged = False, True  # nn.Module.__setattr__ is many times slower
                 state.unfinished = False
             except BaseException:
@@ -445,22 +438,22 @@ class AdaptedWeights(StoredTensors):
                 raise
 
     def unmerge_(self, buffers: Buffers | None = None) -> None:
-        """Write W back into this rank's shard of each weight, as unmerge_weight_ does. In place.
+        """Write W back into this rank's shard of the weight, as unmerge_weight_ does. In place.
 
         If an exception breaks this call off, another call completes it.
 
         Raises:
-            LoRAError: something else changed a merged weight. W is lost, unless a plain copy of it was kept.
+            LoRAError: something else changed the merged weight. W is lost, unless a plain copy of it was kept.
         """
         failure, state = None, self.lora
         with state.lock:
-            weights, state.unfinished = self.adapted_weights(), True
-            for name, undo in list(state.records.items()):
+            weight, state.unfinished = self.adapted_weight(), True
+            if state.undo is not None:
                 try:
-                    unmerge_weight_(self.as_matrix(local(weights[name])), undo, buffers)
+                    unmerge_weight_(self.as_matrix(local(weight)), state.undo, buffers)
                 except LoRAError as error:
-                    failure, state.restore_failed = error, state.restore_failed or not undo.copied
-                del state.records[name]
+                    failure, state.restore_failed = error, state.restore_failed or not state.undo.copied
+                state.undo = None
             vars(self)["lora_active"], state.merged = True, False
             state.unfinished = False
         if failure:
@@ -473,10 +466,10 @@ class AdaptedWeights(StoredTensors):
         Raises:
             LoRAError: the layer cannot be merged again after the change. It then stays unmerged.
         """
-        if not self.lora.records:
+        if self.lora.undo is None:
             yield
             return
-        copy, was_merged = any(undo.copied for undo in self.lora.records.values()), self.lora.merged
+        copy, was_merged = self.lora.undo.copied, self.lora.merged
         self.unmerge_()
         yield
         if not was_merged:  # an exception had broken a merge off
@@ -493,57 +486,40 @@ class AdaptedWeights(StoredTensors):
                 "or undo the change."
             ) from error
 
-    def original(self, name: str) -> torch.Tensor:
-        """Return the values that a parameter has without the adapter, detached.
-
-        While the parameter is merged, they are a new tensor; otherwise they share the parameter's memory.
+    def original(self) -> torch.Tensor:
+        """Return W, detached. While the weight is merged, it is a new tensor; otherwise it shares the weight's memory.
 
         Raises:
             LoRAError: unmerging failed earlier, so W is lost.
         """
         with self.lora.lock:  # waits while another thread merges or has W + delta in place of W
-            inside = flat_parameters(self.lora_holder)
+            inside, name = flat_parameters(self.lora_holder), self.weight_leaf
             weight = detached(inside[name] if name in inside else getattr(self.lora_holder, name))
-            if self.lora.restore_failed and name in self.adapted_weights():
+            if self.lora.restore_failed:
                 raise LoRAError(
                     f"{type(self.lora_holder).__name__}: its base weight could not be restored after merging, so "
                     "nothing is saved from it; load the base weights again."
                 )
-            record = self.lora.records.get(name)
-            if record is None:
+            if self.lora.undo is None:
                 return weight
             shard = local(weight)
-            return from_local_like(restored_weight(self.as_matrix(shard), record).view(shard.shape), weight)
+            return from_local_like(restored_weight(self.as_matrix(shard), self.lora.undo).view(shard.shape), weight)
 
-    def base_values(self, name: str) -> torch.Tensor:
+    def base_values(self) -> torch.Tensor:
         """Return this rank's shard of W, detached; a quantised weight is dequantised."""
-        return local(self.original(name))
+        return local(self.original())
 
-    def merged_copies(
-        self, weights: Mapping[str, torch.Tensor], blocks: Blocks, cost: list[float] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Return W' of each adapted weight as new tensors, sharded like W.
+    def merged_copy(self, weight: torch.Tensor, blocks: Blocks, cost: list[float] | None = None) -> torch.Tensor:
+        """Return W' as a new tensor, sharded like W.
 
         Args:
-            weights: W by name.
-            blocks: the result of `blocks` for these weights.
+            weight: W.
+            blocks: the result of `blocks` for this weight.
             cost: as of merge_weight_.
         """
-        merged = {}
-        for name in blocks:
-            shard = local(weights[name])
-            values = merged_weight(self.as_matrix(shard), blocks[name], self.lora.spec.scaling, cost=cost)
-            values = values.view(shard.shape)
-            merged[name] = from_local_like(values, weights[name])
-        return merged
-
-
-def _matrix(layer: AdaptedWeights) -> torch.Tensor | None:
-    """Return W as a matrix (out, in), or None if the layer has several weights."""
-    weights = list(layer.adapted_weights().values())
-    if len(weights) > 1:
-        return None
-    return low_rank.matrix_view(layer.KIND, weights[0])
+        shard = local(weight)
+        values = merged_weight(self.as_matrix(shard), blocks, self.lora.spec.scaling, cost=cost).view(shard.shape)
+        return from_local_like(values, weight)
 
 
 def adapted_places(
@@ -590,7 +566,7 @@ def layer_adapter(module: object) -> AdaptedWeights | None:
 
 def adapter_of(module: nn.Module, weight: str) -> AdaptedWeights | None:
     """Return the adapter that changes one of a module's own parameters, or None."""
-    return next((each for each in adapters_in(module).values() if weight in each.adapted_weights()), None)
+    return next((each for each in adapters_in(module).values() if weight == each.weight_leaf), None)
 
 
 @contextmanager

@@ -23,8 +23,12 @@ class LoRAMultiheadAttention(LoRALayer):
     KIND = low_rank.ATTENTION
     MODULES = (nn.MultiheadAttention,)
 
-    def adapted_weights(self) -> dict[str, nn.Parameter]:
-        return {IN_PROJ: getattr(self, IN_PROJ)}
+    @property
+    def weight_leaf(self) -> str:
+        return IN_PROJ
+
+    def adapted_weight(self) -> nn.Parameter:
+        return cast(nn.Parameter, getattr(self, IN_PROJ))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_active:

@@ -28,8 +28,10 @@ class LoRAConv(LoRALayer):
 
     def runs_on_factors(self, x: torch.Tensor) -> bool:
         """Dropout of single elements of the input needs the factors, whatever they cost."""
-        layer, rank = cast(nn.Conv2d, self), self.lora.spec.variant.acting_rank(self.lora.spec.r)
-        costs_less = rank * layer.groups < layer.out_channels
+        layer, spec = cast(nn.Conv2d, self), self.lora.spec
+        with torch.no_grad():
+            _, b, _ = spec.variant.acting(self.stored(), None, spec.scaling)
+        costs_less = b.shape[1] * layer.groups < layer.out_channels
         return super().runs_on_factors(x) and (costs_less or self.drops())
 
     def acting(self) -> Acting:

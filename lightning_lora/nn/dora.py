@@ -26,12 +26,11 @@ from .variant import (
     Place,
     Reader,
     Stored,
-    Weights,
+    Weight,
     scaled_blocks,
 )
 
 MAGNITUDE = "lora_magnitude"  # leaf name: (out,)
-WEIGHT = "weight"
 
 
 class DoRA(LoRA):
@@ -54,10 +53,10 @@ class DoRA(LoRA):
         shapes = super().shapes(place)
         return {**shapes, MAGNITUDE: shapes[B][:1]}
 
-    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
-        plain, weight = super().start(place, weights), weights()[WEIGHT]
-        a, b = (plain[leaf].to(weight.device).flatten(1) for leaf in (A, B))
-        norms = norms_of_weight(detached(weight), a, b, place.scaling, transposed=place.is_transposed)
+    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
+        plain, values = super().start(place, weight), weight()
+        a, b = (plain[leaf].to(values.device).flatten(1) for leaf in (A, B))
+        norms = norms_of_weight(detached(values), a, b, place.scaling, transposed=place.is_transposed)
         return {**plain, MAGNITUDE: norms}
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
@@ -67,18 +66,16 @@ class DoRA(LoRA):
         norms = output_norms(weight.detach(), a.detach().flatten(1), b.detach().flatten(1), scaling)
         return Acting(a, b, _scale(stored, norms))
 
-    def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
+    def blocks(self, stored: Stored, place: Place, read: Reader) -> list[LowRankBlock]:
         a, b = (stored[leaf].detach().flatten(1) for leaf in (A, B))
         columns = slice(0, sys.maxsize)
-        parts = ((part, slice(first, first + len(part)), columns) for first, part in read(WEIGHT))
+        parts = ((part, slice(first, first + len(part)), columns) for first, part in read())
         squares = squares_of_windows(parts, a, b, place.scaling, transposed=place.is_transposed)
         return _blocks(stored, place, squares.sqrt())
 
-    def live_blocks(
-        self, stored: Stored, place: Place, weights: Mapping[str, torch.Tensor], read: Reader
-    ) -> dict[str, list[LowRankBlock]]:
+    def live_blocks(self, stored: Stored, place: Place, weight: torch.Tensor, read: Reader) -> list[LowRankBlock]:
         a, b = (stored[leaf].flatten(1) for leaf in (A, B))
-        norms = norms_of_weight(detached(weights[WEIGHT]), a, b, place.scaling, transposed=place.is_transposed)
+        norms = norms_of_weight(detached(weight), a, b, place.scaling, transposed=place.is_transposed)
         return _blocks(stored, place, norms)
 
     def options(self) -> dict[str, Any]:
@@ -106,6 +103,6 @@ def _scale(stored: Stored, norms: torch.Tensor) -> torch.Tensor:
     return magnitude / norms.to(magnitude)
 
 
-def _blocks(stored: Stored, place: Place, norms: torch.Tensor) -> dict[str, list[LowRankBlock]]:
-    blocks = place.low_rank_blocks(stored[A], stored[B])[WEIGHT]
-    return {WEIGHT: scaled_blocks(blocks, _scale(stored, norms), transposed=place.is_transposed)}
+def _blocks(stored: Stored, place: Place, norms: torch.Tensor) -> list[LowRankBlock]:
+    blocks = place.low_rank_blocks(stored[A], stored[B])
+    return scaled_blocks(blocks, _scale(stored, norms), transposed=place.is_transposed)

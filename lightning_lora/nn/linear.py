@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, cast
 
 import torch
@@ -108,26 +107,23 @@ class LoRAQuantisedLinear(LoRALinear):
     def unmergeable_reason(self) -> str:
         return super().unmergeable_reason() or f"its weight is quantised ({self.quantised()})"
 
-    def dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W + delta in dequantised form, for code that reads the weight instead of calling the layer."""
-        values = {name: cast(nn.Parameter, dequantize(self, name)) for name in weights}
-        return super().dense_weights(values)
+        return super().merged_values(dequantize(self))
 
-    def base_values(self, name: str) -> torch.Tensor:
-        return local(dequantize(self, name))
+    def base_values(self) -> torch.Tensor:
+        return local(dequantize(self))
 
-    def merged_copies(
-        self, weights: Mapping[str, torch.Tensor], blocks: Blocks, cost: list[float] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Return W' in the dtype of the dequantised weights."""
-        return super().merged_copies({name: dequantize(self, name) for name in blocks}, blocks, cost)
+    def merged_copy(self, weight: torch.Tensor, blocks: Blocks, cost: list[float] | None = None) -> torch.Tensor:
+        """Return W' in the dtype of the dequantised weight."""
+        return super().merged_copy(dequantize(self), blocks, cost)
 
-    def weight_values(self) -> dict[str, torch.Tensor]:
-        return {"weight": dequantize(self)}
+    def weight_values(self) -> torch.Tensor:
+        return dequantize(self)
 
-    def weight_shapes(self) -> dict[str, torch.Size]:
+    def weight_shape(self) -> torch.Size:
         linear = cast(nn.Linear, self)
-        return {"weight": torch.Size((linear.out_features, linear.in_features))}
+        return torch.Size((linear.out_features, linear.in_features))
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 
 from .low_rank import CONV, GROUPED_CONV, LINEAR
 from .random_stream import stream
-from .variant import Acting, Config, Place, Stored, Variant, Weights
+from .variant import Acting, Config, Place, Stored, Variant, Weight
 
 FIRST_A, FIRST_B = "lora_hada_w1_a", "lora_hada_w1_b"  # (out, r) and (r, in)
 SECOND_A, SECOND_B = "lora_hada_w2_a", "lora_hada_w2_b"  # (out, r) and (r, in)
@@ -48,7 +48,7 @@ class LoHa(Variant):
         pair = (outputs, place.rank), (place.rank, inputs)
         return dict(zip(LEAVES, pair + pair, strict=True))
 
-    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
+    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
         draw = stream(place.seed)
         shapes = self.shapes(place)
         start = {leaf: torch.zeros(shapes[leaf], dtype=torch.float32, device="cpu") for leaf in LEAVES}
@@ -66,9 +66,6 @@ class LoHa(Variant):
         first_a, first_b, second_a, second_b = (stored[leaf] for leaf in LEAVES)
         a = (first_b[:, None, :] * second_b[None, :, :]).flatten(0, 1)
         return Acting(a, (first_a[:, :, None] * second_a[:, None, :]).flatten(1))
-
-    def acting_rank(self, rank: int) -> int:
-        return rank**2
 
     # --- what it goes with ---
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..names import A, B
 from .low_rank import EMBEDDING, GROUPED_CONV
 from .random_stream import stream
-from .variant import Acting, Place, Stored, Variant, Weights
+from .variant import Acting, Place, Stored, Variant, Weight
 
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"  # PEFT's names
 PEFT_LEAVES = {"lora_A.weight": A, "lora_B.weight": B, EMBEDDING_A: A, EMBEDDING_B: B}
@@ -34,7 +34,7 @@ class LoRA(Variant):
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         return dict(zip((A, B), place.factor_shapes(), strict=True))
 
-    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
+    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
         a, b = initial_factors(*place.factor_shapes(), place.init, place.seed, lookup=place.is_lookup)
         return {A: a, B: b}
 

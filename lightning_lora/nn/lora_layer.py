@@ -51,9 +51,13 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
     def lora_adapters(self) -> Mapping[str, AdaptedWeights]:
         return {"": self}
 
-    def adapted_weights(self) -> dict[str, nn.Parameter]:
+    @property
+    def weight_leaf(self) -> str:
+        return "weight"
+
+    def adapted_weight(self) -> nn.Parameter:
         weight = self._parameters.get("weight")  # nn.Module.__getattr__ is several times slower
-        return {"weight": self.weight if weight is None else weight}
+        return self.weight if weight is None else weight
 
     def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
         parameters, leaves = self._parameters, leaves or self.lora.spec.variant.leaves
@@ -149,7 +153,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
                     "out of target_modules, or out of the parallelize plan."
                 )
             dims = low_rank.shard_dims(self.KIND)
-            param = place_like_weight(variant.placed_as[name], cast(nn.Parameter, param), self.main_weight(), dims)
+            param = place_like_weight(variant.placed_as[name], cast(nn.Parameter, param), self.adapted_weight(), dims)
         super().register_parameter(name, param)
 
 

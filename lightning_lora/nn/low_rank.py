@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -110,45 +110,46 @@ def shard_dims(kind: str) -> dict[int, tuple[str, int]]:
 
 
 def factor_shapes(
-    kind: str, shapes: Mapping[str, Shape], rank: int, enabled: Enabled = None
+    kind: str, shape: Shape, rank: int, enabled: Enabled = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of A and B.
 
     Args:
         kind: one of KINDS.
-        shapes: of the layer's weights as stored, by weight name.
+        shape: of the layer's weight as stored.
         rank: r.
         enabled: which equal parts of a fused projection are adapted; None for the whole projection.
 
     Raises:
-        ValueError: a weight has the wrong number of dimensions for the kind.
+        ValueError: the weight has the wrong number of dimensions for the kind.
     """
-    first = next(iter(shapes.values()))
     if kind in STACKS:
-        experts, *matrix = first
+        experts, *matrix = shape
         rows, columns = reversed(matrix) if kind == TRANSPOSED_EXPERTS else matrix
         return (experts * rank, columns), (experts * rows, rank)
     if kind in CONVOLUTIONS:
-        out, inputs, *kernel = first
+        out, inputs, *kernel = shape
         return (rank, inputs, *kernel), (out, rank, *[1] * len(kernel))
-    out, inputs = matrix_shape(kind, first)
+    out, inputs = matrix_shape(kind, shape)
     parts = enabled or (True,)
     return (sum(parts) * rank, inputs), (out // len(parts) * sum(parts), rank)
 
 
 def low_rank_blocks(
-    kind: str, shapes: Mapping[str, Shape], a: torch.Tensor, b: torch.Tensor, enabled: Enabled = None
-) -> dict[str, list[LowRankBlock]]:
-    """Return the blocks that B @ A adds to each weight, without the scaling. Arguments are those of factor_shapes."""
-    name, shape = next(iter(shapes.items()))
+    kind: str, shape: Shape, a: torch.Tensor, b: torch.Tensor, enabled: Enabled = None
+) -> list[LowRankBlock]:
+    """Return the blocks that B @ A adds to the weight, without the scaling. Arguments are those of factor_shapes."""
     if kind in STACKS:
         pairs = zip(*stack_factors(kind, shape, a, b), strict=True)
-        return {name: [LowRankBlock(i * shape[1], 0, left, right) for i, (left, right) in enumerate(pairs)]}
-    blocks = [
+        return [LowRankBlock(i * shape[1], 0, left, right) for i, (left, right) in enumerate(pairs)]
+    a, b = a.flatten(1), b.flatten(1)
+    height = b.shape[0] // sum(enabled or (True,))
+    starts = [i * height for i, on in enumerate(enabled or (True,)) if on]
+    parts = zip(starts, torch.split(b, height), torch.split(a, b.shape[1] if enabled else len(a)), strict=True)
+    return [
         LowRankBlock(0, start, right.T, left.T) if kind in TRANSPOSED else LowRankBlock(start, 0, left, right)
-        for start, right, left in enabled_parts(a.flatten(1), b.flatten(1), enabled)
+        for start, left, right in parts
     ]
-    return {name: blocks}
 
 
 def stack_factors(kind: str, shape: Shape, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,21 +157,6 @@ def stack_factors(kind: str, shape: Shape, a: torch.Tensor, b: torch.Tensor) -> 
     experts, rank = shape[0], b.shape[1]
     stacked_a, stacked_b = a.view(experts, rank, a.shape[1]), b.view(experts, -1, rank)
     return (stacked_a.mT, stacked_b.mT) if kind == TRANSPOSED_EXPERTS else (stacked_b, stacked_a)
-
-
-def enabled_parts(a: torch.Tensor, b: torch.Tensor, enabled: Enabled) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Split factors into (first output, A, B) for each adapted part. A layer without parts counts as one part."""
-    if enabled is None:
-        return [(0, a, b)]
-    size = b.shape[0] // sum(enabled)
-    starts = [start for start, _ in part_outputs(size * len(enabled), enabled)]
-    return list(zip(starts, torch.split(a, b.shape[1]), torch.split(b, size), strict=True))
-
-
-def part_outputs(outputs: int, enabled: Enabled) -> list[tuple[int, int]]:
-    """Return (first output, number of outputs) of each adapted part. A layer without parts counts as one part."""
-    size = outputs // len(enabled or (True,))
-    return [(i * size, size) for i, on in enumerate(enabled or (True,)) if on]
 
 
 def stack_ranks(
@@ -193,9 +179,8 @@ def halve_ranks(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, to
     return [(part.flatten(0, 1), half) for part, half in zip(parts, b.chunk(2, 1), strict=True)]
 
 
-def adapted_parts(kind: str, weights: Mapping[str, torch.Tensor], enabled: Enabled = None) -> list[torch.Tensor]:
-    """Return each matrix (out, in) that has its own factors, as a view of a layer's weights."""
-    weight = next(iter(weights.values()))
+def adapted_parts(kind: str, weight: torch.Tensor, enabled: Enabled = None) -> list[torch.Tensor]:
+    """Return each matrix (out, in) that has its own factors, as a view of the weight."""
     if kind in STACKS:
         return list(weight.mT if kind == TRANSPOSED_EXPERTS else weight)
     matrix = matrix_view(kind, weight)

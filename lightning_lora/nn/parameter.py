@@ -43,11 +43,12 @@ class LoRAParameter(AdaptedWeights):
     def stored_name(self, leaf: str) -> str:
         return parameter_factor_name(self.parameter, leaf)
 
-    def adapted_weights(self) -> dict[str, nn.Parameter]:
-        return {self.parameter: cast(nn.Parameter, self.module._parameters[self.parameter])}
+    @property
+    def weight_leaf(self) -> str:
+        return self.parameter
 
-    def weight_name(self, name: str, weight: str) -> str:
-        return name
+    def adapted_weight(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.module._parameters[self.parameter])
 
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         is_stack = self.KIND in low_rank.STACKS and weight.dim() == 3  # else a flat slice, or one matrix
@@ -62,28 +63,27 @@ class LoRAParameter(AdaptedWeights):
         rows = weight.shape[1]
         return crop(blocks, slice(experts.start * rows, experts.stop * rows))
 
-    def deltas(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, torch.Tensor]:
+    def delta(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> torch.Tensor:
         left, right = self._left_and_right(factor_a, factor_b)
-        return {self.parameter: left @ right}
+        return left @ right
 
     def _left_and_right(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return left (m, r) and right (r, n), or for a stack (E, m, r) and (E, r, n). The scaling is in left."""
         left, right = factor_b, factor_a
         if self.KIND in low_rank.STACKS:
-            left, right = stack_factors(self.KIND, self.main_weight().shape, factor_a, factor_b)
+            left, right = stack_factors(self.KIND, self.adapted_weight().shape, factor_a, factor_b)
         return left * self.lora.spec.scaling, right
 
-    def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    def stand_in(self, weight: torch.Tensor) -> Any:
         """Return W + delta, or a FactoredWeight if the module's forward is known to work with one."""
-        weight, forward = weights[self.parameter], self.module.lora_base.forward
-        known = forward.__module__.startswith(FACTORED)
+        known = self.module.lora_base.forward.__module__.startswith(FACTORED)
         if not known or torch.compiler.is_compiling() or runs_by_formula(weight):
-            return super().stand_ins(weights)
+            return super().stand_in(weight)
         a, b, scale = self.acting()
         if scale is not None:
-            return super().stand_ins(weights)
+            return super().stand_in(weight)
         self.note_segment()
-        return {self.parameter: FactoredWeight(weight, *self._left_and_right(a, b))}
+        return FactoredWeight(weight, *self._left_and_right(a, b))
 
 
 class LoRAParameterHolder(AdaptedModule):

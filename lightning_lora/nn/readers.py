@@ -65,12 +65,11 @@ class LayerView:
         if name in ("layer", "sums"):  # not set yet; torch.compile asks for them that early
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         adapter = layer_adapter(self.layer) if name in WEIGHTS else None
-        weights = adapter.adapted_weights() if adapter is not None else {}
-        if adapter is None or name not in weights:
+        if adapter is None or name != adapter.weight_leaf:
             return getattr(self.layer, name)
         if self.sums is None:
-            object.__setattr__(self, "sums", adapter.dense_weights(weights))
-        return self.sums[name]
+            object.__setattr__(self, "sums", adapter.merged_values(adapter.adapted_weight()))
+        return self.sums
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.layer, name, value)

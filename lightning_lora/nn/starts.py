@@ -22,7 +22,7 @@ from . import low_rank
 from .autocast import without_autocast
 from .lora import LoRA
 from .random_stream import leading_basis, stream
-from .variant import START_OPTION, Acting, Config, Place, Stored, Weights
+from .variant import START_OPTION, Acting, Config, Place, Stored, Weight
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -46,16 +46,15 @@ class Started(LoRA):
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         return dict(zip((A, B, START_A, START_B), 2 * place.factor_shapes(), strict=True))
 
-    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
-        plain = self._from_weights(place, weights()) if is_start(place.init) else super().start(place, weights)
+    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
+        plain = self._from_weight(place, weight()) if is_start(place.init) else super().start(place, weight)
         return {**plain, START_A: plain[A], START_B: plain[B]}
 
-    def _from_weights(self, place: Place, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weights = {name: full_tensor(weight) for name, weight in weights.items()}
+    def _from_weight(self, place: Place, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         try:
             pairs = [
                 start_factors(part, place.rank, place.scaling, str(place.init), place.seed)
-                for part in low_rank.adapted_parts(place.kind, weights, place.enabled)
+                for part in low_rank.adapted_parts(place.kind, full_tensor(weight), place.enabled)
             ]
         except LoRAError as error:
             raise LoRAError(f"{place.name!r}: {error}.") from None
@@ -66,9 +65,6 @@ class Started(LoRA):
     def is_initial(self, stored: Stored, place: Place) -> bool:
         pairs = ((stored[A], stored[START_A]), (stored[B], stored[START_B]))
         return all(not now.is_meta and torch.equal(now, start) for now, start in pairs)
-
-    def acting_rank(self, rank: int) -> int:
-        return 2 * rank
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         """Return [A; A - A0] and [B - B0, B0], whose product is B @ A - B0 @ A0.

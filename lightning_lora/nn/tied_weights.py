@@ -62,8 +62,7 @@ def record_ties(modules: NamedModules) -> None:
             own = ties.get(module, {})
             owner = own.get(parameter) if parameter else next(iter(own.values()), None)
             reason = f"its weight is also {owner}" if owner else ""
-            weights = (parameter,) if parameter else adapter.adapted_weights()
-            if not owner and any(name not in module._parameters for name in weights):
+            if not owner and adapter.weight_leaf not in module._parameters:
                 reason = "its weight is computed from others (weight_norm, parametrize, prune)"
             # If `modules` are only a part of the injected model, they can show a tie but not that there is none.
             if reason != adapter.lora.unmergeable_reason and (reason or whole):

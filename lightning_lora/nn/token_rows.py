@@ -23,7 +23,7 @@ from .adapted_module import AdaptedModule, StandIns, swapped_class
 from .adapted_weights import AdaptedWeights, Blocks, LayerSpec, LayerState
 from .low_rank import LowRankBlock, row_blocks
 from .transforms import runs_by_formula
-from .variant import ROWS_OPTION, Place, Reader, Stored, Variant, Weights
+from .variant import ROWS_OPTION, Place, Reader, Stored, Variant, Weight
 
 ROWS = "lora_rows"  # leaf name: (n, dim)
 WEIGHT = "weight"
@@ -38,14 +38,14 @@ class TrainedRows(Variant):
     follows_weight = True
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        return {ROWS: (len(place.rows), place.shapes[WEIGHT][1])}
+        return {ROWS: (len(place.rows), place.shape[1])}
 
-    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
-        return {ROWS: rows_of(weights()[WEIGHT], place.rows)}
+    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
+        return {ROWS: rows_of(weight(), place.rows)}
 
-    def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
+    def blocks(self, stored: Stored, place: Place, read: Reader) -> list[LowRankBlock]:
         rows = stored[ROWS]
-        return {WEIGHT: [b for first, part in read(WEIGHT) for b in row_blocks(part, place.rows, rows, first)]}
+        return [block for first, part in read() for block in row_blocks(part, place.rows, rows, first)]
 
 
 class TokenRows(AdaptedWeights):
@@ -75,11 +75,15 @@ class TokenRows(AdaptedWeights):
     def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
         return {ROWS: self.rows}
 
-    def adapted_weights(self) -> dict[str, nn.Parameter]:
-        return {WEIGHT: self.tables[0].weight}
+    @property
+    def weight_leaf(self) -> str:
+        return WEIGHT
+
+    def adapted_weight(self) -> nn.Parameter:
+        return self.tables[0].weight
 
     def is_initial(self, *, everywhere: bool = False) -> bool:
-        if not everywhere and (self.lora.records or is_spread(self.rows)):
+        if not everywhere and (self.lora.undo is not None or is_spread(self.rows)):
             return False
         live, start = full_tensor(self.rows).detach(), self.initial_values()[ROWS]
         if live.is_meta or start.is_meta:
@@ -92,19 +96,18 @@ class TokenRows(AdaptedWeights):
         untied = any(table._parameters.get(WEIGHT) is not weight for table in self.tables)
         return super().unmergeable_reason() or ("tables that were tied at injection are not any more" if untied else "")
 
-    def blocks(self, weights: Mapping[str, torch.Tensor], stored: Stored | None = None) -> Blocks:
-        weight, rows = weights[WEIGHT], full_tensor((stored or self.stored())[ROWS])
-        blocks, begin = [], 0
+    def blocks(self, weight: torch.Tensor, stored: Stored | None = None) -> Blocks:
+        rows, blocks, begin = full_tensor((stored or self.stored())[ROWS]), list[LowRankBlock](), 0
         for part, lines, columns in windows(weight, whole_shape(weight)[1]):
             found = row_blocks(part, self.lora.spec.rows, rows[:, columns], lines.start)
             blocks += [block.placed(begin, part.shape[1]) for block in found] if is_flat(weight) else found
             begin += part.numel()
-        return {WEIGHT: blocks}
+        return blocks
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
-        before = rows_of(self.original(WEIGHT), self.lora.spec.rows)
+        before = rows_of(self.original(), self.lora.spec.rows)
         rows = full_tensor((stored or self.stored())[ROWS])
-        return {WEIGHT: row_blocks(before, range(len(before)), rows)}
+        return row_blocks(before, range(len(before)), rows)
 
     def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None], *, loaded: bool) -> None:
         """Tie the tables again: all of them get the first table's parameters. In place.
@@ -126,15 +129,15 @@ class TokenRows(AdaptedWeights):
             elif _has_same_values(new, old):
                 module._parameters[name] = old
 
-    def dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
         self.note_segment()
-        table, weight = self.tables[0], weights[WEIGHT]
+        table = self.tables[0]
         if WEIGHT not in table._parameters:
             raise LoRAError(
                 f"{type(table).__name__}: since injection, weight is computed from other parameters (weight_norm, "
                 "parametrize); undo that."
             )
-        return {WEIGHT: weight.index_copy(0, table.row_ids(weight.device), self.rows.to(weight.dtype))}
+        return weight.index_copy(0, table.row_ids(weight.device), self.rows.to(weight.dtype))
 
 
 class LoRATable(AdaptedModule):

@@ -23,9 +23,9 @@ from .low_rank import LowRankBlock
 
 Config = Any  # a LoRAConfig; importing config.py here would add a floor to the package
 Stored = Mapping[str, torch.Tensor]  # tensors of one layer's adapter, by leaf name
-Weights = Callable[[], Mapping[str, torch.Tensor]]  # returns a layer's weights as stored, by name
+Weight = Callable[[], torch.Tensor]  # returns a layer's weight as stored
 Parts = Iterable[tuple[int, torch.Tensor]]  # (first row, some rows of a weight as a matrix)
-Reader = Callable[[str], Parts]  # reads the weight with this name part by part
+Reader = Callable[[], Parts]  # reads a layer's weight part by part
 
 BY_OPTION: dict[str, Variant] = {}  # variants that another option than `variant` asks for, by its name
 ROWS_OPTION, START_OPTION = "trainable_token_indices", "init_lora_weights"
@@ -38,7 +38,7 @@ class Place:
     Attributes:
         name: of the layer in the model.
         kind: one of low_rank.KINDS.
-        shapes: of the layer's weights as stored, by name.
+        shape: of the layer's weight as stored; empty if it is not known.
         rank: r.
         scaling: s.
         enabled: which equal parts of a fused projection are adapted; None for the whole projection.
@@ -50,7 +50,7 @@ class Place:
 
     name: str
     kind: str
-    shapes: Mapping[str, torch.Size]
+    shape: torch.Size
     rank: int
     scaling: float
     enabled: tuple[bool, ...] | None = None
@@ -71,28 +71,28 @@ class Place:
 
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B of plain LoRA."""
-        return low_rank.factor_shapes(self.kind, self.shapes, self.rank, self.enabled)
+        return low_rank.factor_shapes(self.kind, self.shape, self.rank, self.enabled)
 
     def matrix_shape(self) -> tuple[int, int]:
         """Return (out, in) of the weight; a convolution's kernel size counts to in."""
-        return low_rank.matrix_shape(self.kind, next(iter(self.shapes.values())))
+        return low_rank.matrix_shape(self.kind, self.shape)
 
     def shaped(self, acting: Acting) -> Acting:
         """Return `acting` with a convolution's factors in the shapes of low_rank.py; they may be matrices before."""
         a, b, scale = acting
         if self.kind not in low_rank.CONVOLUTIONS or a.dim() > 2:
             return acting
-        kernel = next(iter(self.shapes.values()))[1:]
+        kernel = self.shape[1:]
         return Acting(a.reshape(-1, *kernel), b.reshape(*b.shape, *[1] * (len(kernel) - 1)), scale)
 
-    def low_rank_blocks(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, list[LowRankBlock]]:
-        """Return the blocks that B @ A adds to each weight, without the scaling.
+    def low_rank_blocks(self, a: torch.Tensor, b: torch.Tensor) -> list[LowRankBlock]:
+        """Return the blocks that B @ A adds to the weight, without the scaling.
 
         Args:
             a: A, in the shape that low_rank.py states for the kind, or flattened to a matrix.
             b: B, likewise.
         """
-        return low_rank.low_rank_blocks(self.kind, self.shapes, a, b, self.enabled)
+        return low_rank.low_rank_blocks(self.kind, self.shape, a, b, self.enabled)
 
 
 class Acting(NamedTuple):
@@ -140,7 +140,7 @@ class Variant:
         ...     name, trained = "plain", ("lora_plain_a", "lora_plain_b")
         ...     def shapes(self, place):
         ...         return dict(zip(self.trained, place.factor_shapes()))
-        ...     def start(self, place, weights):
+        ...     def start(self, place, weight):
         ...         a, b = self.shapes(place).values()
         ...         return {"lora_plain_a": torch.randn(a), "lora_plain_b": torch.zeros(b)}
         ...     def acting(self, stored, weight, scaling):
@@ -189,15 +189,14 @@ class Variant:
         """Return the shapes of a layer's trained and frozen tensors, by leaf name."""
         raise NotImplementedError
 
-    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
+    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
         """Return the initial values of a layer's trained and frozen tensors, by leaf name, the same each time.
 
         A layer calls it with the user's autocast off.
 
         Args:
             place: the layer. Draw random values on the CPU, from place.seed only.
-            weights: returns the layer's weights by name. Collective where they are sharded: call it on all ranks or on
-                none.
+            weight: returns W as stored. Collective where it is sharded: call it on all ranks or on none.
         """
         raise NotImplementedError
 
@@ -207,10 +206,6 @@ class Variant:
 
     # --- what it adds ---
 
-    def acting_rank(self, rank: int) -> int:
-        """Return the rank of the factors that `acting` returns for an option r of `rank`."""
-        return rank
-
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         """Return the factors and the scale that stored tensors act as, differentiable in the trained ones.
 
@@ -218,8 +213,8 @@ class Variant:
 
         Args:
             stored: by leaf name.
-            weight: W as a matrix (out, in); a convolution's kernel is flattened. None if reads_weight is false, if the
-                caller wants no scale, or if the layer has several weights. Return no scale then.
+            weight: W as a matrix (out, in); a convolution's kernel is flattened. None if reads_weight is false, or if
+                the caller wants no scale. Return no scale then.
             scaling: s.
         """
         raise NotImplementedError
@@ -229,32 +224,26 @@ class Variant:
         with without_autocast(next(iter(stored.values())).device.type):
             return Acting(*self.acting(stored, weight, scaling))
 
-    def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
-        """Return the blocks that merging adds to each weight, without s, with the scale of each sum.
+    def blocks(self, stored: Stored, place: Place, read: Reader) -> list[LowRankBlock]:
+        """Return the blocks that merging adds to the weight, without s, with the scale of the sum.
 
         Args:
             stored: by leaf name, not sharded.
             place: the layer.
-            read: reads a weight part by part, as stored; called only if reads_weight is true.
+            read: reads the weight part by part, as stored; called only if reads_weight is true.
         """
         if stored[self.trained[0]].dtype in low_rank.HALF:
             # `acting` would round its results to 16 bits, but W' must be rounded only once.
             stored = {leaf: tensor.float() for leaf, tensor in stored.items()}
         weight = None
-        if self.reads_weight and len(place.shapes) == 1:
-            (name,) = place.shapes
-            matrix = torch.cat([part for _, part in read(name)])
-            weight = low_rank.matrix_view(place.kind, matrix)
+        if self.reads_weight:
+            weight = low_rank.matrix_view(place.kind, torch.cat([part for _, part in read()]))
         a, b, scale = self.acting_exactly(stored, weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
-        if scale is None:
-            return blocks
-        return {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed) for name in blocks}
+        return blocks if scale is None else scaled_blocks(blocks, scale, transposed=place.is_transposed)
 
-    def live_blocks(
-        self, stored: Stored, place: Place, weights: Mapping[str, torch.Tensor], read: Reader
-    ) -> dict[str, list[LowRankBlock]]:
-        """Return `blocks` for the weights of a live layer. Collective where they are sharded.
+    def live_blocks(self, stored: Stored, place: Place, weight: torch.Tensor, read: Reader) -> list[LowRankBlock]:
+        """Return `blocks` for the weight of a live layer. Collective where it is sharded.
 
         Override it to sum over the ranks what `blocks` computes from a whole weight, which `read` would gather.
         """

@@ -47,18 +47,14 @@ def record_norms(model: nn.Module) -> None:
     handle = open_model(model, "LoRAMonitor")
     entries = handle.record.fingerprint
     names = {id(each.parameter): each.name for each in base_parameters_of(handle.modules)}
-    places = [
-        (names.get(id(weight), ""), layer, leaf)
-        for layer in dict.fromkeys(handle.layers.values())
-        for leaf, weight in layer.adapted_weights().items()
-    ]
-    known = [(name, layer, leaf) for name, layer, leaf in places if name in entries]
+    places = [(names.get(id(layer.adapted_weight()), ""), layer) for layer in dict.fromkeys(handle.layers.values())]
+    known = [(name, layer) for name, layer in places if name in entries]
     if not known:
         return
     reshard_(module for _, module in handle.modules)
-    sync = RankSync(layer.adapted_weights()[leaf] for _, layer, leaf in known)
-    squares = torch.tensor([_weight_square(layer, leaf, sync) for _, layer, leaf in known], dtype=torch.float64)
-    for (name, _, _), norm in zip(known, sync.total(squares).sqrt().tolist(), strict=True):
+    sync = RankSync(layer.adapted_weight() for _, layer in known)
+    squares = torch.tensor([_square_here(layer, sync) for _, layer in known], dtype=torch.float64)
+    for (name, _), norm in zip(known, sync.total(squares).sqrt().tolist(), strict=True):
         if math.isfinite(norm):
             entries[name] = {**entries[name], "norm": norm}
 
@@ -73,18 +69,13 @@ def _norms_in_model(handle: AdaptedModel) -> dict[str, float]:
     reshard_(module for _, module in handle.modules)
     layers = handle.layers_by_every_name
     distinct = list(dict.fromkeys(layers.values()))
-    sync = RankSync(layer.main_weight() for layer in distinct)
+    sync = RankSync(layer.adapted_weight() for layer in distinct)
     squares = torch.tensor([_square_here(layer, sync) for layer in distinct], dtype=torch.float64)
     norms = dict(zip(distinct, sync.total(squares).sqrt().tolist(), strict=True))
     return {name: norms[layer] for name, layer in layers.items()}
 
 
 def _square_here(layer: AdaptedWeights, sync: RankSync) -> float:
-    """Return this rank's share of the squared norm of a layer's weights."""
-    return math.fsum(_weight_square(layer, leaf, sync) for leaf in layer.adapted_weights())
-
-
-def _weight_square(layer: AdaptedWeights, leaf: str, sync: RankSync) -> float:
-    """Return this rank's share of the squared norm of one weight of a layer."""
-    values = dequantize(layer.lora_holder, leaf) if layer.quantised() else layer.original(leaf)
-    return sync.share(layer.adapted_weights()[leaf]) * sum_of_squares(local(values))
+    """Return this rank's share of the squared norm of a layer's weight."""
+    values = dequantize(layer.lora_holder) if layer.quantised() else layer.original()
+    return sync.share(layer.adapted_weight()) * sum_of_squares(local(values))

@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -71,7 +71,7 @@ class Snapshot:
 
     stored: Mapping[str, torch.Tensor]  # copies of its stored tensors by leaf name, sharded as the live tensors
     squares: float  # of D
-    weights: Mapping[str, WeightSquares]
+    weight: WeightSquares
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Measured:
     grams: list[tuple[torch.Tensor, torch.Tensor]]
     partial: dict[str, torch.Tensor]  # scalars of this rank: squares of W, and of gradients by role
     without_gradient: set[str]  # roles without a gradient
-    weights: dict[str, WeightSquares]
+    weight: WeightSquares
 
 
 def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> AdapterStats:
@@ -138,9 +138,7 @@ def layer_stats(
         group_of: the group of each layer, from group_names of all adapted layers in the model.
     """
     with torch.inference_mode(False), torch.no_grad():
-        sync = RankSync(
-            t for each in layers.values() for t in (*each.stored().values(), *each.adapted_weights().values())
-        )
+        sync = RankSync(t for each in layers.values() for t in (*each.stored().values(), each.adapted_weight()))
         measured = {name: _measure(layer, previous.get(name), sync) for name, layer in layers.items()}
         _to_cpu(measured.values())
         _sum_over_ranks(measured.values(), sync)
@@ -163,8 +161,8 @@ def _measure(layer: AdaptedWeights, before: Snapshot | None, sync: RankSync) -> 
     values = {"squares": _sum((left * right).sum() for left, right in grams) * square}
     if before is not None and _are_alike(before.stored, stored):
         values["product"] = inner_product(stacks, _stacks(layer, before.stored)) * square
-    weights = _weight_squares(layer, before)
-    partial = {"W": _sum(w.squares * sync.share(cast(nn.Parameter, w.weight())) for w in weights.values())}
+    weight = _weight_squares(layer, before)
+    partial = {"W": weight.squares * sync.share(layer.adapted_weight())}
     roles = {factor_role(leaf): stored[leaf] for leaf in layer.lora.spec.variant.trained}
     partial |= {role: _squares_of_gradient(factor, sync) for role, factor in roles.items()}
     return _Measured(
@@ -172,18 +170,15 @@ def _measure(layer: AdaptedWeights, before: Snapshot | None, sync: RankSync) -> 
         [] if layer.replaced_rows() else grams,
         partial,
         {role for role, factor in roles.items() if factor.grad is None},
-        weights,
+        weight,
     )
 
 
-def _weight_squares(layer: AdaptedWeights, before: Snapshot | None) -> dict[str, WeightSquares]:
-    known = before.weights if before is not None else {}
-    return {
-        name: known[name]
-        if name in known and known[name].is_of(weight)
-        else WeightSquares(weakref.ref(weight), _writes(weight), _squares(layer.base_values(name)))
-        for name, weight in layer.adapted_weights().items()
-    }
+def _weight_squares(layer: AdaptedWeights, before: Snapshot | None) -> WeightSquares:
+    weight = layer.adapted_weight()
+    if before is not None and before.weight.is_of(weight):
+        return before.weight
+    return WeightSquares(weakref.ref(weight), _writes(weight), _squares(layer.base_values()))
 
 
 def _writes(weight: nn.Parameter) -> tuple[int, int] | None:
@@ -218,7 +213,7 @@ def _sum(values: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _stacks(layer: AdaptedWeights, stored: Mapping[str, torch.Tensor]) -> list[Stack]:
-    return stack_blocks([block for blocks in layer.update_blocks(stored).values() for block in blocks])
+    return stack_blocks(layer.update_blocks(stored))
 
 
 def _are_alike(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
@@ -291,4 +286,4 @@ def _cosine(measured: Mapping[str, _Measured], previous: Mapping[str, Snapshot])
 
 def _snapshot(layer: AdaptedWeights, measured: _Measured) -> Snapshot:
     copies = {leaf: copy_of(tensor) for leaf, tensor in layer.stored().items()}
-    return Snapshot(copies, float(measured.values["squares"]), measured.weights)
+    return Snapshot(copies, float(measured.values["squares"]), measured.weight)

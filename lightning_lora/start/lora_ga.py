@@ -40,13 +40,13 @@ def start_from_gradients(model: nn.Module, layers: Mapping[str, AdaptedWeights],
     """
     caller = run.caller
     for name, layer in layers.items():
-        if layer.quantised() or is_spread(layer.main_weight()):
+        if layer.quantised() or is_spread(layer.adapted_weight()):
             what = "is quantised" if layer.quantised() else "is sharded"
             raise LoRAError(
                 f"{caller.verb}: the weight of {name!r} {what}, but this start needs gradients of whole weights; "
                 "choose another init_lora_weights, or call initialize_from_data before the model is sharded."
             )
-    weights = {name: layer.main_weight() for name, layer in layers.items()}
+    weights = {name: layer.adapted_weight() for name, layer in layers.items()}
     with active_as(layers.values(), False):  # their products are zero so far
         gradients = _mean_gradients(model, weights, run.batches, run.forward, caller)
     starts = {}

@@ -42,7 +42,7 @@ def adapter_of(variant: Variant, seed: int = 0, layers: tuple[str, ...] = ("one"
     adapter = Adapter({}, config, dict.fromkeys(layers, SCALING), kinds=kinds)
     tensors = {}
     for layer in layers:
-        place = replace(adapter.place(layer), shapes={"weight": torch.Size((WIDTH, WIDTH))})
+        place = replace(adapter.place(layer), shape=torch.Size((WIDTH, WIDTH)))
         tensors |= {f"{layer}.{leaf}": torch.randn(s, generator=draw) for leaf, s in variant.shapes(place).items()}
     return replace(adapter, tensors=tensors)
 

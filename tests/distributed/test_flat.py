@@ -125,8 +125,8 @@ def test_adapted_layer_merges_into_its_slice_and_shows_what_was_there(build, num
         slice_ = local(layer.weight)
         layer.merge_(copy=False)
         torch.testing.assert_close(slice_, whole[0].weight.detach().flatten()[start:stop])
-        assert_same_bits({"W": local(layer.original("weight"))}, {"W": base[start:stop]})
-        assert whole_shape(layer.original("weight")) == whole[0].weight.shape
+        assert_same_bits({"W": local(layer.original())}, {"W": base[start:stop]})
+        assert whole_shape(layer.original()) == whole[0].weight.shape
         layer.unmerge_()
         assert_same_bits({"W": slice_}, {"W": base[start:stop]})
 

@@ -97,7 +97,7 @@ def compare(way: str) -> None:
     unmerged = model(batch(9)).detach()
     for _ in range(3):
         merge(model)
-        assert all(layer.lora.records for layer in adapted_layers(model).values())
+        assert all(layer.lora.undo for layer in adapted_layers(model).values())
         torch.testing.assert_close(model(batch(9)), unmerged, rtol=1e-4, atol=1e-5)
         assert_same_bits({key: value for key, value in whole_state(model).items() if key in base}, base)
         unmerge(model)

@@ -70,7 +70,7 @@ def compare(name: str, strategy: str) -> None:
     for key, value in merged_state_dict(alone).items():
         torch.testing.assert_close(plain[key], value, rtol=1e-4, atol=1e-5)
     with merged(model):
-        assert all(layer.lora.records for layer in adapted_layers(model).values())
+        assert all(layer.lora.undo for layer in adapted_layers(model).values())
 
 
 @pytest.mark.slow

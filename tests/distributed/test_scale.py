@@ -72,7 +72,7 @@ def measured(path: Path, columns: bool) -> dict[str, int]:
     with Traffic() as sent:
         merge(model)
     found["received_in_merge"] = (ranks - 1) * sum(entry for name, entry in sent.sent if "gather" in name)
-    kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora.records.values()]
+    kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) if (kept := layer.lora.undo) is not None]
     found["kept_while_merged"] = sum(one.nbytes() + factors_nbytes(one) for one in kept)
     unmerge(model)
     with Traffic() as sent:
@@ -245,7 +245,7 @@ def peaks(path: Path) -> dict[str, int]:
     save_merged(model, path)
     found = {"shard": sum(stored(p) for name, p in model.named_parameters() if "lora_" not in name)}
     found["merge"] = peak(lambda: merge(model))
-    kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora.records.values()]
+    kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) if (kept := layer.lora.undo) is not None]
     found["kept"] = sum(one.nbytes() + factors_nbytes(one) for one in kept)
     found["unmerge"] = peak(lambda: unmerge(model))
     found["export"] = peak(lambda: save_merged(model, path))

@@ -41,7 +41,7 @@ class Own(Variant):
     def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
         return dict(zip(self.leaves, ((place.rank, place.rank), *place.factor_shapes()), strict=True))
 
-    def start(self, place: Any, weights: Any) -> dict[str, torch.Tensor]:
+    def start(self, place: Any, weight: Any) -> dict[str, torch.Tensor]:
         draw = torch.Generator().manual_seed(place.seed)
         return {leaf: torch.randn(shape, generator=draw) for leaf, shape in self.shapes(place).items()}
 

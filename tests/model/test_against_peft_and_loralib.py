@@ -231,7 +231,7 @@ class Pair:
             for letter in "AB":
                 factor = getattr(layer, f"lora_{letter}").normal_()
                 if letter == "B":
-                    delta = layer.deltas(layer.lora_A, layer.lora_B)["weight"]
+                    delta = layer.delta(layer.lora_A, layer.lora_B)
                     factor.mul_(share * layer.weight.float().norm() / delta.float().norm())
                 theirs = getattr(self.their_layer, f"{kind}{letter}")["default"]
                 (theirs.weight if isinstance(theirs, nn.Module) else theirs).copy_(factor)

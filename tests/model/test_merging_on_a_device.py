@@ -91,7 +91,7 @@ def test_every_bit_comes_back_after_cycles_with_changing_factors(
     before = values(model)
     for turn in range(4):
         merge(model)
-        assert all(each.lora.records for each in adapted_layers(model).values())
+        assert all(each.lora.undo for each in adapted_layers(model).values())
         assert values(model)["0.weight"] != before["0.weight"]
         unmerge(model)
         assert values(model) == before
@@ -197,7 +197,7 @@ def test_one_bad_adapter_of_seven_leaves_every_layer_unmerged(
         with pytest.raises(LoRAError, match=rf"^merge: layer '{place}': .*not finite.*Every layer is unmerged"):
             merge(model)
         assert values(model) == before
-        assert not any(each.lora.records or each.lora.unfinished for each in adapted_layers(model).values())
+        assert not any(each.lora.undo or each.lora.unfinished for each in adapted_layers(model).values())
 
 
 def test_a_bad_weight_beside_the_adapted_rows_is_left_alone(copies: bool) -> None:

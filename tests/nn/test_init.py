@@ -155,7 +155,7 @@ def test_initial_factors_lie_in_memory_as_loaded_ones_do(kind, init):
 
 
 def test_factors_of_a_users_variant_lie_in_memory_as_loaded_ones_do():
-    def start(self: Any, place: Any, weights: Any) -> dict[str, torch.Tensor]:
+    def start(self: Any, place: Any, weight: Any) -> dict[str, torch.Tensor]:
         return {leaf: torch.ones(shape[::-1]).t() for leaf, shape in self.shapes(place).items()}
 
     with variants_forgotten():

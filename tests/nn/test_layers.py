@@ -151,8 +151,8 @@ def test_embedding_whose_forward_writes_into_its_weight_is_refused_by_name(optio
 def test_only_where_it_must_a_layer_builds_the_whole_delta(monkeypatch: pytest.MonkeyPatch) -> None:
     """That is in classes with their own forward, and where convolving with the factors would cost more."""
     calls: list[str] = []
-    deltas = LoRALayer.deltas
-    monkeypatch.setattr(LoRALayer, "deltas", lambda *args: calls.append("delta") or deltas(*args))
+    delta = LoRALayer.delta
+    monkeypatch.setattr(LoRALayer, "delta", lambda *args: calls.append("delta") or delta(*args))
     whole = set()
     for name in CASES:
         calls.clear()

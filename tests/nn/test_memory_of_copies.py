@@ -56,7 +56,7 @@ def test_the_memory_of_a_models_copies_is_given_back_when_its_adapters_are(end: 
 
 
 def copies(model: nn.Module) -> set[int]:
-    undos = [undo for layer in adapted_layers(model).values() for undo in layer.lora.records.values()]
+    undos = [undo for layer in adapted_layers(model).values() if (undo := layer.lora.undo) is not None]
     return {chunk.kept.data_ptr() for undo in undos for chunk in undo.chunks}
 
 

@@ -56,8 +56,8 @@ class Squares(Variant):
         a, b = place.factor_shapes()
         return {SQUARE: (place.rank, place.rank), INSIDE_A: a, INSIDE_B: b}
 
-    def start(self, place: Any, weights: Any) -> dict[str, torch.Tensor]:
-        left, values, right = torch.linalg.svd(weights()["weight"].float(), full_matrices=False)
+    def start(self, place: Any, weight: Any) -> dict[str, torch.Tensor]:
+        left, values, right = torch.linalg.svd(weight().float(), full_matrices=False)
         r = place.rank
         square = torch.full((r, r), place.options["size"])
         return {SQUARE: square, INSIDE_A: right[:r], INSIDE_B: left[:, :r] @ values[:r].diag()}
@@ -80,7 +80,7 @@ class Gates(Variant):
         a, b = place.factor_shapes()
         return dict(zip(self.trained, (a, b, b[:1]), strict=True))
 
-    def start(self, place: Any, weights: Any) -> dict[str, torch.Tensor]:
+    def start(self, place: Any, weight: Any) -> dict[str, torch.Tensor]:
         a, b, gate = self.shapes(place).values()
         draw = torch.Generator().manual_seed(place.seed)
         values = torch.randn(a, generator=draw), torch.zeros(b), torch.ones(gate)
@@ -174,7 +174,7 @@ def test_it_answers_by_its_definition_merges_exactly_and_is_taken_out(name, dtyp
 
 
 def blocks_of(model: Any) -> list[torch.Tensor]:
-    (block,) = model.head.update_blocks()["weight"]
+    (block,) = model.head.update_blocks()
     return [block.left, block.right]
 
 

@@ -120,7 +120,7 @@ def test_copies_and_pickles_are_adapted_alike(name: str, is_merged: bool, monkey
     if is_merged:
         merge(subject.model)
     for twin in (copy.deepcopy(subject.model), pickle.loads(pickle.dumps(subject.model))):
-        records = [r for layer in adapted_layers(twin).values() for r in layer.lora.records.values()]
+        records = [r for layer in adapted_layers(twin).values() if (r := layer.lora.undo) is not None]
         assert len(records) == is_merged * CASES[name].adapted
         unmerge(twin)
         assert torch.equal(twin(subject.x), output)
@@ -231,7 +231,7 @@ def test_a_tied_parameter_stays_factored_and_changes_nobody_else():
     before = model["table"](tokens), model["head"](x)
     assert not torch.equal(before[0], model["head"].weight)
     with merged(model):
-        assert bool(adapted_layers(model)["free.projection"].lora.records)
+        assert bool(adapted_layers(model)["free.projection"].lora.undo)
         assert torch.equal(model["table"](tokens), before[0])
         assert torch.equal(model["head"](x), before[1])
     with pytest.raises(LoRAError, match=r"cannot express the adapter of 'table\.weight': its weight is also head"):

@@ -25,7 +25,7 @@ def own_variant(**attributes: Any) -> type[Variant]:
 
 
 def place(**given: Any) -> Place:
-    options = {"name": "a.b", "kind": "Linear", "shapes": {"weight": torch.Size((6, 4))}, "rank": 2, "scaling": 0.5}
+    options = {"name": "a.b", "kind": "Linear", "shape": torch.Size((6, 4)), "rank": 2, "scaling": 0.5}
     return Place(**{**options, **given})
 
 
@@ -65,14 +65,14 @@ def test_options_say_the_variant():
 def test_what_a_variant_starts_as_has_its_shapes_and_adds_nothing(options: dict[str, Any], kind: str):
     variant, shape = variant_of(LoRAConfig(**options)), (6, 4, 3) if kind == "Conv" else (6, 4)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    where = place(kind=kind, shapes={"weight": weight.shape}, init=options.get("init_lora_weights", True))
-    stored = variant.start(where, lambda: {"weight": weight})
+    where = place(kind=kind, shape=weight.shape, init=options.get("init_lora_weights", True))
+    stored = variant.start(where, lambda: weight)
     assert {leaf: tuple(value.shape) for leaf, value in stored.items()} == variant.shapes(where)
     assert tuple(stored) == variant.leaves
     assert variant.is_initial(stored, where)
     matrix = weight.T if kind == "Conv1D" else weight.flatten(1)
     acting = variant.acting(stored, matrix if variant.reads_weight else None, where.scaling)
-    (blocks,) = variant.blocks(stored, where, lambda name: [(0, weight.flatten(1))]).values()
+    blocks = variant.blocks(stored, where, lambda: [(0, weight.flatten(1))])
     assert all(not (block.left @ block.right).any() for block in blocks)
     assert isinstance(acting, Acting)
     for scale in (acting.scale, blocks[0].scale):

@@ -61,7 +61,7 @@ def dense_norms(model: nn.Module) -> dict[str, tuple[float, float]]:
     return {
         name: (
             float((layer.lora.spec.scaling * layer.lora_B.double() @ layer.lora_A.double()).norm()),
-            float(layer.main_weight().double().norm()),
+            float(layer.adapted_weight().double().norm()),
         )
         for name, layer in adapted_layers(model).items()
     }

@@ -236,9 +236,7 @@ def test_norm_of_a_weight_is_computed_again_only_when_it_may_have_changed(monkey
     model: Any = blocks()
     calls: list[str] = []
     base_values = AdaptedWeights.base_values
-    monkeypatch.setattr(
-        AdaptedWeights, "base_values", lambda self, name: calls.append(self.lora.name) or base_values(self, name)
-    )
+    monkeypatch.setattr(AdaptedWeights, "base_values", lambda self: calls.append(self.lora.name) or base_values(self))
     stats = adapter_stats(model)
 
     def next_calls() -> list[str]:

@@ -50,7 +50,7 @@ class NaiveCallback(L.Callback):
     def _add(self, model: L.LightningModule, sign: int) -> None:
         if self.merged_eval:
             for layer in adapted_layers(model).values():
-                layer.main_weight().add_(sign * layer.lora.spec.scaling * layer.lora_B @ layer.lora_A)
+                layer.adapted_weight().add_(sign * layer.lora.spec.scaling * layer.lora_B @ layer.lora_A)
                 layer.lora_active = sign < 0
 
 
@@ -70,7 +70,7 @@ class MergesEachName(NaiveCallback):
     def _add(self, model: nn.Module, sign: int) -> None:
         for _, layer in model.named_modules(remove_duplicate=False):
             if self.merged_eval and isinstance(layer, LoRALayer):
-                layer.main_weight().add_(sign * layer.lora.spec.scaling * layer.lora_B @ layer.lora_A)
+                layer.adapted_weight().add_(sign * layer.lora.spec.scaling * layer.lora_B @ layer.lora_A)
                 layer.lora_active = sign < 0
 
 

@@ -31,7 +31,7 @@ def define_gated(**attributes: Any) -> type[Variant]:
         a, b = place.factor_shapes()
         return {"lora_gated_a": a, "lora_gated_b": b, "lora_gated_g": (place.rank,)}
 
-    def start(self: Variant, place: Any, weights: Any) -> dict[str, torch.Tensor]:
+    def start(self: Variant, place: Any, weight: Any) -> dict[str, torch.Tensor]:
         shapes = self.shapes(place)
         return {leaf: (torch.zeros if leaf == "lora_gated_b" else torch.ones)(shape) for leaf, shape in shapes.items()}
 

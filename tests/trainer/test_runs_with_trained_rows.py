@@ -46,7 +46,7 @@ class Net(L.LightningModule):
         return nn.functional.cross_entropy(self(batch[0]).flatten(0, 1), batch[0].flatten())
 
     def validation_step(self, batch: Any) -> None:
-        self.merged_in_validation.append(all(layer.lora.records for layer in adapted_layers(self).values()))
+        self.merged_in_validation.append(all(layer.lora.undo for layer in adapted_layers(self).values()))
         self.log("loss", self.training_step(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

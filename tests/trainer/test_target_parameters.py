@@ -42,7 +42,7 @@ class Net(L.LightningModule):
         return nn.functional.mse_loss(self(batch[0]), batch[1])
 
     def validation_step(self, batch: Any) -> None:
-        self.merged_in_validation.append(all(layer.lora.records for layer in adapted_layers(self).values()))
+        self.merged_in_validation.append(all(layer.lora.undo for layer in adapted_layers(self).values()))
         self.log("loss", self.training_step(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
