@@ -339,12 +339,12 @@ def _taken_out(
     left, right = factors
     delta = buffers.take("exact", merged, left.dtype)
     torch.mm(left, right, out=_as_matrix(delta, part))
-    if part.scale is None:
-        dtype = torch.float32 if merged.dtype in (torch.float32, torch.bfloat16) else left.dtype  # half the time
-        wide, delta = buffers.cast("wide", merged, dtype), buffers.cast("delta", delta, dtype)
-    else:
+    wide = merged
+    if part.scale is not None:
         wide = buffers.take("wide", merged, left.dtype).copy_(merged)
         _as_matrix(wide, part).div_(part.scale)
+    elif merged.dtype in (torch.float32, torch.bfloat16):  # float32 is near enough, and takes half the time
+        delta = buffers.cast("delta", delta, torch.float32)
     return buffers.cast("back", torch.sub(wide, delta, out=delta), merged.dtype)
 
 
