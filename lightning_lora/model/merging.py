@@ -112,7 +112,7 @@ def _is_pending(layer: AdaptedWeights) -> bool:
 def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tells_rounding: bool) -> None:
     """Merge the pending layers of a model, all of them or none. In place."""
     weights = {layer: layer.own_weight() for layer in listing.layers.values()}
-    sizes = [_local_nbytes(weight) for layer, weight in weights.items() if not layer.unmergeable_reason()]
+    sizes = [_local_nbytes(weight) for layer, weight in weights.items() if not layer.why_not_merge()]
     copy = sum(sizes) <= COPY_BUDGET
 
     def write() -> None:
@@ -124,7 +124,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
                 layer.unmerge_(buffers)
         with progress_bar("merging", len(pending)) as advance:
             for name, layer in pending.items():
-                if layer.unmergeable_reason():
+                if layer.why_not_merge():
                     layer.lora.merged = True
                 else:
                     told = tells_rounding and _is_unreported(layer, weights[layer])
@@ -154,7 +154,7 @@ def all_or_nothing(step: Callable[[], None], restore: Callable[[], None]) -> Non
 
 def has_rounding_to_tell(layers: Iterable[AdaptedWeights]) -> bool:
     """Return whether a merge of these layers would log what rounding W' to 16 bits costs."""
-    mergeable = [layer for layer in layers if not layer.unmergeable_reason()]
+    mergeable = [layer for layer in layers if not layer.why_not_merge()]
     return any(_is_unreported(layer, layer.adapted_weight()) for layer in mergeable)
 
 

@@ -233,11 +233,11 @@ def refuse_unmergeable(listing: Listing, dtype: torch.dtype | None = None) -> No
     """
     record_ties(listing.modules)
     for name, layer in listing.layers.items():
-        if layer.quantised() and not layer.lora.unmergeable_reason:
+        if layer.quantised() and not layer.lora.why_not_merge:
             if dtype is None:
                 refuse_quantised(name, layer.quantised())
             continue
-        reason = layer.unmergeable_reason()
+        reason = layer.why_not_merge()
         if reason:
             raise LoRAError(
                 f"merged weights: cannot express the adapter of {name!r}: {reason}. Leave the layer out "

@@ -62,7 +62,7 @@ class LayerState:
     undo: Undo | None = None  # what unmerging needs, while the weight is merged
     unfinished: bool = False  # merging or unmerging runs, or an exception broke it off; unmerge_ completes it
     stands_in: int = 0  # number of forwards with W + delta in place of the weight, all in the thread with the lock
-    unmergeable_reason: str = ""  # why the weight cannot be merged, for example another owner
+    why_not_merge: str = ""  # why the weight cannot be merged, for example another owner
     restore_failed: bool = False  # unmerging failed, so the weight may differ from W
     rounding_reported: bool = False  # the cost of rounding W' was reported
     sharded: int = 0  # over how many dimensions of ranks the weight lay when it was last seen
@@ -347,9 +347,9 @@ class AdaptedWeights(StoredTensors):
         """Return how the weight is quantised, or "". A quantised layer stays factored when the model is merged."""
         return ""
 
-    def unmergeable_reason(self) -> str:
+    def why_not_merge(self) -> str:
         """Return why merging would be wrong for this layer, or ""."""
-        return self.lora.unmergeable_reason
+        return self.lora.why_not_merge
 
     def blocks(self, weight: torch.Tensor, stored: Stored | None = None) -> Blocks:
         """Return the blocks that are added to this rank's shard of the weight.
@@ -474,7 +474,7 @@ class AdaptedWeights(StoredTensors):
         yield
         if not was_merged:  # an exception had broken a merge off
             return
-        if self.unmergeable_reason():  # the change may have untied tables
+        if self.why_not_merge():  # the change may have untied tables
             self.lora.merged = True
             return
         try:

@@ -104,8 +104,8 @@ class LoRAQuantisedLinear(LoRALinear):
     def weight_dtype(self) -> torch.dtype:
         return dtype_of(self.weight)
 
-    def unmergeable_reason(self) -> str:
-        return super().unmergeable_reason() or f"its weight is quantised ({self.quantised()})"
+    def why_not_merge(self) -> str:
+        return super().why_not_merge() or f"its weight is quantised ({self.quantised()})"
 
     def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W + delta in dequantised form, for code that reads the weight instead of calling the layer."""

@@ -65,8 +65,8 @@ def record_ties(modules: NamedModules) -> None:
             if not owner and adapter.weight_leaf not in module._parameters:
                 reason = "its weight is computed from others (weight_norm, parametrize, prune)"
             # If `modules` are only a part of the injected model, they can show a tie but not that there is none.
-            if reason != adapter.lora.unmergeable_reason and (reason or whole):
-                adapter.lora.unmergeable_reason = reason
+            if reason != adapter.lora.why_not_merge and (reason or whole):
+                adapter.lora.why_not_merge = reason
 
 
 def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:

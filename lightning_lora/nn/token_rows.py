@@ -91,10 +91,10 @@ class TokenRows(AdaptedWeights):
         start = start.to(live.device, live.dtype)
         return bool(((live == start) | (live.isnan() & start.isnan())).all())
 
-    def unmergeable_reason(self) -> str:
+    def why_not_merge(self) -> str:
         weight = self.tables[0]._parameters.get(WEIGHT)
         untied = any(table._parameters.get(WEIGHT) is not weight for table in self.tables)
-        return super().unmergeable_reason() or ("tables that were tied at injection are not any more" if untied else "")
+        return super().why_not_merge() or ("tables that were tied at injection are not any more" if untied else "")
 
     def blocks(self, weight: torch.Tensor, stored: Stored | None = None) -> Blocks:
         rows, blocks, begin = full_tensor((stored or self.stored())[ROWS]), list[LowRankBlock](), 0

@@ -266,7 +266,7 @@ def _quantised(handle: AdaptedModel) -> dict[str, int]:
 def _unmerged(layers: Mapping[str, AdaptedWeights]) -> tuple[Unmerged, ...]:
     names: dict[str, list[str]] = {}
     for name, layer in layers.items():
-        names.setdefault(layer.unmergeable_reason(), []).append(name)
+        names.setdefault(layer.why_not_merge(), []).append(name)
     return tuple(Unmerged(tuple(of_reason), reason) for reason, of_reason in names.items() if reason)
 
 

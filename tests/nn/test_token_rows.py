@@ -232,7 +232,7 @@ def test_a_module_of_another_kind_that_shares_the_weight_is_left_alone():
     model.norms.weight = model.emb.weight
     inject(model, LoRAConfig(r=2, target_modules=["body"], trainable_token_indices={"emb": ROWS}))
     assert list(adapted_layers(model)) == ["emb", "body"]
-    assert "norms.weight" in adapted_layers(model)["emb"].unmergeable_reason()
+    assert "norms.weight" in adapted_layers(model)["emb"].why_not_merge()
 
 
 def test_tied_tables_are_listed_in_the_order_of_the_model_whichever_end_is_named():
