@@ -1,1 +1,28 @@
-"""One adapted layer: how B @ A lies in its weight, its forward, its exact merge. Nothing here knows a whole model."""
+"""One adapted layer: how B @ A lies in its weight, its forward, its exact merge. Nothing here knows a whole model.
+
+[Note: nouns of an adapted layer]
+
+Every file of this room takes these for granted:
+
+    W           the weight as its module stores it, frozen. A matrix is (out, in); low_rank.py has the other shapes.
+    A, B        the trained factors, (r, in) and (out, r).
+    s           the scaling, lora_alpha / r (rsLoRA: lora_alpha / sqrt(r)).
+    W'          what the layer computes with: c * (W + s * B @ A). Few variants have a scale c (out,).
+    stored      the tensors of a variant by leaf name, such as lora_A: parameters of the module, and the names in files.
+                Plain LoRA stores A and B.
+    acting      A', B' and c, which the stored tensors act as: A and B themselves for plain LoRA, twice the rank for
+                PiSSA, whose start is subtracted again.
+    block       a product left @ right with its row and column in a weight. A shard, a chunk and a slice are blocks too.
+    undo        what brings the bits of W back while W' is in its place.
+    stand-in    W' in place of the parameter W, while a forward runs that is not this package's.
+
+A layer is *factored* where its forward adds s * B(A(x)), and *merged* where W' lies in its weight.
+
+Where to begin:
+
+    which module gets which class           layer_kinds.py; one file a kind: linear.py, conv.py, embedding.py, ...
+    how a class is swapped and taken out    adapted_module.py
+    where y is computed                     lora_layer.py: factored_forward
+    what is stored, and how it acts         variant.py, lora.py; one file a variant
+    where W' is written and taken back      exact_merge.py; for a layer AdaptedWeights.merge_ and unmerge_
+"""
