@@ -24,7 +24,7 @@ Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight; nn/starts.py computes the starts.
 STARTS = re.compile(r"pissa|pissa_niter_\d+|olora")
 FROM_GRADIENTS = "lora_ga"  # lets A and B start from gradients of the weight; start/lora_ga.py computes the starts
-FROM_DATA = ("eva", FROM_GRADIENTS)
+FROM_DATA = ("eva", FROM_GRADIENTS)  # let A and B start from batches; start/from_data.py
 # Options of a peft.LoraConfig that describe the adapter's origin and how peft holds it. The model itself tells these.
 OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import FROM_DATA
+from ..config import FROM_GRADIENTS
 from ..distributed.flat import flat_parameters, flat_shard, is_flat, whole_shape
 from ..distributed.sharding import copy_, detached, from_local_like, full_tensor, is_sharded, local, window
 from ..errors import LoRAError
@@ -225,8 +225,8 @@ class StoredTensors:
         They started from the old weight and were not trained, and the state dict has none of them. Collective where W
         is sharded. Of a flat weight a state dict shows nothing.
         """
-        stored = self.stored()
-        if not self.lora.spec.variant.follows_weight or self.lora.spec.init in FROM_DATA:
+        stored, spec = self.stored(), self.lora.spec
+        if not spec.variant.follows_weight or spec.init == FROM_GRADIENTS:  # gradients are no values of W
             return False
         if prefix + self.weight_leaf not in state_dict or is_flat(self.adapted_weight()):
             return False
