@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
@@ -156,24 +156,41 @@ def window(tensor: torch.Tensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
-def windows(tensor: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slice, slice]]:
-    """Return the parts of this rank's shard as matrices, each with its rows and columns in the whole weight.
+class Window(NamedTuple):
+    """A part of this rank's shard that is a matrix."""
+
+    values: torch.Tensor  # a view
+    rows: slice  # in the whole weight, as columns are
+    columns: slice
+    begin: int | None = None  # the number of its first element in a flat slice; None for a shard that is a matrix
+
+
+def windows(tensor: torch.Tensor, width: int) -> list[Window]:
+    """Return the parts of this rank's shard as matrices.
 
     A plain tensor and a DTensor have one part, a flat tensor up to three, and where it is empty an empty one.
 
     Args:
         tensor: a weight.
         width: the number of columns of the whole weight, seen as a matrix.
+
+    Raises:
+        LoRAError: the weight is sharded along a dimension of its kernel.
     """
     if is_flat(tensor):
         shard = flat_shard(tensor)
         parts = pieces(shard.start, shard.stop, width) or [Piece(slice(0, 0), slice(0, width))]
         sizes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in parts]
-        views = torch.split(shard.values.detach(), [height * columns for height, columns in sizes])
-        return [(view.view(size), *part) for view, size, part in zip(views, sizes, parts, strict=True)]
-    rows, columns, *_ = window(tensor)
+        counts = [height * columns for height, columns in sizes]
+        begins = itertools.accumulate(counts, initial=0)
+        views = torch.split(shard.values.detach(), counts)
+        together = zip(views, sizes, parts, begins, strict=False)
+        return [Window(view.view(size), *part, begin) for view, size, part, begin in together]
+    rows, columns, *kernel = window(tensor)
+    if any(part != slice(0, size) for part, size in zip(kernel, tensor.shape[2:], strict=True)):
+        raise LoRAError(f"a weight of shape {tuple(tensor.shape)} cannot be merged while it is sharded beyond dim 1")
     inner = tensor.shape[2:].numel()
-    return [(local(tensor).flatten(1), rows, slice(columns.start * inner, columns.stop * inner))]
+    return [Window(local(tensor).flatten(1), rows, slice(columns.start * inner, columns.stop * inner))]
 
 
 def sum_over_shards(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

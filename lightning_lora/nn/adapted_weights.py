@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import FROM_GRADIENTS
-from ..distributed.flat import flat_parameters, flat_shard, is_flat, whole_shape
-from ..distributed.sharding import copy_, detached, from_local_like, full_tensor, is_sharded, local, window
+from ..distributed.flat import flat_parameters, whole_shape
+from ..distributed.sharding import copy_, detached, from_local_like, full_tensor, is_spread, local, windows
 from ..errors import LoRAError
 from ..names import canonical
 from . import low_rank
@@ -25,7 +25,7 @@ from .adapted_module import AdaptedModule
 from .autocast import without_autocast
 from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, parts_of, restored_weight, unmerge_weight_
 from .gradient_checkpointing import in_first_pass, records_gradients
-from .low_rank import LowRankBlock, crop, crop_to_slice, dense_delta
+from .low_rank import LowRankBlock, crop_to_window, dense_delta
 from .variant import Acting, Parts, Place, Stored, Variant
 
 Blocks = list[LowRankBlock]  # of one weight
@@ -228,7 +228,8 @@ class StoredTensors:
         stored, spec = self.stored(), self.lora.spec
         if not spec.variant.follows_weight or spec.init == FROM_GRADIENTS:  # gradients are no values of W
             return False
-        if prefix + self.weight_leaf not in state_dict or is_flat(self.adapted_weight()):
+        values = state_dict.get(prefix + self.weight_leaf)
+        if getattr(values, "shape", None) != self.weight_shape():
             return False
         kept = (state_dict.get(prefix + self.stored_name(leaf), live) is live for leaf, live in stored.items())
         return all(kept) and self.is_initial(everywhere=True)
@@ -383,18 +384,10 @@ class AdaptedWeights(StoredTensors):
         Raises:
             LoRAError: the weight is sharded along a dimension of its kernel.
         """
-        if is_flat(weight):
-            shard = flat_shard(weight)
-            return crop_to_slice(blocks, shard.start, shard.stop, low_rank.columns_of(self.KIND, shard.shape))
-        if not is_sharded(weight):
+        if not is_spread(weight):
             return blocks
-        rows, columns, *kernel = window(weight)
-        if any(part != slice(0, size) for part, size in zip(kernel, weight.shape[2:], strict=True)):
-            raise LoRAError(
-                f"a weight of shape {tuple(weight.shape)} cannot be merged while it is sharded beyond dim 1"
-            )
-        width = weight.shape[2:].numel()
-        return crop(blocks, rows, slice(columns.start * width, columns.stop * width))
+        parts = windows(weight, low_rank.columns_of(self.KIND, whole_shape(weight)))
+        return [block for part in parts for block in crop_to_window(blocks, part)]
 
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a view of a weight in which the first dimension counts the rows of its blocks; a flat slice itself."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..distributed.sharding import detached
+from ..distributed.sharding import Window, detached
 from ..names import A, B
 from . import low_rank
 from .lora import PEFT_LEAVES, LoRA
@@ -69,7 +69,7 @@ class DoRA(LoRA):
     def blocks(self, stored: Stored, place: Place, read: Reader) -> list[LowRankBlock]:
         a, b = (stored[leaf].detach().flatten(1) for leaf in (A, B))
         columns = slice(0, sys.maxsize)
-        parts = ((part, slice(first, first + len(part)), columns) for first, part in read())
+        parts = (Window(part, slice(first, first + len(part)), columns) for first, part in read())
         squares = squares_of_windows(parts, a, b, place.scaling, transposed=place.is_transposed)
         return _blocks(stored, place, squares.sqrt())
 

@@ -23,7 +23,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from ..distributed.flat import pieces
+from ..distributed.sharding import Window
 from ..names import A, B
 
 HALF = (torch.float16, torch.bfloat16)
@@ -208,20 +208,14 @@ def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHIN
     return cropped
 
 
-def crop_to_slice(blocks: Sequence[LowRankBlock], start: int, stop: int, width: int) -> list[LowRankBlock]:
-    """Return the parts of a weight's blocks that overlap with elements start to stop of the flattened weight.
+def crop_to_window(blocks: Sequence[LowRankBlock], part: Window) -> list[LowRankBlock]:
+    """Return the parts of a weight's blocks that overlap with a part of a shard; positions are those in the shard."""
+    return place_in_shard(crop(blocks, part.rows, part.columns), part)
 
-    Args:
-        blocks: of the whole weight.
-        start: the slice's first element.
-        stop: the first element after it.
-        width: the number of columns of the whole weight, seen as a matrix.
-    """
-    return [
-        part.placed(rows.start * width + columns.start - start, width)
-        for rows, columns in pieces(start, stop, width)
-        for part in crop(blocks, rows, columns)
-    ]
+
+def place_in_shard(blocks: list[LowRankBlock], part: Window) -> list[LowRankBlock]:
+    """Return blocks of a part of a shard as blocks of the shard."""
+    return blocks if part.begin is None else [block.placed(part.begin, part.values.shape[1]) for block in blocks]
 
 
 def columns_of(kind: str, shape: Shape) -> int:

@@ -11,15 +11,13 @@ from collections.abc import Iterable
 import torch
 
 from ..distributed.flat import whole_shape
-from ..distributed.sharding import is_spread, sum_over_shards, windows
+from ..distributed.sharding import Window, is_spread, sum_over_shards, windows
 from .autocast import without_autocast
 from .transforms import is_tracing
 
 # Elements of V that are formed at a time. On the CPU a piece stays in the cache from one operator to the next.
 PIECE_ON_CPU, PIECE = 2**17, 2**24
 TINY = 2.0**-24  # float16 has no smaller number
-
-Window = tuple[torch.Tensor, slice, slice]  # part of W as a matrix in its stored order, its rows and its columns
 
 
 @torch.no_grad()
@@ -65,7 +63,7 @@ def squares_of_windows(
     """Return the squares of the norms over some windows of W alone: (out,), float64 (on mps float32)."""
     dtype = torch.float32 if b.device.type == "mps" else torch.float64
     squares = torch.zeros(len(b), dtype=dtype, device=b.device)
-    for part, rows, columns in parts:
+    for part, rows, columns, _ in parts:
         outputs, inputs = (columns, rows) if transposed else (rows, columns)
         norms = output_norms(part.T if transposed else part, a[:, inputs], b[outputs], scaling)
         squares[outputs] += norms.to(dtype).square()

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed.flat import is_flat, whole_shape
+from ..distributed.flat import whole_shape
 from ..distributed.sharding import full_tensor, is_sharded, is_spread, rows_of, windows
 from ..errors import LoRAError
 from .adapted_module import AdaptedModule, StandIns, swapped_class
 from .adapted_weights import AdaptedWeights, Blocks, LayerSpec, LayerState
-from .low_rank import LowRankBlock, row_blocks
+from .low_rank import LowRankBlock, place_in_shard, row_blocks
 from .transforms import runs_by_formula
 from .variant import ROWS_OPTION, Place, Reader, Stored, Variant, Weight
 
@@ -97,11 +97,10 @@ class TokenRows(AdaptedWeights):
         return super().why_not_merge() or ("tables that were tied at injection are not any more" if untied else "")
 
     def blocks(self, weight: torch.Tensor, stored: Stored | None = None) -> Blocks:
-        rows, blocks, begin = full_tensor((stored or self.stored())[ROWS]), list[LowRankBlock](), 0
-        for part, lines, columns in windows(weight, whole_shape(weight)[1]):
-            found = row_blocks(part, self.lora.spec.rows, rows[:, columns], lines.start)
-            blocks += [block.placed(begin, part.shape[1]) for block in found] if is_flat(weight) else found
-            begin += part.numel()
+        rows, blocks = full_tensor((stored or self.stored())[ROWS]), list[LowRankBlock]()
+        for part in windows(weight, whole_shape(weight)[1]):
+            found = row_blocks(part.values, self.lora.spec.rows, rows[:, part.columns], part.rows.start)
+            blocks += place_in_shard(found, part)
         return blocks
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:

@@ -26,7 +26,7 @@ from lightning_lora.distributed.sharding import (
 from lightning_lora.errors import NonFiniteError
 from lightning_lora.exchange.take import fingerprint
 from lightning_lora.nn.exact_merge import Buffers, merge_weight_, merged_weight, restored_weight, unmerge_weight_
-from lightning_lora.nn.low_rank import LowRankBlock, crop_to_slice
+from lightning_lora.nn.low_rank import LowRankBlock, crop_to_window
 from support.processes import world
 from support.recorders import Traffic
 from support.sharded_adapters import assert_same_bits
@@ -90,7 +90,12 @@ def test_slices_of_any_cut_are_merged_as_the_whole_weight_and_restored_in_every_
         for start, stop in cuts(weight.numel(), random.choice([1, 2, 3, 5])):
             memory = torch.cat([weight.new_full((3,), 7.0), weight.flatten()[start:stop], weight.new_full((2,), 7.0)])
             own, before = memory[3:-2], memory.clone()
-            cropped = crop_to_slice(blocks, start, stop, shape[1])
+            attach(
+                flat := torch.empty(0),
+                lambda own=own, start=start, shape=shape: FlatShard(own, start, shape, None, CPU),
+            )
+            parts = windows(flat, shape[1])
+            cropped = [block for part in parts for block in crop_to_window(blocks, part)]
             record = merge_weight_(own, cropped, 0.01, copies=Buffers() if copy else None)
             torch.testing.assert_close(own, expected[start:stop])  # another order of summing may round otherwise
             assert torch.equal(bits(restored_weight(own, record)), bits(weight.flatten()[start:stop]))
@@ -133,13 +138,15 @@ def test_adapted_layer_merges_into_its_slice_and_shows_what_was_there(build, num
 
 def test_windows_of_a_plain_weight_are_one_and_of_a_slice_those_of_its_pieces():
     weight = torch.arange(30.0).view(5, 6)
-    ((view, rows, columns),) = windows(weight, 6)
+    ((view, rows, columns, begin),) = windows(weight, 6)
+    assert begin is None
     assert torch.equal(view, weight[rows, columns])
     flat = weight.flatten()[4:22].clone()
     attach(flat, lambda: FlatShard(flat, 4, weight.shape, None, CPU))
     found = windows(flat, 6)
     assert len(found) == 3
-    for view, rows, columns in found:
+    for view, rows, columns, begin in found:
+        assert torch.equal(flat[begin : begin + view.numel()], view.flatten())
         assert torch.equal(view, weight[rows, columns])
         assert view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
 

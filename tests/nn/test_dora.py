@@ -30,6 +30,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
+from lightning_lora.distributed.sharding import Window
 from lightning_lora.model import merging
 from lightning_lora.nn import dora as dora_layers
 from lightning_lora.nn import low_rank
@@ -159,9 +160,9 @@ def test_before_the_first_step_sixteen_bits_are_exact_where_pefts_are_not(kind: 
 # --- the norm ---
 
 
-def parts_of(stored: torch.Tensor, rows: int) -> Iterator[tuple[torch.Tensor, slice, slice]]:
+def parts_of(stored: torch.Tensor, rows: int) -> Iterator[Window]:
     for i in range(0, len(stored), rows):
-        yield stored[i : i + rows], slice(i, i + rows), slice(0, stored.shape[1])
+        yield Window(stored[i : i + rows], slice(i, i + rows), slice(0, stored.shape[1]))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
