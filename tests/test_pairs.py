@@ -143,14 +143,22 @@ CONDITIONS = [
     Condition(TRAINING, "other weight unfrozen", unfreezing("embed.weight", after=2), "the table, from the third step"),
     Condition(TRAINING, "biases unfrozen", unfreezing("inner.bias", "other.bias", after=1), "from the second step"),
     Condition(TRAINING, "base edited", changed_by_hand, "weights are changed in place", with_quantised=False),
-    Condition(TRAINING, "another base", another_base, "load_state_dict with another base, before and after training"),
+    Condition(
+        TRAINING,
+        "another base",
+        another_base,
+        "load_state_dict with another base, before and after training",
+        with_quantised=False,
+    ),
     Condition(TRAINING, "lora_dropout", dropout, "acts in training alone"),
     Condition(
         CHECKPOINTS, "adapter", resume("adapter"), "an adapter checkpoint: two steps more are the uninterrupted ones"
     ),
     Condition(CHECKPOINTS, "merged", resume("merged"), "the same from a merged one, which a plain model loads too"),
-    Condition(CHECKPOINTS, "full", resume("full"), "the same from a full one, on another base"),
-    Condition(CHECKPOINTS, "state_dict", resume("state"), "the same from the model's own state dict"),
+    Condition(CHECKPOINTS, "full", resume("full"), "the same from a full one, on another base", with_quantised=False),
+    Condition(
+        CHECKPOINTS, "state_dict", resume("state"), "the same from the model's own state dict", with_quantised=False
+    ),
     *(
         Condition(
             CHECKPOINTS,
@@ -162,7 +170,13 @@ CONDITIONS = [
         for kind in ("adapter", "merged", "full")
     ),
     *(
-        Condition(CHECKPOINTS, f"{kind}, while merged", resume(kind, merged=True), "the same with merged models")
+        Condition(
+            CHECKPOINTS,
+            f"{kind}, while merged",
+            resume(kind, merged=True),
+            "the same with merged models",
+            with_quantised=kind != "full",
+        )
         for kind in ("adapter", "merged", "full")
     ),
     Condition(FOLDERS, "PEFT folder", through_folder(), "save_adapter and load_adapter, onto a plain model"),
@@ -213,7 +227,7 @@ quarter of a minute of one core.
 "right" means what [the check of the column](support/pair_checks.py) asks for, by [a few lines in
 float64](support/pairs.py) that are written from the definitions: outputs, the gradient of every trained parameter, W'
 rounded once, and every bit where bits must come back. "refused" shows how the error begins. "-" stands where there is
-no such pair: nf4 has no float64, and packed weights have no gradient.
+no such pair: nf4 has no float64, packed weights have no gradient, and a state dict of them is their library's matter.
 """
 
 
