@@ -70,8 +70,9 @@ def sharded_reports(way: str, share: float) -> list[str]:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_16_bit_report_of_a_sharded_model_equals_that_of_one_device(way: str, share: float):
     expected = reports(adapted(share))
-    assert ["rounding costs" in line for line in expected] == [True] * (2 if share == 0.01 else 1)
-    assert world().run(sharded_reports, way, share) == [expected] * 2
+    assert ["rounding costs" in line for line in expected] == [True]
+    others = expected if share == 0.01 else []  # every rank warns, and the first one logs
+    assert world().run(sharded_reports, way, share) == [expected, others]
 
 
 def test_the_16_bit_report_counts_a_layer_that_is_whole_on_every_rank_once():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ from support.processes import world
 from support.recorders import Traffic
 from support.scale import MODELS, NANOSECONDS, Costs, Llama, markdown, size, table, table_of_files, table_of_strategies
 from support.sharded import DEVICE, make_trainer
+
+
+def save_folder(model: torch.nn.Module, path: Path) -> None:
+    """save_merged, whose 16-bit weights lose much of such a small adapter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lightning_lora: .* rounding costs")
+        save_merged(model, path)
 
 
 def shard_(model: Network, columns: bool) -> None:
@@ -76,7 +84,7 @@ def measured(path: Path, columns: bool) -> dict[str, int]:
     found["kept_while_merged"] = sum(one.nbytes() + factors_nbytes(one) for one in kept)
     unmerge(model)
     with Traffic() as sent:
-        save_merged(model, path)
+        save_folder(model, path)
     found["received_in_export"] = (ranks - 1) * sum(entry for name, entry in sent.sent if "gather" in name)
     found["received_in_step_by_ddp"] = 2 * (ranks - 1) * sent_by_ddp() // ranks  # which a ring makes of it
     return found
@@ -179,7 +187,7 @@ def test_checkpoint_sizes_equal_the_formulas(tmp_path, save):
     weights, everything = ((tmp_path / name).stat().st_size for name in ("weights.ckpt", "all.ckpt"))
     expected = paper.adapter_file() + (paper.full_file() if save != "adapter" else 0)
     if save == "merged":
-        save_merged(trainer.lightning_module, tmp_path / "folder")
+        save_folder(trainer.lightning_module, tmp_path / "folder")
         assert 0 < (tmp_path / "folder" / FILE).stat().st_size - paper.full_file() < 30_000
     names = 400 * (2 * len(LINEAR) * WIDE.blocks + 8 * WIDE.blocks)  # a tensor's name, place and fingerprint
     assert 0 < weights - expected < 30_000 + names
@@ -200,6 +208,7 @@ class Products(TorchDispatchMode):
 
 def merging(blocks: int) -> float:
     """Elements of products that merging forms, over the share of a rank's of the adapted weights."""
+    sys.modules["lightning_lora.model.merging"].COPY_BUDGET = 0  # as in a model for which it is nothing
     sizes = Llama("", blocks=blocks, hidden=64, intermediate=128, keys=32, vocabulary=10)
     model = network(sizes)
     shard_(model, False)
@@ -212,7 +221,7 @@ def merging(blocks: int) -> float:
 def test_the_work_of_merging_is_linear_in_a_ranks_weights():
     """Seconds follow from that; what one weight takes is measured by the benchmarks."""
     found = [world(ranks).run(merging, blocks) for ranks, blocks in ((2, 2), (2, 6), (4, 2))]
-    assert {work for ranks in found for work in ranks} == {1.0}  # W + s * B @ A
+    assert {work for ranks in found for work in ranks} == {2.0}  # for W + s * B @ A, and for what unmerging subtracts
 
 
 # --- peaks, as the kernel counts them ---
@@ -242,13 +251,13 @@ def peaks(path: Path) -> dict[str, int]:
     shard_(model, False)
     with merged(model):  # the first time pays for buffers of torch
         pass
-    save_merged(model, path)
+    save_folder(model, path)
     found = {"shard": sum(stored(p) for name, p in model.named_parameters() if "lora_" not in name)}
     found["merge"] = peak(lambda: merge(model))
     kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) if (kept := layer.lora.undo) is not None]
     found["kept"] = sum(one.nbytes() + factors_nbytes(one) for one in kept)
     found["unmerge"] = peak(lambda: unmerge(model))
-    found["export"] = peak(lambda: save_merged(model, path))
+    found["export"] = peak(lambda: save_folder(model, path))
     module.COPY_BUDGET = budget
     return found
 
