@@ -10,9 +10,9 @@ import torch
 from ..errors import LoRAError
 from ..names import A, B, parameter_factor_name
 from ..nn.low_rank import CONVOLUTIONS, to_block_diagonal
-from ..nn.products import product_svd, truncated_svd
 from .adapter import Adapter
 from .measures import scaled_pairs
+from .products import product_svd, truncated_svd
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 OTHER_NAMES = {"dare": "dare_linear"}  # as DARE's paper calls the sum of what it leaves

@@ -8,8 +8,8 @@ import torch
 
 from ..errors import LoRAError
 from ..nn.low_rank import TRANSPOSED_EXPERTS
-from ..nn.products import inner_of_products, product_norm
 from .adapter import Adapter
+from .products import inner_of_products, product_norm
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

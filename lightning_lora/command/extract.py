@@ -11,6 +11,7 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.base_files import fingerprint_entry_at
+from ..adapter.products import truncated_svd
 from ..config import LoRAConfig
 from ..errors import LoRAError, sentence
 from ..files.safetensors import TensorLocation, read_tensor
@@ -28,7 +29,6 @@ from ..nn.low_rank import (
     factor_shapes,
     matrix_view,
 )
-from ..nn.products import truncated_svd
 from ..progress import progress_bar
 from .output import refuse_quantised
 

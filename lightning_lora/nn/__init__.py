@@ -22,7 +22,8 @@ Where to begin:
 
     which module gets which class           layer_kinds.py; one file a kind: linear.py, conv.py, embedding.py, ...
     how a class is swapped and taken out    adapted_module.py
-    where y is computed                     lora_layer.py: factored_forward
+    where y is computed                     lora_layer.py: factored_forward and sum_forward; faster ways to the same sum
+                                            in linear.py, and for GPUs in low_rank_sum.py
     what is stored, and how it acts         variant.py, lora.py; one file a variant
     where W' is written and taken back      exact_merge.py; for a layer AdaptedWeights.merge_ and unmerge_
 """

@@ -13,7 +13,7 @@ would change its bits; they leave float64 alone. A merge needs 2 r operations a 
 
 Why chunks: a chunk and its buffers stay in the cache. Fresh pages of memory cost more than the arithmetic.
 
-The sum of a weight's bits shows whether it was changed while it was merged. Without copies it also proves the restore.
+The sum of a weight's bits shows whether it was changed while it was merged. Without copies it also checks the restore.
 
 No other file adds a delta to a weight. Live merging, merged saving and the command line all come here.
 """
@@ -30,13 +30,12 @@ import torch
 
 from ..errors import LoRAError, NonFiniteError
 from .autocast import without_autocast
-from .low_rank import LowRankBlock
+from .low_rank import EVERYTHING, LowRankBlock
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtype by bytes of a float
 CPU_CHUNK, GPU_CHUNK = 2**17, 2**22  # elements: few enough for the cache of one CPU thread; enough to fill a GPU
 MOST_THREADS = 2  # a chunk on the CPU grows with the number of threads up to this
 KEEP_AT_MOST = 0.25  # if more than this share of a chunk's values differs, a plain copy of the chunk is kept
-EVERYTHING = slice(None)
 
 Kept = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # a plain copy, or positions and values
 
@@ -60,7 +59,9 @@ class Undo:
     chunks: list[Chunk] = field(default_factory=list)  # in order; each is noted before it is written
 
     def is_edited(self, weight: torch.Tensor) -> bool:
-        """Return whether the bits of a weight do not have the sum that was noted. The second look finds nothing."""
+        """Return whether the bits of a weight do not have the sum that was noted, and forget the sum: a call that goes
+        on where another was broken off must not take a half-restored weight for an edit.
+        """
         wanted, self.checksum = self.checksum, None
         return wanted is not None and wanted != checksum(weight)
 

@@ -17,7 +17,7 @@ LORA = LoRA()
 
 ADAPTABLE = "nn.Linear, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention"  # for people
 
-LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # factored_forward may replace their forwards only
+LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # modules whose forwards factored_forward may replace
 
 
 def layer_class(module: nn.Module, variant: Variant = LORA) -> type[LoRALayer] | None:
@@ -31,10 +31,16 @@ def layer_class(module: nn.Module, variant: Variant = LORA) -> type[LoRALayer] |
 def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> LoRALayer:
     """Turn a supported module into an adapted layer. Its stored tensors are created later. In place."""
     adapting = cast(type[LoRALayer], layer_class(module, spec.variant))
-    forwards = [getattr(type(module), method) for method in adapting.KNOWN_FORWARD]
-    custom_forward = not all(forward.__module__.startswith(LIBRARIES) for forward in forwards)
+    custom_forward = not all(_is_known(adapting, type(module), method) for method in adapting.KNOWN_FORWARD)
     module.__class__ = swapped_class(adapting, type(module))
     layer = cast(LoRALayer, module)
     layer.lora = LayerState(spec, name, injection, custom_forward)
     layer.lora_active = True
     return layer
+
+
+def _is_known(adapting: type[LoRALayer], cls: type[nn.Module], method: str) -> bool:
+    """Return whether factored_forward may replace a method: it is that of a kind's own class, or of a library."""
+    owner = next(parent for parent in cls.__mro__ if method in vars(parent))
+    has_product = adapting.low_rank_product is not LoRALayer.low_rank_product
+    return (has_product and owner in adapting.MODULES) or owner.__module__.startswith(LIBRARIES)

@@ -36,7 +36,7 @@ WEIGHTS = {"weight", IN_PROJ}
 ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # the search begins here
 # These are not searched. torch's transformer layers read weights on their fast paths only, which are switched off while
 # an adapter is active.
-LIBRARIES = ("torch.nn.modules.module", "torch.nn.modules.transformer", "lightning", "pytorch_lightning")
+NOT_SEARCHED = ("torch.nn.modules.module", "torch.nn.modules.transformer", "lightning", "pytorch_lightning")
 # What is the same for W + delta; and `data`, which code writes to and autograd does not follow.
 FACTS = ("data", "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_meta")
 READ = re.compile(
@@ -245,7 +245,7 @@ def weight_reads(cls: type[nn.Module]) -> Mapping[str, set[Path]]:
 
 def _is_passed_over(function: FunctionType) -> bool:
     """Return whether a function is a library's, or a generator, whose body runs after the call."""
-    of_library = f"{function.__module__}.".startswith(tuple(f"{library}." for library in LIBRARIES))
+    of_library = f"{function.__module__}.".startswith(tuple(f"{library}." for library in NOT_SEARCHED))
     return of_library or inspect.isgeneratorfunction(function)
 
 

@@ -143,7 +143,7 @@ class LoRATable(AdaptedModule):
     """A table with some trained rows."""
 
     ATTRIBUTES = ("lora_table", "lora_custom_forward", "lora_row_ids")
-    KNOWN_FORWARD: ClassVar[str] = "torch.nn.modules."  # forward_with_rows replaces forwards from these modules only
+    FORWARDS: ClassVar[str] = "torch.nn.modules."  # forward_with_rows replaces forwards from these modules only
     weight: nn.Parameter
     lora_rows: nn.Parameter
     lora_table: TokenRows
@@ -241,7 +241,7 @@ def adapt_table_(module: nn.Module, name: str, spec: LayerSpec, injection: objec
 def share_table_(module: nn.Module, adapter: TokenRows) -> None:
     """Add a module to the tables of an adapter. All of them are tied. In place."""
     mixin = next(mixin for kind, mixin in TABLES.items() if isinstance(module, kind))
-    custom_forward = not type(module).forward.__module__.startswith(LoRATable.KNOWN_FORWARD)
+    custom_forward = not type(module).forward.__module__.startswith(LoRATable.FORWARDS)
     module.__class__ = swapped_class(mixin, type(module))
     table = cast(LoRATable, module)
     table.lora_table, table.lora_custom_forward = adapter, custom_forward

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..adapter.products import Stack, effective_rank, inner_product, singular_values_of_grams, stack_blocks
 from ..distributed.flat import whole_shape
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import copy_of, is_sharded, is_spread, local, reshard_
 from ..model.adapted_model import open_model
 from ..names import factor_role, group_names
 from ..nn.adapted_weights import AdaptedWeights
-from ..nn.products import Stack, effective_rank, inner_product, singular_values_of_grams, stack_blocks
 
 
 @dataclass(frozen=True)

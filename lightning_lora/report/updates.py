@@ -12,9 +12,9 @@ import torch
 
 from ..adapter.adapter import Adapter, nothing_adapted
 from ..adapter.measures import cosine, scaled_pairs
+from ..adapter.products import singular_values
 from ..errors import LoRAError
 from ..files.safetensors import CHUNK
-from ..nn.products import singular_values
 from ..progress import progress_bar
 from .layout import Cell, cells
 

@@ -218,3 +218,41 @@ def test_a_kind_of_layer_is_one_class(options: dict[str, Any], monkeypatch: pyte
     assert torch.equal(model[0].weight, weight)
     unload(model)
     assert type(model[0]) is Gated
+
+
+class Transposed(nn.Module):
+    """A linear layer of a class of its own, with the weight stored (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def test_a_kind_of_a_users_class_runs_on_its_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_layer, "KINDS", list(lora_layer.KINDS))
+    monkeypatch.setattr(layer_kinds, "KINDS", lora_layer.KINDS)
+    products = []
+
+    class LoRATransposed(LoRALayer):
+        KIND = low_rank.CONV1D
+        MODULES = (Transposed,)
+
+        def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            products.append(x @ a.T @ b.T)
+            return products[-1]
+
+    class OfAUser(Transposed):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    for build, runs_on_factors in ((Transposed, True), (OfAUser, False)):
+        model, x = nn.Sequential(build()), torch.randn(3, 4)
+        inject(model, LoRAConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        products.clear()
+        expected = model(x)
+        assert len(products) == runs_on_factors
+        merge(model)
+        torch.testing.assert_close(model(x), expected)

@@ -13,7 +13,7 @@ from torch import nn
 
 import lightning_lora
 from lightning_lora import LoRAConfig, combine, initialize_from_data, inject
-from lightning_lora.nn.products import truncated_svd
+from lightning_lora.adapter.products import truncated_svd
 from lightning_lora.nn.random_stream import svd_lowrank
 from support.models import checkpoint
 

@@ -16,10 +16,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_lora import LoRAConfig, LoRAError, inject, merge, merged_state_dict, save_adapter
+from lightning_lora.adapter.products import singular_values
 from lightning_lora.exchange.take import fingerprint_of
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.live_state import open_state
-from lightning_lora.nn.products import singular_values
 from lightning_lora.report.from_files import read_updates
 from lightning_lora.report.from_model import record_norms, updates_of_model
 from lightning_lora.report.updates import Update, cosines, half_share

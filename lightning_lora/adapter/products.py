@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from .low_rank import LowRankBlock
-from .random_stream import svd_lowrank
+from ..nn.low_rank import LowRankBlock
+from ..nn.random_stream import svd_lowrank
 
 EXACT_SVD = 512  # up to this many rows or columns the whole decomposition is cheap
 OVERSAMPLED, ITERATIONS = 16, 6
