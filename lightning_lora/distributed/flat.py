@@ -46,6 +46,15 @@ class Piece(NamedTuple):
     columns: slice
 
 
+class Window(NamedTuple):
+    """A part of this rank's shard that is a matrix."""
+
+    values: torch.Tensor  # a view
+    rows: slice  # in the whole weight, as columns are
+    columns: slice
+    begin: int | None = None  # the number of its first element in a flat slice; None for a shard that is a matrix
+
+
 class Unit(Protocol):
     """Flat tensors that a strategy gathers together for a forward, in place of which it then puts plain tensors."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import LoRAError
 from .flat import (
     Piece,
+    Window,
     flat_like,
     flat_rows,
     flat_samples,
@@ -154,15 +155,6 @@ def window(tensor: torch.Tensor) -> tuple[slice, ...]:
         return tuple(slice(0, size) for size in tensor.shape)
     chunk = cast(Any, tensor).__create_chunk_list__()[0]  # the protocol of torch.distributed.checkpoint
     return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-
-
-class Window(NamedTuple):
-    """A part of this rank's shard that is a matrix."""
-
-    values: torch.Tensor  # a view
-    rows: slice  # in the whole weight, as columns are
-    columns: slice
-    begin: int | None = None  # the number of its first element in a flat slice; None for a shard that is a matrix
 
 
 def windows(tensor: torch.Tensor, width: int) -> list[Window]:

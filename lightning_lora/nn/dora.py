@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..distributed.sharding import Window, detached
+from ..distributed.flat import Window
+from ..distributed.sharding import detached
 from ..names import A, B
 from . import low_rank
 from .lora import PEFT_LEAVES, LoRA

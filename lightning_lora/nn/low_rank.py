@@ -19,14 +19,12 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 
+from ..distributed.flat import Window
 from ..names import A, B
-
-if TYPE_CHECKING:
-    from ..distributed.sharding import Window
 
 HALF = (torch.float16, torch.bfloat16)
 MERGEABLE_DTYPES = (*HALF, torch.float32, torch.float64)

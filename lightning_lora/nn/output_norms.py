@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import torch
 
-from ..distributed.flat import whole_shape
-from ..distributed.sharding import Window, is_spread, sum_over_shards, windows
+from ..distributed.flat import Window, whole_shape
+from ..distributed.sharding import is_spread, sum_over_shards, windows
 from .autocast import without_autocast
 from .transforms import is_tracing
 

@@ -30,7 +30,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.distributed.sharding import Window
+from lightning_lora.distributed.flat import Window
 from lightning_lora.model import merging
 from lightning_lora.nn import dora as dora_layers
 from lightning_lora.nn import low_rank
