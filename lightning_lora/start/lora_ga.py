@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,17 +50,13 @@ def start_from_gradients(
     weights = {name: layer.adapted_weight() for name, layer in layers.items()}
     with active_as(layers.values(), False):  # their products are zero so far
         gradients = _mean_gradients(model, weights, batches, forward, n)
-    starts = {}
     with progress_bar("decomposing", len(layers)) as advance:
         for name, layer in layers.items():
-            gradient = gradients.pop(name)
-            factors = _factors(matrix_view(layer.kind(), gradient), layer.lora.spec.r)
-            starts[name] = tuple(map(from_first_rank, factors))
+            gradient = matrix_view(layer.kind(), gradients.pop(name))
+            a, b = map(from_first_rank, _factors(gradient, layer.lora.spec.r))
+            for leaf, factor in layer.stored().items():
+                copy_(factor, (b if layer.lora.spec.variant.placed_as[leaf] == B else a).to(factor))
             advance(1)
-    for name, layer in layers.items():
-        a, b = starts[name]
-        for leaf, factor in layer.stored().items():
-            copy_(factor, (b if layer.lora.spec.variant.placed_as[leaf] == B else a).to(factor))
 
 
 def _mean_gradients(
@@ -71,7 +67,8 @@ def _mean_gradients(
     count = 0
     with data_batches(model, batches, n) as ready, _requiring_gradients(model, weights), torch.enable_grad():
         for batch in ready:
-            _loss(forward(model, batch)).backward()  # type: ignore[no-untyped-call]
+            result: Any = forward(model, batch)
+            (result["loss"] if isinstance(result, Mapping) else getattr(result, "loss", result)).backward()
             count += 1
             for name, weight in weights.items():
                 if weight.grad is None:
@@ -104,12 +101,6 @@ def _requiring_gradients(model: nn.Module, weights: Mapping[str, nn.Parameter]) 
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-
-
-def _loss(result: object) -> torch.Tensor:
-    """Return the loss that a forward returned, by itself or as `loss` of a mapping or an object."""
-    loss = result["loss"] if isinstance(result, Mapping) else getattr(result, "loss", result)
-    return cast(torch.Tensor, loss)
 
 
 def _factors(gradient: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

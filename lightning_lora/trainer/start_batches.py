@@ -41,12 +41,9 @@ def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> N
     loops, package = trainer.fit_loop, package_of(type(trainer)) or "lightning.pytorch"
     combined = loops._combined_loader
     loader = import_module(f"{package}.utilities.combined_loader").CombinedLoader(combined.iterables, combined._mode)
-    takes_iterator = type(loops._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
-    if (
-        not module.automatic_optimization
-        or takes_iterator
-        or any(isinstance(each, Iterator) for each in loader.flattened)
-    ):
+    used_up = any(isinstance(each, Iterator) for each in loader.flattened)
+    used_up |= type(loops._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
+    if used_up or not module.automatic_optimization:
         raise LoRAError(
             f"LoRACallback: init_lora_weights={handle.record.config.init_lora_weights!r}: under manual optimization, "
             "with dataloader_iter, or with an iterator as data, no batch can be read before training; call "
@@ -64,9 +61,7 @@ def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> N
         arguments = loops.epoch_loop._build_kwargs({}, batch, 0).values()
         if not gradients:
             return trainer.strategy.training_step(*arguments)
-        with (
-            trainer.precision_plugin.train_step_context()
-        ):  # the wrapper of DDP would wait for gradients of the adapter
+        with trainer.precision_plugin.train_step_context():  # DDP's wrapper would wait for gradients of the adapter
             return module.training_step(*arguments)
 
     with import_module(f"{package}.utilities.seed").isolate_rng(), _undisturbed(module, loader):
