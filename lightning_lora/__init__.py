@@ -15,7 +15,6 @@ from .nn.variant import Variant
 from .report.statistics import adapter_stats
 from .report.summary import summary
 from .start.from_data import initialize_from_data
-from .start.ranks import redistribute_ranks
 
 if TYPE_CHECKING:
     from .callback import LoRACallback
@@ -52,7 +51,6 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "plot_adapter",
     "quantize_base",
     "read_adapter",
-    "redistribute_ranks",
     "save_adapter",
     "save_merged",
     "summary",

@@ -13,7 +13,7 @@ from tqdm import tqdm
 DELAY = 1.0  # seconds until a bar is shown, so that short work shows none
 
 
-Unit = Literal["bytes", "layers", "tensors"]
+Unit = Literal["batches", "bytes", "layers", "tensors"]
 
 
 @contextmanager

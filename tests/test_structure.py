@@ -62,7 +62,6 @@ PUBLIC = {
     "LoRAMonitor",
     "inject",
     "initialize_from_data",
-    "redistribute_ranks",
     "unload",
     "merge",
     "unmerge",

@@ -1,17 +1,20 @@
-"""Run a model over batches before its training: all ranks in step, in eval mode, with results that all ranks share."""
+"""Run a model over batches before its training: in eval mode, all ranks in step, with results that all ranks share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-TAU = 0.99  # as in PEFT
+from ..errors import LoRAError
+from ..progress import progress_bar
+
+COUNT = 16  # of the batches that are used
 IGNORED = -100  # the label that transformers gives tokens without a loss
 _NOTHING = object()
 
@@ -34,76 +37,53 @@ def learned_tokens(batch: Any) -> torch.Tensor | None:
     return mask & (batch["labels"] != IGNORED) if "labels" in batch else mask
 
 
-@dataclass(frozen=True)
-class Caller:
-    """Words for messages of a run over batches.
+@contextmanager
+def data_batches(model: nn.Module, batches: Iterable[Any], n: int) -> Iterator[Iterator[Any]]:
+    """Put a model into eval mode inside, and give the first n batches; each module has its earlier mode afterwards.
 
-    Attributes:
-        verb: the beginning of each message, such as the function that the user called.
-        forward: the user's function that runs the model.
-        slow: advice for components that have not converged.
+    Collective where there are several ranks: the batches end on all of them where one rank has no more.
+
+    Raises:
+        LoRAError: there are no batches.
     """
-
-    verb: str = "initialize_from_data"
-    forward: str = "the forward"
-    slow: str = "More batches, or a smaller tau, would do"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Batches, and how a model is run on them.
-
-    Attributes:
-        batches: what `forward` takes, one after the other.
-        forward: runs the model on one batch.
-        mask: returns which tokens of a batch count, as bool (batch, tokens), or None for all.
-        tau: cosine similarity to its value one batch earlier from which on a component has converged.
-        caller: words for messages.
-    """
-
-    batches: Iterable[Any]
-    forward: Forward
-    mask: Mask = learned_tokens
-    tau: float = TAU
-    caller: Caller = Caller()
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with progress_bar("initialising", n, "batches") as advance:
+            yield _in_step(islice(batches, n), advance)
+    finally:
+        for module in training:
+            module.training = True
 
 
-def in_step(batches: Iterable[Any], finished: Callable[[], bool]) -> Iterator[Any]:
-    """Yield batches until one rank has no more or all ranks have finished. Collective where there are several ranks."""
-    remaining = iter(batches)
-    while True:
-        batch = next(remaining, _NOTHING)
-        more, done = _on_all_ranks([batch is not _NOTHING, finished()])
-        if done or not more:
-            return
+def _in_step(batches: Iterator[Any], advance: Callable[[int], object]) -> Iterator[Any]:
+    count = 0
+    while _on_all_ranks((batch := next(batches, _NOTHING)) is not _NOTHING):
         yield batch
+        advance(1)
+        count += 1
+    if not count:
+        raise LoRAError("initialize_from_data: there are no batches; give at least one.")
 
 
-def _on_all_ranks(flags: Sequence[bool]) -> list[bool]:
-    """Return for each flag whether it is true on every rank."""
+def _on_all_ranks(flag: bool) -> bool:
+    """Return whether a flag is true on every rank."""
     if not (dist.is_available() and dist.is_initialized()):
-        return list(flags)
+        return flag
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, list(flags))
-    return [all(of_ranks) for of_ranks in zip(*gathered, strict=True)]
+    dist.all_gather_object(gathered, flag)
+    return all(gathered)
 
 
-def from_first_rank(values: torch.Tensor | None) -> torch.Tensor:
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Raise LoRAError where a value is NaN or Inf."""
+    if not values.isfinite().all():
+        raise LoRAError(f"initialize_from_data: {what} hold NaN or Inf; leave such batches out.")
+
+
+def from_first_rank(values: torch.Tensor) -> torch.Tensor:
     """Return the first rank's values on every rank. Collective where there are several ranks."""
-    assert values is not None
     if dist.is_available() and dist.is_initialized():
         values = values.contiguous()
         dist.broadcast(values, 0)
     return values
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode inside; each module has its earlier mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -13,10 +13,9 @@ from ..model.adapted_model import AdaptedModel, open_model
 from ..model.merging import holds_merged
 from ..model.recorded_layers import refuse_replaced_layers
 from ..names import listed
-from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import CONV1D, LINEAR
 from ..nn.owner import claimed
-from .batches import TAU, Caller, Forward, Mask, Run, call_with, learned_tokens
+from .batches import COUNT, Forward, Mask, call_with, learned_tokens
 from .eva import start_from_inputs
 from .lora_ga import start_from_gradients
 
@@ -29,7 +28,7 @@ def initialize_from_data(
     forward: Forward = call_with,
     *,
     mask: Mask = learned_tokens,
-    tau: float = TAU,
+    n: int = COUNT,
 ) -> None:
     """Let the adapters of linear layers start from data, as init_lora_weights says. In place.
 
@@ -43,10 +42,10 @@ def initialize_from_data(
 
     Args:
         model: an injected model, before training.
-        batches: what `forward` takes. Gradients use all of them; components use them until they have converged.
+        batches: what `forward` takes.
         forward: runs the model on one batch. For gradients it returns the loss, or an object with the loss as `loss`.
         mask: returns which tokens of a batch count, as bool (batch, tokens), or None for all. For components alone.
-        tau: a component has converged when its cosine similarity to its value one batch earlier is at least this.
+        n: how many batches are used, the first ones.
 
     Raises:
         LoRAError: the model was not injected, is merged or was trained already; there are no batches; a layer never
@@ -56,47 +55,39 @@ def initialize_from_data(
 
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> names = inject(model, LoRAConfig(r=2, init_lora_weights="eva"))
-        >>> initialize_from_data(model, [torch.randn(64, 8) for _ in range(50)])
+        >>> initialize_from_data(model, [torch.randn(64, 8) for _ in range(16)])
     """
     handle = open_model(model, "initialize_from_data")
-    start_from_batches(handle, Run(batches, forward, mask, tau, Caller()))
+    start_from_batches(handle, batches, forward, mask, n)
     handle.record.started = True
 
 
-def start_from_batches(handle: AdaptedModel, run: Run) -> None:
+def start_from_batches(handle: AdaptedModel, batches: Iterable[Any], forward: Forward, mask: Mask, n: int) -> None:
     """Do what initialize_from_data does, for an opened model. In place."""
-    layers = linear_layers(handle, run.caller.verb)
-    with claimed("initialize_from_data", handle.record.owner):
-        start = start_from_gradients if handle.record.config.has_start else start_from_inputs
-        start(handle.model, layers, run)
-    others = [name for name in handle.layers if name not in layers]
-    if others:
-        log.info("lightning_lora: %s start without data, for only linear layers can start from it", listed(others))
-
-
-def linear_layers(handle: AdaptedModel, verb: str) -> dict[str, AdaptedWeights]:
-    """Return the adapted linear layers by name; fused projections with parts are not among them.
-
-    Raises:
-        LoRAError: there is none, a layer was replaced, or the model is merged or trained. The message begins with the
-            verb.
-    """
-    refuse_replaced_layers(handle, verb)
-    layers = handle.layers
-    if holds_merged(layers.values()):
-        raise LoRAError(f"{verb}: the model is merged; call unmerge(model) first.")
-    linear = {
+    refuse_replaced_layers(handle, "initialize_from_data")
+    if holds_merged(handle.layers.values()):
+        raise LoRAError("initialize_from_data: the model is merged; call unmerge(model) first.")
+    layers = {
         name: layer
-        for name, layer in layers.items()
-        if layer.kind() in (LINEAR, CONV1D) and layer.lora.spec.enabled is None
+        for name, layer in handle.layers.items()
+        if layer.kind() in (LINEAR, CONV1D) and layer.lora.spec.enabled is None  # a fused projection has parts
     }
-    if not linear:
+    others = [name for name in handle.layers if name not in layers]
+    if not layers:
         raise LoRAError(
-            f"{verb}: none of the {len(layers)} adapted layers is linear, and only linear layers can start from data."
+            f"initialize_from_data: none of the {len(others)} adapted layers is linear, and only linear layers can "
+            "start from data."
         )
-    trained = [name for name, layer in linear.items() if not layer.is_initial()]
+    trained = [name for name, layer in layers.items() if not layer.is_initial()]
     if trained:
         raise LoRAError(
-            f"{verb}: B of {trained[0]!r} is not zero, so the adapter was trained or loaded; start from data first."
+            f"initialize_from_data: B of {trained[0]!r} is not zero, so the adapter was trained or loaded; start from "
+            "data first."
         )
-    return linear
+    with claimed("initialize_from_data", handle.record.owner):
+        if handle.record.config.has_start:
+            start_from_gradients(handle.model, layers, batches, forward, n)
+        else:
+            start_from_inputs(handle.model, layers, batches, forward, mask, n)
+    if others:
+        log.info("lightning_lora: %s start without data, for only linear layers can start from it", listed(others))

@@ -22,77 +22,68 @@ from ..nn.adapted_weights import AdaptedWeights, active_as
 from ..nn.low_rank import matrix_view
 from ..nn.random_stream import svd_lowrank
 from ..progress import progress_bar
-from .batches import Caller, Forward, Run, evaluating, from_first_rank, in_step
+from .batches import Forward, check_finite, data_batches, from_first_rank
 
 GAMMA = 16.0  # the paper's
 ITERATIONS, OVERSAMPLED, SEED = 4, 4, 42  # of the decomposition; iterations and oversampling as in PEFT
 
 
-def start_from_gradients(model: nn.Module, layers: Mapping[str, AdaptedWeights], run: Run) -> None:
-    """Let A, B, A0 and B0 of each layer start from the mean gradient over all batches. In place.
+def start_from_gradients(
+    model: nn.Module, layers: Mapping[str, AdaptedWeights], batches: Iterable[Any], forward: Forward, n: int
+) -> None:
+    """Let A, B, A0 and B0 of each layer start from the mean gradient over the first n batches. In place.
 
     The sum of gradients takes a float32 copy of the layers' weights, and the backward of a batch another copy.
     Collective, as initialize_from_data.
 
     Raises:
-        LoRAError: there are no batches, a weight is quantised or sharded or gets no gradient, a gradient is not
-            finite, or the forward returns no loss.
+        LoRAError: there are no batches, a weight is quantised or sharded or gets no gradient, or a gradient is not
+            finite.
     """
-    caller = run.caller
     for name, layer in layers.items():
         if layer.quantised() or is_spread(layer.adapted_weight()):
-            what = "is quantised" if layer.quantised() else "is sharded"
             raise LoRAError(
-                f"{caller.verb}: the weight of {name!r} {what}, but this start needs gradients of whole weights; "
-                "choose another init_lora_weights, or call initialize_from_data before the model is sharded."
+                f"initialize_from_data: the weight of {name!r} is {'quantised' if layer.quantised() else 'sharded'}, "
+                "but this start needs gradients of whole weights; choose another init_lora_weights, or call "
+                "initialize_from_data before the model is sharded."
             )
     weights = {name: layer.adapted_weight() for name, layer in layers.items()}
     with active_as(layers.values(), False):  # their products are zero so far
-        gradients = _mean_gradients(model, weights, run.batches, run.forward, caller)
-    starts = {}
+        gradients = _mean_gradients(model, weights, batches, forward, n)
     with progress_bar("decomposing", len(layers)) as advance:
         for name, layer in layers.items():
-            gradient = gradients.pop(name)
-            factors = _factors(matrix_view(layer.kind(), gradient), layer.lora.spec.r)
-            starts[name] = tuple(map(from_first_rank, factors))
+            gradient = matrix_view(layer.kind(), gradients.pop(name))
+            a, b = map(from_first_rank, _factors(gradient, layer.lora.spec.r))
+            for leaf, factor in layer.stored().items():
+                copy_(factor, (b if layer.lora.spec.variant.placed_as[leaf] == B else a).to(factor))
             advance(1)
-    for name, layer in layers.items():
-        a, b = starts[name]
-        for leaf, factor in layer.stored().items():
-            copy_(factor, (b if layer.lora.spec.variant.placed_as[leaf] == B else a).to(factor))
 
 
 def _mean_gradients(
-    model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    batches: Iterable[Any],
-    forward: Forward,
-    caller: Caller,
+    model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Iterable[Any], forward: Forward, n: int
 ) -> dict[str, torch.Tensor]:
     """Return the mean gradient of each weight over the batches of all ranks, float32 and of the weight's shape."""
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     count = 0
-    with evaluating(model), _requiring_gradients(model, weights), torch.enable_grad():
-        for batch in in_step(batches, lambda: False):
-            _loss(forward(model, batch), caller).backward()  # type: ignore[no-untyped-call]
+    with data_batches(model, batches, n) as ready, _requiring_gradients(model, weights), torch.enable_grad():
+        for batch in ready:
+            result: Any = forward(model, batch)
+            (result["loss"] if isinstance(result, Mapping) else getattr(result, "loss", result)).backward()
             count += 1
             for name, weight in weights.items():
                 if weight.grad is None:
                     raise LoRAError(
-                        f"{caller.verb}: no gradient reaches the weight of {name!r}; leave it out with "
-                        f"exclude_modules, or let the loss of {caller.forward} depend on it."
+                        f"initialize_from_data: no gradient reaches the weight of {name!r}; leave it out with "
+                        "exclude_modules, or let the loss depend on it."
                     )
                 sums[name] += weight.grad
                 weight.grad = None
-    if not count:
-        raise LoRAError(f"{caller.verb}: there are no batches.")
     for name, total in sums.items():
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
             total /= dist.get_world_size()
-        if not total.isfinite().all():
-            raise LoRAError(f"{caller.verb}: the gradient of the weight of {name!r} holds NaN or Inf.")
         total /= count
+        check_finite(total, f"the gradients of the weight of {name!r}")
     return sums
 
 
@@ -110,21 +101,6 @@ def _requiring_gradients(model: nn.Module, weights: Mapping[str, nn.Parameter]) 
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-
-
-def _loss(result: object, caller: Caller) -> torch.Tensor:
-    """Return the loss that a forward returned, by itself or as `loss` of a mapping or an object.
-
-    Raises:
-        LoRAError: it returned no scalar that requires a gradient.
-    """
-    loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", result)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise LoRAError(
-            f"{caller.verb}: to start from gradients, {caller.forward} must return the loss, or an object with the "
-            f"loss as `loss`; found {type(result).__name__}."
-        )
-    return loss
 
 
 def _factors(gradient: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -136,10 +135,7 @@ def make_batches(count: int, tokens: int) -> Batches:
 
 
 def from_data_by_ours(model: nn.Module, init: Any, batches: Batches) -> nn.Module:
-    """Every batch is read: no component has the cosine similarity that is asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lightning_lora: the components of")  # had not converged
-        initialize_from_data(with_ours(model, init), batches, tau=2.0)
+    initialize_from_data(with_ours(model, init), batches, n=len(batches))
     return model
 
 

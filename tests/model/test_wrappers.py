@@ -38,7 +38,6 @@ from lightning_lora import (
     merged,
     merged_state_dict,
     plot_adapter,
-    redistribute_ranks,
     save_adapter,
     save_merged,
     summary,
@@ -204,9 +203,8 @@ def test_a_wrapper_starts_from_data_as_the_network_does(wrap: Wrap):
     for each in (inside := [plain(), plain()]):
         inject(each, config)
     model, net = wrap(inside[0]), inside[1]
-    assert redistribute_ranks(model, batches, tau=-1) == redistribute_ranks(net, batches, tau=-1)
-    initialize_from_data(model, batches, tau=-1)
-    initialize_from_data(net, batches, tau=-1)
+    initialize_from_data(model, batches)
+    initialize_from_data(net, batches)
     assert_same(adapter_state_dict(model), adapter_state_dict(net))
 
 
@@ -284,7 +282,6 @@ DOORS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "summary": lambda model, path: summary(model),
     "lora_param_groups": lambda model, path: lora_param_groups(model, lr=1),
     "initialize_from_data": lambda model, path: initialize_from_data(model, [x()]),
-    "redistribute_ranks": lambda model, path: redistribute_ranks(model, [x()]),
     "plot_adapter": lambda model, path: plot_adapter(model),
 }
 

@@ -19,7 +19,6 @@ from support.runs import Watched, base_weights, lora
 from support.training import Data, Net, assert_same_tensors, make_trainer, weights
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:lightning_lora. the components of .* had not converged"),
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
 ]
 KINDS = ("adapter", "merged", "full")

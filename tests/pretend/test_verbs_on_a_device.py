@@ -27,7 +27,6 @@ from lightning_lora import (
     merged,
     merged_state_dict,
     read_adapter,
-    redistribute_ranks,
     save_adapter,
     save_merged,
     summary,
@@ -39,7 +38,6 @@ from support.models import Zoo, state_bits, tokens, zoo_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
-    pytest.mark.filterwarnings("ignore:lightning_lora. the components of .* had not converged"),
 ]
 VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA": {},
@@ -124,12 +122,6 @@ def started_from_data(model: nn.Module, path: Path, init: str) -> Any:
     return {name: p.abs() for name, p in model.named_parameters() if "lora_" in name}
 
 
-def divided(model: nn.Module, path: Path) -> Any:
-    unload(model)
-    inject(model, zoo_config(target_modules=["body.0", "body.3"]))
-    return redistribute_ranks(model, batches(model)).rank_pattern
-
-
 def stats(model: nn.Module, path: Path) -> Any:
     first = adapter_stats(model)
     trained_step(model)
@@ -191,7 +183,6 @@ VERBS: dict[str, Verb] = {
     "merge_and_unload": for_good(merge_and_unload),
     "merged": around(merged),
     "merged_state_dict": lambda model, path: dict(merged_state_dict(model)),
-    "redistribute_ranks": divided,
     "save_adapter": saved,
     "save_merged": merged_folder,
     "summary": lambda model, path: str(summary(model)),
@@ -199,7 +190,7 @@ VERBS: dict[str, Verb] = {
     "unload": for_good(unload),
 }
 # These take plain LoRA alone, or inject anew.
-OF_LORA = ("combine", "combine, of live models", "swap", "eva", "lora_ga", "redistribute_ranks")
+OF_LORA = ("combine", "combine, of live models", "swap", "eva", "lora_ga")
 PAIRS = [(verb, variant) for verb in VERBS for variant in VARIANTS if variant == "LoRA" or verb not in OF_LORA]
 
 

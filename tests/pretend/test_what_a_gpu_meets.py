@@ -36,7 +36,6 @@ from support.variants import define_gated, variants_forgotten
 pytestmark = [
     *TORCH_NOTICES,
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
-    pytest.mark.filterwarnings("ignore:lightning_lora. the components of .* had not converged"),
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),  # while factored
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature"),
 ]

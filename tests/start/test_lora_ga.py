@@ -24,7 +24,6 @@ from lightning_lora import (
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.start import lora_ga
-from lightning_lora.start.batches import Caller
 from support.notices import PEER_NOTICES
 from support.peers import logits
 from support.peers import model as peer
@@ -99,7 +98,7 @@ def test_mean_gradient_of_a_bfloat16_weight_is_summed_in_float32():
     layer = nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
     batches = [torch.tensor([[256.0, 1.0], [1.0, 0.0]])] + 7 * [torch.tensor([[1.0, 1.0], [0.0, 0.0]])]
     found = lora_ga._mean_gradients(
-        layer, {"": layer.weight}, batches, lambda model, batch: (model.weight * batch).sum(), Caller()
+        layer, {"": layer.weight}, batches, lambda model, batch: (model.weight * batch).sum(), len(batches)
     )
     assert torch.equal(found[""], torch.stack(batches).mean(0))
 
@@ -207,13 +206,10 @@ class Quiet(nn.Module):
         (
             [torch.full((2, 4), torch.nan)],
             lambda m, x: m(x) + m.idle(x).sum(),
-            "gradient of the weight of 'used' holds",
+            "gradients of the weight of 'used' hold NaN or Inf",
         ),
-        ([torch.ones(2, 4)], lambda m, x: {"logits": m(x)}, "must return the loss.*found dict"),
-        ([torch.ones(2, 4)], lambda m, x: m.used(x), "must return the loss.*found Tensor"),
-        ([torch.ones(2, 4)], lambda m, x: m(x).detach(), "must return the loss"),
     ],
-    ids=["no batches", "no gradient", "NaN", "no loss", "no scalar", "no graph"],
+    ids=["no batches", "no gradient", "NaN"],
 )
 def test_what_has_no_gradients_is_refused_and_left_as_it_is(data: Any, forward: Any, said: str):
     inject(net := Quiet(), LoRAConfig(r=2, target_modules=["used", "idle"], init_lora_weights="lora_ga"))
