@@ -79,7 +79,6 @@ def test_options_reach_the_config():
         "modules_to_save": ("head",),
         "trainable_token_indices": {"body.0": (1, 2)},
         "task_type": "TOKEN_CLS",
-        "ensure_weight_tying": False,
         "rank_pattern": {"body.0": 2},
         "alpha_pattern": {"body.0": 3.0},
         "bias": "all",

@@ -58,7 +58,6 @@ from .targets import (
     check_table,
     check_trainable,
     check_unadapted,
-    check_untied,
 )
 from .wrappers import unwrapped, warn_of_late_adapters
 
@@ -393,8 +392,6 @@ def _adapt_new_layers(handle: AdaptedModel) -> None:
     tables = {name: rows for name, rows in targets.tables.items() if not isinstance(modules[name], LoRATable)}
     for name in tables:
         check_table(name, modules[name], targets)
-    if not record.config.ensure_weight_tying:
-        check_untied(handle.root_modules, targets.saved)
     _freeze(handle, scope, new, targets.saved)
     seed = record.seed or random_seed()
     with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:

@@ -33,7 +33,6 @@ from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, SEPARATE, matrix_shape
 from ..nn.parameter import LoRAParameterHolder, weights_of
 from ..nn.quantised import quantised_as, quantised_parameters, shape_of, was_never_quantised
-from ..nn.tied_weights import tied_weights, untie_advice
 from ..nn.token_rows import is_table
 from ..nn.variant import variant_of
 from .heads import option_that_leaves_plain
@@ -267,24 +266,6 @@ def check_shapes(modules: NamedModules) -> None:
             raise LoRAError(
                 f"inject: {name!r}: the {type(module).__name__} has no shape yet; run one batch through the model "
                 "first."
-            )
-
-
-def check_untied(modules: NamedModules, saved: Mapping[str, nn.Module]) -> None:
-    """Refuse to train a module whole that shares a weight with a module outside of it.
-
-    Raises:
-        LoRAError: a module shares a weight. The message says how to untie it.
-    """
-    tied = tied_weights(modules)
-    for name, module in saved.items():
-        owners = [tied[part] for part in module.modules() if part in tied]
-        outside = [owner for owner in owners if not owner.startswith(f"{name}.")]
-        if outside:
-            raise LoRAError(
-                f"inject: modules_to_save names {name!r}, which shares its weight with {outside[0]!r}, but "
-                f"ensure_weight_tying=False asks for two weights. {untie_advice(outside[0])}. Or set "
-                "ensure_weight_tying=True, which trains one weight for both."
             )
 
 
