@@ -58,6 +58,7 @@ from .targets import (
     check_table,
     check_trainable,
     check_unadapted,
+    warn_of_unused,
 )
 from .wrappers import unwrapped, warn_of_late_adapters
 
@@ -352,12 +353,11 @@ def finish_injection(handle: AdaptedModel) -> None:
     root, record = handle.root, handle.record
     with claimed("inject", record.owner), _leaving_no_trace(handle):
         targets = Targets(handle.root_modules, record.config, scope_in(handle.root_places, record))
-        if any(targets.unmatched.values()):
-            sentences = "\n".join(map(sentence, targets.unmatched))
+        if targets.errors:
+            sentences = "\n".join(map(sentence, targets.errors))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
     if not record.validated:
-        for unmatched in targets.unmatched:
-            warnings.warn(f"lightning_lora: {unmatched}; it is passed over.", stacklevel=3)
+        warn_of_unused(targets, stacklevel=4)
         modules = dict(handle.root_modules)
         for name, reason in targets.left_out.items():
             record.keep(modules[name])["left_out"] = reason
