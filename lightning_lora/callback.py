@@ -89,7 +89,6 @@ class LoRACallback(Callback):
         layers_pattern: the name segment that the layer's number follows, such as "layers".
         enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
-        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares, and train it for both.
         seed: a whole number that the adapters are drawn from.
         merge_after_fit: leave plain layers with merged weights behind when fit ends.
         quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4".
@@ -138,7 +137,6 @@ class LoRACallback(Callback):
         layers_pattern: str | Sequence[str] | None = None,
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,
-        ensure_weight_tying: bool = True,
         seed: int | None = None,
         merge_after_fit: bool = False,
         quantize: str | None = None,

@@ -30,9 +30,9 @@ OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "runtime_config"),
 )
-TIED_BY_PEFT = ("embed_tokens", "lm_head")  # the names of modules that PEFT's ensure_weight_tying knows
 IGNORED_PEFT_FIELDS = (  # options of a peft.LoraConfig that do not describe the adapter
     *OF_PEFT_ALONE,
+    "ensure_weight_tying",  # ties are always kept
     # These belong to another option, and that option is refused.
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
 )
@@ -55,7 +55,6 @@ LISTS = {"modules_to_save": "a list of module names", "target_parameters": "a li
 LEFT_OUT_AT_DEFAULT = {  # options that files leave out at their default, with that default
     **dict.fromkeys(("target_parameters", "layers_to_transform", "layers_pattern", "task_type")),
     "trainable_token_indices": None,
-    "ensure_weight_tying": True,
     "use_dora": False,
     "variant": PLAIN,
     "variant_options": None,
@@ -97,7 +96,6 @@ class LoRAConfig:
         layers_pattern: the name segment that the layer's number follows, such as "layers".
         enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
-        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares, and train it for both.
 
     Raises:
         LoRAError: a value is not allowed; the message holds it.
@@ -130,7 +128,6 @@ class LoRAConfig:
     layers_pattern: str | Sequence[str] | None = None
     enable_lora: Mapping[str, Sequence[bool]] | None = None
     autocast_adapter_dtype: bool = True
-    ensure_weight_tying: bool = True
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -158,7 +155,7 @@ class LoRAConfig:
             _refuse("task_type", f"one of {', '.join(get_args(Task))}", self.task_type)
         if self.bias not in get_args(Bias):
             _refuse("bias", f"one of {', '.join(get_args(Bias))}", self.bias)
-        for option in ("ensure_weight_tying", "use_rslora", *VARIANTS, "autocast_adapter_dtype"):
+        for option in ("use_rslora", *VARIANTS, "autocast_adapter_dtype"):
             if not isinstance(getattr(self, option), bool):
                 _refuse(option, "true or false", getattr(self, option))
         self._check_init()
@@ -250,7 +247,7 @@ class LoRAConfig:
 
             >>> import peft
             >>> LoRAConfig.from_peft(peft.LoraConfig(r=4, target_modules=["q_proj"]))
-            LoRAConfig(r=4, target_modules=('q_proj',), ensure_weight_tying=False)
+            LoRAConfig(r=4, target_modules=('q_proj',))
         """
         peft_type = getattr(config, "peft_type", None)
         variant = next((each for each in KNOWN_VARIANTS.values() if peft_type and each.peft_type == peft_type), None)
@@ -275,7 +272,6 @@ class LoRAConfig:
                 "LoRAConfig.from_peft: target_modules=None lets peft choose by the model's type; name the layers, or "
                 "say 'all-linear'."
             )
-        _refuse_tied_adapters(options)
         asked = {"variant": variant.name, "variant_options": own} if variant.name != PLAIN else {}
         return cls(**{name: options[name] for name in shared}, **asked)
 
@@ -398,24 +394,6 @@ class LoRAConfig:
         for rank in (self.r, *(self.rank_pattern or {}).values()) if init == "orthogonal" else ():
             if rank % 2:
                 _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)
-
-
-def _refuse_tied_adapters(options: Mapping[str, Any]) -> None:
-    """Refuse PEFT's ensure_weight_tying where it gives both ends of a tied weight one adapter.
-
-    Beside modules_to_save with such a name PEFT ties those alone, as this package does.
-    """
-    targets, saved = options["target_modules"], options.get("modules_to_save") or ()
-    if isinstance(targets, str):
-        named = [name for name in TIED_BY_PEFT if re.fullmatch(targets, name)]
-    else:
-        named = [entry for entry in sorted(targets) if entry.rpartition(".")[2] in TIED_BY_PEFT]
-    if options.get("ensure_weight_tying") and named and not any(s.rpartition(".")[2] in TIED_BY_PEFT for s in saved):
-        raise LoRAError(
-            f"LoRAConfig.from_peft: ensure_weight_tying=True beside target_modules with {named[0]!r} gives one adapter "
-            "to both ends of a tied weight, which cannot be expressed; leave ensure_weight_tying out, which adapts "
-            f"{named[0]!r} alone."
-        )
 
 
 def is_config(config: object) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
@@ -13,12 +12,6 @@ from .names import listed, suffixes
 ALL_LINEAR = "all-linear"  # a value of target_modules
 ALL_LAYERS = "all-layers"  # another
 BY_KIND = (ALL_LINEAR, ALL_LAYERS)  # which select layers by their kind; model/layers_by_kind.py says what they mean
-# Usual names of layers in transformers models. A list in target_modules may name layers that a model does not have.
-USUAL_NAMES = {
-    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj"),
-    *("gate_up_proj", "query", "key", "value", "qkv", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-    *("proj", "fc1", "fc2", "fc_in", "fc_out", "c_attn", "c_fc", "c_proj", "w1", "w2", "w3"),
-}
 
 
 def suffix_pattern(pattern: str) -> str:
@@ -84,44 +77,14 @@ def naming_some(entries: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def near_misses(entry: str, names: Iterable[str]) -> str:
-    """Return a hint for an entry that selects nothing: the most similar names, or else the first names."""
-    is_set = isinstance(names, (set, frozenset))  # whose order differs from run to run
-    names = sorted(names) if is_set else list(names)
-    return _did_you_mean(entry, names) or _there_are(list(map(repr, names)), 3)
-
-
-def near_endings(entry: str, names: Iterable[str]) -> str:
-    """Return a hint for an entry that selects nothing: the most similar names, or else the most frequent endings."""
+    """Return a hint for an entry that names nothing: the most similar names, or else how the names end."""
     names = list(names)
-    counts = Counter(_ending(name) for name in names)
-    endings = [f"{ending!r} ({count})" if count > 1 else repr(ending) for ending, count in counts.most_common()]
-    return _did_you_mean(entry, names) or _there_are(endings, 10)
-
-
-def most_frequent_ending(names: Iterable[str]) -> str:
-    """Return the most frequent ending of names, as an example of an entry of target_modules."""
-    return Counter(map(_ending, names)).most_common(1)[0][0]
-
-
-def is_typo(entry: str, names: Iterable[str]) -> bool:
-    """Return whether an entry is probably a misspelling of one of `names`. Usual names of layers are not."""
-    if entry in USUAL_NAMES:
-        return False
-    known = {suffix.lower() for name in names for suffix in suffixes(name)}
-    same_letters = sorted(entry.lower()) in map(sorted, known)
-    return same_letters or bool(difflib.get_close_matches(entry.lower(), known, n=1, cutoff=0.8))
-
-
-def _did_you_mean(entry: str, names: Iterable[str]) -> str:
-    """Return a hint with up to three similar names, or ""."""
     known = {suffix for name in names for suffix in suffixes(name)}
     close = difflib.get_close_matches(entry, sorted(known), n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-
-
-def _there_are(shown: Sequence[str], most: int) -> str:
-    """Return a hint with the first of some names."""
-    return f"; there are {listed(shown, most)}" if shown else "; there are none"
+    if close:
+        return f"; did you mean {', '.join(map(repr, close))}?"
+    endings = [repr(ending) for ending in dict.fromkeys(map(_ending, names))]
+    return f"; there are {listed(endings, 10)}" if endings else "; there are none"
 
 
 def _ending(name: str) -> str:

@@ -290,39 +290,13 @@ def test_callback_without_a_list_and_options_is_taken_from_the_command_line(argu
     assert callback(run).config == LoRAConfig(r=2 if arguments else 8)
 
 
-class Program(LoRACLI):
-    """With an argument of its own."""
-
-    def add_arguments_to_parser(self, parser: Any) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_argument("--answer", type=int, default=42)
-
-
-@pytest.mark.parametrize("given", ["model", "function", "trainer", "named class"])
 @pytest.mark.parametrize("package", PACKAGES)
-def test_lora_cli_is_that_of_the_package_whose_classes_it_is_given(package: str, given: str):
+def test_the_lora_block_goes_with_the_command_line_of_either_package(package: str):
     lightning, cli, boring = (import_module(package + part) for part in ("", ".cli", ".demos.boring_classes"))
-
-    def make_model(): ...
-
-    make_model.__annotations__["return"] = boring.BoringModel
-    named = type("Named", (Program, cli.LightningCLI), {})
-    arguments: dict[str, Any] = {"model_class": {"model": boring.BoringModel, "function": make_model}.get(given)}
-    arguments |= {"trainer_class": lightning.Trainer} if given == "trainer" else {}
-    model = [] if arguments["model_class"] else [f"--model={package}.demos.boring_classes.BoringModel"]
-    program = (named if given == "named class" else Program)(
-        **arguments, args=["--lora.r=2", *model], run=False, save_config_callback=None, seed_everything_default=1
-    )
-    assert isinstance(program, Program)
-    assert isinstance(program, cli.LightningCLI)
+    own = type("CLI", (cli.LightningCLI,), {"add_arguments_to_parser": LoRACLI.add_arguments_to_parser})
+    program = own(boring.BoringModel, args=["--lora.r=2"], run=False, seed_everything_default=1)
     assert type(program.trainer) is lightning.Trainer
-    assert type(program.parser) is cli.LightningArgumentParser
     assert callback(program).config == LoRAConfig(r=2)
-    assert program.config.answer == 42
-
-
-def test_lora_cli_shows_the_arguments_of_its_lightning_cli():
-    assert list(inspect.signature(LoRACLI).parameters) == list(inspect.signature(LightningCLI).parameters)
 
 
 def test_import_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch):

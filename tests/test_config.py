@@ -156,12 +156,11 @@ def test_orthogonal_needs_even_ranks_everywhere():
 def test_names_and_defaults_are_pefts():
     ours, theirs = LoRAConfig(), peft.LoraConfig()
     for field in dataclasses.fields(LoRAConfig):
-        # PEFT chooses targets by model type, which a plain module has not. Of a tied weight it makes two by default.
-        if field.name not in {*OWN, "target_modules", "ensure_weight_tying"}:
+        # PEFT chooses targets by model type, which a plain module has not.
+        if field.name not in {*OWN, "target_modules"}:
             assert (getattr(ours, field.name) or None) == (getattr(theirs, field.name) or None), field.name
     default = inspect.signature(peft.get_peft_model).parameters["autocast_adapter_dtype"].default
     assert ours.autocast_adapter_dtype is default
-    assert (ours.ensure_weight_tying, theirs.ensure_weight_tying) == (True, False)
     assert ours.target_modules == "all-linear"
 
 
@@ -177,7 +176,6 @@ def test_a_config_from_peft_has_the_same_options():
         "modules_to_save": ["head"],
         "trainable_token_indices": {"embed": [7, 2]},
         "task_type": "TOKEN_CLS",
-        "ensure_weight_tying": True,
         "rank_pattern": {"q_proj": 2},
         "alpha_pattern": {"v_proj": 4},
         "bias": "lora_only",
@@ -190,8 +188,7 @@ def test_a_config_from_peft_has_the_same_options():
     theirs = peft.LoraConfig(**options, inference_mode=True, base_model_name_or_path="base", fan_in_fan_out=True)
     assert LoRAConfig.from_peft(theirs) == LoRAConfig(**options)
     parameters = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
-    theirs = peft.LoraConfig(**parameters, ensure_weight_tying=True)
-    assert LoRAConfig.from_peft(theirs) == LoRAConfig(**parameters)
+    assert LoRAConfig.from_peft(peft.LoraConfig(**parameters)) == LoRAConfig(**parameters)
     assert LoRAConfig.from_peft(peft.LoraConfig(target_modules={"b", "a"})).target_modules == ("a", "b")
     one = LoRAConfig.from_peft(peft.LoraConfig(target_modules=["b"], layers_to_transform=0, layers_pattern="h"))
     assert (one.layers_to_transform, one.layers_pattern) == ((0,), ("h",))
@@ -219,22 +216,13 @@ def test_what_a_config_from_peft_cannot_express_is_refused_by_name(option):
         LoRAConfig.from_peft(theirs)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "model.embed_tokens"], ["lm_head"], r"q_proj|lm_head"])
-def test_one_adapter_of_both_ends_of_a_tie_is_refused_by_name(targets: Any):
-    """PEFT would adapt the other end too, which target_modules does not name."""
-    theirs = peft.LoraConfig(target_modules=targets, ensure_weight_tying=True)
-    with pytest.raises(
-        LoRAError, match=r"ensure_weight_tying=True beside target_modules with '(model\.embed|lm_).*alone"
-    ):
-        LoRAConfig.from_peft(theirs)
-    theirs.ensure_weight_tying = False
-    assert not LoRAConfig.from_peft(theirs).ensure_weight_tying
-
-
-@pytest.mark.parametrize(("targets", "saved"), [(["q_proj"], ["lm_head"]), (["lm_head"], ["embed_tokens"])])
-def test_modules_that_peft_ties_are_trained_as_one_here_too(targets: list[str], saved: list[str]):
-    theirs = peft.LoraConfig(target_modules=targets, modules_to_save=saved, ensure_weight_tying=True)
-    assert LoRAConfig.from_peft(theirs).ensure_weight_tying
+@pytest.mark.parametrize("tying", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["lm_head"]}, {"target_modules": ["q"], "modules_to_save": ["lm_head"]}]
+)
+def test_what_peft_says_of_ties_is_passed_over(options: dict[str, Any], tying: bool):
+    theirs = peft.LoraConfig(**options, ensure_weight_tying=tying)
+    assert LoRAConfig.from_peft(theirs) == LoRAConfig(**options)
 
 
 def test_a_config_from_peft_needs_a_config_that_says_what_to_adapt():
@@ -304,8 +292,8 @@ def test_round_trip_through_plain_types(config):
 
 
 def test_options_that_earlier_versions_had_not_are_left_out_at_their_defaults():
-    later = {"target_parameters", "layers_to_transform", "layers_pattern", "task_type", "ensure_weight_tying"}
-    later |= {"trainable_token_indices", "use_dora", "variant", "variant_options"}
+    later = {"target_parameters", "layers_to_transform", "layers_pattern"}
+    later |= {"task_type", "trainable_token_indices", "use_dora", "variant", "variant_options"}
     names = {field.name for field in dataclasses.fields(LoRAConfig)}
     assert names - LoRAConfig().to_dict().keys() == later
     options = {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"}

@@ -95,7 +95,7 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Cal
     if len(prefixes) != 1:
         fitting = ", ".join(repr(add or f"without {strip}") for strip, add in prefixes) or "none"
         unplaced = next(layer for layer in layers if layer not in modules)
-        found = sentence(f"found {fitting}{near_misses(unplaced, modules - {''})}")
+        found = sentence(f"found {fitting}{near_misses(unplaced, sorted(modules - {''}))}")
         raise LoRAError(
             f"adapter: its layers ({unplaced!r}, ...) must fit {where} under exactly one prefix; {found} Pass the "
             "submodule that the adapter is for."

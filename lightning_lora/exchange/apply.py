@@ -221,7 +221,7 @@ def config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
             f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
         )
     targets = Targets(listing.modules, config, adapter.scope)
-    same_layers = not targets.unmatched and targets.names() == set(ranks)
+    same_layers = not (targets.errors or targets.unused) and targets.names() == set(ranks)
     if not adapter.fingerprint:  # with one, all that was trained is known
         _warn_of_lacking(sorted(targets.names() - ranks.keys()))
     same = same_layers and options_hold(config, ranks, adapter.scalings)

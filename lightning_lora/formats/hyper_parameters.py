@@ -27,7 +27,7 @@ COLLECTIONS = (list, tuple, set, frozenset, dict)
 
 
 def plain_arguments(
-    cls: Callable[..., Any], saved: Mapping[str, Any], given: Collection[str] = (), *, parsed: bool = False
+    cls: Callable[..., Any], saved: Mapping[str, Any], given: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Split hyper-parameters into arguments that need neither an import nor a call, and those that name code.
 
@@ -35,7 +35,6 @@ def plain_arguments(
         cls: the class or function that takes the arguments.
         saved: hyper-parameters, as a checkpoint holds them.
         given: the names of arguments that the caller gives.
-        parsed: whether jsonargparse will see the arguments. It imports a text that may be a name.
 
     Returns:
         The arguments without `given`; a saved object that fits stays the same object. And a description, by name, of
@@ -46,11 +45,9 @@ def plain_arguments(
     arguments: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for name, value in values.items():
-        named = class_path_in(value, texts=parsed)
+        named = class_path_in(value)
         try:
-            arguments[name] = _fitted(value, hint := hints.get(name, Any))
-            if parsed and (not str(name).isidentifier() or (isinstance(value, str) and _may_import(hint))):
-                raise TypeError("it does not fit the annotation")
+            arguments[name] = _fitted(value, hints.get(name, Any))
         except (TypeError, ValueError):
             named = named or shown(value)
         if named:
@@ -74,13 +71,11 @@ def flat(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     return {INSTANTIATOR: None, **{name: value for part in parts for name, value in part.items()}}
 
 
-def class_path_in(value: Any, *, texts: bool = False) -> str | None:
-    """Return the first class_path in nested containers or in a text, which may be YAML; else None."""
+def class_path_in(value: Any) -> str | None:
+    """Return the first class_path in nested containers, or None."""
     waiting, seen = deque([value]), set()
     while waiting:
         item = waiting.popleft()
-        if texts and isinstance(item, str) and CLASS_PATH in item:
-            return shown(item)
         if id(item) in seen or not isinstance(item, (Mapping, list, tuple, set, frozenset)):
             continue
         seen.add(id(item))
@@ -104,18 +99,6 @@ def _hints(cls: Callable[..., Any]) -> dict[str, Any]:
         except Exception:  # a name that only type checkers know
             hints |= {name: each.annotation for name, each in inspect.signature(function).parameters.items()}
     return hints
-
-
-def _may_import(hint: Any) -> bool:
-    """Return whether one of several annotations is of objects or functions. A text may name these."""
-    if get_origin(hint) is Annotated:
-        return _may_import(get_args(hint)[0])
-    if get_origin(hint) in (Union, UnionType):
-        return any(map(_may_import, get_args(hint)))
-    kind = get_origin(hint) or hint
-    if kind in (Any, object, inspect.Parameter.empty):
-        return False
-    return isinstance(kind, type) and not issubclass(kind, (*PLAIN, NoneType, Enum, *COLLECTIONS, os.PathLike))
 
 
 def _fitted(value: Any, hint: Any) -> Any:

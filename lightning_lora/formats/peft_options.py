@@ -32,7 +32,6 @@ INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 WITHOUT_EFFECT = {  # on what the stored tensors mean
     *IGNORED_PEFT_FIELDS,
     "init_lora_weights",
-    "ensure_weight_tying",  # of tied weights the values tell
 }
 
 

@@ -12,11 +12,13 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..adapter.adapter import Adapter
-from ..config import TIED_BY_PEFT, LoRAConfig
+from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..matching import matcher
 from ..names import parent_names
 from .equal_tables import equal_tables, ties_of
+
+TIED_BY_PEFT = ("embed_tokens", "lm_head")  # the names of modules that ensure_weight_tying knows
 
 
 def entries_in(options: Mapping[str, Any]) -> list[str]:

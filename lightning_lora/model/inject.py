@@ -58,7 +58,7 @@ from .targets import (
     check_table,
     check_trainable,
     check_unadapted,
-    check_untied,
+    warn_of_unused,
 )
 from .wrappers import unwrapped, warn_of_late_adapters
 
@@ -353,12 +353,11 @@ def finish_injection(handle: AdaptedModel) -> None:
     root, record = handle.root, handle.record
     with claimed("inject", record.owner), _leaving_no_trace(handle):
         targets = Targets(handle.root_modules, record.config, scope_in(handle.root_places, record))
-        if any(targets.unmatched.values()):
-            sentences = "\n".join(map(sentence, targets.unmatched))
+        if targets.errors:
+            sentences = "\n".join(map(sentence, targets.errors))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
     if not record.validated:
-        for unmatched in targets.unmatched:
-            warnings.warn(f"lightning_lora: {unmatched}; it is passed over.", stacklevel=3)
+        warn_of_unused(targets, stacklevel=4)
         modules = dict(handle.root_modules)
         for name, reason in targets.left_out.items():
             record.keep(modules[name])["left_out"] = reason
@@ -393,8 +392,6 @@ def _adapt_new_layers(handle: AdaptedModel) -> None:
     tables = {name: rows for name, rows in targets.tables.items() if not isinstance(modules[name], LoRATable)}
     for name in tables:
         check_table(name, modules[name], targets)
-    if not record.config.ensure_weight_tying:
-        check_untied(handle.root_modules, targets.saved)
     _freeze(handle, scope, new, targets.saved)
     seed = record.seed or random_seed()
     with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:

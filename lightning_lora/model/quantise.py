@@ -19,7 +19,7 @@ from ..nn.nf4 import BLOCK, can_be_nf4, nf4_tensor_class, quantise_linear_
 from ..nn.quantised import quantised_parameters
 from ..notices import tell
 from .adapted_model import Listing
-from .targets import Targets
+from .targets import Targets, warn_of_unused
 from .wrappers import unwrapped
 
 KINDS = ("nf4",)
@@ -178,15 +178,15 @@ def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
 
 
 def _refuse_unmatched(listing: Listing, config: LoRAConfig) -> None:
-    """Raise LoRAError where an entry of the options names nothing."""
+    """Raise LoRAError where no entry of an option names anything, and warn where some name nothing."""
+    warn_of_unused(_targets(listing, config), stacklevel=3)
     if mistakes := _mistakes(listing, config):
         raise LoRAError(f"quantize_base: {mistakes[0]}.")
 
 
 def _mistakes(listing: Listing, config: LoRAConfig) -> list[str]:
     """Return a sentence for each entry of the options that names nothing."""
-    unmatched = _targets(listing, config).unmatched.items()
-    return [said for said, is_mistake in unmatched if is_mistake and not said.startswith("target_modules")]
+    return [said for said in _targets(listing, config).errors if not said.startswith("target_modules")]
 
 
 def _refuse_late(listing: Listing) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterable, Mapping
-from typing import cast
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,22 +18,19 @@ from ..matching import (
     ALL_LAYERS,
     ALL_LINEAR,
     BY_KIND,
-    is_typo,
     layer_number,
     matcher,
-    most_frequent_ending,
-    near_endings,
+    naming_some,
     near_misses,
     pattern_matches,
 )
-from ..names import A, canonical, listed, parent_names, suffixes
+from ..names import A, canonical, listed, parent_names
 from ..nn.adapted_module import AdaptedModule, Swapped
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, SEPARATE, matrix_shape
 from ..nn.parameter import LoRAParameterHolder, weights_of
 from ..nn.quantised import quantised_as, quantised_parameters, shape_of, was_never_quantised
-from ..nn.tied_weights import tied_weights, untie_advice
 from ..nn.token_rows import is_table
 from ..nn.variant import variant_of
 from .heads import option_that_leaves_plain
@@ -54,8 +51,8 @@ class Targets:
         saved: the modules that modules_to_save and task_type name.
         left_out: why a value of BY_KIND, such as "all-linear", leaves a layer out.
         saved_instead: modules that both target_modules and modules_to_save name. They are trained whole.
-        unmatched: a sentence for each entry of an option that names nothing, and whether the entry must be a mistake.
-            It need not be one where other entries of the list match: one list may serve many models.
+        errors: a sentence for each entry of an option of which no entry names anything.
+        unused: for each option the entries that name nothing beside others that do: one list may serve many models.
     """
 
     def __init__(self, listed_modules: NamedModules, config: LoRAConfig, scope: str = "") -> None:
@@ -97,14 +94,15 @@ class Targets:
         }
         self.parameters = self._single_parameters(config, {"": model, **modules})
         self.parameters |= {f"{name}.{leaf}": (each, leaf) for name, each in self.apart.items() for leaf in SEPARATE}
-        self.unmatched: dict[str, bool] = dict.fromkeys(tables.unmatched, True)
+        self.errors = list(tables.unmatched)
+        self.unused: list[str] = []
         self._check_entries(config, chosen, modules, weights_of({"": model, **modules}))
         if layer_class(model) and not self.names() and not any(map(layer_class, modules.values())):
             reason = (
                 f"the model is itself a layer ({type(model).__name__}), and layers are adapted by their names in a "
                 "model; put it into one, as nn.Sequential(layer)"
             )
-            self.unmatched = {reason: True}
+            self.errors = [reason]
 
     def is_empty(self) -> bool:
         """Return whether the options name nothing that is trained."""
@@ -133,82 +131,80 @@ class Targets:
         modules: Mapping[str, nn.Module],
         weights: Mapping[str, tuple[nn.Module, str]],
     ) -> None:
-        """Note in `unmatched` each entry of an option that names nothing."""
+        """Note in `errors` and `unused` each entry of an option that names nothing."""
         adaptable = [name for name, module in modules.items() if layer_class(module)]
         by_task = TASK_HEADS.get(config.task_type or "", ())  # peft writes them into its own modules_to_save
-        for option, names, hints in (
-            ("target_modules", chosen, adaptable),
-            ("target_parameters", weights, weights),
-            ("exclude_modules", [*adaptable, *chosen, *self._excludable_weights(config, weights)], adaptable),
-            ("modules_to_save", modules, modules),
-            ("enable_lora", self.layers, self.layers),
+        layer = "names no layer to adapt"
+        for option, names, hints, problem in (
+            ("target_modules", chosen, adaptable, layer),
+            ("target_parameters", weights, weights, "names no parameter of two or three dimensions"),
+            ("exclude_modules", [*adaptable, *chosen, *self._excludable_weights(config, weights)], adaptable, layer),
+            ("modules_to_save", modules, modules, "names no module"),
+            ("enable_lora", self.layers, self.layers, layer),
         ):
             value = getattr(config, option) or ()
-            if isinstance(value, str):
-                if value not in BY_KIND and not any(map(matcher(value), names)):
-                    meant = value.lower().replace("_", "-")
-                    is_spelling = option == "target_modules" and meant in BY_KIND
-                    advice = f"; did you mean {meant!r}?" if is_spelling else _regex_hint(value, hints)
-                    self.unmatched[f"{option}: {value!r} names no layer to adapt{advice}"] = True
-                continue
-            matched = {suffix for name in names for suffix in suffixes(name)}
-            missing = [entry for entry in value if entry not in matched and entry not in by_task]
-            some_fit = option in ("target_modules", "target_parameters", "exclude_modules") and len(missing) < len(
-                value
-            )
-            kind, hint = ("module", near_misses) if names is modules else ("layer to adapt", near_endings)
-            kind = "parameter of two or three dimensions" if names is weights else kind
-            for entry in missing:
-                sentence = f"{option}: {entry!r} names no {kind}{hint(entry, hints)}"
-                self.unmatched[sentence] = not some_fit or is_typo(entry, hints)
-        self._check_numbers(config, chosen)
+            if not isinstance(value, str):
+                named = naming_some(value, names)
+                missing = [entry for entry in value if entry not in named and entry not in by_task]
+                self._note(option, value, {entry: problem + near_misses(entry, hints) for entry in missing})
+            elif value not in BY_KIND and not any(map(matcher(value), names)):
+                known = [*hints, *BY_KIND] if option == "target_modules" else hints
+                self.errors.append(
+                    f"{option}: {value!r} {problem}; a string is a regular expression for the whole name, a list holds "
+                    f"names or their endings{near_misses(value, known)}"
+                )
+        self._check_numbers(config, [name for name in chosen if name not in config.target_modules])
+        adapted = sorted(self.names())
         for option in ("rank_pattern", "alpha_pattern"):
-            self.unmatched |= {
-                f"{option}: {pattern!r} names no adapted layer" + near_misses(pattern, self.names()): True
-                for pattern in getattr(config, option) or ()
-                if not any(pattern_matches(pattern, name) for name in self.names())
-            }
-        if not self.names() and not any(self.unmatched.values()):
+            value = getattr(config, option) or ()
+            missing = [key for key in value if not any(pattern_matches(key, name) for name in adapted)]
+            problems = {key: f"names no adapted layer{near_misses(key, adapted)}" for key in missing}
+            self._note(option, value, problems)
+        if not adapted and not self.errors:
             both = f": {self.saved_instead[0]!r} {TRAINED_WHOLE}" if self.saved_instead else ""
             both = both or self._what_there_is(config, chosen, modules)
             targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-            self.unmatched[f"target_modules: {targets!r} leaves no layer to adapt{both}"] = True
+            self.errors.append(f"target_modules: {targets!r} leaves no layer to adapt{both}")
+
+    def _note(self, option: str, entries: Collection[object], missing: Mapping[Any, str]) -> None:
+        """Note the entries of an option that name nothing: as errors if none names anything."""
+        if missing and len(missing) < len(entries):
+            self.unused.append(f"{option}: {', '.join(map(repr, missing))}")
+        else:
+            self.errors += [f"{option}: {entry!r} {problem}" for entry, problem in missing.items()]
 
     def _what_there_is(self, config: LoRAConfig, chosen: Collection[str], modules: Mapping[str, nn.Module]) -> str:
-        """Return why no layer is left to adapt, and the kinds of layers that could be, each with a name for it."""
+        """Return why no layer is left to adapt, and what could be."""
+        has_more = config.target_modules == ALL_LINEAR and more_layers(list(modules.items()), config)
+        advice = f"; {ALL_LAYERS!r} adapts more layers" if has_more else ""
         if chosen:
-            first = next(iter(chosen))
-            taken = f"; another option takes out {first!r} ({len(chosen)} in all): exclude_modules or modules_to_save"
-            has_more = config.target_modules == ALL_LINEAR and more_layers(list(modules.items()), config)
-            return f"{taken}; {ALL_LAYERS!r} adapts more layers" if has_more else taken
+            return (
+                f"; exclude_modules or modules_to_save takes out {next(iter(chosen))!r} ({len(chosen)} in all){advice}"
+            )
         said = "".join(f"; {name!r} is left out: {reason}" for name, reason in list(self.left_out.items())[:1])
-        kinds: dict[str, list[str]] = {}
-        for name, module in modules.items():
-            if layer_class(module) and self.saved.keys().isdisjoint((name, *parent_names(name))):
-                kinds.setdefault(type(module).__name__, []).append(name)
-        if not kinds:
+        others = [
+            name
+            for name, module in modules.items()
+            if layer_class(module) and self.saved.keys().isdisjoint((name, *parent_names(name)))
+        ]
+        if not others:
             return f"{said}; there is no layer of a kind that can be adapted: {ADAPTABLE}"
-        shown = [f"{len(names)} {kind}, as {most_frequent_ending(names)!r}" for kind, names in kinds.items()]
-        if config.target_modules == ALL_LINEAR and more_layers(list(modules.items()), config):
-            return f"{said}; say {ALL_LAYERS!r}, or name others in target_modules: {listed(shown, 4)}"
-        return f"{said}; name others in target_modules: {listed(shown, 4)}"
+        return f"{said}{advice}; target_modules can name others{near_misses('', others)}"
 
-    def _check_numbers(self, config: LoRAConfig, chosen: Iterable[str]) -> None:
-        """Note in `unmatched` each entry of layers_to_transform and layers_pattern that names nothing."""
-        by_ending = [name for name in chosen if name not in config.target_modules]
-        segments = _before_numbers(by_ending)
-        for pattern in config.layers_pattern or ():
-            if all(layer_number(name, [pattern]) is None for name in by_ending):
-                hint = near_misses(pattern, segments)
-                self.unmatched[f"layers_pattern: {pattern!r} comes before no number in a layer's name{hint}"] = True
-        found = {layer_number(name, config.layers_pattern) for name in by_ending}
-        numbers = sorted(number for number in found if number is not None)
-        hint = f"; there are {listed(list(map(str, numbers)), 10)}" if numbers else "; there are none"
-        if not numbers and not config.layers_pattern and segments:  # as in a network that is itself a list of layers
-            hint += f" after two segments: say layers_pattern={segments!r}"
-        for number in cast(tuple[int, ...], config.layers_to_transform or ()):
-            if number not in numbers:
-                self.unmatched[f"layers_to_transform: {number} names no layer{hint}"] = True
+    def _check_numbers(self, config: LoRAConfig, names: Sequence[str]) -> None:
+        """Note each entry of layers_to_transform and layers_pattern that names nothing, of layers chosen by endings."""
+        patterns, numbers = config.layers_pattern or (), cast(tuple[int, ...], config.layers_to_transform or ())
+        missing = [pattern for pattern in patterns if all(layer_number(name, [pattern]) is None for name in names)]
+        example = f", such as {names[0]!r}" if names else ""
+        problem = f"comes before no number in a layer's name{example}"
+        self._note("layers_pattern", patterns, dict.fromkeys(missing, problem))
+        found = {layer_number(name, config.layers_pattern) for name in names} if numbers else set()
+        there = sorted(number for number in found if number is not None)
+        hint = f"there are {listed(list(map(str, there)), 10)}" if there else "there are none"
+        if not there and not patterns:
+            hint += f"; layers_pattern says which segment the number follows{example}"
+        absent = [number for number in numbers if number not in there]
+        self._note("layers_to_transform", numbers, dict.fromkeys(absent, f"names no layer; {hint}"))
 
     @staticmethod
     def _excludable_weights(config: LoRAConfig, weights: Mapping[str, object]) -> list[str]:
@@ -218,19 +214,11 @@ class Targets:
         return [*named, *(name.rpartition(".")[0] for name in named)]
 
 
-def _regex_hint(expression: str, names: Iterable[str]) -> str:
-    """Return a hint that a string must match whole names, with a list that would match where one does."""
-    names = list(names)
-    rule = "; a string is a regular expression for the whole name"
-    if any(map(matcher([expression]), names)):
-        return f"{rule}, a list holds names or their endings: [{expression!r}]"
-    return rule + near_endings(expression, names)
-
-
-def _before_numbers(names: Iterable[str]) -> list[str]:
-    """Return the segments that a number follows in some name."""
-    pairs = (pair for name in names for pair in itertools.pairwise(name.split(".")))
-    return list(dict.fromkeys(segment for segment, following in pairs if following.isdigit()))
+def warn_of_unused(targets: Targets, stacklevel: int) -> None:
+    """Warn of entries of options that name nothing beside others that do."""
+    if targets.unused:
+        said = "; ".join(targets.unused)
+        warnings.warn(f"lightning_lora: entries that name nothing are passed over: {said}", stacklevel=stacklevel + 1)
 
 
 def check_unadapted(modules: NamedModules) -> None:
@@ -267,24 +255,6 @@ def check_shapes(modules: NamedModules) -> None:
             raise LoRAError(
                 f"inject: {name!r}: the {type(module).__name__} has no shape yet; run one batch through the model "
                 "first."
-            )
-
-
-def check_untied(modules: NamedModules, saved: Mapping[str, nn.Module]) -> None:
-    """Refuse to train a module whole that shares a weight with a module outside of it.
-
-    Raises:
-        LoRAError: a module shares a weight. The message says how to untie it.
-    """
-    tied = tied_weights(modules)
-    for name, module in saved.items():
-        owners = [tied[part] for part in module.modules() if part in tied]
-        outside = [owner for owner in owners if not owner.startswith(f"{name}.")]
-        if outside:
-            raise LoRAError(
-                f"inject: modules_to_save names {name!r}, which shares its weight with {outside[0]!r}, but "
-                f"ensure_weight_tying=False asks for two weights. {untie_advice(outside[0])}. Or set "
-                "ensure_weight_tying=True, which trains one weight for both."
             )
 
 

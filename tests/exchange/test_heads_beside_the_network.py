@@ -165,7 +165,7 @@ def test_network_saved_alone_names_no_head_and_is_read_by_all(tmp_path, capsys: 
 
 
 def test_entry_for_layers_that_a_model_has_not_is_not_written(tmp_path):
-    with pytest.warns(UserWarning, match="'q_proj' names no layer"):
+    with pytest.warns(UserWarning, match="passed over: target_modules: 'q_proj'"):
         module = trained(target_modules=["query", "q_proj"], modules_to_save=None)
     save_adapter(module, tmp_path)
     assert config_of(tmp_path)["target_modules"] == ["query"]

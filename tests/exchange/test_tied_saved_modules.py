@@ -125,18 +125,6 @@ def test_a_folder_without_tied_modules_says_nothing_of_ties(tmp_path):
     assert "ensure_weight_tying" not in config_of(tmp_path)
 
 
-def test_ensure_weight_tying_false_refuses_a_tied_module_and_takes_an_untied_one():
-    options: dict[str, Any] = {"target_modules": ["q_proj"], "ensure_weight_tying": False}
-    inject(llama(), LoRAConfig(**options))
-    net = llama()
-    for saved, owner in ((["lm_head"], "model.embed_tokens.weight"), (["embed_tokens"], "lm_head.weight")):
-        with pytest.raises(
-            LoRAError, match=rf"modules_to_save names .*, which shares its weight with '{owner}'.*Untie it first"
-        ):
-            inject(net, LoRAConfig(modules_to_save=saved, **options))
-    inject(untied(net), LoRAConfig(modules_to_save=ENDS, **options))
-
-
 @pytest.mark.parametrize("writer", [by_us, by_peft])
 def test_the_command_merges_a_tied_adapter(tmp_path, capsys, writer: Callable[..., nn.Module]):
     options = {"ensure_weight_tying": True} if writer is by_peft else {}

@@ -43,11 +43,6 @@ def test_a_value_that_does_not_fit_its_annotation_is_told(value: dict[str, Any])
     assert plain_arguments(Base, OF_A_CLI | value)[1].keys() == value.keys()
 
 
-def test_a_text_in_the_place_of_an_annotated_object_is_told_where_a_parser_would_import_it():
-    saved = OF_A_CLI | {"act": "some.Layer"}
-    assert plain_arguments(Derived, saved, parsed=True)[1] == {"act": "'some.Layer'"}
-
-
 def test_a_class_path_of_the_users_own_beside_other_names_is_no_form_of_a_command_line():
     saved = OF_A_CLI | {"class_path": "mine", "width": 3}
     assert flat(saved) == saved

@@ -259,21 +259,27 @@ def test_the_classifier_of_a_model_of_timm_is_left_out_and_no_other(classifier):
     assert "fc" not in names
     assert left_out(model)["fc"] == "it is the output head"
     assert len(left_out(model)) + len(names) == 4
-    with pytest.raises(LoRAError, match=r"'fc' is left out: it is the output head; say 'all-layers'"):
+    with pytest.raises(LoRAError, match=r"'fc' is left out: it is the output head; 'all-layers' adapts more"):
         inject(built(of_timm), config(target_modules="all-linear"))
     assert inject(built(mine), config()) == LAYERS[CNN][0]
 
 
 def test_a_model_whose_layers_are_all_of_another_kind_says_so():
-    with pytest.raises(LoRAError, match=r"'all-layers' leaves no layer to adapt; name others in target_modules: 1 Emb"):
+    with pytest.raises(
+        LoRAError, match=r"'all-layers' leaves no layer to adapt; target_modules can name others; there are 'table'"
+    ):
         inject(nn.ModuleDict({"table": nn.Embedding(3, 3)}), config())
-    with pytest.raises(LoRAError, match=r"'0' is left out: PEFT cannot adapt a convolution with groups; name others"):
+    with pytest.raises(
+        LoRAError, match=r"'0' is left out: PEFT cannot adapt a convolution with groups; target_modules can name"
+    ):
         inject(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), config())
 
 
 @pytest.mark.parametrize(("said", "meant"), [("all_layers", "all-layers"), ("All-Linear", "all-linear")])
 def test_another_spelling_of_a_value_is_an_error_that_names_it(said, meant):
-    with pytest.raises(LoRAError, match=rf"target_modules: '{said}' names no layer to adapt; did you mean '{meant}'\?"):
+    with pytest.raises(
+        LoRAError, match=rf"target_modules: '{said}' names no layer to adapt; .* did you mean '{meant}'"
+    ):
         inject(built(CNN), config(target_modules=said))
 
 

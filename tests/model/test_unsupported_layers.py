@@ -168,7 +168,7 @@ def test_a_module_with_a_tie_inside_is_trained_whole():
     head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     head[1].weight = head[0].weight
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": head})
-    inject(model, LoRAConfig(r=1, modules_to_save=["head"], ensure_weight_tying=False))
+    inject(model, LoRAConfig(r=1, modules_to_save=["head"]))
     assert [name for name, p in model.named_parameters() if p.requires_grad and name.startswith("head")] == [
         *("head.0.weight", "head.0.bias", "head.1.bias")
     ]

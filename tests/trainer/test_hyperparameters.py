@@ -88,7 +88,6 @@ def test_each_logger_is_given_options_and_own_hyperparameters_in_one_call(tmp_pa
             "layers_pattern": None,
             "modules_to_save": None,
             "task_type": None,
-            "ensure_weight_tying": True,
             "rank_pattern": '{"head": 4}',
             "alpha_pattern": None,
             "bias": "none",
