@@ -348,6 +348,21 @@ def test_ranks_start_alike(tmp_path, way: str, start: str):
     world(2).run(start_on_ranks, tmp_path, way, start)
 
 
+def start_on_uneven_ranks(start: str) -> None:
+    batches = list(Data(batches=4 - dist.get_rank()).train_dataloader())
+    found = []
+    for each in (batches, batches[:3]):
+        inject(model := Net(), LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights=start))
+        initialize_from_data(model, each, lambda module, batch: module.training_step(batch, 0))
+        found.append(factors(model))
+    assert_same_tensors(*found)
+
+
+@pytest.mark.parametrize("start", FROM_DATA)
+def test_batches_end_on_every_rank_where_one_has_no_more(start: str):
+    world(2).run(start_on_uneven_ranks, start)
+
+
 def start_from_sharded(path: Path) -> None:
     trainer = model_parallel(path, lora(init_lora_weights="lora_ga", target_modules="all-linear"), max_epochs=1)
     with pytest.raises(LoRAError, match=r"the weight of '.*' is sharded"):
