@@ -10,7 +10,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from .distributed.sharding import reshard_
 from .errors import LoRAError, sentence
 from .model.adapted_model import find_model, open_model
-from .names import group_names
 from .report.from_model import record_norms, updates_of_model
 from .report.pictures import has_matplotlib, pictures_of
 from .report.statistics import AdapterStats, layer_stats
@@ -111,7 +110,7 @@ class LoRAMonitor(Callback):
         if not layers:
             return {}
         reshard_(each for _, each in handle.modules)
-        stats = layer_stats(layers, self._last.snapshots, group_names(handle.layers))
+        stats = layer_stats(layers, self._last.snapshots)
         self._last = AdapterStats(stats.groups, {**self._last.snapshots, **stats.snapshots})
         values = {
             f"lora/{group}/{name}": v for group, found in stats.groups.items() for name, v in found.to_dict().items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 # Parameters of an adapted layer. Those of an adapted single parameter `w` are lora_A_w and lora_B_w in w's module.
@@ -15,9 +15,8 @@ META = "lora"  # key of an adapter's metadata in a checkpoint
 # Segments that torch.compile, checkpoint_wrapper and FSDP1 add to names.
 COMPILED, CHECKPOINTED, FLATTENED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
-ANY_NUMBER = "N"  # what stands for a number in the name of a group
 NAMELESS = "layers"  # the group of layers whose names consist of numbers
-WORD = re.compile(r"[^._]+[._]?|[._]")  # a word of a name, with what parts it from the next one
+NUMBER = re.compile(r"(?:^|\.)\d+(?=\.|$)")  # a segment of a name
 
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")  # packages
 
@@ -78,88 +77,20 @@ def factor_role(name: str) -> str:
     return leaf.removeprefix(PREFIX)
 
 
-def group_names(names: Iterable[str]) -> dict[str, str]:
-    """Return the group of each adapted layer, by which the summary, the loggers and the pictures all call it.
+def group_of(name: str) -> str:
+    """Return the group of an adapted layer, by which the summary, the loggers and the pictures all call it.
 
-    It is the last segment of the layer's name, with N for each number after that segment. MLflow and file systems take
-    these names. Layers of one numbered block, such as the four called `dense` in BERT, are in different groups if their
-    names differ in more than numbers. Their groups have as many segments before the last one as tell them apart. Names
-    of numbers alone are the group "layers", and the model itself is "model".
+    It is the part of the layer's name behind its last number, as in "attention.output.dense", or before that number if
+    the name ends there. Names of numbers alone are the group "layers", and the model itself is "model". MLflow and file
+    systems take these names.
     """
-    places = {name: _place_in_block(name) for name in names}
-    tails: dict[str, set[str]] = {}  # by last segment: the names in their blocks of all layers with that segment
-    in_block: dict[tuple[str, str], set[str]] = {}
-    for block, tail, ending in places.values():
-        tails.setdefault(ending, set()).add(tail)
-        if block:
-            in_block.setdefault((block, ending), set()).add(tail)
-    beside: dict[str, set[str]] = {}  # by name in the block: the others with its last segment in a block of it
-    for of_block in in_block.values():
-        for tail in of_block:
-            beside.setdefault(tail, set()).update(of_block - {tail})
-    ambiguous = {ending for (_, ending), of_block in in_block.items() if len(of_block) > 1}
-    return {
-        name: _shortest_suffix(tail, tails[ending], beside.get(tail, set())) if ending in ambiguous else ending
-        for name, (_, tail, ending) in places.items()
-    }
+    parts = [part.strip(".") for part in NUMBER.split(name)]
+    return next(filter(None, reversed(parts)), NAMELESS if name else "model")
 
 
-def _place_in_block(name: str) -> tuple[str, str, str]:
-    """Return the outermost numbered block of a layer ("" for none), the layer's name in it, and its last segment."""
-    segments = name.split(".") if name else ["model"]
-    last = last_word(segments)
-    if segments[last].isdigit():
-        return "", NAMELESS, NAMELESS
-    begin = next((i + 1 for i, segment in enumerate(segments[:last]) if segment.isdigit()), 0)
-    tail = [ANY_NUMBER if segment.isdigit() else segment for segment in segments[begin:]]
-    return ".".join(segments[:begin]), ".".join(tail), ".".join(tail[last - begin :])
-
-
-def last_word(segments: Sequence[str]) -> int:
-    """Return the index of the last segment that is no number, or 0."""
-    return next((i for i in reversed(range(len(segments))) if not segments[i].isdigit()), 0)
-
-
-def _shortest_suffix(name: str, names: Iterable[str], beside: Collection[str]) -> str:
-    """Return the shortest dotted suffix that begins with a word and that no other of the names has, or else the name.
-
-    A name that ends like another one is no other name, unless it stands beside it in a block.
-    """
-    own = suffixes(name)
-    others = {
-        suffix
-        for other in names
-        if other in beside or not (other in own or name in suffixes(other))
-        for suffix in suffixes(other)
-    }
-    words = (each for each in reversed(own) if each not in others and not each.startswith(f"{ANY_NUMBER}."))
-    return next(words, name)
-
-
-def short_names(names: Sequence[str], longest: int) -> list[str]:
-    """Return names of at most `longest` characters where that is possible; all as they are if they fit.
-
-    Names that are too long lose, in this order: the words that all begin with, the words that all end with, and their
-    beginnings, because the end of a name tells most. Names that differ still differ.
-    """
-    if max(map(len, names), default=0) <= longest:
-        return list(names)
-    words = [WORD.findall(name) for name in names]
-    words = _without_common(words)
-    if max(len("".join(each)) for each in words) > longest:
-        words = [each[::-1] for each in _without_common([each[::-1] for each in words])]
-    whole = ["".join(each).strip("._") or name for each, name in zip(words, names, strict=True)]
-    cut = [text if len(text) <= longest else f"...{text[len(text) - longest + 3 :]}" for text in whole]
-    return cut if len(set(cut)) == len(set(names)) else short_names(names, longest + 8)
-
-
-def _without_common(names: Sequence[list[str]]) -> list[list[str]]:
-    """Return lists of words without the words that all begin with; at least one word of each stays."""
-    if len(set(map(tuple, names))) < 2:
-        return list(names)
-    most = min(map(len, names)) - 1
-    common = next((i for i in range(most) if len({name[i] for name in names}) > 1), most)
-    return [name[common:] for name in names]
+def cut_at_left(name: str, longest: int) -> str:
+    """Return a name of at most `longest` characters, without its beginning if it is longer: its end tells most."""
+    return name if len(name) <= longest else f"...{name[len(name) - longest + 3 :]}"
 
 
 def derives_from(module: object, name: str, packages: Collection[str]) -> bool:

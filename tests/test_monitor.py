@@ -71,7 +71,7 @@ def test_model_that_was_injected_by_hand_needs_no_other_callback(tmp_path: Path)
 def test_network_injected_inside_the_module_is_monitored(tmp_path: Path):
     inject((model := Net()).body, LoRAConfig(r=2))
     assert set(fit(tmp_path, model, LoRAMonitor(3))[0]) == {
-        f"lora/body.N/{name}" for name in ("norm", "rank", "grad_A", "grad_B")
+        f"lora/body/{name}" for name in ("norm", "rank", "grad_A", "grad_B")
     }
 
 

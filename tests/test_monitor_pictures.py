@@ -120,7 +120,7 @@ class Diverges(Net):
 def test_a_diverged_run_ends_with_a_picture_that_names_the_layer(tmp_path: Path):
     logger = TensorBoardLogger()
     fit(tmp_path, [lora(save="adapter"), pictures_alone()], logger, net=Diverges())
-    assert logger.experiment.figures[0][1].get_suptitle() == "1 update of 3 not finite, first body.N of layer 3"
+    assert logger.experiment.figures[0][1].get_suptitle() == "1 update of 3 not finite, first body of layer 3"
 
 
 def test_what_cannot_be_measured_is_a_warning_and_the_fit_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

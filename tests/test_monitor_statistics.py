@@ -19,7 +19,7 @@ from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import lora
 from support.training import Data, Net, make_trainer, weights
 
-GROUPS = {"body.N": ["body.0", "body.3"], "head": ["head"]}
+GROUPS = {"body": ["body.0", "body.3"], "head": ["head"]}
 OF_GROUP = ("norm", "rank", "grad_A", "grad_B", "cosine")
 
 Rows = dict[int, dict[str, float]]  # columns of lora/ that are filled, by step
@@ -147,7 +147,7 @@ class TwoOptimizers(Net):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.gradients: dict[str, list[float]] = {"body.N": [], "head": []}
+        self.gradients: dict[str, list[float]] = {"body": [], "head": []}
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         for optimizer, (group, names) in zip(self.optimizers(), GROUPS.items(), strict=True):

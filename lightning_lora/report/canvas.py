@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.style
 from matplotlib.figure import Figure, FigureBase
 
-from ..names import short_names
+from ..names import cut_at_left
 
 WIDTH = 8.0  # inches, 960 pixels at DPI; a README shows them in 640 to 800
 DPI = 120
@@ -58,8 +58,8 @@ def to_page(pictures: Sequence[Picture]) -> Figure:
 
 
 def labels(names: Sequence[str], longest: int = LONGEST) -> list[str]:
-    """Return names that fit beside an axis or above a panel, see short_names."""
-    return short_names(names, longest)
+    """Return names that fit beside an axis or above a panel."""
+    return [cut_at_left(name, longest) for name in names]
 
 
 def ticks(count: int, whole: int | None = None) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 
-from ..names import short_names
+from ..names import cut_at_left
 from .layout import Cell, cell_name
 from .run_log import Points, Statistics, first_not_finite
 from .updates import Updates, half_share
@@ -218,7 +218,7 @@ def _last_quarter(points: Points) -> float | None:
 
 
 def _name(cell: Cell) -> str:
-    return short_names([cell_name(cell)], LONGEST)[0]
+    return cut_at_left(cell_name(cell), LONGEST)
 
 
 def _range(numbers: Sequence[int]) -> str:

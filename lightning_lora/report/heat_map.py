@@ -22,6 +22,7 @@ COLOURS = "cividis"  # larger values are lighter, so that the map can be read in
 SIGNED_COLOURS = "RdBu_r"  # for values of both signs: blue, white at zero, red
 NO_CELL: Any = {"facecolor": "0.93", "edgecolor": "0.8", "hatch": "////"}
 WIDEST_WITH_NUMBERS = 12  # with more columns, numbers do not fit into the cells
+LONGEST_LIST = 24  # characters of the name of a list of blocks
 AXIS = 72  # characters that have room below the columns
 NUMBER_SIZE, LISTS_BELOW = 8.5, 19.0  # points: of numbers in cells, from the map to the names of lists
 WITHOUT_BASE = "of the updates alone; with the base, shares of its weights"
@@ -160,8 +161,9 @@ def _draw_columns(axes: Axes, columns: Sequence[Column]) -> bool:
     places_shown = [places[i] for places in spans.values() for i in ticks(len(places), len(columns))]
     axes.set_xticks(places_shown, [parts_of(columns[place])[1] for place in places_shown])
     named = {name: places for (name, _), places in spans.items() if name}
-    crowded = any(len(name) > len(places) / len(columns) * AXIS for name, places in named.items())
-    texts = ["\n" * (crowded and number % 2) + name for number, name in enumerate(named)]
+    shown = dict(zip(named, labels([*named], LONGEST_LIST), strict=True))
+    crowded = any(len(shown[name]) > len(places) / len(columns) * AXIS for name, places in named.items())
+    texts = ["\n" * (crowded and number % 2) + name for number, name in enumerate(shown.values())]
     axes.set_xticks([(places[0] + places[-1]) / 2 for places in named.values()], texts, minor=True)
     axes.tick_params("x", which="minor", length=0, pad=LISTS_BELOW)
     for places in [*named.values()][1:]:

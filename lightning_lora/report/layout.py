@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..names import NAMELESS, group_names, last_word, short_names
+from ..names import NAMELESS, group_of
 
 Column = int | str | None  # a block's number; with its list or its second number ("decoder 3", "4.1"); None for neither
 Cell = tuple[str, Column]  # group (row) and block (column)
 
-LONGEST_LIST = 24  # characters of the name of a list of blocks
 MOST_COLUMNS = 64  # with more, blocks inside blocks are taken together
 NUMBERED = re.compile(r"(.*?)(\d+)")  # a segment such as 3 or layer3: a word, or none, and a number
 
@@ -28,7 +27,7 @@ class Block:
 def cells(names: Iterable[str], beside: Iterable[str] = ()) -> dict[Cell, list[str]]:
     """Return the layers of each cell of a picture. Layers may share a cell, as the experts of one block do.
 
-    Rows are the groups of group_names. Columns are the numbers of blocks. They have the name of the list of blocks
+    Rows are the groups of group_of. Columns are the numbers of blocks. They have the name of the list of blocks
     where a group has blocks in two lists, such as an encoder and a decoder. They have a second number where blocks lie
     in blocks, such as those of a ResNet's stages.
 
@@ -38,23 +37,23 @@ def cells(names: Iterable[str], beside: Iterable[str] = ()) -> dict[Cell, list[s
     """
     names = list(names)
     every = list(dict.fromkeys([*names, *beside]))
-    groups, columns = group_names(every), _columns(every)
+    columns = _columns(every)
     shared: dict[Cell, list[str]] = {}
     for name in names:
-        shared.setdefault((groups[name], columns[name]), []).append(name)
+        shared.setdefault((group_of(name), columns[name]), []).append(name)
     return shared
 
 
 def _columns(names: Sequence[str]) -> dict[str, Column]:
-    groups, blocks = group_names(names), _blocks(names)
+    blocks = _blocks(names)
     lists_of: dict[str, set[str]] = {}
     for name, block in blocks.items():
-        lists_of.setdefault(groups[name], set()).add(block.list)
+        lists_of.setdefault(group_of(name), set()).add(block.list)
     lists = list(dict.fromkeys(block.list for block in blocks.values()))
     shown = dict.fromkeys(lists, "")
     if any(len(of_group) > 1 for of_group in lists_of.values()):
         shown = dict(zip(lists, short_lists(lists), strict=True))
-    depth = 2 if _needs_second(blocks, groups, shown) else 1
+    depth = 2 if _needs_second(blocks, shown) else 1
     found: dict[str, Column] = dict.fromkeys(names)
     for name, block in blocks.items():
         number = ".".join(map(str, block.numbers[:depth]))
@@ -62,11 +61,11 @@ def _columns(names: Sequence[str]) -> dict[str, Column]:
     return found
 
 
-def _needs_second(blocks: Mapping[str, Block], groups: Mapping[str, str], shown: Mapping[str, str]) -> bool:
+def _needs_second(blocks: Mapping[str, Block], shown: Mapping[str, str]) -> bool:
     """Return whether blocks lie in blocks for most groups, several of one group in an outer one, and not too many."""
-    single = {groups[name] for name, block in blocks.items() if len(block.numbers) == 1}
-    nested = {groups[name] for name in blocks} - single
-    cells = {(groups[name], shown[block.list], block.numbers[0]) for name, block in blocks.items()}
+    single = {group_of(name) for name, block in blocks.items() if len(block.numbers) == 1}
+    nested = {group_of(name) for name in blocks} - single
+    cells = {(group_of(name), shown[block.list], block.numbers[0]) for name, block in blocks.items()}
     columns = {(shown[block.list], block.numbers[:2]) for block in blocks.values()}
     return len(nested) > len(single) and len(cells) < len(blocks) and len(columns) <= MOST_COLUMNS
 
@@ -79,7 +78,7 @@ def short_lists(lists: Sequence[str]) -> list[str]:
         most = min(map(len, parts), default=1) - 1
         common = next((i for i in range(most) if len({each[i] for each in parts}) > 1), most) if len(parts) > 1 else 0
         parts = [each[common:][::step] for each in parts]
-    return short_names([".".join(each) or "blocks" for each in parts], LONGEST_LIST)
+    return [".".join(each) or "blocks" for each in parts]
 
 
 def _blocks(names: Iterable[str]) -> dict[str, Block]:
@@ -101,7 +100,7 @@ def _blocks(names: Iterable[str]) -> dict[str, Block]:
             if not match[1] or len(siblings[(*segments[:i], match[1])]) > 1
         }
         if not numbered and segments[-1].isdigit():
-            after = last_word(segments) + 1
+            after = _last_word(segments) + 1
             found[name] = Block(".".join(segments[:after]), (int(segments[after]),))
         elif numbered:
             first = min(numbered)
@@ -112,9 +111,14 @@ def _blocks(names: Iterable[str]) -> dict[str, Block]:
 
 def _numbered(segments: Sequence[str]) -> dict[int, re.Match[str]]:
     """Return segments that may have a number, by their places: those before the last word, or all if there is none."""
-    end = len(segments) if all(segment.isdigit() for segment in segments) else last_word(segments)
+    end = len(segments) if all(segment.isdigit() for segment in segments) else _last_word(segments)
     matches = {i: NUMBERED.fullmatch(segment) for i, segment in enumerate(segments[:end])}
     return {i: match for i, match in matches.items() if match}
+
+
+def _last_word(segments: Sequence[str]) -> int:
+    """Return the index of the last segment that is no number, or 0."""
+    return next((i for i in reversed(range(len(segments))) if not segments[i].isdigit()), 0)
 
 
 @dataclass(frozen=True)

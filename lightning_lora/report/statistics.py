@@ -20,7 +20,7 @@ from ..distributed.flat import whole_shape
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import copy_of, is_sharded, is_spread, local, reshard_
 from ..model.adapted_model import open_model
-from ..names import factor_role, group_names
+from ..names import factor_role, group_of
 from ..nn.adapted_weights import AdaptedWeights
 
 
@@ -124,18 +124,15 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
     handle = open_model(model, "adapter_stats")
     reshard_(module for _, module in handle.modules)
     layers = handle.layers
-    return layer_stats(layers, previous.snapshots if previous else {}, group_names(layers))
+    return layer_stats(layers, previous.snapshots if previous else {})
 
 
-def layer_stats(
-    layers: Mapping[str, AdaptedWeights], previous: Mapping[str, Snapshot], group_of: Mapping[str, str]
-) -> AdapterStats:
+def layer_stats(layers: Mapping[str, AdaptedWeights], previous: Mapping[str, Snapshot]) -> AdapterStats:
     """Measure some adapted layers, see adapter_stats. Collective.
 
     Args:
         layers: by name, with their shards in place.
         previous: earlier snapshots by name.
-        group_of: the group of each layer, from group_names of all adapted layers in the model.
     """
     with torch.inference_mode(False), torch.no_grad():
         sync = RankSync(t for each in layers.values() for t in (*each.stored().values(), each.adapted_weight()))
@@ -144,7 +141,7 @@ def layer_stats(
         _sum_over_ranks(measured.values(), sync)
         groups: dict[str, list[str]] = {}
         for name in layers:
-            groups.setdefault(group_of[name], []).append(name)
+            groups.setdefault(group_of(name), []).append(name)
         return AdapterStats(
             {
                 group: _group_stats({name: measured[name] for name in names}, previous)

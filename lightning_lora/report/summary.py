@@ -17,7 +17,7 @@ from ..matching import BY_KIND
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.heads import describe_frozen_head
 from ..model.named_state import base_parameters_of
-from ..names import group_names, listed
+from ..names import group_of, listed
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.quantised import quantised_as, quantised_parameters, shape_of
@@ -43,7 +43,7 @@ OF_SEVERAL = {
 class LayerGroup:
     """Adapted layers with the same ending of the name, class, r and lora_alpha."""
 
-    name: str  # the ending of their names, see names.group_names
+    name: str  # the ending of their names, see names.group_of
     kind: str  # their class before injection
     count: int
     r: int  # 0 for a table with trained rows
@@ -272,13 +272,12 @@ def _unmerged(layers: Mapping[str, AdaptedWeights]) -> tuple[Unmerged, ...]:
 
 def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
     sizes: dict[tuple[str, str, int, float], list[int]] = {}
-    group_of = group_names(layers)
     for name, layer in layers.items():
         spec, holder = layer.lora.spec, layer.lora_holder
         kind = holder.lora_base.__name__ if isinstance(holder, Swapped) else type(holder).__name__
-        key = (group_of[name], kind, spec.r, spec.alpha)
+        key = (group_of(name), kind, spec.r, spec.alpha)
         if spec.rows:
-            key = (group_of[name], f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0)
+            key = (group_of(name), f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0)
         sizes.setdefault(key, []).append(sum(shape_of(factor).numel() for factor in layer.factors()))
     return tuple(
         LayerGroup(name, kind, len(of_group), r, alpha, sum(of_group))

@@ -594,7 +594,7 @@ def rows(path: Path) -> list[dict[str, float]]:
     import csv
 
     with open(path / "metrics.csv") as file:
-        found = [row for row in csv.DictReader(file) if row["lora/net.N/norm"]]
+        found = [row for row in csv.DictReader(file) if row["lora/net/norm"]]
     return [{name: float(row[name]) for name in row if name.startswith("lora/net") and row[name]} for row in found]
 
 

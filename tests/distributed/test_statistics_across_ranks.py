@@ -170,7 +170,7 @@ def fit(path: Path, kind: str) -> list[dict[str, float]]:
     if size > 1:
         dist.barrier()
     rows = csv.DictReader((path / kind.lower() / "metrics.csv").read_text().splitlines())
-    kept = [{n: float(v) for n, v in row.items() if v and n.startswith("lora/net.N/")} for row in rows]
+    kept = [{n: float(v) for n, v in row.items() if v and n.startswith("lora/net/")} for row in rows]
     return [row for row in kept if row]
 
 

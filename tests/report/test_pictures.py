@@ -19,7 +19,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, inject, plot_adapter, save_adapter
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.report import pictures
-from lightning_lora.report.canvas import labels, ticks
+from lightning_lora.report.canvas import ticks
 from lightning_lora.report.from_model import updates_of_model
 from lightning_lora.report.updates import cosines
 
@@ -381,12 +381,6 @@ def test_nothing_drawn_lies_outside_the_picture_or_over_something_else():
                     texts = (text for text in axes.get_xticklabels(minor=minor) if text.get_text())
                     shown = [text.get_window_extent(renderer) for text in texts]
                     assert not any(one.overlaps(other) for one, other in itertools.pairwise(shown))
-
-
-def test_names_that_are_shortened_are_told_apart_still():
-    names = [f"conv_number_{i}_with_a_rather_long_name_of_some_block" for i in range(12)]
-    assert len(set(labels(names))) == 12
-    assert labels(["q_proj", "q_proj"]) == ["q_proj", "q_proj"]
 
 
 @pytest.mark.parametrize(("count", "shown"), [(1, 1), (16, 16), (17, 9), (80, 16), (126, 16)])

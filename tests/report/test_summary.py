@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_stats, inject, is_merged, merge, summary, unload
-from lightning_lora.names import group_names
+from lightning_lora.names import group_of
 from lightning_lora.report.summary import LINES, WIDTH, Memory, Summary
 from support.models import Zoo, zoo_config
 from support.quantised import NAMES, QUANTISED, quantised
@@ -53,13 +53,16 @@ def test_groups_have_the_layers_of_one_name_class_r_and_alpha():
     )
     found = [(g.name, g.kind, g.count, g.r, g.alpha, g.parameters) for g in summary(model).groups]
     assert found == [
-        ("weight_ih_l0", "LSTM", 1, 4, 8, 4 * (8 + 64)),
-        ("weight_hh_l0", "LSTM", 1, 4, 3.5, 4 * (16 + 64)),
-        ("body.N", "Linear", 1, 4, 8, 4 * (16 + 8)),
-        ("body.N", "Linear", 1, 2, 8, 2 * (8 + 8)),
+        ("encoder.weight_ih_l0", "LSTM", 1, 4, 8, 4 * (8 + 64)),
+        ("encoder.weight_hh_l0", "LSTM", 1, 4, 3.5, 4 * (16 + 64)),
+        ("body", "Linear", 1, 4, 8, 4 * (16 + 8)),
+        ("body", "Linear", 1, 2, 8, 2 * (8 + 8)),
     ]
     inject(network := llama(), LoRAConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    assert [(g.name, g.count) for g in summary(network).groups] == [("q_proj", 2), ("down_proj", 2)]
+    assert [(g.name, g.count) for g in summary(network).groups] == [
+        ("self_attn.q_proj", 2),
+        ("mlp.down_proj", 2),
+    ]
 
 
 def test_numbers_are_those_of_the_models_tensors():
@@ -145,7 +148,9 @@ def test_any_module_that_holds_the_layers_is_a_handle_and_sees_its_own_names():
     inject(outer["net"], zoo_config())
     assert set(summary(outer).also_trained) == {f"net.{name}" for name in summary(outer["net"]).also_trained}
     assert set(summary(outer).also_saved) == {f"net.{name}" for name in summary(outer["net"]).also_saved}
-    assert summary(outer).groups == summary(outer["net"]).groups
+    found = [group.name for group in summary(outer["net"]).groups]
+    assert found == ["embed", "conv", "body", "body"]  # of an OwnLinear and a Linear
+    assert [group.name for group in summary(outer).groups] == ["net.embed", "net.conv", "net.body", "net.body"]
 
 
 def test_summary_of_a_merged_model_is_that_of_the_unmerged_one():
@@ -170,8 +175,8 @@ LoRA: 4 adapted layers
   layers  class      count  r  alpha  parameters
   embed   Embedding      1  4    2.5          76
   conv    Conv1d         1  4    2.5         128
-  body.N  OwnLinear      1  4    2.5          64
-  body.N  Linear         1  4    2.5          64
+  body    OwnLinear      1  4    2.5          64
+  body    Linear         1  4    2.5          64
   trainable     383 of 823 parameters (46.54%)
   adapter       1.33 kB in float32
   also trained  5 tensors, 51 values: conv.bias, body.0.bias, body.3.bias, ...
@@ -304,14 +309,14 @@ def test_trained_rows_of_a_table_are_told_without_r_and_alpha():
     table = summary(model).groups[0]
     width = model.model.embed_tokens.embedding_dim
     assert (table.name, table.kind, table.count, table.parameters) == (
-        "embed_tokens",
+        "model.embed_tokens",
         "Embedding, 3 rows",
         1,
         3 * width,
     )
     assert (table.r, table.alpha) == (0, 0)
     line = next(line for line in str(summary(model)).splitlines() if "embed_tokens" in line)
-    assert line.split() == ["embed_tokens", "Embedding,", "3", "rows", "1", f"{3 * width:,}"]
+    assert line.split() == ["model.embed_tokens", "Embedding,", "3", "rows", "1", f"{3 * width:,}"]
     assert repr(model.model.embed_tokens).endswith("3 trained rows)")
 
 
@@ -324,33 +329,28 @@ def test_layers_of_one_last_segment_in_one_block_are_grouped_apart():
     inject(model := nn.ModuleDict({"net": bert()}), LoRAConfig(r=2))
     found = [(group.name, group.count) for group in summary(model).groups]
     assert found == [
-        *(("query", 2), ("key", 2), ("value", 2)),
-        *(("attention.output.dense", 2), ("intermediate.dense", 2), ("output.dense", 2), ("pooler.dense", 1)),
+        *((f"attention.self.{name}", 2) for name in ("query", "key", "value")),
+        *(("attention.output.dense", 2), ("intermediate.dense", 2), ("output.dense", 2), ("net.pooler.dense", 1)),
     ]
-    assert summary(model).groups == summary(model["net"]).groups
     assert list(adapter_stats(model).groups) == [name for name, _ in found]
 
 
 @pytest.mark.parametrize(
-    ("names", "expected"),
+    ("name", "group"),
     [
-        (["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj"], ["attn.c_proj", "mlp.c_proj", "attn.c_proj"]),
-        (["l.0.self.out", "l.0.cross.out", "l.1.self.out", "out"], ["self.out", "cross.out", "self.out", "out"]),
-        (["0.a.net.0", "0.b.net.2", "1.a.net.0"], ["a.net.N", "b.net.N", "a.net.N"]),
-        (["0.x.a.fc", "0.y.a.fc", "0.x.b.fc"], ["x.a.fc", "y.a.fc", "b.fc"]),
-        # Of one each in a block, and of blocks without a number, the last segment tells enough.
-        (["block.0.self.q", "block.1.cross.q", "encoder.q", "decoder.q"], ["q"] * 4),
-        (["body.0", "body.3", "", "4"], ["body.N", "body.N", "model", "layers"]),
-        (["experts.0.w1", "experts.1.w1"], ["w1", "w1"]),
-        # The block is the outermost one: T5's attentions, experts beside shared ones, and blocks of two depths.
-        (["b.0.layer.0.self.q", "b.0.layer.1.cross.q", "b.0.layer.2.wi"], ["self.q", "cross.q", "wi"]),
-        (["l.0.mlp.up", "l.1.mlp.experts.0.up", "l.1.mlp.shared.up"], ["mlp.up", "experts.N.up", "shared.up"]),
-        (["d.0.at.0.t.0.a1.q", "d.0.at.0.t.0.a2.q", "m.at.0.t.0.a1.q"], ["a1.q", "a2.q", "a1.q"]),
-        (["l.0.a.0.q", "l.0.b.1.q"], ["a.N.q", "b.N.q"]),  # no name begins with a number
+        ("h.0.attn.c_proj", "attn.c_proj"),
+        ("encoder.block.2.layer.0.SelfAttention.q", "SelfAttention.q"),
+        ("layer1.0.conv1", "conv1"),
+        ("model.embed_tokens", "model.embed_tokens"),
+        ("body.3", "body"),
+        ("features.1.conv.0.0", "conv"),
+        ("0.1", "layers"),
+        ("4", "layers"),
+        ("", "model"),
     ],
 )
-def test_a_group_is_named_by_as_many_segments_as_tell_it_from_its_block(names: list[str], expected: list[str]):
-    assert list(group_names(names).values()) == expected
+def test_a_group_is_the_part_of_a_name_at_its_last_number(name: str, group: str):
+    assert group_of(name) == group
 
 
 @pytest.mark.parametrize(
