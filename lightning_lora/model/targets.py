@@ -146,7 +146,8 @@ class Targets:
             if not isinstance(value, str):
                 named = naming_some(value, names)
                 missing = [entry for entry in value if entry not in named and entry not in by_task]
-                self._note(option, value, {entry: problem + near_misses(entry, hints) for entry in missing})
+                problems = {entry: problem + near_misses(entry, hints) for entry in missing}
+                self._note(option, [*named, *missing], problems)
             elif value not in BY_KIND and not any(map(matcher(value), names)):
                 known = [*hints, *BY_KIND] if option == "target_modules" else hints
                 self.errors.append(
@@ -168,7 +169,7 @@ class Targets:
 
     def _note(self, option: str, entries: Collection[object], missing: Mapping[Any, str]) -> None:
         """Note the entries of an option that name nothing: as errors if none names anything."""
-        if missing and len(missing) < len(entries):
+        if missing and len(missing) < len({*entries}):
             self.unused.append(f"{option}: {', '.join(map(repr, missing))}")
         else:
             self.errors += [f"{option}: {entry!r} {problem}" for entry, problem in missing.items()]

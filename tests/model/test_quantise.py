@@ -151,6 +151,12 @@ def test_what_cannot_be_quantised_is_refused_by_name(build, options, message):
         quantize_base(build(), **options)
 
 
+def test_a_name_beside_others_that_fit_is_passed_over_with_a_warning():
+    with pytest.warns(UserWarning, match="passed over: exclude_modules: '7'") as caught:
+        assert quantize_base(network(), exclude_modules=["4", "7"]) == ["0", "2"]
+    assert [each.filename for each in caught] == [__file__]
+
+
 def test_an_unknown_keyword_is_refused_with_near_misses():
     with pytest.raises(LoRAError, match="exclude_modules"):
         quantize_base(network(), exclude_module=["4"])

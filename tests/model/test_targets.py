@@ -370,6 +370,11 @@ def test_a_layer_registered_twice_is_adapted_once():
         ({"exclude_modules": ["convv"]}, "exclude_modules: 'convv' names no layer to adapt; did you mean 'conv'"),
         ({"exclude_modules": ["body"]}, "exclude_modules: 'body' names no layer to adapt"),  # a container
         ({"exclude_modules": r"body\.[7-9]"}, "exclude_modules"),
+        ({"modules_to_save": ["haed", "haed"]}, "modules_to_save: 'haed' names no module"),
+        (  # PEFT writes the names of the task's heads into its own modules_to_save
+            {"modules_to_save": ["classifier", "haed"], "task_type": "SEQ_CLS"},
+            "modules_to_save: 'haed' names no module; did you mean 'head'",
+        ),
         ({"modules_to_save": ["haed"]}, "modules_to_save: 'haed' names no module; did you mean 'head'"),
         ({"rank_pattern": {"convs": 4}}, "rank_pattern: 'convs' names no adapted layer; did you mean 'conv'"),
         ({"rank_pattern": {"head": 4}}, "rank_pattern: 'head' names no adapted layer"),  # saved, not adapted
