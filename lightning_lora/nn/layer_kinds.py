@@ -41,6 +41,7 @@ def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> 
 
 def _is_known(adapting: type[LoRALayer], cls: type[nn.Module], method: str) -> bool:
     """Return whether factored_forward may replace a method: it is that of a kind's own class, or of a library."""
+    if getattr(cls, method).__module__.startswith(LIBRARIES):
+        return True
     owner = next(parent for parent in cls.__mro__ if method in vars(parent))
-    has_product = adapting.low_rank_product is not LoRALayer.low_rank_product
-    return (has_product and owner in adapting.MODULES) or owner.__module__.startswith(LIBRARIES)
+    return owner in adapting.MODULES and adapting.low_rank_product is not LoRALayer.low_rank_product

@@ -74,6 +74,7 @@ def theirs(family: str, folder: Path, **options: Any) -> torch.Tensor:
     return logits(model)
 
 
+@pytest.mark.filterwarnings("ignore:lightning_lora. entries that name nothing")  # a list for all families
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @every_family
 def test_an_adapter_under_the_earlier_names_loads_onto_plain_and_injected_models(tmp_path, family, options):

@@ -157,11 +157,6 @@ def test_a_name_beside_others_that_fit_is_passed_over_with_a_warning():
     assert [each.filename for each in caught] == [__file__]
 
 
-def test_an_unknown_keyword_is_refused_with_near_misses():
-    with pytest.raises(LoRAError, match="exclude_modules"):
-        quantize_base(network(), exclude_module=["4"])
-
-
 def test_without_torchao_the_error_names_it(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
         monkeypatch.delitem(sys.modules, name)

@@ -345,7 +345,7 @@ def test_a_failed_injection_leaves_the_fast_path():
     base = build(encoder).eval()
     before = attributes(base)
     with pytest.raises(LoRAError, match="names no layer"):
-        inject(base, LoRAConfig(target_modules=["linear1", "lniear2"]))
+        inject(base, LoRAConfig(target_modules=["lniear1", "lniear2"]))
     assert attributes(base) == before
 
 
