@@ -146,6 +146,16 @@ def is_flat(tensor: object) -> bool:
     return is_divided and not torch.compiler.is_compiling()
 
 
+def is_gathered(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor shows values that ranks have gathered, in place of its slice."""
+    return is_flat(tensor) and tensor.numel() > 0
+
+
+def shows_nothing(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor shows no values, because each rank has a slice of it elsewhere."""
+    return is_flat(tensor) and tensor.numel() == 0
+
+
 def flat_shard(tensor: torch.Tensor) -> FlatShard:
     """Return this rank's slice of a flat tensor."""
     find: Callable[[], FlatShard] | None = getattr(tensor, FIND, None)

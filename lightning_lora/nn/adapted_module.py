@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import nn
 
-from ..distributed.flat import is_flat, owns_flat
+from ..distributed.flat import is_gathered, owns_flat, shows_nothing
 from ..errors import LoRAError
 from ..names import names_factor
 from .low_rank import HALF
@@ -283,13 +283,13 @@ def _put_original(adapter: Adapter, destination: dict[str, Any], prefix: str) ->
         LoRAError: a flat weight is merged and gathered, so that its values are W'.
     """
     weight = adapter.adapted_weight()
-    if not is_flat(weight):
-        destination[prefix + adapter.weight_leaf] = adapter.original()
-    elif weight.numel():
+    if is_gathered(weight):
         raise LoRAError(
             f"state_dict: {adapter.lora.name!r} is merged, and {adapter.weight_leaf!r} is gathered from all ranks, so "
             "its values are merged ones. Call unmerge(model) first, or save a checkpoint with the Trainer."
         )
+    if not shows_nothing(weight):
+        destination[prefix + adapter.weight_leaf] = adapter.original()
 
 
 def _is_meta(adapter: Adapter) -> bool:
