@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..adapter.adapter import Adapter
+from ..errors import MOST
 from ..files.paths import PassingOverErrors, PathLike, given_path, kind_of
 
 CARD_FILE = "README.md"
@@ -178,6 +179,7 @@ def _cell(value: Any) -> str:
 
 
 def _code(text: str) -> str:
+    text = text if len(text) <= MOST else f"{text[: MOST - 3]}..."
     return f"`{text.replace('`', chr(39))}`"
 
 
