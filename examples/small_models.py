@@ -7,6 +7,7 @@ own, the name of a model on a hub takes its place.
 import ast
 import os
 import sysconfig
+from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
@@ -100,14 +101,18 @@ def _save(folder: Path, *parts: Any) -> None:
 
 def _word_pieces() -> Any:
     """A BERT tokenizer of 4000 pieces of words from Python's manual."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=4000, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(topics.values(), trainer)
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    texts = (splitter.pre_tokenize_str(normalizer.normalize_str(topic)) for topic in topics.values())
+    counts = Counter(word for words in texts for word, _ in words)
+    letters = sorted({letter for word in counts for letter in word})
+    words = sorted(counts, key=lambda word: (-counts[word], word))  # a trainer breaks ties anew in each process
+    special, parts = ("[PAD]", "[UNK]", "[CLS]", "[SEP]"), [f"##{letter}" for letter in letters]
+    pieces = dict.fromkeys([*special, *letters, *parts, *words])
+    vocabulary = {piece: number for number, piece in enumerate([*pieces][:4000])}
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return tokenizer
 
