@@ -53,7 +53,8 @@ class WeightUpdate:
             cost: as of merged_weight.
         """
         if self.value is not None:
-            rows = (self.value[first : first + len(rows)] if rows.dim() else self.value).detach().to(rows.dtype)
+            wide = torch.promote_types(rows.dtype, dtype)  # the base's dtype alone would round what the result can hold
+            rows = (self.value[first : first + len(rows)] if rows.dim() else self.value).detach().to(wide)
         matrix, blocks = self._matrix_and_blocks(rows, first)
         if not blocks:
             return rows.to(dtype)

@@ -291,3 +291,13 @@ def test_tables_with_trained_rows_that_were_resized_are_merged(tmp_path):
     assert torch.equal(
         tensors_of(tmp_path / "o")["model.embed_tokens.weight"], merged_state_dict(net)["model.embed_tokens.weight"]
     )
+
+
+def test_a_head_keeps_its_values_in_a_result_of_a_wider_dtype_than_the_base(tmp_path: Path):
+    net = seeded(lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)))
+    save_file({name: value.bfloat16() for name, value in net.state_dict().items()}, tmp_path / "base.safetensors")
+    inject(net, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"], init_lora_weights=False))
+    save_adapter(net, tmp_path / "adapter")
+    arguments = (tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "merged.safetensors")
+    merge.merge_on_disk(*arguments, dtype=torch.float32, strict_base=False)
+    assert torch.equal(load_file(tmp_path / "merged.safetensors")["1.weight"], net[1].weight)
