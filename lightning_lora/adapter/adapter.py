@@ -130,11 +130,15 @@ class Adapter:
         """Return the factors that a layer's tensors act as, without a scale of the sum with W."""
         return self.variant.acting_exactly(self.stored(layer), None, self.scalings.get(layer, 1.0))
 
+    def weight_names(self, layer: str) -> list[str]:
+        """Return the names that the weight of a layer may have in the base; a parameter has one."""
+        return [layer] if self.is_parameter(layer) else [f"{layer}.weight", f"{layer}.{IN_PROJ}"]
+
     def place(self, layer: str) -> Place:
         """Return what is known of a layer or parameter. An unknown kind is "", and an unknown shape empty."""
         config = self.config or LoRAConfig()
-        names = [layer] if self.is_parameter(layer) else [f"{layer}.{leaf}" for leaf in ("weight", IN_PROJ)]
-        shape = next((self.fingerprint[name]["shape"] for name in names if name in self.fingerprint), ())
+        names = [name for name in self.weight_names(layer) if name in self.fingerprint]
+        shape = self.fingerprint[names[0]]["shape"] if names else ()
         in_options = self.options_name(layer)
         return Place(
             name=layer,

@@ -362,8 +362,7 @@ def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
 def _layer_updates(
     adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str], result_dtype: torch.dtype | None
 ) -> dict[str, WeightUpdate]:
-    names = [name] if adapter.is_parameter(name) else [f"{name}.weight", f"{name}.{IN_PROJ}"]
-    weight = next((each for each in names if each in base.locations), None)
+    weight = next((each for each in adapter.weight_names(name) if each in base.locations), None)
     if weight is None:
         raise LoRAError(f"{base.path}: {name!r}, which the adapter updates, has no weight there. {INSTEAD}.")
     location, whole = base.locations[weight], adapter.tensors.get(weight)

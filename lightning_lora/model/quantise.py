@@ -127,7 +127,7 @@ def call_that_quantises(listing: Listing, names: Collection[str], config: LoRACo
     for options in ({}, saved, {"exclude_modules": config.exclude_modules} | saved, {"exclude_modules": excluded}):
         given: dict[str, Any] = {name: value for name, value in options.items() if value}
         choice = LoRAConfig(**given)
-        if _can_be_quantised(listing, choice) == set(names) and not _mistakes(listing, choice):
+        if _can_be_quantised(listing, choice) == set(names) and not _mistakes(_targets(listing, choice)):
             return f"quantize_base({', '.join(['model', *_shown(given)])})"
     return ""
 
@@ -179,14 +179,15 @@ def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
 
 def _refuse_unmatched(listing: Listing, config: LoRAConfig) -> None:
     """Raise LoRAError where no entry of an option names anything, and warn where some name nothing."""
-    warn_of_unused(_targets(listing, config), stacklevel=3)
-    if mistakes := _mistakes(listing, config):
+    targets = _targets(listing, config)
+    warn_of_unused(targets, stacklevel=3)
+    if mistakes := _mistakes(targets):
         raise LoRAError(f"quantize_base: {mistakes[0]}.")
 
 
-def _mistakes(listing: Listing, config: LoRAConfig) -> list[str]:
+def _mistakes(targets: Targets) -> list[str]:
     """Return a sentence for each entry of the options that names nothing."""
-    return [said for said in _targets(listing, config).errors if not said.startswith("target_modules")]
+    return [said for said in targets.errors if not said.startswith("target_modules")]
 
 
 def _refuse_late(listing: Listing) -> None:

@@ -9,7 +9,6 @@ norm(V) is a constant for the gradient, as in section 4.3 of the paper and in PE
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -69,8 +68,7 @@ class DoRA(LoRA):
 
     def blocks(self, stored: Stored, place: Place, read: Reader) -> list[LowRankBlock]:
         a, b = (stored[leaf].detach().flatten(1) for leaf in (A, B))
-        columns = slice(0, sys.maxsize)
-        parts = (Window(part, slice(first, first + len(part)), columns) for first, part in read())
+        parts = (Window(part, slice(first, first + len(part)), low_rank.EVERYTHING) for first, part in read())
         squares = squares_of_windows(parts, a, b, place.scaling, transposed=place.is_transposed)
         return _blocks(stored, place, squares.sqrt())
 

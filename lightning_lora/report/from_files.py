@@ -16,7 +16,7 @@ from ..files.paths import PathLike
 from ..files.safetensors import TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
 from ..formats.sources import read_source
-from ..nn.low_rank import IN_PROJ, MERGEABLE_DTYPES
+from ..nn.low_rank import MERGEABLE_DTYPES
 from ..progress import progress_bar
 from .updates import Updates, measure, refuse_empty, sum_of_squares
 
@@ -69,16 +69,11 @@ def _fit(adapter: Adapter, base: Weights) -> Adapter:
         ) from error
 
 
-def _weights_of(adapter: Adapter, name: str) -> list[str]:
-    """Return the names that the weights of a layer may have."""
-    return [name] if adapter.is_parameter(name) else [f"{name}.{leaf}" for leaf in ("weight", IN_PROJ)]
-
-
 def _recorded_norms(adapter: Adapter) -> dict[str, float]:
     """Return the norms of weights in the fingerprint, by layer. A layer has those of all its weights or none."""
     norms = {}
     for name in adapter.layers():
-        weights = filter(adapter.fingerprint.__contains__, _weights_of(adapter, name))
+        weights = filter(adapter.fingerprint.__contains__, adapter.weight_names(name))
         entries = [adapter.fingerprint[weight] for weight in weights]
         if entries and all("norm" in entry for entry in entries):
             norms[name] = math.hypot(*(entry["norm"] for entry in entries))
@@ -86,7 +81,7 @@ def _recorded_norms(adapter: Adapter) -> dict[str, float]:
 
 
 def _norm_in_files(adapter: Adapter, name: str, base: Weights) -> float:
-    locations = [base.locations[weight] for weight in _weights_of(adapter, name) if weight in base.locations]
+    locations = [base.locations[weight] for weight in adapter.weight_names(name) if weight in base.locations]
     if not locations:
         raise LoRAError(
             f"plot: {base.path}: there is no weight of {name!r}, which the adapter updates. Load the model in Python, "

@@ -427,6 +427,11 @@ def test_a_tie_is_seen_beside_a_forward_that_runs_on_w_plus_delta():
 # --- nesting, generators, copies ---
 
 
+def stream(body: Callable[[nn.Module], Any], model: nn.Module) -> Iterator[None]:
+    with body(model):
+        yield
+
+
 def test_calls_of_one_thread_nest():
     model, x = network(), torch.randn(4, 8)
     before, output = values(model), model(x)
@@ -443,11 +448,7 @@ def test_a_generator_that_ends_in_another_thread_brings_the_model_back(body):
     model, x = network(saved=True), torch.randn(4, 8)
     before, output = values(model), model(x)
 
-    def stream() -> Iterator[None]:
-        with body(model):
-            yield
-
-    generator = stream()
+    generator = stream(body, model)
     next(generator)
     assert not torch.equal(model(x), output)
     elsewhere(generator.close)
@@ -462,11 +463,7 @@ def test_a_generator_whose_thread_has_ended_locks_nobody_out():
     model = network()
     before = values(model)
 
-    def stream() -> Iterator[None]:
-        with merged(model):
-            yield
-
-    generator = stream()
+    generator = stream(merged, model)
     elsewhere(lambda: next(generator))
     assert is_merged(model)
     unmerge(model)
@@ -478,11 +475,7 @@ def test_a_generator_cannot_end_beside_a_call_of_another_thread():
     model = network()
     before = values(model)
 
-    def stream() -> Iterator[None]:
-        with merged(model):
-            yield
-
-    generator = stream()
+    generator = stream(merged, model)
     with merged(model):
         next(generator)
         with pytest.raises(LoRAError, match="merged: merged is under way"):
