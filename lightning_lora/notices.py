@@ -17,11 +17,12 @@ def tell(message: object) -> None:
         log.setLevel(INFO)
         log.addHandler(StreamHandler())
         log.propagate = False
-    if _rank() == 0:
+    if process_rank() == 0:
         log.info(str(message))
 
 
-def _rank() -> int:
+def process_rank() -> int:
+    """Return the number of this process, as torch.distributed or else Lightning knows it."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     rank_zero_only = getattr(sys.modules.get(RANK_ZERO), "rank_zero_only", None)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-import torch.distributed as dist
 from tqdm import tqdm
+
+from .notices import process_rank
 
 DELAY = 1.0  # seconds until a bar is shown, so that short work shows none
 
@@ -28,8 +29,7 @@ def progress_bar(what: str, total: int, unit: Unit = "layers") -> Iterator[Calla
     Returns:
         A context manager. Its value is a function to call with the size of each part that is done.
     """
-    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    if not first or not sys.stderr.isatty():  # a bar that is not shown takes as long as merging a small layer
+    if process_rank() > 0 or not sys.stderr.isatty():  # a bar that is not shown takes as long as merging a small layer
         yield lambda size: None
         return
     scaled = {"unit": "B", "unit_scale": True} if unit == "bytes" else {"unit": f" {unit}"}
