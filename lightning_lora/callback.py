@@ -171,7 +171,7 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""
         handle = open_for_fit(pl_module)
-        handle.record.fits += 1
+        handle.record.run.fits += 1
         check_fit(trainer, handle, self)
         record_fit(trainer, handle, self)
 

@@ -82,7 +82,7 @@ def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:
     A base weight that is trained here and was frozen there gets its initial value. Rows of a table are added under the
     names of the tables that are tied to it, but for those that PEFT left alone: check_adapter refuses these.
     """
-    unfrozen = live.handle.initial_of("unfrozen")
+    unfrozen = live.handle.initial_of("unfrozen", "resized")
     frozen = {name: value for name, value in unfrozen.items() if name in adapter.fingerprint}
     shared = _names_of_shared(live)
     stored = {other: value for name, value in adapter.tensors.items() for other in shared.get(name, ())}

@@ -53,7 +53,7 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         merge_after: whether the model is merged then. If that fails, the old values are put back.
     """
     handle = live.handle
-    record, kept, config_before = handle.record, handle.kept(), handle.record.config
+    record, recorded, config_before = handle.record, handle.record.snapshot(), handle.record.config
     specs_before = {layer: layer.lora.spec for layer in specs or {}}
     factors = [factor for layer, spec in specs_before.items() for factor, _ in layer.shapes_by(spec)]
     memory = [(factor, factor.data, factor.grad) for factor in factors]
@@ -68,7 +68,7 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         if merge_after:
             merge_listed(handle, warns_of_untrained=False)
     except BaseException:
-        handle.put_back(kept)
+        record.restore(recorded)
         record.config = config_before
         for layer, spec in specs_before.items():
             layer.lora.spec = spec

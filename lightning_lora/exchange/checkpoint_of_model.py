@@ -85,7 +85,7 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
     if kind == "merged":
         tensors = gather_all(live.values()) if divided else {name: state[name] for name in live.keys if name in state}
         meta["adapter"] = in_one_storage(tensors)
-        dtype = dequantize_dtype(record.dequantize, "checkpoint")
+        dtype = dequantize_dtype(record.run.dequantize, "checkpoint")
         checkpoint["state_dict"] = state if divided else _merge_state(handle, state, dtype)
     elif kind == "adapter":
         tensors = {name: value for name, value in state.items() if name not in frozen and name not in foreign.values}
@@ -281,7 +281,7 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
     record_trained(live, adapter)
     handle, record = live.handle, live.handle.record
     trained = {id(live.tensors[name]) for name in adapter.tensors if name in live.tensors}
-    here = handle.initial_of("trained").items()
+    here = handle.initial_of().items()
     frozen = {name: state.get(name, value) for name, value in here if id(live.tensors[name]) not in trained}
     handle.set_initial(frozen | initial)  # where it was trained, the first value is in the file, or nothing knows it
     record.fingerprint = {}
@@ -308,11 +308,11 @@ def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
     """
     if not is_divided(handle):
         return handle.model.state_dict()
-    live, kind, foreign = open_state(handle), handle.record.save, foreign_entries(handle)
+    live, kind, foreign = open_state(handle), handle.record.run.save, foreign_entries(handle)
     state = live.values() if kind == "adapter" else original_values(live.entries)
     state = with_metadata({**state, **foreign.values}, foreign.versions)
     if kind == "merged":
-        state = _merge_state(handle, state, dequantize_dtype(handle.record.dequantize, "checkpoint"))
+        state = _merge_state(handle, state, dequantize_dtype(handle.record.run.dequantize, "checkpoint"))
     changing = set(live.keys)
     whole = {
         name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value
@@ -370,10 +370,7 @@ def _record_base(live: LiveState, state: Mapping[str, Any]) -> None:
                 f"checkpoint: it holds a base without an adapter, and the adapter of {name!r} started from the weight "
                 "that it replaces. Load the base into the module before the Trainer divides it over ranks."
             )
-    places = [
-        (live.owners[name], name.rpartition(".")[2], value) for name, value in state.items() if name in live.owners
-    ]
-    record_loaded(live.handle.record, places)
+    record_loaded(live.handle, state)
 
 
 def check_complete(handle: AdaptedModel, names: Set[str], source: object) -> None:

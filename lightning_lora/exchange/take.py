@@ -235,7 +235,7 @@ def check_fingerprint(
     if not expected:
         return {}
     known, tables = live.handle.record.fingerprint, rows_without_values(live)
-    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen").items())
+    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen", "resized").items())
     same_names = expected.keys() <= known.keys()  # fewer where weights were unfrozen since fit start
     trained_here = same_names and all(entries_match(known[name], expected[name], 0) for name in expected)
     present = without_rows(unfrozen, tables) | fingerprint_of(live)

@@ -1,29 +1,30 @@
 """The handle of an injected model: each public function and each hook opens it once and passes it inward.
 
 A handle lists the model's modules and adapters when they are first asked for, and keeps the lists. It is thrown away at
-the end of the call.
+the end of the call. It also translates between names in the caller's module and the names in the record.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import nn
 
+from ..distributed.flat import whole_shape
+from ..distributed.sharding import copy_of
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, WRAPPERS, names_factor
+from ..names import ATTRIBUTE, WRAPPERS, names_factor, suffixes
 from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.low_rank import ATTENTION_OUTPUT
-from .injection import Injection, Kept, Mark
+from .injection import Injection, Why
 from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, own_state, state_of
 from .wrappers import inside_known_wrappers, unwrapped
 
 Value = TypeVar("Value")
-
-KeptTensors = list[tuple[nn.Module, dict[str, torch.Tensor], dict[str, set[str]]]]
 
 
 class once(Generic[Value]):  # noqa: N801
@@ -97,17 +98,26 @@ class AdaptedModel(Listing):
 
     Attributes:
         model: the caller's module without wrappers around it. It holds all adapted layers.
-        root: the injected module: `model`, a module inside `model`, or a module that holds `model`.
+        root: the injected module: `model`, a module inside `model`, or a module that holds `model`. Where a new module
+            was built around the layers, it is `model`.
         record: the record of the injection.
         prefix: the root's name in `model` with a dot at the end, where the root lies inside `model`; else "".
         inside: the name of `model` in the root with a dot at the end, where `model` lies inside the root; else "".
+        moved: what the names of a new module around the layers begin with, and what they began with at injection.
     """
 
     def __init__(
-        self, model: nn.Module, root: nn.Module, record: Injection, *, prefix: str = "", inside: str = ""
+        self,
+        model: nn.Module,
+        root: nn.Module,
+        record: Injection,
+        *,
+        prefix: str = "",
+        inside: str = "",
+        moved: tuple[str, str] = ("", ""),
     ) -> None:
         super().__init__(model)
-        self.root, self.record, self.prefix, self.inside = root, record, prefix, inside
+        self.root, self.record, self.prefix, self.inside, self.moved = root, record, prefix, inside, moved
 
     @once
     def root_places(self) -> Places:
@@ -124,6 +134,37 @@ class AdaptedModel(Listing):
         """Every module of the root once, under its first name in the root."""
         return self.modules if self.root is self.model else _each_once(self.root_places)
 
+    @once
+    def recorded_modules(self) -> dict[str, nn.Module]:
+        """The root's modules by the names that the record has for them; modules that came since are not among them."""
+        if not any(self.moved):
+            return dict(self.root_places)
+        named = ((self.recorded_name(name), module) for name, module in self.root_places)
+        return {name: module for name, module in named if name is not None}
+
+    def recorded_name(self, name: str) -> str | None:
+        """Return the name at injection for a name in the root; None where a new module has it that was not there."""
+        now, then = self.moved
+        if not is_inside(name, now):
+            return None
+        rest = name[len(now) :].removeprefix(".") if now else name
+        return f"{then}.{rest}" if then and rest else then or rest
+
+    def name_at_injection(self, name: str) -> str | None:
+        """Return the name at injection for a name in `model`, or None where nothing had it."""
+        if self.prefix and not name.startswith(self.prefix):
+            return None
+        return self.recorded_name(name.removeprefix(self.prefix) if self.prefix else self.inside + name)
+
+    def name_here(self, recorded: str) -> str | None:
+        """Return the name in `model` for a name at injection, or None where it lies outside of `model`."""
+        now, then = self.moved
+        if not is_inside(recorded, then) or not f"{recorded}.".startswith(self.inside):
+            return None
+        rest = recorded[len(then) :].removeprefix(".") if then else recorded
+        name = f"{now}.{rest}" if now and rest else now or rest
+        return (self.prefix + name).removesuffix(".") if self.prefix else f"{name}.".removeprefix(self.inside)[:-1]
+
     def base(self) -> list[BaseParameter]:
         """Return the root's parameters without adapters, each once, with its first name in the root."""
         return base_parameters_of(self.root_modules)
@@ -132,58 +173,74 @@ class AdaptedModel(Listing):
         """Return the root's parameters without adapters, each once, by its first name in the root."""
         return {each.name: each.parameter for each in self.base()}
 
-    def marked(self, mark: Mark) -> set[int]:
-        """Return the id of each of the root's base parameters that has a mark."""
-        found = set()
-        for _, module in self.root_modules:
-            leaves = [leaf for leaf, marks in self.record.marks(module).items() if mark in marks]
-            own = own_state(module) if leaves else {}
-            found |= {id(own[leaf]) for leaf in leaves if leaf in own}
-        return found
+    def recorded_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each of these names at injection that a tensor of the root still has, with the live tensor."""
+        own: dict[str, dict[str, torch.Tensor]] = {}
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            if path not in own:
+                module = self.recorded_modules.get(path)
+                own[path] = own_state(module) if module is not None else {}
+            if leaf in own[path]:
+                yield name, own[path][leaf]
+
+    def trained(self, *why: Why) -> set[int]:
+        """Return the id of each of the root's base parameters that is recorded as trained, for any of these reasons."""
+        names = (name for name, reason in self.record.trained.items() if not why or reason in why)
+        return {id(tensor) for _, tensor in self.recorded_tensors(names)}
 
     def scope(self) -> str:
         """Return the beginning of the names in `model` for which the options count, "" or ending in a dot."""
-        return scope_in(self.places, self.record) or self.prefix
+        name = self.name_here(self.record.scope.removesuffix(".")) if self.record.scope else None
+        return self.prefix if name is None else f"{name}." if name else ""
 
     def left_out(self) -> dict[str, str]:
         """Return why "all-linear" or "all-layers" leaves a layer out, by the layer's name."""
-        kept = ((name, self.record.kept(module)) for name, module in self.modules)
-        return {name: each["left_out"] for name, each in kept if each is not None and "left_out" in each}
+        named = ((self.name_here(name), reason) for name, reason in self.record.left_out.items())
+        return {name: reason for name, reason in named if name is not None}
 
     def initial(self) -> dict[str, torch.Tensor]:
         """Return the recorded values from before training of trained base parameters and persistent buffers, by name.
 
         A parameter is listed under its first name, a buffer under each of its names.
         """
-        found, parameters = {}, set()
-        for name, tensor, module in self.state():
-            value = self.record.initial(module).get(name.rpartition(".")[2])
-            if value is None or id(tensor) in parameters:
+        values, found, parameters = self._initial_by_id(), dict[str, torch.Tensor](), set()
+        for name, tensor, _ in self.state() if values else ():
+            if id(tensor) not in values or id(tensor) in parameters:
                 continue
-            found[name] = value
+            found[name] = values[id(tensor)]
             if isinstance(tensor, nn.Parameter):
                 parameters.add(id(tensor))
         return found
 
-    def initial_of(self, mark: Mark) -> dict[str, torch.Tensor]:
-        """Return the values from before training of base parameters with a mark, each under all of its names."""
-        wanted, values = self.marked(mark), dict[int, torch.Tensor]()
-        for _, module in self.root_modules if wanted else ():
-            own = own_state(module)
-            for leaf, value in self.record.initial(module).items():
-                if leaf in own and id(own[leaf]) in wanted:
-                    values.setdefault(id(own[leaf]), value)
-        return {name: values[id(tensor)] for name, tensor, _ in self.state() if id(tensor) in values}
+    def initial_of(self, *why: Why) -> dict[str, torch.Tensor]:
+        """Return the values from before training of base parameters, each under all of its names; see trained."""
+        wanted = self.trained(*why)
+        values = {key: value for key, value in self._initial_by_id().items() if key in wanted} if wanted else {}
+        return {name: values[id(tensor)] for name, tensor, _ in self.state() if id(tensor) in values} if values else {}
+
+    def first_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield each live tensor of the root that has a recorded value from before training, and this value.
+
+        A tensor of another shape came in the place of the one that was recorded, and has none.
+        """
+        initial = self.record.initial
+        for name, tensor in self.recorded_tensors(initial):
+            if whole_shape(tensor) == whole_shape(initial[name]):
+                yield tensor, initial[name]
+
+    def _initial_by_id(self) -> dict[int, torch.Tensor]:
+        return {id(tensor): value for tensor, value in self.first_values()}
 
     def set_initial(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Replace all recorded values from before training by these, given by name."""
-        for _, module in self.root_modules:
-            self.record.forget_initial(module)
-        done = set()
-        for name, tensor, module in self.state():
-            if name in values and id(tensor) not in done:
-                done.add(id(tensor))
-                self.record.keep_initial(module, {name.rpartition(".")[2]: values[name]})
+        """Replace all recorded values from before training by these, given by name in `model`."""
+        tensors = {name: tensor for name, tensor, _ in self.state() if name in values}
+        by_id = {id(tensor): values[name] for name, tensor in reversed(tensors.items())}
+        self.record.initial = {}
+        for path, module in self.recorded_modules.items():
+            for leaf, tensor in own_state(module).items():
+                if id(tensor) in by_id:
+                    self.record.initial[f"{path}.{leaf}" if path else leaf] = by_id.pop(id(tensor))
 
     def record_trainable(self, *, expected: bool = False, untouched: bool = False) -> list[nn.Parameter]:
         """Record every base parameter that has become trainable, and return these parameters.
@@ -192,17 +249,12 @@ class AdaptedModel(Listing):
             expected: the options ask for these parameters. Otherwise a warning names them.
             untouched: no optimizer has stepped since, so that the present values are those from before training.
         """
-        new = self._newly_trainable()
+        trained = self.trained()
+        new = [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
         for each in new:
-            marks: tuple[Mark, ...] = () if expected else ("unfrozen", "untold")
-            first = each.parameter if expected or untouched else None
-            self.record.add_trained(each.module, each.leaf, first, *marks)
-        untold = self.marked("untold")
-        told = [each for each in self.base() if id(each.parameter) in untold] if untold else []
-        for each in told:
-            self.record.take_mark(each.module, each.leaf, "untold")
-        if told and not expected:
-            shown = ", ".join(each.name for each in told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
+            self.add_trained(each, "asked" if expected else "unfrozen", keep=expected or untouched)
+        if new and not expected:
+            shown = ", ".join(each.name for each in new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
             warnings.warn(
                 f"lightning_lora: base parameters were unfrozen after injection ({shown}); they are saved with the "
                 "adapter.",
@@ -210,58 +262,62 @@ class AdaptedModel(Listing):
             )
         return [each.parameter for each in new]
 
+    def add_trained(self, each: BaseParameter, why: Why, *, keep: bool) -> None:
+        """Record that a base parameter of the root is trained; `keep` its present value as that from before."""
+        name = self.recorded_name(each.name)
+        if name is not None:
+            self.record.trained[name] = why
+            if keep:
+                self.record.initial[name] = copy_of(each.parameter)
+
     def without_first_values(self) -> list[str]:
         """Return the names of base parameters that may have been trained and whose values from before are not known."""
-        if not any(self._may_lack_values(module) for _, module in self.root_modules):
+        if (
+            not any(self.moved)
+            and not self._unknown_trainable()
+            and self.record.initial.keys() >= self.record.trained.keys()
+        ):
             return []
-        trained, known = self.marked("trained"), set[int]()
-        for _, module in self.root_modules:
-            leaves = self.record.initial(module)
-            own = own_state(module) if leaves else {}
-            known |= {id(own[leaf]) for leaf in leaves if leaf in own}
+        trained, known = self.trained(), set(self._initial_by_id())
         base = ((each.name, id(each.parameter), each.parameter.requires_grad) for each in self.base())
         return [name for name, key, trains in base if (trains or key in trained) and key not in known]
 
-    def _may_lack_values(self, module: nn.Module) -> bool:
-        """Return whether a module's own parameters may lack values from before training: at once, without a list."""
-        kept = self.record.kept(module) or Kept()
-        initial, marks = kept.get("initial", {}), kept.get("marks", {})
-        for leaf, live in module._parameters.items():
-            may_be_trained = live is not None and (live.requires_grad or leaf in marks)
-            if may_be_trained and leaf not in initial and not names_factor(leaf):
-                return True
-        return False
-
-    def _newly_trainable(self) -> list[BaseParameter]:
-        trained = self.marked("trained")
-        return [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
+    def _unknown_trainable(self) -> set[str]:
+        """Return the names of trainable parameters without a recorded value: at once, where base() lists them all."""
+        found = set()
+        for path, module in self.root_modules:
+            for leaf, live in module._parameters.items():
+                if live is not None and live.requires_grad and not names_factor(leaf):
+                    name = f"{path}.{leaf}" if path else leaf
+                    value = self.record.initial.get(name)
+                    if value is None or whole_shape(value) != whole_shape(live):
+                        found.add(name)
+        return found
 
     def record_unfrozen(self, names: Collection[str]) -> None:
         """Record base parameters that another run had unfrozen, with their present values as those before training.
 
         Parameters that are recorded already are passed over, and so are names that are no base parameter's.
         """
-        trained, names_here = self.marked("trained"), dict[int, str]()
+        trained, names_here = self.trained(), dict[int, str]()
         for name, tensor, _ in self.state():
             names_here.setdefault(id(tensor), name)
         for each in self.base():
             if names_here.get(id(each.parameter), "") in names and id(each.parameter) not in trained:
-                self.record.add_trained(each.module, each.leaf, each.parameter, "unfrozen")
+                self.add_trained(each, "unfrozen", keep=True)
 
-    def kept(self) -> KeptTensors:
-        """Return a copy of the recorded values and marks, for put_back."""
-        record, modules = self.record, [module for _, module in self.root_modules]
-        return [
-            (module, dict(record.initial(module)), {leaf: set(marks) for leaf, marks in record.marks(module).items()})
-            for module in modules
-        ]
+    def gone(self) -> tuple[list[str], int]:
+        """Return the names at injection of adapted layers that are not there any more, and how many there were."""
+        _, then = self.moved
+        layers = [*self.layers.values(), *self._layers_of_holder()]
+        live = {layer.lora.name for layer in layers if layer.lora.injection is self.record}
+        expected = [name for name in self.record.layers if is_inside(name, then)]
+        return [name for name in expected if name not in live], len(expected)
 
-    def put_back(self, earlier: KeptTensors) -> None:
-        """Restore the recorded values and marks that kept() returned. In place."""
-        for module, initial, marks in earlier:
-            self.record.forget_initial(module)
-            self.record.keep_initial(module, initial)
-            self.record.keep_marks(module, marks)
+    def _layers_of_holder(self) -> Collection[AdaptedWeights]:
+        """Return the layers of the injected module, where a new module was built around a part of them."""
+        holder = self.record.holder()
+        return adapted_layers(holder).values() if holder not in (None, self.root) else ()
 
 
 def open_model(model: nn.Module, verb: str) -> AdaptedModel:
@@ -309,6 +365,13 @@ def find_model(model: nn.Module) -> AdaptedModel | None:
     return find_in(Listing(inside_known_wrappers(model)))
 
 
+def find_part(model: nn.Module) -> AdaptedModel | None:
+    """Return the handle of an injected model or of a part of one; None where it holds no adapted layer."""
+    listing = Listing(model)
+    records = [layer.lora.injection for layer in listing.layers.values()]
+    return find_in(listing) or (_find_by_layers(listing, records[0], part=True) if records else None)
+
+
 def find_in(listing: Listing) -> AdaptedModel | None:
     """Return the handle of a listed model, or None where it holds no adapted layer or only a part of them.
 
@@ -332,22 +395,42 @@ def find_in(listing: Listing) -> AdaptedModel | None:
     return _find_by_layers(listing, records[0]) if layers else None
 
 
-def _find_by_layers(listing: Listing, record: Injection) -> AdaptedModel | None:
+def _find_by_layers(listing: Listing, record: Injection, *, part: bool = False) -> AdaptedModel | None:
     """Return the handle of a model that does not hold the injected module.
 
-    The model lies inside the injected module, or it is a new module around the same layers.
+    The model lies inside the injected module, or it is a new module around the same layers. None where it holds a part
+    of the layers, unless `part` allows that.
     """
     model, root = listing.model, record.holder()
     if root is not None:
         outer = Listing(root)
-        if set(outer.layers.values()) - set(listing.layers.values()):
+        if not part and set(outer.layers.values()) - set(listing.layers.values()):
             return None
         names = [name for name, module in outer.places if module is model]
         if names:
             handle = AdaptedModel(model, root, record, inside=f"{names[0]}." if names[0] else "")
             handle.root_places = outer.places
             return _with_lists(handle, listing)
-    return _with_lists(AdaptedModel(model, model, record), listing)
+    return _with_lists(AdaptedModel(model, model, record, moved=moved_names(listing, record)), listing)
+
+
+def moved_names(listing: Listing, record: Injection) -> tuple[str, str]:
+    """Return what the names of most of a record's layers begin with now, and what they began with at injection.
+
+    A copy of a part of a model and a new module around its network have other names for the same layers.
+    """
+    names = ((name, layer.lora.name) for name, layer in listing.layers.items() if layer.lora.injection is record)
+    ways = Counter(_without_common_end(now, then) for now, then in names)
+    return ways.most_common(1)[0][0]
+
+
+def _without_common_end(now: str, then: str) -> tuple[str, str]:
+    """Return two names without the segments in which both end: "net.a.b" and "model.net2.a.b" give net, model.net2."""
+    ends = suffixes(then)
+    common = next((end for end in suffixes(now) if end in ends), "")
+    if not common:
+        return now, then
+    return now.removesuffix(common).removesuffix("."), then.removesuffix(common).removesuffix(".")
 
 
 def _with_lists(handle: AdaptedModel, listing: Listing) -> AdaptedModel:
@@ -367,15 +450,6 @@ def _refuse_part(listing: Listing, verb: str) -> NoReturn:
         f"through {type(root).__name__}, and not {other!r}; pass that {type(root).__name__}, or a module that holds "
         "them all."
     )
-
-
-def scope_in(places: Places, record: Injection) -> str:
-    """Return the beginning of the names for which the options of an injection count, "" or ending in a dot."""
-    for name, module in places:
-        kept = record.kept(module)
-        if kept is not None and "scope" in kept:
-            return f"{name}." if name else ""
-    return ""
 
 
 def list_places(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -39,10 +39,10 @@ def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
 def report_factored(layers: Iterable[AdaptedWeights]) -> None:
     """Log once a model how many layers stay factored because their weights are quantised."""
     quantised = [layer for layer in layers if layer.quantised()]
-    reported = {id(layer.lora.injection) for layer in quantised if layer.lora.injection.quantised_reported}
+    reported = {id(layer.lora.injection) for layer in quantised if "quantised" in layer.lora.injection.done}
     quantised = [layer for layer in quantised if id(layer.lora.injection) not in reported]
     for layer in quantised:
-        layer.lora.injection.quantised_reported = True
+        layer.lora.injection.done.add("quantised")
     if quantised:
         kinds = ", ".join(sorted({layer.quantised() for layer in quantised}))
         tell(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,7 +12,6 @@ from ..distributed.sharding import copy_, copy_of, reshard_
 from ..names import names_factor
 from ..nn.adapted_module import AdaptedModule
 from .adapted_model import AdaptedModel
-from .injection import Injection
 from .named_state import own_state
 
 
@@ -21,57 +20,49 @@ def snapshot_initial(handle: AdaptedModel) -> None:
 
     After finish_injection only buffers without a recorded value are added: a parameter has been trained since.
     """
-    record = handle.record
+    record, is_validated = handle.record, "validated" in handle.record.done
     reshard_(module for _, module in handle.root_modules)
-    for _, module in handle.root_modules:
-        if not record.validated:
-            record.forget_initial(module)
-        earlier, marks = record.initial(module), record.marks(module)
-        new = {leaf: tensor for leaf, tensor in _changed_by_training(module, marks).items() if leaf not in earlier}
-        if record.validated:
-            new = {leaf: tensor for leaf, tensor in new.items() if not isinstance(tensor, nn.Parameter)}
-        record.keep_initial(module, {leaf: copy_of(tensor) for leaf, tensor in new.items()})
-
-
-def _changed_by_training(module: nn.Module, marks: Mapping[str, Set[str]]) -> dict[str, torch.Tensor]:
-    """Return a module's own trained base parameters and persistent buffers."""
-    return {
-        leaf: tensor
-        for leaf, tensor in own_state(module).items()
-        if "trained" in marks.get(leaf, ()) or not isinstance(tensor, nn.Parameter)
-        if not (isinstance(module, AdaptedModule) and names_factor(leaf))
-    }
+    trained = handle.trained()
+    initial = dict(record.initial) if is_validated else {}
+    for name, module in handle.root_modules:
+        for leaf, tensor in own_state(module).items():
+            is_parameter = isinstance(tensor, nn.Parameter)
+            if (isinstance(module, AdaptedModule) and names_factor(leaf)) or (is_parameter and is_validated):
+                continue
+            recorded = handle.recorded_name(f"{name}.{leaf}" if name else leaf)
+            if recorded is not None and recorded not in initial and (not is_parameter or id(tensor) in trained):
+                initial[recorded] = copy_of(tensor)
+                trained.discard(id(tensor))  # once for tied modules
+    record.initial = initial
 
 
 def snapshot_materialised(handle: AdaptedModel) -> None:
     """Replace recorded values on the meta device by present values. Call it before training or loading."""
     reshard_(module for _, module in handle.root_modules)
-    for _, module in handle.root_modules:
-        on_meta = [leaf for leaf, value in handle.record.initial(module).items() if value.is_meta]
-        now = own_state(module) if on_meta else {}
-        handle.record.keep_initial(module, {leaf: copy_of(now[leaf]) for leaf in on_meta})
+    initial = handle.record.initial
+    on_meta = [name for name, value in initial.items() if value.is_meta]
+    initial.update({name: copy_of(tensor) for name, tensor in handle.recorded_tensors(on_meta)})
 
 
-def record_loaded(record: Injection, values: Iterable[tuple[nn.Module, str, object]]) -> None:
-    """Record the values of a loaded base as those from before training.
+def record_loaded(handle: AdaptedModel, values: Mapping[str, object]) -> None:
+    """Record the values of a base, which is loaded into a model, as those from before training.
 
     Args:
-        record: of the injected model that the base is loaded into.
-        values: what is loaded: the module, the tensor's name in the module, and its new value.
+        handle: of the model.
+        values: what is loaded, by the names in the model.
     """
+    record = handle.record
     record.fingerprint = {}
-    for module, leaf, value in values:
-        before = record.initial(module).get(leaf)
+    for name, value in ((handle.name_at_injection(name) or "", value) for name, value in values.items()):
+        before = record.initial.get(name)
         if before is not None and isinstance(value, torch.Tensor) and whole_shape(before) == whole_shape(value):
             device = value.device if before.is_meta else before.device
-            record.keep_initial(module, {leaf: value.detach().clone().to(device, before.dtype)})
+            record.initial[name] = value.detach().clone().to(device, before.dtype)
 
 
 def restore_initial_(handle: AdaptedModel) -> None:
     """Write the recorded values from before training into their tensors. In place."""
     reshard_(module for _, module in handle.root_modules)
-    for _, module in handle.root_modules:
-        values, own = handle.record.initial(module), own_state(module)
-        for leaf, value in values.items():
-            if leaf in own and not value.is_meta:  # a value on meta was recorded before the tensor had one
-                copy_(own[leaf], value)
+    for tensor, value in handle.first_values():
+        if not value.is_meta:  # it was recorded before the tensor had a value
+            copy_(tensor, value)

@@ -17,7 +17,7 @@ from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..matching import BY_KIND
 from ..names import listed
-from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, adapters_in
+from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, adapted_places, adapters_in
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
 from ..nn.lora_layer import LoRALayer
@@ -31,7 +31,7 @@ from ..nn.token_rows import LoRATable, TrainedRows, adapt_table_, share_table_, 
 from ..nn.variant import variant_of
 from ..notices import tell
 from ..progress import progress_bar
-from .adapted_model import AdaptedModel, Listing, find_in, open_model, scope_in
+from .adapted_model import AdaptedModel, Listing, find_in, open_model
 from .base_values import put_base_values_, take_back_base_values_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .initial_values import restore_initial_, snapshot_initial
@@ -46,8 +46,7 @@ from .pretrained import (
     resized_embeddings,
     warn_before_save_pretrained,
 )
-from .rebuilt_modules import adopt_layers
-from .recorded_layers import record_layers, refuse_replaced_layers
+from .recorded_layers import refuse_replaced_layers
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
 from .targets import (
     TRAINED_WHOLE,
@@ -99,17 +98,15 @@ def inject(
     wrapped, config = model, as_config(config)
     listing = Listing(unwrapped(model, "inject"))
     handle = find_in(listing)
-    if handle is not None and handle.root is handle.model and not handle.record.validated:
+    if handle is not None and handle.root is handle.model and "validated" not in handle.record.done:
         with claimed("inject", handle.record.owner):
             strip_adapters(handle)  # the callback adapted the model before configure_model, which calls inject itself
         handle = None
     if handle is not None:
         _refuse_other(handle, config, merge_weights, seed)
-        adopt_layers(handle)
         return list(handle.layers)
     warn_of_late_adapters(wrapped, "inject")
-    record = Injection(config, merge_weights, seed="" if seed is None else fixed_seed(seed))
-    handle = _inject(listing, record)
+    handle = _inject(listing, Injection(config, merge_weights, seed="" if seed is None else fixed_seed(seed)))
     _tell_of_layers(handle)
     return list(handle.layers)
 
@@ -125,9 +122,8 @@ def inject_to_load(listing: Listing, config: LoRAConfig, scope: str = "") -> Ada
         scope: the name of the submodule that the adapter belongs to, ending in a dot, or "" for the whole model.
             Biases and whole modules are trained in that submodule alone.
     """
-    record = Injection(config, values_follow=True)
-    handle = _inject(listing, record, scope)
-    record.values_follow, record.passed_over_due = False, ""  # its trainer chose the layers
+    handle = _inject(listing, Injection(config, scope=scope), values_follow=True)
+    handle.record.passed_over_due = ""  # its trainer chose the layers
     return handle
 
 
@@ -150,7 +146,6 @@ def unload(model: nn.Module) -> None:
         0.weight 0.bias 2.weight 2.bias
     """
     handle = open_model(model, "unload")
-    adopt_layers(handle)
     _warn_of_unknown_values(handle, "unload", stacklevel=3)
     modules = _all_modules(handle)
     refuse_fully_sharded(handle.root, modules, "unload")
@@ -187,7 +182,6 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
     """
     dtype = dequantize_dtype(dequantize, "merge_and_unload")
     handle = open_model(model, "merge_and_unload")
-    adopt_layers(handle)
     refuse_replaced_layers(handle, "merge_and_unload")
     modules = _all_modules(handle)
     refuse_fully_sharded(handle.root, modules, "merge_and_unload")
@@ -248,7 +242,6 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         False
     """
     handle = open_model(model, "disable_adapter")
-    adopt_layers(handle)
     _warn_of_unknown_values(handle, "disable_adapter", stacklevel=4)
     record, modules = handle.record, [module for _, module in handle.root_modules]
     with claimed("disable_adapter", record.owner) as claim:
@@ -260,13 +253,22 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             try:
                 if holds_merged(handle.layers.values()):
                     unmerge_listed(handle)
-                put_base_values_(state_of(handle.root_places), record.initial)
+                put_base_values_(state_of(handle.root_places), _initial_by_module(handle))
                 _set_active(modules, dict.fromkeys(were_active, False))
                 yield model
             finally:
                 end()
         finally:
             end()
+
+
+def _initial_by_module(handle: AdaptedModel) -> Callable[[nn.Module], Mapping[str, torch.Tensor]]:
+    found: dict[nn.Module, dict[str, torch.Tensor]] = {}
+    for name, value in handle.record.initial.items():
+        path, _, leaf = name.rpartition(".")
+        if path in handle.recorded_modules:
+            found.setdefault(handle.recorded_modules[path], {})[leaf] = value
+    return lambda module: found.get(module, {})
 
 
 def _enable_again(
@@ -283,7 +285,7 @@ def _enable_again(
     Raises:
         LoRAError: a backward inside reached a sharded parameter with its initial value.
     """
-    if handle.record.ended:
+    if "ended" in handle.record.done:
         return  # it was unloaded inside
     now = Listing(handle.root)  # anew, because the block may have replaced layers
     modules = [module for _, module in now.modules]
@@ -299,9 +301,9 @@ def _enable_again(
         )
 
 
-def _inject(listing: Listing, record: Injection, scope: str = "") -> AdaptedModel:
+def _inject(listing: Listing, record: Injection, *, values_follow: bool = False) -> AdaptedModel:
     with claimed("inject", record.owner):
-        handle = begin_injection(listing, record, scope)
+        handle = begin_injection(listing, record, values_follow=values_follow)
         finish_injection(handle)
     return handle
 
@@ -320,7 +322,7 @@ def _tell_of_layers(handle: AdaptedModel) -> None:
         tell(f"lightning_lora: {record.config.target_modules!r} passes over {record.passed_over}")
 
 
-def begin_injection(listing: Listing, record: Injection, scope: str = "") -> AdaptedModel:
+def begin_injection(listing: Listing, record: Injection, *, values_follow: bool = False) -> AdaptedModel:
     """Adapt the layers that exist now. In place.
 
     adapt_new_layers adapts layers that are built later, and finish_injection checks that each option names something.
@@ -328,16 +330,14 @@ def begin_injection(listing: Listing, record: Injection, scope: str = "") -> Ada
     Args:
         listing: of the model.
         record: of the new injection, with its options.
-        scope: the beginning of the names for which `bias` and modules_to_save count, "" or ending in a dot.
+        values_follow: an adapter is loaded next, so no initial values are computed from weights.
     """
     check_unadapted(listing.modules)
     with claimed("inject", record.owner):
         record.begin(listing.model)
         handle = cast(AdaptedModel, find_in(listing))
         with _leaving_no_trace(handle):
-            if scope:
-                record.keep(dict(handle.modules)[scope.removesuffix(".")])["scope"] = True
-            adapt_new_layers(handle)
+            adapt_new_layers(handle, values_follow=values_follow)
             snapshot_initial(handle)
             if record.merge_weights:
                 patch(handle.root, "train", _merge_by_mode)
@@ -352,33 +352,30 @@ def finish_injection(handle: AdaptedModel) -> None:
     """
     root, record = handle.root, handle.record
     with claimed("inject", record.owner), _leaving_no_trace(handle):
-        targets = Targets(handle.root_modules, record.config, scope_in(handle.root_places, record))
+        targets = Targets(handle.root_modules, record.config, record.scope)
         if targets.errors:
             sentences = "\n".join(map(sentence, targets.errors))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
-    if not record.validated:
+    if "validated" not in record.done:
         warn_of_unused(targets, stacklevel=4)
-        modules = dict(handle.root_modules)
-        for name, reason in targets.left_out.items():
-            record.keep(modules[name])["left_out"] = reason
+        record.left_out = dict(targets.left_out)
         for name in targets.saved_instead:
             tell(f"lightning_lora: {name} {TRAINED_WHOLE}")
         if record.config.target_modules in BY_KIND:
             record.passed_over, record.passed_over_due = describe_passed_over(handle, targets.saved)
-    record.validated = True
+    record.done.add("validated")
 
 
-def adapt_new_layers(handle: AdaptedModel) -> None:
+def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> None:
     """Adapt the named layers that are not adapted yet, and freeze new parameters. In place."""
     with claimed("inject", handle.record.owner):
-        _adapt_new_layers(handle)
+        _adapt_new_layers(handle, values_follow)
 
 
-def _adapt_new_layers(handle: AdaptedModel) -> None:
+def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> None:
     root, record = handle.root, handle.record
     check_shapes(handle.root_modules)
-    scope = scope_in(handle.root_places, record)
-    targets = Targets(handle.root_modules, record.config, scope)
+    targets = Targets(handle.root_modules, record.config, record.scope)
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
     apart = {name: module for name, module in targets.apart.items() if not adapters_in(module)}
     for name, module in {**new, **apart}.items():
@@ -392,19 +389,19 @@ def _adapt_new_layers(handle: AdaptedModel) -> None:
     tables = {name: rows for name, rows in targets.tables.items() if not isinstance(modules[name], LoRATable)}
     for name in tables:
         check_table(name, modules[name], targets)
-    _freeze(handle, scope, new, targets.saved)
+    _freeze(handle, new, targets.saved)
     seed = record.seed or random_seed()
     with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
         for name, module in new.items():
-            _create_tensors(adapt_(module, name, _spec(name, record, seed), record))
+            _create_tensors(adapt_(module, name, _spec(name, record, seed), record), values_follow)
             advance(1)
         for name, (module, leaf) in parameters.items():
-            _create_tensors(adapt_parameter_(module, leaf, name, _spec(name, record, seed), record))
+            _create_tensors(adapt_parameter_(module, leaf, name, _spec(name, record, seed), record), values_follow)
             advance(1)
         for name, rows in tables.items():
-            _adapt_table(handle, name, modules[name], rows)
+            _adapt_table(handle, name, modules[name], rows, values_follow)
     handle.look_for_layers_again()
-    record_layers(handle)
+    record.layers = [name for name, _, _ in adapted_places(root, modules=handle.root_modules)]
     record_ties(handle.root_modules)
     handle.record_trainable(expected=True)
     _record_resized(handle)
@@ -427,10 +424,8 @@ def strip_adapters(handle: AdaptedModel) -> None:
     """Take the adapters out; patched methods stay. In place."""
     record, modules = handle.record, [module for _, module in handle.root_modules]
     allow_packing_(modules)
-    for each in handle.base():
-        kept = record.kept(each.module)
-        if kept is not None and each.leaf in kept.get("requires_grad", ()):
-            each.parameter.requires_grad_(kept["requires_grad"][each.leaf])
+    for name, tensor in handle.recorded_tensors(record.requires_grad):
+        tensor.requires_grad_(record.requires_grad[name])
     for layer in adapted_layers(handle.root, modules=handle.root_modules).values():
         with layer.lora.lock:  # another thread's forward may have W' in the weight's place
             layer.strip_()
@@ -439,7 +434,7 @@ def strip_adapters(handle: AdaptedModel) -> None:
     update_fast_paths(modules)
     disable_input_require_grads(modules)
     accept_whole_states_only(modules)
-    record.end(handle.root, modules)
+    record.end(handle.root)
 
 
 def fixed_seed(seed: int, verb: str = "inject") -> str:
@@ -478,11 +473,11 @@ def _refuse_other(earlier: AdaptedModel, config: LoRAConfig, merge_weights: bool
 def _record_resized(handle: AdaptedModel) -> None:
     """Record resized embeddings as trained, as PEFT does, because each program fills their new rows differently."""
     resized = {id(weight) for weight in resized_embeddings(handle.root_modules) if not weight.is_meta}
-    trained = handle.marked("trained")
-    for name, parameter, module, leaf in handle.base() if resized else ():
-        if id(parameter) in resized - trained:
-            handle.record.add_trained(module, leaf, parameter, "unfrozen", "resized")
-            tell(f"lightning_lora: {name} was resized to {len(parameter)} rows: saved with the adapter.")
+    trained = handle.trained()
+    for each in handle.base() if resized else ():
+        if id(each.parameter) in resized - trained:
+            handle.add_trained(each, "resized", keep=True)
+            tell(f"lightning_lora: {each.name} was resized to {len(each.parameter)} rows: saved with the adapter.")
 
 
 def _set_active(modules: Iterable[nn.Module], active: Mapping[AdaptedWeights, bool]) -> None:
@@ -503,12 +498,11 @@ def _leaving_no_trace(handle: AdaptedModel) -> Iterator[None]:
         raise
 
 
-def _freeze(handle: AdaptedModel, scope: str, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
+def _freeze(handle: AdaptedModel, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
     """Freeze base parameters, but for chosen biases and the modules that are trained whole. In place.
 
     Args:
         handle: of the model; its record notes requires_grad from before.
-        scope: the beginning of the names for which the option `bias` counts.
         new: the layers that are about to be adapted.
         saved: the modules that are trained whole.
     """
@@ -516,15 +510,16 @@ def _freeze(handle: AdaptedModel, scope: str, new: Mapping[str, nn.Module], save
     trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
     if record.config.bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
-    for name, parameter, module, leaf in handle.base():
-        known = record.keep(module).setdefault("requires_grad", {})
+    known = record.requires_grad
+    for each in handle.base():
+        name, parameter = each.name, each.parameter
         rebuilt = new or is_sharded(parameter)  # a parameter that was frozen may have been replaced by a trainable one
-        if leaf in known and (not rebuilt or "trained" in record.marks(module).get(leaf, ())):
+        if name in known and (not rebuilt or name in record.trained):
             continue
-        if leaf not in known:
-            known[leaf] = parameter.requires_grad
+        if name not in known:
+            known[name] = parameter.requires_grad
             record.fingerprint = {}  # it was taken of a base without this parameter
-        is_bias = leaf == "bias" and name.startswith(scope)  # PEFT's rule: no in_proj_bias
+        is_bias = each.leaf == "bias" and name.startswith(record.scope)  # PEFT's rule: no in_proj_bias
         everywhere = record.config.bias == "all" and is_bias
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
@@ -551,7 +546,9 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def _adapt_table(handle: AdaptedModel, name: str, module: nn.Module, rows: tuple[int, ...]) -> None:
+def _adapt_table(
+    handle: AdaptedModel, name: str, module: nn.Module, rows: tuple[int, ...], values_follow: bool
+) -> None:
     """Train rows of a table. Tied tables share one adapter."""
     record = handle.record
     tied = table_adapters(module for _, module in handle.root_modules).get(id(module.weight))
@@ -562,13 +559,15 @@ def _adapt_table(handle: AdaptedModel, name: str, module: nn.Module, rows: tuple
     spec = LayerSpec(
         r=len(rows), alpha=len(rows), scaling=1.0, variant=TrainedRows(), keep_float32=keep_float32, rows=rows
     )
-    _create_tensors(adapt_table_(module, name, spec, record))
+    _create_tensors(adapt_table_(module, name, spec, record), values_follow)
 
 
-def _create_tensors(layer: AdaptedWeights) -> None:
+def _create_tensors(layer: AdaptedWeights, values_follow: bool) -> None:
     """Create the adapter's tensors in the weight's dtype, or in float32 for 16-bit weights. In place."""
     dtype = layer.weight_dtype()
-    layer.create_(torch.float32 if dtype in HALF and layer.lora.spec.keep_float32 else dtype)
+    layer.create_(
+        torch.float32 if dtype in HALF and layer.lora.spec.keep_float32 else dtype, values_follow=values_follow
+    )
 
 
 def _merge_by_mode(module: nn.Module, previous: Callable[..., Any] | None, mode: bool = True) -> nn.Module:

@@ -43,7 +43,7 @@ class LiveState:
 
         A trainable parameter outside of the injected module is among them, too.
         """
-        trained, base = self.handle.marked("trained"), {id(each.parameter) for each in self.handle.base()}
+        trained, base = self.handle.trained(), {id(each.parameter) for each in self.handle.base()}
         return [
             name
             for name, tensor, owner in self.entries

@@ -32,7 +32,7 @@ from ..nn.owner import claimed
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
-from .adapted_model import AdaptedModel, Listing, open_model
+from .adapted_model import AdaptedModel, Listing, find_part, open_model
 from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
 from .foreign_state import foreign_entries, foreign_names
 from .gradients import warn_of_untrained
@@ -328,10 +328,9 @@ def _refuse_merged(module: nn.Module) -> NoReturn:
 
 def _record_base(module: nn.Module, loaded: Mapping[str, tuple[nn.Module, Any]]) -> None:
     """Record the values of a loaded base as those from before training, for an injected model or a part of it."""
-    layer = next(iter(adapted_layers(module).values()), None)
-    if layer is not None:
-        values = [(owner, name.rpartition(".")[2], value) for name, (owner, value) in loaded.items()]
-        record_loaded(layer.lora.injection, values)
+    handle = find_part(module)
+    if handle is not None:
+        record_loaded(handle, {canonical(name): value for name, (_, value) in loaded.items()})
 
 
 def _as_seen_here(name: str) -> str:

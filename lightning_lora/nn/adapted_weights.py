@@ -187,10 +187,10 @@ class StoredTensors:
         with without_autocast("cpu"), without_autocast(self.adapted_weight().device.type):
             return self.lora.spec.variant.start(self.place(), self.weight_values)
 
-    def create_(self, dtype: torch.dtype) -> None:
-        """Register the stored tensors with their initial values. In place."""
+    def create_(self, dtype: torch.dtype, *, values_follow: bool = False) -> None:
+        """Register the stored tensors with their initial values, or zeros where other values follow. In place."""
         variant, device = self.lora.spec.variant, self.adapted_weight().device
-        if variant.follows_weight and self.lora.injection.values_follow:
+        if variant.follows_weight and values_follow:
             values = {leaf: torch.zeros(shape) for leaf, shape in variant.shapes(self.place()).items()}
         else:
             values = self.initial_values()
@@ -324,7 +324,7 @@ class AdaptedWeights(StoredTensors):
         if not self.lora.spec.dropout > 0:
             return False
         injection = self.lora.injection
-        return self.lora_holder.training or (injection is not None and injection.dropping and records_gradients())
+        return self.lora_holder.training or (injection is not None and injection.run.dropping and records_gradients())
 
     # --- merging ---
 

@@ -233,8 +233,8 @@ def summarise(handle: AdaptedModel) -> Summary:
         tells_passed_over=record.passed_over_due == "line",
         quantised=_quantised(handle),
         unmerged=_unmerged(layers),
-        merged_eval=record.merged_eval,
-        save=record.save,
+        merged_eval=record.run.merged_eval,
+        save=record.run.save,
         memory=Memory(
             weights=_local_bytes((*base.values(), *_buffers(handle))),
             adapter=_local_bytes(stored),

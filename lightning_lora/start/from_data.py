@@ -59,7 +59,7 @@ def initialize_from_data(
     """
     handle = open_model(model, "initialize_from_data")
     start_from_batches(handle, batches, forward, mask, n)
-    handle.record.started = True
+    handle.record.done.add("started")
 
 
 def start_from_batches(handle: AdaptedModel, batches: Iterable[Any], forward: Forward, mask: Mask, n: int) -> None:

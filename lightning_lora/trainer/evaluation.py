@@ -16,17 +16,17 @@ from .record import record_of
 def merge_to_evaluate(trainer: Any, module: nn.Module) -> None:
     """Merge, if that has not been done yet. In a fit, a value that is not finite is a warning. In place."""
     record = record_of(module)
-    if record is None or record.merged or record.stays_unmerged:
+    if record is None or record.merged or record.run.stays_unmerged:
         return
-    record.merged_here = True  # first, because Ctrl-C is raised when merging is complete
+    record.run.merged_here = True  # first, because Ctrl-C is raised when merging is complete
     in_fit = trainer.state.fn == "fit"
     try:
         merge_listed(Listing(module), warns_of_untrained=not in_fit, tells_rounding=not in_fit)
-        record.merged_in_fit = in_fit
+        record.run.merged_in_fit = in_fit
     except NonFiniteError as error:
         if not in_fit:
             raise
-        record.stays_unmerged = True  # EarlyStopping and others judge the loss
+        record.run.stays_unmerged = True  # EarlyStopping and others judge the loss
         rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
 
 
@@ -35,9 +35,9 @@ def end_evaluation(module: nn.Module) -> None:
     record = record_of(module)
     if record is None:
         return
-    record.stays_unmerged = False
-    if record.merged_here:
-        record.merged_here = False
+    record.run.stays_unmerged = False
+    if record.run.merged_here:
+        record.run.merged_here = False
         if record.merged:
             unmerge(module)
 
@@ -48,7 +48,7 @@ def tell_rounding(module: nn.Module) -> None:
     Earlier merges of the fit say nothing: an adapter that has just begun to grow loses most of itself.
     """
     handle = find_model(module)
-    if handle is None or not handle.record.merged_in_fit or holds_merged(handle.layers.values()):
+    if handle is None or not handle.record.run.merged_in_fit or holds_merged(handle.layers.values()):
         return
     if has_rounding_to_tell(handle.layers.values()):
         try:

@@ -11,7 +11,6 @@ from ..model.heads import warn_of_new_heads
 from ..model.initial_values import snapshot_materialised
 from ..model.live_state import open_state
 from ..model.passed_over import warn_of_passed_over
-from ..model.rebuilt_modules import adopt_layers
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
 from ..nn.gradient_checkpointing import enable_input_require_grads
@@ -26,9 +25,7 @@ from .precision import refuse_for_quantised, refuse_full_of_quantised, refuse_pl
 
 def open_for_fit(module: Any) -> AdaptedModel:
     """Return the handle of a LightningModule that is about to be fitted, whose layers may have changed since setup."""
-    handle = open_model(module, "LoRACallback")
-    adopt_layers(handle)
-    return handle
+    return open_model(module, "LoRACallback")
 
 
 def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
@@ -56,15 +53,16 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
 def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     """Record the base's fingerprint and whether evaluations merge; log the options and show the summary. In place."""
     record = handle.record
-    record.looked_at, record.merged_in_fit = frozenset(), False
+    record.run.looked_at, record.run.merged_in_fit = frozenset(), False
     handle.record_trainable(untouched=True)  # what setup and configure_optimizers unfroze
     if not record.fingerprint:
         record.fingerprint = fingerprint_of(open_state(handle))
-    record.merged_eval = options.merged_eval
+    record.run.merged_eval = options.merged_eval
     if trainer.loggers:
         own = {name: getattr(options, name) for name in LOGGED}
         log_options(handle.model, as_hyperparameters(record.config, **own))
     if options.verbose:
         found = summarise(handle)
         tell(found.short())
-        record.quantised_reported |= bool(found.quantised)
+        if found.quantised:
+            record.done.add("quantised")

@@ -25,7 +25,7 @@ def begin_epoch(module: nn.Module) -> None:
     """Let the first batch look at what was unfrozen and at modes, when every hook of the epoch's start has run."""
     record = record_of(module)
     if record is not None:
-        record.epoch_begins = True
+        record.run.epoch_begins = True
 
 
 def begin_batch(trainer: Any, module: nn.Module) -> None:
@@ -35,10 +35,10 @@ def begin_batch(trainer: Any, module: nn.Module) -> None:
         return
     if record.merged:
         unmerge(module)
-        record.merged = record.merged_here = False
-    record.dropping = True
-    if record.epoch_begins:
-        record.epoch_begins = False
+        record.merged = record.run.merged_here = False
+    record.run.dropping = True
+    if record.run.epoch_begins:
+        record.run.epoch_begins = False
         _record_unfrozen(trainer, module)
 
 
@@ -56,21 +56,21 @@ def end_batch(module: nn.Module) -> None:
     """Let dropout follow each layer's own mode again. In place."""
     record = record_of(module)
     if record is not None:
-        record.dropping = False
+        record.run.dropping = False
 
 
 def end_fit(module: nn.Module) -> None:
     """Note that the innermost fit came to its end."""
     record = record_of(module)
     if record is not None:
-        record.fit_ended = True
+        record.run.fit_ended = True
 
 
 def close_fit(record: Injection) -> bool:
     """Leave the innermost fit. Tell whether it came to its end and no other fit is under way."""
-    ended, record.fit_ended, record.merged_in_fit = record.fit_ended, False, False
-    record.fits = max(record.fits - 1, 0)
-    return ended and not record.fits
+    ended, record.run.fit_ended, record.run.merged_in_fit = record.run.fit_ended, False, False
+    record.run.fits = max(record.run.fits - 1, 0)
+    return ended and not record.run.fits
 
 
 def leave(module: nn.Module) -> None:
@@ -87,5 +87,5 @@ def break_off(module: nn.Module, exception: BaseException) -> None:
     explain_missing_gradients(exception, module)
     record = record_of(module)
     if record is not None:
-        record.fits, record.fit_ended, record.merged_in_fit = 0, False, False
+        record.run.fits, record.run.fit_ended, record.run.merged_in_fit = 0, False, False
     leave(module)

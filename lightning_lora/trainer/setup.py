@@ -14,10 +14,9 @@ from ..config import LoRAConfig
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.initial_values import snapshot_initial
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, random_seed
-from ..model.injection import Injection
+from ..model.injection import Injection, Run
 from ..model.patches import call_previous, patch, unpatch_method
 from ..model.quantise import quantise_
-from ..model.rebuilt_modules import adopt_layers
 from ..model.targets import Targets
 from .after_fit import forget_merging, load_plain_weights_only
 from .checkpoint_hooks import save_as
@@ -88,7 +87,7 @@ def _adapt_now(module: nn.Module, options: Options, config: LoRAConfig, seed: st
     _prepare_copies(handle, options)
     if last is not None:
         patch(module, last, _build_and_adapt, last, options, config, seed)
-    elif handle is not None and not handle.record.validated:
+    elif handle is not None and "validated" not in handle.record.done:
         finish_injection(handle)
 
 
@@ -121,11 +120,11 @@ def _adapt_built(module: nn.Module, options: Options, config: LoRAConfig, seed: 
         if handle is None:
             handle = _inject(module, options, config, seed, is_complete=is_complete)
         else:
-            if handle.record.validated:  # by an earlier run, or by the user's method
+            if "validated" in handle.record.done:  # by an earlier run, or by the user's method
                 _adopt(handle, options)
             convert_linear_layers_(handle)
-            if handle.record.quantize is not None:
-                quantise_(handle, handle.record.quantize, handle.record.config)
+            if handle.record.run.quantize is not None:
+                quantise_(handle, handle.record.run.quantize, handle.record.config)
             adapt_new_layers(handle)
         _prepare_copies(handle, options)
         if handle is not None and is_complete:
@@ -143,13 +142,12 @@ def _inject(
         quantise_(listing, options.quantize, config)
     if not is_complete and Targets(listing.modules, config).is_empty():
         return None
-    record = Injection(config, given=options.given, quantize=options.quantize, seed=seed_text(options) or seed)
+    record = Injection(config, given=options.given, seed=seed_text(options) or seed, run=Run(quantize=options.quantize))
     return begin_injection(listing, record)
 
 
 def _adopt(handle: AdaptedModel, options: Options) -> None:
     """Check that the earlier injection of a module agrees with the options, and take it over. In place."""
-    adopt_layers(handle)
     refuse_late_conversion(handle)
     refuse_other_options(handle.record, options.config, options.given, seed_text(options))
 

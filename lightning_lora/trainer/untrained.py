@@ -26,14 +26,14 @@ def look_for_gradients(optimizers: Sequence[Any], optimizer: Any, module: nn.Mod
         module: a LightningModule.
     """
     record = record_of(module)
-    if record is None or id(optimizer) in record.looked_at:
+    if record is None or id(optimizer) in record.run.looked_at:
         return
     parameters = held_parameters(optimizer)
     knows_gradients = not holds_copies(optimizer)  # DeepSpeed keeps them elsewhere
     if knows_gradients and all(parameter.grad is None for parameter in parameters):
         return  # the step is skipped
-    is_first = not record.looked_at
-    record.looked_at |= {id(optimizer)}
+    is_first = not record.run.looked_at
+    record.run.looked_at |= {id(optimizer)}
     if knows_gradients:
         held = {id(parameter) for parameter in parameters}
         others = {id(parameter) for each in optimizers for parameter in held_parameters(each)} - held

@@ -62,10 +62,10 @@ def test_names_of_what_training_changes_are_read_without_a_record_of_what_was_un
     handle = open_model(model, "test")
     factors = {"0.lora_A", "0.lora_B"}
     assert set(LiveState(handle).keys) == factors
-    assert handle.marked("trained") == set()
+    assert handle.trained() == set()
     with pytest.warns(UserWarning, match=r"unfrozen after injection \(1\.weight, 1\.bias\)"):
         assert set(open_state(handle).keys) == factors | {"1.weight", "1.bias"}
-    assert handle.marked("trained") == {id(model[1].weight), id(model[1].bias)}
+    assert handle.trained() == {id(model[1].weight), id(model[1].bias)}
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
@@ -156,16 +156,26 @@ def test_a_synchronised_batch_norm_keeps_what_was_kept_of_the_one_before_it():
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_a_module_that_is_built_anew_or_copied_by_itself_is_new_to_the_record():
+def test_a_new_module_of_the_same_name_has_the_first_values_of_the_one_before_it():
     net = injected_net()
     train(net)
-    copied = copy.deepcopy(net.head)
     net.head = nn.Linear(3, 2)
-    handle = open_model(net, "test")
-    assert handle.initial_of("trained").keys() == {"body.1.weight", "body.1.bias"}
-    net.head = copied
-    handle.look_again()
-    assert handle.initial_of("trained").keys() == {"body.1.weight", "body.1.bias"}
+    assert open_model(net, "test").initial_of().keys() == {"body.1.weight", "body.1.bias", "head.weight", "head.bias"}
+    with disable_adapter(net):
+        torch.testing.assert_close(net.eval()(torch.ones(1, 3)), _output_of_base())
+    unload(net)
+    assert holds(net, base_values())
+
+
+def test_a_new_module_of_another_shape_has_no_first_values():
+    net = injected_net()
+    train(net)
+    net.head = nn.Linear(3, 5)
+    assert open_model(net, "test").initial_of().keys() == {"body.1.weight", "body.1.bias"}
+    output = net.head.weight.clone()
+    with pytest.warns(UserWarning, match="head.weight"):
+        unload(net)
+    assert torch.equal(net.head.weight, output)
 
 
 def test_opening_a_model_changes_nothing_whoever_holds_its_layers():
@@ -175,7 +185,7 @@ def test_opening_a_model_changes_nothing_whoever_holds_its_layers():
     for model in (plan, net, around):
         handle = open_model(model, "test")
         assert list(handle.layers)
-        assert handle.initial_of("trained")
+        assert handle.initial_of()
     assert all(vars(module) == kept for module, kept in before.items())
 
 
@@ -183,7 +193,7 @@ def test_the_part_that_a_loaded_adapter_is_about_is_told_by_the_module_under_any
     net = nn.ModuleDict({"net": injected_net()})
     record = open_model(net, "test").record
     assert open_model(net, "test").scope() == "net."
-    record.keep(net["net"].body)["scope"] = True
+    record.scope = "body."
     assert open_model(net, "test").scope() == "net.body."
     assert open_model(net["net"], "test").scope() == "body."
     assert open_model(nn.Sequential(net), "test").scope() == "0.net.body."

@@ -243,7 +243,7 @@ def test_the_record_goes_to_the_module_that_was_used_last_and_back():
         found = find_model(model)
         assert found is not None
         assert found.root is model
-        assert all(model.get_parameter(name).requires_grad for name in found.initial_of("trained"))
+        assert all(model.get_parameter(name).requires_grad for name in found.initial_of())
         with disable_adapter(model):
             assert torch.equal(model(x()), network().eval()(x()))
 
@@ -256,7 +256,7 @@ def test_what_the_new_module_does_not_hold_is_forgotten():
     gc.collect()
     found = find_model(new := Deeper(net))
     assert found is not None
-    assert found.initial_of("trained").keys() == {"inner.1.0.bias", "inner.1.1.bias", "inner.1.2.bias"}
+    assert found.initial_of().keys() == {"inner.1.0.bias", "inner.1.1.bias", "inner.1.2.bias"}
     unload(new)
     assert torch.equal(new.eval()(x()), network().eval()(x()))
 

@@ -243,7 +243,7 @@ def injected(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
 @pytest.mark.parametrize("name", SHORT)
 def test_the_short_form_has_at_most_ten_lines_of_80_columns(name: str, merged_eval: bool | None):
     record = vars(model := SHORT[name]())["lora_injection"]
-    record.merged_eval, record.save = merged_eval, "merged"
+    record.run.merged_eval, record.run.save = merged_eval, "merged"
     record.passed_over_due = record.passed_over and "line"
     lines = summary(model).short().splitlines()
     assert len(lines) <= LINES == 10

@@ -314,7 +314,7 @@ def training(variant: Variant, unfrozen: tuple[str, ...] = (), after: int = 0) -
 
 def late_of(unfrozen: tuple[str, ...], model: nn.Module) -> list[str]:
     """Return which of the weights that were unfrozen have first values that nothing has kept."""
-    known = open_model(model, "").initial_of("trained")
+    known = open_model(model, "").initial_of()
     return [name for name in unfrozen if name not in known]
 
 

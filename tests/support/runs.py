@@ -156,7 +156,9 @@ def assert_as_found(model: nn.Module, before: dict[str, torch.Tensor] | None) ->
     assert not is_merged(model)
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     assert layers, "nothing was injected"
-    assert all(layer.lora_active and layer.lora.undo is None and not layer.lora.injection.dropping for layer in layers)
+    assert all(
+        layer.lora_active and layer.lora.undo is None and not layer.lora.injection.run.dropping for layer in layers
+    )
     assert not any(layer._forward_hooks for layer in layers)
     if before is not None:
         assert_same_tensors(base_weights(model), before)

@@ -213,10 +213,10 @@ def test_a_fit_inside_a_hook_of_another_does_not_merge_what_that_trains(tmp_path
 
 def test_a_fit_that_is_broken_off_has_not_ended_because_one_inside_it_has():
     record = Injection(LoRAConfig())
-    record.fits, record.fit_ended = 2, True
+    record.run.fits, record.run.fit_ended = 2, True
     assert not close_fit(record)  # the inner one, which is not the last
     assert not close_fit(record)  # a finder ends the outer one without its end
-    record.fits, record.fit_ended = 1, True
+    record.run.fits, record.run.fit_ended = 1, True
     assert close_fit(record)
 
 

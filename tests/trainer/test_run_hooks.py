@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged, merge, unload, unmerge
-from lightning_lora.model.injection import OF_A_RUN, Injection
+from lightning_lora.model.injection import Injection, Run
 from lightning_lora.trainer.record import INSIDE, record_of
 from support.runs import At, BrokenError, lora_with_effect
 from support.training import Data, Net, make_trainer
@@ -20,9 +20,10 @@ COPIES = pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.l
 
 def noted(record: Injection) -> dict[str, Any]:
     """What differs from the record of a model that was in no run."""
-    fresh = Injection(LoRAConfig())
-    names = {*OF_A_RUN, "merged"} - {"looked_at", "epoch_begins"}  # which each fit and epoch set anew
-    return {name: getattr(record, name) for name in names if getattr(record, name) != getattr(fresh, name)}
+    names = vars(Run()).keys() - Run().__getstate__().keys() - {"looked_at", "epoch_begins"}  # each fit sets these anew
+    found = {name: getattr(record.run, name) for name in names} | {"merged": record.merged}
+    fresh = {**vars(Run()), "merged": False}
+    return {name: value for name, value in found.items() if value != fresh[name]}
 
 
 class Breaks(Net):
