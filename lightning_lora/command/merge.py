@@ -43,6 +43,7 @@ from ..nn.low_rank import (
     PARAMETER,
     SINGLE,
     STACKS,
+    row_blocks,
 )
 from ..nn.rounding import IN_FILES, tell_rounding
 from ..nn.variant import Parts, Place
@@ -240,7 +241,7 @@ def _row_updates(adapter: Adapter, base: Weights, owners: Mapping[str, str]) -> 
             bias = f"{name.removesuffix('weight')}bias"
             if adapter.peft_rows and bias in base.locations:
                 raise LoRAError(f"{base.path}: {name!r} has trained rows and a bias; {NO_BIAS}.")
-            updates[name] = WeightUpdate(scaling=1.0, rows=numbers, row_values=rows[table])
+            updates[name] = WeightUpdate(row_blocks(numbers, rows[table]), 1.0)
     return updates
 
 

@@ -257,22 +257,6 @@ def pieces(start: int, stop: int, width: int) -> list[Piece]:
     return found
 
 
-def flat_rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Return rows of a flat matrix by number, (len(rows), columns), whole on every rank. Collective."""
-    shard = flat_shard(tensor)
-    width = shard.shape[1]
-    values = torch.zeros(len(rows), width, dtype=torch.float64, device=shard.values.device)
-    for place, row in enumerate(rows):
-        first, last = max(shard.start, row * width), min(shard.stop, (row + 1) * width)
-        if first < last:
-            values[place, first - row * width : last - row * width] = shard.values[
-                first - shard.start : last - shard.start
-            ].double()
-    values = values.to(shard.device)
-    dist.all_reduce(values, group=shard.group)
-    return values.to(shard.values.device, shard.values.dtype)
-
-
 def flat_samples(wanted: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> list[list[float]]:
     """Return the values of flat tensors, flattened, at these positions. Collective: one exchange for each group."""
     shards = [flat_shard(tensor) for tensor, _ in wanted]

@@ -297,7 +297,7 @@ def _merge_chunk_(
     """Write W' into a chunk, and note what differs after subtraction. In place."""
     window, factors = _window(weight, part), _factors(part, undo.scaling)
     new = _write_sum_(buffers.take("new", window, window.dtype), window, part, factors, buffers, cost)
-    kept = _differing(window, _taken_out(new, part, factors, buffers))
+    kept = window.clone() if part.values is not None else _differing(window, _taken_out(new, part, factors, buffers))
     undo.chunks.append(Chunk(part, kept, new))
     window.copy_(new)
     undo.chunks[-1] = Chunk(part, kept)
@@ -314,10 +314,10 @@ def _write_sum_(
     """Write W', rounded once, into `out`, which may be the window of W, and return `out`."""
     left, right = factors
     exact = buffers.take("exact", window, left.dtype).copy_(window)
-    if part.replaces:
-        exact.nan_to_num_(0.0, 0.0, 0.0)
-    before = None if cost is None else exact.clone()
-    if window.dtype == left.dtype:  # no wider dtype to sum in: one rounding needs D first
+    before = None if cost is None else exact.nan_to_num(0.0, 0.0, 0.0)  # rows that are replaced may hold anything
+    if part.values is not None:
+        exact.copy_(part.values)
+    elif window.dtype == left.dtype:  # no wider dtype to sum in: one rounding needs D first
         exact.add_(torch.mm(left, right).view(exact.shape))
     else:
         _as_matrix(exact, part).addmm_(left, right)
