@@ -58,8 +58,8 @@ def _with_alpha(adapter: Adapter, ranks: Mapping[str, int], lora_alpha: float, p
     if not isinstance(lora_alpha, (int, float)):
         raise LoRAError(f"{path}: lora_alpha must be a number, but it is {shown(lora_alpha)}.")
     for name in ranks:
-        acting = adapter.acting(name)
-        if acting.a.shape[0] != acting.b.shape[1]:
+        factors = adapter.effective_factors(name)
+        if factors.a.shape[0] != factors.b.shape[1]:
             raise LoRAError(
                 f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
                 "a model injected with enable_lora."

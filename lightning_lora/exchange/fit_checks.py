@@ -133,7 +133,7 @@ def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str
     """Refuse loralib's factors of a convolution: their product (out * k, in * k) has a higher rank in our layout."""
     a, b = tensors.get(f"{name}.{A}"), tensors.get(f"{name}.{B}")
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim() == 2:
-        shape_a, shape_b = layer.place().factor_shapes()
+        shape_a, shape_b = layer.layer_info().factor_shapes()
         raise LoRAError(
             f"adapter: {name!r} is a convolution factorised as in loralib, A (r * k, in * k) {tuple(a.shape)} and B "
             f"(out * k, r * k) {tuple(b.shape)}, whose product A {shape_a} and B {shape_b} cannot express. Merge it "

@@ -51,11 +51,11 @@ def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:
     added = [name for name in outputs if name not in adapter.kinds]
     tensors = dict(adapter.tensors)
     for name in added:
-        stored, (a, b, _) = adapter.stored(outputs[name]), adapter.acting(outputs[name])
+        stored, (a, b, _) = adapter.stored(outputs[name]), adapter.effective_factors(outputs[name])
         shape = torch.Size((3 * b.shape[0], a.shape[1]))
-        place = replace(adapter.place(outputs[name]), name=name, kind=ATTENTION, shape=shape)
-        place = replace(place, rank=adapter.variant.rank(stored))
-        zeros = {leaf: stored[leaf].new_zeros(shape) for leaf, shape in adapter.variant.shapes(place).items()}
+        info = replace(adapter.layer_info(outputs[name]), name=name, kind=ATTENTION, shape=shape)
+        info = replace(info, rank=adapter.variant.rank(stored))
+        zeros = {leaf: stored[leaf].new_zeros(shape) for leaf, shape in adapter.variant.shapes(info).items()}
         tensors |= {f"{name}.{leaf}": zero for leaf, zero in zeros.items()}
     scalings = {name: adapter.scalings[outputs[name]] for name in added}
     kinds = dict.fromkeys(added, ATTENTION)

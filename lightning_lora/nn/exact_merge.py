@@ -272,9 +272,9 @@ def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock]) -> Iterator[LowRan
         if block.left.shape[0] <= rows:
             yield block
             continue
-        for start in range(0, block.left.shape[0], rows):
-            part = block.part(slice(start, start + rows), EVERYTHING)
-            yield part._replace(row=block.row + step * start)
+        for first in range(0, block.left.shape[0], rows):
+            part = block.part(slice(first, first + rows), EVERYTHING)
+            yield part._replace(row=block.row + step * first)
 
 
 def _window(weight: torch.Tensor, part: LowRankBlock) -> torch.Tensor:
@@ -356,7 +356,7 @@ def _as_matrix(values: torch.Tensor, part: LowRankBlock) -> torch.Tensor:
 def _differing(window: torch.Tensor, back: torch.Tensor) -> Kept:
     """Return the positions at which `back` differs in bits, and W there; a copy of W if there are many."""
     bits = BITS[window.element_size()]
-    places = (window.view(bits) ^ back.view(bits)).flatten().nonzero().squeeze(1)
-    if places.numel() > KEEP_AT_MOST * window.numel():
+    positions = (window.view(bits) ^ back.view(bits)).flatten().nonzero().squeeze(1)
+    if positions.numel() > KEEP_AT_MOST * window.numel():
         return window.clone()
-    return places.to(torch.int32), window.flatten().index_select(0, places)
+    return positions.to(torch.int32), window.flatten().index_select(0, positions)

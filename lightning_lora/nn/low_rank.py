@@ -73,7 +73,7 @@ class LowRankBlock(NamedTuple):
         values = None if self.values is None else self.values[rows, columns]
         return self._replace(left=self.left[rows], right=self.right[:, columns], scale=scale, values=values)
 
-    def placed(self, begin: int, stride: int) -> LowRankBlock:
+    def in_slice(self, begin: int, stride: int) -> LowRankBlock:
         """Return a block of a matrix as one of a flat slice, in which the matrix begins at element `begin`."""
         return self._replace(row=begin + self.row * stride + self.col, col=0, stride=stride)
 
@@ -143,11 +143,11 @@ def low_rank_blocks(
         return [LowRankBlock(i * shape[1], 0, left, right) for i, (left, right) in enumerate(pairs)]
     a, b = a.flatten(1), b.flatten(1)
     height = b.shape[0] // sum(enabled or (True,))
-    starts = [i * height for i, on in enumerate(enabled or (True,)) if on]
-    parts = zip(starts, torch.split(b, height), torch.split(a, b.shape[1] if enabled else len(a)), strict=True)
+    firsts = [i * height for i, on in enumerate(enabled or (True,)) if on]
+    parts = zip(firsts, torch.split(b, height), torch.split(a, b.shape[1] if enabled else len(a)), strict=True)
     return [
-        LowRankBlock(0, start, right.T, left.T) if kind in TRANSPOSED else LowRankBlock(start, 0, left, right)
-        for start, left, right in parts
+        LowRankBlock(0, first, right.T, left.T) if kind in TRANSPOSED else LowRankBlock(first, 0, left, right)
+        for first, left, right in parts
     ]
 
 
@@ -212,7 +212,7 @@ def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHIN
 def crop_to_window(blocks: Sequence[LowRankBlock], part: Window) -> list[LowRankBlock]:
     """Return the parts of a weight's blocks that overlap with a part of a shard; positions are those in the shard."""
     inside = crop(blocks, part.rows, part.columns)
-    return inside if part.begin is None else [block.placed(part.begin, part.values.shape[1]) for block in inside]
+    return inside if part.begin is None else [block.in_slice(part.begin, part.values.shape[1]) for block in inside]
 
 
 def columns_of(kind: str, shape: Shape) -> int:

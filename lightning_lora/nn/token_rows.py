@@ -22,7 +22,7 @@ from .adapted_module import AdaptedModule, StandIns, swapped_class
 from .adapted_weights import AdaptedWeights, Blocks, LayerSpec, LayerState
 from .low_rank import LowRankBlock, row_blocks
 from .transforms import runs_by_formula
-from .variant import ROWS_OPTION, Place, Reader, Stored, Variant, Weight
+from .variant import ROWS_OPTION, LayerInfo, Reader, Stored, Variant, Weight
 
 ROWS = "lora_rows"  # leaf name: (n, dim)
 WEIGHT = "weight"
@@ -37,14 +37,14 @@ class TrainedRows(Variant):
     asked_by = ROWS_OPTION
     follows_weight = True
 
-    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        return {ROWS: (len(place.rows), place.shape[1])}
+    def shapes(self, info: LayerInfo) -> dict[str, tuple[int, ...]]:
+        return {ROWS: (len(info.rows), info.shape[1])}
 
-    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
-        return {ROWS: rows_of(weight(), place.rows)}
+    def start(self, info: LayerInfo, weight: Weight) -> dict[str, torch.Tensor]:
+        return {ROWS: rows_of(weight(), info.rows)}
 
-    def blocks(self, stored: Stored, place: Place, read: Reader) -> list[LowRankBlock]:
-        return row_blocks(place.rows, stored[ROWS])
+    def blocks(self, stored: Stored, info: LayerInfo, read: Reader) -> list[LowRankBlock]:
+        return row_blocks(info.rows, stored[ROWS])
 
 
 class TokenRows(AdaptedWeights):
@@ -191,11 +191,11 @@ class LoRAEmbeddingTable(LoRATable):
     def forward_with_rows(self, input: torch.Tensor) -> torch.Tensor:
         base = cast(torch.Tensor, self.base_forward(input))
         ids = self.row_ids(input.device).to(input.dtype)
-        places = torch.searchsorted(ids, input.contiguous()).clamp(max=len(ids) - 1)
-        rows = F.embedding(places, self.lora_rows.to(base.dtype), self._padding_place())
-        return torch.where((ids[places] == input).unsqueeze(-1), rows, base)
+        positions = torch.searchsorted(ids, input.contiguous()).clamp(max=len(ids) - 1)
+        rows = F.embedding(positions, self.lora_rows.to(base.dtype), self._padding_position())
+        return torch.where((ids[positions] == input).unsqueeze(-1), rows, base)
 
-    def _padding_place(self) -> int | None:
+    def _padding_position(self) -> int | None:
         """Return the position of padding_idx among the trained rows, or None. That row gets no gradient."""
         padding, ids = cast(nn.Embedding, self).padding_idx, self.lora_table.lora.spec.rows
         return None if padding is None or padding not in ids else ids.index(padding)
