@@ -2,7 +2,8 @@
 
 A tensor is flat where `attach` was called on it, which says how the slice is found: a function, because strategies
 replace the memory of a slice. A parameter of ZeRO-3 is flat as soon as DeepSpeed has divided it. The shape, values and
-size of a flat parameter itself tell nothing: it is empty, or gathered for a forward. Ask whole_shape and flat_shard.
+size of a flat parameter itself tell nothing: it is empty, or gathered for a forward. Ask unsharded_shape and
+flat_shard.
 
 A slice of a matrix is at most three matrices: a row's end, whole rows, a row's beginning. So what is computed by
 elements is computed in the memory of the slice, and nothing is gathered for it.
@@ -170,7 +171,7 @@ def _shard_of_zero(parameter: Any) -> FlatShard:
     return FlatShard(part.detach()[:count], start, parameter.ds_shape, group, parameter.device)
 
 
-def whole_shape(tensor: torch.Tensor) -> torch.Size:
+def unsharded_shape(tensor: torch.Tensor) -> torch.Size:
     """Return the shape of the whole tensor, flat or not."""
     return flat_shard(tensor).shape if is_flat(tensor) else tensor.shape
 

@@ -27,7 +27,7 @@ from .flat import (
     own_parameters,
     pieces,
     scatter_,
-    whole_shape,
+    unsharded_shape,
 )
 
 if TYPE_CHECKING:  # otherwise imported where they are used: they take as long as all other imports of this package
@@ -117,7 +117,7 @@ def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 
     Collective where the matrix is sharded.
     """
-    shard, width = local(tensor), whole_shape(tensor)[1]
+    shard, width = local(tensor), unsharded_shape(tensor)[1]
     if not is_spread(tensor):
         return shard[torch.tensor(rows, device=shard.device)]
     values = torch.zeros(len(rows), width, dtype=torch.float64, device=shard.device)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Set
 import torch
 from torch import nn
 
-from ..distributed.flat import whole_shape
+from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_, copy_of, reshard_
 from ..names import names_factor
 from ..nn.adapted_module import AdaptedModule
@@ -62,7 +62,7 @@ def record_loaded(record: Injection, values: Iterable[tuple[nn.Module, str, obje
     record.fingerprint = {}
     for module, leaf, value in values:
         before = record.initial(module).get(leaf)
-        if before is not None and isinstance(value, torch.Tensor) and whole_shape(before) == whole_shape(value):
+        if before is not None and isinstance(value, torch.Tensor) and unsharded_shape(before) == unsharded_shape(value):
             device = value.device if before.is_meta else before.device
             record.keep_initial(module, {leaf: value.detach().clone().to(device, before.dtype)})
 

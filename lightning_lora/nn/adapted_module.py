@@ -136,7 +136,7 @@ class AdaptedModule(Swapped):
         raise NotImplementedError
 
     def lora_put(self, values: Mapping[str, Any]) -> None:
-        """Place values under the names of parameters, or place the parameters again. In place."""
+        """Put values under the names of parameters, or put the parameters back. In place."""
         self._parameters.update(values)
         if not torch.compiler.is_compiling() and owns_flat(self):
             # FSDP1 also sets what it has gathered as plain attributes, which are found first.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import FROM_GRADIENTS
-from ..distributed.flat import flat_parameters, whole_shape
+from ..distributed.flat import flat_parameters, unsharded_shape
 from ..distributed.sharding import copy_, detached, from_local_like, full_tensor, is_spread, local, windows
 from ..errors import LoRAError
 from ..names import canonical
@@ -153,7 +153,7 @@ class StoredTensors:
 
     def weight_shape(self) -> torch.Size:
         """Return the weight's shape."""
-        return whole_shape(self.adapted_weight())
+        return unsharded_shape(self.adapted_weight())
 
     def kind(self) -> str:
         """Return the layer's kind, one of low_rank.KINDS, or "" for a table with trained rows.
@@ -386,7 +386,7 @@ class AdaptedWeights(StoredTensors):
         """
         if not is_spread(weight):
             return blocks
-        parts = windows(weight, low_rank.columns_of(self.KIND, whole_shape(weight)))
+        parts = windows(weight, low_rank.columns_of(self.KIND, unsharded_shape(weight)))
         return [block for part in parts for block in crop_to_window(blocks, part)]
 
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
