@@ -26,15 +26,15 @@ Loader = DataLoader[tuple[Tensor, ...]]
 class SquareBetween(Variant):
     name, trained, frozen = "square-between", ("lora_between_square",), ("lora_between_A", "lora_between_B")
 
-    def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
-        return dict(zip(self.leaves, ((place.rank, place.rank), *place.factor_shapes()), strict=True))
+    def shapes(self, info: Any) -> dict[str, tuple[int, ...]]:
+        return dict(zip(self.leaves, ((info.rank, info.rank), *info.factor_shapes()), strict=True))
 
-    def start(self, place: Any, weight: Any) -> dict[str, Tensor]:
+    def start(self, info: Any, weight: Any) -> dict[str, Tensor]:
         left, values, right = torch.linalg.svd(weight(), full_matrices=False)
-        square, a, b = torch.zeros(place.rank, place.rank), right[: place.rank], (left * values)[:, : place.rank]
+        square, a, b = torch.zeros(info.rank, info.rank), right[: info.rank], (left * values)[:, : info.rank]
         return dict(zip(self.leaves, (square, a, b), strict=True))
 
-    def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
+    def effective_factors(self, stored: Any, weight: Any, scaling: float) -> Any:
         square, a, b = (stored[leaf] for leaf in self.leaves)
         return square @ a, b, None  # A', B' and no scale
 

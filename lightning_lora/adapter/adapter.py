@@ -13,7 +13,7 @@ from ..config import LoRAConfig
 from ..names import PREFIX, factor_role, names_factor, parent_names, rename_keys, split_factor_name
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import IN_PROJ
-from ..nn.variant import Acting, Place, Variant, known_variants, rows_leaf, variant_of, variant_with
+from ..nn.variant import EffectiveFactors, LayerInfo, Variant, known_variants, rows_leaf, variant_of, variant_with
 from .values import describe_value, holds_numbers
 
 NewName = Callable[[str], str | None]
@@ -96,9 +96,9 @@ class Adapter:
         """The names of the tensors that adapt something, by layer, table or parameter, and then by leaf name."""
         names: dict[str, dict[str, str]] = {}
         for name in self.tensors:
-            place, leaf = split_factor_name(name) or ("", "")
+            layer, leaf = split_factor_name(name) or ("", "")
             if leaf:
-                names.setdefault(place, {})[leaf] = name
+                names.setdefault(layer, {})[leaf] = name
         return names
 
     def layers(self) -> list[str]:
@@ -126,21 +126,21 @@ class Adapter:
         names = self.own_names.get(layer, {})
         return {leaf: self.tensors[names[leaf]] for leaf in self.variant.leaves if leaf in names}
 
-    def acting(self, layer: str) -> Acting:
+    def effective_factors(self, layer: str) -> EffectiveFactors:
         """Return the factors that a layer's tensors act as, without a scale of the sum with W."""
-        return self.variant.acting_exactly(self.stored(layer), None, self.scalings.get(layer, 1.0))
+        return self.variant.effective_factors_exactly(self.stored(layer), None, self.scalings.get(layer, 1.0))
 
     def weight_names(self, layer: str) -> list[str]:
         """Return the names that the weight of a layer may have in the base; a parameter has one."""
         return [layer] if self.is_parameter(layer) else [f"{layer}.weight", f"{layer}.{IN_PROJ}"]
 
-    def place(self, layer: str) -> Place:
+    def layer_info(self, layer: str) -> LayerInfo:
         """Return what is known of a layer or parameter. An unknown kind is "", and an unknown shape empty."""
         config = self.config or LoRAConfig()
         names = [name for name in self.weight_names(layer) if name in self.fingerprint]
         shape = self.fingerprint[names[0]]["shape"] if names else ()
         in_options = self.options_name(layer)
-        return Place(
+        return LayerInfo(
             name=layer,
             kind=self.kinds.get(layer, ""),
             shape=torch.Size(shape),
@@ -271,7 +271,7 @@ def _why_not_together(variant: Variant, stored: Mapping[str, torch.Tensor]) -> s
     """Return why the shapes of a layer's tensors do not go together, or ""."""
     shapes = " and ".join(f"{factor_role(leaf)} {tuple(tensor.shape)}" for leaf, tensor in stored.items())
     try:
-        a, b, _ = variant.acting_exactly(stored, None, 1.0)
+        a, b, _ = variant.effective_factors_exactly(stored, None, 1.0)
     except (RuntimeError, IndexError):  # of torch, for shapes that no product takes
         return f"{shapes} do not go together"
     if a.dim() < 2 or a.dim() != b.dim() or any(size != 1 for size in b.shape[2:]):

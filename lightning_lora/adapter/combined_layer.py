@@ -92,9 +92,9 @@ def _plain_name(adapter: Adapter, layer: str, leaf: str) -> str:
 
 def _inputs(adapter: Adapter, layer: str) -> list[int]:
     """Return the shape of a row of plain LoRA's A. For a convolution whose kernel is known it is (in, k...)."""
-    place, inputs = adapter.place(layer), list(adapter.acting(layer).a.shape[1:])
-    is_flat = place.kind in CONVOLUTIONS and len(inputs) == 1 and place.shape
-    return list(place.shape[1:]) if is_flat else inputs
+    info, inputs = adapter.layer_info(layer), list(adapter.effective_factors(layer).a.shape[1:])
+    is_flat = info.kind in CONVOLUTIONS and len(inputs) == 1 and info.shape
+    return list(info.shape[1:]) if is_flat else inputs
 
 
 def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adapter, float]]) -> list[Pair]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..config import tasks_with
-from ..distributed.flat import whole_shape
+from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import samples, samples_of_all
 from ..errors import LoRAError
 from ..names import parent_names
@@ -43,7 +43,7 @@ def without_rows(entries: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
 
 def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
     """Return shape, dtype and a few values of a tensor."""
-    shape = whole_shape(weight)
+    shape = unsharded_shape(weight)
     positions = sample_positions(shape.numel())
     return entry_of(shape, weight.dtype, samples(weight, positions))
 
@@ -58,7 +58,7 @@ def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str
 
     def with_positions() -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
         for name, weight in weights:
-            found[name] = shape, _ = whole_shape(weight), weight.dtype
+            found[name] = shape, _ = unsharded_shape(weight), weight.dtype
             yield weight, sample_positions(shape.numel())
 
     values = samples_of_all(with_positions())

@@ -74,7 +74,7 @@ def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
     Raises:
         LoRAError: the factors do not fit each other.
     """
-    a, b, _ = adapter.acting(name)
+    a, b, _ = adapter.effective_factors(name)
     a, b = (factor.detach().double().flatten(1) for factor in (a, b))
     scaling = adapter.scalings.get(name, 1.0)
     parts = a.shape[0] // b.shape[1]

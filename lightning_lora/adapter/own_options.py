@@ -12,7 +12,7 @@ from ..errors import LoRAError, shown
 from .adapter import Adapter, nothing_adapted
 from .checks import require_values
 from .layer_options import exact_options, options_hold
-from .values import describe_value, is_plain
+from .values import describe_value, is_strided
 
 
 def with_options(adapter: Adapter, path: object, lora_alpha: float | None = None) -> Adapter:
@@ -31,7 +31,7 @@ def with_options(adapter: Adapter, path: object, lora_alpha: float | None = None
     if not ranks:
         raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}; it is not an adapter of a known format.")
     for name, value in adapter.beside_factors().items():
-        if isinstance(value, torch.Tensor) and not is_plain(value):
+        if isinstance(value, torch.Tensor) and not is_strided(value):
             raise LoRAError(f"{path}: {name!r} must be a dense tensor, found {describe_value(value)}.")
     if adapter.rows() and not adapter.tables:
         raise LoRAError(f"{path}: stores rows of {next(iter(adapter.rows()))!r}, and not which rows these are.")
@@ -58,8 +58,8 @@ def _with_alpha(adapter: Adapter, ranks: Mapping[str, int], lora_alpha: float, p
     if not isinstance(lora_alpha, (int, float)):
         raise LoRAError(f"{path}: lora_alpha must be a number, but it is {shown(lora_alpha)}.")
     for name in ranks:
-        acting = adapter.acting(name)
-        if acting.a.shape[0] != acting.b.shape[1]:
+        factors = adapter.effective_factors(name)
+        if factors.a.shape[0] != factors.b.shape[1]:
             raise LoRAError(
                 f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
                 "a model injected with enable_lora."

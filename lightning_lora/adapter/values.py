@@ -12,21 +12,21 @@ from ..errors import LoRAError
 from ..nn.low_rank import MERGEABLE_DTYPES
 
 
-def is_plain(value: object) -> TypeGuard[torch.Tensor]:
+def is_strided(value: object) -> TypeGuard[torch.Tensor]:
     """Return whether a value is a tensor whose numbers lie in memory side by side, neither sparse nor nested."""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
 
 
 def holds_numbers(value: object) -> TypeGuard[torch.Tensor]:
     """Return whether a value is a plain tensor of a floating point dtype that factors may have."""
-    return is_plain(value) and value.dtype in MERGEABLE_DTYPES
+    return is_strided(value) and value.dtype in MERGEABLE_DTYPES
 
 
 def describe_value(value: object) -> str:
     """Return what a value is, for messages."""
     if not isinstance(value, torch.Tensor):
         return f"{value!r:.80}"
-    if not is_plain(value):
+    if not is_strided(value):
         return "a nested tensor" if value.is_nested else f"a tensor of the layout {value.layout}"
     return f"{value.dtype} {tuple(value.shape)}" + (" without values, on the meta device" if value.is_meta else "")
 

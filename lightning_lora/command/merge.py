@@ -43,9 +43,10 @@ from ..nn.low_rank import (
     PARAMETER,
     SINGLE,
     STACKS,
+    row_blocks,
 )
 from ..nn.rounding import IN_FILES, tell_rounding
-from ..nn.variant import Parts, Place
+from ..nn.variant import LayerInfo, Parts
 from ..progress import progress_bar
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed
 from .output import MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
@@ -240,7 +241,7 @@ def _row_updates(adapter: Adapter, base: Weights, owners: Mapping[str, str]) -> 
             bias = f"{name.removesuffix('weight')}bias"
             if adapter.peft_rows and bias in base.locations:
                 raise LoRAError(f"{base.path}: {name!r} has trained rows and a bias; {NO_BIAS}.")
-            updates[name] = WeightUpdate(scaling=1.0, rows=numbers, row_values=rows[table])
+            updates[name] = WeightUpdate(row_blocks(numbers, rows[table]), 1.0)
     return updates
 
 
@@ -369,8 +370,8 @@ def _layer_updates(
     if location.dtype not in MERGEABLE_DTYPES:
         raise LoRAError(f"{base.path}: {weight!r} is {location.dtype}; only floating point weights are merged.")
     kind = adapter.kinds.get(name) or _kind(adapter, name, weight, base, seen)
-    place, stored = _placed(adapter, name, kind, location.shape), adapter.stored(name)
-    if not _fits(adapter, place):
+    info, stored = _placed(adapter, name, kind, location.shape), adapter.stored(name)
+    if not _fits(adapter, info):
         found = [f"{factor_role(leaf)} {tuple(stored[leaf].shape)}" for leaf in adapter.variant.trained]
         raise LoRAError(
             f"{base.path}: {name!r}: {' and '.join(found)} do not fit a {kind} layer whose weight has the "
@@ -383,7 +384,7 @@ def _layer_updates(
         # W is the adapter's own, as it is written.
         return parts_of(whole.detach().to(torch.promote_types(location.dtype, result_dtype or location.dtype)))
 
-    blocks = adapter.variant.blocks(stored, place, read)
+    blocks = adapter.variant.blocks(stored, info, read)
     return {weight: WeightUpdate(blocks, adapter.scalings[name], stacked=kind in STACKS)}
 
 
@@ -393,17 +394,17 @@ def _parts_of_file(location: TensorLocation) -> Iterator[tuple[int, torch.Tensor
             yield first, read_rows(file, location, first, count).flatten(1)
 
 
-def _placed(adapter: Adapter, name: str, kind: str, shape: Sequence[int]) -> Place:
+def _placed(adapter: Adapter, name: str, kind: str, shape: Sequence[int]) -> LayerInfo:
     """Return a layer or parameter with its weight in the base."""
     rank = adapter.variant.rank(adapter.stored(name))
-    return replace(adapter.place(name), kind=kind, shape=torch.Size(shape), rank=rank)
+    return replace(adapter.layer_info(name), kind=kind, shape=torch.Size(shape), rank=rank)
 
 
-def _fits(adapter: Adapter, place: Place) -> bool:
+def _fits(adapter: Adapter, info: LayerInfo) -> bool:
     """Return whether what is stored of a layer has the shapes that it has for such weights."""
-    stored = adapter.stored(place.name)
+    stored = adapter.stored(info.name)
     try:
-        shapes = adapter.variant.shapes(place)
+        shapes = adapter.variant.shapes(info)
     except ValueError:  # the weight has other dimensions than the kind has
         return False
     return all(tuple(stored[leaf].shape) == tuple(shape) for leaf, shape in shapes.items())

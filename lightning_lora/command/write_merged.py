@@ -19,29 +19,24 @@ from ..files.safetensors import Header, as_bytes, build_header, read_rows
 from ..files.torch_archive import read_torch_file, set_check_sums
 from ..files.weights import Weights
 from ..nn.exact_merge import chunk_elements, merged_weight
-from ..nn.low_rank import HALF, MERGEABLE_DTYPES, LowRankBlock, crop, row_blocks
+from ..nn.low_rank import HALF, MERGEABLE_DTYPES, LowRankBlock, crop
 
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """The update of one tensor: first a replacement, then an addition, or the replacement of some rows.
+    """The update of one tensor: first a replacement, then what a merge does.
 
     Attributes:
         value: replaces the tensor, or None.
-        blocks: products that are multiplied by `scaling` and added. In a stack (E, m, n) they lie as if its matrices
-            were below each other.
+        blocks: what is merged. In a stack (E, m, n) they lie as if its matrices were below each other.
         scaling: s.
         stacked: the tensor is a stack.
-        rows: numbers of the rows that `row_values` replace. A tensor with such rows has no blocks.
-        row_values: (len(rows), columns).
     """
 
     blocks: Sequence[LowRankBlock] = ()
     scaling: float = 0.0
     value: torch.Tensor | None = None
     stacked: bool = False
-    rows: Sequence[int] = ()
-    row_values: torch.Tensor | None = None
 
     def applied(self, rows: torch.Tensor, first: int, dtype: torch.dtype, cost: list[float]) -> torch.Tensor:
         """Return the new values of some rows in a dtype, rounded once.
@@ -55,7 +50,9 @@ class WeightUpdate:
         if self.value is not None:
             wide = torch.promote_types(rows.dtype, dtype)  # the base's dtype alone would round what the result can hold
             rows = (self.value[first : first + len(rows)] if rows.dim() else self.value).detach().to(wide)
-        matrix, blocks = self._matrix_and_blocks(rows, first)
+        each = rows.shape[1] if self.stacked else 1
+        matrix = rows.reshape(-1, rows.shape[-1]) if self.stacked else rows
+        blocks = crop(self.blocks, slice(first * each, first * each + len(matrix))) if self.blocks else []
         if not blocks:
             return rows.to(dtype)
         counted = cost if dtype in HALF else None
@@ -63,21 +60,12 @@ class WeightUpdate:
 
     def is_equal(self, other: WeightUpdate) -> bool:
         """Return whether another update changes a tensor in the same way."""
-        shared = ("scaling", "stacked", "rows")
         return (
-            all(getattr(self, name) == getattr(other, name) for name in shared)
-            and _are_equal([self.value, self.row_values], [other.value, other.row_values])
+            (self.scaling, self.stacked) == (other.scaling, other.stacked)
+            and _are_equal([self.value], [other.value])
             and [(block.row, block.col) for block in self.blocks] == [(block.row, block.col) for block in other.blocks]
-            and all(_are_equal(one[2:5], two[2:5]) for one, two in zip(self.blocks, other.blocks, strict=True))
+            and all(_are_equal(one[2:6], two[2:6]) for one, two in zip(self.blocks, other.blocks, strict=True))
         )
-
-    def _matrix_and_blocks(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, list[LowRankBlock]]:
-        """Return some rows of the tensor as a matrix, and the blocks that lie in them."""
-        if self.row_values is not None:
-            return rows, row_blocks(rows, self.rows, self.row_values, first)
-        each = rows.shape[1] if self.stacked else 1
-        matrix = rows.reshape(-1, rows.shape[-1]) if self.stacked else rows
-        return matrix, crop(self.blocks, slice(first * each, first * each + len(matrix))) if self.blocks else []
 
 
 def _are_equal(tensors: Sequence[torch.Tensor | None], others: Sequence[torch.Tensor | None]) -> bool:

@@ -2,7 +2,8 @@
 
 A tensor is flat where `attach` was called on it, which says how the slice is found: a function, because strategies
 replace the memory of a slice. A parameter of ZeRO-3 is flat as soon as DeepSpeed has divided it. The shape, values and
-size of a flat parameter itself tell nothing: it is empty, or gathered for a forward. Ask whole_shape and flat_shard.
+size of a flat parameter itself tell nothing: it is empty, or gathered for a forward. Ask unsharded_shape and
+flat_shard.
 
 A slice of a matrix is at most three matrices: a row's end, whole rows, a row's beginning. So what is computed by
 elements is computed in the memory of the slice, and nothing is gathered for it.
@@ -170,7 +171,7 @@ def _shard_of_zero(parameter: Any) -> FlatShard:
     return FlatShard(part.detach()[:count], start, parameter.ds_shape, group, parameter.device)
 
 
-def whole_shape(tensor: torch.Tensor) -> torch.Size:
+def unsharded_shape(tensor: torch.Tensor) -> torch.Size:
     """Return the shape of the whole tensor, flat or not."""
     return flat_shard(tensor).shape if is_flat(tensor) else tensor.shape
 
@@ -255,22 +256,6 @@ def pieces(start: int, stop: int, width: int) -> list[Piece]:
         found.append(Piece(slice(row, row + rows), slice(column, end - (row + rows - 1) * width)))
         start = end
     return found
-
-
-def flat_rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Return rows of a flat matrix by number, (len(rows), columns), whole on every rank. Collective."""
-    shard = flat_shard(tensor)
-    width = shard.shape[1]
-    values = torch.zeros(len(rows), width, dtype=torch.float64, device=shard.values.device)
-    for place, row in enumerate(rows):
-        first, last = max(shard.start, row * width), min(shard.stop, (row + 1) * width)
-        if first < last:
-            values[place, first - row * width : last - row * width] = shard.values[
-                first - shard.start : last - shard.start
-            ].double()
-    values = values.to(shard.device)
-    dist.all_reduce(values, group=shard.group)
-    return values.to(shard.values.device, shard.values.dtype)
 
 
 def flat_samples(wanted: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> list[list[float]]:

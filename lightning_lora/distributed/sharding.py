@@ -19,7 +19,6 @@ from .flat import (
     Piece,
     Window,
     flat_like,
-    flat_rows,
     flat_samples,
     flat_shard,
     free_gathered,
@@ -28,6 +27,7 @@ from .flat import (
     own_parameters,
     pieces,
     scatter_,
+    unsharded_shape,
 )
 
 if TYPE_CHECKING:  # otherwise imported where they are used: they take as long as all other imports of this package
@@ -117,15 +117,13 @@ def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 
     Collective where the matrix is sharded.
     """
-    if is_flat(tensor):
-        return flat_rows(tensor, rows)
-    shard = local(tensor)
-    if not is_sharded(tensor):
+    shard, width = local(tensor), unsharded_shape(tensor)[1]
+    if not is_spread(tensor):
         return shard[torch.tensor(rows, device=shard.device)]
-    lines, columns = window(tensor)
-    inside = [place for place, row in enumerate(rows) if lines.start <= row < lines.stop]
-    values = torch.zeros(len(rows), tensor.shape[1], dtype=torch.float64, device=shard.device)
-    values[inside, columns] = shard[[rows[place] - lines.start for place in inside]].double()
+    values = torch.zeros(len(rows), width, dtype=torch.float64, device=shard.device)
+    for part in windows(tensor, width):
+        inside = [i for i, row in enumerate(rows) if part.rows.start <= row < part.rows.stop]
+        values[inside, part.columns] = part.values[[rows[i] - part.rows.start for i in inside]].double()
     return sum_over_shards(values, tensor).to(shard.dtype)
 
 

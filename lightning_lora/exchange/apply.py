@@ -34,7 +34,7 @@ from ..nn.owner import claimed
 from .align import add_frozen_weights, align_names, record_trained, split_off_base, split_off_foreign
 from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, specs_for
-from .quantised_base import missing_call, plain_here, quantised_in_training, remedy_for_load
+from .quantised_base import missing_call, quantised_in_training, remedy_for_load, unquantised
 from .take import check_fingerprint
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def quantise_as_trained_(listing: Listing, adapter: Adapter) -> str:
     names = Names(listing.places)
     adapter = by_first_names(names, align_names(listing, names, adapter))
     call = missing_call(listing, adapter, call_that_quantises)
-    quantise_named_(listing, plain_here(listing, adapter))
+    quantise_named_(listing, unquantised(listing, adapter))
     return call
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import AVERAGED, entries_match, fingerprint_entries, without_rows
-from ..distributed.flat import owns_flat, whole_shape
+from ..distributed.flat import owns_flat, unsharded_shape
 from ..distributed.sharding import copy_all_, gather_all, holds_shards, whole_on_cpu
 from ..distributed.zero import update_copies_
 from ..errors import LoRAError, NonFiniteError
@@ -398,8 +398,8 @@ def _check_values(live: LiveState, state: Mapping[str, Any]) -> None:
             )
     for name, tensor in live.tensors.items():
         value = state.get(name)
-        if tensor is not None and value is not None and value.shape != whole_shape(tensor):
-            shape = tuple(whole_shape(tensor))
+        if tensor is not None and value is not None and value.shape != unsharded_shape(tensor):
+            shape = tuple(unsharded_shape(tensor))
             raise LoRAError(f"checkpoint: {name!r} must have shape {shape}, but has {tuple(value.shape)}.")
 
 
@@ -416,7 +416,7 @@ def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, 
     if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named):
         part = _common_module(initial)  # what is trained beside the injected part is not listed
         changed = {id(base[name]) for name in adapter.tensors if name in buffers and name.startswith(part)}
-        fits = all(name in base and whole_shape(base[name]) == value.shape for name, value in initial.items())
+        fits = all(name in base and unsharded_shape(base[name]) == value.shape for name, value in initial.items())
         if fits and changed <= {id(base[name]) for name in initial}:
             return dict(initial)
     shown = f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__

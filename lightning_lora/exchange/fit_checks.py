@@ -13,7 +13,7 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..adapter.values import check_finite, describe_value
 from ..config import LoRAConfig
-from ..distributed.flat import whole_shape
+from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import is_spread
 from ..distributed.zero import keeps_copy
 from ..errors import LoRAError, sentence
@@ -133,7 +133,7 @@ def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str
     """Refuse loralib's factors of a convolution: their product (out * k, in * k) has a higher rank in our layout."""
     a, b = tensors.get(f"{name}.{A}"), tensors.get(f"{name}.{B}")
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim() == 2:
-        shape_a, shape_b = layer.place().factor_shapes()
+        shape_a, shape_b = layer.layer_info().factor_shapes()
         raise LoRAError(
             f"adapter: {name!r} is a convolution factorised as in loralib, A (r * k, in * k) {tuple(a.shape)} and B "
             f"(out * k, r * k) {tuple(b.shape)}, whose product A {shape_a} and B {shape_b} cannot express. Merge it "
@@ -161,8 +161,8 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
         if lacks_values or (isinstance(value, torch.Tensor) and value.layout != tensor.layout):
             raise LoRAError(f"adapter: {name!r} must be a tensor as the model's, found {describe_value(value)}.")
         if id(tensor) in tables and isinstance(value, torch.Tensor):
-            refuse_other_rows(name, value.shape, whole_shape(tensor))
-        shape = shapes.get(id(tensor), whole_shape(tensor))
+            refuse_other_rows(name, value.shape, unsharded_shape(tensor))
+        shape = shapes.get(id(tensor), unsharded_shape(tensor))
         if not isinstance(value, torch.Tensor) or value.shape != shape:
             shown = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise LoRAError(f"adapter: {name!r} must have shape {tuple(shape)}, but has {shown}.")

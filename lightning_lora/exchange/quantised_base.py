@@ -19,8 +19,8 @@ def quantised_in_training(adapter: Adapter) -> set[str]:
     return {name.removesuffix(".weight") for name in weights}
 
 
-def plain_here(listing: Listing, adapter: Adapter) -> set[str]:
-    """Return the layers that were quantised where an adapter was trained, and are plain in a model.
+def unquantised(listing: Listing, adapter: Adapter) -> set[str]:
+    """Return the layers that were quantised where an adapter was trained, and are not in a model.
 
     Args:
         listing: of the model, adapted or not.
@@ -33,9 +33,9 @@ def plain_here(listing: Listing, adapter: Adapter) -> set[str]:
 
 
 def missing_call(listing: Listing, adapter: Adapter, call_for: CallFor) -> str:
-    """Return the call that quantises what is plain_here, or "" where nothing is, or no call does."""
-    plain = plain_here(listing, adapter)
-    return call_for(listing, plain, adapter.config or LoRAConfig()) if plain else ""
+    """Return the call that quantises these layers, or "" where nothing is, or no call does."""
+    names = unquantised(listing, adapter)
+    return call_for(listing, names, adapter.config or LoRAConfig()) if names else ""
 
 
 def remedy_for_load(listing: Listing, adapter: Adapter, call_for: CallFor) -> str:

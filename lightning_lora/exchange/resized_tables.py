@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..adapter.fingerprint import EQUAL
-from ..distributed.flat import whole_shape
+from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError
 
@@ -19,8 +19,8 @@ def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
         LoRAError: the two have different numbers of rows: one of them was resized.
     """
     if not is_spread(live):
-        refuse_other_rows(name, stored.shape, whole_shape(live))
-    if stored.shape != whole_shape(live) or not stored.dim() or is_spread(live) or live.is_meta:
+        refuse_other_rows(name, stored.shape, unsharded_shape(live))
+    if stored.shape != unsharded_shape(live) or not stored.dim() or is_spread(live) or live.is_meta:
         return False  # the fingerprint is compared instead
     relative = max(EQUAL, *(torch.finfo(tensor.dtype).eps for tensor in (stored, live)))
     rows = torch.isclose(stored.float(), live.float().cpu(), rtol=relative).reshape(len(stored), -1).all(1)

@@ -149,7 +149,7 @@ def _tells(name: str, value: Any) -> bool:
 def _loading(base: str, task: Task | None, adapter: Adapter, network: str) -> str:
     if adapter.pretrained:
         part = adapter.pretrained.removeprefix(adapter.network).removesuffix(".")
-        return LOADING.format(imports="", base=f"...  # {whole_in(adapter)}, not its {part} alone")
+        return LOADING.format(imports="", base=f"...  # {module_in_words(adapter)}, not its {part} alone")
     if network and (task is None or not base):
         why = "module is your LightningModule; given that itself, PEFT fails or runs the base"
         return LOADING.format(imports="", base=f"{network_in_module(network)}  # {why}")
@@ -159,7 +159,7 @@ def _loading(base: str, task: Task | None, adapter: Adapter, network: str) -> st
     return LOADING.format(imports=imports, base=f"{task.auto_class}.from_pretrained({json.dumps(base)})")
 
 
-def whole_in(adapter: Adapter) -> str:
+def module_in_words(adapter: Adapter) -> str:
     """Name the module whose names a folder has, where the adapter holds more than a transformers model."""
     return (
         f"the LightningModule's {adapter.network.removesuffix('.')}" if adapter.network else "the whole LightningModule"

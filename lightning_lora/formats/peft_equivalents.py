@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.values import holds_numbers, is_plain
+from ..adapter.values import holds_numbers, is_strided
 from ..errors import LoRAError
 from ..names import A, B
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, from_block_diagonal, to_block_diagonal
@@ -27,13 +27,15 @@ OUT_PROJ_COUNTS = 2  # times
 LAST_KNOWN_PEFT = (0, 21)
 
 
-def as_plain(adapter: Adapter) -> Adapter:
+def without_enable_lora(adapter: Adapter) -> Adapter:
     """Return the equal adapter without enable_lora, as PEFT applies it."""
     return _with_factors_b(adapter, lambda name, a, b, enabled: to_block_diagonal(b, enabled), 1 / OUT_PROJ_COUNTS)
 
 
-def from_plain(adapter: Adapter) -> Adapter:
-    """Undo as_plain. Tensors that are missing or hold no numbers stay as they are, for the check of factors to refuse.
+def with_enable_lora(adapter: Adapter) -> Adapter:
+    """Undo without_enable_lora.
+
+    Tensors that are missing or hold no numbers stay as they are, for the check of factors to refuse.
 
     Raises:
         LoRAError: a B is not zero outside its blocks, which enable_lora cannot express.
@@ -51,11 +53,11 @@ def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:
     added = [name for name in outputs if name not in adapter.kinds]
     tensors = dict(adapter.tensors)
     for name in added:
-        stored, (a, b, _) = adapter.stored(outputs[name]), adapter.acting(outputs[name])
+        stored, (a, b, _) = adapter.stored(outputs[name]), adapter.effective_factors(outputs[name])
         shape = torch.Size((3 * b.shape[0], a.shape[1]))
-        place = replace(adapter.place(outputs[name]), name=name, kind=ATTENTION, shape=shape)
-        place = replace(place, rank=adapter.variant.rank(stored))
-        zeros = {leaf: stored[leaf].new_zeros(shape) for leaf, shape in adapter.variant.shapes(place).items()}
+        info = replace(adapter.layer_info(outputs[name]), name=name, kind=ATTENTION, shape=shape)
+        info = replace(info, rank=adapter.variant.rank(stored))
+        zeros = {leaf: stored[leaf].new_zeros(shape) for leaf, shape in adapter.variant.shapes(info).items()}
         tensors |= {f"{name}.{leaf}": zero for leaf, zero in zeros.items()}
     scalings = {name: adapter.scalings[outputs[name]] for name in added}
     kinds = dict.fromkeys(added, ATTENTION)
@@ -84,7 +86,7 @@ def peft_numbers(version: object) -> tuple[int, ...]:
 
 
 def _is_zero(tensor: Any) -> bool:
-    return is_plain(tensor) and not tensor.is_meta and not tensor.any()
+    return is_strided(tensor) and not tensor.is_meta and not tensor.any()
 
 
 def _with_factors_b(adapter: Adapter, for_parts: Callable[..., torch.Tensor], for_output: float) -> Adapter:

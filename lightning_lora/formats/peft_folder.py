@@ -32,9 +32,9 @@ from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE, TRANSPOSED_EXPE
 from ..nn.variant import Variant
 from ..notices import tell
 from .forms import CONFIG_FILE, refuse_named_adapters
-from .model_card import may_write_card, model_card, network_in_module, whole_in, write_card
+from .model_card import may_write_card, model_card, module_in_words, network_in_module, write_card
 from .peft_attention import refuse_to_write_beside_conv1d
-from .peft_equivalents import add_idle_attention, as_plain
+from .peft_equivalents import add_idle_attention, without_enable_lora
 from .peft_forms import to_peft_form
 from .peft_names import PREFIX, in_wrappers, peft_name
 from .peft_options import from_peft_options, options_to_peft, refuse_options
@@ -144,7 +144,7 @@ def folder_content(
     own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
     own = replace(own, config=readable_options(own))
-    in_peft = as_plain(to_peft_form(own))
+    in_peft = without_enable_lora(to_peft_form(own))
     nesting = nesting_of(own.parameters)
     _refuse_out_of_reach(own, nesting)
     values = stacks_to_peft({**in_peft.tensors, **(frozen or {})}, factor_names(own).values())
@@ -174,7 +174,7 @@ def _names_of_whole(adapter: Adapter, path: PathLike) -> str:
     call = ".".join(["Net()", *adapter.network.split(".")]).removesuffix(".")
     return (
         f"lightning_lora: something outside of the transformers model {name!r} was trained too, so names in {path} are "
-        f"those of {whole_in(adapter)}, and PEFT loads it onto that: PeftModel.from_pretrained({call}, path). "
+        f"those of {module_in_words(adapter)}, and PEFT loads it onto that: PeftModel.from_pretrained({call}, path). "
         f"{alone}"
     )
 

@@ -16,7 +16,7 @@ def to_peft_form(adapter: Adapter) -> Adapter:
     tensors = dict(adapter.tensors)
     for layer in adapter.layers():
         stored = {leaf: value.detach() for leaf, value in adapter.stored(layer).items()}
-        changed = adapter.variant.to_peft(stored, adapter.place(layer))
+        changed = adapter.variant.to_peft(stored, adapter.layer_info(layer))
         for leaf in stored.keys() - changed.keys():
             del tensors[adapter.factor_name(layer, leaf)]
         tensors |= {adapter.factor_name(layer, leaf): value for leaf, value in changed.items()}
@@ -36,7 +36,7 @@ def from_peft_form(adapter: Adapter) -> Adapter:
         found = adapter.stored(layer)
         if not found.keys() >= set(adapter.variant.trained):
             continue  # the check of factors refuses it
-        changed = adapter.variant.from_peft(found, adapter.place(layer))
+        changed = adapter.variant.from_peft(found, adapter.layer_info(layer))
         tensors |= {adapter.factor_name(layer, leaf): value for leaf, value in changed.items()}
     return replace(adapter, tensors=tensors)
 

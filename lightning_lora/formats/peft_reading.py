@@ -35,7 +35,7 @@ from ..notices import tell
 from .equal_tables import ties_of
 from .peft_attention import refuse_file_beside_conv1d
 from .peft_edited import honour_options
-from .peft_equivalents import from_plain, idle_attention
+from .peft_equivalents import idle_attention, with_enable_lora
 from .peft_forms import config_in_peft, from_peft_form
 from .peft_kinds import kinds_of
 from .peft_names import PeftNames, read_names
@@ -113,7 +113,7 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
         adapter = _described_by_names(ours, names, source)
     in_peft = _with_our_stacks(adapter, source.where)
     adapter = _without_additions(in_peft, source) if source.description is not None else in_peft
-    adapter = from_peft_form(from_plain(adapter))
+    adapter = from_peft_form(with_enable_lora(adapter))
     check_factors(adapter, str(source.where))
     refuse_file_beside_conv1d(adapter, source.where)
     if source.options is None:

@@ -23,7 +23,7 @@ from ..files.paths import PathLike
 from ..matching import matcher
 from ..names import A, B, listed
 from ..nn.low_rank import CONVOLUTIONS, GROUPED_CONV, HALF, to_block_diagonal
-from ..nn.variant import Acting
+from ..nn.variant import EffectiveFactors
 
 
 def plain_form(adapter: Adapter, source: PathLike | None) -> Adapter:
@@ -88,7 +88,7 @@ def _is_floating(value: Any) -> bool:
 
 def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A and s * B of the plain LoRA that equals a layer's adapter."""
-    a, b, _ = _acting(adapter, layer)
+    a, b, _ = _effective_factors(adapter, layer)
     enabled = adapter.config.enabled_parts(layer) if adapter.config is not None else None
     scaled = (b.detach().double() * adapter.scalings[layer]).to(b.dtype)
     if not scaled.isfinite().all():
@@ -99,23 +99,23 @@ def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
     return a.detach(), to_block_diagonal(scaled, enabled) if enabled else scaled
 
 
-def _acting(adapter: Adapter, layer: str) -> Acting:
+def _effective_factors(adapter: Adapter, layer: str) -> EffectiveFactors:
     """Return the factors that a layer's tensors act as, in the shapes that plain LoRA stores."""
-    acting, place = adapter.acting(layer), adapter.place(layer)
-    if place.kind in CONVOLUTIONS and acting.a.dim() == 2 and not place.shape:
+    factors, info = adapter.effective_factors(layer), adapter.layer_info(layer)
+    if info.kind in CONVOLUTIONS and factors.a.dim() == 2 and not info.shape:
         raise LoRAError(
             f"export_adapter: {layer!r} is a convolution, and the source does not say how large its kernel is. Load it "
             "onto its model in Python: load_adapter(model, path), then export_adapter(take_adapter(model), path, "
             "plain=True)."
         )
-    return place.shaped(acting)
+    return info.shaped(factors)
 
 
 def _tell_rounding(adapter: Adapter, factors: Mapping[str, Any], where: object) -> None:
     """Warn where s * B has 16 bits and is not exact."""
     rounded: dict[str, float] = {}
     for layer, (_, scaled) in factors.items():
-        scaling, b = adapter.scalings[layer], adapter.acting(layer).b
+        scaling, b = adapter.scalings[layer], adapter.effective_factors(layer).b
         if scaled.dtype not in HALF or scaling == 1:
             continue
         exact = b.double() * scaling

@@ -14,7 +14,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 from torch import nn
 
-from ..distributed.flat import whole_shape
+from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_of
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, WRAPPERS, names_factor, suffixes
@@ -226,7 +226,7 @@ class AdaptedModel(Listing):
         """
         initial = self.record.initial
         for name, tensor in self.recorded_tensors(initial):
-            if whole_shape(tensor) == whole_shape(initial[name]):
+            if unsharded_shape(tensor) == unsharded_shape(initial[name]):
                 yield tensor, initial[name]
 
     def _initial_by_id(self) -> dict[int, torch.Tensor]:
@@ -290,7 +290,7 @@ class AdaptedModel(Listing):
                 if live is not None and live.requires_grad and not names_factor(leaf):
                     name = f"{path}.{leaf}" if path else leaf
                     value = self.record.initial.get(name)
-                    if value is None or whole_shape(value) != whole_shape(live):
+                    if value is None or unsharded_shape(value) != unsharded_shape(live):
                         found.add(name)
         return found
 

@@ -92,7 +92,7 @@ def plain_weight(
     adapter = adapter_of(module, name)
     if adapter is None:
         return values.to(dtype)
-    blocks = adapter.crop_to_shard(adapter.update_blocks(stored), values)
+    blocks = adapter.blocks(values, stored)
     found = [local(values)]
 
     def merge() -> None:

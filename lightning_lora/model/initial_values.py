@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..distributed.flat import whole_shape
+from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_, copy_of, reshard_
 from ..names import names_factor
 from ..nn.adapted_module import AdaptedModule
@@ -55,7 +55,7 @@ def record_loaded(handle: AdaptedModel, values: Mapping[str, object]) -> None:
     record.fingerprint = {}
     for name, value in ((handle.name_at_injection(name) or "", value) for name, value in values.items()):
         before = record.initial.get(name)
-        if before is not None and isinstance(value, torch.Tensor) and whole_shape(before) == whole_shape(value):
+        if before is not None and isinstance(value, torch.Tensor) and unsharded_shape(before) == unsharded_shape(value):
             device = value.device if before.is_meta else before.device
             record.initial[name] = value.detach().clone().to(device, before.dtype)
 

@@ -10,9 +10,11 @@ Every file of this room takes these for granted:
     W'          what the layer computes with: c * (W + s * B @ A). Few variants have a scale c (out,).
     stored      the tensors of a variant by leaf name, such as lora_A: parameters of the module, and the names in files.
                 Plain LoRA stores A and B.
-    acting      A', B' and c, which the stored tensors act as: A and B themselves for plain LoRA, twice the rank for
-                PiSSA, whose start is subtracted again.
-    block       a product left @ right with its row and column in a weight. A shard, a chunk and a slice are blocks too.
+    effective   factors A', B' and scale c, which the stored tensors act as: A and B themselves for plain LoRA, twice
+                the rank for PiSSA, whose start is subtracted again.
+    block       a product left @ right, or the values of trained rows, with its row and column in a weight. What lies in
+                a shard, a chunk or a slice of it is a block too.
+    start       of factors: the initial values that PiSSA and its like compute from W.
     undo        what brings the bits of W back while W' is in its place.
     stand-in    W' in place of the parameter W, while a forward runs that is not this package's.
 

@@ -67,8 +67,8 @@ class Adapter(Protocol):
     def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None], *, loaded: bool) -> None:
         """Tie parameters of several modules again after torch replaced them by separate ones. In place."""
 
-    def place(self) -> Any:
-        """Return the layer's Place, which its variant is given."""
+    def layer_info(self) -> Any:
+        """Return what the variant is told of the layer."""
 
 
 class Swapped(nn.Module):
@@ -79,7 +79,7 @@ class Swapped(nn.Module):
 
     lora_mixin: ClassVar[type[Swapped]]  # the class of this package that the swapped class combines
     lora_base: ClassVar[type[nn.Module]]  # with the module's former class
-    # Makes torch's compiler read parameters while it traces, so that it sees when W + delta stands in for a weight.
+    # Makes torch's compiler read parameters while it traces, so that it sees when W' stands in for a weight.
     # Without it, torch.export of torch 2.6 would not see that.
     torchdynamo_force_dynamic: ClassVar[bool] = True
 
@@ -135,8 +135,8 @@ class AdaptedModule(Swapped):
         """Return the adapters of this module by parameter name; a whole adapted layer has one adapter, named ""."""
         raise NotImplementedError
 
-    def lora_place(self, values: Mapping[str, Any]) -> None:
-        """Place values under the names of parameters, or place the parameters again. In place."""
+    def lora_put(self, values: Mapping[str, Any]) -> None:
+        """Put values under the names of parameters, or put the parameters back. In place."""
         self._parameters.update(values)
         if not torch.compiler.is_compiling() and owns_flat(self):
             # FSDP1 also sets what it has gathered as plain attributes, which are found first.
@@ -172,7 +172,7 @@ class AdaptedModule(Swapped):
         adapters = self.lora_adapters().values()
         with ExitStack() as stack:
             for adapter in adapters:
-                stack.enter_context(adapter.lora.lock)  # waits while W + delta stands in for W in another thread
+                stack.enter_context(adapter.lora.lock)  # waits while W' stands in for W in another thread
             super()._save_to_state_dict(destination, prefix, keep_vars)
             for adapter in adapters:
                 if adapter.lora.undo is not None or adapter.lora.restore_failed:
@@ -215,7 +215,7 @@ class AdaptedModule(Swapped):
 
 
 class StandIns:
-    """Context manager: inside, W + delta stands in for each adapted weight of a module.
+    """Context manager: inside, W' stands in for each adapted weight of a module.
 
     It is a class because torch 2.6 cannot trace a context manager made from a generator.
 
@@ -243,10 +243,10 @@ class StandIns:
             raise
         for state in self.states:
             state.stands_in += 1
-        self.module.lora_place(values)
+        self.module.lora_put(values)
 
     def __exit__(self, *exception: object) -> None:
-        self.module.lora_place(self.weights)
+        self.module.lora_put(self.weights)
         for state in self.states:
             state.stands_in -= 1
             state.lock.release()

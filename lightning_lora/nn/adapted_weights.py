@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import FROM_GRADIENTS
-from ..distributed.flat import flat_parameters, whole_shape
+from ..distributed.flat import flat_parameters, unsharded_shape
 from ..distributed.sharding import copy_, detached, from_local_like, full_tensor, is_spread, local, windows
 from ..errors import LoRAError
 from ..names import canonical
@@ -26,7 +26,7 @@ from .autocast import without_autocast
 from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, parts_of, restored_weight, unmerge_weight_
 from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop_to_window, dense_delta
-from .variant import Acting, Parts, Place, Stored, Variant
+from .variant import EffectiveFactors, LayerInfo, Parts, Stored, Variant
 
 Blocks = list[LowRankBlock]  # of one weight
 
@@ -57,28 +57,28 @@ class LayerState:
     spec: LayerSpec
     name: str = ""  # in the injected module
     injection: Any = None  # the record of the injection; all layers of a model share it
-    custom_forward: bool = False  # the layer's class overrides torch's forward, so that forward runs on W + delta
+    custom_forward: bool = False  # the layer's class overrides torch's forward, so that forward runs on W'
     merged: bool = False  # merge was called
     undo: Undo | None = None  # what unmerging needs, while the weight is merged
     unfinished: bool = False  # merging or unmerging runs, or an exception broke it off; unmerge_ completes it
-    stands_in: int = 0  # number of forwards with W + delta in place of the weight, all in the thread with the lock
+    stands_in: int = 0  # number of forwards with W' in place of the weight, all in the thread with the lock
     why_not_merge: str = ""  # why the weight cannot be merged, for example another owner
     restore_failed: bool = False  # unmerging failed, so the weight may differ from W
     rounding_reported: bool = False  # the cost of rounding W' was reported
     sharded: int = 0  # over how many dimensions of ranks the weight lay when it was last seen
     training_checked: bool = False  # training was seen to reach the layer, or a warning has named it
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
-    placed: tuple[LayerSpec, Place] | None = None  # the last result of `place`, with its spec
+    known_info: tuple[LayerSpec, LayerInfo] | None = None  # the last result of `layer_info`, with its spec
     # Memory of plain copies, kept from merge to merge: on the CPU fresh pages take longer than the copy.
     copies: Buffers = field(default_factory=Buffers)
-    # Held while W + delta stands in for the weight and while the weight is written. A copy of the layer has its own.
+    # Held while W' stands in for the weight and while the weight is written. A copy of the layer has its own.
     lock: Any = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("copies", "lock", "placed")}
+        return {name: value for name, value in vars(self).items() if name not in ("copies", "lock", "known_info")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, copies=Buffers(), lock=threading.RLock(), placed=None)
+        vars(self).update(state, copies=Buffers(), lock=threading.RLock(), known_info=None)
 
 
 class StoredTensors:
@@ -153,7 +153,7 @@ class StoredTensors:
 
     def weight_shape(self) -> torch.Size:
         """Return the weight's shape."""
-        return whole_shape(self.adapted_weight())
+        return unsharded_shape(self.adapted_weight())
 
     def kind(self) -> str:
         """Return the layer's kind, one of low_rank.KINDS, or "" for a table with trained rows.
@@ -162,22 +162,22 @@ class StoredTensors:
         """
         return self.KIND
 
-    def place(self, spec: LayerSpec | None = None) -> Place:
-        """Return the layer's Place, which its variant is given.
+    def layer_info(self, spec: LayerSpec | None = None) -> LayerInfo:
+        """Return what the variant is told of the layer.
 
         Args:
             spec: other options to use instead of the layer's own.
         """
-        # A compiled forward must not depend on which place was asked for last: it would be compiled again.
+        # A compiled forward must not depend on which one was asked for last: it would be compiled again.
         compiling = torch.compiler.is_compiling()
-        spec, known = spec or self.lora.spec, None if compiling else self.lora.placed
+        spec, known = spec or self.lora.spec, None if compiling else self.lora.known_info
         if known is not None and known[0] is spec and known[1].name == self.lora.name:
             return known[1]
         options = spec.r, spec.scaling, spec.enabled, spec.init, spec.seed, spec.rows, spec.options
-        place = Place(self.lora.name, self.KIND, self.weight_shape(), *options)
+        info = LayerInfo(self.lora.name, self.KIND, self.weight_shape(), *options)
         if spec is self.lora.spec and not compiling:
-            self.lora.placed = spec, place
-        return place
+            self.lora.known_info = spec, info
+        return info
 
     def initial_values(self) -> dict[str, torch.Tensor]:
         """Return the initial values of the stored tensors, the same each time.
@@ -185,13 +185,13 @@ class StoredTensors:
         Collective where W is sharded and the variant reads it.
         """
         with without_autocast("cpu"), without_autocast(self.adapted_weight().device.type):
-            return self.lora.spec.variant.start(self.place(), self.weight_values)
+            return self.lora.spec.variant.start(self.layer_info(), self.weight_values)
 
     def create_(self, dtype: torch.dtype, *, values_follow: bool = False) -> None:
         """Register the stored tensors with their initial values, or zeros where other values follow. In place."""
         variant, device = self.lora.spec.variant, self.adapted_weight().device
         if variant.follows_weight and values_follow:
-            values = {leaf: torch.zeros(shape) for leaf, shape in variant.shapes(self.place()).items()}
+            values = {leaf: torch.zeros(shape) for leaf, shape in variant.shapes(self.layer_info()).items()}
         else:
             values = self.initial_values()
         for leaf in (*variant.trained, *variant.frozen):
@@ -217,7 +217,7 @@ class StoredTensors:
         """
         read = full_tensor if everywhere else local
         stored = {leaf: read(tensor) for leaf, tensor in self.stored().items()}
-        return self.lora.spec.variant.is_initial(stored, self.place())
+        return self.lora.spec.variant.is_initial(stored, self.layer_info())
 
     def starts_again(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
         """Return whether the tensors must be drawn again from the weight of a state dict.
@@ -236,7 +236,7 @@ class StoredTensors:
 
     def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
         """Return each stored tensor with its shape under other options."""
-        stored, shapes = self.stored(), self.lora.spec.variant.shapes(self.place(spec))
+        stored, shapes = self.stored(), self.lora.spec.variant.shapes(self.layer_info(spec))
         return [(stored[leaf], shape) for leaf, shape in shapes.items()]
 
     def take_spec_(self, spec: LayerSpec) -> None:
@@ -280,12 +280,12 @@ class AdaptedWeights(StoredTensors):
         if not torch.is_grad_enabled() and self.lora_holder.training and in_first_pass():
             self.lora.in_segment = True
 
-    def acting(self) -> Acting:
+    def effective_factors(self) -> EffectiveFactors:
         """Return the factors and scale that the stored tensors act as now, differentiable."""
         spec = self.lora.spec
         weight = low_rank.matrix_view(self.KIND, self.adapted_weight()) if spec.variant.reads_weight else None
-        acting = spec.variant.acting(self.stored(), weight, spec.scaling)
-        return acting if type(acting) is Acting else Acting(*acting)
+        factors = spec.variant.effective_factors(self.stored(), weight, spec.scaling)
+        return factors if type(factors) is EffectiveFactors else EffectiveFactors(*factors)
 
     def stand_in(self, weight: torch.Tensor) -> Any:
         """Return what a forward reads in place of the weight W: here W'."""
@@ -297,7 +297,7 @@ class AdaptedWeights(StoredTensors):
         Dropout drops whole input features, the same ones for the whole batch, because the input is not known here.
         """
         self.note_segment()
-        a, b, scale = self.acting()
+        a, b, scale = self.effective_factors()
         if self.drops():
             a = a * F.dropout(a.new_ones(1, a.shape[1], *[1] * (a.dim() - 2)), self.lora.spec.dropout)
         if self.weight_leaf not in self.lora_holder._parameters:
@@ -312,8 +312,8 @@ class AdaptedWeights(StoredTensors):
 
     def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return s * B @ A in the weight's shape and the factors' dtype, differentiable."""
-        place = self.place()
-        return dense_delta(place.low_rank_blocks(a, b * self.lora.spec.scaling), place.shape)  # B is smaller than B @ A
+        info = self.layer_info()
+        return dense_delta(info.low_rank_blocks(a, b * self.lora.spec.scaling), info.shape)  # B is smaller than B @ A
 
     def drops(self) -> bool:
         """Return whether dropout acts now.
@@ -329,7 +329,7 @@ class AdaptedWeights(StoredTensors):
     # --- merging ---
 
     def own_weight(self) -> nn.Parameter:
-        """Return the weight for merging, where W + delta does not stand in for it.
+        """Return the weight for merging, where W' does not stand in for it.
 
         Waits for the forward of another thread in which it does.
 
@@ -339,7 +339,7 @@ class AdaptedWeights(StoredTensors):
         with self.lora.lock:
             if self.lora.stands_in:
                 raise LoRAError(
-                    f"merge: {self.lora.name!r}: called inside a forward of this layer, while W + delta stands in for "
+                    f"merge: {self.lora.name!r}: called inside a forward of this layer, while W' stands in for "
                     "its weight; call it outside of the forward."
                 )
             return self.adapted_weight()
@@ -366,7 +366,7 @@ class AdaptedWeights(StoredTensors):
         def read() -> Parts:
             return parts_of(full_tensor(weight))
 
-        blocks = self.lora.spec.variant.live_blocks(whole, self.place(), weight, read)
+        blocks = self.lora.spec.variant.live_blocks(whole, self.layer_info(), weight, read)
         return self.crop_to_shard(blocks, weight)
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
@@ -375,8 +375,8 @@ class AdaptedWeights(StoredTensors):
         Collective where `blocks` is.
         """
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
-        a, b, _ = self.lora.spec.variant.acting_exactly(whole, None, self.lora.spec.scaling)
-        return self.place().low_rank_blocks(a, b)
+        a, b, _ = self.lora.spec.variant.effective_factors_exactly(whole, None, self.lora.spec.scaling)
+        return self.layer_info().low_rank_blocks(a, b)
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
         """Return the parts of a weight's blocks that overlap with this rank's shard of the weight.
@@ -386,7 +386,7 @@ class AdaptedWeights(StoredTensors):
         """
         if not is_spread(weight):
             return blocks
-        parts = windows(weight, low_rank.columns_of(self.KIND, whole_shape(weight)))
+        parts = windows(weight, low_rank.columns_of(self.KIND, unsharded_shape(weight)))
         return [block for part in parts for block in crop_to_window(blocks, part)]
 
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
@@ -485,7 +485,7 @@ class AdaptedWeights(StoredTensors):
         Raises:
             LoRAError: unmerging failed earlier, so W is lost.
         """
-        with self.lora.lock:  # waits while another thread merges or has W + delta in place of W
+        with self.lora.lock:  # waits while another thread merges or has W' in place of W
             inside, name = flat_parameters(self.lora_holder), self.weight_leaf
             weight = detached(inside[name] if name in inside else getattr(self.lora_holder, name))
             if self.lora.restore_failed:

@@ -16,7 +16,7 @@ from .parameter import LoRAParameterHolder
 class LoRAMultiheadAttention(LoRALayer):
     """nn.MultiheadAttention's in_proj: W (3E, E), A (r, E), B (3E, r). Its out_proj is adapted as a separate layer.
 
-    The parts of enable_lora are q, k and v. The layer always runs on W + delta. With kdim or vdim there are three
+    The parts of enable_lora are q, k and v. The layer always runs on W'. With kdim or vdim there are three
     weights, which are adapted as single parameters (nn/parameter.py).
     """
 
@@ -48,6 +48,6 @@ class LoRAAttentionHolder(LoRAParameterHolder):
 
 
 def dense_output(attention: nn.Module) -> AbstractContextManager[object]:
-    """Return a context manager in which W + delta stands in for the weight of out_proj, which attention only reads."""
+    """Return a context manager in which W' stands in for the weight of out_proj, which attention only reads."""
     out_proj = cast(nn.MultiheadAttention, attention).out_proj
     return out_proj.dense_weight() if isinstance(out_proj, LoRALayer) and out_proj.lora_active else nullcontext()

@@ -10,13 +10,13 @@ from torch import nn
 
 from . import low_rank
 from .lora_layer import LoRALayer
-from .variant import Acting
+from .variant import EffectiveFactors
 
 
 class LoRAConv(LoRALayer):
     """nn.Conv1d/2d/3d: weight (Cout, Cin/groups, k...), A (r, Cin/groups, k...), B (Cout, r, 1...).
 
-    If convolving with A costs as much as with W (r * groups >= Cout, as in depthwise layers), it runs on W + delta.
+    If convolving with A costs as much as with W (r * groups >= Cout, as in depthwise layers), it runs on W'.
     """
 
     KIND = low_rank.CONV
@@ -30,12 +30,12 @@ class LoRAConv(LoRALayer):
         """Dropout of single elements of the input needs the factors, whatever they cost."""
         layer, spec = cast(nn.Conv2d, self), self.lora.spec
         with torch.no_grad():
-            _, b, _ = spec.variant.acting(self.stored(), None, spec.scaling)
+            _, b, _ = spec.variant.effective_factors(self.stored(), None, spec.scaling)
         costs_less = b.shape[1] * layer.groups < layer.out_channels
         return super().runs_on_factors(x) and (costs_less or self.drops())
 
-    def acting(self) -> Acting:
-        return self.place().shaped(super().acting())
+    def effective_factors(self) -> EffectiveFactors:
+        return self.layer_info().shaped(super().effective_factors())
 
     def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         layer, a = cast(nn.Conv2d, self), a.to(x.dtype)

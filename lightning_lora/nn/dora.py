@@ -22,8 +22,8 @@ from .lora import PEFT_LEAVES, LoRA
 from .low_rank import LowRankBlock
 from .output_norms import norms_of_weight, output_norms, squares_of_windows
 from .variant import (
-    Acting,
-    Place,
+    EffectiveFactors,
+    LayerInfo,
     Reader,
     Stored,
     Weight,
@@ -45,47 +45,47 @@ class DoRA(LoRA):
         "lora_magnitude_vector": MAGNITUDE,
         "lora_magnitude_vector.weight": MAGNITUDE,  # of a live model
     }
-    placed_as: ClassVar[Mapping[str, str]] = {}
+    split_like: ClassVar[Mapping[str, str]] = {}
     kinds = (low_rank.LINEAR, low_rank.CONV1D, low_rank.CONV, low_rank.EMBEDDING)
     reads_weight = follows_weight = True
 
-    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        shapes = super().shapes(place)
+    def shapes(self, info: LayerInfo) -> dict[str, tuple[int, ...]]:
+        shapes = super().shapes(info)
         return {**shapes, MAGNITUDE: shapes[B][:1]}
 
-    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
-        plain, values = super().start(place, weight), weight()
+    def start(self, info: LayerInfo, weight: Weight) -> dict[str, torch.Tensor]:
+        plain, values = super().start(info, weight), weight()
         a, b = (plain[leaf].to(values.device).flatten(1) for leaf in (A, B))
-        norms = norms_of_weight(detached(values), a, b, place.scaling, transposed=place.is_transposed)
+        norms = norms_of_weight(detached(values), a, b, info.scaling, transposed=info.is_transposed)
         return {**plain, MAGNITUDE: norms}
 
-    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+    def effective_factors(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> EffectiveFactors:
         a, b = stored[A], stored[B]
         if weight is None:
-            return Acting(a, b)
+            return EffectiveFactors(a, b)
         norms = output_norms(weight.detach(), a.detach().flatten(1), b.detach().flatten(1), scaling)
-        return Acting(a, b, _scale(stored, norms))
+        return EffectiveFactors(a, b, _scale(stored, norms))
 
-    def blocks(self, stored: Stored, place: Place, read: Reader) -> list[LowRankBlock]:
+    def blocks(self, stored: Stored, info: LayerInfo, read: Reader) -> list[LowRankBlock]:
         a, b = (stored[leaf].detach().flatten(1) for leaf in (A, B))
         parts = (Window(part, slice(first, first + len(part)), low_rank.EVERYTHING) for first, part in read())
-        squares = squares_of_windows(parts, a, b, place.scaling, transposed=place.is_transposed)
-        return _blocks(stored, place, squares.sqrt())
+        squares = squares_of_windows(parts, a, b, info.scaling, transposed=info.is_transposed)
+        return _blocks(stored, info, squares.sqrt())
 
-    def live_blocks(self, stored: Stored, place: Place, weight: torch.Tensor, read: Reader) -> list[LowRankBlock]:
+    def live_blocks(self, stored: Stored, info: LayerInfo, weight: torch.Tensor, read: Reader) -> list[LowRankBlock]:
         a, b = (stored[leaf].flatten(1) for leaf in (A, B))
-        norms = norms_of_weight(detached(weight), a, b, place.scaling, transposed=place.is_transposed)
-        return _blocks(stored, place, norms)
+        norms = norms_of_weight(detached(weight), a, b, info.scaling, transposed=info.is_transposed)
+        return _blocks(stored, info, norms)
 
     def options(self) -> dict[str, Any]:
         return {"use_dora": True}
 
-    def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
+    def to_peft(self, stored: Stored, info: LayerInfo) -> dict[str, torch.Tensor]:
         """Return the tensors with PEFT's shapes: a convolution's magnitudes are (1, out, 1...)."""
         kernel, magnitude = stored[A].dim() - 2, stored[MAGNITUDE]
         return {**stored, MAGNITUDE: magnitude.view(1, -1, *[1] * kernel) if kernel else magnitude}
 
-    def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
+    def from_peft(self, found: Stored, info: LayerInfo) -> dict[str, torch.Tensor]:
         magnitude = found.get(MAGNITUDE)
         if magnitude is None or magnitude.dim() < 3 or magnitude.numel() != magnitude.shape[1]:
             return dict(found)  # unchanged; a wrong shape is reported later
@@ -102,6 +102,6 @@ def _scale(stored: Stored, norms: torch.Tensor) -> torch.Tensor:
     return magnitude / norms.to(magnitude)
 
 
-def _blocks(stored: Stored, place: Place, norms: torch.Tensor) -> list[LowRankBlock]:
-    blocks = place.low_rank_blocks(stored[A], stored[B])
-    return scaled_blocks(blocks, _scale(stored, norms), transposed=place.is_transposed)
+def _blocks(stored: Stored, info: LayerInfo, norms: torch.Tensor) -> list[LowRankBlock]:
+    blocks = info.low_rank_blocks(stored[A], stored[B])
+    return scaled_blocks(blocks, _scale(stored, norms), transposed=info.is_transposed)

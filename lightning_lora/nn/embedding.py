@@ -16,7 +16,7 @@ from .lora_layer import LoRALayer
 class LoRAEmbedding(LoRALayer):
     """nn.Embedding: y = W[x] + s * B A[:, x], with W (num, dim), A (r, num), B (dim, r).
 
-    There is no dropout, as in PEFT and loralib. torch scales gradients by frequency if the layer runs on W + delta.
+    There is no dropout, as in PEFT and loralib. torch scales gradients by frequency if the layer runs on W'.
     """
 
     KIND = low_rank.EMBEDDING

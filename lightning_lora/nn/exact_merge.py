@@ -272,9 +272,9 @@ def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock]) -> Iterator[LowRan
         if block.left.shape[0] <= rows:
             yield block
             continue
-        for start in range(0, block.left.shape[0], rows):
-            part = block.part(slice(start, start + rows), EVERYTHING)
-            yield part._replace(row=block.row + step * start)
+        for first in range(0, block.left.shape[0], rows):
+            part = block.part(slice(first, first + rows), EVERYTHING)
+            yield part._replace(row=block.row + step * first)
 
 
 def _window(weight: torch.Tensor, part: LowRankBlock) -> torch.Tensor:
@@ -297,7 +297,7 @@ def _merge_chunk_(
     """Write W' into a chunk, and note what differs after subtraction. In place."""
     window, factors = _window(weight, part), _factors(part, undo.scaling)
     new = _write_sum_(buffers.take("new", window, window.dtype), window, part, factors, buffers, cost)
-    kept = _differing(window, _taken_out(new, part, factors, buffers))
+    kept = window.clone() if part.values is not None else _differing(window, _taken_out(new, part, factors, buffers))
     undo.chunks.append(Chunk(part, kept, new))
     window.copy_(new)
     undo.chunks[-1] = Chunk(part, kept)
@@ -314,10 +314,10 @@ def _write_sum_(
     """Write W', rounded once, into `out`, which may be the window of W, and return `out`."""
     left, right = factors
     exact = buffers.take("exact", window, left.dtype).copy_(window)
-    if part.replaces:
-        exact.nan_to_num_(0.0, 0.0, 0.0)
-    before = None if cost is None else exact.clone()
-    if window.dtype == left.dtype:  # no wider dtype to sum in: one rounding needs D first
+    before = None if cost is None else exact.nan_to_num(0.0, 0.0, 0.0)  # rows that are replaced may hold anything
+    if part.values is not None:
+        exact.copy_(part.values)
+    elif window.dtype == left.dtype:  # no wider dtype to sum in: one rounding needs D first
         exact.add_(torch.mm(left, right).view(exact.shape))
     else:
         _as_matrix(exact, part).addmm_(left, right)
@@ -356,7 +356,7 @@ def _as_matrix(values: torch.Tensor, part: LowRankBlock) -> torch.Tensor:
 def _differing(window: torch.Tensor, back: torch.Tensor) -> Kept:
     """Return the positions at which `back` differs in bits, and W there; a copy of W if there are many."""
     bits = BITS[window.element_size()]
-    places = (window.view(bits) ^ back.view(bits)).flatten().nonzero().squeeze(1)
-    if places.numel() > KEEP_AT_MOST * window.numel():
+    positions = (window.view(bits) ^ back.view(bits)).flatten().nonzero().squeeze(1)
+    if positions.numel() > KEEP_AT_MOST * window.numel():
         return window.clone()
-    return places.to(torch.int32), window.flatten().index_select(0, places)
+    return positions.to(torch.int32), window.flatten().index_select(0, positions)

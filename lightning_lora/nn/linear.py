@@ -90,7 +90,7 @@ class LoRAQuantisedLinear(LoRALinear):
     """
 
     READS_VALUES = False
-    KNOWN_FORWARD = ()  # any forward counts as that of a linear layer, because W + delta would be a dequantised copy
+    KNOWN_FORWARD = ()  # any forward counts as that of a linear layer, because W' would be a dequantised copy
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -108,7 +108,7 @@ class LoRAQuantisedLinear(LoRALinear):
         return super().why_not_merge() or f"its weight is quantised ({self.quantised()})"
 
     def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W + delta in dequantised form, for code that reads the weight instead of calling the layer."""
+        """Return W' in dequantised form, for code that reads the weight instead of calling the layer."""
         return super().merged_values(dequantize(self))
 
     def base_values(self) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 
 from .low_rank import CONV, GROUPED_CONV, LINEAR
 from .random_stream import stream
-from .variant import Acting, Config, Place, Stored, Variant, Weight
+from .variant import Config, EffectiveFactors, LayerInfo, Stored, Variant, Weight
 
 FIRST_A, FIRST_B = "lora_hada_w1_a", "lora_hada_w1_b"  # (out, r) and (r, in)
 SECOND_A, SECOND_B = "lora_hada_w2_a", "lora_hada_w2_b"  # (out, r) and (r, in)
@@ -43,29 +43,29 @@ class LoHa(Variant):
     peft_fields, peft_names = FIELDS, IN_PEFT
     peft_leaves: ClassVar[Mapping[str, str]] = {leaf.removeprefix("lora_"): leaf for leaf in LEAVES}
 
-    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        outputs, inputs = place.matrix_shape()
-        pair = (outputs, place.rank), (place.rank, inputs)
+    def shapes(self, info: LayerInfo) -> dict[str, tuple[int, ...]]:
+        outputs, inputs = info.matrix_shape()
+        pair = (outputs, info.rank), (info.rank, inputs)
         return dict(zip(LEAVES, pair + pair, strict=True))
 
-    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
-        draw = stream(place.seed)
-        shapes = self.shapes(place)
+    def start(self, info: LayerInfo, weight: Weight) -> dict[str, torch.Tensor]:
+        draw = stream(info.seed)
+        shapes = self.shapes(info)
         start = {leaf: torch.zeros(shapes[leaf], dtype=torch.float32, device="cpu") for leaf in LEAVES}
         for leaf, value in start.items():
-            if leaf != SECOND_B or place.init is False:
+            if leaf != SECOND_B or info.init is False:
                 nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=draw)
         return start
 
-    def is_initial(self, stored: Stored, place: Place) -> bool:
-        if place.init is False:
+    def is_initial(self, stored: Stored, info: LayerInfo) -> bool:
+        if info.init is False:
             return False
         return not stored[SECOND_B].is_meta and not bool(stored[SECOND_B].any())
 
-    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+    def effective_factors(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> EffectiveFactors:
         first_a, first_b, second_a, second_b = (stored[leaf] for leaf in LEAVES)
         a = (first_b[:, None, :] * second_b[None, :, :]).flatten(0, 1)
-        return Acting(a, (first_a[:, :, None] * second_a[:, None, :]).flatten(1))
+        return EffectiveFactors(a, (first_a[:, :, None] * second_a[:, None, :]).flatten(1))
 
     # --- what it goes with ---
 

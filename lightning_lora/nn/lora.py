@@ -13,7 +13,7 @@ from torch import nn
 from ..names import A, B
 from .low_rank import EMBEDDING, GROUPED_CONV
 from .random_stream import stream
-from .variant import Acting, Place, Stored, Variant, Weight
+from .variant import EffectiveFactors, LayerInfo, Stored, Variant, Weight
 
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"  # PEFT's names
 PEFT_LEAVES = {"lora_A.weight": A, "lora_B.weight": B, EMBEDDING_A: A, EMBEDDING_B: B}
@@ -29,23 +29,23 @@ class LoRA(Variant):
     trained: ClassVar[tuple[str, ...]] = (A, B)
     peft_type = "LORA"
     peft_leaves: ClassVar[Mapping[str, str]] = PEFT_LEAVES
-    placed_as: ClassVar[Mapping[str, str]] = {A: A, B: B}
+    split_like: ClassVar[Mapping[str, str]] = {A: A, B: B}
 
-    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        return dict(zip((A, B), place.factor_shapes(), strict=True))
+    def shapes(self, info: LayerInfo) -> dict[str, tuple[int, ...]]:
+        return dict(zip((A, B), info.factor_shapes(), strict=True))
 
-    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
-        a, b = initial_factors(*place.factor_shapes(), place.init, place.seed, lookup=place.is_lookup)
+    def start(self, info: LayerInfo, weight: Weight) -> dict[str, torch.Tensor]:
+        a, b = initial_factors(*info.factor_shapes(), info.init, info.seed, lookup=info.is_lookup)
         return {A: a, B: b}
 
-    def is_initial(self, stored: Stored, place: Place) -> bool:
-        if place.init in WITHOUT_ZERO:
+    def is_initial(self, stored: Stored, info: LayerInfo) -> bool:
+        if info.init in WITHOUT_ZERO:
             return False
-        factor = stored[A if place.is_lookup else B].detach()
+        factor = stored[A if info.is_lookup else B].detach()
         return factor.numel() > 0 and not factor.is_meta and not bool(factor.any())
 
-    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
-        return Acting(stored[A], stored[B])
+    def effective_factors(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> EffectiveFactors:
+        return EffectiveFactors(stored[A], stored[B])
 
     def rank(self, stored: Stored) -> int:
         return stored[B].shape[1]

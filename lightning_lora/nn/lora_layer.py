@@ -19,14 +19,17 @@ from .transforms import runs_by_formula
 
 DROPOUT_STEPS = 2**16
 
-KINDS: list[type[LoRALayer]] = []  # one class for each kind of layer; a class adds itself when its file is imported
+LAYER_CLASSES: list[
+    type[LoRALayer]
+] = []  # one class for each kind of layer; a class adds itself when its file is imported
 
 
 class LoRALayer(AdaptedWeights, AdaptedModule):
     """An adapted layer (arXiv:2106.09685).
 
     A kind of layer is a subclass. It defines KIND, MODULES or `adapts` to say which modules it adapts, and
-    low_rank_product. It may define runs_on_factors, sum_forward, KNOWN_FORWARD, kind, acting and over_outputs too.
+    low_rank_product. It may define runs_on_factors, sum_forward, KNOWN_FORWARD, kind, effective_factors and
+    over_outputs too.
     """
 
     MODULES: ClassVar[tuple[type[nn.Module], ...]] = ()  # the classes of layers of this kind
@@ -37,7 +40,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if not vars(cls).keys().isdisjoint(("MODULES", "adapts")):
-            KINDS.append(cls)
+            LAYER_CLASSES.append(cls)
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -87,7 +90,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
     def factored_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y = c * (W x + s * B(A(dropout(x)))) + bias without building B @ A. Most variants have no scale c."""
-        a, b, scale = self.acting()
+        a, b, scale = self.effective_factors()
         y = self.sum_forward(x, a, b)
         return y if scale is None else self.scaled(y, scale)
 
@@ -147,13 +150,13 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
                     f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
                     "layer as a whole, or leave it out of the parallelize plan."
                 )
-            if name not in variant.placed_as:
+            if name not in variant.split_like:
                 raise LoRAError(
                     f"{type(self).__name__}: {variant.option} does not follow a tensor parallel split; leave the layer "
                     "out of target_modules, or out of the parallelize plan."
                 )
             dims = low_rank.shard_dims(self.KIND)
-            param = place_like_weight(variant.placed_as[name], cast(nn.Parameter, param), self.adapted_weight(), dims)
+            param = place_like_weight(variant.split_like[name], cast(nn.Parameter, param), self.adapted_weight(), dims)
         super().register_parameter(name, param)
 
 

@@ -15,7 +15,6 @@ experts each matrix has its own factors, stacked one below the other; a transpos
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -42,7 +41,6 @@ IN_PROJ, SEPARATE = "in_proj_weight", ("q_proj_weight", "k_proj_weight", "v_proj
 ATTENTION_WEIGHTS = (IN_PROJ, *SEPARATE)
 
 EVERYTHING = slice(0, sys.maxsize)
-MOST_ROWS = 32  # rows of a block in row_blocks; its `left` is a square matrix of that size
 
 Shape = Sequence[int]
 Enabled = tuple[bool, ...] | None
@@ -53,7 +51,7 @@ class LowRankBlock(NamedTuple):
 
     left (m, k) @ right (k, n) is added to W[row : row + m, col : col + n], and the sum is multiplied by scale. W is
     viewed as a matrix (rows, everything else); the experts of a stack lie one below the other. Blocks of one weight do
-    not overlap. With `replaces`, a value of W that is not finite counts as 0.
+    not overlap. Where there are `values` (m, n), they take W's place there, and k is 0: nothing is added to them.
 
     In a flat slice of W, which has one dimension, the block begins at element `row`, and its rows are `stride` apart.
     """
@@ -63,7 +61,7 @@ class LowRankBlock(NamedTuple):
     left: torch.Tensor
     right: torch.Tensor
     scale: torch.Tensor | None = None  # (m, 1) or (1, n)
-    replaces: bool = False  # the sum is the wanted value, whatever W held
+    values: torch.Tensor | None = None
     stride: int = 0  # 0: W is a matrix
 
     def part(self, rows: slice, columns: slice) -> LowRankBlock:
@@ -72,9 +70,10 @@ class LowRankBlock(NamedTuple):
         if scale is not None:
             scale = scale[rows] if scale.shape[0] > 1 else scale
             scale = scale[:, columns] if scale.shape[1] > 1 else scale
-        return self._replace(left=self.left[rows], right=self.right[:, columns], scale=scale)
+        values = None if self.values is None else self.values[rows, columns]
+        return self._replace(left=self.left[rows], right=self.right[:, columns], scale=scale, values=values)
 
-    def placed(self, begin: int, stride: int) -> LowRankBlock:
+    def in_slice(self, begin: int, stride: int) -> LowRankBlock:
         """Return a block of a matrix as one of a flat slice, in which the matrix begins at element `begin`."""
         return self._replace(row=begin + self.row * stride + self.col, col=0, stride=stride)
 
@@ -144,11 +143,11 @@ def low_rank_blocks(
         return [LowRankBlock(i * shape[1], 0, left, right) for i, (left, right) in enumerate(pairs)]
     a, b = a.flatten(1), b.flatten(1)
     height = b.shape[0] // sum(enabled or (True,))
-    starts = [i * height for i, on in enumerate(enabled or (True,)) if on]
-    parts = zip(starts, torch.split(b, height), torch.split(a, b.shape[1] if enabled else len(a)), strict=True)
+    firsts = [i * height for i, on in enumerate(enabled or (True,)) if on]
+    parts = zip(firsts, torch.split(b, height), torch.split(a, b.shape[1] if enabled else len(a)), strict=True)
     return [
-        LowRankBlock(0, start, right.T, left.T) if kind in TRANSPOSED else LowRankBlock(start, 0, left, right)
-        for start, left, right in parts
+        LowRankBlock(0, first, right.T, left.T) if kind in TRANSPOSED else LowRankBlock(first, 0, left, right)
+        for first, left, right in parts
     ]
 
 
@@ -200,6 +199,8 @@ def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHIN
     cropped = []
     for block in blocks:
         row, col, left, right, *_ = block
+        if row >= rows.stop or row + len(left) <= rows.start:
+            continue  # at once: a table may have thousands of blocks
         top, bottom = max(row, rows.start), min(row + left.shape[0], rows.stop)
         begin, end = max(col, columns.start), min(col + right.shape[1], columns.stop)
         if top < bottom and begin < end:
@@ -210,12 +211,8 @@ def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHIN
 
 def crop_to_window(blocks: Sequence[LowRankBlock], part: Window) -> list[LowRankBlock]:
     """Return the parts of a weight's blocks that overlap with a part of a shard; positions are those in the shard."""
-    return place_in_shard(crop(blocks, part.rows, part.columns), part)
-
-
-def place_in_shard(blocks: list[LowRankBlock], part: Window) -> list[LowRankBlock]:
-    """Return blocks of a part of a shard as blocks of the shard."""
-    return blocks if part.begin is None else [block.placed(part.begin, part.values.shape[1]) for block in blocks]
+    inside = crop(blocks, part.rows, part.columns)
+    return inside if part.begin is None else [block.in_slice(part.begin, part.values.shape[1]) for block in inside]
 
 
 def columns_of(kind: str, shape: Shape) -> int:
@@ -223,31 +220,17 @@ def columns_of(kind: str, shape: Shape) -> int:
     return shape[-1] if kind in STACKS else math.prod(shape[1:])
 
 
-def row_blocks(weight: torch.Tensor, ids: Sequence[int], rows: torch.Tensor, first: int = 0) -> list[LowRankBlock]:
-    """Return blocks that replace rows of a table by adding rows - W[ids] to them.
+def row_blocks(numbers: Sequence[int], rows: torch.Tensor) -> list[LowRankBlock]:
+    """Return blocks with which rows (n, columns) take the place of a table's rows of these ascending numbers.
 
-    The differences are float64. Their sums with W are the new rows bit for bit, unless a new value is smaller than the
-    old one by a factor of 2**28 or more.
-
-    Args:
-        weight: (m, columns): a table, or m consecutive rows of it.
-        ids: ascending numbers of the replaced rows, in the whole table.
-        rows: (len(ids), columns): the new rows.
-        first: number of the first row of `weight` in the whole table.
+    Neighbouring rows are one block.
     """
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # mps has no float64
-    inside = [(place, row - first) for place, row in enumerate(ids) if first <= row < first + len(weight)]
-    blocks = []
-    for _, neighbours in itertools.groupby(inside, key=lambda pair: pair[1] - pair[0]):
-        run = list(neighbours)
-        for place, row in run[::MOST_ROWS]:
-            count = min(MOST_ROWS, run[-1][1] - row + 1)
-            new, old = rows[place : place + count].detach(), weight[row : row + count].detach()
-            old = old.to(dtype)
-            right = new.to(weight.device, dtype) - old.masked_fill(~old.isfinite(), 0.0)
-            left = torch.eye(count, dtype=dtype, device=weight.device)
-            blocks.append(LowRankBlock(row, 0, left, right, replaces=True))
-    return blocks
+    firsts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
+    left, right = rows.new_empty(len(rows), 0), rows.new_empty(0, rows.shape[1])
+    return [
+        LowRankBlock(numbers[first], 0, left[first:last], right, values=rows[first:last])
+        for first, last in zip(firsts, [*firsts[1:], len(rows)], strict=True)
+    ]
 
 
 def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tensor:

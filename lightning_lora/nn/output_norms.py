@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..distributed.flat import Window, whole_shape
+from ..distributed.flat import Window, unsharded_shape
 from ..distributed.sharding import is_spread, sum_over_shards, windows
 from .autocast import without_autocast
 from .transforms import is_tracing
@@ -53,7 +53,7 @@ def norms_of_weight(
     """
     if not is_spread(weight):
         return output_norms(weight.flatten(1).T if transposed else weight.flatten(1), a, b, scaling)
-    parts = windows(weight, whole_shape(weight)[1:].numel())
+    parts = windows(weight, unsharded_shape(weight)[1:].numel())
     return sum_over_shards(squares_of_windows(parts, a, b, scaling, transposed=transposed), weight).sqrt()
 
 

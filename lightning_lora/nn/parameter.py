@@ -1,7 +1,7 @@
 """Adapters of single parameters: stacks of experts, weights of nn.LSTM and nn.GRU, any parameter that a forward reads.
 
 The adapter of a parameter `w` is the parameters `lora_A_w` and `lora_B_w` in the same module. While the module's
-forward runs, W + delta stands in for W. In a stack of experts W and the factors stay apart (FactoredWeight), so that no
+forward runs, W' stands in for W. In a stack of experts W and the factors stay apart (FactoredWeight), so that no
 tensor of the stack's size is built. In a recurrent layer the sum is placed into the list of weights that the layer runs
 on, so that the layer does not flatten its weights again.
 """
@@ -25,7 +25,7 @@ from .low_rank import LowRankBlock, crop, stack_factors
 from .quantised import shape_of
 from .transforms import runs_by_formula
 
-HOLDERS: list[type[LoRAParameterHolder]] = []  # of modules whose forward needs more than W + delta in its place
+HOLDERS: list[type[LoRAParameterHolder]] = []  # of modules whose forward needs more than W' in its place
 FACTORED = ("transformers.", "torch.nn.modules.linear")  # forwards from these modules run with a FactoredWeight
 
 
@@ -75,11 +75,11 @@ class LoRAParameter(AdaptedWeights):
         return left * self.lora.spec.scaling, right
 
     def stand_in(self, weight: torch.Tensor) -> Any:
-        """Return W + delta, or a FactoredWeight if the module's forward is known to work with one."""
+        """Return W', or a FactoredWeight if the module's forward is known to work with one."""
         known = self.module.lora_base.forward.__module__.startswith(FACTORED)
         if not known or torch.compiler.is_compiling() or runs_by_formula(weight):
             return super().stand_in(weight)
-        a, b, scale = self.acting()
+        a, b, scale = self.effective_factors()
         if scale is not None:
             return super().stand_in(weight)
         self.note_segment()
@@ -128,7 +128,7 @@ class LoRARecurrent(LoRAParameterHolder):
 
     MODULES = (nn.RNNBase,)
 
-    def lora_place(self, values: Mapping[str, Any]) -> None:
+    def lora_put(self, values: Mapping[str, Any]) -> None:
         cast(Any, self)._update_flat_weights()  # the layer's forward calls this first, and would undo the change below
         weights, names = cast("list[Any]", self._flat_weights), cast("list[str]", self._flat_weights_names)
         for name, value in values.items():

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..distributed.flat import own_weight, whole_shape
+from ..distributed.flat import own_weight, unsharded_shape
 from ..distributed.sharding import from_local_like, full_tensor, is_sharded, local, shard_like
 from ..errors import LoRAError
 from ..names import canonical, derives_from
@@ -183,7 +183,7 @@ def dtype_of(weight: Any) -> torch.dtype:
 def shape_of(weight: Any) -> torch.Size:
     """Return the shape of a parameter's dequantised values; of a flat one that of the whole."""
     state = state_of(weight)
-    return torch.Size(whole_shape(weight) if state is None else state.shape)
+    return torch.Size(unsharded_shape(weight) if state is None else state.shape)
 
 
 def unpack_for_gradients_(module: nn.Module, weight: Any) -> None:

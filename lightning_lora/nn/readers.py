@@ -1,8 +1,8 @@
-"""Readers: modules that read the weight of an adapted layer instead of calling the layer. They read W + delta.
+"""Readers: modules that read the weight of an adapted layer instead of calling the layer. They read W'.
 
 Examples are nn.MultiheadAttention with its out_proj, torchvision's Swin attention and transformers' Mamba. At injection
 the source of a module's methods shows which of them read a weight, and of which layer: `self.proj.weight`. While such a
-method runs, a view takes the layer's place. The view computes W + delta when the weight is read, and calls the layer
+method runs, a view takes the layer's place. The view computes W' when the weight is read, and calls the layer
 when it is called. A method that could read the weight but does not costs next to nothing.
 
 A read through a variable or an argument is not found. An adapter that is never called gets no gradient, which is said
@@ -37,7 +37,7 @@ ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_
 # These are not searched. torch's transformer layers read weights on their fast paths only, which are switched off while
 # an adapter is active.
 NOT_SEARCHED = ("torch.nn.modules.module", "torch.nn.modules.transformer", "lightning", "pytorch_lightning")
-# What is the same for W + delta; and `data`, which code writes to and autograd does not follow.
+# What is the same for W'; and `data`, which code writes to and autograd does not follow.
 FACTS = ("data", "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_meta")
 READ = re.compile(
     rf"(?<!isinstance\()\bself((?:\.\w+)+)\.(?:{'|'.join(sorted(WEIGHTS))})\b(?!\.(?:{'|'.join(FACTS)})\b)(?!\s*=[^=])"
@@ -52,7 +52,7 @@ SWITCHES: dict[type[nn.Module], str] = {
 
 
 class LayerView:
-    """Takes an adapted layer's place in a reading method. Its weight is W + delta; all else is the layer's."""
+    """Takes an adapted layer's place in a reading method. Its weight is W'; all else is the layer's."""
 
     def __init__(self, layer: nn.Module) -> None:
         object.__setattr__(self, "layer", layer)

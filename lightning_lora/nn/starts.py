@@ -22,7 +22,7 @@ from . import low_rank
 from .autocast import without_autocast
 from .lora import LoRA
 from .random_stream import leading_basis, stream
-from .variant import START_OPTION, Acting, Config, Place, Stored, Weight
+from .variant import START_OPTION, Config, EffectiveFactors, LayerInfo, Stored, Weight
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -39,34 +39,34 @@ class Started(LoRA):
 
     name, asked_by = "", START_OPTION
     frozen = (START_A, START_B)
-    placed_as: ClassVar[Mapping[str, str]] = {A: A, B: B, START_A: A, START_B: B}
+    split_like: ClassVar[Mapping[str, str]] = {A: A, B: B, START_A: A, START_B: B}
     follows_weight = True
     peft_type = "LORA"
 
-    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        return dict(zip((A, B, START_A, START_B), 2 * place.factor_shapes(), strict=True))
+    def shapes(self, info: LayerInfo) -> dict[str, tuple[int, ...]]:
+        return dict(zip((A, B, START_A, START_B), 2 * info.factor_shapes(), strict=True))
 
-    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
-        plain = self._from_weight(place, weight()) if is_start(place.init) else super().start(place, weight)
+    def start(self, info: LayerInfo, weight: Weight) -> dict[str, torch.Tensor]:
+        plain = self._from_weight(info, weight()) if is_start(info.init) else super().start(info, weight)
         return {**plain, START_A: plain[A], START_B: plain[B]}
 
-    def _from_weight(self, place: Place, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _from_weight(self, info: LayerInfo, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         try:
             pairs = [
-                start_factors(part, place.rank, place.scaling, str(place.init), place.seed)
-                for part in low_rank.adapted_parts(place.kind, full_tensor(weight), place.enabled)
+                start_factors(part, info.rank, info.scaling, str(info.init), info.seed)
+                for part in low_rank.adapted_parts(info.kind, full_tensor(weight), info.enabled)
             ]
         except LoRAError as error:
-            raise LoRAError(f"{place.name!r}: {error}.") from None
+            raise LoRAError(f"{info.name!r}: {error}.") from None
         joined = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
-        shapes = place.factor_shapes()
+        shapes = info.factor_shapes()
         return {leaf: each.reshape(shape) for leaf, each, shape in zip((A, B), joined, shapes, strict=True)}
 
-    def is_initial(self, stored: Stored, place: Place) -> bool:
+    def is_initial(self, stored: Stored, info: LayerInfo) -> bool:
         pairs = ((stored[A], stored[START_A]), (stored[B], stored[START_B]))
         return all(not now.is_meta and torch.equal(now, start) for now, start in pairs)
 
-    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+    def effective_factors(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> EffectiveFactors:
         """Return [A; A - A0] and [B - B0, B0], whose product is B @ A - B0 @ A0.
 
         Before training the product is exactly zero. Later no large terms cancel, in any dtype.
@@ -74,12 +74,12 @@ class Started(LoRA):
         a, b, start_a, start_b = stored[A], stored[B], stored[START_A].detach(), stored[START_B].detach()
         if a.dtype in low_rank.HALF:  # 16 bits would round the differences
             a, b = a.float(), b.float()
-        return Acting(*low_rank.stack_ranks(a, b - start_b, a - start_a, start_b.to(b.dtype)))
+        return EffectiveFactors(*low_rank.stack_ranks(a, b - start_b, a - start_a, start_b.to(b.dtype)))
 
     def options(self) -> dict[str, Any]:
         return {"init_lora_weights": PISSA}  # A0 and B0 are stored, so any start serves
 
-    def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
+    def to_peft(self, stored: Stored, info: LayerInfo) -> dict[str, torch.Tensor]:
         """Return plain LoRA of twice the rank that adds the same to the unchanged base: [B, -B0] @ [A; A0].
 
         PEFT converts such adapters in the same way. Each part of a fused projection and each expert of a stack is
@@ -88,12 +88,12 @@ class Started(LoRA):
         a, b = low_rank.stack_ranks(stored[A], stored[B], stored[START_A], -stored[START_B])
         return {A: a, B: b}
 
-    def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
+    def from_peft(self, found: Stored, info: LayerInfo) -> dict[str, torch.Tensor]:
         a, b = found[A], found[B]
         if b.shape[1] % 2 or a.shape[0] % b.shape[1]:
             raise LoRAError(
-                f"adapter: {place.name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} should have twice the rank of "
-                f"init_lora_weights={place.init!r}; something changed them after they were saved."
+                f"adapter: {info.name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} should have twice the rank of "
+                f"init_lora_weights={info.init!r}; something changed them after they were saved."
             )
         (a, b), (start_a, negative_b) = low_rank.halve_ranks(a, b)
         return {A: a, B: b, START_A: start_a, START_B: -negative_b}

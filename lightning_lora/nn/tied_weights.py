@@ -72,7 +72,7 @@ def record_ties(modules: NamedModules) -> None:
 def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """Return a module's own parameters.
 
-    Waits while W + delta stands in for a parameter in another thread's forward.
+    Waits while W' stands in for a parameter in another thread's forward.
     """
     if not isinstance(module, AdaptedModule):
         return module._parameters

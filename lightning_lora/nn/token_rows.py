@@ -2,7 +2,7 @@
 
 The adapter of a table is the parameter `lora_rows` (n, dim) beside the weight. It holds the rows themselves and no
 differences, so W's values in these rows do not matter. A forward uses the trained rows in place of W's rows, without a
-copy of the table. Merging adds rows - W[ids] to W.
+copy of the table. Merging writes them into W, and keeps W's.
 
 Tied tables share one adapter and its parameter, as they share the weight. The adapter is merged once for all of them.
 """
@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed.flat import whole_shape
-from ..distributed.sharding import full_tensor, is_sharded, is_spread, rows_of, windows
+from ..distributed.sharding import full_tensor, is_sharded, is_spread, rows_of
 from ..errors import LoRAError
 from .adapted_module import AdaptedModule, StandIns, swapped_class
 from .adapted_weights import AdaptedWeights, Blocks, LayerSpec, LayerState
-from .low_rank import LowRankBlock, place_in_shard, row_blocks
+from .low_rank import LowRankBlock, row_blocks
 from .transforms import runs_by_formula
-from .variant import ROWS_OPTION, Place, Reader, Stored, Variant, Weight
+from .variant import ROWS_OPTION, LayerInfo, Reader, Stored, Variant, Weight
 
 ROWS = "lora_rows"  # leaf name: (n, dim)
 WEIGHT = "weight"
+TOGETHER = 32  # rows of a block of `update_blocks`, in which they are multiplied by a unit matrix
 
 
 class TrainedRows(Variant):
@@ -37,15 +37,14 @@ class TrainedRows(Variant):
     asked_by = ROWS_OPTION
     follows_weight = True
 
-    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        return {ROWS: (len(place.rows), place.shape[1])}
+    def shapes(self, info: LayerInfo) -> dict[str, tuple[int, ...]]:
+        return {ROWS: (len(info.rows), info.shape[1])}
 
-    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
-        return {ROWS: rows_of(weight(), place.rows)}
+    def start(self, info: LayerInfo, weight: Weight) -> dict[str, torch.Tensor]:
+        return {ROWS: rows_of(weight(), info.rows)}
 
-    def blocks(self, stored: Stored, place: Place, read: Reader) -> list[LowRankBlock]:
-        rows = stored[ROWS]
-        return [block for first, part in read() for block in row_blocks(part, place.rows, rows, first)]
+    def blocks(self, stored: Stored, info: LayerInfo, read: Reader) -> list[LowRankBlock]:
+        return row_blocks(info.rows, stored[ROWS])
 
 
 class TokenRows(AdaptedWeights):
@@ -96,17 +95,13 @@ class TokenRows(AdaptedWeights):
         untied = any(table._parameters.get(WEIGHT) is not weight for table in self.tables)
         return super().why_not_merge() or ("tables that were tied at injection are not any more" if untied else "")
 
-    def blocks(self, weight: torch.Tensor, stored: Stored | None = None) -> Blocks:
-        rows, blocks = full_tensor((stored or self.stored())[ROWS]), list[LowRankBlock]()
-        for part in windows(weight, whole_shape(weight)[1]):
-            found = row_blocks(part.values, self.lora.spec.rows, rows[:, part.columns], part.rows.start)
-            blocks += place_in_shard(found, part)
-        return blocks
-
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
+        """Return rows - W[ids] as products with unit matrices. Values of W that are not finite count as 0."""
         before = rows_of(self.original(), self.lora.spec.rows)
-        rows = full_tensor((stored or self.stored())[ROWS])
-        return row_blocks(before, range(len(before)), rows)
+        before = before.to(torch.float32 if before.is_mps else torch.float64).nan_to_num(0.0, 0.0, 0.0)
+        change = full_tensor((stored or self.stored())[ROWS]).to(before) - before
+        parts = torch.split(change, TOGETHER)
+        return [LowRankBlock(i * TOGETHER, 0, torch.eye(len(part)).to(part), part) for i, part in enumerate(parts)]
 
     def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None], *, loaded: bool) -> None:
         """Tie the tables again: all of them get the first table's parameters. In place.
@@ -196,11 +191,11 @@ class LoRAEmbeddingTable(LoRATable):
     def forward_with_rows(self, input: torch.Tensor) -> torch.Tensor:
         base = cast(torch.Tensor, self.base_forward(input))
         ids = self.row_ids(input.device).to(input.dtype)
-        places = torch.searchsorted(ids, input.contiguous()).clamp(max=len(ids) - 1)
-        rows = F.embedding(places, self.lora_rows.to(base.dtype), self._padding_place())
-        return torch.where((ids[places] == input).unsqueeze(-1), rows, base)
+        positions = torch.searchsorted(ids, input.contiguous()).clamp(max=len(ids) - 1)
+        rows = F.embedding(positions, self.lora_rows.to(base.dtype), self._padding_position())
+        return torch.where((ids[positions] == input).unsqueeze(-1), rows, base)
 
-    def _padding_place(self) -> int | None:
+    def _padding_position(self) -> int | None:
         """Return the position of padding_idx among the trained rows, or None. That row gets no gradient."""
         padding, ids = cast(nn.Embedding, self).padding_idx, self.lora_table.lora.spec.rows
         return None if padding is None or padding not in ids else ids.index(padding)

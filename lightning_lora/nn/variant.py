@@ -32,7 +32,7 @@ ROWS_OPTION, START_OPTION = "trainable_token_indices", "init_lora_weights"
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerInfo:
     """What a variant knows about one adapted layer or single parameter, in a live model or in a file.
 
     Attributes:
@@ -77,13 +77,13 @@ class Place:
         """Return (out, in) of the weight; a convolution's kernel size counts to in."""
         return low_rank.matrix_shape(self.kind, self.shape)
 
-    def shaped(self, acting: Acting) -> Acting:
-        """Return `acting` with a convolution's factors in the shapes of low_rank.py; they may be matrices before."""
-        a, b, scale = acting
+    def shaped(self, factors: EffectiveFactors) -> EffectiveFactors:
+        """Return factors, of a convolution in the shapes of low_rank.py; they may be matrices before."""
+        a, b, scale = factors
         if self.kind not in low_rank.CONVOLUTIONS or a.dim() > 2:
-            return acting
+            return factors
         kernel = self.shape[1:]
-        return Acting(a.reshape(-1, *kernel), b.reshape(*b.shape, *[1] * (len(kernel) - 1)), scale)
+        return EffectiveFactors(a.reshape(-1, *kernel), b.reshape(*b.shape, *[1] * (len(kernel) - 1)), scale)
 
     def low_rank_blocks(self, a: torch.Tensor, b: torch.Tensor) -> list[LowRankBlock]:
         """Return the blocks that B @ A adds to the weight, without the scaling.
@@ -95,7 +95,7 @@ class Place:
         return low_rank.low_rank_blocks(self.kind, self.shape, a, b, self.enabled)
 
 
-class Acting(NamedTuple):
+class EffectiveFactors(NamedTuple):
     """The factors and the scale that stored tensors act as: W' = scale * (W + s * b @ a).
 
     `a` and `b` have the shapes that low_rank.py states for the kind of layer; the variant chooses their rank. For a
@@ -111,7 +111,7 @@ class Variant:
     """What one layer's adapter stores and what it adds to the weight.
 
     A variant has no state, and one object serves all layers. A subclass needs a name, the leaf names of its tensors,
-    `shapes`, `start` and `acting`. All else has a default.
+    `shapes`, `start` and `effective_factors`. All else has a default.
 
     Attributes:
         name: the value of LoRAConfig's `variant`; "" for a variant that another option asks for.
@@ -119,12 +119,13 @@ class Variant:
         trained: leaf names of the trained tensors. Each begins with "lora_". The last of the tensors must get a
             gradient from the first step on.
         frozen: leaf names of the tensors that are stored but not trained.
-        reads_weight: whether `acting` returns a scale that it computes from W. Such adapters cannot be combined.
+        reads_weight: whether `effective_factors` returns a scale that it computes from W. Such adapters cannot be
+            combined.
         follows_weight: whether `start` reads W. Tensors that were not trained yet are then drawn again where another W
             is loaded.
         own_options: options that only this variant has (LoRAConfig's variant_options), with their defaults.
-        placed_as: "lora_A" or "lora_B" by leaf name: under a tensor parallel plan, the tensor is split like that factor
-            of plain LoRA. A layer that stores any other tensor refuses such a plan.
+        split_like: "lora_A" or "lora_B" by leaf name: under a tensor parallel plan, the tensor is split like that
+            factor of plain LoRA. A layer that stores any other tensor refuses such a plan.
         kinds: the kinds of layers that can be adapted, see low_rank.KINDS.
         asked_by: the option of LoRAConfig that asks for a variant without a name.
         peft_type: the value in PEFT's adapter_config.json, or "" for a variant that PEFT does not have. Subclasses do
@@ -138,12 +139,12 @@ class Variant:
 
         >>> class Plain(Variant):
         ...     name, trained = "plain", ("lora_plain_a", "lora_plain_b")
-        ...     def shapes(self, place):
-        ...         return dict(zip(self.trained, place.factor_shapes()))
-        ...     def start(self, place, weight):
-        ...         a, b = self.shapes(place).values()
+        ...     def shapes(self, info):
+        ...         return dict(zip(self.trained, info.factor_shapes()))
+        ...     def start(self, info, weight):
+        ...         a, b = self.shapes(info).values()
         ...         return {"lora_plain_a": torch.randn(a), "lora_plain_b": torch.zeros(b)}
-        ...     def acting(self, stored, weight, scaling):
+        ...     def effective_factors(self, stored, weight, scaling):
         ...         return stored["lora_plain_a"], stored["lora_plain_b"], None
         >>> inject(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(variant="plain", r=2))
         ['0']
@@ -158,7 +159,7 @@ class Variant:
     reads_weight: ClassVar[bool] = False
     follows_weight: ClassVar[bool] = False
     own_options: ClassVar[Mapping[str, Any]] = {}
-    placed_as: ClassVar[Mapping[str, str]] = {}
+    split_like: ClassVar[Mapping[str, str]] = {}
     asked_by: ClassVar[str] = ""
     peft_type: ClassVar[str] = ""
     peft_leaves: ClassVar[Mapping[str, str]] = {}
@@ -185,31 +186,32 @@ class Variant:
 
     # --- what is stored ---
 
-    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+    def shapes(self, info: LayerInfo) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a layer's trained and frozen tensors, by leaf name."""
         raise NotImplementedError
 
-    def start(self, place: Place, weight: Weight) -> dict[str, torch.Tensor]:
+    def start(self, info: LayerInfo, weight: Weight) -> dict[str, torch.Tensor]:
         """Return the initial values of a layer's trained and frozen tensors, by leaf name, the same each time.
 
         A layer calls it with the user's autocast off.
 
         Args:
-            place: the layer. Draw random values on the CPU, from place.seed only.
+            info: of the layer. Draw random values on the CPU, from info.seed only.
             weight: returns W as stored. Collective where it is sharded: call it on all ranks or on none.
         """
         raise NotImplementedError
 
-    def is_initial(self, stored: Stored, place: Place) -> bool:
+    def is_initial(self, stored: Stored, info: LayerInfo) -> bool:
         """Return whether nothing was trained yet; False if the values cannot tell."""
         return False
 
     # --- what it adds ---
 
-    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+    def effective_factors(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> EffectiveFactors:
         """Return the factors and the scale that stored tensors act as, differentiable in the trained ones.
 
-        A forward calls it under the user's autocast. All else goes through `acting_exactly`, where autocast is off.
+        A forward calls it under the user's autocast. All else goes through
+        `effective_factors_exactly`, where autocast is off.
 
         Args:
             stored: by leaf name.
@@ -219,35 +221,37 @@ class Variant:
         """
         raise NotImplementedError
 
-    def acting_exactly(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
-        """Return `acting`, computed outside the user's autocast, which would round its products to 16 bits."""
+    def effective_factors_exactly(
+        self, stored: Stored, weight: torch.Tensor | None, scaling: float
+    ) -> EffectiveFactors:
+        """Return `effective_factors` without the user's autocast, which would round its products to 16 bits."""
         with without_autocast(next(iter(stored.values())).device.type):
-            return Acting(*self.acting(stored, weight, scaling))
+            return EffectiveFactors(*self.effective_factors(stored, weight, scaling))
 
-    def blocks(self, stored: Stored, place: Place, read: Reader) -> list[LowRankBlock]:
+    def blocks(self, stored: Stored, info: LayerInfo, read: Reader) -> list[LowRankBlock]:
         """Return the blocks that merging adds to the weight, without s, with the scale of the sum.
 
         Args:
             stored: by leaf name, not sharded.
-            place: the layer.
+            info: of the layer.
             read: reads the weight part by part, as stored; called only if reads_weight is true.
         """
         if stored[self.trained[0]].dtype in low_rank.HALF:
-            # `acting` would round its results to 16 bits, but W' must be rounded only once.
+            # `effective_factors` would round its results to 16 bits, but W' must be rounded only once.
             stored = {leaf: tensor.float() for leaf, tensor in stored.items()}
         weight = None
         if self.reads_weight:
-            weight = low_rank.matrix_view(place.kind, torch.cat([part for _, part in read()]))
-        a, b, scale = self.acting_exactly(stored, weight, place.scaling)
-        blocks = place.low_rank_blocks(a, b)
-        return blocks if scale is None else scaled_blocks(blocks, scale, transposed=place.is_transposed)
+            weight = low_rank.matrix_view(info.kind, torch.cat([part for _, part in read()]))
+        a, b, scale = self.effective_factors_exactly(stored, weight, info.scaling)
+        blocks = info.low_rank_blocks(a, b)
+        return blocks if scale is None else scaled_blocks(blocks, scale, transposed=info.is_transposed)
 
-    def live_blocks(self, stored: Stored, place: Place, weight: torch.Tensor, read: Reader) -> list[LowRankBlock]:
+    def live_blocks(self, stored: Stored, info: LayerInfo, weight: torch.Tensor, read: Reader) -> list[LowRankBlock]:
         """Return `blocks` for the weight of a live layer. Collective where it is sharded.
 
         Override it to sum over the ranks what `blocks` computes from a whole weight, which `read` would gather.
         """
-        return self.blocks(stored, place, read)
+        return self.blocks(stored, info, read)
 
     # --- what it goes with ---
 
@@ -284,9 +288,9 @@ class Variant:
     def rank(self, stored: Stored) -> int:
         """Return r of a layer.
 
-        By default return the rank of the factors from `acting`. Override this if that rank is not r.
+        By default return the rank of the factors from `effective_factors`. Override this if that rank is not r.
         """
-        _, b, _ = self.acting_exactly(stored, None, 1.0)
+        _, b, _ = self.effective_factors_exactly(stored, None, 1.0)
         return b.shape[1]
 
     # --- in PEFT: by default its tensors and options are the same there ---
@@ -303,18 +307,18 @@ class Variant:
         """Return the end of PEFT's name for a tensor of a layer of this kind; by default the first in peft_leaves."""
         return next(theirs for theirs, ours in self.peft_leaves.items() if ours == leaf)
 
-    def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
+    def to_peft(self, stored: Stored, info: LayerInfo) -> dict[str, torch.Tensor]:
         """Return a layer's tensors with PEFT's values and shapes, by our leaf names.
 
         Leave out tensors that PEFT does not store.
 
         Args:
             stored: by leaf name, detached.
-            place: the layer. Its kind is "" and its shapes are empty if they are not known.
+            info: of the layer. Its kind is "" and its shapes are empty if they are not known.
         """
         return dict(stored)
 
-    def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
+    def from_peft(self, found: Stored, info: LayerInfo) -> dict[str, torch.Tensor]:
         """Undo to_peft: return a layer's tensors by leaf name.
 
         Raises:

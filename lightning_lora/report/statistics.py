@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..adapter.products import Stack, effective_rank, inner_product, singular_values_of_grams, stack_blocks
-from ..distributed.flat import whole_shape
+from ..distributed.flat import unsharded_shape
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import copy_of, is_sharded, is_spread, local, reshard_
 from ..model.adapted_model import open_model
@@ -216,7 +216,8 @@ def _stacks(layer: AdaptedWeights, stored: Mapping[str, torch.Tensor]) -> list[S
 def _are_alike(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
     pairs = [(first[leaf], second[leaf]) for leaf in first]
     return all(
-        whole_shape(a) == whole_shape(b) and a.device == b.device and is_spread(a) == is_spread(b) for a, b in pairs
+        unsharded_shape(a) == unsharded_shape(b) and a.device == b.device and is_spread(a) == is_spread(b)
+        for a, b in pairs
     )
 
 

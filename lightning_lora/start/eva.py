@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed.flat import whole_shape
+from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
 from ..nn.adapted_weights import AdaptedWeights
@@ -39,7 +39,7 @@ def start_from_inputs(
         LoRAError: there are no batches, a layer did not run or had fewer inputs than components, or its inputs are not
             finite.
     """
-    sizes = {name: min(layer.lora.spec.r, whole_shape(layer.lora_A)[1]) for name, layer in layers.items()}
+    sizes = {name: min(layer.lora.spec.r, unsharded_shape(layer.lora_A)[1]) for name, layer in layers.items()}
     found: dict[str, PrincipalComponents] = {}
     with torch.no_grad(), data_batches(model, batches, n) as ready, _first_inputs(layers) as seen:
         for batch in ready:
@@ -58,7 +58,7 @@ def start_from_inputs(
             )
     for name, layer in layers.items():
         values = found[name].components[: sizes[name]]
-        start = values.new_zeros(whole_shape(layer.lora_A))  # rows of A beyond the number of features stay zero
+        start = values.new_zeros(unsharded_shape(layer.lora_A))  # rows of A beyond the number of features stay zero
         start[: len(values)] = values
         copy_(layer.lora_A, from_first_rank(start).to(layer.lora_A))
 

@@ -55,7 +55,7 @@ def start_from_gradients(
             gradient = matrix_view(layer.kind(), gradients.pop(name))
             a, b = map(from_first_rank, _factors(gradient, layer.lora.spec.r))
             for leaf, factor in layer.stored().items():
-                copy_(factor, (b if layer.lora.spec.variant.placed_as[leaf] == B else a).to(factor))
+                copy_(factor, (b if layer.lora.spec.variant.split_like[leaf] == B else a).to(factor))
             advance(1)
 
 

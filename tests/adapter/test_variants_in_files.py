@@ -42,8 +42,8 @@ def adapter_of(variant: Variant, seed: int = 0, layers: tuple[str, ...] = ("one"
     adapter = Adapter({}, config, dict.fromkeys(layers, SCALING), kinds=kinds)
     tensors = {}
     for layer in layers:
-        place = replace(adapter.place(layer), shape=torch.Size((WIDTH, WIDTH)))
-        tensors |= {f"{layer}.{leaf}": torch.randn(s, generator=draw) for leaf, s in variant.shapes(place).items()}
+        info = replace(adapter.layer_info(layer), shape=torch.Size((WIDTH, WIDTH)))
+        tensors |= {f"{layer}.{leaf}": torch.randn(s, generator=draw) for leaf, s in variant.shapes(info).items()}
     return replace(adapter, tensors=tensors)
 
 
@@ -52,7 +52,7 @@ def as_checkpoint(adapter: Adapter) -> dict[str, Any]:
 
 
 def delta(adapter: Adapter, layer: str) -> torch.Tensor:
-    a, b, _ = adapter.acting(layer)
+    a, b, _ = adapter.effective_factors(layer)
     return SCALING * (b @ a)
 
 
@@ -111,7 +111,7 @@ def test_peft_does_not_have_a_variant_that_does_not_say_how(tmp_path):
 
 def test_a_subclass_says_its_form_in_peft_itself(tmp_path):
     """It may mean another thing by the same tensors."""
-    own = type("Own", (LoRA,), {"name": "own", "acting": lambda self, stored, weight, scaling: None})()
+    own = type("Own", (LoRA,), {"name": "own", "effective_factors": lambda self, stored, weight, scaling: None})()
     assert own.why_not_in_peft("Linear") == "has an adapter of the variant own, which PEFT does not have"
 
 
@@ -139,7 +139,7 @@ def test_adapters_of_any_variant_without_a_scale_are_combined_to_plain_lora(meth
     assert combined.config is not None
     assert combined.config.variant == "lora"
     for layer in ("one", "two"):
-        a, b, _ = combined.acting(layer)
+        a, b, _ = combined.effective_factors(layer)
         expected = 0.25 * delta(gated, layer) - 2 * delta(plain, layer)
         torch.testing.assert_close(b @ a, expected, rtol=1e-5, atol=1e-5)
     assert load_adapter(small(), combine([as_checkpoint(gated)], [1.0])) == ["one", "two"]

@@ -241,7 +241,7 @@ def without_value(update: Any) -> Any:
 
 
 def next_rows(update: Any) -> Any:
-    return replace(update, rows=[row + 1 for row in update.rows])
+    return replace(update, blocks=[block._replace(row=block.row + 1) for block in update.blocks])
 
 
 def nothing(update: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, is_merged, merge, merged_state_dict, unmerge
 from lightning_lora.distributed import sharding
-from lightning_lora.distributed.flat import FlatShard, attach, flat_like, is_flat, pieces, whole_shape
+from lightning_lora.distributed.flat import FlatShard, attach, flat_like, is_flat, pieces, unsharded_shape
 from lightning_lora.distributed.sharding import (
     copies_of,
     copy_,
@@ -131,7 +131,7 @@ def test_adapted_layer_merges_into_its_slice_and_shows_what_was_there(build, num
         layer.merge_(copy=False)
         torch.testing.assert_close(slice_, whole[0].weight.detach().flatten()[start:stop])
         assert_same_bits({"W": local(layer.original())}, {"W": base[start:stop]})
-        assert whole_shape(layer.original()) == whole[0].weight.shape
+        assert unsharded_shape(layer.original()) == whole[0].weight.shape
         layer.unmerge_()
         assert_same_bits({"W": slice_}, {"W": base[start:stop]})
 
@@ -159,7 +159,7 @@ def test_tensor_is_flat_once_it_is_attached():
     assert is_flat(detached(tensor))
     other = flat_like(torch.zeros(3), tensor)
     assert is_flat(other)
-    assert whole_shape(other) == (3, 1)
+    assert unsharded_shape(other) == (3, 1)
     assert not is_flat(None)
 
 
@@ -238,7 +238,10 @@ def merged_on_ranks(options: dict[str, object]) -> None:
     slices = divide_(net := plain_net(**options))
     before = {name: values.clone() for name, values in slices.items()}
     gathered: list[tuple[int, ...]] = []
-    own, sharding.gather = sharding.gather, lambda tensor: gathered.append(tuple(whole_shape(tensor))) or own(tensor)
+    own, sharding.gather = (
+        sharding.gather,
+        lambda tensor: gathered.append(tuple(unsharded_shape(tensor))) or own(tensor),
+    )
     try:
         known = fingerprint(net)
         merge(net)

@@ -38,14 +38,14 @@ class Own(Variant):
 
     name, trained, frozen = "own-across", ("lora_across_R",), ("lora_across_A", "lora_across_B")
 
-    def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
-        return dict(zip(self.leaves, ((place.rank, place.rank), *place.factor_shapes()), strict=True))
+    def shapes(self, info: Any) -> dict[str, tuple[int, ...]]:
+        return dict(zip(self.leaves, ((info.rank, info.rank), *info.factor_shapes()), strict=True))
 
-    def start(self, place: Any, weight: Any) -> dict[str, torch.Tensor]:
-        draw = torch.Generator().manual_seed(place.seed)
-        return {leaf: torch.randn(shape, generator=draw) for leaf, shape in self.shapes(place).items()}
+    def start(self, info: Any, weight: Any) -> dict[str, torch.Tensor]:
+        draw = torch.Generator().manual_seed(info.seed)
+        return {leaf: torch.randn(shape, generator=draw) for leaf, shape in self.shapes(info).items()}
 
-    def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
+    def effective_factors(self, stored: Any, weight: Any, scaling: float) -> Any:
         square, a, b = (stored[leaf] for leaf in self.leaves)
         return square @ a, b, None
 

@@ -71,9 +71,9 @@ def test_plain_folder_keeps_to_the_rules_of_vllm_whatever_the_patterns(tmp_path,
     modules = vllm_scaling(tmp_path, {"q_proj", "v_proj", "down_proj"})
     for key, layer in adapted_layers(net).items():
         a, b, scaling = modules.pop(key)
-        acting = adapter.acting(key)
+        factors = adapter.effective_factors(key)
         assert scaling == 1
-        torch.testing.assert_close(b @ a, acting.b @ acting.a * layer.lora.spec.scaling, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(b @ a, factors.b @ factors.a * layer.lora.spec.scaling, rtol=1e-5, atol=1e-6)
     assert not modules
 
 

@@ -47,7 +47,7 @@ WAIT = 20  # seconds that no test needs
 
 
 class Softplus(nn.Linear):
-    """A user's layer: its forward runs on W + delta."""
+    """A user's layer: its forward runs on W'."""
 
     inside: Callable[[], None] | None = None  # called in the forward
 
@@ -344,7 +344,7 @@ def test_threads_that_merge_and_unmerge_at_random_never_damage_the_base():
     assert values(model) == before
 
 
-# --- beside a forward that runs on W + delta ---
+# --- beside a forward that runs on W' ---
 
 
 def in_forward(model: nn.Sequential, call: Callable[[], Any], *, same_thread: bool = False) -> Any:
@@ -392,7 +392,7 @@ def test_state_dict_beside_a_forward_on_w_plus_delta_holds_w():
     assert seen == before
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. unload cannot bring back")  # W + delta needs a gradient
+@pytest.mark.filterwarnings("ignore:lightning_lora. unload cannot bring back")  # W' needs a gradient
 def test_unload_beside_a_forward_on_w_plus_delta_leaves_w():
     model = nn.Sequential(nn.Linear(8, 8), Softplus(8, 8))  # no layer runs after the one that is waited for
     inject(model, LoRAConfig(r=2))

@@ -276,7 +276,7 @@ def test_model_compiled_in_place_needs_two_graphs_and_gives_eager_outputs(copied
 
 
 def exported(model: nn.Module, strict: bool):
-    with warnings.catch_warnings():  # W + delta stands in for a weight during an attention's forward
+    with warnings.catch_warnings():  # W' stands in for a weight during an attention's forward
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects happened")
         return torch.export.export(model, (TOKENS,), strict=strict)
 

@@ -132,7 +132,7 @@ def test_outputs_and_gradients_are_pefts(kind: str) -> None:
 def test_gradients_of_the_magnitudes_pass_gradcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = make_subject(name, torch.float64)
     layer = subject.layer
-    fixed = (layer.lora_magnitude / layer.acting().scale).detach()
+    fixed = (layer.lora_magnitude / layer.effective_factors().scale).detach()
     monkeypatch.setattr(dora_layers, "output_norms", lambda *args: fixed)
     torch.autograd.gradcheck(lambda *factors: subject.model(subject.x), layer.factors())
 
@@ -281,7 +281,7 @@ UNCOUNTED = [scaled, pruned, one_value_by_numpy, outputs_exchanged, counted_as_n
 def naive_weight(layer: Any) -> torch.Tensor:
     """W' = m * V / norm(V) in float64."""
     weight, a, b = (t.detach().double() for t in (layer.weight, layer.lora_A, layer.lora_B))
-    transposed = layer.place().is_transposed
+    transposed = layer.layer_info().is_transposed
     matrix = weight.T if transposed else weight.flatten(1)
     v = matrix + layer.lora.spec.scaling * b.flatten(1) @ a.flatten(1)
     v = layer.lora_magnitude.detach().double()[:, None] * v / v.norm(dim=1, keepdim=True)
@@ -600,12 +600,12 @@ def test_on_a_device_nothing_is_changed_before_the_first_step_and_nothing_by_a_m
     with pretend_device():
         there, x = moved(plain), x.to(DEVICE)
         inject(ours := moved(plain), dora())
-        assert torch.all(ours[0].acting().scale == 1)
+        assert torch.all(ours[0].effective_factors().scale == 1)
         assert same_bits(ours(x).cpu(), there(x).cpu())
         with merged(ours):
             assert same_bits(ours[0].weight.cpu(), plain[0].weight)
         inject(on_cpu := copy.deepcopy(plain), dora())
-        scale = on_cpu.to(DEVICE)[0].acting().scale.detach().cpu()
+        scale = on_cpu.to(DEVICE)[0].effective_factors().scale.detach().cpu()
         assert (scale - 1).abs().max() <= 2 * EPS[torch.float32]  # another device rounds norms another way
 
 
@@ -631,7 +631,7 @@ def test_on_a_device_the_scale_is_one_before_the_first_step_also_where_the_adapt
 ) -> None:
     with pretend_device():
         inject(model := moved(build("Linear").to(dtype)), dora(init_lora_weights=init, r=2))
-        assert torch.all(model[0].acting().scale == 1)
+        assert torch.all(model[0].effective_factors().scale == 1)
 
 
 @on_device
@@ -641,7 +641,7 @@ def test_initial_magnitudes_follow_a_new_base_on_a_device_that_the_model_has_mov
     with pretend_device():
         model.to(DEVICE)
         assert not torch.equal(
-            model[0].acting().scale, torch.ones_like(model[0].acting().scale)
+            model[0].effective_factors().scale, torch.ones_like(model[0].effective_factors().scale)
         )  # the last bits differ
         model.load_state_dict({name: value.to(DEVICE) for name, value in base.items()})
         torch.testing.assert_close(model[0].lora_magnitude.cpu(), base["0.weight"].norm(dim=1))
@@ -670,7 +670,7 @@ def nearly_cancelled(dtype: torch.dtype, left: float, kind: str) -> tuple[Any, t
         noise = torch.randn(delta.shape, dtype=torch.float64)
         weight = left * delta.norm(dim=1, keepdim=True) * noise / noise.norm(dim=1, keepdim=True) - delta
         weight[0] = 0  # beside outputs that cancel, one of which little is left
-        layer.weight.copy_((weight.T if layer.place().is_transposed else weight).reshape(layer.weight.shape))
+        layer.weight.copy_((weight.T if layer.layer_info().is_transposed else weight).reshape(layer.weight.shape))
         layer.lora_magnitude.fill_(1.0)
         stored = low_rank.matrix_view(layer.KIND, layer.weight).double()
         return model, 1 / (stored + delta).norm(dim=1)
@@ -699,12 +699,12 @@ def test_on_a_device_the_norm_is_right_where_the_adapter_nearly_removes_an_outpu
     model, wanted = nearly_cancelled(dtype, left, kind)
     with pretend_device():
         layer = moved(model)[0]
-        found = layer.acting().scale.detach().cpu().double()
+        found = layer.effective_factors().scale.detach().cpu().double()
         with torch.autocast(DEVICE, torch.bfloat16):
-            assert torch.equal(layer.acting().scale.detach().cpu().double(), found)
+            assert torch.equal(layer.effective_factors().scale.detach().cpu().double(), found)
         torch.testing.assert_close(found, wanted, rtol=CANCELLING[dtype, left], atol=0)
         factors = [each.detach().flatten(1) for each in layer.factors()[:2]]
-        stored, transposed = layer.weight.detach().flatten(1), layer.place().is_transposed
+        stored, transposed = layer.weight.detach().flatten(1), layer.layer_info().is_transposed
         squares = squares_of_windows(parts_of(stored, 7), *factors, layer.lora.spec.scaling, transposed=transposed)
         torch.testing.assert_close(1 / squares.cpu().sqrt(), wanted, rtol=CANCELLING[dtype, left], atol=0)
 

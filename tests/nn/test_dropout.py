@@ -113,7 +113,7 @@ def make(kind: str, dtype: torch.dtype) -> Made:
             if parameter.requires_grad and name != "lora_magnitude":
                 parameter.add_(0.5 * torch.randn(parameter.shape))
         if "use_dora" in case.options:  # about 1 times the norm, so that no large terms cancel
-            norms = layer.lora_magnitude / layer.acting().scale
+            norms = layer.lora_magnitude / layer.effective_factors().scale
             layer.lora_magnitude.copy_(norms * (0.8 + 0.4 * torch.rand(norms.shape)))
     return Made(model.train(), plain, case.make_input(dtype))
 

@@ -155,8 +155,8 @@ def test_initial_factors_lie_in_memory_as_loaded_ones_do(kind, init):
 
 
 def test_factors_of_a_users_variant_lie_in_memory_as_loaded_ones_do():
-    def start(self: Any, place: Any, weight: Any) -> dict[str, torch.Tensor]:
-        return {leaf: torch.ones(shape[::-1]).t() for leaf, shape in self.shapes(place).items()}
+    def start(self: Any, info: Any, weight: Any) -> dict[str, torch.Tensor]:
+        return {leaf: torch.ones(shape[::-1]).t() for leaf, shape in self.shapes(info).items()}
 
     with variants_forgotten():
         define_gated(start=start)

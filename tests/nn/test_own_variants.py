@@ -52,20 +52,20 @@ class Squares(Variant):
     own_options = {"size": 0.0}  # noqa: RUF012
     follows_weight = True
 
-    def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
-        a, b = place.factor_shapes()
-        return {SQUARE: (place.rank, place.rank), INSIDE_A: a, INSIDE_B: b}
+    def shapes(self, info: Any) -> dict[str, tuple[int, ...]]:
+        a, b = info.factor_shapes()
+        return {SQUARE: (info.rank, info.rank), INSIDE_A: a, INSIDE_B: b}
 
-    def start(self, place: Any, weight: Any) -> dict[str, torch.Tensor]:
+    def start(self, info: Any, weight: Any) -> dict[str, torch.Tensor]:
         left, values, right = torch.linalg.svd(weight().float(), full_matrices=False)
-        r = place.rank
-        square = torch.full((r, r), place.options["size"])
+        r = info.rank
+        square = torch.full((r, r), info.options["size"])
         return {SQUARE: square, INSIDE_A: right[:r], INSIDE_B: left[:, :r] @ values[:r].diag()}
 
-    def is_initial(self, stored: Any, place: Any) -> bool:
-        return bool((stored[SQUARE] == place.options["size"]).all())
+    def is_initial(self, stored: Any, info: Any) -> bool:
+        return bool((stored[SQUARE] == info.options["size"]).all())
 
-    def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
+    def effective_factors(self, stored: Any, weight: Any, scaling: float) -> Any:
         return stored[SQUARE] @ stored[INSIDE_A], stored[INSIDE_B], None
 
 
@@ -76,17 +76,17 @@ class Gates(Variant):
     trained = ("lora_own_a", "lora_own_b", "lora_own_gate")
     reads_weight = True
 
-    def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
-        a, b = place.factor_shapes()
+    def shapes(self, info: Any) -> dict[str, tuple[int, ...]]:
+        a, b = info.factor_shapes()
         return dict(zip(self.trained, (a, b, b[:1]), strict=True))
 
-    def start(self, place: Any, weight: Any) -> dict[str, torch.Tensor]:
-        a, b, gate = self.shapes(place).values()
-        draw = torch.Generator().manual_seed(place.seed)
+    def start(self, info: Any, weight: Any) -> dict[str, torch.Tensor]:
+        a, b, gate = self.shapes(info).values()
+        draw = torch.Generator().manual_seed(info.seed)
         values = torch.randn(a, generator=draw), torch.zeros(b), torch.ones(gate)
         return dict(zip(self.trained, values, strict=True))
 
-    def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
+    def effective_factors(self, stored: Any, weight: Any, scaling: float) -> Any:
         a, b, gate = (stored[leaf] for leaf in self.trained)
         return a, b, None if weight is None else gate
 
@@ -181,7 +181,7 @@ def blocks_of(model: Any) -> list[torch.Tensor]:
 RESULTS: dict[str, Callable[[Any], Any]] = {
     "merge": lambda model: [merge_and_unload(model).head.weight],
     "merged_state_dict": lambda model: list(merged_state_dict(model).values()),
-    "adapter": lambda model: list(take_adapter(model).acting("head")[:2]),
+    "adapter": lambda model: list(take_adapter(model).effective_factors("head")[:2]),
     "update": blocks_of,
     "start": lambda model: list(model.head.initial_values().values()),
 }

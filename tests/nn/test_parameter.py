@@ -193,7 +193,7 @@ def test_weights_are_back_after_a_forward_that_fails():
 def test_another_thread_runs_after_one_whose_adapter_failed(monkeypatch):
     subject = make_subject("experts")
     layer = next(iter(adapted_layers(subject.model).values()))
-    monkeypatch.setattr(layer, "acting", lambda: 1 / 0)
+    monkeypatch.setattr(layer, "effective_factors", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         subject.model(subject.x)
     monkeypatch.undo()

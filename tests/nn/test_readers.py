@@ -1,4 +1,4 @@
-"""Modules of any program that read the weight of an adapted layer: W + delta counts, merged, unmerged and in training.
+"""Modules of any program that read the weight of an adapted layer: W' counts, merged, unmerged and in training.
 
 The reference is the plain model with W + s * B @ A in place of its weights, in float64, which torch differentiates.
 """

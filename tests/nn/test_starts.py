@@ -367,7 +367,7 @@ def test_a_training_step_has_the_gradients_of_the_operations_one_by_one(frozen, 
         torch.manual_seed(0)
         return torch.autograd.grad(model(x).square().sum(), sources)
 
-    def one_by_one(layer: Any, x: torch.Tensor, *acting: torch.Tensor) -> torch.Tensor:
+    def one_by_one(layer: Any, x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
         a, b, start_a, start_b = layer.stored().values()
         seen, scaling = layer.dropped(x.view(-1, x.shape[-1]))
         ran.append(True)

@@ -1,4 +1,4 @@
-"""Two threads in a layer that computes with W + delta: both are right, and the weight stays."""
+"""Two threads in a layer that computes with W': both are right, and the weight stays."""
 
 from __future__ import annotations
 

@@ -145,11 +145,14 @@ def test_merging_puts_the_rows_in_place_bit_for_bit_and_unmerging_takes_them_out
     assert places == {n: model.get_parameter(n).data_ptr() for n in before}
 
 
-def test_many_rows_neighbours_and_strided_are_merged_bit_for_bit():
+@pytest.mark.parametrize("size", [1.0, 1e-12], ids=["as large as the table's", "tiny"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_many_rows_neighbours_and_strided_are_merged_bit_for_bit(dtype: torch.dtype, size: float):
     for rows in (range(100), range(0, 200, 2), [0, 1, 2, 50, 52, 53, 199]):
-        model = nn.ModuleDict({"emb": nn.Embedding(200, 8), "body": nn.Linear(2, 2)})
+        model = nn.ModuleDict({"emb": nn.Embedding(200, 8), "body": nn.Linear(2, 2)}).to(dtype)
         inject(model, LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": list(rows)}))
-        fill_rows_(model)
+        with torch.no_grad():
+            model["emb"].lora_rows.normal_().mul_(size)
         before = weights(model)
         with merged(model):
             assert same_bits(model["emb"].weight[list(rows)], model["emb"].lora_rows.detach())

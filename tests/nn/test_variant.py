@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRAConfig, LoRAError, names
-from lightning_lora.nn.variant import Acting, Place, Variant, known_variants, variant_of
+from lightning_lora.nn.variant import EffectiveFactors, LayerInfo, Variant, known_variants, variant_of
 from support.variants import variants_forgotten
 
 
@@ -24,9 +24,9 @@ def own_variant(**attributes: Any) -> type[Variant]:
     return type("Own", (Variant,), {"name": "own", "trained": ("lora_own_a", "lora_own_ab"), **attributes})
 
 
-def place(**given: Any) -> Place:
+def info(**given: Any) -> LayerInfo:
     options = {"name": "a.b", "kind": "Linear", "shape": torch.Size((6, 4)), "rank": 2, "scaling": 0.5}
-    return Place(**{**options, **given})
+    return LayerInfo(**{**options, **given})
 
 
 @pytest.mark.usefixtures("registry")
@@ -65,17 +65,17 @@ def test_options_say_the_variant():
 def test_what_a_variant_starts_as_has_its_shapes_and_adds_nothing(options: dict[str, Any], kind: str):
     variant, shape = variant_of(LoRAConfig(**options)), (6, 4, 3) if kind == "Conv" else (6, 4)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    where = place(kind=kind, shape=weight.shape, init=options.get("init_lora_weights", True))
+    where = info(kind=kind, shape=weight.shape, init=options.get("init_lora_weights", True))
     stored = variant.start(where, lambda: weight)
     assert {leaf: tuple(value.shape) for leaf, value in stored.items()} == variant.shapes(where)
     assert tuple(stored) == variant.leaves
     assert variant.is_initial(stored, where)
     matrix = weight.T if kind == "Conv1D" else weight.flatten(1)
-    acting = variant.acting(stored, matrix if variant.reads_weight else None, where.scaling)
+    factors = variant.effective_factors(stored, matrix if variant.reads_weight else None, where.scaling)
     blocks = variant.blocks(stored, where, lambda: [(0, weight.flatten(1))])
     assert all(not (block.left @ block.right).any() for block in blocks)
-    assert isinstance(acting, Acting)
-    for scale in (acting.scale, blocks[0].scale):
+    assert isinstance(factors, EffectiveFactors)
+    for scale in (factors.scale, blocks[0].scale):
         assert (scale is not None) == variant.reads_weight
         assert scale is None or torch.equal(scale, torch.ones_like(scale))
     stored["lora_B"] = stored["lora_B"] + 1

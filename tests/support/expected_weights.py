@@ -44,7 +44,7 @@ class Meaning(NamedTuple):
 
 
 def meaning(variant: Variant, stored: Mapping[str, torch.Tensor]) -> Meaning:
-    """Say what a layer's tensors mean; of variants that are not named here, as `acting` says it."""
+    """Say what a layer's tensors mean; of variants that are not named here, as `effective_factors` says it."""
     wide = {leaf.removeprefix("lora_"): value.detach().double() for leaf, value in stored.items()}
     if wide.keys() == {"A", "B"}:
         return Meaning([(wide["A"], wide["B"])])
@@ -52,7 +52,9 @@ def meaning(variant: Variant, stored: Mapping[str, torch.Tensor]) -> Meaning:
         return Meaning([(wide["A"], wide["B"]), (wide["start_A"], -wide["start_B"])], rounded=True)
     if wide.keys() == {"A", "B", "magnitude"}:
         return Meaning([(wide["A"], wide["B"])], lengths=stored["lora_magnitude"].detach())
-    a, b, _ = variant.acting_exactly({leaf: value.detach().double() for leaf, value in stored.items()}, None, 1.0)
+    a, b, _ = variant.effective_factors_exactly(
+        {leaf: value.detach().double() for leaf, value in stored.items()}, None, 1.0
+    )
     return Meaning([(a, b)], rounded=True)
 
 
@@ -218,7 +220,7 @@ class ExpectedWeights:
         expected.lengths = meant.lengths
         if variant.reads_weight and meant.lengths is None:
             double = {name: value.detach().double() for name, value in stored.items()}
-            expected.scale_of = lambda weight: variant.acting_exactly(double, weight, scaling)[2]
+            expected.scale_of = lambda weight: variant.effective_factors_exactly(double, weight, scaling)[2]
 
     def _placed(
         self, layer: str, shape: Sequence[int], a: torch.Tensor, b: torch.Tensor

@@ -100,7 +100,7 @@ def effective(layer: nn.Module) -> torch.Tensor:
 
 
 def read_layers(make: Make, path: Path, targets: list[str]) -> float:
-    """Validation's output against that of a plain model with W + delta."""
+    """Validation's output against that of a plain model with W'."""
     model, found = Encoder(), {}
     note = At("on_validation_batch_end", lambda trainer, module: found.update(out=module(inputs())))
     callback = make(**OPTIONS | RANDOM | {"target_modules": targets}, merged_eval=False)
