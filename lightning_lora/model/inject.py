@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -32,7 +32,7 @@ from ..nn.variant import variant_of
 from ..notices import tell
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, find_in, open_model
-from .base_values import put_base_values_, take_back_base_values_
+from .base_values import StandIn, put_in_, stand_ins, take_out_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Injection
@@ -152,7 +152,6 @@ def unload(model: nn.Module) -> None:
     with claimed("unload", handle.record.owner):
         if holds_merged(handle.layers.values()):
             unmerge_listed(handle)
-        take_back_base_values_(modules)
         restore_initial_(handle)
         strip_adapters(handle)
         unpatch(modules)
@@ -185,12 +184,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
     refuse_replaced_layers(handle, "merge_and_unload")
     modules = _all_modules(handle)
     refuse_fully_sharded(handle.root, modules, "merge_and_unload")
-    with claimed("merge_and_unload", handle.record.owner) as claim:
-        if handle.record.owner.holds("disable_adapter", beside=claim):
-            raise LoRAError(
-                "merge_and_unload: the adapters are disabled, inside `with disable_adapter(model)`; call it after that "
-                "block, or call unload(model) to get the base."
-            )
+    with claimed("merge_and_unload", handle.record.owner):
         refuse_unmergeable(handle, dtype)
         unmerge_listed(handle)  # a layer that could not be merged earlier may be mergeable now
         plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
@@ -226,9 +220,12 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Let the model behave as before injection inside the block; after the block it is as it was found.
 
     Trained biases, modules_to_save and persistent buffers have their initial values inside, and get no gradients there.
-    Their trained values are not written to, so that the backward of an earlier forward still works inside. State dicts
-    and saved files hold the trained values. Values that are loaded inside the block stay after it, and unload can be
-    called inside it. A weight that you unfroze after injection is as in unload.
+    Other tensors stand in for the trained ones, so that the backward of an earlier forward still works inside. A weight
+    that you unfroze after injection is as in unload.
+
+    Raises:
+        LoRAError: the model was not injected; what is trained whole is sharded; or, inside the block, something saves,
+            loads, copies, pickles or unloads the model.
 
     Example::
 
@@ -243,18 +240,18 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     handle = open_model(model, "disable_adapter")
     _warn_of_unknown_values(handle, "disable_adapter", stacklevel=4)
-    record, modules = handle.record, [module for _, module in handle.root_modules]
-    with claimed("disable_adapter", record.owner) as claim:
-        found = FoundState(handle)
+    with claimed("disable_adapter", handle.record.owner) as claim:
+        is_inside = handle.record.owner.holds("disable_adapter", beside=claim)
+        found = [] if is_inside else stand_ins(handle)
+        modules = [] if is_inside else _all_modules(handle)
         were_active = {layer: layer.lora_active or layer.lora.merged for layer in handle.layers.values()}
-        is_inside = record.owner.holds("disable_adapter", beside=claim)
-        end = Ending(claim, partial(_enable_again, handle, found, were_active, is_inside))
+        end = Ending(claim, partial(_enable_again, handle, FoundState(handle), were_active, found, modules))
         try:
             try:
                 if holds_merged(handle.layers.values()):
                     unmerge_listed(handle)
-                put_base_values_(state_of(handle.root_places), _initial_by_module(handle))
-                _set_active(modules, dict.fromkeys(were_active, False))
+                put_in_(found, modules)
+                _set_active(handle, dict.fromkeys(were_active, False))
                 yield model
             finally:
                 end()
@@ -262,43 +259,27 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             end()
 
 
-def _initial_by_module(handle: AdaptedModel) -> Callable[[nn.Module], Mapping[str, torch.Tensor]]:
-    found: dict[nn.Module, dict[str, torch.Tensor]] = {}
-    for name, value in handle.record.initial.items():
-        path, _, leaf = name.rpartition(".")
-        if path in handle.recorded_modules:
-            found.setdefault(handle.recorded_modules[path], {})[leaf] = value
-    return lambda module: found.get(module, {})
-
-
 def _enable_again(
-    handle: AdaptedModel, found: FoundState, were_active: Mapping[AdaptedWeights, bool], is_inside: bool
+    handle: AdaptedModel,
+    state: FoundState,
+    were_active: Mapping[AdaptedWeights, bool],
+    found: Sequence[StandIn],
+    modules: Sequence[nn.Module],
 ) -> None:
     """Let the adapters act again after disable_adapter. In place; can be called again after any part of itself.
 
     Args:
         handle: of the model before the block.
-        found: whether it was merged before the block.
+        state: whether it was merged before the block.
         were_active: whether each adapter acted before the block.
-        is_inside: another disable_adapter around this one brings the trained values back.
-
-    Raises:
-        LoRAError: a backward inside reached a sharded parameter with its initial value.
+        found: the stand-ins; none where another disable_adapter around this one takes them out.
+        modules: that torch does not save inside the block.
     """
-    if "ended" in handle.record.done:
-        return  # it was unloaded inside
-    now = Listing(handle.root)  # anew, because the block may have replaced layers
-    modules = [module for _, module in now.modules]
-    if holds_merged(now.layers.values()):
-        unmerge_listed(now)
-    _set_active(modules, were_active)
-    reached = [] if is_inside else take_back_base_values_(modules)
-    found.bring_back(now)
-    if reached:
-        raise LoRAError(
-            f"disable_adapter: a backward inside reached {reached[0]!r}, which is sharded and had its values from "
-            "before training, so its gradient is wrong. Run the backward after the block."
-        )
+    take_out_(found, modules)
+    if holds_merged(handle.layers.values()):
+        unmerge_listed(handle)
+    _set_active(handle, were_active)
+    state.bring_back(handle)
 
 
 def _inject(listing: Listing, record: Injection, *, values_follow: bool = False) -> AdaptedModel:
@@ -480,11 +461,11 @@ def _record_resized(handle: AdaptedModel) -> None:
             tell(f"lightning_lora: {each.name} was resized to {len(each.parameter)} rows: saved with the adapter.")
 
 
-def _set_active(modules: Iterable[nn.Module], active: Mapping[AdaptedWeights, bool]) -> None:
+def _set_active(handle: AdaptedModel, active: Mapping[AdaptedWeights, bool]) -> None:
     """Let each adapter act or not. In place."""
     for layer, is_active in active.items():
         layer.lora_active = is_active
-    update_fast_paths(modules)
+    update_fast_paths(module for _, module in handle.root_modules)
 
 
 @contextmanager

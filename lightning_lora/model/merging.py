@@ -275,7 +275,7 @@ class FoundState:
         """Merge or unmerge the model as it was found. In place.
 
         Args:
-            listing: of the model after the block, which may have replaced layers; made here where it is left out.
+            listing: of the model; made anew where it is left out, because the block may have replaced layers.
         """
         listing = listing or Listing(self.model)
         if holds_merged(listing.layers.values()) != self.is_to_be_merged():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +12,6 @@ from ..distributed.flat import own_parameters
 from ..distributed.sharding import reshard_
 from ..names import canonical, names_factor
 from ..nn.quantised import describe_shard
-from .base_values import base_places
 
 Places = Sequence[tuple[str, nn.Module]]  # modules of a model with their names
 StateEntry = tuple[str, torch.Tensor | None, nn.Module]  # name, live tensor (None for extra state), owner
@@ -42,8 +41,7 @@ def state_of(places: Places) -> Iterator[StateEntry]:
     """Yield each name of a model's state dict with its live tensor and its owner.
 
     A merged weight is yielded as it is, where state_dict() would restore W. A shared module or parameter is yielded
-    under each of its names. Sharded parameters are yielded as shards. Inside disable_adapter the trained tensors are
-    yielded, as outside.
+    under each of its names. Sharded parameters are yielded as shards.
 
     Args:
         places: every module of the model, under every name.
@@ -59,10 +57,9 @@ def state_of(places: Places) -> Iterator[StateEntry]:
 
 def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return one module's own live parameters and persistent buffers by name, without those of its children."""
-    stand_ins, passing = base_places(module), module._non_persistent_buffers_set
     own: dict[str, torch.Tensor] = {**own_parameters(module)}
-    own |= {name: buffer for name, buffer in module._buffers.items() if buffer is not None and name not in passing}
-    return {n: stand_ins[n].trained if n in stand_ins else t for n, t in own.items()} if stand_ins else own
+    passing = module._non_persistent_buffers_set
+    return own | {name: each for name, each in module._buffers.items() if each is not None and name not in passing}
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -79,12 +76,9 @@ def base_parameters_of(modules: Places) -> list[BaseParameter]:
     """
     found: dict[int, BaseParameter] = {}
     for prefix, module in modules:
-        stand_ins = base_places(module)
         describe_shard(module)
-        for leaf, live in own_parameters(module).items():
-            if names_factor(leaf):
-                continue
-            parameter = cast(nn.Parameter, stand_ins[leaf].trained) if leaf in stand_ins else live
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            found.setdefault(id(live), BaseParameter(name, parameter, module, leaf))
+        for leaf, parameter in own_parameters(module).items():
+            if not names_factor(leaf):
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                found.setdefault(id(parameter), BaseParameter(name, parameter, module, leaf))
     return list(found.values())

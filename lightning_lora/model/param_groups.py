@@ -11,6 +11,7 @@ from ..config import is_number, plain_number
 from ..errors import LoRAError
 from ..names import factor_role
 from ..nn.adapted_weights import AdaptedWeights
+from ..nn.owner import claimed
 from ..nn.quantised import shape_of
 from ..nn.variant import rows_leaf
 from .adapted_model import AdaptedModel, open_model
@@ -83,9 +84,10 @@ def _grouped_parameters(handle: AdaptedModel) -> dict[str, list[nn.Parameter]]:
     """Return the trainable parameters of an adapted model by the groups of lora_param_groups, without empty ones."""
     factors = _groups_of_factors(handle.layers.values())
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
-    for parameter, name in _parameters(handle).items():
-        if parameter.requires_grad:
-            groups[factors.get(parameter) or _group_of_other(name, parameter)].append(parameter)
+    with claimed("lora_param_groups", handle.record.owner):  # inside disable_adapter stand-ins are in place
+        for parameter, name in _parameters(handle).items():
+            if parameter.requires_grad:
+                groups[factors.get(parameter) or _group_of_other(name, parameter)].append(parameter)
     return {name: parameters for name, parameters in groups.items() if parameters}
 
 

@@ -17,6 +17,13 @@ from contextlib import contextmanager
 
 from ..errors import LoRAError
 
+DISABLED = "disable_adapter"
+RIGHT_INSIDE = (DISABLED, "merged", "merge", "unmerge", "cast or move", "inject")  # verbs, inside disable_adapter
+REFUSED_INSIDE = (
+    "refused inside `with disable_adapter(model)`, where values from before training stand in for trained ones. "
+    "Do it before or after the block."
+)
+
 
 class Owner:
     """The open claims on one injected model, outermost first. All are of one thread, or of threads that have ended.
@@ -33,7 +40,7 @@ class Owner:
         """Open a claim, or move an open one to its present thread.
 
         Raises:
-            LoRAError: another thread has a claim.
+            LoRAError: another thread has a claim, or the claim is for what would be wrong inside disable_adapter.
         """
         with self.guard:
             for other in list(self.claims):
@@ -43,6 +50,8 @@ class Owner:
                         "Only one thread at a time may change or save a model: hold one threading.Lock around each "
                         "such call, including its whole `with` block, and around the forwards of other threads."
                     )
+            if claim.verb not in RIGHT_INSIDE and self.holds(DISABLED, beside=claim):
+                raise LoRAError(f"{claim.verb}: {REFUSED_INSIDE}")
             self.claims[claim] = None
 
     def dismiss(self, claim: Claim) -> None:

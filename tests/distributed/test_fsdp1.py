@@ -922,7 +922,7 @@ def test_what_cannot_be_right_is_an_error_with_the_remedy(tmp_path):
         (Plain, {"init_lora_weights": "lora_ga"}, None, (), "the weight of 'net.0' is sharded"),
         (WrappingEarly, {}, None, (), "the weight of the Linear is sharded already; call inject"),
         (WithHeadOnMeta, HEAD, None, (), "a trained parameter of shape (3, 7) is on the meta device"),
-        (ReferringLate, {}, None, (), "disable_adapter: 'net.0.weight' was unfrozen after FSDP1 had wrapped the model"),
+        (ReferringLate, {}, None, (), "disable_adapter: 'net.0.weight' is trained and sharded, so a forward gathers"),
         (Unfreezing, {}, None, (), "a weight was unfrozen after FSDP1 had wrapped it. Unfreeze it before fit, or name"),
         (WithLegacyHook, {}, None, (), "configure_sharded_model wraps layers in FSDP1"),
         (Plain, {}, None, (WeightAveraging,), "WeightAveraging copies whole weights, and FSDPStrategy has slices"),

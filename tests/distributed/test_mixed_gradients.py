@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_lora import LoRACallback, disable_adapter
+from lightning_lora import LoRACallback, LoRAError, disable_adapter
 from support.processes import BACKEND, world
 from support.sharded import Plain, RootSharded, Sharded, data, loader, make_trainer, model_parallel, whole, whole_state
 from support.sharded_adapters import assert_same_bits
@@ -36,9 +36,14 @@ def fit(path: Path, kind: type[Plain]) -> tuple[list[float], dict[str, torch.Ten
     initial = whole_state(model)
     trainer(path, kind, 3).fit(model, *data())
     state = whole_state(model)
-    with disable_adapter(model):
-        inside = {name: value for name, value in whole(seen(model)).items() if name in initial}
-    assert_same_bits(inside, initial)
+    if kind is Plain:
+        with disable_adapter(model):
+            inside = {name: value for name, value in whole(seen(model)).items() if name in initial}
+        assert_same_bits(inside, initial)
+    else:
+        with pytest.raises(LoRAError, match=r"disable_adapter: 'net\.0\.bias' is trained and sharded"):
+            disable_adapter(model).__enter__()
+        assert_same_bits(whole_state(model), state)
     torch.manual_seed(0)  # the same A
     first = trainer(path, kind, 2)
     first.fit(again, *data())

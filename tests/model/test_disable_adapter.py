@@ -1,9 +1,12 @@
-"""disable_adapter: outputs of the base, no write into tensors that a forward saved, and saves inside it."""
+"""disable_adapter: outputs of the base, no write into tensors that a forward saved, and what is refused inside it."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from torch import nn
 
 from lightning_lora import (
+    LoRACallback,
     LoRAConfig,
     LoRAError,
     adapter_state_dict,
@@ -18,15 +22,22 @@ from lightning_lora import (
     inject,
     is_merged,
     load_adapter,
+    lora_param_groups,
     merge,
     merge_and_unload,
     merged,
     merged_state_dict,
     save_adapter,
     save_merged,
+    take_adapter,
     unload,
 )
-from support.models import Zoo, bits, state_bits, tokens, train, zoo_config
+from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint
+from support.broken_off import break_off
+from support.models import Zoo, base_zoo, bits, randomise_, state_bits, tokens, train, zoo_config
+from support.training import Data, Net, make_trainer
+
+COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -178,112 +189,120 @@ def test_a_cast_inside_is_there_outside():
     assert optimizer.param_groups[0]["params"][0] is model.head.weight
 
 
-# --- what is saved and loaded inside ---
+def test_a_trainer_evaluates_the_base_inside(tmp_path):
+    """It moves the model to its device, merges and unmerges."""
+    config = LoRAConfig(r=2, target_modules=["body.0", "body.3"], modules_to_save=["body.1", "head"])
+    model, base = Net(), Net()
+    inject(model, config)
+    randomise_(model)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    before = state_bits(model)
 
+    def score(net: Net) -> Any:
+        trainer = make_trainer(tmp_path, LoRACallback(config), logger=False)
+        return trainer.validate(net, Data(), verbose=False)
 
-@pytest.mark.parametrize("name", MODELS)
-def test_state_dicts_inside_are_those_outside(name):
-    model, _ = trained(name)
-    takers = state_bits, adapter_state_dict, merged_state_dict, lambda each: each.state_dict(keep_vars=True)
-    outside = [{n: bits(v) if isinstance(v, torch.Tensor) else v for n, v in take(model).items()} for take in takers]
-    with disable_adapter(model), disable_adapter(model):
-        inside = [{n: bits(v) if isinstance(v, torch.Tensor) else v for n, v in take(model).items()} for take in takers]
-        kept = model.state_dict(keep_vars=True)
-    assert inside == outside
-    assert all(kept[name] is parameter for name, parameter in model.named_parameters())
-    assert not any(hooks for m in model.modules() for hooks in (m._state_dict_hooks, m._load_state_dict_post_hooks))
-
-
-@pytest.mark.parametrize("name", ["head", "biases", "normalisation"])
-def test_what_is_saved_inside_is_the_tuned_model(name, tmp_path):
-    model, base = trained(name)
-    x = tokens(9)
-    wanted = model(x)
+    tuned, wanted = score(model), score(base)
     with disable_adapter(model):
-        save_adapter(model, tmp_path / "adapter")
-        save_merged(model, tmp_path / "merged")
-    loaded = copy.deepcopy(base)
-    load_adapter(loaded, tmp_path / "adapter")
-    torch.testing.assert_close(loaded.eval()(x), wanted)
-    from safetensors.torch import load_file
-
-    base.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"), strict=False)
-    torch.testing.assert_close(base(x), wanted, rtol=1e-4, atol=1e-5)
+        assert score(model) == wanted != tuned
+    assert score(model) == tuned
+    assert state_bits(model) == before
 
 
-@pytest.mark.parametrize("load", [load_adapter, lambda m, s: m.load_state_dict(s)], ids=["load_adapter", "torch's"])
-@pytest.mark.parametrize("name", MODELS)
-def test_an_adapter_loaded_inside_is_there_outside_and_not_before(name, load):
-    model, base = trained(name)
-    wanted, state = copy.deepcopy(model), {n: v.clone() for n, v in adapter_state_dict(model).items()}
-    train(model, 1)
-    model.eval()
-    identities, x = {n: id(p) for n, p in model.named_parameters()}, tokens(5)
-    assert not torch.equal(model(x), wanted(x))
-    with disable_adapter(model):
-        load(model, state)
+# --- what is refused inside ---
+
+
+REFUSED: dict[str, Callable[[nn.Module, dict[str, Any], Path], Any]] = {
+    "state_dict": lambda model, state, path: model.state_dict(),
+    "state_dict of a wrapper": lambda model, state, path: nn.Sequential(model).state_dict(),
+    "state_dict of the head": lambda model, state, path: model.head.state_dict(),
+    "load_state_dict": lambda model, state, path: model.load_state_dict(state, strict=False),
+    "load_state_dict of the head": lambda model, state, path: model.head.load_state_dict(
+        {"weight": torch.zeros(3, 8), "bias": torch.zeros(3)}
+    ),
+    "copy and pickle": lambda model, state, path: copy.deepcopy(model),
+    "copy and pickle of a pickle": lambda model, state, path: pickle.dumps(model),
+    "copy and pickle of the head": lambda model, state, path: copy.deepcopy(model.head),
+    "copy and pickle of torch.save": lambda model, state, path: torch.save(model, path / "model.pt"),
+    "adapter_state_dict": lambda model, state, path: adapter_state_dict(model),
+    "merged_state_dict": lambda model, state, path: merged_state_dict(model),
+    "take_adapter": lambda model, state, path: take_adapter(model),
+    "save_adapter": lambda model, state, path: save_adapter(model, path / "adapter"),
+    "save_merged": lambda model, state, path: save_merged(model, path / "merged"),
+    "save_checkpoint": lambda model, state, path: convert_checkpoint(model, {"state_dict": state}, "adapter"),
+    "load_adapter": lambda model, state, path: load_adapter(model, state),
+    "lora_param_groups": lambda model, state, path: lora_param_groups(model, lr=0.1),
+    "unload": lambda model, state, path: unload(model),
+    "merge_and_unload": lambda model, state, path: merge_and_unload(model),
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("door", REFUSED)
+def test_what_would_save_or_lose_stand_ins_is_refused_inside_and_changes_nothing(tmp_path, door: str, nested: bool):
+    model, base = trained("head")
+    state = {name: torch.zeros_like(value) for name, value in adapter_state_dict(model).items()}
+    before, x = state_bits(model), tokens(5)
+    output = model(x)
+    with disable_adapter(model), disable_adapter(model) if nested else nullcontext():
+        with pytest.raises(LoRAError, match=f"^{door.partition(' of ')[0]}: refused inside `with disable_adapter"):
+            REFUSED[door](model, state, tmp_path)
         assert torch.equal(model(x), base(x))
-    assert state_bits(model) == state_bits(wanted)
-    assert torch.equal(model(x), wanted(x))
-    assert identities == {n: id(p) for n, p in model.named_parameters()}
-
-
-def test_another_base_loaded_inside_is_the_base_inside():
-    model, _ = trained("head")
-    other = Zoo().eval()
-    with disable_adapter(model):
-        model.load_state_dict(other.state_dict())
-        assert torch.equal(model(tokens(5)), other(tokens(5)))
-    unload(model)
-    assert state_bits(model) == state_bits(other)
-
-
-@pytest.mark.parametrize("found_merged", [False, True])
-@pytest.mark.parametrize("name", MODELS)
-def test_unload_inside_leaves_the_base_inside_and_outside(name, found_merged):
-    model, base = trained(name)
-    merge(model) if found_merged else None
-    with disable_adapter(model), disable_adapter(model):
-        unload(model)
-        assert torch.equal(model(tokens(5)), base(tokens(5)))
-    assert state_bits(model) == state_bits(base)
-    assert all(
-        vars(module).keys() == vars(plain).keys() for module, plain in zip(model.modules(), base.modules(), strict=True)
-    )
-    inject(model, MODELS[name][1])
-    train(model)
-
-
-def test_an_injection_made_inside_after_unload_is_not_touched_outside():
-    model, _ = trained("head")
-    with disable_adapter(model):
-        unload(model)
-        inject(model, LoRAConfig(r=3))
-        train(model)
-        before = state_bits(model)
     assert state_bits(model) == before
-    assert model.body[0].lora_active
+    assert torch.equal(model(x), output)
+    REFUSED[door](model, state, tmp_path)
 
 
-def test_merge_and_unload_inside_is_refused_and_changes_nothing():
-    model, _ = trained("head")
+@pytest.mark.parametrize("name", ["head", "tied", "normalisation"])
+def test_a_block_broken_off_at_any_line_leaves_the_trained_tensors(name: str):
+    model, _ = trained(name)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     before, output = state_bits(model), model(tokens(5))
-    with disable_adapter(model), pytest.raises(LoRAError, match="merge_and_unload: the adapters are disabled, inside"):
-        merge_and_unload(model)
-    assert state_bits(model) == before
-    assert torch.equal(model(tokens(5)), output)
-    torch.testing.assert_close(merge_and_unload(model)(tokens(5)), output)
+
+    def block() -> None:
+        with disable_adapter(model), disable_adapter(model):
+            pass
+
+    line, reached = 0, True
+    while reached:
+        reached = break_off(block, line := line + 7)
+        assert {**dict(model.named_parameters()), **dict(model.named_buffers())}.items() == tensors.items(), line
+        assert state_bits(model) == before
+        assert torch.equal(model(tokens(5)), output)
+    assert line > 100
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_made_inside_is_the_base_and_keeps_the_trained_values(copied):
-    model, base = trained("normalisation")
-    with disable_adapter(model):
-        other = copied(model)
-    assert torch.equal(other(tokens(5)), base(tokens(5)))
-    assert state_bits(other) == state_bits(model)
-    unload(other)
-    assert state_bits(other) == state_bits(base)
+# --- a head that somebody unfroze without the callback ---
+
+
+@pytest.mark.parametrize("verb", [lambda model: disable_adapter(model).__enter__(), unload], ids=["disable", "unload"])
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("when", ["before the copy", "after the copy", "saved, and frozen again, before the copy"])
+def test_a_head_unfrozen_by_hand_is_named_in_a_copy_and_in_the_original(when: str, copied: Any, verb: Any):
+    config = LoRAConfig(r=2, target_modules=["body.0"])
+    inject(model := base_zoo(), config)
+
+    def unfreeze(each: nn.Module) -> nn.Module:
+        each.head.requires_grad_(True)
+        train(each)
+        return each
+
+    if when == "after the copy":
+        models = [unfreeze(copied(model)), unfreeze(model)]
+    else:
+        unfreeze(model)
+        if "saved" in when:
+            with pytest.warns(UserWarning, match="base parameters were unfrozen after injection"):
+                adapter_state_dict(model)
+            model.head.requires_grad_(False)
+        models = [copied(model), model]
+    for each in models:
+        head = bits(each.head.weight)
+        assert head != bits(base_zoo().head.weight)
+        with pytest.warns(UserWarning, match=r"cannot bring back .* \(head.weight, head.bias\)"):
+            verb(each)
+        assert bits(each.head.weight) == head
 
 
 # --- merge_weights: the mode decides ---

@@ -130,8 +130,11 @@ def test_a_second_thread_that_changes_the_model_is_refused_at_once_and_told_by_w
     with thread_inside(lambda: body(model)):
         found = values(model)
         message = rf"{verb}: {body.__name__} is under way on this model in the thread 'holder'. .*threading.Lock"
-        expected = "the model is merged" if (verb, body) == ("initialize_from_data", merged) else message
-        with pytest.raises(LoRAError, match=expected):
+        expected = {
+            ("initialize_from_data", merged): "the model is merged",
+            ("load_state_dict", disable_adapter): "load_state_dict: refused inside",
+        }
+        with pytest.raises(LoRAError, match=expected.get((verb, body), message)):
             VERBS[verb](model, state)
         assert values(model) == found
     assert values(model) == before
@@ -171,6 +174,7 @@ READS: dict[str, Callable[[nn.Module], Any]] = {
     "save_merged": lambda model: save_merged(model, "saved"),
     "save_checkpoint": lambda model: as_checkpoint(model, "adapter"),
 }
+STATE_DICT = "^state_dict: refused inside `with disable_adapter"  # which as_checkpoint takes first
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -248,14 +252,14 @@ def test_a_save_is_refused_while_another_thread_is_loading(read, monkeypatch, tm
     READS[read](model)
 
 
-@pytest.mark.parametrize("step", ["put_base_values_", "take_back_base_values_"])  # of the block's beginning and end
+@pytest.mark.parametrize("step", ["put_in_", "take_out_"])  # of the block's beginning and end
 @pytest.mark.parametrize("read", READS)
 def test_a_save_is_refused_while_another_thread_disables_or_enables_the_adapter(read, step, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model, refusals, original = network(saved=True), [], getattr(inject_module, step)
 
     def meanwhile(*args: Any) -> Any:
-        with pytest.raises(LoRAError, match=f"{read}: disable_adapter is under way") as refusal:
+        with pytest.raises(LoRAError, match=f"{read}: disable_adapter is under way|{STATE_DICT}") as refusal:
             elsewhere(lambda: READS[read](model))
         refusals.append(refusal)
         return original(*args)
@@ -284,7 +288,8 @@ def test_inside_the_block_of_another_thread_nothing_is_saved(read, body, monkeyp
     monkeypatch.chdir(tmp_path)
     model = network(saved=True)
     with thread_inside(lambda: body(model)):
-        with pytest.raises(LoRAError, match=f"{read}: {body.__name__} is under way on this model in the thread"):
+        named = f"{read}: {body.__name__} is under way on this model in the thread|{STATE_DICT}"
+        with pytest.raises(LoRAError, match=named):
             READS[read](model)
         assert not contents(tmp_path)
     READS[read](model)
@@ -437,6 +442,8 @@ def test_calls_of_one_thread_nest():
     before, output = values(model), model(x)
     with merged(model), disable_adapter(model), merged(model):
         merge(model)
+        unmerge(model)
+    with merged(model), merged(model):
         load_adapter(model, adapter_state_dict(model))
     unmerge(model)
     assert values(model) == before
