@@ -37,7 +37,6 @@ from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Injection
 from .merging import Ending, FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
-from .named_state import state_of
 from .passed_over import describe_passed_over, warn_of_passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import (
