@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any, Literal, NoReturn, Protocol, cast, get_args
 
 from .errors import LoRAError, sentence, shown
-from .matching import ALL_LINEAR, layer_number, layer_pattern, near_misses, pattern_matches, suffix_pattern
+from .matching import ALL_LINEAR, layer_number, layer_pattern, matcher, near_misses, pattern_matches, suffix_pattern
 from .names import KNOWN_VARIANTS, listed
 
 VARIANTS = ("use_dora",)  # options that ask for a variant, as `variant` does
@@ -197,14 +197,16 @@ class LoRAConfig:
         """Whether the product of the initial A and B is subtracted, W' = W + s * (B @ A - B0 @ A0)."""
         return is_start(self.init_lora_weights) or self.init_lora_weights == FROM_GRADIENTS
 
-    def is_in_chosen_layer(self, name: str) -> bool:
-        """Return whether layers_to_transform includes a module that target_modules names, by PEFT's rule.
+    def target(self) -> Callable[[str], bool]:
+        """Return whether target_modules and layers_to_transform name a module, as a function of its name, as in PEFT.
 
-        A module that target_modules names in full is included in any layer.
+        A module that target_modules names in full is named in any layer.
         """
-        if self.layers_to_transform is None or name in self.target_modules:
-            return True
-        return layer_number(name, self.layers_pattern) in cast(tuple[int, ...], self.layers_to_transform)
+        named, numbers = matcher(self.target_modules), cast("tuple[int, ...] | None", self.layers_to_transform)
+        if numbers is None:
+            return named
+        patterns, whole = self.layers_pattern, frozenset(self.target_modules)
+        return lambda name: name in whole or (named(name) and layer_number(name, patterns) in numbers)
 
     def all_modules_to_save(self) -> list[str]:
         """Return the entries of modules_to_save and the names that task_type adds; the model may lack the latter."""

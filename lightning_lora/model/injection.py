@@ -29,7 +29,6 @@ ALL_OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
 # Of a base parameter. "trained": it was trainable at some time. "unfrozen": the options did not make it trainable.
 # "untold": no warning has said so yet. "resized": it is saved because it was resized before injection.
 Mark = Literal["trained", "unfrozen", "untold", "resized"]
-Due = Literal["", "line", "warning"]  # how something is to be said that was not said yet
 
 
 class Kept(TypedDict, total=False):
@@ -91,8 +90,6 @@ class Injection:
     quantised_reported: bool = False  # a message said that layers with quantised weights stay factored
     started: bool = False  # initialize_from_data was called, so a fit does not start from its own data
     values_follow: bool = False  # an adapter is loaded next, so no initial values are computed from weights
-    passed_over: str = ""  # the weights that target_modules passes over by kind: their share, and each kind's share
-    passed_over_due: Due = ""  # how to say so; "" where it is little, or was said
     ended: bool = False  # the adapters were taken out
     token: list[Any] = field(default_factory=list)  # marks the Kept of this record; a copied model has a copied token
     root: weakref.ref[nn.Module] | None = None  # the injected module; None in a copy of the record
