@@ -366,6 +366,8 @@ def _unordered(value: Any) -> Any:
 
 def _immutable(value: Any) -> Any:
     """Return numbers and enums as Python's own values, and collections as tuples and dicts of such numbers."""
+    if value is None or type(value) in (str, bool, int, float):
+        return value
     if isinstance(value, Enum):  # peft.TaskType
         return value.value
     if isinstance(value, Mapping):
