@@ -13,7 +13,16 @@ from enum import Enum
 from typing import Any, Literal, NoReturn, Protocol, cast, get_args
 
 from .errors import LoRAError, sentence, shown
-from .matching import ALL_LINEAR, layer_number, layer_pattern, near_misses, pattern_matches, suffix_pattern
+from .matching import (
+    ALL_LINEAR,
+    PATTERNS,
+    layer_number,
+    layer_pattern,
+    matcher,
+    near_misses,
+    pattern_matches,
+    suffix_pattern,
+)
 from .names import KNOWN_VARIANTS, listed
 
 VARIANTS = ("use_dora",)  # options that ask for a variant, as `variant` does
@@ -50,7 +59,9 @@ def tasks_with(heads: Iterable[str]) -> list[str]:
     return [task for task, added in TASK_HEADS.items() if set(heads) <= set(added)]
 
 
-LISTS = {"modules_to_save": "a list of module names", "target_parameters": "a list of parameter names"}
+MAPPINGS = (*PATTERNS, "enable_lora", "variant_options")  # options
+SWITCHES = ("use_rslora", *VARIANTS, "autocast_adapter_dtype")  # options
+EVEN = "an even rank for init_lora_weights='orthogonal'"
 
 LEFT_OUT_AT_DEFAULT = {  # options that files leave out at their default, with that default
     **dict.fromkeys(("target_parameters", "layers_to_transform", "layers_pattern", "task_type")),
@@ -131,39 +142,12 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         self._normalise()
-        _check_rank("r", self.r)
-        _check_alpha("lora_alpha", self.lora_alpha)
-        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            _refuse("lora_dropout", "a probability in [0, 1)", self.lora_dropout)
-        if self.target_modules is None or not (self.target_modules or self.target_parameters):
-            _refuse(
-                "target_modules",
-                "at least one name, a regular expression, 'all-linear' or 'all-layers'",
-                self.target_modules,
-            )
-        if self.target_parameters and self.lora_dropout:
-            _refuse("lora_dropout", "0 with target_parameters, which have no input to drop", self.lora_dropout)
-        for option in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
-            _check_names(option, getattr(self, option))
-        self._check_layers()
-        self._check_token_indices()
-        for option, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
-            for pattern, value in (getattr(self, option) or {}).items():
-                _check_regex(option, pattern, suffix_pattern)
-                check(f"{option}[{pattern!r}]", value)
-        if self.task_type is not None and self.task_type not in get_args(Task):
-            _refuse("task_type", f"one of {', '.join(get_args(Task))}", self.task_type)
-        if self.bias not in get_args(Bias):
-            _refuse("bias", f"one of {', '.join(get_args(Bias))}", self.bias)
-        for option in ("use_rslora", *VARIANTS, "autocast_adapter_dtype"):
-            if not isinstance(getattr(self, option), bool):
-                _refuse(option, "true or false", getattr(self, option))
-        self._check_init()
+        for option, is_allowed, expected in RULES:
+            for name, value in _values(self, option):
+                if not is_allowed(value, self):
+                    raise LoRAError(f"LoRAConfig: {name} must be {expected.format(c=self)}, but it is {shown(value)}.")
+        self._check_expressions()
         self._check_variant()
-        _check_names("enable_lora", tuple(self.enable_lora or ()))
-        for name, parts in (self.enable_lora or {}).items():
-            if not isinstance(parts, tuple) or not all(isinstance(part, bool) for part in parts) or not any(parts):
-                _refuse(f"enable_lora[{name!r}]", "a list of booleans with at least one true", parts)
 
     def __repr__(self) -> str:
         given = (f"{name}={getattr(self, name)!r}" for name in self.differing(LoRAConfig()))
@@ -197,14 +181,16 @@ class LoRAConfig:
         """Whether the product of the initial A and B is subtracted, W' = W + s * (B @ A - B0 @ A0)."""
         return is_start(self.init_lora_weights) or self.init_lora_weights == FROM_GRADIENTS
 
-    def is_in_chosen_layer(self, name: str) -> bool:
-        """Return whether layers_to_transform includes a module that target_modules names, by PEFT's rule.
+    def target(self) -> Callable[[str], bool]:
+        """Return whether target_modules and layers_to_transform name a module, as a function of its name, as in PEFT.
 
-        A module that target_modules names in full is included in any layer.
+        A module that target_modules names in full is named in any layer.
         """
-        if self.layers_to_transform is None or name in self.target_modules:
-            return True
-        return layer_number(name, self.layers_pattern) in cast(tuple[int, ...], self.layers_to_transform)
+        named, numbers = matcher(self.target_modules), cast("tuple[int, ...] | None", self.layers_to_transform)
+        if numbers is None:
+            return named
+        patterns, whole = self.layers_pattern, frozenset(self.target_modules)
+        return lambda name: name in whole or (named(name) and layer_number(name, patterns) in numbers)
 
     def all_modules_to_save(self) -> list[str]:
         """Return the entries of modules_to_save and the names that task_type adds; the model may lack the latter."""
@@ -287,68 +273,39 @@ class LoRAConfig:
         return [f"{name} was {getattr(self, name)!r}, now {getattr(now, name)!r}" for name in self.differing(now)]
 
     def _normalise(self) -> None:
-        """Copy collections into immutable types, because the caller may change them; an empty one becomes None."""
-        for option in ("r", "lora_alpha", "lora_dropout", "layers_to_transform"):
-            object.__setattr__(self, option, plain_number(getattr(self, option)))
+        """Copy values into immutable ones, because the caller may change them; an empty collection becomes None."""
+        new = {field.name: _immutable(getattr(self, field.name)) for field in fields(self)}
         for option in ("layers_to_transform", "layers_pattern"):
-            value = getattr(self, option)
-            if isinstance(value, (int, str)):
-                object.__setattr__(self, option, (value,) if value != "" else None)
-        for option in ("target_modules", *LISTS, "exclude_modules", "layers_to_transform", "layers_pattern"):
-            value = getattr(self, option)
-            if isinstance(value, (list, tuple, set, frozenset)):
-                names = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-                names = tuple(map(plain_number, names))
-                object.__setattr__(self, option, names if names or option == "target_modules" else None)
-        indices = self.trainable_token_indices
-        if isinstance(indices, Mapping):
-            rows: Any = {name: _ascending(numbers) for name, numbers in indices.items()}
-            object.__setattr__(self, "trainable_token_indices", rows or None)
-        elif indices is not None:
-            object.__setattr__(self, "trainable_token_indices", _ascending(indices) or None)
+            if isinstance(new[option], (int, str)):
+                new[option] = (new[option],) if new[option] != "" else None
+        if isinstance(parts := new["enable_lora"], dict):
+            new["enable_lora"] = {name: _immutable(each) for name, each in parts.items()}
+        rows = new["trainable_token_indices"]
+        is_by_table = isinstance(rows, dict)
+        rows = {name: _ascending(each) for name, each in rows.items()} if is_by_table else _ascending(rows)
+        new["trainable_token_indices"] = rows
         if self.variant == BY_OPTION or (self.use_dora is True and self.variant == PLAIN):
-            object.__setattr__(self, "variant", BY_OPTION)
-            object.__setattr__(self, "use_dora", True)
-        if isinstance(self.task_type, Enum):  # peft.TaskType
-            object.__setattr__(self, "task_type", self.task_type.value)
-        for option in ("rank_pattern", "alpha_pattern", "enable_lora", "variant_options"):
-            value = getattr(self, option)
-            if value is None:
-                continue
-            if not isinstance(value, Mapping):
-                _refuse(option, "a mapping", value)
-            if option == "enable_lora":
-                value = {name: tuple(parts) if isinstance(parts, list) else parts for name, parts in value.items()}
-            else:
-                value = {pattern: plain_number(number) for pattern, number in value.items()}
-            object.__setattr__(self, option, dict(value) or None)
+            new |= {"variant": BY_OPTION, "use_dora": True}
+        for option, value in new.items():
+            is_empty = isinstance(value, (tuple, dict)) and not value and option != "target_modules"
+            object.__setattr__(self, option, None if is_empty else value)
 
-    def _check_token_indices(self) -> None:
-        """Check trainable_token_indices."""
-        indices = self.trainable_token_indices
-        if indices is None:
-            return
-        if isinstance(indices, Mapping):
-            _check_names("trainable_token_indices", tuple(indices))
-        for rows in indices.values() if isinstance(indices, Mapping) else [indices]:
-            if not isinstance(rows, tuple) or not rows or not all(map(_is_index, rows)):
-                _refuse("trainable_token_indices", "a list of whole numbers from 0, or one for each table", indices)
-            if len(set(rows)) < len(rows):
-                _refuse("trainable_token_indices", "without a number twice", indices)
-
-    def _check_layers(self) -> None:
-        """Check layers_to_transform and layers_pattern, by themselves and together with target_modules."""
-        numbers, patterns = self.layers_to_transform, self.layers_pattern
-        if numbers is not None and (not isinstance(numbers, tuple) or not all(map(_is_index, numbers))):
-            _refuse("layers_to_transform", "a whole number from 0 or a list of them", numbers)
-        if patterns is not None and (not isinstance(patterns, tuple) or not all(patterns)):
-            _refuse("layers_pattern", "a name, a regular expression or a list of them", patterns)
-        for pattern in patterns or ():
-            _check_regex("layers_pattern", pattern, layer_pattern)
-        if patterns is not None and numbers is None:
-            _refuse("layers_pattern", "left out, for there is no layers_to_transform", patterns)
-        if numbers is not None and isinstance(self.target_modules, str):
-            _refuse("target_modules", "a list of names beside layers_to_transform, as in PEFT", self.target_modules)
+    def _check_expressions(self) -> None:
+        """Refuse what is no regular expression, by itself or as part of the expression that is built of it."""
+        names = [(option, getattr(self, option), str) for option in ("target_modules", "exclude_modules")]
+        checks: list[tuple[str, Any, Callable[[str], str]]] = [each for each in names if isinstance(each[1], str)]
+        checks += [("layers_pattern", pattern, layer_pattern) for pattern in self.layers_pattern or ()]
+        checks += [(o, key, suffix_pattern) for o in PATTERNS for key in getattr(self, o) or ()]
+        for option, pattern, whole in checks:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", DeprecationWarning)  # Python 3.10 warns where 3.11 refuses
+                    re.compile(pattern)
+                    re.compile(whole(pattern))
+            except (re.error, TypeError, OverflowError, RecursionError, DeprecationWarning) as error:
+                raise LoRAError(
+                    f"LoRAConfig: {option}: {shown(pattern)} is not a regular expression: {error}."
+                ) from error
 
     def _check_variant(self) -> None:
         """Check variant, variant_options and use_dora, and that the variant goes with the other options."""
@@ -358,8 +315,6 @@ class LoRAConfig:
             hint = hint if "did you mean" in hint else ""
             expected = f"one of {known} (import the file that defines another one first{hint})"
             _refuse("variant", expected, self.variant)
-        if self.use_dora and self.variant != BY_OPTION:
-            _refuse("use_dora", f"left out with variant={self.variant!r}", self.use_dora)
         self._check_variant_options(KNOWN_VARIANTS[self.variant].own_options)
         why_not = KNOWN_VARIANTS[self.variant].why_not_with(self) if self.variant != PLAIN else ""
         if why_not:
@@ -383,17 +338,6 @@ class LoRAConfig:
     def all_variant_options(self) -> dict[str, Any]:
         """Return all options that the variant alone has, with their values or defaults."""
         return {**KNOWN_VARIANTS[self.variant].own_options, **(self.variant_options or {})}
-
-    def _check_init(self) -> None:
-        """Check init_lora_weights, and that each r goes with it."""
-        init = self.init_lora_weights
-        if not isinstance(init, bool) and init not in get_args(Init) and not is_start(init):
-            weight = "'pissa', 'pissa_niter_4' (or another number), 'olora'"
-            expected = f"true, false, 'gaussian', 'orthogonal', {weight}, 'eva' or 'lora_ga'"
-            _refuse("init_lora_weights", expected, init)
-        for rank in (self.r, *(self.rank_pattern or {}).values()) if init == "orthogonal" else ():
-            if rank % 2:
-                _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)
 
 
 def is_config(config: object) -> bool:
@@ -420,12 +364,23 @@ def _unordered(value: Any) -> Any:
     return frozenset(value) if isinstance(value, tuple) else value
 
 
+def _immutable(value: Any) -> Any:
+    """Return numbers and enums as Python's own values, and collections as tuples and dicts of such numbers."""
+    if value is None or type(value) in (str, bool, int, float):
+        return value
+    if isinstance(value, Enum):  # peft.TaskType
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: plain_number(each) for key, each in value.items()}
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    return tuple(map(plain_number, value)) if isinstance(value, (list, tuple)) else plain_number(value)
+
+
 def _ascending(rows: Any) -> Any:
     """Return whole numbers of a collection in ascending order, as a tuple; other values unchanged."""
-    if not isinstance(rows, (list, tuple, set, frozenset)):
-        return rows
-    rows = tuple(map(plain_number, rows))
-    return tuple(sorted(rows)) if all(map(_is_index, rows)) else rows
+    rows = _immutable(rows)
+    return tuple(sorted(rows)) if _are_indices(rows) else rows
 
 
 def _plain(value: Any) -> Any:
@@ -467,32 +422,78 @@ def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _check_rank(option: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        _refuse(option, "a whole number of at least 1", value)
+def _are_indices(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(_is_index, value))
 
 
-def _check_alpha(option: str, value: object) -> None:
-    if not is_number(value) or value <= 0:  # type: ignore[operator]
-        _refuse(option, "a finite number above 0", value)
+def _are_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) and name for name in value)
 
 
-def _check_regex(option: str, pattern: object, whole: Callable[[str], str] = str) -> None:
-    """Refuse a pattern that is no regular expression, by itself or as part of the expression that `whole` builds."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # Python 3.10 warns where 3.11 refuses
-            re.compile(pattern)  # type: ignore[call-overload]
-            re.compile(whole(pattern))  # type: ignore[arg-type]
-    except (re.error, TypeError, OverflowError, RecursionError, DeprecationWarning) as error:
-        raise LoRAError(f"LoRAConfig: {option}: {shown(pattern)} is not a regular expression: {error}.") from error
+def _are_rows(value: object) -> bool:
+    """Return whether a value of trainable_token_indices is a list of rows, or one for each table."""
+    if isinstance(value, Mapping):
+        return _are_names(tuple(value)) and all(rows and _are_indices(rows) for rows in value.values())
+    return _are_indices(value)
 
 
-def _check_names(option: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, str) and option not in LISTS:
-        _check_regex(option, value)
-    elif not isinstance(value, tuple) or not all(isinstance(name, str) and name for name in value):
-        kind = LISTS.get(option, "a list of names or a regular expression")
-        _refuse(option, kind, value)
+def _are_different(rows: Any) -> bool:
+    return all(len(set(each)) == len(each) for each in (rows.values() if isinstance(rows, Mapping) else [rows]))
+
+
+def _are_parts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(part, bool) for part in value) and any(value)
+
+
+def _values(config: LoRAConfig, option: str) -> list[tuple[str, Any]]:
+    """Return an option's value by its name, or of "option[]" each value of the mapping; nothing of an optional one."""
+    name = option.removesuffix("[]")
+    value = getattr(config, name)
+    if value is None and getattr(LoRAConfig, name) is None:  # its default
+        return []
+    return [(option, value)] if name == option else [(f"{name}[{key!r}]", each) for key, each in value.items()]
+
+
+# Each rule: an option, or the values of a mapping; whether a value is allowed in a config; what it must be.
+RULES: tuple[tuple[str, Callable[[Any, LoRAConfig], object], str], ...] = (
+    ("r", lambda v, c: _is_index(v) and v > 0, "a whole number of at least 1"),
+    ("lora_alpha", lambda v, c: is_number(v) and v > 0, "a finite number above 0"),
+    ("lora_dropout", lambda v, c: is_number(v) and 0 <= v < 1, "a probability in [0, 1)"),
+    ("lora_dropout", lambda v, c: not v or not c.target_parameters, "0 with target_parameters, which have no input"),
+    (
+        "target_modules",
+        lambda v, c: v or (v is not None and c.target_parameters),
+        "at least one name, a regular expression, 'all-linear' or 'all-layers'",
+    ),
+    ("target_modules", lambda v, c: isinstance(v, str) or _are_names(v), "a list of names or a regular expression"),
+    ("exclude_modules", lambda v, c: isinstance(v, str) or _are_names(v), "a list of names or a regular expression"),
+    ("modules_to_save", lambda v, c: _are_names(v), "a list of module names"),
+    ("target_parameters", lambda v, c: _are_names(v), "a list of parameter names"),
+    ("layers_to_transform", lambda v, c: _are_indices(v), "a whole number from 0 or a list of them"),
+    ("layers_pattern", lambda v, c: _are_names(v), "a name, a regular expression or a list of them"),
+    ("layers_pattern", lambda v, c: c.layers_to_transform is not None, "left out, for there is no layers_to_transform"),
+    (
+        "target_modules",
+        lambda v, c: not isinstance(v, str) or c.layers_to_transform is None,
+        "a list of names beside layers_to_transform, as in PEFT",
+    ),
+    ("trainable_token_indices", lambda v, c: _are_rows(v), "a list of whole numbers from 0, or one for each table"),
+    ("trainable_token_indices", lambda v, c: _are_different(v), "without a number twice"),
+    *((option, lambda v, c: isinstance(v, Mapping), "a mapping") for option in MAPPINGS),
+    ("rank_pattern[]", lambda v, c: _is_index(v) and v > 0, "a whole number of at least 1"),
+    ("alpha_pattern[]", lambda v, c: is_number(v) and v > 0, "a finite number above 0"),
+    ("enable_lora", lambda v, c: _are_names(tuple(v)), "a mapping from names"),
+    ("enable_lora[]", lambda v, c: _are_parts(v), "a list of booleans with at least one true"),
+    ("task_type", lambda v, c: v in get_args(Task), f"one of {', '.join(get_args(Task))}"),
+    ("bias", lambda v, c: v in get_args(Bias), f"one of {', '.join(get_args(Bias))}"),
+    *((option, lambda v, c: isinstance(v, bool), "true or false") for option in SWITCHES),
+    (
+        "init_lora_weights",
+        lambda v, c: isinstance(v, bool) or v in get_args(Init) or is_start(v),
+        "true, false, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4' (or another number), 'olora', 'eva' or "
+        "'lora_ga'",
+    ),
+    ("r", lambda v, c: c.init_lora_weights != "orthogonal" or v % 2 == 0, EVEN),
+    ("rank_pattern[]", lambda v, c: c.init_lora_weights != "orthogonal" or v % 2 == 0, EVEN),
+    ("use_dora", lambda v, c: not v or c.variant == BY_OPTION, "left out with variant={c.variant!r}"),
+)

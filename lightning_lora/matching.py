@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from .names import listed, suffixes
+
+Entries = str | Collection[str] | None  # the value of an option that names modules or parameters
+PATTERNS = ("rank_pattern", "alpha_pattern")  # options whose keys are regular expressions
 
 ALL_LINEAR = "all-linear"  # a value of target_modules
 ALL_LAYERS = "all-layers"  # another
@@ -67,6 +71,8 @@ def matcher(names: str | Iterable[str] | None) -> Callable[[str], bool]:
         expression = re.compile(names)
         return lambda name: expression.fullmatch(name) is not None
     entries = frozenset(names or ())
+    if not entries:  # the common case
+        return lambda name: False
     return lambda name: not entries.isdisjoint(suffixes(name))
 
 
@@ -74,6 +80,48 @@ def naming_some(entries: Iterable[str], names: Iterable[str]) -> list[str]:
     """Return the entries of a list that are one of the names, or a dotted suffix of one."""
     known = {suffix for name in names for suffix in suffixes(name)}
     return [entry for entry in entries if entry in known]
+
+
+@dataclass
+class Unmatched:
+    """The entries of options that name nothing in a model.
+
+    Attributes:
+        errors: a sentence for each entry of an option of which no entry names anything.
+        unused: for each option the entries that name nothing beside others that do: one list may serve many models.
+    """
+
+    errors: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def check(
+        self, option: str, value: Entries, names: Collection[str], noun: str, hints: Collection[str] | None = None
+    ) -> None:
+        """Note the entries of an option that name nothing.
+
+        Args:
+            option: its name.
+            value: a regular expression for the whole name, names or their endings, or a mapping by such entries. Those
+                of PATTERNS are regular expressions for a dotted suffix.
+            names: what the entries may name.
+            noun: of what they should name, for the sentence.
+            hints: the names to look for near misses in; by default `names`.
+        """
+        if not value:
+            return
+        if isinstance(value, str):
+            found = [value] if any(map(matcher(value), names)) else []
+            noun += "; a string is a regular expression for the whole name, a list holds names or their endings"
+        elif option in PATTERNS:
+            found = [entry for entry in value if any(pattern_matches(entry, name) for name in names)]
+        else:
+            found = naming_some(value, names)
+        missing = [entry for entry in dict.fromkeys([value] if isinstance(value, str) else value) if entry not in found]
+        if found and missing:
+            self.unused.append(f"{option}: {', '.join(map(repr, missing))}")
+        else:
+            known = names if hints is None else hints
+            self.errors += [f"{option}: {entry!r} names no {noun}{near_misses(entry, known)}" for entry in missing]
 
 
 def near_misses(entry: str, names: Iterable[str]) -> str:

@@ -19,14 +19,14 @@ from ..distributed.zero import update_copies_
 from ..errors import LoRAError
 from ..formats.peft_attention import refuse_conv1d_of_model
 from ..formats.peft_stacks import stacks_as_in_model
-from ..matching import matcher
+from ..matching import Unmatched, matcher
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.foreign_state import foreign_entries, load_foreign_
 from ..model.inject import inject_to_load, unload
 from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.quantise import call_that_quantises, quantise_named_
-from ..model.targets import Targets
+from ..model.targets import select
 from ..names import listed
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import CONV1D
@@ -220,8 +220,8 @@ def config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
             f"Call inject(model, LoRAConfig(r={stored[0]}, lora_alpha=..., target_modules=[{_leaves(ranks)}]"
             f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
         )
-    targets = Targets(listing.modules, config, adapter.scope)
-    same_layers = not (targets.errors or targets.unused) and targets.names() == set(ranks)
+    targets = select(listing.modules, config, adapter.scope)
+    same_layers = targets.unmatched == Unmatched() and targets.names() == set(ranks)
     if not adapter.fingerprint:  # with one, all that was trained is known
         _warn_of_lacking(sorted(targets.names() - ranks.keys()))
     same = same_layers and options_hold(config, ranks, adapter.scalings)

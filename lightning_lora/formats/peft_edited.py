@@ -105,8 +105,8 @@ def _selects_layers(adapter: Adapter, stated: LoRAConfig) -> bool:
     outputs = {name for name in adapter.module_layers if adapter.options_name(name) != name}
     layers = {n for n in adapter.module_layers if n not in outputs and adapter.kinds.get(n) != ATTENTION_OUTPUT}
     known = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)} - {""}
-    targeted, excluded = matcher(stated.target_modules), matcher(stated.exclude_modules)
-    selected = {name for name in known if targeted(name) and not excluded(name) and stated.is_in_chosen_layer(name)}
+    targeted, excluded = stated.target(), matcher(stated.exclude_modules)
+    selected = {name for name in known if targeted(name) and not excluded(name)}
     return selected == layers
 
 

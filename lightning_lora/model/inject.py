@@ -15,7 +15,6 @@ from torch import nn
 from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
-from ..matching import BY_KIND
 from ..names import listed
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, adapted_places, adapters_in
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
@@ -37,7 +36,7 @@ from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Injection
 from .merging import Ending, FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
-from .passed_over import describe_passed_over, warn_of_passed_over
+from .passed_over import passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import (
     follow_gradient_checkpointing,
@@ -45,19 +44,10 @@ from .pretrained import (
     resized_embeddings,
     warn_before_save_pretrained,
 )
+from .reasons import check_shapes, check_trainable, check_unadapted
 from .recorded_layers import refuse_replaced_layers
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
-from .targets import (
-    TRAINED_WHOLE,
-    Targets,
-    check_parameter,
-    check_shapes,
-    check_supported,
-    check_table,
-    check_trainable,
-    check_unadapted,
-    warn_of_unused,
-)
+from .targets import TRAINED_WHOLE, Selection, select, warn_of_unused
 from .wrappers import unwrapped, warn_of_late_adapters
 
 
@@ -121,9 +111,7 @@ def inject_to_load(listing: Listing, config: LoRAConfig, scope: str = "") -> Ada
         scope: the name of the submodule that the adapter belongs to, ending in a dot, or "" for the whole model.
             Biases and whole modules are trained in that submodule alone.
     """
-    handle = _inject(listing, Injection(config, scope=scope), values_follow=True)
-    handle.record.passed_over_due = ""  # its trainer chose the layers
-    return handle
+    return _inject(listing, Injection(config, scope=scope), values_follow=True)
 
 
 def unload(model: nn.Module) -> None:
@@ -283,8 +271,8 @@ def _enable_again(
 
 def _inject(listing: Listing, record: Injection, *, values_follow: bool = False) -> AdaptedModel:
     with claimed("inject", record.owner):
-        handle = begin_injection(listing, record, values_follow=values_follow)
-        finish_injection(handle)
+        handle, selection = begin_injection(listing, record, values_follow=values_follow)
+        finish_injection(handle, selection)
     return handle
 
 
@@ -296,13 +284,13 @@ def _tell_of_layers(handle: AdaptedModel) -> None:
     for reason, names in reasons.items():
         are = "is" if len(names) == 1 else "are"
         tell(f"lightning_lora: {listed(names)} {are} left out of {record.config.target_modules!r}: {reason}.")
-    warn_of_passed_over(record)
-    if record.passed_over_due == "line":
-        record.passed_over_due = ""
-        tell(f"lightning_lora: {record.config.target_modules!r} passes over {record.passed_over}")
+    if others := passed_over(handle):
+        tell(f"lightning_lora: {record.config.target_modules!r} passes over {others}")
 
 
-def begin_injection(listing: Listing, record: Injection, *, values_follow: bool = False) -> AdaptedModel:
+def begin_injection(
+    listing: Listing, record: Injection, *, values_follow: bool = False
+) -> tuple[AdaptedModel, Selection]:
     """Adapt the layers that exist now. In place.
 
     adapt_new_layers adapts layers that are built later, and finish_injection checks that each option names something.
@@ -311,65 +299,64 @@ def begin_injection(listing: Listing, record: Injection, *, values_follow: bool 
         listing: of the model.
         record: of the new injection, with its options.
         values_follow: an adapter is loaded next, so no initial values are computed from weights.
+
+    Returns:
+        The handle, and what the options name.
     """
     check_unadapted(listing.modules)
     with claimed("inject", record.owner):
         record.begin(listing.model)
         handle = cast(AdaptedModel, find_in(listing))
         with _leaving_no_trace(handle):
-            adapt_new_layers(handle, values_follow=values_follow)
+            selection = adapt_new_layers(handle, values_follow=values_follow)
             snapshot_initial(handle)
             if record.merge_weights:
                 patch(handle.root, "train", _merge_by_mode)
-    return handle
+    return handle, selection
 
 
-def finish_injection(handle: AdaptedModel) -> None:
+def finish_injection(handle: AdaptedModel, selection: Selection) -> None:
     """Check that each entry of the options names something, when all layers are built.
+
+    Args:
+        handle: of the model.
+        selection: what the options name in it.
 
     Raises:
         LoRAError: an entry names nothing. The adapters are then taken out.
     """
     root, record = handle.root, handle.record
     with claimed("inject", record.owner), _leaving_no_trace(handle):
-        targets = Targets(handle.root_modules, record.config, record.scope)
-        if targets.errors:
-            sentences = "\n".join(map(sentence, targets.errors))
+        if errors := selection.unmatched.errors:
+            sentences = "\n".join(map(sentence, errors))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
     if "validated" not in record.done:
-        warn_of_unused(targets, stacklevel=4)
-        record.left_out = dict(targets.left_out)
-        for name in targets.saved_instead:
+        warn_of_unused(selection, stacklevel=4)
+        record.left_out = dict(selection.left_out)
+        for name in selection.saved_instead:
             tell(f"lightning_lora: {name} {TRAINED_WHOLE}")
-        if record.config.target_modules in BY_KIND:
-            record.passed_over, record.passed_over_due = describe_passed_over(handle, targets.saved)
     record.done.add("validated")
 
 
-def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> None:
-    """Adapt the named layers that are not adapted yet, and freeze new parameters. In place."""
+def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Selection:
+    """Adapt the named layers that are not adapted yet, freeze new parameters, and return what the options name."""
     with claimed("inject", handle.record.owner):
-        _adapt_new_layers(handle, values_follow)
+        return _adapt_new_layers(handle, values_follow)
 
 
-def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> None:
+def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
     root, record = handle.root, handle.record
     check_shapes(handle.root_modules)
-    targets = Targets(handle.root_modules, record.config, record.scope)
-    new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
-    apart = {name: module for name, module in targets.apart.items() if not adapters_in(module)}
-    for name, module in {**new, **apart}.items():
-        check_supported(name, module, record.config)
+    selection = select(handle.root_modules, record.config, record.scope)
+    new = {name: module for name, module in selection.layers.items() if not isinstance(module, LoRALayer)}
+    apart = {name for name, module in selection.apart.items() if not adapters_in(module)}
     live = adapted_layers(root, modules=handle.root_modules)
-    parameters = {name: place for name, place in targets.parameters.items() if name not in live}
-    for name, (module, leaf) in parameters.items():
-        check_parameter(name, module, leaf, is_layer=module in targets.layers.values())
-    check_trainable(handle.root_modules, targets.saved)
+    parameters = {name: place for name, place in selection.parameters.items() if name not in live}
     modules = dict(handle.root_modules)
-    tables = {name: rows for name, rows in targets.tables.items() if not isinstance(modules[name], LoRATable)}
-    for name in tables:
-        check_table(name, modules[name], targets)
-    _freeze(handle, new, targets.saved)
+    tables = {name: rows for name, rows in selection.tables.items() if not isinstance(modules[name], LoRATable)}
+    selection.refuse(modules, record.config, {*new, *apart, *parameters, *tables})
+    check_trainable(handle.root_modules, selection.saved)
+    _freeze(handle, new, selection.saved)
     seed = record.seed or random_seed()
     with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
         for name, module in new.items():
@@ -386,6 +373,7 @@ def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> None:
     handle.record_trainable(expected=True)
     _record_resized(handle)
     _prepare_modules_(handle)
+    return selection
 
 
 def _prepare_modules_(handle: AdaptedModel) -> None:

@@ -26,7 +26,6 @@ ALL_OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
 
 # Why a base parameter is trained: the options ask, something unfroze it after injection, or it was resized before.
 Why = Literal["asked", "unfrozen", "resized"]
-Due = Literal["", "line", "warning"]  # how something is to be said that was not said yet
 
 # What happens once. "validated": finish_injection has checked that each entry of the options names something.
 # "started": initialize_from_data was called, so a fit does not start from its own data. "quantised": a message said
@@ -86,8 +85,6 @@ class Injection:
     initial: dict[str, torch.Tensor] = field(default_factory=dict)  # values from before training, buffers' too
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
-    passed_over: str = ""  # the weights that target_modules passes over by kind: their share, and each kind's share
-    passed_over_due: Due = ""  # how to say so; "" where it is little, or was said
     merged: bool = False  # merge was called, and since then unmerge was not called for all layers
     done: set[Once] = field(default_factory=set)
     run: Run = field(default_factory=Run)

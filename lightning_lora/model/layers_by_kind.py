@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -40,7 +39,8 @@ def layers_by_kind(
         The layers by name, and why other layers of these kinds are left out, by name.
     """
     more = config.target_modules == ALL_LAYERS
-    heads, tied, in_mamba = output_heads(listed_modules), tied_weights(listed_modules), _mamba_prefixes(listed_modules)
+    heads, tied = {id(head) for head in output_heads(listed_modules)}, tied_weights(listed_modules)
+    in_mamba = _mamba_prefixes(listed_modules)
     has_conv1d = any(is_conv1d(module) for _, module in listed_modules)
     modules, chosen, left_out = dict(listed_modules), dict[str, nn.Module](), dict[str, str]()
     for name, module in modules.items():
@@ -48,15 +48,16 @@ def layers_by_kind(
             continue
         parent, _, last = name.rpartition(".")
         owner = modules.get(parent) if parent else None
+        leaves = ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
         if name in tables:
             reason = f"{OPTION} trains rows of it"
-        elif any(module is head for head in heads):
+        elif id(module) in heads:
             reason = "it is the output head"
         elif isinstance(owner, nn.MultiheadAttention) and parent in chosen:
             reason = ""  # attention is adapted with its out_proj
         elif name.startswith(in_mamba) and last in REFUSED_IN_MAMBA:
             reason = f"PEFT cannot adapt the {last} of Mamba"
-        elif any(is_empty(module._parameters.get(leaf)) for leaf in ("weight", *ATTENTION_WEIGHTS)):
+        elif any(is_empty(module._parameters.get(leaf)) for leaf in leaves):
             reason = "its weight has no values"
         elif module in tied:
             reason = f"its weight is also {tied[module]}"
@@ -67,12 +68,6 @@ def layers_by_kind(
         else:
             chosen[name] = module
     return chosen, left_out
-
-
-def more_layers(listed_modules: NamedModules, config: LoRAConfig) -> list[str]:
-    """Return the names of the layers that "all-layers" adapts and "all-linear" does not, for the other options."""
-    chosen, _ = layers_by_kind(listed_modules, replace(config, target_modules=ALL_LAYERS), ())
-    return [name for name, module in chosen.items() if isinstance(module, MORE_KINDS)]
 
 
 def _mamba_prefixes(modules: NamedModules) -> tuple[str, ...]:

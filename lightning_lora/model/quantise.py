@@ -19,7 +19,7 @@ from ..nn.nf4 import BLOCK, can_be_nf4, nf4_tensor_class, quantise_linear_
 from ..nn.quantised import quantised_parameters
 from ..notices import tell
 from .adapted_model import Listing
-from .targets import Targets, warn_of_unused
+from .targets import Selection, select, warn_of_unused
 from .wrappers import unwrapped
 
 KINDS = ("nf4",)
@@ -154,7 +154,7 @@ def check_kind_of_quantisation(kind: object, verb: str) -> None:
         raise LoRAError(f"{verb}: a base can be quantised as {' or '.join(KINDS)}, not as {kind!r}.")
 
 
-def _targets(listing: Listing, config: LoRAConfig) -> Targets:
+def _targets(listing: Listing, config: LoRAConfig) -> Selection:
     """Return what "all-linear" and the options that leave layers out name."""
     only: dict[str, Any] = {
         "exclude_modules": config.exclude_modules,
@@ -162,7 +162,7 @@ def _targets(listing: Listing, config: LoRAConfig) -> Targets:
         "task_type": config.task_type,
         "trainable_token_indices": config.trainable_token_indices,
     }
-    return Targets(listing.modules, replace(LoRAConfig(target_modules=ALL_LINEAR), **only))
+    return select(listing.modules, replace(LoRAConfig(target_modules=ALL_LINEAR), **only))
 
 
 def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
@@ -185,9 +185,9 @@ def _refuse_unmatched(listing: Listing, config: LoRAConfig) -> None:
         raise LoRAError(f"quantize_base: {mistakes[0]}.")
 
 
-def _mistakes(targets: Targets) -> list[str]:
+def _mistakes(targets: Selection) -> list[str]:
     """Return a sentence for each entry of the options that names nothing."""
-    return [said for said in targets.errors if not said.startswith("target_modules")]
+    return [said for said in targets.unmatched.errors if not said.startswith("target_modules")]
 
 
 def _refuse_late(listing: Listing) -> None:

@@ -17,6 +17,7 @@ from ..matching import BY_KIND
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.heads import describe_frozen_head
 from ..model.named_state import base_parameters_of
+from ..model.passed_over import passed_over
 from ..names import group_of, listed
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import AdaptedWeights
@@ -100,9 +101,8 @@ class Summary:
     also_saved: Mapping[str, int]  # sizes of tensors that are saved with the adapter but not trained now, by name
     left_out: tuple[LeftOut, ...]
     by_kind: str  # "all-linear" or "all-layers", if that is target_modules, else ""
-    passed_over: str  # the weights that `by_kind` passes over beside `left_out`: their share, and each kind's share
+    passed_over: str  # the weights that `by_kind` passes over beside `left_out`: their share, and the largest kinds
     frozen_head: str  # what looks like a frozen head, and how to train it if it is new; "" where nothing does
-    tells_passed_over: bool  # the short form has them: they are more than a tenth, and no other message names them
     quantised: Mapping[str, int]  # the number of the base's quantised weights, by kind of quantisation
     unmerged: tuple[Unmerged, ...]
     merged_eval: bool | None  # LoRACallback's option; None without a callback
@@ -140,8 +140,7 @@ class Summary:
     def _facts(self, *, short: bool = False) -> list[tuple[str, str]]:
         share = f"{self.trainable / max(self.total, 1):.2%}"
         memory = self.memory
-        passes_over = self.passed_over and (self.tells_passed_over or not short)
-        passed_over = [f"passes over {self.passed_over}"] if passes_over else []
+        passed_over = [f"passes over {self.passed_over}"] if self.passed_over else []
         quantised = ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantised.items())
         evaluation = self._evaluation(short=short)
         if short and quantised:  # both in one line
@@ -228,9 +227,8 @@ def summarise(handle: AdaptedModel) -> Summary:
         also_saved={name: size for name, size in saved.items() if name not in also_trained},
         left_out=_left_out(handle.left_out(), base, total - sum(shape_of(factor).numel() for factor in factors)),
         by_kind=next((value for value in BY_KIND if value == record.config.target_modules), ""),
-        passed_over=record.passed_over,
+        passed_over=passed_over(handle),
         frozen_head=describe_frozen_head(handle.root_modules),
-        tells_passed_over=record.passed_over_due == "line",
         quantised=_quantised(handle),
         unmerged=_unmerged(layers),
         merged_eval=record.run.merged_eval,

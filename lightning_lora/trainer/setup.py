@@ -17,7 +17,7 @@ from ..model.inject import adapt_new_layers, begin_injection, finish_injection, 
 from ..model.injection import Injection, Run
 from ..model.patches import call_previous, patch, unpatch_method
 from ..model.quantise import quantise_
-from ..model.targets import Targets
+from ..model.targets import select
 from .after_fit import forget_merging, load_plain_weights_only
 from .checkpoint_hooks import save_as
 from .checkpoint_options import complete_options, options_in_checkpoint, refuse_folder_for_checkpoint
@@ -87,8 +87,8 @@ def _adapt_now(module: nn.Module, options: Options, config: LoRAConfig, seed: st
     _prepare_copies(handle, options)
     if last is not None:
         patch(module, last, _build_and_adapt, last, options, config, seed)
-    elif handle is not None and "validated" not in handle.record.done:
-        finish_injection(handle)
+    elif handle is not None and "validated" not in handle.record.done:  # an earlier setup was broken off
+        finish_injection(handle, adapt_new_layers(handle))
 
 
 def stop_adapting(module: nn.Module) -> None:
@@ -118,32 +118,35 @@ def _adapt_built(module: nn.Module, options: Options, config: LoRAConfig, seed: 
     with outside_zero_init():
         handle = find_model(module)
         if handle is None:
-            handle = _inject(module, options, config, seed, is_complete=is_complete)
+            _prepare_copies(_inject(module, options, config, seed, is_complete=is_complete), options)
         else:
             if "validated" in handle.record.done:  # by an earlier run, or by the user's method
                 _adopt(handle, options)
             convert_linear_layers_(handle)
             if handle.record.run.quantize is not None:
                 quantise_(handle, handle.record.run.quantize, handle.record.config)
-            adapt_new_layers(handle)
-        _prepare_copies(handle, options)
-        if handle is not None and is_complete:
-            snapshot_initial(handle)
-            finish_injection(handle)
+            selection = adapt_new_layers(handle)
+            _prepare_copies(handle, options)
+            if is_complete:
+                snapshot_initial(handle)
+                finish_injection(handle, selection)
 
 
 def _inject(
     module: nn.Module, options: Options, config: LoRAConfig, seed: str, *, is_complete: bool
 ) -> AdaptedModel | None:
-    """Inject the layers that exist; where more may follow and none is named yet, return None. In place."""
+    """Inject the layers that exist, all where is_complete; where more may follow and none is named yet, return None."""
     listing = Listing(module)
     convert_linear_layers_(listing)
     if options.quantize is not None:
         quantise_(listing, options.quantize, config)
-    if not is_complete and Targets(listing.modules, config).is_empty():
+    if not is_complete and select(listing.modules, config).is_empty():
         return None
     record = Injection(config, given=options.given, seed=seed_text(options) or seed, run=Run(quantize=options.quantize))
-    return begin_injection(listing, record)
+    handle, selection = begin_injection(listing, record)
+    if is_complete:
+        finish_injection(handle, selection)
+    return handle
 
 
 def _adopt(handle: AdaptedModel, options: Options) -> None:

@@ -141,11 +141,7 @@ def test_all_layers_adapts_convolutions_and_attention_and_says_what_it_leaves_ou
     assert left_out(model) == reasons
     for name, reason in reasons.items():
         assert f"lightning_lora: {name} is left out of 'all-layers': {reason}." in caplog.text
-    passed_over = summary(model).passed_over
-    assert ("1 Embedding" in passed_over) == (build is Cross)
-    is_much = float(passed_over.partition("%")[0] or 0) > 10
-    assert ("lightning_lora: 'all-layers' passes over" in caplog.text) == is_much
-    assert ("all-layers" in str(summary(model))) == bool(reasons or passed_over)
+    assert ("all-layers" in str(summary(model))) == bool(reasons)
 
 
 @pytest.mark.parametrize("build", LAYERS)
@@ -259,7 +255,7 @@ def test_the_classifier_of_a_model_of_timm_is_left_out_and_no_other(classifier):
     assert "fc" not in names
     assert left_out(model)["fc"] == "it is the output head"
     assert len(left_out(model)) + len(names) == 4
-    with pytest.raises(LoRAError, match=r"'fc' is left out: it is the output head; 'all-layers' adapts more"):
+    with pytest.raises(LoRAError, match=r"'fc' is left out: it is the output head; target_modules can"):
         inject(built(of_timm), config(target_modules="all-linear"))
     assert inject(built(mine), config()) == LAYERS[CNN][0]
 

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged, save_adapter
-from lightning_lora.model.targets import Targets
+from lightning_lora.model.targets import select
 from lightning_lora.nn.tied_weights import tied_weights
 from support.layers import Conv1D
 from support.models import Zoo, zoo_config
@@ -52,7 +52,7 @@ def test_targets_and_exclusions_match_as_in_peft(names, targets, excluded, saved
     theirs = peft.LoraConfig(target_modules=targets, exclude_modules=excluded, modules_to_save=saved)
     expected = [n for n, _ in model.named_modules() if n and check_target_module_exists(theirs, n)]
     ours = LoRAConfig(target_modules=targets, exclude_modules=excluded, modules_to_save=saved)
-    assert list(Targets(list(model.named_modules()), ours).layers) == expected
+    assert list(select(list(model.named_modules()), ours).layers) == expected
 
 
 NUMBERED = st.lists(st.sampled_from(["a", "b", "h", "0", "1", "q"]), min_size=1, max_size=5).map(".".join)
@@ -74,7 +74,7 @@ def test_layers_by_number_match_as_in_peft(names, targets, numbers, pattern):
     theirs = peft.LoraConfig(target_modules=targets, **by_number)
     expected = [n for n, _ in model.named_modules() if n and check_target_module_exists(theirs, n)]
     ours = LoRAConfig(target_modules=targets, **by_number)
-    assert list(Targets(list(model.named_modules()), ours).layers) == expected
+    assert list(select(list(model.named_modules()), ours).layers) == expected
 
 
 def gpt2() -> nn.Module:
@@ -173,44 +173,24 @@ def test_layers_by_number_are_those_of_peft(build, options, expected):
     assert expected is None or sorted(theirs) == sorted(expected)
 
 
-BOTH_NUMBERS = "\n".join(f"layers_to_transform: {n} names no layer; there are 0, 1, 2." for n in (8, 7))
+BY_NUMBER = "(layers_pattern says what the number follows)"
 
 
 @pytest.mark.parametrize(
-    ("build", "options", "complaint"),
+    ("build", "options", "numbers", "there"),
     [
-        (nested, {"layers_to_transform": [8, 7]}, BOTH_NUMBERS),
-        (
-            at_root,
-            {"layers_to_transform": 1},
-            "layers_to_transform: 1 names no layer; there are none; layers_pattern says which segment the number "
-            "follows, such as 'layers.0.q'.",
-        ),
-        (
-            nested,
-            {"layers_to_transform": 1, "layers_pattern": ["expert", "layer"]},
-            "layers_pattern: 'expert' comes before no number in a layer's name, such as 'model.layers.0.experts.0.q'.\n"
-            "layers_pattern: 'layer' comes before no number in a layer's name, such as 'model.layers.0.experts.0.q'.\n"
-            "layers_to_transform: 1 names no layer; there are none.",
-        ),
-        (
-            nested,
-            {"layers_to_transform": 1, "layers_pattern": "layer"},
-            "layers_pattern: 'layer' comes before no number in a layer's name, such as 'model.layers.0.experts.0.q'.\n"
-            "layers_to_transform: 1 names no layer; there are none.",
-        ),
-        (
-            nested,
-            {"target_modules": ["model.layers.0.experts.0.q"], "layers_to_transform": 0},
-            "layers_to_transform: 0 names no layer; there are none; layers_pattern says which segment the number "
-            "follows.",
-        ),
+        (nested, {"layers_to_transform": [8, 7]}, [8, 7], "are '0', '1', '2'"),
+        (at_root, {"layers_to_transform": 1}, [1], "are none"),
+        (nested, {"layers_to_transform": 1, "layers_pattern": ["expert", "layer"]}, [1], "are none"),
+        (nested, {"layers_to_transform": 1, "layers_pattern": "layer"}, [1], "are none"),
+        (nested, {"target_modules": ["model.layers.0.experts.0.q"], "layers_to_transform": 0}, [0], "are none"),
     ],
 )
-def test_a_number_or_pattern_that_names_no_layer_is_an_error(build, options, complaint):
+def test_a_number_that_names_no_layer_is_an_error(build, options, numbers, there):
     with pytest.raises(LoRAError) as caught:
         inject(build(), LoRAConfig(**{"target_modules": ["q"], **options}))
-    assert str(caught.value) == f"inject: Module: {complaint}"
+    lines = [f"layers_to_transform: '{n}' names no layer {BY_NUMBER}; there {there}." for n in numbers]
+    assert str(caught.value) == "inject: Module: " + "\n".join(lines)
 
 
 class Wrapped(nn.Module):
@@ -396,6 +376,11 @@ def test_an_entry_that_names_nothing_is_an_error_with_near_misses(options, compl
         ({"target_modules": ["conv", "embed", "cnov"]}, "target_modules: 'cnov'"),
         ({"exclude_modules": ["body.0", "vision_tower"]}, "exclude_modules: 'vision_tower'"),
         ({"modules_to_save": ["head", "haed"]}, "modules_to_save: 'haed'"),
+        ({"enable_lora": {"body.0": [True], "qkv": [True]}}, "enable_lora: 'qkv'"),
+        (
+            {"target_modules": ["conv"], "trainable_token_indices": {"embed": [1], "wte": [1]}},
+            "trainable_token_indices: 'wte'",
+        ),
         (
             {"rank_pattern": {"conv": 2, "q": 2}, "alpha_pattern": {"v": 1, "conv": 2}},
             "rank_pattern: 'q'; alpha_pattern: 'v'",
@@ -528,7 +513,7 @@ TAKEN_OUT = "; exclude_modules or modules_to_save takes out '0' (1 in all)."
         (
             convolutions,
             {},
-            "; 'all-layers' adapts more layers; target_modules can name others; there are 'stem', 'dw', 'table'.",
+            "; target_modules can name others; there are 'stem', 'dw', 'table'.",
             ["stem", "dw", "table"],
         ),
         (
@@ -550,7 +535,7 @@ TAKEN_OUT = "; exclude_modules or modules_to_save takes out '0' (1 in all)."
         (
             lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 2)),  # a ResNet and its new head
             {"modules_to_save": ["1"]},
-            "; exclude_modules or modules_to_save takes out '1' (1 in all); 'all-layers' adapts more layers.",
+            "; exclude_modules or modules_to_save takes out '1' (1 in all).",
             None,
         ),
     ],

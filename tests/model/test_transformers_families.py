@@ -23,7 +23,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged, save_adapter, save_merged
 from lightning_lora.command.main import main
-from lightning_lora.model.targets import Targets
+from lightning_lora.model.targets import select
 from lightning_lora.names import A, B
 from support.expected_weights import check_merge_command
 from support.families import FAMILIES, Family
@@ -147,7 +147,7 @@ def all_linear(models: Models) -> str:
         found = peft_layers(theirs(models.family))
     except ValueError:
         return "PEFT refuses"
-    left_out = Targets(list(models.family.build().named_modules()), LoRAConfig()).left_out
+    left_out = select(list(models.family.build().named_modules()), LoRAConfig()).left_out
     assert not set(models.layers) - set(found)
     missing = [name for name in sorted(found) if name not in models.layers]
     reasons = {left_out.get(name, "PEFT makes `target_parameters` of them") for name in missing}

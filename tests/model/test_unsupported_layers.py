@@ -152,7 +152,7 @@ def test_the_parameters_of_a_layer_of_its_own_class_are_named_so_that_they_can_b
 def test_a_replaced_forward_is_refused_where_a_parameter_is_adapted():
     model = nn.ModuleDict({"own": Own(), "fc": nn.Linear(3, 3)})
     model["own"].forward = lambda x: x  # type: ignore[method-assign]
-    with pytest.raises(LoRAError, match=r"'own\.weight': the forward is replaced on the instance of Own"):
+    with pytest.raises(LoRAError, match=r"'own\.weight': its forward is replaced on the instance of Own"):
         inject(model, LoRAConfig(target_modules=["fc"], target_parameters=["own.weight"]))
 
 

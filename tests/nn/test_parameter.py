@@ -256,7 +256,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a layer that is adapted": (
         lambda: nn.Linear(5, 6),
         {"target_modules": ["inner"], "target_parameters": ["inner.weight"]},
-        "adapted as a layer",
+        "it is in target_modules too",
     ),
     "integers": (
         lambda: Fixed(nn.Parameter(torch.zeros(3, 4, dtype=torch.uint8), requires_grad=False)),

@@ -30,8 +30,9 @@ from lightning_lora import (
 )
 from lightning_lora import load_adapter as apply_adapter
 from lightning_lora import take_adapter as adapter_of_model
+from lightning_lora.matching import Unmatched
 from lightning_lora.model import merging
-from lightning_lora.model.token_tables import TokenTables
+from lightning_lora.model.token_tables import token_tables
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.expected_weights import merge_and_check
 from support.layers import same_bits
@@ -242,7 +243,7 @@ def test_tied_tables_are_listed_in_the_order_of_the_model_whichever_end_is_named
     model = Net(tied=True)
     modules = list(model.named_modules())
     for end in ("emb", "head"):
-        assert list(TokenTables(modules, {end: ROWS}).rows) == ["emb", "head"]
+        assert list(token_tables(modules, {end: ROWS}, Unmatched())) == ["emb", "head"]
 
 
 @pytest.mark.parametrize("name", ["embedding", "tied"])
@@ -458,7 +459,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "in target_parameters too": (
         Net,
         {"target_parameters": ["emb.weight"], "trainable_token_indices": {"emb": [1]}},
-        "'emb': its weight is in target_parameters too",
+        "'emb': it is in target_parameters too",
     ),
     "max_norm": (lambda: Net(max_norm=1.0), {"trainable_token_indices": {"emb": [1]}}, "max_norm renormalises"),
     "by frequency": (
@@ -479,12 +480,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "other rows for the ends of a tie": (
         lambda: Net(tied=True),
         {"trainable_token_indices": {"emb": [1], "head": [1, 2]}},
-        r"gives 'emb' the rows \[1\] by 'emb', and \[1, 2\] by 'head', with which it shares its weight",
+        r"gives 'head', or tables that share its weight, the rows \[1, 2\] and \[1\]; give one list for both",
     ),
     "two lists for one table": (
         lambda: nn.ModuleDict({"net": Net(), "body": nn.Linear(3, 3)}),
         {"trainable_token_indices": {"emb": [1], "net.emb": [2]}},
-        r"gives 'net\.emb' the rows \[1\] by 'emb', and \[2\] by 'net\.emb'",
+        r"gives 'net\.emb', or tables that share its weight, the rows \[1\] and \[2\]; give one list for both",
     ),
 }
 

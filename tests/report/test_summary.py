@@ -131,8 +131,8 @@ def test_layers_that_all_linear_leaves_out_are_told_with_their_share():
     (head,) = found.left_out
     assert (head.names, head.reason) == (("lm_head",), "it is the output head")
     assert head.share == model.lm_head.weight.numel() / total
-    assert found.passed_over == f"{head.share:.1%} of the parameters: 1 Embedding {head.share:.1%}"
-    assert f"; leaves out lm_head ({head.share:.1%} of all, it is the output head)" in words(found)
+    assert found.passed_over == ""  # the embedding, of the same size: less than a tenth
+    assert f"leaves out lm_head ({head.share:.1%} of all, it is the output head)" in words(found)
     inject(tied := llama(tie_word_embeddings=True), LoRAConfig())
     assert summary(tied).left_out[0].share == 0  # the embedding's parameters, which are counted there
     assert "leaves out lm_head (it is the output head)" in words(summary(tied))
@@ -244,7 +244,6 @@ def injected(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
 def test_the_short_form_has_at_most_ten_lines_of_80_columns(name: str, merged_eval: bool | None):
     record = vars(model := SHORT[name]())["lora_injection"]
     record.run.merged_eval, record.run.save = merged_eval, "merged"
-    record.passed_over_due = record.passed_over and "line"
     lines = summary(model).short().splitlines()
     assert len(lines) <= LINES == 10
     assert max(map(len, lines)) <= WIDTH
@@ -254,7 +253,7 @@ def test_the_short_form_has_at_most_ten_lines_of_80_columns(name: str, merged_ev
 
 def test_the_short_form_says_all_that_there_is_in_one_line_each():
     model = with_all_there_is_to_say()
-    model.lora_injection.merged_eval, model.lora_injection.passed_over_due = True, "line"
+    model.lora_injection.merged_eval = True
     assert summary(model).short() == SHORTENED
 
 
@@ -267,7 +266,7 @@ LoRA with use_rslora: 21 adapted layers
   trainable     4,288 of 45,344 parameters (9.46%)
   adapter       11 kB in float32
   also trained  6 tensors, 1,536 values: ...
-  all-linear    passes over 27.3% of the parameters: 2 Embedding 27.3%; ...
+  all-linear    passes over 27.3% of the parameters (Embedding 27.3%); ...
   quantised     1 weight as nf4; adapted ones stay factored"""
 
 
