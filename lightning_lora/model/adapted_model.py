@@ -18,7 +18,7 @@ from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_of
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, WRAPPERS, names_factor, suffixes
-from ..nn.adapted_weights import AdaptedWeights, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers, adapted_places
 from ..nn.low_rank import ATTENTION_OUTPUT
 from .injection import Injection, Why
 from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, own_state, state_of
@@ -311,6 +311,7 @@ class AdaptedModel(Listing):
         _, then = self.moved
         layers = [*self.layers.values(), *self._layers_of_holder()]
         live = {layer.lora.name for layer in layers if layer.lora.injection is self.record}
+        live |= {self.name_at_injection(name) for name, _, _ in adapted_places(self.model, modules=self.modules)}
         expected = [name for name in self.record.layers if is_inside(name, then)]
         return [name for name in expected if name not in live], len(expected)
 

@@ -265,36 +265,6 @@ def test_a_lightning_module_writes_its_network_whatever_is_around_either(tmp_pat
     assert names == {f"base_model.model.{layer}.lora_{factor}.weight" for layer in "02" for factor in "AB"}
 
 
-DOORS: dict[str, Callable[[nn.Module, Path], Any]] = {
-    "inject": lambda model, path: inject(model, CONFIG),
-    "unload": lambda model, path: unload(model),
-    "merge": lambda model, path: merge(model),
-    "unmerge": lambda model, path: unmerge(model),
-    "is_merged": lambda model, path: is_merged(model),
-    "merge_and_unload": lambda model, path: merge_and_unload(model),
-    "disable_adapter": lambda model, path: disable_adapter(model).__enter__(),
-    "adapter_state_dict": lambda model, path: adapter_state_dict(model),
-    "merged_state_dict": lambda model, path: merged_state_dict(model),
-    "save_adapter": save_adapter,
-    "save_merged": save_merged,
-    "load_adapter": lambda model, path: load_adapter(model, adapter_state_dict(network())),
-    "adapter_stats": lambda model, path: adapter_stats(model),
-    "summary": lambda model, path: summary(model),
-    "lora_param_groups": lambda model, path: lora_param_groups(model, lr=1),
-    "initialize_from_data": lambda model, path: initialize_from_data(model, [x()]),
-    "plot_adapter": lambda model, path: plot_adapter(model),
-}
-
-
-@pytest.mark.parametrize("verb", DOORS)
-@pytest.mark.parametrize("wrap", [Holder, HoldsTwice, lambda net: DistributedDataParallel(Holder(net))])
-def test_a_wrapper_of_an_unknown_kind_is_an_error_that_names_it(tmp_path: Path, verb: str, wrap: Wrap):
-    model = wrap(network())
-    with pytest.raises(LoRAError, match=rf"^{verb}: Hold(er|sTwice) is a wrapper of an unknown kind.*network inside\."):
-        DOORS[verb](model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use")
 def test_flat_shards_are_refused_by_name(tmp_path: Path):
     model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)

@@ -253,7 +253,7 @@ def test_the_short_form_has_at_most_ten_lines_of_80_columns(name: str, merged_ev
 
 def test_the_short_form_says_all_that_there_is_in_one_line_each():
     model = with_all_there_is_to_say()
-    model.lora_injection.merged_eval = True
+    model.lora_injection.run.merged_eval = True
     assert summary(model).short() == SHORTENED
 
 
@@ -282,9 +282,9 @@ def test_of_many_groups_the_short_form_shows_the_first_and_counts_the_rest():
 
 def test_the_short_form_says_once_that_quantised_layers_stay_factored():
     model = injected(quantised("nf4"))
-    model.lora_injection.merged_eval = True
+    model.lora_injection.run.merged_eval = True
     assert summary(model).short().splitlines()[-1] == "  quantised  3 weights as nf4; adapted ones stay factored"
-    model.lora_injection.merged_eval = False
+    model.lora_injection.run.merged_eval = False
     assert summary(model).short().endswith("  quantised  3 weights as nf4; evaluation factored (merged_eval=False)")
 
 
@@ -395,7 +395,7 @@ def test_a_quantised_base_is_told_and_not_called_merged(kind: str):
     shown += f"their weights are quantised ({NAMES[kind]}))"
     assert shown in words(found)
     for merged_eval, said in ((True, "factored, as no layer can be merged ("), (False, "factored (merged_eval=False)")):
-        model.lora_injection.merged_eval = merged_eval
+        model.lora_injection.run.merged_eval = merged_eval
         assert f"evaluation {said}" in words(summary(model))
     merge(model)
     assert is_merged(model)  # as it was called, and not undone
@@ -427,9 +427,9 @@ def test_a_quantised_layer_under_two_names_counts_once():
 
 def test_layers_that_stay_factored_beside_merged_ones_are_told_with_their_reasons():
     model = with_layers_that_stay_factored()
-    model.lora_injection.merged_eval = True
+    model.lora_injection.run.merged_eval = True
     reasons = "tied: its weight is also other.weight; tied_too: its weight"
     assert f"evaluation merged, but for 2 layers ({reasons}" in words(summary(model))
     inject(plain := Zoo(), zoo_config())
-    plain.lora_injection.merged_eval = True
+    plain.lora_injection.run.merged_eval = True
     assert "evaluation merged memory" in words(summary(plain))
