@@ -48,7 +48,7 @@ from .pretrained import (
 )
 from .rebuilt_modules import adopt_layers
 from .recorded_layers import record_layers, refuse_replaced_layers
-from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
+from .state_dict import check_loads, refuse_unmergeable, stop_checking_loads
 from .targets import (
     TRAINED_WHOLE,
     Targets,
@@ -409,7 +409,7 @@ def _prepare_modules_(handle: AdaptedModel) -> None:
     update_fast_paths(modules)
     enable_input_require_grads(modules)
     follow_gradient_checkpointing(modules)
-    accept_partial_states(handle.root_places)
+    check_loads(handle.root_places)
     warn_before_save_pretrained(modules)
 
 
@@ -428,7 +428,7 @@ def strip_adapters(handle: AdaptedModel) -> None:
     patch_readers(modules)
     update_fast_paths(modules)
     disable_input_require_grads(modules)
-    accept_whole_states_only(modules)
+    stop_checking_loads(modules)
     record.end(handle.root, modules)
 
 
