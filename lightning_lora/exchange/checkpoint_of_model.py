@@ -20,7 +20,14 @@ from ..errors import LoRAError, NonFiniteError
 from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names, checkpoint_metadata, in_one_storage
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
-from ..model.foreign_state import foreign_entries, foreign_names, load_foreign_, unchanged_state, with_foreign
+from ..model.foreign_state import (
+    foreign_entries,
+    foreign_names,
+    load_foreign_,
+    names_here,
+    unchanged_state,
+    with_foreign,
+)
 from ..model.initial_values import record_loaded
 from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.state_dict import adapter_keys, base_keys, mark_merged, merge_state_dict
@@ -247,12 +254,14 @@ def prepare_for_load(
     live.handle.record.origin = dict(adapter.origin)
     here = {} if is_divided(live.handle) else unchanged_state(live.handle)  # write_whole_state_ needs no more
     live_values = {**here, **complete.tensors}
+    name_here = names_here(live.handle.model)
     copies = checkpoint[META].get("copies", [])  # an imported adapter has none
 
     def add_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
         named = by_canonical_names(mapping)
         is_copy = names <= named.keys() if path == ("state_dict",) else list(path) in copies
-        return with_metadata({**live_values, **named}, metadata_of(here)) if is_copy else None
+        whole = {name_here(name): value for name, value in {**live_values, **named}.items()} if is_copy else {}
+        return with_metadata(whole, metadata_of(here)) if is_copy else None
 
     for key in checkpoint.keys() - {META}:
         checkpoint[key] = _replace_mappings(checkpoint[key], add_base, (key,))

@@ -366,9 +366,8 @@ def find_model(model: nn.Module) -> AdaptedModel | None:
     return find_in(Listing(inside_known_wrappers(model)))
 
 
-def find_part(model: nn.Module) -> AdaptedModel | None:
+def find_part(listing: Listing) -> AdaptedModel | None:
     """Return the handle of an injected model or of a part of one; None where it holds no adapted layer."""
-    listing = Listing(model)
     records = [layer.lora.injection for layer in listing.layers.values()]
     return find_in(listing) or (_find_by_layers(listing, records[0], part=True) if records else None)
 

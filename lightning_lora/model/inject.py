@@ -46,7 +46,7 @@ from .pretrained import (
 )
 from .reasons import check_shapes, check_trainable, check_unadapted
 from .recorded_layers import refuse_replaced_layers
-from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
+from .state_dict import check_loads, refuse_unmergeable, stop_checking_loads
 from .targets import TRAINED_WHOLE, Selection, select, warn_of_unused
 from .wrappers import unwrapped, warn_of_late_adapters
 
@@ -384,7 +384,7 @@ def _prepare_modules_(handle: AdaptedModel) -> None:
     update_fast_paths(modules)
     enable_input_require_grads(modules)
     follow_gradient_checkpointing(modules)
-    accept_partial_states(handle.root_places)
+    check_loads(handle.root_places)
     warn_before_save_pretrained(modules)
 
 
@@ -401,7 +401,7 @@ def strip_adapters(handle: AdaptedModel) -> None:
     patch_readers(modules)
     update_fast_paths(modules)
     disable_input_require_grads(modules)
-    accept_whole_states_only(modules)
+    stop_checking_loads(modules)
     record.end(handle.root)
 
 

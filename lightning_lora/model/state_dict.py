@@ -1,9 +1,4 @@
-"""State dicts of an injected model: views for saving, and loading of state dicts that hold only base or adapter.
-
-load_state_dict takes a complete base without an adapter, and a complete adapter without a base. A hook on each adapted
-layer, and on each module that contains such a layer, adds the live values of the other half. torch's own strict check
-still refuses everything else.
-"""
+"""State dicts of an injected model: views for saving, and a look at what load_state_dict loads."""
 
 from __future__ import annotations
 
@@ -17,19 +12,18 @@ from ..distributed.flat import gather_flat, owns_flat
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, CHECKPOINTED, canonical, parent_names
+from ..names import ATTRIBUTE, canonical, parent_names
 from ..nn.adapted_module import AdaptedModule, is_factor
 from ..nn.adapted_weights import (
     AdaptedWeights,
     Blocks,
     NamedModules,
-    adapted_layers,
     adapters_in,
     layer_adapter,
 )
 from ..nn.foreign_entries import metadata_of, with_metadata
 from ..nn.owner import claimed
-from ..nn.quantised_state import quantisation_entries, unchanged_weight
+from ..nn.quantised_state import quantisation_entries
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, find_part, open_model
@@ -38,7 +32,6 @@ from .foreign_state import foreign_entries, foreign_names
 from .gradients import warn_of_untrained
 from .initial_values import record_loaded
 from .live_state import open_state, original_values
-from .named_state import state_of
 from .recorded_layers import refuse_replaced_layers
 
 # Key in the metadata of a state dict, which torch pickles with the dictionary and hands to load_state_dict's hooks.
@@ -61,7 +54,8 @@ def base_keys(listing: Listing) -> list[str]:
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return all that training can change, by the names of the state dict: detached tensors in the model's memory.
 
-    What modules write into state_dict() of their own, as persistent metrics do, is in it as they write it.
+    What modules write into state_dict() of their own, as persistent metrics do, is in it as they write it. load_adapter
+    takes the result, and so does load_state_dict with strict=False.
 
     Collective where DeepSpeed's stage 3 or FSDP1 divides the model: its tensors are gathered.
 
@@ -258,8 +252,8 @@ def refuse_quantised(name: str, quantised: str) -> NoReturn:
     )
 
 
-def accept_partial_states(places: NamedModules) -> None:
-    """Let load_state_dict take a complete base or a complete adapter, by hooks that are added once. In place.
+def check_loads(places: NamedModules) -> None:
+    """Let an injected model, and each module with adapters in it, look at what load_state_dict loads. In place.
 
     Args:
         places: every module of the model, under each of its names.
@@ -268,11 +262,11 @@ def accept_partial_states(places: NamedModules) -> None:
     names |= {outer for name in names for outer in ("", *parent_names(name))}
     for name, module in places:
         if name in names and not _hooks(module):
-            module.register_load_state_dict_pre_hook(_fill_in)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(_check_load)  # type: ignore[no-untyped-call]
 
 
-def accept_whole_states_only(modules: Iterable[nn.Module]) -> None:
-    """Take the hooks of accept_partial_states out of these modules. In place."""
+def stop_checking_loads(modules: Iterable[nn.Module]) -> None:
+    """Take the hooks of check_loads out of these modules. In place."""
     for module in modules:
         for key in _hooks(module):
             del module._load_state_dict_pre_hooks[key]
@@ -280,40 +274,48 @@ def accept_whole_states_only(modules: Iterable[nn.Module]) -> None:
 
 def _hooks(module: nn.Module) -> list[int]:
     hooks = module._load_state_dict_pre_hooks
-    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _fill_in]
+    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check_load]
 
 
-def _fill_in(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *args: Any
+def _check_load(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    strict: bool,
+    missing: list[str],
+    *args: Any,
 ) -> None:
-    """Complete a state dict before it is loaded into the injected model or a part of it (a hook of torch).
+    """Look at a state dict before it is loaded into the injected model or a part of it (a hook of torch).
 
-    It acts in the module that load_state_dict was called on, and in the injected module.
+    It acts in the module that load_state_dict was called on, and in the injected module. A complete base without an
+    adapter is recorded as the one from before training. Adapters without an entry beside others that have some are
+    missing; without any, each adapter keeps its tensors.
 
     Raises:
         LoRAError: the state dict says that its weights are merged, and training has reached the adapter.
     """
     if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return
-    if metadata.get(_MERGED) and not all(layer.is_initial() for layer in adapted_layers(module).values()):
+    listing = Listing(module)
+    if metadata.get(_MERGED) and not all(layer.is_initial() for layer in listing.layers.values()):
         _refuse_merged(module)
-    places = list(module.named_modules(remove_duplicate=False))
-    state = {_as_seen_here(name): (tensor, owner) for name, tensor, owner in state_of(places)}
-    for name in state:  # names saved without the segments of wrappers
-        plain = prefix + canonical(name)
-        if plain in state_dict and prefix + name not in state_dict:
-            state_dict[prefix + name] = state_dict.pop(plain)
-    loaded = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
-    factors = {name for name, (_, owner) in state.items() if is_factor(name, owner)}
-    base = state.keys() - factors
-    changing = _changing(module, state)
-    absent = set()
-    if loaded >= base and not loaded & factors:
-        _record_base(module, {name: (state[name][1], state_dict[prefix + name]) for name in base & changing})
-        absent = factors
-    elif loaded >= changing and not loaded & (base - changing):
-        absent = base - changing
-    state_dict.update({prefix + name: unchanged_weight(state[name][1], state[name][0]) for name in absent})
+    kept = {id(tensor) for layer in listing.layers.values() for tensor in layer.stored().values()}
+    given = {
+        canonical(key.removeprefix(prefix)): value
+        for key, value in state_dict.items()
+        if key.startswith(prefix) and id(value) not in kept
+    }
+    factors = [
+        (adapter, [f"{name}.{leaf}" if name else leaf for leaf in adapter.stored_names()])
+        for name, each in listing.places
+        for adapter in adapters_in(each).values()
+    ]
+    loaded = {adapter for adapter, names in factors if not given.keys().isdisjoint(names)}
+    if loaded:
+        missing += [prefix + name for adapter, names in factors if adapter not in loaded for name in names]
+    else:
+        _record_base(listing, given)
 
 
 def _refuse_merged(module: nn.Module) -> NoReturn:
@@ -326,26 +328,9 @@ def _refuse_merged(module: nn.Module) -> NoReturn:
     )
 
 
-def _record_base(module: nn.Module, loaded: Mapping[str, tuple[nn.Module, Any]]) -> None:
-    """Record the values of a loaded base as those from before training, for an injected model or a part of it."""
-    handle = find_part(module)
-    if handle is not None:
-        record_loaded(handle, {canonical(name): value for name, (_, value) in loaded.items()})
-
-
-def _as_seen_here(name: str) -> str:
-    """Return a name as load_state_dict passes it to the hooks of a module.
-
-    checkpoint_wrapper leaves its segment out of state dicts, and adds it just before the wrapper's own hooks run.
-    """
-    segment = f"{CHECKPOINTED}."
-    wrapped = segment if name.startswith(segment) else ""
-    return wrapped + name.removeprefix(segment).replace(segment, "")
-
-
-def _changing(module: nn.Module, state: Mapping[str, tuple[torch.Tensor | None, nn.Module]]) -> set[str]:
-    """Return the names of what training can change; in a part of an injected model, of what is trainable now."""
-    if ATTRIBUTE in vars(module):
-        adapter = set(adapter_keys(open_model(module, "load_state_dict")))
-        return {name for name in state if canonical(name) in adapter}
-    return {name for name, (tensor, _) in state.items() if not isinstance(tensor, nn.Parameter) or tensor.requires_grad}
+def _record_base(listing: Listing, given: Mapping[str, Any]) -> None:
+    """Record the values of a complete base that is loaded as those from before training."""
+    base = [name for name, _, module in listing.state() if not is_factor(name, module)]
+    handle = find_part(listing)
+    if handle is not None and given.keys() >= set(base):
+        record_loaded(handle, {name: given[name] for name in base})

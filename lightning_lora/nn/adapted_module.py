@@ -179,12 +179,17 @@ class AdaptedModule(Swapped):
                     _put_original(adapter, destination, prefix)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict, in which a merged weight's entry is W.
+        """Load a state dict, in which a merged weight's entry is W. An adapter without an entry keeps its tensors.
 
         Untrained tensors that started from the old weight start again from the new one.
         """
         adapters = self.lora_adapters().values()
         with self._lora_briefly_unmerged():
+            for adapter in adapters:
+                own = {adapter.stored_name(leaf): tensor for leaf, tensor in adapter.stored().items()}
+                entries = {prefix + name: tensor for name, tensor in own.items() if name in self._parameters}
+                if state_dict.keys().isdisjoint(entries):
+                    state_dict.update(entries)
             again = [adapter for adapter in adapters if adapter.starts_again(state_dict, prefix)]
             before = dict(self._parameters)
             super()._load_from_state_dict(state_dict, prefix, *args)

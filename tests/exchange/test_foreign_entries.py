@@ -288,7 +288,7 @@ def test_merged_state_dict_hands_foreign_entries_to_a_plain_model(saved, way: An
 def test_adapter_state_dict_hands_foreign_entries_to_an_adapted_model(saved, way: Any):
     model, other = (load_from_checkpoint(way, saved(way, "adapter")) for _ in range(2))
     other.mark(BUILT)
-    other.load_state_dict(adapter_state_dict(model))
+    other.load_state_dict(adapter_state_dict(model), strict=False)
     assert other.marked() == expected(way)
 
 

@@ -1,9 +1,11 @@
-"""load_state_dict on an injected model: a complete base, a complete adapter or both; any part of one is an error."""
+"""load_state_dict on an injected model: a complete base with an adapter or without; any part of one is an error."""
 
 from __future__ import annotations
 
 import copy
 import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_lora import (
@@ -84,7 +87,7 @@ STATE = {name: tensor.clone() for name, tensor in SOURCE.state_dict().items()}
 @pytest.mark.parametrize("what", ["base", "adapter", "both"])
 @pytest.mark.parametrize("state", ["unmerged", "merged"])
 @pytest.mark.parametrize("assign", [False, True])
-def test_complete_base_adapter_or_both_load_strictly_into_any_part(path, what, state, assign):
+def test_a_complete_base_or_both_load_strictly_into_any_part_and_an_adapter_not_strictly(path, what, state, assign):
     model = adapted(2, state)
     keys = named(model, what)
     before = state_bits(model)
@@ -92,8 +95,11 @@ def test_complete_base_adapter_or_both_load_strictly_into_any_part(path, what, s
     names = set(under(path, dict.fromkeys(keys)))
     target = model.get_submodule(path)
     given_state = pick(target, under(path, STATE), names)
-    result = target.load_state_dict(given_state, assign=assign)
-    assert not result.missing_keys
+    if what == "adapter":
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict"):
+            copy.deepcopy(target).load_state_dict(given_state, assign=assign)
+    result = target.load_state_dict(given_state, assign=assign, strict=what != "adapter")
+    assert set(result.missing_keys) == (set(target.state_dict()) - names if what == "adapter" else set())
     assert not result.unexpected_keys
     assert set(given_state) == names  # the caller's dictionary is left alone
     prefix = f"{path}." if path else ""
@@ -122,14 +128,14 @@ KEYS = st.sampled_from(sorted(STATE))
     start=st.sampled_from(["base", "adapter", "both", "nothing"]),
     toggled=st.sets(KEYS, min_size=1, max_size=3) | st.sets(KEYS, min_size=1),
     state=st.sampled_from(["unmerged", "merged"]),
-    path=st.sampled_from(["", "", "body", "body.0"]),
-    wrapped=st.booleans(),
+    place=st.sampled_from([("", False), ("", True), ("body", False), ("body.0", False)]),
 )
-def test_loading_any_part_of_base_or_adapter_strictly_is_an_error(start, toggled, state, path, wrapped):
+def test_loading_any_part_of_base_or_adapter_strictly_is_an_error(start, toggled, state, place):
+    path, wrapped = place
     model = MODELS[state]
     keys = (named(model, start) if start != "nothing" else set()) ^ toggled
     keys = set(under(path, dict.fromkeys(keys)))
-    whole = {what: set(under(path, dict.fromkeys(named(model, what)))) for what in ("base", "adapter", "both")}
+    whole = {what: set(under(path, dict.fromkeys(named(model, what)))) for what in ("base", "both")}
     assume(keys not in whole.values())
     values = under(path, STATE)
     target = model.get_submodule(path)
@@ -170,7 +176,7 @@ def test_a_base_loaded_not_strictly_leaves_the_adapters_alone():
     model = adapted(2)
     before = state_bits(model)
     result = model.load_state_dict(pick(model, STATE, {"norm.weight"}), strict=False)
-    assert set(result.missing_keys) == set(STATE) - {"norm.weight"}
+    assert set(result.missing_keys) == set(STATE) - FACTORS - {"norm.weight"}
     now = state_bits(model)
     assert {name for name in now if now[name] != before[name]} == {"norm.weight"}
 
@@ -247,15 +253,54 @@ def test_loading_an_adapter_does_not_change_what_unload_brings_back():
     model = Zoo()
     before = state_bits(model)
     inject(model, zoo_config())
-    model.load_state_dict({name: STATE[name] for name in named(model, "adapter")})
+    model.load_state_dict({name: STATE[name] for name in named(model, "adapter")}, strict=False)
     unload(model)
     assert state_bits(model) == before
 
 
-# --- prefixes ---
+# --- prefixes, wrappers, copies ---
+
+WRAPPED: dict[str, Callable[[Zoo], nn.Module]] = {
+    "itself": lambda model: model,
+    "a deepcopy": copy.deepcopy,
+    "a pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "a part": lambda model: model.body,
+    "a layer": lambda model: model.body[0],
+    "a new module around a part": lambda model: nn.ModuleDict({"net": model.body}),
+    "a new module around a layer": lambda model: nn.Sequential(nn.ReLU(), model.conv),
+    "a part in a wrapper": lambda model: wrap_body(model, checkpoint_wrapper),
+    "a compiled part": lambda model: wrap_body(model, lambda body: torch.compile(body, backend="eager")),
+}
 
 
-@pytest.mark.parametrize("what", ["base", "adapter", "both"])
+def wrap_body(model: Zoo, wrap: Callable[[nn.Module], Any]) -> Zoo:
+    model.body = wrap(model.body)
+    return model
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("state", ["unmerged", "merged"])
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_a_base_loads_strictly_wherever_the_layers_are(wrap, state, assign):
+    target = WRAPPED[wrap](adapted(2, state))
+    before = state_bits(target)
+    base = {name: torch.ones_like(value) for name, value in target.state_dict().items() if "lora_" not in name}
+    assert base.keys() < before.keys()
+    expected = before | {name: bits(value) for name, value in base.items()}  # assigned tensors are then merged, too
+    target.load_state_dict(base, assign=assign)
+    assert state_bits(target) == expected
+
+
+def test_layers_whose_factors_are_missing_beside_others_are_named_once():
+    state = {name: value for name, value in STATE.items() if not name.startswith("conv.lora")}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "conv.lora_A", "conv.lora_B"\. $'):
+        adapted(2).load_state_dict(state)
+    assert adapted(2).load_state_dict(state, strict=False).missing_keys == ["conv.lora_A", "conv.lora_B"]
+
+
+@pytest.mark.parametrize("what", ["base", "both"])
 @pytest.mark.parametrize("wrap", [lambda model: AveragedModel(model), lambda model: nn.ModuleDict({"module": model})])
 def test_loading_through_a_wrapper_works_under_its_prefix(what, wrap):
     wrapper = wrap(adapted(2))
@@ -273,12 +318,12 @@ def test_loading_through_a_wrapper_works_under_its_prefix(what, wrap):
 def test_loading_a_model_with_an_injected_part_is_strict_about_the_rest():
     model = nn.ModuleDict({"inner": adapted(2), "rest": nn.Linear(2, 2)})
     rest = {f"rest.{name}": torch.zeros_like(tensor) for name, tensor in model["rest"].state_dict().items()}
-    for what in ("base", "adapter", "both"):
+    for what in ("base", "both"):
         keys = named(model["inner"], what)
         model.load_state_dict({f"inner.{name}": STATE[name] for name in keys} | rest)
         with pytest.raises(RuntimeError, match=r"rest\.weight"):
             model.load_state_dict({f"inner.{name}": STATE[name] for name in keys})
-    model.load_state_dict(adapter_state_dict(model))
+    model.load_state_dict(adapter_state_dict(model), strict=False)
     assert state_bits(model["inner"]) == {name: bits(tensor) for name, tensor in STATE.items()}
 
 

@@ -99,7 +99,9 @@ def test_state_dicts_of_a_merged_model_equal_those_of_an_unmerged_one():
 def test_adapter_state_dict_on_the_same_base_gives_the_trained_model():
     model, other = trained_zoo(), fresh_zoo()
     inject(other, zoo_config())
-    assert not other.load_state_dict(adapter_state_dict(model)).missing_keys
+    result = other.load_state_dict(adapter_state_dict(model), strict=False)
+    assert not result.unexpected_keys
+    assert not any("lora_" in name for name in result.missing_keys)
     assert torch.equal(other(tokens()), model(tokens()))
     assert state_bits(other) == state_bits(model)
 

@@ -259,7 +259,8 @@ def test_rows_that_are_the_bases_follow_a_new_base_and_trained_ones_stay(name: s
         unmerge(model)
         assert_same_weights(model, base)
         assert torch.equal(model.emb.lora_rows, rows if trained else base["emb.weight"][list(ROWS)])
-        model.load_state_dict(adapter_state_dict(make_subject(name).model))  # an adapter alone changes no base
+        adapter = adapter_state_dict(make_subject(name).model)
+        model.load_state_dict(adapter, strict=False)  # an adapter alone changes no base
         assert_same_weights(model, base)
 
 

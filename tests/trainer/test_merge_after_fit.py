@@ -273,6 +273,9 @@ def test_a_library_that_loads_the_best_state_dict_after_fit_gets_its_outputs_or_
     elif save != "merged" and merge_after_fit:
         with pytest.raises(RuntimeError, match="Unexpected key"):
             model.load_state_dict(state)
+    elif save == "adapter":
+        with pytest.raises(RuntimeError, match="Missing key"):
+            model.load_state_dict(state)
     else:
         assert model.load_state_dict(state)
         plain = Net.load_from_checkpoint if save == "merged" else partial(load_from_checkpoint, Net)
