@@ -219,6 +219,14 @@ class AdaptedModel(Listing):
         values = {key: value for key, value in self._initial_by_id().items() if key in wanted} if wanted else {}
         return {name: values[id(tensor)] for name, tensor, _ in self.state() if id(tensor) in values} if values else {}
 
+    def forget_modules(self, modules: Collection[nn.Module]) -> None:
+        """Forget what is recorded of the tensors of modules, which were built in the place of others. In place."""
+        record = self.record
+        for path, module in self.recorded_modules.items() if modules else ():
+            for leaf in (*module._parameters, *module._buffers) if module in modules else ():
+                for facts in (record.requires_grad, record.trained, record.initial):
+                    facts.pop(f"{path}.{leaf}" if path else leaf, None)
+
     def first_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield each live tensor of the root that has a recorded value from before training, and this value.
 
@@ -311,7 +319,7 @@ class AdaptedModel(Listing):
         _, then = self.moved
         layers = [*self.layers.values(), *self._layers_of_holder()]
         live = {layer.lora.name for layer in layers if layer.lora.injection is self.record}
-        live |= {self.name_at_injection(name) for name, _, _ in adapted_places(self.model, modules=self.modules)}
+        live |= {self.name_at_injection(name) or "" for name, _, _ in adapted_places(self.model, modules=self.modules)}
         expected = [name for name in self.record.layers if is_inside(name, then)]
         return [name for name in expected if name not in live], len(expected)
 

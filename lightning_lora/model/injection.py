@@ -69,7 +69,7 @@ class Run:
         return {name: getattr(self, name) for name in ("merged_eval", "save", "quantize", "dequantize")}
 
 
-@dataclass
+@dataclass(eq=False)
 class Injection:
     """The record of one injection. All names are those in the injected module, at injection."""
 

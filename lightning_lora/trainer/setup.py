@@ -109,7 +109,10 @@ def _build_and_adapt(
 ) -> None:
     """Adapt what was built before, call the method of this name, which may shard it, and adapt what that built."""
     _adapt_built(module, options, config, seed, is_complete=False)
+    before = set(module.modules())
     call_previous(module, previous, name, *args, **kwargs)
+    if (handle := find_model(module)) is not None:
+        handle.forget_modules(set(module.modules()) - before)
     _adapt_built(module, options, config, seed, is_complete=True)
 
 
