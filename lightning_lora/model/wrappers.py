@@ -17,15 +17,12 @@ from ..distributed.flat import owns_flat
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError
 from ..names import (
-    ATTRIBUTE,
     CHECKPOINTED,
     COMPILED,
     FLATTENED,
-    KEPT,
     LIGHTNING,
     WRAPPERS,
     derives_from,
-    is_lightning_module,
     names_factor,
 )
 
@@ -52,12 +49,9 @@ def unwrapped(model: nn.Module, verb: str) -> nn.Module:
     """Return the module inside all wrappers, or the model itself where there is no wrapper.
 
     Raises:
-        LoRAError: the model is a wrapper of an unknown class, or a strategy that cannot be followed has divided the
-            adapter. The message begins with the verb.
+        LoRAError: a strategy that cannot be followed has divided the adapter. The message begins with the verb.
     """
     network = inside_known_wrappers(model)
-    if ATTRIBUTE not in vars(network):
-        _refuse_unknown_wrapper(network, verb)
     if verb not in READ_NO_VALUES:
         _refuse_divided(model, network, verb)
     return network
@@ -123,6 +117,12 @@ def _refuse_divided(model: nn.Module, network: nn.Module, verb: str) -> None:
 
     Such a strategy divides all parameters of a model. So the first parameter of an adapter tells it.
     """
+    if derives_from(network, FLAT, TORCH):
+        raise LoRAError(
+            f"{verb}: {type(network).__name__} (FSDP1) has put the adapter into flat buffers, together with the "
+            "weights. Let a Trainer with LoRACallback and FSDPStrategy wrap the model, use fully_shard (FSDP2), or "
+            "pass a module that is not wrapped."
+        )
     if not (dist.is_available() and dist.is_initialized()):
         return
     marks = [mark for mark, (package, _) in DIVIDED.items() if package in sys.modules]
@@ -142,29 +142,3 @@ def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
     while attribute := wrapped_attribute(model):
         model = model._modules[attribute]  # type: ignore[assignment]
         yield model
-
-
-def _refuse_unknown_wrapper(model: nn.Module, verb: str) -> None:
-    """Refuse a module that looks like a wrapper of an unknown class around the injected network.
-
-    It has no tensors of its own. Its only child is named `module`, or all its children are one network.
-    """
-    kind = type(model).__name__
-    if derives_from(model, FLAT, TORCH):
-        raise LoRAError(
-            f"{verb}: {kind} (FSDP1) has put the adapter into flat buffers, together with the weights. Let a Trainer "
-            "with LoRACallback and FSDPStrategy wrap the model, use fully_shard (FSDP2), or pass a module that is not "
-            "wrapped."
-        )
-    children = {name: child for name, child in model._modules.items() if child is not None}
-    if model._parameters or model._buffers or not children or is_lightning_module(model):
-        return
-    networks = {inside_known_wrappers(child) for child in children.values()}
-    twice = len(networks) == 1 < len(set(children.values()))  # one network, by itself and in a wrapper
-    if not twice and list(children) != ["module"]:
-        return
-    if KEPT not in vars(model) and any(KEPT in vars(network) for network in networks):  # it was made after injection
-        raise LoRAError(
-            f"{verb}: {kind} is a wrapper of an unknown kind: it holds nothing but {' and '.join(children)}, "
-            "and its names of the weights differ from those of the injected network. Pass the network inside."
-        )
