@@ -108,7 +108,7 @@ def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, t
         if module not in plain:
             plain[module] = plain_weight(name, module, dtype, rounding)
     rounding.sync.raise_on_any_rank()
-    rounding.tell(DEQUANTISED, IN_FLOAT32, stacklevel=2)
+    rounding.tell(DEQUANTISED, IN_FLOAT32, stacklevel=3)
     return plain
 
 

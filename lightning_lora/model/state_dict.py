@@ -186,7 +186,7 @@ def _dequantize_state(
         in_state = adapter is not None and path + adapter.stored_names()[0] in state
         stored = adapter.stored_in(state, path) if adapter is not None and in_state else None
         plain[name] = plain_weight(name, module, dtype, rounding, stored)
-    rounding.tell(DEQUANTISED, IN_FLOAT32, stacklevel=2)
+    rounding.tell(DEQUANTISED, IN_FLOAT32, stacklevel=4)
     return plain
 
 
