@@ -25,7 +25,7 @@ from ..model.foreign_state import foreign_entries, load_foreign_
 from ..model.inject import inject_to_load, unload
 from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
-from ..model.quantise import call_that_quantises, quantise_named_
+from ..model.quantise import quantise_named_
 from ..model.targets import select
 from ..names import listed
 from ..nn.foreign_entries import ForeignEntries
@@ -34,7 +34,7 @@ from ..nn.owner import claimed
 from .align import add_frozen_weights, align_names, record_trained, split_off_base, split_off_foreign
 from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, specs_for
-from .quantised_base import missing_call, quantised_in_training, remedy_for_load, unquantised
+from .quantised_base import plain_here, remedy_for_plain
 from .take import check_fingerprint
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def apply_adapter(
     """
     names = Names(listing.places)
     adapter = by_first_names(names, align_names(listing, names, adapter))
-    remedy = remedy_for_load(listing, adapter, call_that_quantises) or remedy
+    remedy = remedy_for_plain(listing, adapter) or remedy
     fresh = not isinstance(listing, AdaptedModel)
     if isinstance(listing, AdaptedModel):
         handle = listing
@@ -178,26 +178,20 @@ def _as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
     return replace(stacks_as_in_model(adapter, kinds), peft_version=None)
 
 
-def quantise_as_trained_(listing: Listing, adapter: Adapter) -> str:
+def quantise_as_trained_(listing: Listing, adapter: Adapter) -> None:
     """Quantise the layers of a new model that quantize_base had quantised where an adapter was trained. In place.
 
     Args:
         listing: of the model. Layers that are quantised or adapted already stay as they are.
         adapter: under any prefix.
 
-    Returns:
-        The call that does the same, or "" where there is nothing to quantise, or no such call.
-
     Raises:
         LoRAError: torchao is missing, or a weight cannot be quantised.
     """
-    if not quantised_in_training(adapter):
-        return ""
-    names = Names(listing.places)
-    adapter = by_first_names(names, align_names(listing, names, adapter))
-    call = missing_call(listing, adapter, call_that_quantises)
-    quantise_named_(listing, unquantised(listing, adapter))
-    return call
+    if any("quantised" in entry for entry in adapter.fingerprint.values()):
+        names = Names(listing.places)
+        adapter = by_first_names(names, align_names(listing, names, adapter))
+        quantise_named_(listing, plain_here(listing, adapter))
 
 
 def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:

@@ -39,7 +39,7 @@ from ..nn.quantised_state import quantisation_entries
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
-from .quantised_base import CallFor, remedy_for_trainer
+from .quantised_base import remedy_for_plain
 from .take import check_fingerprint, describe, rows_without_values
 
 REMEDY_IN_TRAINER = (
@@ -220,18 +220,12 @@ def _replace_mappings(value: Any, replacement: Replacement, path: tuple[Any, ...
     return items if any(items[name] is not value[name] for name in items) else value
 
 
-def prepare_for_load(
-    module: nn.Module,
-    checkpoint: MutableMapping[str, Any],
-    *,
-    call_for: CallFor = lambda *_: "",
-) -> None:
+def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     """Complete the state dicts of a checkpoint of any kind, so that Lightning's strict load takes them. In place.
 
     Args:
         module: an injected module.
         checkpoint: its content.
-        call_for: tells how to quantise a base, for an error.
 
     Raises:
         LoRAError: the checkpoint does not fit the injected module. Nothing is loaded.
@@ -248,7 +242,7 @@ def prepare_for_load(
     adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(live, adapter)
     check_adapter(live, module_names, complete, remedy=OPTIONS_IN_TRAINER)
-    remedy = remedy_for_trainer(live.handle, adapter, call_for) or REMEDY_IN_TRAINER
+    remedy = remedy_for_plain(live.handle, adapter) or REMEDY_IN_TRAINER
     check_fingerprint(live, complete.fingerprint, remedy=remedy)
     record_trained(live, adapter)
     live.handle.record.origin = dict(adapter.origin)

@@ -19,7 +19,7 @@ from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shar
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
 from ..model.adapted_model import Listing, find_in, open_model
-from ..model.dequantize import Dequantizer, dequantize_dtype
+from ..model.dequantize import dequantize_dtype, plain_weight
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
 from ..model.recorded_layers import refuse_replaced_layers
@@ -110,10 +110,9 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         max_shard_bytes: the size of a file.
     """
     prefix, network = find_network(find_in(listing) or listing) or ("", None)  # the transformers model, if there is one
-    dequantizer = None if dtype is None else Dequantizer(dtype)
     state = _base_tensors(listing, prefix)
     quantised = {name: kind for name, entry in state.items() if (kind := how_quantised(*entry))}
-    if quantised and dequantizer is None:
+    if quantised and dtype is None:
         refuse_quantised(*next(iter(quantised.items())))
     parts = _parts_by_key(network, {name: _stored(*entry, dtype) for name, entry in state.items()})
     sizes = {key: _size(part.stored) for key, part in parts.items()}
@@ -136,7 +135,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         advance = moves_on_leaving.enter_context(progress_bar("saving", sum(sizes.values()), "bytes"))
 
         def merged(part: Part) -> Tensors:
-            return {name: _merged(name, *state[name], rounding, dequantizer) for name in part.names}
+            return {name: _merged(name, *state[name], rounding, dtype) for name in part.names}
 
         stored = {
             file: _write_shard(here / file, [parts[key] for key in keys], merged, step, advance)
@@ -146,8 +145,6 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
             step(INDEX, partial(_write_index, here / INDEX, stored))
         step(path, moves_on_leaving.close)
     rounding.tell(f"{path}: 16-bit weights", IN_FILES, stacklevel=3)
-    if dequantizer is not None:
-        dequantizer.report()
 
 
 def _parts_by_key(network: Any, tensors: Tensors) -> dict[str, Part]:
@@ -217,11 +214,11 @@ def _stored(tensor: torch.Tensor, module: nn.Module, dtype: torch.dtype | None) 
 
 
 def _merged(
-    name: str, tensor: torch.Tensor, module: nn.Module, rounding: Rounding, dequantizer: Dequantizer | None
+    name: str, tensor: torch.Tensor, module: nn.Module, rounding: Rounding, dtype: torch.dtype | None
 ) -> torch.Tensor:
     """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
-    if dequantizer is not None and how_quantised(tensor, module):
-        return full_tensor(dequantizer.weight(name, module, rounding.sync)).cpu()
+    if dtype is not None and how_quantised(tensor, module):
+        return full_tensor(plain_weight(name, module, dtype, rounding)).cpu()
     leaf = name.rpartition(".")[2]
     values = [detached(tensor)]
     adapter = adapter_of(module, leaf)

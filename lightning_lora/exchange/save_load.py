@@ -252,7 +252,8 @@ def load_from_checkpoint(
     model: Module = build_module(cls, path, checkpoint, weights_only, _without_strict(kwargs))
     if kind != "full":
         listing = find_model(model) or Listing(model)
-        remedy = _other_base(cls.__name__, path, quantise_as_trained_(listing, adapter))
+        quantise_as_trained_(listing, adapter)
+        remedy = _other_base(cls.__name__, path)
         apply_adapter(listing, adapter, strict_base=strict_base, remedy=remedy)
     else:
         _load_full(model, checkpoint, adapter)
@@ -269,12 +270,9 @@ def _without_strict(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "strict"}
 
 
-def _other_base(name: str, path: PathLike, call: str) -> str:
-    """Return the advice where a class built another base; the call, if any, quantises the right one."""
-    base = f'{name}.load_from_checkpoint("pretrained.ckpt")'
-    steps = f'load_adapter(model := {base}, "{path}")'
-    if call:
-        steps = f'model = {base}; {call}; load_adapter(model, "{path}")'
+def _other_base(name: str, path: PathLike) -> str:
+    """Return the advice where a class built another base."""
+    steps = f'load_adapter(model := {name}.load_from_checkpoint("pretrained.ckpt"), "{path}")'
     return (
         f"{name} built a base of its own. Where the base is a checkpoint, load that first: {steps}. strict_base=False "
         "makes this a warning."

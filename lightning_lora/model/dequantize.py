@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -12,15 +11,18 @@ from torch import nn
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import from_local_like, local
 from ..errors import LoRAError
-from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of, layer_adapter
+from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of
 from ..nn.exact_merge import merged_weight
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.nf4 import NF4Linear
 from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
-from ..nn.rounding import tell_rounding
+from ..nn.rounding import Rounding
 from ..nn.variant import Stored
 from ..notices import tell
 
+# What is told of rounding, and the remedy where it costs much.
+DEQUANTISED = "merged 16-bit weights, dequantised"
+IN_FLOAT32 = 'dequantize="float32" takes twice the space and loses next to nothing.'
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGEABLE_DTYPES}
 
 
@@ -65,40 +67,32 @@ def quantised_weights(places: NamedModules) -> dict[str, nn.Module]:
 
 
 def plain_weight(
-    module: nn.Module,
-    name: str,
-    dtype: torch.dtype,
-    cost: list[float] | None = None,
-    stored: Stored | None = None,
-    run: Callable[[Callable[[], None]], object] = lambda merge: merge(),
+    name: str, module: nn.Module, dtype: torch.dtype, rounding: Rounding, stored: Stored | None = None
 ) -> torch.Tensor:
     """Return a quantised parameter as a new plain tensor of its shape, with its adapter merged; rounded once.
 
     It is sharded like the parameter. Collective where the parameter or the adapter is sharded.
 
     Args:
-        module: the owner of the parameter.
-        name: the parameter's name in the module.
+        name: of the parameter in the model's state dict.
+        module: its owner.
         dtype: of the result.
-        cost: as of merge_weight_.
+        rounding: counts what rounding costs, if that was not told. Its `sync` keeps the error of a weight that cannot
+            be merged, for raise_on_any_rank; the result is then without the adapter.
         stored: other values for the layer's stored tensors, by leaf name.
-        run: runs the part that does not communicate. Where that fails on a rank, and `run` keeps the error for later,
-            the result is without the adapter.
-
-    Raises:
-        NonFiniteError: W' is not finite, or beyond the dtype's range.
     """
-    values = dequantize(module, name)
-    adapter = adapter_of(module, name)
+    leaf = name.rpartition(".")[2]
+    values, adapter = dequantize(module, leaf), adapter_of(module, leaf)
     if adapter is None:
         return values.to(dtype)
     blocks = adapter.blocks(values, stored)
+    cost = rounding.of(adapter, values) if dtype in HALF and not adapter.lora.rounding_reported else None
     found = [local(values)]
 
     def merge() -> None:
         found[0] = merged_weight(found[0], blocks, adapter.lora.spec.scaling, dtype=dtype, cost=cost)
 
-    run(merge)
+    rounding.sync.run(f"merged weights: {name!r}", merge)
     return from_local_like(found[0].to(dtype), values)
 
 
@@ -108,11 +102,13 @@ def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, t
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype's range.
     """
-    dequantizer, plain = Dequantizer(dtype), {}
-    for name, module in quantised_weights(places).items():
+    names = quantised_weights(places)
+    rounding, plain = Rounding(RankSync(())), dict[nn.Module, torch.Tensor]()  # nothing is sharded
+    for name, module in names.items():
         if module not in plain:
-            plain[module] = dequantizer.weight(name, module)
-    dequantizer.report()
+            plain[module] = plain_weight(name, module, dtype, rounding)
+    rounding.sync.raise_on_any_rank()
+    rounding.tell(DEQUANTISED, IN_FLOAT32, stacklevel=3)
     return plain
 
 
@@ -139,37 +135,3 @@ def _plain_layer(module: nn.Module, weight: torch.Tensor) -> nn.Module:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight, linear.bias = parameter, cast(nn.Linear, module).bias
     return linear.train(module.training)
-
-
-class Dequantizer:
-    """Make plain weights one by one, and report the cost of rounding W' to their dtype, once for each layer."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.cost = dtype, [0.0, 0.0]  # see merge_weight_
-
-    def weight(
-        self, name: str, module: nn.Module, sync: RankSync | None = None, stored: Stored | None = None
-    ) -> torch.Tensor:
-        """Return the plain weight for a name of the state dict, with the module's adapter merged; see plain_weight.
-
-        Args:
-            name: of the weight.
-            module: its owner.
-            sync: keeps the error of a weight that cannot be merged, where the model is sharded; without it the error
-                is raised at once.
-            stored: as of plain_weight.
-        """
-        cost, adapter = None, layer_adapter(module)
-        if adapter is not None and not adapter.lora.rounding_reported:
-            cost, adapter.lora.rounding_reported = self.cost, True
-        leaf = name.rpartition(".")[2]
-        if sync is None:
-            return plain_weight(module, leaf, self.dtype, cost, stored)
-        run = partial(sync.run, f"merged weights: {name!r}")
-        return plain_weight(module, leaf, self.dtype, cost, stored, run)
-
-    def report(self) -> None:
-        """Log the share of the adapter that rounding loses, for layers that were not reported earlier."""
-        what = f"merged {str(self.dtype).removeprefix('torch.')} weights, dequantised"
-        remedy = 'dequantize="float32" takes twice the space and loses next to nothing.'
-        tell_rounding(what, self.cost, remedy if self.dtype in HALF else "", stacklevel=2)

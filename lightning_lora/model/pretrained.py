@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, cast
 
 from torch import nn
@@ -34,13 +34,17 @@ def pretrained_models(modules: NamedModules) -> dict[str, nn.Module]:
     Args:
         modules: every module of the model under its first name, the model first.
     """
-    classes = {type(module): module for _, module in modules}  # few, so that few names are compared
-    of_transformers = {cls for cls, module in classes.items() if is_pretrained_model(module)}
+    of_transformers = _classes_of_transformers(module for _, module in modules)
     found: dict[str, nn.Module] = {}
     for name, module in modules if of_transformers else ():
         if type(module) in of_transformers and found.keys().isdisjoint(("", name, *parent_names(name))):
             found[name] = module
     return found
+
+
+def _classes_of_transformers(modules: Iterable[nn.Module]) -> set[type[nn.Module]]:
+    """Return the classes of transformers' PreTrainedModels among modules. A model has few classes and many modules."""
+    return {cls for cls, module in {type(module): module for module in modules}.items() if is_pretrained_model(module)}
 
 
 def is_pretrained_model(module: nn.Module) -> bool:
@@ -123,7 +127,7 @@ def _vocabulary(config: Any) -> int | None:
     return getattr(config, "vocab_size", None)
 
 
-def warn_before_save_pretrained(modules: Iterable[nn.Module]) -> None:
+def warn_before_save_pretrained(modules: Collection[nn.Module]) -> None:
     """Let save_pretrained of transformers models with adapted layers warn that it writes no adapter. In place."""
     for module in _adapted_models(modules):
         patch(module, "save_pretrained", _save_pretrained)
@@ -168,7 +172,7 @@ def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *ar
     return call_previous(module, previous, "save_pretrained", *args, **kwargs)
 
 
-def follow_gradient_checkpointing(modules: Iterable[nn.Module]) -> None:
+def follow_gradient_checkpointing(modules: Collection[nn.Module]) -> None:
     """Let gradient checkpointing that is enabled later train the adapters of transformers models. In place."""
     for module in _adapted_models(modules):
         function = getattr(module, SET_CHECKPOINTING, None)
@@ -183,9 +187,10 @@ def _set_gradient_checkpointing(
     enable_input_require_grads(list(module.modules()))
 
 
-def _adapted_models(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def _adapted_models(modules: Collection[nn.Module]) -> list[nn.Module]:
     """Return the transformers models with adapted layers among a model's modules, nested ones too."""
-    return [module for module in modules if is_pretrained_model(module) and is_adapted(module)]
+    classes = _classes_of_transformers(modules)
+    return [module for module in modules if type(module) in classes and is_adapted(module)]
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -114,33 +114,6 @@ def quantise_named_(listing: Listing, names: Collection[str]) -> None:
         listing.look_again()
 
 
-def call_that_quantises(listing: Listing, names: Collection[str], config: LoRAConfig) -> str:
-    """Return the call of quantize_base that quantises these layers of a model, or "" where no call does.
-
-    Args:
-        listing: of the model, adapted or not.
-        names: of plain layers in it.
-        config: options that may say which layers stay plain.
-    """
-    saved = {"modules_to_save": config.modules_to_save}
-    excluded = [name for name in _can_be_quantised(listing, LoRAConfig()) if name not in names]
-    for options in ({}, saved, {"exclude_modules": config.exclude_modules} | saved, {"exclude_modules": excluded}):
-        given: dict[str, Any] = {name: value for name, value in options.items() if value}
-        choice = LoRAConfig(**given)
-        if _can_be_quantised(listing, choice) == set(names) and not _mistakes(_targets(listing, choice)):
-            return f"quantize_base({', '.join(['model', *_shown(given)])})"
-    return ""
-
-
-def _shown(options: Mapping[str, Any]) -> list[str]:
-    return [f"{name}={(value if isinstance(value, str) else list(value))!r}" for name, value in options.items()]
-
-
-def _can_be_quantised(listing: Listing, config: LoRAConfig) -> set[str]:
-    """Return the layers that quantize_base would quantise if the model had no adapters."""
-    return {name for name, layer in _layers(listing, config).items() if can_be_nf4(layer.weight)}
-
-
 def _quantise_each_(layers: Mapping[str, nn.Linear]) -> None:
     for name, layer in layers.items():
         _refuse_weight(f"{name}.weight", layer.weight)
@@ -154,7 +127,7 @@ def check_kind_of_quantisation(kind: object, verb: str) -> None:
         raise LoRAError(f"{verb}: a base can be quantised as {' or '.join(KINDS)}, not as {kind!r}.")
 
 
-def _targets(listing: Listing, config: LoRAConfig) -> Selection:
+def _selection(listing: Listing, config: LoRAConfig) -> Selection:
     """Return what "all-linear" and the options that leave layers out name."""
     only: dict[str, Any] = {
         "exclude_modules": config.exclude_modules,
@@ -170,7 +143,7 @@ def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
     modules = dict(listing.modules)
     return {
         name: cast(nn.Linear, module)
-        for name, module in _targets(listing, config).layers.items()
+        for name, module in _selection(listing, config).layers.items()
         if (module.lora_base if isinstance(module, Swapped) else type(module)) is nn.Linear
         and not quantised_parameters(module)
         and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
@@ -179,15 +152,11 @@ def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
 
 def _refuse_unmatched(listing: Listing, config: LoRAConfig) -> None:
     """Raise LoRAError where no entry of an option names anything, and warn where some name nothing."""
-    targets = _targets(listing, config)
-    warn_of_unused(targets, stacklevel=3)
-    if mistakes := _mistakes(targets):
+    selection = _selection(listing, config)
+    warn_of_unused(selection, stacklevel=3)
+    mistakes = [said for said in selection.unmatched.errors if not said.startswith("target_modules")]
+    if mistakes:
         raise LoRAError(f"quantize_base: {mistakes[0]}.")
-
-
-def _mistakes(targets: Selection) -> list[str]:
-    """Return a sentence for each entry of the options that names nothing."""
-    return [said for said in targets.unmatched.errors if not said.startswith("target_modules")]
 
 
 def _refuse_late(listing: Listing) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from ..names import A, canonical
 from ..nn.adapted_module import AdaptedModule, Swapped
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
+from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.parameter import LoRAParameterHolder, weights_of
 from ..nn.quantised import quantised_as, quantised_parameters, shape_of, was_never_quantised
@@ -61,6 +63,11 @@ class Candidate:
         return type(self.module).__name__
 
     @cached_property
+    def adapting(self) -> type[LoRALayer] | None:
+        """The class that adapts such a layer, or None."""
+        return layer_class(self.module)
+
+    @cached_property
     def weights(self) -> list[nn.Parameter]:
         """The weights that would be adapted."""
         is_attention = self.option == LAYER and isinstance(self.module, nn.MultiheadAttention)
@@ -100,8 +107,8 @@ def _is_adaptable(weight: nn.Parameter | None) -> bool:
 
 def _why_not_in_parts(c: Candidate) -> str:
     """Return why enable_lora cannot have its parts of a layer, or ""."""
-    parts, adapting = c.config.enabled_parts(c.name), layer_class(c.module)
-    if parts is None or adapting is None:
+    parts, adapting = c.config.enabled_parts(c.name), cast(type[LoRALayer], c.adapting)
+    if parts is None:
         return ""
     if adapting.KIND not in FUSABLE:
         return f"enable_lora needs a linear layer, not a {c.kind}"
@@ -135,7 +142,7 @@ REASONS: tuple[Reason, ...] = (  # which candidates it concerns, a test, and wor
         lambda c: isinstance(c.module, torch.jit.ScriptModule),
         "TorchScript has compiled its forward, which would pass over the adapter; build it without torch.jit",
     ),
-    ((LAYER,), lambda c: layer_class(c.module) is None and _names_inside(c), "{found}"),
+    ((LAYER,), lambda c: c.adapting is None and _names_inside(c), "{found}"),
     (
         (TABLE,),
         lambda c: not is_table(c.module),

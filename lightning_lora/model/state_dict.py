@@ -24,10 +24,11 @@ from ..nn.adapted_weights import (
 from ..nn.foreign_entries import metadata_of, with_metadata
 from ..nn.owner import claimed
 from ..nn.quantised_state import quantisation_entries
+from ..nn.rounding import Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, find_part, open_model
-from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
+from .dequantize import DEQUANTISED, IN_FLOAT32, dequantize_dtype, plain_weight, quantised_weights
 from .foreign_state import foreign_entries, foreign_names
 from .gradients import warn_of_untrained
 from .initial_values import record_loaded
@@ -173,13 +174,13 @@ def _dequantize_state(
     quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype, sync: RankSync
 ) -> dict[str, torch.Tensor]:
     """Return plain weights in place of quantised weights, merged with the adapters in a state dict."""
-    dequantizer, plain = Dequantizer(dtype), {}
+    rounding, plain = Rounding(sync), {}
     for name, module in quantised.items():
         path, adapter = name.removesuffix("weight"), layer_adapter(module)
         in_state = adapter is not None and path + adapter.stored_names()[0] in state
         stored = adapter.stored_in(state, path) if adapter is not None and in_state else None
-        plain[name] = dequantizer.weight(name, module, sync, stored)
-    dequantizer.report()
+        plain[name] = plain_weight(name, module, dtype, rounding, stored)
+    rounding.tell(DEQUANTISED, IN_FLOAT32, stacklevel=4)
     return plain
 
 

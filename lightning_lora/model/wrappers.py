@@ -17,7 +17,6 @@ from ..distributed.flat import owns_flat
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError
 from ..names import (
-    ATTRIBUTE,
     CHECKPOINTED,
     COMPILED,
     FLATTENED,
@@ -53,12 +52,6 @@ def unwrapped(model: nn.Module, verb: str) -> nn.Module:
         LoRAError: a strategy that cannot be followed has divided the adapter. The message begins with the verb.
     """
     network = inside_known_wrappers(model)
-    if ATTRIBUTE not in vars(network) and derives_from(network, FLAT, TORCH):
-        raise LoRAError(
-            f"{verb}: {type(network).__name__} (FSDP1) has put the adapter into flat buffers, together with the "
-            "weights. Let a Trainer with LoRACallback and FSDPStrategy wrap the model, use fully_shard (FSDP2), or "
-            "pass a module that is not wrapped."
-        )
     if verb not in READ_NO_VALUES:
         _refuse_divided(model, network, verb)
     return network
@@ -124,6 +117,12 @@ def _refuse_divided(model: nn.Module, network: nn.Module, verb: str) -> None:
 
     Such a strategy divides all parameters of a model. So the first parameter of an adapter tells it.
     """
+    if derives_from(network, FLAT, TORCH):
+        raise LoRAError(
+            f"{verb}: {type(network).__name__} (FSDP1) has put the adapter into flat buffers, together with the "
+            "weights. Let a Trainer with LoRACallback and FSDPStrategy wrap the model, use fully_shard (FSDP2), or "
+            "pass a module that is not wrapped."
+        )
     if not (dist.is_available() and dist.is_initialized()):
         return
     marks = [mark for mark, (package, _) in DIVIDED.items() if package in sys.modules]

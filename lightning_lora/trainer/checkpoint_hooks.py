@@ -16,7 +16,6 @@ from ..exchange.checkpoint_of_model import convert_checkpoint, prepare_for_load
 from ..formats.lightning_checkpoint import Kind, check_kind
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.patches import call_previous, patch
-from ..model.quantise import call_that_quantises
 from ..names import META, names_factor
 
 # The key under which WeightAveraging keeps the weights that are not averaged. When it finds an average it loads them,
@@ -60,7 +59,7 @@ def _on_load_checkpoint(
     if find_model(module) is not None:
         trainer = getattr(module, "_trainer", None)
         _refuse_foreign_resume(module, checkpoint)
-        prepare_for_load(module, checkpoint, call_for=call_that_quantises)
+        prepare_for_load(module, checkpoint)
         fitting = trainer is None or trainer.state.fn == "fit"
         if META in checkpoint and CURRENT in checkpoint and not fitting:
             checkpoint[CURRENT] = checkpoint["state_dict"]

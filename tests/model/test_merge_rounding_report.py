@@ -105,8 +105,7 @@ def test_rounding_warning_raised_as_an_error_leaves_a_consistent_model():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_dequantised_weights_are_reported_once_and_warned_of_in_16_bits_alone(caplog, dtype):
-    """An adapter so small that either dtype loses most of it."""
+def test_dequantised_weights_are_warned_of_once_in_16_bits_alone(caplog, dtype):
     caplog.set_level(logging.INFO, logger="lightning_lora")
     model = adapted("nf4")
     with torch.no_grad():
@@ -118,8 +117,8 @@ def test_dequantised_weights_are_reported_once_and_warned_of_in_16_bits_alone(ca
             merged_state_dict(model, dequantize=dtype)
     logged = [record.getMessage() for record in caplog.records if "rounding" in record.getMessage()]
     warned = [str(warning.message) for warning in caught if "rounding" in str(warning.message)]
-    assert (len(logged), len(warned)) == ((0, 1) if dtype == "bfloat16" else (1, 0))
-    assert float((logged + warned)[0].partition("costs ")[2].partition("%")[0]) > 5
+    assert (len(logged), len(warned)) == (0, dtype == "bfloat16")
+    assert not warned or float(warned[0].partition("costs ")[2].partition("%")[0]) > 5
 
 
 @pytest.mark.parametrize("write", ["save_merged", "the command"])

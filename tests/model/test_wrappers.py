@@ -292,6 +292,7 @@ class Siamese(nn.Module):
         lambda: Siamese(network()),
         lambda: Lit(network()),
         lambda: nn.Sequential(network()),
+        lambda: Holder(network()),
     ],
 )
 def test_a_module_of_the_users_is_no_wrapper(tmp_path: Path, handle: Callable[[], nn.Module]):

@@ -354,7 +354,7 @@ def test_code_that_reads_the_weight_reads_the_dequantised_sum(kind):
 def test_a_quantised_embedding_is_refused_by_name():
     bnb = pytest.importorskip("bitsandbytes")
     model = nn.Sequential(bnb.nn.Embedding4bit(64, 64), nn.Linear(64, 3)).to("cpu")
-    with pytest.raises(LoRAError, match=r"'0': the weight of the Embedding4bit is quantised \(fp4\)"):
+    with pytest.raises(LoRAError, match=r"'0': its weight is quantised \(fp4\)"):
         inject(model, LoRAConfig(target_modules=["0"]))
     assert not hasattr(model[0], "lora_A")
 
