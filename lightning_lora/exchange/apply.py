@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,13 +30,12 @@ from ..names import listed
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import CONV1D
 from ..nn.owner import claimed
+from ..notices import tell
 from .align import add_frozen_weights, align_names, record_trained, split_off_base, split_off_foreign
 from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, specs_for
 from .quantised_base import missing_call, plain_here, quantised_in_training, remedy_for_load
 from .take import check_fingerprint
-
-log = logging.getLogger(__name__)
 
 
 def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *, merge_after: bool = False) -> None:
@@ -100,7 +98,7 @@ def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
     layers = [layer.lora for layer in handle.layers.values() if layer.kind()]
     ranks, scalings = ({s.name: getattr(s.spec, field) for s in layers} for field in ("r", "scaling"))
     record.config = config if options_hold(config, ranks, scalings) else with_exact_ranks(config, ranks, scalings)
-    log.info("lightning_lora: load_adapter: %d layers take the adapter's rank and scaling", len(specs))
+    tell(f"lightning_lora: load_adapter: {len(specs)} layers take the adapter's rank and scaling")
     if resized and in_training:
         warnings.warn(
             f"lightning_lora: load_adapter: {len(resized)} layers that have gradients get another rank, first "
@@ -205,7 +203,7 @@ def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
     if adapter.config is None:
         options = handle.record.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
-        log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
+        tell(f"lightning_lora: the source stores no options; those of the injected model hold: {scale}")
 
 
 def config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:

@@ -19,7 +19,6 @@ and dare_ties work on A and B apart. So they add products of one adapter's B and
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -43,14 +42,12 @@ from ..formats.sources import adapter_with_options
 from ..names import PREFIX, A, B, listed, names_factor
 from ..nn.low_rank import ATTENTION_OUTPUT
 from ..nn.random_stream import stream
+from ..notices import tell
 from ..progress import progress_bar
 
 DENSITY = 0.5  # of the methods that prune, where none is given
 
 REMEDY = "Combine adapters that were trained on one base, or pass strict_base=False, which makes this a warning."
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -162,10 +159,10 @@ def combine_adapters(
     adapter = replace(adapter, config=_options(adapter, [each for _, each, _ in used]))
     means = [name for name, value in averaged.items() if isinstance(value, torch.Tensor)]
     if means and len(used) > 1:
-        log.info("lightning_lora: combine: %d tensors are weighted means: %s", len(means), listed(means))
+        tell(f"lightning_lora: combine: {len(means)} tensors are weighted means: {listed(means)}")
     if how in CUT:
         worst = min(kept, key=kept.__getitem__)
-        log.info("lightning_lora: combine: %.1f%% or more is kept of each layer (%s)", 100 * kept[worst], worst)
+        tell(f"lightning_lora: combine: {kept[worst]:.1%} or more is kept of each layer ({worst})")
     return Combined(adapter, kept, means)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -37,9 +36,6 @@ from .apply import apply_adapter, config_for, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, frozen_values
-
-log = logging.getLogger(__name__)
-
 
 Module = TypeVar("Module", bound=nn.Module)
 
