@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
+from torch import nn
+
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import REMEDY, warn_of_rounding
 from ..adapter.layer_options import exact_options, options_hold, with_exact_ranks
@@ -165,7 +168,21 @@ def apply_adapter(
                 merge_listed(handle)
             raise
     warn_of_rounding(present, adapter.fingerprint)
+    _tell_of_narrower(live, adapter)
     return list(handle.layers)
+
+
+def _tell_of_narrower(live: LiveState, adapter: Adapter) -> None:
+    """Say that what was trained whole, such as a head, has fewer digits in this model than in the adapter."""
+    for name, value in adapter.beside_factors().items():
+        here = live.tensors[name]
+        if isinstance(here, nn.Parameter) and torch.finfo(here.dtype).eps > torch.finfo(value.dtype).eps:
+            was, dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (value, here))
+            tell(
+                f"lightning_lora: load_adapter: {name!r} was trained in {was} and is rounded to {dtype}, as this model "
+                f"has it. To keep its values, cast its module to {was} before loading."
+            )
+            return
 
 
 def _as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:

@@ -111,6 +111,12 @@ def combine(
     )
     if output is not None:
         write_folder(combined.adapter, output)
+    if combined.averaged and len(adapters) > 1:
+        names = listed(combined.averaged)
+        tell(f"lightning_lora: combine: {len(combined.averaged)} tensors are weighted means: {names}")
+    worst = min(combined.kept, key=combined.kept.__getitem__)
+    if (least := f"{combined.kept[worst]:.1%}") != "100.0%":
+        tell(f"lightning_lora: combine: {least} or more is kept of each layer ({worst})")
     return combined.adapter
 
 
@@ -124,7 +130,7 @@ def combine_adapters(
     seed: int = 0,
     strict_base: bool = True,
 ) -> Combined:
-    """Combine adapters, with the arguments and errors of combine. Logs what was averaged and what a rank keeps."""
+    """Combine adapters, with the arguments and errors of combine."""
     weights = [plain_number(weight) for weight in weights] if isinstance(weights, Iterable) else weights
     rank, density, seed = map(plain_number, (rank, density, seed))
     how = _checked_method(method, rank, density)
@@ -158,11 +164,6 @@ def combine_adapters(
     adapter = _with_equal_attention(replace(adapter, tensors={**tensors, **averaged}))
     adapter = replace(adapter, config=_options(adapter, [each for _, each, _ in used]))
     means = [name for name, value in averaged.items() if isinstance(value, torch.Tensor)]
-    if means and len(used) > 1:
-        tell(f"lightning_lora: combine: {len(means)} tensors are weighted means: {listed(means)}")
-    if how in CUT:
-        worst = min(kept, key=kept.__getitem__)
-        tell(f"lightning_lora: combine: {kept[worst]:.1%} or more is kept of each layer ({worst})")
     return Combined(adapter, kept, means)
 
 
