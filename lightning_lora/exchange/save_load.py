@@ -267,13 +267,10 @@ def _without_strict(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _other_base(name: str, path: PathLike, call: str) -> str:
     """Return the advice where a class built another base; the call, if any, quantises the right one."""
-    base = f'{name}.load_from_checkpoint("pretrained.ckpt")'
-    steps = f'load_adapter(model := {base}, "{path}")'
-    if call:
-        steps = f'model = {base}; {call}; load_adapter(model, "{path}")'
+    steps = f'{call}; load_adapter(model, "{path}")' if call else f'load_adapter(model, "{path}")'
     return (
-        f"{name} built a base of its own. Where the base is a checkpoint, load that first: {steps}. strict_base=False "
-        "makes this a warning."
+        f"{name} built a base of its own. Build the module with the weights that it had in training, and then load the "
+        f"adapter: {steps}. strict_base=False makes this a warning."
     )
 
 

@@ -134,7 +134,7 @@ def test_load_from_checkpoint_with_another_base_names_all_steps(tmp_path):
     fitted(tmp_path, lora(quantize="nf4", modules_to_save=["head"]))
     with pytest.raises(
         LoRAError,
-        match=r"load that first: model = OtherWeights.load_from_checkpoint\(\"pretrained.ckpt\"\); "
+        match=r"it had in training, and then load the adapter: "
         r"quantize_base\(model, modules_to_save=\['head'\]\); load_adapter\(model, ",
     ):
         load_from_checkpoint(OtherWeights, tmp_path / "adapter.ckpt")
