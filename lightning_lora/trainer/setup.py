@@ -6,6 +6,7 @@ last method that the module has, finds what each of them has built.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -157,9 +158,18 @@ def _inject(
 
 
 def _adopt(handle: AdaptedModel, options: Options) -> None:
-    """Check that the earlier injection of a module agrees with the options, and take it over. In place."""
+    """Check that the earlier injection of a module agrees with the options, and take it over. In place.
+
+    Dropout may be another: it is of training alone, and no tensor depends on it.
+    """
     adopt_layers(handle)
     refuse_late_conversion(handle)
+    if "lora_dropout" in options.given:
+        dropout = options.config.lora_dropout
+        handle.record.config = replace(handle.record.config, lora_dropout=dropout)
+        for name in handle.kinds:
+            layer = handle.layers[name]
+            layer.lora.spec = replace(layer.lora.spec, dropout=dropout)
     refuse_other_options(handle.record, options.config, options.given, seed_text(options))
 
 
