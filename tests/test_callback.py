@@ -304,6 +304,19 @@ def test_an_option_that_is_given_counts_at_its_default_too(
         make_trainer(tmp_path, copied(LoRACallback(*config, **options))).fit(model, Data())
 
 
+@pytest.mark.parametrize("dropout", [0.5, 0.0])
+def test_dropout_that_is_given_takes_the_place_of_an_injected_models(tmp_path, dropout: float):
+    inject(model := Net(), LoRAConfig(r=2, target_modules=TARGETS, lora_dropout=0.25))
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, LoRACallback(lora_dropout=dropout))
+        trainer.fit(model, Data())
+        assert {layer.lora.spec.dropout for layer in (model.body[0], model.body[3], model.head)} == {dropout}
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["lora"]["config"]["lora_dropout"] == dropout
+    make_trainer(tmp_path, LoRACallback()).fit(model, Data())
+    assert model.head.lora.spec.dropout == dropout
+
+
 def test_an_option_that_a_subclass_gives_counts_and_one_that_it_leaves_out_does_not(tmp_path):
     class Own(LoRACallback):
         def __init__(self, rank: int | None = None) -> None:

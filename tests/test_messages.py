@@ -112,17 +112,17 @@ def load_from_checkpoint_of_a_plain_checkpoint(path: Path) -> None:
 @message("`load_from_checkpoint` where the base was pretrained")
 def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
     """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Net built a base of its
-    own. Where the base is a checkpoint, load that first: load_adapter(model :=
-    Net.load_from_checkpoint("pretrained.ckpt"), "PATH/lora.ckpt"). strict_base=False makes this a warning.
+    own. Build the module with the weights that it had in training, and then load the adapter: load_adapter(model,
+    "PATH/lora.ckpt"). strict_base=False makes this a warning.
     """
     load_from_checkpoint(Net, saved(path, lora(), base=saved(path)))
 
 
 @message("A Trainer where the base was pretrained")
 def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
-    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the Trainer the model
-    with the base that the adapter was trained on, as Net.load_from_checkpoint("pretrained.ckpt"). To use the adapter on
-    this base all the same, call load_adapter(model, path, strict_base=False) and leave ckpt_path out.
+    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Build the module with
+    the weights that it had in training. To use the adapter on this base all the same, call load_adapter(model, path,
+    strict_base=False) and leave ckpt_path out.
     """
     file = saved(path, lora(), base=saved(path))
     make_trainer(path, lora()).validate(Net(), Data(), ckpt_path=file, **PLAIN_TYPES_ONLY)

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable
 
 import pytest
+import torch
 import transformers
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, merge, merged_state_dict
+from lightning_lora import LoRAConfig, combine, inject, load_adapter, merge, merged_state_dict, take_adapter
 from lightning_lora.notices import tell
 from support.forks import DONE, run_in_forks
 from support.quantised import quantised
@@ -32,6 +33,12 @@ def quantised_base() -> nn.Module:
 def llama() -> nn.Module:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **sizes))
+
+
+def linear(r: int) -> nn.Module:
+    torch.manual_seed(1)
+    inject(model := nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=r, init_lora_weights=False))
+    return model
 
 
 PROMISED: dict[str, tuple[Callable[[], object], str]] = {
@@ -56,15 +63,23 @@ PROMISED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: inject(llama(), LoRAConfig(r=2, target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"])),
         "lightning_lora: lm_head is in target_modules and in modules_to_save",
     ),
+    "what is left of a combination": (
+        lambda: combine([take_adapter(linear(2))], [1.0], method="svd", rank=1),
+        "lightning_lora: combine: 62.5% or more is kept of each layer (0)",
+    ),
+    "an adapter of another rank": (
+        lambda: load_adapter(linear(2), take_adapter(linear(1))),
+        "lightning_lora: load_adapter: 1 layers take the adapter's rank and scaling",
+    ),
 }
 
 
 @pytest.mark.parametrize("subject", PROMISED)
-def test_what_the_reference_promises_is_logged_once(caplog, subject: str):
+def test_what_the_reference_promises_is_logged_once_by_the_log_that_is_set_up(caplog, subject: str):
     act, expected = PROMISED[subject]
     with caplog.at_level(logging.INFO, "lightning_lora"):
         act()
-    assert sum(record.getMessage().startswith(expected) for record in caplog.records) == 1
+    assert [each.name for each in caplog.records if each.getMessage().startswith(expected)] == ["lightning_lora"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -30,5 +30,6 @@ def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool = True, 
     tables = {**{end: adapter.tables.get(first, ()) for end, first in adapter.tied.items()}, **adapter.tables}
     entries = without_rows(entries, tables)
     expected = without_rows({name: adapter.fingerprint[name] for name in entries}, tables)
-    compare_fingerprints(entries, expected, strict=strict, remedy=remedy)
+    saved = (adapter.config and adapter.config.modules_to_save) or ()
+    compare_fingerprints(entries, expected, strict=strict, remedy=remedy, saved=saved, adapted=adapter.layers())
     warn_of_rounding(entries, adapter.fingerprint)

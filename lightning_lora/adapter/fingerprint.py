@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -87,6 +87,8 @@ def compare_fingerprints(
     *,
     strict: bool = True,
     remedy: str = REMEDY,
+    saved: Sequence[str] = (),
+    adapted: Collection[str] = (),
 ) -> None:
     """Raise LoRAError for the first difference, in the order of `present`. Names that only `present` has are ignored.
 
@@ -98,6 +100,8 @@ def compare_fingerprints(
         relative: difference between values that are equal.
         strict: whether another base is an error or a warning.
         remedy: the advice at the end of the error.
+        saved: modules_to_save as it is, which the advice goes on with.
+        adapted: the names of the adapted layers.
     """
     order = {name: position for position, name in enumerate(present)}
     differing: list[str] = []
@@ -116,7 +120,7 @@ def compare_fingerprints(
         differing.append(name)
     if not differing:
         return
-    hint = _quantised_hint(differing, present, expected) or _head_hint(differing, expected)
+    hint = _quantised_hint(differing, present, expected) or _head_hint(differing, expected, saved, adapted)
     of_dtype = _dtype_hint(differing, present, expected)
     message = f"adapter: belongs to another base: {difference}.{hint}{of_dtype}"
     if strict:
@@ -215,10 +219,13 @@ def _equal(before: Iterable[float], now: Iterable[float]) -> bool:
     return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(before, now, strict=True))
 
 
-def _head_hint(differing: Iterable[str], expected: Mapping[str, Any]) -> str:
+def _head_hint(
+    differing: Iterable[str], expected: Mapping[str, Any], saved: Sequence[str], adapted: Collection[str]
+) -> str:
     """Say that only a new head may differ, if the differences lie in a few modules in which nothing is equal.
 
-    Biases that start from zero are equal anyway and do not count. A module with most of the weights is no head.
+    Biases that start from zero are equal anyway and do not count. A module with most of the weights is no head, and
+    neither is an adapted layer of a numbered block.
     """
     differing = list(differing)
     sizes = {name: math.prod(entry["shape"]) for name, entry in expected.items()}
@@ -228,12 +235,13 @@ def _head_hint(differing: Iterable[str], expected: Mapping[str, Any]) -> str:
     with_equal = {module for name in telling - set(differing) for module in parent_names(name)}
     modules = [next((module for module in parent_names(name) if module not in with_equal), "") for name in differing]
     heads = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
-    if not with_equal or "" in heads or len(heads) > MOST_HEADS:
+    in_blocks = {name for name in adapted if any(part.isdigit() for part in name.split(".")[:-1])}
+    if not with_equal or "" in heads or len(heads) > MOST_HEADS or not in_blocks.isdisjoint(modules):
         return ""
     or_task = " (or task_type)" if tasks_with(heads) else ""
     return (
         f" All that differs lies in {', '.join(map(repr, heads))}: if that is a new head, which starts from other "
-        f"random values in each program, train and save it whole with modules_to_save={heads}{or_task}."
+        f"random values in each program, train and save it whole with modules_to_save={[*saved, *heads]}{or_task}."
     )
 
 

@@ -47,6 +47,7 @@ from ..nn.low_rank import (
 )
 from ..nn.rounding import IN_FILES, tell_rounding
 from ..nn.variant import LayerInfo, Parts
+from ..notices import tell
 from ..progress import progress_bar
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed
 from .output import MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
@@ -160,9 +161,10 @@ def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, 
     adapter, base = fitted.adapter, fitted.base
     owners = base.other_owners()
     whole = adapter.beside_factors()
+    is_saved = matcher((adapter.config or LoRAConfig()).all_modules_to_save())
     tied = set().union(*equal_tables(whole))  # both ends of a tie
     updates = {  # a file may hold such a weight once
-        name: _replacement(name, value, base)
+        name: _replacement(name, value, base, may_differ=any(map(is_saved, parent_names(name))))
         for name, value in whole.items()
         if name in base.locations or name not in tied
     }
@@ -460,14 +462,18 @@ def _orientations(adapter: Adapter, name: str, shape: Sequence[int]) -> set[str]
     return {kind for kind in kinds if _fits(adapter, _placed(adapter, name, kind, shape))}
 
 
-def _replacement(name: str, value: Any, base: Weights) -> WeightUpdate:
-    """Check a parameter that was trained whole, or a buffer, and let it take the place of the base's."""
+def _replacement(name: str, value: Any, base: Weights, *, may_differ: bool) -> WeightUpdate:
+    """Check a parameter that was trained whole, or a buffer, and let it take the place of the base's.
+
+    One that modules_to_save names, such as a new head, may have another shape. A folder's config says the shapes.
+    """
     location = base.locations.get(name)
     if location is None:
         _refuse_absent(name, base)
-    if not isinstance(value, torch.Tensor) or tuple(value.shape) != location.shape:
-        actual = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise LoRAError(f"{base.path}: {name!r} has shape {location.shape}, in the adapter {actual}.")
+    if base.folder or not (may_differ and isinstance(value, torch.Tensor)):
+        _refuse_other_shape(name, value, base)
+    if tuple(value.shape) != location.shape:
+        tell(f"lightning_lora: merge: {name!r} is the adapter's, {tuple(value.shape)}; in the base {location.shape}")
     if value.is_floating_point() != location.dtype.is_floating_point:
         raise LoRAError(f"{base.path}: {name!r} is {location.dtype}, in the adapter {value.dtype}.")
     if value.is_floating_point():
@@ -475,12 +481,20 @@ def _replacement(name: str, value: Any, base: Weights) -> WeightUpdate:
     return WeightUpdate(value=value)
 
 
+def _refuse_other_shape(name: str, value: Any, base: Weights) -> None:
+    found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+    if found != base.locations[name].shape:
+        raise LoRAError(
+            f"{base.path}: {name!r} has shape {base.locations[name].shape}, in the adapter {found}. {INSTEAD}."
+        )
+
+
 def _check_finite_where_base_is(name: str, value: torch.Tensor, location: TensorLocation) -> None:
     """Raise LoRAError where a tensor is infinite or NaN and the base's is not so too, as a mask is in both."""
     try:
         check_finite(name, value)
     except LoRAError:
-        if not location.in_order:
+        if not location.in_order or tuple(value.shape) != location.shape:
             raise
         here, base = value.detach().double(), read_tensor(location).double()
         if not (here.isfinite() | (here == base) | (here.isnan() & base.isnan())).all():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -98,9 +99,19 @@ class Job:
         dtype = self.base.locations[name].dtype
         return self.dtype if self.dtype is not None and dtype in MERGEABLE_DTYPES else dtype
 
+    def result_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one tensor of the result: what was trained whole may have another than the base's."""
+        value = self.updates[name].value if name in self.updates else None
+        return self.base.locations[name].shape if value is None else tuple(value.shape)
+
     def result_nbytes(self, name: str) -> int:
         """Return the size of one tensor of the result, in bytes."""
-        return self.base.locations[name].numel * self.result_dtype(name).itemsize
+        return math.prod(self.result_shape(name)) * self.result_dtype(name).itemsize
+
+    def keeps_layout(self) -> bool:
+        """Return whether all tensors of the result have the base's dtypes and shapes."""
+        shapes = {name: location.shape for name, location in self.base.locations.items()}
+        return self.dtype is None and all(self.result_shape(name) == shape for name, shape in shapes.items())
 
 
 def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list[Path]:
@@ -143,7 +154,7 @@ def write_file_of(job: Job, target: Path) -> None:
     if base.form == "safetensors":
         header = base.headers[base.path.name]
         _write_safetensors(job, list(header.locations), header.metadata, header, target)
-    elif job.dtype is None:
+    elif job.keeps_layout():
         _write_torch_file(job, target)
     else:
         content = read_torch_file(base.path)
@@ -169,16 +180,21 @@ def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tenso
     return new
 
 
+def _whole(job: Job, name: str) -> torch.Tensor:
+    """Return a tensor that replaces one of another shape, in its dtype."""
+    return new_rows(job, name, cast(torch.Tensor, job.updates[name].value), 0)
+
+
 def _write_safetensors(
     job: Job, names: Sequence[str], metadata: Mapping[str, str], before: Header | None, target: Path
 ) -> None:
     """Write some tensors into a file. Reuse the header of the base's file when its tensors are the same."""
     locations = job.base.locations
-    if before is not None and job.dtype is None and list(before.locations) == list(names):
+    if before is not None and job.keeps_layout() and list(before.locations) == list(names):
         header = before.raw
     else:
         names = sorted(names, key=lambda name: -job.result_dtype(name).itemsize)  # so that all are aligned
-        header = build_header([(name, job.result_dtype(name), locations[name].shape) for name in names], metadata)
+        header = build_header([(name, job.result_dtype(name), job.result_shape(name)) for name in names], metadata)
     sources: dict[Path, BinaryIO] = {}
     with ExitStack() as files:
         out = files.enter_context(open(target, "xb"))
@@ -192,6 +208,10 @@ def _write_safetensors(
 
 def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
     location = job.base.locations[name]
+    if job.result_shape(name) != location.shape:
+        out.write(as_bytes(_whole(job, name)))
+        job.progress(location.nbytes)
+        return
     block = chunk_elements(torch.device("cpu"))
     for first, count in location.chunks(block):  # merge rounds by block: whole blocks give the bits of merge in memory
         rows = read_rows(source, location, first, count)
@@ -220,24 +240,26 @@ def _refuse_objects(path: Path, content: dict[str, Any]) -> None:
     if found is not None:
         raise LoRAError(
             f"merge: {path}: checkpoint{found[0]} is of {found[1]}, and objects are not unpickled, so that the file "
-            "can be copied and changed but not written anew in another dtype. Leave --dtype out, or give the state "
-            "dict by itself as --base."
+            "can be copied and changed but not written anew with another dtype or shape. Leave --dtype out, or give "
+            "the state dict by itself as --base."
         )
 
 
 def _recast(job: Job, content: dict[str, Any]) -> dict[str, Any]:
-    """Merge in memory into another dtype. Tensors that share memory share it in the result too."""
+    """Merge in memory, into another dtype or shape. Tensors that share memory share it in the result too."""
     state: Mapping[str, Any] = content.get("state_dict", content)
     new: dict[Any, torch.Tensor] = {}
-    cast = dict(state)
+    changed = dict(state)
     for name in job.base.locations:
         tensor = state[name]
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in new:
-            new[key] = new_rows(job, name, tensor.detach(), 0)
-        cast[name] = new[key]
+            same_shape = job.result_shape(name) == tuple(tensor.shape)
+            made = new_rows(job, name, tensor.detach(), 0) if same_shape else _whole(job, name)
+            new[key] = made.clone()  # a tensor of a safetensors file is a view of all of it
+        changed[name] = new[key]
         job.progress(tensor.nbytes)
-    return {**content, "state_dict": cast} if "state_dict" in content else cast
+    return {**content, "state_dict": changed} if "state_dict" in content else changed
 
 
 def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:

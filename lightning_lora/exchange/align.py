@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 from torch import nn
@@ -20,10 +19,9 @@ from ..nn.adapted_module import is_factor
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.parameter import weights_of
 from ..nn.variant import rows_leaf
+from ..notices import tell
 from .first_names import Names
 from .resized_tables import has_new_rows
-
-log = logging.getLogger(__name__)
 
 
 def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
@@ -59,7 +57,7 @@ def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
         if name in adapter.perhaps_base and has_new_rows(
             name, adapter.tensors[name], original_value(name, tensor, owner)
         ):
-            log.info("lightning_lora: %s comes with the adapter: its last rows are not the base's", name)
+            tell(f"lightning_lora: {name} comes with the adapter: its last rows are not the base's")
         else:
             base.add(name)
     return without_base(adapter, base)

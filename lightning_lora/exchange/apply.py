@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-import logging
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
+
+import torch
+from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import REMEDY, warn_of_rounding
@@ -31,13 +33,12 @@ from ..names import listed
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import CONV1D
 from ..nn.owner import claimed
+from ..notices import tell
 from .align import add_frozen_weights, align_names, record_trained, split_off_base, split_off_foreign
 from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, specs_for
 from .quantised_base import plain_here, remedy_for_plain
 from .take import check_fingerprint
-
-log = logging.getLogger(__name__)
 
 
 def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *, merge_after: bool = False) -> None:
@@ -100,7 +101,7 @@ def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
     layers = [layer.lora for layer in handle.layers.values() if layer.kind()]
     ranks, scalings = ({s.name: getattr(s.spec, field) for s in layers} for field in ("r", "scaling"))
     record.config = config if options_hold(config, ranks, scalings) else with_exact_ranks(config, ranks, scalings)
-    log.info("lightning_lora: load_adapter: %d layers take the adapter's rank and scaling", len(specs))
+    tell(f"lightning_lora: load_adapter: {len(specs)} layers take the adapter's rank and scaling")
     if resized and in_training:
         warnings.warn(
             f"lightning_lora: load_adapter: {len(resized)} layers that have gradients get another rank, first "
@@ -167,7 +168,21 @@ def apply_adapter(
                 merge_listed(handle)
             raise
     warn_of_rounding(present, adapter.fingerprint)
+    _tell_of_narrower(live, adapter)
     return list(handle.layers)
+
+
+def _tell_of_narrower(live: LiveState, adapter: Adapter) -> None:
+    """Say that what was trained whole, such as a head, has fewer digits in this model than in the adapter."""
+    for name, value in adapter.beside_factors().items():
+        here = live.tensors[name]
+        if isinstance(here, nn.Parameter) and torch.finfo(here.dtype).eps > torch.finfo(value.dtype).eps:
+            was, dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (value, here))
+            tell(
+                f"lightning_lora: load_adapter: {name!r} was trained in {was} and is rounded to {dtype}, as this model "
+                f"has it. To keep its values, cast its module to {was} before loading."
+            )
+            return
 
 
 def _as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
@@ -199,7 +214,7 @@ def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
     if adapter.config is None:
         options = handle.record.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
-        log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
+        tell(f"lightning_lora: the source stores no options; those of the injected model hold: {scale}")
 
 
 def config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:

@@ -43,8 +43,7 @@ from .quantised_base import remedy_for_plain
 from .take import check_fingerprint, describe, rows_without_values
 
 REMEDY_IN_TRAINER = (
-    "Give the Trainer the model with the base that the adapter was trained on, as "
-    'Net.load_from_checkpoint("pretrained.ckpt"). To use the adapter on this base all the same, call '
+    "Build the module with the weights that it had in training. To use the adapter on this base all the same, call "
     "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
 )
 OPTIONS_IN_TRAINER = (

@@ -19,7 +19,6 @@ and dare_ties work on A and B apart. So they add products of one adapter's B and
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -43,14 +42,12 @@ from ..formats.sources import adapter_with_options
 from ..names import PREFIX, A, B, listed, names_factor
 from ..nn.low_rank import ATTENTION_OUTPUT
 from ..nn.random_stream import stream
+from ..notices import tell
 from ..progress import progress_bar
 
 DENSITY = 0.5  # of the methods that prune, where none is given
 
 REMEDY = "Combine adapters that were trained on one base, or pass strict_base=False, which makes this a warning."
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,6 +111,12 @@ def combine(
     )
     if output is not None:
         write_folder(combined.adapter, output)
+    if combined.averaged and len(adapters) > 1:
+        names = listed(combined.averaged)
+        tell(f"lightning_lora: combine: {len(combined.averaged)} tensors are weighted means: {names}")
+    worst = min(combined.kept, key=combined.kept.__getitem__)
+    if (least := f"{combined.kept[worst]:.1%}") != "100.0%":
+        tell(f"lightning_lora: combine: {least} or more is kept of each layer ({worst})")
     return combined.adapter
 
 
@@ -127,7 +130,7 @@ def combine_adapters(
     seed: int = 0,
     strict_base: bool = True,
 ) -> Combined:
-    """Combine adapters, with the arguments and errors of combine. Logs what was averaged and what a rank keeps."""
+    """Combine adapters, with the arguments and errors of combine."""
     weights = [plain_number(weight) for weight in weights] if isinstance(weights, Iterable) else weights
     rank, density, seed = map(plain_number, (rank, density, seed))
     how = _checked_method(method, rank, density)
@@ -161,11 +164,6 @@ def combine_adapters(
     adapter = _with_equal_attention(replace(adapter, tensors={**tensors, **averaged}))
     adapter = replace(adapter, config=_options(adapter, [each for _, each, _ in used]))
     means = [name for name, value in averaged.items() if isinstance(value, torch.Tensor)]
-    if means and len(used) > 1:
-        log.info("lightning_lora: combine: %d tensors are weighted means: %s", len(means), listed(means))
-    if how in CUT:
-        worst = min(kept, key=kept.__getitem__)
-        log.info("lightning_lora: combine: %.1f%% or more is kept of each layer (%s)", 100 * kept[worst], worst)
     return Combined(adapter, kept, means)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
 from ..nn.adapted_module import claimed_with, is_factor
 from ..nn.adapted_weights import adapter_of
-from ..nn.low_rank import HALF
+from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.quantised import how_quantised, shape_of
 from ..nn.rounding import IN_FILES, Rounding
 from ..progress import progress_bar
@@ -131,7 +131,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         here = folder[0] if writes else Path()
         if network is not None:
             step(path, partial(refuse_adapter_beside, path))
-            step(CONFIG, partial(write_configuration, network, here, dtype if quantised else None))
+            step(CONFIG, partial(write_configuration, network, here, _widest(parts) if quantised else None))
         advance = moves_on_leaving.enter_context(progress_bar("saving", sum(sizes.values()), "bytes"))
 
         def merged(part: Part) -> Tensors:
@@ -151,6 +151,12 @@ def _parts_by_key(network: Any, tensors: Tensors) -> dict[str, Part]:
     """Divide tensors into parts that are stored together, each by the name of its first stored tensor."""
     divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
     return {next(iter(part.stored)): part for part in divided if part.stored}
+
+
+def _widest(parts: Mapping[str, Part]) -> torch.dtype:
+    """Return the dtype that holds all that is stored: with another one from_pretrained would round."""
+    dtypes = [tensor.dtype for part in parts.values() for tensor in part.stored.values()]
+    return reduce(torch.promote_types, [dtype for dtype in dtypes if dtype in MERGEABLE_DTYPES])
 
 
 def _write_shard(

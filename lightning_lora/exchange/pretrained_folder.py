@@ -109,7 +109,7 @@ def write_configuration(network: Any, folder: Path, dtype: torch.dtype | None = 
     Args:
         network: the model.
         folder: where to.
-        dtype: of the weights in the folder, where quantised ones of the model are plain there.
+        dtype: in which to load the folder, where quantised weights of the model are plain there.
     """
     config = copy.deepcopy(network.config)
     config.architectures = [type(network).__name__.removeprefix("FSDP")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -37,9 +36,6 @@ from .apply import apply_adapter, config_for, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, frozen_values
-
-log = logging.getLogger(__name__)
-
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -272,10 +268,10 @@ def _without_strict(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _other_base(name: str, path: PathLike) -> str:
     """Return the advice where a class built another base."""
-    steps = f'load_adapter(model := {name}.load_from_checkpoint("pretrained.ckpt"), "{path}")'
+    steps = f'load_adapter(model, "{path}")'
     return (
-        f"{name} built a base of its own. Where the base is a checkpoint, load that first: {steps}. strict_base=False "
-        "makes this a warning."
+        f"{name} built a base of its own. Build the module with the weights that it had in training, and then load the "
+        f"adapter: {steps}. strict_base=False makes this a warning."
     )
 
 

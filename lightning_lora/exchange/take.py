@@ -242,5 +242,7 @@ def check_fingerprint(
     # A fingerprint made of a file has entries of buffers. Training changes buffers, so they do not tell a base.
     buffers = {name for name, tensor in live.tensors.items() if not isinstance(tensor, nn.Parameter)}
     expected = without_rows({n: entry for n, entry in expected.items() if n not in buffers}, tables)
-    compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL, strict=strict, remedy=remedy)
+    relative, saved = AVERAGED if trained_here else EQUAL, live.handle.record.config.modules_to_save or ()
+    adapted = live.handle.layers
+    compare_fingerprints(present, expected, relative, strict=strict, remedy=remedy, saved=saved, adapted=adapted)
     return present

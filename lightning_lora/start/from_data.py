@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,11 +14,10 @@ from ..model.recorded_layers import refuse_replaced_layers
 from ..names import listed
 from ..nn.low_rank import CONV1D, LINEAR
 from ..nn.owner import claimed
+from ..notices import tell
 from .batches import COUNT, Forward, Mask, call_with, learned_tokens
 from .eva import start_from_inputs
 from .lora_ga import start_from_gradients
-
-log = logging.getLogger(__name__)
 
 
 def initialize_from_data(
@@ -90,4 +88,4 @@ def start_from_batches(handle: AdaptedModel, batches: Iterable[Any], forward: Fo
         else:
             start_from_inputs(handle.model, layers, batches, forward, mask, n)
     if others:
-        log.info("lightning_lora: %s start without data, for only linear layers can start from it", listed(others))
+        tell(f"lightning_lora: {listed(others)} start without data, for only linear layers can start from it")

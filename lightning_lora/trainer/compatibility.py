@@ -88,7 +88,8 @@ def refuse_other_options(record: Injection, config: LoRAConfig, given: Collectio
         if option in given:
             raise LoRAError(
                 f"LoRACallback: {option} is {getattr(config, option)!r}, but the model was injected with "
-                f"{getattr(record.config, option)!r}; use the same, leave it out, or unload(model) first."
+                f"{getattr(record.config, option)!r}; use the same, or leave it out. unload(model) takes the adapter "
+                "out, so save it first."
             )
     if seed and record.seed != seed:
         raise LoRAError("LoRACallback: the model was injected with another seed; give none, or unload(model) first.")

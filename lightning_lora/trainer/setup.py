@@ -6,6 +6,7 @@ last method that the module has, finds what each of them has built.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from ..model.injection import Injection, Run
 from ..model.patches import call_previous, patch, unpatch_method
 from ..model.quantise import quantise_
 from ..model.targets import select
+from ..notices import tell
 from .after_fit import forget_merging, load_plain_weights_only
 from .checkpoint_hooks import save_as
 from .checkpoint_options import complete_options, options_in_checkpoint, refuse_folder_for_checkpoint
@@ -62,10 +64,18 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
     saved = None if is_injected else options_in_checkpoint(trainer)
     seed, saved = trainer.strategy.broadcast((random_seed(), saved))  # also where this process alone is injected
     config = options.config if saved is None else complete_options(options.config, options.given, saved)
+    _tell_of_taken(options.config, config)
     adapt_cli_optimizer(module)
     _adapt_now(module, options, config, seed)
     if (handle := find_model(module)) is not None:
         refuse_for_quantised(handle, trainer)
+
+
+def _tell_of_taken(config: LoRAConfig, completed: LoRAConfig) -> None:
+    """Say which of a callback's options are a checkpoint's: a command line gives defaults, which count as left out."""
+    taken = [f"{name}={getattr(completed, name)!r}" for name in completed.differing(config)]
+    if taken:
+        tell(f"lightning_lora: {', '.join(taken)} {'is' if len(taken) == 1 else 'are'} the checkpoint's.")
 
 
 def _adapt_now(module: nn.Module, options: Options, config: LoRAConfig, seed: str) -> None:
@@ -153,8 +163,17 @@ def _inject(
 
 
 def _adopt(handle: AdaptedModel, options: Options) -> None:
-    """Check that the earlier injection of a module agrees with the options, and take it over. In place."""
+    """Check that the earlier injection of a module agrees with the options, and take it over. In place.
+
+    Dropout may be another: it is of training alone, and no tensor depends on it.
+    """
     refuse_late_conversion(handle)
+    if "lora_dropout" in options.given:
+        dropout = options.config.lora_dropout
+        handle.record.config = replace(handle.record.config, lora_dropout=dropout)
+        for name in handle.kinds:
+            layer = handle.layers[name]
+            layer.lora.spec = replace(layer.lora.spec, dropout=dropout)
     refuse_other_options(handle.record, options.config, options.given, seed_text(options))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -301,3 +302,62 @@ def test_a_head_keeps_its_values_in_a_result_of_a_wider_dtype_than_the_base(tmp_
     arguments = (tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "merged.safetensors")
     merge.merge_on_disk(*arguments, dtype=torch.float32, strict_base=False)
     assert torch.equal(load_file(tmp_path / "merged.safetensors")["1.weight"], net[1].weight)
+
+
+def nets_with_heads(base_classes: int, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A base, and the same with another head, trained whole."""
+    body = seeded(lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)))
+    base, net = (nn.Sequential(copy.deepcopy(body), nn.Linear(5, classes)) for classes in (base_classes, 3))
+    inject(net, LoRAConfig(r=2, target_modules=["0.0"], **options))
+    net[1].requires_grad_(True)
+    spread_(net)
+    return base, net
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [2, 7])  # in the base
+@pytest.mark.parametrize("name", ["base.pt", "base.safetensors", "base.ckpt"])
+def test_a_new_head_of_another_shape_takes_the_place_of_the_bases(
+    tmp_path, caplog, name: str, classes: int, dtype: torch.dtype | None
+):
+    base, net = nets_with_heads(classes, modules_to_save=["1"])
+    state = base.state_dict()
+    if name == "base.safetensors":
+        save_file(state, tmp_path / name)
+    else:
+        torch.save({"state_dict": state, "epoch": 3} if name == "base.ckpt" else state, tmp_path / name)
+    save_adapter(net, tmp_path / "adapter")
+    out = (tmp_path / "out").with_suffix(Path(name).suffix)
+    with caplog.at_level("INFO", "lightning_lora"):
+        merge.merge_on_disk(tmp_path / name, tmp_path / "adapter", out, dtype=dtype)
+    assert f"'1.weight' is the adapter's, (3, 5); in the base ({classes}, 5)" in caplog.text
+    assert f"'1.bias' is the adapter's, (3,); in the base ({classes},)" in caplog.text
+    found: Any = load_file(out) if name == "base.safetensors" else torch.load(out, weights_only=True)
+    if name == "base.ckpt":
+        assert found["epoch"] == 3
+        found = found["state_dict"]
+    expected = merged_state_dict(net)
+    assert found.keys() == expected.keys()
+    for each, value in expected.items():
+        assert found[each].dtype == (dtype if dtype and value.is_floating_point() else value.dtype)
+        assert torch.equal(found[each], value.to(found[each].dtype)) or each == "0.0.weight"
+        torch.testing.assert_close(found[each].float(), value.float(), rtol=2**-8 if dtype else 2e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "said"),
+    [
+        (1, {"modules_to_save": ["1"]}, r"belongs to another base: values of '0\.0\.weight'"),
+        (0, {}, r"'1\.bias' has shape \(7,\), in the adapter \(3,\)\. Load the model in Python"),
+    ],
+    ids=["another base", "a head that no option names"],
+)
+def test_a_head_of_another_shape_is_refused_if_it_may_be_another_models(
+    tmp_path, change: float, options: dict[str, Any], said: str
+):
+    base, net = nets_with_heads(7, **options)
+    save_adapter(net, tmp_path / "adapter")
+    state = base.state_dict()
+    torch.save({**state, "0.0.weight": state["0.0.weight"] + change}, tmp_path / "base.pt")
+    with pytest.raises(LoRAError, match=said):
+        merge.merge_on_disk(tmp_path / "base.pt", tmp_path / "adapter", tmp_path / "out.pt")

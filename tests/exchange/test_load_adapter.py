@@ -126,13 +126,25 @@ def test_load_adapter_onto_another_base_is_refused_by_name(kind, layer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_the_same_base_in_another_dtype_is_accepted(tmp_path, dtype):
+def test_the_same_base_in_another_dtype_is_accepted_and_rounding_of_a_head_is_said(tmp_path, caplog, dtype):
+    caplog.set_level("INFO", "lightning_lora")
     model, other = trained_zoo(), base_zoo().to(dtype)
     load_adapter(other, source(model, "", "folder", tmp_path))
     unload(other)
     load_adapter(other, checkpoint(model, "adapter"))
     assert other.conv.weight.dtype == dtype
     assert torch.equal(other.conv.lora_A.float(), model.conv.lora_A)
+    found = re.findall(r"load_adapter: '(\S+)' was trained in float32 and is rounded to (\w+),", caplog.text)
+    assert found == (
+        [] if dtype == torch.float64 else [(name, f"{dtype}"[6:]) for name in ("body.0.bias", "conv.bias")]
+    )
+    caplog.clear()
+    other = base_zoo().to(dtype)
+    for name in take_adapter(model).beside_factors().keys() & dict(other.named_parameters()).keys():
+        other.get_parameter(name).data = other.get_parameter(name).data.float()
+    load_adapter(other, checkpoint(model, "adapter"))
+    assert torch.equal(other.head.weight, model.head.weight)
+    assert "was trained in" not in caplog.text
 
 
 # --- what does not fit ---

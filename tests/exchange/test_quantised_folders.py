@@ -143,6 +143,10 @@ def test_a_quantised_weight_without_an_adapter_is_written_plain_too_or_refused(t
     save_merged(model, tmp_path / "merged", dequantize=torch.float32)
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(plain.train()), logits(model), rtol=1e-4, atol=1e-4)
+    save_merged(model, tmp_path / "narrow", dequantize="bfloat16")  # what is not quantised stays float32
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "narrow")
+    assert torch.equal(plain.lm_head.weight, state["lm_head.weight"])
+    assert torch.equal(plain.get_submodule(LAYER).weight, values_of(model.get_submodule(LAYER)).bfloat16().float())
 
 
 @every_kind

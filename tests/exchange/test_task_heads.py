@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -193,13 +194,20 @@ def test_the_error_of_a_load_onto_another_random_head_names_modules_to_save(tmp_
         load_adapter(Lit(body), tmp_path / "folder", strict_base=False)
 
 
-def test_the_error_of_a_load_names_no_task_type_where_none_trains_all_that_differs(tmp_path, body):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({}, ["pooler", "classifier"]), ({"modules_to_save": ["classifier"]}, ["classifier", "pooler"])],
+    ids=["frozen", "one is trained whole"],
+)
+def test_the_error_of_a_load_names_all_of_modules_to_save_and_no_task_type_where_none_trains_them(
+    tmp_path, body, options: dict[str, Any], said: list[str]
+):
     net, other = classifier(body), classifier(body)
     for layer in (other.bert.pooler.dense, other.classifier):
         layer.reset_parameters()
-    inject(net, LoRAConfig(r=2, target_modules=TARGETS))
+    inject(net, LoRAConfig(r=2, target_modules=TARGETS, **options))
     save_adapter(net, tmp_path)
-    with pytest.raises(LoRAError, match=r"modules_to_save=\['pooler', 'classifier'\]\. Load"):
+    with pytest.raises(LoRAError, match=re.escape(f"modules_to_save={said}. Load")):
         load_adapter(other, tmp_path)
 
 
@@ -212,13 +220,14 @@ def test_the_error_of_a_load_onto_another_base_speaks_of_no_head(tmp_path):
     assert "modules_to_save" not in str(caught.value)
 
 
-def test_the_error_of_a_load_onto_other_blocks_does_not_call_them_a_head(tmp_path):
+@pytest.mark.parametrize("changed", ["model.layers", "model.layers.0.mlp.down_proj"])
+def test_the_error_of_a_load_onto_other_blocks_does_not_call_them_a_head(tmp_path, changed: str):
     """Embedding and head are those of the adapter's base, as after merging an adapter into its blocks."""
     net = peer("llama")
-    inject(net, LoRAConfig(r=2, target_modules=["q_proj"]))
+    inject(net, LoRAConfig(r=2, target_modules=["q_proj", "down_proj"]))
     save_adapter(net, tmp_path)
     other = peer("llama")
-    for parameter in other.model.layers.parameters():
+    for parameter in other.get_submodule(changed).parameters():
         parameter.data.mul_(1.5)
     with pytest.raises(LoRAError, match="belongs to another base") as caught:
         load_adapter(other, tmp_path)

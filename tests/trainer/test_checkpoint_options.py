@@ -123,8 +123,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
 
 @pytest.mark.parametrize(("case", "stage", "kind"), covering([*CASES], STAGES, KINDS))
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from", "ignore:Be aware that when using `ckpt_path`")
-def test_options_that_were_left_out_are_the_checkpoints(tmp_path, uninterrupted, stage: str, kind: str, case: str):
+def test_options_that_were_left_out_are_the_checkpoints_and_it_is_said(
+    tmp_path, uninterrupted, caplog, stage: str, kind: str, case: str
+):
     path, ended, losses = uninterrupted(case, kind)
+    caplog.set_level("INFO", "lightning_lora")
     model, lora = CASES[case][0](), LoRACallback(save=kind)  # type: ignore[arg-type]
     given: dict[str, Any] = {"ckpt_path": path / "epoch=1.ckpt", **PLAIN_TYPES_ONLY}
     if stage == "fit":
@@ -133,6 +136,7 @@ def test_options_that_were_left_out_are_the_checkpoints(tmp_path, uninterrupted,
             assert_same_tensors(state(trainer), ended)
         (saved, again) = (torch.load(each / "last.ckpt", weights_only=True)["lora"] for each in (path, tmp_path))
         assert again["config"] == saved["config"]
+        assert caplog.text.count("the checkpoint's.") == 1
         with disable_adapter(model):
             assert torch.equal(outputs(model), outputs(trained_base(case)))
         return
@@ -143,6 +147,7 @@ def test_options_that_were_left_out_are_the_checkpoints(tmp_path, uninterrupted,
     else:
         (metrics,) = getattr(trainer, stage)(model, data, verbose=False, **given)
         loss = metrics[{"validate": "val_loss", "test": "test_loss"}[stage]]
+    assert caplog.text.count("the checkpoint's.") == 1
     assert loss == pytest.approx(losses[1], rel=1e-6)
     assert abs(losses[1] - losses[2]) > 1e-4  # else any checkpoint would do
 
@@ -325,7 +330,10 @@ def test_options_of_a_checkpoint_at_a_url_have_to_be_given(tmp_path):
 
 @pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
 @pytest.mark.parametrize("r", [8, 3])  # 8 is the default
-def test_option_at_its_default_in_a_cli_counts_as_left_out(tmp_path, monkeypatch, cli: type[LightningCLI], r: int):
+def test_option_at_its_default_in_a_cli_counts_as_left_out_and_it_is_said(
+    tmp_path, monkeypatch, caplog, cli: type[LightningCLI], r: int
+):
+    caplog.set_level("INFO", "lightning_lora")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["program"])
     block = f"lora: {{r: {r}, bias: none}}"
@@ -338,6 +346,7 @@ def test_option_at_its_default_in_a_cli_counts_as_left_out(tmp_path, monkeypatch
     with nullcontext() if r == 8 else pytest.raises(LoRAError, match=r"The options differ: r was 2, now 3\. "):
         run = cli(Net, Data, args=args, save_config_callback=None, seed_everything_default=1)
         assert torch.equal(outputs(run.model), loaded_outputs(file))
+        assert f"lightning_lora: r=2, lora_alpha=3, target_modules={tuple(TARGETS)} are the ch" in caplog.text
 
 
 # --- which model ---
