@@ -25,6 +25,7 @@ from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, 
 from .wrappers import inside_known_wrappers, unwrapped
 
 Value = TypeVar("Value")
+NEW = "new:"  # before the record's names of what a new module around the layers has beside them
 
 
 class once(Generic[Value]):  # noqa: N801
@@ -136,22 +137,21 @@ class AdaptedModel(Listing):
 
     @once
     def recorded_modules(self) -> dict[str, nn.Module]:
-        """The root's modules by the names that the record has for them; modules that came since are not among them."""
-        if not any(self.moved):
-            return dict(self.root_places)
-        named = ((self.recorded_name(name), module) for name, module in self.root_places)
-        return {name: module for name, module in named if name is not None}
+        """The root's modules by the names that the record has for them."""
+        return {self.recorded_name(name): module for name, module in self.root_places}
 
-    def recorded_name(self, name: str) -> str | None:
-        """Return the name at injection for a name in the root; None where a new module has it that was not there."""
+    def recorded_name(self, name: str) -> str:
+        """Return the record's name for a name in the root: that at injection, or one with NEW before it."""
         now, then = self.moved
+        if not now and not then:
+            return name
         if not is_inside(name, now):
-            return None
+            return NEW + name
         rest = name[len(now) :].removeprefix(".") if now else name
         return f"{then}.{rest}" if then and rest else then or rest
 
     def name_at_injection(self, name: str) -> str | None:
-        """Return the name at injection for a name in `model`, or None where nothing had it."""
+        """Return the record's name for a name in `model`, or None where it lies outside of the root."""
         if self.prefix and not name.startswith(self.prefix):
             return None
         return self.recorded_name(name.removeprefix(self.prefix) if self.prefix else self.inside + name)
@@ -273,10 +273,9 @@ class AdaptedModel(Listing):
     def add_trained(self, each: BaseParameter, why: Why, *, keep: bool) -> None:
         """Record that a base parameter of the root is trained; `keep` its present value as that from before."""
         name = self.recorded_name(each.name)
-        if name is not None:
-            self.record.trained[name] = why
-            if keep:
-                self.record.initial[name] = copy_of(each.parameter)
+        self.record.trained[name] = why
+        if keep:
+            self.record.initial[name] = copy_of(each.parameter)
 
     def without_first_values(self) -> list[str]:
         """Return the names of base parameters that may have been trained and whose values from before are not known."""

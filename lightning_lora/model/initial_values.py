@@ -30,7 +30,7 @@ def snapshot_initial(handle: AdaptedModel) -> None:
             if (isinstance(module, AdaptedModule) and names_factor(leaf)) or (is_parameter and is_validated):
                 continue
             recorded = handle.recorded_name(f"{name}.{leaf}" if name else leaf)
-            if recorded is not None and recorded not in initial and (not is_parameter or id(tensor) in trained):
+            if recorded not in initial and (not is_parameter or id(tensor) in trained):
                 initial[recorded] = copy_of(tensor)
                 trained.discard(id(tensor))  # once for tied modules
     record.initial = initial

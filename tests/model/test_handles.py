@@ -292,3 +292,17 @@ def test_something_else_than_a_config_is_refused(given: Any):
     for door in (lambda: inject(nn.Linear(2, 2), given), lambda: LoRAConfig.from_peft(given)):
         with pytest.raises(LoRAError, match=r"expected a (LoRAConfig or a )?peft.LoraConfig, found "):
             door()
+
+
+def test_what_a_new_module_trains_beside_the_network_is_saved_and_told():
+    _, net = _injected()
+    new = Deeper(net)
+    new.body = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match=r"unfrozen after injection \(body.weight, body.bias\)"):
+        saved = adapter_state_dict(new)
+    assert saved.keys() >= {"body.weight", "body.bias", "inner.1.0.lora_A", "inner.1.0.bias", "inner.1.1.running_mean"}
+    assert adapter_state_dict(new).keys() == saved.keys()
+    with pytest.warns(UserWarning, match=r"unload cannot bring back .*body.weight, body.bias"):
+        unload(new)
+    plain = network()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in net.state_dict().items())
