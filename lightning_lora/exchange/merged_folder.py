@@ -18,7 +18,7 @@ from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
-from ..model.adapted_model import Listing, find_in, open_model
+from ..model.adapted_model import Listing, find_model, open_model
 from ..model.dequantize import dequantize_dtype, plain_weight
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
@@ -109,7 +109,10 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         path: the folder.
         max_shard_bytes: the size of a file.
     """
-    prefix, network = find_network(find_in(listing) or listing) or ("", None)  # the transformers model, if there is one
+    prefix, network = find_network(find_model(listing) or listing) or (
+        "",
+        None,
+    )  # the transformers model, if there is one
     state = _base_tensors(listing, prefix)
     quantised = {name: kind for name, entry in state.items() if (kind := how_quantised(*entry))}
     if quantised and dtype is None:

@@ -27,7 +27,7 @@ from ..formats.peft_folder import write_folder
 from ..formats.peft_parameters import order_in
 from ..formats.peft_saved_modules import frozen_in_saved
 from ..formats.sources import apart_from_models, read_source
-from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, open_model
+from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
 from ..model.inject import inject, inject_to_load
 from ..model.live_state import LiveState
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
@@ -198,7 +198,7 @@ def load_adapter(
     listing = Listing(unwrapped(model, "load_adapter"))
     refuse_trained_copies(model, "load_adapter")
     adapter = read_source(source, order_in(listing.model))
-    handle = find_in(listing)
+    handle = find_model(listing)
     if handle is None:
         warn_of_late_adapters(model, "load_adapter")
     return apply_adapter(handle or listing, adapter, strict_base=strict_base, swap=True)

@@ -345,7 +345,7 @@ def open_model(model: nn.Module, verb: str) -> AdaptedModel:
         names = list(handle.layers)
     """
     listing = Listing(unwrapped(model, verb))
-    handle = find_in(listing)
+    handle = find_model(listing)
     if handle is None and listing.layers:
         _refuse_part(listing, verb)
     if handle is None:
@@ -356,11 +356,12 @@ def open_model(model: nn.Module, verb: str) -> AdaptedModel:
     return handle
 
 
-def find_model(model: nn.Module) -> AdaptedModel | None:
-    """Return the handle of an injected model, or None where nothing is injected.
+def find_model(model: nn.Module | Listing, *, part: bool = False) -> AdaptedModel | None:
+    """Return the handle of an injected model, or None where it holds no adapted layer or only a part of them.
 
     Args:
-        model: any module, or a wrapper of torch or Lightning around a module.
+        model: any module, or a wrapper of torch or Lightning around a module; or the listing of a module.
+        part: also return the handle of a part of an injected model.
 
     Raises:
         LoRAError: the module holds several injected models.
@@ -370,23 +371,7 @@ def find_model(model: nn.Module) -> AdaptedModel | None:
         handle = find_model(model)
         is_injected = handle is not None
     """
-    return find_in(Listing(inside_known_wrappers(model)))
-
-
-def find_part(listing: Listing) -> AdaptedModel | None:
-    """Return the handle of an injected model or of a part of one; None where it holds no adapted layer."""
-    records = [layer.lora.injection for layer in listing.layers.values()]
-    return find_in(listing) or (_find_by_layers(listing, records[0], part=True) if records else None)
-
-
-def find_in(listing: Listing) -> AdaptedModel | None:
-    """Return the handle of a listed model, or None where it holds no adapted layer or only a part of them.
-
-    The modules are not listed where the model is the injected module itself.
-
-    Raises:
-        LoRAError: the module holds several injected models.
-    """
+    listing = model if isinstance(model, Listing) else Listing(inside_known_wrappers(model))
     model = listing.model
     if ATTRIBUTE in vars(model):
         return _with_lists(AdaptedModel(model, model, vars(model)[ATTRIBUTE]), listing)
@@ -399,10 +384,10 @@ def find_in(listing: Listing) -> AdaptedModel | None:
     if roots:
         name, root = next(iter(roots.items()))
         return _with_lists(AdaptedModel(model, root, records[0], prefix=f"{name}." if name else ""), listing)
-    return _find_by_layers(listing, records[0]) if layers else None
+    return _find_by_layers(listing, records[0], part) if layers else None
 
 
-def _find_by_layers(listing: Listing, record: Injection, *, part: bool = False) -> AdaptedModel | None:
+def _find_by_layers(listing: Listing, record: Injection, part: bool) -> AdaptedModel | None:
     """Return the handle of a model that does not hold the injected module.
 
     The model lies inside the injected module, or it is a new module around the same layers. None where it holds a part

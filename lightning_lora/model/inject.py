@@ -30,7 +30,7 @@ from ..nn.token_rows import LoRATable, TrainedRows, adapt_table_, share_table_, 
 from ..nn.variant import variant_of
 from ..notices import tell
 from ..progress import progress_bar
-from .adapted_model import AdaptedModel, Listing, find_in, open_model
+from .adapted_model import AdaptedModel, Listing, find_model, open_model
 from .base_values import StandIn, put_in_, stand_ins, take_out_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .initial_values import restore_initial_, snapshot_initial
@@ -86,7 +86,7 @@ def inject(
         raise LoRAError(f"inject: expected a LoRAConfig or a peft.LoraConfig, found {type(config).__name__}{hint}.")
     wrapped, config = model, as_config(config)
     listing = Listing(unwrapped(model, "inject"))
-    handle = find_in(listing)
+    handle = find_model(listing)
     if handle is not None and handle.root is handle.model and "validated" not in handle.record.done:
         with claimed("inject", handle.record.owner):
             strip_adapters(handle)  # the callback adapted the model before configure_model, which calls inject itself
@@ -306,7 +306,7 @@ def begin_injection(
     check_unadapted(listing.modules)
     with claimed("inject", record.owner):
         record.begin(listing.model)
-        handle = cast(AdaptedModel, find_in(listing))
+        handle = cast(AdaptedModel, find_model(listing))
         with _leaving_no_trace(handle):
             selection = adapt_new_layers(handle, values_follow=values_follow)
             snapshot_initial(handle)

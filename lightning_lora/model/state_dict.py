@@ -27,7 +27,7 @@ from ..nn.quantised_state import quantisation_entries
 from ..nn.rounding import Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
-from .adapted_model import AdaptedModel, Listing, find_part, open_model
+from .adapted_model import AdaptedModel, Listing, find_model, open_model
 from .dequantize import DEQUANTISED, IN_FLOAT32, dequantize_dtype, plain_weight, quantised_weights
 from .foreign_state import foreign_entries, foreign_names
 from .gradients import warn_of_untrained
@@ -332,6 +332,6 @@ def _refuse_merged(module: nn.Module) -> NoReturn:
 def _record_base(listing: Listing, given: Mapping[str, Any]) -> None:
     """Record the values of a complete base that is loaded as those from before training."""
     base = [name for name, _, module in listing.state() if not is_factor(name, module)]
-    handle = find_part(listing)
+    handle = find_model(listing, part=True)
     if handle is not None and given.keys() >= set(base):
         record_loaded(handle, {name: given[name] for name in base})
