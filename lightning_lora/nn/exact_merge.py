@@ -6,7 +6,8 @@ A weight is merged in chunks of rows, on every device in the same way. D = s * B
     unmerge:  W <- round(W' / c - D); W[kept positions] <- the kept values
 
 Why values are kept: adding and subtracting alone drifts, and a full copy doubles the memory. Subtraction misses a few
-per cent of the values, and only these are kept. Of a small model plain copies are kept, which is faster.
+per cent of the values, and only these are kept. Of a small model plain copies are kept, which is faster. Trained rows
+have no D: their values are W', and W's rows are kept.
 
 Why float64: in float32, B @ A is off by many ulp where W and D are both small, and autocast and settings of precision
 would change its bits; they leave float64 alone. A merge needs 2 r operations a weight, as a forward of r tokens does.
@@ -85,7 +86,7 @@ def merge_weight_(
 
     Args:
         weight: any shape, floating point.
-        blocks: the factors, in any floating dtype.
+        blocks: the factors, or the values of trained rows, in any floating dtype.
         scaling: s.
         copies: keep plain copies of what is written over, in this memory. It is in use until the weight is unmerged.
         cost: two sums, to which the squared norms of what rounding W' changes and of W' - W are added.
