@@ -190,12 +190,7 @@ def _layers_to_merge(listing: Listing, state: Mapping[str, Any]) -> list[tuple[s
     Raises:
         LoRAError: the state dict leaves out a weight to merge into, or a tensor of an adapter.
     """
-    layers = [
-        (f"{name}." if name else "", adapter)
-        for name, module in listing.places
-        for adapter in adapters_in(module).values()
-        if not adapter.quantised()
-    ]
+    layers = [(path, adapter) for path, adapter in _adapters_by_path(listing) if not adapter.quantised()]
     names = [[path + leaf for leaf in (layer.weight_leaf, *layer.stored_names())] for path, layer in layers]
     whole = {layer for (_, layer), own in zip(layers, names, strict=True) if state.keys() >= set(own)}
     there = [
@@ -213,6 +208,12 @@ def _layers_to_merge(listing: Listing, state: Mapping[str, Any]) -> list[tuple[s
                 f"exclude_modules=[{path[:-1]!r}], or save the adapter instead."
             )
     return [(path, layer) for path, layer, _ in there]
+
+
+def _adapters_by_path(listing: Listing) -> list[tuple[str, AdaptedWeights]]:
+    """Return each adapter with the beginning of its tensors' names; a shared adapter under each path."""
+    modules = [(f"{name}." if name else "", module) for name, module in listing.places]
+    return [(path, adapter) for path, module in modules for adapter in adapters_in(module).values()]
 
 
 def refuse_unmergeable(listing: Listing, dtype: torch.dtype | None = None) -> None:
@@ -302,19 +303,11 @@ def _check_load(
     if metadata.get(_MERGED) and not all(layer.is_initial() for layer in listing.layers.values()):
         _refuse_merged(module)
     kept = {id(tensor) for layer in listing.layers.values() for tensor in layer.stored().values()}
-    given = {
-        canonical(key.removeprefix(prefix)): value
-        for key, value in state_dict.items()
-        if key.startswith(prefix) and id(value) not in kept
-    }
-    factors = [
-        (adapter, [f"{name}.{leaf}" if name else leaf for leaf in adapter.stored_names()])
-        for name, each in listing.places
-        for adapter in adapters_in(each).values()
-    ]
-    loaded = {adapter for adapter, names in factors if not given.keys().isdisjoint(names)}
+    given = {canonical(key.removeprefix(prefix)): v for key, v in state_dict.items() if id(v) not in kept}
+    factors = [(each, path + name) for path, each in _adapters_by_path(listing) for name in each.stored_names()]
+    loaded = {adapter for adapter, name in factors if name in given}
     if loaded:
-        missing += [prefix + name for adapter, names in factors if adapter not in loaded for name in names]
+        missing += [prefix + name for adapter, name in factors if adapter not in loaded]
     else:
         _record_base(listing, given)
 
