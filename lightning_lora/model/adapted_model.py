@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, Generic, NoReturn, TypeVar
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -24,22 +25,7 @@ from .injection import Injection, Why
 from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, own_state, state_of
 from .wrappers import inside_known_wrappers, unwrapped
 
-Value = TypeVar("Value")
 NEW = "new:"  # before the record's names of what a new module around the layers has beside them
-
-
-class once(Generic[Value]):  # noqa: N801
-    """An attribute that a method computes at first use: functools.cached_property without a lock.
-
-    Before Python 3.12 it has one, and taking it three times takes a thirtieth of the time of a small layer's merge.
-    """
-
-    def __init__(self, method: Callable[[Any], Value]) -> None:
-        self.method, self.name, self.__doc__ = method, method.__name__, method.__doc__
-
-    def __get__(self, instance: Any, owner: type) -> Value:
-        value = vars(instance)[self.name] = self.method(instance)
-        return value
 
 
 class Listing:
@@ -48,27 +34,27 @@ class Listing:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    @once
+    @cached_property
     def places(self) -> Places:
         """Every module under each of its names, without the segments of wrappers."""
         return list_places(self.model)
 
-    @once
+    @cached_property
     def modules(self) -> Places:
         """Every module once, under its first name."""
         return _each_once(self.places)
 
-    @once
+    @cached_property
     def layers(self) -> dict[str, AdaptedWeights]:
         """The adapters of layers and parameters, by name; a shared adapter under its first name."""
         return adapted_layers(self.model, modules=self.modules)
 
-    @once
+    @cached_property
     def layers_by_every_name(self) -> dict[str, AdaptedWeights]:
         """The adapters of layers and parameters, each under all of its names."""
         return adapted_layers(self.model, remove_duplicate=False, modules=self.places)
 
-    @once
+    @cached_property
     def kinds(self) -> dict[str, str]:
         """The kind (one of low_rank.KINDS) of each adapter with factors, by the adapter's first name."""
         outputs = {id(module.out_proj) for _, module in self.modules if isinstance(module, nn.MultiheadAttention)}
@@ -120,7 +106,7 @@ class AdaptedModel(Listing):
         super().__init__(model)
         self.root, self.record, self.prefix, self.inside, self.moved = root, record, prefix, inside, moved
 
-    @once
+    @cached_property
     def root_places(self) -> Places:
         """Every module of the root under each of its names in the root."""
         if self.root is self.model:
@@ -130,12 +116,12 @@ class AdaptedModel(Listing):
         name = self.prefix.removesuffix(".")
         return [(n.removeprefix(self.prefix) if n != name else "", m) for n, m in self.places if is_inside(n, name)]
 
-    @once
+    @cached_property
     def root_modules(self) -> Places:
         """Every module of the root once, under its first name in the root."""
         return self.modules if self.root is self.model else _each_once(self.root_places)
 
-    @once
+    @cached_property
     def recorded_modules(self) -> dict[str, nn.Module]:
         """The root's modules by the names that the record has for them."""
         return {self.recorded_name(name): module for name, module in self.root_places}

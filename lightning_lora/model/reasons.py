@@ -113,9 +113,9 @@ def _why_not_in_parts(c: Candidate) -> str:
     if adapting.KIND not in FUSABLE:
         return f"enable_lora needs a linear layer, not a {c.kind}"
     outputs = sum(matrix_shape(adapting.KIND, shape_of(weight))[0] for weight in c.weights)  # attention may have three
-    return (
-        f"enable_lora has {len(parts)} parts, which do not divide its {outputs} outputs" if outputs % len(parts) else ""
-    )
+    if outputs % len(parts) == 0:
+        return ""
+    return f"enable_lora has {len(parts)} parts, which do not divide its {outputs} outputs"
 
 
 def _why_not_with_variant(c: Candidate) -> str:

@@ -17,12 +17,15 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged, save_adapter
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_adapter, merged, save_adapter
+from lightning_lora.model import targets
+from lightning_lora.model.layers_by_kind import layers_by_kind
 from lightning_lora.model.targets import select
 from lightning_lora.nn.tied_weights import tied_weights
 from support.layers import Conv1D
 from support.models import Zoo, zoo_config
 from support.notices import PEER_NOTICES
+from support.training import Data, Net, make_trainer
 
 SEGMENTS = ["a", "b", "ab", "0", "1", "q"]
 NAMES = st.lists(st.sampled_from(SEGMENTS), min_size=1, max_size=4).map(".".join)
@@ -479,6 +482,22 @@ def test_the_layers_that_a_pattern_does_not_name_are_told_in_order():
     """A set of names has another order in each process, and on each rank."""
     with pytest.raises(LoRAError, match=r"'zzzzz' names no adapted layer; there are 'body\.0', 'body\.3', 'conv'"):
         inject(Zoo(), zoo_config(rank_pattern={"zzzzz": 2}))
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_what_the_options_name_is_selected_once_an_injection(fits: bool, tmp_path: Path, monkeypatch):
+    calls: list[LoRAConfig] = []
+
+    def counted(modules: Any, config: LoRAConfig, *args: Any) -> Any:
+        calls.append(config)
+        return layers_by_kind(modules, config, *args)
+
+    monkeypatch.setattr(targets, "layers_by_kind", counted)
+    if fits:
+        make_trainer(tmp_path, LoRACallback(r=1), max_epochs=1).fit(Net(), Data())
+    else:
+        inject(Net(), LoRAConfig(r=1))
+    assert len(calls) == 1
 
 
 # --- nothing to adapt ---
