@@ -24,7 +24,6 @@ from .layers_by_kind import more_layers
 
 MOST_KINDS, LEAST_SHARE = 6, 0.0005  # kinds that a message names, and the least share of such a kind
 LITTLE = 0.1  # a share up to this is told on request only
-MOST = 0.5  # above this share the line says whether "all-layers" adapts more
 NEARLY_ALL = 0.9  # a larger share is probably a mistake
 # Another library's class with one of these names is shown with its module path.
 NAMES_OF_LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention")
@@ -58,7 +57,7 @@ def describe_passed_over(handle: AdaptedModel, saved: Collection[str]) -> tuple[
     nearly_all = whole > NEARLY_ALL * total
     sizes = found.sizes.most_common()
     by_all_layers = [kind for kind, size in sizes if kind in found.by_all_layers and size / total > LEAST_SHARE]
-    if whole > MOST * total and by_all_layers:
+    if by_all_layers:
         hint += f"; target_modules={ALL_LAYERS!r} adapts {listed(by_all_layers, MOST_KINDS)} too"
     examples = {kind: name for kind, name in found.examples.items() if kind not in found.by_all_layers}
     layers = [f"{kind} ({examples[kind]!r}, ...)" for kind, _ in large if kind in examples]
@@ -100,7 +99,8 @@ def _gather(handle: AdaptedModel, saved: Collection[str]) -> _Found:
                 seen.add(id(parameter))
                 kind = _kind(module, leaf)
                 found.sizes[kind] += shape_of(parameter).numel()
-                is_single = (parameter.dim() == 3 or isinstance(module, nn.RNNBase)) and leaf != "weight"
+                is_stack = parameter.dim() == 3 and len(parameter) > 1  # no (1, positions, width)
+                is_single = (is_stack or isinstance(module, nn.RNNBase)) and leaf != "weight"
                 if is_single and parameter.dtype in MERGEABLE_DTYPES:
                     found.single[leaf] = None
                 if name in more:

@@ -67,7 +67,8 @@ def test_what_is_excluded_or_saved_whole_is_not_passed_over():
     options = {"exclude_modules": ["conv"], "modules_to_save": ["foreign", "experts", "embed", "lstm", "more"]}
     inject(model := Net(), LoRAConfig(r=1, **options))
     found = f"{75 / 1100:.1%} of the parameters: 1 MultiheadAttention.in_proj {75 / 1100:.1%}"
-    assert summary(model).passed_over == found
+    action = "; target_modules='all-layers' adapts MultiheadAttention.in_proj too"
+    assert summary(model).passed_over == found + action
 
 
 @pytest.mark.parametrize(("rows", "is_said"), [(2, False), (3, True)])
@@ -126,11 +127,12 @@ def test_a_vector_with_dimensions_of_one_is_no_weight_and_not_suggested(shape: t
     assert summary(model).passed_over.endswith("1 LayerScale.layer_scale 10.0%")
 
 
-def test_class_tokens_and_scales_of_transformers_models_are_not_suggested():
+def test_class_tokens_positions_and_scales_of_transformers_models_are_not_suggested():
     vit = ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32)
     inject(model := ViTModel(vit), LoRAConfig(r=1))
     assert "cls_token" not in summary(model).passed_over
     assert "ViTEmbeddings.position_embeddings" in summary(model).passed_over
+    assert "target_parameters" not in summary(model).passed_over
     inject(model := ConvNextV2Model(ConvNextV2Config(hidden_sizes=[8] * 4, depths=[1] * 4)), LoRAConfig(r=1))
     assert model.encoder.stages[0].layers[0].grn.weight.dim() == 4
     assert "GRN" not in summary(model).passed_over
