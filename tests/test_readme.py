@@ -400,7 +400,7 @@ def test_calls_for_each_file_run_and_give_the_tuned_model(front):
     exec("from lightning_lora import *", front)
     prepare_files(front)
     rows = table(EXCHANGE, "| I have | I want | call |")
-    assert len(rows) == 17
+    assert len(rows) == 18
     front["checkpoint"] = ModelCheckpoint()
     front["checkpoint"].best_model_path = "best.ckpt"
     for have, _, call in rows:

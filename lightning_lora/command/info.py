@@ -14,6 +14,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import without_base
 from ..adapter.measures import delta_norm, difference_norm
 from ..adapter.renaming import by_network_names
+from ..config import LEFT_OUT_AT_DEFAULT
 from ..errors import LoRAError, shown
 from ..files.paths import PathLike
 from ..files.safetensors import TensorLocation, read_rows
@@ -136,7 +137,8 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
 
     Returns:
         Plain types. `change` is the Frobenius norm of the difference, `relative` that over the norm in the first. Of
-        adapters, `without_scaling` lists the paths that store no scaling; if there are any, B @ A is compared.
+        adapters, `options` has both values of each option that differs, and `without_scaling` lists the paths that
+        store no scaling; if there are any, B @ A is compared.
 
     Raises:
         LoRAError: only one of the two is an adapter, or a file is damaged.
@@ -173,7 +175,9 @@ def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
             rows[name] = {"problem": "other rows were trained"}
         elif name in second_whole:
             rows[name] = _value_row(first_whole[name], second_whole[name])
-    options = first.config.differing(second.config) if first.config and second.config else []
+    differing = first.config.differing(second.config) if first.config and second.config else []
+    values = [LEFT_OUT_AT_DEFAULT | (each.config.to_dict() if each.config else {}) for each in (first, second)]
+    options = {name: [each.get(name) for each in values] for name in differing}
     only = _only_in_one({*first.layers(), *first_whole}, {*layers, *second_whole})
     return {"kind": "adapters", "options": options, **only, "changes": rows}
 

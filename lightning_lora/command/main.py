@@ -214,7 +214,7 @@ def _diff_options(parser: Any) -> None:
 
 
 def _diff(options: Any) -> list[str]:
-    """Show what differs between two adapters or two models, layer by layer."""
+    """Show what differs between two adapters or two models, layer by layer, also relative to the norm in the first."""
     return result_lines(diff(options.first, options.second), diff_text, options.json)
 
 

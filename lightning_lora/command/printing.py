@@ -105,7 +105,7 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
     for table, trained in result.get("tables", {}).items():
         head.append(f"trained rows of {table}: {listed(list(map(str, trained['rows'])), 10)}")
     if result["also_trained"]:
-        head.append(f"also in it, whole: {', '.join(result['also_trained'])}")
+        head.append(f"also in it, whole: {_few(list(result['also_trained']), 3)}")
     rows = [
         (name, layer["kind"] or "", str(layer["rank"]), _number(layer["scaling"]), _number(layer["norm_delta"]))
         for name, layer in result["layers"].items()
@@ -153,13 +153,14 @@ def _finding_text(found: Mapping[str, Any]) -> str:
     return f"{found['effect']}{before}: {found['says']}{names} ({found['source']})"
 
 
-def _few(names: Sequence[str]) -> str:
-    return listed(names, 2) + (f" ({len(names)} in all)" if len(names) > 2 else "")
+def _few(names: Sequence[str], most: int = 2) -> str:
+    return listed(names, most) + (f" ({len(names)} in all)" if len(names) > most else "")
 
 
 def diff_text(result: Mapping[str, Any]) -> list[str]:
     """Write the result of diff for people."""
-    lines = [f"options that differ: {', '.join(result['options'])}"] if result.get("options") else []
+    options = [f"{name} ({one}, {other})" for name, (one, other) in result.get("options", {}).items()]
+    lines = [f"options that differ: {', '.join(options)}"] if options else []
     for key in ("only_in_first", "only_in_second"):
         lines += [f"{key.replace('_', ' ')}: {name}" for name in result[key]]
     if result.get("without_scaling"):

@@ -81,7 +81,8 @@ def combine(
     Args:
         adapters: in any form that load_adapter takes and that stores its options. They may differ in rank, scaling,
             layers and patterns.
-        weights: a number for each adapter, of any sign.
+        weights: a number for each adapter, of any sign. "ties" takes the mean of weight * D over those that agree, so
+            that [0.5, 0.5] gives half of what [1, 1] gives.
         method: "linear" (the weighted sum of the changes s * B @ A, exactly), "cat" (the same, factors side by side),
             "svd" (the same, cut to a rank), "ties", "dare_linear" (or "dare"), "dare_ties" or "magnitude_prune".
         rank: of the result, for all methods but linear and cat; by default the adapters' largest, layer by layer.

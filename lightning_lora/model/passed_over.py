@@ -6,7 +6,7 @@ from collections import Counter
 
 from torch import nn
 
-from ..matching import BY_KIND, matcher
+from ..matching import ALL_LAYERS, ALL_LINEAR, BY_KIND, matcher
 from ..names import parent_names
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import adapters_in
@@ -44,7 +44,9 @@ def passed_over(handle: AdaptedModel) -> str:
         return ""
     kinds = ", ".join(f"{kind} {size / total:.1%}" for kind, size in sizes.most_common(KINDS))
     others = ", ..." if len(sizes) > KINDS else ""
-    return f"{whole / total:.1%} of the parameters ({kinds}{others}); target_modules or target_parameters can name them"
+    more = f"target_modules={ALL_LAYERS!r} adapts more kinds, and " if config.target_modules == ALL_LINEAR else ""
+    can_name = f"{more}target_modules or target_parameters can name them"
+    return f"{whole / total:.1%} of the parameters ({kinds}{others}); {can_name}"
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:

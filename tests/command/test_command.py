@@ -83,6 +83,7 @@ def test_info_shows_config_and_norms_of_a_lightning_checkpoint(tmp_path, capsys,
     text = call(capsys, "info", tmp_path / "a.ckpt")
     assert "3 adapted layers" in text
     assert "lora_alpha: 3" in text
+    assert f"also in it, whole: {', '.join([*found['also_trained']][:3])}, ... (5 in all)\n" in text
 
 
 def test_info_shows_layers_of_a_peft_folder_and_of_its_tensor_file(tmp_path, capsys):
@@ -224,7 +225,7 @@ def test_diff_of_adapters_shows_the_change_of_each_layer(tmp_path, capsys):
     }
     ours("llama", tmp_path / "third", r=2, target_modules=["q_proj"], rank_pattern=None, alpha_pattern=None)
     text = call(capsys, "diff", tmp_path / "one", tmp_path / "third")
-    assert "options that differ: r, target_modules" in text
+    assert "options that differ: r (4, 2), target_modules (['q_proj', 'v_proj', 'down_proj'], ['q_proj'])" in text
     assert "only in first: model.layers.0.mlp.down_proj" in text
 
 

@@ -55,7 +55,7 @@ def test_all_linear_says_what_it_passes_over_and_its_largest_kinds(caplog):
     assert line == (
         f"lightning_lora: 'all-linear' passes over {875 / total:.1%} of the parameters "
         f"(Linear {200 / total:.1%}, Experts.down_proj {100 / total:.1%}, Conv2d {100 / total:.1%}, ...); "
-        "target_modules or target_parameters can name them"
+        "target_modules='all-layers' adapts more kinds, and target_modules or target_parameters can name them"
     )
 
 
