@@ -48,8 +48,8 @@ PROMISED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "what rounding costs": (lambda: merge(in_16_bits()), "lightning_lora: merged 16-bit weights: rounding costs"),
     "what rounding dequantised weights costs": (
-        lambda: merged_state_dict(quantised_base(), dequantize="float32"),
-        "lightning_lora: merged float32 weights, dequantised: rounding costs",
+        lambda: merged_state_dict(quantised_base(), dequantize="bfloat16"),
+        "lightning_lora: merged bfloat16 weights, dequantised: rounding costs",
     ),
     "what all-linear leaves out": (
         lambda: inject(llama(), LoRAConfig(r=2)),
