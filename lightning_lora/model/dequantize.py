@@ -46,8 +46,8 @@ def report_factored(layers: Iterable[AdaptedWeights]) -> None:
     if quantised:
         kinds = ", ".join(sorted({layer.quantised() for layer in quantised}))
         tell(
-            f"lightning_lora: merge: {len(quantised)} layers have quantised weights ({kinds}) and stay factored: "
-            "rounding W' to quantised values again would lose much of the adapter."
+            f"lightning_lora: {len(quantised)} layers have quantised weights ({kinds}) and stay factored, also in "
+            "merged evaluation: rounding W' to quantised values again would lose much of the adapter."
         )
 
 
