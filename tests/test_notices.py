@@ -44,11 +44,11 @@ def linear(r: int) -> nn.Module:
 PROMISED: dict[str, tuple[Callable[[], object], str]] = {
     "quantised weights stay factored": (
         lambda: merge(quantised_base()),
-        "lightning_lora: merge: 3 layers have quantised weights (nf4) and stay factored",
+        "lightning_lora: 3 layers have quantised weights (nf4) and stay factored, also in merged evaluation",
     ),
     "what rounding costs": (lambda: merge(in_16_bits()), "lightning_lora: merged 16-bit weights: rounding costs"),
     "what rounding dequantised weights costs": (
-        lambda: merged_state_dict(quantised_base(), dequantize="float16"),
+        lambda: merged_state_dict(quantised_base(), dequantize="bfloat16"),
         "lightning_lora: merged 16-bit weights, dequantised: rounding costs",
     ),
     "what all-linear leaves out": (

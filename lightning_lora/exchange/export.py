@@ -18,6 +18,9 @@ Sources = PathLike | Mapping[str, Any] | Adapter
 def export_adapter(source: Sources, path: PathLike, *, plain: bool = False, lora_alpha: float | None = None) -> Adapter:
     """Write an adapter of any form as a PEFT folder with a model card, without a model.
 
+    Of an adapter of a LightningModule, names in the folder are those of its network. PEFT loads it onto that:
+    PeftModel.from_pretrained(module.net, path). Given the LightningModule, PEFT fails, or runs the base and only warns.
+
     Args:
         source: any form of adapter that load_adapter takes, such as the best checkpoint of a run.
         path: the folder. An adapter that is in it is replaced without asking; what else is in it stays.

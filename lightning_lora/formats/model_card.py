@@ -112,7 +112,7 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, metrics: Mapping[st
     parts = [_front_matter(base, task), f"# {title}\n", _what_it_is(options, adapter)]
     if metrics:
         rows = [f"| {_cell(name)} | {value:.6g} |" for name, value in sorted(metrics.items())[:MOST_METRICS]]
-        parts.append("\n".join(["## As last logged in training\n", "| metric | value |", "|---|---|", *rows, ""]))
+        parts.append("\n".join(["## As the Trainer last logged\n", "| metric | value |", "|---|---|", *rows, ""]))
     parts.append(_loading(base, task, adapter, network))
     text = "\n".join(parts) + "\n"
     return f"{text}<!-- {MARKED_BY} {_check_sum(text)} -->\n"
@@ -152,7 +152,7 @@ def _loading(base: str, task: Task | None, adapter: Adapter, network: str) -> st
         return LOADING.format(imports="", base=f"...  # {module_in_words(adapter)}, not its {part} alone")
     if network and (task is None or not base):
         why = "module is your LightningModule; given that itself, PEFT fails or runs the base"
-        return LOADING.format(imports="", base=f"{network_in_module(network)}  # {why}")
+        return LOADING.format(imports="", base=f"module.{network.removesuffix('.')}  # {why}")
     if task is None or not base:
         return LOADING.format(imports="", base="...  # the model that the adapter was trained on")
     imports = f"from transformers import {task.auto_class}\n"
@@ -164,11 +164,6 @@ def module_in_words(adapter: Adapter) -> str:
     return (
         f"the LightningModule's {adapter.network.removesuffix('.')}" if adapter.network else "the whole LightningModule"
     )
-
-
-def network_in_module(network: str) -> str:
-    """Return the expression for the network with a prefix, in a LightningModule named `module`."""
-    return f"module.{network.removesuffix('.')}"
 
 
 def _cell(value: Any) -> str:

@@ -32,7 +32,7 @@ from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE, TRANSPOSED_EXPE
 from ..nn.variant import Variant
 from ..notices import tell
 from .forms import CONFIG_FILE, refuse_named_adapters
-from .model_card import may_write_card, model_card, module_in_words, network_in_module, write_card
+from .model_card import may_write_card, model_card, module_in_words, write_card
 from .peft_attention import refuse_to_write_beside_conv1d
 from .peft_equivalents import add_idle_attention, without_enable_lora
 from .peft_forms import to_peft_form
@@ -93,7 +93,7 @@ def write_folder(
             written.
     """
     network = network or ("" if adapter.pretrained else adapter.network)
-    _tell_what_differs(adapter, path, network)
+    _tell_what_differs(adapter, path)
     content = folder_content(adapter, frozen, plain=plain)
     inside, outside = _copies(content.tensors), _copies(content.outside)
     text = json.dumps(content.description, separators=(",", ":"))
@@ -107,8 +107,8 @@ def write_folder(
             write_card(folder, card)
 
 
-def _tell_what_differs(adapter: Adapter, path: PathLike, network: str) -> None:
-    """Tell what PEFT's folder leaves out of an adapter, and what its names begin at."""
+def _tell_what_differs(adapter: Adapter, path: PathLike) -> None:
+    """Tell what PEFT's folder leaves out of an adapter, and that its names are those of more than a network."""
     extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
     if extra:
         warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=4)
@@ -119,12 +119,6 @@ def _tell_what_differs(adapter: Adapter, path: PathLike, network: str) -> None:
         )
     if adapter.pretrained:
         tell(_names_of_whole(adapter, path))
-    elif network:
-        tell(
-            f"lightning_lora: names in {str(path)!r} are those of the LightningModule's {network.removesuffix('.')}, "
-            f"and PEFT loads it onto that: PeftModel.from_pretrained({network_in_module(network)}, path). With the "
-            "LightningModule itself PEFT fails, or runs without the adapter and only warns."
-        )
 
 
 def folder_content(

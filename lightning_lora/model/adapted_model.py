@@ -301,17 +301,13 @@ class AdaptedModel(Listing):
 
     def gone(self) -> tuple[list[str], int]:
         """Return the names at injection of adapted layers that are not there any more, and how many there were."""
-        _, then = self.moved
-        layers = [*self.layers.values(), *self._layers_of_holder()]
+        (_, then), holder = self.moved, self.record.holder()
+        elsewhere = {} if holder in (None, self.root) else adapted_layers(holder)  # a new module is around a part
+        layers = [*self.layers.values(), *elsewhere.values()]
         live = {layer.lora.name for layer in layers if layer.lora.injection is self.record}
         live |= {self.name_at_injection(name) or "" for name, _, _ in adapted_places(self.model, modules=self.modules)}
         expected = [name for name in self.record.layers if is_inside(name, then)]
         return [name for name in expected if name not in live], len(expected)
-
-    def _layers_of_holder(self) -> Collection[AdaptedWeights]:
-        """Return the layers of the injected module, where a new module was built around a part of them."""
-        holder = self.record.holder()
-        return adapted_layers(holder).values() if holder not in (None, self.root) else ()
 
 
 def open_model(model: nn.Module, verb: str) -> AdaptedModel:

@@ -41,15 +41,15 @@ def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
 def report_factored(layers: Iterable[AdaptedWeights]) -> None:
     """Log once a model how many layers stay factored because their weights are quantised."""
     quantised = [layer for layer in layers if layer.quantised()]
-    reported = {id(layer.lora.injection) for layer in quantised if "quantised" in layer.lora.injection.done}
+    reported = {id(layer.lora.injection) for layer in quantised if "quantised" in layer.lora.injection.marks}
     quantised = [layer for layer in quantised if id(layer.lora.injection) not in reported]
     for layer in quantised:
-        layer.lora.injection.done.add("quantised")
+        layer.lora.injection.marks.add("quantised")
     if quantised:
         kinds = ", ".join(sorted({layer.quantised() for layer in quantised}))
         tell(
-            f"lightning_lora: merge: {len(quantised)} layers have quantised weights ({kinds}) and stay factored: "
-            "rounding W' to quantised values again would lose much of the adapter."
+            f"lightning_lora: {len(quantised)} layers have quantised weights ({kinds}) and stay factored, also in "
+            "merged evaluation: rounding W' to quantised values again would lose much of the adapter."
         )
 
 

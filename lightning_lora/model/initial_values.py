@@ -20,7 +20,7 @@ def snapshot_initial(handle: AdaptedModel) -> None:
 
     After finish_injection only buffers without a recorded value are added: a parameter has been trained since.
     """
-    record, is_validated = handle.record, "validated" in handle.record.done
+    record, is_validated = handle.record, "validated" in handle.record.marks
     reshard_(module for _, module in handle.root_modules)
     trained = handle.trained()
     initial = dict(record.initial) if is_validated else {}

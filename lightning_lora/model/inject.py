@@ -87,7 +87,7 @@ def inject(
     wrapped, config = model, as_config(config)
     listing = Listing(unwrapped(model, "inject"))
     handle = find_model(listing)
-    if handle is not None and handle.root is handle.model and "validated" not in handle.record.done:
+    if handle is not None and handle.root is handle.model and "validated" not in handle.record.marks:
         with claimed("inject", handle.record.owner):
             strip_adapters(handle)  # the callback adapted the model before configure_model, which calls inject itself
         handle = None
@@ -95,7 +95,10 @@ def inject(
         _refuse_other(handle, config, merge_weights, seed)
         return list(handle.layers)
     warn_of_late_adapters(wrapped, "inject")
-    handle = _inject(listing, Injection(config, merge_weights, seed="" if seed is None else fixed_seed(seed)))
+    record = Injection(config, seed="" if seed is None else fixed_seed(seed))
+    if merge_weights:
+        record.marks.add("merges by mode")
+    handle = _inject(listing, record)
     _tell_of_layers(handle)
     return list(handle.layers)
 
@@ -310,7 +313,7 @@ def begin_injection(
         with _leaving_no_trace(handle):
             selection = adapt_new_layers(handle, values_follow=values_follow)
             snapshot_initial(handle)
-            if record.merge_weights:
+            if "merges by mode" in record.marks:
                 patch(handle.root, "train", _merge_by_mode)
     return handle, selection
 
@@ -330,12 +333,12 @@ def finish_injection(handle: AdaptedModel, selection: Selection) -> None:
         if errors := selection.unmatched.errors:
             sentences = "\n".join(map(sentence, errors))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
-    if "validated" not in record.done:
+    if "validated" not in record.marks:
         warn_of_unused(selection, stacklevel=4)
         record.left_out = dict(selection.left_out)
         for name in selection.saved_instead:
             tell(f"lightning_lora: {name} {TRAINED_WHOLE}")
-    record.done.add("validated")
+    record.marks.add("validated")
 
 
 def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Selection:
@@ -430,9 +433,9 @@ def _refuse_other(earlier: AdaptedModel, config: LoRAConfig, merge_weights: bool
     if differences:
         options = ", ".join(differences)
         raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
-    if merge_weights != record.merge_weights:
+    if merge_weights != ("merges by mode" in record.marks):
         raise LoRAError(
-            f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}; unload it first."
+            f"inject: {type(model).__name__} was injected with merge_weights={not merge_weights}; unload it first."
         )
     if seed is not None and fixed_seed(seed) != record.seed:
         raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")

@@ -11,7 +11,7 @@ new module of the same name, such as a SyncBatchNorm for a BatchNorm, and a copy
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,15 +22,14 @@ from ..errors import LoRAError
 from ..names import ATTRIBUTE
 from ..nn.owner import Owner
 
-ALL_OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
-
 # Why a base parameter is trained: the options ask, something unfroze it after injection, or it was resized before.
 Why = Literal["asked", "unfrozen", "resized"]
 
-# What happens once. "validated": finish_injection has checked that each entry of the options names something.
-# "started": initialize_from_data was called, so a fit does not start from its own data. "quantised": a message said
-# that layers with quantised weights stay factored. "ended": the adapters were taken out.
-Once = Literal["validated", "started", "quantised", "ended"]
+# What holds of an injection. "validated": finish_injection has checked that each entry of the options names something.
+# "merges by mode": eval() merges and train() unmerges. "started": initialize_from_data was called, so a fit does not
+# start from its own data. "quantised": a message said that layers with quantised weights stay factored. "ended": the
+# adapters were taken out.
+Mark = Literal["validated", "merges by mode", "started", "quantised", "ended"]
 
 
 @dataclass
@@ -74,8 +73,6 @@ class Injection:
     """The record of one injection. All names are those in the injected module, at injection."""
 
     config: LoRAConfig
-    merge_weights: bool = False  # eval() merges and train() unmerges
-    given: frozenset[str] = ALL_OPTIONS  # names of the options that the user gave
     seed: str = ""  # the text that adapters are drawn from; "" means the state of the random stream
     scope: str = ""  # the beginning of the names for which `bias` and modules_to_save count, "" or ending in a dot
     layers: list[str] = field(default_factory=list)  # of the adapted layers
@@ -86,7 +83,7 @@ class Injection:
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
     merged: bool = False  # merge was called, and since then unmerge was not called for all layers
-    done: set[Once] = field(default_factory=set)
+    marks: set[Mark] = field(default_factory=set)
     run: Run = field(default_factory=Run)
     root: weakref.ref[nn.Module] | None = None  # the injected module; None in a copy of the record
     owner: Owner = field(default_factory=Owner)  # the thread that changes or saves the model; a copy has its own
@@ -112,7 +109,7 @@ class Injection:
 
     def end(self, root: nn.Module) -> None:
         """Take the record out of the module that a handle has as its root, and out of the injected one. In place."""
-        self.done.add("ended")
+        self.marks.add("ended")
         for module in (root, self.holder()):
             if module is not None and vars(module).get(ATTRIBUTE) is self:
                 delattr(module, ATTRIBUTE)

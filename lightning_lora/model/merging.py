@@ -263,7 +263,9 @@ class FoundState:
         layers = listing.layers.values()
         self.model, self.merged = listing.model, any(each.lora.merged for each in layers)
         records = {id(each.lora.injection): each.lora.injection for each in layers}
-        roots = (record.root() for record in records.values() if record.merge_weights and record.root is not None)
+        roots = (
+            record.root() for record in records.values() if "merges by mode" in record.marks and record.root is not None
+        )
         self.modes = {root: root.training for root in roots if root is not None}  # of roots injected with merge_weights
 
     def is_to_be_merged(self) -> bool:

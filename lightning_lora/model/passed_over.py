@@ -25,18 +25,21 @@ def passed_over(handle: AdaptedModel) -> str:
     Returns:
         Text, or "" where the share is a tenth or less, or where the options name the layers.
     """
-    config, left_out = handle.record.config, handle.left_out()
+    config, names = handle.record.config, handle.left_out()
     if config.target_modules not in BY_KIND:
         return ""
     excluded, saved = matcher(config.exclude_modules), matcher(config.all_modules_to_save())
+    left_out = {id(module): name in names for name, module in handle.modules}  # names in the root may be others
     total, sizes = 0, Counter[str]()
     for name, parameter, module, leaf in handle.base():
+        if id(module) not in left_out:  # the handle is a part of the root
+            continue
         size = shape_of(parameter).numel()
         total += size
         path = name.rpartition(".")[0]
         if not is_matrix(parameter) or not adapters_in(module).keys().isdisjoint(("", leaf)):
             continue
-        if path not in left_out and not excluded(path) and not any(map(saved, (path, *parent_names(path)))):
+        if not left_out[id(module)] and not excluded(path) and not any(map(saved, (path, *parent_names(path)))):
             cls = module.lora_base if isinstance(module, Swapped) else type(module)
             sizes[cls.__name__ if leaf == "weight" else f"{cls.__name__}.{leaf}"] += size
     whole = sizes.total()

@@ -42,7 +42,7 @@ class Rounding:
 
 
 def tell_rounding(what: str, cost: Sequence[float], remedy: str, stacklevel: int) -> None:
-    """Log the share of the adapter that rounding loses; warn where it is large. Nothing while every B is zero.
+    """Log the share of the adapter that rounding loses; warn where it is large. Nothing where it shows as 0.0%.
 
     Args:
         what: was rounded, the beginning of the line.
@@ -51,10 +51,10 @@ def tell_rounding(what: str, cost: Sequence[float], remedy: str, stacklevel: int
         stacklevel: of the warning, seen from the caller.
     """
     error, change = cost
-    if not change > 0:
+    lost = math.sqrt(error / change) if change > 0 else 0.0  # every B is zero at first
+    if (share := f"{lost:.1%}") == "0.0%":
         return
-    lost = math.sqrt(error / change)
-    line = f"lightning_lora: {what}: rounding costs {lost:.1%} of the adapter's norm"
+    line = f"lightning_lora: {what}: rounding costs {share} of the adapter's norm"
     if lost > WORST and remedy:
         warnings.warn(f"{line}. {remedy}", stacklevel=stacklevel + 1)
     else:

@@ -57,7 +57,7 @@ def initialize_from_data(
     """
     handle = open_model(model, "initialize_from_data")
     start_from_batches(handle, batches, forward, mask, n)
-    handle.record.done.add("started")
+    handle.record.marks.add("started")
 
 
 def start_from_batches(handle: AdaptedModel, batches: Iterable[Any], forward: Forward, mask: Mask, n: int) -> None:

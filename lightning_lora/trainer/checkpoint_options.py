@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from ..config import VARIANTS, LoRAConfig
@@ -13,7 +13,6 @@ from ..errors import LoRAError
 from ..files.torch_archive import read_torch_file
 from ..formats.forms import refuse_peft_folder
 from ..formats.lightning_checkpoint import adapter_of
-from ..model.injection import ALL_OPTIONS
 from ..names import META
 
 ONE_CHOICE = {"variant", *VARIANTS}  # to give one of these options is to give the others
@@ -74,7 +73,7 @@ def complete_options(config: LoRAConfig, given: Collection[str], saved: LoRAConf
         The callback's options unchanged where those that were given do not go with the checkpoint's. Loading it then
         names the difference.
     """
-    given = ALL_OPTIONS & {*given, *(ONE_CHOICE if ONE_CHOICE & set(given) else ())}
+    given = {option.name for option in fields(LoRAConfig)} & {*given, *(ONE_CHOICE if ONE_CHOICE & set(given) else ())}
     try:
         return replace(saved, **{name: getattr(config, name) for name in given})
     except LoRAError:

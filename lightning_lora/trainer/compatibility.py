@@ -79,7 +79,7 @@ def refuse_other_options(record: Injection, config: LoRAConfig, given: Collectio
         given: the names of the options that the user gave.
         seed: the callback's seed, or "".
     """
-    if record.merge_weights:
+    if "merges by mode" in record.marks:
         raise LoRAError(
             "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
             "in eval mode would silently stop training. Call unload(model), then inject(model, config) without it."

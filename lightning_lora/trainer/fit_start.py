@@ -63,4 +63,4 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
         found = summarise(handle)
         tell(found.short())
         if found.quantised:
-            record.done.add("quantised")
+            record.marks.add("quantised")

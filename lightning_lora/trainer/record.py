@@ -19,7 +19,7 @@ def record_of(module: nn.Module) -> Injection | None:
     if is_merged_for_good(module):
         return None
     record: Injection | None = vars(module).get(ATTRIBUTE) or vars(module).get(INSIDE)
-    if record is None or "ended" in record.done:
+    if record is None or "ended" in record.marks:
         handle = find_model(module)
         record = vars(module)[INSIDE] = handle.record if handle is not None else None
     return record

@@ -97,7 +97,7 @@ def _adapt_now(module: nn.Module, options: Options, config: LoRAConfig, seed: st
     _prepare_copies(handle, options)
     if last is not None:
         patch(module, last, _build_and_adapt, last, options, config, seed)
-    elif handle is not None and "validated" not in handle.record.done:  # an earlier setup was broken off
+    elif handle is not None and "validated" not in handle.record.marks:  # an earlier setup was broken off
         finish_injection(handle, adapt_new_layers(handle))
 
 
@@ -133,7 +133,7 @@ def _adapt_built(module: nn.Module, options: Options, config: LoRAConfig, seed: 
         if handle is None:
             _prepare_copies(_inject(module, options, config, seed, is_complete=is_complete), options)
         else:
-            if "validated" in handle.record.done:  # by an earlier run, or by the user's method
+            if "validated" in handle.record.marks:  # by an earlier run, or by the user's method
                 _adopt(handle, options)
             convert_linear_layers_(handle)
             if handle.record.run.quantize is not None:
@@ -155,7 +155,7 @@ def _inject(
         quantise_(listing, options.quantize, config)
     if not is_complete and select(listing.modules, config).is_empty():
         return None
-    record = Injection(config, given=options.given, seed=seed_text(options) or seed, run=Run(quantize=options.quantize))
+    record = Injection(config, seed=seed_text(options) or seed, run=Run(quantize=options.quantize))
     handle, selection = begin_injection(listing, record)
     if is_complete:
         finish_injection(handle, selection)

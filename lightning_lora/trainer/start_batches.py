@@ -36,7 +36,7 @@ def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> N
     """
     if handle is None or handle.record.config.init_lora_weights not in FROM_DATA or trainer.global_step:
         return
-    if "started" in handle.record.done or not all(
+    if "started" in handle.record.marks or not all(
         layer.is_initial() for layer in handle.layers.values() if layer.kind()
     ):
         return

@@ -120,7 +120,7 @@ def test_save_merged_writes_a_plain_folder_for_from_pretrained(tmp_path, folder,
     assert not (tmp_path / "merged").exists()
     with caplog.at_level(logging.INFO, "lightning_lora"):
         save_merged(model, tmp_path / "merged", dequantize="float32")
-    assert not any("rounding costs" in r.getMessage() for r in caplog.records)  # float32 loses next to nothing
+    assert "rounding costs" not in caplog.text  # 0.0%
     assert packed_bits(model) == live
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     plain, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)

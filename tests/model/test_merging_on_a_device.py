@@ -122,6 +122,9 @@ def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float,
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_cost_of_rounding_is_that_of_the_cpu(dtype: torch.dtype, copies: bool, caplog) -> None:
     there = adapted(4, dtype)
+    if dtype == torch.float16:  # of which so large an adapter would lose 0.0%
+        with torch.no_grad():
+            [parameter.mul_(0.1) for name, parameter in there.named_parameters() if name.endswith("lora_B")]
     here = copy.deepcopy(there).to("cpu")
     with caplog.at_level("INFO"):
         merge(here)

@@ -120,3 +120,22 @@ def test_a_weight_of_two_modules_counts_once():
     model["two"].weight = model["one"].weight
     inject(model, LoRAConfig(r=1))
     assert summary(model).passed_over.startswith("24.4% of the parameters (Embedding 24.4%)")  # 100 of 410
+
+
+def test_every_handle_tells_the_same():
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(10, 10)
+            self.table = nn.Embedding(10, 10)
+            self.head = nn.Linear(10, 10)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    root = nn.ModuleDict({"network": Headed()})
+    inject(root, LoRAConfig(r=1))
+    handles = [root, root["network"], nn.Sequential(root)]
+    assert [summary(handle).passed_over.partition(";")[0] for handle in handles] == [
+        f"{100 / 320:.1%} of the parameters (Embedding {100 / 320:.1%})"
+    ] * 3
