@@ -81,8 +81,7 @@ def combine(
     Args:
         adapters: in any form that load_adapter takes and that stores its options. They may differ in rank, scaling,
             layers and patterns.
-        weights: a number for each adapter, of any sign. "ties" takes the mean of weight * D over those that agree, so
-            that [0.5, 0.5] gives half of what [1, 1] gives.
+        weights: a number for each adapter, of any sign. "ties" averages weight * D over the adapters that agree.
         method: "linear" (the weighted sum of the changes s * B @ A, exactly), "cat" (the same, factors side by side),
             "svd" (the same, cut to a rank), "ties", "dare_linear" (or "dare"), "dare_ties" or "magnitude_prune".
         rank: of the result, for all methods but linear and cat; by default the adapters' largest, layer by layer.
@@ -92,8 +91,7 @@ def combine(
         strict_base: whether adapters of different bases are an error or a warning.
 
     Returns:
-        The result, for load_adapter, save_adapter, export_adapter, plot_adapter and combine. Its scaling is 1, and its
-        tensors are float32 or wider.
+        The result, for load_adapter, save_adapter, export_adapter and combine: scaling 1, tensors of float32 or wider.
 
     Raises:
         LoRAError: an argument is not allowed, an adapter cannot be read, or the adapters do not go together.
@@ -113,8 +111,7 @@ def combine(
     if output is not None:
         write_folder(combined.adapter, output)
     if combined.averaged and len(adapters) > 1:
-        names = listed(combined.averaged)
-        tell(f"lightning_lora: combine: {len(combined.averaged)} tensors are weighted means: {names}")
+        tell(f"lightning_lora: combine: weighted means of {listed(combined.averaged)}")
     worst = min(combined.kept, key=combined.kept.__getitem__)
     if (least := f"{combined.kept[worst]:.1%}") != "100.0%":
         tell(f"lightning_lora: combine: {least} or more is kept of each layer ({worst})")
