@@ -79,8 +79,7 @@ def combine(
     """Combine several adapters of one base into one.
 
     Args:
-        adapters: in any form that load_adapter takes and that stores its options. They may differ in rank, scaling,
-            layers and patterns.
+        adapters: in any form that load_adapter takes and that stores its options. Ranks and layers may differ.
         weights: a number for each adapter, of any sign. "ties" averages weight * D over the adapters that agree.
         method: "linear" (the weighted sum of the changes s * B @ A, exactly), "cat" (the same, factors side by side),
             "svd" (the same, cut to a rank), "ties", "dare_linear" (or "dare"), "dare_ties" or "magnitude_prune".
