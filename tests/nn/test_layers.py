@@ -194,8 +194,8 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
 def test_a_kind_of_layer_is_one_class(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_layer, "KINDS", list(lora_layer.KINDS))
-    monkeypatch.setattr(layer_kinds, "KINDS", lora_layer.KINDS)
+    monkeypatch.setattr(lora_layer, "LAYER_CLASSES", list(lora_layer.LAYER_CLASSES))
+    monkeypatch.setattr(layer_kinds, "LAYER_CLASSES", lora_layer.LAYER_CLASSES)
 
     class LoRAGated(LoRALayer):
         """Gated: A and B as for nn.Linear."""
@@ -232,8 +232,8 @@ class Transposed(nn.Module):
 
 
 def test_a_kind_of_a_users_class_runs_on_its_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_layer, "KINDS", list(lora_layer.KINDS))
-    monkeypatch.setattr(layer_kinds, "KINDS", lora_layer.KINDS)
+    monkeypatch.setattr(lora_layer, "LAYER_CLASSES", list(lora_layer.LAYER_CLASSES))
+    monkeypatch.setattr(layer_kinds, "LAYER_CLASSES", lora_layer.LAYER_CLASSES)
     products = []
 
     class LoRATransposed(LoRALayer):
