@@ -112,13 +112,16 @@ def combine(
     )
     if output is not None:
         write_folder(combined.adapter, output)
-    if combined.averaged and len(adapters) > 1:
-        names = listed(combined.averaged)
-        tell(f"lightning_lora: combine: {len(combined.averaged)} tensors are weighted means: {names}")
+    _tell_what_is_lost(combined, averaged=combined.averaged if len(adapters) > 1 else ())
+    return combined.adapter
+
+
+def _tell_what_is_lost(combined: Combined, averaged: Sequence[str]) -> None:
+    if averaged:
+        tell(f"lightning_lora: combine: {len(averaged)} tensors are weighted means: {listed(averaged)}")
     worst = min(combined.kept, key=combined.kept.__getitem__)
     if (least := f"{combined.kept[worst]:.1%}") != "100.0%":
         tell(f"lightning_lora: combine: {least} or more is kept of each layer ({worst})")
-    return combined.adapter
 
 
 def combine_adapters(
