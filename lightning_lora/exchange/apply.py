@@ -176,7 +176,9 @@ def _tell_of_narrower(live: LiveState, adapter: Adapter) -> None:
     """Say that what was trained whole, such as a head, has fewer digits in this model than in the adapter."""
     for name, value in adapter.beside_factors().items():
         here = live.tensors[name]
-        if isinstance(here, nn.Parameter) and torch.finfo(here.dtype).eps > torch.finfo(value.dtype).eps:
+        if not isinstance(here, nn.Parameter) or not here.is_floating_point():
+            continue
+        if torch.finfo(here.dtype).eps > torch.finfo(value.dtype).eps:
             was, dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (value, here))
             tell(
                 f"lightning_lora: load_adapter: {name!r} was trained in {was} and is rounded to {dtype}, as this model "

@@ -85,7 +85,7 @@ def refuse_other_options(record: Injection, config: LoRAConfig, given: Collectio
             "in eval mode would silently stop training. Call unload(model), then inject(model, config) without it."
         )
     for option in record.config.differing(config):
-        if option in given:
+        if option in given and option != "lora_dropout":  # which is of training alone: _adopt takes it
             raise LoRAError(
                 f"LoRACallback: {option} is {getattr(config, option)!r}, but the model was injected with "
                 f"{getattr(record.config, option)!r}; use the same, or leave it out. unload(model) takes the adapter "

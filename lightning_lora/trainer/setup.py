@@ -168,13 +168,13 @@ def _adopt(handle: AdaptedModel, options: Options) -> None:
     Dropout may be another: it is of training alone, and no tensor depends on it.
     """
     refuse_late_conversion(handle)
+    refuse_other_options(handle.record, options.config, options.given, seed_text(options))
     if "lora_dropout" in options.given:
         dropout = options.config.lora_dropout
         handle.record.config = replace(handle.record.config, lora_dropout=dropout)
         for name in handle.kinds:
             layer = handle.layers[name]
             layer.lora.spec = replace(layer.lora.spec, dropout=dropout)
-    refuse_other_options(handle.record, options.config, options.given, seed_text(options))
 
 
 def _prepare_copies(handle: AdaptedModel | None, options: Options) -> None:
