@@ -114,6 +114,7 @@ def combine(
     worst = min(combined.kept, key=combined.kept.__getitem__)
     if (least := f"{combined.kept[worst]:.1%}") != "100.0%":
         tell(f"lightning_lora: combine: {least} or more is kept of each layer ({worst})")
+    return combined.adapter
 
 
 def combine_adapters(
