@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from ..config import PLAIN, LoRAConfig
 from ..matching import ALL_LAYERS
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import layer_class
 from ..nn.linear import is_conv1d
-from ..nn.low_rank import ATTENTION_WEIGHTS, CONV, CONV1D, GROUPED_CONV
-from ..nn.quantised import shape_of
+from ..nn.low_rank import CONV, CONV1D, GROUPED_CONV
 from ..nn.tied_weights import tied_weights
 from ..nn.variant import variant_of
 from .heads import output_heads
@@ -48,7 +46,6 @@ def layers_by_kind(
             continue
         parent, _, last = name.rpartition(".")
         owner = modules.get(parent) if parent else None
-        leaves = ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
         if name in tables:
             reason = f"{OPTION} trains rows of it"
         elif id(module) in heads:
@@ -57,8 +54,6 @@ def layers_by_kind(
             reason = ""  # attention is adapted with its out_proj
         elif name.startswith(in_mamba) and last in REFUSED_IN_MAMBA:
             reason = f"PEFT cannot adapt the {last} of Mamba"
-        elif any(is_empty(module._parameters.get(leaf)) for leaf in leaves):
-            reason = "its weight has no values"
         elif module in tied:
             reason = f"its weight is also {tied[module]}"
         else:
@@ -74,11 +69,6 @@ def _mamba_prefixes(modules: NamedModules) -> tuple[str, ...]:
     """Return the name of each transformers model with Mamba layers, ending in a dot."""
     configs = {name: getattr(module, "config", None) for name, module in pretrained_models(modules).items()}
     return tuple(f"{name}.".lstrip(".") for name in configs if getattr(configs[name], "model_type", None) in MAMBA)
-
-
-def is_empty(weight: nn.Parameter | None) -> bool:
-    """Return whether a weight has no values, as in nn.Linear(0, 8). The weight of a lazy layer is not empty."""
-    return weight is not None and not is_lazy(weight) and 0 in shape_of(weight)
 
 
 def _is_linear(module: nn.Module) -> bool:

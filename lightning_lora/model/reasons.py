@@ -92,17 +92,11 @@ class Candidate:
 def _names_inside(c: Candidate) -> str:
     """Say why a module of this class is no layer, and what could be named inside it."""
     inside = [name for name, module in c.module.named_modules() if name and layer_class(module)]
-    weights = [f"{c.name}.{leaf}" for leaf in weights_of({"": c.module}) if _is_adaptable(c.module._parameters[leaf])]
     said = f"a {type(c.module).__module__}.{c.kind} cannot be adapted, only {ADAPTABLE} and their subclasses can"
     if inside:
         return f"{said}; name the layers inside it, as {inside[0]!r}"
-    if weights:
-        return f"{said}; leave it out of target_modules, and adapt its parameters by target_parameters={weights}"
-    return said
-
-
-def _is_adaptable(weight: nn.Parameter | None) -> bool:
-    return weight is not None and weight.dtype in MERGEABLE_DTYPES
+    parameters = [f"{c.name}.{leaf}" for leaf in weights_of({"": c.module})]
+    return f"{said}; name its parameters in target_parameters={parameters}" if parameters else said
 
 
 def _why_not_in_parts(c: Candidate) -> str:
@@ -192,13 +186,8 @@ REASONS: tuple[Reason, ...] = (  # which candidates it concerns, a test, and wor
     ),
     (
         EVERY,
-        lambda c: not c.quantised and next((w.dtype for w in c.weights if not _is_adaptable(w)), None),
+        lambda c: not c.quantised and next((w.dtype for w in c.weights if w.dtype not in MERGEABLE_DTYPES), None),
         "its weight is {found}, and adapters need float16, bfloat16, float32 or float64",
-    ),
-    (
-        EVERY,
-        lambda c: next((tuple(shape_of(w)) for w in c.weights if 0 in shape_of(w)), None),
-        "its weight of shape {found} has no values to adapt; give it some",
     ),
     (
         (PARAMETER,),

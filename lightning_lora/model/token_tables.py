@@ -37,12 +37,13 @@ def token_tables(listed_modules: NamedModules, indices: Indices, unmatched: Unma
     found, owners = dict[str, Rows](), dict[int, str]()
     for entry, rows in entries.items():
         for name in filter(matcher([entry]), modules):
-            _add(found, name, tuple(rows))
+            _add(found, name, tuple(rows), repr(entry))
             owners.setdefault(id(own_weight(modules[name])), name)
     owners.pop(id(None), None)
     for name, module in modules.items():
-        if is_table(module) and id(own_weight(module)) in owners:
-            _add(found, name, found[owners[id(own_weight(module))]])
+        owner = owners.get(id(own_weight(module)))
+        if owner is not None and is_table(module):
+            _add(found, name, found[owner], f"{owner!r}, with which it shares its weight")
     return {name: found[name] for name in modules if name in found}  # in the model's order
 
 
@@ -58,9 +59,9 @@ def _input_embeddings(listed_modules: NamedModules, rows: Sequence[int]) -> str:
     return names[0] if names else USUAL_NAME
 
 
-def _add(found: dict[str, Rows], name: str, rows: Rows) -> None:
+def _add(found: dict[str, Rows], name: str, rows: Rows, entry: str) -> None:
     if found.setdefault(name, rows) != rows:
         raise LoRAError(
-            f"inject: {OPTION} gives {name!r}, or tables that share its weight, the rows {list(found[name])} and "
-            f"{list(rows)}; give one list for both, or untie them first."
+            f"inject: {OPTION} gives {name!r} the rows {list(found[name])}, and {list(rows)} by {entry}; give one list "
+            "for both, or untie them first."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_adapter, merged, save_adapter
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, save_adapter
 from lightning_lora.model import targets
 from lightning_lora.model.layers_by_kind import layers_by_kind
 from lightning_lora.model.targets import select
 from lightning_lora.nn.tied_weights import tied_weights
-from support.layers import Conv1D
 from support.models import Zoo, zoo_config
 from support.notices import PEER_NOTICES
 from support.training import Data, Net, make_trainer
@@ -211,58 +209,6 @@ def test_all_linear_finds_the_head_of_a_model_inside(build, caplog):
     assert head not in alone
     assert f"{head} is left out of 'all-linear': it is the output head" in caplog.text
     assert inject(Wrapped(build()), LoRAConfig()) == [f"inner.{name}" for name in alone] + ["extra"]
-
-
-class Single(nn.Module):
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.empty(shape))
-
-
-EMPTY: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "no inputs": (lambda: nn.Linear(0, 4), {}),
-    "no outputs": (lambda: nn.Linear(4, 0), {}),
-    "a fused projection": (lambda: nn.Linear(6, 0), {"enable_lora": {"empty": [True, False]}}),
-    "Conv1D": (lambda: Conv1D(4, 0), {}),
-    "an embedding": (lambda: nn.Embedding(0, 4), {}),
-    "a convolution": (lambda: nn.Conv2d(0, 4, 3), {}),
-    "attention": (lambda: nn.MultiheadAttention(4, 2, kdim=0), {}),
-    "magnitudes": (lambda: nn.Linear(0, 4), {"use_dora": True}),
-    "a start": (lambda: nn.Linear(0, 4), {"init_lora_weights": "pissa"}),
-    "rows": (lambda: nn.Embedding(4, 0), {"trainable_token_indices": {"empty": [1]}}),
-    "a matrix": (lambda: Single(0, 4), {"target_parameters": ["empty.weights"]}),
-    "experts": (lambda: Single(2, 3, 0), {"target_parameters": ["empty.weights"]}),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("case", EMPTY)
-def test_a_weight_without_values_is_refused_by_name_and_nothing_is_adapted(case: str):
-    build, options = EMPTY[case]
-    model = nn.ModuleDict({"full": nn.Linear(4, 4), "empty": build()})
-    named = not {"trainable_token_indices", "target_parameters"}.intersection(options)
-    targets = ["full", "empty"] if named else ["full"]
-    with pytest.raises(LoRAError, match=r"inject: 'empty.*': its weight of shape \(.*\) has no values to adapt"):
-        inject(model, LoRAConfig(r=2, target_modules=targets, **options))
-    assert type(model["full"]) is nn.Linear
-    if named and "enable_lora" not in options:
-        assert inject(model, LoRAConfig(r=2, target_modules=targets, exclude_modules=["empty"], **options)) == ["full"]
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "olora"}])
-def test_all_linear_leaves_layers_without_values_out_and_says_so(options: dict[str, Any], tmp_path: Path, caplog):
-    caplog.set_level(logging.INFO, logger="lightning_lora")
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 0), nn.Linear(0, 5), Conv1D(2, 5))
-    x = torch.randn(2, 4)
-    plain = model(x)
-    assert inject(model, LoRAConfig(r=2, **options)) == ["0", "3"]
-    assert "1, 2 are left out of 'all-linear': its weight has no values" in caplog.text
-    torch.testing.assert_close(model(x), plain)
-    save_adapter(model, tmp_path)
-    with merged(model):
-        torch.testing.assert_close(model(x), plain)
-    load_adapter(model, tmp_path)
 
 
 def mamba() -> nn.Module:

@@ -131,22 +131,9 @@ class Own(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3, 3))
-        self.codes = nn.Parameter(torch.ones(3, 3, dtype=torch.uint8), requires_grad=False)  # cannot be adapted
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight.T
-
-
-def test_the_parameters_of_a_layer_of_its_own_class_are_named_so_that_they_can_be_adapted():
-    def build() -> nn.Module:
-        return nn.ModuleDict(
-            {"blocks": nn.ModuleList(nn.ModuleDict({"own": Own()}) for _ in "ab"), "fc": nn.Linear(3, 3)}
-        )
-
-    with pytest.raises(LoRAError, match=r"adapt its parameters by target_parameters=\['blocks\.0\.own\.weight'\]"):
-        inject(build(), LoRAConfig(target_modules=["own", "fc"]))
-    named = {"target_modules": ["fc"], "target_parameters": ["blocks.0.own.weight"]}
-    assert inject(build(), LoRAConfig(**named)) == ["blocks.0.own.weight", "fc"]
 
 
 def test_a_replaced_forward_is_refused_where_a_parameter_is_adapted():

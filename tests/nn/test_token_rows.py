@@ -481,12 +481,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "other rows for the ends of a tie": (
         lambda: Net(tied=True),
         {"trainable_token_indices": {"emb": [1], "head": [1, 2]}},
-        r"gives 'head', or tables that share its weight, the rows \[1, 2\] and \[1\]; give one list for both",
+        r"gives 'head' the rows \[1, 2\], and \[1\] by 'emb', with which it shares its weight",
     ),
     "two lists for one table": (
         lambda: nn.ModuleDict({"net": Net(), "body": nn.Linear(3, 3)}),
         {"trainable_token_indices": {"emb": [1], "net.emb": [2]}},
-        r"gives 'net\.emb', or tables that share its weight, the rows \[1\] and \[2\]; give one list for both",
+        r"gives 'net\.emb' the rows \[1\], and \[2\] by 'net\.emb'",
     ),
 }
 
