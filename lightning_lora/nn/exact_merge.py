@@ -128,10 +128,12 @@ def unmerge_weight_(weight: torch.Tensor, undo: Undo, buffers: Buffers | None = 
     If an exception breaks this call off, another call continues.
 
     Raises:
-        LoRAError: something else wrote to the merged weight. Where copies were kept, W is restored nevertheless.
+        LoRAError: something else wrote to the merged weight. Where copies of all of W were kept, it is restored
+            nevertheless.
     """
     with exact_arithmetic(weight, undo.threads):
         edited, buffers = undo.copied and undo.is_edited(weight), Buffers() if buffers is None else buffers
+        undone = edited and sum(_window(weight, part).numel() for part, _, _ in undo.chunks) == weight.numel()
         while undo.chunks:
             part, kept, new = undo.chunks[-1]
             window = _window(weight, part)
@@ -148,7 +150,7 @@ def unmerge_weight_(weight: torch.Tensor, undo: Undo, buffers: Buffers | None = 
             raise LoRAError(
                 "the weight was changed while it was merged; the change was undone. Change weights while the model is "
                 "unmerged"
-                if undo.copied
+                if undone
                 else "the restored weight is not bit for bit the weight before merging: it was changed while it was "
                 "merged, or this machine computes differently. Load the base weights again before you go on"
             )

@@ -30,6 +30,18 @@ EDITS: dict[str, Callable[[nn.Linear], Any]] = {
 }
 
 
+def test_an_edit_outside_of_the_trained_rows_is_not_said_to_be_undone():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4))
+    before = model[0].weight.detach().clone()
+    inject(model, LoRAConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [1, 3]}))
+    randomise_(model)
+    merge(model)
+    model[0].weight.data[7] += 1
+    with pytest.raises(LoRAError, match=r"layer '0'.*not bit for bit.*Load the base weights again"):
+        unmerge(model)
+    assert torch.equal((model[0].weight != before).any(1), torch.arange(10) == 7)
+
+
 @pytest.mark.parametrize("way", ["unmerge", "merged"])
 @pytest.mark.parametrize("budget", [2**26, 0], ids=["kept as a copy", "kept as values"])
 @pytest.mark.parametrize("edit", EDITS)
