@@ -30,7 +30,7 @@ from ..model.foreign_state import (
 )
 from ..model.initial_values import record_loaded
 from ..model.live_state import LiveState, open_state, original_value, original_values
-from ..model.state_dict import adapter_keys, base_keys, mark_merged, merge_state_dict
+from ..model.state_dict import base_keys, mark_merged, merge_state_dict
 from ..names import META, canonical, names_factor, parent_names, split_factor_name
 from ..nn.adapted_module import is_factor
 from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
@@ -377,7 +377,7 @@ def _record_base(live: LiveState, state: Mapping[str, Any]) -> None:
 
 def check_complete(handle: AdaptedModel, names: Set[str], source: object) -> None:
     """Raise LoRAError unless a state dict without metadata holds the complete base, the complete adapter, or both."""
-    base, adapter = set(base_keys(handle)), set(adapter_keys(handle))
+    base, adapter = set(base_keys(handle)), set(open_state(handle).keys)
     if names in (base | adapter, base, adapter):
         return
     expected = adapter if names & (adapter - base) else base

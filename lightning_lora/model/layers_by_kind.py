@@ -57,7 +57,7 @@ def layers_by_kind(
         elif module in tied:
             reason = f"its weight is also {tied[module]}"
         else:
-            reason = _problem_of_kind(module, owner, config, has_conv1d=has_conv1d)
+            reason = _why_left_out(module, owner, config, has_conv1d=has_conv1d)
         if reason:
             left_out[name] = reason
         else:
@@ -75,8 +75,8 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _problem_of_kind(module: nn.Module, owner: nn.Module | None, config: LoRAConfig, *, has_conv1d: bool) -> str:
-    """Return why a layer of this kind is left out, which a file of PEFT's or the variant has not, or ""."""
+def _why_left_out(module: nn.Module, owner: nn.Module | None, config: LoRAConfig, *, has_conv1d: bool) -> str:
+    """Return why PEFT's file or the variant cannot hold an adapter of this layer, or ""."""
     attention = next((each for each in (module, owner) if isinstance(each, nn.MultiheadAttention)), None)
     if attention is not None:
         which = "attention" if attention is module else "the out_proj of attention"

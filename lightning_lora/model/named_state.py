@@ -26,17 +26,6 @@ class BaseParameter(NamedTuple):
     leaf: str
 
 
-def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[StateEntry]:
-    """Yield each name of model.state_dict() with its live tensor and its owner, see state_of.
-
-    Args:
-        model: any module.
-        raw: leave the segments of wrappers in the names.
-    """
-    places = model.named_modules(remove_duplicate=False)
-    yield from state_of([(name if raw else canonical(name), module) for name, module in places])
-
-
 def state_of(places: Places) -> Iterator[StateEntry]:
     """Yield each name of a model's state dict with its live tensor and its owner.
 

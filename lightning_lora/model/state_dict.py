@@ -39,14 +39,6 @@ from .recorded_layers import refuse_replaced_layers
 _MERGED = "lora_merged"
 
 
-def adapter_keys(handle: AdaptedModel) -> list[str]:
-    """Record what was unfrozen since injection, and return the names of all that training can change.
-
-    These are factors, parameters that were ever trainable, and persistent buffers.
-    """
-    return open_state(handle).keys
-
-
 def base_keys(listing: Listing) -> list[str]:
     """Return the names of the plain model's state dict."""
     return [name for name, _, module in listing.state() if not is_factor(name, module)]

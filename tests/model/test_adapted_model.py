@@ -12,7 +12,6 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, unload
 from lightning_lora.model.adapted_model import find_model, open_model
 from lightning_lora.model.live_state import LiveState, open_state
-from lightning_lora.model.named_state import named_state
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.low_rank import LINEAR
 from support.models import base_zoo, trained_zoo, zoo_config
@@ -37,7 +36,9 @@ def test_a_handle_lists_what_the_model_holds_by_first_and_by_every_name():
     assert handle.layers_by_every_name == adapted_layers(model, remove_duplicate=False)
     assert handle.kinds["first.body.0"] == LINEAR
     assert handle.kinds.keys() == handle.layers.keys()
-    assert [(n, id(t), m) for n, t, m in handle.state()] == [(n, id(t), m) for n, t, m in named_state(model)]
+    assert [(n, id(t), m) for n, t, m in handle.state()] == [
+        (n, id(t), m) for n, t, m in state_of(list(model.named_modules(remove_duplicate=False)))
+    ]
     assert all(name.startswith("first.") for name in handle.initial() if name.endswith("bias"))
 
 

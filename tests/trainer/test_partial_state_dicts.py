@@ -21,7 +21,8 @@ from lightning_lora import (
 )
 from lightning_lora.exchange.checkpoint_of_model import check_complete
 from lightning_lora.model.adapted_model import open_model
-from lightning_lora.model.state_dict import adapter_keys, base_keys
+from lightning_lora.model.live_state import open_state
+from lightning_lora.model.state_dict import base_keys
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import lora, trained
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
@@ -206,7 +207,7 @@ def test_a_state_dict_that_drops_a_shared_module_under_its_second_name_is_whole(
 def test_names_of_a_sharded_checkpoint_by_another_program_have_to_be_complete(left_out: str, added: str, said: str):
     inject(model := Net(), LoRAConfig(r=2, target_modules=["head"]))
     handle = open_model(model, "test")
-    base, adapter = set(base_keys(handle)), set(adapter_keys(handle))
+    base, adapter = set(base_keys(handle)), set(open_state(handle).keys)
     for names in (base, adapter, base | adapter):
         check_complete(handle, names, Path("a.ckpt"))
     with pytest.raises(LoRAError, match=re.escape(said)):
