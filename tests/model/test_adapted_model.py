@@ -12,6 +12,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, unload
 from lightning_lora.model.adapted_model import find_model, open_model
 from lightning_lora.model.live_state import LiveState, open_state
+from lightning_lora.model.named_state import state_of
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.low_rank import LINEAR
 from support.models import base_zoo, trained_zoo, zoo_config
