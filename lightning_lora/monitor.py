@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -10,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from .distributed.sharding import reshard_
 from .errors import LoRAError, sentence
 from .model.adapted_model import find_model, open_model
-from .report.from_model import record_norms, updates_of_model
+from .report.from_model import updates_of_model
 from .report.pictures import has_matplotlib, pictures_of
 from .report.statistics import AdapterStats, layer_stats
 from .trainer.deepspeed_optimizer import held_parameters, holds_copies
@@ -80,12 +79,6 @@ class LoRAMonitor(Callback):
                 "callbacks too, or call inject(model, LoRAConfig(...)) before fit."
             )
         self._forget()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the weights that pictures compare the updates with, for the checkpoints of this fit."""
-        if self._draws(trainer):
-            with contextlib.suppress(LoRAError):  # the fit's end says it
-                record_norms(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log statistics at an Nth step, when gradients are summed over ranks and not clipped yet.

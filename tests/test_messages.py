@@ -33,7 +33,7 @@ from lightning_lora import (
 )
 from lightning_lora.command.merge import merge_on_disk
 from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.peers import fill_, model
+from support.peers import model
 from support.runs import lora
 from support.training import Data, Net, make_trainer
 
@@ -111,18 +111,21 @@ def load_from_checkpoint_of_a_plain_checkpoint(path: Path) -> None:
 
 @message("`load_from_checkpoint` where the base was pretrained")
 def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
-    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Net built a base of its
-    own. Build the module with the weights that it had in training, and then load the adapter: load_adapter(model,
-    "PATH/lora.ckpt"). strict_base=False makes this a warning.
+    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. 8 of 8 frozen tensors
+    differ ('body.0.weight', 'body.0.bias', 'body.1.weight', ...). A new head has other random values in each program:
+    train and save it whole with modules_to_save. Net built a base of its own. Build the module with the weights that
+    it had in training, and then load the adapter: load_adapter(model, "PATH/lora.ckpt"). strict_base=False makes this
+    a warning.
     """
     load_from_checkpoint(Net, saved(path, lora(), base=saved(path)))
 
 
 @message("A Trainer where the base was pretrained")
 def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
-    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Build the module with
-    the weights that it had in training. To use the adapter on this base all the same, call load_adapter(model, path,
-    strict_base=False) and leave ckpt_path out.
+    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. 8 of 8 frozen tensors
+    differ ('body.0.weight', 'body.0.bias', 'body.1.weight', ...). A new head has other random values in each program:
+    train and save it whole with modules_to_save. Build the module with the weights that it had in training. To use the
+    adapter on this base all the same, call load_adapter(model, path, strict_base=False) and leave ckpt_path out.
     """
     file = saved(path, lora(), base=saved(path))
     make_trainer(path, lora()).validate(Net(), Data(), ckpt_path=file, **PLAIN_TYPES_ONLY)
@@ -130,16 +133,20 @@ def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
 
 @message("`load_adapter` onto another base")
 def load_adapter_onto_another_base(path: Path) -> None:
-    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Load the adapter on the
-    base that it was trained on, or pass strict_base=False, which makes this a warning.
+    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. 6 of 8 frozen tensors
+    differ ('body.0.weight', 'body.0.bias', 'body.3.weight', ...). A new head has other random values in each program:
+    train and save it whole with modules_to_save. Load the adapter on the base that it was trained on, or pass
+    strict_base=False, which makes this a warning.
     """
     load_adapter(Net(seed=2), saved(path, lora()))
 
 
 @message("The command with another base")
 def the_command_with_another_base(path: Path) -> None:
-    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the base that it was
-    trained on as --base, or pass --strict-base=false, which makes this a warning.
+    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. 6 of 8 frozen tensors
+    differ ('body.0.weight', 'body.0.bias', 'body.3.weight', ...). A new head has other random values in each program:
+    train and save it whole with modules_to_save. Give the base that it was trained on as --base, or pass
+    --strict-base=false, which makes this a warning.
     """
     torch.save(Net(seed=2).state_dict(), path / "base.pt")
     merge_on_disk(path / "base.pt", saved(path, lora()), path / "merged.pt")
@@ -263,7 +270,7 @@ def merged_weights_of_a_tied_head(path: Path) -> None:
 
 @message("`load_adapter` of a file that was cut")
 def load_adapter_of_a_file_that_was_cut(path: Path) -> None:
-    """PATH/adapter_model.safetensors: has 835 bytes, but its header describes 840; it may be truncated."""
+    """PATH/adapter_model.safetensors: has 875 bytes, but its header describes 880; it may be truncated."""
     save_adapter(small(), path)
     file = path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
@@ -290,13 +297,6 @@ def ask_the_network_of_what_is_adapted_around_it(path: Path) -> None:
     adapter_state_dict(around.model)
 
 
-def load_what_was_trained_in_bfloat16(path: Path) -> None:
-    net = model("llama").bfloat16()
-    inject(net, LoRAConfig(target_modules=["q_proj"]))
-    save_adapter(fill_(net), path)
-    load_adapter(model("llama"), path)
-
-
 SAID: dict[str, tuple[Callable[[Path], None], str]] = {
     "a layer in target_modules and modules_to_save": (
         inject_llama(target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"]),
@@ -312,12 +312,6 @@ SAID: dict[str, tuple[Callable[[Path], None], str]] = {
         ask_the_network_of_what_is_adapted_around_it,
         "adapter_state_dict: LlamaForCausalLM holds 2 of the 3 layers that were adapted through Around, and not "
         "'head'; pass that Around, or a module that holds them all.",
-    ),
-    "an adapter of another dtype": (
-        load_what_was_trained_in_bfloat16,
-        "lightning_lora: the adapter was trained on a base in bfloat16, and this one is in float32, with other digits "
-        "('model.embed_tokens.weight': [...], here [...]): outputs differ a little from those in training. Cast the "
-        "base (the model, or its file) to bfloat16 first to have the same.",
     ),
 }
 

@@ -83,8 +83,8 @@ def test_the_command_draws_the_same_of_the_runs_checkpoint(tmp_path: Path, save:
     make_trainer(tmp_path, *callbacks, logger=[board, scalars], max_epochs=1, log_every_n_steps=1).fit(net, Data())
     source = tmp_path / "checkpoints" / "last.ckpt"
     save_adapter(net, tmp_path / "folder")
-    for given, base in ((source, None), (source, tmp_path / "base.pt"), (tmp_path / "folder", None)):
-        drawn = plot_adapter(given, base=base)
+    for given in (source, tmp_path / "folder"):
+        drawn = plot_adapter(given, base=tmp_path / "base.pt")
         assert [tag for tag, _, _ in board.experiment.figures] == [f"lora/{name}" for name in drawn]
         for (_, logged, _), figure in zip(board.experiment.figures, drawn.values(), strict=True):
             assert logged.get_suptitle() == figure.get_suptitle()
@@ -135,7 +135,6 @@ def test_what_cannot_be_measured_is_a_warning_and_the_fit_ends(tmp_path: Path, m
 @pytest.mark.parametrize("case", ["another logger", "not wished", "no matplotlib"])
 def test_updates_are_not_measured_where_nothing_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str):
     monkeypatch.setattr("lightning_lora.monitor.updates_of_model", None)
-    monkeypatch.setattr("lightning_lora.monitor.record_norms", None)
     if case == "no matplotlib":
         monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     logger = CSVLogger(tmp_path) if case == "another logger" else TensorBoardLogger()

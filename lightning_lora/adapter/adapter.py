@@ -138,7 +138,7 @@ class Adapter:
         """Return what is known of a layer or parameter. An unknown kind is "", and an unknown shape empty."""
         config = self.config or LoRAConfig()
         names = [name for name in self.weight_names(layer) if name in self.fingerprint]
-        shape = self.fingerprint[names[0]]["shape"] if names else ()
+        shape = self.fingerprint[names[0]].shape if names else ()
         in_options = self.options_name(layer)
         return LayerInfo(
             name=layer,

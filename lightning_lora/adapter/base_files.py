@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from ..files.safetensors import TensorLocation, read_elements
 from ..files.weights import Weights
 from .adapter import Adapter
-from .fingerprint import compare_fingerprints, entry_of, sample_positions, warn_of_rounding, without_rows
+from .fingerprint import Entry, compare_fingerprints, entry_of, evenly_chosen, sample_positions
 
 # Advice in the error about another base, unless the caller gives its own.
 OTHER_FILES = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
 
 
-def fingerprint_entry_at(location: TensorLocation) -> dict[str, Any]:
+def fingerprint_of_files(locations: Mapping[str, TensorLocation]) -> dict[str, Entry]:
+    """Return the entries of tensors in files. Of many, values of some are read."""
+    chosen = evenly_chosen(list(locations))
+    return {name: _entry_at(location, with_values=name in chosen) for name, location in locations.items()}
+
+
+def _entry_at(location: TensorLocation, *, with_values: bool) -> Entry:
     """Return the entry of a tensor in a file, and read nothing but the sampled values."""
-    return entry_of(location.shape, location.dtype, read_elements(location, sample_positions(location.numel)))
+    values = read_elements(location, sample_positions(location.numel)) if with_values else []
+    return entry_of(location.shape, location.dtype, values)
 
 
 def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool = True, remedy: str = OTHER_FILES) -> None:
     """Raise LoRAError, or warn, where weights on disk are not the adapter's base.
 
-    A name that only one of the two has is ignored, because a file may hold tied weights once.
+    A name that only one of the two has is ignored, because a file may hold tied weights once. So is a table whose rows
+    the adapter replaces.
     """
-    packed = {f"{module}.weight" for module in base.quantised()}
-    named = adapter.fingerprint.keys() - packed
-    locations = {name: base.locations[name] for name in adapter.fingerprint if name in named & base.locations.keys()}
-    entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
-    tables = {**{end: adapter.tables.get(first, ()) for end, first in adapter.tied.items()}, **adapter.tables}
-    entries = without_rows(entries, tables)
-    expected = without_rows({name: adapter.fingerprint[name] for name in entries}, tables)
-    saved = (adapter.config and adapter.config.modules_to_save) or ()
-    compare_fingerprints(entries, expected, strict=strict, remedy=remedy, saved=saved, adapted=adapter.layers())
-    warn_of_rounding(entries, adapter.fingerprint)
+    ignored = {f"{module}.weight" for module in (*base.quantised(), *adapter.tables, *adapter.tied)}
+    expected = {
+        name: entry
+        for name, entry in adapter.fingerprint.items()
+        if name not in ignored and name in base.locations and base.locations[name].in_order
+    }
+    entries = {name: _entry_at(base.locations[name], with_values=bool(e.values)) for name, e in expected.items()}
+    compare_fingerprints(entries, expected, strict=strict, remedy=remedy)

@@ -1,14 +1,11 @@
 """The description of an adapter as plain types, in checkpoint["lora"] and in the header of a tensor file.
 
 layers       [[kind or None, scaling, [names]], ...]
-fingerprint  [[dtype, shape, leaf, [modules], values], ...], with the values of all modules as bytes in base 85; a
-             quantised weight has a sixth item, the kind of quantisation
-norms        {name: Frobenius norm} of weights in the fingerprint, where a LoRAMonitor with pictures measured them
+fingerprint  {name: [dtype, shape, values], ...}; a quantised weight has no values, and its kind as a fourth item
 """
 
 from __future__ import annotations
 
-import base64
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -18,15 +15,12 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError, sentence, shown
-from ..files.safetensors import as_bytes
 from ..matching import near_misses
 from ..names import KNOWN_VARIANTS
 from ..nn.low_rank import KINDS
 from .adapter import Adapter
 from .file_options import check_options
-from .fingerprint import sample_positions
-
-STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # other dtypes are stored as float64
+from .fingerprint import Entry, sample_positions
 
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
@@ -35,7 +29,6 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         "config": (adapter.config or LoRAConfig()).to_dict(),
         "layers": encode_layers(adapter.scalings, adapter.kinds),
         "fingerprint": encode_fingerprint(adapter.fingerprint),
-        **_norms_to_metadata(adapter.fingerprint),
         "network": adapter.network,
         **({"pretrained": adapter.pretrained} if adapter.pretrained else {}),
         "origin": dict(adapter.origin),
@@ -67,7 +60,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
             tensors=tensors,
             config=_config(metadata["config"], where),
             scalings=scalings,
-            fingerprint=_with_norms(decode_fingerprint(metadata["fingerprint"]), metadata.get("norms", {})),
+            fingerprint=decode_fingerprint(metadata["fingerprint"]),
             complete=metadata.get("complete", True) is True,
             kinds=kinds,
             network=_text(metadata["network"]),
@@ -101,21 +94,6 @@ def _config(options: Any, where: str) -> LoRAConfig:
     return LoRAConfig.from_dict(options)
 
 
-def _norms_to_metadata(fingerprint: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    norms = {name: entry["norm"] for name, entry in fingerprint.items() if "norm" in entry}
-    return {"norms": norms} if norms else {}
-
-
-def _with_norms(entries: dict[str, Any], norms: Mapping[str, Any]) -> dict[str, Any]:
-    """Add norms to the entries of a fingerprint. Raises ValueError for a value that is no norm."""
-    for name, norm in norms.items():
-        if not isinstance(norm, float) or not 0 <= norm < math.inf:
-            raise ValueError(f"no norm: {shown(norm)}")
-        if name in entries:
-            entries[name]["norm"] = norm
-    return entries
-
-
 def without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return values by name without some of the names."""
     left_out = set(names)
@@ -143,54 +121,26 @@ def decode_layers(groups: Any) -> tuple[dict[str, float], dict[str, str]]:
     return scalings, kinds
 
 
-def encode_fingerprint(entries: Mapping[str, Mapping[str, Any]]) -> list[Any]:
-    """Group the entries of a fingerprint by dtype, shape, leaf and quantisation, with all their values as one text."""
-    groups: dict[tuple[str, tuple[int, ...], str, tuple[str, ...]], dict[str, list[float]]] = {}
-    for name, entry in entries.items():
-        module, _, leaf = name.rpartition(".")
-        quantised = (entry["quantised"],) if entry.get("quantised") else ()
-        groups.setdefault((entry["dtype"], tuple(entry["shape"]), leaf, quantised), {})[module] = entry["values"]
-    return [
-        [dtype, list(shape), leaf, list(values), _encode(list(values.values()), _stored_dtype(dtype)), *quantised]
-        for (dtype, shape, leaf, quantised), values in groups.items()
-    ]
+def encode_fingerprint(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Return a row of plain types for each entry."""
+    return {name: list(entry if entry.quantised else entry[:3]) for name, entry in entries.items()}
 
 
-def decode_fingerprint(groups: Any) -> dict[str, Any]:
+def decode_fingerprint(rows: Mapping[str, Any]) -> dict[str, Entry]:
     """Return entries by name: the inverse of encode_fingerprint. Raises TypeError or ValueError for any other form."""
-    entries = {}
-    for dtype, shape, leaf, modules, encoded, *quantised in map(_list, _list(groups)):
-        if not isinstance(getattr(torch, _text(dtype), None), torch.dtype):
-            raise ValueError(f"unknown dtype {shown(dtype)}")
-        if not all(type(size) is int and size >= 0 for size in _list(shape)):
-            raise ValueError(f"no shape: {shown(shape)}")
-        count = len(sample_positions(math.prod(shape)))
-        rows = _decode(_text(encoded), _stored_dtype(dtype), len(_list(modules)), count)
-        for module, values in zip(modules, rows, strict=True):
-            name = f"{_text(module)}.{_text(leaf)}" if module else _text(leaf)
-            entries[name] = {"shape": list(shape), "dtype": dtype, "values": values}
-            if quantised:
-                entries[name]["quantised"] = _text(*quantised)
-    return entries
+    return {_text(name): _entry(*_list(row)) for name, row in rows.items()}
 
 
-def _stored_dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype if dtype in STORED_DTYPES else torch.float64
-
-
-def _encode(rows: list[list[float]], dtype: torch.dtype) -> str:
-    return base64.b85encode(as_bytes(torch.tensor(rows, dtype=torch.float64).to(dtype))).decode()
-
-
-def _decode(encoded: str, dtype: torch.dtype, rows: int, columns: int) -> list[list[float]]:
-    content = base64.b85decode(encoded)
-    if len(content) != rows * columns * dtype.itemsize:
-        raise ValueError(f"expected {rows} times {columns} values, found {len(content)} bytes")
-    if not content:
-        return [[] for _ in range(rows)]
-    values: list[list[float]] = torch.frombuffer(bytearray(content), dtype=dtype).double().view(rows, columns).tolist()
-    return values
+def _entry(dtype: Any, shape: Any, values: Any, quantised: Any = "") -> Entry:
+    if not isinstance(getattr(torch, _text(dtype), None), torch.dtype):
+        raise ValueError(f"unknown dtype {shown(dtype)}")
+    if not all(type(size) is int and size >= 0 for size in _list(shape)):
+        raise ValueError(f"no shape: {shown(shape)}")
+    if not all(type(value) is float for value in _list(values)):
+        raise ValueError(f"no values: {shown(values)}")
+    if values and len(values) != len(sample_positions(math.prod(shape))):
+        raise ValueError(f"{len(values)} values of a tensor of shape {shown(shape)}")
+    return Entry(dtype, list(shape), list(values), _text(quantised))
 
 
 def _ascending(value: Any) -> tuple[int, ...]:

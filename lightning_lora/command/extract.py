@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.base_files import fingerprint_entry_at
+from ..adapter.base_files import fingerprint_of_files
 from ..adapter.products import truncated_svd
 from ..config import LoRAConfig
 from ..errors import LoRAError, sentence
@@ -99,7 +99,7 @@ def extract(
         tensors={**tensors, **whole},
         config=_config(tensors, list(kinds), rank, options),
         scalings=dict.fromkeys(kinds, 1.0),
-        fingerprint={name: fingerprint_entry_at(location) for name, location in frozen.items()},
+        fingerprint=fingerprint_of_files(frozen),
         kinds=kinds,
         fan_in_fan_out=fan_in_fan_out,
     )

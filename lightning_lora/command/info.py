@@ -105,7 +105,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
         "base": {
             **adapter.origin,
             "frozen_tensors": len(adapter.fingerprint),
-            "dtypes": dict(Counter(entry["dtype"] for entry in adapter.fingerprint.values())),
+            "dtypes": dict(Counter(entry.dtype for entry in adapter.fingerprint.values())),
         },
     }
 

@@ -276,12 +276,12 @@ def _refuse_unplaced(adapter: Adapter, base: Weights, built: Set[str]) -> None:
     here = adapter.perhaps_base & base.locations.keys()
     for name in sorted(here):
         try:
-            refuse_other_rows(name, adapter.fingerprint[name]["shape"], base.locations[name].shape)
+            refuse_other_rows(name, adapter.fingerprint[name].shape, base.locations[name].shape)
         except LoRAError as error:
             raise LoRAError(f"{base.path}: {error} Then call load_adapter and save_merged.") from error
     tables = [adapter.fingerprint[name] for name in sorted(here) if len(base.locations[name].shape) > 1]
     for name in sorted(adapter.perhaps_base - here - built):
-        if not any(entries_match(adapter.fingerprint[name], table, 0.0) for table in tables):
+        if not any(entries_match(adapter.fingerprint[name], table) for table in tables):
             _refuse_absent(name, base)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import REMEDY, warn_of_rounding
+from ..adapter.fingerprint import REMEDY
 from ..adapter.layer_options import exact_options, options_hold, with_exact_ranks
 from ..config import LoRAConfig
 from ..distributed.sharding import copies_of, copy_all_
@@ -33,11 +33,11 @@ from ..names import listed
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import CONV1D
 from ..nn.owner import claimed
+from ..nn.quantised import NF4, quantised_parameters
 from ..notices import tell
 from .align import add_frozen_weights, align_names, record_trained, split_off_base, split_off_foreign
 from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, specs_for
-from .quantised_base import plain_here, remedy_for_plain
 from .take import check_fingerprint
 
 
@@ -130,7 +130,7 @@ def apply_adapter(
         listing: of the model without wrappers; its handle where it is injected.
         adapter: under any prefix.
         strict_base: whether another base than the adapter's is an error or a warning.
-        remedy: the advice at the end of the error about another base, unless quantize_base has to come first.
+        remedy: the advice at the end of the error about another base.
         swap: whether layers of an injected model may get another rank and scaling.
 
     Returns:
@@ -141,7 +141,6 @@ def apply_adapter(
     """
     names = Names(listing.places)
     adapter = by_first_names(names, align_names(listing, names, adapter))
-    remedy = remedy_for_plain(listing, adapter) or remedy
     fresh = not isinstance(listing, AdaptedModel)
     if isinstance(listing, AdaptedModel):
         handle = listing
@@ -158,7 +157,7 @@ def apply_adapter(
             adapter = add_frozen_weights(live, split_off_base(live, split_off_foreign(live, adapter)))
             specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
             check_adapter(live, names, adapter, specs=specs)
-            present = check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
+            check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
             copy_values(live, adapter, specs, merge_after=was_merged)
             handle.record.origin = dict(adapter.origin)
         except BaseException:
@@ -167,7 +166,6 @@ def apply_adapter(
             elif was_merged:
                 merge_listed(handle)
             raise
-    warn_of_rounding(present, adapter.fingerprint)
     _tell_of_narrower(live, adapter)
     return list(handle.layers)
 
@@ -205,10 +203,12 @@ def quantise_as_trained_(listing: Listing, adapter: Adapter) -> None:
     Raises:
         LoRAError: torchao is missing, or a weight cannot be quantised.
     """
-    if any("quantised" in entry for entry in adapter.fingerprint.values()):
+    if any(entry.quantised == NF4 for entry in adapter.fingerprint.values()):
         names = Names(listing.places)
         adapter = by_first_names(names, align_names(listing, names, adapter))
-        quantise_named_(listing, plain_here(listing, adapter))
+        quantised = {name for name, entry in adapter.fingerprint.items() if entry.quantised == NF4}
+        layers = [(name, module) for name, module in listing.modules if f"{name}.weight" in quantised]
+        quantise_named_(listing, [name for name, module in layers if not quantised_parameters(module)])
 
 
 def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import AVERAGED, entries_match, fingerprint_entries, without_rows
+from ..adapter.fingerprint import entries_match, fingerprint_entries
 from ..distributed.flat import owns_flat, unsharded_shape
 from ..distributed.sharding import copy_all_, gather_all, holds_shards, whole_on_cpu
 from ..distributed.zero import update_copies_
@@ -39,8 +39,7 @@ from ..nn.quantised_state import quantisation_entries
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
-from .quantised_base import remedy_for_plain
-from .take import check_fingerprint, describe, rows_without_values
+from .take import check_fingerprint, describe
 
 REMEDY_IN_TRAINER = (
     "Build the module with the weights that it had in training. To use the adapter on this base all the same, call "
@@ -105,10 +104,9 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
 
 def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind, live: LiveState) -> None:
     """Warn of frozen weights that something has changed since fit start: a checkpoint without them loses the change."""
-    entries = adapter.fingerprint.items()
-    at_fit_start = {name: entry for name, entry in entries if name in frozen and not entry.get("quantised")}
-    now = without_rows(fingerprint_entries((name, frozen[name]) for name in at_fit_start), rows_without_values(live))
-    moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name], AVERAGED)]
+    at_fit_start = {name: entry for name, entry in adapter.fingerprint.items() if name in frozen and entry.values}
+    now = fingerprint_entries((name, frozen[name]) for name in at_fit_start)
+    moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name])]
     if moved:
         weights = {id(live.tensors.get(name, name)) for name in moved}  # a tied weight has several names
         warnings.warn(
@@ -184,18 +182,15 @@ def _strip_copies(
         The keys that lead to each copy.
     """
     copies: list[list[Any]] = []
-    unknown = rows_without_values(live)
     parameters = {name for name, tensor in live.tensors.items() if isinstance(tensor, nn.Parameter)}
-    # A copy holds quantised weights packed, and the fingerprint their values.
-    known = adapter.fingerprint.items()
-    entries = {name: entry for name, entry in known if name in parameters and not entry.get("quantised")}
+    entries = {name: entry for name, entry in adapter.fingerprint.items() if name in parameters and entry.values}
 
     def strip(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
         named = by_canonical_names(mapping)
         if not parameters <= named.keys() or not all(isinstance(named[name], torch.Tensor) for name in entries):
             return None
-        found = without_rows(fingerprint_entries((name, named[name]) for name in entries), unknown)
-        if not all(entries_match(entry, found[name], AVERAGED) for name, entry in entries.items()):
+        found = fingerprint_entries((name, named[name]) for name in entries)
+        if not all(entries_match(entry, found[name]) for name, entry in entries.items()):
             return None  # no copy: its values are neither the base's nor an average of them
         copies.append(list(path))
         return {name: value for name, value in mapping.items() if canonical(str(name)) not in frozen}
@@ -241,8 +236,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
     adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(live, adapter)
     check_adapter(live, module_names, complete, remedy=OPTIONS_IN_TRAINER)
-    remedy = remedy_for_plain(live.handle, adapter) or REMEDY_IN_TRAINER
-    check_fingerprint(live, complete.fingerprint, remedy=remedy)
+    check_fingerprint(live, complete.fingerprint, remedy=REMEDY_IN_TRAINER)
     record_trained(live, adapter)
     live.handle.record.origin = dict(adapter.origin)
     here = {} if is_divided(live.handle) else unchanged_state(live.handle)  # write_whole_state_ needs no more

@@ -12,15 +12,12 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
 from ..adapter.fingerprint import (
-    AVERAGED,
-    EQUAL,
     REMEDY,
-    Tables,
+    Entry,
     compare_fingerprints,
-    entries_match,
+    entry_of,
+    evenly_chosen,
     fingerprint_entries,
-    fingerprint_entry,
-    without_rows,
 )
 from ..adapter.layer_options import with_aliases
 from ..adapter.metadata import without
@@ -38,7 +35,7 @@ from ..names import canonical, is_lightning_module
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import adapted_places
 from ..nn.lora_layer import LoRALayer
-from ..nn.quantised import dequantize, how_quantised
+from ..nn.quantised import dtype_of, how_quantised, shape_of
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 
@@ -165,51 +162,54 @@ def _pretrained_prefix(live: LiveState, trained: Collection[str]) -> str:
     return most if most and 0 < inside[most] < len(parameters) else ""
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: nn.Module) -> dict[str, Entry]:
     """Return fingerprint_of an injected model. Collective where the model is sharded."""
     return fingerprint_of(open_state(open_model(model, "fingerprint")))
 
 
-def fingerprint_of(live: LiveState) -> dict[str, Any]:
-    """Return the entry of each frozen base parameter, as plain types. Collective where the model is sharded.
+def fingerprint_of(live: LiveState, expected: Mapping[str, Entry] | None = None) -> dict[str, Entry]:
+    """Return the entry of each frozen base parameter. Collective where the model is sharded.
 
-    The entry of a quantised parameter holds dequantised values, and says how it is quantised. Values in rows that the
-    adapter replaces are NaN: another base may have other values there. So are values that a forward changes.
+    Args:
+        live: the state of an injected model.
+        expected: a fingerprint to compare with: what has no values there gets none. By default many parameters get
+            none, those of which evenly_chosen leaves out.
     """
     trained = set(live.keys)
-    present = [
-        (name, tensor, owner)
+    frozen = {
+        name: (tensor, owner)
         for name, tensor, owner in live.entries
         if name not in trained and tensor is not None and tensor.device.type != "meta"
-    ]
-    how = {name: _how_quantised(tensor, owner) for name, tensor, owner in present}
-    plain = (entry for entry in present if not how[entry[0]])
-    entries = fingerprint_entries((name, original_value(name, tensor, owner)) for name, tensor, owner in plain)
-    for name, _, owner in present:
-        if how[name]:
-            value = dequantize(owner, name.rpartition(".")[2])
-            entries[name] = {**fingerprint_entry(value), "quantised": how[name]}
-    return without_rows({name: entries[name] for name in how}, rows_without_values(live))
+    }
+    how = {name: _how_quantised(tensor, owner) for name, (tensor, owner) in frozen.items()}
+    moving = _tables_that_move(live)
+    telling = [name for name in frozen if not how[name] and name not in moving]
+    if expected is None:
+        chosen = evenly_chosen(telling)
+    else:
+        chosen = {name for name in telling if name in expected and expected[name].values}
+    entries: dict[str, Entry] = {}
+    values = fingerprint_entries((name, original_value(name, *frozen[name])) for name in telling if name in chosen)
+    for name, (tensor, _) in frozen.items():
+        dtype = dtype_of(tensor) if how[name] else tensor.dtype
+        entries[name] = values.get(name) or entry_of(shape_of(tensor), dtype, quantised=how[name])
+    return entries
 
 
-def rows_without_values(live: LiveState) -> Tables:
-    """Return the rows that tell no base from another, by table.
+def _tables_that_move(live: LiveState) -> set[str]:
+    """Return the names of tables whose values tell no base from another.
 
-    The adapter replaces them, or each forward renormalises them in place: an embedding with max_norm that is not
-    adapted.
+    The adapter replaces some of their rows, or each forward renormalises them in place: an embedding with max_norm
+    that is not adapted.
     """
-    renormalised = {
-        name.rpartition(".")[0]: range(owner.num_embeddings)
+    renormalised = [
+        name.rpartition(".")[0]
         for name, _, owner in live.entries
         if isinstance(owner, TABLES) and owner.max_norm is not None and not isinstance(owner, AdaptedModule)
-    }
-    return {**renormalised, **replaced_rows(live.handle)}
-
-
-def replaced_rows(handle: AdaptedModel) -> Tables:
-    """Return the rows that the adapter replaces, by table; a table with several names comes under each."""
-    places = adapted_places(handle.model, modules=handle.places)
-    return {name: rows for name, _, each in places if (rows := each.replaced_rows())}
+    ]
+    places = adapted_places(live.handle.model, modules=live.handle.places)
+    replaced = [name for name, _, each in places if each.replaced_rows()]
+    return {f"{table}.weight".lstrip(".") for table in (*renormalised, *replaced)}
 
 
 def _how_quantised(tensor: torch.Tensor, module: nn.Module) -> str:
@@ -219,8 +219,8 @@ def _how_quantised(tensor: torch.Tensor, module: nn.Module) -> str:
 
 
 def check_fingerprint(
-    live: LiveState, expected: Mapping[str, Any], *, strict: bool = True, remedy: str = REMEDY
-) -> dict[str, Any]:
+    live: LiveState, expected: Mapping[str, Entry], *, strict: bool = True, remedy: str = REMEDY
+) -> None:
     """Raise LoRAError, or warn, where a frozen parameter differs from a fingerprint by more than rounding.
 
     Args:
@@ -228,21 +228,12 @@ def check_fingerprint(
         expected: the fingerprint.
         strict: whether another base is an error or a warning.
         remedy: the advice at the end of the error.
-
-    Returns:
-        The fingerprint of the model, or nothing where nothing is expected.
     """
     if not expected:
-        return {}
-    known, tables = live.handle.record.fingerprint, rows_without_values(live)
+        return
     unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen", "resized").items())
-    same_names = expected.keys() <= known.keys()  # fewer where weights were unfrozen since fit start
-    trained_here = same_names and all(entries_match(known[name], expected[name], 0) for name in expected)
-    present = without_rows(unfrozen, tables) | fingerprint_of(live)
+    present = unfrozen | fingerprint_of(live, expected)
     # A fingerprint made of a file has entries of buffers. Training changes buffers, so they do not tell a base.
     buffers = {name for name, tensor in live.tensors.items() if not isinstance(tensor, nn.Parameter)}
-    expected = without_rows({n: entry for n, entry in expected.items() if n not in buffers}, tables)
-    relative, saved = AVERAGED if trained_here else EQUAL, live.handle.record.config.modules_to_save or ()
-    adapted = live.handle.layers
-    compare_fingerprints(present, expected, relative, strict=strict, remedy=remedy, saved=saved, adapted=adapted)
-    return present
+    expected = {name: entry for name, entry in expected.items() if name not in buffers}
+    compare_fingerprints(present, expected, strict=strict, remedy=remedy)

@@ -43,8 +43,7 @@ def read_updates(
     where = "an adapter in memory" if isinstance(source, Adapter) else where
     adapter = without_base(read_source(source, verb="plot_adapter"))
     if base is None:
-        adapter = by_network_names(adapter)
-        return measure(where, adapter, _recorded_norms(adapter))
+        return measure(where, by_network_names(adapter))
     refuse_empty(where, adapter)
     weights = open_weights(base)
     adapter = _fit(adapter, weights)
@@ -67,17 +66,6 @@ def _fit(adapter: Adapter, base: Weights) -> Adapter:
             f"{error} Where the file has other names than the modules, load the model in Python, then load_adapter and "
             "plot_adapter(model)."
         ) from error
-
-
-def _recorded_norms(adapter: Adapter) -> dict[str, float]:
-    """Return the norms of weights in the fingerprint, by layer. A layer has those of all its weights or none."""
-    norms = {}
-    for name in adapter.layers():
-        weights = filter(adapter.fingerprint.__contains__, adapter.weight_names(name))
-        entries = [adapter.fingerprint[weight] for weight in weights]
-        if entries and all("norm" in entry for entry in entries):
-            norms[name] = math.hypot(*(entry["norm"] for entry in entries))
-    return norms
 
 
 def _norm_in_files(adapter: Adapter, name: str, base: Weights) -> float:

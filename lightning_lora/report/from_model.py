@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -14,7 +13,6 @@ from ..distributed.sharding import gather_all, local, reshard_
 from ..exchange.take import describe
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.live_state import LiveState
-from ..model.named_state import base_parameters_of
 from ..names import names_factor
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.quantised import dequantize
@@ -37,26 +35,6 @@ def updates_of_model(model: nn.Module) -> Updates:
     network = by_network_names(adapter)
     names = dict(zip(adapter.layers(), network.layers(), strict=True))
     return replace(whole, adapter=network, layers={names[name]: update for name, update in whole.layers.items()})
-
-
-def record_norms(model: nn.Module) -> None:
-    """Add the norms of the adapted weights to the fingerprint of the base, for pictures of the files that have it.
-
-    Collective where the model is sharded. A model whose fingerprint was not taken at fit start is left as it is.
-    """
-    handle = open_model(model, "LoRAMonitor")
-    entries = handle.record.fingerprint
-    names = {id(each.parameter): each.name for each in base_parameters_of(handle.modules)}
-    places = [(names.get(id(layer.adapted_weight()), ""), layer) for layer in dict.fromkeys(handle.layers.values())]
-    known = [(name, layer) for name, layer in places if name in entries]
-    if not known:
-        return
-    reshard_(module for _, module in handle.modules)
-    sync = RankSync(layer.adapted_weight() for _, layer in known)
-    squares = torch.tensor([_square_here(layer, sync) for _, layer in known], dtype=torch.float64)
-    for (name, _), norm in zip(known, sync.total(squares).sqrt().tolist(), strict=True):
-        if math.isfinite(norm):
-            entries[name] = {**entries[name], "norm": norm}
 
 
 def _adapters_own(live: LiveState) -> dict[str, torch.Tensor]:

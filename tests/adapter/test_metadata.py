@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,15 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
-from lightning_lora.adapter.fingerprint import fingerprint_entry
+from lightning_lora.adapter.fingerprint import Entry, fingerprint_entries
 from lightning_lora.adapter.metadata import decode_fingerprint as read_prints
 from lightning_lora.adapter.metadata import decode_layers as read_layers
 from lightning_lora.adapter.metadata import encode_fingerprint as shorten_prints
 from lightning_lora.adapter.metadata import encode_layers as shorten_layers
-from lightning_lora.adapter.metadata import from_metadata, to_metadata
 from lightning_lora.command.convert import to_lightning
 from lightning_lora.formats.lightning_checkpoint import in_one_storage
-from lightning_lora.formats.sources import read_source
 from support.models import checkpoint
 
 LAYERS = 1000
@@ -30,50 +27,32 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.flo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_shortened_fingerprint_reads_back_unchanged(dtype: torch.dtype):
+def test_fingerprint_reads_back_unchanged(dtype: torch.dtype):
     odd = [math.nan, math.inf, -math.inf, -0.0] if dtype.is_floating_point else [0, 1, 1, 0]
     tensors = {
         "a.b.weight": torch.randn(3, 5).to(dtype),
-        "c.weight": torch.randn(3, 5).to(dtype),
         "c.bias": torch.tensor([*odd, 1.0, 0.5]).to(dtype),
         "top": torch.tensor(7.0).to(dtype),
         "d.weight": torch.zeros(0, 5, dtype=dtype),
-        "e.weight": torch.zeros(0, 5, dtype=dtype),
-        "f.weight": torch.randn(3, 5),
     }
-    prints = {name: fingerprint_entry(tensor) for name, tensor in tensors.items()}
-    short = shorten_prints(prints)
-    assert repr(dict(sorted(read_prints(short).items()))) == repr(dict(sorted(prints.items())))  # NaN equals NaN
-    assert json.loads(json.dumps(short, allow_nan=False)) == short
+    prints = {**fingerprint_entries(tensors.items()), "e.weight": Entry("bfloat16", [3, 2], [], "nf4")}
+    rows = shorten_prints(prints)
+    assert rows["e.weight"] == ["bfloat16", [3, 2], [], "nf4"]
+    assert rows["top"][1:] == [[], [float(tensors["top"])]]
+    assert repr(read_prints(json.loads(json.dumps(rows)))) == repr(prints)  # NaN equals NaN
 
 
-def test_norms_of_weights_read_back_and_a_damaged_one_is_refused():
-    net = nn.Sequential(nn.Linear(3, 2))
-    inject(net, LoRAConfig(r=1))
-    given = read_source(checkpoint(net, "adapter"), verb="test")
-    entry = given.fingerprint["0.weight"]
-    known = replace(given, fingerprint={**given.fingerprint, "0.weight": {**entry, "norm": 2.5}})
-    assert "norms" not in to_metadata(given)
-    metadata = json.loads(json.dumps(to_metadata(known)))
-    assert from_metadata(given.tensors, metadata, "file").fingerprint == known.fingerprint
-    for wrong in ({"0.weight": -1.0}, {"0.weight": math.inf}, {"0.weight": "1"}, {"0.weight": True}, [1.0]):
-        with pytest.raises(LoRAError, match="file: the adapter's description is damaged"):
-            from_metadata(given.tensors, {**metadata, "norms": wrong}, "file")
-    other = from_metadata(given.tensors, {**metadata, "norms": {"elsewhere": 1.0}}, "file")
-    assert other.fingerprint == given.fingerprint
-
-
-def test_fingerprint_names_the_first_difference_in_the_order_of_the_model(tmp_path):
-    """Although the fingerprint is grouped by shape."""
-    sizes = [(4, 4), (4, 3), (3, 4), (4, 4)]
+def test_fingerprint_names_the_first_differences_in_the_order_of_the_model(tmp_path):
+    sizes = [(4, 4), (4, 3), (3, 4), (4, 4), (4, 4)]
     net, other = (nn.Sequential(*(nn.Linear(*size) for size in sizes)) for _ in range(2))
     other.load_state_dict(net.state_dict())
     inject(net, LoRAConfig(r=2))
     save_adapter(net, tmp_path)
     with torch.no_grad():
-        other[3].weight.add_(1)
-        other[1].weight.add_(1)
-    with pytest.raises(LoRAError, match=r"values of '1\.weight'"):
+        for i in (4, 3, 2, 1):
+            other[i].weight.add_(1)
+    named = r"values of '1\.weight' .* 4 of 10 frozen tensors differ \('1\.weight', '2\.weight', '3\.weight', \.\.\.\)"
+    with pytest.raises(LoRAError, match=named):
         load_adapter(other, tmp_path)
 
 
@@ -87,8 +66,8 @@ def test_shortened_layer_records_read_back_unchanged():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
-def test_adapter_files_hold_at_most_two_per_cent_beside_the_tensors(tmp_path, bias: bool):
-    """At most 2 % of the tensors' bytes for 1,000 layers of this width, in each form."""
+def test_adapter_files_hold_at_most_three_per_cent_beside_the_tensors(tmp_path, bias: bool):
+    """At most 3 % of the tensors' bytes for 1,000 layers of this width, in each form."""
     net = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 256, 256, bias=bias) for _ in range(LAYERS)))
     inject(net, LoRAConfig(r=8))
     size = sum(tensor.nbytes for tensor in adapter_state_dict(net).values())
@@ -98,7 +77,7 @@ def test_adapter_files_hold_at_most_two_per_cent_beside_the_tensors(tmp_path, bi
     torch.save(checkpoint(net, "adapter"), tmp_path / "written.ckpt")
     forms = [list((tmp_path / "folder").iterdir()), [tmp_path / "imported.ckpt"], [tmp_path / "written.ckpt"]]
     for files in forms:
-        assert size < sum(file.stat().st_size for file in files) <= 1.02 * size, files
+        assert size < sum(file.stat().st_size for file in files) <= 1.03 * size, files
 
 
 def saved(values: Any) -> io.BytesIO:

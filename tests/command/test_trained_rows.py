@@ -139,16 +139,16 @@ def untied(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "base.safetensors", tmp_path / "a"
 
 
-def test_other_values_in_trained_rows_are_no_other_base(tmp_path, capsys):
+def test_other_values_in_a_table_whose_rows_are_trained_are_no_other_base(tmp_path, capsys):
     base, adapter = untied(tmp_path)
     tensors = load_file(base)
     merge = ("merge", "--base", base, "--adapter", adapter, "--overwrite", "--output", tmp_path / "o.safetensors")
     tensors["emb.weight"][list(ROWS)] = 9.0
     save_file(tensors, base)
     call(capsys, *merge)
-    tensors["emb.weight"][0] = 9.0
+    tensors["body.weight"][0] = 9.0
     save_file(tensors, base)
-    assert "another base: values of 'emb.weight'" in refused(capsys, *merge)
+    assert "another base: values of 'body.weight'" in refused(capsys, *merge)
 
 
 @pytest.mark.parametrize(

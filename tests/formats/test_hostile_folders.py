@@ -164,10 +164,10 @@ def test_adapter_config_that_is_not_a_json_object_is_refused(tmp_path, content: 
         load_adapter(model("llama"), tmp_path)
 
 
-def prints(**changed: Any) -> list[Any]:
+def prints(name: str = "norm.weight", **changed: Any) -> dict[str, Any]:
     """The fingerprint of one tensor as files hold it, with some of its parts changed."""
-    parts = {"dtype": "float32", "shape": [8], "leaf": "weight", "modules": ["norm"], "values": "0" * 40, **changed}
-    return [list(parts.values())]
+    parts = {"dtype": "float32", "shape": [8], "values": 8 * [0.5], **changed}
+    return {name: list(parts.values())}
 
 
 forms = pytest.mark.parametrize("form", ["folder", "checkpoint"])
@@ -188,13 +188,13 @@ DESCRIPTIONS: list[tuple[str, Any]] = [
     ("layers", [["Conv", None, ["conv"]]]), ("layers", [[None, 99.0, ["conv"]]]),
     ("layers", [["Linear", 1.0, ["conv"]]]),
     ("fingerprint", 3), ("fingerprint", {"norm.weight": 3}), ("fingerprint", [3]), ("fingerprint", [["float32", [8]]]),
-    ("fingerprint", prints(dtype="nn", values="0" * 80)), ("fingerprint", prints(dtype=3)),
-    ("fingerprint", prints(shape="8")),
-    ("fingerprint", prints(shape=[-8])), ("fingerprint", prints(shape=[8.0])), ("fingerprint", prints(shape=[4])),
-    ("fingerprint", prints(leaf=1)), ("fingerprint", prints(modules="norm")), ("fingerprint", prints(modules=[1])),
-    ("fingerprint", prints(modules=[])), ("fingerprint", prints(modules=["norm"] * 2)),
-    ("fingerprint", prints(values=[1])), ("fingerprint", prints(values="\u00e9" * 40)),
-    ("fingerprint", prints(values="0" * 35)),
+    ("fingerprint", {"norm.weight": ["float32", [8]]}), ("fingerprint", prints(dtype="nn")),
+    ("fingerprint", prints(dtype=3)), ("fingerprint", prints(shape="8")), ("fingerprint", prints(shape=[-8])),
+    ("fingerprint", prints(shape=[8.0])), ("fingerprint", prints(shape=[4])), ("fingerprint", prints(shape=8)),
+    ("fingerprint", prints(values=3)), ("fingerprint", prints(values=7 * [0.5])),
+    ("fingerprint", prints(values=8 * ["0"])), ("fingerprint", prints(values=8 * [True])),
+    ("fingerprint", prints(values="0" * 8)), ("fingerprint", prints(quantised=3)),
+    ("fingerprint", prints(quantised="nf4", more=1)),
     ("network", 3), ("origin", 3), ("origin", {"a": 1}),
 ]  # fmt: skip
 

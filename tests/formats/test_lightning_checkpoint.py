@@ -115,9 +115,7 @@ def test_checkpoint_describes_its_kind_config_and_layers_in_plain_types(tmp_path
     assert (meta["format_version"], meta["kind"]) == (1, kind)
     assert LoRAConfig.from_dict(meta["config"]) == lora(rank_pattern={"head": 1}, **TRAINABLE).config
     assert meta["layers"] == [["Linear", 4, ["body.0", "body.3"]], ["Linear", 8, ["head"]]]
-    assert {f"{m}.{leaf}" for _, _, leaf, modules, _ in meta["fingerprint"] for m in modules} == {
-        f"{name}.weight" for name in TARGETS
-    }
+    assert meta["fingerprint"].keys() == {f"{name}.weight" for name in TARGETS}
 
 
 @pytest.mark.parametrize("how", ["ModelCheckpoint", "after fit"])

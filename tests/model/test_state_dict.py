@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import Any
 
@@ -204,19 +203,14 @@ def test_averaged_copy_has_state_dicts_of_its_own():
 # --- which base ---
 
 
-def test_fingerprint_covers_the_frozen_parameters_and_is_plain_data():
+def test_fingerprint_covers_the_frozen_parameters_and_is_the_same_while_merged():
     model = trained_zoo()
     found = fingerprint(model)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert found.keys() == frozen
-    assert json.loads(json.dumps(found)) == found
-    buffer = io.BytesIO()
-    torch.save(found, buffer)
-    buffer.seek(0)
-    assert torch.load(buffer, weights_only=True) == found
     with merged(model):
         assert fingerprint(model) == found
-    assert len(json.dumps(found)) < 300 * len(found)
+    assert len(json.dumps(found)) < 200 * len(found)
 
 
 def test_a_fingerprint_of_a_merged_model_restores_one_weight_after_the_other():

@@ -17,11 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_lora import LoRAConfig, LoRAError, inject, merge, merged_state_dict, save_adapter
 from lightning_lora.adapter.products import singular_values
-from lightning_lora.exchange.take import fingerprint_of
-from lightning_lora.model.adapted_model import open_model
-from lightning_lora.model.live_state import open_state
 from lightning_lora.report.from_files import read_updates
-from lightning_lora.report.from_model import record_norms, updates_of_model
+from lightning_lora.report.from_model import updates_of_model
 from lightning_lora.report.updates import Update, cosines, half_share
 from support.models import Zoo, checkpoint
 from support.parameters import Experts, Recurrent
@@ -119,50 +116,6 @@ def test_norms_and_singular_values_are_those_of_a_full_decomposition(name: str):
         assert update.rank == options.get("rank_pattern", {}).get(layer, R)
 
 
-def with_norms(model: nn.Module) -> nn.Module:
-    """As at the start of a fit with LoRAMonitor."""
-    handle = open_model(model, "test")
-    handle.record.fingerprint = fingerprint_of(open_state(handle))
-    record_norms(model)
-    return model
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_norms_that_a_file_records_are_those_of_the_models_weights(name: str, tmp_path: Path):
-    build, options, _ = MODELS[name]
-    model = made(build, options)
-    assert not read_updates(checkpoint(model, "adapter")).relative
-    known = checkpoint(with_norms(model), "adapter")
-    live, found = updates_of_model(model), read_updates(known)
-    assert found.relative
-    assert found.norms(relative=True) == pytest.approx(live.norms(relative=True), rel=1e-9)
-    merge(model)
-    assert read_updates(checkpoint(model, "adapter")).norms(relative=True) == found.norms(relative=True)
-
-
-def test_norms_that_a_file_records_go_with_names_and_quantised_weights(tmp_path: Path):
-    for model in (nn.ModuleDict({"net": made(Zoo, {"target_modules": ["body.0"]}, torch.float32)}), adapted("nf4")):
-        with_norms(model)
-        live = updates_of_model(model)
-        save_adapter(model, tmp_path / type(model).__name__)
-        assert read_updates(tmp_path / type(model).__name__).norms(relative=True) == live.norms(relative=True)
-
-
-def test_norms_are_recorded_at_fit_start_alone_and_of_finite_weights():
-    model = made(Zoo, {"target_modules": ["body.0", "body.3"]})
-    record_norms(model)
-    assert open_model(model, "test").record.fingerprint == {}
-    with torch.no_grad():
-        model.get_parameter("body.0.weight").fill_(math.inf)
-    assert norms_in(with_norms(model)).keys() == {"body.3.weight"}
-    assert not read_updates(checkpoint(model, "adapter")).relative
-
-
-def norms_in(model: nn.Module) -> dict[str, float]:
-    entries = open_model(model, "test").record.fingerprint
-    return {name: entry["norm"] for name, entry in entries.items() if "norm" in entry}
-
-
 def test_updates_of_a_merged_model_are_those_of_the_unmerged_one():
     model = made(Zoo, {"target_modules": ["body.0", "conv"]}, torch.float32)
     before = updates_of_model(model).layers
@@ -243,20 +196,6 @@ def of_a_model_with_one_sharded_layer() -> dict[str, Update]:
     inject(net := network(), LoRAConfig(r=2, target_modules=["0", "2"], init_lora_weights=False), seed=3)
     fully_shard(net[0])
     return dict(updates_of_model(net).layers)
-
-
-def norms_recorded_by_a_sharded_model() -> dict[str, float]:
-    inject(net := network(), LoRAConfig(r=2, target_modules=["0", "2"]))
-    shard_(net)
-    return norms_in(with_norms(net))
-
-
-@pytest.mark.slow
-def test_norms_recorded_of_a_sharded_model_are_those_of_the_whole_one_on_every_rank():
-    inject(net := network(), LoRAConfig(r=2, target_modules=["0", "2"]))
-    expected = {f"{name}.weight": float(net.get_submodule(name).weight.double().norm()) for name in "02"}
-    for found in world().run(norms_recorded_by_a_sharded_model):
-        assert found == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("sharded", [of_a_sharded_model, of_a_model_with_one_sharded_layer])

@@ -12,5 +12,5 @@ from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.live_state import open_state
 
 
-def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> dict[str, Any]:
-    return take.check_fingerprint(open_state(open_model(model, "test")), expected)
+def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
+    take.check_fingerprint(open_state(open_model(model, "test")), expected)
