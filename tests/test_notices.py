@@ -65,7 +65,7 @@ PROMISED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "what is left of a combination": (
         lambda: combine([take_adapter(linear(2))], [1.0], method="svd", rank=1),
-        "lightning_lora: combine: 62.5% or more is kept of each layer (0)",
+        "lightning_lora: combine: the rank keeps 62.5% or more of each squared norm (0)",
     ),
     "an adapter of another rank": (
         lambda: load_adapter(linear(2), take_adapter(linear(1))),

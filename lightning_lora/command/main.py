@@ -146,7 +146,12 @@ def _info(options: Any) -> list[str]:
 def _merge_options(parser: Any) -> None:
     parser.add_argument("--base", type=str, required=True, help="model folder, safetensors, checkpoint or state dict")
     parser.add_argument("--adapter", type=str, required=True, help="PEFT folder, Lightning checkpoint or state dict")
-    parser.add_argument("--output", type=str, required=True, help="of the base's form; appears whole at the end")
+    parser.add_argument(
+        "--output",
+        type=str,
+        required=True,
+        help="of the base's form (.safetensors, torch.save, a folder); appears whole at the end",
+    )
     parser.add_argument("--dtype", type=Dtype | None, help="of the result; without it that of the base")
     parser.add_argument("--max-shard-size", type=str | None, help="as 5GB; without it the base's own shards")
     _overwrite_option(parser)

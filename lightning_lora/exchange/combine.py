@@ -113,7 +113,7 @@ def combine(
         tell(f"lightning_lora: combine: weighted means of {listed(combined.averaged)}")
     worst = min(combined.kept, key=combined.kept.__getitem__)
     if (least := f"{combined.kept[worst]:.1%}") != "100.0%":
-        tell(f"lightning_lora: combine: {least} or more is kept of each layer ({worst})")
+        tell(f"lightning_lora: combine: the rank keeps {least} or more of each squared norm ({worst})")
     return combined.adapter
 
 

@@ -113,7 +113,7 @@ def warn_of_new_heads(modules: NamedModules, saved: Collection[str] = ()) -> Non
                 f"lightning_lora: the head of {type(model).__name__} ({', '.join(frozen)}) starts from random values, "
                 f"because {checkpoint} does not hold it, {STAYS_FROZEN}={[*saved, *frozen]}"
                 + task
-                + (f", and leave it out of the quantisation: {plain}." if plain else "."),
+                + (f", and leave it out of the quantisation, with which it may not run: {plain}." if plain else "."),
                 stacklevel=2,
             )
     for name, model in timm_models(modules).items():

@@ -12,8 +12,9 @@ from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import adapters_in
 from ..nn.quantised import shape_of
 from .adapted_model import AdaptedModel
+from .layers_by_kind import MORE_KINDS
 
-LITTLE, KINDS = 0.1, 3  # a share up to this is not told; how many kinds are
+LITTLE, MOST_KINDS = 0.1, 3  # a share up to this is not told; how many kinds are
 
 
 def passed_over(handle: AdaptedModel) -> str:
@@ -30,7 +31,7 @@ def passed_over(handle: AdaptedModel) -> str:
         return ""
     excluded, saved = matcher(config.exclude_modules), matcher(config.all_modules_to_save())
     left_out = {id(module): name in names for name, module in handle.modules}  # names in the root may be others
-    total, sizes = 0, Counter[str]()
+    total, sizes, adapts_more = 0, Counter[str](), False
     for name, parameter, module, leaf in handle.base():
         if id(module) not in left_out:  # the handle is a part of the root
             continue
@@ -41,13 +42,14 @@ def passed_over(handle: AdaptedModel) -> str:
             continue
         if not left_out[id(module)] and not excluded(path) and not any(map(saved, (path, *parent_names(path)))):
             cls = module.lora_base if isinstance(module, Swapped) else type(module)
+            adapts_more |= config.target_modules == ALL_LINEAR and isinstance(module, MORE_KINDS)
             sizes[cls.__name__ if leaf == "weight" else f"{cls.__name__}.{leaf}"] += size
     whole = sizes.total()
     if whole <= LITTLE * total:
         return ""
-    kinds = ", ".join(f"{kind} {size / total:.1%}" for kind, size in sizes.most_common(KINDS))
-    others = ", ..." if len(sizes) > KINDS else ""
-    more = f"target_modules={ALL_LAYERS!r} adapts more kinds, and " if config.target_modules == ALL_LINEAR else ""
+    kinds = ", ".join(f"{kind} {size / total:.1%}" for kind, size in sizes.most_common(MOST_KINDS))
+    others = ", ..." if len(sizes) > MOST_KINDS else ""
+    more = f"target_modules={ALL_LAYERS!r} adapts more kinds, and " if adapts_more else ""
     can_name = f"{more}target_modules or target_parameters can name them"
     return f"{whole / total:.1%} of the parameters ({kinds}{others}); {can_name}"
 

@@ -139,3 +139,10 @@ def test_every_handle_tells_the_same():
     assert [summary(handle).passed_over.partition(";")[0] for handle in handles] == [
         f"{100 / 320:.1%} of the parameters (Embedding {100 / 320:.1%})"
     ] * 3
+
+
+def test_all_layers_is_advised_only_where_it_adapts_more():
+    inject(embeds := nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 4)), LoRAConfig(r=1))
+    inject(convolves := nn.Sequential(nn.Conv1d(4, 50, 3), nn.Linear(4, 4)), LoRAConfig(r=1))
+    assert "all-layers" not in summary(embeds).passed_over
+    assert "target_modules='all-layers' adapts more kinds" in summary(convolves).passed_over
