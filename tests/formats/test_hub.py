@@ -71,7 +71,6 @@ def test_every_door_takes_the_id_of_an_adapter_in_the_cache(cache: Path, capsys:
     export_adapter(NAME, "exported", plain=True)
     torch.save(base().state_dict(), "base.pt")
     assert call(capsys, "info", NAME).startswith(f"{NAME}: PEFT folder\n")
-    assert f"{NAME}: PEFT folder\n" in call(capsys, "info", NAME, "--for", "peft")
     assert "0 of 2 differ" in call(capsys, "diff", NAME, "local")
     assert "wrote a.svg" in call(capsys, "plot", NAME, "--output", "a.svg")
     assert "wrote out" in call(capsys, "export", NAME, "out")
