@@ -101,7 +101,7 @@ def test_only_the_files_of_a_peft_folder_are_fetched(cache: Path, monkeypatch: p
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     read_adapter(NAME)
-    files = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "outside_network.safetensors"]
+    files = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
     assert asked == [(NAME, {"allow_patterns": files})]
     for source in ("runs/best.ckpt", "a/b/c", "/a/b", "./a", "../b", "adapter", "a b/c", Path(NAME), "x/y.safetensors"):
         with pytest.raises(LoRAError):
