@@ -24,7 +24,7 @@ from ..files.atomic import new_folder
 from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
-from ..names import A, B, listed, parent_names
+from ..names import A, B, listed
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE, TRANSPOSED_EXPERTS
 from ..nn.variant import Variant
 from ..notices import tell
@@ -33,12 +33,12 @@ from .model_card import may_write_card, model_card, module_in_words, network_in_
 from .peft_attention import refuse_to_write_beside_conv1d
 from .peft_equivalents import add_idle_attention, without_enable_lora
 from .peft_forms import to_peft_form
-from .peft_names import PREFIX, in_wrappers, peft_name
+from .peft_names import PREFIX, peft_name
 from .peft_options import from_peft_options, options_to_peft, refuse_options
 from .peft_parameters import PARAMETERS, Nesting, Order, nesting_of, usual_order
 from .peft_reading import FROZEN, IDLE, Source, factor_names, read_peft
 from .peft_rows import as_peft_stores, peft_table_name
-from .peft_saved_modules import frozen_in_saved, to_peft_entries
+from .peft_saved_modules import frozen_in_saved
 from .peft_stacks import refuse_without_model, stacks_to_peft
 from .plain import plain_targets
 
@@ -142,7 +142,6 @@ def folder_content(
     own = replace(own, config=readable_options(own))
     in_peft = without_enable_lora(to_peft_form(own))
     nesting = nesting_of(own.parameters)
-    _refuse_out_of_reach(own, nesting)
     values = stacks_to_peft({**in_peft.tensors, **(frozen or {})}, factor_names(own).values())
     description = to_metadata(own)
     if frozen:
@@ -227,27 +226,6 @@ def _place_problem(adapter: Adapter, name: str, kind: str) -> str:
     if adapter.is_parameter(name) and not module:
         return "belongs to the model itself, to which PEFT gives no adapter; put it into a module"
     return ""
-
-
-def _refuse_out_of_reach(adapter: Adapter, nesting: Nesting) -> None:
-    """Raise LoRAError where PEFT cannot train what lies in a module that it wraps for an adapted parameter.
-
-    It refuses modules_to_save and trainable_token_indices directly inside. Deeper inside it matches their entries with
-    names that have the wrapper in them. Parameters of a module inside it does not find (measured on 0.21.2).
-    """
-    saved, layers = tuple(to_peft_entries(adapter) or ()), set(adapter.layers())
-    entries = {name: saved for name in sorted(adapter.modules) if saved and name.endswith(saved)}
-    entries |= {table: (table,) for table in adapter.tables} | dict.fromkeys(nesting, ())
-    for name, taking in entries.items():
-        outer = next((module for module in parent_names(name) if module in nesting), None)
-        is_found = any(map(in_wrappers(name, layers, nesting).endswith, taking))
-        if outer is None or (is_found and name.rpartition(".")[0] not in nesting):
-            continue
-        what = "has adapted parameters" if not taking else "is trained whole" if taking is saved else "has trained rows"
-        raise LoRAError(
-            f"save_adapter: {name!r} {what} and lies in {outer!r}, which PEFT wraps because its parameter "
-            f"{nesting[outer][0]!r} is adapted; PEFT does not reach inside. Save a Lightning checkpoint instead."
-        )
 
 
 def _output_problem(adapter: Adapter, attention: str) -> str:

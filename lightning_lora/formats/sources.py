@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.checks import check_factors, check_once, require_values
+from ..adapter.checks import check_factors, require_values
 from ..adapter.fingerprint import without_base
 from ..adapter.own_options import with_options
 from ..errors import LoRAError
@@ -43,7 +43,6 @@ def read_source(
         LoRAError: the source is damaged or of no such form.
     """
     if isinstance(source, Adapter):
-        check_once(source, verb)
         if source.assumed_order and order is not usual_order:
             check_order(source.assumed_order, order)
         return source
