@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -14,10 +13,6 @@ from ..names import factor_role
 from ..nn.variant import Variant, rows_leaf, variant_with
 from .adapter import Adapter, layer_fault
 from .values import check_finite, describe_value, holds_numbers, refuse_nested
-
-Versions = dict[str, tuple[torch.Tensor, int]]
-
-_CHECKED: WeakKeyDictionary[Adapter, Versions] = WeakKeyDictionary()  # adapters that check_factors accepted
 
 
 def check_factors(adapter: Adapter, where: str) -> None:
@@ -54,31 +49,6 @@ def _refuse_fault(adapter: Adapter, layer: str, where: str) -> None:
 
 def _asked_by(variant: Variant) -> str:
     return ", ".join(f"{option}={json.dumps(value)}" for option, value in variant.options().items())
-
-
-def check_once(adapter: Adapter, where: str) -> None:
-    """Call check_factors, unless it accepted this adapter and nothing was written into its tensors since."""
-    now = _versions(adapter)
-    if now is None or not _are_same(now, _CHECKED.get(adapter)):
-        check_factors(adapter, where)
-        if now is not None:
-            _CHECKED[adapter] = now
-
-
-def _versions(adapter: Adapter) -> Versions | None:
-    """Return how often each tensor was written to; None where a tensor does not count that (inference mode)."""
-    tensors = {name: value for name, value in adapter.tensors.items() if isinstance(value, torch.Tensor)}
-    if any(map(torch.Tensor.is_inference, tensors.values())):
-        return None
-    return {name: (tensor, tensor._version) for name, tensor in tensors.items()}
-
-
-def _are_same(now: Versions, before: Versions | None) -> bool:
-    return (
-        before is not None
-        and now.keys() == before.keys()
-        and all(tensor is before[name][0] and version == before[name][1] for name, (tensor, version) in now.items())
-    )
 
 
 def require_values(adapter: Adapter, where: str) -> None:

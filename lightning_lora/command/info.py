@@ -23,29 +23,22 @@ from ..files.weights import Weights, open_weights
 from ..formats.forms import form_of, refuse_named_adapters
 from ..formats.hub import local_source
 from ..formats.peft_names import are_peft_names
-from ..formats.servers import Server
 from ..formats.sources import holds_adapter_state, read_source
 from ..names import META, factor_role
 from ..progress import Unit, progress_bar
 from .output import refuse_quantised
-from .serving import serving
 
 
-def info(path: PathLike, server: Server | None = None) -> dict[str, Any]:
+def info(path: PathLike) -> dict[str, Any]:
     """Describe, as plain types, what a checkpoint, a PEFT folder, a safetensors file or a model folder holds.
 
     Args:
         path: its place.
-        server: describe instead what this server would drop, run wrongly or refuse of the adapter there.
 
     Raises:
         LoRAError: it is none of these, or damaged.
     """
     place = local_source(path)
-    if server is not None:
-        if not holds_adapter(place):
-            raise LoRAError(f"info: {path} holds no adapter, and --for tells what {server} makes of adapters alone.")
-        return {"path": str(path), "kind": _adapter_kind(place), **serving(place, server)}
     if holds_adapter(place):
         return {"path": str(path), "kind": _adapter_kind(place), **_adapter_info(without_base(read_source(place)))}
     weights = open_weights(place)

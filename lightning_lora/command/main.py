@@ -22,7 +22,6 @@ from ..files.atomic import identity
 from ..files.paths import reason_of
 from ..files.weights import open_weights
 from ..formats.peft_folder import write_folder
-from ..formats.servers import Server, server_named
 from ..report.figures import plot_adapter
 from .convert import to_lightning, to_peft
 from .extract import extract
@@ -39,7 +38,6 @@ from .printing import (
     print_failure,
     print_lines,
     result_lines,
-    serving_text,
 )
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
@@ -131,16 +129,11 @@ def _parser(make: Any) -> Any:
 def _info_options(parser: Any) -> None:
     parser.add_argument("path", type=str, help="checkpoint, PEFT folder, safetensors, state dict or model folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    servers = ", ".join(get_args(Server))
-    parser.add_argument(
-        "--for", type=str | None, help=f"one of {servers}: tell what it drops, runs wrongly or refuses of an adapter"
-    )
 
 
 def _info(options: Any) -> list[str]:
     """Show what a file or folder holds: options, layers, ranks, norms, the base that it belongs to."""
-    server = None if options["for"] is None else server_named(options["for"])
-    return result_lines(info(options.path, server), serving_text if server else info_text, options.json)
+    return result_lines(info(options.path), info_text, options.json)
 
 
 def _merge_options(parser: Any) -> None:

@@ -14,7 +14,7 @@ from ..files.safetensors import SUFFIX
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights
 from ..formats.forms import CONFIG_FILE
-from ..formats.peft_folder import TENSOR_FILES
+from ..formats.peft_folder import TENSOR_FILE
 from ..names import META
 
 FILE_SUFFIXES = (SUFFIX, ".ckpt", ".pt")
@@ -82,7 +82,7 @@ def _refuse_name(verb: str, kind: OutputKind, output: PathLike) -> None:
 
 
 def _holds_weights(folder: Path) -> bool:
-    return any(file.name not in TENSOR_FILES for file in folder.glob(f"*{SUFFIX}"))
+    return any(file.name != TENSOR_FILE for file in folder.glob(f"*{SUFFIX}"))
 
 
 def _holds_adapter(file: Path) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -105,56 +104,13 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
     for table, trained in result.get("tables", {}).items():
         head.append(f"trained rows of {table}: {listed(list(map(str, trained['rows'])), 10)}")
     if result["also_trained"]:
-        head.append(f"also in it, whole: {_few(list(result['also_trained']), 3)}")
+        also = list(result["also_trained"])
+        head.append(f"also in it, whole: {listed(also, 3)}" + (f" ({len(also)} in all)" if len(also) > 3 else ""))
     rows = [
         (name, layer["kind"] or "", str(layer["rank"]), _number(layer["scaling"]), _number(layer["norm_delta"]))
         for name, layer in result["layers"].items()
     ]
     return [*head, *_table(("layer", "kind", "rank", "scaling", f"norm of {'s*' if scaled else ''}B@A"), rows)]
-
-
-def serving_text(result: Mapping[str, Any]) -> list[str]:
-    """Write the result of info --for for people."""
-    server, path, found = result["server"], result["path"], result["findings"]
-    is_other = result.get("other_architecture", False)
-    mended, left = _mended(result), result.get("plain", [])
-    lines = [f"{path}: {result['kind']}"]
-    if "first" in result and not mended and not is_other:
-        lines.append(f"servers read folders; write one first: {result['first']}, or export_adapter in Python")
-    lines.append(f"by the source of {server['name']} {server['version']}:")
-    serves = [f"  merged or not, it serves only {server['serves']}"] if "serves" in server else []
-    lines += serves if is_other else []
-    lines += [f"  {_finding_text(each)}" for each in found]
-    if is_other:
-        return lines
-    is_taken = all(each["effect"] == "needs" or "before" in each for each in found)
-    lines.append(f"  {'takes all of it' if is_taken else 'how it loads a folder'}: {server['load']}")
-    if not mended and any(each["effect"] == "refuses" for each in found):
-        lines += serves
-    elif serves:
-        lines.append(f"  not checked: whether {server['name']} has LoRA for this architecture")
-    if left and left[0]["id"] == "export":
-        return [*lines, f"no plain form: {left[0]['says']}."]
-    if not mended:
-        return lines
-    lines.append(f"what all servers take: lightning-lora export {shlex.quote(str(path))} OUTPUT --plain")
-    return [*lines, *(f"  still {_finding_text(each)}" for each in left)]
-
-
-def _mended(result: Mapping[str, Any]) -> set[str]:
-    """Return the ids of the findings that the plain form has not."""
-    left = {each["id"] for each in result.get("plain", ())}
-    return set() if "plain" not in result or "export" in left else {each["id"] for each in result["findings"]} - left
-
-
-def _finding_text(found: Mapping[str, Any]) -> str:
-    before = f" before {found['before']}" if "before" in found else ""
-    names = f": {_few(found['names'])}" if found["names"] else ""
-    return f"{found['effect']}{before}: {found['says']}{names} ({found['source']})"
-
-
-def _few(names: Sequence[str], most: int = 2) -> str:
-    return listed(names, most) + (f" ({len(names)} in all)" if len(names) > most else "")
 
 
 def diff_text(result: Mapping[str, Any]) -> list[str]:

@@ -22,9 +22,8 @@ from ..matching import matcher, near_misses
 from ..model.adapted_model import AdaptedModel
 from ..model.live_state import LiveState
 from ..model.pretrained import embeddings, pretrained_models
-from ..names import A, B, listed, names_factor, parent_names, rename_keys
+from ..names import listed, names_factor, parent_names, rename_keys
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
-from ..nn.conv import LoRAConv
 from ..nn.tied_weights import untie_advice
 from ..nn.variant import rows_leaf
 from .first_names import Names, by_first_names
@@ -103,8 +102,6 @@ def _check_layers(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
                 f"adapter: layer {name!r} was trained with a scaling (lora_alpha over r) of {scaling:g}, but the model "
                 f"was injected with {spec.scaling:g}; use the adapter's own options."
             )
-        if isinstance(layer, LoRAConv):
-            _refuse_loralib_convolution(name, layer, adapter.tensors)
     for name, kind in adapter.kinds.items():  # a square weight fits a layer that stores its transpose too
         if kinds[name] != kind:
             raise LoRAError(
@@ -127,18 +124,6 @@ def _check_tables(handle: AdaptedModel, adapter: Adapter) -> None:
                 f"adapter: of {name!r} the rows {listed(list(map(str, rows)), 8)} were trained, and here the options "
                 f"name {listed(list(map(str, live[name])), 8)}; use the adapter's own options."
             )
-
-
-def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str, Any]) -> None:
-    """Refuse loralib's factors of a convolution: their product (out * k, in * k) has a higher rank in our layout."""
-    a, b = tensors.get(f"{name}.{A}"), tensors.get(f"{name}.{B}")
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim() == 2:
-        shape_a, shape_b = layer.layer_info().factor_shapes()
-        raise LoRAError(
-            f"adapter: {name!r} is a convolution factorised as in loralib, A (r * k, in * k) {tuple(a.shape)} and B "
-            f"(out * k, r * k) {tuple(b.shape)}, whose product A {shape_a} and B {shape_b} cannot express. Merge it "
-            "where it was trained (loralib: model.eval()) and load those weights as the base."
-        )
 
 
 def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.checks import check_once
 from ..adapter.renaming import by_network_names
 from ..distributed.rank_sync import RankSync, writes_files
 from ..distributed.sharding import copies_of
@@ -124,7 +123,6 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     if isinstance(model, Adapter):
-        check_once(model, "save_adapter")
         adapter = apart_from_models(model, "save_adapter")
         write_folder(adapter, path)
         return

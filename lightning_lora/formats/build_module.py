@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import io
-import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ..errors import LoRAError, sentence
 from ..files.inert_pickle import find_placeholder
 from ..files.paths import PathLike
-from ..names import META, names_factor
+from ..names import META
 from .hyper_parameters import HYPER_PARAMETERS, INSTANTIATOR, class_named_by, flat, plain_arguments
 
 EARLIER_KEYS = ("hparams", "module_arguments")  # of Lightning before 0.8, which it still reads
@@ -27,7 +24,7 @@ KIND = "hparams_type"  # its key of a class that the hyper-parameters are put in
 TRAINER_STATE_KEYS = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # no module is built from these
 # Packages that read a checkpoint's hyper-parameters.
 BUILDERS = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "jsonargparse", "packaging")
-READ, LOAD = "load_from_checkpoint", "on_load_checkpoint"  # methods in which a class may look at the file's tensors
+READERS = ("load_from_checkpoint", "on_load_checkpoint")  # methods in which a class may look at the file's tensors
 
 
 def build_module(
@@ -38,9 +35,8 @@ def build_module(
     Nothing that the file names is imported or called, unless the caller gave weights_only=False. Without it, a
     checkpoint of LightningCLI's is built from its plain values.
 
-    A class may look at tensors in the file by itself, for example to build a loss from its buffers. It finds the
-    tensors that the checkpoint holds under the plain model's names. They are not loaded: a merged checkpoint holds W'
-    there, and the values from before training would be lost.
+    The class finds no tensors in the file. A merged checkpoint would bring W' in place of the values from before
+    training.
 
     Args:
         cls: the LightningModule's class.
@@ -50,12 +46,10 @@ def build_module(
         kwargs: hyperparameters that override the saved ones.
 
     Raises:
-        LoRAError: the hyperparameters hold objects that were not unpickled, or name code.
+        LoRAError: the hyperparameters hold objects that were not unpickled, or name code, or the class cannot be built
+            without the file's tensors.
     """
     content, saved = _content_for_class(checkpoint, kwargs), checkpoint.get(HYPER_PARAMETERS)
-    looks = _overrides(cls, READ) or any(_overrides(each, LOAD) for each in _derived(cls))
-    tensors = checkpoint["state_dict"] if looks else {}  # copied only if needed: they may be large
-    content["state_dict"] = {name: value for name, value in tensors.items() if not names_factor(name)}
     _refuse_objects(cls, path, content)
     if not isinstance(content.get(HYPER_PARAMETERS, {}), Mapping):
         found = type(saved).__name__
@@ -67,120 +61,69 @@ def build_module(
         options = {**_take_plain_arguments(cls, path, content, kwargs), **options}
         if "hparams_file" in options:
             options[INSTANTIATOR] = None  # goes before what that file says
-    if any("weights_only" in inspect.signature(load).parameters for load in _definitions(cls, READ)):
+    definitions = [getattr(base, READERS[0]) for base in cls.__mro__ if READERS[0] in vars(base)]
+    if any("weights_only" in inspect.signature(each).parameters for each in definitions):
         options["weights_only"] = weights_only  # which older versions of Lightning do not have
-    return _build(cls, path, content, options, twice=looks)
+    torch.save(content, buffer := io.BytesIO())
+    buffer.seek(0)
+    with warnings.catch_warnings(), _loading_nothing(cls), _naming_checkpoint(cls, path):
+        warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
+        return cls.load_from_checkpoint(buffer, strict=False, **options)
 
 
 def _content_for_class(checkpoint: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a class may read of a checkpoint: no description of the adapter, and no object without need."""
-    content = {
-        name: value
-        for name, value in checkpoint.items()
-        if name != META and (name not in TRAINER_STATE_KEYS or not find_placeholder(value))
-    }
+    """Return what a class may read of a checkpoint: no tensors, no adapter, and no object without need."""
+    content = {name: value for name, value in checkpoint.items() if name not in (META, *TRAINER_STATE_KEYS)}
+    content["state_dict"] = {}
     saved = content.get(HYPER_PARAMETERS)
     if isinstance(saved, Mapping):  # an object that the caller gives need not be read
         content[HYPER_PARAMETERS] = {k: v for k, v in saved.items() if k not in kwargs or not find_placeholder(v)}
     return content
 
 
-def _build(cls: Any, path: PathLike, content: Mapping[str, Any], options: Mapping[str, Any], *, twice: bool) -> Any:
-    """Let Lightning build a module from the content of a checkpoint, and load no tensors.
+@contextmanager
+def _loading_nothing(cls: Any) -> Iterator[None]:
+    """Let Lightning load no tensors into a module that it has built: layers may ask for entries that they wrote."""
+    loading, is_own = cls.on_load_checkpoint, "on_load_checkpoint" in vars(cls)
 
-    Args:
-        cls: the LightningModule's class.
-        path: where the checkpoint was read from, for messages.
-        content: of the checkpoint.
-        options: arguments of load_from_checkpoint.
-        twice: whether the class may read the file by itself too; then it is a file on disk.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
-        stack.enter_context(_loading_nothing(cls))
-        stack.enter_context(_naming_checkpoint(cls, path))
-        if not twice:
-            buffer = io.BytesIO()
-            torch.save(content, buffer)
-            buffer.seek(0)
-            return _call(cls, buffer, options)
-        file = Path(stack.enter_context(tempfile.TemporaryDirectory()), "checkpoint.ckpt")
-        torch.save(content, file)
-        return _call(cls, file, options)
+    def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
+        def load_nothing(*args: Any, **kwargs: Any) -> Any:
+            del vars(module)["load_state_dict"]
+            return _IncompatibleKeys([], [])
 
+        loading(module, checkpoint)
+        vars(module)["load_state_dict"] = load_nothing
 
-def _call(cls: Any, source: Path | io.BytesIO, options: Mapping[str, Any]) -> Any:
-    """Call the class's load_from_checkpoint. A class such as chemprop's passes weights_only on by itself."""
+    cls.on_load_checkpoint = on_load_checkpoint
     try:
-        return cls.load_from_checkpoint(source, strict=False, **options)
-    except TypeError as error:
-        if "multiple values for keyword argument 'weights_only'" not in str(error):
-            raise
-    return cls.load_from_checkpoint(source, strict=False, **{k: v for k, v in options.items() if k != "weights_only"})
+        yield
+    finally:
+        if is_own:
+            cls.on_load_checkpoint = loading
+        else:
+            del cls.on_load_checkpoint
 
 
 @contextmanager
 def _naming_checkpoint(cls: Any, path: PathLike) -> Iterator[None]:
-    """Raise LoRAError in place of an error of Lightning or jsonargparse. An error of the class itself stays."""
+    """Raise LoRAError in place of an error of Lightning, or of a class that reads the file by itself.
+
+    Another error of the class stays.
+    """
     try:
         yield
     except LoRAError:
         raise
     except Exception as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in BUILDERS:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        outside = [each for each in frames[1:] if each.f_globals["__name__"].partition(".")[0] not in BUILDERS]
+        if frames[-1] in outside and not any(each.f_code.co_name in READERS for each in outside):
             raise
         raise LoRAError(
             f"load_from_checkpoint: {cls.__name__} cannot be built from {path}: {type(error).__name__}: "
             f"{sentence(error)} Pass what is missing or does not fit as keyword arguments, or build the module "
             f'yourself: load_adapter(model := {cls.__name__}(...), "{path}").'
         ) from error
-
-
-@contextmanager
-def _loading_nothing(cls: Any) -> Iterator[None]:
-    """Let Lightning load no tensors into a module of a class or a derived one, after on_load_checkpoint saw them."""
-    with ExitStack() as stack:
-        for each in _derived(cls):
-            if each is cls or LOAD in vars(each):
-                own = vars(each).get(LOAD)
-                setattr(each, LOAD, _emptying(getattr(each, LOAD)))
-                stack.callback(*((setattr, each, LOAD, own) if own else (delattr, each, LOAD)))
-        yield
-
-
-def _emptying(own: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """Return an on_load_checkpoint that calls the class's own, and then lets the next load_state_dict do nothing."""
-
-    @functools.wraps(own)
-    def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
-        def load_nothing(*args: Any, **kwargs: Any) -> Any:
-            del vars(module)["load_state_dict"]
-            return _IncompatibleKeys([], [])
-
-        own(module, checkpoint)
-        if getattr(type(module), LOAD) is on_load_checkpoint:  # a derived class's, which called this, may go on
-            checkpoint["state_dict"] = {}
-            vars(module)["load_state_dict"] = load_nothing  # a module's own may ask for entries that it wrote
-
-    return on_load_checkpoint
-
-
-def _derived(cls: type) -> list[type]:
-    """List a class and its subclasses: a checkpoint of LightningCLI's may be built from a subclass."""
-    children: list[type] = cls.__subclasses__()
-    return list(dict.fromkeys([cls, *(each for child in children for each in _derived(child))]))
-
-
-def _overrides(cls: type, method: str) -> bool:
-    """Return whether a class, or a class between it and Lightning's, overrides a method of Lightning's."""
-    return len(_definitions(cls, method)) > 1
-
-
-def _definitions(cls: type, method: str) -> list[Any]:
-    """List all definitions of a method, in a class and the classes that it inherits from."""
-    return [getattr(base, method) for base in cls.__mro__ if method in vars(base)]
 
 
 def _take_plain_arguments(

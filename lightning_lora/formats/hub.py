@@ -15,7 +15,7 @@ from .forms import CONFIG_FILE
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILE_NAMES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json", ".yaml", ".csv", ".png")  # ends of no id
-FETCHED = (CONFIG_FILE, "adapter_model.safetensors", "adapter_model.bin", "outside_network.safetensors")
+FETCHED = (CONFIG_FILE, "adapter_model.safetensors", "adapter_model.bin")
 ON_THE_HUB = "and as the id of a repository on the Hugging Face hub"
 
 

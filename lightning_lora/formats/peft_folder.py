@@ -2,9 +2,6 @@
 
 Options and tensors go under PEFT's names. The header of the tensor file also carries this package's own description,
 which other readers pass over; buffers such as BatchNorm's statistics go in by their plain names, as PEFT loads them.
-
-Buffers of a LightningModule outside the network that was adapted, as a loss function's weights, belong to no file of
-PEFT's. They lie beside it in outside_network.safetensors, which the description names.
 """
 
 from __future__ import annotations
@@ -21,13 +18,13 @@ import torch
 from ..adapter.adapter import Adapter
 from ..adapter.file_options import readable_options
 from ..adapter.metadata import to_metadata
-from ..adapter.renaming import by_network_names, renamed
+from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, sentence, shown
 from ..files.atomic import new_folder
 from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
-from ..names import A, B, listed, parent_names
+from ..names import A, B, listed
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE, TRANSPOSED_EXPERTS
 from ..nn.variant import Variant
 from ..notices import tell
@@ -36,21 +33,18 @@ from .model_card import may_write_card, model_card, module_in_words, write_card
 from .peft_attention import refuse_to_write_beside_conv1d
 from .peft_equivalents import add_idle_attention, without_enable_lora
 from .peft_forms import to_peft_form
-from .peft_names import PREFIX, in_wrappers, peft_name
+from .peft_names import PREFIX, peft_name
 from .peft_options import from_peft_options, options_to_peft, refuse_options
 from .peft_parameters import PARAMETERS, Nesting, Order, nesting_of, usual_order
 from .peft_reading import FROZEN, IDLE, Source, factor_names, read_peft
 from .peft_rows import as_peft_stores, peft_table_name
-from .peft_saved_modules import frozen_in_saved, to_peft_entries
+from .peft_saved_modules import frozen_in_saved
 from .peft_stacks import refuse_without_model, stacks_to_peft
 from .plain import plain_targets
 
 TENSOR_FILE = "adapter_model.safetensors"
-OUTSIDE_FILE = "outside_network.safetensors"
-TENSOR_FILES = (TENSOR_FILE, OUTSIDE_FILE)
 OLD_TENSOR_FILE = "adapter_model.bin"
 HEADER_KEY = "lightning_lora"
-OUTSIDE = "outside"  # in the description: the tensors in OUTSIDE_FILE, and the network that they are around
 
 
 class FolderContent(NamedTuple):
@@ -59,13 +53,11 @@ class FolderContent(NamedTuple):
     Attributes:
         options: the fields of adapter_config.json.
         tensors: by PEFT's names. They may share the adapter's memory.
-        outside: tensors outside the network, by their own names.
         description: this package's own, for the header of the tensor file.
     """
 
     options: dict[str, Any]
     tensors: dict[str, torch.Tensor]
-    outside: dict[str, torch.Tensor]
     description: dict[str, Any]
 
 
@@ -95,13 +87,11 @@ def write_folder(
     network = network or ("" if adapter.pretrained else adapter.network)
     _tell_what_differs(adapter, path)
     content = folder_content(adapter, frozen, plain=plain)
-    inside, outside = _copies(content.tensors), _copies(content.outside)
+    tensors = _copies(content.tensors)
     text = json.dumps(content.description, separators=(",", ":"))
     card = model_card(content.options, adapter, metrics or {}, network) if may_write_card(path) else None
-    with new_folder(path, keep_others=True, replaced=[OUTSIDE_FILE]) as folder:
-        write_tensors(folder / TENSOR_FILE, inside, {"format": "pt", HEADER_KEY: text})
-        if outside:
-            write_tensors(folder / OUTSIDE_FILE, outside, {"format": "pt"})
+    with new_folder(path, keep_others=True) as folder:
+        write_tensors(folder / TENSOR_FILE, tensors, {"format": "pt", HEADER_KEY: text})
         write_json(folder / CONFIG_FILE, content.options)
         if card is not None:
             write_card(folder, card)
@@ -112,6 +102,13 @@ def _tell_what_differs(adapter: Adapter, path: PathLike) -> None:
     extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
     if extra:
         warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=4)
+    outside = [name for name in adapter.tensors if not name.startswith(adapter.network) and name not in extra]
+    if outside:
+        warnings.warn(
+            f"lightning_lora: {listed(outside)} lies outside of the LightningModule's {adapter.network[:-1]} and is "
+            "left out, because PEFT's format has no place for it. A checkpoint holds it.",
+            stacklevel=4,
+        )
     if adapter.foreign.values:
         tell(
             f"lightning_lora: {path}: {listed(list(adapter.foreign.values))} is left out: a module wrote it into "
@@ -128,7 +125,6 @@ def folder_content(
     tensors = {name: value for name, value in adapter.tensors.items() if isinstance(value, torch.Tensor)}
     if len(tensors) < len(adapter.tensors):
         adapter = replace(adapter, tensors=tensors, complete=False)
-    outside = {name: tensor for name, tensor in tensors.items() if not name.startswith(adapter.network)}
     own = by_network_names(adapter)
     _refuse_missing_frozen(own, frozen or {})
     for name in own.layers():
@@ -140,7 +136,6 @@ def folder_content(
     own = replace(own, config=readable_options(own))
     in_peft = without_enable_lora(to_peft_form(own))
     nesting = nesting_of(own.parameters)
-    _refuse_out_of_reach(own, nesting)
     values = stacks_to_peft({**in_peft.tensors, **(frozen or {})}, factor_names(own).values())
     description = to_metadata(own)
     if frozen:
@@ -149,13 +144,11 @@ def folder_content(
         description[IDLE] = idle
     if nesting:
         description[PARAMETERS] = nesting
-    if outside:
-        description[OUTSIDE] = {"network": adapter.network, "tensors": sorted(outside)}
     options = options_to_peft(in_peft)
     if plain:
         targets, excluded = plain_targets(in_peft)
         options |= {"target_modules": targets, "exclude_modules": excluded or None}
-    return FolderContent(options, _by_peft_names(values, own, in_peft.variant, nesting), outside, description)
+    return FolderContent(options, _by_peft_names(values, own, in_peft.variant, nesting), description)
 
 
 def _names_of_whole(adapter: Adapter, path: PathLike) -> str:
@@ -229,27 +222,6 @@ def _place_problem(adapter: Adapter, name: str, kind: str) -> str:
     return ""
 
 
-def _refuse_out_of_reach(adapter: Adapter, nesting: Nesting) -> None:
-    """Raise LoRAError where PEFT cannot train what lies in a module that it wraps for an adapted parameter.
-
-    It refuses modules_to_save and trainable_token_indices directly inside. Deeper inside it matches their entries with
-    names that have the wrapper in them. Parameters of a module inside it does not find (measured on 0.21.2).
-    """
-    saved, layers = tuple(to_peft_entries(adapter) or ()), set(adapter.layers())
-    entries = {name: saved for name in sorted(adapter.modules) if saved and name.endswith(saved)}
-    entries |= {table: (table,) for table in adapter.tables} | dict.fromkeys(nesting, ())
-    for name, taking in entries.items():
-        outer = next((module for module in parent_names(name) if module in nesting), None)
-        is_found = any(map(in_wrappers(name, layers, nesting).endswith, taking))
-        if outer is None or (is_found and name.rpartition(".")[0] not in nesting):
-            continue
-        what = "has adapted parameters" if not taking else "is trained whole" if taking is saved else "has trained rows"
-        raise LoRAError(
-            f"save_adapter: {name!r} {what} and lies in {outer!r}, which PEFT wraps because its parameter "
-            f"{nesting[outer][0]!r} is adapted; PEFT does not reach inside. Save a Lightning checkpoint instead."
-        )
-
-
 def _output_problem(adapter: Adapter, attention: str) -> str:
     if not attention:
         return "belongs to attention without a name, to which PEFT gives no adapter; put it into a module"
@@ -290,9 +262,7 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
     description = description_in(header, tensor_path)
     where = folder if description is None else tensor_path
     source = Source(where, options_path, options, variant, description, order=order)
-    adapter = read_peft(tensors, source)
-    outside = (description or {}).get(OUTSIDE)
-    return _add_outside(adapter, outside, folder) if outside else adapter
+    return read_peft(tensors, source)
 
 
 def read_tensor_file(path: PathLike) -> Adapter:
@@ -303,14 +273,7 @@ def read_tensor_file(path: PathLike) -> Adapter:
     """
     tensors, header = read_safetensors(path)
     description = description_in(header, Path(path))
-    adapter = read_peft(tensors, Source(path, description=description))
-    if description and description.get(OUTSIDE):
-        warnings.warn(
-            f"lightning_lora: {path}: tensors outside the network lie in {OUTSIDE_FILE} beside it, and are read "
-            "only where the folder is given.",
-            stacklevel=3,
-        )
-    return adapter
+    return read_peft(tensors, Source(path, description=description))
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
@@ -340,24 +303,3 @@ def description_in(header: Mapping[str, str], where: Path) -> dict[str, Any] | N
     if not isinstance(description, dict):
         raise LoRAError(f"{where}: the adapter's description is damaged: it is {shown(description, 80)}.")
     return description
-
-
-def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
-    """Return the adapter under the names of the LightningModule that was saved, with its tensors outside the network.
-
-    Raises:
-        LoRAError: the file is missing, damaged or of another adapter.
-    """
-    path = folder / OUTSIDE_FILE
-    names, network = (outside.get(key) if isinstance(outside, dict) else None for key in ("tensors", "network"))
-    if not isinstance(network, str) or not network.endswith(".") or not isinstance(names, list):
-        raise LoRAError(f"{folder / TENSOR_FILE}: what it says of {OUTSIDE_FILE} is damaged: {shown(outside, 80)}.")
-    if kind_of(path) == "nothing":
-        raise LoRAError(f"{path}: is missing, and {TENSOR_FILE} says that it holds {names[:3]}; the folder was cut.")
-    tensors, _ = read_safetensors(path)
-    if sorted(tensors) != names or any(name.startswith(network) for name in tensors):
-        raise LoRAError(
-            f"{path}: holds {sorted(tensors)[:3]}, but {TENSOR_FILE} says {names[:3]}; they do not belong together."
-        )
-    around = renamed(adapter, "", network)
-    return replace(around, tensors={**around.tensors, **tensors}, network=network)

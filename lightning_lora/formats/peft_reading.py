@@ -4,7 +4,6 @@ Sources differ in how much they tell beside their tensors. A Source holds that:
 
     description           in the header of a file that this package wrote: options, kinds, fingerprint
     options               adapter_config.json
-    hyper_parameters      of a Lightning checkpoint, perhaps with a lora_alpha
     nothing               ranks are in the shapes; other options have to come from an injected model
 
 A folder that this package wrote has a description and options. The description counts. If somebody edited the options,
@@ -16,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mode
 from typing import Any, cast
 
 import torch
@@ -28,10 +26,8 @@ from ..adapter.layer_options import exact_options
 from ..adapter.metadata import from_metadata
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
-from ..matching import exact_key
 from ..names import A, B, parent_names
 from ..nn.variant import Variant
-from ..notices import tell
 from .equal_tables import ties_of
 from .peft_attention import refuse_file_beside_conv1d
 from .peft_edited import honour_options
@@ -55,8 +51,6 @@ from .peft_stacks import stacks_from_peft, with_kinds_of_stacks
 FROZEN = "frozen"  # in the description: the tensors that were not trained, and are in the file because PEFT wants them
 IDLE = "idle"  # in the description: the attention layers that add_idle_attention added
 
-ALPHA = "lora_alpha"
-FROM_HYPER_PARAMETERS = (ALPHA, "use_rslora", "alpha_pattern", "lora_dropout", "bias")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm, which training changes
 
 Tensors = Mapping[str, torch.Tensor]
@@ -72,7 +66,6 @@ class Source:
         options: its fields, as a peft.LoraConfig has them.
         variant: the variant of the options.
         description: what this package wrote into the header of the tensor file.
-        hyper_parameters: of the checkpoint that holds the tensors.
         order: the order in which modules register parameters. Only the model tells it.
     """
 
@@ -81,7 +74,6 @@ class Source:
     options: Mapping[str, Any] | None = None
     variant: Variant | None = None
     description: Mapping[str, Any] | None = None
-    hyper_parameters: object = None
     order: Order = usual_order
 
     def nesting(self, wrapped: Mapping[str, int]) -> Nesting:
@@ -162,7 +154,7 @@ def _perhaps_base_in_folder(
 
 
 def _described_by_names(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
-    """Return the adapter that names and shapes describe, with options if hyper-parameters tell a lora_alpha."""
+    """Return the adapter that names and shapes describe, without options."""
     rows = Adapter(tensors).rows()
     if rows:
         raise LoRAError(
@@ -171,12 +163,7 @@ def _described_by_names(tensors: Tensors, names: PeftNames, source: Source) -> A
         )
     kinds = kinds_of(tensors, names.bare, None, source.where)
     adapter = Adapter(tensors, kinds=kinds, network=names.network, peft_version="")
-    adapter = replace(adapter, perhaps_base=_perhaps_base_in_state(adapter.beside_factors(), names))
-    config = _config_from_hyper_parameters(adapter, sorted(names.saved), source.hyper_parameters)
-    if config is None:
-        return adapter
-    scalings = {name: config.scaling(adapter.options_name(name)) for name in adapter.layers()}
-    return replace(adapter, config=config, scalings=scalings)
+    return replace(adapter, perhaps_base=_perhaps_base_in_state(adapter.beside_factors(), names))
 
 
 def _perhaps_base_in_state(whole: Mapping[str, Any], names: PeftNames) -> frozenset[str]:
@@ -185,25 +172,6 @@ def _perhaps_base_in_state(whole: Mapping[str, Any], names: PeftNames) -> frozen
         return frozenset(name for name in whole if name in names.of_layers and name.endswith(".weight"))
     trained = {name for name in whole if names.saved.intersection(parent_names(name))}
     return frozenset(name for name in whole if name not in trained and name.rpartition(".")[2] not in STATISTICS)
-
-
-def _config_from_hyper_parameters(adapter: Adapter, saved: list[str], hyper_parameters: object) -> LoRAConfig | None:
-    """Return options from the one lora_alpha among the hyper-parameters, by itself or in a mapping; else None."""
-    if not isinstance(hyper_parameters, Mapping):
-        return None
-    mappings = [hyper_parameters, *(value for value in hyper_parameters.values() if isinstance(value, Mapping))]
-    found = [mapping for mapping in mappings if isinstance(mapping.get(ALPHA), (int, float))]
-    if len(found) != 1:
-        return None
-    options = {name: found[0][name] for name in FROM_HYPER_PARAMETERS if found[0].get(name) is not None}
-    given = ", ".join(f"{name}={shown(value)}" for name, value in options.items())
-    tell(f"lightning_lora: the options {given} are taken from the checkpoint's hyper-parameters.")
-    ranks = adapter.ranks()
-    check_options(options, ranks, "adapter: the checkpoint's hyper-parameters")
-    common = mode(ranks.values())
-    patterns = {exact_key(name): rank for name, rank in ranks.items() if rank != common}
-    options |= adapter.variant.options()
-    return LoRAConfig(r=common, rank_pattern=patterns, target_modules=list(ranks), modules_to_save=saved, **options)
 
 
 def _with_our_stacks(adapter: Adapter, where: object) -> Adapter:

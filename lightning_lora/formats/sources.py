@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.checks import check_factors, check_once, require_values
+from ..adapter.checks import check_factors, require_values
 from ..adapter.fingerprint import without_base
 from ..adapter.own_options import with_options
 from ..errors import LoRAError
@@ -21,7 +21,6 @@ from ..names import META, listed, names_factor
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT
 from .forms import form_of
 from .hub import local_source
-from .hyper_parameters import HYPER_PARAMETERS
 from .lightning_checkpoint import adapter_of
 from .peft_folder import read_folder, read_tensor_file
 from .peft_names import are_peft_names
@@ -43,7 +42,6 @@ def read_source(
         LoRAError: the source is damaged or of no such form.
     """
     if isinstance(source, Adapter):
-        check_once(source, verb)
         if source.assumed_order and order is not usual_order:
             check_order(source.assumed_order, order)
         return source
@@ -79,7 +77,7 @@ def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
         return adapter_of(source)[0]
     tensors = _tensors_in(source.get("state_dict", source), verb)
     if are_peft_names(tensors):
-        return read_peft(tensors, Source("adapter", hyper_parameters=source.get(HYPER_PARAMETERS)))
+        return read_peft(tensors, Source("adapter"))
     adapter = Adapter(tensors)
     check_factors(adapter, "adapter")
     return replace(adapter, kinds=_kinds_of_attention(adapter))

@@ -61,7 +61,6 @@ COMBINE = "combine IN/adapter IN/another --weights 1 1 --output out"
 # By verb and flag: a command, what is added to it, and what must differ then, the rest being the same.
 CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("info", "--json"): ("info IN/adapter", "--json", "printed"),
-    ("info", "--for"): ("info IN/adapter", "--for=vllm", "printed"),
     ("diff", "--json"): ("diff IN/base IN/tuned", "--json", "printed"),
     ("merge", "--dtype"): (MERGE, "--dtype=float16", "files"),
     ("merge", "--max-shard-size"): (MERGE, "--max-shard-size=60", "files"),

@@ -26,7 +26,6 @@ from lightning_lora import (
     save_adapter,
     take_adapter,
 )
-from lightning_lora.adapter import checks
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.files.safetensors import build_header, read_safetensors
 from support.models import base_zoo, bits, checkpoint, state_bits, train, trained_zoo
@@ -146,39 +145,6 @@ def test_tensors_are_read_wherever_their_bytes_begin(tmp_path: Path):
 
 
 # --- checks ---
-
-
-def test_what_was_written_into_an_adapter_after_it_was_checked_is_noticed():
-    model, adapter = net(), take_adapter(net(3))
-    load_adapter(model, adapter)
-    before = state_bits(model)
-    adapter.tensors["2.lora_B"][1, 1] = torch.nan
-    with pytest.raises(LoRAError, match=r"load_adapter: '2.lora_B' holds NaN or Inf"):
-        load_adapter(model, adapter)
-    assert state_bits(model) == before
-    adapter.tensors["2.lora_B"][1, 1] = 0
-    load_adapter(model, adapter)
-    adapter.tensors["2.lora_B"] = torch.full((3, 2), torch.inf)
-    with pytest.raises(LoRAError, match=r"load_adapter: '2.lora_B' holds NaN or Inf"):
-        load_adapter(model, adapter)
-
-
-def test_an_adapter_is_checked_once(monkeypatch: pytest.MonkeyPatch):
-    model, adapter = net(), read_adapter(checkpoint(net(3), "adapter"))
-    checked: list[str] = []
-    check = checks.check_factors
-    monkeypatch.setattr(checks, "check_factors", lambda each, where: (checked.append(where), check(each, where)))
-    for _ in range(3):
-        load_adapter(model, adapter)
-    assert len(checked) <= 1
-    with torch.inference_mode():
-        unversioned = {name: value.clone() for name, value in adapter.tensors.items()}
-    for expected in (1, 2):  # such tensors do not count what is written into them
-        checked.clear()
-        held = Adapter(unversioned, adapter.config, adapter.scalings)
-        for _ in range(expected):
-            load_adapter(model, held)
-        assert len(checked) == expected
 
 
 @pytest.mark.parametrize("source", [3, None, [1]])

@@ -17,9 +17,8 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, export_adapter, inject, load_adapter, save_adapter, take_adapter
 from lightning_lora.formats import peft_folder
-from lightning_lora.formats.servers import findings, view_of_folder
 from support.notices import TORCH_NOTICES, quiet_peers
-from support.peers import SMALL, call, config_of, fill_, seeded
+from support.peers import SMALL, config_of, fill_, seeded
 from support.pretrained import Lit, token_loader, tokens
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
@@ -90,8 +89,6 @@ def test_folder_with_a_head_tells_that_peft_loads_it_onto_the_whole_module(tmp_p
     assert re.search(WHOLE + ALONE, told.pop())
     card = (tmp_path / "folder" / "README.md").read_text()
     assert "base = ...  # the whole LightningModule, not its model alone\n" in card
-    (needed,) = findings(view_of_folder(tmp_path / "folder"), "peft")
-    assert (needed["effect"], needed["names"]) == ("needs", ["not model alone"])
     load_adapter(ours := Headed(), tmp_path / "folder")
     theirs = peft.PeftModel.from_pretrained(Headed(), tmp_path / "folder")
     assert torch.allclose(theirs(tokens()), ours(tokens()), atol=1e-6)
@@ -138,7 +135,6 @@ def test_folder_that_peft_loads_as_expected_tells_nothing(tmp_path, told, case: 
         export_adapter(tmp_path / "folder", tmp_path / "again")
     assert not told
     assert "the model that the adapter was trained on" in (tmp_path / "folder" / "README.md").read_text()
-    assert all(each["id"] != "whole module" for each in findings(view_of_folder(tmp_path / "folder"), "peft"))
 
 
 def test_card_of_a_network_in_a_lightning_module_names_the_network(tmp_path, told):
@@ -147,11 +143,10 @@ def test_card_of_a_network_in_a_lightning_module_names_the_network(tmp_path, tol
     assert "base = module.model  # " in (tmp_path / "README.md").read_text()
 
 
-def test_network_saved_alone_names_no_head_and_is_read_by_all(tmp_path, capsys: pytest.CaptureFixture[str]):
+def test_network_saved_alone_names_no_head_and_is_read_by_all(tmp_path):
     module = trained()
     save_adapter(module.model, tmp_path)
     assert config_of(tmp_path)["modules_to_save"] is None
-    assert "takes all of it" in call(capsys, "info", tmp_path, "--for", "vllm")
     expected = module.model(tokens()).pooler_output
     theirs = peft.PeftModel.from_pretrained(Headed().model, tmp_path)
     assert torch.allclose(theirs(tokens()).pooler_output, expected, atol=1e-6)

@@ -1,10 +1,8 @@
-"""Buffers of a LightningModule outside the adapted network: saved in a file beside PEFT's, and loaded again."""
+"""Buffers of a LightningModule outside the adapted network: checkpoints hold them, and folders name what they lack."""
 
 from __future__ import annotations
 
 import copy
-import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,19 +10,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_lora import LoRAError, load_adapter, save_adapter, unload
-from lightning_lora.command.convert import to_lightning, to_peft
-from lightning_lora.command.info import diff, info
-from lightning_lora.command.output import MODEL_FOLDER
+from lightning_lora import load_adapter, save_adapter, take_adapter, unload
+from lightning_lora.command.convert import to_peft
 from support.expected_weights import merge_and_check
-from support.models import trace
 from support.runs import lora
 from support.training import CLASSES, FEATURES, Data, Net, assert_same_tensors, inputs, make_trainer, own_random_stream
 
-OUTSIDE = "outside_network.safetensors"
 TARGETS = r"(.*\.)?encoder\.[03]"
 SEEN = {f"momentum.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")} | {"criterion.weight"}
 
@@ -81,141 +74,44 @@ def network_outputs(network: nn.Module) -> torch.Tensor:
     return result
 
 
-def test_folder_brings_tensors_outside_the_network_back_onto_the_same_class(tmp_path, tuned: Contrast):
-    save_adapter(tuned, tmp_path)
-    assert load_file(tmp_path / OUTSIDE).keys() == SEEN
-    load_adapter(loaded := Contrast(), tmp_path)
-    assert outside(loaded).keys() == SEEN
-    assert_same_tensors(dict(loaded.state_dict()), dict(tuned.state_dict()))
-    unload(loaded)
-    assert_same_tensors(dict(loaded.state_dict()), dict(Contrast().state_dict()))
-
-
-def test_bare_network_and_another_class_take_the_adapter_and_not_what_lay_outside(tmp_path, tuned: Contrast):
-    save_adapter(tuned, tmp_path)
-    expected = network_outputs(tuned.network)
-    bare, other = Contrast().network, Other()
-    for model, network in ((bare, bare), (other, other.net)):
-        load_adapter(model, tmp_path)
-        assert torch.equal(network_outputs(network), expected)
-    assert other.criterion.weight.tolist() == [7.0] * CLASSES
-
-
-def test_folder_of_the_bare_network_loads_onto_a_class_with_buffers_outside_it(tmp_path, tuned: Contrast):
-    save_adapter(tuned.network, tmp_path)
-    assert not (tmp_path / OUTSIDE).exists()
-    load_adapter(loaded := Contrast(), tmp_path)
-    assert torch.equal(network_outputs(loaded.network), network_outputs(tuned.network))
-    assert_same_tensors(outside(loaded), outside(Contrast()))
-
-
-def test_peft_loads_the_folder_without_a_warning(tmp_path, tuned: Contrast):
-    save_adapter(tuned, tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = peft.PeftModel.from_pretrained(Contrast().network, tmp_path)
-    assert not any(
-        name.startswith(("criterion", "momentum")) for name in load_file(tmp_path / "adapter_model.safetensors")
-    )
-    torch.testing.assert_close(network_outputs(model.base_model.model), network_outputs(tuned.network))
-
-
-def test_saving_again_leaves_no_file_of_an_earlier_model_and_all_else(tmp_path, tuned: Contrast):
-    save_adapter(tuned, tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
-    save_adapter(tuned.network, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "notes.txt",
-    }
-
-
-def test_command_reads_converts_and_merges_a_folder_with_tensors_outside_the_network(tmp_path, tuned: Contrast):
-    folder, checkpoint = tmp_path / "folder", tuned.file
-    save_adapter(tuned, folder)
-    assert info(folder)["also_trained"].keys() >= SEEN
-    assert not MODEL_FOLDER.holds_content(folder), "merge --overwrite would take it for an earlier result"
-    assert all(row["change"] == 0 for row in diff(folder, checkpoint)["changes"].values())
-    to_lightning(folder, tmp_path / "imported.ckpt")
-    to_peft(tmp_path / "imported.ckpt", tmp_path / "again")
-    to_peft(checkpoint, tmp_path / "exported")
-    for source in (tmp_path / "imported.ckpt", tmp_path / "exported"):
-        load_adapter(loaded := Contrast(), source)
-        assert_same_tensors(dict(loaded.state_dict()), dict(tuned.state_dict()))
-    torch.save(Contrast().state_dict(), tmp_path / "base.pt")
-    torch.save(Contrast().network.state_dict(), tmp_path / "network.pt")
-    merge_and_check(tmp_path / "base.pt", folder, tmp_path / "merged.pt")
-    merge_and_check(tmp_path / "network.pt", folder, tmp_path / "merged_network.pt")
-    assert_same_tensors(outside(merged := plain(Contrast(), tmp_path / "merged.pt")), outside(tuned))
-    for network in (merged.network, plain(Contrast().network, tmp_path / "merged_network.pt")):
-        torch.testing.assert_close(network_outputs(network), network_outputs(tuned.network))
-
-
-def plain(model: Any, file: Path) -> Any:
-    model.load_state_dict(torch.load(file, weights_only=True))
-    return model
-
-
-def test_lone_tensor_file_of_such_a_folder_says_what_it_lacks(tmp_path, tuned: Contrast):
-    save_adapter(tuned, tmp_path)
-    with pytest.warns(UserWarning, match=f"lie in {OUTSIDE} beside it"):
-        load_adapter(loaded := Contrast(), tmp_path / "adapter_model.safetensors")
-    assert torch.equal(network_outputs(loaded.network), network_outputs(tuned.network))
-
-
-def changed(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def apply(path: Path) -> None:
-        tensors = load_file(path / OUTSIDE)
-        change(tensors)
-        save_file(tensors, path / OUTSIDE)
-
-    return apply
-
-
-def cut(path: Path) -> None:
-    (path / OUTSIDE).write_bytes((path / OUTSIDE).read_bytes()[:-3])
-
-
-def described(outside: Any) -> Callable[[Path], None]:
-    def apply(path: Path) -> None:
-        header = json.loads(_metadata(path)["lightning_lora"])
-        text = json.dumps(header | {"outside": outside})
-        save_file(
-            load_file(path / "adapter_model.safetensors"), path / "adapter_model.safetensors", {"lightning_lora": text}
-        )
-
-    return apply
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    content = (path / "adapter_model.safetensors").read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    result: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
-    return result
-
-
-DAMAGE = {
-    "missing": (f"{OUTSIDE}: is missing", lambda path: (path / OUTSIDE).unlink()),
-    "cut": (f"{OUTSIDE}: .*truncated", cut),
-    "a tensor gone": ("do not belong together", changed(lambda t: t.pop("criterion.weight"))),
-    "a tensor more": ("do not belong together", changed(lambda t: t.update(other=torch.zeros(1)))),
-    "another shape": ("must have shape", changed(lambda t: t.update({"criterion.weight": torch.zeros(5)}))),
-    "whole numbers": ("must be torch.float32", changed(lambda t: t.update({"criterion.weight": torch.arange(3)}))),
-    "no names": ("is damaged", described({"network": "network.", "tensors": 3})),
-    "no network": ("is damaged", described({"network": "", "tensors": sorted(SEEN)})),
-    "a list": ("is damaged", described([1])),
-    "a name inside": ("do not belong together", described({"network": "criterion.", "tensors": sorted(SEEN)})),
+WAYS: dict[str, Callable[[Contrast, Path], Any]] = {
+    "a model": save_adapter,
+    "in memory": lambda model, path: save_adapter(take_adapter(model), path),
+    "a checkpoint": lambda model, path: to_peft(model.file, path),
 }
 
 
-@pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_file_of_tensors_outside_the_network_is_refused_by_name(tmp_path, tuned: Contrast, case: str):
-    message, damage = DAMAGE[case]
-    save_adapter(tuned, tmp_path)
-    damage(tmp_path)
-    before = trace(fresh := Contrast())
-    with pytest.raises(LoRAError, match=message):
-        load_adapter(fresh, tmp_path)
-    assert trace(fresh) == before
+@pytest.mark.parametrize("way", WAYS)
+def test_folder_names_what_lies_outside_the_network_and_loads_without_it(tmp_path, tuned: Contrast, way: str):
+    with pytest.warns(UserWarning, match=r"momentum\.1\.running_mean, .* lies outside .*'s network and is left out"):
+        WAYS[way](tuned, tmp_path / "a")
+    assert {file.name for file in (tmp_path / "a").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    expected = network_outputs(tuned.network)
+    bare, other, same = Contrast().network, Other(), Contrast()
+    for model, network in ((bare, bare), (other, other.net), (same, same.network)):
+        load_adapter(model, tmp_path / "a")
+        assert torch.equal(network_outputs(network), expected)
+    assert other.criterion.weight.tolist() == [7.0] * CLASSES
+    assert_same_tensors(outside(same), outside(Contrast()))
+    theirs = peft.PeftModel.from_pretrained(Contrast().network, tmp_path / "a")
+    torch.testing.assert_close(network_outputs(theirs.base_model.model), expected)
+
+
+def test_folder_of_the_bare_network_has_nothing_left_out(tmp_path, tuned: Contrast):
+    save_adapter(tuned.network, tmp_path)
+    load_adapter(loaded := Contrast(), tmp_path)
+    assert torch.equal(network_outputs(loaded.network), network_outputs(tuned.network))
+
+
+def test_checkpoint_brings_back_what_lies_outside_the_network(tmp_path, tuned: Contrast):
+    load_adapter(loaded := Contrast(), tuned.file)
+    assert outside(loaded).keys() == SEEN
+    assert_same_tensors(dict(loaded.state_dict()), dict(tuned.state_dict()))
+    torch.save(Contrast().state_dict(), tmp_path / "base.pt")
+    merge_and_check(tmp_path / "base.pt", tuned.file, tmp_path / "merged.pt")
+    unload(loaded)
+    assert_same_tensors(dict(loaded.state_dict()), dict(Contrast().state_dict()))

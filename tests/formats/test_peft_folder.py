@@ -241,7 +241,7 @@ def test_the_folder_around_adapters_that_peft_saved_by_name_is_refused_with_thos
     for read in (read_adapter, lambda path: load_adapter(plain, path)):
         with pytest.raises(LoRAError, match=re.escape(expected)):
             read(run)
-    for command in (("info",), ("info", "--for", "vllm"), ("export", tmp_path / "exported")):
+    for command in (("info",), ("export", tmp_path / "exported")):
         verb, *rest = command
         assert expected in refused(capsys, verb, run, *rest)
     assert load_adapter(plain, run / "style") == ["0"]

@@ -25,7 +25,6 @@ from lightning_lora import (
     load_adapter,
     merge_and_unload,
 )
-from lightning_lora.formats.peft_reading import Source, read_peft
 from support.expected_weights import check_merge_command, merge_and_check
 from support.notices import quiet_peers
 from support.peers import call, close, logits, refused, seeded, spread_, tensors_of, tokens
@@ -65,9 +64,6 @@ def lit(tmp_path: Path, request: pytest.FixtureRequest) -> Lit:
     trainer.fit(module.train(), DataLoader(tokens(), batch_size=1))
     trainer.save_checkpoint(tmp_path / "lit.ckpt")
     return module.eval()
-
-
-with_alpha = pytest.mark.parametrize("lit", [{"lora_alpha": 16, "lr": 1}], indirect=True)
 
 
 def source(lit: Lit, form: str, path: Path) -> Any:
@@ -112,31 +108,6 @@ def test_the_base_in_a_whole_state_dict_is_compared(tmp_path, lit, form: str):
         load_adapter(net, source(lit, form, tmp_path))
 
 
-@with_alpha
-def test_lora_alpha_among_hyper_parameters_is_taken_and_said(tmp_path, caplog, lit):
-    net = network()
-    with caplog.at_level(logging.INFO, "lightning_lora"):
-        load_adapter(net, tmp_path / "lit.ckpt")
-    assert "the options lora_alpha=16 are taken from the checkpoint's hyper-parameters" in caplog.text
-    close(logits(net), logits(lit.model))
-    other = network()
-    inject(other, LoRAConfig(**OURS | {"lora_alpha": 8}))
-    load_adapter(other, tmp_path / "lit.ckpt")  # onto an adapted model too
-    close(logits(other), logits(lit.model))
-
-
-@pytest.mark.parametrize("lit", [{"lora": {"lora_alpha": 16, "r": 4}}], indirect=True)
-def test_lora_alpha_in_a_mapping_among_hyper_parameters_is_taken(tmp_path, lit):
-    load_adapter(net := network(), tmp_path / "lit.ckpt")
-    close(logits(net), logits(lit.model))
-
-
-@pytest.mark.parametrize("lit", [{"a": {"lora_alpha": 16}, "b": {"lora_alpha": 8}}], indirect=True)
-def test_two_lora_alphas_among_hyper_parameters_are_none(tmp_path, lit):
-    with pytest.raises(LoRAError, match="stores tensors and no options"):
-        load_adapter(network(), tmp_path / "lit.ckpt")
-
-
 def test_a_lightning_module_around_the_plain_network_is_a_target_too(tmp_path, lit):
     class Plain(L.LightningModule):
         def __init__(self) -> None:
@@ -149,18 +120,18 @@ def test_a_lightning_module_around_the_plain_network_is_a_target_too(tmp_path, l
     close(logits(plain.net), logits(lit.model))
 
 
-@with_alpha
 def test_the_command_reads_the_checkpoint_as_any_adapter(tmp_path, capsys, lit):
     shown = call(capsys, "info", tmp_path / "lit.ckpt")
     assert "Lightning checkpoint that holds a PeftModel\n2 adapted layers, 384 parameters" in shown
     assert "also in it, whole: model.pre_classifier.weight, model.pre_classifier.bias, model.classifier.w" in shown
-    call(capsys, "export", tmp_path / "lit.ckpt", tmp_path / "folder")
+    call(capsys, "export", tmp_path / "lit.ckpt", tmp_path / "folder", "--lora-alpha", 16)
     close(logits(peft.PeftModel.from_pretrained(network(), tmp_path / "folder").eval()), logits(lit.model))
-    call(capsys, "import", tmp_path / "lit.ckpt", tmp_path / "ours.ckpt")
+    call(capsys, "import", tmp_path / "lit.ckpt", tmp_path / "ours.ckpt", "--lora-alpha", 16)
     load_adapter(net := network(), tmp_path / "ours.ckpt")
     close(logits(net), logits(lit.model))
     network().save_pretrained(tmp_path / "base")
     paths = ("--base", tmp_path / "base", "--adapter", tmp_path / "lit.ckpt", "--output", tmp_path / "merged")
+    paths = (*paths, "--lora-alpha", 16)
     call(capsys, "merge", *paths)
     check_merge_command(*paths)
     fresh = network()
@@ -226,9 +197,6 @@ def test_magnitudes_in_a_state_dict_are_read_live_or_not(live: bool):
     inject(net := network(), LoRAConfig(**options))
     load_adapter(net, state)
     close(logits(net), logits(other))
-    told = read_peft(state, Source("a state dict", hyper_parameters={"lora_alpha": 8})).config
-    assert told is not None
-    assert told.use_dora
     inject(plain := network(), LoRAConfig(**options | {"use_dora": False}))
     with pytest.raises(LoRAError, match="lora_magnitude' has no place in the model"):
         load_adapter(plain, state)
@@ -242,8 +210,8 @@ def test_statistics_in_a_live_state_dict_are_merged_as_the_training_left_them(tm
     other = peft.get_peft_model(seeded(build), peft.LoraConfig(r=2, lora_alpha=8, target_modules=["0"]))
     spread_(other)
     other.train()(torch.randn(9, 4, generator=torch.Generator().manual_seed(1)) + 3)
-    torch.save({"state_dict": other.state_dict(), "hyper_parameters": {"lora_alpha": 8}}, tmp_path / "a.ckpt")
-    merge_and_check(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "out.pt")
+    torch.save({"state_dict": other.state_dict()}, tmp_path / "a.ckpt")
+    merge_and_check(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "out.pt", lora_alpha=8)
     expected = other.merge_and_unload().state_dict()
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert found["1.num_batches_tracked"] == 1

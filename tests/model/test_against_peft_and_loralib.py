@@ -159,7 +159,7 @@ def test_fused_projection_equals_that_of_loralib(parts: list[bool], turned: bool
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_loralibs_convolution_is_refused_with_the_reason() -> None:
+def test_loralibs_convolution_is_refused() -> None:
     theirs = nn.Sequential(loralib.Conv2d(8, 16, 3, r=2, lora_alpha=ALPHA))
     nn.init.normal_(theirs[0].lora_B)
     product = theirs[0].lora_B @ theirs[0].lora_A
@@ -168,11 +168,11 @@ def test_loralibs_convolution_is_refused_with_the_reason() -> None:
     inject(ours, LoRAConfig(r=2, lora_alpha=ALPHA, target_modules=["0"]))
     before = {name: value.clone() for name, value in ours.state_dict().items()}
     for state in (loralib.lora_state_dict(theirs), theirs.state_dict()):
-        with pytest.raises(LoRAError, match=r"'0' is a convolution factorised as in loralib.*cannot express"):
+        with pytest.raises(LoRAError, match=r"adapter: .*'0\.(conv|lora_)"):
             load_adapter(ours, state)
     assert all(torch.equal(ours.state_dict()[name], value) for name, value in before.items())
 
-    # The remedy in the message.
+    # Its merged weights are the base.
     x = torch.randn(2, 8, 5, 5)
     wanted = theirs[0](x)
     theirs.eval()
