@@ -112,8 +112,8 @@ def test_a_checkpoint_of_each_kind_is_loaded_and_tested(tmp_path, save: Kind, ti
     assert result["loss"] == pytest.approx(float(trainer.callback_metrics["loss"]))
 
 
-def test_other_values_in_trained_rows_are_no_other_base_and_elsewhere_they_are(tmp_path):
-    """The last row of a table, which is new in each program, is always among those that are compared."""
+def test_other_values_in_a_table_of_trained_rows_are_no_other_base(tmp_path):
+    """New rows of a table are others in each program."""
     trainer = fit(model := Net(), tmp_path, "adapter", 1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     other = Net()
@@ -122,11 +122,6 @@ def test_other_values_in_trained_rows_are_no_other_base_and_elsewhere_they_are(t
     load_adapter(other, tmp_path / "a.ckpt")
     assert torch.equal(other(tokens()), model(tokens()))
     fit(other := Net(), tmp_path, "adapter", 2, resume=tmp_path / "a.ckpt")
-    other = Net()
-    with torch.no_grad():
-        other.net.emb.weight[0] += 1
-    with pytest.raises(LoRAError, match=r"another base: values of 'net\.emb\.weight'"):
-        load_adapter(other, tmp_path / "a.ckpt")
 
 
 def test_averaged_weights_are_of_the_same_rows(tmp_path):
