@@ -104,10 +104,9 @@ def _tell_what_differs(adapter: Adapter, path: PathLike) -> None:
         warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=4)
     outside = [name for name in adapter.tensors if not name.startswith(adapter.network) and name not in extra]
     if outside:
-        warnings.warn(
+        tell(
             f"lightning_lora: {listed(outside)} lies outside of the LightningModule's {adapter.network[:-1]} and is "
-            "left out, because PEFT's format has no place for it. A checkpoint holds it.",
-            stacklevel=4,
+            "left out, because PEFT's format has no place for it. A checkpoint holds it."
         )
     if adapter.foreign.values:
         tell(
