@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..adapter.adapter import Adapter
+from ..config import TASK_HEADS
 from ..errors import MOST
 from ..files.paths import PassingOverErrors, PathLike, given_path, kind_of
 
@@ -34,6 +35,7 @@ class Task(NamedTuple):
     auto_class: str
 
 
+CLASSIFIERS = {*TASK_HEADS["SEQ_CLS"], *TASK_HEADS["TOKEN_CLS"]}  # names of modules
 TASKS = {
     "CAUSAL_LM": Task("text-generation", "AutoModelForCausalLM"),
     "SEQ_2_SEQ_LM": Task("text2text-generation", "AutoModelForSeq2SeqLM"),
@@ -156,7 +158,14 @@ def _loading(base: str, task: Task | None, adapter: Adapter, network: str) -> st
     if task is None or not base:
         return LOADING.format(imports="", base="...  # the model that the adapter was trained on")
     imports = f"from transformers import {task.auto_class}\n"
-    return LOADING.format(imports=imports, base=f"{task.auto_class}.from_pretrained({json.dumps(base)})")
+    call = f"{task.auto_class}.from_pretrained({json.dumps(base)}{_labels(adapter)})"
+    return LOADING.format(imports=imports, base=call)
+
+
+def _labels(adapter: Adapter) -> str:
+    """Return the argument for the number of labels of a classifier that was trained whole, or ""."""
+    of_heads = [name for name in adapter.tensors if name.endswith(".weight") and CLASSIFIERS & set(name.split("."))]
+    return f", num_labels={len(adapter.tensors[of_heads[-1]])}" if of_heads else ""
 
 
 def module_in_words(adapter: Adapter) -> str:

@@ -35,6 +35,7 @@ REFUSING = {  # methods by which torch saves, loads, copies and pickles one modu
 class StandIn(NamedTuple):
     """A tensor with the value from before training of one parameter or buffer of a module."""
 
+    module: nn.Module
     tensors: dict[str, Any]  # the module's dictionary of parameters or buffers
     leaf: str  # the tensor's name in it
     trained: torch.Tensor
@@ -67,7 +68,7 @@ def stand_ins(handle: AdaptedModel) -> list[StandIn]:
             _refuse_sharded(path, live, module)
             leaf = path.rpartition(".")[2]
             tensors: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-            found.append(StandIn(tensors, leaf, live, values[id(live)]))
+            found.append(StandIn(module, tensors, leaf, live, values[id(live)]))
     copy_all_((values[id(live)], value) for live, value in recorded)
     return found
 

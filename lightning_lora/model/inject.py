@@ -16,6 +16,7 @@ from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..names import listed
+from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, adapted_places, adapters_in
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
@@ -233,7 +234,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     with claimed("disable_adapter", handle.record.owner) as claim:
         is_inside = handle.record.owner.holds("disable_adapter", beside=claim)
         found = [] if is_inside else stand_ins(handle)
-        modules = [] if is_inside else _all_modules(handle)
+        adapted = [module for _, module in handle.modules if isinstance(module, AdaptedModule)]
+        modules = [] if is_inside else [*adapted, *(each.module for each in found)]
         were_active = {layer: layer.lora_active or layer.lora.merged for layer in handle.layers.values()}
         end = Ending(claim, partial(_enable_again, handle, FoundState(handle), were_active, found, modules))
         try:

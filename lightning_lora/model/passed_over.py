@@ -49,9 +49,8 @@ def passed_over(handle: AdaptedModel) -> str:
         return ""
     kinds = ", ".join(f"{kind} {size / total:.1%}" for kind, size in sizes.most_common(MOST_KINDS))
     others = ", ..." if len(sizes) > MOST_KINDS else ""
-    more = f"target_modules={ALL_LAYERS!r} adapts more kinds, and " if adapts_more else ""
-    can_name = f"{more}target_modules or target_parameters can name them"
-    return f"{whole / total:.1%} of the parameters ({kinds}{others}); {can_name}"
+    advice = f"; target_modules={ALL_LAYERS!r} adapts more" if adapts_more else ""
+    return f"{whole / total:.1%} of the parameters{advice} ({kinds}{others})"
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -235,6 +235,26 @@ def check_shapes(modules: NamedModules) -> None:
                 f"inject: {name!r}: the {type(module).__name__} has no shape yet; run one batch through the model "
                 "first."
             )
+
+
+def refuse_never_quantised(modules: NamedModules, saved: Sequence[str]) -> None:
+    """Refuse a model with layers of bitsandbytes that have no quantised weight when a fit starts: they cannot run.
+
+    Args:
+        modules: every module of the model under its first name, the model first.
+        saved: modules_to_save as it is.
+
+    Raises:
+        LoRAError: there is such a layer. The message has both options to copy.
+    """
+    found = {name: module for name, module in modules if was_never_quantised(module)}
+    if found:
+        plain = option_that_leaves_plain(modules, [*found], next(iter(found.values())))
+        raise LoRAError(
+            f"LoRACallback: the weight of {next(iter(found))!r} is not quantised, as the checkpoint lacks it, and "
+            "bitsandbytes cannot run it so. Leave it out of the quantisation and train it whole: "
+            f"{plain}, modules_to_save={list(dict.fromkeys([*saved, *found]))}."
+        )
 
 
 def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module]) -> None:

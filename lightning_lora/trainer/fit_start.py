@@ -10,6 +10,7 @@ from ..model.dequantize import dequantize_dtype
 from ..model.heads import warn_of_new_heads
 from ..model.initial_values import snapshot_materialised
 from ..model.live_state import open_state
+from ..model.reasons import refuse_never_quantised
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
 from ..nn.gradient_checkpointing import enable_input_require_grads
@@ -36,7 +37,9 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     refuse_replaced_layers(handle, "LoRACallback")
     snapshot_materialised(handle)
     refuse_unoptimized(trainer.optimizers, handle)
-    warn_of_new_heads(handle.modules, handle.record.config.modules_to_save or ())
+    saved = handle.record.config.modules_to_save or ()
+    refuse_never_quantised(handle.modules, saved)
+    warn_of_new_heads(handle.modules, saved)
     enable_input_require_grads([module for _, module in handle.modules])
     refuse_for_quantised(handle, trainer)
     refuse_plain(handle, options.quantize)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -74,6 +75,20 @@ def test_card_of_an_adapter_tells_its_options_and_how_to_load_it(tmp_path):
     assert 'AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")' in first
     assert "PeftModel.from_pretrained(base, folder)" in first
     assert "load_adapter(base, folder)" in second
+
+
+def test_the_card_of_a_new_classifier_names_its_number_of_labels(tmp_path):
+    import transformers
+
+    config = transformers.BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    transformers.BertModel(config).save_pretrained(tmp_path / "base")
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    inject(net, LoRAConfig(r=1, task_type="SEQ_CLS"))
+    save_adapter(net, tmp_path / "adapter")
+    first = re.findall(r"```python\n(.*?)```", (tmp_path / "adapter/README.md").read_text(), re.DOTALL)[0]
+    assert ", num_labels=3)" in first
+    exec(first, scope := {"folder": str(tmp_path / "adapter")})
+    assert isinstance(scope["model"], peft.PeftModel)
 
 
 @pytest.mark.parametrize("task", model_card.TASKS)

@@ -347,3 +347,13 @@ def test_gradients_reach_the_adapters_after_train_inside_merged():
         model.train()
     model(tokens(3)).square().mean().backward()
     assert model.body[0].lora_B.grad is not None
+
+
+def test_a_module_without_stand_ins_or_adapters_may_be_copied_inside():
+    """A library's loss may be an object that models share, and be copied where another model is made inside."""
+    model = nn.ModuleDict({"body": nn.Linear(3, 3), "criterion": nn.MSELoss()})
+    inject(model, LoRAConfig(r=1))
+    with disable_adapter(model):
+        assert isinstance(copy.deepcopy(model["criterion"]), nn.MSELoss)
+        with pytest.raises(LoRAError, match="refused inside"):
+            copy.deepcopy(model)

@@ -7,17 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject
 from lightning_lora.model.heads import warn_of_new_heads
 from support.notices import quiet_peers
 from support.peers import SMALL
 from support.pretrained import LABELS, save_body, tokens
-from support.training import own_random_stream
+from support.training import make_trainer, own_random_stream
 
 pytestmark = quiet_peers
 
@@ -101,3 +102,27 @@ def test_the_warning_of_a_pooler_that_the_base_lacks_has_both_options_to_copy(tm
     assert again.bert.pooler.dense.weight.grad.norm() > 0
     with pytest.raises(LoRAError, match=r"llm_int8_skip_modules=\['bert.pooler', 'classifier'\]"):
         inject(load(["classifier"]), config)  # what is plain already is named too, so that the list can be copied
+
+
+def test_a_fit_with_a_head_that_bitsandbytes_never_quantised_is_refused_with_both_options(tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    transformers.BertModel(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path)
+
+    class Tuned(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True)
+            self.net = transformers.AutoModelForSequenceClassification.from_pretrained(
+                tmp_path, num_labels=LABELS, quantization_config=quantisation
+            )
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.net(input_ids=batch, labels=torch.zeros(len(batch), dtype=torch.long)).loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    trainer = make_trainer(tmp_path / "fit", LoRACallback(r=1, target_modules=["query"]))
+    with pytest.raises(LoRAError, match=r"skip_modules=\['classifier'\]\), modules_to_save=\['net.classifier'\]"):
+        trainer.fit(Tuned(), torch.utils.data.DataLoader(tokens()))
