@@ -26,10 +26,10 @@ from ..nn.owner import Owner
 Why = Literal["asked", "unfrozen", "resized"]
 
 # What holds of an injection. "validated": finish_injection has checked that each entry of the options names something.
-# "merges by mode": eval() merges and train() unmerges. "started": initialize_from_data was called, so a fit does not
-# start from its own data. "quantised": a message said that layers with quantised weights stay factored. "ended": the
-# adapters were taken out.
-Mark = Literal["validated", "merges by mode", "started", "quantised", "ended"]
+# "merged": merge was called, and since then unmerge was not called for all layers. "merges by mode": eval() merges and
+# train() unmerges. "started": initialize_from_data was called, so a fit does not start from its own data. "quantised":
+# a message said that layers with quantised weights stay factored. "ended": the adapters were taken out.
+Mark = Literal["validated", "merged", "merges by mode", "started", "quantised", "ended"]
 
 
 @dataclass
@@ -82,7 +82,6 @@ class Injection:
     initial: dict[str, torch.Tensor] = field(default_factory=dict)  # values from before training, buffers' too
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
-    merged: bool = False  # merge was called, and since then unmerge was not called for all layers
     marks: set[Mark] = field(default_factory=set)
     run: Run = field(default_factory=Run)
     root: weakref.ref[nn.Module] | None = None  # the injected module; None in a copy of the record

@@ -91,7 +91,7 @@ def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rou
         pending = {name: each for name, each in listing.layers.items() if _is_pending(each)}
         if pending:
             for record in records_of(listing):
-                record.merged = True  # first, because an exception may break off what follows
+                record.marks.add("merged")  # first, because an exception may break off what follows
             if warns_of_untrained:
                 warn_of_untrained(listing, stacklevel=4)
             with shards_in_place(listing, "merge"):
@@ -341,7 +341,8 @@ def _restore_all(listing: Listing) -> None:
     try:
         _unmerge_all(listing.layers)
         for record in records_of(listing):
-            record.merged = record.merged and len(listing.layers) < len(record.layers)  # a part was unmerged
+            if len(listing.layers) >= len(record.layers):  # else a part was unmerged
+                record.marks.discard("merged")
     finally:
         update_fast_paths(module for _, module in listing.modules)
 

@@ -33,9 +33,10 @@ def begin_batch(trainer: Any, module: nn.Module) -> None:
     record = record_of(module)
     if record is None:
         return
-    if record.merged:
+    if "merged" in record.marks:
         unmerge(module)
-        record.merged = record.run.merged_here = False
+        record.marks.discard("merged")
+        record.run.merged_here = False
     record.run.dropping = True
     if record.run.epoch_begins:
         record.run.epoch_begins = False
