@@ -138,7 +138,7 @@ def test_load_adapter_onto_a_plain_model_says_to_quantise_it_first(tmp_path, kin
         inject(plain, LoRAConfig(r=2, lora_alpha=4))
     with pytest.raises(LoRAError, match=QUANTISE) as error:
         load_adapter(plain, sources[kind])
-    assert "(head, network.0)" in str(error.value)
+    assert "('head.weight', 'network.0.weight')" in str(error.value)
     if injected:
         unload(plain)
     quantize_base(plain, exclude_modules=["network.2"])
