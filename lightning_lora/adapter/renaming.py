@@ -106,7 +106,7 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Cal
     if outside and strip != adapter.network:  # a network alone needs no tensors of the module around it
         warnings.warn(
             f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "
-            f"first {outside[0]!r}.",
+            f"first {outside[0]!r}. A base with a place for them takes them, as the model that was trained.",
             stacklevel=4,
         )
     return renamed(adapter, strip, add)

@@ -249,11 +249,12 @@ def refuse_never_quantised(modules: NamedModules, saved: Sequence[str]) -> None:
     """
     found = {name: module for name, module in modules if was_never_quantised(module)}
     if found:
-        plain = option_that_leaves_plain(modules, [*found], next(iter(found.values())))
+        names = list(dict.fromkeys([*saved, *found]))  # what is plain already too, so that the list can be copied
+        plain = option_that_leaves_plain(modules, names, next(iter(found.values())))
         raise LoRAError(
             f"LoRACallback: the weight of {next(iter(found))!r} is not quantised, as the checkpoint lacks it, and "
             "bitsandbytes cannot run it so. Leave it out of the quantisation and train it whole: "
-            f"{plain}, modules_to_save={list(dict.fromkeys([*saved, *found]))}."
+            f"{plain}, modules_to_save={names}."
         )
 
 

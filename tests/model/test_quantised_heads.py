@@ -110,9 +110,9 @@ def test_a_fit_with_a_head_that_bitsandbytes_never_quantised_is_refused_with_bot
     transformers.BertModel(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path)
 
     class Tuned(L.LightningModule):
-        def __init__(self) -> None:
+        def __init__(self, skipped: list[str]) -> None:
             super().__init__()
-            quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True)
+            quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
             self.net = transformers.AutoModelForSequenceClassification.from_pretrained(
                 tmp_path, num_labels=LABELS, quantization_config=quantisation
             )
@@ -123,6 +123,8 @@ def test_a_fit_with_a_head_that_bitsandbytes_never_quantised_is_refused_with_bot
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
-    trainer = make_trainer(tmp_path / "fit", LoRACallback(r=1, target_modules=["query"]))
-    with pytest.raises(LoRAError, match=r"skip_modules=\['classifier'\]\), modules_to_save=\['net.classifier'\]"):
-        trainer.fit(Tuned(), torch.utils.data.DataLoader(tokens()))
+    for saved, named in (([], ""), (["bert.pooler"], "'bert.pooler', ")):
+        trainer = make_trainer(tmp_path / "fit", LoRACallback(r=1, target_modules=["query"], modules_to_save=saved))
+        options = rf"skip_modules=\[{named}'classifier'\]\), modules_to_save=\[{named}'net.classifier'\]"
+        with pytest.raises(LoRAError, match=options):
+            trainer.fit(Tuned(saved), torch.utils.data.DataLoader(tokens()))
