@@ -291,7 +291,7 @@ class LoRAConfig:
             object.__setattr__(self, option, None if is_empty else value)
 
     def _check_expressions(self) -> None:
-        """Refuse what is no regular expression, by itself or as part of the expression that is built of it."""
+        """Refuse a text that is no regular expression, alone or inside the larger expression that holds it."""
         names = [(option, getattr(self, option), str) for option in ("target_modules", "exclude_modules")]
         checks: list[tuple[str, Any, Callable[[str], str]]] = [each for each in names if isinstance(each[1], str)]
         checks += [("layers_pattern", pattern, layer_pattern) for pattern in self.layers_pattern or ()]

@@ -98,7 +98,7 @@ def write_folder(
 
 
 def _tell_what_differs(adapter: Adapter, path: PathLike) -> None:
-    """Tell what PEFT's folder leaves out of an adapter, and that its names are those of more than a network."""
+    """Tell what PEFT's folder leaves out of an adapter, and which module PEFT loads it onto."""
     extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
     if extra:
         warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=4)

@@ -66,7 +66,7 @@ class Listing:
 
     def look_again(self) -> None:
         """Forget the lists, after layers were adapted, replaced or taken out."""
-        for name in ("places", "modules", "root_places", "root_modules"):
+        for name in ("places", "modules", "root_places", "root_modules", "recorded_modules"):
             vars(self).pop(name, None)
         self.look_for_layers_again()
 
@@ -265,27 +265,23 @@ class AdaptedModel(Listing):
 
     def without_first_values(self) -> list[str]:
         """Return the names of base parameters that may have been trained and whose values from before are not known."""
-        if (
-            not any(self.moved)
-            and not self._unknown_trainable()
-            and self.record.initial.keys() >= self.record.trained.keys()
-        ):
+        are_known = self.record.initial.keys() >= self.record.trained.keys()
+        if are_known and not any(self.moved) and not self._trains_unknown():
             return []
         trained, known = self.trained(), set(self._initial_by_id())
         base = ((each.name, id(each.parameter), each.parameter.requires_grad) for each in self.base())
         return [name for name, key, trains in base if (trains or key in trained) and key not in known]
 
-    def _unknown_trainable(self) -> set[str]:
-        """Return the names of trainable parameters without a recorded value: at once, where base() lists them all."""
-        found = set()
+    def _trains_unknown(self) -> bool:
+        """Return whether a trainable parameter has no recorded value: at once, where base() lists them all."""
         for path, module in self.root_modules:
             for leaf, live in module._parameters.items():
                 if live is not None and live.requires_grad and not names_factor(leaf):
                     name = f"{path}.{leaf}" if path else leaf
                     value = self.record.initial.get(name)
                     if value is None or unsharded_shape(value) != unsharded_shape(live):
-                        found.add(name)
-        return found
+                        return True
+        return False
 
     def record_unfrozen(self, names: Collection[str]) -> None:
         """Record base parameters that another run had unfrozen, with their present values as those before training.

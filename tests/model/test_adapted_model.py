@@ -169,6 +169,15 @@ def test_a_new_module_of_the_same_name_has_the_first_values_of_the_one_before_it
     assert holds(net, base_values())
 
 
+def test_a_handle_that_looks_again_finds_the_tensors_of_a_new_module():
+    net = injected_net()
+    handle = open_model(net, "test")
+    assert id(net.head.weight) in handle.trained()
+    net.head = nn.Linear(3, 2)
+    handle.look_again()
+    assert id(net.head.weight) in handle.trained()
+
+
 def test_a_new_module_of_another_shape_has_no_first_values():
     net = injected_net()
     train(net)
