@@ -340,6 +340,12 @@ class LoRAConfig:
         return {**KNOWN_VARIANTS[self.variant].own_options, **(self.variant_options or {})}
 
 
+def alpha_of(r: int, scaling: float, *, rslora: bool) -> float:
+    """Return lora_alpha of a layer of rank r, without the rounding of a scaling that was computed from one."""
+    alpha = float(f"{scaling * (math.sqrt(r) if rslora else r):.12g}")
+    return int(alpha) if alpha.is_integer() else alpha
+
+
 def is_config(config: object) -> bool:
     """Return whether an object is a LoRAConfig or any config of peft; as_config refuses some of peft's."""
     return isinstance(config, LoRAConfig) or hasattr(config, "peft_type")

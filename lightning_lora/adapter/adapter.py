@@ -19,19 +19,40 @@ from .values import describe_value, holds_numbers
 NewName = Callable[[str], str | None]
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What is known of one adapted layer or parameter.
+
+    Attributes:
+        r: the rank, that of its tensors; 0 where they are damaged.
+        scaling: s, or None where the source does not hold it.
+        kind: one of low_rank.KINDS, or "" where the source does not tell it.
+        parts: which equal parts of a fused projection are adapted; None for a layer that is adapted as one.
+    """
+
+    r: int = 0
+    scaling: float | None = None
+    kind: str = ""
+    parts: tuple[bool, ...] | None = None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """Hold an adapter's tensors by name, with its options and what is known of its layers and its base.
 
     Names are those of this package's state dicts. read_adapter and take_adapter return an Adapter.
 
+    The layers are the truth. The options are the words of the run that trained the adapter. They tell the variant, how
+    A and B started, dropout and dtype, and by modules_to_save, task_type and bias what was trained whole. The rest is
+    only shown, and selects nothing.
+
     Attributes:
         tensors: factors, trained parameters and buffers.
+        layers: each adapted layer and parameter, in the order of the tensors. Left out, they are those that the tensors
+            have; see with_layers.
         config: the options, or None where the source holds none.
-        scalings: s of each adapted layer, or empty where the source holds none.
         fingerprint: an entry for each frozen parameter of the base, or empty where the source holds none.
         complete: the source holds buffers too. A name of the model that is missing in it is an error.
-        kinds: the kind of each adapted layer, where it is known; one of low_rank.KINDS.
         tables: the numbers of the trained rows of each table, ascending, or empty where the source does not tell them.
         tied: the name of the first table of each tied table, which has the same rows. A tied table may lack its rows.
         tied_by_peft: PEFT makes all these ties by itself, because transformers does.
@@ -54,11 +75,10 @@ class Adapter:
     """
 
     tensors: Mapping[str, Any]
+    layers: Mapping[str, Layer] = field(default_factory=dict)
     config: LoRAConfig | None = None
-    scalings: Mapping[str, float] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
-    kinds: Mapping[str, str] = field(default_factory=dict)
     network: str = ""
     pretrained: str = ""
     origin: Mapping[str, str] = field(default_factory=dict)
@@ -74,9 +94,13 @@ class Adapter:
     foreign: ForeignEntries = field(default_factory=ForeignEntries)
     assumed_order: Sequence[Sequence[str]] = ()
 
+    def __post_init__(self) -> None:
+        if not self.layers:
+            object.__setattr__(self, "layers", self._layers_in_tensors({}))
+
     def __repr__(self) -> str:
-        layers, origin = self.layers(), self.origin.get("base_model_name_or_path")
-        ranks = sorted({self.variant.rank(self.stored(layer)) for layer in layers if not layer_fault(self, layer)})
+        layers, origin = self.layers, self.origin.get("base_model_name_or_path")
+        ranks = sorted({layer.r for layer in layers.values() if layer.r})
         tensors = (*self.factors(), *self.beside_factors().values())
         values = sum(value.numel() for value in tensors if isinstance(value, torch.Tensor))
         parts = [f"r={' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"] if ranks else []
@@ -101,10 +125,41 @@ class Adapter:
                 names.setdefault(layer, {})[leaf] = name
         return names
 
-    def layers(self) -> list[str]:
-        """Return the names of the adapted layers and parameters."""
+    def with_layers(self, known: Mapping[str, Layer] | None = None) -> Adapter:
+        """Return the adapter with the layers, and their ranks, that its tensors have.
+
+        Args:
+            known: what is known of layers beside their ranks; by default what the adapter knows.
+        """
+        return replace(self, layers=self._layers_in_tensors(self.layers if known is None else known))
+
+    def _layers_in_tensors(self, known: Mapping[str, Layer]) -> dict[str, Layer]:
         leaf = self.variant.trained[0]
-        return [layer for layer, names in self.own_names.items() if leaf in names]
+        names = [name for name, own in self.own_names.items() if leaf in own]
+        return {name: replace(known.get(name, Layer()), r=self._stored_rank(name)) for name in names}
+
+    def _stored_rank(self, layer: str) -> int:
+        stored = self.stored(layer)
+        if len(stored) < len(self.variant.leaves) or not all(map(holds_numbers, stored.values())):
+            return 0
+        try:
+            return self.variant.rank(stored)
+        except (IndexError, RuntimeError):  # of torch, for shapes that no product takes
+            return 0
+
+    def with_kinds(self, kinds: Mapping[str, str]) -> Adapter:
+        """Return the adapter with other kinds of the layers that `kinds` names."""
+        layers = {name: replace(layer, kind=kinds.get(name, layer.kind)) for name, layer in self.layers.items()}
+        return replace(self, layers=layers)
+
+    def of_kind(self, *kinds: str) -> list[str]:
+        """Return the names of the layers of these kinds."""
+        return [name for name, layer in self.layers.items() if layer.kind in kinds]
+
+    def scaling(self, layer: str) -> float:
+        """Return s of a layer, or 1 where the source does not hold it."""
+        scaling = self.layers[layer].scaling
+        return 1.0 if scaling is None else scaling
 
     def factor_name(self, layer: str, leaf: str) -> str:
         """Return the name of a tensor of an adapted layer or parameter, whether it is there or not."""
@@ -128,7 +183,7 @@ class Adapter:
 
     def effective_factors(self, layer: str) -> EffectiveFactors:
         """Return the factors that a layer's tensors act as, without a scale of the sum with W."""
-        return self.variant.effective_factors_exactly(self.stored(layer), None, self.scalings.get(layer, 1.0))
+        return self.variant.effective_factors_exactly(self.stored(layer), None, self.scaling(layer))
 
     def weight_names(self, layer: str) -> list[str]:
         """Return the names that the weight of a layer may have in the base; a parameter has one."""
@@ -139,14 +194,14 @@ class Adapter:
         config = self.config or LoRAConfig()
         names = [name for name in self.weight_names(layer) if name in self.fingerprint]
         shape = self.fingerprint[names[0]].shape if names else ()
-        in_options = self.options_name(layer)
+        known = self.layers[layer]
         return LayerInfo(
             name=layer,
-            kind=self.kinds.get(layer, ""),
+            kind=known.kind,
             shape=torch.Size(shape),
-            rank=config.rank(in_options),
-            scaling=self.scalings.get(layer, 1.0),
-            enabled=config.enabled_parts(layer),
+            rank=known.r,
+            scaling=self.scaling(layer),
+            enabled=known.parts,
             init=config.init_lora_weights,
             options=config.all_variant_options(),
         )
@@ -154,7 +209,7 @@ class Adapter:
     @cached_property
     def parameters(self) -> list[str]:
         """The names of the parameters that are adapted by themselves."""
-        return [layer for layer in self.layers() if self.is_parameter(layer)]
+        return [layer for layer in self.layers if self.is_parameter(layer)]
 
     @cached_property
     def modules(self) -> set[str]:
@@ -166,7 +221,7 @@ class Adapter:
     def module_layers(self) -> list[str]:
         """The names of the adapted layers that are modules."""
         parameters = set(self.parameters)
-        return [layer for layer in self.layers() if layer not in parameters]
+        return [layer for layer in self.layers if layer not in parameters]
 
     def is_parameter(self, layer: str) -> bool:
         """Return whether the name is that of a parameter that is adapted by itself, and not of a layer."""
@@ -190,10 +245,6 @@ class Adapter:
     def _whole_names(self) -> list[str]:
         return [name for name in self.tensors if not names_factor(name)]
 
-    def ranks(self) -> dict[str, int]:
-        """Return the rank of each adapted layer."""
-        return {name: self.variant.rank(self.stored(name)) for name in self.layers()}
-
     def options_name(self, name: str) -> str:
         """Return the layer whose options PEFT uses: for out_proj the attention, if that is adapted; else `name`."""
         attention, _, leaf = name.rpartition(".")
@@ -204,7 +255,7 @@ class Adapter:
         """Return the modules whose weights are here whole, for an adapter without options."""
         whole = self.beside_factors().keys() - self.perhaps_base
         modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(whole) if name.endswith(".weight"))
-        return [module for module in modules if module not in self.layers()]
+        return [module for module in modules if module not in self.layers]
 
     def with_names(self, new_name: NewName) -> Adapter:
         """Return the adapter with new names for its tensors and layers. The options stay.
@@ -212,9 +263,6 @@ class Adapter:
         Args:
             new_name: gives the new name of a tensor, or None to leave the tensor out.
         """
-
-        def layer_name(layer: str) -> str | None:
-            return new_layer(self, layer, new_name)
 
         def new_table(table: str) -> str | None:
             name = new_name(f"{table}.{rows_leaf()}")
@@ -224,9 +272,8 @@ class Adapter:
         return replace(
             self,
             tensors=rename_keys(self.tensors, new_name),
-            scalings=rename_keys(self.scalings, layer_name),
+            layers=rename_keys(self.layers, lambda layer: new_layer(self, layer, new_name)),
             fingerprint=rename_keys(self.fingerprint, new_name),
-            kinds=rename_keys(self.kinds, layer_name),
             tables=rename_keys(self.tables, new_table),
             tied=rename_keys({table: first for table, first in tied.items() if first is not None}, new_table),
             perhaps_base=frozenset(rename_keys(dict.fromkeys(self.perhaps_base), new_name)),
@@ -241,8 +288,7 @@ class Adapter:
         return replace(
             self,
             tensors={name: tensor for name, tensor in self.tensors.items() if name not in own},
-            scalings={name: scaling for name, scaling in self.scalings.items() if name not in left_out},
-            kinds={name: kind for name, kind in self.kinds.items() if name not in left_out},
+            layers={name: layer for name, layer in self.layers.items() if name not in left_out},
         )
 
 

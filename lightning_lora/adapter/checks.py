@@ -1,22 +1,20 @@
-"""Checks of an adapter by itself: its tensors are there, finite, and as its variant and its options say."""
+"""Checks of an adapter by itself: its tensors are there, finite, and as its variant says."""
 
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import torch
 
 from ..errors import LoRAError
-from ..names import factor_role
 from ..nn.variant import Variant, rows_leaf, variant_with
 from .adapter import Adapter, layer_fault
 from .values import check_finite, describe_value, holds_numbers, refuse_nested
 
 
 def check_factors(adapter: Adapter, where: str) -> None:
-    """Raise LoRAError for the first layer whose tensors are not finite, or not as its variant and the options say."""
+    """Raise LoRAError for the first layer whose tensors are not finite, or not as its variant says."""
     for layer in adapter.own_names:
         _refuse_fault(adapter, layer, where)
     for table, rows in adapter.rows().items():
@@ -44,7 +42,6 @@ def _refuse_fault(adapter: Adapter, layer: str, where: str) -> None:
         raise LoRAError(f"{where}: {fault}")
     for leaf, value in adapter.stored(layer).items():
         check_finite(names[leaf], value, where)
-    _check_rank(adapter, layer, where)
 
 
 def _asked_by(variant: Variant) -> str:
@@ -66,25 +63,3 @@ def _check_rows(adapter: Adapter, table: str, rows: Any, where: str) -> None:
     if numbers is not None and len(numbers) != len(rows):
         raise LoRAError(f"{where}: {name!r} has {len(rows)} rows, but {len(numbers)} are named: the file is damaged.")
     check_finite(name, rows, where)
-
-
-def _check_rank(adapter: Adapter, name: str, where: str) -> None:
-    """Raise LoRAError where the options give a layer another rank or scaling than the tensors or the record."""
-    if adapter.config is None:
-        return
-    stored = adapter.stored(name)
-    rank = adapter.variant.rank(stored)
-    with_options = dict.fromkeys((name, adapter.options_name(name)))
-    scalings = [adapter.config.scaling(n) for n in with_options if adapter.config.rank(n) == rank]
-    if not scalings:
-        shapes = ", ".join(f"{factor_role(leaf)} {tuple(stored[leaf].shape)}" for leaf in adapter.variant.trained)
-        raise LoRAError(
-            f"{where}: {name!r}: the options say r={adapter.config.rank(name)}, but its factors have rank {rank}: "
-            f"{shapes}."
-        )
-    recorded = adapter.scalings.get(name, scalings[0])
-    if not any(math.isclose(recorded, scaling) for scaling in scalings):
-        raise LoRAError(
-            f"{where}: {name!r}: the options say a scaling (lora_alpha over r) of {scalings[0]:g}, but {recorded:g} is "
-            "recorded; the file is damaged."
-        )

@@ -54,7 +54,7 @@ def combine_layer(
         A and B by name, and the share of the squared norm of the combined change that they keep.
     """
     _, first, _ = holders[0]
-    known = [(name, each.kinds[layer]) for name, each, _ in holders if layer in each.kinds]
+    known = [(name, each.layers[layer].kind) for name, each, _ in holders if each.layers[layer].kind]
     same_in_all(f"the kind of {layer!r}", known) if known else None
     plain = [(name, _plain_parts(each, layer, holders), weight) for name, each, weight in holders]
     _check_shapes(layer, [(name, each, parts) for (name, parts, _), (_, each, _) in zip(plain, holders, strict=True)])
@@ -99,8 +99,8 @@ def _inputs(adapter: Adapter, layer: str) -> list[int]:
 
 def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adapter, float]]) -> list[Pair]:
     """Return (s * B, A) of each part of a layer. If the adapters adapt different parts, the layer is one part."""
-    parts = [(name, each.config.enabled_parts(layer) if each.config else None) for name, each, _ in holders]
-    enabled = adapter.config.enabled_parts(layer) if adapter.config else None
+    parts = [(name, each.layers[layer].parts) for name, each, _ in holders]
+    enabled = adapter.layers[layer].parts
     if all(part == parts[0][1] for _, part in parts):
         return scaled_pairs(adapter, layer)
     if enabled is None:

@@ -52,10 +52,10 @@ def cosine(adapter: Adapter, other_adapter: Adapter, name: str) -> float:
 def _matching_pairs(adapter: Adapter, other_adapter: Adapter, name: str) -> list[tuple[Pair, Pair]]:
     """Return the scaled_pairs of one layer in two adapters, part by part; ValueError where they do not match."""
     both = adapter, other_adapter
-    old = [each.peft_version is not None and each.kinds.get(name) == TRANSPOSED_EXPERTS for each in both]
-    if any(old) and adapter.kinds.get(name) != other_adapter.kinds.get(name):
+    old = [each.peft_version is not None and each.layers[name].kind == TRANSPOSED_EXPERTS for each in both]
+    if any(old) and adapter.layers[name].kind != other_adapter.layers[name].kind:
         raise ValueError(f"{name!r} has another layout in the two, because a PEFT before 0.19 wrote one of them")
-    enabled = [each.config.enabled_parts(name) if each.config else None for each in both]
+    enabled = [each.layers[name].parts for each in both]
     pairs, other_pairs = (scaled_pairs(each, name) for each in both)
     if len(pairs) != len(other_pairs) or (None not in enabled and enabled[0] != enabled[1]):
         raise ValueError(f"{name!r} has other parts in the two")
@@ -76,7 +76,7 @@ def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
     """
     a, b, _ = adapter.effective_factors(name)
     a, b = (factor.detach().double().flatten(1) for factor in (a, b))
-    scaling = adapter.scalings.get(name, 1.0)
+    scaling = adapter.scaling(name)
     parts = a.shape[0] // b.shape[1]
     if a.shape[0] % b.shape[1] or not parts or b.shape[0] % parts:
         raise LoRAError(

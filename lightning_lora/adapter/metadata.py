@@ -9,25 +9,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..config import LoRAConfig
+from ..config import LoRAConfig, is_number
 from ..errors import LoRAError, sentence, shown
 from ..matching import near_misses
 from ..names import KNOWN_VARIANTS
 from ..nn.low_rank import KINDS
-from .adapter import Adapter
-from .file_options import check_options
+from .adapter import Adapter, Layer
 from .fingerprint import Entry, sample_positions
 
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
     """Describe an adapter as plain types, without its tensors."""
     return {
-        "config": (adapter.config or LoRAConfig()).to_dict(),
-        "layers": encode_layers(adapter.scalings, adapter.kinds),
+        "config": _with_parts(adapter).to_dict(),
+        "layers": encode_layers(adapter.layers),
         "fingerprint": encode_fingerprint(adapter.fingerprint),
         "network": adapter.network,
         **({"pretrained": adapter.pretrained} if adapter.pretrained else {}),
@@ -54,15 +54,13 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
         LoRAError: the description has another form, or does not fit the tensors.
     """
     try:
-        scalings, kinds = decode_layers(metadata["layers"])
-        check_options(metadata["config"], scalings, where)
+        config = _config(metadata["config"], where)
+        known = decode_layers(metadata["layers"], config)
         adapter = Adapter(
             tensors=tensors,
-            config=_config(metadata["config"], where),
-            scalings=scalings,
+            config=config,
             fingerprint=decode_fingerprint(metadata["fingerprint"]),
             complete=metadata.get("complete", True) is True,
-            kinds=kinds,
             network=_text(metadata["network"]),
             pretrained=_text(metadata.get("pretrained", "")),
             origin={_text(name): _text(value) for name, value in metadata["origin"].items()},
@@ -78,10 +76,20 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
-    unpaired = sorted((set(adapter.scalings) ^ set(adapter.layers())) | (set(adapter.tables) ^ set(adapter.rows())))
+    unpaired = sorted((known.keys() ^ adapter.layers.keys()) | (adapter.tables.keys() ^ adapter.rows().keys()))
     if unpaired:
         raise LoRAError(f"{where}: {unpaired[0]!r} is missing in the tensors or in their description; it was cut.")
-    return adapter
+    return adapter.with_layers(known)
+
+
+def _with_parts(adapter: Adapter) -> LoRAConfig:
+    """Return the options with enable_lora by the names of the layers: there a file holds which parts are adapted."""
+    config = adapter.config or LoRAConfig()
+    parts = {name: layer.parts for name, layer in adapter.layers.items()}
+    if all(config.enabled_parts(name) == each for name, each in parts.items()):
+        return config
+    longest_first = sorted(parts.items(), key=lambda item: -len(item[0]))
+    return replace(config, enable_lora={name: each for name, each in longest_first if each})
 
 
 def _config(options: Any, where: str) -> LoRAConfig:
@@ -100,25 +108,25 @@ def without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]
     return {name: value for name, value in values.items() if name not in left_out}
 
 
-def encode_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> list[Any]:
-    """Group the layers that `scalings` names by kind and scaling."""
+def encode_layers(layers: Mapping[str, Layer]) -> list[Any]:
+    """Group layers by kind and scaling."""
     groups: dict[tuple[str | None, float], list[str]] = {}
-    for name, scaling in scalings.items():
-        groups.setdefault((kinds.get(name), scaling), []).append(name)
+    for name, layer in layers.items():
+        groups.setdefault((layer.kind or None, 1.0 if layer.scaling is None else layer.scaling), []).append(name)
     return [[kind, scaling, names] for (kind, scaling), names in groups.items()]
 
 
-def decode_layers(groups: Any) -> tuple[dict[str, float], dict[str, str]]:
-    """Return scalings and kinds: the inverse of encode_layers. Raises TypeError or ValueError for any other form."""
-    scalings, kinds = {}, {}
+def decode_layers(groups: Any, config: LoRAConfig) -> dict[str, Layer]:
+    """Return layers without ranks: the inverse of encode_layers. Raises TypeError or ValueError for any other form."""
+    layers = {}
     for kind, scaling, names in _list(groups):
         if kind is not None and kind not in KINDS:
             raise ValueError(f"unknown kind of layer {shown(kind)}")
+        if not is_number(scaling):
+            raise ValueError(f"no scaling: {shown(scaling)}")
         for name in _list(names):
-            scalings[_text(name)] = float(scaling)
-            if kind is not None:
-                kinds[name] = kind
-    return scalings, kinds
+            layers[_text(name)] = Layer(0, float(scaling), kind or "", config.enabled_parts(name))
+    return layers
 
 
 def encode_fingerprint(entries: Mapping[str, Entry]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,7 +10,6 @@ from ..config import LoRAConfig
 from ..errors import LoRAError, shown
 from .adapter import Adapter, nothing_adapted
 from .checks import require_values
-from .layer_options import exact_options, options_hold
 from .values import describe_value, is_strided
 
 
@@ -27,8 +25,7 @@ def with_options(adapter: Adapter, path: object, lora_alpha: float | None = None
         LoRAError: lora_alpha is missing, or both stored and given; or the adapter is not whole.
     """
     require_values(adapter, str(path))
-    ranks = adapter.ranks()
-    if not ranks:
+    if not adapter.layers:
         raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}; it is not an adapter of a known format.")
     for name, value in adapter.beside_factors().items():
         if isinstance(value, torch.Tensor) and not is_strided(value):
@@ -45,11 +42,11 @@ def with_options(adapter: Adapter, path: object, lora_alpha: float | None = None
             "trained it, and pass --lora-alpha to merge, export or import, or lora_alpha to export_adapter; what "
             "export writes holds it, for others."
         )
-    return _with_alpha(adapter, ranks, lora_alpha, path)
+    return _with_alpha(adapter, lora_alpha, path)
 
 
-def _with_alpha(adapter: Adapter, ranks: Mapping[str, int], lora_alpha: float, path: object) -> Adapter:
-    """Return an adapter without options with options that its tensors and a lora_alpha tell.
+def _with_alpha(adapter: Adapter, lora_alpha: float, path: object) -> Adapter:
+    """Return an adapter without options with the scalings and the options that its tensors and a lora_alpha tell.
 
     Raises:
         LoRAError: lora_alpha is no number. A layer adapts parts of a fused projection, and the tensors do not tell
@@ -57,22 +54,19 @@ def _with_alpha(adapter: Adapter, ranks: Mapping[str, int], lora_alpha: float, p
     """
     if not isinstance(lora_alpha, (int, float)):
         raise LoRAError(f"{path}: lora_alpha must be a number, but it is {shown(lora_alpha)}.")
-    for name in ranks:
+    for name in adapter.layers:
         factors = adapter.effective_factors(name)
         if factors.a.shape[0] != factors.b.shape[1]:
             raise LoRAError(
                 f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
                 "a model injected with enable_lora."
             )
-    scalings = {name: lora_alpha / rank for name, rank in ranks.items()}
-    saved = adapter.saved_modules()
     config = LoRAConfig(
-        r=next(iter(ranks.values())),
+        r=next(iter(adapter.layers.values())).r,
         lora_alpha=lora_alpha,
-        target_modules=list(ranks),
-        modules_to_save=saved,
+        target_modules=list(adapter.layers),
+        modules_to_save=adapter.saved_modules(),
         **adapter.variant.options(),
     )
-    if not options_hold(config, ranks, scalings):
-        config = exact_options(config, ranks, scalings)
-    return replace(adapter, config=config, scalings=scalings)
+    scaled = {name: replace(layer, scaling=lora_alpha / layer.r) for name, layer in adapter.layers.items()}
+    return replace(adapter, config=config, layers=scaled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -12,14 +12,13 @@ from ..config import LoRAConfig
 from ..errors import LoRAError, sentence
 from ..matching import near_misses
 from ..names import parent_names, suffixes
-from .adapter import Adapter, NewName, new_layer, nothing_adapted
-from .layer_options import exact_options, options_hold
+from .adapter import Adapter, NewName, nothing_adapted
 
 
 def renamed(adapter: Adapter, strip: str, add: str) -> Adapter:
     """Return an adapter with the prefix `strip` taken off every name and the prefix `add` put in front.
 
-    Tensors whose names lack the prefix are left out. The options mean the same layers as before.
+    Tensors whose names lack the prefix are left out.
     """
 
     def new_name(name: str) -> str | None:
@@ -29,11 +28,10 @@ def renamed(adapter: Adapter, strip: str, add: str) -> Adapter:
 
 
 def renamed_by(adapter: Adapter, new_name: NewName) -> Adapter:
-    """Return an adapter with new names, as with_names does, and options that mean the same layers as before."""
+    """Return an adapter with new names, as with_names does, and with modules_to_save that names the same modules."""
     pretrained = (new_name(adapter.pretrained) or "") if adapter.pretrained else ""
     new = replace(adapter.with_names(new_name), scope=new_name(adapter.scope) or "", pretrained=pretrained)
-    old_layers = {new_layer(adapter, layer, new_name): layer for layer in adapter.layers()}
-    return replace(new, config=_translate_config(adapter, new, old_layers))
+    return replace(new, config=_with_names_of_saved(new))
 
 
 def by_network_names(adapter: Adapter) -> Adapter:
@@ -41,30 +39,18 @@ def by_network_names(adapter: Adapter) -> Adapter:
     return renamed(adapter, adapter.network, "") if adapter.network else adapter
 
 
-def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None, str]) -> LoRAConfig | None:
-    """Return options for the new names. They stay as they are if they mean the same layers, else they name each layer.
-
-    Args:
-        old: the adapter before it was renamed.
-        new: the adapter after.
-        old_layers: the old name of each new one.
-    """
-    if old.config is None:
-        return None
-    modules = {module for name in new.tensors for module in parent_names(name)}
-    named = {suffix for module in modules for suffix in suffixes(module)}
-    saved = [  # an entry that names nothing any more loses the prefix that the names lost
-        entry if entry in named else next((tail for tail in suffixes(entry) if tail in modules), entry)
-        for entry in old.config.modules_to_save or ()
-    ]
-    config = replace(old.config, modules_to_save=saved)
-    enabled = {layer: config.enabled_parts(old_layers[layer]) for layer in new.layers()}
-    same_parts = all(config.enabled_parts(layer) == parts for layer, parts in enabled.items())
-    if same_parts and options_hold(config, new.ranks(), new.scalings):
+def _with_names_of_saved(adapter: Adapter) -> LoRAConfig | None:
+    """Return the options. An entry of modules_to_save that names nothing any more loses the prefix that names lost."""
+    config = adapter.config
+    if config is None or not config.modules_to_save:
         return config
-    longest_first = sorted(enabled.items(), key=lambda item: -len(item[0]))
-    exact = exact_options(config, new.ranks(), new.scalings, new.parameters)
-    return replace(exact, enable_lora={layer: parts for layer, parts in longest_first if parts})
+    modules = {module for name in adapter.tensors for module in parent_names(name)}
+    named = {suffix for module in modules for suffix in suffixes(module)}
+    saved = [
+        entry if entry in named else next((tail for tail in suffixes(entry) if tail in modules), entry)
+        for entry in config.modules_to_save
+    ]
+    return replace(config, modules_to_save=saved)
 
 
 def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Callable[[str], str] = str) -> Adapter:
@@ -79,7 +65,7 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Cal
     Raises:
         LoRAError: there is no such prefix, or there are several.
     """
-    layers = adapter.layers()
+    layers = list(adapter.layers)
     if not layers:
         raise LoRAError(
             f"adapter: the source holds {nothing_adapted(adapter)}; it is not an adapter of a known format."
@@ -117,7 +103,7 @@ def _without_second_name(adapter: Adapter) -> Adapter:
 
     All layers under the second name must have the values of those under the other.
     """
-    one, *others = layers = adapter.layers()
+    one, *others = layers = list(adapter.layers)
     for other in others:
         keep, drop = sorted(_different_beginnings(one, other), key=bool)  # "" is the beginning of every name
         again = [layer for layer in layers if layer.startswith(drop)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter
+from ..adapter.adapter import Adapter, Layer
 from ..adapter.base_files import fingerprint_of_files
 from ..adapter.products import truncated_svd
 from ..config import LoRAConfig
@@ -98,11 +98,9 @@ def extract(
     adapter = Adapter(
         tensors={**tensors, **whole},
         config=_config(tensors, list(kinds), rank, options),
-        scalings=dict.fromkeys(kinds, 1.0),
         fingerprint=fingerprint_of_files(frozen),
-        kinds=kinds,
         fan_in_fan_out=fan_in_fan_out,
-    )
+    ).with_layers({module: Layer(scaling=1.0, kind=kind) for module, kind in kinds.items()})
     dropped = [name for name in changed if name not in names and name not in whole]
     return Extracted(adapter, kept, dropped, squares)
 

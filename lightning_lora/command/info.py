@@ -84,7 +84,7 @@ def _adapter_kind(path: PathLike) -> str:
 
 
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:
-    layers, factors = adapter.layers(), adapter.factors()
+    layers, factors = adapter.layers, adapter.factors()
     whole = {name: value for name, value in adapter.beside_factors().items() if isinstance(value, torch.Tensor)}
     layers_info = _each("measuring", layers, lambda name: _layer_info(adapter, name))
     return {
@@ -109,9 +109,9 @@ def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
     matrices = {role: tensor for role, tensor in trained.items() if tensor.dim() > 1}
     norms = {f"norm_{role}": float(tensor.double().norm()) for role, tensor in trained.items()}
     return {
-        "kind": adapter.kinds.get(name),
-        "rank": variant.rank(stored),
-        "scaling": adapter.scalings.get(name),
+        "kind": adapter.layers[name].kind or None,
+        "rank": adapter.layers[name].r,
+        "scaling": adapter.layers[name].scaling,
         **{f"shape_{role}": list(tensor.shape) for role, tensor in matrices.items()},
         "dtype": _dtype_name(next(iter(trained.values())).dtype),
         **{name: norm for name, norm in norms.items() if name.removeprefix("norm_") in matrices},
@@ -149,16 +149,19 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
         return _diff_weights(*both)
     paths = first_path, second_path
     first, second = (by_network_names(without_base(read_source(path))) for path in paths)
-    unscaled = [each.layers() and not each.scalings for each in (first, second)]
+    unscaled = [any(layer.scaling is None for layer in each.layers.values()) for each in (first, second)]
     lacking = [str(path) for path, lacks in zip(paths, unscaled, strict=True) if lacks]
     if lacking:  # s * B @ A and B @ A cannot be compared
-        first, second = replace(first, scalings={}), replace(second, scalings={})
+        first, second = map(_without_scalings, (first, second))
     return {**_diff_adapters(first, second), "without_scaling": lacking}
 
 
+def _without_scalings(adapter: Adapter) -> Adapter:
+    return replace(adapter, layers={name: replace(layer, scaling=None) for name, layer in adapter.layers.items()})
+
+
 def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
-    layers = set(second.layers())
-    in_both = [name for name in first.layers() if name in layers]
+    in_both = [name for name in first.layers if name in second.layers]
     rows = _each("comparing", in_both, lambda name: _layer_row(first, second, name))
     first_whole, second_whole = (
         {**each.beside_factors(), **each.rows(), **_scales_by_tensor(each)} for each in (first, second)
@@ -171,7 +174,7 @@ def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
     differing = first.config.differing(second.config) if first.config and second.config else []
     values = [LEFT_OUT_AT_DEFAULT | (each.config.to_dict() if each.config else {}) for each in (first, second)]
     options = {name: [each.get(name) for each in values] for name in differing}
-    only = _only_in_one({*first.layers(), *first_whole}, {*layers, *second_whole})
+    only = _only_in_one({*first.layers, *first_whole}, {*second.layers, *second_whole})
     return {"kind": "adapters", "options": options, **only, "changes": rows}
 
 
@@ -181,7 +184,7 @@ def _scales_by_tensor(adapter: Adapter) -> dict[str, Any]:
         return {}
     return {
         adapter.factor_name(layer, leaf): value
-        for layer in adapter.layers()
+        for layer in adapter.layers
         for leaf, value in adapter.stored(layer).items()
         if isinstance(value, torch.Tensor) and value.dim() == 1
     }

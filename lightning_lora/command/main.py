@@ -201,8 +201,8 @@ def _import(options: Any) -> list[str]:
 
 def _convert(convert: Callable[..., Adapter], options: Any, *, tell_rank: bool = False) -> list[str]:
     adapter = convert(options.source, options.output, options.lora_alpha, overwrite=options.overwrite)
-    rank = f" of rank {max(adapter.ranks().values())}" if tell_rank else ""
-    return [f"wrote {options.output}: {len(adapter.layers())} adapted layers{rank}"]
+    rank = f" of rank {max(layer.r for layer in adapter.layers.values())}" if tell_rank else ""
+    return [f"wrote {options.output}: {len(adapter.layers)} adapted layers{rank}"]
 
 
 def _diff_options(parser: Any) -> None:

@@ -127,9 +127,7 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True, re
         adapter = align_to_networks(adapter, names.modules() | parameters, str(base.path), lambda: networks)
     except LoRAError as error:
         raise LoRAError(f"{error} {names.hint}") from error
-    refuse_quantised(
-        "merge", base, {*adapter.layers(), *(name.rpartition(".")[0] for name in adapter.beside_factors())}
-    )
+    refuse_quantised("merge", base, {*adapter.layers, *(name.rpartition(".")[0] for name in adapter.beside_factors())})
     _refuse_built(adapter, base, names)
     _refuse_unplaced(adapter, base, names.built)
     _refuse_missing(adapter, base, _scope(before, adapter))
@@ -171,7 +169,7 @@ def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, 
     seen = _seen_orientations(adapter, base)
     refuse_conv1d_of_model(adapter, seen.get(CONV1D), base.path)
     low_rank: dict[str, WeightUpdate] = {}
-    for name in adapter.layers():
+    for name in adapter.layers:
         low_rank |= _layer_updates(adapter, name, base, seen, dtype)
     updates |= {name: replace(update, value=whole.get(name)) for name, update in low_rank.items()}
     row_updates = _row_updates(adapter, base, owners)
@@ -257,7 +255,7 @@ def _module_names(adapter: Adapter, base: Weights) -> ModuleNames:
 
 def _refuse_built(adapter: Adapter, base: Weights, names: ModuleNames) -> None:
     """Raise LoRAError for the first tensor to change that a model makes out of others, which the file holds."""
-    layers = adapter.layers()
+    layers = adapter.layers
     weights = (f"{name}.weight" for name in (*layers, *adapter.tables))
     for name in (*layers, *weights, *adapter.beside_factors()):
         if name in names.built:
@@ -338,14 +336,14 @@ def _write(job: Job, output: PathLike, max_shard_bytes: int | None) -> list[Path
 
 def _scope(own_names: Adapter, adapter: Adapter) -> str:
     """Return the prefix in the base of the network that was adapted, to which alone the options apply."""
-    before, after = own_names.layers()[0].removeprefix(own_names.network), adapter.layers()[0]
+    before, after = next(iter(own_names.layers)).removeprefix(own_names.network), next(iter(adapter.layers))
     return after.removesuffix(before) if after.endswith(before) else ""
 
 
 def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
     """Raise LoRAError for the first tensor that was trained whole, as the options say, and is not in the adapter."""
     config = adapter.config or LoRAConfig()
-    is_saved, layers = matcher(config.all_modules_to_save()), set(adapter.layers())
+    is_saved, layers = matcher(config.all_modules_to_save()), adapter.layers
     known = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)}
     for name, location in base.locations.items():
         module, _, leaf = name.rpartition(".")
@@ -371,7 +369,7 @@ def _layer_updates(
     location, whole = base.locations[weight], adapter.tensors.get(weight)
     if location.dtype not in MERGEABLE_DTYPES:
         raise LoRAError(f"{base.path}: {weight!r} is {location.dtype}; only floating point weights are merged.")
-    kind = adapter.kinds.get(name) or _kind(adapter, name, weight, base, seen)
+    kind = adapter.layers[name].kind or _kind(adapter, name, weight, base, seen)
     info, stored = _placed(adapter, name, kind, location.shape), adapter.stored(name)
     if not _fits(adapter, info):
         found = [f"{factor_role(leaf)} {tuple(stored[leaf].shape)}" for leaf in adapter.variant.trained]
@@ -387,7 +385,7 @@ def _layer_updates(
         return parts_of(whole.detach().to(torch.promote_types(location.dtype, result_dtype or location.dtype)))
 
     blocks = adapter.variant.blocks(stored, info, read)
-    return {weight: WeightUpdate(blocks, adapter.scalings[name], stacked=kind in STACKS)}
+    return {weight: WeightUpdate(blocks, adapter.scaling(name), stacked=kind in STACKS)}
 
 
 def _parts_of_file(location: TensorLocation) -> Iterator[tuple[int, torch.Tensor]]:
@@ -449,9 +447,9 @@ def _parameter_kind(adapter: Adapter, name: str, base: Weights) -> str:
 def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
     """Return Linear and Conv1D, each with the first layer of unknown kind whose shape says that it is one."""
     seen: dict[str, str] = {}
-    for name in adapter.layers():
+    for name in adapter.layers:
         weight = base.locations.get(f"{name}.weight")
-        fitting = _orientations(adapter, name, weight.shape) if weight and name not in adapter.kinds else set()
+        fitting = _orientations(adapter, name, weight.shape) if weight and not adapter.layers[name].kind else set()
         if len(fitting) == 1:
             seen.setdefault(fitting.pop(), name)
     return seen

@@ -146,8 +146,8 @@ def extract_text(extracted: Extracted, output: str) -> list[str]:
 
 def combine_text(combined: Combined, output: str) -> list[str]:
     """Write the result of combine for people."""
-    ranks, kept = combined.adapter.ranks(), combined.kept
-    rows = [(name, str(ranks[name]), f"{kept[name]:.2%}") for name in kept]
+    layers, kept = combined.adapter.layers, combined.kept
+    rows = [(name, str(layers[name].r), f"{kept[name]:.2%}") for name in kept]
     lines = _table(("layer", "rank", "kept"), rows)
     lines += [f"weighted mean: {name}" for name in combined.averaged]
     return [*lines, f"wrote {output}"]

@@ -26,7 +26,7 @@ from .resized_tables import has_new_rows
 
 def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
     """Return the adapter under the one prefix at which its layers are modules of the model."""
-    layers = adapter.layers()
+    layers = adapter.layers
     if layers and all(layer in names.modules for layer in layers):
         return adapter
     modules = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,22 +14,19 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import REMEDY
-from ..adapter.layer_options import exact_options, options_hold, with_exact_ranks
 from ..config import LoRAConfig
-from ..distributed.sharding import copies_of, copy_all_
+from ..distributed.sharding import copies_of, copy_all_, refuse_fully_sharded
 from ..distributed.zero import update_copies_
 from ..errors import LoRAError
 from ..formats.peft_attention import refuse_conv1d_of_model
 from ..formats.peft_stacks import stacks_as_in_model
-from ..matching import Unmatched, matcher
-from ..model.adapted_model import AdaptedModel, Listing
+from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.foreign_state import foreign_entries, load_foreign_
-from ..model.inject import inject_to_load, unload
+from ..model.inject import inject_layers, replace_layers, unload
+from ..model.injection import Chosen
 from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.quantise import quantise_named_
-from ..model.targets import select
-from ..names import listed
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import CONV1D
 from ..nn.owner import claimed
@@ -37,8 +34,8 @@ from ..nn.quantised import NF4, quantised_parameters
 from ..notices import tell
 from .align import add_frozen_weights, align_names, record_trained, split_off_base, split_off_foreign
 from .first_names import Names, by_first_names
-from .fit_checks import Specs, check_adapter, specs_for
-from .take import check_fingerprint
+from .fit_checks import Specs, check_adapter, specs_for, trains_whole
+from .take import adapter_here, check_fingerprint
 
 
 def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *, merge_after: bool = False) -> None:
@@ -54,7 +51,8 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         merge_after: whether the model is merged then. If that fails, the old values are put back.
     """
     handle = live.handle
-    record, recorded, config_before = handle.record, handle.record.snapshot(), handle.record.config
+    record, recorded = handle.record, handle.record.snapshot()
+    words_before = record.config, record.chosen
     specs_before = {layer: layer.lora.spec for layer in specs or {}}
     factors = [factor for layer, spec in specs_before.items() for factor, _ in layer.shapes_by(spec)]
     memory = [(factor, factor.data, factor.grad) for factor in factors]
@@ -70,7 +68,7 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
             merge_listed(handle, warns_of_untrained=False)
     except BaseException:
         record.restore(recorded)
-        record.config = config_before
+        record.config, record.chosen = words_before
         for layer, spec in specs_before.items():
             layer.lora.spec = spec
         for factor, data, gradient in memory:
@@ -88,7 +86,7 @@ def _values_now(live: LiveState, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
-    """Give the layers and the model's options the adapter's ranks and scalings. In place."""
+    """Give the layers the adapter's ranks and scalings, and the record its words. In place."""
     if not specs or adapter.config is None:
         return
     record = handle.record
@@ -96,11 +94,8 @@ def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
     in_training = any(factor.grad is not None for layer in specs for factor in layer.factors())
     for layer, spec in specs.items():
         layer.take_spec_(spec)
-    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-    config = replace(record.config, **{name: getattr(adapter.config, name) for name in names})
-    layers = [layer.lora for layer in handle.layers.values() if layer.kind()]
-    ranks, scalings = ({s.name: getattr(s.spec, field) for s in layers} for field in ("r", "scaling"))
-    record.config = config if options_hold(config, ranks, scalings) else with_exact_ranks(config, ranks, scalings)
+    record.config = replace(adapter.config, lora_dropout=record.config.lora_dropout)
+    record.chosen = chosen_by(adapter)
     tell(f"lightning_lora: load_adapter: {len(specs)} layers take the adapter's rank and scaling")
     if resized and in_training:
         warnings.warn(
@@ -131,7 +126,7 @@ def apply_adapter(
         adapter: under any prefix.
         strict_base: whether another base than the adapter's is an error or a warning.
         remedy: the advice at the end of the error about another base.
-        swap: whether layers of an injected model may get another rank and scaling.
+        swap: whether an injected model may get other layers, ranks and scalings.
 
     Returns:
         The names of the adapted layers.
@@ -141,33 +136,98 @@ def apply_adapter(
     """
     names = Names(listing.places)
     adapter = by_first_names(names, align_names(listing, names, adapter))
-    fresh = not isinstance(listing, AdaptedModel)
-    if isinstance(listing, AdaptedModel):
-        handle = listing
-        _tell_of_options(handle, adapter)
-    else:
-        handle = inject_to_load(listing, config_for(listing, adapter), adapter.scope)
+    if not isinstance(listing, AdaptedModel):
+        handle = inject_adapter(listing, adapter)
+        with claimed("load_adapter", handle.record.owner):
+            try:
+                return _fill_(handle, names, adapter, strict_base=strict_base, remedy=remedy)
+            except BaseException:
+                unload(handle.model)
+                raise
+    handle = listing
+    _tell_of_options(handle, adapter)
     with claimed("load_adapter", handle.record.owner):
         was_merged = holds_merged(handle.layers.values())
+        if was_merged:
+            unmerge_listed(handle)  # at once: reading W out of W' takes as long
         try:
-            if was_merged:
-                unmerge_listed(handle)  # at once: reading W out of W' takes as long
-            adapter = _as_in_model(adapter, handle.kinds)
-            live = open_state(handle)
-            adapter = add_frozen_weights(live, split_off_base(live, split_off_foreign(live, adapter)))
-            specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
-            check_adapter(live, names, adapter, specs=specs)
-            check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
-            copy_values(live, adapter, specs, merge_after=was_merged)
-            handle.record.origin = dict(adapter.origin)
+            if not swap or has_place_for(handle, adapter):
+                specs = specs_for(handle, adapter) if swap else {}
+                return _fill_(handle, names, adapter, specs, was_merged, strict_base=strict_base, remedy=remedy)
+            with _replaced(handle, adapter) as handle:
+                return _fill_(handle, names, adapter, {}, was_merged, strict_base=strict_base, remedy=remedy)
         except BaseException:
-            if fresh:
-                unload(handle.model)
-            elif was_merged:
-                merge_listed(handle)
+            if was_merged:
+                merge_listed(cast(AdaptedModel, find_model(listing.model)))
             raise
+
+
+def _fill_(
+    handle: AdaptedModel,
+    names: Names,
+    adapter: Adapter,
+    specs: Specs | None = None,
+    merge_after: bool = False,
+    *,
+    strict_base: bool,
+    remedy: str = REMEDY,
+) -> list[str]:
+    """Write an adapter into a model that has its layers, after all checks. In place. All or nothing."""
+    adapter = _as_in_model(adapter, handle.kinds)
+    live = open_state(handle)
+    adapter = add_frozen_weights(live, split_off_base(live, split_off_foreign(live, adapter)))
+    check_adapter(live, names, adapter, specs=specs)
+    check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
+    copy_values(live, adapter, specs, merge_after=merge_after)
+    handle.record.origin = dict(adapter.origin)
     _tell_of_narrower(live, adapter)
     return list(handle.layers)
+
+
+@contextmanager
+def _replaced(handle: AdaptedModel, adapter: Adapter) -> Iterator[AdaptedModel]:
+    """Take out the adapter of a model, and put in the layers of another, whose values the block writes. In place.
+
+    Where the block raises, the model gets its own adapter back.
+
+    Raises:
+        LoRAError: a fit is under way, or the model is sharded.
+    """
+    model, before = handle.model, adapter_here(handle)
+    if handle.record.run.fits:
+        raise LoRAError(
+            "load_adapter: inside a fit the adapter's layers and heads must be the model's, because the optimizer "
+            "holds these parameters. Load it before the fit."
+        )
+    refuse_fully_sharded(handle.root, [module for _, module in handle.root_modules], "load_adapter")
+    try:
+        yield replace_layers(handle, cast(LoRAConfig, adapter.config), chosen_by(adapter))
+    except BaseException:
+        here = replace_layers(cast(AdaptedModel, find_model(model)), cast(LoRAConfig, before.config), chosen_by(before))
+        _fill_(here, Names(here.places), before, strict_base=False)
+        raise
+
+
+def has_place_for(handle: AdaptedModel, adapter: Adapter) -> bool:
+    """Return whether a model has an adapter's layers, variant, rows and modules that are trained whole.
+
+    An adapter without options is loaded with the model's.
+    """
+    if adapter.config is None:
+        return True
+    layers = {name: layer for name, layer in handle.layers.items() if layer.kind()}
+    variants = {(id(layer.lora.spec.variant), *sorted(layer.lora.spec.options.items())) for layer in layers.values()}
+    rows = {name: layer.replaced_rows() for name, layer in handle.layers_by_every_name.items() if not layer.kind()}
+    asked = handle.trained("asked")
+    whole = {name for name, tensor, _ in handle.state() if id(tensor) in asked}
+    chosen = chosen_by(adapter)
+    return (
+        adapter.layers.keys() == layers.keys()
+        and variants == {(id(adapter.variant), *sorted(adapter.config.all_variant_options().items()))}
+        and adapter.tables.items() <= rows.items()
+        and adapter.tables.keys() | adapter.tied.keys() >= rows.keys()
+        and whole >= chosen.whole
+    )
 
 
 def _tell_of_narrower(live: LiveState, adapter: Adapter) -> None:
@@ -219,45 +279,37 @@ def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
         tell(f"lightning_lora: the source stores no options; those of the injected model hold: {scale}")
 
 
-def config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
-    """Return the adapter's options. If they would choose other layers in this model, name the layers instead."""
-    config, ranks = adapter.config, adapter.ranks()
-    if config is None:
-        stored = sorted(set(ranks.values()))
+def inject_adapter(listing: Listing, adapter: Adapter) -> AdaptedModel:
+    """Inject a model with the layers, rows and whole modules that an adapter has. In place. Its values come later.
+
+    Args:
+        listing: of the model.
+        adapter: under the model's first names.
+
+    Raises:
+        LoRAError: the adapter's source stores no options.
+    """
+    if adapter.config is None:
+        stored = sorted({layer.r for layer in adapter.layers.values()})
         saved = _leaves(adapter.saved_modules())
         raise LoRAError(
             "adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank "
             f"{' and '.join(map(str, stored))}; lora_alpha is nowhere in it and must come from whoever trained it. "
-            f"Call inject(model, LoRAConfig(r={stored[0]}, lora_alpha=..., target_modules=[{_leaves(ranks)}]"
+            f"Call inject(model, LoRAConfig(r={stored[0]}, lora_alpha=..., target_modules=[{_leaves(adapter.layers)}]"
             f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
         )
-    targets = select(listing.modules, config, adapter.scope)
-    same_layers = targets.unmatched == Unmatched() and targets.names() == set(ranks)
-    if not adapter.fingerprint:  # with one, all that was trained is known
-        _warn_of_lacking(sorted(targets.names() - ranks.keys()))
-    same = same_layers and options_hold(config, ranks, adapter.scalings)
-    config = config if same else _options_for(listing, config, adapter)
-    same_rows = targets.tables.items() >= adapter.tables.items()
-    return config if same_rows else replace(config, trainable_token_indices=dict(adapter.tables))
+    return inject_layers(listing, adapter.config, chosen_by(adapter))
 
 
-def _warn_of_lacking(layers: Sequence[str]) -> None:
-    """Warn of layers that an adapter's options name, and for which it has no tensors."""
-    if layers:
-        warnings.warn(
-            f"lightning_lora: adapter: it has no tensors for {listed(layers)}, which its options name in this model. "
-            "It is loaded without them. If it was trained on them, its file is not whole.",
-            stacklevel=5,
-        )
+def chosen_by(adapter: Adapter) -> Chosen:
+    """Return what an adapter with options adapts, and what of it is trained whole.
 
-
-def _options_for(listing: Listing, config: LoRAConfig, adapter: Adapter) -> LoRAConfig:
-    """Return options that name the adapter's layers: by a list, or by an expression where a list takes others too."""
-    exact = exact_options(config, adapter.ranks(), adapter.scalings, adapter.parameters)
-    layers, is_named = dict.fromkeys(adapter.module_layers), matcher(exact.target_modules)  # in order, as files have it
-    if all(name in layers or not is_named(name) for name, _ in listing.modules):
-        return exact
-    return replace(exact, target_modules="|".join(map(re.escape, layers)))
+    Its words say that. What it holds beside that was unfrozen later, or belongs to a resized table, and stays frozen.
+    """
+    config = cast(LoRAConfig, adapter.config)
+    beside = adapter.beside_factors().keys() - adapter.perhaps_base
+    whole = frozenset(name for name in beside if trains_whole(config, name, adapter.layers))
+    return Chosen(adapter.layers, adapter.tables, whole, adapter.scope)
 
 
 def _leaves(modules: Iterable[str]) -> str:

@@ -148,10 +148,9 @@ def _without_left_out(
         return adapter
     _refuse_lost(live, adapter, state, trained)
     saved = {parts[0] for parts in map(split_factor_name, state) if parts}
-    layers = {name: scaling for name, scaling in adapter.scalings.items() if name in saved}
-    kinds = {name: layer_kind for name, layer_kind in adapter.kinds.items() if name in layers}
+    layers = {name: layer for name, layer in adapter.layers.items() if name in saved}
     tables = {name: rows for name, rows in adapter.tables.items() if name in saved}
-    return replace(adapter, scalings=layers, kinds=kinds, tables=tables, complete=False)
+    return replace(adapter, layers=layers, tables=tables, complete=False)
 
 
 def _refuse_lost(live: LiveState, adapter: Adapter, state: Mapping[str, Any], trained: Set[str]) -> None:
@@ -161,7 +160,7 @@ def _refuse_lost(live: LiveState, adapter: Adapter, state: Mapping[str, Any], tr
     if not lost:
         return
     places = dict.fromkeys(parts[0] for parts in map(split_factor_name, lost) if parts)
-    layers = [name for name in places if name in adapter.scalings]
+    layers = [name for name in places if name in adapter.layers]
     excluding = f"leave those layers out of the adapter (exclude_modules={layers}), " if layers else ""
     owner = type(live.handle.model).__name__
     raise LoRAError(

@@ -27,10 +27,9 @@ from typing import Any, get_args
 
 import torch
 
-from ..adapter.adapter import Adapter
+from ..adapter.adapter import Adapter, Layer
 from ..adapter.combined_layer import CUT, OTHER_NAMES, PRUNING, Method, combine_layer, padded, same_in_all
 from ..adapter.fingerprint import compare_fingerprints
-from ..adapter.layer_options import exact_options, options_hold
 from ..adapter.renaming import by_network_names
 from ..adapter.weighted_means import average_whole
 from ..config import PLAIN, LoRAConfig, is_number, plain_number
@@ -146,7 +145,7 @@ def combine_adapters(
         refuse_without_model(each, f"combine: {name}")
     with_layer: dict[str, list[tuple[str, Adapter, float]]] = {}
     for name, each, weight in used:
-        for layer in each.layers():
+        for layer in each.layers:
             with_layer.setdefault(layer, []).append((name, each, weight))
     tensors: dict[str, Any] = {}
     kept: dict[str, float] = {}
@@ -158,8 +157,7 @@ def combine_adapters(
             advance(1)
     adapter = _assemble(tensors, list(with_layer), [each for _, each, _ in used])
     averaged = average_whole(used)
-    adapter = _with_equal_attention(replace(adapter, tensors={**tensors, **averaged}))
-    adapter = replace(adapter, config=_options(adapter, [each for _, each, _ in used]))
+    adapter = _with_equal_attention(replace(adapter, tensors={**tensors, **averaged})).with_layers()
     means = [name for name, value in averaged.items() if isinstance(value, torch.Tensor)]
     return Combined(adapter, kept, means)
 
@@ -237,17 +235,14 @@ def _refuse_other_parameters(where: str, adapter: Adapter) -> None:
 
 
 def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Sequence[Adapter]) -> Adapter:
-    """Return an adapter of combined layers, with the base and the kinds that the adapters tell. Options come later."""
+    """Return an adapter of combined layers, with the base and the kinds that the adapters tell."""
     trained = {name for each in adapters for name in each.tensors}
     first = next((each for each in adapters if each.tied), adapters[0])
-    kinds = {layer: kind for each in adapters for layer, kind in each.kinds.items()}
     return Adapter(
         tensors=tensors,
-        config=_plain_config(adapters[0].config),
-        scalings=dict.fromkeys(layers, 1.0),
+        config=_words(adapters),
         fingerprint={n: e for each in reversed(adapters) for n, e in each.fingerprint.items() if n not in trained},
         complete=all(each.complete for each in adapters),
-        kinds=kinds,
         peft_version=TODAYS if any(each.peft_version is not None for each in adapters) else None,
         weightless=frozenset().union(*(each.weightless for each in adapters)),
         origin={key: value for each in reversed(adapters) for key, value in each.origin.items()},
@@ -256,12 +251,31 @@ def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Seque
         tied=first.tied,
         tied_by_peft=first.tied_by_peft,
         peft_rows=any(each.peft_rows for each in adapters),
+    ).with_layers(
+        {layer: _combined_layer([e.layers[layer] for e in adapters if layer in e.layers]) for layer in layers}
     )
 
 
-def _plain_config(config: LoRAConfig | None) -> LoRAConfig | None:
-    """Return options for the result. It is plain LoRA, whatever the adapters are. Its ranks come later."""
-    return None if config is None else replace(config, variant=PLAIN, init_lora_weights=True)
+def _combined_layer(holders: Sequence[Layer]) -> Layer:
+    """Return what is known of a combined layer. If the adapters adapt different parts, it is adapted as one."""
+    parts, *others = {layer.parts for layer in holders}
+    return Layer(
+        scaling=1.0, kind=next((layer.kind for layer in holders if layer.kind), ""), parts=None if others else parts
+    )
+
+
+def _words(adapters: Sequence[Adapter]) -> LoRAConfig:
+    """Return the first adapter's options for the result, which is plain LoRA, whatever the adapters are."""
+    configs = [each.config or LoRAConfig() for each in adapters]
+    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
+    return replace(
+        configs[0],
+        use_rslora=False,
+        variant=PLAIN,
+        init_lora_weights=True,
+        lora_dropout=0.0 if any(each.parameters for each in adapters) else configs[0].lora_dropout,
+        modules_to_save=list(saved),
+    )
 
 
 def _own_tables(adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -271,47 +285,15 @@ def _own_tables(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 def _with_equal_attention(adapter: Adapter) -> Adapter:
     """Give attention and its out_proj one rank, as PEFT needs it: zeros are added to the lower one."""
-    tensors, ranks = dict(adapter.tensors), adapter.ranks()
-    for name, kind in adapter.kinds.items():
+    tensors, layers = dict(adapter.tensors), adapter.layers
+    for name in adapter.of_kind(ATTENTION_OUTPUT):
         attention = name.rpartition(".")[0]
-        if kind != ATTENTION_OUTPUT or attention not in ranks:
+        if attention not in layers:
             continue
-        lower = min(name, attention, key=ranks.__getitem__)
-        rank = max(ranks[name], ranks[attention])
+        lower = min(name, attention, key=lambda each: layers[each].r)
+        rank = max(layers[name].r, layers[attention].r)
         a, b = adapter.factor(lower, A), adapter.factor(lower, B)
-        if a.shape[0] == ranks[lower]:  # no parts
+        if a.shape[0] == layers[lower].r:  # no parts
             b, a = padded((b, a), rank)
             tensors |= {adapter.factor_name(lower, A): a, adapter.factor_name(lower, B): b}
     return replace(adapter, tensors=tensors)
-
-
-def _options(adapter: Adapter, adapters: Sequence[Adapter]) -> LoRAConfig:
-    """Return the options of the result: the first adapter's if they fit, else options that name each layer."""
-    configs = [each.config or LoRAConfig() for each in adapters]
-    ranks, first = adapter.ranks(), configs[0]
-    parts: dict[str, tuple[bool, ...]] = {}
-    held = {id(each): set(each.module_layers) for each in adapters}
-    for layer in sorted(ranks, key=lambda name: -len(name)):
-        holders = [config for config, each in zip(configs, adapters, strict=True) if layer in held[id(each)]]
-        enabled, *others = {config.enabled_parts(layer) for config in holders} or {None}
-        if enabled is not None and not others:
-            parts[layer] = enabled
-    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    config = replace(
-        first,
-        r=common,
-        lora_alpha=common,
-        rank_pattern=None,
-        alpha_pattern=None,
-        use_rslora=False,
-        variant=PLAIN,
-        init_lora_weights=True,
-        lora_dropout=0.0 if adapter.parameters else first.lora_dropout,
-        modules_to_save=list(saved),
-        enable_lora=parts or None,
-    )
-    same_layers = set(adapters[0].layers()) == set(ranks)
-    if same_layers and options_hold(config, ranks, adapter.scalings):
-        return config
-    return exact_options(config, ranks, adapter.scalings, adapter.parameters)

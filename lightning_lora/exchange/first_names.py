@@ -8,7 +8,6 @@ from dataclasses import replace
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.layer_options import without_aliases
 
 
 class Names:
@@ -36,10 +35,6 @@ def by_first_names(names: Names, adapter: Adapter) -> Adapter:
     """Rename layers to the first name of their module. A shared module is adapted under its first name."""
     if not names.later:
         return adapter
-    aliases = [name for name in adapter.layers() if names.first(name) != name]
     scope = adapter.scope and f"{names.first(adapter.scope.removesuffix('.'))}."
     # each name of a shared module has foreign entries of its own
-    renamed = replace(adapter.with_names(names.first), scope=scope, foreign=adapter.foreign)
-    if not aliases or adapter.config is None:
-        return renamed
-    return replace(renamed, config=without_aliases(adapter.config, aliases))
+    return replace(adapter.with_names(names.first), scope=scope, foreign=adapter.foreign)

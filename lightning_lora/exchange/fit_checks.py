@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.values import check_finite, describe_value
-from ..config import LoRAConfig
+from ..config import LoRAConfig, alpha_of
 from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import is_spread
 from ..distributed.zero import keeps_copy
@@ -45,17 +45,17 @@ def specs_for(handle: AdaptedModel, adapter: Adapter) -> Specs:
     """
     if adapter.config is None:
         return {}
-    layers, ranks, specs = handle.layers, adapter.ranks(), {}
-    for name in filter(ranks.__contains__, handle.kinds):
-        layer, rank, spec = layers[name], ranks[name], layers[name].lora.spec
-        scaling = adapter.scalings.get(name, spec.scaling)
+    specs = {}
+    for name in filter(adapter.layers.__contains__, handle.kinds):
+        layer, given, spec = handle.layers[name], adapter.layers[name], handle.layers[name].lora.spec
+        rank, scaling = given.r, spec.scaling if given.scaling is None else given.scaling
         factor = layer.factors()[0]
         if rank != spec.r and (is_spread(factor) or keeps_copy(factor)):
             how = "is sharded" if is_spread(factor) else "is trained by DeepSpeed"
             raise LoRAError(f"adapter: {name!r} {how}, and has rank {spec.r}, the adapter {rank}: load it before that.")
-        if rank != spec.r or not math.isclose(scaling, spec.scaling):
-            alpha = scaling * (math.sqrt(rank) if adapter.config.use_rslora else rank)
-            specs[layer] = replace(spec, r=rank, scaling=scaling, alpha=alpha)
+        if rank != spec.r or not math.isclose(scaling, spec.scaling) or given.parts != spec.enabled:
+            alpha = alpha_of(rank, scaling, rslora=adapter.config.use_rslora)
+            specs[layer] = replace(spec, r=rank, scaling=scaling, alpha=alpha, enabled=given.parts)
     return specs
 
 
@@ -93,17 +93,22 @@ def check_adapter(
 
 def _check_layers(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
     layers, kinds = handle.layers, handle.kinds
-    _check_names("layer", adapter.layers(), kinds)
+    _check_names("layer", adapter.layers, kinds)
     for name in kinds:
         layer = layers[name]
-        scaling, spec = adapter.scalings.get(name), specs.get(layer, layer.lora.spec)
+        given, spec = adapter.layers[name], specs.get(layer, layer.lora.spec)
+        scaling, kind = given.scaling, given.kind
         if scaling is not None and not math.isclose(scaling, spec.scaling):
             raise LoRAError(
                 f"adapter: layer {name!r} was trained with a scaling (lora_alpha over r) of {scaling:g}, but the model "
                 f"was injected with {spec.scaling:g}; use the adapter's own options."
             )
-    for name, kind in adapter.kinds.items():  # a square weight fits a layer that stores its transpose too
-        if kinds[name] != kind:
+        if adapter.config is not None and given.parts != spec.enabled:
+            raise LoRAError(
+                f"adapter: of layer {name!r} the parts {given.parts} were adapted, and here enable_lora says "
+                f"{spec.enabled}; use the adapter's own options."
+            )
+        if kind not in ("", kinds[name]):  # a square weight fits a layer that stores its transpose too
             raise LoRAError(
                 f"adapter: layer {name!r} was a {kind} layer where the adapter was trained, here it is {kinds[name]}; "
                 "the adapter belongs to another model."
@@ -167,12 +172,12 @@ def _check_trained(live: LiveState, adapter: Adapter) -> None:
         return
     others = {name: live.tensors[name] for name in adapter.beside_factors() if name not in trained}
     frozen = [name for name, p in others.items() if isinstance(p, nn.Parameter) and p.is_floating_point()]
-    named = [name for name in frozen if _trains_whole(config, name, adapter.layers())]
+    named = [name for name in frozen if trains_whole(config, name, adapter.layers)]
     if named:  # check_adapter tells how the options differ
         raise LoRAError(f"adapter: {named[0]!r} was trained whole, but is frozen in this model.")
 
 
-def _trains_whole(config: LoRAConfig, name: str, layers: Collection[str]) -> bool:
+def trains_whole(config: LoRAConfig, name: str, layers: Collection[str]) -> bool:
     """Return whether options name a base parameter as one that is trained whole."""
     owner, _, leaf = name.rpartition(".")
     is_bias = leaf == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in layers))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.renaming import by_network_names
 from ..distributed.rank_sync import RankSync, writes_files
-from ..distributed.sharding import copies_of
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
@@ -27,11 +23,10 @@ from ..formats.peft_parameters import order_in
 from ..formats.peft_saved_modules import frozen_in_saved
 from ..formats.sources import apart_from_models, read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
-from ..model.inject import inject, inject_to_load
 from ..model.live_state import LiveState
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
 from ..nn.owner import claimed
-from .apply import apply_adapter, config_for, quantise_as_trained_
+from .apply import apply_adapter, inject_adapter, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, frozen_values
@@ -88,15 +83,7 @@ def take_adapter(model: nn.Module) -> Adapter:
     """
     handle = open_model(model, "take_adapter")
     with claimed("take_adapter", handle.record.owner):
-        shared = adapter_of_model(LiveState(handle), "take_adapter")
-        foreign = replace(shared.foreign, values=_copied(shared.foreign.values))
-        return replace(shared, tensors=_copied(shared.tensors), foreign=foreign)
-
-
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy tensors and extra state."""
-    copies = copies_of({name: value for name, value in values.items() if isinstance(value, torch.Tensor)})
-    return {name: copies[name] if name in copies else copy.deepcopy(value) for name, value in values.items()}
+        return adapter_of_model(handle, "take_adapter")
 
 
 def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
@@ -128,23 +115,18 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
         return
     handle = open_model(model, "save_adapter")
     with claimed("save_adapter", handle.record.owner):
-        live = LiveState(handle)
-        _write(live, adapter_of_model(live, "save_adapter"), path)
+        _write(handle, adapter_of_model(handle, "save_adapter"), path)
 
 
-def _write(live: LiveState, adapter: Adapter, path: PathLike) -> None:
-    """Write the adapter of an injected model as a folder. Collective where the model is sharded.
-
-    Args:
-        live: the model's state.
-        adapter: the model's.
-        path: the folder.
-    """
-    frozen = frozen_values(live, [adapter.network + name for name in frozen_in_saved(by_network_names(adapter))])
+def _write(handle: AdaptedModel, adapter: Adapter, path: PathLike) -> None:
+    """Write the adapter of an injected model as a folder. Collective where the model is sharded."""
+    frozen = frozen_values(
+        LiveState(handle), [adapter.network + name for name in frozen_in_saved(by_network_names(adapter))]
+    )
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
-    sync = RankSync(layer.adapted_weight() for layer in live.handle.layers.values())
-    writes = writes_files(module for _, module in live.handle.modules)
-    metrics = _logged(live.handle.model) if writes else {}
+    sync = RankSync(layer.adapted_weight() for layer in handle.layers.values())
+    writes = writes_files(module for _, module in handle.modules)
+    metrics = _logged(handle.model) if writes else {}
     write = partial(write_folder, adapter, path, network_frozen, metrics=metrics)
     sync.run("save_adapter", write if writes else None)
     sync.raise_on_any_rank()
@@ -275,11 +257,8 @@ def _other_base(name: str, path: PathLike) -> str:
 
 def _load_full(model: nn.Module, checkpoint: dict[str, Any], adapter: Adapter) -> None:
     """Inject a newly built model, and load base and adapter of a full checkpoint into it. In place."""
-    listing = find_model(model) or Listing(model)
-    config = config_for(listing, by_first_names(Names(listing.places), adapter))
-    if isinstance(listing, AdaptedModel):
-        inject(model, config)
-    else:
-        inject_to_load(listing, config)
+    if find_model(model) is None:
+        listing = Listing(model)
+        inject_adapter(listing, by_first_names(Names(listing.places), adapter))
     prepare_for_load(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])

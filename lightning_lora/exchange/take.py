@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter.adapter import Adapter
+from ..adapter.adapter import Adapter, Layer
 from ..adapter.checks import check_factors
 from ..adapter.fingerprint import (
     REMEDY,
@@ -19,10 +20,9 @@ from ..adapter.fingerprint import (
     evenly_chosen,
     fingerprint_entries,
 )
-from ..adapter.layer_options import with_aliases
 from ..adapter.metadata import without
 from ..config import LoRAConfig
-from ..distributed.sharding import gather_all
+from ..distributed.sharding import copies_of, gather_all
 from ..matching import naming_some
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.foreign_state import foreign_entries
@@ -40,19 +40,32 @@ from ..nn.quantised import dtype_of, how_quantised, shape_of
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
-def adapter_of_model(live: LiveState, verb: str) -> Adapter:
-    """Return the adapter of an injected model; its tensors share the model's memory. Collective where it is sharded.
+def adapter_here(handle: AdaptedModel, verb: str = "load_adapter") -> Adapter:
+    """Copy the adapter of an injected model, as it is. Collective where the model is sharded."""
+    live = LiveState(handle)
+    foreign = foreign_entries(handle)
+    foreign = replace(foreign, values=_copied(foreign.values))
+    return replace(describe(live, verb), tensors=_copied(gather_all(live.values())), foreign=foreign)
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy tensors and extra state."""
+    copies = copies_of({name: value for name, value in values.items() if isinstance(value, torch.Tensor)})
+    return {name: copies[name] if name in copies else copy.deepcopy(value) for name, value in values.items()}
+
+
+def adapter_of_model(handle: AdaptedModel, verb: str) -> Adapter:
+    """Copy the adapter of an injected model. Collective where it is sharded.
 
     Args:
-        live: the model.
+        handle: of the model.
         verb: what messages begin with.
 
     Raises:
         LoRAError: a layer was replaced, or the factors are not finite.
     """
-    description = describe(live, verb)
-    warn_of_untrained(live.handle, stacklevel=4)
-    adapter = replace(description, tensors=gather_all(live.values()), foreign=foreign_entries(live.handle))
+    adapter = adapter_here(handle, verb)
+    warn_of_untrained(handle, stacklevel=4)
     check_factors(adapter, verb)
     return adapter
 
@@ -87,20 +100,21 @@ def describe(live: LiveState, verb: str) -> Adapter:
     first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them
     kinds = {first[name]: kind for name, kind in handle.kinds.items()}
     tables = {name: layer for name, layer in layers.items() if layer.replaced_rows()}
-    first_names = {layer: name for name, layer in first.items()}
-    aliases = {name: first_names[layer] for name, layer in layers.items() if layer in kinds and name not in first}
     network = _network_prefix(live, trained)
     by_peft = tied_to_input(handle.modules, network)
     first_ends = {layer: by_peft.get(name, name) for name, layer in reversed(tables.items())}
     tied = {name: first_ends[layer] for name, layer in tables.items() if name != first_ends[layer]}
-    base, config = base_name(handle.modules), _options_here(handle)
+    base = base_name(handle.modules)
     return Adapter(
         tensors={},
-        config=with_aliases(config, aliases) if aliases else config,
-        scalings={name: layer.lora.spec.scaling for name, layer in layers.items() if layer in kinds},
+        layers={
+            name: Layer(layer.lora.spec.r, layer.lora.spec.scaling, kinds[layer], layer.lora.spec.enabled)
+            for name, layer in layers.items()
+            if layer in kinds
+        },
+        config=_options_here(handle),
         fingerprint=without(record.fingerprint, trained) if at_fit_start else fingerprint_of(live),
         complete=True,
-        kinds={name: kinds[layer] for name, layer in layers.items() if layer in kinds},
         network=network,
         pretrained=_pretrained_prefix(live, trained),
         weightless=_weightless(handle, layers),

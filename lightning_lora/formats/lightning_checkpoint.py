@@ -19,7 +19,6 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
-from ..adapter.file_options import readable_options
 from ..adapter.metadata import from_metadata, to_metadata, without
 from ..errors import LoRAError, shown
 from ..names import META, canonical
@@ -55,7 +54,7 @@ def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "kind": kind,
         **({FOREIGN: foreign} if adapter.foreign.values else {}),
-        **to_metadata(replace(adapter, config=readable_options(adapter))),
+        **to_metadata(adapter),
     }
 
 

@@ -139,7 +139,7 @@ def _is_hub_id(name: str) -> bool:
 
 def _what_it_is(options: Mapping[str, Any], adapter: Adapter) -> str:
     values = sum(factor.numel() for factor in adapter.factors())
-    counts = [f"| adapted layers | {len(adapter.layers()):,} |", f"| values in their factors | {values:,} |"]
+    counts = [f"| adapted layers | {len(adapter.layers):,} |", f"| values in their factors | {values:,} |"]
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in options.items() if _tells(name, value)]
     return "\n".join(["| | |", "|---|---|", *counts, *rows, ""])
 

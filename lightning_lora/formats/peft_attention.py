@@ -8,8 +8,6 @@ where the flag is true. No file has the order of the modules, so such adapters a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ..adapter.adapter import Adapter
 from ..errors import LoRAError
 from ..nn.low_rank import ATTENTION_OUTPUT, CONV1D
@@ -21,7 +19,7 @@ def refuse_to_write_beside_conv1d(adapter: Adapter) -> None:
     """Raise LoRAError where an adapter has attention or single parameters beside transformers' Conv1D."""
     if not _beside_conv1d(adapter):
         return
-    outputs = _outputs(adapter.kinds)
+    outputs = adapter.of_kind(ATTENTION_OUTPUT)
     if outputs or adapter.parameters:
         first = (outputs or adapter.parameters)[0]
         what = "attention" if outputs else "a single parameter"
@@ -34,7 +32,7 @@ def refuse_to_write_beside_conv1d(adapter: Adapter) -> None:
 
 def refuse_file_beside_conv1d(adapter: Adapter, where: object) -> None:
     """Raise LoRAError where a file has attention and says that a Conv1D is, or may be, beside it."""
-    outputs = _outputs(adapter.kinds)
+    outputs = adapter.of_kind(ATTENTION_OUTPUT)
     if outputs and _beside_conv1d(adapter):
         raise LoRAError(
             f"{where}: adapts {outputs[0]!r} of attention with fan_in_fan_out=true, as beside transformers' Conv1D. "
@@ -50,7 +48,7 @@ def refuse_conv1d_of_model(adapter: Adapter, conv1d: str | None, where: object) 
         conv1d: the name of a layer that is one, if any.
         where: for messages.
     """
-    outputs = _outputs(adapter.kinds) if adapter.peft_version is not None else []
+    outputs = adapter.of_kind(ATTENTION_OUTPUT) if adapter.peft_version is not None else []
     if outputs and conv1d is not None:
         raise LoRAError(
             f"{where}: adapts {outputs[0]!r} of attention, and {conv1d!r}, which is transformers' Conv1D. {TURNS}. "
@@ -59,8 +57,4 @@ def refuse_conv1d_of_model(adapter: Adapter, conv1d: str | None, where: object) 
 
 
 def _beside_conv1d(adapter: Adapter) -> bool:
-    return adapter.fan_in_fan_out or CONV1D in adapter.kinds.values()
-
-
-def _outputs(kinds: Mapping[str, str]) -> list[str]:
-    return [name for name, kind in kinds.items() if kind == ATTENTION_OUTPUT]
+    return adapter.fan_in_fan_out or bool(adapter.of_kind(CONV1D))

@@ -49,25 +49,22 @@ def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:
     Returns:
         The equal adapter, and the names of the attention layers that were added. Their tensors are all zero.
     """
-    outputs = {name.rpartition(".")[0]: name for name, kind in adapter.kinds.items() if kind == ATTENTION_OUTPUT}
-    added = [name for name in outputs if name not in adapter.kinds]
+    outputs = {name.rpartition(".")[0]: name for name in adapter.of_kind(ATTENTION_OUTPUT)}
+    added = [name for name in outputs if name not in adapter.layers]
     tensors = dict(adapter.tensors)
     for name in added:
         stored, (a, b, _) = adapter.stored(outputs[name]), adapter.effective_factors(outputs[name])
         shape = torch.Size((3 * b.shape[0], a.shape[1]))
         info = replace(adapter.layer_info(outputs[name]), name=name, kind=ATTENTION, shape=shape)
-        info = replace(info, rank=adapter.variant.rank(stored))
         zeros = {leaf: stored[leaf].new_zeros(shape) for leaf, shape in adapter.variant.shapes(info).items()}
         tensors |= {f"{name}.{leaf}": zero for leaf, zero in zeros.items()}
-    scalings = {name: adapter.scalings[outputs[name]] for name in added}
-    kinds = dict.fromkeys(added, ATTENTION)
-    new = replace(adapter, tensors=tensors, scalings={**adapter.scalings, **scalings}, kinds={**adapter.kinds, **kinds})
-    return new, added
+    layers = {name: replace(adapter.layers[outputs[name]], kind=ATTENTION) for name in added}
+    return replace(adapter, tensors=tensors, layers={**adapter.layers, **layers}), added
 
 
 def idle_attention(adapter: Adapter) -> list[str]:
     """Return the attention layers whose tensors are all zero, as add_idle_attention adds them."""
-    attention = {name: adapter.stored(name) for name, kind in adapter.kinds.items() if kind == ATTENTION}
+    attention = {name: adapter.stored(name) for name in adapter.of_kind(ATTENTION)}
     return [name for name, stored in attention.items() if stored and all(map(_is_zero, stored.values()))]
 
 
@@ -98,13 +95,12 @@ def _with_factors_b(adapter: Adapter, for_parts: Callable[..., torch.Tensor], fo
         for_output: what the B of an out_proj is multiplied by.
     """
     tensors = dict(adapter.tensors)
-    for name in adapter.layers():
-        enabled = adapter.config.enabled_parts(name) if adapter.config is not None else None
-        is_output = adapter.kinds.get(name) == ATTENTION_OUTPUT
+    for name, layer in adapter.layers.items():
+        is_output = layer.kind == ATTENTION_OUTPUT
         a, b = tensors.get(f"{name}.{A}"), tensors.get(f"{name}.{B}")
-        if not (enabled or is_output) or not (holds_numbers(a) and holds_numbers(b)):
+        if not (layer.parts or is_output) or not (holds_numbers(a) and holds_numbers(b)):
             continue
-        tensors[f"{name}.{B}"] = b.detach() * for_output if is_output else for_parts(name, a, b, enabled)
+        tensors[f"{name}.{B}"] = b.detach() * for_output if is_output else for_parts(name, a, b, layer.parts)
     return replace(adapter, tensors=tensors)
 
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.file_options import readable_options
 from ..adapter.metadata import to_metadata
 from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, sentence, shown
@@ -126,14 +125,13 @@ def folder_content(
         adapter = replace(adapter, tensors=tensors, complete=False)
     own = by_network_names(adapter)
     _refuse_missing_frozen(own, frozen or {})
-    for name in own.layers():
+    for name in own.layers:
         _refuse_without_equal(own, name)
     refuse_to_write_beside_conv1d(own)
     refuse_without_model(own, "save_adapter")
     own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
-    own = replace(own, config=readable_options(own))
-    in_peft = without_enable_lora(to_peft_form(own))
+    in_peft = without_enable_lora(to_peft_form(own)).with_layers()
     nesting = nesting_of(own.parameters)
     values = stacks_to_peft({**in_peft.tensors, **(frozen or {})}, factor_names(own).values())
     description = to_metadata(own)
@@ -153,7 +151,7 @@ def folder_content(
 def _names_of_whole(adapter: Adapter, path: PathLike) -> str:
     """Say onto which module PEFT loads an adapter of more than a transformers model."""
     name = adapter.pretrained.removesuffix(".")
-    outside = [layer for layer in adapter.layers() if not layer.startswith(adapter.pretrained)]
+    outside = [layer for layer in adapter.layers if not layer.startswith(adapter.pretrained)]
     alone = f"save_adapter(module.{name}, path) writes the adapter of that model alone."
     if outside:
         alone = f"A folder for that model alone needs a run that adapts no layer outside of it, as {outside[0]!r} is."
@@ -176,11 +174,11 @@ def _by_peft_names(
         variant: of the adapter in PEFT's form.
         nesting: the adapted parameters of each module.
     """
-    layers, tables = set(adapter.layers()), {*adapter.tables, *adapter.tied}
+    tables = {*adapter.tables, *adapter.tied}
     named = {}
     for name, tensor in tensors.items():
         in_table = peft_table_name(name, tables)
-        of_layer = peft_name(name, variant, layers, adapter.kinds, nesting)
+        of_layer = peft_name(name, variant, adapter.layers, nesting)
         named[f"{PREFIX}{in_table}" if in_table != name else of_layer] = tensor
     return named
 
@@ -201,7 +199,7 @@ def _refuse_missing_frozen(adapter: Adapter, frozen: Mapping[str, torch.Tensor])
 
 
 def _refuse_without_equal(adapter: Adapter, name: str) -> None:
-    kind = adapter.kinds.get(name, "")
+    kind = adapter.layers[name].kind
     problem = adapter.variant.why_not_in_peft(kind) or _place_problem(adapter, name, kind)
     if problem:
         raise LoRAError(f"save_adapter: {name!r} {problem}; save a Lightning checkpoint instead.")
@@ -210,7 +208,7 @@ def _refuse_without_equal(adapter: Adapter, name: str) -> None:
 def _place_problem(adapter: Adapter, name: str, kind: str) -> str:
     """Say what PEFT has no equal of in where a layer or parameter is, or return ""."""
     module = name.rpartition(".")[0]
-    if kind == ATTENTION_OUTPUT and adapter.kinds.get(module) != ATTENTION:
+    if kind == ATTENTION_OUTPUT and module not in adapter.of_kind(ATTENTION):
         return _output_problem(adapter, module)
     if kind == ATTENTION:
         return _attention_problem(adapter, name)
@@ -237,7 +235,7 @@ def _attention_problem(adapter: Adapter, name: str) -> str:
     if b.shape[0] != 3 * a.shape[1] or a.shape[0] != b.shape[1]:
         return "has separate or partly adapted q, k and v, which PEFT has not"
     ranks = adapter.tensors[f"{output}.{A}"].shape[0], adapter.tensors[f"{output}.{B}"].shape[1]
-    if ranks != (b.shape[1], b.shape[1]) or adapter.scalings[output] != adapter.scalings[name]:
+    if ranks != (b.shape[1], b.shape[1]) or adapter.scaling(output) != adapter.scaling(name):
         return "has another rank or lora_alpha than its out_proj; PEFT has one for both"
     return ""
 

@@ -14,7 +14,7 @@ def to_peft_form(adapter: Adapter) -> Adapter:
     if type(adapter.variant).to_peft is Variant.to_peft:
         return replace(adapter, config=config_in_peft(adapter))
     tensors = dict(adapter.tensors)
-    for layer in adapter.layers():
+    for layer in adapter.layers:
         stored = {leaf: value.detach() for leaf, value in adapter.stored(layer).items()}
         changed = adapter.variant.to_peft(stored, adapter.layer_info(layer))
         for leaf in stored.keys() - changed.keys():
@@ -32,7 +32,7 @@ def from_peft_form(adapter: Adapter) -> Adapter:
     if type(adapter.variant).from_peft is Variant.from_peft:
         return adapter
     tensors = dict(adapter.tensors)
-    for layer in adapter.layers():
+    for layer in adapter.layers:
         found = adapter.stored(layer)
         if not found.keys() >= set(adapter.variant.trained):
             continue  # the check of factors refuses it

@@ -34,7 +34,7 @@ def kinds_of(
     refuse_nested(tensors, where)
     kinds = {}
     adapter = Adapter(tensors)
-    for name in adapter.layers():
+    for name in adapter.layers:
         if adapter.is_parameter(name):
             continue  # its model tells whether it is a stack, and whether that is transposed
         if f"{name}.{A}" not in tensors:

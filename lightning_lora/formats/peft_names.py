@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..adapter.adapter import Layer
 from ..errors import LoRAError
 from ..names import parent_names, split_factor_name
 from ..nn.low_rank import PARAMETER
@@ -114,14 +115,13 @@ def are_peft_names(names: Iterable[str]) -> bool:
     return any(map(_leaves().name_adapter, names))
 
 
-def peft_name(name: str, variant: Variant, layers: Set[str], kinds: Mapping[str, str], nesting: Nesting) -> str:
+def peft_name(name: str, variant: Variant, layers: Mapping[str, Layer], nesting: Nesting) -> str:
     """Return PEFT's name of one of our tensors, as files have it.
 
     Args:
         name: ours.
         variant: of the adapter.
-        layers: names of the adapted layers and parameters.
-        kinds: of these, as far as known.
+        layers: the adapted layers and parameters, by name.
         nesting: of the parameters.
     """
     layer, _, leaf = name.rpartition(".")
@@ -137,10 +137,10 @@ def peft_name(name: str, variant: Variant, layers: Set[str], kinds: Mapping[str,
     wrapped = PREFIX + in_wrappers(layer, layers, nesting)
     if leaf not in variant.trained:
         return f"{wrapped}{BASE_LAYER}.{leaf}"
-    return f"{wrapped}.{variant.peft_leaf(leaf, kinds.get(layer, ''))}"
+    return f"{wrapped}.{variant.peft_leaf(leaf, layers[layer].kind)}"
 
 
-def in_wrappers(name: str, layers: Set[str], nesting: Nesting) -> str:
+def in_wrappers(name: str, layers: Collection[str], nesting: Nesting) -> str:
     """Return the name of a module or tensor with the wrappers of the modules around it; its own are not added.
 
     Args:

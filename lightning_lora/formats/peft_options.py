@@ -8,15 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mode
 from typing import Any, get_args
 
 from ..adapter.adapter import Adapter
-from ..adapter.layer_options import exact_options, options_hold
-from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task
+from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task, alpha_of
 from ..errors import LoRAError, sentence, shown
-from ..matching import matcher, naming_some, pattern_matches
+from ..matching import exact_key, matcher
 from ..names import KNOWN_VARIANTS, listed, parent_names, suffixes
-from ..nn.low_rank import ATTENTION_OUTPUT, CONV1D, EMBEDDING, LINEAR, PARAMETER
+from ..nn.low_rank import CONV1D, EMBEDDING, LINEAR, PARAMETER
 from ..nn.variant import Variant, known_variants
 from .peft_rows import OPTION
 from .peft_saved_modules import entries_in, from_peft_entries, is_tied_by_peft, to_peft_entries
@@ -47,20 +47,15 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
 def lora_options(adapter: Adapter) -> dict[str, Any]:
     """Return the fields of a peft.LoraConfig for an adapter in PEFT's form; its variant may have others.
 
-    If all layers have one r and one lora_alpha, there are no patterns, as vLLM needs it. Else patterns name the layers
-    that differ.
+    What selects layers is written by layer. The user's own words stand in the description in the tensor file.
     """
-    ranks = {name: r for name, r in adapter.ranks().items() if adapter.kinds.get(name) != ATTENTION_OUTPUT}
     config = adapter.config or LoRAConfig()
-    if not options_hold(config, ranks, adapter.scalings):
-        config = exact_options(config, ranks, adapter.scalings, adapter.parameters)
-    options = config.to_dict()
+    options = config.to_dict() | ranks_and_alphas(adapter)
     return {
         **{name: options[name] for name in SHARED if name in options},
-        **{name: _pattern_in_peft(adapter, options[name]) for name in ("rank_pattern", "alpha_pattern")},
         "peft_type": "LORA",
-        "target_modules": _target_modules(adapter, [name for name in adapter.module_layers if name in ranks]),
-        **({"target_parameters": _target_parameters(adapter)} if adapter.parameters else {}),
+        "target_modules": _target_modules(adapter),
+        **({"target_parameters": adapter.parameters} if adapter.parameters else {}),
         **({OPTION: {table: list(rows) for table, rows in adapter.tables.items()}} if adapter.tables else {}),
         "exclude_modules": None,
         "modules_to_save": to_peft_entries(adapter),
@@ -74,52 +69,54 @@ def lora_options(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _pattern_in_peft(adapter: Adapter, pattern: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a pattern without keys that match out_proj alone: in PEFT it has the options of its attention."""
-    outputs = [name for name, kind in adapter.kinds.items() if kind == ATTENTION_OUTPUT]
-    others = [name for name in adapter.layers() if adapter.kinds.get(name) != ATTENTION_OUTPUT]
+def ranks_and_alphas(adapter: Adapter) -> dict[str, Any]:
+    """Return r and lora_alpha of most layers, and patterns that name each other layer. Here alone patterns are made.
 
-    def is_of_output(key: str) -> bool:
-        return any(pattern_matches(key, name) for name in outputs) and not any(pattern_matches(key, n) for n in others)
-
-    return {key: value for key, value in (pattern or {}).items() if not is_of_output(key)}
+    If all layers have one r and one lora_alpha, there are no patterns, as vLLM needs it. The out_proj of attention has
+    the options of its attention in PEFT.
+    """
+    config, layers = adapter.config or LoRAConfig(), adapter.layers
+    own = [name for name in layers if adapter.options_name(name) == name]
+    ranks = {name: layers[name].r for name in own}
+    alphas = {name: alpha_of(ranks[name], adapter.scaling(name), rslora=config.use_rslora) for name in own}
+    if not own:
+        return {"rank_pattern": {}, "alpha_pattern": {}}
+    r, alpha = mode(ranks.values()), mode(alphas.values())
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {exact_key(name): each for name, each in ranks.items() if each != r},
+        "alpha_pattern": {exact_key(name): each for name, each in alphas.items() if each != alpha},
+    }
 
 
 def fan_in_fan_out_in_peft(adapter: Adapter) -> bool:
     """Return adapter_config.json's fan_in_fan_out."""
-    return adapter.fan_in_fan_out or CONV1D in adapter.kinds.values()
+    return adapter.fan_in_fan_out or bool(adapter.of_kind(CONV1D))
 
 
 def _init_in_peft(adapter: Adapter, init: Any) -> Any:
     """Return an init that PEFT has for each of the layers. PEFT replaces its values by those in the file."""
-    kinds = {*adapter.kinds.values()} | ({PARAMETER} if adapter.parameters else set())
+    kinds = {layer.kind for layer in adapter.layers.values()} - {""} | ({PARAMETER} if adapter.parameters else set())
     if init == "orthogonal" and not kinds <= ORTHOGONAL_IN_PEFT:
         return True
     return init if init in OUR_INITS else True
 
 
-def _target_modules(adapter: Adapter, layers: list[str]) -> str | list[str]:
-    """Return target_modules for PEFT: the user's list, the layers' names, or an expression; the first that fits.
+def _target_modules(adapter: Adapter) -> str | list[str]:
+    """Return the layers' last segments, their names or an expression: the first that names these layers alone.
 
-    A list fits if it matches no other module. Options that take layers out of the user's list are not written: then the
-    names of the layers are.
+    Without a fingerprint the base's other modules are not known, and a segment might name one of them too. So might a
+    number, as that of a module without weights.
     """
-    modules = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)} - {""} | adapter.weightless
-    config = adapter.config
-    configured = () if config is None or config.exclude_modules or config.layers_to_transform else config.target_modules
+    layers = [name for name in adapter.module_layers if adapter.options_name(name) == name]
+    segments = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     unsure = not adapter.fingerprint and any(map(str.isdigit, layers))  # "0" would take an unknown "2.0" too
-    for names in () if unsure else (configured, layers):
-        if not isinstance(names, str) and layers and set(filter(matcher(names), modules)) == set(layers):
-            return naming_some(names, layers)
+    by_segment = bool(adapter.fingerprint) and not any(map(str.isdigit, segments))
+    for names in () if unsure else (segments, layers) if by_segment else (layers,):
+        if layers and set(filter(matcher(names), adapter.modules)) == set(layers):
+            return names
     return "|".join(map(re.escape, layers)) if layers else []
-
-
-def _target_parameters(adapter: Adapter) -> list[str]:
-    """Choose the user's own list if it matches no other parameter's suffix, else the full names."""
-    parameters, configured = adapter.parameters, (adapter.config or LoRAConfig()).target_parameters
-    known = {*parameters, *adapter.fingerprint}
-    fits = set(filter(matcher(configured), known)) == set(parameters)
-    return naming_some(configured or (), parameters) if fits else parameters
 
 
 def from_peft_options(options: Mapping[str, Any], path: Path) -> tuple[Variant, dict[str, Any]]:

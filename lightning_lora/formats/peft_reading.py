@@ -2,16 +2,18 @@
 
 Sources differ in how much they tell beside their tensors. A Source holds that:
 
-    description           in the header of a file that this package wrote: options, kinds, fingerprint
+    description           in the header of a file that this package wrote: words, kinds, fingerprint
     options               adapter_config.json
-    nothing               ranks are in the shapes; other options have to come from an injected model
+    nothing               ranks are in the shapes; scalings have to come from an injected model
 
-A folder that this package wrote has a description and options. The description counts. If somebody edited the options,
-peft_edited.py decides.
+adapter_config.json is read whoever wrote it, as PEFT reads it alone: its variant, scalings, dropout and rows count, and
+a rank must be that of the tensors. The description adds what PEFT does not know: kinds of layers, enable_lora, start
+factors, fingerprint. What selects layers and modules in the JSON is passed over, because the tensors name them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +23,6 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
-from ..adapter.file_options import check_options
-from ..adapter.layer_options import exact_options
 from ..adapter.metadata import from_metadata
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
@@ -30,7 +30,6 @@ from ..names import A, B, parent_names
 from ..nn.variant import Variant
 from .equal_tables import ties_of
 from .peft_attention import refuse_file_beside_conv1d
-from .peft_edited import honour_options
 from .peft_equivalents import idle_attention, with_enable_lora
 from .peft_forms import config_in_peft, from_peft_form
 from .peft_kinds import kinds_of
@@ -95,47 +94,89 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
     Raises:
         LoRAError: tensors and options are damaged or do not go together, or this package cannot apply them.
     """
-    names = read_names(tensors, source.where, source.nesting, written_here=source.description is not None)
+    where, description = str(source.where), source.description
+    names = read_names(tensors, source.where, source.nesting, written_here=description is not None)
     ours = {ours: tensors[theirs] for theirs, ours in names.ours.items()}
-    if source.description is not None:
-        adapter = from_metadata(ours, source.description, str(source.where))
-    elif source.options is not None:
-        adapter = _described_by_options(ours, names, source)
-    else:
-        adapter = _described_by_names(ours, names, source)
-    in_peft = _with_our_stacks(adapter, source.where)
-    adapter = _without_additions(in_peft, source) if source.description is not None else in_peft
-    adapter = from_peft_form(with_enable_lora(adapter))
-    check_factors(adapter, str(source.where))
+    adapter = _foreign(ours, names, source) if description is None else from_metadata(ours, description, where)
+    words = adapter.config
+    adapter = replace(adapter, config=config_in_peft(adapter))
+    if source.options is not None:
+        adapter = _with_options(adapter, source.options, source)
+    adapter = from_peft_form(_with_our_stacks(adapter, source.where).with_layers())
+    check_factors(adapter, where)
+    if source.options is not None:
+        adapter = _with_scalings(adapter, source.options_path)
     refuse_file_beside_conv1d(adapter, source.where)
-    if source.options is None:
-        return adapter
-    if source.description is None:
-        return _without_idle_attention(with_kinds_of_stacks(adapter, source.where))
-    return honour_options(adapter, in_peft, source.options, cast(Path, source.options_path))
+    if description is None:
+        adapter = with_enable_lora(adapter)
+        return adapter if source.options is None else _without_idle_attention(with_kinds_of_stacks(adapter, where))
+    return _as_described(_without_additions(adapter, description, where), words, where)
 
 
-def _described_by_options(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
-    """Return the adapter that adapter_config.json describes, unchecked and in PEFT's form."""
-    options, variant = cast(Mapping[str, Any], source.options), cast(Variant, source.variant)
-    bare = rows_from_peft(Adapter(tensors), options, source.where)
-    layers = bare.layers()
-    whole = bare.beside_factors()
-    kinds = kinds_of(tensors, names.bare, options.get("peft_version"), source.where)
-    check_options(options, layers, source.options_path)
-    config = options_from_peft(options, bare.module_layers, whole, bare.tables, variant.name)
-    several = [leaves for leaves in nesting_of(bare.parameters).values() if len(leaves) > 1]
+def _foreign(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
+    """Return what names and shapes tell of an adapter that another program wrote."""
+    options = source.options
+    kinds = kinds_of(tensors, names.bare, (options or {}).get("peft_version"), source.where)
+    adapter = Adapter(tensors, network=names.network, peft_version="").with_kinds(kinds)
+    whole = adapter.beside_factors()
+    if options is None and adapter.rows():
+        raise LoRAError(
+            f"{source.where}: holds trained rows of {next(iter(adapter.rows()))!r}, and not which rows these are: that "
+            "is in adapter_config.json alone. Write a folder with PeftModel.save_pretrained(path), and give that."
+        )
+    if options is None:
+        return replace(adapter, perhaps_base=_perhaps_base_in_state(whole, names))
+    several = [leaves for leaves in nesting_of(adapter.parameters).values() if len(leaves) > 1]
     return replace(
-        bare,
-        config=config,
-        scalings={name: config.scaling(bare.options_name(name)) for name in layers},
-        kinds=kinds,
-        perhaps_base=_perhaps_base_in_folder(whole, names, options, config.bias),
-        origin=origin_of(options),
+        adapter,
+        perhaps_base=_perhaps_base_in_folder(whole, names, options, options.get("bias", "none")),
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
         peft_version=str(options.get("peft_version") or ""),
+        peft_rows=bool(adapter.rows()),
         assumed_order=several if source.order is usual_order else (),
     )
+
+
+def _with_options(adapter: Adapter, options: Mapping[str, Any], source: Source) -> Adapter:
+    """Return the adapter with the rows, the variant, the words and the origin of adapter_config.json."""
+    adapter, variant = rows_from_peft(adapter, options, source.where), cast(Variant, source.variant)
+    layers, whole = adapter.module_layers, adapter.beside_factors()
+    words = options_from_peft(options, layers, whole, adapter.tables, variant.name)
+    return replace(adapter, config=words, origin=origin_of(options))
+
+
+def _with_scalings(adapter: Adapter, path: object) -> Adapter:
+    """Return the adapter with the scalings of adapter_config.json. No other patterns of a file are matched.
+
+    Raises:
+        LoRAError: the options say another rank than the tensors have, so that nobody knows the scaling.
+    """
+    words, layers = cast(LoRAConfig, adapter.config), {}
+    for name, layer in adapter.layers.items():
+        in_options = adapter.options_name(name)
+        rank, scaling = words.rank(in_options), words.scaling(in_options)
+        if rank != layer.r:
+            raise LoRAError(f"{path}: {name!r}: the options say r={rank}, but its factors have rank {layer.r}.")
+        is_known = layer.scaling is not None and math.isclose(scaling, layer.scaling)  # unrounded, in the description
+        layers[name] = layer if is_known else replace(layer, scaling=scaling)
+    return replace(adapter, layers=layers)
+
+
+def _as_described(adapter: Adapter, words: LoRAConfig | None, where: str) -> Adapter:
+    """Return an adapter in PEFT's form as the model had it that wrote it, with the words of its run.
+
+    Args:
+        adapter: as PEFT reads it.
+        words: of the description. Dropout may have been edited in adapter_config.json.
+        where: for messages.
+    """
+    dropout = (adapter.config or LoRAConfig()).lora_dropout
+    own = replace(words or LoRAConfig(), lora_dropout=dropout)
+    as_we_have_it = replace(with_enable_lora(adapter).with_layers(), config=own)
+    if as_we_have_it.variant != adapter.variant:
+        as_we_have_it = from_peft_form(as_we_have_it).with_layers()
+    check_factors(as_we_have_it, where)
+    return as_we_have_it
 
 
 def _perhaps_base_in_folder(
@@ -153,19 +194,6 @@ def _perhaps_base_in_folder(
     return frozenset(dumped - ties_of(saved, whole))
 
 
-def _described_by_names(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
-    """Return the adapter that names and shapes describe, without options."""
-    rows = Adapter(tensors).rows()
-    if rows:
-        raise LoRAError(
-            f"{source.where}: holds trained rows of {next(iter(rows))!r}, and not which rows these are: that is in "
-            "adapter_config.json alone. Write a folder with PeftModel.save_pretrained(path), and give that."
-        )
-    kinds = kinds_of(tensors, names.bare, None, source.where)
-    adapter = Adapter(tensors, kinds=kinds, network=names.network, peft_version="")
-    return replace(adapter, perhaps_base=_perhaps_base_in_state(adapter.beside_factors(), names))
-
-
 def _perhaps_base_in_state(whole: Mapping[str, Any], names: PeftNames) -> frozenset[str]:
     """Return the names of whole tensors that may have the base's values, where no options say what was trained."""
     if not names.live:
@@ -176,7 +204,7 @@ def _perhaps_base_in_state(whole: Mapping[str, Any], names: PeftNames) -> frozen
 
 def _with_our_stacks(adapter: Adapter, where: object) -> Adapter:
     """Return the adapter with the factors of each single parameter laid out as ours."""
-    config = config_in_peft(adapter) or LoRAConfig()
+    config = adapter.config or LoRAConfig()
     return replace(adapter, tensors=stacks_from_peft(adapter.tensors, factor_names(adapter), config, where))
 
 
@@ -185,31 +213,23 @@ def factor_names(adapter: Adapter) -> dict[str, tuple[str, str]]:
     return {name: (adapter.factor_name(name, A), adapter.factor_name(name, B)) for name in adapter.parameters}
 
 
-def _without_additions(adapter: Adapter, source: Source) -> Adapter:
-    """Return the adapter without what the description lists as written for PEFT alone: idle attention, frozen tensors.
+def _without_additions(adapter: Adapter, description: Mapping[str, Any], where: str) -> Adapter:
+    """Return the adapter without what was written for PEFT alone: idle attention, and frozen tensors.
 
     Raises:
         LoRAError: the description is damaged, or the factors of idle attention are not zero any more.
     """
-    description, where = cast(Mapping[str, Any], source.description), source.where
-    idle, frozen = description.get(IDLE, []), description.get(FROZEN, [])
+    idle = description.get(IDLE, [])
     if not isinstance(idle, list):
         raise LoRAError(f"{where}: the adapter's description is damaged: {IDLE} is {shown(idle)}.")
     changed = [name for name in idle if name not in idle_attention(adapter)]
     if changed:
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
-    in_both = adapter.tensors.keys() & adapter.fingerprint.keys()  # the fingerprint is of frozen tensors
-    if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen) or set(frozen) != in_both:
-        raise LoRAError(f"{where}: the adapter's description is damaged: {FROZEN} is {shown(frozen, 80)}.")
-    kept = {name: value for name, value in adapter.tensors.items() if name not in in_both}
-    return replace(adapter, tensors=kept).without_layers(idle)
+    frozen = adapter.fingerprint.keys()
+    kept = {name: value for name, value in adapter.tensors.items() if name not in frozen}
+    return replace(adapter, tensors=kept, peft_rows=False).without_layers(idle)
 
 
 def _without_idle_attention(adapter: Adapter) -> Adapter:
     """Return an adapter of PEFT's without attention that does nothing, where its out_proj alone does something."""
-    idle = [name for name in idle_attention(adapter) if f"{name}.out_proj" in adapter.kinds]
-    if not idle:
-        return adapter
-    adapter = adapter.without_layers(idle)
-    config = cast(LoRAConfig, adapter.config)
-    return replace(adapter, config=exact_options(config, adapter.ranks(), adapter.scalings, adapter.parameters))
+    return adapter.without_layers([name for name in idle_attention(adapter) if f"{name}.out_proj" in adapter.layers])

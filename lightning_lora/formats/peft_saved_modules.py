@@ -65,7 +65,7 @@ def frozen_in_saved(adapter: Adapter) -> list[str]:
         LoRAError: PEFT's entries take an adapted layer too, and PEFT cannot do both.
     """
     taken = _taken_besides(adapter, to_peft_entries(adapter) or ())
-    layers = [layer for layer in (*adapter.layers(), *adapter.tables) if layer in taken]
+    layers = [layer for layer in (*adapter.layers, *adapter.tables) if layer in taken]
     if layers:
         raise LoRAError(
             f"save_adapter: PEFT's modules_to_save takes every module whose name ends in an entry, so that "
@@ -95,7 +95,7 @@ def _taken_besides(adapter: Adapter, entries: Collection[str]) -> list[str]:
         return []
     frozen = sorted(adapter.fingerprint.keys() - adapter.tensors.keys())
     inside = {name: parent_names(name) for name in frozen}
-    inside |= {name: [*parent_names(name), name, f"{name}.base_layer"] for name in adapter.layers()}  # as PEFT wraps it
+    inside |= {name: [*parent_names(name), name, f"{name}.base_layer"] for name in adapter.layers}  # as PEFT wraps it
     inside |= {name: [*parent_names(name), name, f"{name}.token_adapter.base_layer"] for name in adapter.tables}
     return _inside_taken(entries, inside)
 

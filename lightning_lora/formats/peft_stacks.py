@@ -82,7 +82,7 @@ def with_kinds_of_stacks(adapter: Adapter, where: object) -> Adapter:
             "has."
         )
     of_stacks = dict.fromkeys(stacks, TRANSPOSED_EXPERTS) if numbers < SECOND_ROW else {}
-    return replace(adapter, kinds={**adapter.kinds, **of_stacks})
+    return adapter.with_kinds(of_stacks)
 
 
 def stacks_of(adapter: Adapter) -> list[str]:
@@ -99,7 +99,7 @@ def stacks_as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
             name_a, name_b = adapter.factor_name(name, A), adapter.factor_name(name, B)
             tensors[name_a], tensors[name_b] = _transposed(adapter.tensors[name_a], adapter.tensors[name_b])
             turned[name] = kind
-    return replace(adapter, tensors=tensors, kinds={**adapter.kinds, **turned})
+    return replace(adapter, tensors=tensors).with_kinds(turned)
 
 
 def refuse_without_model(adapter: Adapter, where: object) -> None:
@@ -115,8 +115,8 @@ def refuse_without_model(adapter: Adapter, where: object) -> None:
 
 def _kind_in_peft(adapter: Adapter, name: str, kind: str) -> str:
     """Return the kind of the factors of a stack in PEFT's file, given the kind of the parameter in the model."""
-    if name in adapter.kinds:
-        return adapter.kinds[name]
+    if adapter.layers[name].kind:
+        return adapter.layers[name].kind
     if _experts(adapter, name) == 1:
         return EXPERTS
     other = EXPERTS if kind == TRANSPOSED_EXPERTS else TRANSPOSED_EXPERTS

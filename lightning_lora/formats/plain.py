@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter
+from ..adapter.adapter import Adapter, Layer
 from ..adapter.combined_layer import padded
 from ..adapter.renaming import by_network_names
 from ..config import PLAIN, TASK_HEADS, LoRAConfig
@@ -44,7 +44,7 @@ def plain_form(adapter: Adapter, source: PathLike | None) -> Adapter:
             f"{where}: {problem}. Merge it into its base, on disk with lightning-lora merge --base BASE --adapter "
             f"{source or 'ADAPTER'} --output MERGED, or in Python with save_merged(model, path)."
         )
-    factors = {layer: _factors(own, layer) for layer in own.layers()}
+    factors = {layer: _factors(own, layer) for layer in own.layers}
     _tell_rounding(own, factors, where)
     rank = max(b.shape[1] for _, b in factors.values())
     tensors: dict[str, torch.Tensor] = {}
@@ -55,7 +55,7 @@ def plain_form(adapter: Adapter, source: PathLike | None) -> Adapter:
         own,
         config=replace(own.config or LoRAConfig(), variant=PLAIN, variant_options=None, init_lora_weights=True),
         tensors=tensors,
-        scalings=dict.fromkeys(factors, 1.0),
+        layers={layer: Layer(rank, 1.0, own.layers[layer].kind) for layer in factors},
         complete=own.complete and not own.beside_factors(),
     )
     return replace(plain, config=_options(plain, rank))
@@ -75,7 +75,7 @@ def _problem(adapter: Adapter) -> str:
         return f"holds trained rows of {next(iter(adapter.rows()))!r}, and the plain form has factors alone"
     if adapter.parameters:
         return f"adapts the single parameter {adapter.parameters[0]!r}, and the plain form has layers alone"
-    grouped = [layer for layer, kind in adapter.kinds.items() if kind == GROUPED_CONV]
+    grouped = adapter.of_kind(GROUPED_CONV)
     if grouped:
         return f"adapts {grouped[0]!r}, a convolution with groups, and the plain form means another thing there"
     return ""
@@ -89,11 +89,11 @@ def _is_floating(value: Any) -> bool:
 def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A and s * B of the plain LoRA that equals a layer's adapter."""
     a, b, _ = _effective_factors(adapter, layer)
-    enabled = adapter.config.enabled_parts(layer) if adapter.config is not None else None
-    scaled = (b.detach().double() * adapter.scalings[layer]).to(b.dtype)
+    enabled = adapter.layers[layer].parts
+    scaled = (b.detach().double() * adapter.scaling(layer)).to(b.dtype)
     if not scaled.isfinite().all():
         raise LoRAError(
-            f"export_adapter: the scale {adapter.scalings[layer]:g} times B of {layer!r} is beyond the range of "
+            f"export_adapter: the scale {adapter.scaling(layer):g} times B of {layer!r} is beyond the range of "
             f"{str(b.dtype).removeprefix('torch.')}. Write it without plain=True, or merge it into its base."
         )
     return a.detach(), to_block_diagonal(scaled, enabled) if enabled else scaled
@@ -115,7 +115,7 @@ def _tell_rounding(adapter: Adapter, factors: Mapping[str, Any], where: object) 
     """Warn where s * B has 16 bits and is not exact."""
     rounded: dict[str, float] = {}
     for layer, (_, scaled) in factors.items():
-        scaling, b = adapter.scalings[layer], adapter.effective_factors(layer).b
+        scaling, b = adapter.scaling(layer), adapter.effective_factors(layer).b
         if scaled.dtype not in HALF or scaling == 1:
             continue
         exact = b.double() * scaling
@@ -179,5 +179,4 @@ def plain_targets(adapter: Adapter) -> tuple[list[str], list[str]]:
 
 def _others(adapter: Adapter, targets: list[str]) -> list[str]:
     """Return the modules of the base that these targets match besides the layers."""
-    layers = set(adapter.layers())
-    return sorted(name for name in adapter.modules - layers if matcher(targets)(name))
+    return sorted(name for name in adapter.modules - adapter.layers.keys() if matcher(targets)(name))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,7 +79,7 @@ def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
         return read_peft(tensors, Source("adapter"))
     adapter = Adapter(tensors)
     check_factors(adapter, "adapter")
-    return replace(adapter, kinds=_kinds_of_attention(adapter))
+    return adapter.with_kinds(_kinds_of_attention(adapter))
 
 
 def _kinds_of_attention(adapter: Adapter) -> dict[str, str]:

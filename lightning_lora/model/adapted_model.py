@@ -177,7 +177,8 @@ class AdaptedModel(Listing):
 
     def scope(self) -> str:
         """Return the beginning of the names in `model` for which the options count, "" or ending in a dot."""
-        name = self.name_here(self.record.scope.removesuffix(".")) if self.record.scope else None
+        scope = self.record.chosen.scope if self.record.chosen is not None else ""
+        name = self.name_here(scope.removesuffix(".")) if scope else None
         return self.prefix if name is None else f"{name}." if name else ""
 
     def left_out(self) -> dict[str, str]:

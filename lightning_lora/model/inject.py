@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..config import LoRAConfig, PeftConfig, as_config, is_config
+from ..config import LoRAConfig, PeftConfig, alpha_of, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..names import listed
@@ -35,7 +35,7 @@ from .adapted_model import AdaptedModel, Listing, find_model, open_model
 from .base_values import StandIn, put_in_, stand_ins, take_out_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .initial_values import restore_initial_, snapshot_initial
-from .injection import Injection
+from .injection import Chosen, Injection
 from .merging import Ending, FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
 from .passed_over import passed_over
 from .patches import call_previous, patch, unpatch
@@ -48,7 +48,7 @@ from .pretrained import (
 from .reasons import check_shapes, check_trainable, check_unadapted
 from .recorded_layers import refuse_replaced_layers
 from .state_dict import check_loads, refuse_unmergeable, stop_checking_loads
-from .targets import TRAINED_WHOLE, Selection, select, warn_of_unused
+from .targets import TRAINED_WHOLE, Selection, select, select_chosen, warn_of_unused
 from .wrappers import unwrapped, warn_of_late_adapters
 
 
@@ -104,18 +104,56 @@ def inject(
     return list(handle.layers)
 
 
-def inject_to_load(listing: Listing, config: LoRAConfig, scope: str = "") -> AdaptedModel:
-    """Adapt a model that was not injected for an adapter whose values are loaded next. In place.
+def inject_layers(listing: Listing, config: LoRAConfig, chosen: Chosen) -> AdaptedModel:
+    """Adapt exactly the layers of an adapter whose values are loaded next. In place. No option selects anything.
 
     Initial values of A and B are not computed from the weights, which can take minutes.
 
     Args:
         listing: of the model.
-        config: the adapter's options.
-        scope: the name of the submodule that the adapter belongs to, ending in a dot, or "" for the whole model.
-            Biases and whole modules are trained in that submodule alone.
+        config: the adapter's options: its variant, dropout and dtype. The rest of them is only shown.
+        chosen: what the adapter adapts and trains whole.
     """
-    return _inject(listing, Injection(config, scope=scope), values_follow=True)
+    return _inject(listing, Injection(config, chosen=chosen), values_follow=True)
+
+
+def replace_layers(handle: AdaptedModel, config: LoRAConfig, chosen: Chosen) -> AdaptedModel:
+    """Take the adapters out of a model, and put in the layers of another adapter, whose values are loaded next.
+
+    In place. What the earlier adapter trained whole has its first values again. A parameter with a successor of the
+    same name stays the same object, because an optimizer may hold it; it loses its gradient.
+
+    Args:
+        handle: of the model, unmerged.
+        config: as in inject_layers.
+        chosen: what the other adapter adapts and trains whole.
+
+    Returns:
+        The new handle.
+    """
+    model, old, marks = handle.model, handle.record, set(handle.record.marks)
+    earlier = [
+        (holder, layer.stored_name(leaf), parameter)
+        for layer in handle.layers.values()
+        for holder in layer.lora_holders()
+        for leaf, parameter in layer.stored().items()
+    ]
+    restore_initial_(handle)
+    strip_adapters(handle)
+    record = Injection(config, seed=old.seed, chosen=chosen, run=old.run, owner=old.owner)
+    record.marks |= marks - {"merged"}
+    record.begin(model)
+    new = cast(AdaptedModel, find_model(Listing(model)))
+    adapt_new_layers(new, values_follow=True)
+    for holder, name, parameter in earlier:
+        successor = holder._parameters.get(name)
+        if successor is not None and successor is not parameter:
+            parameter.data, parameter.grad = successor.data, None
+            parameter.requires_grad_(successor.requires_grad)
+            holder.register_parameter(name, parameter)
+    record.initial = {}
+    snapshot_initial(new)
+    return new
 
 
 def unload(model: nn.Module) -> None:
@@ -352,7 +390,8 @@ def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Se
 def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
     root, record = handle.root, handle.record
     check_shapes(handle.root_modules)
-    selection = select(handle.root_modules, record.config, record.scope)
+    chosen, listed_modules = record.chosen, handle.root_modules
+    selection = select(listed_modules, record.config) if chosen is None else select_chosen(listed_modules, chosen)
     new = {name: module for name, module in selection.layers.items() if not isinstance(module, LoRALayer)}
     apart = {name for name, module in selection.apart.items() if not adapters_in(module)}
     live = adapted_layers(root, modules=handle.root_modules)
@@ -472,7 +511,7 @@ def _leaving_no_trace(handle: AdaptedModel) -> Iterator[None]:
 
 
 def _freeze(handle: AdaptedModel, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
-    """Freeze base parameters, but for chosen biases and the modules that are trained whole. In place.
+    """Freeze base parameters, but for biases and modules that are trained whole. In place.
 
     Args:
         handle: of the model; its record notes requires_grad from before.
@@ -480,8 +519,11 @@ def _freeze(handle: AdaptedModel, new: Mapping[str, nn.Module], saved: Mapping[s
         saved: the modules that are trained whole.
     """
     record = handle.record
+    bias = record.config.bias if record.chosen is None else "none"
     trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
-    if record.config.bias == "lora_only":
+    if record.chosen is not None:
+        trainable |= {id(tensor) for _, tensor in handle.recorded_tensors(record.chosen.whole)}
+    if bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
     known = record.requires_grad
     for each in handle.base():
@@ -492,20 +534,22 @@ def _freeze(handle: AdaptedModel, new: Mapping[str, nn.Module], saved: Mapping[s
         if name not in known:
             known[name] = parameter.requires_grad
             record.fingerprint = {}  # it was taken of a base without this parameter
-        is_bias = each.leaf == "bias" and name.startswith(record.scope)  # PEFT's rule: no in_proj_bias
-        everywhere = record.config.bias == "all" and is_bias
+        everywhere = bias == "all" and each.leaf == "bias"  # PEFT's rule: no in_proj_bias
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 
 def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
-    """Return what the options say of the adapter of one layer or parameter."""
-    config = record.config
+    """Return what the options say of the adapter of one layer or parameter, or what a loaded adapter has there."""
+    config, chosen = record.config, record.chosen.layers.get(name) if record.chosen is not None else None
+    r, scaling, parts = config.rank(name), config.scaling(name), config.enabled_parts(name)
+    if chosen is not None:
+        r, scaling, parts = chosen.r, chosen.scaling, chosen.parts
     return LayerSpec(
-        r=config.rank(name),
-        alpha=config.alpha(name),
-        scaling=config.scaling(name),
+        r=r,
+        alpha=alpha_of(r, scaling, rslora=config.use_rslora),
+        scaling=scaling,
         dropout=config.lora_dropout,
-        enabled=config.enabled_parts(name),
+        enabled=parts,
         keep_float32=config.autocast_adapter_dtype,
         init=config.init_lora_weights,
         variant=variant_of(config),

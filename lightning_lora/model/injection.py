@@ -11,6 +11,7 @@ new module of the same name, such as a SyncBatchNorm for a BatchNorm, and a copy
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -68,13 +69,30 @@ class Run:
         return {name: getattr(self, name) for name in ("merged_eval", "save", "quantize", "dequantize")}
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What a loaded adapter adapts and trains in a model, which no option selects. Names are those at injection.
+
+    Attributes:
+        layers: each layer or single parameter, with its r, scaling and parts: an adapter's Layer.
+        tables: the numbers of the trained rows of each table.
+        whole: names of parameters that are trained whole.
+        scope: the beginning of the names of the part of the model that the adapter is for, "" or ending in a dot.
+    """
+
+    layers: Mapping[str, Any]
+    tables: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+    scope: str = ""
+
+
 @dataclass(eq=False)
 class Injection:
     """The record of one injection. All names are those in the injected module, at injection."""
 
     config: LoRAConfig
     seed: str = ""  # the text that adapters are drawn from; "" means the state of the random stream
-    scope: str = ""  # the beginning of the names for which `bias` and modules_to_save count, "" or ending in a dot
+    chosen: Chosen | None = None  # what a loaded adapter adapts and trains; None: what the options select
     layers: list[str] = field(default_factory=list)  # of the adapted layers
     left_out: dict[str, str] = field(default_factory=dict)  # why "all-linear" or "all-layers" leaves a layer out
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of base parameters, before injection

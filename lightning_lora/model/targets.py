@@ -16,9 +16,10 @@ from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.low_rank import SEPARATE
 from ..nn.parameter import weights_of
+from .injection import Chosen
 from .layers_by_kind import layers_by_kind
 from .reasons import LAYER, PARAMETER, TABLE, Candidate
-from .token_tables import Rows, token_tables
+from .token_tables import Rows, token_tables, with_tied_tables
 
 TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is trained whole, without an adapter"
 
@@ -85,20 +86,35 @@ class Selection:
                 Candidate(TABLE, name, modules[name], config, rows=rows, also=also).refuse()
 
 
-def select(listed_modules: NamedModules, config: LoRAConfig, scope: str = "") -> Selection:
+def select_chosen(listed_modules: NamedModules, chosen: Chosen) -> Selection:
+    """Select exactly what a loaded adapter has in a model. Names that the model lacks are refused at loading."""
+    modules = {name: module for name, module in listed_modules if name}
+    weights = weights_of(dict(listed_modules)) if chosen.layers.keys() - modules.keys() else {}
+    return Selection(
+        layers={name: module for name, module in modules.items() if name in chosen.layers},
+        apart={},
+        parameters={name: place for name, place in weights.items() if name in chosen.layers},
+        tables=with_tied_tables({n: rows for n, rows in chosen.tables.items() if n in modules}, modules),
+        saved={},
+        left_out={},
+        saved_instead=[],
+        unmatched=Unmatched(),
+    )
+
+
+def select(listed_modules: NamedModules, config: LoRAConfig) -> Selection:
     """Select what the options of a config name in a model.
 
     Args:
         listed_modules: every module of the model under its first name, the model first.
         config: the options.
-        scope: the beginning of the names of modules that can be trained whole, "" or ending in a dot.
 
     Raises:
         LoRAError: trainable_token_indices gives two lists of rows to one table.
     """
     model, modules = listed_modules[0][1], {name: module for name, module in listed_modules if name}
     is_saved, excluded, unmatched = matcher(config.all_modules_to_save()), matcher(config.exclude_modules), Unmatched()
-    saved = {name: module for name, module in modules.items() if name.startswith(scope) and is_saved(name)}
+    saved = {name: module for name, module in modules.items() if is_saved(name)}
     tables = token_tables(listed_modules, config.trainable_token_indices, unmatched)
     by_kind, left_out = config.target_modules in BY_KIND, dict[str, str]()
     if by_kind:

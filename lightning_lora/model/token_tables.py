@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from ..distributed.flat import own_weight
 from ..errors import LoRAError
 from ..matching import Unmatched, matcher
@@ -34,11 +36,22 @@ def token_tables(listed_modules: NamedModules, indices: Indices, unmatched: Unma
     modules = {name: module for name, module in listed_modules if name}
     entries = indices if isinstance(indices, Mapping) else {_input_embeddings(listed_modules, indices): indices}
     unmatched.check(OPTION, entries, modules, "table", [name for name, module in modules.items() if is_table(module)])
-    found, owners = dict[str, Rows](), dict[int, str]()
+    found = dict[str, Rows]()
     for entry, rows in entries.items():
         for name in filter(matcher([entry]), modules):
             _add(found, name, tuple(rows), repr(entry))
-            owners.setdefault(id(own_weight(modules[name])), name)
+    return with_tied_tables(found, modules)
+
+
+def with_tied_tables(tables: Mapping[str, Rows], modules: Mapping[str, nn.Module]) -> dict[str, Rows]:
+    """Return the rows of each table in `tables`, and of each that is tied to one of these, in the model's order.
+
+    Raises:
+        LoRAError: tied tables have different rows.
+    """
+    found, owners = dict(tables), dict[int, str]()
+    for name in tables:
+        owners.setdefault(id(own_weight(modules[name])), name)
     owners.pop(id(None), None)
     for name, module in modules.items():
         owner = owners.get(id(own_weight(module)))

@@ -49,8 +49,8 @@ def read_updates(
     adapter = _fit(adapter, weights)
     compare_with_files(adapter, weights, strict=strict_base, remedy=OTHER_BASE)
     norms = {}
-    with progress_bar("reading the base", len(adapter.layers())) as advance:
-        for name in adapter.layers():
+    with progress_bar("reading the base", len(adapter.layers)) as advance:
+        for name in adapter.layers:
             norms[name] = _norm_in_files(adapter, name, weights)
             advance(1)
     return measure(where, adapter, norms)

@@ -33,7 +33,7 @@ def updates_of_model(model: nn.Module) -> Updates:
     adapter = replace(description, tensors=tensors)
     whole = measure(type(live.handle.model).__name__, adapter, _norms_in_model(live.handle))
     network = by_network_names(adapter)
-    names = dict(zip(adapter.layers(), network.layers(), strict=True))
+    names = dict(zip(adapter.layers, network.layers, strict=True))
     return replace(whole, adapter=network, layers={names[name]: update for name, update in whole.layers.items()})
 
 

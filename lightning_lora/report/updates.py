@@ -113,15 +113,16 @@ def measure(source: str, adapter: Adapter, weight_norms: Mapping[str, float] | N
         LoRAError: the adapter has no layer with A and B.
     """
     refuse_empty(source, adapter)
-    layers, ranks = {}, adapter.ranks()
-    with progress_bar("measuring", len(ranks)) as advance:
-        for name, rank in ranks.items():
+    layers = {}
+    with progress_bar("measuring", len(adapter.layers)) as advance:
+        for name, layer in adapter.layers.items():
             pairs = scaled_pairs(adapter, name)
             shapes = tuple((left.shape[0], right.shape[1]) for left, right in pairs)
-            spectra = tuple(_spectrum(left, right, rank) for left, right in pairs)
-            layers[name] = Update(rank, spectra, shapes, (weight_norms or {}).get(name))
+            spectra = tuple(_spectrum(left, right, layer.r) for left, right in pairs)
+            layers[name] = Update(layer.r, spectra, shapes, (weight_norms or {}).get(name))
             advance(1)
-    return Updates("/".join(Path(source).parts[-2:]), adapter, layers, scaled=bool(adapter.scalings))
+    scaled = any(layer.scaling is not None for layer in adapter.layers.values())
+    return Updates("/".join(Path(source).parts[-2:]), adapter, layers, scaled=scaled)
 
 
 def _spectrum(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[float, ...]:
@@ -132,7 +133,7 @@ def _spectrum(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[float
 
 def refuse_empty(source: str, adapter: Adapter) -> None:
     """Raise LoRAError where an adapter has no layer with A and B."""
-    if not adapter.layers():
+    if not adapter.layers:
         found = "rows of tables alone, which are no low-rank updates" if adapter.rows() else nothing_adapted(adapter)
         raise LoRAError(f"plot: {source} holds {found}; there is nothing to draw.")
 

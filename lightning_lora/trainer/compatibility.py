@@ -5,7 +5,9 @@ Classes are recognised by name, so that neither Lightning nor DeepSpeed is impor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +15,15 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..model.adapted_model import Listing
-from ..model.injection import Injection
+from ..model.adapted_model import AdaptedModel, Listing
+from ..model.targets import select
 from ..names import listed
 from .deepspeed_optimizer import held_parameters
 
+BY_LAYER = (  # options that say which layers are adapted, and how
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "enable_lora", "target_modules"),
+    *("exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+)
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -70,22 +76,29 @@ def launches(trainer: Any) -> bool:
     return _is_a(trainer.strategy.launcher, "_MultiProcessingLauncher")
 
 
-def refuse_other_options(record: Injection, config: LoRAConfig, given: Collection[str], seed: str = "") -> None:
+def refuse_other_options(handle: AdaptedModel, config: LoRAConfig, given: Collection[str], seed: str = "") -> None:
     """Raise LoRAError where a model was injected with other options than the callback was given.
 
+    A loaded adapter has the words of another run. Where they differ, its layers are compared with those that the
+    callback's options select.
+
     Args:
-        record: of the injection.
+        handle: of the injected model.
         config: the callback's options.
         given: the names of the options that the user gave.
         seed: the callback's seed, or "".
     """
+    record = handle.record
     if "merges by mode" in record.marks:
         raise LoRAError(
             "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
             "in eval mode would silently stop training. Call unload(model), then inject(model, config) without it."
         )
-    for option in record.config.differing(config):
-        if option in given and option != "lora_dropout":  # which is of training alone: _adopt takes it
+    differing = [option for option in record.config.differing(config) if option in given]
+    if record.chosen is not None and not {*BY_LAYER}.isdisjoint(differing) and _selects_layers(handle, config, given):
+        differing = [option for option in differing if option not in BY_LAYER]
+    for option in differing:
+        if option != "lora_dropout":  # which is of training alone: _adopt takes it
             raise LoRAError(
                 f"LoRACallback: {option} is {getattr(config, option)!r}, but the model was injected with "
                 f"{getattr(record.config, option)!r}; use the same, or leave it out. unload(model) takes the adapter "
@@ -93,6 +106,18 @@ def refuse_other_options(record: Injection, config: LoRAConfig, given: Collectio
             )
     if seed and record.seed != seed:
         raise LoRAError("LoRACallback: the model was injected with another seed; give none, or unload(model) first.")
+
+
+def _selects_layers(handle: AdaptedModel, config: LoRAConfig, given: Collection[str]) -> bool:
+    """Return whether a callback's options select the layers of a model, with their ranks, scalings and parts."""
+    record = handle.record
+    asked = replace(record.config, **{name: getattr(config, name) for name in BY_LAYER if name in given})
+    live = {layer.lora.name: layer.lora.spec for layer in handle.layers.values() if layer.kind()}
+    return select(handle.root_modules, asked).names() == live.keys() and all(
+        (asked.rank(name), asked.enabled_parts(name)) == (spec.r, spec.enabled)
+        and math.isclose(asked.scaling(name), spec.scaling)
+        for name, spec in live.items()
+    )
 
 
 def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], listing: Listing) -> None:

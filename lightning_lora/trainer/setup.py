@@ -168,7 +168,7 @@ def _adopt(handle: AdaptedModel, options: Options) -> None:
     Dropout may be another: it is of training alone, and no tensor depends on it.
     """
     refuse_late_conversion(handle)
-    refuse_other_options(handle.record, options.config, options.given, seed_text(options))
+    refuse_other_options(handle, options.config, options.given, seed_text(options))
     if "lora_dropout" in options.given:
         dropout = options.config.lora_dropout
         handle.record.config = replace(handle.record.config, lora_dropout=dropout)
