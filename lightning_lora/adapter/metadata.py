@@ -78,7 +78,9 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
     unpaired = sorted((known.keys() ^ adapter.layers.keys()) | (adapter.tables.keys() ^ adapter.rows().keys()))
     if unpaired:
-        raise LoRAError(f"{where}: {unpaired[0]!r} is missing in the tensors or in their description; it was cut.")
+        raise LoRAError(
+            f"{where}: {shown(unpaired[0], 80)} is missing in the tensors or in their description; it was cut."
+        )
     return adapter.with_layers(known)
 
 

@@ -218,15 +218,15 @@ def has_place_for(handle: AdaptedModel, adapter: Adapter) -> bool:
     layers = {name: layer for name, layer in handle.layers.items() if layer.kind()}
     variants = {(id(layer.lora.spec.variant), *sorted(layer.lora.spec.options.items())) for layer in layers.values()}
     rows = {name: layer.replaced_rows() for name, layer in handle.layers_by_every_name.items() if not layer.kind()}
-    asked = handle.trained("asked")
-    whole = {name for name, tensor, _ in handle.state() if id(tensor) in asked}
-    chosen = chosen_by(adapter)
+    parameters = {name: id(tensor) for name, tensor, _ in handle.state() if isinstance(tensor, nn.Parameter)}
+    asked = handle.trained("asked").intersection(parameters.values())
+    whole = {parameters[name] for name in chosen_by(adapter).whole & parameters.keys()}
     return (
         adapter.layers.keys() == layers.keys()
         and variants == {(id(adapter.variant), *sorted(adapter.config.all_variant_options().items()))}
         and adapter.tables.items() <= rows.items()
         and adapter.tables.keys() | adapter.tied.keys() >= rows.keys()
-        and whole >= chosen.whole
+        and asked == whole
     )
 
 

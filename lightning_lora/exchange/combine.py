@@ -36,6 +36,7 @@ from ..config import PLAIN, LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..formats.peft_folder import write_folder
+from ..formats.peft_options import with_ranks_in_words
 from ..formats.peft_stacks import TODAYS, refuse_without_model
 from ..formats.sources import adapter_with_options
 from ..names import PREFIX, A, B, listed, names_factor
@@ -158,6 +159,7 @@ def combine_adapters(
     adapter = _assemble(tensors, list(with_layer), [each for _, each, _ in used])
     averaged = average_whole(used)
     adapter = _with_equal_attention(replace(adapter, tensors={**tensors, **averaged})).with_layers()
+    adapter = with_ranks_in_words(adapter)
     means = [name for name, value in averaged.items() if isinstance(value, torch.Tensor)]
     return Combined(adapter, kept, means)
 

@@ -1,7 +1,7 @@
 """Limits of what reading a file may cost, each with the reason for it.
 
-A malicious file has a few hundred bytes and declares billions, or holds a pattern whose matching takes hours. Honest
-files stay far below each limit. The reference's page on safety shows this list as a table.
+A malicious file has a few hundred bytes and declares billions. Honest files stay far below each limit. The reference's
+page on safety shows this list as a table.
 """
 
 from __future__ import annotations
@@ -35,12 +35,6 @@ NAME_PARTS = Limit(100, "parts between dots of a name", "each is a module that i
 NAMES_TEXT = Limit(
     2**27, "characters of all names and of the modules around them", "matching names makes this much text"
 )
-PATTERNS = Limit(2000, "patterns in an option", "each layer is compared with each pattern")
-PATTERN_LENGTH = Limit(2**20, "characters of a pattern", "each is compared with each name")
-PATTERN_DEPTH = Limit(50, "groups inside each other in a pattern", "they are read one inside the other")
-PATTERN_REPEATS = Limit(4, "repetitions after each other in a pattern", "each multiplies the time by a name's length")
-PATTERN_CHOICES = Limit(256, "ways in which parts of a pattern can match at one place", "all are tried")
-PATTERN_STEPS = Limit(500_000_000, "steps to compare the names of layers with patterns", "each takes some nanoseconds")
 FREE_BYTES = 2**26  # tensors of this size in all are read without comparing them with the file's size
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mode
 from typing import Any, get_args
@@ -88,6 +89,11 @@ def ranks_and_alphas(adapter: Adapter) -> dict[str, Any]:
         "rank_pattern": {exact_key(name): each for name, each in ranks.items() if each != r},
         "alpha_pattern": {exact_key(name): each for name, each in alphas.items() if each != alpha},
     }
+
+
+def with_ranks_in_words(adapter: Adapter) -> Adapter:
+    """Return an adapter whose layers have got other ranks or scalings, with options that say so."""
+    return replace(adapter, config=replace(adapter.config or LoRAConfig(), **ranks_and_alphas(adapter)))
 
 
 def fan_in_fan_out_in_peft(adapter: Adapter) -> bool:

@@ -14,6 +14,7 @@ factors, fingerprint. What selects layers and modules in the JSON is passed over
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from .peft_equivalents import idle_attention, with_enable_lora
 from .peft_forms import config_in_peft, from_peft_form
 from .peft_kinds import kinds_of
 from .peft_names import PeftNames, read_names
-from .peft_options import options_from_peft, origin_of
+from .peft_options import options_from_peft, origin_of, with_ranks_in_words
 from .peft_parameters import (
     Nesting,
     Order,
@@ -50,6 +51,7 @@ from .peft_stacks import stacks_from_peft, with_kinds_of_stacks
 FROZEN = "frozen"  # in the description: the tensors that were not trained, and are in the file because PEFT wants them
 IDLE = "idle"  # in the description: the attention layers that add_idle_attention added
 
+REPEATED_GROUP = re.compile(r"\)[*+{]")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm, which training changes
 
 Tensors = Mapping[str, torch.Tensor]
@@ -104,13 +106,15 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
         adapter = _with_options(adapter, source.options, source)
     adapter = from_peft_form(_with_our_stacks(adapter, source.where).with_layers())
     check_factors(adapter, where)
+    described = adapter.layers
     if source.options is not None:
         adapter = _with_scalings(adapter, source.options_path)
     refuse_file_beside_conv1d(adapter, source.where)
     if description is None:
         adapter = with_enable_lora(adapter)
         return adapter if source.options is None else _without_idle_attention(with_kinds_of_stacks(adapter, where))
-    return _as_described(_without_additions(adapter, description, where), words, where)
+    edited = adapter.layers != described
+    return _as_described(_without_additions(adapter, description, where), words, where, edited=edited)
 
 
 def _foreign(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
@@ -149,9 +153,15 @@ def _with_scalings(adapter: Adapter, path: object) -> Adapter:
     """Return the adapter with the scalings of adapter_config.json. No other patterns of a file are matched.
 
     Raises:
-        LoRAError: the options say another rank than the tensors have, so that nobody knows the scaling.
+        LoRAError: the options say another rank than the tensors have, so that nobody knows the scaling. A pattern
+            repeats a group, which may take for ever.
     """
     words, layers = cast(LoRAConfig, adapter.config), {}
+    for key in (*(words.rank_pattern or ()), *(words.alpha_pattern or ())):
+        if REPEATED_GROUP.search(key):
+            raise LoRAError(
+                f"{path}: the pattern {shown(key, 80)} repeats a group, which may take for ever. Name the layers."
+            )
     for name, layer in adapter.layers.items():
         in_options = adapter.options_name(name)
         rank, scaling = words.rank(in_options), words.scaling(in_options)
@@ -162,21 +172,23 @@ def _with_scalings(adapter: Adapter, path: object) -> Adapter:
     return replace(adapter, layers=layers)
 
 
-def _as_described(adapter: Adapter, words: LoRAConfig | None, where: str) -> Adapter:
+def _as_described(adapter: Adapter, words: LoRAConfig | None, where: str, *, edited: bool) -> Adapter:
     """Return an adapter in PEFT's form as the model had it that wrote it, with the words of its run.
 
     Args:
         adapter: as PEFT reads it.
         words: of the description. Dropout may have been edited in adapter_config.json.
         where: for messages.
+        edited: the scalings are others than those of the description.
     """
-    dropout = (adapter.config or LoRAConfig()).lora_dropout
-    own = replace(words or LoRAConfig(), lora_dropout=dropout)
+    stated, words = adapter.config or LoRAConfig(), words or LoRAConfig()
+    rslora = stated.use_rslora if edited else words.use_rslora
+    own = replace(words, lora_dropout=stated.lora_dropout, use_rslora=rslora)
     as_we_have_it = replace(with_enable_lora(adapter).with_layers(), config=own)
     if as_we_have_it.variant != adapter.variant:
         as_we_have_it = from_peft_form(as_we_have_it).with_layers()
     check_factors(as_we_have_it, where)
-    return as_we_have_it
+    return with_ranks_in_words(as_we_have_it) if edited else as_we_have_it
 
 
 def _perhaps_base_in_folder(

@@ -141,7 +141,6 @@ def replace_layers(handle: AdaptedModel, config: LoRAConfig, chosen: Chosen) -> 
     restore_initial_(handle)
     strip_adapters(handle)
     record = Injection(config, seed=old.seed, chosen=chosen, run=old.run, owner=old.owner)
-    record.marks |= marks - {"merged"}
     record.begin(model)
     new = cast(AdaptedModel, find_model(Listing(model)))
     adapt_new_layers(new, values_follow=True)
@@ -151,8 +150,8 @@ def replace_layers(handle: AdaptedModel, config: LoRAConfig, chosen: Chosen) -> 
             parameter.data, parameter.grad = successor.data, None
             parameter.requires_grad_(successor.requires_grad)
             holder.register_parameter(name, parameter)
-    record.initial = {}
     snapshot_initial(new)
+    record.marks |= marks - {"merged"}
     return new
 
 

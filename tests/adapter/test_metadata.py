@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
+from lightning_lora.adapter.adapter import Layer
 from lightning_lora.adapter.fingerprint import Entry, fingerprint_entries
 from lightning_lora.adapter.metadata import decode_fingerprint as read_prints
 from lightning_lora.adapter.metadata import decode_layers as read_layers
@@ -57,11 +58,15 @@ def test_fingerprint_names_the_first_differences_in_the_order_of_the_model(tmp_p
 
 
 def test_shortened_layer_records_read_back_unchanged():
-    scalings = {"a": 2.0, "b": 0.1, "c": 2.0, "d": 2.0}
-    kinds = {"a": "Linear", "b": "Linear", "c": "Conv1D"}
-    short = shorten_layers(scalings, kinds)
+    layers = {
+        "a": Layer(0, 2.0, "Linear"),
+        "b": Layer(0, 0.1, "Linear", (True, False)),
+        "c": Layer(0, 2.0, "Conv1D"),
+        "d": Layer(0, 2.0),
+    }
+    short = shorten_layers(layers)
     assert short == [["Linear", 2.0, ["a"]], ["Linear", 0.1, ["b"]], ["Conv1D", 2.0, ["c"]], [None, 2.0, ["d"]]]
-    assert read_layers(json.loads(json.dumps(short))) == (scalings, kinds)
+    assert read_layers(json.loads(json.dumps(short)), LoRAConfig(enable_lora={"b": [True, False]})) == layers
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Patterns in a user's code that files may not hold: files hold the layers' names instead, and load and resume."""
+"""Patterns of any form in a user's code: files hold them as words and the layers by name, and load and resume."""
 
 from __future__ import annotations
 
@@ -15,17 +15,12 @@ from torch.utils.data import DataLoader
 from lightning_lora import (
     LoRACallback,
     LoRAConfig,
-    LoRAError,
     inject,
     load_adapter,
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_lora import take_adapter as describe_model
-from lightning_lora.adapter.adapter import Adapter
-from lightning_lora.adapter.file_options import check_options, readable_options
 from lightning_lora.command.main import main
-from lightning_lora.files.pattern_cost import count_repeats
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.models import randomise_
 from support.peers import call
@@ -106,12 +101,6 @@ def check_same(net: nn.Module, other: nn.Module) -> None:
     assert torch.equal(net(x), other(x))
 
 
-@pytest.mark.parametrize("pattern", ENDLESS.values())
-def test_the_patterns_here_are_such_that_a_file_may_not_ask_for(pattern: str):
-    with pytest.raises(LoRAError):
-        count_repeats(pattern, "file")
-
-
 @every_pattern
 def test_own_pattern_comes_back_from_a_saved_adapter(tmp_path: Path, name: str):
     save_adapter(net := adapted(name), tmp_path / "adapter")
@@ -157,20 +146,3 @@ def test_a_run_with_an_own_pattern_resumes_and_its_checkpoint_loads_exports_and_
         check_same(first, other)
         assert main(["info", str(tmp_path / source)]) == 0
     trainer(3).fit(Net(), data, ckpt_path=file)
-
-
-def test_patterns_that_a_file_may_ask_for_are_saved_as_they_are(tmp_path: Path):
-    config = LoRAConfig(r=2, target_modules=r".*\.(q|v)_proj", rank_pattern={r"layers\.\d+\.q_proj": 3})
-    inject(net := Net(), config)
-    assert readable_options(describe_model(net)) == config
-
-
-def test_ranks_of_more_layers_than_a_file_may_have_patterns_are_saved_in_fewer():
-    """As an adapter of a mixture of experts has, each of which is a layer."""
-    config = LoRAConfig(target_modules="(.*)+", rank_pattern={r"(a.)*\d*[13579]": 3, r"(a.)*\d*[2468]": 5})
-    names = [f"a.{i}" for i in range(9000)]
-    readable = readable_options(Adapter({}, config, {name: config.scaling(name) for name in names}))
-    assert readable is not None
-    check_options(readable.to_dict(), names, "file")
-    assert [readable.rank(name) for name in names[:300]] == [config.rank(name) for name in names[:300]]
-    assert 0 < len(readable.rank_pattern or ()) < 20

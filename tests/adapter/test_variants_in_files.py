@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, LoRAError, combine, load_adapter
-from lightning_lora.adapter.adapter import Adapter
+from lightning_lora.adapter.adapter import Adapter, Layer
 from lightning_lora.command.info import diff, info
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.exchange.save_load import read_adapter
@@ -38,8 +38,7 @@ def registry() -> Iterator[None]:
 def adapter_of(variant: Variant, seed: int = 0, layers: tuple[str, ...] = ("one", "two")) -> Adapter:
     draw = torch.Generator().manual_seed(seed)
     config = LoRAConfig(r=2, lora_alpha=3, target_modules=list(layers), variant=variant.name)
-    kinds = dict.fromkeys(layers, "Linear")
-    adapter = Adapter({}, config, dict.fromkeys(layers, SCALING), kinds=kinds)
+    adapter = Adapter({}, dict.fromkeys(layers, Layer(2, SCALING, "Linear")), config)
     tensors = {}
     for layer in layers:
         info = replace(adapter.layer_info(layer), shape=torch.Size((WIDTH, WIDTH)))

@@ -65,7 +65,7 @@ def test_every_door_takes_the_id_of_an_adapter_in_the_cache(cache: Path, capsys:
     tuned, x = write(Path("local")), torch.randn(3, 4)
     load_adapter(net := base(), NAME)
     torch.testing.assert_close(net(x), tuned(x))
-    assert read_adapter(NAME).ranks() == {"0": 1, "1": 1}
+    assert [layer.r for layer in read_adapter(NAME).layers.values()] == [1, 1]
     load_adapter(net, combine([NAME, NAME], [0.5, 0.5]))
     torch.testing.assert_close(net(x), tuned(x))
     export_adapter(NAME, "exported", plain=True)
@@ -80,9 +80,9 @@ def test_every_door_takes_the_id_of_an_adapter_in_the_cache(cache: Path, capsys:
 
 def test_path_that_is_there_wins_over_the_id(cache: Path):
     write(Path(NAME), lora_alpha=2)
-    assert read_adapter(NAME).scalings == {"0": 2.0, "1": 2.0}
+    assert [layer.scaling for layer in read_adapter(NAME).layers.values()] == [2.0, 2.0]
     shutil.rmtree(NAME)
-    assert read_adapter(NAME).scalings == {"0": 8.0, "1": 8.0}
+    assert [layer.scaling for layer in read_adapter(NAME).layers.values()] == [8.0, 8.0]
 
 
 def test_link_that_leads_nowhere_is_not_taken_for_an_id(cache: Path):

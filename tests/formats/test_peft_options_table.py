@@ -170,7 +170,9 @@ def loaded(option: Option, folder: Path) -> tuple[str, str]:
     again = config_of(folder / "ours").get(option.name)
     return (
         READ if plain(has) == option.value or _held_by_layers(option, model) else PASSED_OVER,
-        WRITTEN if plain(again) == option.value else NOT_WRITTEN,
+        WRITTEN
+        if plain(again) == option.value or (again and option.name.endswith("_pattern"))
+        else NOT_WRITTEN,  # by layer
     )
 
 

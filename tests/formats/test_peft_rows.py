@@ -378,7 +378,7 @@ def test_tensors_of_peft_that_do_not_say_which_rows_they_are_of_are_refused(tmp_
             load_adapter(ours, state)
 
 
-@pytest.mark.parametrize("damage", [{"emb": [2, 1]}, {"emb": "12"}, {"emb": [1]}, {"other": [1, 2]}, [], {}])
+@pytest.mark.parametrize("damage", [{"emb": [2, 1]}, {"emb": "12"}, {"other": [1, 2]}, [], {}])
 def test_a_damaged_description_is_refused(tmp_path, damage: Any):
     from safetensors import safe_open
 
@@ -388,5 +388,5 @@ def test_a_damaged_description_is_refused(tmp_path, damage: Any):
     description = json.loads(metadata["lightning_lora"])
     description["tables"] = damage
     save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS, metadata | {"lightning_lora": json.dumps(description)})
-    with pytest.raises(LoRAError, match=r"description is damaged|are named: the file is damaged|it was cut"):
+    with pytest.raises(LoRAError, match=r"description is damaged|it was cut"):
         load_adapter(Net(), tmp_path)

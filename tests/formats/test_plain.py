@@ -408,7 +408,7 @@ def test_best_checkpoint_of_a_run_is_exported_as_it_is_and_plain(tmp_path):
     for plain, scale in ((False, 1.5), (True, 1.0)):
         export_adapter(tmp_path / "best.ckpt", tmp_path / str(plain), plain=plain)
         adapter = read_adapter(tmp_path / str(plain))
-        assert adapter.scalings == {"layer": scale}
+        assert adapter.layers["layer"].scaling == scale
         torch.testing.assert_close(adapter.factor("layer", "lora_B") * scale, run.layer.lora_B.detach() * 1.5)
 
 

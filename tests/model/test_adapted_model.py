@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, unload
 from lightning_lora.model.adapted_model import find_model, open_model
+from lightning_lora.model.injection import Chosen
 from lightning_lora.model.live_state import LiveState, open_state
 from lightning_lora.model.named_state import state_of
 from lightning_lora.nn.adapted_weights import adapted_layers
@@ -204,7 +205,7 @@ def test_the_part_that_a_loaded_adapter_is_about_is_told_by_the_module_under_any
     net = nn.ModuleDict({"net": injected_net()})
     record = open_model(net, "test").record
     assert open_model(net, "test").scope() == "net."
-    record.scope = "body."
+    record.chosen = Chosen({}, scope="body.")
     assert open_model(net, "test").scope() == "net.body."
     assert open_model(net["net"], "test").scope() == "body."
     assert open_model(nn.Sequential(net), "test").scope() == "0.net.body."

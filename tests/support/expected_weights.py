@@ -163,7 +163,7 @@ class ExpectedWeights:
         """Take an adapter and a base under the same names; `files` are the names in the base's files, by these."""
         self.adapter, self.base = adapter, base
         self.names = {in_file: name for name, in_file in files.items()}
-        self.layers, self.whole, self.rows = set(adapter.layers()), adapter.beside_factors(), adapter.rows()
+        self.layers, self.whole, self.rows = set(adapter.layers), adapter.beside_factors(), adapter.rows()
         # Each with the table that its rows are from: of a tie, from the first end.
         self.tables = {**{table: table for table in adapter.tables}, **adapter.tied}
         self.owners = base.other_owners()
@@ -211,7 +211,7 @@ class ExpectedWeights:
         return None
 
     def _add_factors(self, expected: ExpectedWeight, layer: str) -> None:
-        variant, stored, scaling = self.adapter.variant, self.adapter.stored(layer), self.adapter.scalings[layer]
+        variant, stored, scaling = self.adapter.variant, self.adapter.stored(layer), self.adapter.scaling(layer)
         meant = meaning(variant, stored)
         for a, b in meant.pairs:
             left, right, expected.transposed = self._placed(layer, expected.location.shape, a, b)
@@ -226,8 +226,8 @@ class ExpectedWeights:
         self, layer: str, shape: Sequence[int], a: torch.Tensor, b: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Return the left and right whose product lies in a weight of this shape, and whether they are turned."""
-        kind, rank = self.adapter.kinds.get(layer), b.shape[1]
-        parts = self.adapter.config.enabled_parts(layer) if self.adapter.config is not None else None
+        kind, rank = self.adapter.layers[layer].kind or None, b.shape[1]
+        parts = self.adapter.layers[layer].parts
         if self.adapter.is_parameter(layer) and len(shape) == 3:
             a, b = a.view(shape[0], rank, -1), b.view(shape[0], -1, rank)
             turned = (b.shape[1], a.shape[2]) != tuple(shape[1:]) if kind is None else kind == TRANSPOSED_EXPERTS

@@ -24,8 +24,8 @@ from support.models import ZOO_LAYERS
 Tensors = Mapping[str, torch.Tensor]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-BY_JSON = ("lora_alpha", "use_rslora", "alpha_pattern", "lora_dropout")  # whatever the description says
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+# Also beside a description.
+BY_JSON = ("r", "rank_pattern", "lora_alpha", "use_rslora", "alpha_pattern", "lora_dropout")
 
 
 def peft_name(name: str) -> str:
@@ -44,11 +44,13 @@ class Source:
     Attributes:
         tensors: by state dict name. A tensor that is stored under a damaged name, and was accepted, is the undamaged
             one.
-        options: those of PEFT's adapter_config.json, or of our description beside the tensors. Options that a user may
-            edit in adapter_config.json come from there.
+        options: those of PEFT's adapter_config.json, or the words of our description. Options that PEFT reads in
+            adapter_config.json come from there.
+        scalings: of a checkpoint's layers.
     """
 
     def __init__(self, path: Path, undamaged: Tensors) -> None:
+        self.scalings: dict[str, float] = {}
         if path.is_dir():
             with safe_open(path / TENSORS, "pt") as file:
                 found, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -61,12 +63,14 @@ class Source:
         else:
             content = checkpoint_in(path)
             named, self.options = content["state_dict"], content["lora"]["config"]
-        buffers = {name for name in undamaged if name.rpartition(".")[2] in BUFFERS}
-        left_out = buffers - named.keys()  # as PEFT's folders may
+            self.scalings = {name: scaling for _, scaling, names in content["lora"]["layers"] for name in names}
+        left_out = {name for name in undamaged if "lora_" not in name} - named.keys()  # has the base's value
         self.tensors = {name: named.get(name, undamaged[name]) for name in undamaged if name not in left_out}
 
     def scaling(self, layer: str) -> float:
         """The scaling, computed as PEFT does. null is PEFT's default."""
+        if self.scalings:
+            return float(self.scalings[layer])
         rank, alpha = self.option("r", "rank_pattern", layer), self.option("lora_alpha", "alpha_pattern", layer)
         return alpha / (math.sqrt(rank) if self.options.get("use_rslora") else rank)
 
