@@ -96,7 +96,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            object.__setattr__(self, "layers", self._layers_in_tensors({}))
+            object.__setattr__(self, "layers", layers_in_tensors(self, {}))
 
     def __repr__(self) -> str:
         layers, origin = self.layers, self.origin.get("base_model_name_or_path")
@@ -131,21 +131,7 @@ class Adapter:
         Args:
             known: what is known of layers beside their ranks; by default what the adapter knows.
         """
-        return replace(self, layers=self._layers_in_tensors(self.layers if known is None else known))
-
-    def _layers_in_tensors(self, known: Mapping[str, Layer]) -> dict[str, Layer]:
-        leaf = self.variant.trained[0]
-        names = [name for name, own in self.own_names.items() if leaf in own]
-        return {name: replace(known.get(name, Layer()), r=self._stored_rank(name)) for name in names}
-
-    def _stored_rank(self, layer: str) -> int:
-        stored = self.stored(layer)
-        if len(stored) < len(self.variant.leaves) or not all(map(holds_numbers, stored.values())):
-            return 0
-        try:
-            return self.variant.rank(stored)
-        except (IndexError, RuntimeError):  # of torch, for shapes that no product takes
-            return 0
+        return replace(self, layers=layers_in_tensors(self, self.layers if known is None else known))
 
     def with_kinds(self, kinds: Mapping[str, str]) -> Adapter:
         """Return the adapter with other kinds of the layers that `kinds` names."""
@@ -251,12 +237,6 @@ class Adapter:
         is_adapted = self.variant.trained[0] in self.own_names.get(attention, ())
         return attention if leaf == "out_proj" and is_adapted else name
 
-    def saved_modules(self) -> list[str]:
-        """Return the modules whose weights are here whole, for an adapter without options."""
-        whole = self.beside_factors().keys() - self.perhaps_base
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(whole) if name.endswith(".weight"))
-        return [module for module in modules if module not in self.layers]
-
     def with_names(self, new_name: NewName) -> Adapter:
         """Return the adapter with new names for its tensors and layers. The options stay.
 
@@ -290,6 +270,30 @@ class Adapter:
             tensors={name: tensor for name, tensor in self.tensors.items() if name not in own},
             layers={name: layer for name, layer in self.layers.items() if name not in left_out},
         )
+
+
+def layers_in_tensors(adapter: Adapter, known: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Return the layers that an adapter's tensors have, with their ranks, and with what is known of them beside."""
+    leaf = adapter.variant.trained[0]
+    names = [name for name, own in adapter.own_names.items() if leaf in own]
+    return {name: replace(known.get(name, Layer()), r=_stored_rank(adapter, name)) for name in names}
+
+
+def _stored_rank(adapter: Adapter, layer: str) -> int:
+    stored = adapter.stored(layer)
+    if len(stored) < len(adapter.variant.leaves) or not all(map(holds_numbers, stored.values())):
+        return 0
+    try:
+        return adapter.variant.rank(stored)
+    except (IndexError, RuntimeError):  # of torch, for shapes that no product takes
+        return 0
+
+
+def saved_modules(adapter: Adapter) -> list[str]:
+    """Return the modules whose weights are in an adapter whole, for one without options."""
+    whole = adapter.beside_factors().keys() - adapter.perhaps_base
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(whole) if name.endswith(".weight"))
+    return [module for module in modules if module not in adapter.layers]
 
 
 def new_layer(adapter: Adapter, layer: str, new_name: NewName) -> str | None:

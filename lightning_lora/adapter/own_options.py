@@ -8,7 +8,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
-from .adapter import Adapter, nothing_adapted
+from .adapter import Adapter, nothing_adapted, saved_modules
 from .checks import require_values
 from .values import describe_value, is_strided
 
@@ -65,7 +65,7 @@ def _with_alpha(adapter: Adapter, lora_alpha: float, path: object) -> Adapter:
         r=next(iter(adapter.layers.values())).r,
         lora_alpha=lora_alpha,
         target_modules=list(adapter.layers),
-        modules_to_save=adapter.saved_modules(),
+        modules_to_save=saved_modules(adapter),
         **adapter.variant.options(),
     )
     scaled = {name: replace(layer, scaling=lora_alpha / layer.r) for name, layer in adapter.layers.items()}

@@ -120,7 +120,6 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True, re
     _refuse_adapter(base)
     names = renamed(base, rename) if rename else _module_names(adapter, base)
     base = replace(base, locations={name: base.locations[in_file] for name, in_file in names.files.items()})
-    before = adapter
     try:
         parameters = set(base.locations) if adapter.parameters else set()
         networks = [names.network] if names.network is not None else []
@@ -130,7 +129,6 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True, re
     refuse_quantised("merge", base, {*adapter.layers, *(name.rpartition(".")[0] for name in adapter.beside_factors())})
     _refuse_built(adapter, base, names)
     _refuse_unplaced(adapter, base, names.built)
-    _refuse_missing(adapter, base, _scope(before, adapter))
     compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES)
     return Fitted(adapter, base, names.files)
 
@@ -332,32 +330,6 @@ def _write(job: Job, output: PathLike, max_shard_bytes: int | None) -> list[Path
             write_file_of(job, result)
     tell_rounding(f"{output}: 16-bit weights", job.cost, IN_FILES, stacklevel=3)
     return left_out
-
-
-def _scope(own_names: Adapter, adapter: Adapter) -> str:
-    """Return the prefix in the base of the network that was adapted, to which alone the options apply."""
-    before, after = next(iter(own_names.layers)).removeprefix(own_names.network), next(iter(adapter.layers))
-    return after.removesuffix(before) if after.endswith(before) else ""
-
-
-def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
-    """Raise LoRAError for the first tensor that was trained whole, as the options say, and is not in the adapter."""
-    config = adapter.config or LoRAConfig()
-    is_saved, layers = matcher(config.all_modules_to_save()), adapter.layers
-    known = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)}
-    for name, location in base.locations.items():
-        module, _, leaf = name.rpartition(".")
-        if not location.dtype.is_floating_point or not name.startswith(scope):
-            continue
-        # A base may hold more than the model that was trained, and masks under the name bias.
-        is_bias = leaf == "bias" and module in known and len(location.shape) == 1
-        trained = (
-            any(map(is_saved, parent_names(name)))
-            or (config.bias == "all" and is_bias)
-            or (config.bias == "lora_only" and leaf == "bias" and module in layers)
-        )
-        if trained and name not in adapter.tensors and name not in adapter.fingerprint:
-            raise LoRAError(f"{base.path}: {name!r} was trained whole and is missing in the adapter, which was cut.")
 
 
 def _layer_updates(

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..adapter.adapter import Adapter
+from ..adapter.adapter import Adapter, saved_modules
 from ..adapter.fingerprint import REMEDY
 from ..config import LoRAConfig
 from ..distributed.sharding import copies_of, copy_all_, refuse_fully_sharded
@@ -291,7 +291,7 @@ def inject_adapter(listing: Listing, adapter: Adapter) -> AdaptedModel:
     """
     if adapter.config is None:
         stored = sorted({layer.r for layer in adapter.layers.values()})
-        saved = _leaves(adapter.saved_modules())
+        saved = _leaves(saved_modules(adapter))
         raise LoRAError(
             "adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank "
             f"{' and '.join(map(str, stored))}; lora_alpha is nowhere in it and must come from whoever trained it. "

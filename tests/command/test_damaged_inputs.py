@@ -36,40 +36,10 @@ def spoil(folder: Path, change: Change, keep_header: bool = True) -> None:
     save_file(tensors, folder / TENSORS, header if keep_header else None)
 
 
-@pytest.mark.parametrize("form", ["folder", "checkpoint"])
-def test_merge_of_an_adapter_that_lost_a_module_trained_whole_is_refused(
-    tmp_path: Path, capsys: Any, adapter: Path, form: str
-):
-    """load_adapter refuses it; merge would leave the base's own in its place without a word."""
-    source = adapter
-    if form == "checkpoint":
-        source = tmp_path / "a.ckpt"
-        call(capsys, "import", adapter, source)
-        content = torch.load(source, weights_only=True)
-        del content["state_dict"]["three.weight"]
-        torch.save(content, source)
-    else:
-        spoil(source, lambda tensors: tensors.pop("base_model.model.three.weight"))
-    with pytest.raises(LoRAError, match=r"three\.weight"):
-        load_adapter(small(), source)
-    assert "three.weight" in refused(capsys, *merging(tmp_path, source))
-
-
 class Biased(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-
-@pytest.mark.parametrize(("bias", "lost"), [("lora_only", "one.bias"), ("all", "one.bias"), ("all", "two.bias")])
-def test_merge_of_an_adapter_that_lost_a_trained_bias_is_refused(tmp_path: Path, capsys: Any, bias: Any, lost: str):
-    net = Biased()
-    torch.save(net.state_dict(), tmp_path / "base.pt")
-    inject(net, LoRAConfig(r=2, target_modules=["one"], bias=bias))
-    save_adapter(net, tmp_path / "adapter")
-    peft_name = "one.base_layer.bias" if lost == "one.bias" else lost
-    spoil(tmp_path / "adapter", lambda tensors: tensors.pop(f"base_model.model.{peft_name}"))
-    assert lost in refused(capsys, *merging(tmp_path, tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])

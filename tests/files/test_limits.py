@@ -245,7 +245,7 @@ def test_long_and_deep_names_are_refused(tmp_path: Path, folder: Path, case: str
         own = {f"{name if form == 'checkpoint' else '0'}.lora_{x}": torch.ones(2, 2) for x in "AB"}
         meta = {"format_version": 1, "kind": "adapter", "config": {"r": 2}, "layers": [["Linear", 1.0, [name]]]}
         path = tmp_path / "a.ckpt"
-        torch.save({"state_dict": own, "lora": meta | {"fingerprint": [], "network": "", "origin": {}}}, path)
+        torch.save({"state_dict": own, "lora": meta | {"fingerprint": {}, "network": "", "origin": {}}}, path)
     said = refusal(lambda: load_adapter(model(), path))
     if form == "description":
         assert "is missing in the tensors or in their description" in said
