@@ -63,6 +63,8 @@ MAPPINGS = (*PATTERNS, "enable_lora", "variant_options")  # options
 SWITCHES = ("use_rslora", *VARIANTS, "autocast_adapter_dtype")  # options
 EVEN = "an even rank for init_lora_weights='orthogonal'"
 
+LITERAL = re.compile(r"\^?(\w|\\\W)*")  # an expression that is certainly valid, such as a name in rank_pattern
+
 LEFT_OUT_AT_DEFAULT = {  # options that files leave out at their default, with that default
     **dict.fromkeys(("target_parameters", "layers_to_transform", "layers_pattern", "task_type")),
     "trainable_token_indices": None,
@@ -297,6 +299,8 @@ class LoRAConfig:
         checks += [("layers_pattern", pattern, layer_pattern) for pattern in self.layers_pattern or ()]
         checks += [(o, key, suffix_pattern) for o in PATTERNS for key in getattr(self, o) or ()]
         for option, pattern, whole in checks:
+            if isinstance(pattern, str) and LITERAL.fullmatch(pattern):
+                continue
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error", DeprecationWarning)  # Python 3.10 warns where 3.11 refuses

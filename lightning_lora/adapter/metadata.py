@@ -58,6 +58,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
         known = decode_layers(metadata["layers"], config)
         adapter = Adapter(
             tensors=tensors,
+            layers=known,
             config=config,
             fingerprint=decode_fingerprint(metadata["fingerprint"]),
             complete=metadata.get("complete", True) is True,
@@ -76,12 +77,13 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
+    adapter = adapter.with_layers()
     unpaired = sorted((known.keys() ^ adapter.layers.keys()) | (adapter.tables.keys() ^ adapter.rows().keys()))
     if unpaired:
         raise LoRAError(
             f"{where}: {shown(unpaired[0], 80)} is missing in the tensors or in their description; it was cut."
         )
-    return adapter.with_layers(known)
+    return adapter
 
 
 def _with_parts(adapter: Adapter) -> LoRAConfig:

@@ -140,7 +140,7 @@ def apply_adapter(
         handle = inject_adapter(listing, adapter)
         with claimed("load_adapter", handle.record.owner):
             try:
-                return _fill_(handle, names, adapter, strict_base=strict_base, remedy=remedy)
+                return _fill_(open_state(handle), names, adapter, strict_base=strict_base, remedy=remedy)
             except BaseException:
                 unload(handle.model)
                 raise
@@ -151,11 +151,12 @@ def apply_adapter(
         if was_merged:
             unmerge_listed(handle)  # at once: reading W out of W' takes as long
         try:
-            if not swap or has_place_for(handle, adapter):
+            live = open_state(handle)
+            if not swap or has_place_for(live, adapter):
                 specs = specs_for(handle, adapter) if swap else {}
-                return _fill_(handle, names, adapter, specs, was_merged, strict_base=strict_base, remedy=remedy)
-            with _replaced(handle, adapter) as handle:
-                return _fill_(handle, names, adapter, {}, was_merged, strict_base=strict_base, remedy=remedy)
+                return _fill_(live, names, adapter, specs, was_merged, strict_base=strict_base, remedy=remedy)
+            with _replaced(handle, adapter) as live:
+                return _fill_(live, names, adapter, {}, was_merged, strict_base=strict_base, remedy=remedy)
         except BaseException:
             if was_merged:
                 merge_listed(cast(AdaptedModel, find_model(listing.model)))
@@ -163,7 +164,7 @@ def apply_adapter(
 
 
 def _fill_(
-    handle: AdaptedModel,
+    live: LiveState,
     names: Names,
     adapter: Adapter,
     specs: Specs | None = None,
@@ -173,8 +174,8 @@ def _fill_(
     remedy: str = REMEDY,
 ) -> list[str]:
     """Write an adapter into a model that has its layers, after all checks. In place. All or nothing."""
+    handle = live.handle
     adapter = _as_in_model(adapter, handle.kinds)
-    live = open_state(handle)
     adapter = add_frozen_weights(live, split_off_base(live, split_off_foreign(live, adapter)))
     check_adapter(live, names, adapter, specs=specs)
     check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
@@ -185,7 +186,7 @@ def _fill_(
 
 
 @contextmanager
-def _replaced(handle: AdaptedModel, adapter: Adapter) -> Iterator[AdaptedModel]:
+def _replaced(handle: AdaptedModel, adapter: Adapter) -> Iterator[LiveState]:
     """Take out the adapter of a model, and put in the layers of another, whose values the block writes. In place.
 
     Where the block raises, the model gets its own adapter back.
@@ -201,24 +202,25 @@ def _replaced(handle: AdaptedModel, adapter: Adapter) -> Iterator[AdaptedModel]:
         )
     refuse_fully_sharded(handle.root, [module for _, module in handle.root_modules], "load_adapter")
     try:
-        yield replace_layers(handle, cast(LoRAConfig, adapter.config), chosen_by(adapter))
+        yield LiveState(replace_layers(handle, cast(LoRAConfig, adapter.config), chosen_by(adapter)))
     except BaseException:
         here = replace_layers(cast(AdaptedModel, find_model(model)), cast(LoRAConfig, before.config), chosen_by(before))
-        _fill_(here, Names(here.places), before, strict_base=False)
+        _fill_(LiveState(here), Names(here.places), before, strict_base=False)
         raise
 
 
-def has_place_for(handle: AdaptedModel, adapter: Adapter) -> bool:
+def has_place_for(live: LiveState, adapter: Adapter) -> bool:
     """Return whether a model has an adapter's layers, variant, rows and modules that are trained whole.
 
     An adapter without options is loaded with the model's.
     """
     if adapter.config is None:
         return True
+    handle = live.handle
     layers = {name: layer for name, layer in handle.layers.items() if layer.kind()}
     variants = {(id(layer.lora.spec.variant), *sorted(layer.lora.spec.options.items())) for layer in layers.values()}
     rows = {name: layer.replaced_rows() for name, layer in handle.layers_by_every_name.items() if not layer.kind()}
-    parameters = {name: id(tensor) for name, tensor, _ in handle.state() if isinstance(tensor, nn.Parameter)}
+    parameters = {name: id(tensor) for name, tensor in live.tensors.items() if isinstance(tensor, nn.Parameter)}
     asked = handle.trained("asked").intersection(parameters.values())
     whole = {parameters[name] for name in chosen_by(adapter).whole & parameters.keys()}
     return (

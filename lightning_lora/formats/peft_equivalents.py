@@ -94,14 +94,14 @@ def _with_factors_b(adapter: Adapter, for_parts: Callable[..., torch.Tensor], fo
         for_parts: makes the B of a layer with parts, from its name, A, B and enable_lora.
         for_output: what the B of an out_proj is multiplied by.
     """
-    tensors = dict(adapter.tensors)
+    changed = dict[str, torch.Tensor]()
     for name, layer in adapter.layers.items():
         is_output = layer.kind == ATTENTION_OUTPUT
-        a, b = tensors.get(f"{name}.{A}"), tensors.get(f"{name}.{B}")
+        a, b = adapter.tensors.get(f"{name}.{A}"), adapter.tensors.get(f"{name}.{B}")
         if not (layer.parts or is_output) or not (holds_numbers(a) and holds_numbers(b)):
             continue
-        tensors[f"{name}.{B}"] = b.detach() * for_output if is_output else for_parts(name, a, b, layer.parts)
-    return replace(adapter, tensors=tensors)
+        changed[f"{name}.{B}"] = b.detach() * for_output if is_output else for_parts(name, a, b, layer.parts)
+    return replace(adapter, tensors={**adapter.tensors, **changed}).with_layers() if changed else adapter
 
 
 def _from_block_diagonal(name: str, a: torch.Tensor, b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:

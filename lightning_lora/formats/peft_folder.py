@@ -131,7 +131,7 @@ def folder_content(
     refuse_without_model(own, "save_adapter")
     own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
-    in_peft = without_enable_lora(to_peft_form(own)).with_layers()
+    in_peft = without_enable_lora(to_peft_form(own))
     nesting = nesting_of(own.parameters)
     values = stacks_to_peft({**in_peft.tensors, **(frozen or {})}, factor_names(own).values())
     description = to_metadata(own)

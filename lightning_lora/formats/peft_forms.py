@@ -20,7 +20,7 @@ def to_peft_form(adapter: Adapter) -> Adapter:
         for leaf in stored.keys() - changed.keys():
             del tensors[adapter.factor_name(layer, leaf)]
         tensors |= {adapter.factor_name(layer, leaf): value for leaf, value in changed.items()}
-    return replace(adapter, tensors=tensors, config=config_in_peft(adapter))
+    return replace(adapter, tensors=tensors, config=config_in_peft(adapter)).with_layers()
 
 
 def from_peft_form(adapter: Adapter) -> Adapter:
@@ -38,7 +38,7 @@ def from_peft_form(adapter: Adapter) -> Adapter:
             continue  # the check of factors refuses it
         changed = adapter.variant.from_peft(found, adapter.layer_info(layer))
         tensors |= {adapter.factor_name(layer, leaf): value for leaf, value in changed.items()}
-    return replace(adapter, tensors=tensors)
+    return replace(adapter, tensors=tensors).with_layers()
 
 
 def config_in_peft(adapter: Adapter) -> LoRAConfig | None:

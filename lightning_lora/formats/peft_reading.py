@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from ..adapter.checks import check_factors
 from ..adapter.metadata import from_metadata
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
+from ..matching import exact_key, pattern_matches
 from ..names import A, B, parent_names
 from ..nn.variant import Variant
 from .equal_tables import ties_of
@@ -104,7 +105,7 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
     adapter = replace(adapter, config=config_in_peft(adapter))
     if source.options is not None:
         adapter = _with_options(adapter, source.options, source)
-    adapter = from_peft_form(_with_our_stacks(adapter, source.where).with_layers())
+    adapter = from_peft_form(_with_our_stacks(adapter, source.where))
     check_factors(adapter, where)
     described = adapter.layers
     if source.options is not None:
@@ -156,20 +157,37 @@ def _with_scalings(adapter: Adapter, path: object) -> Adapter:
         LoRAError: the options say another rank than the tensors have, so that nobody knows the scaling. A pattern
             repeats a group, which may take for ever.
     """
-    words, layers = cast(LoRAConfig, adapter.config), {}
+    words = cast(LoRAConfig, adapter.config)
     for key in (*(words.rank_pattern or ()), *(words.alpha_pattern or ())):
         if REPEATED_GROUP.search(key):
             raise LoRAError(
                 f"{path}: the pattern {shown(key, 80)} repeats a group, which may take for ever. Name the layers."
             )
+    in_options = {name: adapter.options_name(name) for name in adapter.layers}
+    ranks = _by_name(words.rank_pattern, in_options.values(), words.r)
+    alphas = _by_name(words.alpha_pattern, in_options.values(), words.lora_alpha)
+    layers = {}
     for name, layer in adapter.layers.items():
-        in_options = adapter.options_name(name)
-        rank, scaling = words.rank(in_options), words.scaling(in_options)
+        rank, alpha = ranks[in_options[name]], alphas[in_options[name]]
+        scaling = alpha / (math.sqrt(rank) if words.use_rslora else rank)
         if rank != layer.r:
             raise LoRAError(f"{path}: {name!r}: the options say r={rank}, but its factors have rank {layer.r}.")
         is_known = layer.scaling is not None and math.isclose(scaling, layer.scaling)  # unrounded, in the description
         layers[name] = layer if is_known else replace(layer, scaling=scaling)
     return replace(adapter, layers=layers)
+
+
+def _by_name(patterns: Mapping[str, float] | None, names: Iterable[str], default: float) -> dict[str, Any]:
+    """Return the value that patterns give each name.
+
+    Patterns for one name each, as this package writes them, are looked up: comparing each name with each pattern takes
+    long for thousands of layers.
+    """
+    exact, patterns = {exact_key(name): name for name in names}, patterns or {}
+    if patterns.keys() <= exact.keys():
+        return {name: patterns.get(key, default) for key, name in exact.items()}
+    matching = {name: (value for key, value in patterns.items() if pattern_matches(key, name)) for name in names}
+    return {name: next(values, default) for name, values in matching.items()}
 
 
 def _as_described(adapter: Adapter, words: LoRAConfig | None, where: str, *, edited: bool) -> Adapter:
@@ -184,10 +202,11 @@ def _as_described(adapter: Adapter, words: LoRAConfig | None, where: str, *, edi
     stated, words = adapter.config or LoRAConfig(), words or LoRAConfig()
     rslora = stated.use_rslora if edited else words.use_rslora
     own = replace(words, lora_dropout=stated.lora_dropout, use_rslora=rslora)
-    as_we_have_it = replace(with_enable_lora(adapter).with_layers(), config=own)
+    as_we_have_it = replace(with_enable_lora(adapter), config=own)
     if as_we_have_it.variant != adapter.variant:
-        as_we_have_it = from_peft_form(as_we_have_it).with_layers()
-    check_factors(as_we_have_it, where)
+        as_we_have_it = from_peft_form(as_we_have_it)
+    if as_we_have_it.tensors is not adapter.tensors:
+        check_factors(as_we_have_it, where)
     return with_ranks_in_words(as_we_have_it) if edited else as_we_have_it
 
 
@@ -217,7 +236,8 @@ def _perhaps_base_in_state(whole: Mapping[str, Any], names: PeftNames) -> frozen
 def _with_our_stacks(adapter: Adapter, where: object) -> Adapter:
     """Return the adapter with the factors of each single parameter laid out as ours."""
     config = adapter.config or LoRAConfig()
-    return replace(adapter, tensors=stacks_from_peft(adapter.tensors, factor_names(adapter), config, where))
+    tensors = stacks_from_peft(adapter.tensors, factor_names(adapter), config, where)
+    return replace(adapter, tensors=tensors).with_layers()
 
 
 def factor_names(adapter: Adapter) -> dict[str, tuple[str, str]]:
