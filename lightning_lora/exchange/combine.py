@@ -28,19 +28,19 @@ from typing import Any, get_args
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.combined_layer import CUT, OTHER_NAMES, PRUNING, Method, combine_layer, padded, same_in_all
+from ..adapter.combined_layer import CUT, OTHER_NAMES, PRUNING, Method, combine_layer, same_in_all
 from ..adapter.fingerprint import compare_fingerprints
-from ..adapter.layer_options import exact_options, options_hold
+from ..adapter.layer_options import with_exact_ranks
+from ..adapter.lora_form import as_lora, padded
 from ..adapter.renaming import by_network_names
 from ..adapter.weighted_means import average_whole
-from ..config import PLAIN, LoRAConfig, is_number, plain_number
+from ..config import LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..formats.peft_folder import write_folder
 from ..formats.peft_stacks import TODAYS, refuse_without_model
 from ..formats.sources import adapter_with_options
 from ..names import PREFIX, A, B, listed, names_factor
-from ..nn.low_rank import ATTENTION_OUTPUT
 from ..nn.random_stream import stream
 from ..notices import tell
 from ..progress import progress_bar
@@ -140,15 +140,17 @@ def combine_adapters(
     ]
     same_in_all("the list of trained rows", [(name, _own_tables(each)) for name, each in zip(names, read, strict=True)])
     _check_one_base(read, names, strict_base)
-    used = [(name, each, float(weight)) for name, each, weight in zip(names, read, weights, strict=True) if weight]
-    for name, each, _ in used:
-        _refuse_other_parameters(name, each)
-        refuse_without_model(each, f"combine: {name}")
+    used = [
+        (name, _lora(each, f"combine: {name}"), float(weight))
+        for name, each, weight in zip(names, read, weights, strict=True)
+        if weight
+    ]
     with_layer: dict[str, list[tuple[str, Adapter, float]]] = {}
     for name, each, weight in used:
         for layer in each.layers():
             with_layer.setdefault(layer, []).append((name, each, weight))
-    tensors: dict[str, Any] = {}
+    tensors = average_whole(used)
+    means = [name for name, value in tensors.items() if isinstance(value, torch.Tensor)]
     kept: dict[str, float] = {}
     with progress_bar("combining", len(with_layer)) as advance:
         for layer, holders in with_layer.items():
@@ -156,12 +158,9 @@ def combine_adapters(
             factors, kept[layer] = combine_layer(layer, holders, how, rank, density, draw)
             tensors |= factors
             advance(1)
-    adapter = _assemble(tensors, list(with_layer), [each for _, each, _ in used])
-    averaged = average_whole(used)
-    adapter = _with_equal_attention(replace(adapter, tensors={**tensors, **averaged}))
-    adapter = replace(adapter, config=_options(adapter, [each for _, each, _ in used]))
-    means = [name for name, value in averaged.items() if isinstance(value, torch.Tensor)]
-    return Combined(adapter, kept, means)
+    adapters = [each for _, each, _ in used]
+    adapter = _with_equal_attention(_assemble(tensors, list(with_layer), adapters))
+    return Combined(replace(adapter, config=_options(adapter, adapters)), kept, means)
 
 
 def _checked_method(method: str, rank: int | None, density: float | None) -> str:
@@ -220,20 +219,21 @@ def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: b
             )
 
 
-def _refuse_other_parameters(where: str, adapter: Adapter) -> None:
-    """Refuse an adapter whose change is no product of factors alone, and tensors of an unknown variant."""
-    variant = adapter.variant
-    if variant.reads_weight:
+def _lora(adapter: Adapter, where: str) -> Adapter:
+    """Return an adapter as plain LoRA. LoRAError says why that is not possible."""
+    if adapter.variant.reads_weight:
         raise LoRAError(
-            f"combine: {where}: {variant.title} adapters cannot be combined: what they change depends on the base's "
+            f"{where}: {adapter.variant.title} adapters cannot be combined: what they change depends on the base's "
             "weights, and no sum of products equals it."
         )
     for name in adapter.tensors:
         if name.rpartition(".")[2].startswith(PREFIX) and not names_factor(name):
             raise LoRAError(
-                f"combine: {where}: {name!r} cannot be combined, only tensors of a variant that is known here and what "
-                "is trained whole."
+                f"{where}: {name!r} cannot be combined, only tensors of a variant that is known here and what is "
+                "trained whole."
             )
+    refuse_without_model(adapter, where)
+    return as_lora(adapter)
 
 
 def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Sequence[Adapter]) -> Adapter:
@@ -243,7 +243,7 @@ def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Seque
     kinds = {layer: kind for each in adapters for layer, kind in each.kinds.items()}
     return Adapter(
         tensors=tensors,
-        config=_plain_config(adapters[0].config),
+        config=adapters[0].config,
         scalings=dict.fromkeys(layers, 1.0),
         fingerprint={n: e for each in reversed(adapters) for n, e in each.fingerprint.items() if n not in trained},
         complete=all(each.complete for each in adapters),
@@ -259,11 +259,6 @@ def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Seque
     )
 
 
-def _plain_config(config: LoRAConfig | None) -> LoRAConfig | None:
-    """Return options for the result. It is plain LoRA, whatever the adapters are. Its ranks come later."""
-    return None if config is None else replace(config, variant=PLAIN, init_lora_weights=True)
-
-
 def _own_tables(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """Return the numbers of the trained rows of each table that does not share them with another."""
     return {table: rows for table, rows in adapter.tables.items() if table not in adapter.tied}
@@ -272,46 +267,21 @@ def _own_tables(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 def _with_equal_attention(adapter: Adapter) -> Adapter:
     """Give attention and its out_proj one rank, as PEFT needs it: zeros are added to the lower one."""
     tensors, ranks = dict(adapter.tensors), adapter.ranks()
-    for name, kind in adapter.kinds.items():
-        attention = name.rpartition(".")[0]
-        if kind != ATTENTION_OUTPUT or attention not in ranks:
-            continue
-        lower = min(name, attention, key=ranks.__getitem__)
-        rank = max(ranks[name], ranks[attention])
-        a, b = adapter.factor(lower, A), adapter.factor(lower, B)
-        if a.shape[0] == ranks[lower]:  # no parts
-            b, a = padded((b, a), rank)
+    for output in ranks:
+        lower, higher = sorted((output, adapter.options_name(output)), key=ranks.__getitem__)
+        if ranks[lower] < ranks[higher]:
+            b, a = padded((adapter.factor(lower, B), adapter.factor(lower, A)), ranks[higher])
             tensors |= {adapter.factor_name(lower, A): a, adapter.factor_name(lower, B): b}
     return replace(adapter, tensors=tensors)
 
 
 def _options(adapter: Adapter, adapters: Sequence[Adapter]) -> LoRAConfig:
-    """Return the options of the result: the first adapter's if they fit, else options that name each layer."""
+    """Return the first adapter's options with the ranks and scalings of the result, and all that is trained whole."""
     configs = [each.config or LoRAConfig() for each in adapters]
-    ranks, first = adapter.ranks(), configs[0]
-    parts: dict[str, tuple[bool, ...]] = {}
-    held = {id(each): set(each.module_layers) for each in adapters}
-    for layer in sorted(ranks, key=lambda name: -len(name)):
-        holders = [config for config, each in zip(configs, adapters, strict=True) if layer in held[id(each)]]
-        enabled, *others = {config.enabled_parts(layer) for config in holders} or {None}
-        if enabled is not None and not others:
-            parts[layer] = enabled
-    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
     config = replace(
-        first,
-        r=common,
-        lora_alpha=common,
-        rank_pattern=None,
-        alpha_pattern=None,
+        configs[0],
         use_rslora=False,
-        variant=PLAIN,
-        init_lora_weights=True,
-        lora_dropout=0.0 if adapter.parameters else first.lora_dropout,
-        modules_to_save=list(saved),
-        enable_lora=parts or None,
+        lora_dropout=0.0 if adapter.parameters else configs[0].lora_dropout,
+        modules_to_save=list(dict.fromkeys(name for config in configs for name in config.modules_to_save or ())),
     )
-    same_layers = set(adapters[0].layers()) == set(ranks)
-    if same_layers and options_hold(config, ranks, adapter.scalings):
-        return config
-    return exact_options(config, ranks, adapter.scalings, adapter.parameters)
+    return with_exact_ranks(config, adapter.ranks(), adapter.scalings)
