@@ -137,6 +137,16 @@ def test_layers_that_one_adapter_alone_has_count_by_its_weight():
     assert_deltas(deltas_of(loaded(state)), total([(0.5, deltas_of(one)), (2.0, deltas_of(other))]))
 
 
+def test_a_folder_names_the_layers_of_all_adapters(tmp_path: Path):
+    """Although the options are those of the first one."""
+    one = adapted(2, r=2, lora_alpha=3, target_modules=["linear"])
+    other = adapted(3, r=3, target_modules=["conv"], target_parameters=["weight_ih_l0"])
+    combine(states(one, other), [0.5, 2.0], output=tmp_path)
+    assert set(config_of(tmp_path)["target_modules"]) == {"linear", "conv"}
+    assert config_of(tmp_path)["target_parameters"] == ["lstm.weight_ih_l0"]
+    assert_deltas(deltas_of(loaded(tmp_path)), total([(0.5, deltas_of(one)), (2.0, deltas_of(other))]), atol=1e-6)
+
+
 @pytest.mark.parametrize("parts", [[True, False, True], [True, True, False], None])
 def test_parts_of_a_fused_projection_become_one_plain_adapter(parts: list[bool] | None):
     one = adapted(2, r=2, target_modules=["qkv"], enable_lora={"qkv": [True, False, True]})
