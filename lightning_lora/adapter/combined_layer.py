@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 
 from ..errors import LoRAError
-from ..names import A, B, parameter_factor_name
-from ..nn.low_rank import CONVOLUTIONS, to_block_diagonal
+from ..names import A, B
 from .adapter import Adapter
+from .lora_form import Pair, padded
 from .measures import scaled_pairs
 from .products import product_svd, truncated_svd
 
@@ -19,8 +19,6 @@ OTHER_NAMES = {"dare": "dare_linear"}  # as DARE's paper calls the sum of what i
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 CUT = ("svd", *PRUNING)  # methods whose result has a rank that the user chooses
 ROUNDING = torch.finfo(torch.float32).eps  # singular values below this share of the largest one count as zero
-
-Pair = tuple[torch.Tensor, torch.Tensor]  # left (m, r), right (r, n); in float64
 
 
 def same_in_all(what: str, values: Sequence[tuple[str, Any]]) -> Any:
@@ -44,7 +42,7 @@ def combine_layer(
 
     Args:
         layer: its name.
-        holders: the adapters of the layer, each with its name and weight.
+        holders: the adapters of the layer as plain LoRA, each with its name and weight.
         how: a method without peft's ending "_svd".
         rank: of the result, or None for the largest of the adapters.
         density: the share of values that the methods that prune keep.
@@ -53,73 +51,36 @@ def combine_layer(
     Returns:
         A and B by name, and the share of the squared norm of the combined change that they keep.
     """
-    _, first, _ = holders[0]
-    known = [(name, each.layers[layer].kind) for name, each, _ in holders if each.layers[layer].kind]
+    names, adapters, weights = zip(*holders, strict=True)
+    kinds = [(name, each.layers[layer].kind) for name, each in zip(names, adapters, strict=True)]
+    known = [(name, kind) for name, kind in kinds if kind]
     same_in_all(f"the kind of {layer!r}", known) if known else None
-    plain = [(name, _plain_parts(each, layer, holders), weight) for name, each, weight in holders]
-    _check_shapes(layer, [(name, each, parts) for (name, parts, _), (_, each, _) in zip(plain, holders, strict=True)])
-    largest = max(parts[0][0].shape[1] for _, parts, _ in plain)
-    dtypes = [tensor.dtype for _, each, _ in holders for tensor in each.stored(layer).values()]
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    factors = [(each.factor(layer, A), each.factor(layer, B)) for each in adapters]
+    shapes = [(len(b), *a.shape[1:]) for a, b in factors]
+    same_in_all(f"the shape of {layer!r}", list(zip(names, shapes, strict=True)))
+    is_double = torch.float64 in {factor.dtype for pair in factors for factor in pair}
+    dtype = torch.float64 if is_double else torch.float32
+    rank = rank or max(b.shape[1] for _, b in factors)
     pairs, norms = [], []
-    for part in range(len(plain[0][1])):
-        weighted = [(parts[part], weight) for _, parts, weight in plain]
-        pair, share = _combine_part(weighted, how, rank or largest, density, draw, dtype)
+    for matrix in zip(*(scaled_pairs(each, layer) for each in adapters), strict=True):  # of a stack, each expert's
+        pair, norm = _combine_matrix(list(zip(matrix, weights, strict=True)), how, rank, density, draw, dtype)
         pairs.append(pair)
-        norms.append(share)
+        norms.append(norm)
     r = max(left.shape[1] for left, _ in pairs)
     lefts, rights = zip(*(padded(pair, r) for pair in pairs), strict=True)
-    kernel = _inputs(first, layer)
-    a, b = torch.cat(rights), torch.cat(lefts)
-    factors = {
-        _plain_name(first, layer, A): a.to(dtype).reshape(-1, *kernel).contiguous(),
-        _plain_name(first, layer, B): b.to(dtype).reshape(-1, r, *[1] * (len(kernel) - 1)).contiguous(),
+    a, b = factors[0]
+    combined = {
+        adapters[0].factor_name(layer, A): torch.cat(rights).to(dtype).reshape(-1, *a.shape[1:]).contiguous(),
+        adapters[0].factor_name(layer, B): torch.cat(lefts).to(dtype).reshape(-1, r, *b.shape[2:]).contiguous(),
     }
-    for name, factor in factors.items():
+    for name, factor in combined.items():
         if not factor.isfinite().all():
             raise LoRAError(f"combine: {name!r} is beyond the range of {dtype}; use smaller weights.")
     kept, whole = sum(kept for kept, _ in norms), sum(whole for _, whole in norms)
-    return factors, kept / whole if whole else 1.0
+    return combined, kept / whole if whole else 1.0
 
 
-def _plain_name(adapter: Adapter, layer: str, leaf: str) -> str:
-    """Return the name of A or B of a layer in the result, which is plain LoRA."""
-    if not adapter.is_parameter(layer):
-        return f"{layer}.{leaf}"
-    module, dot, parameter = layer.rpartition(".")
-    return module + dot + parameter_factor_name(parameter, leaf)
-
-
-def _inputs(adapter: Adapter, layer: str) -> list[int]:
-    """Return the shape of a row of plain LoRA's A. For a convolution whose kernel is known it is (in, k...)."""
-    info, inputs = adapter.layer_info(layer), list(adapter.effective_factors(layer).a.shape[1:])
-    is_flat = info.kind in CONVOLUTIONS and len(inputs) == 1 and info.shape
-    return list(info.shape[1:]) if is_flat else inputs
-
-
-def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adapter, float]]) -> list[Pair]:
-    """Return (s * B, A) of each part of a layer. If the adapters adapt different parts, the layer is one part."""
-    parts = [(name, each.layers[layer].parts) for name, each, _ in holders]
-    enabled = adapter.layers[layer].parts
-    if all(part == parts[0][1] for _, part in parts):
-        return scaled_pairs(adapter, layer)
-    if enabled is None:
-        return scaled_pairs(adapter, layer)
-    pairs = scaled_pairs(adapter, layer)
-    stacked = torch.cat([left for left, _ in pairs])
-    return [(to_block_diagonal(stacked, enabled), torch.cat([right for _, right in pairs]))]
-
-
-def _check_shapes(layer: str, holders: Sequence[tuple[str, Adapter, list[Pair]]]) -> None:
-    """Raise LoRAError where adapters have different shapes of a layer."""
-
-    def sizes(adapter: Adapter, parts: list[Pair]) -> list[Any]:
-        return [_inputs(adapter, layer), [(left.shape[0], right.shape[1]) for left, right in parts]]
-
-    same_in_all(f"the shape of {layer!r}", [(name, sizes(each, parts)) for name, each, parts in holders])
-
-
-def _combine_part(
+def _combine_matrix(
     weighted: Sequence[tuple[Pair, float]],
     how: str,
     rank: int,
@@ -131,21 +92,22 @@ def _combine_part(
 
     Methods that prune build the changes in the result's dtype.
     """
-    if how in PRUNING:
-        changes = [(left @ right).to(dtype) for (left, right), _ in weighted]
-        change = combined_change(changes, [weight for _, weight in weighted], how, density, draw)
-        u, values, vh = (tensor.double() for tensor in truncated_svd(change, rank))
-        return (u * values, vh), (float(values.square().sum()), float(change.double().square().sum()))
     left = torch.cat([left for (left, _), _ in weighted], 1)
     right = torch.cat([right * weight for (_, right), weight in weighted])
     if how == "cat":
         return (left, right), (1.0, 1.0)
-    u, values, vh = product_svd(left, right)
-    squares = values.square()
-    if how == "linear":  # no lower than an adapter's, so that training can go on
-        rank = max(int((values > ROUNDING * values[0]).sum()), min(rank, len(values)))
-    cut = slice(min(rank, len(values)))
-    return (u[:, cut] * values[cut], vh[cut]), (float(squares[cut].sum()), float(squares.sum()))
+    if how in PRUNING:
+        changes = [(left @ right).to(dtype) for (left, right), _ in weighted]
+        change = combined_change(changes, [weight for _, weight in weighted], how, density, draw)
+        u, values, vh = (tensor.double() for tensor in truncated_svd(change, rank))
+        whole = change.double().square().sum()
+    else:
+        u, values, vh = product_svd(left, right)
+        whole = values.square().sum()
+        if how == "linear":  # no lower than an adapter's, so that training can go on
+            rank = max(int((values > ROUNDING * values[0]).sum()), rank)
+    u, values, vh = u[:, :rank], values[:rank], vh[:rank]
+    return (u * values, vh), (float(values.square().sum()), float(whole))
 
 
 def combined_change(
@@ -185,13 +147,3 @@ def _largest_part(change: torch.Tensor, density: float) -> torch.Tensor:
 def _random_part(change: torch.Tensor, density: float, draw: torch.Generator) -> torch.Tensor:
     """Return a change with a random part of its values, enlarged so that its expectation stays."""
     return change * torch.bernoulli(torch.full_like(change, density), generator=draw) / density
-
-
-def padded(pair: Pair, rank: int) -> Pair:
-    """Return a pair of a higher rank with the same product: zeros are added. Factors of convolutions keep kernels."""
-    left, right = pair
-    more = rank - left.shape[1]
-    return (
-        torch.cat([left, left.new_zeros(len(left), more, *left.shape[2:])], 1),
-        torch.cat([right, right.new_zeros(more, *right.shape[1:])]),
-    )

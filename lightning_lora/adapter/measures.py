@@ -9,9 +9,8 @@ import torch
 from ..errors import LoRAError
 from ..nn.low_rank import TRANSPOSED_EXPERTS
 from .adapter import Adapter
+from .lora_form import Pair
 from .products import inner_of_products, product_norm
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def delta_norm(adapter: Adapter, name: str) -> float:

@@ -28,11 +28,12 @@ from typing import Any, get_args
 import torch
 
 from ..adapter.adapter import Adapter, Layer
-from ..adapter.combined_layer import CUT, OTHER_NAMES, PRUNING, Method, combine_layer, padded, same_in_all
+from ..adapter.combined_layer import CUT, OTHER_NAMES, PRUNING, Method, combine_layer, same_in_all
 from ..adapter.fingerprint import compare_fingerprints
+from ..adapter.lora_form import as_lora, padded
 from ..adapter.renaming import by_network_names
 from ..adapter.weighted_means import average_whole
-from ..config import PLAIN, LoRAConfig, is_number, plain_number
+from ..config import LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..formats.peft_folder import write_folder
@@ -40,7 +41,6 @@ from ..formats.peft_options import with_ranks_in_words
 from ..formats.peft_stacks import TODAYS, refuse_without_model
 from ..formats.sources import adapter_with_options
 from ..names import PREFIX, A, B, listed, names_factor
-from ..nn.low_rank import ATTENTION_OUTPUT
 from ..nn.random_stream import stream
 from ..notices import tell
 from ..progress import progress_bar
@@ -140,15 +140,17 @@ def combine_adapters(
     ]
     same_in_all("the list of trained rows", [(name, _own_tables(each)) for name, each in zip(names, read, strict=True)])
     _check_one_base(read, names, strict_base)
-    used = [(name, each, float(weight)) for name, each, weight in zip(names, read, weights, strict=True) if weight]
-    for name, each, _ in used:
-        _refuse_other_parameters(name, each)
-        refuse_without_model(each, f"combine: {name}")
+    used = [
+        (name, _lora(each, f"combine: {name}"), float(weight))
+        for name, each, weight in zip(names, read, weights, strict=True)
+        if weight
+    ]
     with_layer: dict[str, list[tuple[str, Adapter, float]]] = {}
     for name, each, weight in used:
         for layer in each.layers:
             with_layer.setdefault(layer, []).append((name, each, weight))
-    tensors: dict[str, Any] = {}
+    tensors = average_whole(used)
+    means = [name for name, value in tensors.items() if isinstance(value, torch.Tensor)]
     kept: dict[str, float] = {}
     with progress_bar("combining", len(with_layer)) as advance:
         for layer, holders in with_layer.items():
@@ -156,12 +158,8 @@ def combine_adapters(
             factors, kept[layer] = combine_layer(layer, holders, how, rank, density, draw)
             tensors |= factors
             advance(1)
-    adapter = _assemble(tensors, list(with_layer), [each for _, each, _ in used])
-    averaged = average_whole(used)
-    adapter = _with_equal_attention(replace(adapter, tensors={**tensors, **averaged})).with_layers()
-    adapter = with_ranks_in_words(adapter)
-    means = [name for name, value in averaged.items() if isinstance(value, torch.Tensor)]
-    return Combined(adapter, kept, means)
+    adapter = _with_equal_attention(_assemble(tensors, [each for _, each, _ in used]))
+    return Combined(with_ranks_in_words(adapter), kept, means)
 
 
 def _checked_method(method: str, rank: int | None, density: float | None) -> str:
@@ -220,26 +218,28 @@ def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: b
             )
 
 
-def _refuse_other_parameters(where: str, adapter: Adapter) -> None:
-    """Refuse an adapter whose change is no product of factors alone, and tensors of an unknown variant."""
-    variant = adapter.variant
-    if variant.reads_weight:
+def _lora(adapter: Adapter, where: str) -> Adapter:
+    """Return an adapter as plain LoRA. LoRAError says why that is not possible."""
+    if adapter.variant.reads_weight:
         raise LoRAError(
-            f"combine: {where}: {variant.title} adapters cannot be combined: what they change depends on the base's "
+            f"{where}: {adapter.variant.title} adapters cannot be combined: what they change depends on the base's "
             "weights, and no sum of products equals it."
         )
     for name in adapter.tensors:
         if name.rpartition(".")[2].startswith(PREFIX) and not names_factor(name):
             raise LoRAError(
-                f"combine: {where}: {name!r} cannot be combined, only tensors of a variant that is known here and what "
-                "is trained whole."
+                f"{where}: {name!r} cannot be combined, only tensors of a variant that is known here and what is "
+                "trained whole."
             )
+    refuse_without_model(adapter, where)
+    return as_lora(adapter)
 
 
-def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Sequence[Adapter]) -> Adapter:
+def _assemble(tensors: Mapping[str, Any], adapters: Sequence[Adapter]) -> Adapter:
     """Return an adapter of combined layers, with the base and the kinds that the adapters tell."""
     trained = {name for each in adapters for name in each.tensors}
     first = next((each for each in adapters if each.tied), adapters[0])
+    kinds = {name: layer.kind for each in adapters for name, layer in each.layers.items() if layer.kind}
     return Adapter(
         tensors=tensors,
         config=_words(adapters),
@@ -253,30 +253,17 @@ def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Seque
         tied=first.tied,
         tied_by_peft=first.tied_by_peft,
         peft_rows=any(each.peft_rows for each in adapters),
-    ).with_layers(
-        {layer: _combined_layer([e.layers[layer] for e in adapters if layer in e.layers]) for layer in layers}
-    )
-
-
-def _combined_layer(holders: Sequence[Layer]) -> Layer:
-    """Return what is known of a combined layer. If the adapters adapt different parts, it is adapted as one."""
-    parts, *others = {layer.parts for layer in holders}
-    return Layer(
-        scaling=1.0, kind=next((layer.kind for layer in holders if layer.kind), ""), parts=None if others else parts
-    )
+    ).with_layers({name: Layer(scaling=1.0, kind=kinds.get(name, "")) for each in adapters for name in each.layers})
 
 
 def _words(adapters: Sequence[Adapter]) -> LoRAConfig:
-    """Return the first adapter's options for the result, which is plain LoRA, whatever the adapters are."""
+    """Return the first adapter's options, with all that is trained whole."""
     configs = [each.config or LoRAConfig() for each in adapters]
-    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
     return replace(
         configs[0],
         use_rslora=False,
-        variant=PLAIN,
-        init_lora_weights=True,
         lora_dropout=0.0 if any(each.parameters for each in adapters) else configs[0].lora_dropout,
-        modules_to_save=list(saved),
+        modules_to_save=list(dict.fromkeys(name for config in configs for name in config.modules_to_save or ())),
     )
 
 
@@ -287,15 +274,10 @@ def _own_tables(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 def _with_equal_attention(adapter: Adapter) -> Adapter:
     """Give attention and its out_proj one rank, as PEFT needs it: zeros are added to the lower one."""
-    tensors, layers = dict(adapter.tensors), adapter.layers
-    for name in adapter.of_kind(ATTENTION_OUTPUT):
-        attention = name.rpartition(".")[0]
-        if attention not in layers:
-            continue
-        lower = min(name, attention, key=lambda each: layers[each].r)
-        rank = max(layers[name].r, layers[attention].r)
-        a, b = adapter.factor(lower, A), adapter.factor(lower, B)
-        if a.shape[0] == layers[lower].r:  # no parts
-            b, a = padded((b, a), rank)
+    tensors, ranks = dict(adapter.tensors), {name: layer.r for name, layer in adapter.layers.items()}
+    for output in ranks:
+        lower, higher = sorted((output, adapter.options_name(output)), key=ranks.__getitem__)
+        if ranks[lower] < ranks[higher]:
+            b, a = padded((adapter.factor(lower, B), adapter.factor(lower, A)), ranks[higher])
             tensors |= {adapter.factor_name(lower, A): a, adapter.factor_name(lower, B): b}
-    return replace(adapter, tensors=tensors)
+    return replace(adapter, tensors=tensors).with_layers()

@@ -9,7 +9,7 @@ from typing import Any
 from ..adapter.adapter import Adapter
 from ..files.paths import PathLike
 from ..formats.peft_folder import write_folder
-from ..formats.plain import plain_form
+from ..formats.plain import served_form
 from ..formats.sources import adapter_with_options
 
 Sources = PathLike | Mapping[str, Any] | Adapter
@@ -47,6 +47,6 @@ def export_adapter(source: Sources, path: PathLike, *, plain: bool = False, lora
     adapter = adapter_with_options(source, lora_alpha, where, verb="export_adapter")
     network = adapter.network
     if plain:
-        adapter = plain_form(adapter, path_of_source)
+        adapter = served_form(adapter, path_of_source)
     write_folder(adapter, path, plain=plain, network=network)
     return adapter

@@ -186,8 +186,9 @@ def _by_name(patterns: Mapping[str, float] | None, names: Iterable[str], default
     exact, patterns = {exact_key(name): name for name in names}, patterns or {}
     if patterns.keys() <= exact.keys():
         return {name: patterns.get(key, default) for key, name in exact.items()}
-    matching = {name: (value for key, value in patterns.items() if pattern_matches(key, name)) for name in names}
-    return {name: next(values, default) for name, values in matching.items()}
+    return {
+        name: next((value for key, value in patterns.items() if pattern_matches(key, name)), default) for name in names
+    }
 
 
 def _as_described(adapter: Adapter, words: LoRAConfig | None, where: str, *, edited: bool) -> Adapter:

@@ -1,4 +1,4 @@
-"""The plain form of an adapter, which every server that reads PEFT's folders runs right.
+"""The served form of an adapter (plain=True), which every server that reads PEFT's folders runs right.
 
 All layers have one rank r, with zeros added to lower ones, and lora_alpha = r, so that the scale is 1. The scale that
 they had is multiplied into B. Any variant whose change is a product of factors becomes plain LoRA: start factors are
@@ -14,20 +14,19 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter, Layer
-from ..adapter.combined_layer import padded
+from ..adapter.adapter import Adapter
+from ..adapter.lora_form import as_lora, padded
 from ..adapter.renaming import by_network_names
-from ..config import PLAIN, TASK_HEADS, LoRAConfig
+from ..config import TASK_HEADS, LoRAConfig
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..matching import matcher
 from ..names import A, B, listed
-from ..nn.low_rank import CONVOLUTIONS, GROUPED_CONV, HALF, to_block_diagonal
-from ..nn.variant import EffectiveFactors
+from ..nn.low_rank import CONVOLUTIONS, GROUPED_CONV, HALF
 
 
-def plain_form(adapter: Adapter, source: PathLike | None) -> Adapter:
-    """Return the adapter in the plain form, under the network's names.
+def served_form(adapter: Adapter, source: PathLike | None) -> Adapter:
+    """Return the adapter in the served form, under the network's names.
 
     Args:
         adapter: by itself, with options.
@@ -44,21 +43,21 @@ def plain_form(adapter: Adapter, source: PathLike | None) -> Adapter:
             f"{where}: {problem}. Merge it into its base, on disk with lightning-lora merge --base BASE --adapter "
             f"{source or 'ADAPTER'} --output MERGED, or in Python with save_merged(model, path)."
         )
-    factors = {layer: _factors(own, layer) for layer in own.layers}
-    _tell_rounding(own, factors, where)
-    rank = max(b.shape[1] for _, b in factors.values())
+    lora = as_lora(own)
+    scaled = {layer: _scaled_b(lora, layer) for layer in lora.layers}
+    _tell_rounding(lora, scaled, where)
+    rank = max(b.shape[1] for b in scaled.values())
     tensors: dict[str, torch.Tensor] = {}
-    for layer, (a, b) in factors.items():
-        left, right = padded((b, a), rank)
+    for layer, b in scaled.items():
+        left, right = padded((b, lora.factor(layer, A)), rank)
         tensors |= {f"{layer}.{A}": right, f"{layer}.{B}": left}
-    plain = replace(
-        own,
-        config=replace(own.config or LoRAConfig(), variant=PLAIN, variant_options=None, init_lora_weights=True),
+    served = replace(
+        lora,
         tensors=tensors,
-        layers={layer: Layer(rank, 1.0, own.layers[layer].kind) for layer in factors},
+        layers={layer: replace(lora.layers[layer], r=rank, scaling=1.0) for layer in scaled},
         complete=own.complete and not own.beside_factors(),
     )
-    return replace(plain, config=_options(plain, rank))
+    return replace(served, config=_options(served, rank))
 
 
 def _problem(adapter: Adapter) -> str:
@@ -86,45 +85,35 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and s * B of the plain LoRA that equals a layer's adapter."""
-    a, b, _ = _effective_factors(adapter, layer)
-    enabled = adapter.layers[layer].parts
-    scaled = (b.detach().double() * adapter.scaling(layer)).to(b.dtype)
-    if not scaled.isfinite().all():
-        raise LoRAError(
-            f"export_adapter: the scale {adapter.scaling(layer):g} times B of {layer!r} is beyond the range of "
-            f"{str(b.dtype).removeprefix('torch.')}. Write it without plain=True, or merge it into its base."
-        )
-    return a.detach(), to_block_diagonal(scaled, enabled) if enabled else scaled
-
-
-def _effective_factors(adapter: Adapter, layer: str) -> EffectiveFactors:
-    """Return the factors that a layer's tensors act as, in the shapes that plain LoRA stores."""
-    factors, info = adapter.effective_factors(layer), adapter.layer_info(layer)
-    if info.kind in CONVOLUTIONS and factors.a.dim() == 2 and not info.shape:
+def _scaled_b(adapter: Adapter, layer: str) -> torch.Tensor:
+    """Return s * B of a layer of plain LoRA, in the dtype of B."""
+    a, b, scaling = adapter.factor(layer, A), adapter.factor(layer, B), adapter.scaling(layer)
+    if adapter.layers[layer].kind in CONVOLUTIONS and a.dim() == 2:
         raise LoRAError(
             f"export_adapter: {layer!r} is a convolution, and the source does not say how large its kernel is. Load it "
             "onto its model in Python: load_adapter(model, path), then export_adapter(take_adapter(model), path, "
             "plain=True)."
         )
-    return info.shaped(factors)
+    scaled: torch.Tensor = (b.double() * scaling).to(b.dtype)
+    if not scaled.isfinite().all():
+        raise LoRAError(
+            f"export_adapter: the scale {scaling:g} times B of {layer!r} is beyond the range of "
+            f"{str(b.dtype).removeprefix('torch.')}. Write it without plain=True, or merge it into its base."
+        )
+    return scaled
 
 
-def _tell_rounding(adapter: Adapter, factors: Mapping[str, Any], where: object) -> None:
+def _tell_rounding(adapter: Adapter, scaled: Mapping[str, torch.Tensor], where: object) -> None:
     """Warn where s * B has 16 bits and is not exact."""
     rounded: dict[str, float] = {}
-    for layer, (_, scaled) in factors.items():
-        scaling, b = adapter.scaling(layer), adapter.effective_factors(layer).b
-        if scaled.dtype not in HALF or scaling == 1:
-            continue
-        exact = b.double() * scaling
-        change = float((exact.to(b.dtype).double() - exact).norm())
-        if change:
+    for layer, b in scaled.items():
+        exact = adapter.factor(layer, B).double() * adapter.scaling(layer)
+        change = float((b.double() - exact).norm())
+        if b.dtype in HALF and change:
             rounded[layer] = change / float(exact.norm())
     if rounded:
         worst = max(rounded, key=rounded.__getitem__)
-        dtype = str(factors[worst][1].dtype).removeprefix("torch.")
+        dtype = str(scaled[worst].dtype).removeprefix("torch.")
         warnings.warn(
             f"lightning_lora: {where}: the scale is multiplied into B, which is rounded to {dtype} in {len(rounded)} "
             f"layers, by up to {rounded[worst]:.2g} of its norm ({worst}). A scale of 1, 2, 4 or 0.5 rounds nothing.",
@@ -133,7 +122,7 @@ def _tell_rounding(adapter: Adapter, factors: Mapping[str, Any], where: object) 
 
 
 def _options(adapter: Adapter, rank: int) -> LoRAConfig:
-    """Return the options of a plain adapter. Its layers are named by last segments where that is possible."""
+    """Return the options of the served form. Its layers are named by last segments where that is possible."""
     targets, excluded = plain_targets(adapter)
     config = adapter.config or LoRAConfig()
     return replace(
@@ -143,7 +132,6 @@ def _options(adapter: Adapter, rank: int) -> LoRAConfig:
         rank_pattern=None,
         alpha_pattern=None,
         use_rslora=False,
-        enable_lora=None,
         bias="none",
         modules_to_save=None,
         trainable_token_indices=None,

@@ -137,12 +137,24 @@ def test_layers_that_one_adapter_alone_has_count_by_its_weight():
     assert_deltas(deltas_of(loaded(state)), total([(0.5, deltas_of(one)), (2.0, deltas_of(other))]))
 
 
-@pytest.mark.parametrize("parts", [[True, True, False], None])
-def test_other_parts_of_a_fused_projection_are_one_plain_adapter(parts: list[bool] | None):
+def test_a_folder_names_the_layers_of_all_adapters(tmp_path: Path):
+    """Although the options are those of the first one."""
+    one = adapted(2, r=2, lora_alpha=3, target_modules=["linear"])
+    other = adapted(3, r=3, target_modules=["conv"], target_parameters=["weight_ih_l0"])
+    combine(states(one, other), [0.5, 2.0], output=tmp_path)
+    assert set(config_of(tmp_path)["target_modules"]) == {"linear", "conv"}
+    assert config_of(tmp_path)["target_parameters"] == ["lstm.weight_ih_l0"]
+    assert_deltas(deltas_of(loaded(tmp_path)), total([(0.5, deltas_of(one)), (2.0, deltas_of(other))]), atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [[True, False, True], [True, True, False], None])
+def test_parts_of_a_fused_projection_become_one_plain_adapter(parts: list[bool] | None):
     one = adapted(2, r=2, target_modules=["qkv"], enable_lora={"qkv": [True, False, True]})
     other = adapted(3, r=1, target_modules=["qkv"], enable_lora=parts and {"qkv": parts})
-    result = loaded(combine([checkpoint(one, "adapter"), checkpoint(other, "adapter")], [1.0, -0.5]))
-    assert_deltas(deltas_of(result), total([(1.0, deltas_of(one)), (-0.5, deltas_of(other))]))
+    state = combine([checkpoint(one, "adapter"), checkpoint(other, "adapter")], [1.0, -0.5])
+    assert state.config is not None
+    assert not state.config.enable_lora
+    assert_deltas(deltas_of(loaded(state)), total([(1.0, deltas_of(one)), (-0.5, deltas_of(other))]))
 
 
 # --- weights ---
@@ -568,11 +580,11 @@ def test_dropout_stays_out_where_another_adapter_brings_single_parameters():
     assert_deltas(deltas_of(loaded(state)), total([(1.0, deltas_of(each)) for each in given]))
 
 
-def test_parts_of_attention_keep_their_rank_beside_an_out_proj_of_a_higher_one():
+def test_parts_of_attention_beside_an_out_proj_of_a_higher_rank_get_its_rank(tmp_path: Path):
     parts = {"attention": [True, False, True]}
     net = adapted(2, r=1, target_modules=["attention"], enable_lora=parts, rank_pattern={"out_proj": 3})
-    state = combine(states(net), [0.5])
-    assert len(state.tensors["attention.lora_A"]) == 2
+    state = combine(states(net), [0.5], output=tmp_path / "c")
+    assert len(state.tensors["attention.lora_A"]) == len(state.tensors["attention.out_proj.lora_A"]) == 3
     assert_deltas(deltas_of(loaded(state)), total([(0.5, deltas_of(net))]))
 
 
