@@ -37,7 +37,7 @@ def adapted(**options: Any) -> nn.Module:
 def change(adapter: Adapter, layer: str) -> torch.Tensor:
     """s * B @ A, by the definition, for layers whose weights are not stored (in, out)."""
     a, b = (adapter.factor(layer, leaf).flatten(1) for leaf in ("lora_A", "lora_B"))
-    product: torch.Tensor = adapter.scalings[layer] * (b @ a)
+    product: torch.Tensor = adapter.scaling(layer) * (b @ a)
     return product
 
 
@@ -65,9 +65,9 @@ def test_plain_lora_changes_each_weight_as_the_adapter_does(case: str):
     net = adapted(**CASES[case], modules_to_save=["head"])
     lora = as_lora(adapter := take_adapter(net))
     assert isinstance(lora.variant, LoRA)
-    assert lora.layers() == adapter.layers()
+    assert lora.layers.keys() == adapter.layers.keys()
     merged, base = merged_state_dict(net), build().state_dict()
-    for layer in lora.layers():
+    for layer in lora.layers:
         assert set(lora.own_names[layer]) == {"lora_A", "lora_B"}
         name = layer if layer in base else f"{layer}.weight"
         expected = merged[name] - base[name]
