@@ -31,7 +31,7 @@ from ..model.foreign_state import (
 from ..model.initial_values import record_loaded
 from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.state_dict import base_keys, mark_merged, merge_state_dict
-from ..names import META, canonical, names_factor, parent_names, split_factor_name
+from ..names import META, canonical, names_factor, parent_names
 from ..nn.adapted_module import is_factor
 from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed
@@ -75,7 +75,10 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
     adapter = replace(describe(live, "checkpoint"), foreign=foreign)
     trained, divided = set(live.keys), is_divided(handle)
     if not divided:
-        adapter = _without_left_out(live, adapter, state, trained, kind)
+        # What the class's own state_dict or on_save_checkpoint left out, and training changes, is saved all the same.
+        lost = {name for name in trained if isinstance(live.tensors[name], nn.Parameter)} - state.keys()
+        state |= original_values(entry for entry in live.entries if entry[0] in lost)
+        adapter = replace(adapter, complete=state.keys() >= (live.tensors.keys() if kind == "full" else trained))
     if kind == "full":
         base = {name: entry for name, entry in adapter.fingerprint.items() if name not in trained}
         meta = _describe(kind, replace(adapter, fingerprint=base))
@@ -91,12 +94,14 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
         tensors = gather_all(live.values()) if divided else {name: state[name] for name in live.keys if name in state}
         meta["adapter"] = in_one_storage(tensors)
         dtype = dequantize_dtype(record.run.dequantize, "checkpoint")
+        if not divided:  # a layer whose factors the class left out is not in its merged weights
+            state = {name: value for name, value in state.items() if name not in lost or not names_factor(name)}
         checkpoint["state_dict"] = state if divided else _merge_state(handle, state, dtype)
     elif kind == "adapter":
         tensors = {name: value for name, value in state.items() if name not in frozen and name not in foreign.values}
         checkpoint["state_dict"] = {**in_one_storage(tensors), **foreign.values}
     if kind != "adapter":
-        named = {own_names[name]: value for name, value in checkpoint["state_dict"].items()}
+        named = {own_names.get(name, name): value for name, value in checkpoint["state_dict"].items()}
         mark = mark_merged if kind == "merged" else with_metadata
         checkpoint["state_dict"] = mark(named, metadata_of(whole))
     checkpoint[META] = meta
@@ -133,41 +138,6 @@ def _describe(kind: Kind, adapter: Adapter) -> dict[str, Any]:
     if adapter.complete:
         del meta["complete"]
     return meta
-
-
-def _without_left_out(
-    live: LiveState, adapter: Adapter, state: Mapping[str, Any], trained: Set[str], kind: Kind
-) -> Adapter:
-    """Describe an adapter of which the user's own state_dict or on_save_checkpoint left tensors out.
-
-    Raises:
-        LoRAError: a trained parameter is missing under all its names. A frozen part, as an encoder, may be missing.
-    """
-    expected = live.tensors.keys() if kind == "full" else trained
-    if expected <= state.keys():
-        return adapter
-    _refuse_lost(live, adapter, state, trained)
-    saved = {parts[0] for parts in map(split_factor_name, state) if parts}
-    layers = {name: layer for name, layer in adapter.layers.items() if name in saved}
-    tables = {name: rows for name, rows in adapter.tables.items() if name in saved}
-    return replace(adapter, layers=layers, tables=tables, complete=False)
-
-
-def _refuse_lost(live: LiveState, adapter: Adapter, state: Mapping[str, Any], trained: Set[str]) -> None:
-    parameters = {name: p for name, p in live.tensors.items() if name in trained and isinstance(p, nn.Parameter)}
-    saved = {id(parameter) for name, parameter in parameters.items() if name in state}
-    lost = [name for name, parameter in parameters.items() if id(parameter) not in saved]
-    if not lost:
-        return
-    places = dict.fromkeys(parts[0] for parts in map(split_factor_name, lost) if parts)
-    layers = [name for name in places if name in adapter.layers]
-    excluding = f"leave those layers out of the adapter (exclude_modules={layers}), " if layers else ""
-    owner = type(live.handle.model).__name__
-    raise LoRAError(
-        f"checkpoint: the state_dict or on_save_checkpoint of {owner} leaves out {lost[0]!r} "
-        f"({len(lost)} of {len(parameters)} tensors that were trained), which could not be loaded again. Either "
-        f"{excluding}do not train what is left out, or keep such names in the filter; those of adapters hold 'lora_'."
-    )
 
 
 def _strip_copies(
