@@ -570,7 +570,7 @@ def test_dropout_stays_out_where_another_adapter_brings_single_parameters():
 
 def test_parts_of_attention_keep_their_rank_beside_an_out_proj_of_a_higher_one():
     parts = {"attention": [True, False, True]}
-    net = adapted(2, r=1, target_modules=["attention"], enable_lora=parts, rank_pattern={"out_proj": 3})
+    net = adapted(2, r=1, target_modules=["attention", "out_proj"], enable_lora=parts, rank_pattern={"out_proj": 3})
     state = combine(states(net), [0.5])
     assert len(state.tensors["attention.lora_A"]) == 2
     assert_deltas(deltas_of(loaded(state)), total([(0.5, deltas_of(net))]))
