@@ -140,7 +140,8 @@ class Summary:
     def _facts(self, *, short: bool = False) -> list[tuple[str, str]]:
         share = f"{self.trainable / max(self.total, 1):.2%}"
         memory = self.memory
-        passed_over = [f"passes over {self.passed_over}"] if self.passed_over else []
+        weights = self.passed_over.replace(" of the parameters", "") if short else self.passed_over
+        passed_over = [f"passes over {weights}"] if weights else []
         quantised = ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantised.items())
         evaluation = self._evaluation(short=short)
         if short and quantised:  # both in one line

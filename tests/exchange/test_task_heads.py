@@ -12,7 +12,16 @@ import pytest
 import torch
 import transformers
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+    unload,
+)
 from lightning_lora.config import Task
 from lightning_lora.model.heads import new_heads, warn_of_new_heads
 from lightning_lora.model.pretrained import base_name
@@ -129,6 +138,20 @@ def test_the_head_of_each_task_class_is_named(tmp_path, body, kind: str, head: s
     model = getattr(transformers, kind).from_pretrained(body)
     inject(model, LoRAConfig(target_modules=TARGETS))
     with pytest.warns(UserWarning, match=rf"head of {kind} \({head}\)"):
+        warn_of_new_heads(list(model.named_modules()))
+
+
+@pytest.mark.transformers_5
+def test_a_new_part_of_the_body_is_not_called_a_head_and_an_adapter_on_it_is_named(tmp_path):
+    transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path)  # it has no pooler
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+    inject(model, LoRAConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    said = r": a part of BertForSequenceClassification \(bert\.pooler\) starts .* and stays frozen: .*'bert\.pooler'"
+    with pytest.warns(UserWarning, match=said):
+        warn_of_new_heads(list(model.named_modules()))
+    unload(model)
+    inject(model, LoRAConfig(target_modules=["query", "dense"], modules_to_save=["classifier"]))
+    with pytest.warns(UserWarning, match=r"\(bert\.pooler\) starts .* and stays frozen under its adapter: "):
         warn_of_new_heads(list(model.named_modules()))
 
 
