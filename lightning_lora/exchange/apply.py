@@ -101,7 +101,6 @@ def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
     layers = [layer.lora for layer in handle.layers.values() if layer.kind()]
     ranks, scalings = ({s.name: getattr(s.spec, field) for s in layers} for field in ("r", "scaling"))
     record.config = config if options_hold(config, ranks, scalings) else with_exact_ranks(config, ranks, scalings)
-    tell(f"lightning_lora: load_adapter: {len(specs)} layers take the adapter's rank and scaling")
     if resized and in_training:
         warnings.warn(
             f"lightning_lora: load_adapter: {len(resized)} layers that have gradients get another rank, first "
