@@ -7,7 +7,7 @@ import numbers
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal, NoReturn, Protocol, cast, get_args
@@ -55,9 +55,9 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 }
 
 
-def tasks_with(heads: Iterable[str]) -> list[str]:
-    """Return the values of task_type that add all of these names to modules_to_save."""
-    return [task for task, added in TASK_HEADS.items() if set(heads) <= set(added)]
+def tasks_with(heads: Collection[str]) -> list[str]:
+    """Return the values of task_type that add all of these modules to modules_to_save."""
+    return [task for task, added in TASK_HEADS.items() if all(map(matcher(added), heads))]
 
 
 MAPPINGS = (*PATTERNS, "enable_lora", "variant_options")  # options

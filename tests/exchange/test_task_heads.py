@@ -22,7 +22,7 @@ from lightning_lora import (
     save_adapter,
     unload,
 )
-from lightning_lora.config import Task
+from lightning_lora.config import Task, tasks_with
 from lightning_lora.model.heads import new_heads, warn_of_new_heads
 from lightning_lora.model.pretrained import base_name
 from support.notices import quiet_peers
@@ -225,6 +225,11 @@ def test_task_type_adds_what_peft_adds(body, task: str):
     peft.get_peft_model(net, config)
     ours = LoRAConfig(task_type=task, target_modules=TARGETS)
     assert set(ours.all_modules_to_save()) == set(config.modules_to_save or ())
+
+
+def test_a_task_is_advised_where_it_takes_each_of_the_new_heads():
+    assert tasks_with(["pre_classifier", "classifier"]) == ["SEQ_CLS", "TOKEN_CLS"]  # of DistilBERT
+    assert tasks_with(["bert.pooler", "classifier"]) == []
 
 
 def test_every_task_of_peft_is_taken_also_as_its_enum():
