@@ -9,6 +9,7 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.layer_options import without_aliases
+from ..names import join_names
 
 
 class Names:
@@ -29,7 +30,7 @@ class Names:
         if name in self.modules:
             return self.later.get(name, name)
         path, _, leaf = name.rpartition(".")
-        return f"{self.later[path]}.{leaf}".lstrip(".") if path in self.later else name
+        return join_names(self.later[path], leaf) if path in self.later else name
 
 
 def by_first_names(names: Names, adapter: Adapter) -> Adapter:
