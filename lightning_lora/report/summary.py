@@ -373,6 +373,6 @@ def _cut(lead: str, text: str) -> list[str]:
     room = WIDTH - len(lead)
     if len(text) > room:
         begin = text[: room - len(" ...")]
-        end = max(begin.rfind(mark) for mark in (", ", "; ", ": ")) + 1
-        text = f"{begin[:end]} ..." if end else f"{begin}..."
+        end = max(begin.rfind(mark) for mark in (", ", "; ", ": ", " (")) + 1
+        text = f"{begin[:end].rstrip()} ..." if end else f"{begin}..."
     return [lead + text]

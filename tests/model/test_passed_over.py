@@ -155,3 +155,9 @@ def test_the_short_summary_has_the_largest_kind_and_the_advice_in_its_line_of_80
     (line,) = [line for line in summary(model).short().splitlines() if "passes over" in line]
     assert line == "  all-linear    passes over 37.1%; 'all-layers' adapts more (Conv2d 24.5%, ..."
     assert len(line) <= 80
+
+
+def test_the_short_summary_has_the_advice_where_the_name_of_the_largest_kind_is_too_long():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "layer": nn.Linear(8, 8)})
+    inject(model, LoRAConfig())
+    assert "\n  all-linear  passes over 53.3%; 'all-layers' adapts more ..." in summary(model).short()
