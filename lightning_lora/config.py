@@ -7,7 +7,7 @@ import numbers
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal, NoReturn, Protocol, cast, get_args
@@ -16,6 +16,7 @@ from .errors import LoRAError, sentence, shown
 from .matching import (
     ALL_LINEAR,
     PATTERNS,
+    NameEnd,
     layer_number,
     layer_pattern,
     matcher,
@@ -48,15 +49,15 @@ IGNORED_PEFT_FIELDS = (  # options of a peft.LoraConfig that do not describe the
 Task = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 # Names that PEFT adds to modules_to_save for a task, even if the model has no such module.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
+    "SEQ_CLS": (NameEnd("classifier"), NameEnd("score")),
+    "TOKEN_CLS": (NameEnd("classifier"), NameEnd("score")),
+    "QUESTION_ANS": (NameEnd("qa_outputs"),),
 }
 
 
-def tasks_with(heads: Iterable[str]) -> list[str]:
-    """Return the values of task_type that add all of these names to modules_to_save."""
-    return [task for task, added in TASK_HEADS.items() if set(heads) <= set(added)]
+def tasks_with(heads: Collection[str]) -> list[str]:
+    """Return the values of task_type that add all of these modules to modules_to_save."""
+    return [task for task, added in TASK_HEADS.items() if all(map(matcher(added), heads))]
 
 
 MAPPINGS = (*PATTERNS, "enable_lora", "variant_options")  # options
@@ -245,6 +246,8 @@ class LoRAConfig:
             options = variant.options_from_peft({field.name: getattr(config, field.name) for field in fields(config)})
         except ValueError as error:
             raise LoRAError(f"LoRAConfig.from_peft: {sentence(error)}") from None
+        if isinstance(options["modules_to_save"], list):
+            options["modules_to_save"] = list(map(NameEnd, options["modules_to_save"]))
         own = {name: options[name] for name in variant.own_options}
         shared = [field.name for field in fields(cls) if field.name in options]
         for field in fields(config):
@@ -394,9 +397,11 @@ def _ascending(rows: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return tuples as lists, also inside mappings and tuples."""
+    """Return tuples as lists, also inside mappings and tuples, and each NameEnd as a str."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, NameEnd):
+        return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 

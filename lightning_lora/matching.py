@@ -18,6 +18,15 @@ ALL_LAYERS = "all-layers"  # another
 BY_KIND = (ALL_LINEAR, ALL_LAYERS)  # which select layers by their kind; model/layers_by_kind.py says what they mean
 
 
+class NameEnd(str):
+    """An entry of PEFT's modules_to_save: it names each module whose name ends in it, as "norm" names "final_norm".
+
+    Our own entries are whole names or dotted suffixes.
+    """
+
+    __slots__ = ()
+
+
 def suffix_pattern(pattern: str) -> str:
     """Return the regular expression for whole names that PEFT builds from a key of rank_pattern or alpha_pattern."""
     return rf"(.*\.)?({pattern})$"
@@ -73,13 +82,19 @@ def matcher(names: str | Iterable[str] | None) -> Callable[[str], bool]:
     entries = frozenset(names or ())
     if not entries:  # the common case
         return lambda name: False
-    return lambda name: not entries.isdisjoint(suffixes(name))
+    ends = tuple(entry for entry in entries if isinstance(entry, NameEnd))
+    return lambda name: name.endswith(ends) or not entries.isdisjoint(suffixes(name))
 
 
 def naming_some(entries: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Return the entries of a list that are one of the names, or a dotted suffix of one."""
+    """Return the entries of a list that are one of the names, or a dotted suffix or NameEnd of one."""
+    names = list(names)
     known = {suffix for name in names for suffix in suffixes(name)}
-    return [entry for entry in entries if entry in known]
+
+    def names_some(entry: str) -> bool:
+        return entry in known or (isinstance(entry, NameEnd) and any(name.endswith(entry) for name in names))
+
+    return [entry for entry in entries if names_some(entry)]
 
 
 @dataclass

@@ -35,6 +35,11 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def join_names(outer: str, inner: str) -> str:
+    """Join a module's name and a name inside of it by a dot. Either may be "", which is the module itself."""
+    return f"{outer}.{inner}" if outer and inner else outer or inner
+
+
 def suffixes(name: str) -> list[str]:
     """Return a name and all its dotted suffixes, longest first: a.b.c, b.c, c."""
     return [name, *(name[i + 1 :] for i, character in enumerate(name) if character == ".")]

@@ -112,10 +112,9 @@ def load_from_checkpoint_of_a_plain_checkpoint(path: Path) -> None:
 @message("`load_from_checkpoint` where the base was pretrained")
 def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
     """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. 8 of 8 frozen tensors
-    differ ('body.0.weight', 'body.0.bias', 'body.1.weight', ...). A new head has other random values in each program:
-    train and save it whole with modules_to_save. Net built a base of its own. Build the module with the weights that
-    it had in training, and then load the adapter: load_adapter(model, "PATH/lora.ckpt"). strict_base=False makes this
-    a warning.
+    differ ('body.0.weight', 'body.0.bias', 'body.1.weight', ...). Net built a base of its own. Build the module
+    with the weights that it had in training, and then load the adapter: load_adapter(model, "PATH/lora.ckpt").
+    strict_base=False makes this a warning.
     """
     load_from_checkpoint(Net, saved(path, lora(), base=saved(path)))
 
@@ -123,9 +122,9 @@ def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
 @message("A Trainer where the base was pretrained")
 def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
     """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. 8 of 8 frozen tensors
-    differ ('body.0.weight', 'body.0.bias', 'body.1.weight', ...). A new head has other random values in each program:
-    train and save it whole with modules_to_save. Build the module with the weights that it had in training. To use the
-    adapter on this base all the same, call load_adapter(model, path, strict_base=False) and leave ckpt_path out.
+    differ ('body.0.weight', 'body.0.bias', 'body.1.weight', ...). Build the module with the weights that it had in
+    training. To use the adapter on this base all the same, call load_adapter(model, path, strict_base=False) and
+    leave ckpt_path out.
     """
     file = saved(path, lora(), base=saved(path))
     make_trainer(path, lora()).validate(Net(), Data(), ckpt_path=file, **PLAIN_TYPES_ONLY)
@@ -134,9 +133,8 @@ def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
 @message("`load_adapter` onto another base")
 def load_adapter_onto_another_base(path: Path) -> None:
     """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. 6 of 8 frozen tensors
-    differ ('body.0.weight', 'body.0.bias', 'body.3.weight', ...). A new head has other random values in each program:
-    train and save it whole with modules_to_save. Load the adapter on the base that it was trained on, or pass
-    strict_base=False, which makes this a warning.
+    differ ('body.0.weight', 'body.0.bias', 'body.3.weight', ...). Load the adapter on the base that it was trained
+    on, or pass strict_base=False, which makes this a warning.
     """
     load_adapter(Net(seed=2), saved(path, lora()))
 
@@ -144,9 +142,8 @@ def load_adapter_onto_another_base(path: Path) -> None:
 @message("The command with another base")
 def the_command_with_another_base(path: Path) -> None:
     """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. 6 of 8 frozen tensors
-    differ ('body.0.weight', 'body.0.bias', 'body.3.weight', ...). A new head has other random values in each program:
-    train and save it whole with modules_to_save. Give the base that it was trained on as --base, or pass
-    --strict-base=false, which makes this a warning.
+    differ ('body.0.weight', 'body.0.bias', 'body.3.weight', ...). Give the base that it was trained on as --base,
+    or pass --strict-base=false, which makes this a warning.
     """
     torch.save(Net(seed=2).state_dict(), path / "base.pt")
     merge_on_disk(path / "base.pt", saved(path, lora()), path / "merged.pt")

@@ -11,7 +11,7 @@ import transformers
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_lora import LoRAConfig, combine, inject, load_adapter, merge, merged_state_dict, take_adapter
+from lightning_lora import LoRAConfig, combine, inject, merge, merged_state_dict, take_adapter
 from lightning_lora.notices import tell
 from support.forks import DONE, run_in_forks
 from support.quantised import quantised
@@ -66,10 +66,6 @@ PROMISED: dict[str, tuple[Callable[[], object], str]] = {
     "what is left of a combination": (
         lambda: combine([take_adapter(linear(2))], [1.0], method="svd", rank=1),
         "lightning_lora: combine: the rank keeps 62.5% or more of each squared norm (0)",
-    ),
-    "an adapter of another rank": (
-        lambda: load_adapter(linear(2), take_adapter(linear(1))),
-        "lightning_lora: load_adapter: 1 layers take the adapter's rank and scaling",
     ),
 }
 

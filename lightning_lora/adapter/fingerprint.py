@@ -88,12 +88,16 @@ def compare_fingerprints(
     found = {name: said for name in names if (said := _difference(name, expected[name], present.get(name)))}
     if not found:
         return
-    shown = listed([repr(name) for name in found])
-    quantised_alike = all(expected[name].quantised == present[name].quantised for name in found if name in present)
+    otherwise = [name for name in found if name in present and expected[name].quantised != present[name].quantised]
+    first = next(iter((*otherwise, *found)))  # the quantisation comes first: without it values cannot be compared
     message = (
-        f"adapter: belongs to another base: {next(iter(found.values()))}. {len(found)} of {len(expected)} frozen "
-        f"tensors differ ({shown}). {OF_HEADS if quantised_alike else OF_QUANTISATION}"
+        f"adapter: belongs to another base: {found[first]}. {len(found)} of {len(expected)} frozen tensors differ "
+        f"({listed([repr(name) for name in found])})."
     )
+    if otherwise:
+        message += f" {OF_QUANTISATION}"
+    elif 2 * len(found) < sum(bool(entry.values) for entry in expected.values()):  # where most differ, it is the base
+        message += f" {OF_HEADS}"
     if strict:
         raise LoRAError(f"{message} {remedy}")
     warnings.warn(f"lightning_lora: {message}", stacklevel=3)

@@ -96,7 +96,6 @@ def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
         layer.take_spec_(spec)
     record.config = replace(adapter.config, lora_dropout=record.config.lora_dropout)
     record.chosen = chosen_by(adapter)
-    tell(f"lightning_lora: load_adapter: {len(specs)} layers take the adapter's rank and scaling")
     if resized and in_training:
         warnings.warn(
             f"lightning_lora: load_adapter: {len(resized)} layers that have gradients get another rank, first "

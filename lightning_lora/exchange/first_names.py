@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..adapter.adapter import Adapter
+from ..names import join_names
 
 
 class Names:
@@ -28,7 +29,7 @@ class Names:
         if name in self.modules:
             return self.later.get(name, name)
         path, _, leaf = name.rpartition(".")
-        return f"{self.later[path]}.{leaf}".lstrip(".") if path in self.later else name
+        return join_names(self.later[path], leaf) if path in self.later else name
 
 
 def by_first_names(names: Names, adapter: Adapter) -> Adapter:

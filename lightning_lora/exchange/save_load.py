@@ -157,7 +157,8 @@ def load_adapter(
             or the folder of a sharding strategy), a file with a state dict, or a state dict; also one of a PeftModel,
             or of a LightningModule that holds one, or a dictionary with such a state dict in an entry, as Fabric saves
             it; or, with huggingface_hub installed, the id of a repository on the hub, as "user/repo". A source without
-            options (a bare state dict) needs an injected model, whose options then hold.
+            options (a bare state dict) needs an injected model, whose options then hold. Of a full checkpoint
+            the adapter is taken alone; load_from_checkpoint loads its base too.
         strict_base: whether another base than the adapter's is an error or a warning.
 
     Returns:

@@ -23,7 +23,8 @@ from ..adapter.fingerprint import (
 from ..adapter.metadata import without
 from ..config import LoRAConfig
 from ..distributed.sharding import copies_of, gather_all
-from ..matching import naming_some
+from ..formats.peft_saved_modules import from_peft_entries
+from ..matching import NameEnd, naming_some
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
@@ -130,11 +131,14 @@ def _options_here(handle: AdaptedModel) -> LoRAConfig:
     """Return the options without modules_to_save that lie outside of the handle's model.
 
     That model may be a part of the injected one. A head that stays behind is not asked for where the adapter is loaded.
+    What a peft.LoraConfig takes by the end of a name is named by the words that files have.
     """
     config = handle.record.config
     saved = config.modules_to_save or ()
-    here = naming_some(saved, (canonical(name) for name, _ in handle.places)) if saved else []
-    return config if len(here) == len(saved) else replace(config, modules_to_save=here or None)
+    here = naming_some(saved, names := [canonical(name) for name, _ in handle.places]) if saved else []
+    if any(isinstance(entry, NameEnd) for entry in here):
+        here = from_peft_entries(here, (f"{name}.weight" for name in names))
+    return config if tuple(here) == saved else replace(config, modules_to_save=here or None)
 
 
 def _weightless(handle: AdaptedModel, layers: Collection[str]) -> frozenset[str]:

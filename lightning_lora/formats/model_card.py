@@ -54,7 +54,7 @@ With [PEFT](https://github.com/huggingface/peft):
 ```python
 from peft import PeftModel
 {imports}
-base = {base}
+{base}
 model = PeftModel.from_pretrained(base, folder)
 ```
 
@@ -66,6 +66,7 @@ from lightning_lora import load_adapter
 load_adapter(base, folder)
 ```
 """
+TO_BUILD = "# build base here: {}"
 
 
 def may_write_card(folder: PathLike) -> bool:
@@ -151,14 +152,15 @@ def _tells(name: str, value: Any) -> bool:
 def _loading(base: str, task: Task | None, adapter: Adapter, network: str) -> str:
     if adapter.pretrained:
         part = adapter.pretrained.removeprefix(adapter.network).removesuffix(".")
-        return LOADING.format(imports="", base=f"...  # {module_in_words(adapter)}, not its {part} alone")
+        return LOADING.format(imports="", base=TO_BUILD.format(f"{module_in_words(adapter)}, not its {part} alone"))
     if network and (task is None or not base):
         why = "module is your LightningModule; given that itself, PEFT fails or runs the base"
-        return LOADING.format(imports="", base=f"module.{network.removesuffix('.')}  # {why}")
+        return LOADING.format(imports="", base=f"base = module.{network.removesuffix('.')}  # {why}")
     if task is None or not base:
-        return LOADING.format(imports="", base="...  # the model that the adapter was trained on")
+        trained_on = "the model that the adapter was trained on, with the weights that it had before"
+        return LOADING.format(imports="", base=TO_BUILD.format(trained_on))
     imports = f"from transformers import {task.auto_class}\n"
-    call = f"{task.auto_class}.from_pretrained({json.dumps(base)}{_labels(adapter)})"
+    call = f"base = {task.auto_class}.from_pretrained({json.dumps(base)}{_labels(adapter)})"
     return LOADING.format(imports=imports, base=call)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_of
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, WRAPPERS, names_factor, suffixes
+from ..names import ATTRIBUTE, WRAPPERS, join_names, names_factor, suffixes
 from ..nn.adapted_weights import AdaptedWeights, adapted_layers, adapted_places
 from ..nn.low_rank import ATTENTION_OUTPUT
 from .injection import Injection, Why
@@ -134,7 +134,7 @@ class AdaptedModel(Listing):
         if not is_inside(name, now):
             return NEW + name
         rest = name[len(now) :].removeprefix(".") if now else name
-        return f"{then}.{rest}" if then and rest else then or rest
+        return join_names(then, rest)
 
     def name_at_injection(self, name: str) -> str | None:
         """Return the record's name for a name in `model`, or None where it lies outside of the root."""
@@ -148,7 +148,7 @@ class AdaptedModel(Listing):
         if not is_inside(recorded, then) or not f"{recorded}.".startswith(self.inside):
             return None
         rest = recorded[len(then) :].removeprefix(".") if then else recorded
-        name = f"{now}.{rest}" if now and rest else now or rest
+        name = join_names(now, rest)
         return (self.prefix + name).removesuffix(".") if self.prefix else f"{name}.".removeprefix(self.inside)[:-1]
 
     def base(self) -> list[BaseParameter]:
@@ -212,7 +212,7 @@ class AdaptedModel(Listing):
         for path, module in self.recorded_modules.items() if modules else ():
             for leaf in (*module._parameters, *module._buffers) if module in modules else ():
                 for facts in (record.requires_grad, record.trained, record.initial):
-                    facts.pop(f"{path}.{leaf}" if path else leaf, None)
+                    facts.pop(join_names(path, leaf), None)
 
     def first_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield each live tensor of the root that has a recorded value from before training, and this value.
@@ -235,7 +235,7 @@ class AdaptedModel(Listing):
         for path, module in self.recorded_modules.items():
             for leaf, tensor in own_state(module).items():
                 if id(tensor) in by_id:
-                    self.record.initial[f"{path}.{leaf}" if path else leaf] = by_id.pop(id(tensor))
+                    self.record.initial[join_names(path, leaf)] = by_id.pop(id(tensor))
 
     def record_trainable(self, *, expected: bool = False, untouched: bool = False) -> list[nn.Parameter]:
         """Record every base parameter that has become trainable, and return these parameters.
@@ -278,7 +278,7 @@ class AdaptedModel(Listing):
         for path, module in self.root_modules:
             for leaf, live in module._parameters.items():
                 if live is not None and live.requires_grad and not names_factor(leaf):
-                    name = f"{path}.{leaf}" if path else leaf
+                    name = join_names(path, leaf)
                     value = self.record.initial.get(name)
                     if value is None or unsharded_shape(value) != unsharded_shape(live):
                         return True

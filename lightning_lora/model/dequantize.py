@@ -11,6 +11,7 @@ from torch import nn
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import from_local_like, local
 from ..errors import LoRAError
+from ..names import join_names
 from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of
 from ..nn.exact_merge import merged_weight
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
@@ -60,7 +61,7 @@ def quantised_weights(places: NamedModules) -> dict[str, nn.Module]:
         places: every module of the model, under each of its names.
     """
     return {
-        f"{path}.{name}" if path else name: module
+        join_names(path, name): module
         for path, module in quantised_modules(places).items()
         for name in quantised_parameters(module)
     }

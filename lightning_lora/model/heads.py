@@ -15,7 +15,7 @@ from torch import nn
 from ..config import tasks_with
 from ..distributed.flat import own_weight
 from ..names import names_factor, parent_names
-from ..nn.adapted_weights import NamedModules
+from ..nn.adapted_weights import NamedModules, adapters_in
 from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_parameters, was_never_quantised
 from ..nn.quantised_state import is_of_lightning
 from .pretrained import checkpoint_name, pretrained_models
@@ -23,10 +23,7 @@ from .pretrained import checkpoint_name, pretrained_models
 HEADS = ("head", "heads", "fc", "classifier")  # torchvision's names of heads
 IMAGENET, KINETICS = 1000, 400  # the numbers of classes of torchvision's own weights
 LOADED = "_is_hf_initialized"  # of transformers 5: on each parameter that was in the checkpoint, or is tied to one
-STAYS_FROZEN = (
-    "and stays frozen: an adapter that is trained with it fits no other random head. Train it whole, with "
-    "modules_to_save"
-)
+FITS_NO_OTHER = "an adapter that is trained with it fits no other random values. Train it whole, with modules_to_save"
 
 
 def output_heads(modules: NamedModules) -> list[nn.Module]:
@@ -109,20 +106,22 @@ def warn_of_new_heads(modules: NamedModules, saved: Collection[str] = ()) -> Non
         if frozen:
             task = next((f" or task_type={task!r}" for task in tasks_with(frozen)), "")
             plain = _option_for(modules, heads)
+            body = f"{getattr(model, 'base_model_prefix', '')}."
+            what = "a part" if any(name.startswith(body) for name in frozen) else "the head"  # bert.pooler is no head
             warnings.warn(
-                f"lightning_lora: the head of {type(model).__name__} ({', '.join(frozen)}) starts from random values, "
-                f"because {checkpoint} does not hold it, {STAYS_FROZEN}={[*saved, *frozen]}"
+                f"lightning_lora: {what} of {type(model).__name__} ({', '.join(frozen)}) starts from random values, "
+                f"because {checkpoint} does not hold it, {_stays_frozen(heads)}={[*saved, *frozen]}"
                 + task
                 + (f", and leave it out of the quantisation, with which it may not run: {plain}." if plain else "."),
                 stacklevel=2,
             )
     for name, model in timm_models(modules).items():
-        frozen = _frozen(new_classifiers(model))
+        frozen = _frozen(heads := new_classifiers(model))
         if frozen and not _is_in(name, pretrained):
             warnings.warn(
                 f"lightning_lora: the head of {type(model).__name__} ({', '.join(frozen)}) has {model.num_classes} "
                 f"classes where timm's weights have {_stored_classes(model)}, so it starts from random values unless "
-                f"you loaded others, {STAYS_FROZEN}={[*saved, *frozen]}.",
+                f"you loaded others, {_stays_frozen(heads)}={[*saved, *frozen]}.",
                 stacklevel=2,
             )
 
@@ -168,6 +167,12 @@ def _frozen(heads: Mapping[str, nn.Module]) -> list[str]:
     ]
 
 
+def _stays_frozen(heads: Mapping[str, nn.Module]) -> str:
+    """Return what follows for new heads of which not all is trained, up to the value of modules_to_save."""
+    adapted = any(adapters_in(layer) for head in heads.values() for layer in head.modules())
+    return f"and stays frozen{' under its adapter' if adapted else ''}: {FITS_NO_OTHER}"
+
+
 def describe_frozen_head(modules: NamedModules) -> str:
     """Say what looks like the frozen head of a model that does not tell whether it is new, or return "".
 
@@ -187,6 +192,8 @@ def describe_frozen_head(modules: NamedModules) -> str:
     few = last.out_features < IMAGENET and last.out_features != KINETICS
     if title not in HEADS or not few or weight is None or weight.requires_grad:
         return ""
+    if adapters_in(last):
+        return f"frozen under its adapter; if new: modules_to_save=[{name!r}]"
     return f"frozen; if it is new, train it whole: modules_to_save=[{name!r}]"
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_, copy_of, reshard_
-from ..names import names_factor
+from ..names import join_names, names_factor
 from ..nn.adapted_module import AdaptedModule
 from .adapted_model import AdaptedModel
 from .named_state import own_state
@@ -29,7 +29,7 @@ def snapshot_initial(handle: AdaptedModel) -> None:
             is_parameter = isinstance(tensor, nn.Parameter)
             if (isinstance(module, AdaptedModule) and names_factor(leaf)) or (is_parameter and is_validated):
                 continue
-            recorded = handle.recorded_name(f"{name}.{leaf}" if name else leaf)
+            recorded = handle.recorded_name(join_names(name, leaf))
             if recorded not in initial and (not is_parameter or id(tensor) in trained):
                 initial[recorded] = copy_of(tensor)
                 trained.discard(id(tensor))  # once for tied modules

@@ -403,10 +403,12 @@ def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
     seed = record.seed or random_seed()
     with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
         for name, module in new.items():
-            _create_tensors(adapt_(module, name, _spec(name, record, seed), record), values_follow)
+            spec = _spec(name, record, seed, selection.outputs.get(name, name))
+            _create_tensors(adapt_(module, name, spec, record), values_follow)
             advance(1)
         for name, (module, leaf) in parameters.items():
-            _create_tensors(adapt_parameter_(module, leaf, name, _spec(name, record, seed), record), values_follow)
+            spec = _spec(name, record, seed, name)
+            _create_tensors(adapt_parameter_(module, leaf, name, spec, record), values_follow)
             advance(1)
         for name, rows in tables.items():
             _adapt_table(handle, name, modules[name], rows, values_follow)
@@ -537,10 +539,17 @@ def _freeze(handle: AdaptedModel, new: Mapping[str, nn.Module], saved: Mapping[s
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 
-def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
-    """Return what the options say of the adapter of one layer or parameter, or what a loaded adapter has there."""
+def _spec(name: str, record: Injection, seed: str, in_patterns: str) -> LayerSpec:
+    """Return what the options say of the adapter of one layer or parameter, or what a loaded adapter has there.
+
+    Args:
+        name: of the layer or parameter.
+        record: of the injection, with the options.
+        seed: the text that adapters are drawn from.
+        in_patterns: the name that rank_pattern and alpha_pattern are asked for.
+    """
     config, chosen = record.config, record.chosen.layers.get(name) if record.chosen is not None else None
-    r, scaling, parts = config.rank(name), config.scaling(name), config.enabled_parts(name)
+    r, scaling, parts = config.rank(in_patterns), config.scaling(in_patterns), config.enabled_parts(name)
     if chosen is not None:
         r, scaling, parts = chosen.r, chosen.scaling, chosen.parts
     return LayerSpec(

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..distributed.flat import own_parameters
 from ..distributed.sharding import reshard_
-from ..names import canonical, names_factor
+from ..names import canonical, join_names, names_factor
 from ..nn.quantised import describe_shard
 
 Places = Sequence[tuple[str, nn.Module]]  # modules of a model with their names
@@ -68,6 +68,6 @@ def base_parameters_of(modules: Places) -> list[BaseParameter]:
         describe_shard(module)
         for leaf, parameter in own_parameters(module).items():
             if not names_factor(leaf):
-                name = f"{prefix}.{leaf}" if prefix else leaf
+                name = join_names(prefix, leaf)
                 found.setdefault(id(parameter), BaseParameter(name, parameter, module, leaf))
     return list(found.values())

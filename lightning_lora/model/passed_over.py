@@ -49,7 +49,7 @@ def passed_over(handle: AdaptedModel) -> str:
         return ""
     kinds = ", ".join(f"{kind} {size / total:.1%}" for kind, size in sizes.most_common(MOST_KINDS))
     others = ", ..." if len(sizes) > MOST_KINDS else ""
-    advice = f"; target_modules={ALL_LAYERS!r} adapts more" if adapts_more else ""
+    advice = f"; {ALL_LAYERS!r} adapts more" if adapts_more else ""
     return f"{whole / total:.1%} of the parameters{advice} ({kinds}{others})"
 
 

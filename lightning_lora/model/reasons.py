@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
-from ..names import A, canonical
+from ..names import A, canonical, join_names
 from ..nn.adapted_module import AdaptedModule, Swapped
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
@@ -280,7 +280,7 @@ def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module]) -> No
             if not kind:
                 cls = type(layer).__name__
                 problem = f"is not quantised, as the checkpoint lacks it, and a {cls} cannot run with it"
-            where = canonical(f"{name}.{inside}".rstrip("."))
+            where = canonical(join_names(name, inside))
             raise LoRAError(
                 f"inject: modules_to_save names {name!r}, but the weight of {where!r} {problem}. Leave it out of the "
                 f"quantisation: {option_that_leaves_plain(modules, list(saved), layer)}."

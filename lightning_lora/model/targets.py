@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -34,6 +34,7 @@ class Selection:
     Attributes:
         layers: the modules to adapt.
         apart: attention whose weights of q, k and v are adapted as three single parameters.
+        outputs: the attention of each out_proj that is adapted with it, and so has its r and lora_alpha, as in PEFT.
         parameters: each single parameter to adapt.
         tables: the rows to train of each table that trainable_token_indices names, or that is tied to such a table.
         saved: the modules that modules_to_save and task_type name.
@@ -44,6 +45,7 @@ class Selection:
 
     layers: dict[str, nn.Module]
     apart: Mapping[str, nn.Module]
+    outputs: Mapping[str, str]
     parameters: dict[str, Place]
     tables: dict[str, Rows]
     saved: dict[str, nn.Module]
@@ -93,6 +95,7 @@ def select_chosen(listed_modules: NamedModules, chosen: Chosen) -> Selection:
     return Selection(
         layers={name: module for name, module in modules.items() if name in chosen.layers},
         apart={},
+        outputs={},
         parameters={name: place for name, place in weights.items() if name in chosen.layers},
         tables=with_tied_tables({n: rows for n, rows in chosen.tables.items() if n in modules}, modules),
         saved={},
@@ -126,9 +129,7 @@ def select(listed_modules: NamedModules, config: LoRAConfig) -> Selection:
         for name, module in chosen.items()
         if not excluded(name) and (not saved or saved.keys().isdisjoint((name, *parent_names(name))))
     }
-    for name, module in list(layers.items()):  # attention is adapted whole, as PEFT does
-        if isinstance(module, nn.MultiheadAttention) and not excluded(f"{name}.out_proj"):
-            layers[f"{name}.out_proj"] = modules[f"{name}.out_proj"]
+    outputs = _add_outputs(layers, modules, excluded, named=() if by_kind else frozenset(layers))
     apart = {n: m for n, m in layers.items() if isinstance(m, nn.MultiheadAttention) and not m._qkv_same_embed_dim}
     weights = weights_of({"": model, **modules}) if config.target_parameters else {}
     parameters = {
@@ -139,6 +140,7 @@ def select(listed_modules: NamedModules, config: LoRAConfig) -> Selection:
     selection = Selection(
         layers={name: module for name, module in layers.items() if name not in apart},
         apart=apart,
+        outputs=outputs,
         parameters=parameters | {f"{name}.{leaf}": (m, leaf) for name, m in apart.items() for leaf in SEPARATE},
         tables=tables,
         saved=saved,
@@ -149,6 +151,30 @@ def select(listed_modules: NamedModules, config: LoRAConfig) -> Selection:
     _check_entries(selection, config, modules, weights, chosen)
     _check_that_something_is_adapted(selection, config, model, modules, chosen)
     return selection
+
+
+def _add_outputs(
+    layers: dict[str, nn.Module], modules: Modules, excluded: Callable[[str], bool], named: Collection[str]
+) -> dict[str, str]:
+    """Add out_proj of each attention to the layers, because PEFT adapts attention whole. In place.
+
+    Args:
+        layers: the layers to adapt.
+        modules: of the model.
+        excluded: whether exclude_modules names a module.
+        named: the layers that target_modules itself names.
+
+    Returns:
+        The attention of each out_proj that has its options.
+    """
+    outputs: dict[str, str] = {}
+    for name, module in list(layers.items()):
+        output = f"{name}.out_proj"
+        if isinstance(module, nn.MultiheadAttention) and not excluded(output):
+            layers[output] = modules[output]
+            if module._qkv_same_embed_dim and output not in named:
+                outputs[output] = name
+    return outputs
 
 
 def _check_entries(
@@ -185,7 +211,7 @@ def _check_entries(
             "layer (layers_pattern says what the number follows)",
         )
     for option in ("rank_pattern", "alpha_pattern"):
-        check(option, getattr(config, option), sorted(selection.names()), "adapted layer")
+        check(option, getattr(config, option), sorted(selection.names() - selection.outputs.keys()), "adapted layer")
 
 
 def _check_that_something_is_adapted(

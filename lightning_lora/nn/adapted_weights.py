@@ -19,7 +19,7 @@ from ..config import FROM_GRADIENTS
 from ..distributed.flat import flat_parameters, unsharded_shape
 from ..distributed.sharding import copy_, detached, from_local_like, full_tensor, is_spread, local, windows
 from ..errors import LoRAError
-from ..names import canonical
+from ..names import canonical, join_names
 from . import low_rank
 from .adapted_module import AdaptedModule
 from .autocast import without_autocast
@@ -528,8 +528,7 @@ def adapted_places(
     for path, module in model.named_modules(remove_duplicate=remove_duplicate) if modules is None else modules:
         if isinstance(module, AdaptedModule):
             for parameter, adapter in module.lora_adapters().items():
-                name = canonical(path)
-                yield f"{name}.{parameter}" if name and parameter else name or parameter, module, adapter  # type: ignore[misc]
+                yield join_names(canonical(path), parameter), module, adapter  # type: ignore[misc]
 
 
 def adapted_layers(

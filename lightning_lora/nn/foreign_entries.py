@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..names import canonical, parent_names, rename_keys
+from ..names import canonical, join_names, parent_names, rename_keys
 
 METADATA = "_metadata"  # torch's attribute of a state dict: by module, the version of what it wrote
 
@@ -34,7 +34,7 @@ class ForeignEntries:
         """Return the entries under new names, without those whose new name is None."""
 
         def new_module(module: str) -> str | None:
-            name = new_name(f"{module}.x".lstrip("."))
+            name = new_name(join_names(module, "x"))
             return None if name is None else name.removesuffix("x").removesuffix(".")
 
         return ForeignEntries(rename_keys(self.values, new_name), rename_keys(self.versions, new_module))

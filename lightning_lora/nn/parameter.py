@@ -16,7 +16,7 @@ from torch import nn
 
 from ..distributed.sharding import is_sharded, window
 from ..errors import LoRAError
-from ..names import parameter_factor_name, split_factor_name
+from ..names import join_names, parameter_factor_name, split_factor_name
 from . import low_rank
 from .adapted_module import AdaptedModule, Adapter, StandIns, is_factor, swapped_class
 from .adapted_weights import AdaptedWeights, LayerSpec, LayerState
@@ -161,7 +161,7 @@ def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSp
 def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
     """Return the base's parameters of two or three dimensions, each as its module and its name in the module."""
     return {
-        f"{path}.{leaf}".lstrip("."): (module, leaf)
+        join_names(path, leaf): (module, leaf)
         for path, module in modules.items()
         for leaf, parameter in module._parameters.items()
         if parameter is not None and len(shape_of(parameter)) in (2, 3) and not is_factor(leaf, module)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
-from ..names import LIGHTNING, derives_from
+from ..names import LIGHTNING, derives_from, join_names
 from .quantised import INT8, quantised_as
 
 SCALES, FORMAT, STATE = "SCB", "weight_format", ".quant_state"
@@ -21,7 +21,7 @@ LAYERS_OF_LIGHTNING = ("_Linear4bit", "_Linear8bitLt")  # classes that Lightning
 def owner_of(name: str) -> str:
     """Return the name of the weight that an entry of a state dict would describe."""
     path, _, leaf = name.rpartition(".")
-    return f"{path}.weight".lstrip(".") if leaf in (SCALES, FORMAT) else path.removesuffix(STATE)
+    return join_names(path, "weight") if leaf in (SCALES, FORMAT) else path.removesuffix(STATE)
 
 
 def quantisation_entries(names: Iterable[str], weights: Collection[str]) -> set[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import PLAIN
-from ..names import ATTRIBUTE
+from ..names import ATTRIBUTE, join_names
 from .adapted_module import AdaptedModule
 from .adapted_weights import NamedModules, adapters_in, layer_adapter
 
@@ -96,9 +96,9 @@ def _add_overlaps(sharing: Sequence[Owned], tied: dict[tuple[nn.Module, str], st
             if _owner(later_module) is _owner(module):
                 continue
             if trains and not name.endswith("bias"):
-                tied.setdefault((module, name), f"{later_path}.{later_name}".lstrip("."))
+                tied.setdefault((module, name), join_names(later_path, later_name))
             if later_trains and not later_name.endswith("bias"):
-                tied.setdefault((later_module, later_name), f"{path}.{name}".lstrip("."))
+                tied.setdefault((later_module, later_name), join_names(path, name))
 
 
 def _owner(module: nn.Module) -> object:

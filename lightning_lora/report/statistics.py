@@ -7,13 +7,13 @@ matrices A @ A.T and B.T @ B.
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..adapter.products import Stack, effective_rank, inner_product, singular_values_of_grams, stack_blocks
 from ..distributed.flat import unsharded_shape
@@ -56,13 +56,12 @@ class GroupStats:
 class WeightSquares(NamedTuple):
     """The sum of squares (a scalar) of this rank's part of a weight, and what tells whether it is still right."""
 
-    weight: weakref.ref[nn.Parameter]  # no id: another tensor may get the id of a tensor that is gone
-    writes: tuple[int, int] | None  # see _writes
     squares: torch.Tensor
+    written: Hashable | None  # see _written
 
     def is_of(self, weight: nn.Parameter) -> bool:
         """Return whether the sum is still that of this weight, which is frozen and was not written to."""
-        return self.weight() is weight and self.writes is not None and self.writes == _writes(weight)
+        return self.written is not None and self.written == _written(weight)
 
 
 @dataclass(frozen=True)
@@ -175,16 +174,21 @@ def _weight_squares(layer: AdaptedWeights, before: Snapshot | None) -> WeightSqu
     weight = layer.adapted_weight()
     if before is not None and before.weight.is_of(weight):
         return before.weight
-    return WeightSquares(weakref.ref(weight), _writes(weight), _squares(layer.base_values()))
+    return WeightSquares(_squares(layer.base_values()), _written(weight))
 
 
-def _writes(weight: nn.Parameter) -> tuple[int, int] | None:
-    """Return where a weight lies and torch's count of writes to it, or None if torch does not count them all.
+def _written(weight: nn.Parameter) -> Hashable | None:
+    """Return what is another value after a write to a weight, or None if torch does not count all writes.
 
     torch counts no step of a fused optimizer, and no write to an inference tensor.
     """
     part = local(weight)
-    return None if weight.requires_grad or part.is_inference() else (part.data_ptr(), part._version)
+    if weight.requires_grad or part.is_inference():
+        return None
+    # The weak reference keeps another storage from getting the same address. One to the weight itself would keep
+    # torch.utils.swap_tensors from swapping it, as model.to() does with some kinds of tensors.
+    storage = StorageWeakRef(part.untyped_storage())  # type: ignore[no-untyped-call]
+    return id(weight), storage, part.data_ptr(), part._version
 
 
 def _squares_of_gradient(factor: nn.Parameter, sync: RankSync) -> torch.Tensor:

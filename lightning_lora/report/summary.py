@@ -140,7 +140,8 @@ class Summary:
     def _facts(self, *, short: bool = False) -> list[tuple[str, str]]:
         share = f"{self.trainable / max(self.total, 1):.2%}"
         memory = self.memory
-        passed_over = [f"passes over {self.passed_over}"] if self.passed_over else []
+        weights = self.passed_over.replace(" of the parameters", "") if short else self.passed_over
+        passed_over = [f"passes over {weights}"] if weights else []
         quantised = ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantised.items())
         evaluation = self._evaluation(short=short)
         if short and quantised:  # both in one line
@@ -372,6 +373,6 @@ def _cut(lead: str, text: str) -> list[str]:
     room = WIDTH - len(lead)
     if len(text) > room:
         begin = text[: room - len(" ...")]
-        end = max(begin.rfind(mark) for mark in (", ", "; ", ": ")) + 1
-        text = f"{begin[:end]} ..." if end else f"{begin}..."
+        end = max(begin.rfind(mark) for mark in (", ", "; ", ": ", " (")) + 1
+        text = f"{begin[:end].rstrip()} ..." if end else f"{begin}..."
     return [lead + text]

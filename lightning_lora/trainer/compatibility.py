@@ -113,9 +113,11 @@ def _selects_layers(handle: AdaptedModel, config: LoRAConfig, given: Collection[
     record = handle.record
     asked = replace(record.config, **{name: getattr(config, name) for name in BY_LAYER if name in given})
     live = {layer.lora.name: layer.lora.spec for layer in handle.layers.values() if layer.kind()}
-    return select(handle.root_modules, asked).names() == live.keys() and all(
-        (asked.rank(name), asked.enabled_parts(name)) == (spec.r, spec.enabled)
-        and math.isclose(asked.scaling(name), spec.scaling)
+    selection = select(handle.root_modules, asked)
+    in_patterns = {name: selection.outputs.get(name, name) for name in live}
+    return selection.names() == live.keys() and all(
+        (asked.rank(in_patterns[name]), asked.enabled_parts(name)) == (spec.r, spec.enabled)
+        and math.isclose(asked.scaling(in_patterns[name]), spec.scaling)
         for name, spec in live.items()
     )
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..model.adapted_model import Listing
-from ..names import LIGHTNING, derives_from
+from ..names import LIGHTNING, derives_from, join_names
 from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_modules, quantised_parameters
 from ..nn.quantised_state import is_of_lightning
@@ -52,7 +52,7 @@ def convert_linear_layers_(listing: Listing) -> None:
     elif any(map(is_of_lightning, quantised)):  # converted earlier; layers were built since
         for path, parent in modules:
             for name, child in list(parent._modules.items()):
-                if _is_plain(child) and not f"{path}.{name}".lstrip(".").startswith(tuple(plugin.ignore_modules)):
+                if _is_plain(child) and not join_names(path, name).startswith(tuple(plugin.ignore_modules)):
                     box = nn.Module()
                     box.register_module("lora_converted", child)
                     parent._modules[name] = plugin.convert_module(box).lora_converted

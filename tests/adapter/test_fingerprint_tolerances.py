@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora.adapter.fingerprint import REMEDY, Entry, compare_fingerprints
 from lightning_lora.exchange.take import fingerprint
 from support.models import checkpoint, source
 from support.runs import lora, trained
@@ -120,6 +121,27 @@ def test_a_base_that_lacks_a_parameter_of_the_one_that_was_trained_on_is_named()
         inject(model, lora(target_modules=["layer"]).config)
     with pytest.raises(LoRAError, match="belongs to another base: its frozen parameter 'other' is not here"):
         load_adapter(here, checkpoint(saved, "adapter"))
+
+
+def entries(different: int, quantised: str = "", of: int = 4) -> dict[str, Entry]:
+    """The fingerprint of a base, of which the last tensors have other values."""
+    values = [float(i < of - different) for i in range(of)]
+    return {f"{i}": Entry("float32", [1], [each]) for i, each in enumerate(values)} | {
+        "9": Entry("float32", [8, 8], [], quantised)
+    }
+
+
+def test_the_advice_of_another_base_is_of_a_new_head_only_where_few_tensors_differ():
+    for different, is_head in ((1, True), (2, False), (4, False)):
+        with pytest.raises(LoRAError, match="belongs to another base: values of") as refused:
+            compare_fingerprints(entries(different), entries(0))
+        assert ("A new head" in str(refused.value)) == is_head
+        assert str(refused.value).endswith(REMEDY)
+
+
+def test_where_base_and_quantisation_differ_the_quantisation_is_named_first():
+    with pytest.raises(LoRAError, match=r"base: at '9' the base was quantised.* Quantise the base .* Load the adapter"):
+        compare_fingerprints(entries(4), entries(0, "nf4"))
 
 
 # --- a description with a changed scaling ---

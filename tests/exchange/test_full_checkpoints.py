@@ -17,7 +17,9 @@ from lightning_lora import (
     LoRAError,
     disable_adapter,
     inject,
+    load_adapter,
     load_from_checkpoint,
+    take_adapter,
     unload,
 )
 from support.runs import At, lora, trained
@@ -91,6 +93,43 @@ def test_load_from_checkpoint_of_a_full_checkpoint_of_a_part_brings_back_the_bas
         unload(trained_model)
         assert_same_tensors(trained_model.get_submodule(name).state_dict(), before)
     assert_same_tensors(weights(loaded), weights(model))
+
+
+@pytest.mark.filterwarnings("ignore:lightning_lora. adapter. belongs to another base")
+@pytest.mark.parametrize("is_injected", [True, False])
+@pytest.mark.parametrize("part", ["", "body"])
+def test_load_adapter_takes_from_a_full_checkpoint_what_an_adapter_checkpoint_has_and_refuses_another_base(
+    tmp_path, part: str, is_injected: bool
+):
+    """The base of a full checkpoint is never taken, not even a part of it; load_from_checkpoint takes all of it."""
+
+    def options() -> LoRAConfig:
+        names = ["0", "3"] if part else ["body.0", "body.3"]
+        return LoRAConfig(r=2, target_modules=names, bias="lora_only", modules_to_save=None if part else ["head"])
+
+    inject((model := Net()).get_submodule(part), options())
+    trained(tmp_path, model, LoRACallback(save="full"))
+    model.trainer.save_checkpoint(tmp_path / "full.ckpt")
+    alone = take_adapter(model)
+    found = []
+    for source in (tmp_path / "full.ckpt", alone):
+        with torch.no_grad():
+            for tensor in (*(other := Net()).parameters(), *other.buffers()):
+                tensor.mul_(2)
+        if is_injected:
+            inject(other.get_submodule(part), options())
+        before = weights(other)
+        with pytest.raises(LoRAError, match=r"belongs to another base: .* 'body.0.weight'"):
+            load_adapter(other, source)
+        assert_same_tensors(weights(other), before)
+        load_adapter(other, source, strict_base=False)
+        found.append(weights(other))
+    assert_same_tensors(found[0], found[1])
+    own = {name for name, value in before.items() if "lora" not in name and name not in alone.tensors}
+    assert "body.1.weight" in own
+    assert_same_tensors({name: found[0][name] for name in own}, {name: before[name] for name in own})
+    assert_same_tensors({name: found[0][name] for name in alone.tensors}, alone.tensors)
+    assert_same_tensors(weights(load_from_checkpoint(Net, tmp_path / "full.ckpt")), weights(model))
 
 
 def _put(value: Any) -> Callable[[dict[str, Any]], None]:

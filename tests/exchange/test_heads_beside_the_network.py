@@ -88,7 +88,7 @@ def test_folder_with_a_head_tells_that_peft_loads_it_onto_the_whole_module(tmp_p
     DOORS[door](tmp_path / "folder")
     assert re.search(WHOLE + ALONE, told.pop())
     card = (tmp_path / "folder" / "README.md").read_text()
-    assert "base = ...  # the whole LightningModule, not its model alone\n" in card
+    assert "\n# build base here: the whole LightningModule, not its model alone\n" in card
     load_adapter(ours := Headed(), tmp_path / "folder")
     theirs = peft.PeftModel.from_pretrained(Headed(), tmp_path / "folder")
     assert torch.allclose(theirs(tokens()), ours(tokens()), atol=1e-6)
@@ -108,7 +108,7 @@ def test_names_inside_another_module_are_told_as_those_of_that_module(tmp_path, 
     )
     save_adapter(trained(Inside), tmp_path)
     assert re.search(expected, told.pop())
-    assert "# the LightningModule's net, not its body alone\n" in (tmp_path / "README.md").read_text()
+    assert "# build base here: the LightningModule's net, not its body alone\n" in (tmp_path / "README.md").read_text()
     model = peft.PeftModel.from_pretrained(Inside().net, tmp_path)  # any name that is missing is a warning of peft's
     assert model.peft_config["default"].modules_to_save == ["head"]
 

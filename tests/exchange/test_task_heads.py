@@ -12,8 +12,17 @@ import pytest
 import torch
 import transformers
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter
-from lightning_lora.config import Task
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+    unload,
+)
+from lightning_lora.config import Task, tasks_with
 from lightning_lora.model.heads import new_heads, warn_of_new_heads
 from lightning_lora.model.pretrained import base_name
 from support.notices import quiet_peers
@@ -132,6 +141,20 @@ def test_the_head_of_each_task_class_is_named(tmp_path, body, kind: str, head: s
         warn_of_new_heads(list(model.named_modules()))
 
 
+@pytest.mark.transformers_5
+def test_a_new_part_of_the_body_is_not_called_a_head_and_an_adapter_on_it_is_named(tmp_path):
+    transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path)  # it has no pooler
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+    inject(model, LoRAConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    said = r": a part of BertForSequenceClassification \(bert\.pooler\) starts .* and stays frozen: .*'bert\.pooler'"
+    with pytest.warns(UserWarning, match=said):
+        warn_of_new_heads(list(model.named_modules()))
+    unload(model)
+    inject(model, LoRAConfig(target_modules=["query", "dense"], modules_to_save=["classifier"]))
+    with pytest.warns(UserWarning, match=r"\(bert\.pooler\) starts .* and stays frozen under its adapter: "):
+        warn_of_new_heads(list(model.named_modules()))
+
+
 def _loaded_with_its_head(body: Path, tmp_path: Path) -> Any:
     classifier(body).save_pretrained(tmp_path / "tuned")
     return classifier(tmp_path / "tuned")
@@ -202,6 +225,11 @@ def test_task_type_adds_what_peft_adds(body, task: str):
     peft.get_peft_model(net, config)
     ours = LoRAConfig(task_type=task, target_modules=TARGETS)
     assert set(ours.all_modules_to_save()) == set(config.modules_to_save or ())
+
+
+def test_a_task_is_advised_where_it_takes_each_of_the_new_heads():
+    assert tasks_with(["pre_classifier", "classifier"]) == ["SEQ_CLS", "TOKEN_CLS"]  # of DistilBERT
+    assert tasks_with(["bert.pooler", "classifier"]) == []
 
 
 def test_every_task_of_peft_is_taken_also_as_its_enum():

@@ -120,8 +120,8 @@ class Attention(nn.Module):
     [
         ("'mha', which has q, k and v apart", {"kdim": 3, "vdim": 5}, {"target_modules": ["out_proj"]}),
         ("adapted without its out_proj", {}, {"target_modules": ["mha"], "exclude_modules": ["out_proj"]}),
-        ("another rank or lora_alpha", {}, {"target_modules": ["mha"], "rank_pattern": {"out_proj": 1}}),
-        ("another rank or lora_alpha", {}, {"target_modules": ["mha"], "alpha_pattern": {"out_proj": 1}}),
+        ("another rank or lora_alpha", {}, {"target_modules": ["mha", "out_proj"], "rank_pattern": {"out_proj": 1}}),
+        ("another rank or lora_alpha", {}, {"target_modules": ["mha", "out_proj"], "alpha_pattern": {"out_proj": 1}}),
         ("separate or partly adapted", {}, {"target_modules": ["mha"], "enable_lora": {"mha": [True, False, True]}}),
         ("'mha', which has q, k and v apart", {"kdim": 3, "vdim": 5}, {"target_modules": ["mha"]}),
     ],

@@ -150,14 +150,14 @@ FROZEN_HEADS = {  # each with the name that is said, or ""
 @pytest.mark.parametrize(("build", "name"), FROZEN_HEADS.values(), ids=FROZEN_HEADS)
 def test_the_summary_names_what_looks_like_a_frozen_head_of_a_model_that_tells_nothing(build: Build, name: str):
     inject(model := build(), LoRAConfig(r=1))
-    said = f"frozen; if it is new, train it whole: modules_to_save=['{name}']" if name else ""
+    said = f"frozen under its adapter; if new: modules_to_save=['{name}']" if name else ""
     assert summary(model).frozen_head == said
     assert said in " ".join(str(summary(model)).split())
 
 
 def test_a_head_without_an_adapter_is_named_and_one_that_is_trained_whole_is_not():
     inject(frozen := classifier("fc", 5), LoRAConfig(r=1, target_modules=["body"]))
-    assert summary(frozen).frozen_head.startswith("frozen")
+    assert summary(frozen).frozen_head == "frozen; if it is new, train it whole: modules_to_save=['fc']"
     assert "modules_to_save=['fc']" in summary(frozen).short()
     inject(trained := classifier("fc", 5), LoRAConfig(r=1, modules_to_save=["fc"]))
     assert summary(trained).frozen_head == ""

@@ -11,9 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, unload
+from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, load_adapter, merge, save_adapter, unload
 from lightning_lora.nn import lora
-from support.models import ZOO_LAYERS, OwnLinear, Stubborn, Zoo, randomise_, state_bits, tokens, trace, zoo_config
+from lightning_lora.nn.adapted_weights import adapted_layers
+from support.models import (
+    ZOO_LAYERS,
+    OwnLinear,
+    Stubborn,
+    Zoo,
+    checkpoint,
+    randomise_,
+    state_bits,
+    tokens,
+    trace,
+    zoo_config,
+)
 
 
 def test_inject_keeps_tree_names_order_identity_memory_and_classes():
@@ -72,6 +84,49 @@ def test_what_is_trainable_is_what_peft_trains(bias, saved):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
 
 
+class Norms(Zoo):
+    """Modules whose names end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.final_norm, self.prenorm = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        self.pre_classifier, self.classifier = nn.Linear(8, 8), nn.Linear(8, 3)
+
+
+@pytest.mark.parametrize(
+    "entries", [["norm"], ["final_norm"], ["prenorm.1", "fier"], ["l_norm", "body.1"], ["1"], None]
+)
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_modules_to_save_of_a_peft_config_are_those_that_peft_trains(tmp_path, entries, task):
+    def config() -> peft.LoraConfig:  # get_peft_model changes it
+        return peft.LoraConfig(target_modules=["embed", "body.0", "body.3"], modules_to_save=entries, task_type=task)
+
+    base = Norms()
+    theirs = peft.get_peft_model(_prepared(copy.deepcopy(base)), config())
+    expected = {_our_name(name) for name, p in theirs.named_parameters() if p.requires_grad}
+    inject(model := copy.deepcopy(base), config())
+    inject(model, config())  # the same options: nothing to refuse
+    assert _trainable(model) == expected
+    randomise_(model)
+    save_adapter(model, tmp_path / "folder")
+    for source in (tmp_path / "folder", checkpoint(model, "adapter")):
+        load_adapter(again := copy.deepcopy(base), source)
+        assert _trainable(again) == expected
+        assert all(torch.equal(p, again.get_parameter(n)) for n, p in model.named_parameters() if p.requires_grad)
+    there = peft.PeftModel.from_pretrained(_prepared(copy.deepcopy(base)), tmp_path / "folder", is_trainable=True)
+    assert {_our_name(name) for name, p in there.named_parameters() if p.requires_grad} == expected
+
+
+def _prepared(model: nn.Module) -> nn.Module:
+    """A model with the method that PEFT keeps of models for a task."""
+    model.prepare_inputs_for_generation = None  # type: ignore[assignment]
+    return model
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def _our_name(name: str) -> str:
     name = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".modules_to_save.default", "")
     name = name.replace(".lora_embedding_", ".lora_")
@@ -112,6 +167,45 @@ def test_ranks_and_scalings_are_those_of_peft(rslora):
         assert layer.lora.spec.scaling == reference.scaling["default"]
         assert layer.lora_B.shape[1] == layer.lora_A.shape[0] == reference.r["default"]
     assert [model.get_submodule(name).lora.spec.r for name in ZOO_LAYERS] == [4, 4, 2, 3]
+
+
+ATTENTION_PATTERNS = [
+    ({"mixer": 2}, {"mixer": 3}),
+    ({"self_attn|lin": 5}, {"^mixer$": 7}),
+    ({".*out_proj|mixer": 2}, {}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "alphas"), ATTENTION_PATTERNS)
+@pytest.mark.parametrize("targets", [["mixer", "self_attn"], ["mixer", "self_attn", "out_proj"], r"mixer|.*self_attn"])
+def test_attention_has_one_rank_and_scaling_by_its_own_name_as_in_peft(tmp_path, targets, ranks, alphas):
+    base = nn.ModuleDict({"mixer": nn.MultiheadAttention(8, 2), "layer": nn.TransformerEncoderLayer(8, 2, 16)})
+    options: dict[str, Any] = {"r": 4, "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas}
+    theirs = peft.LoraModel(copy.deepcopy(base), peft.LoraConfig(**options), "default").model
+    of_peft = {
+        name.replace(".base_layer", ""): each for name, each in theirs.named_modules() if hasattr(each, "scaling")
+    }
+    expected = {name: (each.r["default"], each.scaling["default"]) for name, each in of_peft.items()}
+
+    def found(model: nn.Module) -> dict[str, Any]:
+        return {name: (each.lora.spec.r, each.lora.spec.scaling) for name, each in adapted_layers(model).items()}
+
+    inject(model := copy.deepcopy(base), LoRAConfig(**options))
+    assert found(model) == expected
+    randomise_(model)
+    load_adapter(again := copy.deepcopy(base), checkpoint(model, "adapter"))
+    assert found(again) == expected
+    if "out_proj" not in targets:
+        save_adapter(model, tmp_path / "folder")
+        load_adapter(again := copy.deepcopy(base), tmp_path / "folder")
+        assert found(again) == expected
+
+
+def test_a_pattern_that_names_only_the_output_of_attention_is_an_error():
+    with pytest.raises(LoRAError, match=r"rank_pattern: 'out_proj' names no adapted layer"):
+        inject(
+            nn.TransformerEncoderLayer(8, 2, 16), LoRAConfig(target_modules=["self_attn"], rank_pattern={"out_proj": 2})
+        )
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])

@@ -54,7 +54,7 @@ def test_all_linear_says_what_it_passes_over_and_its_largest_kinds(caplog):
     total = 1100
     assert line == (
         f"lightning_lora: 'all-linear' passes over {875 / total:.1%} of the parameters"
-        "; target_modules='all-layers' adapts more "
+        "; 'all-layers' adapts more "
         f"(Linear {200 / total:.1%}, Experts.down_proj {100 / total:.1%}, Conv2d {100 / total:.1%}, ...)"
     )
 
@@ -62,7 +62,7 @@ def test_all_linear_says_what_it_passes_over_and_its_largest_kinds(caplog):
 def test_what_is_excluded_or_saved_whole_is_not_passed_over():
     options = {"exclude_modules": ["conv"], "modules_to_save": ["foreign", "experts", "lstm", "more"]}
     inject(model := Net(), LoRAConfig(r=1, **options))
-    found = f"{175 / 1100:.1%} of the parameters; target_modules='all-layers' adapts more (Embedding {100 / 1100:.1%}, "
+    found = f"{175 / 1100:.1%} of the parameters; 'all-layers' adapts more (Embedding {100 / 1100:.1%}, "
     assert summary(model).passed_over.startswith(found)
     inject(model := Net(), LoRAConfig(r=1, **options | {"exclude_modules": ["conv", "embed"]}))
     assert summary(model).passed_over == ""  # attention is 75 of 1100
@@ -145,4 +145,19 @@ def test_all_layers_is_advised_only_where_it_adapts_more():
     inject(embeds := nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 4)), LoRAConfig(r=1))
     inject(convolves := nn.Sequential(nn.Conv1d(4, 50, 3), nn.Linear(4, 4)), LoRAConfig(r=1))
     assert "all-layers" not in summary(embeds).passed_over
-    assert "target_modules='all-layers' adapts more" in summary(convolves).passed_over
+    assert "'all-layers' adapts more" in summary(convolves).passed_over
+
+
+def test_the_short_summary_has_the_largest_kind_and_the_advice_in_its_line_of_80_columns():
+    parts = {"embed": nn.Conv2d(3, 48, 8), "block": nn.Linear(48, 480), "table": nn.Embedding(99, 48)}
+    model = nn.ModuleDict({**parts, "head": nn.Linear(48, 3)})
+    inject(model, LoRAConfig(modules_to_save=["head"]))
+    (line,) = [line for line in summary(model).short().splitlines() if "passes over" in line]
+    assert line == "  all-linear    passes over 37.1%; 'all-layers' adapts more (Conv2d 24.5%, ..."
+    assert len(line) <= 80
+
+
+def test_the_short_summary_has_the_advice_where_the_name_of_the_largest_kind_is_too_long():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "layer": nn.Linear(8, 8)})
+    inject(model, LoRAConfig())
+    assert "\n  all-linear  passes over 53.3%; 'all-layers' adapts more ..." in summary(model).short()

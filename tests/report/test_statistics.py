@@ -253,6 +253,8 @@ def test_norm_of_a_weight_is_computed_again_only_when_it_may_have_changed(monkey
     assert next_calls() == ["0.q"]
     model["1"].q.weight = nn.Parameter(torch.randn(6, 8), requires_grad=False)
     assert next_calls() == ["1.q"]
+    torch.utils.swap_tensors(model["1"].q.weight, nn.Parameter(torch.randn(6, 8), requires_grad=False))
+    assert next_calls() == ["1.q"]
     model["0"].up.weight.requires_grad_()
     assert next_calls() == next_calls() == ["0.up"]
     model["0"].up.weight.requires_grad_(False)  # what trained it may have been a step that torch does not count

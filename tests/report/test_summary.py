@@ -266,7 +266,7 @@ LoRA with use_rslora: 21 adapted layers
   trainable     4,288 of 45,344 parameters (9.46%)
   adapter       11 kB in float32
   also trained  6 tensors, 1,536 values: ...
-  all-linear    passes over 27.3% of the parameters (Embedding 27.3%); ...
+  all-linear    passes over 27.3% (Embedding 27.3%); ...
   quantised     1 weight as nf4; adapted ones stay factored"""
 
 
@@ -291,7 +291,7 @@ def test_the_short_form_says_once_that_quantised_layers_stay_factored():
 def test_adapted_layers_show_r_and_alpha_until_they_are_unloaded():
     model = Mixed()
     before = repr(model)
-    targets: dict[str, Any] = {"target_modules": ["0", "attention"], "target_parameters": ["weight_ih_l0"]}
+    targets: dict[str, Any] = {"target_modules": ["0", "attention", "out_proj"], "target_parameters": ["weight_ih_l0"]}
     inject(model, LoRAConfig(r=4, lora_alpha=2.5, rank_pattern={"out_proj": 2}, **targets))
     shown = repr(model)
     assert "LSTM(8, 16, weight_ih_l0: r=4, alpha=2.5)" in shown
