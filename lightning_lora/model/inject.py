@@ -360,7 +360,7 @@ def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
     modules = dict(handle.root_modules)
     tables = {name: rows for name, rows in selection.tables.items() if not isinstance(modules[name], LoRATable)}
     selection.refuse(modules, record.config, {*new, *apart, *parameters, *tables})
-    check_trainable(handle.root_modules, selection.saved)
+    check_trainable(handle.root_modules, selection.saved, record.config)
     _freeze(handle, new, selection.saved)
     seed = record.seed or random_seed()
     with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
