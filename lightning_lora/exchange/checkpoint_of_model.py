@@ -36,6 +36,7 @@ from ..nn.adapted_module import is_factor
 from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed
 from ..nn.quantised_state import quantisation_entries
+from ..nn.rounding import NEVER
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
@@ -120,7 +121,7 @@ def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind, live
 
 def _merge_state(handle: AdaptedModel, state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     try:
-        return merge_state_dict(handle, state, dtype)
+        return merge_state_dict(handle, state, dtype, tells=NEVER)  # the fit's end tells it
     except NonFiniteError as error:
         raise NonFiniteError(
             f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
