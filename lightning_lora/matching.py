@@ -121,8 +121,9 @@ class Unmatched:
             self.unused.append(f"{option}: {', '.join(map(repr, missing))}")
         else:
             shown = _instead_of_expression if isinstance(value, str) else repr
-            found = [near_misses(entry, names if hints is None else hints, shown) for entry in missing]
-            self.errors += [f"{option}: {e!r} names no {noun}{near}" for e, near in zip(missing, found, strict=True)]
+            for entry in missing:
+                near = near_misses(entry, names if hints is None else hints, shown)
+                self.errors.append(f"{option}: {entry!r} names no {noun}{near}")
 
 
 def _instead_of_expression(name: str) -> str:

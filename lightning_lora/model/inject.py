@@ -179,6 +179,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         refuse_unmergeable(handle, dtype)
         unmerge_listed(handle)  # a layer that could not be merged earlier may be mergeable now
         plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
+        handle.record.marks.add("quantised")  # no layer stays factored, so nothing is said of that
         merge_listed(handle)
         for layer in handle.layers.values():
             layer.lora.undo = None
