@@ -43,8 +43,8 @@ from .fit_checks import check_adapter
 from .take import check_fingerprint, describe
 
 REMEDY_IN_TRAINER = (
-    "Build the module with the weights that it had in training. To use the adapter on this base all the same, call "
-    "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
+    "Build the module with the weights that it had in training. To use the adapter on this base all the same, in "
+    "Python call load_adapter(model, path, strict_base=False) and leave ckpt_path out."
 )
 OPTIONS_IN_TRAINER = (
     "If the model already has an adapter, call unload(model) first. Otherwise leave them out of LoRACallback: they are "
