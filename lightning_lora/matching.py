@@ -135,17 +135,30 @@ class Unmatched:
         if found and missing:
             self.unused.append(f"{option}: {', '.join(map(repr, missing))}")
         else:
-            known = names if hints is None else hints
-            self.errors += [f"{option}: {entry!r} names no {noun}{near_misses(entry, known)}" for entry in missing]
+            shown = _instead_of_expression if isinstance(value, str) else repr
+            for entry in missing:
+                near = near_misses(entry, names if hints is None else hints, shown)
+                self.errors.append(f"{option}: {entry!r} names no {noun}{near}")
 
 
-def near_misses(entry: str, names: Iterable[str]) -> str:
-    """Return a hint for an entry that names nothing: the most similar names, or else how the names end."""
+def _instead_of_expression(name: str) -> str:
+    """Return a value for an option of names in the place of a regular expression that matches nothing."""
+    return repr(name if name in BY_KIND else [name])
+
+
+def near_misses(entry: str, names: Iterable[str], shown: Callable[[str], str] = repr) -> str:
+    """Return a hint for an entry that names nothing: the most similar names, or else how the names end.
+
+    Args:
+        entry: of an option.
+        names: that it may be.
+        shown: writes such a name.
+    """
     names = list(names)
     known = {suffix for name in names for suffix in suffixes(name)}
     close = difflib.get_close_matches(entry, sorted(known), n=3, cutoff=0.6)
     if close:
-        return f"; did you mean {', '.join(map(repr, close))}?"
+        return f"; did you mean {', '.join(map(shown, close))}?"
     endings = [repr(ending) for ending in dict.fromkeys(map(_ending, names))]
     return f"; there are {listed(endings, 10)}" if endings else "; there are none"
 

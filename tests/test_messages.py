@@ -123,8 +123,8 @@ def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
 def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
     """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. 8 of 8 frozen tensors
     differ ('body.0.weight', 'body.0.bias', 'body.1.weight', ...). Build the module with the weights that it had in
-    training. To use the adapter on this base all the same, call load_adapter(model, path, strict_base=False) and
-    leave ckpt_path out.
+    training. To use the adapter on this base all the same, in Python call load_adapter(model, path, strict_base=False)
+    and leave ckpt_path out.
     """
     file = saved(path, lora(), base=saved(path))
     make_trainer(path, lora()).validate(Net(), Data(), ckpt_path=file, **PLAIN_TYPES_ONLY)

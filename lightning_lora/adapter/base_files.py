@@ -9,9 +9,6 @@ from ..files.weights import Weights
 from .adapter import Adapter
 from .fingerprint import Entry, compare_fingerprints, entry_of, evenly_chosen, sample_positions
 
-# Advice in the error about another base, unless the caller gives its own.
-OTHER_FILES = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
-
 
 def fingerprint_of_files(locations: Mapping[str, TensorLocation]) -> dict[str, Entry]:
     """Return the entries of tensors in files. Of many, values of some are read."""
@@ -25,11 +22,18 @@ def _entry_at(location: TensorLocation, *, with_values: bool) -> Entry:
     return entry_of(location.shape, location.dtype, values)
 
 
-def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool = True, remedy: str = OTHER_FILES) -> None:
+def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool, remedy: str, of_quantisation: str) -> None:
     """Raise LoRAError, or warn, where weights on disk are not the adapter's base.
 
     A name that only one of the two has is ignored, because a file may hold tied weights once. So is a table whose rows
     the adapter replaces.
+
+    Args:
+        adapter: under the names of the weights.
+        base: the weights.
+        strict: whether another base is an error or a warning.
+        remedy: the advice at the end of the error.
+        of_quantisation: the advice instead where the adapter's base was quantised, which no weights on disk can be.
     """
     ignored = {f"{module}.weight" for module in (*base.quantised(), *adapter.tables, *adapter.tied)}
     expected = {
@@ -38,4 +42,4 @@ def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool = True, 
         if name not in ignored and name in base.locations and base.locations[name].in_order
     }
     entries = {name: _entry_at(base.locations[name], with_values=bool(e.values)) for name, e in expected.items()}
-    compare_fingerprints(entries, expected, strict=strict, remedy=remedy)
+    compare_fingerprints(entries, expected, strict=strict, remedy=remedy, of_quantisation=of_quantisation)

@@ -24,7 +24,7 @@ REMEDY = "Load the adapter on the base that it was trained on, or pass strict_ba
 OF_HEADS = "A new head has other random values in each program: train and save it whole with modules_to_save."
 OF_QUANTISATION = (
     "Quantise the base as in training before it is adapted, a torchao NF4Tensor by quantize_base with the options of "
-    "that run; an adapter often serves both."
+    "that run."
 )
 
 
@@ -73,7 +73,12 @@ def evenly_chosen(names: Sequence[str]) -> set[str]:
 
 
 def compare_fingerprints(
-    present: Mapping[str, Entry], expected: Mapping[str, Entry], *, strict: bool = True, remedy: str = REMEDY
+    present: Mapping[str, Entry],
+    expected: Mapping[str, Entry],
+    *,
+    strict: bool = True,
+    remedy: str = REMEDY,
+    of_quantisation: str = "",
 ) -> None:
     """Raise LoRAError, or warn, where entries differ. Names that only `present` has are ignored.
 
@@ -82,6 +87,7 @@ def compare_fingerprints(
         expected: of the adapter's base.
         strict: whether another base is an error or a warning.
         remedy: the advice at the end of the error.
+        of_quantisation: the advice instead where weights were quantised in another way.
     """
     order = {name: position for position, name in enumerate(present)}
     names = sorted(expected, key=lambda name: order.get(name, -1))
@@ -95,11 +101,13 @@ def compare_fingerprints(
         f"({listed([repr(name) for name in found])})."
     )
     if otherwise:
-        message += f" {OF_QUANTISATION}"
+        advice = of_quantisation or f"{OF_QUANTISATION} {remedy}"
     elif 2 * len(found) < sum(bool(entry.values) for entry in expected.values()):  # where most differ, it is the base
-        message += f" {OF_HEADS}"
+        advice = f"{OF_HEADS} {remedy}"
+    else:
+        advice = remedy
     if strict:
-        raise LoRAError(f"{message} {remedy}")
+        raise LoRAError(f"{message} {advice}")
     warnings.warn(f"lightning_lora: {message}", stacklevel=3)
 
 

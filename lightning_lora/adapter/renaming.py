@@ -92,7 +92,8 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Cal
     if outside and strip != adapter.network:  # a network alone needs no tensors of the module around it
         warnings.warn(
             f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "
-            f"first {outside[0]!r}. A base with a place for them takes them, as the model that was trained.",
+            f"first {outside[0]!r}. To keep them, load it into the whole model that was trained; for the command, "
+            "save_pretrained that model with its new head, not quantised, and give the folder as --base.",
             stacklevel=4,
         )
     return renamed(adapter, strip, add)

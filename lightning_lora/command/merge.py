@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.base_files import OTHER_FILES, compare_with_files
+from ..adapter.base_files import compare_with_files
 from ..adapter.fingerprint import entries_match
 from ..adapter.renaming import by_network_names
 from ..adapter.values import check_finite
@@ -50,11 +50,13 @@ from ..nn.variant import LayerInfo, Parts
 from ..notices import tell
 from ..progress import progress_bar
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed
-from .output import MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
+from .output import IN_PYTHON, MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
 from .write_merged import Job, WeightUpdate, write_file_of, write_folder_of
 
 CHECKPOINT_SUFFIX = ".ckpt"
 INSTEAD = "Load the model in Python and use load_adapter and save_merged instead"
+OTHER_FILES = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
+OF_QUANTISATION = f"{IN_PYTHON}; or pass --strict-base=false, which merges into these unquantised weights."
 
 
 def merge_on_disk(
@@ -129,7 +131,7 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True, re
     refuse_quantised("merge", base, {*adapter.layers, *(name.rpartition(".")[0] for name in adapter.beside_factors())})
     _refuse_built(adapter, base, names)
     _refuse_unplaced(adapter, base, names.built)
-    compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES)
+    compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES, of_quantisation=OF_QUANTISATION)
     return Fitted(adapter, base, names.files)
 
 

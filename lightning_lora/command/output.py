@@ -18,6 +18,10 @@ from ..formats.peft_folder import TENSOR_FILE
 from ..names import META
 
 FILE_SUFFIXES = (SUFFIX, ".ckpt", ".pt")
+IN_PYTHON = (  # what merges into quantised weights
+    "Load the quantised model in Python, then load_adapter(model, adapter) and save_merged(model, path, "
+    'dequantize="bfloat16")'
+)
 
 
 def refuse_quantised(verb: str, weights: Weights, modules: Collection[str] | None = None) -> None:
@@ -35,8 +39,8 @@ def refuse_quantised(verb: str, weights: Weights, modules: Collection[str] | Non
         if modules is None or module in modules:
             raise LoRAError(
                 f"{verb}: {weights.path}: the weight of {module!r} is quantised, as {name!r} shows, and files are "
-                "compared and merged by value. Give the base that it was quantised from; or load the quantised model "
-                'in Python, then load_adapter(model, adapter) and save_merged(model, path, dequantize="bfloat16").'
+                f"compared and merged by value. {IN_PYTHON}; or give the base that it was quantised from, with "
+                "--strict-base=false where the adapter was trained on the quantised one."
             )
 
 

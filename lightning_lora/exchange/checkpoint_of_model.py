@@ -36,14 +36,15 @@ from ..nn.adapted_module import is_factor
 from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed
 from ..nn.quantised_state import quantisation_entries
+from ..nn.rounding import NEVER
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
 from .take import check_fingerprint, describe
 
 REMEDY_IN_TRAINER = (
-    "Build the module with the weights that it had in training. To use the adapter on this base all the same, call "
-    "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
+    "Build the module with the weights that it had in training. To use the adapter on this base all the same, in "
+    "Python call load_adapter(model, path, strict_base=False) and leave ckpt_path out."
 )
 OPTIONS_IN_TRAINER = (
     "If the model already has an adapter, call unload(model) first. Otherwise leave them out of LoRACallback: they are "
@@ -125,7 +126,7 @@ def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind, live
 
 def _merge_state(handle: AdaptedModel, state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     try:
-        return merge_state_dict(handle, state, dtype)
+        return merge_state_dict(handle, state, dtype, tells=NEVER)  # the fit's end tells it
     except NonFiniteError as error:
         raise NonFiniteError(
             f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'

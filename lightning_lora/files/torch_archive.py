@@ -63,19 +63,26 @@ def read_torch_file(
             content = _load(path, device, mmap, trusted, has_objects)
     except LoRAError:
         raise
-    except pickle.UnpicklingError as error:
-        raise LoRAError(
-            f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "
-            f"{sentence(str(error).splitlines()[0])}"
-        ) from error
     except Exception as error:  # of a damaged file torch raises anything
-        raise LoRAError(f"{path}: cannot be read as a checkpoint; it may be truncated: {sentence(error)}") from error
+        raise LoRAError(f"{path}: {_why_not_loaded(path, error)}") from error
     _refuse_objects(content, path)
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
     if not trusted:
         check_tensors(content, path, held if whole else (), without_values=device == "meta")
     return content
+
+
+def _why_not_loaded(path: PathLike, error: Exception) -> str:
+    """Return what to say of a file that torch.load refuses."""
+    with open(path, "rb") as file:
+        head = file.read(len(ARCHIVE))
+    if head and not head.startswith((ARCHIVE, pickle.PROTO)):
+        return "is no file of a known form: neither of torch.save nor safetensors."
+    if isinstance(error, pickle.UnpicklingError):
+        said = "holds objects other than plain types and tensors, or is damaged, and was not loaded"
+        return f"{said}: {sentence(str(error).splitlines()[0])}"
+    return f"cannot be read as a checkpoint; it may be truncated: {sentence(error)}"
 
 
 def _refuse_objects(content: Any, path: PathLike) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
 
 from ..config import tasks_with
 from ..distributed.flat import own_weight
+from ..matching import matcher
 from ..names import names_factor, parent_names
 from ..nn.adapted_weights import NamedModules, adapters_in
 from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_parameters, was_never_quantised
@@ -90,6 +91,35 @@ def new_classifiers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if any(module is head for head in heads)}
 
 
+def to_train_whole(modules: NamedModules, entries: Iterable[str]) -> list[str]:
+    """Return the names of modules to be trained whole, which no quantisation may have: those of the options, new ones.
+
+    New are the heads of `new_heads`, and layers of bitsandbytes that were never quantised.
+
+    Args:
+        modules: every module of a model under its first name, the model first.
+        entries: of modules_to_save, and of the task.
+    """
+    names = list(filter(matcher(entries), dict(modules)))
+    for path, model in pretrained_models(modules).items():
+        heads = new_heads(model).items()
+        names += [f"{path}.{name}".lstrip(".") for name, head in heads if any(True for _ in head.parameters())]
+    names += [name for name, module in modules if was_never_quantised(module)]
+    return [name for name in dict.fromkeys(names) if not set(names).intersection(parent_names(name))]
+
+
+def short_name(name: str, modules: NamedModules) -> str:
+    """Return a module's name in its model of transformers, or its whole name where an option would name others too."""
+    short = _in_pretrained(name, modules)
+    return short if sum(map(matcher([short]), dict(modules))) == 1 else name
+
+
+def _in_pretrained(name: str, modules: NamedModules) -> str:
+    """Return a module's name in the model of transformers that it lies in."""
+    paths = (f"{path}." for path in pretrained_models(modules) if path)
+    return next((name.removeprefix(path) for path in paths if name.startswith(path)), name)
+
+
 def warn_of_new_heads(modules: NamedModules, saved: Collection[str] = ()) -> None:
     """Warn of heads of transformers' and timm's models that have random values and are not trained whole.
 
@@ -105,7 +135,7 @@ def warn_of_new_heads(modules: NamedModules, saved: Collection[str] = ()) -> Non
         checkpoint = f"{checkpoint_name(model)!r} ({', '.join(architectures)})"
         if frozen:
             task = next((f" or task_type={task!r}" for task in tasks_with(frozen)), "")
-            plain = _option_for(modules, heads)
+            plain = _option_for(modules, saved, heads)
             body = f"{getattr(model, 'base_model_prefix', '')}."
             what = "a part" if any(name.startswith(body) for name in frozen) else "the head"  # bert.pooler is no head
             warnings.warn(
@@ -126,15 +156,17 @@ def warn_of_new_heads(modules: NamedModules, saved: Collection[str] = ()) -> Non
             )
 
 
-def _option_for(modules: NamedModules, heads: Mapping[str, nn.Module]) -> str:
+def _option_for(modules: NamedModules, saved: Collection[str], heads: Mapping[str, nn.Module]) -> str:
     """Return the option that leaves heads out of the quantisation, or "" where none of their layers is quantised."""
     layers = (layer for head in heads.values() for layer in head.modules())
     found = next((layer for layer in layers if quantised_parameters(layer) or was_never_quantised(layer)), None)
-    return "" if found is None else option_that_leaves_plain(modules, [*heads], found)
+    return "" if found is None else option_that_leaves_plain(modules, to_train_whole(modules, saved), found)
 
 
 def option_that_leaves_plain(modules: NamedModules, names: Sequence[str], layer: nn.Module) -> str:
     """Return the option that leaves modules out of the quantisation, by what has quantised one of their layers.
+
+    What transformers has left out already is named too, so that the option can be copied.
 
     Args:
         modules: every module of a model under its first name, the model first.
@@ -145,11 +177,20 @@ def option_that_leaves_plain(modules: NamedModules, names: Sequence[str], layer:
         return f"quantize_base(model, modules_to_save={names})"
     if is_of_lightning(layer):
         return f"BitsandbytesPrecision(..., ignore_modules={{{', '.join(map(repr, names))}}})"
-    models = [f"{name}." for name in pretrained_models(modules) if name]  # transformers knows names inside of its model
-    inside = [next((name.removeprefix(each) for each in models if name.startswith(each)), name) for name in names]
+    inside = [_in_pretrained(name, modules) for name in names]
+    inside = list(dict.fromkeys((*inside, *_left_out(modules))))
     if is_of_torchao(own_weight(layer)):
         return f"TorchAoConfig(..., modules_to_not_convert={inside}), or filter_fn of torchao's quantize_"
     return f"BitsAndBytesConfig(..., llm_int8_skip_modules={inside})"
+
+
+def _left_out(modules: NamedModules) -> list[str]:
+    """Return what transformers left out of the quantisation: what the user named, or else what it chose itself."""
+    found: set[str] = set()
+    for model in pretrained_models(modules).values():
+        entries = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
+        found |= {*entries}.difference(name for name, _ in model.named_parameters())
+    return sorted(found)
 
 
 def _stored_classes(model: nn.Module) -> int | None:

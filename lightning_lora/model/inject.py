@@ -216,6 +216,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         refuse_unmergeable(handle, dtype)
         unmerge_listed(handle)  # a layer that could not be merged earlier may be mergeable now
         plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
+        handle.record.marks.add("quantised")  # no layer stays factored, so nothing is said of that
         merge_listed(handle)
         for layer in handle.layers.values():
             layer.lora.undo = None
@@ -398,7 +399,7 @@ def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
     modules = dict(handle.root_modules)
     tables = {name: rows for name, rows in selection.tables.items() if not isinstance(modules[name], LoRATable)}
     selection.refuse(modules, record.config, {*new, *apart, *parameters, *tables})
-    check_trainable(handle.root_modules, selection.saved)
+    check_trainable(handle.root_modules, selection.saved, record.config)
     _freeze(handle, new, selection.saved)
     seed = record.seed or random_seed()
     with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:

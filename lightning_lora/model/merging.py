@@ -19,7 +19,7 @@ from ..nn.exact_merge import Buffers
 from ..nn.low_rank import HALF
 from ..nn.owner import Claim
 from ..nn.readers import update_fast_paths
-from ..nn.rounding import Rounding
+from ..nn.rounding import NEVER, ONCE, Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
 from .adapted_model import Listing
@@ -118,7 +118,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
     def write() -> None:
         record_ties(listing.modules)
         sync, buffers = RankSync(weights[layer] for layer in pending.values()), Buffers()
-        rounding = Rounding(sync)
+        rounding = Rounding(sync, ONCE if tells_rounding else NEVER)
         for layer in pending.values():
             if layer.lora.unfinished:  # an exception broke off what took another exception's merge back
                 layer.unmerge_(buffers)
@@ -127,8 +127,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
                 if layer.why_not_merge():
                     layer.lora.merged = True
                 else:
-                    told = tells_rounding and _is_unreported(layer, weights[layer])
-                    cost = rounding.of(layer, weights[layer]) if told else None
+                    cost = rounding.of(layer, weights[layer]) if weights[layer].dtype in HALF else None
                     arguments = weights[layer], layer.blocks(weights[layer]), copy, cost, buffers
                     sync.run(f"merge: layer {name!r}", _merge_layer, layer, *arguments)
                 advance(1)
@@ -155,11 +154,7 @@ def all_or_nothing(step: Callable[[], None], restore: Callable[[], None]) -> Non
 def has_rounding_to_tell(layers: Iterable[AdaptedWeights]) -> bool:
     """Return whether a merge of these layers would log what rounding W' to 16 bits costs."""
     mergeable = [layer for layer in layers if not layer.why_not_merge()]
-    return any(_is_unreported(layer, layer.adapted_weight()) for layer in mergeable)
-
-
-def _is_unreported(layer: AdaptedWeights, weight: torch.Tensor) -> bool:
-    return weight.dtype in HALF and not layer.lora.rounding_reported
+    return any(layer.adapted_weight().dtype in HALF and not layer.lora.rounding_reported for layer in mergeable)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
+from ..matching import matcher
 from ..names import A, canonical, join_names
 from ..nn.adapted_module import AdaptedModule, Swapped
 from ..nn.adapted_weights import NamedModules
@@ -25,7 +26,7 @@ from ..nn.parameter import LoRAParameterHolder, weights_of
 from ..nn.quantised import quantised_as, quantised_parameters, shape_of, was_never_quantised
 from ..nn.token_rows import is_table
 from ..nn.variant import variant_of
-from .heads import option_that_leaves_plain
+from .heads import option_that_leaves_plain, short_name, to_train_whole
 
 LAYER, TABLE, PARAMETER = EVERY = ("target_modules", "trainable_token_indices", "target_parameters")
 REMEDY = {
@@ -237,28 +238,22 @@ def check_shapes(modules: NamedModules) -> None:
             )
 
 
-def refuse_never_quantised(modules: NamedModules, saved: Sequence[str]) -> None:
+def refuse_never_quantised(modules: NamedModules, config: LoRAConfig) -> None:
     """Refuse a model with layers of bitsandbytes that have no quantised weight when a fit starts: they cannot run.
 
     Args:
         modules: every module of the model under its first name, the model first.
-        saved: modules_to_save as it is.
+        config: the options.
 
     Raises:
         LoRAError: there is such a layer. The message has both options to copy.
     """
-    found = {name: module for name, module in modules if was_never_quantised(module)}
-    if found:
-        names = list(dict.fromkeys([*saved, *found]))  # what is plain already too, so that the list can be copied
-        plain = option_that_leaves_plain(modules, names, next(iter(found.values())))
-        raise LoRAError(
-            f"LoRACallback: the weight of {next(iter(found))!r} is not quantised, as the checkpoint lacks it, and "
-            "bitsandbytes cannot run it so. Leave it out of the quantisation and train it whole: "
-            f"{plain}, modules_to_save={names}."
-        )
+    name, layer = next(((name, module) for name, module in modules if was_never_quantised(module)), ("", None))
+    if layer is not None:
+        raise LoRAError(f"LoRACallback: the weight of {name!r} {_never(layer)}. {_remedy(modules, config, layer)}")
 
 
-def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module]) -> None:
+def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module], config: LoRAConfig) -> None:
     """Refuse to train a module whole that holds a quantised weight, because that takes no gradient.
 
     A layer of bitsandbytes whose weight was never quantised is refused too, because it cannot run. transformers makes
@@ -267,21 +262,34 @@ def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module]) -> No
     Args:
         modules: every module of the model under its first name, the model first.
         saved: the modules that are to be trained whole, by name.
+        config: the options.
 
     Raises:
-        LoRAError: a module holds such a layer. The message has the option that leaves it out of the quantisation.
+        LoRAError: a module holds such a layer. The message has both options to copy.
     """
     for name, module in saved.items():
         for inside, layer in module.named_modules(remove_duplicate=False):
             kind = next(map(quantised_as, quantised_parameters(layer).values()), "")
             if not kind and not was_never_quantised(layer):
                 continue
-            problem = f"is quantised ({kind}) and cannot be trained"
-            if not kind:
-                cls = type(layer).__name__
-                problem = f"is not quantised, as the checkpoint lacks it, and a {cls} cannot run with it"
+            problem = f"is quantised ({kind}) and cannot be trained" if kind else _never(layer)
+            by_name = matcher(config.modules_to_save)(name)
+            asked = "modules_to_save names" if by_name else f"task_type={config.task_type!r} asks for"
             where = canonical(join_names(name, inside))
             raise LoRAError(
-                f"inject: modules_to_save names {name!r}, but the weight of {where!r} {problem}. Leave it out of the "
-                f"quantisation: {option_that_leaves_plain(modules, list(saved), layer)}."
+                f"inject: {asked} {name!r}, but the weight of {where!r} {problem}. {_remedy(modules, config, layer)}"
             )
+
+
+def _never(layer: nn.Module) -> str:
+    return f"is not quantised, as the checkpoint lacks it, and a {type(layer).__name__} cannot run with it"
+
+
+def _remedy(modules: NamedModules, config: LoRAConfig, layer: nn.Module) -> str:
+    """Return the sentence with both options to copy."""
+    entries = config.all_modules_to_save()
+    names = to_train_whole(modules, entries)
+    lacking = [short_name(name, modules) for name in names if not matcher(entries)(name)]
+    whole = [*(config.modules_to_save or ()), *lacking]
+    train = f"Train what is new whole, with modules_to_save={whole}, and leave" if lacking else "Leave"
+    return f"{train} it out of the quantisation: {option_that_leaves_plain(modules, names, layer)}."

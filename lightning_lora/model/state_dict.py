@@ -24,7 +24,7 @@ from ..nn.adapted_weights import (
 from ..nn.foreign_entries import metadata_of, with_metadata
 from ..nn.owner import claimed
 from ..nn.quantised_state import quantisation_entries
-from ..nn.rounding import Rounding
+from ..nn.rounding import ONCE, Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, find_model, open_model
@@ -119,7 +119,9 @@ def mark_merged(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[s
     return with_metadata(state, {**metadata, "": {**metadata.get("", {}), _MERGED: True}})
 
 
-def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+def merge_state_dict(
+    listing: Listing, state: Mapping[str, Any], dtype: torch.dtype | None = None, tells: str = ONCE
+) -> dict[str, Any]:
     """Return a state dict of the plain model: each adapter is merged into a copy of its weight and left out.
 
     Args:
@@ -128,6 +130,7 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
         state: the full state dict, under names without the segments of wrappers. Its values may differ from the
             model's.
         dtype: of plain weights in place of quantised weights, or None where these stay.
+        tells: when to tell what rounding these costs, see Rounding.
 
     Raises:
         LoRAError: an adapter cannot be merged, or `state` leaves out one of its tensors or its weight.
@@ -142,7 +145,7 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
     if dtype is None:
         plain |= {name: state[name] for name in quantisation_entries(state, quantised)}
     else:
-        plain |= _dequantize_state(quantised, state, dtype, sync)
+        plain |= _dequantize_state(quantised, state, dtype, Rounding(sync, tells))
 
     copies: dict[AdaptedWeights, torch.Tensor] = {}
 
@@ -163,10 +166,10 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
 
 
 def _dequantize_state(
-    quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype, sync: RankSync
+    quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype, rounding: Rounding
 ) -> dict[str, torch.Tensor]:
     """Return plain weights in place of quantised weights, merged with the adapters in a state dict."""
-    rounding, plain = Rounding(sync), {}
+    plain = {}
     for name, module in quantised.items():
         path, adapter = name.removesuffix("weight"), layer_adapter(module)
         in_state = adapter is not None and path + adapter.stored_names()[0] in state

@@ -24,6 +24,10 @@ OTHER_BASE = (
     "Give the base that it was trained on as base (--base), or pass strict_base=False (--strict-base=false), which "
     "makes this a warning."
 )
+OF_QUANTISATION = (
+    "Load the quantised model in Python, then load_adapter and plot_adapter(model); or pass strict_base=False "
+    "(--strict-base=false), which compares with these unquantised weights."
+)
 
 
 def read_updates(
@@ -47,7 +51,7 @@ def read_updates(
     refuse_empty(where, adapter)
     weights = open_weights(base)
     adapter = _fit(adapter, weights)
-    compare_with_files(adapter, weights, strict=strict_base, remedy=OTHER_BASE)
+    compare_with_files(adapter, weights, strict=strict_base, remedy=OTHER_BASE, of_quantisation=OF_QUANTISATION)
     norms = {}
     with progress_bar("reading the base", len(adapter.layers)) as advance:
         for name in adapter.layers:

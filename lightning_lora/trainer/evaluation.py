@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import LoRAError, NonFiniteError, sentence
 from ..model.adapted_model import Listing, find_model
+from ..model.dequantize import dequantize_dtype, tell_dequantised
 from ..model.merging import has_rounding_to_tell, holds_merged, merge_listed, unmerge, unmerge_listed
 from .record import record_of
 
@@ -43,16 +44,22 @@ def end_evaluation(module: nn.Module) -> None:
 
 
 def tell_rounding(module: nn.Module) -> None:
-    """Log what rounding W' to 16 bits costs at the end of a fit that has merged, by one more merge. Collective.
+    """Log what rounding W' to 16 bits costs at the end of a fit, by one more merge. Collective.
 
-    Earlier merges of the fit say nothing: an adapter that has just begun to grow loses most of itself.
+    It is told of a fit that has merged, and of merged checkpoints of a quantised base. Earlier merges and checkpoints
+    say nothing: an adapter that has just begun to grow loses most of itself.
     """
     handle = find_model(module)
-    if handle is None or not handle.record.run.merged_in_fit or holds_merged(handle.layers.values()):
+    if handle is None or holds_merged(handle.layers.values()):
         return
-    if has_rounding_to_tell(handle.layers.values()):
-        try:
-            merge_listed(handle, warns_of_untrained=False)
-        except LoRAError:
-            return  # every layer is unmerged; what needs the model merged says why it cannot be
-        unmerge_listed(handle)
+    run = handle.record.run
+    dtype = dequantize_dtype(run.dequantize, "LoRACallback") if run.save == "merged" else None
+    try:
+        if dtype is not None:
+            tell_dequantised(handle.places, dtype)
+        if not run.merged_in_fit or not has_rounding_to_tell(handle.layers.values()):
+            return
+        merge_listed(handle, warns_of_untrained=False)
+    except LoRAError:
+        return  # every layer is unmerged; what needs the model merged says why it cannot be
+    unmerge_listed(handle)

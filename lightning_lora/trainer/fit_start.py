@@ -38,7 +38,7 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     snapshot_materialised(handle)
     refuse_unoptimized(trainer.optimizers, handle)
     saved = handle.record.config.modules_to_save or ()
-    refuse_never_quantised(handle.modules, saved)
+    refuse_never_quantised(handle.modules, handle.record.config)
     warn_of_new_heads(handle.modules, saved)
     enable_input_require_grads([module for _, module in handle.modules])
     refuse_for_quantised(handle, trainer)

@@ -129,15 +129,16 @@ def _refuse_other_optimizers(optimizers: Sequence[Any], states: Sequence[Mapping
     if not states:
         raise LoRAError(
             "LoRACallback: the checkpoint at ckpt_path holds weights only, without the optimizer's state that a fit "
-            "goes on with. To start a new fit from them, call load_adapter(model, path) and leave ckpt_path out."
+            "goes on with. To start a new fit from them, in Python call load_adapter(model, path) and leave ckpt_path "
+            "out."
         )
     saved = [[len(group["params"]) for group in state["param_groups"]] for state in states]
     built = [[len(group["params"]) for group in groups_of(optimizer)] for optimizer in optimizers]
     if saved != built:
         raise LoRAError(
             f"LoRACallback: the optimizers in the checkpoint have groups of {saved} parameters, and "
-            f"configure_optimizers built groups of {built}. Build the same, or call load_adapter(model, path) and "
-            "leave ckpt_path out to start a new fit."
+            f"configure_optimizers built groups of {built}. Build the same; or, to start a new fit, in Python call "
+            "load_adapter(model, path) and leave ckpt_path out."
         )
 
 

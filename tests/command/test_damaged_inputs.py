@@ -83,6 +83,14 @@ def test_a_whole_tensor_that_no_option_names_and_the_base_has_not_is_refused(
         load_adapter(small(), adapter)
 
 
+@pytest.mark.parametrize("name", ["some.py", "config.json", "config.yaml"])
+def test_a_file_of_another_form_is_told_so_and_no_advice_of_torch_is_passed_on(tmp_path: Path, capsys: Any, name: str):
+    (tmp_path / name).write_text('import torch\n{"seed": [0]}\n' * 3)
+    said = refused(capsys, "info", tmp_path / name)
+    assert "is no file of a known form" in said
+    assert "weights_only" not in said
+
+
 def test_a_whole_tensor_outside_of_the_base_that_no_option_names_is_warned_of(tmp_path: Path, adapter: Path):
     """As load_adapter warns of it."""
 

@@ -26,9 +26,11 @@ from lightning_lora import (
     save_merged,
 )
 from lightning_lora.command import merge
+from lightning_lora.command.merge import merge_on_disk
 from support.expected_weights import merge_and_check
 from support.notices import quiet_peers
 from support.peers import SMALL, ConvNet, Fused, close, seeded, spread_, tensors_of
+from support.pretrained import classifier, save_body, tokens
 from support.tables import ROWS as TRAINED_ROWS
 from support.tables import Net as Tables
 
@@ -361,3 +363,20 @@ def test_a_head_of_another_shape_is_refused_if_it_may_be_another_models(
     torch.save({**state, "0.0.weight": state["0.0.weight"] + change}, tmp_path / "base.pt")
     with pytest.raises(LoRAError, match=said):
         merge.merge_on_disk(tmp_path / "base.pt", tmp_path / "adapter", tmp_path / "out.pt")
+
+
+def test_a_base_without_the_trained_head_is_answered_with_how_to_make_one_that_has_it(tmp_path: Path):
+    tuned = classifier(save_body(tmp_path / "base"))
+    inject(tuned, LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
+    spread_(tuned)
+    save_adapter(tuned, tmp_path / "adapter")
+    with pytest.warns(
+        UserWarning, match=r"'classifier\.\w+'.* save_pretrained that model .* give the folder as --base"
+    ):
+        merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "without")
+    classifier(tmp_path / "base").save_pretrained(tmp_path / "with")  # as the warning says
+    merge_on_disk(tmp_path / "with", tmp_path / "adapter", tmp_path / "merged")
+    loaded = classifier(tmp_path / "merged").eval()
+    with torch.no_grad():
+        expected = tuned.eval()(input_ids=tokens()).logits
+        torch.testing.assert_close(loaded(input_ids=tokens()).logits, expected, rtol=0, atol=1e-5)

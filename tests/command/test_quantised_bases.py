@@ -47,6 +47,16 @@ def test_merge_into_a_quantised_weight_is_refused_with_the_remedy(tmp_path, base
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_the_advice_on_a_quantised_base_holds_for_an_adapter_that_was_trained_on_it(tmp_path, base):
+    save_file(network().state_dict(), tmp_path / "plain.safetensors")
+    path, out = adapter(tmp_path / "adapter", quantised("nf4")), tmp_path / "out.safetensors"
+    with pytest.raises(LoRAError, match="the base that it was quantised from, with --strict-base=false where"):
+        merge_on_disk(base, path, out)
+    with pytest.warns(UserWarning, match="here it is not quantised") as warned:
+        merge_on_disk(tmp_path / "plain.safetensors", path, out, strict_base=False)
+    assert "Quantise the base" not in str(warned[0].message)  # it was chosen not to
+
+
 def test_extract_and_diff_of_quantised_weights_are_refused(tmp_path, base):
     save_file(network().state_dict(), tmp_path / "plain.safetensors")
     for first, second in ((base, tmp_path / "plain.safetensors"), (tmp_path / "plain.safetensors", base)):
@@ -73,8 +83,10 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_plain_one_on_request(
     path = adapter(tmp_path / "adapter", quantised("nf4"))
     with pytest.raises(
         LoRAError, match=r"the base was quantised \(nf4\), here it is not quantised.*--strict-base=false"
-    ):
+    ) as refused:
         merge_on_disk(tmp_path / "base.safetensors", path, tmp_path / "out.safetensors")
+    assert 'save_merged(model, path, dequantize="bfloat16")' in str(refused.value)
+    assert "--base," not in str(refused.value)  # the command refuses the quantised base
     with pytest.warns(UserWarning, match="here it is not quantised"):
         merge_on_disk(tmp_path / "base.safetensors", path, tmp_path / "out.safetensors", strict_base=False)
     assert load_file(tmp_path / "out.safetensors")["0.weight"].dtype == torch.float32

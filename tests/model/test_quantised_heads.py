@@ -42,14 +42,21 @@ SKIP = "BitsAndBytesConfig(..., llm_int8_skip_modules=['classifier'])"
     ],
     ids=["4 bits", "8 bits", "Lightning"],
 )
-@pytest.mark.parametrize("asked", [{"modules_to_save": ["classifier"]}, {"task_type": "SEQ_CLS"}], ids=str)
+@pytest.mark.parametrize(
+    ("asked", "asks"),
+    [
+        ({"modules_to_save": ["classifier"]}, "modules_to_save names"),
+        ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' asks for"),
+    ],
+    ids=["modules_to_save", "task_type"],
+)
 def test_a_head_that_bitsandbytes_never_quantised_is_refused_with_the_option_by_the_name_it_has_there(
-    kind: type, option: str, asked: dict[str, Any]
+    kind: type, option: str, asked: dict[str, Any], asks: str
 ):
     network = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
     network.classifier = kind(network.config.hidden_size, LABELS)
     model = nn.ModuleDict({"network": network})
-    said = rf"modules_to_save names 'network\.classifier', .* a {kind.__name__} cannot run .*: {re.escape(option)}\.$"
+    said = rf"{asks} 'network\.classifier', .* a {kind.__name__} cannot run .*: {re.escape(option)}\.$"
     with pytest.raises(LoRAError, match=said):
         inject(model, LoRAConfig(target_modules=["query"], **asked))
     assert [name for name, _ in model.named_parameters() if "lora_" in name] == []
@@ -104,15 +111,35 @@ def test_the_warning_of_a_pooler_that_the_base_lacks_has_both_options_to_copy(tm
         inject(load(["classifier"]), config)  # what is plain already is named too, so that the list can be copied
 
 
-def test_a_fit_with_a_head_that_bitsandbytes_never_quantised_is_refused_with_both_options(tmp_path: Path):
+SEVERAL = {  # whether the base has a pooler, what is left out, the options, and both lists of the error
+    "head": (True, [], {}, ["classifier"], ["classifier"]),
+    "head by its task": (True, [], {"task_type": "SEQ_CLS"}, None, ["classifier"]),
+    "pooler left out": (True, ["bert.pooler"], {}, ["classifier"], ["classifier", "bert.pooler"]),
+    "pooler trained": (
+        *(True, ["bert.pooler"], {"modules_to_save": ["bert.pooler"]}),
+        *(["bert.pooler", "classifier"], ["bert.pooler", "classifier"]),
+    ),
+    "no pooler": (False, [], {"task_type": "SEQ_CLS"}, ["bert.pooler"], ["classifier", "bert.pooler"]),
+    "no pooler, head left out": (
+        *(False, ["classifier"], {"task_type": "SEQ_CLS"}),
+        *(["bert.pooler"], ["classifier", "bert.pooler"]),
+    ),
+}
+
+
+@pytest.mark.transformers_5
+@pytest.mark.parametrize(("pooler", "skipped", "options", "whole", "plain"), SEVERAL.values(), ids=SEVERAL)
+def test_a_fit_with_layers_that_bitsandbytes_never_quantised_runs_once_both_lists_of_the_error_are_copied(
+    tmp_path: Path, pooler: bool, skipped: list[str], options: dict[str, Any], whole: Any, plain: list[str]
+):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")
-    transformers.BertModel(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path)
+    transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=pooler).save_pretrained(tmp_path)
 
     class Tuned(L.LightningModule):
         def __init__(self, skipped: list[str]) -> None:
             super().__init__()
-            quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+            quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped or None)
             self.net = transformers.AutoModelForSequenceClassification.from_pretrained(
                 tmp_path, num_labels=LABELS, quantization_config=quantisation
             )
@@ -123,8 +150,14 @@ def test_a_fit_with_a_head_that_bitsandbytes_never_quantised_is_refused_with_bot
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
-    for saved, named in (([], ""), (["bert.pooler"], "'bert.pooler', ")):
-        trainer = make_trainer(tmp_path / "fit", LoRACallback(r=1, target_modules=["query"], modules_to_save=saved))
-        options = rf"skip_modules=\[{named}'classifier'\]\), modules_to_save=\[{named}'net.classifier'\]"
-        with pytest.raises(LoRAError, match=options):
-            trainer.fit(Tuned(saved), torch.utils.data.DataLoader(tokens()))
+    def fit(skipped: list[str], options: dict[str, Any]) -> None:
+        trainer = make_trainer(tmp_path / "fit", LoRACallback(r=1, target_modules=["query"], **options))
+        trainer.fit(Tuned(skipped).train(), torch.utils.data.DataLoader(tokens()))
+
+    with pytest.raises(LoRAError, match="llm_int8_skip_modules=") as refused:
+        fit(skipped, options)
+    found = re.findall(r"(\w+_modules|modules_to_save)=(\[.*?\])", str(refused.value))
+    lists = {name: ast.literal_eval(names) for name, names in found}
+    assert lists.pop("llm_int8_skip_modules") == plain
+    assert lists.get("modules_to_save") == whole
+    fit(plain, {**options, **lists})  # warnings are errors

@@ -359,9 +359,10 @@ def test_a_string_that_names_nothing_is_told_to_be_an_expression():
     model = nn.ModuleDict({"layers": nn.ModuleList([layers])})
     with pytest.raises(LoRAError) as caught:
         inject(model, LoRAConfig(target_modules="query"))
-    assert f"'query' names no layer to adapt; {rule}; did you mean 'query'" in str(caught.value)
+    assert f"'query' names no layer to adapt; {rule}; did you mean ['query']" in str(caught.value)
     with pytest.raises(LoRAError, match=rf"'.*qurey' names no layer to adapt; {rule}; did you mean .*'query'"):
         inject(model, LoRAConfig(target_modules=".*qurey"))
+    assert inject(model, LoRAConfig(target_modules=["query"])) == ["layers.0.query"]  # as the hint says
 
 
 def test_names_of_another_family_are_answered_with_how_the_models_own_end():

@@ -420,3 +420,9 @@ def test_plain_layers_are_in_the_mode_of_those_that_they_replace(training):
     plain = merge_and_unload(model, dequantize="float32")
     assert [type(plain[position]) for position in (0, 2, 4)] == [nn.Linear] * 3
     assert {module.training for module in plain.modules()} == {training}
+
+
+def test_merge_and_unload_into_plain_layers_says_of_none_that_it_stays_factored(caplog):
+    with caplog.at_level(logging.INFO, "lightning_lora"):
+        merge_and_unload(adapted("nf4"), dequantize="bfloat16")
+    assert [message for message in caplog.messages if "factored" in message] == []
