@@ -100,9 +100,12 @@ def compare_fingerprints(
         f"adapter: belongs to another base: {next(iter(found.values()))}. {len(found)} of {len(expected)} frozen "
         f"tensors differ ({shown})."
     )
-    advice = f"{OF_HEADS} {remedy}" if quantised_alike else of_quantisation or f"{OF_QUANTISATION} {remedy}"
+    if quantised_alike:
+        message += f" {OF_HEADS}"
+    else:
+        remedy = of_quantisation or f"{OF_QUANTISATION} {remedy}"
     if strict:
-        raise LoRAError(f"{message} {advice}")
+        raise LoRAError(f"{message} {remedy}")
     warnings.warn(f"lightning_lora: {message}", stacklevel=3)
 
 
