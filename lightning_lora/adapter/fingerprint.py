@@ -101,13 +101,11 @@ def compare_fingerprints(
         f"({listed([repr(name) for name in found])})."
     )
     if otherwise:
-        advice = of_quantisation or f"{OF_QUANTISATION} {remedy}"
+        remedy = of_quantisation or f"{OF_QUANTISATION} {remedy}"
     elif 2 * len(found) < sum(bool(entry.values) for entry in expected.values()):  # where most differ, it is the base
-        advice = f"{OF_HEADS} {remedy}"
-    else:
-        advice = remedy
+        message += f" {OF_HEADS}"
     if strict:
-        raise LoRAError(f"{message} {advice}")
+        raise LoRAError(f"{message} {remedy}")
     warnings.warn(f"lightning_lora: {message}", stacklevel=3)
 
 
