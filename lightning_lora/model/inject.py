@@ -48,7 +48,7 @@ from .pretrained import (
 from .reasons import check_shapes, check_trainable, check_unadapted
 from .recorded_layers import refuse_replaced_layers
 from .state_dict import check_loads, refuse_unmergeable, stop_checking_loads
-from .targets import TRAINED_WHOLE, Selection, select, select_chosen, warn_of_unused
+from .targets import TRAINED_WHOLE, Selection, selected, warn_of_unused
 from .wrappers import unwrapped, warn_of_late_adapters
 
 
@@ -390,8 +390,7 @@ def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Se
 def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
     root, record = handle.root, handle.record
     check_shapes(handle.root_modules)
-    chosen, listed_modules = record.chosen, handle.root_modules
-    selection = select(listed_modules, record.config) if chosen is None else select_chosen(listed_modules, chosen)
+    selection = selected(handle.root_modules, record)
     new = {name: module for name, module in selection.layers.items() if not isinstance(module, LoRALayer)}
     apart = {name for name, module in selection.apart.items() if not adapters_in(module)}
     live = adapted_layers(root, modules=handle.root_modules)

@@ -16,7 +16,7 @@ from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.low_rank import SEPARATE
 from ..nn.parameter import weights_of
-from .injection import Chosen
+from .injection import Chosen, Injection
 from .layers_by_kind import layers_by_kind
 from .reasons import LAYER, PARAMETER, TABLE, Candidate
 from .token_tables import Rows, token_tables, with_tied_tables
@@ -86,6 +86,13 @@ class Selection:
                 also = LAYER if name in self.layers else PARAMETER if f"{name}.weight" in self.parameters else ""
                 also = "modules_to_save" if self.is_saved(name) else also
                 Candidate(TABLE, name, modules[name], config, rows=rows, also=also).refuse()
+
+
+def selected(listed_modules: NamedModules, record: Injection) -> Selection:
+    """Select what an injection adapts and trains in a model: what a loaded adapter has, or what the options name."""
+    if record.chosen is not None:
+        return select_chosen(listed_modules, record.chosen)
+    return select(listed_modules, record.config)
 
 
 def select_chosen(listed_modules: NamedModules, chosen: Chosen) -> Selection:

@@ -6,20 +6,33 @@ import os
 import sys
 from collections.abc import Collection
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from ..config import VARIANTS, LoRAConfig
 from ..errors import LoRAError
+from ..exchange.apply import chosen_by
 from ..files.torch_archive import read_torch_file
 from ..formats.forms import refuse_peft_folder
 from ..formats.lightning_checkpoint import adapter_of
+from ..model.injection import Chosen
 from ..names import META
+from ..nn.parameter import weights_of
 
+SELECTING = {option.name for option in fields(LoRAConfig)} - {"lora_dropout", "autocast_adapter_dtype"}
 ONE_CHOICE = {"variant", *VARIANTS}  # to give one of these options is to give the others
 
 
-def options_in_checkpoint(trainer: Any) -> LoRAConfig | None:
-    """Return the options of the adapter in the checkpoint that a Trainer in setup is about to load.
+class Saved(NamedTuple):
+    """The options of an adapter in a checkpoint, and what it adapts and trains."""
+
+    config: LoRAConfig
+    chosen: Chosen
+
+
+def options_in_checkpoint(trainer: Any) -> Saved | None:
+    """Return the options and layers of the adapter in the checkpoint that a Trainer in setup is about to load.
 
     The base's values are not read, and no code of the file is run.
 
@@ -37,7 +50,10 @@ def options_in_checkpoint(trainer: Any) -> LoRAConfig | None:
         checkpoint = read_torch_file(path, mmap=True)
     except LoRAError:
         return None
-    return adapter_of(checkpoint)[0].config if META in checkpoint else None
+    adapter = adapter_of(checkpoint)[0] if META in checkpoint else None
+    if adapter is None or adapter.config is None:
+        return None
+    return Saved(adapter.config, chosen_by(adapter))
 
 
 def refuse_folder_for_checkpoint(trainer: Any) -> None:
@@ -59,6 +75,25 @@ def _checkpoint_of(trainer: Any) -> str | os.PathLike[str] | None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
             return frame.f_locals.get("ckpt_path")
     return None
+
+
+def layers_in_checkpoint(saved: Saved, given: Collection[str], module: nn.Module) -> Chosen | None:
+    """Return the layers of a checkpoint's adapter, where the callback's options leave it to the checkpoint to say them.
+
+    The options in a file are the words of the run that trained the adapter first, perhaps in another module.
+
+    Args:
+        saved: of the checkpoint.
+        given: the names of the options that the user gave.
+        module: the LightningModule.
+
+    Returns:
+        None where an option was given that selects something, or where the module lacks a layer, which it may build
+        later. Then the words count.
+    """
+    modules = dict(module.named_modules())
+    here = modules.keys() | weights_of(modules).keys()
+    return saved.chosen if SELECTING.isdisjoint(given) and here >= saved.chosen.layers.keys() else None
 
 
 def complete_options(config: LoRAConfig, given: Collection[str], saved: LoRAConfig) -> LoRAConfig:

@@ -15,14 +15,19 @@ from ..config import LoRAConfig
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.initial_values import snapshot_initial
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, random_seed
-from ..model.injection import Injection, Run
+from ..model.injection import Injection
 from ..model.patches import call_previous, patch, unpatch_method
 from ..model.quantise import quantise_
-from ..model.targets import select
+from ..model.targets import selected
 from ..notices import tell
 from .after_fit import forget_merging, load_plain_weights_only
 from .checkpoint_hooks import save_as
-from .checkpoint_options import complete_options, options_in_checkpoint, refuse_folder_for_checkpoint
+from .checkpoint_options import (
+    complete_options,
+    layers_in_checkpoint,
+    options_in_checkpoint,
+    refuse_folder_for_checkpoint,
+)
 from .cli_optimizer import adapt_cli_optimizer
 from .compatibility import refuse_composition, refuse_other_options
 from .deepspeed import outside_zero_init
@@ -63,10 +68,13 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
         forget_merging(module)
     saved = None if is_injected else options_in_checkpoint(trainer)
     seed, saved = trainer.strategy.broadcast((random_seed(), saved))  # also where this process alone is injected
-    config = options.config if saved is None else complete_options(options.config, options.given, saved)
+    config, chosen = options.config, None
+    if saved is not None:
+        config = complete_options(config, options.given, saved.config)
+        chosen = layers_in_checkpoint(saved, options.given, module)
     _tell_of_taken(options.config, config)
     adapt_cli_optimizer(module)
-    _adapt_now(module, options, config, seed)
+    _adapt_now(module, options, Injection(config, seed=seed_text(options) or seed, chosen=chosen))
     if (handle := find_model(module)) is not None:
         refuse_for_quantised(handle, trainer)
 
@@ -78,25 +86,24 @@ def _tell_of_taken(config: LoRAConfig, completed: LoRAConfig) -> None:
         tell(f"lightning_lora: {', '.join(taken)} {'is' if len(taken) == 1 else 'are'} the checkpoint's.")
 
 
-def _adapt_now(module: nn.Module, options: Options, config: LoRAConfig, seed: str) -> None:
+def _adapt_now(module: nn.Module, options: Options, record: Injection) -> None:
     """Adapt the layers that exist now, or adopt an earlier injection; patch the method that may build others. In place.
 
     Args:
         module: the LightningModule.
         options: the LoRACallback.
-        config: the options of a new injection.
-        seed: for adapters whose options give none.
+        record: of the injection, where there is none yet.
     """
     stop_adapting(module)  # of a run that an exception ended
     last = next((name for name in BUILDERS if is_overridden(name, module)), None)
     handle = find_model(module)
     if handle is None:
-        handle = _inject(module, options, config, seed, is_complete=last is None)
+        handle = _inject(module, options, record, is_complete=last is None)
     else:
         _adopt(handle, options)
     _prepare_copies(handle, options)
     if last is not None:
-        patch(module, last, _build_and_adapt, last, options, config, seed)
+        patch(module, last, _build_and_adapt, last, options, record)
     elif handle is not None and "validated" not in handle.record.marks:  # an earlier setup was broken off
         finish_injection(handle, adapt_new_layers(handle))
 
@@ -112,26 +119,25 @@ def _build_and_adapt(
     previous: Any,
     name: str,
     options: Options,
-    config: LoRAConfig,
-    seed: str,
+    record: Injection,
     *args: Any,
     **kwargs: Any,
 ) -> None:
     """Adapt what was built before, call the method of this name, which may shard it, and adapt what that built."""
-    _adapt_built(module, options, config, seed, is_complete=False)
+    _adapt_built(module, options, record, is_complete=False)
     before = set(module.modules())
     call_previous(module, previous, name, *args, **kwargs)
     if (handle := find_model(module)) is not None:
         handle.forget_modules(set(module.modules()) - before)
-    _adapt_built(module, options, config, seed, is_complete=True)
+    _adapt_built(module, options, record, is_complete=True)
 
 
-def _adapt_built(module: nn.Module, options: Options, config: LoRAConfig, seed: str, *, is_complete: bool) -> None:
+def _adapt_built(module: nn.Module, options: Options, record: Injection, *, is_complete: bool) -> None:
     """Adapt the layers that are not adapted yet; where all layers are there, check that each option names something."""
     with outside_zero_init():
         handle = find_model(module)
         if handle is None:
-            _prepare_copies(_inject(module, options, config, seed, is_complete=is_complete), options)
+            _prepare_copies(_inject(module, options, record, is_complete=is_complete), options)
         else:
             if "validated" in handle.record.marks:  # by an earlier run, or by the user's method
                 _adopt(handle, options)
@@ -145,17 +151,15 @@ def _adapt_built(module: nn.Module, options: Options, config: LoRAConfig, seed: 
                 finish_injection(handle, selection)
 
 
-def _inject(
-    module: nn.Module, options: Options, config: LoRAConfig, seed: str, *, is_complete: bool
-) -> AdaptedModel | None:
+def _inject(module: nn.Module, options: Options, record: Injection, *, is_complete: bool) -> AdaptedModel | None:
     """Inject the layers that exist, all where is_complete; where more may follow and none is named yet, return None."""
     listing = Listing(module)
     convert_linear_layers_(listing)
     if options.quantize is not None:
-        quantise_(listing, options.quantize, config)
-    if not is_complete and select(listing.modules, config).is_empty():
+        quantise_(listing, options.quantize, record.config)
+    if not is_complete and selected(listing.modules, record).is_empty():
         return None
-    record = Injection(config, seed=seed_text(options) or seed, run=Run(quantize=options.quantize))
+    record.run.quantize = options.quantize
     handle, selection = begin_injection(listing, record)
     if is_complete:
         finish_injection(handle, selection)

@@ -235,3 +235,22 @@ def test_a_callback_beside_a_loaded_adapter_may_name_its_layers_in_other_words(
             trainer.fit(model, Data())
     else:
         trainer.fit(model, Data())
+
+
+def test_a_run_on_a_loaded_adapter_resumes_by_its_layers_whatever_its_words_name(tmp_path: Path):
+    """The words are those of the network alone: an expression that names nothing in the module around it."""
+    inject(body := Module().body, LoRAConfig(r=2, target_modules="[03]", rank_pattern={"^3": 1}, modules_to_save=["1"]))
+    load_adapter(model := Module(), take_adapter(body))
+    trainer = make_trainer(tmp_path, LoRACallback(), max_epochs=1)
+    trainer.fit(model, Data())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    again = make_trainer(tmp_path, LoRACallback(), max_epochs=2)
+    again.fit(resumed := Module(), Data(), ckpt_path=tmp_path / "run.ckpt")
+    assert again.current_epoch == 2
+    assert {name: layer.r for name, layer in take_adapter(resumed).layers.items()} == {"body.0": 2, "body.3": 1}
+    assert trained(resumed) == trained(model)
+    tested = make_trainer(tmp_path, LoRACallback())
+    tested.test(found := Module(), Data(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    assert state_bits(found) == state_bits(model)
+    unload(found)
+    assert state_bits(found) == state_bits(Module())
