@@ -47,12 +47,13 @@ class RankSync:
             step: the function, or None on ranks that have nothing to do.
             args: arguments of the function.
         """
+        number = len(self.names)
         self.names.append(name)
         if step is not None and self.failed is None:
             try:
                 step(*args)
             except Exception as error:
-                self.failed = (len(self.names) - 1, error)
+                self.failed = self.failed or (number, error)  # a step inside this one may have failed first
 
     def share(self, tensor: torch.Tensor) -> float:
         """Return 1 / (number of ranks that hold the same shard). Weight values of the shard with it before `total`."""
