@@ -40,7 +40,9 @@ class RankSync:
         self.failed: tuple[int, Exception] | None = None  # number and error of this rank's first failed step
 
     def run(self, name: str, step: Callable[..., object] | None, *args: Any) -> None:
-        """Run a step, unless an earlier step failed on this rank. The step must not communicate.
+        """Run a step, unless an earlier step failed on this rank.
+
+        The step must not communicate, unless the caller does what is left of that where it failed or was not run.
 
         Args:
             name: name of the step for messages, the same on all ranks.
