@@ -111,19 +111,21 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
     quantised = {name: kind for name, entry in state.items() if (kind := how_quantised(*entry))}
     if quantised and dtype is None:
         refuse_quantised(*next(iter(quantised.items())))
-    stored = {name: _stored(*entry, dtype) for name, entry in state.items()}
+    plain = dict.fromkeys(quantised, dtype)
+    stored = {name: _stored(tensor, plain.get(name)) for name, (tensor, _) in state.items()}
     parts = one_part_each(stored) if network is None else parts_in_files(network, stored)
     writes = writes_files(module for _, module in listing.modules)
     sync = RankSync(tensor for tensor, _ in state.values())
     rounding = Rounding(sync)
 
     def merged(name: str) -> torch.Tensor:
-        return _merged(name, *state[name], rounding, dtype)
+        return _merged(name, *state[name], rounding, plain.get(name))
 
     def step(what: object, action: Callable[[], object], values: Iterable[torch.Tensor] = ()) -> None:
-        sync.run(f"save_merged: {what}", action if writes else None)  # the first rank acts,
-        deque(values, maxlen=0)  # all gather what it left, also where it failed,
-        sync.raise_on_any_rank()  # and all learn if it did
+        """Let the first rank act. All ranks gather the values that it takes, and raise if it failed."""
+        sync.run(f"save_merged: {what}", action if writes else None)
+        deque(values, maxlen=0)  # those that the action left
+        sync.raise_on_any_rank()
 
     with ExitStack() as moves_on_leaving:
         folder, opening = list[Path](), new_folder(path, keep_others=True, replaced=WEIGHTS)
@@ -191,19 +193,18 @@ def _base_tensors(listing: Listing, prefix: str) -> dict[str, tuple[torch.Tensor
     return tensors
 
 
-def _stored(tensor: torch.Tensor, module: nn.Module, dtype: torch.dtype | None) -> torch.Tensor:
-    """Return a tensor with the shape and dtype that will be written."""
-    quantised = dtype is not None and how_quantised(tensor, module)
-    if not quantised and tensor.shape == shape_of(tensor):  # a slice of a weight has another shape
+def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return a tensor with the shape and dtype that will be written; the dtype is given for a quantised one."""
+    if dtype is None and tensor.shape == shape_of(tensor):  # a slice of a weight has another shape
         return tensor
-    return torch.empty(shape_of(tensor), dtype=dtype if quantised else tensor.dtype, device="meta")
+    return torch.empty(shape_of(tensor), dtype=dtype or tensor.dtype, device="meta")
 
 
 def _merged(
     name: str, tensor: torch.Tensor, module: nn.Module, rounding: Rounding, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
-    if dtype is not None and how_quantised(tensor, module):
+    """Return a whole tensor on the CPU with the adapter merged, dequantised where a dtype is given. Collective."""
+    if dtype is not None:
         return full_tensor(plain_weight(name, module, dtype, rounding)).cpu()
     leaf = name.rpartition(".")[2]
     values = [detached(tensor)]

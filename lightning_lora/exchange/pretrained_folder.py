@@ -1,8 +1,8 @@
 """The folder of a transformers model: its configuration, and the names and parts of tensors in its files.
 
 A tensor in a file may have another name than in the model, or be a part of a tensor. transformers converts tensors when
-it loads, and converts them back when it saves. Here tensors are converted one by one, or in groups as small as
-possible.
+it loads, and converts them back when it saves. Here what is only renamed stays as it is, and the rest is converted one
+by one, or by layers, so that few are in memory at once.
 """
 
 from __future__ import annotations
