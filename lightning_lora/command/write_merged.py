@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -195,22 +196,25 @@ def _write_safetensors(
     else:
         names = sorted(names, key=lambda name: -job.result_dtype(name).itemsize)  # so that all are aligned
         header = build_header([(name, job.result_dtype(name), job.result_shape(name)) for name in names], metadata)
-    write_values(target, header, chain.from_iterable(_new_values(job, name) for name in names))
+    with ExitStack() as opened:
+        files = {name: job.base.locations[name].file for name in names}
+        sources = {file: opened.enter_context(open(file, "rb")) for file in set(files.values())}
+        values = (_new_values(job, name, sources[file]) for name, file in files.items())
+        write_values(target, header, chain.from_iterable(values))
 
 
-def _new_values(job: Job, name: str) -> Iterator[torch.Tensor]:
-    """Yield a tensor of the result, some rows at a time."""
+def _new_values(job: Job, name: str, source: BinaryIO) -> Iterator[torch.Tensor]:
+    """Yield a tensor of the result, some rows at a time, out of the file that holds it in the base."""
     location = job.base.locations[name]
     if job.result_shape(name) != location.shape:
         yield _whole(job, name)
         job.progress(location.nbytes)
         return
     block = chunk_elements(torch.device("cpu"))
-    with open(location.file, "rb") as source:
-        for first, count in location.chunks(block):  # merge rounds by block: whole blocks give its bits
-            rows = read_rows(source, location, first, count)
-            yield new_rows(job, name, rows, first)
-            job.progress(rows.nbytes)
+    for first, count in location.chunks(block):  # merge rounds by block: whole blocks give the bits of merge in memory
+        rows = read_rows(source, location, first, count)
+        yield new_rows(job, name, rows, first)
+        job.progress(rows.nbytes)
 
 
 def _write_torch_file(job: Job, target: Path) -> None:
@@ -218,13 +222,13 @@ def _write_torch_file(job: Job, target: Path) -> None:
     job.base.compare_check_sums()  # now: a new check sum would hide damage
     shutil.copyfile(job.base.path, target)
     locations = [job.base.locations[name] for name in job.updates]
-    with open(target, "r+b") as out:
+    with open(job.base.path, "rb") as source, open(target, "r+b") as out:
         for name, location in job.base.locations.items():
             if name not in job.updates:
                 job.progress(location.nbytes)
                 continue
             out.seek(location.start)
-            for value in _new_values(job, name):
+            for value in _new_values(job, name, source):
                 out.write(as_bytes(value))
     set_check_sums(target, locations)
 
