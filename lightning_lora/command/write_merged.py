@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -196,11 +195,15 @@ def _write_safetensors(
     else:
         names = sorted(names, key=lambda name: -job.result_dtype(name).itemsize)  # so that all are aligned
         header = build_header([(name, job.result_dtype(name), job.result_shape(name)) for name in names], metadata)
-    with ExitStack() as opened:
-        files = {name: job.base.locations[name].file for name in names}
-        sources = {file: opened.enter_context(open(file, "rb")) for file in set(files.values())}
-        values = (_new_values(job, name, sources[file]) for name, file in files.items())
-        write_values(target, header, chain.from_iterable(values))
+    write_values(target, header, _values(job, names))
+
+
+def _values(job: Job, names: Sequence[str]) -> Iterator[torch.Tensor]:
+    """Yield tensors of the result, one after the other, some rows at a time."""
+    for file, in_file in groupby(names, key=lambda name: job.base.locations[name].file):
+        with open(file, "rb") as source:
+            for name in in_file:
+                yield from _new_values(job, name, source)
 
 
 def _new_values(job: Job, name: str, source: BinaryIO) -> Iterator[torch.Tensor]:
