@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -16,7 +16,7 @@ from ..errors import LoRAError
 from ..files.inert_pickle import find_placeholder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, side_files
 from ..files.paths import write_json
-from ..files.safetensors import Header, as_bytes, build_header, read_rows
+from ..files.safetensors import Header, as_bytes, build_header, read_rows, write_values
 from ..files.torch_archive import read_torch_file, set_check_sums
 from ..files.weights import Weights
 from ..nn.exact_merge import chunk_elements, merged_weight
@@ -128,11 +128,11 @@ def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list
     folder = job.base.folder
     assert folder is not None
     copied, left_out = side_files(folder)
-    sizes = {name: job.result_nbytes(name) for header in folder.shards.values() for name in header.locations}
     files = {file: list(header.locations) for file, header in folder.shards.items()}
     metadata = {file: header.metadata for file, header in folder.shards.items()}
     if max_shard_bytes is not None:
-        files = plan_shards(sizes, max_shard_bytes, folder.stem)
+        names = [name for header in folder.shards.values() for name in header.locations]
+        files = plan_shards(names, job.result_nbytes, max_shard_bytes, folder.stem)
         metadata = dict.fromkeys(files, next(iter(metadata.values())))
     for file, names in files.items():
         _write_safetensors(job, names, metadata[file], folder.shards.get(file), target / file)
@@ -144,7 +144,8 @@ def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list
     if folder.index_name and job.dtype is None and max_shard_bytes is None:
         shutil.copyfile(folder.path / folder.index_name, target / folder.index_name)
     elif len(files) > 1 or (folder.index_name and max_shard_bytes is None):
-        write_json(target / (folder.index_name or f"{STEM}{INDEX_SUFFIX}"), index_of(files, sizes, folder.index))
+        sizes = {file: {name: job.result_nbytes(name) for name in names} for file, names in files.items()}
+        write_json(target / (folder.index_name or f"{STEM}{INDEX_SUFFIX}"), index_of(sizes, folder.index))
     return left_out
 
 
@@ -189,33 +190,33 @@ def _write_safetensors(
     job: Job, names: Sequence[str], metadata: Mapping[str, str], before: Header | None, target: Path
 ) -> None:
     """Write some tensors into a file. Reuse the header of the base's file when its tensors are the same."""
-    locations = job.base.locations
     if before is not None and job.keeps_layout() and list(before.locations) == list(names):
         header = before.raw
     else:
         names = sorted(names, key=lambda name: -job.result_dtype(name).itemsize)  # so that all are aligned
         header = build_header([(name, job.result_dtype(name), job.result_shape(name)) for name in names], metadata)
-    sources: dict[Path, BinaryIO] = {}
-    with ExitStack() as files:
-        out = files.enter_context(open(target, "xb"))
-        out.write(header)
-        for name in names:
-            path = locations[name].file
-            if path not in sources:
-                sources[path] = files.enter_context(open(path, "rb"))
-            _write_tensor(job, name, sources[path], out)
+    write_values(target, header, _values(job, names))
 
 
-def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
+def _values(job: Job, names: Sequence[str]) -> Iterator[torch.Tensor]:
+    """Yield tensors of the result, one after the other, some rows at a time."""
+    for file, in_file in groupby(names, key=lambda name: job.base.locations[name].file):
+        with open(file, "rb") as source:
+            for name in in_file:
+                yield from _new_values(job, name, source)
+
+
+def _new_values(job: Job, name: str, source: BinaryIO) -> Iterator[torch.Tensor]:
+    """Yield a tensor of the result, some rows at a time, out of the file that holds it in the base."""
     location = job.base.locations[name]
     if job.result_shape(name) != location.shape:
-        out.write(as_bytes(_whole(job, name)))
+        yield _whole(job, name)
         job.progress(location.nbytes)
         return
     block = chunk_elements(torch.device("cpu"))
     for first, count in location.chunks(block):  # merge rounds by block: whole blocks give the bits of merge in memory
         rows = read_rows(source, location, first, count)
-        out.write(as_bytes(new_rows(job, name, rows, first)))
+        yield new_rows(job, name, rows, first)
         job.progress(rows.nbytes)
 
 
@@ -226,11 +227,12 @@ def _write_torch_file(job: Job, target: Path) -> None:
     locations = [job.base.locations[name] for name in job.updates]
     with open(job.base.path, "rb") as source, open(target, "r+b") as out:
         for name, location in job.base.locations.items():
-            if name in job.updates:
-                out.seek(location.start)
-                _write_tensor(job, name, source, out)
-            else:
+            if name not in job.updates:
                 job.progress(location.nbytes)
+                continue
+            out.seek(location.start)
+            for value in _new_values(job, name, source):
+                out.write(as_bytes(value))
     set_check_sums(target, locations)
 
 

@@ -40,19 +40,22 @@ class RankSync:
         self.failed: tuple[int, Exception] | None = None  # number and error of this rank's first failed step
 
     def run(self, name: str, step: Callable[..., object] | None, *args: Any) -> None:
-        """Run a step, unless an earlier step failed on this rank. The step must not communicate.
+        """Run a step, unless an earlier step failed on this rank.
+
+        The step must not communicate, unless the caller does what is left of that where it failed or was not run.
 
         Args:
             name: name of the step for messages, the same on all ranks.
             step: the function, or None on ranks that have nothing to do.
             args: arguments of the function.
         """
+        number = len(self.names)
         self.names.append(name)
         if step is not None and self.failed is None:
             try:
                 step(*args)
             except Exception as error:
-                self.failed = (len(self.names) - 1, error)
+                self.failed = self.failed or (number, error)  # a step inside this one may have failed first
 
     def share(self, tensor: torch.Tensor) -> float:
         """Return 1 / (number of ranks that hold the same shard). Weight values of the shard with it before `total`."""

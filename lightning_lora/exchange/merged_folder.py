@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from ..errors import LoRAError
 from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
 from ..files.paths import PathLike, write_json
-from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
+from ..files.safetensors import NAMES, SUFFIX, build_header, write_values
 from ..model.adapted_model import Listing, find_model, open_model
 from ..model.dequantize import dequantize_dtype, plain_weight
 from ..model.foreign_state import foreign_entries
@@ -33,7 +33,6 @@ from ..nn.rounding import IN_FILES, Rounding
 from ..progress import progress_bar
 from .pretrained_folder import (
     Part,
-    Tensors,
     find_network,
     one_part_each,
     parts_in_files,
@@ -44,8 +43,6 @@ from .pretrained_folder import (
 FILE, INDEX = f"{STEM}{SUFFIX}", f"{STEM}{INDEX_SUFFIX}"
 WEIGHTS = (FILE, f"{STEM}-*-of-*{SUFFIX}", INDEX)  # of an earlier export into the same folder
 PT = {"format": "pt"}
-
-Step = Callable[[object, Callable[[], object]], None]  # what messages call it, and what the first rank does
 
 
 def save_merged(
@@ -109,23 +106,25 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         path: the folder.
         max_shard_bytes: the size of a file.
     """
-    prefix, network = find_network(find_model(listing) or listing) or (
-        "",
-        None,
-    )  # the transformers model, if there is one
+    prefix, network = find_network(find_model(listing) or listing) or ("", None)  # the transformers model, or none
     state = _base_tensors(listing, prefix)
     quantised = {name: kind for name, entry in state.items() if (kind := how_quantised(*entry))}
     if quantised and dtype is None:
         refuse_quantised(*next(iter(quantised.items())))
-    parts = _parts_by_key(network, {name: _stored(*entry, dtype) for name, entry in state.items()})
-    sizes = {key: _size(part.stored) for key, part in parts.items()}
-    files = plan_shards(sizes, max_shard_bytes)
+    plain = dict.fromkeys(quantised, dtype)
+    stored = {name: _stored(tensor, plain.get(name)) for name, (tensor, _) in state.items()}
+    parts = one_part_each(stored) if network is None else parts_in_files(network, stored)
     writes = writes_files(module for _, module in listing.modules)
     sync = RankSync(tensor for tensor, _ in state.values())
     rounding = Rounding(sync)
 
-    def step(what: object, action: Callable[[], object]) -> None:  # the first rank acts, and all learn if it failed
+    def merged(name: str) -> torch.Tensor:
+        return _merged(name, *state[name], rounding, plain.get(name))
+
+    def step(what: object, action: Callable[[], object], values: Iterable[torch.Tensor] = ()) -> None:
+        """Let the first rank act. All ranks gather the values that it takes, and raise if it failed."""
         sync.run(f"save_merged: {what}", action if writes else None)
+        deque(values, maxlen=0)  # those that the action left
         sync.raise_on_any_rank()
 
     with ExitStack() as moves_on_leaving:
@@ -135,68 +134,48 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         if network is not None:
             step(path, partial(refuse_adapter_beside, path))
             step(CONFIG, partial(write_configuration, network, here, _widest(parts) if quantised else None))
-        advance = moves_on_leaving.enter_context(progress_bar("saving", sum(sizes.values()), "bytes"))
-
-        def merged(part: Part) -> Tensors:
-            return {name: _merged(name, *state[name], rounding, dtype) for name in part.names}
-
-        stored = {
-            file: _write_shard(here / file, [parts[key] for key in keys], merged, step, advance)
-            for file, keys in files.items()
-        }
+        advance = moves_on_leaving.enter_context(progress_bar("saving", sum(part.nbytes for part in parts), "bytes"))
+        files = plan_shards(parts, lambda part: part.nbytes, max_shard_bytes)
+        for file, in_file in files.items():
+            in_file.sort(key=_narrowness)  # wide dtypes first, so that all are aligned
+            values = _values(in_file, merged)
+            step(file, partial(write_values, here / file, _header(in_file), values, advance), values)
         if len(files) > 1:
-            step(INDEX, partial(_write_index, here / INDEX, stored))
+            sizes = {file: {n: t.nbytes for n, t in _stored_in(in_file)} for file, in_file in files.items()}
+            step(INDEX, partial(write_json, here / INDEX, index_of(sizes, {})))
         step(path, moves_on_leaving.close)
     rounding.tell(f"{path}: 16-bit weights", IN_FILES, stacklevel=3)
 
 
-def _parts_by_key(network: Any, tensors: Tensors) -> dict[str, Part]:
-    """Divide tensors into parts that are stored together, each by the name of its first stored tensor."""
-    divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
-    return {next(iter(part.stored)): part for part in divided if part.stored}
-
-
-def _widest(parts: Mapping[str, Part]) -> torch.dtype:
+def _widest(parts: Iterable[Part]) -> torch.dtype:
     """Return the dtype that holds all that is stored: with another one from_pretrained would round."""
-    dtypes = [tensor.dtype for part in parts.values() for tensor in part.stored.values()]
+    dtypes = [tensor.dtype for _, tensor in _stored_in(parts)]
     return reduce(torch.promote_types, [dtype for dtype in dtypes if dtype in MERGEABLE_DTYPES])
 
 
-def _write_shard(
-    path: Path, parts: list[Part], merged: Callable[[Part], Tensors], step: Step, advance: Callable[[int], object]
-) -> Tensors:
-    """Write a file part by part, and return what is stored in it, on the meta device.
-
-    Args:
-        path: of the file.
-        parts: what goes into it.
-        merged: returns the whole merged tensors of a part, on the CPU.
-        step: writes on the rank that writes.
-        advance: counts bytes.
-    """
-    in_file = sorted(parts, key=_narrowness)  # wide ones first, so that all are aligned
-    stored = {name: tensor for part in in_file for name, tensor in part.stored.items()}
-    header = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()]
-    step(path.name, partial(_append, path, build_header(header, PT)))
-    for part in in_file:  # no reference keeps a tensor alive while the next one is gathered
-        append = partial(_append_part, path, part)
-        step(repr(part.names[0]), partial(append, merged(part)))
-        advance(_size(part.stored))
-    return stored
-
-
-def _write_index(path: Path, stored: Mapping[str, Tensors]) -> None:
-    """Write which file holds which tensor."""
-    sizes = {name: tensor.nbytes for tensors in stored.values() for name, tensor in tensors.items()}
-    write_json(path, index_of({file: list(tensors) for file, tensors in stored.items()}, sizes, {}))
-
-
-def _size(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+def _stored_in(parts: Iterable[Part]) -> list[tuple[str, torch.Tensor]]:
+    return [item for part in parts for item in part.stored.items()]
 
 
 def _narrowness(part: Part) -> int:
     return -max(tensor.dtype.itemsize for tensor in part.stored.values())
+
+
+def _header(parts: Iterable[Part]) -> bytes:
+    return build_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _stored_in(parts)], PT)
+
+
+def _values(parts: Iterable[Part], merged: Callable[[str], torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Make the tensors of a file, part by part; none is kept. Collective where the model is sharded.
+
+    Args:
+        parts: of the file.
+        merged: returns a whole tensor of the model with the adapter merged, on the CPU.
+    """
+    for part in parts:
+        made = part.convert({name: merged(name) for name in part.names})
+        for name in part.stored:
+            yield made.pop(name)
 
 
 def _base_tensors(listing: Listing, prefix: str) -> dict[str, tuple[torch.Tensor, nn.Module]]:
@@ -214,19 +193,18 @@ def _base_tensors(listing: Listing, prefix: str) -> dict[str, tuple[torch.Tensor
     return tensors
 
 
-def _stored(tensor: torch.Tensor, module: nn.Module, dtype: torch.dtype | None) -> torch.Tensor:
-    """Return a tensor with the shape and dtype that will be written."""
-    quantised = dtype is not None and how_quantised(tensor, module)
-    if not quantised and tensor.shape == shape_of(tensor):  # a slice of a weight has another shape
+def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return a tensor with the shape and dtype that will be written; the dtype is given for a quantised one."""
+    if dtype is None and tensor.shape == shape_of(tensor):  # a slice of a weight has another shape
         return tensor
-    return torch.empty(shape_of(tensor), dtype=dtype if quantised else tensor.dtype, device="meta")
+    return torch.empty(shape_of(tensor), dtype=dtype or tensor.dtype, device="meta")
 
 
 def _merged(
     name: str, tensor: torch.Tensor, module: nn.Module, rounding: Rounding, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
-    if dtype is not None and how_quantised(tensor, module):
+    """Return a whole tensor on the CPU with the adapter merged, dequantised where a dtype is given. Collective."""
+    if dtype is not None:
         return full_tensor(plain_weight(name, module, dtype, rounding)).cpu()
     leaf = name.rpartition(".")[2]
     values = [detached(tensor)]
@@ -241,14 +219,3 @@ def _merged(
 
         rounding.sync.run(f"save_merged: {name!r}", merge)
     return full_tensor(values.pop()).cpu()
-
-
-def _append(path: Path, content: bytes | memoryview) -> None:
-    with open(path, "ab") as file:
-        file.write(content)
-
-
-def _append_part(path: Path, part: Part, values: dict[str, torch.Tensor]) -> None:
-    converted = part.convert(values)
-    for name in part.stored:
-        _append(path, as_bytes(converted[name]))

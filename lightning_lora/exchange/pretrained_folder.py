@@ -1,8 +1,8 @@
 """The folder of a transformers model: its configuration, and the names and parts of tensors in its files.
 
 A tensor in a file may have another name than in the model, or be a part of a tensor. transformers converts tensors when
-it loads, and converts them back when it saves. Here tensors are converted one by one, or in groups as small as
-possible.
+it loads, and converts them back when it saves. Here what is only renamed stays as it is, and the rest is converted one
+by one, or by layers, so that few are in memory at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import importlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -48,6 +49,11 @@ class Part(NamedTuple):
     names: list[str]
     stored: Tensors
     convert: Convert
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the stored tensors in bytes."""
+        return sum(tensor.nbytes for tensor in self.stored.values())
 
 
 def find_network(listing: Listing) -> tuple[str, Any] | None:
@@ -125,7 +131,7 @@ def write_configuration(network: Any, folder: Path, dtype: torch.dtype | None = 
 
 
 def parts_in_files(network: Any, state: Mapping[str, torch.Tensor]) -> list[Part]:
-    """Divide the tensors of a transformers model into the smallest groups that can be converted by themselves.
+    """Divide the tensors of a transformers model into small groups that can be converted by themselves.
 
     Args:
         network: the model.
@@ -138,16 +144,30 @@ def parts_in_files(network: Any, state: Mapping[str, torch.Tensor]) -> list[Part
         for name, tensor in state.items()
         if name not in ignored and state.get(tied.get(name, "")) is not tensor
     }
-    return _smallest_parts(kept, _conversion(network))
+    convert = _conversion(network)
+    whole = Part(list(kept), convert(dict(kept)), convert)
+    names = {id(tensor): name for name, tensor in kept.items()}
+    renamed = [_renamed(names[id(value)], new, value) for new, value in whole.stored.items() if id(value) in names]
+    as_they_are = {name for part in renamed for name in part.names}
+    changed = [name for name in kept if name not in as_they_are]
+    order = {name: number for number, name in enumerate(kept)}
+    for groups in ([[name] for name in changed], _by_layer(changed)):
+        with suppress(Exception):  # a conversion may raise anything if a part that it needs is missing
+            made = [Part(group, convert({name: kept[name] for name in group}), convert) for group in groups]
+            parts = [part for part in (*renamed, *made) if part.stored]
+            if _layout(parts) == _layout([whole]):
+                return sorted(parts, key=lambda part: order[part.names[0]])
+    return [whole]
 
 
 def one_part_each(state: Mapping[str, torch.Tensor]) -> list[Part]:
     """Return the parts of tensors that are stored as they are."""
-    return [Part([name], {name: tensor}, _as_they_are) for name, tensor in state.items()]
+    return [_renamed(name, name, tensor) for name, tensor in state.items()]
 
 
-def _as_they_are(tensors: Tensors) -> Tensors:
-    return tensors
+def _renamed(name: str, new: str, tensor: torch.Tensor) -> Part:
+    """Return the part of a tensor that is stored as it is, under a name of its own in the file."""
+    return Part([name], {new: tensor}, lambda tensors: {new: tensors.pop(name)})
 
 
 def _conversion(network: Any) -> Convert:
@@ -155,50 +175,23 @@ def _conversion(network: Any) -> Convert:
     try:
         loading = importlib.import_module("transformers.core_model_loading")
     except ImportError:
-        return _as_they_are
+        return dict
     if CONVERSIONS in vars(network):
         network = copy.copy(network)
         vars(network)[CONVERSIONS] = plain_conversions(network)
     return cast(Convert, partial(loading.revert_weight_conversion, network))
 
 
-def _smallest_parts(state: Tensors, convert: Convert) -> list[Part]:
-    """Divide tensors into groups; converting each by itself must give the same as converting all at once."""
-    together = convert(dict(state))
-    parts, joint = [], {}
-    for name, tensor in state.items():
-        stored = _converted({name: tensor}, convert)
-        if stored is not None and _is_part(stored, together):
-            parts.append(Part([name], stored, convert))
-        else:
-            joint[name] = tensor
-    for names in _by_layer(joint).values():
-        stored = _converted({name: state[name] for name in names}, convert)
-        parts.append(Part(names, stored or {}, convert))
-    found = [name for part in parts for name in part.stored]
-    if sorted(found) == sorted(together) and all(_is_part(part.stored, together) for part in parts):
-        return parts
-    return [Part(list(state), together, convert)]
+def _layout(parts: Iterable[Part]) -> list[tuple[str, str]]:
+    """Return the name, and the dtype and shape, of all that is stored."""
+    stored = (item for part in parts for item in part.stored.items())
+    return sorted((name, f"{tensor.dtype} {tuple(tensor.shape)}") for name, tensor in stored)
 
 
-def _converted(tensors: Tensors, convert: Convert) -> Tensors | None:
-    try:
-        return convert(tensors)
-    except Exception:  # a conversion may raise anything if a part that it needs is missing
-        return None
-
-
-def _is_part(stored: Tensors, together: Tensors) -> bool:
-    return all(
-        name in together and together[name].shape == tensor.shape and together[name].dtype == tensor.dtype
-        for name, tensor in stored.items()
-    )
-
-
-def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
+def _by_layer(names: Iterable[str]) -> list[list[str]]:
     """Group names by the innermost numbered module that they are in."""
     groups: dict[str, list[str]] = {}
     for name in names:
         numbered = [module for module in parent_names(name) if module.rpartition(".")[2].isdigit()]
         groups.setdefault(numbered[-1] if numbered else "", []).append(name)
-    return groups
+    return list(groups.values())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,6 +28,7 @@ OTHER_WEIGHTS = (
 NOT_COPIED = (".git", ".cache", "__pycache__")
 HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 
+Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
@@ -122,41 +123,45 @@ def side_files(folder: ModelFolder) -> tuple[list[Path], list[Path]]:
     return copied, left_out
 
 
-def plan_shards(sizes: Mapping[str, int], most: int, stem: str = STEM) -> dict[str, list[str]]:
+def plan_shards(
+    items: Iterable[Item], size_of: Callable[[Item], int], most: int, stem: str = STEM
+) -> dict[str, list[Item]]:
     """Distribute tensors over files in the given order, and name the files.
 
     Args:
-        sizes: bytes of each tensor.
-        most: bytes of all tensors in one file. A larger tensor gets a file of its own.
+        items: the tensors, or groups of tensors that are stored together.
+        size_of: returns the size of one in bytes.
+        most: bytes of all tensors in one file. A larger item gets a file of its own.
         stem: how the names of the files begin.
 
     Returns:
-        Names of tensors by file.
+        The items by file.
     """
-    groups: list[list[str]] = [[]]
+    groups: list[list[Item]] = [[]]
     filled = 0
-    for name, size in sizes.items():
+    for item in items:
+        size = size_of(item)
         if groups[-1] and filled + size > most:
             groups.append([])
             filled = 0
-        groups[-1].append(name)
+        groups[-1].append(item)
         filled += size
     if len(groups) == 1:
         return {f"{stem}{SUFFIX}": groups[0]}
-    return {f"{stem}-{i:05}-of-{len(groups):05}{SUFFIX}": names for i, names in enumerate(groups, 1)}
+    return {f"{stem}-{i:05}-of-{len(groups):05}{SUFFIX}": group for i, group in enumerate(groups, 1)}
 
 
-def index_of(files: Mapping[str, Sequence[str]], sizes: Mapping[str, int], before: Mapping[str, Any]) -> dict[str, Any]:
+def index_of(files: Mapping[str, Mapping[str, int]], before: Mapping[str, Any]) -> dict[str, Any]:
     """Make the index of some shards.
 
     Args:
-        files: names of tensors by file.
-        sizes: bytes of each tensor.
+        files: by file, the bytes of each of its tensors.
         before: an earlier index. Its other entries are kept.
     """
     metadata = before.get("metadata")
-    metadata = {**(metadata if isinstance(metadata, Mapping) else {}), "total_size": sum(sizes.values())}
-    file_of = {name: file for file, names in files.items() for name in names}
+    total = sum(sum(sizes.values()) for sizes in files.values())
+    metadata = {**(metadata if isinstance(metadata, Mapping) else {}), "total_size": total}
+    file_of = {name: file for file, sizes in files.items() for name in sizes}
     return {**before, "metadata": metadata, "weight_map": dict(sorted(file_of.items()))}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -187,12 +187,29 @@ def read_tensor(location: TensorLocation) -> torch.Tensor:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file. Equal tensors give equal bytes. Wide dtypes come first, so that all are aligned."""
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    header = build_header([(n, t.dtype, tuple(t.shape)) for n, t in ordered.items()], metadata)
     nbytes = sum(tensor.nbytes for tensor in ordered.values())
-    with open(path, "xb") as file, progress_bar("writing", nbytes, "bytes") as advance:
-        file.write(build_header([(n, t.dtype, tuple(t.shape)) for n, t in ordered.items()], metadata))
-        for tensor in ordered.values():
-            file.write(as_bytes(tensor))
-            advance(tensor.nbytes)
+    with progress_bar("writing", nbytes, "bytes") as advance:
+        write_values(path, header, ordered.values(), advance)
+
+
+def write_values(
+    path: Path, header: bytes, values: Iterable[torch.Tensor], advance: Callable[[int], object] = lambda size: None
+) -> None:
+    """Write a safetensors file of which each tensor, or each piece of one, may be made when its turn comes.
+
+    Args:
+        path: of a new file.
+        header: as build_header returns it.
+        values: the tensors in the header's order, whole or in pieces. None is kept.
+        advance: called with the number of bytes that were written.
+    """
+    with open(path, "xb") as file:
+        file.write(header)
+        for value in values:
+            file.write(as_bytes(value))
+            advance(value.nbytes)
+            del value  # before the next one is made
 
 
 def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

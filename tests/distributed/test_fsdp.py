@@ -336,6 +336,22 @@ def test_no_step_runs_after_one_that_failed_and_the_first_failure_is_raised():
         sync.raise_on_any_rank()
 
 
+def test_of_a_failed_step_and_one_inside_it_the_inner_one_is_raised_and_a_step_is_named_by_its_own_name():
+    sync = RankSync([])
+
+    def outer(error: Exception | None) -> None:
+        sync.run("inner", raise_error if error else None, error)
+        raise LoRAError("unwritten")
+
+    sync.run("outer", outer, LoRAError("broken"))
+    with pytest.raises(LoRAError, match=r"^inner: broken\.$"):
+        sync.raise_on_any_rank()
+    sync.failed = None
+    sync.run("another", outer, None)
+    with pytest.raises(LoRAError, match=r"^another: unwritten\.$"):
+        sync.raise_on_any_rank()
+
+
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_layer_that_fails_on_one_rank_fails_on_all(bad):
     messages = world().run(one_bad_rank, bad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,7 @@ from lightning_lora import (
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.exchange import merged_folder
 from lightning_lora.exchange.merged_folder import FILE, INDEX
+from lightning_lora.files.safetensors import write_values
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
 from support.models import Zoo, randomise_, zoo_config
@@ -194,11 +195,11 @@ def failing(folder: Path) -> list[str]:
         messages.append(f"{type(caught.value).__name__}: {caught.value}")
 
     fails("file")
-    merged_folder._append, append = (full_disk if rank == 0 else merged_folder._append), merged_folder._append
+    merged_folder.write_values, write_values = full_disk, merged_folder.write_values
     try:
         fails("there")
     finally:
-        merged_folder._append = append
+        merged_folder.write_values = write_values
     if rank == 1:
         with torch.no_grad():
             net[2].lora_B.to_local().fill_(torch.inf)
@@ -207,11 +208,16 @@ def failing(folder: Path) -> list[str]:
     return messages
 
 
-def full_disk(path: Path, content: bytes) -> None:
-    if path.exists() and path.name.startswith("model-00002"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with open(path, "ab") as file:
-        file.write(content)
+def full_disk(path: Path, header: bytes, values: Iterator[torch.Tensor], advance: Callable[[int], object]) -> None:
+    """Write a file, and break the second one off after its first tensor."""
+
+    def written() -> Iterator[torch.Tensor]:
+        yield next(values)
+        if path.name.startswith("model-00002"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        yield from values
+
+    write_values(path, header, written(), advance)
 
 
 def test_save_merged_that_fails_on_one_rank_fails_on_all(tmp_path):
