@@ -582,7 +582,9 @@ def test_dropout_stays_out_where_another_adapter_brings_single_parameters():
 
 def test_parts_of_attention_beside_an_out_proj_of_a_higher_rank_get_its_rank(tmp_path: Path):
     parts = {"attention": [True, False, True]}
-    net = adapted(2, r=1, target_modules=["attention", "out_proj"], enable_lora=parts, rank_pattern={"out_proj": 3})
+    net = adapted(
+        2, r=1, target_modules=["attention", "attention.out_proj"], enable_lora=parts, rank_pattern={"out_proj": 3}
+    )
     state = combine(states(net), [0.5], output=tmp_path / "c")
     assert len(state.tensors["attention.lora_A"]) == len(state.tensors["attention.out_proj.lora_A"]) == 3
     assert_deltas(deltas_of(loaded(state)), total([(0.5, deltas_of(net))]))

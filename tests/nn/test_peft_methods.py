@@ -90,7 +90,11 @@ def test_pefts_folder_is_read_and_written_again(method, tmp_path, case):
     again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
     torch.testing.assert_close(again(TOKENS), other(TOKENS), **SAME)
     written, before = config_of(tmp_path / "ours"), config_of(tmp_path / "theirs")
-    assert {name: written[name] for name in method.written} == {name: before[name] for name in method.written}
+    by_layer = [name for name in method.written if name.endswith("_pattern")]
+    same = [name for name in method.written if name not in by_layer]
+    assert {name: written[name] for name in same} == {name: before[name] for name in same}
+    for name in by_layer:  # written by layer
+        assert sorted(written[name].values()) == sorted((before[name] or {}).values())
 
 
 @pytest.mark.parametrize(("method", "case"), CASES)

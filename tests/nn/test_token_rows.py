@@ -32,6 +32,7 @@ from lightning_lora import load_adapter as apply_adapter
 from lightning_lora import take_adapter as adapter_of_model
 from lightning_lora.matching import Unmatched
 from lightning_lora.model import merging
+from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.token_tables import token_tables
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.expected_weights import merge_and_check
@@ -395,14 +396,18 @@ def test_rows_that_are_not_finite_are_refused_by_name_and_nothing_is_merged(tmp_
         save_adapter(subject.model, tmp_path)
 
 
-def test_other_rows_than_the_options_name_are_refused_when_loaded():
+def test_other_rows_than_the_options_name_are_swapped_and_a_trainer_refuses_them():
     one, other = Net(), Net()
+    other.load_state_dict(one.state_dict())
     inject(one, LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": [1, 2]}))
     inject(other, LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": [1, 3]}))
     with pytest.raises(LoRAError, match="of 'emb' the rows 1, 2 were trained, and here the options name 1, 3"):
-        apply_adapter(other, adapter_of_model(one))
+        apply_adapter(open_model(other, "test"), adapter_of_model(one))
     with pytest.raises(LoRAError, match=r"'emb\.lora_rows' must have shape \(2, 6\)"):
         load_adapter(other, {**adapter_state_dict(one), "emb.lora_rows": torch.zeros(3, WIDTH)})
+    load_adapter(other, adapter_of_model(one))
+    assert other.emb.lora.spec.rows == (1, 2)
+    assert torch.equal(other.emb.lora_rows, one.emb.lora_rows)
 
 
 def test_an_adapter_of_a_module_around_it_fits_the_network_inside():
