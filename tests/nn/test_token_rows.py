@@ -30,6 +30,7 @@ from lightning_lora import (
 )
 from lightning_lora import load_adapter as apply_adapter
 from lightning_lora import take_adapter as adapter_of_model
+from lightning_lora.exchange import apply
 from lightning_lora.matching import Unmatched
 from lightning_lora.model import merging
 from lightning_lora.model.adapted_model import open_model
@@ -402,7 +403,7 @@ def test_other_rows_than_the_options_name_are_swapped_and_a_trainer_refuses_them
     inject(one, LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": [1, 2]}))
     inject(other, LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": [1, 3]}))
     with pytest.raises(LoRAError, match="of 'emb' the rows 1, 2 were trained, and here the options name 1, 3"):
-        apply_adapter(open_model(other, "test"), adapter_of_model(one))
+        apply.apply_adapter(open_model(other, "test"), adapter_of_model(one))
     with pytest.raises(LoRAError, match=r"'emb\.lora_rows' must have shape \(2, 6\)"):
         load_adapter(other, {**adapter_state_dict(one), "emb.lora_rows": torch.zeros(3, WIDTH)})
     load_adapter(other, adapter_of_model(one))
