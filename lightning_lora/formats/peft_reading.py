@@ -115,7 +115,7 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
         adapter = with_enable_lora(adapter)
         return adapter if source.options is None else _without_idle_attention(with_kinds_of_stacks(adapter, where))
     edited = adapter.layers != described
-    return _as_described(_without_additions(adapter, description, where), words, where, edited=edited)
+    return _as_described(_without_additions(adapter, description, where), words, edited=edited)
 
 
 def _foreign(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
@@ -191,13 +191,12 @@ def _by_name(patterns: Mapping[str, float] | None, names: Iterable[str], default
     }
 
 
-def _as_described(adapter: Adapter, words: LoRAConfig | None, where: str, *, edited: bool) -> Adapter:
+def _as_described(adapter: Adapter, words: LoRAConfig | None, *, edited: bool) -> Adapter:
     """Return an adapter in PEFT's form as the model had it that wrote it, with the words of its run.
 
     Args:
         adapter: as PEFT reads it.
         words: of the description. Dropout may have been edited in adapter_config.json.
-        where: for messages.
         edited: the scalings are others than those of the description.
     """
     stated, words = adapter.config or LoRAConfig(), words or LoRAConfig()
@@ -206,8 +205,6 @@ def _as_described(adapter: Adapter, words: LoRAConfig | None, where: str, *, edi
     as_we_have_it = replace(with_enable_lora(adapter), config=own)
     if as_we_have_it.variant != adapter.variant:
         as_we_have_it = from_peft_form(as_we_have_it)
-    if as_we_have_it.tensors is not adapter.tensors:
-        check_factors(as_we_have_it, where)
     return with_ranks_in_words(as_we_have_it) if edited else as_we_have_it
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,29 @@ def test_the_tensor_file_by_itself_goes_by_its_description(tmp_path: Path):
     load_adapter(alone, tmp_path / "adapter_model.safetensors")
     close(logits(alone), logits(net))
     assert main(["info", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", [r"(.*\.)+q_proj", r"(?:a|b)*q_proj", r"(q|v){1,9}_proj"])
+def test_a_pattern_that_repeats_a_group_is_refused(tmp_path, option: str, pattern: str):
+    """It is compared with each layer's name, and may take for ever. Other patterns of a file are compared with none."""
+    ours("llama", tmp_path)
+    edit(tmp_path, **{option: {pattern: 2}})
+    with pytest.raises(LoRAError, match="repeats a group"):
+        load_adapter(model("llama"), tmp_path)
+    edit(tmp_path, **{option: {}}, target_modules=r"(.*\.)+(q_proj)+")
+    if option == "alpha_pattern":
+        load_adapter(model("llama"), tmp_path)
+
+
+def test_patterns_of_one_layer_each_and_others_mean_what_they_do_in_peft(tmp_path):
+    """Where all of them name one layer each, they are looked up."""
+    ours("llama", tmp_path)
+    layers = list(read_adapter(tmp_path).layers)
+    exact = {f"^{re.escape(name)}": 3 + place for place, name in enumerate(layers)}
+    for patterns in (exact, {"v_proj": 9, **exact}, {**exact, "v_proj": 9}):
+        edit(tmp_path, alpha_pattern=patterns)
+        config = peft.LoraConfig.from_pretrained(tmp_path)
+        for name, layer in read_adapter(tmp_path).layers.items():
+            key = peft.utils.other.get_pattern_key(patterns, name)
+            assert layer.scaling == pytest.approx(patterns.get(key, config.lora_alpha) / layer.r), name
