@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Set
+from collections.abc import Iterable, Mapping, MutableMapping, Set
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,7 +17,14 @@ from ..distributed.flat import owns_flat, unsharded_shape
 from ..distributed.sharding import copy_all_, gather_all, holds_shards, whole_on_cpu
 from ..distributed.zero import update_copies_
 from ..errors import LoRAError, NonFiniteError
-from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names, checkpoint_metadata, in_one_storage
+from ..formats.lightning_checkpoint import (
+    CURRENT,
+    Kind,
+    adapter_of,
+    by_canonical_names,
+    checkpoint_metadata,
+    in_one_storage,
+)
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.foreign_state import (
@@ -50,8 +57,6 @@ OPTIONS_IN_TRAINER = (
     "If the model already has an adapter, call unload(model) first. Otherwise leave them out of LoRACallback: they are "
     "then the checkpoint's, where it is a local file."
 )
-# Takes a mapping in a checkpoint and the keys that lead to it. Returns a new mapping, or None to keep the old one.
-Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | None]
 
 
 def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
@@ -90,7 +95,9 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
         if not divided:
             _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind, live)
         meta = _describe(kind, adapter)
-        meta["copies"] = _strip_copies(live, checkpoint, frozen, adapter)
+        if CURRENT in checkpoint:
+            current = checkpoint[CURRENT].items()
+            checkpoint[CURRENT] = {name: value for name, value in current if canonical(name) not in frozen}
     if kind == "merged":
         tensors = gather_all(live.values()) if divided else {name: state[name] for name in live.keys if name in state}
         meta["adapter"] = in_one_storage(tensors)
@@ -141,49 +148,6 @@ def _describe(kind: Kind, adapter: Adapter) -> dict[str, Any]:
     return meta
 
 
-def _strip_copies(
-    live: LiveState, checkpoint: MutableMapping[str, Any], frozen: Set[str], adapter: Adapter
-) -> list[list[Any]]:
-    """Take the frozen base out of copies of the model's state in a checkpoint, as weight averaging keeps one.
-
-    A mapping is a copy if it has every parameter's name, and values as in the fingerprint. Others are left alone.
-
-    Returns:
-        The keys that lead to each copy.
-    """
-    copies: list[list[Any]] = []
-    parameters = {name for name, tensor in live.tensors.items() if isinstance(tensor, nn.Parameter)}
-    entries = {name: entry for name, entry in adapter.fingerprint.items() if name in parameters and entry.values}
-
-    def strip(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
-        named = by_canonical_names(mapping)
-        if not parameters <= named.keys() or not all(isinstance(named[name], torch.Tensor) for name in entries):
-            return None
-        found = fingerprint_entries((name, named[name]) for name in entries)
-        if not all(entries_match(entry, found[name]) for name, entry in entries.items()):
-            return None  # no copy: its values are neither the base's nor an average of them
-        copies.append(list(path))
-        return {name: value for name, value in mapping.items() if canonical(str(name)) not in frozen}
-
-    for key in checkpoint.keys() - {"state_dict"}:
-        checkpoint[key] = _replace_mappings(checkpoint[key], strip, (key,))
-    return copies
-
-
-def _replace_mappings(value: Any, replacement: Replacement, path: tuple[Any, ...]) -> Any:
-    """Replace dictionaries inside a dictionary, at any depth. Values in which nothing is replaced keep their identity.
-
-    Other kinds of mapping are users' objects, such as a configuration in the hyper-parameters. They are not searched.
-    """
-    if not isinstance(value, dict):
-        return value
-    replaced = replacement(value, path)
-    if replaced is not None:
-        return replaced
-    items = {name: _replace_mappings(item, replacement, (*path, name)) for name, item in value.items()}
-    return items if any(items[name] is not value[name] for name in items) else value
-
-
 def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     """Complete the state dicts of a checkpoint of any kind, so that Lightning's strict load takes them. In place.
 
@@ -212,16 +176,11 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
     here = {} if is_divided(live.handle) else unchanged_state(live.handle)  # write_whole_state_ needs no more
     live_values = {**here, **complete.tensors}
     name_here = names_here(live.handle.model)
-    copies = checkpoint[META].get("copies", [])  # an imported adapter has none
-
-    def add_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
-        named = by_canonical_names(mapping)
-        is_copy = names <= named.keys() if path == ("state_dict",) else list(path) in copies
-        whole = {name_here(name): value for name, value in {**live_values, **named}.items()} if is_copy else {}
-        return with_metadata(whole, metadata_of(here)) if is_copy else None
-
-    for key in checkpoint.keys() - {META}:
-        checkpoint[key] = _replace_mappings(checkpoint[key], add_base, (key,))
+    for key in ("state_dict", CURRENT):
+        named = by_canonical_names(checkpoint.get(key, {}))
+        if names <= named.keys():
+            whole = {name_here(name): value for name, value in {**live_values, **named}.items()}
+            checkpoint[key] = with_metadata(whole, metadata_of(here))
     if kind == "merged" or names != adapter.tensors.keys():
         checkpoint["state_dict"] = {**live_values, **adapter.tensors}
     state = with_metadata(checkpoint["state_dict"], metadata_of(here))

@@ -143,10 +143,20 @@ def _foreign(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
 
 
 def _with_options(adapter: Adapter, options: Mapping[str, Any], source: Source) -> Adapter:
-    """Return the adapter with the rows, the variant, the words and the origin of adapter_config.json."""
+    """Return the adapter with the rows, the variant, the words and the origin of adapter_config.json.
+
+    Raises:
+        LoRAError: options and tensors do not go together, or a pattern repeats a group, which may take for ever.
+    """
     adapter, variant = rows_from_peft(adapter, options, source.where), cast(Variant, source.variant)
     layers, whole = adapter.module_layers, adapter.beside_factors()
     words = options_from_peft(options, layers, whole, adapter.tables, variant.name)
+    for key in (*(words.rank_pattern or ()), *(words.alpha_pattern or ())):
+        if REPEATED_GROUP.search(key):
+            raise LoRAError(
+                f"{source.options_path}: the pattern {shown(key, 80)} repeats a group, which may take for ever. Name "
+                "the layers instead."
+            )
     return replace(adapter, config=words, origin=origin_of(options))
 
 
@@ -154,15 +164,9 @@ def _with_scalings(adapter: Adapter, path: object) -> Adapter:
     """Return the adapter with the scalings of adapter_config.json. No other patterns of a file are matched.
 
     Raises:
-        LoRAError: the options say another rank than the tensors have, so that nobody knows the scaling. A pattern
-            repeats a group, which may take for ever.
+        LoRAError: the options say another rank than the tensors have, so that nobody knows the scaling.
     """
     words = cast(LoRAConfig, adapter.config)
-    for key in (*(words.rank_pattern or ()), *(words.alpha_pattern or ())):
-        if REPEATED_GROUP.search(key):
-            raise LoRAError(
-                f"{path}: the pattern {shown(key, 80)} repeats a group, which may take for ever. Name the layers."
-            )
     in_options = {name: adapter.options_name(name) for name in adapter.layers}
     ranks = _by_name(words.rank_pattern, in_options.values(), words.r)
     alphas = _by_name(words.alpha_pattern, in_options.values(), words.lora_alpha)

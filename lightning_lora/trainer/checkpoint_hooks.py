@@ -13,14 +13,13 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..exchange.checkpoint_of_model import convert_checkpoint, prepare_for_load
-from ..formats.lightning_checkpoint import Kind, check_kind
+from ..formats.lightning_checkpoint import CURRENT, Kind, check_kind
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.patches import call_previous, patch
 from ..names import META, names_factor
 
 # The key under which WeightAveraging keeps the weights that are not averaged. When it finds an average it loads them,
 # even for a test of the best checkpoint, although that checkpoint's metric was measured on the averaged weights.
-CURRENT = "current_model_state"
 
 
 def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:

@@ -379,7 +379,7 @@ def names(value: Any) -> set[str]:
     return {str(key).removeprefix("module.") for key in value}.union(*map(names, value.values()))
 
 
-@pytest.mark.parametrize("swapper", [*averaging(["WeightAveraging"]), "StochasticWeightAveraging"])
+@pytest.mark.parametrize("swapper", averaging(["WeightAveraging"]))
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_no_frozen_weight_is_in_the_copies_that_weight_averaging_adds_to_a_checkpoint(
     tmp_path, kind: str, swapper: str

@@ -50,9 +50,9 @@ def fit(path: Path, model: Net, *callbacks: L.Callback, resume: Path | None = No
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "swa"])
 def test_checkpoint_with_averaging_holds_no_base_tensor_under_any_key(tmp_path, name: str, kind: str, compiled: bool):
-    """The wrapper that torch.compile puts around a submodule renames its tensors."""
+    """The wrapper that torch.compile puts around a submodule renames its tensors. SWA keeps its whole average."""
     model = Net()
     base = {name: value for name, value in base_weights(model).items() if "1." not in name}
     if compiled:
