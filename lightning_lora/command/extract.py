@@ -16,7 +16,8 @@ from ..config import LoRAConfig
 from ..errors import LoRAError, sentence
 from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
-from ..matching import exact_key, names_match, naming_some, near_misses
+from ..formats.peft_options import with_ranks_in_words
+from ..matching import names_match, naming_some, near_misses
 from ..names import A, B
 from ..nn.low_rank import (
     ATTENTION_OUTPUT,
@@ -97,12 +98,12 @@ def extract(
     frozen = {name: each for name, each in base.locations.items() if name not in whole and each.in_order}
     adapter = Adapter(
         tensors={**tensors, **whole},
-        config=_config(tensors, list(kinds), rank, options),
+        config=LoRAConfig(target_modules=list(kinds), **options),
         fingerprint=fingerprint_of_files(frozen),
         fan_in_fan_out=fan_in_fan_out,
     ).with_layers({module: Layer(scaling=1.0, kind=kind) for module, kind in kinds.items()})
     dropped = [name for name in changed if name not in names and name not in whole]
-    return Extracted(adapter, kept, dropped, squares)
+    return Extracted(with_ranks_in_words(adapter), kept, dropped, squares)
 
 
 def _refuse_idle_entries(base: Weights, **entries_of: Sequence[str]) -> None:
@@ -268,12 +269,3 @@ def _carried(
     names += [f"{module}.bias" for module in adapted if biases and f"{module}.bias" in base.locations]
     whole = {name: read_tensor(tuned.locations[name]) for name in names}
     return whole, {"modules_to_save": modules, "bias": "lora_only" if biases else "none"}
-
-
-def _config(tensors: Mapping[str, Any], layers: Sequence[str], rank: int, options: Mapping[str, Any]) -> LoRAConfig:
-    """Return the options. lora_alpha equals r in every layer, so that the scaling is 1."""
-    ranks = {name: tensors[f"{name}.{B}"].shape[1] for name in layers}
-    smaller = {exact_key(name): r for name, r in ranks.items() if r != rank}
-    return LoRAConfig(
-        r=rank, lora_alpha=rank, target_modules=layers, rank_pattern=smaller, alpha_pattern=smaller, **options
-    )

@@ -71,7 +71,7 @@ def lora_options(adapter: Adapter) -> dict[str, Any]:
 
 
 def ranks_and_alphas(adapter: Adapter) -> dict[str, Any]:
-    """Return r and lora_alpha of most layers, and patterns that name each other layer. Here alone patterns are made.
+    """Return r and lora_alpha of most layers, and patterns that name each other layer. Only here patterns are made.
 
     If all layers have one r and one lora_alpha, there are no patterns, as vLLM needs it. The out_proj of attention has
     the options of its attention in PEFT.

@@ -97,15 +97,5 @@ def _taken_besides(adapter: Adapter, entries: Collection[str]) -> list[str]:
     inside = {name: parent_names(name) for name in frozen}
     inside |= {name: [*parent_names(name), name, f"{name}.base_layer"] for name in adapter.layers}  # as PEFT wraps it
     inside |= {name: [*parent_names(name), name, f"{name}.token_adapter.base_layer"] for name in adapter.tables}
-    return _inside_taken(entries, inside)
-
-
-def taken_by(entries: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Return the names of the tensors in modules that PEFT's entries take."""
-    return set(_inside_taken(entries, {name: parent_names(name) for name in names}))
-
-
-def _inside_taken(entries: Iterable[str], inside: Mapping[str, Iterable[str]]) -> list[str]:
     ends = tuple(entries)
-    taken = (name for name, modules in inside.items() if any(module.endswith(ends) for module in modules))
-    return list(taken) if ends else []
+    return [name for name, modules in inside.items() if any(module.endswith(ends) for module in modules)]
