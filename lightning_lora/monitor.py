@@ -9,9 +9,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from .distributed.sharding import reshard_
 from .errors import LoRAError, sentence
 from .model.adapted_model import find_model, open_model
-from .report.from_model import updates_of_model
-from .report.pictures import has_matplotlib, pictures_of
+from .report.figures import has_matplotlib
 from .report.statistics import AdapterStats, layer_stats
+from .report.updates import measure
 from .trainer.deepspeed_optimizer import held_parameters, holds_copies
 from .trainer.lightning_packages import become_callback, first_package
 
@@ -26,8 +26,8 @@ class LoRAMonitor(Callback):
     """Log statistics of the adapter while it is trained, and pictures of it when fit ends.
 
     It works beside a LoRACallback, before or after it in the list, and without one on a model that inject was called
-    on. Every logger gets the statistics of adapter_stats, by groups of layers. A TensorBoardLogger gets pictures of the
-    norms and singular values of the updates.
+    on. Every logger gets the statistics of adapter_stats, by groups of layers. A TensorBoardLogger gets the pictures
+    of plot_adapter.
 
     Args:
         every_n_steps: optimizer steps from one log of statistics to the next; 0 logs none.
@@ -43,8 +43,10 @@ class LoRAMonitor(Callback):
         >>> options = {"enable_progress_bar": False, "enable_model_summary": False}
         >>> trainer = L.Trainer(max_steps=4, logger=L.pytorch.loggers.CSVLogger("."), callbacks=callbacks, **options)
         >>> trainer.fit(BoringModel())
-        >>> print(*plot_adapter("lightning_logs/version_0"))
-        statistics
+        >>> from pathlib import Path
+        >>> columns = Path("lightning_logs/version_0/metrics.csv").read_text().split()[0].split(",")
+        >>> print(*sorted(name for name in columns if name.startswith("lora/layer/")))
+        lora/layer/cosine lora/layer/grad_A lora/layer/grad_B lora/layer/norm lora/layer/rank
     """
 
     def __init__(self, every_n_steps: int = 50, plots: bool = True) -> None:
@@ -119,16 +121,16 @@ class LoRAMonitor(Callback):
         if not loggers:
             return
         try:
-            updates = updates_of_model(pl_module)
+            updates = measure(pl_module)
         except LoRAError as error:  # on all ranks alike; a run is not lost for want of a picture
             rank_zero_warn(f"LoRAMonitor: plots: {sentence(error)}")
             return
         if trainer.is_global_zero:
-            from .report.canvas import to_figure  # imports matplotlib
+            from .report.pictures import figures_of  # imports matplotlib
 
-            for name, picture in pictures_of(updates).items():
+            for name, figure in figures_of(updates).items():
                 for logger in loggers:
-                    logger.experiment.add_figure(f"lora/{name}", to_figure(picture), trainer.global_step, close=False)
+                    logger.experiment.add_figure(f"lora/{name}", figure, trainer.global_step, close=False)
 
     def _draws(self, trainer: Trainer) -> list[Any]:
         """Return the loggers that get pictures. Every rank finds the same, as measuring is collective."""

@@ -119,22 +119,19 @@ def test_exception_takes_the_bar_away_and_goes_on(terminal: Terminal):
         (lambda path, model: save_adapter(model, path / "another"), "writing"),
         (lambda path, model: to_lightning(path / "adapter", path / "lora.ckpt"), "writing"),
         (lambda path, model: info(path / "adapter"), "measuring"),
-        (lambda path, model: plot_adapter(path / "adapter", base=path / "own.safetensors"), "reading the base"),
         (lambda path, model: plot_adapter(path / "adapter"), "measuring"),
         (lambda path, model: diff(path / "adapter", path / "adapter"), "comparing"),
         (lambda path, model: diff(path / "b.safetensors", path / "b.safetensors"), "comparing"),
     ],
     ids=[
         *("merge", "unmerge", "merged_state_dict", "merge_and_unload", "save_merged", "save_adapter", "import", "info"),
-        *("plot with a base", "plot", "diff", "diff of weights"),
+        *("plot", "diff", "diff of weights"),
     ],
 )
 def test_what_can_take_long_shows_a_bar_that_reaches_the_end(terminal: Terminal, tmp_path: Path, work, shown: str):
     model = adapted()
     save_adapter(model, tmp_path / "adapter")
     save_file(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).state_dict(), tmp_path / "b.safetensors")
-    own = {name: value.clone() for name, value in model.state_dict().items() if "lora_" not in name}
-    save_file(own, tmp_path / "own.safetensors")
     before = len(terminal.text())
     work(tmp_path, model)
     screen = terminal.text()[before:]

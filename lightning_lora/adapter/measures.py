@@ -1,4 +1,4 @@
-"""How large an adapter's changes are, and how two adapters differ: norms and angles of s * B @ A, never built."""
+"""How large an adapter's changes are, and how two adapters differ: norms of s * B @ A, never built."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import LoRAError
 from ..nn.low_rank import TRANSPOSED_EXPERTS
 from .adapter import Adapter
 from .lora_form import Pair
-from .products import inner_of_products, product_norm
+from .products import product_norm
 
 
 def delta_norm(adapter: Adapter, name: str) -> float:
@@ -31,21 +31,6 @@ def difference_norm(adapter: Adapter, other_adapter: Adapter, name: str) -> floa
         else:
             norms.append(product_norm(torch.cat([left, -other_left], 1), torch.cat([right, other_right])))
     return math.hypot(*norms)
-
-
-def cosine(adapter: Adapter, other_adapter: Adapter, name: str) -> float:
-    """Return the cosine between two adapters' s * B @ A of one layer, seen as vectors; NaN where one is zero.
-
-    Raises:
-        ValueError: the layer has other parts, shapes or layouts in the two.
-    """
-    inner = sum(
-        float(inner_of_products(*pair, *other_pair))
-        for pair, other_pair in _matching_pairs(adapter, other_adapter, name)
-    )
-    norms = delta_norm(adapter, name) * delta_norm(other_adapter, name)
-    value = inner / norms if norms else math.nan
-    return max(-1.0, min(1.0, value)) if math.isfinite(value) else math.nan
 
 
 def _matching_pairs(adapter: Adapter, other_adapter: Adapter, name: str) -> list[tuple[Pair, Pair]]:

@@ -245,21 +245,15 @@ def _extract(options: Any) -> list[str]:
 
 
 def _plot_options(parser: Any) -> None:
-    parser.add_argument("path", type=str, help="adapter in any form, or a run's log: metrics.csv, events, their folder")
-    parser.add_argument("other", type=str | None, nargs="?", help="a second adapter, to compare the first with")
+    parser.add_argument("path", type=str, help="adapter in any form")
     parser.add_argument("--output", type=str, required=True, help="picture to write: .png, .pdf or .svg")
-    parser.add_argument("--base", type=str | None, help="weights that it was trained on, for norms relative to these")
-    parser.add_argument("--strict-base", type=bool, default=True, help="false: another base is only a warning")
     _overwrite_option(parser)
 
 
 def _plot(options: Any) -> list[str]:
-    """Draw update norms and singular values of an adapter, two adapters beside each other, or a run's statistics."""
-    inputs = [path for path in (options.path, options.other, options.base) if path]
-    check_output("plot", PICTURE, options.output, inputs, options.overwrite)
-    pictures = plot_adapter(
-        options.path, options.other, base=options.base, strict_base=options.strict_base, output=options.output
-    )
+    """Draw the norm of an adapter's updates by depth, and their singular values."""
+    check_output("plot", PICTURE, options.output, [options.path], options.overwrite)
+    pictures = plot_adapter(options.path, output=options.output)
     return [f"wrote {options.output}: {', '.join(pictures)}"]
 
 

@@ -1,4 +1,4 @@
-"""Looking at a model without changing it: the summary, statistics, and pictures of adapters and of a run's log.
+"""Looking at a model without changing it: the summary, statistics, and two pictures of an adapter.
 
-Measuring, concluding and drawing are in separate files.
+Measuring and drawing are in separate files.
 """

@@ -56,7 +56,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MERGE = "merge --base IN/base --adapter IN/adapter --output out"
 EXTRACT = "extract --base IN/base --tuned IN/tuned --output out --rank 1"
-PLOT_ON_ANOTHER = "plot IN/adapter --base IN/other --output out.png"
 COMBINE = "combine IN/adapter IN/another --weights 1 1 --output out"
 # By verb and flag: a command, what is added to it, and what must differ then, the rest being the same.
 CASES: dict[tuple[str, str], tuple[str, str, str]] = {
@@ -75,7 +74,6 @@ CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("export", "--plain"): ("export IN/adapter out", "--plain", "files"),
     ("import", "--lora-alpha"): ("import IN/bare.pt out.ckpt", "--lora-alpha=3", "status"),
     ("plot", "--overwrite"): ("plot IN/another --output out.png", "--overwrite", "status"),
-    ("plot", "--strict-base"): (PLOT_ON_ANOTHER, "--strict-base=false", "status"),
     ("extract", "--rank"): (EXTRACT, "--rank=2", "files"),
     ("extract", "--exclude"): (EXTRACT, "--exclude vectors", "files"),
     ("extract", "--embeddings"): (EXTRACT, "--embeddings vectors", "files"),

@@ -17,7 +17,7 @@ from support.peers import call, refused
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """Two adapters, their base, a run's log, and a folder with one of a CSVLogger."""
+    """Two adapters, their base, and a file that is no picture."""
     net = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2))})
     save_file(net.state_dict(), tmp_path / "base.safetensors")
     inject(net, LoRAConfig(r=2, init_lora_weights=False))
@@ -25,44 +25,22 @@ def inputs(tmp_path: Path) -> Path:
     with torch.no_grad():
         net.layers[0]["q"].lora_B.neg_()
     save_adapter(net, tmp_path / "b")
-    (tmp_path / "runs" / "version_0").mkdir(parents=True)
-    for log in (tmp_path / "metrics.csv", tmp_path / "runs" / "version_0" / "metrics.csv"):
-        log.write_text("step,lora/q/norm\n0,1.0\n5,2.0\n")
+    (tmp_path / "metrics.csv").write_text("step\n0\n")
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["IN/a"], "norms, spectra"),
-        (["IN/a", "--base", "IN/base.safetensors"], "norms, spectra"),
-        (["IN/a", "IN/b"], "comparison"),
-        (["IN/metrics.csv"], "statistics"),
-    ],
-)
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_plot_writes_a_picture_and_says_what_is_in_it(
-    inputs: Path, capsys: Any, arguments: list[str], parts: str, suffix: str
-):
+def test_plot_writes_a_picture_and_says_what_is_in_it(inputs: Path, capsys: Any, suffix: str):
     output = inputs / f"out{suffix}"
-    given = [argument.replace("IN", str(inputs)) for argument in arguments]
-    assert call(capsys, "plot", *given, "--output", output) == f"wrote {output}: {parts}\n"
+    assert call(capsys, "plot", inputs / "a", "--output", output) == f"wrote {output}: norms, spectra\n"
     assert output.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
-
-
-def test_norms_are_relative_where_the_base_is_given(inputs: Path, capsys: Any):
-    call(capsys, "plot", inputs / "a", "--output", inputs / "plain.svg")
-    call(capsys, "plot", inputs / "a", "--base", inputs / "base.safetensors", "--output", inputs / "relative.svg")
-    plain, relative = ((inputs / f"{name}.svg").read_text() for name in ("plain", "relative"))
-    assert "<!-- rms of s B A -->" in plain
-    assert "<!-- |s B A| / |W|, % -->" in relative
 
 
 def test_the_command_calls_the_function_and_nothing_else(inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
     given: list[Any] = []
     monkeypatch.setattr(command, "plot_adapter", lambda *args, **options: given.append((args, options)) or {"norms": 1})
-    assert call(capsys, "plot", "a", "b", "--output=o.png", "--base=c", "--strict-base=false") == "wrote o.png: norms\n"
-    assert given == [(("a", "b"), {"base": "c", "strict_base": False, "output": "o.png"})]
+    assert call(capsys, "plot", "a", "--output=o.png") == "wrote o.png: norms\n"
+    assert given == [(("a",), {"output": "o.png"})]
 
 
 @pytest.mark.parametrize(
@@ -70,13 +48,11 @@ def test_the_command_calls_the_function_and_nothing_else(inputs: Path, capsys: A
     [
         (["IN/a", "--output", "IN/out.gif"], "the output 'out.gif' must end in one of .png, .pdf, .svg."),
         (["IN/none", "--output", "IN/out.png"], "none: there is no such file"),
-        (["IN/runs", "--output", "IN/out.png"], "folders with one each. Give one: IN/runs/version_0."),
         (["IN/base.safetensors", "--output", "IN/out.png"], "base.safetensors"),
         (["IN/a", "--output", "IN/a/out.png"], "write somewhere else"),
         (["IN/a", "--output", "IN/b"], "is a folder; give the name of a file"),
         (["IN/a", "--output", "IN/metrics.csv"], "exists; choose another output, or pass --overwrite to replace it"),
         (["IN/a", "--output", "IN/metrics.csv", "--overwrite"], "holds no picture, so it is no earlier result"),
-        (["IN/a", "IN/metrics.csv", "--output", "IN/out.png"], "is a log of a run, which is drawn by itself"),
     ],
 )
 def test_what_cannot_be_drawn_or_written_is_refused_in_one_line(
@@ -91,6 +67,6 @@ def test_what_cannot_be_drawn_or_written_is_refused_in_one_line(
 
 
 def test_plot_without_matplotlib_names_the_extra(inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lightning_lora.report.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_lora.report.figures.find_spec", lambda name: None)
     shown = refused(capsys, "plot", inputs / "a", "--output", inputs / "out.png")
     assert "needs matplotlib; pip install matplotlib." in shown

@@ -41,7 +41,7 @@ VERBS: dict[str, tuple[str, list[str]]] = {
     "import": ("out.ckpt", ["import", "IN/adapter", "OUT"]),
     "extract": ("out", ["extract", "--base", "IN/base.safetensors", "--tuned", "IN/tuned.safetensors", "--rank=1",
                         "--output", "OUT"]),
-    "plot": ("out.png", ["plot", "IN/adapter", "--base", "IN/base", "--output", "OUT"]),
+    "plot": ("out.png", ["plot", "IN/adapter", "--output", "OUT"]),
 }  # fmt: skip
 FOLDERS = [name for name, (output, _) in VERBS.items() if output == "out"]
 every_verb = pytest.mark.parametrize("name", VERBS)
@@ -80,7 +80,7 @@ OVERLAPPING = {  # an input, something inside one, and what holds one
     "export": ["adapter.ckpt", "."],
     "import": ["adapter/in.ckpt"],
     "extract": ["tuned.safetensors", "base.safetensors", "."],
-    "plot": ["adapter/in.png", "base/in.png", "."],
+    "plot": ["adapter/in.png", "."],
 }
 
 
