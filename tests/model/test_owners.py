@@ -146,13 +146,13 @@ def test_a_second_thread_that_changes_the_model_is_refused_at_once_and_told_by_w
 def test_a_second_thread_cannot_inject_while_the_first_does(monkeypatch):
     model, refusals = nn.Sequential(nn.Linear(8, 8)), []
 
-    def in_between(*args: Any, original: Any = inject_module.select) -> Any:
+    def in_between(*args: Any, original: Any = inject_module.selected) -> Any:
         with pytest.raises(LoRAError) as refusal:
             elsewhere(lambda: inject(model, LoRAConfig(r=4)))
         refusals.append(str(refusal.value))
         return original(*args)
 
-    monkeypatch.setattr(inject_module, "select", in_between)
+    monkeypatch.setattr(inject_module, "selected", in_between)
     inject(model, LoRAConfig(r=2))
     assert refusals
     assert all("inject: inject is under way" in refusal for refusal in refusals)
