@@ -5,50 +5,44 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import LoRAError, sentence
-from .limits import JSON_BYTES, JSON_PARTS, Limit, check
 
 PathLike = str | os.PathLike[str]
 
 
-def read_json(path: PathLike, most: Limit = JSON_BYTES) -> dict[str, Any]:
+@contextmanager
+def reading(path: PathLike, form: str) -> Iterator[None]:
+    """Raise LoRAError with the file's name where something inside the block fails.
+
+    Args:
+        path: of the file that is read inside.
+        form: that the file should have.
+    """
+    try:
+        yield
+    except LoRAError:
+        raise
+    except Exception as error:  # of a damaged file the libraries raise anything
+        raise LoRAError(f"{path}: cannot be read as {form}; it may be truncated: {sentence(error)}") from error
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        LoRAError: there is no such file, it is larger than `most`, or it holds no JSON object.
+        LoRAError: there is no such file, or it holds no JSON object.
     """
     require_file(path)
-    check(most, Path(path).stat().st_size, path)
-    try:
-        content = parse_json(Path(path).read_bytes(), path)
-    except LoRAError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoRAError(f"{path}: cannot be read as JSON: {sentence(error)}") from error
+    with reading(path, "JSON"):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a JSON object, found {type(content).__name__}.")
     return content
-
-
-def parse_json(text: bytes, where: object, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Parse JSON of limited size.
-
-    Args:
-        text: encoded in UTF-8.
-        where: for messages.
-        pairs: makes the value of a JSON object from its names and values; without it a dictionary.
-
-    Raises:
-        LoRAError: the text has too many parts.
-        ValueError, RecursionError: the text is not JSON.
-    """
-    check(JSON_PARTS, sum(map(text.count, (b",", b"[", b"{"))), where)
-    return json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from ..adapter.metadata import to_metadata
 from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, sentence, shown
 from ..files.atomic import new_folder
-from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
+from ..files.paths import PathLike, kind_of, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, listed
@@ -292,9 +292,7 @@ def description_in(header: Mapping[str, str], where: Path) -> dict[str, Any] | N
     if text is None:
         return None
     try:
-        description = parse_json(text.encode("utf-8", "surrogatepass"), where)
-    except LoRAError:
-        raise
+        description = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{where}: its header's description is not JSON: {sentence(error)}") from error
     if not isinstance(description, dict):
