@@ -252,7 +252,7 @@ def section(heading: str) -> str:
             [
                 *("No file runs code", "`weights_only=False`", "No file gives a wrong number without a word"),
                 *("A file that is refused changes nothing", "No name in a file leads out of its folder"),
-                *("keeps the permissions of what it replaces", "Damage shows"),
+                *("Each file keeps the mode of the one that it replaces", "Damage shows"),
             ],
         ),
         (

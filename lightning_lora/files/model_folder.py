@@ -145,6 +145,11 @@ def plan_shards(sizes: Mapping[str, int], most: int, stem: str = STEM) -> dict[s
     return {f"{stem}-{i:05}-of-{len(groups):05}{SUFFIX}": names for i, names in enumerate(groups, 1)}
 
 
+def weight_files(stem: str = STEM) -> tuple[str, ...]:
+    """Return patterns of the names that the files of a model's weights have."""
+    return (f"{stem}{SUFFIX}", f"{stem}-*-of-*{SUFFIX}", f"{stem}{INDEX_SUFFIX}")
+
+
 def index_of(files: Mapping[str, Sequence[str]], sizes: Mapping[str, int], before: Mapping[str, Any]) -> dict[str, Any]:
     """Make the index of some shards.
 

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,8 +75,6 @@ def kind_of(path: PathLike) -> Literal["file", "folder", "other", "nothing"]:
     except (FileNotFoundError, NotADirectoryError):
         return "nothing"
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        if not isinstance(error, ValueError) and not is_from_system(error):
-            raise
         raise LoRAError(f"{path}: cannot be accessed: {sentence(reason_of(error))}") from error
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
@@ -90,41 +88,12 @@ def real_path(path: PathLike) -> Path:
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
-        if not isinstance(error, ValueError) and not is_from_system(error):
-            raise
         raise LoRAError(f"{path}: is a path that leads nowhere: {sentence(reason_of(error))}") from error
 
 
 def reason_of(error: Exception) -> str:
     """Return the operating system's reason, without the number of the error and the path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-def is_from_system(error: BaseException) -> bool:
-    """Return whether an error is the system's answer. A TimeoutError that a signal's handler raised has no number."""
-    return isinstance(error, OSError) and error.errno is not None
-
-
-class PassingOverErrors(AbstractContextManager[None]):
-    """Suppress refusals of the system inside the block. Exceptions of signals' handlers pass.
-
-    A class, because the exception and the frame of a generator would hold each other, and with them every caller's
-    model, until Python collects garbage.
-    """
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        return error is not None and is_from_system(error)
-
-
-def is_there(path: PathLike) -> bool:
-    """Return whether something is at a path. A broken link counts.
-
-    os.path.lexists would take a TimeoutError of a signal's handler for an answer.
-    """
-    with PassingOverErrors(), suppress(ValueError):  # a name that no file can have
-        os.lstat(path)
-        return True
-    return False
 
 
 def require_file(path: PathLike) -> None:

@@ -89,7 +89,7 @@ def write_folder(
     tensors = _copies(content.tensors)
     text = json.dumps(content.description, separators=(",", ":"))
     card = model_card(content.options, adapter, metrics or {}, network) if may_write_card(path) else None
-    with new_folder(path, keep_others=True) as folder:
+    with new_folder(path) as folder:
         write_tensors(folder / TENSOR_FILE, tensors, {"format": "pt", HEADER_KEY: text})
         write_json(folder / CONFIG_FILE, content.options)
         if card is not None:
