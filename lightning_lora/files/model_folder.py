@@ -95,6 +95,11 @@ def open_folder(path: Path) -> ModelFolder:
     return ModelFolder(path, shards, indexes[0] if indexes else None, index, config)
 
 
+def weight_files(stem: str = STEM) -> tuple[str, ...]:
+    """Return patterns of the names that the files of a model's weights have."""
+    return (f"{stem}{SUFFIX}", f"{stem}-*-of-*{SUFFIX}", f"{stem}{INDEX_SUFFIX}")
+
+
 def side_files(folder: ModelFolder) -> tuple[list[Path], list[Path]]:
     """List the files beside the weights, as relative paths.
 
@@ -143,11 +148,6 @@ def plan_shards(sizes: Mapping[str, int], most: int, stem: str = STEM) -> dict[s
     if len(groups) == 1:
         return {f"{stem}{SUFFIX}": groups[0]}
     return {f"{stem}-{i:05}-of-{len(groups):05}{SUFFIX}": names for i, names in enumerate(groups, 1)}
-
-
-def weight_files(stem: str = STEM) -> tuple[str, ...]:
-    """Return patterns of the names that the files of a model's weights have."""
-    return (f"{stem}{SUFFIX}", f"{stem}-*-of-*{SUFFIX}", f"{stem}{INDEX_SUFFIX}")
 
 
 def index_of(files: Mapping[str, Sequence[str]], sizes: Mapping[str, int], before: Mapping[str, Any]) -> dict[str, Any]:
