@@ -16,8 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
+from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject
 
 REFUSED = [
     ("r", 0),
@@ -144,6 +145,14 @@ def test_magnitudes_of_an_adapter_that_starts_from_the_weight_are_refused(init: 
 def test_a_pattern_that_is_no_expression_is_refused(pattern):
     with pytest.raises(LoRAError, match="LoRAConfig: layers_pattern"):
         LoRAConfig(target_modules=["q"], layers_to_transform=0, layers_pattern=pattern)
+
+
+def test_patterns_of_a_users_own_code_run_as_they_are():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject(net, LoRAConfig(r=2, target_modules="(0+)+", rank_pattern={r"(0|1)\1?": 3}))
+    assert net[0].lora_A.shape == (3, 4)
+    with pytest.raises(LoRAError, match=r"target_modules: '\(+\.\.\..* is not a regular expression"):
+        LoRAConfig(target_modules="(" * 5000 + ")" * 5000)
 
 
 def test_orthogonal_needs_even_ranks_everywhere():

@@ -80,7 +80,7 @@ def _run(verb: str, options: Any) -> int:
 
 
 def _outcome(output: str, before: object) -> str:
-    return "nothing was written" if identity(output) == before else f"{output} was written and is complete"
+    return "nothing was written" if identity(output) == before else f"{output} was written"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..exchange.resized_tables import refuse_other_rows
 from ..files.atomic import new_file, new_folder
+from ..files.model_folder import weight_files
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows, read_tensor
 from ..files.torch_archive import read_torch_file
@@ -323,10 +324,11 @@ def _one_thread() -> Iterator[None]:
 
 def _write(job: Job, output: PathLike, max_shard_bytes: int | None) -> list[Path]:
     left_out: list[Path] = []
-    new, total = new_folder if job.base.folder else new_file, job.base.nbytes
-    with new(output) as result, progress_bar("merging", total, "bytes") as advance:
+    folder = job.base.folder
+    opening = new_folder(output, replaced=weight_files(folder.stem)) if folder else new_file(output)
+    with opening as result, progress_bar("merging", job.base.nbytes, "bytes") as advance:
         job = replace(job, progress=advance)
-        if job.base.folder:
+        if folder:
             left_out = write_folder_of(job, result, max_shard_bytes)
         else:
             write_file_of(job, result)

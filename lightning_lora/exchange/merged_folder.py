@@ -128,7 +128,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         sync.raise_on_any_rank()
 
     with ExitStack() as moves_on_leaving:
-        folder, opening = list[Path](), new_folder(path, keep_others=True, replaced=WEIGHTS)
+        folder, opening = list[Path](), new_folder(path, replaced=WEIGHTS)
         step(path, lambda: folder.append(moves_on_leaving.enter_context(opening)))
         here = folder[0] if writes else Path()
         if network is not None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ..errors import LoRAError, sentence
-from .limits import INDEX_BYTES, check_names
 from .paths import PathLike, kind_of, read_json, reason_of
 from .safetensors import SUFFIX, Header, read_header
 
@@ -88,13 +87,18 @@ def open_folder(path: Path) -> ModelFolder:
             f"{path}: expected one *{INDEX_SUFFIX} or one *{SUFFIX} file, found {present}. Other formats can be "
             "saved as safetensors with transformers' save_pretrained."
         )
-    index = read_json(path / indexes[0], INDEX_BYTES) if indexes else {}
+    index = read_json(path / indexes[0]) if indexes else {}
     file_of = _weight_map(path / indexes[0], index) if indexes else {}
     shards = {name: read_header(path / name) for name in (dict.fromkeys(file_of.values()) if indexes else files)}
     if indexes:
         _compare(path / indexes[0], file_of, shards)
     config = read_json(path / CONFIG) if kind_of(path / CONFIG) != "nothing" else {}
     return ModelFolder(path, shards, indexes[0] if indexes else None, index, config)
+
+
+def weight_files(stem: str = STEM) -> tuple[str, ...]:
+    """Return patterns of the names that the files of a model's weights have."""
+    return (f"{stem}{SUFFIX}", f"{stem}-*-of-*{SUFFIX}", f"{stem}{INDEX_SUFFIX}")
 
 
 def side_files(folder: ModelFolder) -> tuple[list[Path], list[Path]]:
@@ -174,7 +178,6 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
     file_of = index.get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise LoRAError(f"{path}: expected a weight_map of names and files, found {type(file_of).__name__}.")
-    check_names(file_of, path)
     for name, file in file_of.items():
         if not is_plain_name(file) or not file.endswith(SUFFIX):
             raise LoRAError(f"{path}: {name!r} must be in a safetensors file of this folder, but it names {file!r}.")

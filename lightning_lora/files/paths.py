@@ -5,50 +5,44 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import LoRAError, sentence
-from .limits import JSON_BYTES, JSON_PARTS, Limit, check
 
 PathLike = str | os.PathLike[str]
 
 
-def read_json(path: PathLike, most: Limit = JSON_BYTES) -> dict[str, Any]:
+@contextmanager
+def reading(path: PathLike, form: str) -> Iterator[None]:
+    """Raise LoRAError with the file's name where something inside the block fails.
+
+    Args:
+        path: of the file that is read inside.
+        form: that the file should have.
+    """
+    try:
+        yield
+    except LoRAError:
+        raise
+    except Exception as error:  # of a damaged file the libraries raise anything
+        raise LoRAError(f"{path}: cannot be read as {form}; it may be truncated: {sentence(error)}") from error
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        LoRAError: there is no such file, it is larger than `most`, or it holds no JSON object.
+        LoRAError: there is no such file, or it holds no JSON object.
     """
     require_file(path)
-    check(most, Path(path).stat().st_size, path)
-    try:
-        content = parse_json(Path(path).read_bytes(), path)
-    except LoRAError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoRAError(f"{path}: cannot be read as JSON: {sentence(error)}") from error
+    with reading(path, "JSON"):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a JSON object, found {type(content).__name__}.")
     return content
-
-
-def parse_json(text: bytes, where: object, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Parse JSON of limited size.
-
-    Args:
-        text: encoded in UTF-8.
-        where: for messages.
-        pairs: makes the value of a JSON object from its names and values; without it a dictionary.
-
-    Raises:
-        LoRAError: the text has too many parts.
-        ValueError, RecursionError: the text is not JSON.
-    """
-    check(JSON_PARTS, sum(map(text.count, (b",", b"[", b"{"))), where)
-    return json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -81,8 +75,6 @@ def kind_of(path: PathLike) -> Literal["file", "folder", "other", "nothing"]:
     except (FileNotFoundError, NotADirectoryError):
         return "nothing"
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        if not isinstance(error, ValueError) and not is_from_system(error):
-            raise
         raise LoRAError(f"{path}: cannot be accessed: {sentence(reason_of(error))}") from error
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
@@ -96,41 +88,12 @@ def real_path(path: PathLike) -> Path:
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
-        if not isinstance(error, ValueError) and not is_from_system(error):
-            raise
         raise LoRAError(f"{path}: is a path that leads nowhere: {sentence(reason_of(error))}") from error
 
 
 def reason_of(error: Exception) -> str:
     """Return the operating system's reason, without the number of the error and the path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-def is_from_system(error: BaseException) -> bool:
-    """Return whether an error is the system's answer. A TimeoutError that a signal's handler raised has no number."""
-    return isinstance(error, OSError) and error.errno is not None
-
-
-class PassingOverErrors(AbstractContextManager[None]):
-    """Suppress refusals of the system inside the block. Exceptions of signals' handlers pass.
-
-    A class, because the exception and the frame of a generator would hold each other, and with them every caller's
-    model, until Python collects garbage.
-    """
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        return error is not None and is_from_system(error)
-
-
-def is_there(path: PathLike) -> bool:
-    """Return whether something is at a path. A broken link counts.
-
-    os.path.lexists would take a TimeoutError of a signal's handler for an answer.
-    """
-    with PassingOverErrors(), suppress(ValueError):  # a name that no file can have
-        os.lstat(path)
-        return True
-    return False
 
 
 def require_file(path: PathLike) -> None:

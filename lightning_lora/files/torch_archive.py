@@ -12,6 +12,7 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from functools import partial
+from operator import gt
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,7 +24,7 @@ from ..progress import progress_bar
 from . import inert_pickle
 from .inert_pickle import find_placeholder
 from .paths import PathLike, require_file
-from .records import ARCHIVE, DATA, Record, check_archive, check_sum, check_tensors, read_records
+from .records import ARCHIVE, Record, check_sum, compare_check_sums, is_archive, read_records
 from .safetensors import TensorLocation
 
 CENTRAL = 46  # bytes of a record's entry in the directory before the name
@@ -55,9 +56,9 @@ def read_torch_file(
         LoRAError: there is no such file, it is truncated, it is no dictionary, or tensors lie inside objects.
     """
     require_file(path)
-    whole = device == "cpu" and not mmap
     try:
-        held = check_archive(path, whole=whole, trusted=trusted)
+        if is_archive(path):
+            compare_check_sums(path, whole=device == "cpu" and not mmap)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # an error follows
             content = _load(path, device, mmap, trusted, has_objects)
@@ -68,8 +69,6 @@ def read_torch_file(
     _refuse_objects(content, path)
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
-    if not trusted:
-        check_tensors(content, path, held if whole else (), without_values=device == "meta")
     return content
 
 
@@ -103,20 +102,33 @@ def _load(
     load = partial(torch.load, source, map_location=device, mmap=mmap)
     if trusted:
         return load(weights_only=False)
+    if device == "cpu" and not mmap:
+        load = partial(_load_onto_cpu, source)
     if has_objects:
         return load(weights_only=False, pickle_module=inert_pickle)
     try:
         return load(weights_only=True)
     except pickle.UnpicklingError:
-        content = _load(source, device, mmap, trusted, True) if _is_archive(source) else None
+        content = _load(source, device, mmap, trusted, True) if is_archive(source) else None
         if find_placeholder(content) is None:  # torch refused the file for damage and not for an object
             raise
         return content
 
 
-def _is_archive(source: PathLike) -> bool:
-    with open(source, "rb") as file:
-        return file.read(len(ARCHIVE)) == ARCHIVE
+def _load_onto_cpu(source: PathLike, **options: Any) -> Any:
+    """Load a file, and refuse storages that are larger than their records: torch 2.6 reads what lies behind these."""
+    claimed: list[int] = []
+
+    def note(storage: torch.UntypedStorage, device: str) -> torch.UntypedStorage:
+        claimed.append(storage.nbytes())
+        return storage
+
+    content = torch.load(source, map_location=cast(Any, note), **options)
+    records = read_records(source) if is_archive(source) else []
+    held = sorted((record.info.file_size for record in records if record.is_storage), reverse=True)
+    if any(map(gt, sorted(claimed, reverse=True), held)):
+        raise ValueError("its tensors claim more bytes than its records hold")
+    return content
 
 
 def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> None:
@@ -164,10 +176,15 @@ def torch_locations(path: Path) -> dict[str, TensorLocation]:
         LoRAError: the file is damaged, holds no state dict, or has a form that cannot be changed in place.
     """
     has_objects = find_placeholder(read_torch_file(path, "meta")) is not None
+    if not is_archive(path):
+        raise LoRAError(
+            f"{path}: is not in the format that torch.save has written since torch 1.6. Load it and save it again with "
+            "torch."
+        )
     records = {
         record.start: record.info.file_size
         for record in read_records(path)
-        if record.info.file_size and DATA in record.info.filename
+        if record.info.file_size and record.is_storage
     }
     storages: dict[int, int] = {}  # sizes by address
 

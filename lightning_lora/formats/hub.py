@@ -6,11 +6,12 @@ fetched, into huggingface_hub's own cache; without a network, or with HF_HUB_OFF
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from ..errors import LoRAError, sentence
-from ..files.paths import PathLike, is_there, kind_of
+from ..files.paths import PathLike, kind_of
 from .forms import CONFIG_FILE
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -27,7 +28,7 @@ def local_source(source: PathLike) -> PathLike:
     """
     if not isinstance(source, str) or not ID.fullmatch(source) or source.endswith(FILE_NAMES):
         return source
-    return source if kind_of(source) != "nothing" or is_there(source) else _fetched(source)
+    return source if kind_of(source) != "nothing" or os.path.lexists(source) else _fetched(source)
 
 
 def _fetched(name: str) -> str:

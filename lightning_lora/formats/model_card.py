@@ -12,13 +12,14 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..adapter.adapter import Adapter
 from ..config import TASK_HEADS
 from ..errors import MOST
-from ..files.paths import PassingOverErrors, PathLike, given_path, kind_of
+from ..files.paths import PathLike, given_path, kind_of
 
 CARD_FILE = "README.md"
 LONGEST = 2**20  # bytes; a longer file is no card of ours
@@ -76,7 +77,7 @@ def may_write_card(folder: PathLike) -> bool:
         LoRAError: it is no path.
     """
     file = given_path(folder) / CARD_FILE
-    with PassingOverErrors():
+    with suppress(OSError):
         if not os.path.lexists(file):
             return True
         if file.is_symlink() or kind_of(file) != "file" or file.stat().st_size > LONGEST:

@@ -20,7 +20,7 @@ from ..adapter.metadata import to_metadata
 from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, sentence, shown
 from ..files.atomic import new_folder
-from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
+from ..files.paths import PathLike, kind_of, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, listed
@@ -89,7 +89,7 @@ def write_folder(
     tensors = _copies(content.tensors)
     text = json.dumps(content.description, separators=(",", ":"))
     card = model_card(content.options, adapter, metrics or {}, network) if may_write_card(path) else None
-    with new_folder(path, keep_others=True) as folder:
+    with new_folder(path) as folder:
         write_tensors(folder / TENSOR_FILE, tensors, {"format": "pt", HEADER_KEY: text})
         write_json(folder / CONFIG_FILE, content.options)
         if card is not None:
@@ -292,9 +292,7 @@ def description_in(header: Mapping[str, str], where: Path) -> dict[str, Any] | N
     if text is None:
         return None
     try:
-        description = parse_json(text.encode("utf-8", "surrogatepass"), where)
-    except LoRAError:
-        raise
+        description = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{where}: its header's description is not JSON: {sentence(error)}") from error
     if not isinstance(description, dict):

@@ -127,9 +127,9 @@ def test_merge_refuses_outputs_inside_base_or_adapter_and_foreign_folders(tmp_pa
     with pytest.raises(LoRAError, match="no earlier result, and is not replaced"):
         merge_on_disk(base, adapter, tmp_path / "photos", overwrite=True)
     merge_on_disk(base, adapter, tmp_path / "out")
-    (tmp_path / "out" / "stale.txt").write_text("x")
+    (tmp_path / "out" / "mine.txt").write_text("x")
     merge_on_disk(base, adapter, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "stale.txt").exists()
+    assert (tmp_path / "out" / "mine.txt").read_text() == "x"
     assert sorted(os.listdir(tmp_path)) == ["base", "out", "photos", "run"]
 
 

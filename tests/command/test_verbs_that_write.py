@@ -13,7 +13,6 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.command.main import main
-from lightning_lora.files import atomic
 from support.peers import call, refused
 
 
@@ -188,7 +187,6 @@ def test_ctrl_c_before_an_earlier_result_is_replaced_says_that_nothing_was_writt
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", press)
-    monkeypatch.setattr(atomic, "_put_in_place", press)
     assert main([*args, "--overwrite"]) == 130
     assert capsys.readouterr().err == f"lightning-lora {args[0]}: interrupted; nothing was written\n"
     assert contents(output) == before

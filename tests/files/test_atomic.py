@@ -1,4 +1,4 @@
-"""Replacing a folder or a file: without an exchange of names, beside other writers, and where it is refused."""
+"""Replacing a folder or a file: in which order, beside other writers, and where it is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from lightning_lora import LoRAError
-from lightning_lora.files import atomic
 from lightning_lora.files.atomic import check_output_path, new_file, new_folder
 
 
@@ -22,7 +21,7 @@ def contents(path: Path) -> dict[str, str]:
 
 
 def write(target: Path, text: str) -> None:
-    with new_folder(target, keep_others=True, replaced=["part-*"]) as folder:
+    with new_folder(target, replaced=["part-*"]) as folder:
         for name in ("a", "b"):
             (folder / name).write_text(text)
 
@@ -42,106 +41,62 @@ OLD = {"a": "old", "b": "old", "mine/deep/notes": "mine", "part-1": "old"}
 NEW = {"a": "new", "b": "new", "mine/deep/notes": "mine"}
 
 
-@pytest.fixture
-def _no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on NFS and Windows."""
-    monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
-
-
-@pytest.mark.usefixtures("_no_exchange")
-def test_folder_replaced_without_exchange_holds_new_files_and_others(target: Path):
+def test_folder_that_exists_gets_new_files_and_keeps_others(target: Path):
+    number = target.stat().st_ino
     write(target, "new")
     assert contents(target) == NEW
+    assert target.stat().st_ino == number
     assert os.listdir(target.parent) == ["out"]
 
 
-def test_file_that_is_copied_for_want_of_links_or_lies_deep_is_on_the_disk_before_it_is_in_place(
+def test_files_take_their_places_with_config_and_index_last_and_an_old_index_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """At no moment an index names a file that is not there."""
+    path, steps = tmp_path / "out", []
+    path.mkdir()
+    for old in ("part-9", "part.json", "mine"):
+        (path / old).write_text("old")
+    replace, unlink = os.replace, Path.unlink
+    monkeypatch.setattr(os, "replace", lambda one, other: steps.append(other.name) or replace(one, other))
+    monkeypatch.setattr(Path, "unlink", lambda file, **options: steps.append(file.name) or unlink(file, **options))
+    with new_folder(path, replaced=["part*"]) as folder:
+        for name in ("a.json", "part-1", "sub/part-2"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("new")
+    assert steps == ["part-1", "part-2", "a.json", "part.json", "part-9"]
+    assert contents(path) == {"a.json": "new", "part-1": "new", "sub/part-2": "new", "mine": "old"}
+
+
+def test_every_file_is_on_the_disk_before_the_first_takes_its_place(target: Path, monkeypatch: pytest.MonkeyPatch):
+    """So that little time passes between the first and the last."""
+    steps: list[str] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: steps.append("sync") or sync(descriptor))
+    monkeypatch.setattr(os, "replace", lambda one, other: steps.append("replace") or replace(one, other))
+    write(target, "new")
+    assert steps == ["sync", "sync", "replace", "replace"]
+
+
+def test_folder_whose_second_file_cannot_be_moved_is_refused_by_name_and_holds_whole_files(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    synced: set[int] = set()
-    honest = os.fsync
+    honest = os.replace
 
-    def fsync(descriptor: int) -> None:
-        synced.add(os.fstat(descriptor).st_ino)
-        honest(descriptor)
+    def replace(file: Path, place: Path) -> None:
+        if place.name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        honest(file, place)
 
-    def no_links(*_: object, **__: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "link", no_links)
-    write(target, "new")
-    assert contents(target) == NEW
-    assert [file.name for file in target.rglob("*") if file.is_file() and file.stat().st_ino not in synced] == []
-    with new_folder(target) as folder:
-        (folder / "deep" / "down").mkdir(parents=True)
-        (folder / "deep" / "down" / "file").write_text("new")
-    assert (target / "deep" / "down" / "file").stat().st_ino in synced
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def fail(*_: object) -> None:
-    raise PermissionError(errno.EACCES, "Permission denied")
-
-
-# What happens instead of the rename that puts the new folder in, or right after the one that moves the old one away.
-FAULTS: dict[str, tuple[str, Callable[..., None], type[BaseException]]] = {
-    "new one refused": ("in", fail, LoRAError),
-    "Ctrl-C before the new one": ("in", interrupt, KeyboardInterrupt),
-    "Ctrl-C after the old one": ("away", interrupt, KeyboardInterrupt),
-}
-
-
-@pytest.mark.usefixtures("_no_exchange")
-@pytest.mark.parametrize("fault", FAULTS)
-def test_folder_that_cannot_be_put_in_leaves_the_old_one_under_its_name(
-    target: Path, fault: str, monkeypatch: pytest.MonkeyPatch
-):
-    where, act, error = FAULTS[fault]
-    honest = os.rename
-
-    def rename(source: Path, to: Path) -> None:
-        gone = not target.exists()
-        if where == "in" and gone and source.parent.suffix == ".partial":
-            act()
-        honest(source, to)
-        if where == "away" and source == target:
-            act()
-
-    monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(error, match=str(target) if error is LoRAError else None):
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(LoRAError, match=r"out: the result is complete, but cannot be moved there: .*Permission denied"):
         write(target, "new")
-    assert contents(target) == OLD
+    assert contents(target) == OLD | {"a": "new"}
     assert os.listdir(target.parent) == ["out"]
 
 
-@pytest.mark.usefixtures("_no_exchange")
-def test_folder_that_cannot_be_moved_back_is_kept_and_named(target: Path, monkeypatch: pytest.MonkeyPatch):
-    honest = os.rename
-
-    def rename(source: Path, to: Path) -> None:
-        if not target.exists():
-            raise OSError(errno.EIO, "Input/output error", str(source), None, str(to))
-        honest(source, to)
-
-    monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(LoRAError) as caught:
-        write(target, "new")
-    (kept,) = target.parent.iterdir()
-    assert contents(kept) == OLD
-    assert str(kept) in str(caught.value)
-
-
-@pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("there", [True, False])
-def test_writers_of_one_folder_at_once_leave_the_whole_result_of_one(
-    tmp_path: Path, target: Path, there: bool, exchange: bool, monkeypatch: pytest.MonkeyPatch
-):
-    if not exchange:
-        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+def test_writers_of_one_folder_at_once_all_succeed_and_leave_whole_files(tmp_path: Path, target: Path, there: bool):
     path = target if there else tmp_path / "new"
     writers, rounds = 4, 15
     start = Barrier(writers)
@@ -149,88 +104,36 @@ def test_writers_of_one_folder_at_once_leave_the_whole_result_of_one(
     def work(number: int) -> None:
         for _ in range(rounds):
             start.wait(5)
-            write(path, str(number))
+            write(path, str(number) * 9)
 
     with ThreadPoolExecutor(writers) as pool:
         list(pool.map(work, range(writers)))
     found = contents(path)
-    assert found.pop("a") == found.pop("b")
+    assert {found.pop("a"), found.pop("b")} <= {str(number) * 9 for number in range(writers)}
     assert found == ({"mine/deep/notes": "mine"} if there else {})
     assert {entry.name for entry in tmp_path.iterdir()} == {"out", path.name}
 
 
-@pytest.mark.usefixtures("_no_exchange")
-@pytest.mark.parametrize("moment", ["away before us", "back before us", "grown"])
-def test_folder_that_another_writer_changes_meanwhile_is_replaced_after_it(
-    target: Path, moment: str, monkeypatch: pytest.MonkeyPatch
-):
-    """It has just moved the old folder away, or puts its own there while ours is not in yet, or adds a file."""
-    honest = os.rename
-    acted: list[str] = []
+def test_folder_that_another_writer_puts_there_meanwhile_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, honest = tmp_path / "out", os.rename
 
-    def rename(source: Path, to: Path) -> None:
-        if source != target or acted:
-            honest(source, to)
-            return
-        acted.append(moment)
-        if moment == "away before us":
-            honest(target, target.with_name("theirs"))
-        elif moment == "grown":
-            (target / "late").write_text("late")
-        honest(source, to)
-        if moment == "back before us":
-            write(target, "theirs")
+    def rename(folder: Path, place: Path) -> None:
+        path.mkdir()
+        (path / "theirs").write_text("theirs")
+        honest(folder, place)
 
     monkeypatch.setattr(os, "rename", rename)
-    write(target, "new")
-    assert acted
-    assert contents(target) == (NEW | {"late": "late"} if moment == "grown" else NEW)
+    write(path, "new")
+    assert contents(path) == {"a": "new", "b": "new", "theirs": "theirs"}
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone"), PermissionError(errno.EACCES, "x"), None])
-def test_folder_that_another_writer_replaces_while_it_is_read_is_read_again(
-    target: Path, error: OSError | None, exchange: bool, monkeypatch: pytest.MonkeyPatch
-):
-    """Its files are deleted then: reading them fails, or sees fewer of them."""
-    honest, acted = atomic._link, []
-
-    def link(*paths: Any) -> None:
-        if acted:
-            honest(*paths)
-            return
-        acted.append(error)
-        write(target, "theirs")
-        if error:
-            raise error
-
-    if not exchange:
-        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
-    monkeypatch.setattr(atomic, "_link", link)
-    write(target, "new")
-    assert acted
-    assert contents(target) == NEW
-
-
-def test_folder_that_another_writer_moves_away_before_it_is_read_is_not_missed(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def identity(path: Path) -> None:
-        if path.exists():
-            path.rename(path.with_name("theirs"))
-
-    monkeypatch.setattr(atomic, "identity", identity)
-    write(target, "new")
-    assert contents(target) == {"a": "new", "b": "new"}
-    assert contents(target.with_name("theirs")) == OLD
-
-
-def test_folder_whose_others_cannot_be_read_stays(target: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(atomic, "_link", fail)
-    with pytest.raises(LoRAError, match=r"out: the result is complete, but cannot be moved there: .*Permission denied"):
-        write(target, "new")
-    assert contents(target) == OLD
-    assert os.listdir(target.parent) == ["out"]
+def test_folder_that_is_a_mount_point_is_filled_from_inside(target: Path, monkeypatch: pytest.MonkeyPatch):
+    """No file can be moved into it from outside."""
+    monkeypatch.setattr(os.path, "ismount", lambda found: Path(found) == target)
+    with new_folder(target) as folder:
+        assert target in folder.parents
+        (folder / "a").write_text("new")
+    assert contents(target) == OLD | {"a": "new"}
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {"file": new_file, "folder": new_folder}
@@ -251,18 +154,6 @@ def test_result_whose_last_rename_fails_is_refused_by_name_and_leaves_the_old_on
         with WRITERS[kind](path) as place:
             (place if kind == "file" else place / "a").write_text("new")
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_output_that_is_a_mount_point_is_refused_before_the_work(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-):
-    path = tmp_path / "out"
-    monkeypatch.setattr(os.path, "ismount", lambda found: Path(found) == path)
-    with pytest.raises(LoRAError, match="is a mount point"), WRITERS[kind](path):
-        pytest.fail("the work began")
-    with pytest.raises(LoRAError, match="is a mount point"):
-        check_output_path(path, folder=kind == "folder")
 
 
 def test_output_path_that_cannot_be_written_is_refused_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

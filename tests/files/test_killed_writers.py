@@ -16,10 +16,9 @@ TESTS = Path(__file__).parents[1] / "support" / "programs" / "killed_writers.py"
 @pytest.mark.parametrize(
     "name",
     [
-        "test_killed_save_adapter_leaves_the_old_or_the_new_folder",
-        "test_killed_merge_leaves_the_old_or_the_new_result",
+        "test_killed_save_adapter_leaves_old_or_new_files",
+        "test_killed_merge_leaves_old_or_new_files",
         "test_killed_first_save_leaves_a_complete_result_or_none",
-        "test_signals_whose_handlers_raise_leave_the_old_or_the_new_result_and_nothing_else",
         "test_signals_whose_handlers_raise_leave_all_of_w_or_all_of_w_prime",
     ],
 )

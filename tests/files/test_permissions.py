@@ -1,16 +1,13 @@
-"""Owners and groups of replaced files, links as outputs, and folders that may not be written to."""
+"""Modes of replaced files, links as outputs, and folders that may not be written to."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lightning_lora import LoRAError
-from lightning_lora.files import atomic
 from lightning_lora.files.atomic import check_output_path, new_file, new_folder
 
 
@@ -19,69 +16,8 @@ def write(path: Path, text: str, *, folder: bool) -> None:
         with new_file(path) as file:
             file.write_text(text)
         return
-    with new_folder(path, keep_others=True) as new:
+    with new_folder(path) as new:
         (new / "a").write_text(text)
-
-
-def owned_by(monkeypatch: pytest.MonkeyPatch, uid: int, gid: int, mine: Callable[[Path], bool]) -> None:
-    """Let what is not `mine` belong to another user and group, as far as os.stat tells."""
-    honest = os.stat
-
-    def stat(path: Any, **options: Any) -> os.stat_result:
-        found = honest(path, **options)
-        if isinstance(path, int) or mine(Path(path)):
-            return found
-        return os.stat_result((*found[:4], uid, gid, *found[6:]))
-
-    monkeypatch.setattr(os, "stat", stat)
-
-
-@pytest.mark.parametrize("folder", [False, True])
-@pytest.mark.parametrize(
-    ("may", "asked", "mode"),
-    [
-        ("both", [(70001, 70002)], 0o664),
-        ("group", [(70001, 70002), (-1, 70002)], 0o664),
-        ("nothing", [(70001, 70002), (-1, 70002)], 0o644),  # all others might read, and so may another group
-    ],
-)
-def test_owner_and_group_are_kept_as_far_as_the_system_allows(
-    tmp_path: Path, folder: bool, may: str, asked: list[tuple[int, int]], mode: int, monkeypatch: pytest.MonkeyPatch
-):
-    path, seen = tmp_path / "out", []
-    write(path, "old", folder=folder)
-    file = path / "a" if folder else path
-    file.chmod(0o664)
-
-    def chown(new: Path, uid: int, gid: int) -> None:
-        if Path(new).name == file.name:
-            seen.append((uid, gid))
-        if may == "nothing" or (may == "group" and uid != -1):
-            raise PermissionError(1, "Operation not permitted")
-
-    owned_by(monkeypatch, 70001, 70002, lambda found: ".partial" in str(found))
-    monkeypatch.setattr(os, "chown", chown)
-    write(path, "new", folder=folder)
-    monkeypatch.undo()
-    assert (file.read_text(), seen, file.stat().st_mode & 0o777) == ("new", asked, mode)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
-@pytest.mark.parametrize("exchange", [True, False])
-def test_root_leaves_the_files_of_others_theirs(tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch):
-    if not exchange:
-        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
-    path = tmp_path / "out"
-    write(path, "old", folder=True)
-    (path / "theirs").mkdir()
-    for each in (path, *path.iterdir()):
-        os.chown(each, 70001, 70002)
-    path.chmod(0o2750)
-    (path / "theirs").chmod(0o750)  # whatever the umask is
-    write(path, "new", folder=True)
-    owners = {(each.stat().st_uid, each.stat().st_gid) for each in (path, *path.iterdir())}
-    assert owners == {(70001, 70002)}
-    assert (path.stat().st_mode & 0o7777, (path / "theirs").stat().st_mode & 0o7777) == (0o2750, 0o750)
 
 
 @pytest.mark.parametrize("folder", [False, True])

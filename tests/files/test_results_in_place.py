@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
-import pathlib
 import shutil
 import threading
 from collections.abc import Callable
@@ -20,10 +18,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter, save_merged
 from lightning_lora.command.main import main
-from lightning_lora.files.atomic import _exchange, new_folder
 from support.peers import call, refused
-
-NO_EXCHANGE = ("lightning_lora.files.atomic._exchange", lambda one, other: False)
 
 
 def adapted(alpha: float = 2.0, width: int = 4) -> nn.ModuleDict:
@@ -67,31 +62,7 @@ def names(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
 
 
-# --- replacing a folder where the file system cannot exchange two names ---
-
-
-def test_a_replacement_whose_last_step_fails_leaves_the_old_folder_in_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    target = tmp_path / "adapter"
-    save_adapter(adapted(), target)
-    (target / "mine.txt").write_text("mine")
-    before = contents(target)
-    monkeypatch.setattr(*NO_EXCHANGE)
-    honest, failed = os.rename, []
-
-    def rename(source: Any, place: Any, **options: Any) -> None:
-        if Path(place) == target and not target.exists() and not failed:
-            failed.append(source)
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(place))
-        honest(source, place, **options)
-
-    monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises((OSError, LoRAError)):
-        save_adapter(adapted(3.0), target)
-    assert failed
-    assert contents(target) == before
-    assert names(tmp_path) == ["adapter"]
+# --- several writers ---
 
 
 def run_in_threads(works: list[Callable[[], object]]) -> list[BaseException]:
@@ -112,63 +83,22 @@ def run_in_threads(works: list[Callable[[], object]]) -> list[BaseException]:
     return errors
 
 
-def test_two_writers_of_one_folder_both_succeed_in_whatever_order_their_steps_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Each rename waits for its turn, and a moment at most, so that a lock cannot stop them both."""
-    monkeypatch.setattr(*NO_EXCHANGE)
-    honest, changed, which = os.rename, threading.Condition(), threading.local()
-    left: list[int] = []
-
-    def rename(source: Any, place: Any, **options: Any) -> None:
-        with changed:
-            changed.wait_for(lambda: not left or left[0] == which.number, timeout=0.05)
-            if which.number in left:
-                left.remove(which.number)
-            try:
-                honest(source, place, **options)
-            finally:
-                changed.notify_all()
-
-    def write(target: Path, number: int) -> None:
-        which.number = number
-        try:
-            with new_folder(target) as folder:
-                (folder / "one").write_text(str(number))
-                (folder / "two").write_text(str(number))
-        finally:
-            with changed:  # it needs the rest of its turns no more
-                left[:] = [turn for turn in left if turn != number]
-                changed.notify_all()
-
-    monkeypatch.setattr(os, "rename", rename)
-    for i, turns in enumerate(sorted(set(itertools.permutations([0, 0, 0, 1, 1, 1])))):
-        target = tmp_path / str(i) / "out"
-        target.mkdir(parents=True)
-        (target / "old").write_text("old")
-        left[:] = turns
-        assert run_in_threads([lambda t=target: write(t, 0), lambda t=target: write(t, 1)]) == [], turns
-        assert contents(target) in [{"one": text, "two": text} for text in (b"0", b"1")], turns
-        assert names(target.parent) == ["out"], turns
-
-
 def test_ranks_that_all_save_the_adapter_to_one_folder_at_once_all_succeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As under plain DDP, where each process calls save_adapter; they meet before each rename."""
+    """As under plain DDP, where each process calls save_adapter; they meet before each step."""
     target = tmp_path / "adapter"
     save_adapter(adapted(), target)
     nets = [adapted(3.0) for _ in range(4)]
     save_adapter(nets[0], tmp_path / "expected")
-    monkeypatch.setattr(*NO_EXCHANGE)
-    honest, together = os.rename, threading.Barrier(len(nets))
+    honest, together = os.replace, threading.Barrier(len(nets))
 
-    def rename(source: Any, place: Any, **options: Any) -> None:
+    def replace(source: Any, place: Any, **options: Any) -> None:
         with suppress(threading.BrokenBarrierError):  # from then on they run freely
             together.wait(timeout=0.1)
         honest(source, place, **options)
 
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", replace)
     assert run_in_threads([lambda net=net: save_adapter(net, target) for net in nets]) == []
     assert contents(target) == contents(tmp_path / "expected")
     assert names(tmp_path) == ["adapter", "expected"]
@@ -226,28 +156,6 @@ def refusing(monkeypatch: pytest.MonkeyPatch, name: str, code: int, refuses: Cal
     monkeypatch.setattr(os, name, fail)
 
 
-@pytest.mark.parametrize("name", WRITE)
-def test_an_output_that_is_a_mount_point_is_refused_before_the_work(
-    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], worked: list[str]
-):
-    out = inputs.parent / "results" / "disk"
-    shutil.copytree(inputs / "tuned", out)
-    before = contents(out)
-    monkeypatch.setattr(*NO_EXCHANGE)
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
-    monkeypatch.setattr(pathlib.Path, "is_mount", lambda path: path == out)
-    for function in ("rename", "replace"):
-        refusing(monkeypatch, function, errno.EBUSY, lambda path: path == out)
-    with pytest.raises(LoRAError) as refusal:
-        WRITE[name](inputs, out, "--overwrite")
-    shown = f"{refusal.value} {capsys.readouterr().err}"
-    assert str(out) in shown
-    assert "mount" in shown
-    assert worked == []
-    assert contents(out) == before
-    assert names(out.parent) == ["disk"]
-
-
 def test_extract_into_a_parent_that_cannot_be_written_is_refused_before_the_work(
     inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], worked: list[str]
 ):
@@ -263,24 +171,6 @@ def test_extract_into_a_parent_that_cannot_be_written_is_refused_before_the_work
     assert str(parent) in capsys.readouterr().err
     assert worked == []
     assert names(parent) == []
-
-
-@pytest.mark.parametrize("name", WRITE)
-def test_an_output_that_a_parents_rules_keep_from_being_moved_fails_as_every_refusal_does(
-    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """A parent with the sticky bit lets others create files there, and not replace those of its owner."""
-    out = inputs.parent / "results" / "out"
-    shutil.copytree(inputs / "tuned", out)
-    before = contents(out)
-    monkeypatch.setattr(*NO_EXCHANGE)
-    for function in ("rename", "replace"):
-        refusing(monkeypatch, function, errno.EPERM, lambda path: path == out)
-    with pytest.raises(LoRAError) as refusal:
-        WRITE[name](inputs, out, "--overwrite")
-    assert str(out) in f"{refusal.value} {capsys.readouterr().err}"
-    assert contents(out) == before
-    assert names(out.parent) == ["out"]
 
 
 # --- overwriting ---
@@ -338,29 +228,49 @@ def test_a_target_of_the_other_sort_is_refused_also_with_overwrite(inputs: Path,
     assert out.is_dir() if out.suffix else out.read_text() == "mine"
 
 
+def test_merge_over_a_result_of_more_files_leaves_none_of_them_and_keeps_the_rest(inputs: Path, capsys: Any):
+    """Readers would take the weights that the old index names, or find two models."""
+    out = inputs.parent / "results" / "out"
+    save_merged(adapted(3.0), out, max_shard_bytes=40)
+    assert len(names(out)) > 2
+    (out / "mine.txt").write_text("mine")
+    (out / "other.safetensors").write_bytes((inputs / "base.safetensors").read_bytes())
+    call(capsys, "merge", "--base", inputs / "base", "--adapter", inputs / "adapter", "--output", out, "--overwrite")
+    assert names(out) == ["mine.txt", "model.safetensors", "other.safetensors"]
+
+
 # --- Ctrl-C when the result is in place ---
 
 
 def press_after(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """Press it once, as soon as a result was moved to its place, or while what was used for that is removed."""
+    moved: list[str] = []
     pressed: list[str] = []
 
-    def pressing(function: Callable[..., Any]) -> Callable[..., Any]:
+    def moving(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             result = function(*args, **options)
-            if not pressed and result is not False:
-                pressed.append(function.__name__)
-                raise KeyboardInterrupt
+            moved.append(function.__name__)
+            if moment == "moved":
+                press()
             return result
 
         return call
 
-    if moment == "moved":
-        monkeypatch.setattr(os, "rename", pressing(os.rename))
-        monkeypatch.setattr(os, "replace", pressing(os.replace))
-        monkeypatch.setattr("lightning_lora.files.atomic._exchange", pressing(_exchange))
-    else:
-        monkeypatch.setattr(os, "unlink", pressing(os.unlink))
+    def press() -> None:
+        if moved and not pressed:
+            pressed.append(moment)
+            raise KeyboardInterrupt
+
+    honest = os.rmdir
+
+    def rmdir(*args: Any, **options: Any) -> None:
+        honest(*args, **options)
+        press()
+
+    monkeypatch.setattr(os, "rename", moving(os.rename))
+    monkeypatch.setattr(os, "replace", moving(os.replace))
+    monkeypatch.setattr(os, "rmdir", rmdir)
 
 
 MERGED = {"folder": "", "folder again": "", "safetensors": ".safetensors", "torch": ".pt"}

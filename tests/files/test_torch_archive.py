@@ -1,20 +1,22 @@
-"""Archives of torch.save: which check sums are compared, and that each is right after a change in place."""
+"""Files of torch.save: which are read, whose check sums are compared, and how a change in place keeps them right."""
 
 from __future__ import annotations
 
 import io
 import zipfile
 import zlib
+from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_lora import LoRAError
-from lightning_lora.files.records import check_archive, read_records
-from lightning_lora.files.torch_archive import set_check_sums, torch_locations
+from lightning_lora.files.records import compare_check_sums, read_records
+from lightning_lora.files.torch_archive import read_torch_file, set_check_sums, torch_locations
 
 HAS_DESCRIPTOR, SIGNATURE = 0x08, b"PK\x07\x08"
 
@@ -118,4 +120,35 @@ def test_check_sums_are_compared_of_what_is_read(tmp_path, record: str, whole: b
     raw[place] ^= 1
     path.write_bytes(raw)
     with pytest.raises(LoRAError, match=f"{record}' is not what was written") if refused else nullcontext():
-        check_archive(path, whole=whole)
+        compare_check_sums(path, whole=whole)
+
+
+# --- which files are read ---
+
+
+def test_old_files_of_torch_are_read(tmp_path):
+    torch.save({"a": torch.arange(3)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert read_torch_file(tmp_path / "old.bin")["a"].tolist() == [0, 1, 2]
+    with pytest.raises(LoRAError, match=r"old\.bin: is not in the format that torch\.save has written since"):
+        torch_locations(tmp_path / "old.bin")
+
+
+def test_plain_values_beside_tensors_are_read_as_they_were(tmp_path):
+    shared = ("a", ("b",) * 3)
+    values = {"bytes": b"abc\xff", "keys": {shared: [shared] * 99}, "n": -(2**70), "s": {1, 2}}
+    state = OrderedDict(a=torch.ones(2), b=nn.Parameter(torch.ones(2).half()))
+    torch.save({"state_dict": state, "hyper_parameters": values}, tmp_path / "a.ckpt")
+    assert read_torch_file(tmp_path / "a.ckpt")["hyper_parameters"] == values
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressed_records_are_refused(tmp_path, compression: int):
+    """A memory mapping would take the compressed bytes for the tensor's."""
+    torch.save({"0.lora_A": torch.zeros(2**12)}, tmp_path / "a.pt")
+    content = records(tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", compression) as archive:
+        for name, data in content:
+            archive.writestr(name, data)
+    for mmap in (False, True):
+        with pytest.raises(LoRAError, match="is compressed, which torch"):
+            read_torch_file(tmp_path / "a.pt", mmap=mmap)
