@@ -23,7 +23,6 @@ from ..formats.peft_stacks import stacks_as_in_model
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.foreign_state import foreign_entries, load_foreign_
 from ..model.inject import inject_layers, replace_layers, unload
-from ..model.injection import Chosen
 from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.quantise import quantise_named_
@@ -34,7 +33,7 @@ from ..nn.quantised import NF4, quantised_parameters
 from ..notices import tell
 from .align import add_frozen_weights, align_names, record_trained, split_off_base, split_off_foreign
 from .first_names import Names, by_first_names
-from .fit_checks import Specs, check_adapter, specs_for, trains_whole
+from .fit_checks import Specs, check_adapter, chosen_by, specs_for
 from .take import adapter_here, check_fingerprint
 
 
@@ -300,17 +299,6 @@ def inject_adapter(listing: Listing, adapter: Adapter) -> AdaptedModel:
             f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
         )
     return inject_layers(listing, adapter.config, chosen_by(adapter))
-
-
-def chosen_by(adapter: Adapter) -> Chosen:
-    """Return what an adapter with options adapts, and what of it is trained whole.
-
-    Its words say that. What it holds beside that was unfrozen later, or belongs to a resized table, and stays frozen.
-    """
-    config = cast(LoRAConfig, adapter.config)
-    beside = adapter.beside_factors().keys() - adapter.perhaps_base
-    whole = frozenset(name for name in beside if trains_whole(config, name, adapter.layers))
-    return Chosen(adapter.layers, adapter.tables, whole, adapter.scope)
 
 
 def _leaves(modules: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from ..errors import LoRAError, sentence
 from ..formats.peft_rows import NO_BIAS
 from ..matching import matcher, near_misses
 from ..model.adapted_model import AdaptedModel
+from ..model.injection import Chosen
 from ..model.live_state import LiveState
 from ..model.pretrained import embeddings, pretrained_models
 from ..names import listed, names_factor, parent_names, rename_keys
@@ -172,12 +173,23 @@ def _check_trained(live: LiveState, adapter: Adapter) -> None:
         return
     others = {name: live.tensors[name] for name in adapter.beside_factors() if name not in trained}
     frozen = [name for name, p in others.items() if isinstance(p, nn.Parameter) and p.is_floating_point()]
-    named = [name for name in frozen if trains_whole(config, name, adapter.layers)]
+    named = [name for name in frozen if _trains_whole(config, name, adapter.layers)]
     if named:  # check_adapter tells how the options differ
         raise LoRAError(f"adapter: {named[0]!r} was trained whole, but is frozen in this model.")
 
 
-def trains_whole(config: LoRAConfig, name: str, layers: Collection[str]) -> bool:
+def chosen_by(adapter: Adapter) -> Chosen:
+    """Return what an adapter with options adapts, and what of it is trained whole.
+
+    Its words say that. What it holds beside that was unfrozen later, or belongs to a resized table, and stays frozen.
+    """
+    config = cast(LoRAConfig, adapter.config)
+    beside = adapter.beside_factors().keys() - adapter.perhaps_base
+    whole = frozenset(name for name in beside if _trains_whole(config, name, adapter.layers))
+    return Chosen(adapter.layers, adapter.tables, whole, adapter.scope)
+
+
+def _trains_whole(config: LoRAConfig, name: str, layers: Collection[str]) -> bool:
     """Return whether options name a base parameter as one that is trained whole."""
     owner, _, leaf = name.rpartition(".")
     is_bias = leaf == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in layers))

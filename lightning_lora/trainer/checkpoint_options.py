@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import VARIANTS, LoRAConfig
 from ..errors import LoRAError
-from ..exchange.apply import chosen_by
+from ..exchange.fit_checks import chosen_by
 from ..files.torch_archive import read_torch_file
 from ..formats.forms import refuse_peft_folder
 from ..formats.lightning_checkpoint import adapter_of
