@@ -233,9 +233,8 @@ def describe_frozen_head(modules: NamedModules) -> str:
     few = last.out_features < IMAGENET and last.out_features != KINETICS
     if title not in HEADS or not few or weight is None or weight.requires_grad:
         return ""
-    if adapters_in(last):
-        return f"frozen under its adapter; if new: modules_to_save=[{name!r}]"
-    return f"frozen; if it is new, train it whole: modules_to_save=[{name!r}]"
+    # The option first: a line of the summary is cut at its end.
+    return f"modules_to_save=[{name!r}], if it is new: it is frozen{' under its adapter' if adapters_in(last) else ''}"
 
 
 def _is_in(name: str, models: Collection[str]) -> bool:

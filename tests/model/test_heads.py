@@ -136,6 +136,7 @@ FROZEN_HEADS = {  # each with the name that is said, or ""
     "vit": (partial(classifier, "heads.head", 5), "heads.head"),
     "vgg": (partial(classifier, "classifier.6", 5), "classifier.6"),
     "in a module": (partial(classifier, "network.head", 200), "network.head"),
+    "deep inside": (partial(classifier, "network.vision.heads.head", 5), "network.vision.heads.head"),
     "beside transformers": (lambda: nn.ModuleDict({"head": nn.Linear(8, 2), "body": bert()}), "head"),
     "another name": (partial(classifier, "overhead", 5), ""),
     "of ImageNet": (partial(classifier, "fc", 1000), ""),
@@ -150,14 +151,15 @@ FROZEN_HEADS = {  # each with the name that is said, or ""
 @pytest.mark.parametrize(("build", "name"), FROZEN_HEADS.values(), ids=FROZEN_HEADS)
 def test_the_summary_names_what_looks_like_a_frozen_head_of_a_model_that_tells_nothing(build: Build, name: str):
     inject(model := build(), LoRAConfig(r=1))
-    said = f"frozen under its adapter; if new: modules_to_save=['{name}']" if name else ""
+    said = f"modules_to_save=['{name}'], if it is new: it is frozen under its adapter" if name else ""
     assert summary(model).frozen_head == said
     assert said in " ".join(str(summary(model)).split())
+    assert said.partition(",")[0] in summary(model).short()  # whatever its line is cut to
 
 
 def test_a_head_without_an_adapter_is_named_and_one_that_is_trained_whole_is_not():
     inject(frozen := classifier("fc", 5), LoRAConfig(r=1, target_modules=["body"]))
-    assert summary(frozen).frozen_head == "frozen; if it is new, train it whole: modules_to_save=['fc']"
+    assert summary(frozen).frozen_head == "modules_to_save=['fc'], if it is new: it is frozen"
     assert "modules_to_save=['fc']" in summary(frozen).short()
     inject(trained := classifier("fc", 5), LoRAConfig(r=1, modules_to_save=["fc"]))
     assert summary(trained).frozen_head == ""
