@@ -100,7 +100,9 @@ def compare_fingerprints(
         f"adapter: belongs to another base: {found[first]}. {len(found)} of {len(expected)} frozen tensors differ "
         f"({listed([repr(name) for name in found])})."
     )
-    if otherwise:
+    if otherwise and not expected[first].quantised:
+        message += " Load the base without quantising it, as in training."
+    elif otherwise:
         remedy = of_quantisation or f"{OF_QUANTISATION} {remedy}"
     elif 2 * len(found) < sum(bool(entry.values) for entry in expected.values()):  # where most differ, it is the base
         message += f" {OF_HEADS}"

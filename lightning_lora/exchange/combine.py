@@ -257,10 +257,18 @@ def _assemble(tensors: Mapping[str, Any], adapters: Sequence[Adapter]) -> Adapte
 
 
 def _words(adapters: Sequence[Adapter]) -> LoRAConfig:
-    """Return the first adapter's options, with all that is trained whole."""
+    """Return the first adapter's options, with all that is trained whole, and the layers' names where others differ."""
     configs = [each.config or LoRAConfig() for each in adapters]
+    layers = dict.fromkeys(layer for each in adapters for layer in each.layers)
+    parameters = {layer for each in adapters for layer in each.parameters}
+    by_name: dict[str, Any] = {
+        "target_modules": [layer for layer in layers if layer not in parameters],
+        "target_parameters": [layer for layer in layers if layer in parameters],
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+    }
     return replace(
         configs[0],
+        **(by_name if layers.keys() != adapters[0].layers.keys() else {}),
         use_rslora=False,
         lora_dropout=0.0 if any(each.parameters for each in adapters) else configs[0].lora_dropout,
         modules_to_save=list(dict.fromkeys(name for config in configs for name in config.modules_to_save or ())),

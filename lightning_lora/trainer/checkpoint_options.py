@@ -77,23 +77,24 @@ def _checkpoint_of(trainer: Any) -> str | os.PathLike[str] | None:
     return None
 
 
-def layers_in_checkpoint(saved: Saved, given: Collection[str], module: nn.Module) -> Chosen | None:
-    """Return the layers of a checkpoint's adapter, where the callback's options leave it to the checkpoint to say them.
+def layers_in_checkpoint(saved: Saved, config: LoRAConfig, module: nn.Module) -> Chosen | None:
+    """Return the layers of a checkpoint's adapter, where the callback's options say nothing else of them.
 
     The options in a file are the words of the run that trained the adapter first, perhaps in another module.
 
     Args:
         saved: of the checkpoint.
-        given: the names of the options that the user gave.
+        config: the callback's options, completed.
         module: the LightningModule.
 
     Returns:
-        None where an option was given that selects something, or where the module lacks a layer, which it may build
-        later. Then the words count.
+        None where an option that selects something is another than the checkpoint's, or where the module lacks a layer,
+        which it may build later. Then the words count.
     """
     modules = dict(module.named_modules())
     here = modules.keys() | weights_of(modules).keys()
-    return saved.chosen if SELECTING.isdisjoint(given) and here >= saved.chosen.layers.keys() else None
+    are_here = here >= saved.chosen.layers.keys()
+    return saved.chosen if are_here and SELECTING.isdisjoint(config.differing(saved.config)) else None
 
 
 def complete_options(config: LoRAConfig, given: Collection[str], saved: LoRAConfig) -> LoRAConfig:

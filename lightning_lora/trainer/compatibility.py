@@ -20,10 +20,9 @@ from ..model.targets import select
 from ..names import listed
 from .deepspeed_optimizer import held_parameters
 
-BY_LAYER = (  # options that say which layers are adapted, and how
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "enable_lora", "target_modules"),
-    *("exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
-)
+TARGETS = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern")
+RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+BY_LAYER = (*TARGETS, *RANKS, "enable_lora")  # options that say which layers are adapted, and how
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -95,7 +94,7 @@ def refuse_other_options(handle: AdaptedModel, config: LoRAConfig, given: Collec
             "in eval mode would silently stop training. Call unload(model), then inject(model, config) without it."
         )
     differing = [option for option in record.config.differing(config) if option in given]
-    if record.chosen is not None and not {*BY_LAYER}.isdisjoint(differing) and _selects_layers(handle, config, given):
+    if record.chosen is not None and _selects_layers(handle, config, given, differing):
         differing = [option for option in differing if option not in BY_LAYER]
     for option in differing:
         if option != "lora_dropout":  # which is of training alone: _adopt takes it
@@ -108,16 +107,23 @@ def refuse_other_options(handle: AdaptedModel, config: LoRAConfig, given: Collec
         raise LoRAError("LoRACallback: the model was injected with another seed; give none, or unload(model) first.")
 
 
-def _selects_layers(handle: AdaptedModel, config: LoRAConfig, given: Collection[str]) -> bool:
-    """Return whether a callback's options select the layers of a model, with their ranks, scalings and parts."""
-    record = handle.record
-    asked = replace(record.config, **{name: getattr(config, name) for name in BY_LAYER if name in given})
+def _selects_layers(
+    handle: AdaptedModel, config: LoRAConfig, given: Collection[str], differing: Collection[str]
+) -> bool:
+    """Return whether a callback's options select the layers of a model, in what the differing ones say of them.
+
+    Words that were not given are the loaded adapter's. Its patterns may name its layers as in another module.
+    """
+    asked = replace(handle.record.config, **{name: getattr(config, name) for name in BY_LAYER if name in given})
     live = {layer.lora.name: layer.lora.spec for layer in handle.layers.values() if layer.kind()}
     selection = select(handle.root_modules, asked)
+    if not {*TARGETS}.isdisjoint(differing) and selection.names() != live.keys():
+        return False
+    if "enable_lora" in differing and any(asked.enabled_parts(name) != spec.enabled for name, spec in live.items()):
+        return False
     in_patterns = {name: selection.outputs.get(name, name) for name in live}
-    return selection.names() == live.keys() and all(
-        (asked.rank(in_patterns[name]), asked.enabled_parts(name)) == (spec.r, spec.enabled)
-        and math.isclose(asked.scaling(in_patterns[name]), spec.scaling)
+    return {*RANKS}.isdisjoint(differing) or all(
+        asked.rank(in_patterns[name]) == spec.r and math.isclose(asked.scaling(in_patterns[name]), spec.scaling)
         for name, spec in live.items()
     )
 

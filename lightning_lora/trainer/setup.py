@@ -71,7 +71,7 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
     config, chosen = options.config, None
     if saved is not None:
         config = complete_options(config, options.given, saved.config)
-        chosen = layers_in_checkpoint(saved, options.given, module)
+        chosen = layers_in_checkpoint(saved, config, module)
     _tell_of_taken(options.config, config)
     adapt_cli_optimizer(module)
     _adapt_now(module, options, Injection(config, seed=seed_text(options) or seed, chosen=chosen))

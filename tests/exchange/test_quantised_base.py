@@ -146,6 +146,15 @@ def test_load_adapter_onto_a_plain_model_says_to_quantise_it_first(tmp_path, kin
     assert torch.equal(plain(inputs()), trained(inputs()))
 
 
+def test_load_adapter_onto_a_quantised_model_of_what_was_trained_plain_says_not_to_quantise_it(tmp_path):
+    trained = fitted(tmp_path, lora(), Net())
+    quantize_base(quantised := Net().eval(), exclude_modules=["network.2"])
+    with pytest.raises(LoRAError, match="was not quantised, here it is quantised") as error:
+        load_adapter(quantised, take_adapter(trained))
+    assert "Load the base without quantising it, as in training." in str(error.value)
+    assert "quantize_base" not in str(error.value)
+
+
 @pytest.mark.parametrize("verb", ["fit", "validate"])
 def test_a_trainer_without_quantize_says_to_quantise_first(tmp_path, verb):
     options: dict[str, Any] = {"modules_to_save": ["head"]}

@@ -254,3 +254,42 @@ def test_a_run_on_a_loaded_adapter_resumes_by_its_layers_whatever_its_words_name
     assert state_bits(found) == state_bits(model)
     unload(found)
     assert state_bits(found) == state_bits(Module())
+
+
+def test_a_checkpoint_trained_on_from_a_folder_takes_its_own_options_whatever_its_patterns_name(tmp_path: Path):
+    """PEFT's patterns may begin with ^, and the module around the network has other names."""
+    inject(body := Module().body, LoRAConfig(r=2, target_modules=["0", "3"], rank_pattern={"^3": 1}))
+    load_adapter(model := Module(), take_adapter(body))
+    trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=["0", "3"]), max_epochs=1)
+    trainer.fit(model, Data())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    for options in ({"r": 2}, {"target_modules": ["0", "3"]}, {"lora_alpha": 8, "r": 2}):
+        found = Module()
+        make_trainer(tmp_path, LoRACallback(**options)).test(
+            found, Data(), ckpt_path=tmp_path / "run.ckpt", verbose=False
+        )
+        assert state_bits(found) == state_bits(model)
+    with pytest.raises(LoRAError):
+        make_trainer(tmp_path, LoRACallback(r=3)).test(Module(), Data(), ckpt_path=tmp_path / "run.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("targets", "refused"),
+    [(["body.0", "body.3", "head"], False), (r"body\.(0|3)|head", False), (["body.0", "head"], True)],
+)
+def test_a_callback_beside_a_result_of_combine_names_its_layers(tmp_path: Path, targets: Any, refused: bool):
+    """Not those of the first adapter."""
+    adapters = []
+    for options in ({"target_modules": ["body.0", "head"]}, {"target_modules": ["body.3", "head"], "r": 3}):
+        inject(net := Module(), LoRAConfig(**{"r": 2, **options}))
+        adapters.append(take_adapter(net))
+    both = combine(adapters, [1.0, 1.0])
+    assert both.config is not None
+    assert set(both.config.target_modules) == {"body.0", "body.3", "head"}
+    load_adapter(model := Module(), both)
+    trainer = make_trainer(tmp_path, LoRACallback(target_modules=targets), max_epochs=1)
+    if refused:
+        with pytest.raises(LoRAError, match="target_modules is"):
+            trainer.fit(model, Data())
+    else:
+        trainer.fit(model, Data())
