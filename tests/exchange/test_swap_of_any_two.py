@@ -260,7 +260,7 @@ def test_a_checkpoint_trained_on_from_a_folder_takes_its_own_options_whatever_it
     """PEFT's patterns may begin with ^, and the module around the network has other names."""
     inject(body := Module().body, LoRAConfig(r=2, target_modules=["0", "3"], rank_pattern={"^3": 1}))
     load_adapter(model := Module(), take_adapter(body))
-    trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=["0", "3"]), max_epochs=1)
+    trainer = make_trainer(tmp_path, LoRACallback(target_modules=["body.0", "body.3"]), max_epochs=1)
     trainer.fit(model, Data())
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     for options in ({"r": 2}, {"target_modules": ["0", "3"]}, {"lora_alpha": 8, "r": 2}):
