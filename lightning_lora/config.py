@@ -171,8 +171,7 @@ class LoRAConfig:
 
     def scaling(self, name: str) -> float:
         """Return s of the layer `name`."""
-        rank = self.rank(name)
-        return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
+        return scaling_of(self.rank(name), self.alpha(name), rslora=self.use_rslora)
 
     def enabled_parts(self, name: str) -> tuple[bool, ...] | None:
         """Return for each part of the fused projection `name` whether it is adapted; None for a layer without parts."""
@@ -345,6 +344,11 @@ class LoRAConfig:
     def all_variant_options(self) -> dict[str, Any]:
         """Return all options that the variant alone has, with their values or defaults."""
         return {**KNOWN_VARIANTS[self.variant].own_options, **(self.variant_options or {})}
+
+
+def scaling_of(r: int, alpha: float, *, rslora: bool) -> float:
+    """Return s of a layer of rank r."""
+    return alpha / (math.sqrt(r) if rslora else r)
 
 
 def alpha_of(r: int, scaling: float, *, rslora: bool) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..config import LoRAConfig
-from ..names import PREFIX, factor_role, names_factor, parent_names, rename_keys, split_factor_name
+from ..names import PREFIX, factor_role, join_names, names_factor, parent_names, rename_keys, split_factor_name
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import IN_PROJ
 from ..nn.variant import EffectiveFactors, LayerInfo, Variant, known_variants, rows_leaf, variant_of, variant_with
@@ -96,7 +96,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            object.__setattr__(self, "layers", layers_in_tensors(self, {}))
+            object.__setattr__(self, "layers", _layers_in_tensors(self, {}))
 
     def __repr__(self) -> str:
         layers, origin = self.layers, self.origin.get("base_model_name_or_path")
@@ -131,7 +131,7 @@ class Adapter:
         Args:
             known: what is known of layers beside their ranks; by default what the adapter knows.
         """
-        return replace(self, layers=layers_in_tensors(self, self.layers if known is None else known))
+        return replace(self, layers=_layers_in_tensors(self, self.layers if known is None else known))
 
     def with_kinds(self, kinds: Mapping[str, str]) -> Adapter:
         """Return the adapter with other kinds of the layers that `kinds` names."""
@@ -153,7 +153,7 @@ class Adapter:
         if leaf in names:
             return names[leaf]
         if not names:
-            return f"{layer}.{leaf}".lstrip(".")
+            return join_names(layer, leaf)
         other, name = next(iter(names.items()))  # a missing tensor is named like one that is there
         path, dot, last = name.rpartition(".")
         return path + dot + leaf + last.removeprefix(other)
@@ -212,7 +212,7 @@ class Adapter:
     def is_parameter(self, layer: str) -> bool:
         """Return whether the name is that of a parameter that is adapted by itself, and not of a layer."""
         leaf = self.variant.trained[0]
-        return self.factor_name(layer, leaf) != f"{layer}.{leaf}".lstrip(".")
+        return self.factor_name(layer, leaf) != join_names(layer, leaf)
 
     def factors(self) -> list[Any]:
         """Return the tensors that adapt something, trained rows too."""
@@ -272,7 +272,7 @@ class Adapter:
         )
 
 
-def layers_in_tensors(adapter: Adapter, known: Mapping[str, Layer]) -> dict[str, Layer]:
+def _layers_in_tensors(adapter: Adapter, known: Mapping[str, Layer]) -> dict[str, Layer]:
     """Return the layers that an adapter's tensors have, with their ranks, and with what is known of them beside."""
     leaf = adapter.variant.trained[0]
     names = [name for name, own in adapter.own_names.items() if leaf in own]

@@ -42,7 +42,7 @@ class RankSync:
     def run(self, name: str, step: Callable[..., object] | None, *args: Any) -> None:
         """Run a step, unless an earlier step failed on this rank.
 
-        The step must not communicate, unless the caller does what is left of that where it failed or was not run.
+        The step must not communicate. Where it does, the caller finishes that after a step that failed or was not run.
 
         Args:
             name: name of the step for messages, the same on all ranks.

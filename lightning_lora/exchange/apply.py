@@ -192,13 +192,13 @@ def _replaced(handle: AdaptedModel, adapter: Adapter) -> Iterator[LiveState]:
     Raises:
         LoRAError: a fit is under way, or the model is sharded.
     """
-    model, before = handle.model, adapter_here(handle)
     if handle.record.run.fits:
         raise LoRAError(
             "load_adapter: inside a fit the adapter's layers and heads must be the model's, because the optimizer "
             "holds these parameters. Load it before the fit."
         )
     refuse_fully_sharded(handle.root, [module for _, module in handle.root_modules], "load_adapter")
+    model, before = handle.model, adapter_here(handle)
     try:
         yield LiveState(replace_layers(handle, cast(LoRAConfig, adapter.config), chosen_by(adapter)))
     except BaseException:

@@ -179,7 +179,7 @@ def _check_trained(live: LiveState, adapter: Adapter) -> None:
 
 
 def chosen_by(adapter: Adapter) -> Chosen:
-    """Return what an adapter with options adapts, and what of it is trained whole.
+    """Return the layers of an adapter with options, and the parameters that it trains whole.
 
     Its words say that. What it holds beside that was unfrozen later, or belongs to a resized table, and stays frozen.
     """

@@ -32,7 +32,7 @@ from ..model.live_state import LiveState, open_state, original_value
 from ..model.pretrained import base_name, pretrained_models, tied_to_input
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.wrappers import prefix_inside
-from ..names import canonical, is_lightning_module
+from ..names import canonical, is_lightning_module, join_names
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import adapted_places
 from ..nn.lora_layer import LoRALayer
@@ -227,7 +227,7 @@ def _tables_that_move(live: LiveState) -> set[str]:
     ]
     places = adapted_places(live.handle.model, modules=live.handle.places)
     replaced = [name for name, _, each in places if each.replaced_rows()]
-    return {f"{table}.weight".lstrip(".") for table in (*renormalised, *replaced)}
+    return {join_names(table, "weight") for table in (*renormalised, *replaced)}
 
 
 def _how_quantised(tensor: torch.Tensor, module: nn.Module) -> str:

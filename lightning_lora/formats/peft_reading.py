@@ -25,7 +25,7 @@ import torch
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
 from ..adapter.metadata import from_metadata
-from ..config import LoRAConfig
+from ..config import LoRAConfig, scaling_of
 from ..errors import LoRAError, shown
 from ..matching import exact_key, pattern_matches
 from ..names import A, B, parent_names
@@ -173,7 +173,7 @@ def _with_scalings(adapter: Adapter, path: object) -> Adapter:
     layers = {}
     for name, layer in adapter.layers.items():
         rank, alpha = ranks[in_options[name]], alphas[in_options[name]]
-        scaling = alpha / (math.sqrt(rank) if words.use_rslora else rank)
+        scaling = scaling_of(rank, alpha, rslora=words.use_rslora)
         if rank != layer.r:
             raise LoRAError(f"{path}: {name!r}: the options say r={rank}, but its factors have rank {layer.r}.")
         is_known = layer.scaling is not None and math.isclose(scaling, layer.scaling)  # unrounded, in the description

@@ -15,7 +15,7 @@ from torch import nn
 from ..config import tasks_with
 from ..distributed.flat import own_weight
 from ..matching import matcher
-from ..names import names_factor, parent_names
+from ..names import join_names, names_factor, parent_names
 from ..nn.adapted_weights import NamedModules, adapters_in
 from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_parameters, was_never_quantised
 from ..nn.quantised_state import is_of_lightning
@@ -103,7 +103,7 @@ def to_train_whole(modules: NamedModules, entries: Iterable[str]) -> list[str]:
     names = list(filter(matcher(entries), dict(modules)))
     for path, model in pretrained_models(modules).items():
         heads = new_heads(model).items()
-        names += [f"{path}.{name}".lstrip(".") for name, head in heads if any(True for _ in head.parameters())]
+        names += [join_names(path, name) for name, head in heads if any(True for _ in head.parameters())]
     names += [name for name, module in modules if was_never_quantised(module)]
     return [name for name in dict.fromkeys(names) if not set(names).intersection(parent_names(name))]
 
