@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -186,8 +187,8 @@ def shape_of(weight: Any) -> torch.Size:
     return torch.Size(unsharded_shape(weight) if state is None else state.shape)
 
 
-def unpack_for_gradients_(module: nn.Module, weight: Any) -> None:
-    """Undo bitsandbytes' packing of a 4-bit weight for evaluation on a CPU with AVX512-BF16. In place.
+def unpack_for_gradients_(module: nn.Module, weight: Any) -> bool:
+    """Undo bitsandbytes' packing of a 4-bit weight for evaluation on a CPU with AVX512-BF16. In place. Tell if it was.
 
     A packed weight gives its input no gradient. The values stay as packing has made them: the scales are rounded to
     bfloat16 and not quantised any more. bitsandbytes' own inverse rounds the scales a second time, and returns scales
@@ -195,7 +196,7 @@ def unpack_for_gradients_(module: nn.Module, weight: Any) -> None:
     """
     state = weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):
-        return
+        return False
     scales = state.absmax.T.reshape(-1).float().contiguous()
     inverse = sys.modules[f"{BITSANDBYTES}.functional"]._convert_weight_packed_for_cpu_inverse
     weight.data, state = inverse(weight.data, state)
@@ -203,6 +204,7 @@ def unpack_for_gradients_(module: nn.Module, weight: Any) -> None:
     weight.quant_state = state
     if getattr(module, "quant_state", None) is not None:
         cast(Any, module).quant_state = state
+    return True
 
 
 def keep_gradients_(modules: Iterable[nn.Module]) -> None:
@@ -210,11 +212,19 @@ def keep_gradients_(modules: Iterable[nn.Module]) -> None:
 
     Otherwise training would go on without gradients after an evaluation.
     """
+    unpacked = 0
     for module in modules:
         if getattr(module, PACKS_FOR_CPU, False):
             for weight in quantised_parameters(module).values():
-                unpack_for_gradients_(module, weight)
+                unpacked += unpack_for_gradients_(module, weight)
             vars(module).update({PACKED_BEFORE: True, PACKS_FOR_CPU: False})
+    if unpacked:
+        warnings.warn(
+            f"lightning_lora: {unpacked} 4-bit layers were evaluated before they were adapted, and bitsandbytes then "
+            "rounded their scales to bfloat16. For the outputs of a base that was not evaluated, build the model anew "
+            "and adapt it, or load its adapter, first.",
+            stacklevel=2,
+        )
 
 
 def allow_packing_(modules: Iterable[nn.Module]) -> None:
