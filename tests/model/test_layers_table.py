@@ -1,6 +1,6 @@
 """The table of layers and variants: what training, merging, saving and PEFT make of each, from runs.
 
-WRITE_TABLE=1 in the environment writes it into lightning_lora/nn/README.md. Rows of what is not installed stay.
+WRITE_TABLE=1 in the environment writes it into lightning_lora/nn/layers.md. Rows of what is not installed stay.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed"),
 ]
-PAGE = Path(__file__).parents[2] / "lightning_lora" / "nn" / "README.md"
+PAGE = Path(__file__).parents[2] / "lightning_lora" / "nn" / "layers.md"
 BEGIN, END = "<!-- layers: written by tests/model/test_layers_table.py -->", "<!-- end of layers -->"
 HEAD = (
     "| layer | variant | train | merge | plain merged weights | adapter | to PEFT | from PEFT |",
