@@ -23,7 +23,6 @@ from ..formats.lightning_checkpoint import (
     adapter_of,
     by_canonical_names,
     checkpoint_metadata,
-    in_one_storage,
 )
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
@@ -31,7 +30,6 @@ from ..model.foreign_state import (
     foreign_entries,
     foreign_names,
     load_foreign_,
-    names_here,
     unchanged_state,
     with_foreign,
 )
@@ -40,14 +38,14 @@ from ..model.live_state import LiveState, open_state, original_value, original_v
 from ..model.state_dict import base_keys, mark_merged, merge_state_dict
 from ..names import META, canonical, names_factor, parent_names
 from ..nn.adapted_module import is_factor
-from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
+from ..nn.foreign_entries import ForeignEntries, foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed
 from ..nn.quantised_state import quantisation_entries
 from ..nn.rounding import NEVER
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
-from .take import check_fingerprint, describe
+from .take import adapter_in_state, check_fingerprint
 
 REMEDY_IN_TRAINER = (
     "Build the module with the weights that it had in training. To use the adapter on this base all the same, in "
@@ -73,46 +71,46 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
 
 
 def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
-    handle, record = live.handle, live.handle.record
-    whole = checkpoint["state_dict"]
-    own_names = {canonical(name): name for name in whole}
-    state = checkpoint["state_dict"] = by_canonical_names(whole)
-    foreign = foreign_of(whole, foreign_names(handle, whole, live.tensors.keys()))
-    adapter = replace(describe(live, "checkpoint"), foreign=foreign)
-    trained, divided = set(live.keys), is_divided(handle)
-    if not divided:
-        # What the class's own state_dict or on_save_checkpoint left out, and training changes, is saved all the same.
-        lost = {name for name in trained if isinstance(live.tensors[name], nn.Parameter)} - state.keys()
-        state |= original_values(entry for entry in live.entries if entry[0] in lost)
-        adapter = replace(adapter, complete=state.keys() >= (live.tensors.keys() if kind == "full" else trained))
+    handle, whole, known = live.handle, checkpoint["state_dict"], live.tensors.keys()
+    state = by_canonical_names(whole)
+    adapter = adapter_in_state(live, state, foreign_of(whole, foreign_names(handle, whole, known)))
     if kind == "full":
-        base = {name: entry for name, entry in adapter.fingerprint.items() if name not in trained}
-        meta = _describe(kind, replace(adapter, fingerprint=base))
-        meta["initial"] = gather_all(handle.initial())
+        state |= adapter.tensors
+        described = replace(adapter, complete=state.keys() >= known)
     else:
-        frozen = {name for name, tensor in live.tensors.items() if tensor is not None} - trained
-        frozen |= quantisation_entries(state, quantised_weights(handle.places))
-        if not divided:
-            _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind, live)
-        meta = _describe(kind, adapter)
-        if CURRENT in checkpoint:
-            current = checkpoint[CURRENT].items()
-            checkpoint[CURRENT] = {name: value for name, value in current if canonical(name) not in frozen}
+        described = replace(adapter, complete=adapter.tensors.keys() >= {*live.keys})
+        _leave_out_base(live, checkpoint, state, adapter, kind)
+    checkpoint[META] = checkpoint_metadata(kind, described)
+    if kind == "full":
+        checkpoint[META]["initial"] = gather_all(handle.initial())
     if kind == "merged":
-        tensors = gather_all(live.values()) if divided else {name: state[name] for name in live.keys if name in state}
-        meta["adapter"] = in_one_storage(tensors)
-        dtype = dequantize_dtype(record.run.dequantize, "checkpoint")
-        if not divided:  # a layer whose factors the class left out is not in its merged weights
-            state = {name: value for name, value in state.items() if name not in lost or not names_factor(name)}
-        checkpoint["state_dict"] = state if divided else _merge_state(handle, state, dtype)
-    elif kind == "adapter":
-        tensors = {name: value for name, value in state.items() if name not in frozen and name not in foreign.values}
-        checkpoint["state_dict"] = {**in_one_storage(tensors), **foreign.values}
-    if kind != "adapter":
-        named = {own_names.get(name, name): value for name, value in checkpoint["state_dict"].items()}
-        mark = mark_merged if kind == "merged" else with_metadata
-        checkpoint["state_dict"] = mark(named, metadata_of(whole))
-    checkpoint[META] = meta
+        checkpoint[META]["adapter"] = adapter.tensors
+        if not is_divided(handle):  # otherwise gathered_state has merged it
+            # A layer whose factors the class left out is not in its merged weights.
+            state |= {name: value for name, value in adapter.tensors.items() if not names_factor(name)}
+            state = _merge_state(handle, state)
+    if kind == "adapter":
+        checkpoint["state_dict"] = {**adapter.tensors, **adapter.foreign.values}
+    else:
+        own_names = {canonical(name): name for name in whole}
+        named = {own_names.get(name, name): value for name, value in state.items()}
+        checkpoint["state_dict"] = (mark_merged if kind == "merged" else with_metadata)(named, metadata_of(whole))
+
+
+def _leave_out_base(
+    live: LiveState, checkpoint: MutableMapping[str, Any], state: Mapping[str, Any], adapter: Adapter, kind: Kind
+) -> None:
+    """Take the base out of the weights that WeightAveraging keeps, and warn where a base that moved is lost. In place.
+
+    Of a divided model, gathered_state has left the base out or merged it.
+    """
+    frozen = {name for name, tensor in live.tensors.items() if tensor is not None} - {*live.keys}
+    frozen |= quantisation_entries(state, quantised_weights(live.handle.places))
+    if CURRENT in checkpoint:
+        current = checkpoint[CURRENT].items()
+        checkpoint[CURRENT] = {name: value for name, value in current if canonical(name) not in frozen}
+    if not is_divided(live.handle):
+        _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind, live)
 
 
 def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind, live: LiveState) -> None:
@@ -131,21 +129,14 @@ def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind, live
         )
 
 
-def _merge_state(handle: AdaptedModel, state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def _merge_state(handle: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
     try:
+        dtype = dequantize_dtype(handle.record.run.dequantize, "checkpoint")
         return merge_state_dict(handle, state, dtype, tells=NEVER)  # the fit's end tells it
     except NonFiniteError as error:
         raise NonFiniteError(
             f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
         ) from error
-
-
-def _describe(kind: Kind, adapter: Adapter) -> dict[str, Any]:
-    meta = checkpoint_metadata(kind, adapter)
-    del meta["fan_in_fan_out"]  # of a live model it is the default
-    if adapter.complete:
-        del meta["complete"]
-    return meta
 
 
 def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
@@ -166,7 +157,6 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
     if kind == "full":
         _prepare_full(live, module_names, checkpoint, adapter)
         return
-    names = adapter.tensors.keys()
     adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(live, adapter)
     check_adapter(live, module_names, complete, remedy=OPTIONS_IN_TRAINER)
@@ -174,17 +164,11 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
     record_trained(live, adapter)
     live.handle.record.origin = dict(adapter.origin)
     here = {} if is_divided(live.handle) else unchanged_state(live.handle)  # write_whole_state_ needs no more
-    live_values = {**here, **complete.tensors}
-    name_here = names_here(live.handle.model)
-    for key in ("state_dict", CURRENT):
-        named = by_canonical_names(checkpoint.get(key, {}))
-        if names <= named.keys():
-            whole = {name_here(name): value for name, value in {**live_values, **named}.items()}
-            checkpoint[key] = with_metadata(whole, metadata_of(here))
-    if kind == "merged" or names != adapter.tensors.keys():
-        checkpoint["state_dict"] = {**live_values, **adapter.tensors}
-    state = with_metadata(checkpoint["state_dict"], metadata_of(here))
-    checkpoint["state_dict"] = with_foreign(live, state, adapter.foreign)
+    whole = with_metadata({**here, **complete.tensors}, metadata_of(here))
+    if CURRENT in checkpoint:
+        current = with_metadata(whole | by_canonical_names(checkpoint[CURRENT]), metadata_of(here))
+        checkpoint[CURRENT] = with_foreign(live, current, ForeignEntries())
+    checkpoint["state_dict"] = with_foreign(live, whole, adapter.foreign)
 
 
 def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str, Any], adapter: Adapter) -> None:
@@ -237,7 +221,7 @@ def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
     state = live.values() if kind == "adapter" else original_values(live.entries)
     state = with_metadata({**state, **foreign.values}, foreign.versions)
     if kind == "merged":
-        state = _merge_state(handle, state, dequantize_dtype(handle.record.run.dequantize, "checkpoint"))
+        state = _merge_state(handle, state)
     changing = set(live.keys)
     whole = {
         name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value
