@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterable, Mapping, MutableMapping, Set
+from collections.abc import Mapping, MutableMapping, Set
 from dataclasses import replace
 from typing import Any, cast
 
@@ -37,10 +36,8 @@ from ..model.initial_values import record_loaded
 from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.state_dict import base_keys, mark_merged, merge_state_dict
 from ..names import META, canonical, names_factor, parent_names
-from ..nn.adapted_module import is_factor
 from ..nn.foreign_entries import ForeignEntries, foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed
-from ..nn.quantised_state import quantisation_entries
 from ..nn.rounding import NEVER
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
@@ -72,23 +69,24 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
 
 def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
     handle, whole, known = live.handle, checkpoint["state_dict"], live.tensors.keys()
-    state = by_canonical_names(whole)
+    state, divided = by_canonical_names(whole), is_divided(handle)
     adapter = adapter_in_state(live, state, foreign_of(whole, foreign_names(handle, whole, known)))
     if kind == "full":
         state |= adapter.tensors
-        described = replace(adapter, complete=state.keys() >= known)
-    else:
-        described = replace(adapter, complete=adapter.tensors.keys() >= {*live.keys})
-        _leave_out_base(live, checkpoint, state, adapter, kind)
-    checkpoint[META] = checkpoint_metadata(kind, described)
+        adapter = replace(adapter, complete=state.keys() >= known)
+    elif CURRENT in checkpoint:
+        own, current = {*live.keys, *adapter.foreign.values}, checkpoint[CURRENT].items()
+        checkpoint[CURRENT] = {name: value for name, value in current if canonical(name) in own}
+    meta = checkpoint[META] = checkpoint_metadata(kind, adapter)
+    if kind != "full" and not divided:  # otherwise gathered_state has left the base out, or merged it
+        _warn_of_moved(live, state, adapter, kind)
     if kind == "full":
-        checkpoint[META]["initial"] = gather_all(handle.initial())
-    if kind == "merged":
-        checkpoint[META]["adapter"] = adapter.tensors
-        if not is_divided(handle):  # otherwise gathered_state has merged it
-            # A layer whose factors the class left out is not in its merged weights.
-            state |= {name: value for name, value in adapter.tensors.items() if not names_factor(name)}
-            state = _merge_state(handle, state)
+        meta["initial"] = gather_all(handle.initial())
+    elif kind == "merged":
+        meta["adapter"] = adapter.tensors
+        # A layer whose factors the class left out is not in its merged weights.
+        state |= {name: value for name, value in adapter.tensors.items() if not names_factor(name)}
+        state = state if divided else _merge_state(handle, state)
     if kind == "adapter":
         checkpoint["state_dict"] = {**adapter.tensors, **adapter.foreign.values}
     else:
@@ -97,26 +95,10 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
         checkpoint["state_dict"] = (mark_merged if kind == "merged" else with_metadata)(named, metadata_of(whole))
 
 
-def _leave_out_base(
-    live: LiveState, checkpoint: MutableMapping[str, Any], state: Mapping[str, Any], adapter: Adapter, kind: Kind
-) -> None:
-    """Take the base out of the weights that WeightAveraging keeps, and warn where a base that moved is lost. In place.
-
-    Of a divided model, gathered_state has left the base out or merged it.
-    """
-    frozen = {name for name, tensor in live.tensors.items() if tensor is not None} - {*live.keys}
-    frozen |= quantisation_entries(state, quantised_weights(live.handle.places))
-    if CURRENT in checkpoint:
-        current = checkpoint[CURRENT].items()
-        checkpoint[CURRENT] = {name: value for name, value in current if canonical(name) not in frozen}
-    if not is_divided(live.handle):
-        _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind, live)
-
-
-def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind, live: LiveState) -> None:
+def _warn_of_moved(live: LiveState, state: Mapping[str, Any], adapter: Adapter, kind: Kind) -> None:
     """Warn of frozen weights that something has changed since fit start: a checkpoint without them loses the change."""
-    at_fit_start = {name: entry for name, entry in adapter.fingerprint.items() if name in frozen and entry.values}
-    now = fingerprint_entries((name, frozen[name]) for name in at_fit_start)
+    at_fit_start = {name: entry for name, entry in adapter.fingerprint.items() if name in state and entry.values}
+    now = fingerprint_entries((name, state[name]) for name in at_fit_start)
     moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name])]
     if moved:
         weights = {id(live.tensors.get(name, name)) for name in moved}  # a tied weight has several names
@@ -186,7 +168,7 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
             f"checkpoint: the full checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; "
             "it was cut or saved from another model."
         )
-    initial = _read_initial(live, checkpoint[META].get("initial"), adapter)
+    initial = _read_initial(live, checkpoint[META].get("initial"))
     record_trained(live, adapter)
     handle, record = live.handle, live.handle.record
     trained = {id(live.tensors[name]) for name in adapter.tensors if name in live.tensors}
@@ -312,31 +294,15 @@ def _check_values(live: LiveState, state: Mapping[str, Any]) -> None:
             raise LoRAError(f"checkpoint: {name!r} must have shape {shape}, but has {tuple(value.shape)}.")
 
 
-def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Return the values from before training, by the model's names.
-
-    Raises:
-        LoRAError: a buffer of the injected part is missing, or something does not fit the model. A parameter may be
-            missing: its value from before training was not known where the file was written.
-    """
-    base = {name: tensor for name, tensor, owner in live.entries if not is_factor(name, owner) and tensor is not None}
-    buffers = {name for name, tensor in base.items() if not isinstance(tensor, nn.Parameter)}
-    named = initial.items() if isinstance(initial, Mapping) else [(None, None)]
-    if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named):
-        part = _common_module(initial)  # what is trained beside the injected part is not listed
-        changed = {id(base[name]) for name in adapter.tensors if name in buffers and name.startswith(part)}
-        fits = all(name in base and unsharded_shape(base[name]) == value.shape for name, value in initial.items())
-        if fits and changed <= {id(base[name]) for name in initial}:
-            return dict(initial)
+def _read_initial(live: LiveState, initial: Any) -> dict[str, torch.Tensor]:
+    """Return the values from before training, by the model's names. LoRAError: they do not fit the model."""
+    shapes = {name: unsharded_shape(tensor) for name, tensor in live.tensors.items() if tensor is not None}
+    if isinstance(initial, Mapping) and all(
+        isinstance(value, torch.Tensor) and shapes.get(name) == value.shape for name, value in initial.items()
+    ):
+        return dict(initial)
     shown = f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__
     raise LoRAError(
         'checkpoint["lora"]: expected `initial` to hold, by name, the values from before training of what was trained '
         f"beside the adapter, found {shown}; the file is damaged or belongs to another model."
     )
-
-
-def _common_module(names: Iterable[str]) -> str:
-    """Return the module that holds all the named tensors, "" or ending in a dot."""
-    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    common = itertools.takewhile(lambda segments: len(set(segments)) == 1, levels)
-    return "".join(f"{segments[0]}." for segments in common)

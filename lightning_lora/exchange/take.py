@@ -63,15 +63,12 @@ def adapter_in_state(live: LiveState, state: Mapping[str, Any], foreign: Foreign
     Raises:
         LoRAError: a layer was replaced since injection.
     """
-    described, wanted = describe(live, "checkpoint"), set(live.keys)
-    lacking = [
-        entry
-        for entry in live.entries
-        if entry[0] in wanted and entry[0] not in state and isinstance(entry[1], nn.Parameter)
-    ]
-    own = gather_all(original_values(lacking))
-    values = {name: own.get(name, state.get(name)) for name in live.keys if name in own or name in state}
-    return copied(replace(described, tensors=values, foreign=foreign), on_cpu=True)
+    adapter = describe(live, "checkpoint")
+    left_out = {name for name in live.keys if name not in state and isinstance(live.tensors[name], nn.Parameter)}
+    values = {**state, **gather_all(original_values(entry for entry in live.entries if entry[0] in left_out))}
+    tensors = {name: values[name] for name in live.keys if name in values}
+    complete = len(tensors) == len(live.keys)
+    return copied(replace(adapter, tensors=tensors, complete=complete, foreign=foreign), on_cpu=True)
 
 
 def copied(adapter: Adapter, *, on_cpu: bool = False) -> Adapter:
