@@ -9,10 +9,11 @@ from typing import Any
 from ..adapter.adapter import Adapter
 from ..errors import LoRAError
 from ..exchange.export import export_adapter
+from ..exchange.take import copied
 from ..files.atomic import new_file
 from ..files.paths import PathLike
 from ..files.torch_archive import write_torch_file
-from ..formats.lightning_checkpoint import LIGHTNING_VERSION, checkpoint_metadata, in_one_storage
+from ..formats.lightning_checkpoint import LIGHTNING_VERSION, checkpoint_metadata
 from ..formats.peft_stacks import refuse_without_model
 from ..formats.sources import adapter_with_options
 from ..names import META
@@ -56,7 +57,7 @@ def to_lightning(
         "epoch": 0,
         "global_step": 0,
         LIGHTNING_VERSION: version("lightning"),
-        "state_dict": in_one_storage(adapter.tensors),
+        "state_dict": copied(adapter).tensors,
         META: checkpoint_metadata("adapter", adapter),
     }
     with new_file(target) as file:

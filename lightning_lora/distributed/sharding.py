@@ -231,24 +231,28 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
     return flat_like(local(tensor).clone(), tensor) if is_flat(tensor) else tensor.detach().clone()
 
 
-def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return copies of tensors, on the same devices and with the same sharding.
+def copies_of(tensors: Mapping[str, torch.Tensor], *, on_cpu: bool = False) -> dict[str, torch.Tensor]:
+    """Return copies of tensors with the same sharding, on the same devices or on the CPU. A tied tensor has one copy.
 
     Copies of one dtype and device share one piece of memory, because allocating many small pieces takes longer than
-    copying.
+    copying, and saving them makes a file larger.
     """
     copies: dict[str, torch.Tensor] = {}
-    together: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    together: dict[tuple[torch.dtype, torch.device], dict[Any, list[str]]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in tensors.items():
             if _is_strided(tensor) and not is_flat(tensor) and not tensor.is_meta and tensor.itemsize > 1:
-                together.setdefault((tensor.dtype, tensor.device), []).append(name)
+                memory = tensor.data_ptr(), tensor.shape, tensor.stride()
+                together.setdefault((tensor.dtype, tensor.device), {}).setdefault(memory, []).append(name)
             else:
-                copies[name] = copy_of(tensor)
-        for names in together.values():
-            flat = torch.cat([tensors[name].detach().reshape(-1) for name in names])
-            for name, part in zip(names, torch.split(flat, [tensors[name].numel() for name in names]), strict=True):
-                copies[name] = part.view(tensors[name].shape)
+                copy = copy_of(tensor)
+                copies[name] = copy.cpu() if on_cpu and not copy.is_meta else copy
+        for tied in together.values():
+            values = [tensors[first].detach() for first, *_ in tied.values()]
+            flat = torch.cat([value.reshape(-1) for value in values])
+            parts = torch.split(flat.cpu() if on_cpu else flat, [value.numel() for value in values])
+            for names, value, part in zip(tied.values(), values, parts, strict=True):
+                copies |= dict.fromkeys(names, part.view(value.shape))
     return {name: copies[name] for name in tensors}
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterable, Mapping, MutableMapping, Set
+from collections.abc import Mapping, MutableMapping, Set
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,7 +22,6 @@ from ..formats.lightning_checkpoint import (
     adapter_of,
     by_canonical_names,
     checkpoint_metadata,
-    in_one_storage,
 )
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
@@ -31,7 +29,6 @@ from ..model.foreign_state import (
     foreign_entries,
     foreign_names,
     load_foreign_,
-    names_here,
     unchanged_state,
     with_foreign,
 )
@@ -39,15 +36,13 @@ from ..model.initial_values import record_loaded
 from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.state_dict import base_keys, mark_merged, merge_state_dict
 from ..names import META, canonical, names_factor, parent_names
-from ..nn.adapted_module import is_factor
-from ..nn.foreign_entries import foreign_of, metadata_of, with_metadata
+from ..nn.foreign_entries import ForeignEntries, foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed
-from ..nn.quantised_state import quantisation_entries
 from ..nn.rounding import NEVER
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
-from .take import check_fingerprint, describe
+from .take import adapter_in_state, check_fingerprint
 
 REMEDY_IN_TRAINER = (
     "Build the module with the weights that it had in training. To use the adapter on this base all the same, in "
@@ -73,52 +68,37 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
 
 
 def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
-    handle, record = live.handle, live.handle.record
-    whole = checkpoint["state_dict"]
-    own_names = {canonical(name): name for name in whole}
-    state = checkpoint["state_dict"] = by_canonical_names(whole)
-    foreign = foreign_of(whole, foreign_names(handle, whole, live.tensors.keys()))
-    adapter = replace(describe(live, "checkpoint"), foreign=foreign)
-    trained, divided = set(live.keys), is_divided(handle)
-    if not divided:
-        # What the class's own state_dict or on_save_checkpoint left out, and training changes, is saved all the same.
-        lost = {name for name in trained if isinstance(live.tensors[name], nn.Parameter)} - state.keys()
-        state |= original_values(entry for entry in live.entries if entry[0] in lost)
-        adapter = replace(adapter, complete=state.keys() >= (live.tensors.keys() if kind == "full" else trained))
+    handle, whole, known = live.handle, checkpoint["state_dict"], live.tensors.keys()
+    state, divided = by_canonical_names(whole), is_divided(handle)
+    adapter = adapter_in_state(live, state, foreign_of(whole, foreign_names(handle, whole, known)))
     if kind == "full":
-        base = {name: entry for name, entry in adapter.fingerprint.items() if name not in trained}
-        meta = _describe(kind, replace(adapter, fingerprint=base))
+        state |= adapter.tensors
+        adapter = replace(adapter, complete=state.keys() >= known)
+    elif CURRENT in checkpoint:
+        own, current = {*live.keys, *adapter.foreign.values}, checkpoint[CURRENT].items()
+        checkpoint[CURRENT] = {name: value for name, value in current if canonical(name) in own}
+    meta = checkpoint[META] = checkpoint_metadata(kind, adapter)
+    if kind != "full" and not divided:  # otherwise gathered_state has left the base out, or merged it
+        _warn_of_moved(live, state, adapter, kind)
+    if kind == "full":
         meta["initial"] = gather_all(handle.initial())
+    elif kind == "merged":
+        meta["adapter"] = adapter.tensors
+        # A layer whose factors the class left out is not in its merged weights.
+        state |= {name: value for name, value in adapter.tensors.items() if not names_factor(name)}
+        state = state if divided else _merge_state(handle, state)
+    if kind == "adapter":
+        checkpoint["state_dict"] = {**adapter.tensors, **adapter.foreign.values}
     else:
-        frozen = {name for name, tensor in live.tensors.items() if tensor is not None} - trained
-        frozen |= quantisation_entries(state, quantised_weights(handle.places))
-        if not divided:
-            _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind, live)
-        meta = _describe(kind, adapter)
-        if CURRENT in checkpoint:
-            current = checkpoint[CURRENT].items()
-            checkpoint[CURRENT] = {name: value for name, value in current if canonical(name) not in frozen}
-    if kind == "merged":
-        tensors = gather_all(live.values()) if divided else {name: state[name] for name in live.keys if name in state}
-        meta["adapter"] = in_one_storage(tensors)
-        dtype = dequantize_dtype(record.run.dequantize, "checkpoint")
-        if not divided:  # a layer whose factors the class left out is not in its merged weights
-            state = {name: value for name, value in state.items() if name not in lost or not names_factor(name)}
-        checkpoint["state_dict"] = state if divided else _merge_state(handle, state, dtype)
-    elif kind == "adapter":
-        tensors = {name: value for name, value in state.items() if name not in frozen and name not in foreign.values}
-        checkpoint["state_dict"] = {**in_one_storage(tensors), **foreign.values}
-    if kind != "adapter":
-        named = {own_names.get(name, name): value for name, value in checkpoint["state_dict"].items()}
-        mark = mark_merged if kind == "merged" else with_metadata
-        checkpoint["state_dict"] = mark(named, metadata_of(whole))
-    checkpoint[META] = meta
+        own_names = {canonical(name): name for name in whole}
+        named = {own_names.get(name, name): value for name, value in state.items()}
+        checkpoint["state_dict"] = (mark_merged if kind == "merged" else with_metadata)(named, metadata_of(whole))
 
 
-def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind, live: LiveState) -> None:
+def _warn_of_moved(live: LiveState, state: Mapping[str, Any], adapter: Adapter, kind: Kind) -> None:
     """Warn of frozen weights that something has changed since fit start: a checkpoint without them loses the change."""
-    at_fit_start = {name: entry for name, entry in adapter.fingerprint.items() if name in frozen and entry.values}
-    now = fingerprint_entries((name, frozen[name]) for name in at_fit_start)
+    at_fit_start = {name: entry for name, entry in adapter.fingerprint.items() if name in state and entry.values}
+    now = fingerprint_entries((name, state[name]) for name in at_fit_start)
     moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name])]
     if moved:
         weights = {id(live.tensors.get(name, name)) for name in moved}  # a tied weight has several names
@@ -131,21 +111,14 @@ def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind, live
         )
 
 
-def _merge_state(handle: AdaptedModel, state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def _merge_state(handle: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
     try:
+        dtype = dequantize_dtype(handle.record.run.dequantize, "checkpoint")
         return merge_state_dict(handle, state, dtype, tells=NEVER)  # the fit's end tells it
     except NonFiniteError as error:
         raise NonFiniteError(
             f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
         ) from error
-
-
-def _describe(kind: Kind, adapter: Adapter) -> dict[str, Any]:
-    meta = checkpoint_metadata(kind, adapter)
-    del meta["fan_in_fan_out"]  # of a live model it is the default
-    if adapter.complete:
-        del meta["complete"]
-    return meta
 
 
 def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
@@ -166,7 +139,6 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
     if kind == "full":
         _prepare_full(live, module_names, checkpoint, adapter)
         return
-    names = adapter.tensors.keys()
     adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(live, adapter)
     check_adapter(live, module_names, complete, remedy=OPTIONS_IN_TRAINER)
@@ -174,17 +146,11 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
     record_trained(live, adapter)
     live.handle.record.origin = dict(adapter.origin)
     here = {} if is_divided(live.handle) else unchanged_state(live.handle)  # write_whole_state_ needs no more
-    live_values = {**here, **complete.tensors}
-    name_here = names_here(live.handle.model)
-    for key in ("state_dict", CURRENT):
-        named = by_canonical_names(checkpoint.get(key, {}))
-        if names <= named.keys():
-            whole = {name_here(name): value for name, value in {**live_values, **named}.items()}
-            checkpoint[key] = with_metadata(whole, metadata_of(here))
-    if kind == "merged" or names != adapter.tensors.keys():
-        checkpoint["state_dict"] = {**live_values, **adapter.tensors}
-    state = with_metadata(checkpoint["state_dict"], metadata_of(here))
-    checkpoint["state_dict"] = with_foreign(live, state, adapter.foreign)
+    whole = with_metadata({**here, **complete.tensors}, metadata_of(here))
+    if CURRENT in checkpoint:
+        current = with_metadata(whole | by_canonical_names(checkpoint[CURRENT]), metadata_of(here))
+        checkpoint[CURRENT] = with_foreign(live, current, ForeignEntries())
+    checkpoint["state_dict"] = with_foreign(live, whole, adapter.foreign)
 
 
 def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str, Any], adapter: Adapter) -> None:
@@ -202,7 +168,7 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
             f"checkpoint: the full checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; "
             "it was cut or saved from another model."
         )
-    initial = _read_initial(live, checkpoint[META].get("initial"), adapter)
+    initial = _read_initial(live, checkpoint[META].get("initial"))
     record_trained(live, adapter)
     handle, record = live.handle, live.handle.record
     trained = {id(live.tensors[name]) for name in adapter.tensors if name in live.tensors}
@@ -237,7 +203,7 @@ def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
     state = live.values() if kind == "adapter" else original_values(live.entries)
     state = with_metadata({**state, **foreign.values}, foreign.versions)
     if kind == "merged":
-        state = _merge_state(handle, state, dequantize_dtype(handle.record.run.dequantize, "checkpoint"))
+        state = _merge_state(handle, state)
     changing = set(live.keys)
     whole = {
         name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value
@@ -328,31 +294,15 @@ def _check_values(live: LiveState, state: Mapping[str, Any]) -> None:
             raise LoRAError(f"checkpoint: {name!r} must have shape {shape}, but has {tuple(value.shape)}.")
 
 
-def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Return the values from before training, by the model's names.
-
-    Raises:
-        LoRAError: a buffer of the injected part is missing, or something does not fit the model. A parameter may be
-            missing: its value from before training was not known where the file was written.
-    """
-    base = {name: tensor for name, tensor, owner in live.entries if not is_factor(name, owner) and tensor is not None}
-    buffers = {name for name, tensor in base.items() if not isinstance(tensor, nn.Parameter)}
-    named = initial.items() if isinstance(initial, Mapping) else [(None, None)]
-    if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named):
-        part = _common_module(initial)  # what is trained beside the injected part is not listed
-        changed = {id(base[name]) for name in adapter.tensors if name in buffers and name.startswith(part)}
-        fits = all(name in base and unsharded_shape(base[name]) == value.shape for name, value in initial.items())
-        if fits and changed <= {id(base[name]) for name in initial}:
-            return dict(initial)
+def _read_initial(live: LiveState, initial: Any) -> dict[str, torch.Tensor]:
+    """Return the values from before training, by the model's names. LoRAError: they do not fit the model."""
+    shapes = {name: unsharded_shape(tensor) for name, tensor in live.tensors.items() if tensor is not None}
+    if isinstance(initial, Mapping) and all(
+        isinstance(value, torch.Tensor) and shapes.get(name) == value.shape for name, value in initial.items()
+    ):
+        return dict(initial)
     shown = f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__
     raise LoRAError(
         'checkpoint["lora"]: expected `initial` to hold, by name, the values from before training of what was trained '
         f"beside the adapter, found {shown}; the file is damaged or belongs to another model."
     )
-
-
-def _common_module(names: Iterable[str]) -> str:
-    """Return the module that holds all the named tensors, "" or ending in a dot."""
-    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    common = itertools.takewhile(lambda segments: len(set(segments)) == 1, levels)
-    return "".join(f"{segments[0]}." for segments in common)

@@ -15,9 +15,9 @@ from ..distributed.rank_sync import RankSync, writes_files
 from ..distributed.sharding import detached, full_tensor
 from ..errors import LoRAError
 from ..files.atomic import new_folder
-from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
+from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, weight_files
 from ..files.paths import PathLike, write_json
-from ..files.safetensors import NAMES, SUFFIX, build_header, write_values
+from ..files.safetensors import NAMES, build_header, write_values
 from ..model.adapted_model import Listing, find_model, open_model
 from ..model.dequantize import dequantize_dtype, plain_weight
 from ..model.foreign_state import foreign_entries
@@ -40,8 +40,7 @@ from .pretrained_folder import (
     write_configuration,
 )
 
-FILE, INDEX = f"{STEM}{SUFFIX}", f"{STEM}{INDEX_SUFFIX}"
-WEIGHTS = (FILE, f"{STEM}-*-of-*{SUFFIX}", INDEX)  # of an earlier export into the same folder
+INDEX = f"{STEM}{INDEX_SUFFIX}"
 PT = {"format": "pt"}
 
 
@@ -65,7 +64,7 @@ def save_merged(
 
     Args:
         model: an injected model, or a part of one.
-        path: the folder. It appears when it is complete. In an existing folder the weights are replaced, and other
+        path: the folder. A new one appears when it is complete. In one that exists the weights are replaced, and other
             files stay.
         max_shard_bytes: what does not fit into one `model.safetensors` of this size goes into several and an index.
         dequantize: the dtype of plain weights in place of quantised ones, adapted or not; one is dequantised at a
@@ -73,8 +72,8 @@ def save_merged(
 
     Raises:
         LoRAError: the model was not injected, a layer cannot be merged, a weight is quantised and `dequantize` is not
-            given, the folder holds an adapter that
-            from_pretrained would load instead, or another rank failed. Nothing is written.
+            given, the folder holds an adapter that from_pretrained would load instead, or another rank failed. Nothing
+            is written.
         OSError: on the rank whose writing failed.
 
     Example::
@@ -128,7 +127,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         sync.raise_on_any_rank()
 
     with ExitStack() as moves_on_leaving:
-        folder, opening = list[Path](), new_folder(path, replaced=WEIGHTS)
+        folder, opening = list[Path](), new_folder(path, replaced=weight_files())
         step(path, lambda: folder.append(moves_on_leaving.enter_context(opening)))
         here = folder[0] if writes else Path()
         if network is not None:

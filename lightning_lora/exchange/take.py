@@ -28,13 +28,14 @@ from ..matching import NameEnd, naming_some
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
-from ..model.live_state import LiveState, open_state, original_value
+from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.pretrained import base_name, pretrained_models, tied_to_input
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.wrappers import prefix_inside
 from ..names import canonical, is_lightning_module, join_names
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import adapted_places
+from ..nn.foreign_entries import ForeignEntries
 from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import dtype_of, how_quantised, shape_of
 
@@ -44,15 +45,42 @@ TABLES = (nn.Embedding, nn.EmbeddingBag)
 def adapter_here(handle: AdaptedModel, verb: str = "load_adapter") -> Adapter:
     """Copy the adapter of an injected model, as it is. Collective where the model is sharded."""
     live = LiveState(handle)
-    foreign = foreign_entries(handle)
-    foreign = replace(foreign, values=_copied(foreign.values))
-    return replace(describe(live, verb), tensors=_copied(gather_all(live.values())), foreign=foreign)
+    adapter = replace(describe(live, verb), tensors=gather_all(live.values()), foreign=foreign_entries(handle))
+    return copied(adapter)
 
 
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy tensors and extra state."""
-    copies = copies_of({name: value for name, value in values.items() if isinstance(value, torch.Tensor)})
-    return {name: copies[name] if name in copies else copy.deepcopy(value) for name, value in values.items()}
+def adapter_in_state(live: LiveState, state: Mapping[str, Any], foreign: ForeignEntries) -> Adapter:
+    """Copy the adapter to the CPU as a state dict of the model has it, such as an average. Collective where sharded.
+
+    Parameters that the state dict lacks are the model's own, because training changed them. Buffers and extra states
+    that it lacks were left out on purpose.
+
+    Args:
+        live: the model.
+        state: under names without wrappers' segments.
+        foreign: the foreign entries of the state dict.
+
+    Raises:
+        LoRAError: a layer was replaced since injection.
+    """
+    adapter = describe(live, "checkpoint")
+    left_out = {name for name in live.keys if name not in state and isinstance(live.tensors[name], nn.Parameter)}
+    values = {**state, **gather_all(original_values(entry for entry in live.entries if entry[0] in left_out))}
+    tensors = {name: values[name] for name in live.keys if name in values}
+    complete = len(tensors) == len(live.keys)
+    return copied(replace(adapter, tensors=tensors, complete=complete, foreign=foreign), on_cpu=True)
+
+
+def copied(adapter: Adapter, *, on_cpu: bool = False) -> Adapter:
+    """Return an adapter with copies of its tensors, extra states and foreign entries."""
+
+    def copies(values: Mapping[str, Any]) -> dict[str, Any]:
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        own = copies_of(tensors, on_cpu=on_cpu)
+        return {name: own[name] if name in own else copy.deepcopy(value) for name, value in values.items()}
+
+    foreign = replace(adapter.foreign, values=copies(adapter.foreign.values))
+    return replace(adapter, tensors=copies(adapter.tensors), foreign=foreign)
 
 
 def adapter_of_model(handle: AdaptedModel, verb: str) -> Adapter:

@@ -14,9 +14,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-import torch
-from torch import nn
-
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
 from ..adapter.metadata import from_metadata, to_metadata, without
@@ -101,25 +98,3 @@ def _foreign_in(checkpoint: Mapping[str, Any], described: Any) -> ForeignEntries
         raise LoRAError(
             f'checkpoint["lora"]: what it says of foreign entries of the state_dict is damaged: {error!r}.'
         ) from error
-
-
-def in_one_storage(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy plain tensors to the CPU, those of one dtype into one storage: many small storages make a file larger."""
-    keys = {name: _memory_key(value) for name, value in values.items() if _is_plain(value)}
-    copies: dict[Any, torch.Tensor] = {}
-    for dtype in {values[name].dtype for name in keys}:
-        tensors = {key: values[name].detach() for name, key in keys.items() if values[name].dtype == dtype}
-        sizes = [tensor.numel() for tensor in tensors.values()]
-        parts = torch.split(torch.empty(sum(sizes), dtype=dtype), sizes)
-        for (key, tensor), part in zip(tensors.items(), parts, strict=True):
-            copies[key] = part.view(tensor.shape).copy_(tensor)
-    return {name: copies[keys[name]] if name in keys else value for name, value in values.items()}
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_meta
-
-
-def _memory_key(tensor: torch.Tensor) -> Any:
-    """Return a key that is the same for all names of a tied tensor, so that its values are saved once."""
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()

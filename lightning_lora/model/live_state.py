@@ -43,15 +43,19 @@ class LiveState:
 
         A trainable parameter outside of the injected module is among them, too.
         """
-        trained, base = self.handle.trained(), {id(each.parameter) for each in self.handle.base()}
+        trained = self.handle.trained()
         return [
             name
             for name, tensor, owner in self.entries
             if not isinstance(tensor, nn.Parameter)
             or id(tensor) in trained
             or is_factor(name, owner)
-            or (tensor.requires_grad and id(tensor) not in base)  # outside of the injected module
+            or (tensor.requires_grad and id(tensor) not in self._base)  # outside of the injected module
         ]
+
+    @cached_property
+    def _base(self) -> set[int]:
+        return {id(each.parameter) for each in self.handle.base()}
 
     def values(self) -> dict[str, Any]:
         """Return the values of `keys`: detached live tensors, extra states, and W where a weight is merged now."""

@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
-from lightning_lora.adapter.adapter import Layer
+from lightning_lora.adapter.adapter import Adapter, Layer
 from lightning_lora.adapter.fingerprint import Entry, fingerprint_entries
 from lightning_lora.adapter.metadata import decode_fingerprint as read_prints
 from lightning_lora.adapter.metadata import decode_layers as read_layers
 from lightning_lora.adapter.metadata import encode_fingerprint as shorten_prints
 from lightning_lora.adapter.metadata import encode_layers as shorten_layers
 from lightning_lora.command.convert import to_lightning
-from lightning_lora.formats.lightning_checkpoint import in_one_storage
+from lightning_lora.exchange.take import copied
 from support.models import checkpoint
 
 LAYERS = 1000
@@ -93,7 +93,7 @@ def saved(values: Any) -> io.BytesIO:
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch 2.14, of every one
-def test_tensors_put_into_one_storage_keep_their_values():
+def test_copied_tensors_share_one_storage_and_keep_their_values():
     weight = nn.Parameter(torch.randn(3, 4))
     values = {
         "weight": weight,
@@ -108,10 +108,12 @@ def test_tensors_put_into_one_storage_keep_their_values():
         "meta": torch.empty(2, device="meta"),
         "sparse": torch.eye(3).to_sparse(),
     }
-    found = in_one_storage(values)
+    found = copied(Adapter(values), on_cpu=True).tensors
     assert list(found) == list(values)
-    for name in ("state", "meta", "sparse"):
-        assert found[name] is values[name]
+    assert found["state"] == values["state"]
+    assert found["state"] is not values["state"]
+    assert found["meta"].is_meta
+    assert torch.equal(found["sparse"].to_dense(), torch.eye(3))
     read = torch.load(saved(found), weights_only=True)
     for name in ("weight", "tied", "part", "turned", "half", "none", "also none", "number"):
         for tensor in (found[name], read[name]):

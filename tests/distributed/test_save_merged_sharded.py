@@ -33,7 +33,7 @@ from lightning_lora import (
 )
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.exchange import merged_folder
-from lightning_lora.exchange.merged_folder import FILE, INDEX
+from lightning_lora.exchange.merged_folder import INDEX
 from lightning_lora.files.safetensors import write_values
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
@@ -43,6 +43,8 @@ from support.pretrained import Lit, tied_llama
 from support.processes import world
 from support.sharded import DEVICE, network, shard_
 from support.sharded_adapters import PLAN, assert_same_bits, block, injected, mesh
+
+FILE = "model.safetensors"
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:

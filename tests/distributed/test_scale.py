@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, merge, merged, save_merged, unmerge
-from lightning_lora.exchange.merged_folder import FILE
 from lightning_lora.nn.exact_merge import Undo
 from lightning_lora.nn.lora_layer import LoRALayer
 from support.llama import LINEAR, RANK, TINY, Network, network, stored
@@ -188,7 +187,7 @@ def test_checkpoint_sizes_equal_the_formulas(tmp_path, save):
     expected = paper.adapter_file() + (paper.full_file() if save != "adapter" else 0)
     if save == "merged":
         save_folder(trainer.lightning_module, tmp_path / "folder")
-        assert 0 < (tmp_path / "folder" / FILE).stat().st_size - paper.full_file() < 30_000
+        assert 0 < (tmp_path / "folder" / "model.safetensors").stat().st_size - paper.full_file() < 30_000
     names = 400 * (2 * len(LINEAR) * WIDE.blocks + 8 * WIDE.blocks)  # a tensor's name, place and fingerprint
     assert 0 < weights - expected < 30_000 + names
     assert 0 < everything - weights - 2 * paper.adapter_file() < 30_000 + names

@@ -147,7 +147,6 @@ SPOILED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "text": _put("initial"),
     "a value of another shape": _set("body.1.running_mean", torch.zeros(3)),
     "a value that is no tensor": _set("body.1.running_mean", [0.0] * 8),
-    "a value too few": lambda meta: meta["initial"].pop("body.1.running_mean"),
 }
 READS: dict[str, Callable[[Path], Any]] = {
     "load_from_checkpoint": lambda path: load_from_checkpoint(Net, path),
