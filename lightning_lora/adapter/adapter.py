@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -48,6 +48,9 @@ class Adapter:
 
     Attributes:
         tensors: factors, trained parameters and buffers.
+        base: whole tensors that PEFT wrote beside the adapter and that nothing says were trained. They are the base's,
+            or those of a resized table: only a model tells, see align.split_off_base. They have entries in the
+            fingerprint.
         layers: each adapted layer and parameter, in the order of the tensors. Left out, they are those that the tensors
             have; see with_layers.
         config: the options, or None where the source holds none.
@@ -56,9 +59,9 @@ class Adapter:
         tables: the numbers of the trained rows of each table, ascending, or empty where the source does not tell them.
         tied: the name of the first table of each tied table, which has the same rows. A tied table may lack its rows.
         tied_by_peft: PEFT makes all these ties by itself, because transformers does.
-        peft_rows: PEFT trained the rows. A head with trained rows has no bias in PEFT.
-        peft_version: of the PEFT that wrote the factors, "" where it is not known, and None of this package's own. What
-            some factors of PEFT's mean depends on it and on the model; see peft_stacks.py and peft_attention.py.
+        peft_version: of the PEFT that trained the adapter, "" where it is not known, and None of this package's own.
+            What some tensors of PEFT's mean depends on it and on the model; see peft_stacks.py, peft_attention.py,
+            peft_parameters.py and peft_rows.py.
         network: the prefix of the network's names inside the LightningModule that was saved.
         pretrained: the prefix of the transformers model in a LightningModule, where something outside of that model was
             trained too, such as a head, so far as known. Else "".
@@ -69,9 +72,6 @@ class Adapter:
         weightless: the names of modules without weights that end like an adapted layer's name, so far as known.
             target_modules that name layers by their ends must not take these.
         foreign: what modules wrote into state_dict() beside parameters, buffers and extra state.
-        assumed_order: the order of single parameters, by module, by which PEFT's names were read without a model.
-        perhaps_base: names of tensors in the source that may have the base's values. Only a model tells whether they
-            have. Without one they are in the fingerprint and not in `tensors`; see without_base.
     """
 
     tensors: Mapping[str, Any]
@@ -84,15 +84,13 @@ class Adapter:
     origin: Mapping[str, str] = field(default_factory=dict)
     fan_in_fan_out: bool = False
     scope: str = ""
-    perhaps_base: frozenset[str] = frozenset()
+    base: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     tied_by_peft: bool = False
-    peft_rows: bool = False
     peft_version: str | None = None
     weightless: frozenset[str] = frozenset()
     foreign: ForeignEntries = field(default_factory=ForeignEntries)
-    assumed_order: Sequence[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -256,7 +254,7 @@ class Adapter:
             fingerprint=rename_keys(self.fingerprint, new_name),
             tables=rename_keys(self.tables, new_table),
             tied=rename_keys({table: first for table, first in tied.items() if first is not None}, new_table),
-            perhaps_base=frozenset(rename_keys(dict.fromkeys(self.perhaps_base), new_name)),
+            base=rename_keys(self.base, new_name),
             weightless=frozenset(rename_keys(dict.fromkeys(self.weightless), new_name)),
             foreign=self.foreign.with_names(new_name),
         )
@@ -291,8 +289,8 @@ def _stored_rank(adapter: Adapter, layer: str) -> int:
 
 def saved_modules(adapter: Adapter) -> list[str]:
     """Return the modules whose weights are in an adapter whole, for one without options."""
-    whole = adapter.beside_factors().keys() - adapter.perhaps_base
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(whole) if name.endswith(".weight"))
+    whole = sorted(adapter.beside_factors())
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in whole if name.endswith(".weight"))
     return [module for module in modules if module not in adapter.layers]
 
 

@@ -50,7 +50,7 @@ def _asked_by(variant: Variant) -> str:
 
 def require_values(adapter: Adapter, where: str) -> None:
     """Raise LoRAError where a tensor of a file is on the meta device, so that it has no values."""
-    for name, value in adapter.tensors.items():
+    for name, value in {**adapter.tensors, **adapter.base}.items():
         if isinstance(value, torch.Tensor) and value.is_meta:
             raise LoRAError(f"{where}: {name!r} has no values: it was saved from the meta device.")
 

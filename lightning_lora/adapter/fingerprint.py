@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +14,6 @@ from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import samples_of_all
 from ..errors import LoRAError
 from ..names import listed
-from .adapter import Adapter
 
 SAMPLES = 8  # values of a frozen parameter that its fingerprint holds
 MOST_SAMPLED = 512  # parameters of which a fingerprint holds values
@@ -135,19 +133,3 @@ def entries_match(before: Entry, now: Entry) -> bool:
 
 def _shown(values: Sequence[float]) -> str:
     return "[" + ", ".join(f"{value:.6g}" for value in values[:4]) + ", ...]"
-
-
-def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
-    """Replace tensors of the base by entries in the fingerprint; by default all tensors in perhaps_base.
-
-    By default nobody has compared names with a model yet, so they stay in perhaps_base.
-    """
-    undecided = adapter.perhaps_base - (base or set())
-    base = adapter.perhaps_base & adapter.tensors.keys() if base is None else base
-    entries = fingerprint_entries((name, adapter.tensors[name]) for name in sorted(base))
-    return replace(
-        adapter,
-        tensors={name: value for name, value in adapter.tensors.items() if name not in base},
-        fingerprint={**adapter.fingerprint, **entries},
-        perhaps_base=undecided,
-    )

@@ -87,8 +87,7 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Cal
             "submodule that the adapter is for."
         )
     strip, add = prefixes[0]
-    stored = (*adapter.tensors, *sorted(adapter.perhaps_base - adapter.tensors.keys()))
-    outside = [name for name in stored if not name.startswith(strip)]
+    outside = [name for name in (*adapter.tensors, *adapter.base) if not name.startswith(strip)]
     if outside and strip != adapter.network:  # a network alone needs no tensors of the module around it
         warnings.warn(
             f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "
@@ -130,7 +129,7 @@ def _are_equal(adapter: Adapter, layer: str, other: str) -> bool:
 
 def _under_one_name(adapter: Adapter, keep: str, drop: str) -> Adapter:
     """Leave out what begins with `drop` and is there with the beginning `keep` too."""
-    known = adapter.tensors.keys() | adapter.fingerprint.keys()
+    known = {*adapter.tensors, *adapter.base, *adapter.fingerprint}
 
     def kept_name(name: str) -> str:
         return keep + name.removeprefix(drop) if name.startswith(drop) else name

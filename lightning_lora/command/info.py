@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import without_base
 from ..adapter.measures import delta_norm, difference_norm
 from ..adapter.renaming import by_network_names
 from ..config import LEFT_OUT_AT_DEFAULT
@@ -40,7 +39,7 @@ def info(path: PathLike) -> dict[str, Any]:
     """
     place = local_source(path)
     if holds_adapter(place):
-        return {"path": str(path), "kind": _adapter_kind(place), **_adapter_info(without_base(read_source(place)))}
+        return {"path": str(path), "kind": _adapter_kind(place), **_adapter_info(read_source(place))}
     weights = open_weights(place)
     locations = weights.locations.values()
     tensors = [(location.dtype, location.numel) for location in locations]
@@ -148,7 +147,7 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
             each.compare_check_sums()
         return _diff_weights(*both)
     paths = first_path, second_path
-    first, second = (by_network_names(without_base(read_source(path))) for path in paths)
+    first, second = (by_network_names(read_source(path)) for path in paths)
     unscaled = [any(layer.scaling is None for layer in each.layers.values()) for each in (first, second)]
     lacking = [str(path) for path, lacks in zip(paths, unscaled, strict=True) if lacks]
     if lacking:  # s * B @ A and B @ A cannot be compared

@@ -240,7 +240,7 @@ def _row_updates(adapter: Adapter, base: Weights, owners: Mapping[str, str]) -> 
             if rows[table].shape[1] != shape[1]:
                 raise LoRAError(f"{base.path}: rows of {name!r} have {shape[1]} values, {rows[table].shape[1]} here.")
             bias = f"{name.removesuffix('weight')}bias"
-            if adapter.peft_rows and bias in base.locations:
+            if adapter.peft_version is not None and bias in base.locations:
                 raise LoRAError(f"{base.path}: {name!r} has trained rows and a bias; {NO_BIAS}.")
             updates[name] = WeightUpdate(row_blocks(numbers, rows[table]), 1.0)
     return updates
@@ -272,14 +272,14 @@ def _refuse_unplaced(adapter: Adapter, base: Weights, built: Set[str]) -> None:
     It may have been trained, and the result could not hold it. A table may be there under the name of the other end of
     a tie.
     """
-    here = adapter.perhaps_base & base.locations.keys()
+    here = adapter.base.keys() & base.locations.keys()
     for name in sorted(here):
         try:
             refuse_other_rows(name, adapter.fingerprint[name].shape, base.locations[name].shape)
         except LoRAError as error:
             raise LoRAError(f"{base.path}: {error} Then call load_adapter and save_merged.") from error
     tables = [adapter.fingerprint[name] for name in sorted(here) if len(base.locations[name].shape) > 1]
-    for name in sorted(adapter.perhaps_base - here - built):
+    for name in sorted(adapter.base.keys() - here - built):
         if not any(entries_match(adapter.fingerprint[name], table) for table in tables):
             _refuse_absent(name, base)
 

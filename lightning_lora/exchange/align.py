@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import without_base
+from ..adapter.fingerprint import fingerprint_entries
 from ..adapter.metadata import without
 from ..formats.pretrained_names import align_to_networks
 from ..model.adapted_model import Listing
@@ -36,31 +36,31 @@ def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
 
 
 def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
-    """Replace base weights by a fingerprint, in a source that has weights of its base and no fingerprint.
+    """Decide with a model which whole tensors of a source are those of its base. The others are the adapter's.
 
-    A whole state dict is such a source, and so is a PEFT folder with embeddings. Single base weights in an adapter's
-    state dict stay: the user trained them. Embeddings with new rows stay too: they were resized.
+    Of PEFT that is what it wrote beside the adapter, and of a whole state dict all that is frozen here. Embeddings with
+    new rows were resized and are the adapter's. Single base weights in a state dict are its own too: the user trained
+    them.
 
     Raises:
         LoRAError: the embeddings of the model have another number of rows.
     """
-    if adapter.fingerprint or adapter.complete or (adapter.config is not None and not adapter.perhaps_base):
+    base, tensors = dict(adapter.base), {**adapter.tensors, **adapter.base}
+    if adapter.config is None and tensors.keys() >= {n for n, _, owner in live.entries if not is_factor(n, owner)}:
+        base = tensors
+    if not base:
         return adapter
-    keys = set(live.keys) - live.handle.initial_of("resized").keys()
-    base_keys = {name for name, _, owner in live.entries if not is_factor(name, owner)}
-    whole = adapter.config is None and adapter.tensors.keys() >= base_keys
-    candidates = adapter.tensors.keys() if whole else adapter.perhaps_base
-    base = set()
+    trained = set(live.keys) - live.handle.initial_of("resized").keys()
+    of_base = {}
     for name, tensor, owner in live.entries:
-        if name not in candidates or name in keys or tensor is None:
+        if name not in base or name in trained or tensor is None:
             continue
-        if name in adapter.perhaps_base and has_new_rows(
-            name, adapter.tensors[name], original_value(name, tensor, owner)
-        ):
+        if has_new_rows(name, base[name], original_value(name, tensor, owner)):
             tell(f"lightning_lora: {name} comes with the adapter: its last rows are not the base's")
         else:
-            base.add(name)
-    return without_base(adapter, base)
+            of_base[name] = base[name]
+    entries = {**without(adapter.fingerprint, base), **fingerprint_entries(of_base.items())}
+    return replace(adapter, tensors=without(tensors, of_base), base={}, fingerprint=entries)
 
 
 def split_off_foreign(live: LiveState, adapter: Adapter) -> Adapter:
@@ -96,9 +96,9 @@ def _left_alone(live: LiveState, adapter: Adapter) -> set[str]:
 
     PEFT follows ties from a transformers model's input embeddings alone: rows of its output head are the head's own.
     """
-    if not adapter.peft_rows:
-        return set()
     modules, stored, leaf = live.handle.modules, adapter.rows(), rows_leaf()
+    if adapter.peft_version is None or not stored:
+        return set()
     ties = {end: table for name in pretrained_models(modules) for end, table in tied_to_input(modules, name).items()}
     followed = {*stored, *(end for end, table in ties.items() if table in stored)}
     return {f"{name}.{leaf}" for name, _ in modules if name not in followed}

@@ -250,7 +250,7 @@ def _as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
     if adapter.peft_version is None:
         return adapter
     refuse_conv1d_of_model(adapter, next((name for name, kind in kinds.items() if kind == CONV1D), None), "adapter")
-    return replace(stacks_as_in_model(adapter, kinds), peft_version=None)
+    return stacks_as_in_model(adapter, kinds)
 
 
 def quantise_as_trained_(listing: Listing, adapter: Adapter) -> None:

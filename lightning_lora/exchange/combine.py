@@ -252,7 +252,6 @@ def _assemble(tensors: Mapping[str, Any], adapters: Sequence[Adapter]) -> Adapte
         tables=_own_tables(first),
         tied=first.tied,
         tied_by_peft=first.tied_by_peft,
-        peft_rows=any(each.peft_rows for each in adapters),
     ).with_layers({name: Layer(scaling=1.0, kind=kinds.get(name, "")) for each in adapters for name in each.layers})
 
 

@@ -117,12 +117,12 @@ def _check_layers(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
 
 
 def _check_tables(handle: AdaptedModel, adapter: Adapter) -> None:
-    if not adapter.tables and not adapter.peft_rows:
+    if not adapter.tables:
         return
     live = {}
     for name, module, layer in adapted_places(handle.model, modules=handle.places):
         live[name] = layer.replaced_rows()
-        if adapter.peft_rows and live[name] and getattr(module, "bias", None) is not None:
+        if adapter.peft_version is not None and live[name] and getattr(module, "bias", None) is not None:
             raise LoRAError(f"adapter: {name!r} has trained rows and a bias; {NO_BIAS}.")
     for name, rows in adapter.tables.items():
         if live.get(name, rows) != rows:
@@ -184,8 +184,7 @@ def chosen_by(adapter: Adapter) -> Chosen:
     Its words say that. What it holds beside that was unfrozen later, or belongs to a resized table, and stays frozen.
     """
     config = cast(LoRAConfig, adapter.config)
-    beside = adapter.beside_factors().keys() - adapter.perhaps_base
-    whole = frozenset(name for name in beside if _trains_whole(config, name, adapter.layers))
+    whole = frozenset(name for name in adapter.beside_factors() if _trains_whole(config, name, adapter.layers))
     return Chosen(adapter.layers, adapter.tables, whole, adapter.scope)
 
 

@@ -17,7 +17,6 @@ from ..files.torch_archive import read_torch_file
 from ..formats.build_module import build_module
 from ..formats.forms import refuse_peft_folder
 from ..formats.lightning_checkpoint import adapter_of
-from ..formats.model_card import finite_metrics
 from ..formats.peft_folder import write_folder
 from ..formats.peft_parameters import order_in
 from ..formats.peft_saved_modules import frozen_in_saved
@@ -89,8 +88,7 @@ def take_adapter(model: nn.Module) -> Adapter:
 def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
     """Write an adapter as a folder in PEFT's format, with a model card. Collective where the model is sharded.
 
-    The card is README.md. It holds the options and, of a LightningModule, what its Trainer logged last. A README.md
-    that somebody wrote or edited stays.
+    The card is README.md. It says how to load the adapter. A README.md that is there stays.
 
     Args:
         model: an injected model, or an adapter of read_adapter or take_adapter. What it holds now is written: after
@@ -126,22 +124,9 @@ def _write(handle: AdaptedModel, adapter: Adapter, path: PathLike) -> None:
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
     sync = RankSync(layer.adapted_weight() for layer in handle.layers.values())
     writes = writes_files(module for _, module in handle.modules)
-    metrics = _logged(handle.model) if writes else {}
-    write = partial(write_folder, adapter, path, network_frozen, metrics=metrics)
+    write = partial(write_folder, adapter, path, network_frozen)
     sync.run("save_adapter", write if writes else None)
     sync.raise_on_any_rank()
-
-
-def _logged(model: nn.Module) -> dict[str, float]:
-    """Return the last value of each metric that a LightningModule's Trainer logged, without this package's own.
-
-    In a run that goes on there are none: to read them then may reduce a metric over all ranks, and only one asks.
-    """
-    trainer = getattr(model, "_trainer", None)
-    if trainer is None or trainer.state.status == "running":
-        return {}
-    metrics = finite_metrics(trainer.callback_metrics)
-    return {name: value for name, value in metrics.items() if not name.startswith("lora/")}
 
 
 def load_adapter(

@@ -7,6 +7,7 @@ which other readers pass over; buffers such as BatchNorm's statistics go in by t
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ..adapter.metadata import to_metadata
 from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, sentence, shown
 from ..files.atomic import new_folder
-from ..files.paths import PathLike, kind_of, read_json, write_json
+from ..files.paths import PathLike, given_path, kind_of, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, listed
@@ -28,14 +29,14 @@ from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE, TRANSPOSED_EXPE
 from ..nn.variant import Variant
 from ..notices import tell
 from .forms import CONFIG_FILE, refuse_named_adapters
-from .model_card import may_write_card, model_card, module_in_words, write_card
+from .model_card import CARD_FILE, model_card, module_in_words
 from .peft_attention import refuse_to_write_beside_conv1d
 from .peft_equivalents import add_idle_attention, without_enable_lora
 from .peft_forms import to_peft_form
 from .peft_names import PREFIX, peft_name
 from .peft_options import from_peft_options, options_to_peft, refuse_options
 from .peft_parameters import PARAMETERS, Nesting, Order, nesting_of, usual_order
-from .peft_reading import FROZEN, IDLE, Source, factor_names, read_peft
+from .peft_reading import IDLE, Source, factor_names, read_peft
 from .peft_rows import as_peft_stores, peft_table_name
 from .peft_saved_modules import frozen_in_saved
 from .peft_stacks import refuse_without_model, stacks_to_peft
@@ -67,9 +68,8 @@ def write_folder(
     *,
     plain: bool = False,
     network: str = "",
-    metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Write an adapter as a PEFT folder under the network's names, with a model card; what else is there stays.
+    """Write an adapter as a PEFT folder under the network's names. What else is there stays, a model card too.
 
     Args:
         adapter: what is written.
@@ -77,7 +77,6 @@ def write_folder(
         frozen: the tensors of frozen_in_saved, by the network's names.
         plain: the adapter has the plain form of plain.py, and its layers are named as that form wants it.
         network: the prefix of the network in the LightningModule that was saved, where the adapter does not tell it.
-        metrics: of the run, for the model card.
 
     Raises:
         LoRAError: PEFT has no equal of one of its layers, or wants frozen tensors that were not given. Nothing is
@@ -88,12 +87,12 @@ def write_folder(
     content = folder_content(adapter, frozen, plain=plain)
     tensors = _copies(content.tensors)
     text = json.dumps(content.description, separators=(",", ":"))
-    card = model_card(content.options, adapter, metrics or {}, network) if may_write_card(path) else None
+    has_card = os.path.lexists(given_path(path) / CARD_FILE)
     with new_folder(path) as folder:
         write_tensors(folder / TENSOR_FILE, tensors, {"format": "pt", HEADER_KEY: text})
         write_json(folder / CONFIG_FILE, content.options)
-        if card is not None:
-            write_card(folder, card)
+        if not has_card:
+            (folder / CARD_FILE).write_bytes(model_card(content.options, adapter, network).encode("utf-8"))
 
 
 def _tell_what_differs(adapter: Adapter, path: PathLike) -> None:
@@ -135,8 +134,6 @@ def folder_content(
     nesting = nesting_of(own.parameters)
     values = stacks_to_peft({**in_peft.tensors, **(frozen or {})}, factor_names(own).values())
     description = to_metadata(own)
-    if frozen:
-        description[FROZEN] = sorted(frozen)
     if idle:
         description[IDLE] = idle
     if nesting:

@@ -10,11 +10,10 @@ PEFT wraps what it trains, so that names grow segments that the model itself doe
     <table>.token_adapter...               a table of which rows are trained, see peft_rows.py
 
 In files the second half of these is plain `<module>.<leaf>`, and in the state dict of a live PeftModel each `lora_A`,
-`lora_B` and `modules_to_save` is followed by the adapter's name. A segment is PEFT's only where its neighbours say so:
-a model may have modules of the same names.
+`lora_B` and `modules_to_save` is followed by the adapter's name. A wrapper is PEFT's only where its neighbours say so:
+timm's DLA has a module base_layer of its own.
 
-What an adapter's own tensors are called, as `lora_A.weight`, each variant says. Tensors that all layers share come
-once, beside the model: `base_model.<leaf>`.
+What an adapter's own tensors are called, as `lora_A.weight`, each variant says.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from functools import lru_cache
 from ..adapter.adapter import Layer
 from ..errors import LoRAError
 from ..names import parent_names, split_factor_name
-from ..nn.low_rank import PARAMETER
+from ..nn.lora import EMBEDDING_A
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, EMBEDDING, PARAMETER
 from ..nn.variant import Variant, known_variants
 from .peft_parameters import Nesting, our_factor
 from .peft_rows import our_table_name
@@ -40,6 +40,8 @@ OTHER_METHODS = {
     "lora_A.bias": "lora_bias",
     "trainable_tokens_delta": "trainable_token_indices",
 }
+NOT_READ = "which cannot be applied; plain LoRA is read."
+WRAPPED_OUTPUT = f"{BASE_LAYER}.out_proj"  # how PEFT's name of attention's out_proj ends
 NestingFor = Callable[[Mapping[str, int]], Nesting]
 
 
@@ -49,16 +51,14 @@ class PeftNames:
 
     Attributes:
         ours: our name of each tensor. Second copies of a tensor are left out.
-        bare: PEFT's name in a file without its prefix, by our name.
-        of_layers: our names of tensors that adapted layers own beside the factors.
+        kinds: the kind of each layer whose kind PEFT's names tell.
         network: the name before PEFT's prefix, as in the state dict of a LightningModule: "" or ending in a dot.
         saved: the modules that were copied and trained whole, as far as names tell.
         live: the names are those of a live PeftModel's state dict, which holds the base too.
     """
 
     ours: Mapping[str, str]
-    bare: Mapping[str, str]
-    of_layers: frozenset[str]
+    kinds: Mapping[str, str]
     network: str
     saved: frozenset[str]
     live: bool
@@ -155,47 +155,44 @@ def in_wrappers(name: str, layers: Collection[str], nesting: Nesting) -> str:
     return wrapped + name[end:]
 
 
-def read_names(
-    peft_names: Iterable[str], where: object, nesting_for: NestingFor = lambda wrapped: {}, written_here: bool = False
-) -> PeftNames:
+def read_names(peft_names: Iterable[str], where: object, nesting_for: NestingFor = lambda wrapped: {}) -> PeftNames:
     """Translate the names of PEFT's tensors.
 
     Args:
         peft_names: the names.
         where: for messages.
         nesting_for: gives the adapted parameters of each module, from the number of adapters that each module has.
-        written_here: this package wrote them, without an adapter's name, though a module may be called lora_A.
 
     Raises:
         LoRAError: a name says that the adapter is more than plain LoRA, there are several adapters or models, or two
             names mean the same tensor.
     """
     peft_names, leaves = list(peft_names), _leaves()
-    adapter_name, network = "" if written_here else _adapter_name(peft_names, where), _network(peft_names, where)
-    bare = {name: _without_adapter_name(name, adapter_name) for name in peft_names}
-    bare = {name: _without_prefix(each, network) for name, each in bare.items()}
+    adapter_name, network = _adapter_name(peft_names, where), _network(peft_names, where)
+    bare = {name: _bare_name(name, adapter_name, network) for name in peft_names}
     present = set(bare.values())
-    split_of = {name: split for name in present if (split := leaves.split(name)) is not None}
-    layers = {layer for layer, _ in split_of.values()}
-    nesting = nesting_for(Counter(_unwrapped(layer, layers)[0] for layer in layers))
-    ours: dict[str, str] = {}
-    first: dict[str, str] = {}
-    for peft_name, bare_name in bare.items():
-        name = _our_name(bare_name, split_of.get(bare_name), leaves, present, layers, nesting, where)
-        if name is None:
-            continue
-        if name in leaves.ours.values():
-            raise LoRAError(f"{where}: {peft_name!r} names no layer.")
-        if first.setdefault(name, peft_name) != peft_name:
-            raise LoRAError(f"{where}: {first[name]!r} and {peft_name!r} both mean {name!r}; the file is damaged.")
-        ours[peft_name] = name
+    own = {name: split for name in present if (split := leaves.split(name)) is not None}
+    layers = {layer for layer, _ in own.values()}
+    modules = {layer: _unwrapped(layer, layers) for layer in layers}
+    nesting = nesting_for(Counter(module for module, _ in modules.values()))
+    peft_name_of: dict[str, str] = {}
+    for peft_name, name in bare.items():
+        if name in own:
+            layer, ending = own[name]
+            ours = _our_factor(name, *modules[layer], leaves.ours[ending], nesting, where)
+        else:
+            ours = _our_base_name(name, present, layers, where)
+        if peft_name_of.setdefault(ours, peft_name) != peft_name and ours:
+            raise LoRAError(
+                f"{where}: {peft_name_of[ours]!r} and {peft_name!r} both mean {ours!r}; the file is damaged."
+            )
+    ours_of = {peft_name: ours for ours, peft_name in peft_name_of.items() if ours}
     if nesting:  # parameters are named in the order in which their modules register them
-        ours = dict(sorted(ours.items(), key=lambda names: -names[0].count(BASE_LAYER)))
+        ours_of = dict(sorted(ours_of.items(), key=lambda names: -names[0].count(BASE_LAYER)))
     saved = {name.partition(SAVED)[0] for name in present if _saved_twin(name, present)}
     return PeftNames(
-        ours=ours,
-        bare={name: bare[peft_name] for peft_name, name in ours.items()},
-        of_layers=frozenset(name for name in ours.values() if _owner(bare[first[name]]) in layers),
+        ours=ours_of,
+        kinds=_kinds_in_names(own.values(), modules),
         network=network,
         saved=frozenset(_without_wrappers(module, layers) for module in saved),
         live=adapter_name != "",
@@ -216,30 +213,18 @@ def _adapter_name(peft_names: Iterable[str], where: object) -> str:
 
 def _network(peft_names: Iterable[str], where: object) -> str:
     """Return what stands before PEFT's prefix in the names of factors."""
-    found: set[str] = set()
-    for name in filter(_leaves().name_adapter, peft_names):
-        start = _start(name)
-        if start >= 0:
-            found.add(name[:start])
+    found = {name.partition(PREFIX)[0] for name in filter(_leaves().name_adapter, peft_names) if PREFIX in name}
     if len(found) > 1:
         names = ", ".join(repr(prefix.removesuffix(".")) for prefix in sorted(found))
         raise LoRAError(f"{where}: holds several PeftModels ({names}); save each by itself with save_pretrained.")
     return next(iter(found), "")
 
 
-def _start(name: str) -> int:
-    return 0 if name.startswith(PREFIX) else name.find(f".{PREFIX}") + 1 or -1
-
-
-def _without_adapter_name(name: str, adapter_name: str) -> str:
-    return re.sub(rf"{_leaves().named}{re.escape(adapter_name)}(?=\.|$)", r"\1\2", name) if adapter_name else name
-
-
-def _without_prefix(name: str, network: str) -> str:
-    """Leave out PEFT's prefix, which follows the network's."""
-    if name.startswith(network + PREFIX):
-        return network + name.removeprefix(network + PREFIX)
-    return name
+def _bare_name(name: str, adapter_name: str, network: str) -> str:
+    """Return a name as it would be in a file, without PEFT's prefix; that of the network stays."""
+    if adapter_name:
+        name = re.sub(rf"{_leaves().named}{re.escape(adapter_name)}(?=\.|$)", r"\1\2", name)
+    return network + name.removeprefix(network + PREFIX) if name.startswith(network + PREFIX) else name
 
 
 def _unwrapped(layer: str, layers: Set[str]) -> tuple[str, int]:
@@ -252,7 +237,7 @@ def _unwrapped(layer: str, layers: Set[str]) -> tuple[str, int]:
 
 def _without_wrappers(name: str, layers: Set[str]) -> str:
     """Leave the segments out of a name that PEFT's wrappers of `layers` added."""
-    if BASE_LAYER not in f".{name}":
+    if BASE_LAYER not in name:
         return name
     segments = name.split(".")
     return ".".join(
@@ -262,50 +247,47 @@ def _without_wrappers(name: str, layers: Set[str]) -> str:
     )
 
 
-def _owner(name: str) -> str:
-    """Return the wrapped module, as PEFT writes it, that owns a tensor, or "" where another module does."""
-    module = name.rpartition(".")[0]
-    return module.removesuffix(BASE_LAYER) if module.endswith(BASE_LAYER) else ""
+def _kinds_in_names(own: Iterable[tuple[str, str]], modules: Mapping[str, tuple[str, int]]) -> dict[str, str]:
+    """Return the kinds of embeddings and attention, from the layer and the ending of each of the adapter's tensors."""
+    kinds = {}
+    for layer, ending in own:
+        module, _ = modules[layer]
+        if ending == EMBEDDING_A:
+            kinds[module] = EMBEDDING
+        elif layer.endswith(WRAPPED_OUTPUT):
+            kinds |= {module: ATTENTION_OUTPUT, module.rpartition(".")[0]: ATTENTION}
+    return kinds
 
 
-def _our_name(
-    name: str,
-    split: tuple[str, str] | None,
-    leaves: _Leaves,
-    present: Set[str],
-    layers: Set[str],
-    nesting: Nesting,
-    where: object,
-) -> str | None:
-    layer, ending = split or (None, "")
-    if layer is not None:
-        module, depth = _unwrapped(layer, layers)
-        parameter = our_factor(module, depth, leaves.ours[ending], nesting)
-        if parameter is not None:
-            return parameter
+def _our_factor(name: str, module: str, depth: int, leaf: str, nesting: Nesting, where: object) -> str:
+    """Return our name of an adapter's own tensor, given the module that PEFT wrapped, and how deep."""
+    parameter = our_factor(module, depth, leaf, nesting)
+    if parameter is not None:
+        return parameter
+    if depth:
+        raise LoRAError(f"{where}: {name!r} belongs to target_parameters, {NOT_READ}")
+    if not module:
+        raise LoRAError(f"{where}: {name!r} names no layer.")
+    return f"{module}.{leaf}"
+
+
+def _our_base_name(name: str, present: Set[str], layers: Set[str], where: object) -> str:
+    """Return our name of trained rows or of a tensor of the base, or "" for a copy of one that is there too."""
     in_table = our_table_name(name, present)
     if in_table != name:
         return _without_wrappers(in_table, layers)
-    other_method = next((method for leaf, method in OTHER_METHODS.items() if _ends_in(name, leaf)), "")
-    if layer is not None and layer.endswith(BASE_LAYER) and layer.removesuffix(BASE_LAYER) in layers:
-        other_method = "target_parameters"
-    if other_method:
-        raise LoRAError(f"{where}: {name!r} belongs to {other_method}, which cannot be applied; plain LoRA is read.")
+    for leaf, method in OTHER_METHODS.items():
+        if f".{name}".endswith(f".{leaf}"):
+            raise LoRAError(f"{where}: {name!r} belongs to {method}, {NOT_READ}")
     if f"{ORIGINAL}." in name and name.replace(ORIGINAL, SAVED, 1) in present:
-        return None  # the module as it was before training
+        return ""  # the module as it was before training
     plain = _saved_twin(name, present)
-    if plain:
-        return None if plain in present else _without_wrappers(plain, layers)  # bias="all" puts a bias in twice
-    if layer is not None:
-        name = f"{layer}.{leaves.ours[ending]}" if layer else leaves.ours[ending]
-    return _without_wrappers(name, layers)
+    if plain in present:
+        return ""  # bias="all" puts a bias in twice
+    return _without_wrappers(plain or name, layers)
 
 
 def _saved_twin(name: str, present: Set[str]) -> str:
     """Return the plain name of a tensor of a module's trained copy, beside which the original is; else ""."""
     is_copy = f"{SAVED}." in name and name.replace(SAVED, ORIGINAL, 1) in present
     return name.replace(SAVED, "", 1) if is_copy else ""
-
-
-def _ends_in(name: str, leaf: str) -> bool:
-    return name == leaf or name.endswith(f".{leaf}")

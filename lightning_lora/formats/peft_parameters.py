@@ -54,15 +54,15 @@ def order_in(model: nn.Module) -> Order:
     return order
 
 
-def check_order(assumed: Iterable[Sequence[str]], order: Order) -> None:
-    """Raise LoRAError where a model registers parameters of a module in another order than the assumed one."""
-    for leaves in assumed:
+def check_order(parameters: Iterable[str], order: Order) -> None:
+    """Raise LoRAError where a model registers adapted parameters of a module in another order than the given one."""
+    for leaves in nesting_of(parameters).values():
         ordered = order(leaves)
         if ordered is not None and list(ordered) != list(leaves):
             raise LoRAError(
                 f"load_adapter: PEFT's names do not say which parameter each adapter is of. Without a model they were "
-                f"read in the order {list(leaves)}, and this model registers {list(ordered)}. Pass the folder itself: "
-                "load_adapter(model, folder)."
+                f"read in the order {list(leaves)}, and this model registers {list(ordered)}. Pass the folder itself "
+                "that PEFT wrote: load_adapter(model, folder)."
             )
 
 

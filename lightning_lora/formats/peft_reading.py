@@ -24,7 +24,9 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
-from ..adapter.metadata import from_metadata
+from ..adapter.fingerprint import fingerprint_entries
+from ..adapter.metadata import from_metadata, without
+from ..adapter.values import refuse_nested
 from ..config import LoRAConfig, scaling_of
 from ..errors import LoRAError, shown
 from ..matching import exact_key, pattern_matches
@@ -41,7 +43,6 @@ from .peft_parameters import (
     Nesting,
     Order,
     nesting_in_peft,
-    nesting_of,
     nesting_of_metadata,
     usual_order,
 )
@@ -49,7 +50,6 @@ from .peft_rows import rows_from_peft
 from .peft_saved_modules import entries_in
 from .peft_stacks import stacks_from_peft, with_kinds_of_stacks
 
-FROZEN = "frozen"  # in the description: the tensors that were not trained, and are in the file because PEFT wants them
 IDLE = "idle"  # in the description: the attention layers that add_idle_attention added
 
 REPEATED_GROUP = re.compile(r"\)[*+{]")
@@ -98,7 +98,7 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
         LoRAError: tensors and options are damaged or do not go together, or this package cannot apply them.
     """
     where, description = str(source.where), source.description
-    names = read_names(tensors, source.where, source.nesting, written_here=description is not None)
+    names = read_names(tensors, source.where, source.nesting)
     ours = {ours: tensors[theirs] for theirs, ours in names.ours.items()}
     adapter = _foreign(ours, names, source) if description is None else from_metadata(ours, description, where)
     words = adapter.config
@@ -121,24 +121,25 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
 def _foreign(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
     """Return what names and shapes tell of an adapter that another program wrote."""
     options = source.options
-    kinds = kinds_of(tensors, names.bare, (options or {}).get("peft_version"), source.where)
-    adapter = Adapter(tensors, network=names.network, peft_version="").with_kinds(kinds)
-    whole = adapter.beside_factors()
+    refuse_nested(tensors, source.where)
+    adapter = Adapter(tensors, network=names.network, peft_version="")
+    kinds = kinds_of(adapter, names.kinds, (options or {}).get("peft_version"), source.where)
+    adapter = adapter.with_kinds(kinds)
     if options is None and adapter.rows():
         raise LoRAError(
             f"{source.where}: holds trained rows of {next(iter(adapter.rows()))!r}, and not which rows these are: that "
             "is in adapter_config.json alone. Write a folder with PeftModel.save_pretrained(path), and give that."
         )
+    base = _base_in_state(adapter, names) if options is None else _base_in_folder(adapter, options)
+    values = {name: tensors[name] for name in tensors if name in base}
+    entries = fingerprint_entries(values.items())
+    adapter = replace(adapter, tensors=without(tensors, base), base=values, fingerprint=entries)
     if options is None:
-        return replace(adapter, perhaps_base=_perhaps_base_in_state(whole, names))
-    several = [leaves for leaves in nesting_of(adapter.parameters).values() if len(leaves) > 1]
+        return adapter
     return replace(
         adapter,
-        perhaps_base=_perhaps_base_in_folder(whole, names, options, options.get("bias", "none")),
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
         peft_version=str(options.get("peft_version") or ""),
-        peft_rows=bool(adapter.rows()),
-        assumed_order=several if source.order is usual_order else (),
     )
 
 
@@ -212,27 +213,26 @@ def _as_described(adapter: Adapter, words: LoRAConfig | None, *, edited: bool) -
     return with_ranks_in_words(as_we_have_it) if edited else as_we_have_it
 
 
-def _perhaps_base_in_folder(
-    whole: Mapping[str, Any], names: PeftNames, options: Mapping[str, Any], bias: str
-) -> frozenset[str]:
-    """Return the names of whole tensors in a folder that may have the base's values.
+def _base_in_folder(adapter: Adapter, options: Mapping[str, Any]) -> set[str]:
+    """Return the names of whole tensors in a folder that its options do not say were trained.
 
     PEFT saves embeddings beside the adapter where they are adapted, as they are, and where they were resized. The other
     end of a tied weight that was trained is not in modules_to_save either.
     """
-    ends = tuple(entries_in(options))
-    saved = {name for name in whole if ends and any(module.endswith(ends) for module in parent_names(names.bare[name]))}
-    base_leaves = ("weight", "bias") if bias == "none" else ("weight",)
+    whole, ends = adapter.beside_factors(), tuple(entries_in(options))
+    saved = {name for name in whole if ends and any(module.endswith(ends) for module in parent_names(name))}
+    base_leaves = ("weight", "bias") if options.get("bias", "none") == "none" else ("weight",)
     dumped = {name for name in whole if name.rpartition(".")[2] in base_leaves and name not in saved}
-    return frozenset(dumped - ties_of(saved, whole))
+    return dumped - ties_of(saved, whole)
 
 
-def _perhaps_base_in_state(whole: Mapping[str, Any], names: PeftNames) -> frozenset[str]:
-    """Return the names of whole tensors that may have the base's values, where no options say what was trained."""
+def _base_in_state(adapter: Adapter, names: PeftNames) -> set[str]:
+    """Return the names of whole tensors that were not trained, as far as names tell it without options."""
+    whole = adapter.beside_factors()
     if not names.live:
-        return frozenset(name for name in whole if name in names.of_layers and name.endswith(".weight"))
+        return {f"{layer}.weight" for layer in adapter.layers} & whole.keys()
     trained = {name for name in whole if names.saved.intersection(parent_names(name))}
-    return frozenset(name for name in whole if name not in trained and name.rpartition(".")[2] not in STATISTICS)
+    return {name for name in whole if name not in trained and name.rpartition(".")[2] not in STATISTICS}
 
 
 def _with_our_stacks(adapter: Adapter, where: object) -> Adapter:
@@ -261,7 +261,7 @@ def _without_additions(adapter: Adapter, description: Mapping[str, Any], where: 
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
     frozen = adapter.fingerprint.keys()
     kept = {name: value for name, value in adapter.tensors.items() if name not in frozen}
-    return replace(adapter, tensors=kept, peft_rows=False).without_layers(idle)
+    return replace(adapter, tensors=kept).without_layers(idle)
 
 
 def _without_idle_attention(adapter: Adapter) -> Adapter:

@@ -100,7 +100,7 @@ def rows_from_peft(adapter: Adapter, options: Mapping[str, Any], where: object) 
             raise LoRAError(f"{where}: {OPTION} names {len(order)} rows of {table!r}, and the file has {shape}.")
         tables[table] = tuple(sorted(order))
         tensors[f"{table}.{rows_leaf()}"] = rows[table][sorted(range(len(order)), key=order.__getitem__)]
-    return replace(adapter, tensors=tensors, tables=tables, peft_rows=True)
+    return replace(adapter, tensors=tensors, tables=tables)
 
 
 def _first_end(table: str, rows: Mapping[str, torch.Tensor], indices: Any) -> str:

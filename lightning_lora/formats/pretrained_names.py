@@ -1,7 +1,7 @@
 """The names that transformers gives the tensors of older files, for adapters that were trained on such names.
 
 A class may have other modules in a later transformers: what was language_model.model.layers in transformers 4 is
-model.language_model.layers now. transformers renames the tensors of such files when it loads them, and PEFT those of
+model.language_model.layers now. transformers 5 renames the tensors of such files when it loads them, and PEFT those of
 adapters by the same rules. Rules that change values, as those that make one tensor out of several, are not followed
 here: their tensors keep their names, and have no place in the model.
 """
@@ -9,7 +9,6 @@ here: their tensors keep their names, and have no place in the model.
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
 from typing import Any
@@ -20,7 +19,6 @@ from ..errors import LoRAError
 from ..names import names_factor
 
 Rename = Callable[[str], str]
-BEFORE_5 = "_checkpoint_conversion_mapping"  # a class's rules in transformers 4.52 and later: only the first that fits
 
 
 def align_to_networks(
@@ -70,9 +68,8 @@ def _renaming(network: Any) -> Rename | None:
     try:
         mapping = importlib.import_module("transformers.conversion_mapping")
         loading = importlib.import_module("transformers.core_model_loading")
-    except ImportError:
-        patterns = getattr(network, BEFORE_5, None) or {}
-        return (lambda name: _by_first_pattern(name, patterns)) if patterns else None
+    except ImportError:  # before transformers 5
+        return None
     try:
         transforms = mapping.get_model_conversion_mapping(network)
     except Exception:  # it may raise anything for a class that is not transformers' own
@@ -86,8 +83,3 @@ def _renaming(network: Any) -> Rename | None:
         return new if converter is None else name
 
     return rename
-
-
-def _by_first_pattern(name: str, patterns: dict[str, str]) -> str:
-    changed = (re.subn(pattern, new, name) for pattern, new in patterns.items())
-    return next((new_name for new_name, count in changed if count), name)

@@ -11,7 +11,6 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors, require_values
-from ..adapter.fingerprint import without_base
 from ..adapter.own_options import with_options
 from ..errors import LoRAError
 from ..files.paths import PathLike
@@ -38,11 +37,16 @@ def read_source(
         verb: what messages begin with.
 
     Raises:
-        LoRAError: the source is damaged or of no such form.
+        LoRAError: the source is damaged or of no such form, or the model has another order.
     """
+    adapter = _read(source, order, verb)
+    if adapter.peft_version is not None:
+        check_order(adapter.parameters, order)
+    return adapter
+
+
+def _read(source: PathLike | Mapping[str, Any] | Adapter, order: Order, verb: str) -> Adapter:
     if isinstance(source, Adapter):
-        if source.assumed_order and order is not usual_order:
-            check_order(source.assumed_order, order)
         return source
     if isinstance(source, (str, os.PathLike)):
         source = local_source(source)
@@ -155,4 +159,4 @@ def apart_from_models(adapter: Adapter, path: object, lora_alpha: float | None =
     Raises:
         LoRAError: lora_alpha is missing, or both stored and given.
     """
-    return with_options(without_base(adapter), path, lora_alpha)
+    return with_options(adapter, path, lora_alpha)

@@ -13,7 +13,6 @@ from torch import nn
 
 from ..adapter.adapter import Adapter, nothing_adapted
 from ..adapter.checks import check_factors
-from ..adapter.fingerprint import without_base
 from ..adapter.measures import scaled_pairs
 from ..adapter.products import effective_rank, singular_values
 from ..adapter.renaming import by_network_names
@@ -71,7 +70,7 @@ def measure(source: PathLike | Mapping[str, Any] | Adapter | nn.Module) -> Updat
     if isinstance(source, nn.Module):
         adapter = adapter_here(open_model(source, "plot_adapter"), "plot_adapter")
     else:
-        adapter = without_base(read_source(source, verb="plot_adapter"))
+        adapter = read_source(source, verb="plot_adapter")
     if not adapter.layers:
         found = "rows of tables alone, which are no low-rank updates" if adapter.rows() else nothing_adapted(adapter)
         raise LoRAError(f"plot: {where} holds {found}; there is nothing to draw.")

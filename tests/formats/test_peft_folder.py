@@ -27,7 +27,6 @@ from lightning_lora import (
     read_adapter,
     save_adapter,
 )
-from lightning_lora.adapter.fingerprint import without_base
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.formats.peft_folder import read_folder, write_folder
 from lightning_lora.model.adapted_model import open_model
@@ -46,7 +45,6 @@ from support.peers import (
     read_by_peft,
     refused,
     seeded,
-    spread_,
     theirs,
 )
 from support.tables import Net
@@ -418,7 +416,7 @@ def test_an_adapter_without_buffers_loads_after_every_door(tmp_path, door: str):
         target = tmp_path / "b.ckpt"
         to_lightning(tmp_path / "a", target)
     else:
-        write_folder(without_base(replace(read_folder(tmp_path / "a"), fingerprint={}, complete=False)), target)
+        write_folder(replace(read_folder(tmp_path / "a"), fingerprint={}, complete=False), target)
     net = model("convolutions")
     load_adapter(net, target)
     close(logits(net), logits(other))
@@ -436,29 +434,6 @@ def test_a_folder_that_says_that_it_is_complete_needs_its_buffers(tmp_path):
     save_file(tensors, tmp_path / TENSORS, metadata)
     with pytest.raises(LoRAError, match=r"'bn\.running_mean' is missing"):
         load_adapter(model("convolutions"), tmp_path)
-
-
-class NamedLikeFactors(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lora_A = nn.Linear(4, 4)
-        self.lora_B = nn.ModuleDict({"lora_A": nn.Linear(4, 4), "last": nn.Linear(4, 4)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.lora_B["last"](self.lora_B["lora_A"](self.lora_A(x)))
-        return result
-
-
-@pytest.mark.parametrize("init", [True, "pissa"])
-def test_modules_that_are_called_like_factors_are_saved_and_loaded(tmp_path, init: Any):
-    inject(net := seeded(NamedLikeFactors), LoRAConfig(r=2, init_lora_weights=init))
-    spread_(net)
-    save_adapter(net, tmp_path)
-    load_adapter(again := seeded(NamedLikeFactors), tmp_path)
-    x = torch.randn(3, 4)
-    torch.testing.assert_close(again(x), net(x), rtol=0, atol=0)
-    theirs = peft.PeftModel.from_pretrained(seeded(NamedLikeFactors), tmp_path)
-    torch.testing.assert_close(theirs(x), net(x), rtol=0, atol=1e-6)
 
 
 def test_a_folder_of_another_method_is_refused_by_name(tmp_path):

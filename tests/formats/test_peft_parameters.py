@@ -191,6 +191,9 @@ def test_an_adapter_that_was_read_without_its_model_is_refused_where_that_has_an
     adapter = read_adapter(folder)
     with pytest.raises(LoRAError, match=r"registers \['down_proj', 'gate_up_proj'\]. Pass the folder itself"):
         load_adapter(plain, adapter)
+    save_adapter(adapter, tmp_path / "written again without the model")
+    with pytest.raises(LoRAError, match=r"registers \['down_proj', 'gate_up_proj'\]"):
+        load_adapter(plain, tmp_path / "written again without the model")
     load_adapter(plain, folder)
     close(output(plain), expected)
     of_usual = peft_folder(copy.deepcopy(usual), tmp_path / "usual", **options)

@@ -166,12 +166,6 @@ def test_an_entry_that_peft_would_take_for_an_adapted_layer_is_refused(tmp_path)
     assert not (tmp_path / "a").exists()
 
 
-def test_base_layers_that_an_entry_of_peft_took_are_read_as_trained(tmp_path):
-    other = by_peft("biases of layers", tmp_path, target_modules=["head"], modules_to_save=["base_layer"], bias="none")
-    load_adapter(net := layered(), tmp_path)
-    close(logits(net), logits(other))
-
-
 def test_the_command_refuses_an_export_that_needs_the_base(tmp_path, capsys):
     by_us("classifier", tmp_path / "a")
     call(capsys, "import", tmp_path / "a", tmp_path / "a.ckpt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -136,29 +135,6 @@ def test_our_own_folder_under_the_earlier_names_loads_with_all_that_it_holds(tmp
     loaded = build("llava")
     load_adapter(loaded, tmp_path / "then")
     close(logits(loaded), logits(net))
-
-
-def test_rules_of_transformers_4_are_those_of_the_class(tmp_path, monkeypatch):
-    expected = theirs("llava", tmp_path, target_modules=["q_proj", "v_proj"])
-    model = build("llava")
-    rules = {
-        "^language_model.model": "model.language_model",
-        "^vision_tower.vision_model": "model.vision_tower",
-        "^vision": "never.reached",
-    }
-    present = importlib.import_module
-
-    def absent(name: str) -> Any:
-        if name in ("transformers.conversion_mapping", "transformers.core_model_loading"):
-            raise ImportError(name)
-        return present(name)
-
-    monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(LoRAError, match="under exactly one prefix; found none"):
-        load_adapter(model, tmp_path)
-    monkeypatch.setattr(type(model), "_checkpoint_conversion_mapping", rules, raising=False)
-    load_adapter(model, tmp_path)
-    close(logits(model), expected)
 
 
 def test_an_adapter_under_the_earlier_names_finds_its_network_among_several(tmp_path):
