@@ -102,8 +102,7 @@ def adapter_of_model(handle: AdaptedModel, verb: str) -> Adapter:
 def frozen_values(live: LiveState, names: Collection[str]) -> dict[str, Any]:
     """Return frozen tensors of a model by name, whole on every rank. Collective where the model is sharded."""
     wanted = set(names)
-    entries = [(n, t, owner) for n, t, owner in live.entries if n in wanted and t is not None] if wanted else []
-    return gather_all({name: original_value(name, tensor, owner) for name, tensor, owner in entries})
+    return gather_all({n: original_value(n, t, owner) for n, t, owner in live.entries if n in wanted and t is not None})
 
 
 def _described(live: LiveState, verb: str) -> Adapter:
