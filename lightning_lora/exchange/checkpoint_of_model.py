@@ -64,7 +64,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     """
     handle = open_model(module, "checkpoint")
     with claimed("save_checkpoint", handle.record.owner):
-        _convert(LiveState(handle), checkpoint, kind)
+        _convert(open_state(handle), checkpoint, kind)
 
 
 def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:

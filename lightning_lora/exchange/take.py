@@ -44,8 +44,8 @@ TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 def adapter_here(handle: AdaptedModel, verb: str = "load_adapter") -> Adapter:
     """Copy the adapter of an injected model, as it is. Collective where the model is sharded."""
-    live = LiveState(handle)
-    adapter = replace(describe(live, verb), tensors=gather_all(live.values()), foreign=foreign_entries(handle))
+    live = open_state(handle)
+    adapter = replace(_described(live, verb), tensors=gather_all(live.values()), foreign=foreign_entries(handle))
     return copied(adapter)
 
 
@@ -56,14 +56,14 @@ def adapter_in_state(live: LiveState, state: Mapping[str, Any], foreign: Foreign
     that it lacks were left out on purpose.
 
     Args:
-        live: the model.
+        live: the model, from open_state.
         state: under names without wrappers' segments.
         foreign: the foreign entries of the state dict.
 
     Raises:
         LoRAError: a layer was replaced since injection.
     """
-    adapter = describe(live, "checkpoint")
+    adapter = _described(live, "checkpoint")
     left_out = {name for name in live.keys if name not in state and isinstance(live.tensors[name], nn.Parameter)}
     values = {**state, **gather_all(original_values(entry for entry in live.entries if entry[0] in left_out))}
     tensors = {name: values[name] for name in live.keys if name in values}
@@ -102,20 +102,17 @@ def adapter_of_model(handle: AdaptedModel, verb: str) -> Adapter:
 def frozen_values(live: LiveState, names: Collection[str]) -> dict[str, Any]:
     """Return frozen tensors of a model by name, whole on every rank. Collective where the model is sharded."""
     wanted = set(names)
-    entries = [(n, t, owner) for n, t, owner in live.entries if n in wanted and t is not None] if wanted else []
-    return gather_all({name: original_value(name, tensor, owner) for name, tensor, owner in entries})
+    return gather_all({n: original_value(n, t, owner) for n, t, owner in live.entries if n in wanted and t is not None})
 
 
-def describe(live: LiveState, verb: str) -> Adapter:
-    """Record what was unfrozen since injection, and return the model's adapter without its tensors.
-
-    Collective where the model is sharded.
+def _described(live: LiveState, verb: str) -> Adapter:
+    """Return the model's adapter without its tensors. Collective where the model is sharded.
 
     The fingerprint of a fitted model was taken at fit start, because weight averaging moves frozen weights. A weight
     that was unfrozen later is a tensor of the adapter and has no entry in the fingerprint.
 
     Args:
-        live: the model.
+        live: the model, from open_state.
         verb: what messages begin with.
 
     Raises:
@@ -123,7 +120,6 @@ def describe(live: LiveState, verb: str) -> Adapter:
     """
     handle, record = live.handle, live.handle.record
     refuse_replaced_layers(handle, verb)
-    handle.record_trainable()
     trained = live.keys
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= live.tensors.keys()
     first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them

@@ -18,9 +18,6 @@ from ..model.adapted_model import AdaptedModel, find_model
 from ..model.patches import call_previous, patch
 from ..names import META, names_factor
 
-# The key under which WeightAveraging keeps the weights that are not averaged. When it finds an average it loads them,
-# even for a test of the best checkpoint, although that checkpoint's metric was measured on the averaged weights.
-
 
 def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:
     """Patch a LightningModule so that its checkpoints are of this kind, and those of every kind load.
@@ -60,6 +57,8 @@ def _on_load_checkpoint(
         _refuse_foreign_resume(module, checkpoint)
         prepare_for_load(module, checkpoint)
         fitting = trainer is None or trainer.state.fn == "fit"
+        # Where WeightAveraging finds an average it loads the weights that are not averaged, even for a test of the best
+        # checkpoint, whose metric was measured on the average.
         if META in checkpoint and CURRENT in checkpoint and not fitting:
             checkpoint[CURRENT] = checkpoint["state_dict"]
     call_previous(module, previous, "on_load_checkpoint", checkpoint)

@@ -133,6 +133,27 @@ def flat(value: Any) -> list[Any]:
     return [leaf for item in value for leaf in flat(item)] if isinstance(value, (list, tuple)) else [value]
 
 
+class LeavesOutFactors(Sharded):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if "lora" not in name}
+
+
+def save_without_factors(path: Path) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    trainer = model_parallel(path, lora(), max_epochs=1)
+    trainer.fit(model := LeavesOutFactors(), *data())
+    trainer.save_checkpoint(path / "a.ckpt")
+    return whole_state(model)
+
+
+def test_factors_that_a_sharded_modules_hook_leaves_out_are_saved_all_the_same(tmp_path):
+    state = world().run(save_without_factors, tmp_path)[0]
+    assert sorted(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]) == FACTORS
+    load_adapter(fresh := Plain(), tmp_path / "a.ckpt")
+    assert_same_bits(whole_state(fresh), state)
+
+
 # --- other layouts of ranks, read in one process ---
 
 
