@@ -14,7 +14,6 @@ from ..adapter.base_files import fingerprint_of_files
 from ..adapter.products import truncated_svd
 from ..config import LoRAConfig
 from ..errors import LoRAError, sentence
-from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
 from ..formats.peft_options import with_ranks_in_words
 from ..matching import names_match, naming_some, near_misses
@@ -95,7 +94,7 @@ def extract(
     kinds = {module: _kind(module, base, embeddings, fan_in_fan_out) for module in _modules_of(names)}
     tensors, kept, squares = _all_factors(base, tuned, names, kinds, rank)
     whole, options = ({}, {}) if drop_rest else _carried(base, tuned, changed, set(kinds))
-    frozen = {name: each for name, each in base.locations.items() if name not in whole and each.in_order}
+    frozen = {name: each for name, each in base.tensors.items() if name not in whole}
     adapter = Adapter(
         tensors={**tensors, **whole},
         config=LoRAConfig(target_modules=list(kinds), **options),
@@ -108,7 +107,7 @@ def extract(
 
 def _refuse_idle_entries(base: Weights, **entries_of: Sequence[str]) -> None:
     """Raise LoRAError for the first entry of an option that names no module with tensors of its own."""
-    modules = list(dict.fromkeys(_modules_of(list(base.locations))))
+    modules = list(dict.fromkeys(_modules_of(list(base.tensors))))
     for option, entries in entries_of.items():
         known = naming_some(entries, modules)
         for entry in entries:
@@ -129,9 +128,9 @@ def _changed_names(base: Weights, tuned: Weights) -> list[str]:
     _same_names(base, tuned)
     changed = []
     with progress_bar("comparing", base.nbytes, "bytes") as advance:
-        for name, location in base.locations.items():
-            changed += [name] if _differs(location, tuned.locations[name]) else []
-            advance(location.nbytes)
+        for name, before in base.tensors.items():
+            changed += [name] if _differs(before, tuned.tensors[name]) else []
+            advance(before.nbytes)
     return changed
 
 
@@ -147,7 +146,7 @@ def _all_factors(
     kept, squares = {}, {}
     with progress_bar("extracting", len(names)) as advance:
         for name, module in zip(names, _modules_of(names), strict=True):
-            change = _change(name, base.locations[name], tuned.locations[name])
+            change = _change(name, base.tensors[name], tuned.tensors[name])
             a, b, kept[module], squares[module] = _factors(change, rank, kinds[module])
             tensors |= {f"{module}.{A}": a, f"{module}.{B}": b}
             advance(1)
@@ -155,23 +154,22 @@ def _all_factors(
 
 
 def _same_names(base: Weights, tuned: Weights) -> None:
-    in_only_one = sorted(set(base.locations) ^ set(tuned.locations))
+    in_only_one = sorted(set(base.tensors) ^ set(tuned.tensors))
     if in_only_one:
         name = in_only_one[0]
-        path = base.path if name in base.locations else tuned.path
+        path = base.path if name in base.tensors else tuned.path
         raise LoRAError(
             f"extract: {name!r} is only in {path} (in all {len(in_only_one)}); give two versions of one model."
         )
-    for name, location in base.locations.items():
-        if tuned.locations[name].shape != location.shape:
+    for name, before in base.tensors.items():
+        if tuned.tensors[name].shape != before.shape:
             raise LoRAError(
-                f"extract: {name!r} has shape {location.shape} in the base and {tuned.locations[name].shape} in the "
-                "tuned weights; give two versions of one model."
+                f"extract: {name!r} has shape {tuple(before.shape)} in the base and "
+                f"{tuple(tuned.tensors[name].shape)} in the tuned weights; give two versions of one model."
             )
 
 
-def _differs(base: TensorLocation, tuned: TensorLocation) -> bool:
-    before, after = read_tensor(base), read_tensor(tuned)
+def _differs(before: torch.Tensor, after: torch.Tensor) -> bool:
     after = after.to(before.dtype)
     same = before == after
     if before.is_floating_point():
@@ -179,13 +177,12 @@ def _differs(base: TensorLocation, tuned: TensorLocation) -> bool:
     return not bool(same.all())
 
 
-def _change(name: str, base: TensorLocation, tuned: TensorLocation) -> torch.Tensor:
+def _change(name: str, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Return tuned - base, in float32 or in the wider dtype of the two.
 
     Raises:
         LoRAError: a value of the difference is not finite.
     """
-    before, after = read_tensor(base), read_tensor(tuned)
     dtype = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
     change = after.to(dtype) - before.to(dtype)
     if not change.isfinite().all():
@@ -197,16 +194,16 @@ def _change(name: str, base: TensorLocation, tuned: TensorLocation) -> torch.Ten
 
 
 def _adaptable(name: str, base: Weights) -> bool:
-    location = base.locations[name]
-    if not name.endswith(".weight") or len(location.shape) < 2 or location.dtype not in MERGEABLE_DTYPES:
+    weight = base.tensors[name]
+    if not name.endswith(".weight") or weight.dim() < 2 or weight.dtype not in MERGEABLE_DTYPES:
         return False
-    return len(location.shape) == 2 or not _transposed_convolution(name.removesuffix(".weight"), base)
+    return weight.dim() == 2 or not _transposed_convolution(name.removesuffix(".weight"), base)
 
 
 def _transposed_convolution(module: str, base: Weights) -> bool:
     """Return whether a weight with a kernel is stored (in, out, k...): its bias tells, or else its name."""
-    first, second, *_ = base.locations[f"{module}.weight"].shape
-    bias = base.locations.get(f"{module}.bias")
+    first, second, *_ = base.tensors[f"{module}.weight"].shape
+    bias = base.tensors.get(f"{module}.bias")
     if bias is None or first == second:
         return bool(TRANSPOSED_NAMES.search(module))
     return tuple(bias.shape) != (first,)
@@ -217,10 +214,10 @@ def _excluded(name: str, exclude: Sequence[str]) -> bool:
 
 
 def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out: bool) -> str:
-    if len(base.locations[f"{module}.weight"].shape) > 2:
+    if len(base.tensors[f"{module}.weight"].shape) > 2:
         return CONV
     parent, _, leaf = module.rpartition(".")
-    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.locations:  # of nn.MultiheadAttention
+    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.tensors:  # of nn.MultiheadAttention
         return ATTENTION_OUTPUT
     if names_match(list(embeddings), module) or EMBEDDING_NAMES.fullmatch(leaf):
         return EMBEDDING
@@ -265,7 +262,7 @@ def _carried(
                 f"extract: {name!r} changed, and neither an adapter nor modules_to_save can carry it alone; pass "
                 "--drop-rest to leave out all that is not an adapted weight."
             )
-    names = [n for n in base.locations if n.rpartition(".")[0] in modules]
-    names += [f"{module}.bias" for module in adapted if biases and f"{module}.bias" in base.locations]
-    whole = {name: read_tensor(tuned.locations[name]) for name in names}
+    names = [n for n in base.tensors if n.rpartition(".")[0] in modules]
+    names += [f"{module}.bias" for module in adapted if biases and f"{module}.bias" in base.tensors]
+    whole = {name: tuned.tensors[name].clone() for name in names}
     return whole, {"modules_to_save": modules, "bias": "lora_only" if biases else "none"}
