@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 import signal
 import sys
 import warnings
@@ -43,7 +42,6 @@ from .printing import (
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_MEMORY = "can't allocate memory"  # in torch's RuntimeError
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -146,17 +144,8 @@ def _merge_options(parser: Any) -> None:
         help="of the base's form (.safetensors, torch.save, a folder); appears whole at the end",
     )
     parser.add_argument("--dtype", type=Dtype | None, help="of the result; without it that of the base")
-    parser.add_argument("--max-shard-size", type=str | None, help="as 5GB; without it the base's own shards")
     _overwrite_option(parser)
     parser.add_argument("--strict-base", type=bool, default=True, help="false: another base is only a warning")
-    parser.add_argument(
-        "--rename",
-        nargs="+",
-        type=str,
-        default=[],
-        metavar="OLD=NEW",
-        help="regular expressions, and what replaces them, that make the modules' names of the base's, in order",
-    )
     _alpha_option(parser)
 
 
@@ -168,9 +157,7 @@ def _merge(options: Any) -> list[str]:
         options.output,
         lora_alpha=options.lora_alpha,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
-        max_shard_bytes=bytes_of(options.max_shard_size) if options.max_shard_size else None,
         strict_base=options.strict_base,
-        rename=options.rename,
         overwrite=options.overwrite,
     )
     lines = [f"left out, because it holds weights that are not merged: {path}" for path in left_out]
@@ -305,15 +292,3 @@ VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], list[str]]]] = {
     "plot": (_plot_options, _plot),
     "combine": (_combine_options, _combine),
 }
-
-
-def bytes_of(size: str) -> int:
-    """Parse a number of bytes such as 5GB, 500MB or 123.
-
-    Raises:
-        LoRAError: the text has another form, or the number is not above zero.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
-    if match is None or match[2].upper() not in UNITS or not float(match[1]):
-        raise LoRAError(f"merge: {size!r} is no size such as 5GB or 500MB.")
-    return int(float(match[1]) * UNITS[match[2].upper()])

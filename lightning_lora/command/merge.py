@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from ..adapter.adapter import Adapter
 from ..adapter.base_files import compare_with_files
 from ..adapter.fingerprint import entries_match
-from ..adapter.renaming import by_network_names
+from ..adapter.renaming import align_to_modules
 from ..adapter.values import check_finite
 from ..config import LoRAConfig
 from ..errors import LoRAError
@@ -29,10 +29,9 @@ from ..formats.equal_tables import equal_tables
 from ..formats.lightning_checkpoint import LIGHTNING_VERSION
 from ..formats.peft_attention import refuse_conv1d_of_model
 from ..formats.peft_rows import NO_BIAS
-from ..formats.pretrained_names import align_to_networks
 from ..formats.sources import adapter_with_options
 from ..matching import matcher
-from ..names import META, factor_role, parent_names
+from ..names import META, canonical, factor_role, parent_names
 from ..nn.exact_merge import CPU_CHUNK, parts_of
 from ..nn.low_rank import (
     ATTENTION,
@@ -50,12 +49,12 @@ from ..nn.rounding import IN_FILES, tell_rounding
 from ..nn.variant import LayerInfo, Parts
 from ..notices import tell
 from ..progress import progress_bar
-from .module_names import ModuleNames, names_in_transformers, own_names, renamed
 from .output import IN_PYTHON, MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
 from .write_merged import Job, WeightUpdate, write_file_of, write_folder_of
 
 CHECKPOINT_SUFFIX = ".ckpt"
 INSTEAD = "Load the model in Python and use load_adapter and save_merged instead"
+OTHER_NAMES = f"Some models have other names in their files than in memory. {INSTEAD}."
 OTHER_FILES = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
 OF_QUANTISATION = f"{IN_PYTHON}; or pass --strict-base=false, which merges into these unquantised weights."
 
@@ -67,9 +66,7 @@ def merge_on_disk(
     *,
     lora_alpha: float | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int | None = None,
     strict_base: bool = True,
-    rename: Sequence[str] = (),
     overwrite: bool = False,
 ) -> list[Path]:
     """Write the base's weights with the adapter merged into them; the output has the form of the base.
@@ -80,9 +77,7 @@ def merge_on_disk(
         output: appears whole, at the end.
         lora_alpha: for an adapter that does not store it.
         dtype: of the floating point tensors of the result, or None for the base's own.
-        max_shard_bytes: how large a file of a folder may be, or None for the base's own sharding.
         strict_base: whether another base than the adapter's is an error or a warning.
-        rename: "OLD=NEW", regular expressions and what replaces them, which make the modules' names of the base's.
         overwrite: replace an earlier result at `output`.
 
     Returns:
@@ -92,11 +87,11 @@ def merge_on_disk(
         LoRAError: something does not fit. Nothing is written.
     """
     weights = open_weights(base)
-    _check_form(weights, Path(output), max_shard_bytes)
+    _check_form(weights, Path(output))
     check_output("merge", MODEL_FOLDER if weights.folder else MODEL_FILE, output, (base, adapter), overwrite)
     with _one_thread():
-        fitted = fit_to_base(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base, rename=rename)
-        return _write(Job(weights, plan_updates(fitted, dtype), dtype), output, max_shard_bytes)
+        fitted = fit_to_base(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
+        return _write(Job(weights, plan_updates(fitted, dtype), dtype), output)
 
 
 @dataclass(frozen=True)
@@ -114,26 +109,24 @@ class Fitted:
     files: Mapping[str, str]
 
 
-def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True, rename: Sequence[str] = ()) -> Fitted:
-    """Bring an adapter under the names of a base's modules; strict_base and rename as in merge_on_disk.
+def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True) -> Fitted:
+    """Bring an adapter under the names of a base's modules; strict_base as in merge_on_disk.
 
     Raises:
         LoRAError: the two do not go together.
     """
     _refuse_adapter(base)
-    names = renamed(base, rename) if rename else _module_names(adapter, base)
-    base = replace(base, locations={name: base.locations[in_file] for name, in_file in names.files.items()})
+    files = {canonical(name): name for name in base.locations}
+    base = replace(base, locations={name: base.locations[in_file] for name, in_file in files.items()})
     try:
         parameters = set(base.locations) if adapter.parameters else set()
-        networks = [names.network] if names.network is not None else []
-        adapter = align_to_networks(adapter, names.modules() | parameters, str(base.path), lambda: networks)
+        adapter = align_to_modules(adapter, base.modules() | parameters, str(base.path))
     except LoRAError as error:
-        raise LoRAError(f"{error} {names.hint}") from error
+        raise LoRAError(f"{error} {OTHER_NAMES}") from error
     refuse_quantised("merge", base, {*adapter.layers, *(name.rpartition(".")[0] for name in adapter.beside_factors())})
-    _refuse_built(adapter, base, names)
-    _refuse_unplaced(adapter, base, names.built)
+    _refuse_unplaced(adapter, base)
     compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES, of_quantisation=OF_QUANTISATION)
-    return Fitted(adapter, base, names.files)
+    return Fitted(adapter, base, files)
 
 
 def _refuse_adapter(base: Weights) -> None:
@@ -246,27 +239,7 @@ def _row_updates(adapter: Adapter, base: Weights, owners: Mapping[str, str]) -> 
     return updates
 
 
-def _module_names(adapter: Adapter, base: Weights) -> ModuleNames:
-    """Return the file's own names where they are the adapter's too, else those that transformers gives them."""
-    names = own_names(base)
-    adapter = by_network_names(adapter)
-    modules = {name.rpartition(".")[0] for name in adapter.tensors} - adapter.tied.keys()  # which may be there once
-    return names if modules <= names.modules() else names_in_transformers(base)
-
-
-def _refuse_built(adapter: Adapter, base: Weights, names: ModuleNames) -> None:
-    """Raise LoRAError for the first tensor to change that a model makes out of others, which the file holds."""
-    layers = adapter.layers
-    weights = (f"{name}.weight" for name in (*layers, *adapter.tables))
-    for name in (*layers, *weights, *adapter.beside_factors()):
-        if name in names.built:
-            raise LoRAError(
-                f"{base.path}: {name!r} is no tensor there: transformers makes it when it loads the folder, out of "
-                f"tensors of another form. {INSTEAD}."
-            )
-
-
-def _refuse_unplaced(adapter: Adapter, base: Weights, built: Set[str]) -> None:
+def _refuse_unplaced(adapter: Adapter, base: Weights) -> None:
     """Raise LoRAError for the first whole tensor in the adapter's source that the base has not, or has resized.
 
     It may have been trained, and the result could not hold it. A table may be there under the name of the other end of
@@ -279,7 +252,7 @@ def _refuse_unplaced(adapter: Adapter, base: Weights, built: Set[str]) -> None:
         except LoRAError as error:
             raise LoRAError(f"{base.path}: {error} Then call load_adapter and save_merged.") from error
     tables = [adapter.fingerprint[name] for name in sorted(here) if len(base.locations[name].shape) > 1]
-    for name in sorted(adapter.perhaps_base - here - built):
+    for name in sorted(adapter.perhaps_base - here):
         if not any(entries_match(adapter.fingerprint[name], table) for table in tables):
             _refuse_absent(name, base)
 
@@ -289,11 +262,9 @@ def _refuse_absent(name: str, base: Weights) -> NoReturn:
     raise LoRAError(f"{base.path}: the adapter comes with {name!r} whole, and the base has no such tensor. {INSTEAD}.")
 
 
-def _check_form(base: Weights, output: Path, max_shard_bytes: int | None) -> None:
+def _check_form(base: Weights, output: Path) -> None:
     if base.form == "folder":
         return
-    if max_shard_bytes is not None:
-        raise LoRAError("merge: max-shard-size is for folders; the base is one file, and so is the output.")
     if base.form == "safetensors" and output.suffix != SUFFIX:
         raise LoRAError(f"merge: the output has the form of the base, so {output.name!r} must end in {SUFFIX!r}.")
     if base.form == "torch" and output.suffix == SUFFIX:
@@ -322,14 +293,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write(job: Job, output: PathLike, max_shard_bytes: int | None) -> list[Path]:
+def _write(job: Job, output: PathLike) -> list[Path]:
     left_out: list[Path] = []
     folder = job.base.folder
     opening = new_folder(output, replaced=weight_files(folder.stem)) if folder else new_file(output)
     with opening as result, progress_bar("merging", job.base.nbytes, "bytes") as advance:
         job = replace(job, progress=advance)
         if folder:
-            left_out = write_folder_of(job, result, max_shard_bytes)
+            left_out = write_folder_of(job, result)
         else:
             write_file_of(job, result)
     tell_rounding(f"{output}: 16-bit weights", job.cost, IN_FILES, stacklevel=3)

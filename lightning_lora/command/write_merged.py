@@ -14,7 +14,7 @@ import torch
 
 from ..errors import LoRAError
 from ..files.inert_pickle import find_placeholder
-from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, side_files
+from ..files.model_folder import CONFIG, index_of, side_files
 from ..files.paths import write_json
 from ..files.safetensors import Header, as_bytes, build_header, read_rows, write_values
 from ..files.torch_archive import read_torch_file, set_check_sums
@@ -114,13 +114,12 @@ class Job:
         return self.dtype is None and all(self.result_shape(name) == shape for name, shape in shapes.items())
 
 
-def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list[Path]:
+def write_folder_of(job: Job, target: Path) -> list[Path]:
     """Write a model folder: shards, index, config and all files beside them.
 
     Args:
         job: the merge. Its base is a folder.
         target: an empty folder.
-        max_shard_bytes: the largest size of a shard, or None to divide the tensors as the base does.
 
     Returns:
         The files that were left out because they hold unmerged weights.
@@ -128,24 +127,19 @@ def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list
     folder = job.base.folder
     assert folder is not None
     copied, left_out = side_files(folder)
-    files = {file: list(header.locations) for file, header in folder.shards.items()}
-    metadata = {file: header.metadata for file, header in folder.shards.items()}
-    if max_shard_bytes is not None:
-        names = [name for header in folder.shards.values() for name in header.locations]
-        files = plan_shards(names, job.result_nbytes, max_shard_bytes, folder.stem)
-        metadata = dict.fromkeys(files, next(iter(metadata.values())))
-    for file, names in files.items():
-        _write_safetensors(job, names, metadata[file], folder.shards.get(file), target / file)
+    for file, header in folder.shards.items():
+        _write_safetensors(job, header, target / file)
     for path in copied:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder.path / path, target / path)
     if job.dtype is not None and folder.config:
         write_json(target / CONFIG, _with_dtype(folder.config, job.dtype))
-    if folder.index_name and job.dtype is None and max_shard_bytes is None:
+    if folder.index_name and job.dtype is None:
         shutil.copyfile(folder.path / folder.index_name, target / folder.index_name)
-    elif len(files) > 1 or (folder.index_name and max_shard_bytes is None):
+    elif folder.index_name:
+        files = {file: list(header.locations) for file, header in folder.shards.items()}
         sizes = {file: {name: job.result_nbytes(name) for name in names} for file, names in files.items()}
-        write_json(target / (folder.index_name or f"{STEM}{INDEX_SUFFIX}"), index_of(sizes, folder.index))
+        write_json(target / folder.index_name, index_of(sizes, folder.index))
     return left_out
 
 
@@ -154,7 +148,7 @@ def write_file_of(job: Job, target: Path) -> None:
     base = job.base
     if base.form == "safetensors":
         header = base.headers[base.path.name]
-        _write_safetensors(job, list(header.locations), header.metadata, header, target)
+        _write_safetensors(job, header, target)
     elif job.keeps_layout():
         _write_torch_file(job, target)
     else:
@@ -186,15 +180,15 @@ def _whole(job: Job, name: str) -> torch.Tensor:
     return new_rows(job, name, cast(torch.Tensor, job.updates[name].value), 0)
 
 
-def _write_safetensors(
-    job: Job, names: Sequence[str], metadata: Mapping[str, str], before: Header | None, target: Path
-) -> None:
-    """Write some tensors into a file. Reuse the header of the base's file when its tensors are the same."""
-    if before is not None and job.keeps_layout() and list(before.locations) == list(names):
+def _write_safetensors(job: Job, before: Header, target: Path) -> None:
+    """Write the tensors of one of the base's files. Reuse its header where they keep dtypes and shapes."""
+    names = list(before.locations)
+    if job.keeps_layout():
         header = before.raw
     else:
         names = sorted(names, key=lambda name: -job.result_dtype(name).itemsize)  # so that all are aligned
-        header = build_header([(name, job.result_dtype(name), job.result_shape(name)) for name in names], metadata)
+        shapes = [(name, job.result_dtype(name), job.result_shape(name)) for name in names]
+        header = build_header(shapes, before.metadata)
     write_values(target, header, _values(job, names))
 
 

@@ -38,10 +38,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / name).mkdir()
         moved = {key: tensor + step * torch.randn(tensor.shape) for key, tensor in state.items()}
         save_file(moved, path / name / "model.safetensors")
-    (path / "renamed").mkdir()
-    save_file(
-        {name.replace("body", "trunk"): tensor for name, tensor in state.items()}, path / "renamed" / "m.safetensors"
-    )
     inject(net, LoRAConfig(r=2, target_modules=["body"], init_lora_weights=False))
     save_adapter(net, path / "adapter")
     with torch.no_grad():
@@ -62,10 +58,8 @@ CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("info", "--json"): ("info IN/adapter", "--json", "printed"),
     ("diff", "--json"): ("diff IN/base IN/tuned", "--json", "printed"),
     ("merge", "--dtype"): (MERGE, "--dtype=float16", "files"),
-    ("merge", "--max-shard-size"): (MERGE, "--max-shard-size=60", "files"),
     ("merge", "--overwrite"): (f"{MERGE} --dtype=float64", "--overwrite", "status"),
     ("merge", "--strict-base"): (MERGE.replace("IN/base", "IN/other"), "--strict-base=false", "status"),
-    ("merge", "--rename"): (MERGE.replace("IN/base", "IN/renamed"), "--rename trunk=body", "status"),
     ("merge", "--lora-alpha"): (MERGE.replace("IN/adapter", "IN/bare.pt"), "--lora-alpha=3", "status"),
     ("export", "--overwrite"): ("export IN/another out", "--overwrite", "status"),
     ("import", "--overwrite"): ("import IN/another out.ckpt", "--overwrite", "status"),

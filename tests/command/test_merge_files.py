@@ -183,25 +183,6 @@ def test_merge_into_another_dtype_names_it_in_every_part_of_the_config(tmp_path)
     assert written["vision"] == {"deep": {"dtype": "bfloat16"}}
 
 
-@pytest.mark.parametrize(("size", "files"), [(20_000, 5), (10**9, 1), (1, 21)])
-def test_merge_into_other_shards_holds_the_same_tensors(tmp_path, size: int, files: int):
-    base = base_folder("llama", tmp_path / "base")
-    ours("llama", tmp_path / "adapter")
-    merge_on_disk(base, tmp_path / "adapter", tmp_path / "a")
-    merge_and_check(base, tmp_path / "adapter", tmp_path / "b", max_shard_bytes=size)
-    one, other = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    shards = sorted((tmp_path / "b").glob("*.safetensors"))
-    assert len(shards) == files
-    assert (tmp_path / "b" / "model.safetensors.index.json").exists() == (files > 1)
-    for shard in shards:
-        assert shard.stat().st_size < size + 4096 or len(load_file(shard)) == 1
-    loaded = type(model("llama")).from_pretrained(tmp_path / "b").eval()  # type: ignore[attr-defined]
-    other_loaded = type(model("llama")).from_pretrained(tmp_path / "a").eval()  # type: ignore[attr-defined]
-    assert torch.equal(logits(loaded), logits(other_loaded))
-
-
 def test_unmerged_weights_in_other_files_are_left_out(tmp_path):
     base = base_folder("llama", tmp_path / "base")
     for name in ("consolidated.safetensors", "pytorch_model.bin", "sub/consolidated.00.pth", "model.gguf"):

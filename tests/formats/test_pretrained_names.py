@@ -17,7 +17,6 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lightning_lora.formats.pretrained_names import _renaming
-from support.expected_weights import merge_and_check
 from support.notices import TORCH_NOTICES, quiet_peers
 from support.peers import TENSORS, close, fill_, seeded
 from support.peers import model as peer_model
@@ -101,18 +100,6 @@ def test_peft_loads_it_with_the_same_outputs(tmp_path, family):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")
         close(logits(peft.PeftModel.from_pretrained(build(family), tmp_path).eval()), expected)
-
-
-@every_family
-def test_merge_into_a_folder_takes_the_earlier_and_the_present_names(tmp_path, family):
-    expected = theirs(family, tmp_path / "then", target_modules=["q_proj", "v_proj", "qkv"])
-    model = build(family)
-    model.save_pretrained(tmp_path / "base")
-    load_adapter(model, tmp_path / "then")
-    save_adapter(model, tmp_path / "now")
-    for name in ("then", "now"):
-        merge_and_check(tmp_path / "base", tmp_path / name, tmp_path / f"merged-{name}")
-        close(logits(type(model).from_pretrained(tmp_path / f"merged-{name}").eval()), expected)
 
 
 def test_our_own_folder_under_the_earlier_names_loads_with_all_that_it_holds(tmp_path):

@@ -250,7 +250,7 @@ class ExpectedWeights:
 def merge_and_check(base: PathLike, adapter: PathLike, output: PathLike, **options: Any) -> list[Path]:
     """Merge as merge_on_disk does, and check each tensor of the result."""
     left_out = merge_on_disk(base, adapter, output, **options)
-    names = ("dtype", "lora_alpha", "strict_base", "rename")
+    names = ("dtype", "lora_alpha", "strict_base")
     check_merged(base, adapter, output, **{name: options[name] for name in names if name in options})
     return left_out
 
@@ -260,7 +260,6 @@ def check_merge_command(*arguments: object) -> None:
     parser = argparse.ArgumentParser()
     for name in ("base", "adapter", "output", "dtype", "strict-base", "lora-alpha"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--rename", nargs="+", default=())
     given, _ = parser.parse_known_args([str(argument) for argument in arguments])
     check_merged(
         given.base,
@@ -269,7 +268,6 @@ def check_merge_command(*arguments: object) -> None:
         dtype=getattr(torch, given.dtype) if given.dtype else None,
         lora_alpha=float(given.lora_alpha) if given.lora_alpha else None,
         strict_base=given.strict_base != "false",
-        rename=given.rename,
     )
 
 
@@ -281,12 +279,11 @@ def check_merged(
     dtype: torch.dtype | None = None,
     lora_alpha: float | None = None,
     strict_base: bool = True,
-    rename: Sequence[str] = (),
 ) -> None:
     """Compare every tensor of a merged file or folder with base and adapter; arguments are those of merge_on_disk."""
     weights, result = open_weights(base), open_weights(output)
     source = adapter_with_options(adapter, lora_alpha)
-    fitted = fit_to_base(source, weights, strict_base=strict_base, rename=rename)
+    fitted = fit_to_base(source, weights, strict_base=strict_base)
     expected = ExpectedWeights(fitted.adapter, fitted.base, fitted.files)
     assert result.locations.keys() == weights.locations.keys()
     for name, before in weights.locations.items():
