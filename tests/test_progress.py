@@ -24,7 +24,6 @@ from lightning_lora import (
     save_merged,
     unmerge,
 )
-from lightning_lora.command.convert import to_lightning
 from lightning_lora.command.info import diff, info
 from lightning_lora.command.main import main
 from lightning_lora.progress import progress_bar
@@ -117,14 +116,13 @@ def test_exception_takes_the_bar_away_and_goes_on(terminal: Terminal):
         (lambda path, model: merge_and_unload(model), "merging"),
         (lambda path, model: save_merged(model, path / "merged"), "saving"),
         (lambda path, model: save_adapter(model, path / "another"), "writing"),
-        (lambda path, model: to_lightning(path / "adapter", path / "lora.ckpt"), "writing"),
         (lambda path, model: info(path / "adapter"), "measuring"),
         (lambda path, model: plot_adapter(path / "adapter"), "measuring"),
         (lambda path, model: diff(path / "adapter", path / "adapter"), "comparing"),
         (lambda path, model: diff(path / "b.safetensors", path / "b.safetensors"), "comparing"),
     ],
     ids=[
-        *("merge", "unmerge", "merged_state_dict", "merge_and_unload", "save_merged", "save_adapter", "import", "info"),
+        *("merge", "unmerge", "merged_state_dict", "merge_and_unload", "save_merged", "save_adapter", "info"),
         *("plot", "diff", "diff of weights"),
     ],
 )

@@ -39,7 +39,7 @@ def with_options(adapter: Adapter, path: object, lora_alpha: float | None = None
     if lora_alpha is None:
         raise LoRAError(
             f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
-            "trained it, and pass --lora-alpha to merge, export or import, or lora_alpha to export_adapter; what "
+            "trained it, and pass --lora-alpha to merge or export, or lora_alpha to export_adapter; what "
             "export writes holds it, for others."
         )
     return _with_alpha(adapter, lora_alpha, path)

@@ -1,4 +1,4 @@
-"""`lightning-lora info` and `diff`: what a file or folder holds, and what differs between two, as plain types."""
+"""The verbs that look: what a file or folder holds, and what differs between two. Their docstrings are the help."""
 
 from __future__ import annotations
 
@@ -30,17 +30,20 @@ CHUNK = 2**21  # elements that are compared at once: more are not faster
 
 
 def info(path: PathLike) -> dict[str, Any]:
-    """Describe, as plain types, what a checkpoint, a PEFT folder, a safetensors file or a model folder holds.
+    """Show what a file or folder holds: options, layers, ranks, norms, the base that it belongs to.
 
     Args:
-        path: its place.
+        path: checkpoint, PEFT folder, safetensors file, state dict or model folder.
+
+    Returns:
+        Plain types.
 
     Raises:
         LoRAError: it is none of these, or damaged.
     """
     place = local_source(path)
-    if holds_adapter(place):
-        return {"path": str(path), "kind": _adapter_kind(place), **_adapter_info(read_source(place))}
+    if kind := _adapter_kind(place):
+        return {"path": str(path), "kind": kind, **_adapter_info(read_source(place))}
     weights = open_weights(place)
     tensors = weights.tensors.values()
     return {
@@ -55,27 +58,19 @@ def info(path: PathLike) -> dict[str, Any]:
     }
 
 
-def holds_adapter(path: PathLike) -> bool:
-    """Return whether a path is an adapter, rather than weights by themselves."""
+def _adapter_kind(path: PathLike) -> str:
+    """Return what an adapter at a path is stored as, or "" where there are weights by themselves."""
     form = form_of(path)
     if form == "PEFT folder":
-        return True
+        return form
     refuse_named_adapters(path)
-    if form == "torch file" and holds_adapter_state(read_torch_file(path, "meta")):  # only a reading tells
-        return True
-    return open_weights(path).holds_factors()
-
-
-def _adapter_kind(path: PathLike) -> str:
-    form = form_of(path)
-    if form != "torch file":
-        return f"{form} with an adapter" if form == "safetensors file" else form
-    content = read_torch_file(path, "meta")
-    if isinstance(content.get(META), Mapping):
-        return f"Lightning checkpoint of kind {shown(content[META].get('kind'))}"
-    if are_peft_names(content.get("state_dict", content)):
-        return "Lightning checkpoint that holds a PeftModel" if "state_dict" in content else "state dict of PEFT"
-    return "state dict with an adapter and no options, as loralib writes it"
+    if form == "torch file" and holds_adapter_state(content := read_torch_file(path, "meta")):  # only a reading tells
+        if isinstance(content.get(META), Mapping):
+            return f"Lightning checkpoint of kind {shown(content[META].get('kind'))}"
+        if are_peft_names(content.get("state_dict", content)):
+            return "Lightning checkpoint that holds a PeftModel" if "state_dict" in content else "state dict of PEFT"
+        return "state dict with an adapter and no options, as loralib writes it"
+    return f"{form} with an adapter" if open_weights(path).holds_factors() else ""
 
 
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:
@@ -93,7 +88,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
         "base": {
             **adapter.origin,
             "frozen_tensors": len(adapter.fingerprint),
-            "dtypes": dict(Counter(entry.dtype for entry in adapter.fingerprint.values())),
+            "dtypes": dict(Counter(entry.quantised or entry.dtype for entry in adapter.fingerprint.values())),
         },
     }
 
@@ -120,8 +115,12 @@ def _table_info(adapter: Adapter, table: str) -> dict[str, Any]:
     return {"rows": list(adapter.tables.get(table, ())), "shape": list(rows.shape), "dtype": _dtype_name(rows.dtype)}
 
 
-def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
-    """Compare two adapters, or two models' weights, layer by layer or tensor by tensor.
+def diff(first: PathLike, second: PathLike) -> dict[str, Any]:
+    """Show what differs between two adapters or two models, layer by layer, also relative to the norm in the first.
+
+    Args:
+        first: adapter or weights, in any form.
+        second: another of the same kind.
 
     Returns:
         Plain types. `change` is the Frobenius norm of the difference, `relative` that over the norm in the first. Of
@@ -131,24 +130,23 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
     Raises:
         LoRAError: only one of the two is an adapter, or a file is damaged.
     """
-    first_path, second_path = map(local_source, (first_path, second_path))
-    are_adapters = holds_adapter(first_path), holds_adapter(second_path)
-    if are_adapters[0] != are_adapters[1]:
-        adapter, weights = (first_path, second_path) if are_adapters[0] else (second_path, first_path)
-        raise LoRAError(f"diff: {adapter} is an adapter and {weights} is not; give two of a kind.")
-    if not are_adapters[0]:
-        both = open_weights(first_path), open_weights(second_path)
+    paths = local_source(first), local_source(second)
+    adapters = [path for path in paths if _adapter_kind(path)]
+    if len(adapters) == 1:
+        weights = paths[adapters[0] is paths[0]]
+        raise LoRAError(f"diff: {adapters[0]} is an adapter and {weights} is not; give two of a kind.")
+    if not adapters:
+        both = open_weights(paths[0]), open_weights(paths[1])
         for each in both:
             refuse_quantised("diff", each)
             each.compare_check_sums()
         return _diff_weights(*both)
-    paths = first_path, second_path
-    first, second = (by_network_names(read_source(path)) for path in paths)
-    unscaled = [any(layer.scaling is None for layer in each.layers.values()) for each in (first, second)]
+    one, other = (by_network_names(read_source(path)) for path in paths)
+    unscaled = [any(layer.scaling is None for layer in each.layers.values()) for each in (one, other)]
     lacking = [str(path) for path, lacks in zip(paths, unscaled, strict=True) if lacks]
     if lacking:  # s * B @ A and B @ A cannot be compared
-        first, second = map(_without_scalings, (first, second))
-    return {**_diff_adapters(first, second), "without_scaling": lacking}
+        one, other = map(_without_scalings, (one, other))
+    return {**_diff_adapters(one, other), "without_scaling": lacking}
 
 
 def _without_scalings(adapter: Adapter) -> Adapter:

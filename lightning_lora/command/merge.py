@@ -16,6 +16,7 @@ from ..adapter.renaming import align_to_modules
 from ..adapter.values import check_finite
 from ..config import LoRAConfig
 from ..errors import LoRAError
+from ..exchange.pretrained_folder import refuse_adapter_beside
 from ..exchange.resized_tables import refuse_other_rows
 from ..files.atomic import new_file, new_folder
 from ..files.inert_pickle import find_placeholder
@@ -85,6 +86,7 @@ def merge_on_disk(
     weights = open_weights(base)
     _check_form(weights, Path(output))
     check_output("merge", MODEL_FOLDER if weights.folder else MODEL_FILE, output, (base, adapter), overwrite)
+    refuse_adapter_beside(output)
     fitted = fit_to_base(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
     return _write(Job(weights, plan_updates(fitted, dtype), dtype), output)
 

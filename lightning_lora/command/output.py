@@ -1,23 +1,17 @@
-"""Checks of all verbs that write: which outputs may be replaced, and which weights cannot be read as values."""
+"""Checks of all verbs that write: where they may write, and which weights cannot be read as values."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 from ..errors import LoRAError
 from ..files.atomic import check_output_path
-from ..files.paths import PathLike, given_path, kind_of, real_path
-from ..files.safetensors import SUFFIX
-from ..files.torch_archive import read_torch_file
+from ..files.paths import PathLike
 from ..files.weights import Weights
-from ..formats.forms import CONFIG_FILE
-from ..formats.peft_folder import TENSOR_FILE
-from ..names import META
 
-FILE_SUFFIXES = (SUFFIX, ".ckpt", ".pt")
 IN_PYTHON = (  # what merges into quantised weights
     "Load the quantised model in Python, then load_adapter(model, adapter) and save_merged(model, path, "
     'dequantize="bfloat16")'
@@ -44,66 +38,22 @@ def refuse_quantised(verb: str, weights: Weights, modules: Collection[str] | Non
             )
 
 
-class OutputKind(NamedTuple):
-    """A kind of output: a folder or a file, and the content by which an earlier result is recognised."""
-
-    is_folder: bool
-    content: str
-    holds_content: Callable[[Path], bool]
-
-
-def check_output(verb: str, kind: OutputKind, output: PathLike, inputs: Sequence[PathLike], overwrite: bool) -> None:
+def check_output(
+    verb: str, kind: Literal["file", "folder"], output: PathLike, inputs: Sequence[PathLike], overwrite: bool
+) -> None:
     """Refuse an output that must not or cannot be replaced, before any work is done.
 
     Raises:
-        LoRAError: the output overlaps an input, cannot be written, has a wrong name, or exists and may not be replaced.
+        LoRAError: the output overlaps an input, exists and may not be replaced, or cannot be written.
     """
-    name, output, target = output, given_path(output), real_path(output)
-    for path in map(real_path, map(given_path, inputs)):
-        if target.is_relative_to(path) or path.is_relative_to(target):
+    target = Path(os.path.realpath(output))
+    for path in map(os.path.realpath, inputs):
+        if target.is_relative_to(path) or Path(path).is_relative_to(target):
             raise LoRAError(f"{verb}: {output} is, or is inside, or holds {path}; write somewhere else.")
-    _refuse_name(verb, kind, name)
-    check_output_path(output, folder=kind.is_folder)
-    kind_there = kind_of(output)
-    if kind_there == "nothing" or (kind_there == "folder" and not any(output.iterdir())):
-        return
-    if not overwrite:
+    check_output_path(output, folder=kind == "folder")
+    if not overwrite and (any(target.iterdir()) if target.is_dir() else target.exists()):
         raise LoRAError(f"{verb}: {output} exists; choose another output, or pass --overwrite to replace it.")
-    if not kind.holds_content(output):
-        raise LoRAError(f"{verb}: {output} holds no {kind.content}, so it is no earlier result, and is not replaced.")
 
 
-def _refuse_name(verb: str, kind: OutputKind, output: PathLike) -> None:
-    """Raise LoRAError where the result would not be what its name says, or lie where nobody looks for it."""
-    name = os.fspath(output)
-    if name == "~" or name.startswith("~/"):
-        raise LoRAError(
-            f"{verb}: {output} begins with '~', which a shell replaces by your home folder at the beginning of a word "
-            f"alone: write --output {name} with a space, or the whole path. A folder named '~' here is './~'."
-        )
-    if kind.is_folder and Path(output).suffix in FILE_SUFFIXES:
-        raise LoRAError(f"{verb}: {output} is to be a folder, and its name is that of a file; give another name.")
-
-
-def _holds_weights(folder: Path) -> bool:
-    return any(file.name != TENSOR_FILE for file in folder.glob(f"*{SUFFIX}"))
-
-
-def _holds_adapter(file: Path) -> bool:
-    try:
-        return META in read_torch_file(file, "meta")
-    except LoRAError:
-        return False
-
-
-def _holds_picture(file: Path) -> bool:
-    with open(file, "rb") as opened:
-        head = opened.read(1000)
-    return head.startswith((b"\x89PNG", b"%PDF")) or b"<svg" in head
-
-
-MODEL_FOLDER = OutputKind(True, "safetensors of a model", _holds_weights)
-MODEL_FILE = OutputKind(False, "model", Path.is_file)
-ADAPTER_FOLDER = OutputKind(True, CONFIG_FILE, lambda folder: kind_of(folder / CONFIG_FILE) != "nothing")
-PICTURE = OutputKind(False, "picture", _holds_picture)
-ADAPTER_CHECKPOINT = OutputKind(False, "adapter", _holds_adapter)
+MODEL_FOLDER: Literal["folder"] = "folder"
+MODEL_FILE: Literal["file"] = "file"

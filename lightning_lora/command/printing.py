@@ -13,30 +13,25 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..exchange.combine import Combined
-from ..files.paths import reason_of
+from ..errors import LoRAError
 from ..names import listed
 from ..units import size_text
-from .extract import Extracted
-
-# Exit codes as a shell reports them: 128 plus the number of the signal.
-INTERRUPTED = 130  # SIGINT
-NOBODY_READS = 141  # SIGPIPE
 
 
-def print_lines(verb: str, lines: Sequence[str]) -> int:
-    """Print the result of a verb, one line for each text. Returns the exit code."""
-    text = "\n".join(map(printable, lines))
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+def print_lines(lines: Sequence[str]) -> None:
+    """Print a result, one line for each text.
+
+    Raises:
+        BrokenPipeError: nobody reads the output any more.
+        LoRAError: it cannot be printed, as onto a full disk.
+    """
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:
-        discard_output()
-        return NOBODY_READS
+        print("\n".join(map(printable, lines)), flush=True)
     except OSError as error:
         discard_output()
-        return print_failure(verb, f"its result cannot be printed: {reason_of(error)}.")
-    return 0
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise LoRAError(f"its result cannot be printed: {error.strerror}.") from error
 
 
 def print_failure(verb: str, reason: str, status: int = 1) -> int:
@@ -65,10 +60,8 @@ def discard_output() -> None:
         os.close(nowhere)
 
 
-def result_lines(result: Mapping[str, Any], text: Callable[[Mapping[str, Any]], list[str]], as_json: bool) -> list[str]:
-    """Write a result for people by `text`, or as JSON."""
-    if not as_json:
-        return text(result)
+def json_text(result: Mapping[str, Any]) -> list[str]:
+    """Write a result as JSON. Where a number is not finite, there is null."""
     written = json.dumps(_without_nan(result), indent=2, allow_nan=False)
     # dumps escapes all but printable ASCII, and leaves DEL, a control character, as it is.
     return written.replace("\x7f", "\\u007f").split("\n")
@@ -97,7 +90,7 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
         f"norm {_number(result['norm'])}{'' if scaled else ' without s, which is not stored'}"
     )
     options = result["config"] or {"options": "none stored; lora_alpha must come from whoever trained it"}
-    head += [f"  {name}: {value}" for name, value in options.items() if value is not None]
+    head += [f"  {name}: {_option(value)}" for name, value in options.items() if value is not None]
     base = result["base"]
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in base["dtypes"].items()) or "not recorded"
     head.append(f"base: {base.get('base_model_name_or_path', 'no name')}; frozen tensors known: {dtypes}")
@@ -133,24 +126,45 @@ def diff_text(result: Mapping[str, Any]) -> list[str]:
     return [*lines, *_table(("name", "change", "relative"), rows)]
 
 
-def extract_text(extracted: Extracted, output: str) -> list[str]:
+def merge_text(result: Mapping[str, Any]) -> list[str]:
+    """Write the result of merge for people."""
+    left_out = [f"left out, because it holds weights that are not merged: {path}" for path in result["left_out"]]
+    return [*left_out, f"wrote {result['output']}"]
+
+
+def export_text(result: Mapping[str, Any]) -> list[str]:
+    """Write the result of export for people."""
+    ranks = sorted({layer["rank"] for layer in result["layers"].values()})
+    of_rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    return [f"wrote {result['output']}: {len(result['layers'])} adapted layers of {of_rank}"]
+
+
+def extract_text(result: Mapping[str, Any]) -> list[str]:
     """Write the result of extract for people."""
-    rows = [(name, f"{share:.2%}") for name, share in extracted.kept.items()]
+    rows = [(name, f"{layer['kept']:.2%}") for name, layer in result["layers"].items()]
     lines = _table(("layer", "kept"), rows)
-    lines.append(f"kept {extracted.total():.2%} of the squared norm of the change of {len(rows)} layers")
-    whole = extracted.adapter.beside_factors()
-    lines += [f"carried whole: {', '.join(whole)}"] if whole else []
-    lines += [f"left out: {', '.join(extracted.dropped)}"] if extracted.dropped else []
-    return [*lines, f"wrote {output}"]
+    lines.append(f"kept {result['kept']:.2%} of the squared norm of the change of {len(rows)} layers")
+    lines += [f"carried whole: {', '.join(result['carried_whole'])}"] if result["carried_whole"] else []
+    lines += [f"left out: {', '.join(result['left_out'])}"] if result["left_out"] else []
+    return [*lines, f"wrote {result['output']}"]
 
 
-def combine_text(combined: Combined, output: str) -> list[str]:
+def combine_text(result: Mapping[str, Any]) -> list[str]:
     """Write the result of combine for people."""
-    layers, kept = combined.adapter.layers, combined.kept
-    rows = [(name, str(layers[name].r), f"{kept[name]:.2%}") for name in kept]
+    rows = [(name, str(layer["rank"]), f"{layer['kept']:.2%}") for name, layer in result["layers"].items()]
     lines = _table(("layer", "rank", "kept"), rows)
-    lines += [f"weighted mean: {name}" for name in combined.averaged]
-    return [*lines, f"wrote {output}"]
+    lines += [f"weighted mean: {name}" for name in result["weighted_means"]]
+    return [*lines, f"wrote {result['output']}"]
+
+
+def plot_text(result: Mapping[str, Any]) -> list[str]:
+    """Write the result of plot for people."""
+    return [f"wrote {result['output']}: {', '.join(result['figures'])}"]
+
+
+def _option(value: Any) -> str:
+    """Write a whole number as one: YAML's readers make a float of it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: float | None) -> str:
@@ -164,3 +178,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
     return ["  ".join(row).rstrip() for row in padded]
+
+
+# What writes the result of each verb for people.
+TEXTS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "info": info_text,
+    "merge": merge_text,
+    "export": export_text,
+    "diff": diff_text,
+    "extract": extract_text,
+    "combine": combine_text,
+    "plot": plot_text,
+}

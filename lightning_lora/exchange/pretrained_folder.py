@@ -104,7 +104,7 @@ def refuse_adapter_beside(path: PathLike) -> None:
     """Raise LoRAError where a folder holds an adapter, which from_pretrained would add to the merged weights."""
     if kind_of(given_path(path) / CONFIG_FILE) != "nothing":
         raise LoRAError(
-            f"save_merged: {path} holds {CONFIG_FILE}, with which from_pretrained loads that adapter and its base "
+            f"{path}: holds {CONFIG_FILE}, with which from_pretrained loads that adapter and its base "
             "instead of merged weights; give another folder, or remove the adapter's files."
         )
 

@@ -18,6 +18,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
 from ..adapter.metadata import from_metadata, to_metadata, without
 from ..errors import LoRAError, shown
+from ..files.paths import reading
 from ..names import META, canonical
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.quantised_state import quantisation_entries
@@ -92,9 +93,5 @@ def _foreign_in(checkpoint: Mapping[str, Any], described: Any) -> ForeignEntries
     if described is None:
         return ForeignEntries()
     state = by_canonical_names(checkpoint.get("state_dict") or {})
-    try:
+    with reading(f'checkpoint["lora"]["{FOREIGN}"]', "names and versions of foreign entries"):
         return ForeignEntries({name: state[name] for name in described["names"]}, dict(described["versions"]))
-    except (LookupError, TypeError, ValueError) as error:
-        raise LoRAError(
-            f'checkpoint["lora"]: what it says of foreign entries of the state_dict is damaged: {error!r}.'
-        ) from error

@@ -19,9 +19,9 @@ import torch
 from ..adapter.adapter import Adapter
 from ..adapter.metadata import to_metadata
 from ..adapter.renaming import by_network_names
-from ..errors import LoRAError, sentence, shown
+from ..errors import LoRAError, shown
 from ..files.atomic import new_folder
-from ..files.paths import PathLike, given_path, kind_of, read_json, write_json
+from ..files.paths import PathLike, given_path, kind_of, read_json, reading, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, listed
@@ -288,10 +288,8 @@ def description_in(header: Mapping[str, str], where: Path) -> dict[str, Any] | N
     text = header.get(HEADER_KEY)
     if text is None:
         return None
-    try:
+    with reading(where, "an adapter's description in JSON"):
         description = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise LoRAError(f"{where}: its header's description is not JSON: {sentence(error)}") from error
     if not isinstance(description, dict):
         raise LoRAError(f"{where}: the adapter's description is damaged: it is {shown(description, 80)}.")
     return description

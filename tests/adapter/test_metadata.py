@@ -19,7 +19,6 @@ from lightning_lora.adapter.metadata import decode_fingerprint as read_prints
 from lightning_lora.adapter.metadata import decode_layers as read_layers
 from lightning_lora.adapter.metadata import encode_fingerprint as shorten_prints
 from lightning_lora.adapter.metadata import encode_layers as shorten_layers
-from lightning_lora.command.convert import to_lightning
 from lightning_lora.exchange.take import copied
 from support.models import checkpoint
 
@@ -78,9 +77,8 @@ def test_adapter_files_hold_at_most_three_per_cent_beside_the_tensors(tmp_path, 
     size = sum(tensor.nbytes for tensor in adapter_state_dict(net).values())
     assert size == LAYERS * 8 * 512 * 4
     save_adapter(net, tmp_path / "folder")
-    to_lightning(tmp_path / "folder", tmp_path / "imported.ckpt")
     torch.save(checkpoint(net, "adapter"), tmp_path / "written.ckpt")
-    forms = [list((tmp_path / "folder").iterdir()), [tmp_path / "imported.ckpt"], [tmp_path / "written.ckpt"]]
+    forms = [list((tmp_path / "folder").iterdir()), [tmp_path / "written.ckpt"]]
     for files in forms:
         assert size < sum(file.stat().st_size for file in files) <= 1.03 * size, files
 

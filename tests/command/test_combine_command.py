@@ -86,4 +86,4 @@ def test_an_adapter_without_options_is_refused_with_the_remedy(tmp_path: Path, c
     torch.save({"0.lora_A": torch.ones(1, 2), "0.lora_B": torch.ones(2, 1)}, tmp_path / "bare.pt")
     message = refused(capsys, "combine", a, tmp_path / "bare.pt", "--weights", 1, 1, "--output", tmp_path / "c")
     assert "stores tensors and no options" in message
-    assert "pass --lora-alpha to merge, export or import" in message
+    assert "pass --lora-alpha to merge or export" in message

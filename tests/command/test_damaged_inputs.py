@@ -56,7 +56,7 @@ def test_merge_into_a_base_with_more_than_the_network_asks_for_nothing_outside_i
     call(capsys, *merging(tmp_path, tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize("verb", ["merge", "export", "import", "info"])
+@pytest.mark.parametrize("verb", ["merge", "export", "info"])
 def test_a_folder_of_peft_with_a_b_and_no_a_is_refused(tmp_path: Path, capsys: Any, adapter: Path, verb: str):
     """load_adapter refuses it; the command passes over the layer."""
     spoil(adapter, lambda tensors: tensors.pop("base_model.model.two.lora_A.weight"), keep_header=False)
@@ -65,7 +65,6 @@ def test_a_folder_of_peft_with_a_b_and_no_a_is_refused(tmp_path: Path, capsys: A
     args = {
         "merge": merging(tmp_path, adapter),
         "export": ["export", adapter, tmp_path / "copy"],
-        "import": ["import", adapter, tmp_path / "copy.ckpt"],
         "info": ["info", adapter],
     }[verb]
     assert "two.lora_" in refused(capsys, *args)

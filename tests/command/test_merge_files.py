@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, inject, merged_state_dict, save_adapter
-from lightning_lora.command.convert import to_lightning
 from lightning_lora.command.merge import merge_on_disk
 from support.expected_weights import merge_and_check
+from support.models import checkpoint
 from support.notices import quiet_peers
 from support.peers import Fused, base_folder, fill_, in_memory, logits, model, ours, seeded, tensors_of, theirs
 
@@ -138,7 +138,7 @@ def test_merge_of_parts_of_a_fused_projection_equals_that_in_memory(tmp_path, pa
     save_file(net.state_dict(), tmp_path / "base.safetensors")
     inject(net, LoRAConfig(r=2, target_modules=["qkv", "other"], enable_lora={"qkv": parts}))
     save_adapter(fill_(net), tmp_path / "adapter")
-    to_lightning(tmp_path / "adapter", tmp_path / "adapter.ckpt")
+    torch.save(checkpoint(net, "adapter"), tmp_path / "adapter.ckpt")
     expected = merged_state_dict(net)
     for source in ("adapter", "adapter.ckpt"):
         out = tmp_path / f"{source}.safetensors"

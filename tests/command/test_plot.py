@@ -52,7 +52,7 @@ def test_the_command_calls_the_function_and_nothing_else(inputs: Path, capsys: A
         (["IN/a", "--output", "IN/a/out.png"], "write somewhere else"),
         (["IN/a", "--output", "IN/b"], "is a folder; give the name of a file"),
         (["IN/a", "--output", "IN/metrics.csv"], "exists; choose another output, or pass --overwrite to replace it"),
-        (["IN/a", "--output", "IN/metrics.csv", "--overwrite"], "holds no picture, so it is no earlier result"),
+        (["IN/a", "--output", "IN/metrics.csv", "--overwrite"], "'metrics.csv' must end in one of .png, .pdf, .svg."),
     ],
 )
 def test_what_cannot_be_drawn_or_written_is_refused_in_one_line(

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.command.main import main
+from support.models import checkpoint
 from support.peers import call, refused
 
 
@@ -29,7 +30,7 @@ def inputs(tmp_path: Path) -> Path:
     save_file(state, path / "base.safetensors")
     inject(net, LoRAConfig(r=1, init_lora_weights=False))
     save_adapter(net, path / "adapter")
-    assert main(["import", str(path / "adapter"), str(path / "adapter.ckpt")]) == 0
+    torch.save(checkpoint(net, "adapter"), path / "adapter.ckpt")
     return path
 
 
@@ -37,7 +38,6 @@ VERBS: dict[str, tuple[str, list[str]]] = {
     "merge to a folder": ("out", ["merge", "--base", "IN/base", "--adapter", "IN/adapter", "--output", "OUT"]),
     "merge to a file": ("out.pt", ["merge", "--base", "IN/base.pt", "--adapter", "IN/adapter", "--output", "OUT"]),
     "export": ("out", ["export", "IN/adapter.ckpt", "OUT"]),
-    "import": ("out.ckpt", ["import", "IN/adapter", "OUT"]),
     "extract": ("out", ["extract", "--base", "IN/base.safetensors", "--tuned", "IN/tuned.safetensors", "--rank=1",
                         "--output", "OUT"]),
     "plot": ("out.png", ["plot", "IN/adapter", "--output", "OUT"]),
@@ -63,10 +63,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the work began")
 
     for target in (
-        "command.convert.adapter_with_options",
-        "command.convert.export_adapter",
+        "command.main.export_adapter",
         "command.merge.adapter_with_options",
-        "command.main.extract",
+        "command.main.extract_from_weights",
         "command.main.open_weights",
         "command.main.plot_adapter",
     ):
@@ -77,7 +76,6 @@ OVERLAPPING = {  # an input, something inside one, and what holds one
     "merge to a folder": ["base", "base/in", "adapter", "."],
     "merge to a file": ["base.pt", "adapter/in.pt"],
     "export": ["adapter.ckpt", "."],
-    "import": ["adapter/in.ckpt"],
     "extract": ["tuned.safetensors", "base.safetensors", "."],
     "plot": ["adapter/in.png", "."],
 }
@@ -94,56 +92,23 @@ def test_output_that_is_or_holds_an_input_or_lies_in_it_is_refused(inputs: Path,
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_existing_folder_that_is_no_earlier_result_is_not_replaced(inputs: Path, capsys: Any, name: str):
+def test_what_else_lies_in_a_folder_stays_where_a_result_is_written_over_it(inputs: Path, capsys: Any, name: str):
     args, output = command(name, inputs, "--overwrite")
     output.mkdir()
-    (output / "a.jpg").write_text("mine")
-    assert "is no earlier result, and is not replaced" in refused(capsys, *args)
-    assert contents(output) == {"a.jpg": b"mine"}
-    (output / "a.jpg").unlink()
     call(capsys, *args[:-1])  # an empty folder is as good as none
-
-
-@every_verb
-def test_output_in_a_home_folder_that_no_shell_put_in_is_refused(
-    inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
-):
-    """bash leaves the ~ of --output=~/out as it is. A folder named ~ would be made in the current folder."""
-    monkeypatch.chdir(inputs.parent)
-    arguments, output = command(name, inputs)
-    given = [f"~/{output.name}" if argument == str(output) else argument for argument in arguments]
-    assert f"~/{output.name} begins with '~'" in refused(capsys, *given)
-    assert not Path("~").exists()
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pt"])
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_with_the_name_of_a_file_is_refused(inputs: Path, capsys: Any, name: str, suffix: str):
-    arguments, output = command(name, inputs)
-    given = [f"{output}{suffix}" if argument == str(output) else argument for argument in arguments]
-    assert f"{output}{suffix} is to be a folder, and its name is that of a file" in refused(capsys, *given)
-    assert not Path(f"{output}{suffix}").exists()
+    (output / "a.jpg").write_text("mine")
+    assert "pass --overwrite to replace it" in refused(capsys, *args[:-1])
+    call(capsys, *args)
+    assert contents(output)["a.jpg"] == b"mine"
 
 
 def test_merge_over_an_adapter_is_refused(inputs: Path, capsys: Any):
-    """Its folder has safetensors too."""
+    """from_pretrained would add it to the merged weights."""
     args, output = command("merge to a folder", inputs, "--overwrite")
     (inputs / "adapter").rename(output)
     before = contents(output)
     args[args.index("--adapter") + 1] = str(inputs / "adapter.ckpt")
-    assert "is no earlier result, and is not replaced" in refused(capsys, *args)
-    assert contents(output) == before
-
-
-@pytest.mark.parametrize("content", ["checkpoint", "text"])
-def test_import_over_what_is_no_adapter_is_refused(inputs: Path, capsys: Any, content: str):
-    args, output = command("import", inputs, "--overwrite")
-    if content == "text":
-        output.write_text("mine")
-    else:
-        torch.save({"state_dict": {"weight": torch.ones(2)}, "epoch": 3}, output)
-    before = contents(output)
-    assert "holds no adapter, so it is no earlier result, and is not replaced" in refused(capsys, *args)
+    assert "holds adapter_config.json" in refused(capsys, *args)
     assert contents(output) == before
 
 
@@ -176,7 +141,7 @@ def test_output_where_nothing_can_be_written_is_refused_before_any_work(
 
 
 @every_verb
-def test_ctrl_c_before_an_earlier_result_is_replaced_says_that_nothing_was_written(
+def test_ctrl_c_before_an_earlier_result_is_replaced_leaves_it(
     inputs: Path, capsys: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ):
     args, output = command(name, inputs)
@@ -188,5 +153,5 @@ def test_ctrl_c_before_an_earlier_result_is_replaced_says_that_nothing_was_writt
 
     monkeypatch.setattr(os, "replace", press)
     assert main([*args, "--overwrite"]) == 130
-    assert capsys.readouterr().err == f"lightning-lora {args[0]}: interrupted; nothing was written\n"
+    assert capsys.readouterr().err == f"lightning-lora {args[0]}: interrupted.\n"
     assert contents(output) == before

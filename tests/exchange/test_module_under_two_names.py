@@ -17,12 +17,12 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     combine,
+    export_adapter,
     inject,
     load_adapter,
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.model.adapted_model import open_model
 from support.expected_weights import merge_and_check
 from support.lightning_versions import PLAIN_TYPES_ONLY
@@ -100,15 +100,9 @@ def answers(net: nn.Module) -> torch.Tensor:
     return result
 
 
-def imported(net: nn.Module, path: Path) -> Any:
-    save_adapter(net, path / "to_import")
-    to_lightning(path / "to_import", path / "imported.ckpt")
-    return path / "imported.ckpt"
-
-
 def exported(net: nn.Module, path: Path) -> Any:
     torch.save(checkpoint(net, "adapter"), path / "to_export.ckpt")
-    to_peft(path / "to_export.ckpt", path / "exported")
+    export_adapter(path / "to_export.ckpt", path / "exported")
     return path / "exported"
 
 
@@ -122,7 +116,6 @@ DOORS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "adapter": lambda net, path: checkpoint(net, "adapter"),
     "merged": lambda net, path: checkpoint(net, "merged"),
     "full": lambda net, path: checkpoint(net, "full"),
-    "import": imported,
     "export": exported,
     "combine": lambda net, path: combine([folder(net, path)], [1.0]),
 }

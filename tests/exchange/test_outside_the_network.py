@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import load_adapter, save_adapter, take_adapter, unload
-from lightning_lora.command.convert import to_peft
+from lightning_lora import export_adapter, load_adapter, save_adapter, take_adapter, unload
 from support.expected_weights import merge_and_check
 from support.runs import lora
 from support.training import CLASSES, FEATURES, Data, Net, assert_same_tensors, inputs, make_trainer, own_random_stream
@@ -79,7 +78,7 @@ def network_outputs(network: nn.Module) -> torch.Tensor:
 WAYS: dict[str, Callable[[Contrast, Path], Any]] = {
     "a model": save_adapter,
     "in memory": lambda model, path: save_adapter(take_adapter(model), path),
-    "a checkpoint": lambda model, path: to_peft(model.file, path),
+    "a checkpoint": lambda model, path: export_adapter(model.file, path),
 }
 
 

@@ -19,13 +19,13 @@ from lightning_lora import (
     LoRACallback,
     combine,
     disable_adapter,
+    export_adapter,
     load_adapter,
     load_from_checkpoint,
     save_adapter,
     save_merged,
 )
 from lightning_lora.adapter.renaming import by_network_names
-from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.exchange.save_load import read_adapter
 from lightning_lora.files.safetensors import read_safetensors
 from lightning_lora.formats.peft_folder import HEADER_KEY
@@ -149,14 +149,8 @@ def loaded(source: Any, tied: bool) -> torch.Tensor:
     return answers(model)
 
 
-def imported(path: Path, tied: bool) -> torch.Tensor:
-    to_lightning(path / "folder", path / "imported.ckpt")
-    return loaded(path / "imported.ckpt", tied)
-
-
 def exported(path: Path, tied: bool) -> torch.Tensor:
-    to_lightning(path / "folder", path / "once.ckpt")
-    to_peft(path / "once.ckpt", path / "exported")
+    export_adapter(path / "adapter.ckpt", path / "exported")
     return loaded(path / "exported", tied)
 
 
@@ -179,10 +173,9 @@ def merged_on_disk(path: Path, tied: bool) -> torch.Tensor:
 
 
 def predicted(path: Path, tied: bool) -> torch.Tensor:
-    to_lightning(path / "folder", path / "to_predict.ckpt")
     options = read_adapter(path / "folder").config
     trainer = make_trainer(path, LoRACallback(options))
-    return torch.cat(trainer.predict(Net(tied), batches(), ckpt_path=path / "to_predict.ckpt", **PLAIN_TYPES_ONLY))
+    return torch.cat(trainer.predict(Net(tied), batches(), ckpt_path=path / "adapter.ckpt", **PLAIN_TYPES_ONLY))
 
 
 def by_peft(path: Path, tied: bool) -> torch.Tensor:
@@ -196,8 +189,7 @@ DOORS: dict[str, Callable[[Path, bool], torch.Tensor]] = {
     "checkpoint": lambda path, tied: loaded(path / "adapter.ckpt", tied),
     "tensor file": lambda path, tied: loaded(path / "folder" / TENSORS, tied),
     "load_from_checkpoint": lambda path, tied: answers(load_from_checkpoint(Net, path / "adapter.ckpt")),
-    "import": imported,
-    "import and export": exported,
+    "export": exported,
     "saved again": saved_again,
     "combine": combined,
     "merge": merged_on_disk,
@@ -206,8 +198,8 @@ DOORS: dict[str, Callable[[Path, bool], torch.Tensor]] = {
 }
 IMPOSSIBLE = {  # for reasons that their own tests show
     ("beside magnitudes", "combine"),
-    ("beside a saved module", "import and export"),
-    ("a weight that an entry of PEFT takes", "import and export"),
+    ("beside a saved module", "export"),
+    ("a weight that an entry of PEFT takes", "export"),
     ("a tied weight", "peft"),  # which unties it
 }
 

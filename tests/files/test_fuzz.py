@@ -26,7 +26,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
-from lightning_lora.command.convert import to_lightning
 from lightning_lora.command.info import diff, info
 from support.expected_weights import merge_and_check
 from support.fuzz_reference import (
@@ -37,7 +36,7 @@ from support.fuzz_reference import (
     assert_others_kept,
     weights_in,
 )
-from support.models import Zoo, trace, zoo_config
+from support.models import Zoo, checkpoint, trace, zoo_config
 
 INPUTS = int(os.environ.get("LORA_FUZZ_INPUTS", "40"))  # of each kind; always the same ones, of which more are more
 INDEX = "model.safetensors.index.json"
@@ -100,7 +99,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(net, path / "ours")
     shutil.copytree(path / "ours", path / "foreign")
     save_file(load_file(path / "ours" / "adapter_model.safetensors"), path / "foreign" / "adapter_model.safetensors")
-    to_lightning(path / "ours", path / "adapter.ckpt")
+    torch.save(checkpoint(net, "adapter"), path / "adapter.ckpt")
     (path / "base").mkdir()
     state = dict(zoo().state_dict())
     torch.save({"state_dict": state, "epoch": 1}, path / "base.ckpt")

@@ -176,7 +176,7 @@ def test_extract_into_a_parent_that_cannot_be_written_is_refused_before_the_work
 # --- overwriting ---
 
 
-TARGETS = {"export": "out", "import": "out.ckpt", "extract": "out"}
+TARGETS = {"export": "out", "extract": "out"}
 
 
 def verb(name: str, inputs: Path, source: Path, out: Path) -> list[object]:
@@ -278,7 +278,7 @@ MERGED = {"folder": "", "folder again": "", "safetensors": ".safetensors", "torc
 
 @pytest.mark.parametrize("moment", ["moved", "cleaning up"])
 @pytest.mark.parametrize("name", [*MERGED, *TARGETS])
-def test_ctrl_c_after_the_result_is_in_place_says_that_it_was_written(
+def test_ctrl_c_after_the_result_is_in_place_leaves_it(
     inputs: Path, name: str, moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     results = inputs.parent / "results"
@@ -296,8 +296,6 @@ def test_ctrl_c_after_the_result_is_in_place_says_that_it_was_written(
         status = main([str(arg) for arg in args])
     except KeyboardInterrupt:
         status = None  # else pytest would stop
-    printed = capsys.readouterr()
     assert status == 130
-    assert "nothing was written" not in printed.err
-    assert f"{out} was written" in printed.err
+    assert capsys.readouterr().err.endswith(": interrupted.\n")
     assert contents(out)

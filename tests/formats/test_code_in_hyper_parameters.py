@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRACLI, LoRAError, load_adapter, load_from_checkpoint
-from lightning_lora.command.convert import to_peft
+from lightning_lora import LoRACallback, LoRACLI, LoRAError, export_adapter, load_adapter, load_from_checkpoint
 from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
 from support.lightning_versions import ANY_OBJECTS
@@ -193,7 +192,7 @@ def test_other_doors_take_no_notice_of_hyper_parameters(file: Path, case: str, t
     path = with_hyper_parameters(file, _instantiator="trap.build", **HOSTILE[case])
     assert info(path)["kind"] == "Lightning checkpoint of kind 'adapter'"
     load_adapter(Net(), path)
-    to_peft(path, tmp_path / "folder")
+    export_adapter(path, tmp_path / "folder")
     torch.save(Net().state_dict(), tmp_path / "base.pt")
     merge_on_disk(tmp_path / "base.pt", path, tmp_path / "merged.pt")
     for run in ("validate", "test"):

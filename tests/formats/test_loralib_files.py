@@ -55,23 +55,20 @@ def test_loralib_file_without_lora_alpha_is_refused_with_the_remedy(tmp_path, ca
     load_adapter(fresh, tmp_path / "lora.pt")
     x = torch.randn(3, 6)
     torch.testing.assert_close(fresh(x), from_loralib(x))
-    for verb, name in (("export", "x"), ("import", "x.ckpt")):
-        shown = refused(capsys, verb, tmp_path / "lora.pt", tmp_path / name)
-        assert "Ask whoever trained it, and pass --lora-alpha to merge, export or import" in shown
+    shown = refused(capsys, "export", tmp_path / "lora.pt", tmp_path / "x")
+    assert "Ask whoever trained it, and pass --lora-alpha to merge or export" in shown
     assert "lora_alpha must come from whoever trained it" in call(capsys, "info", tmp_path / "lora.pt")
     assert not (tmp_path / "x").exists()
 
 
-def test_loralib_file_with_its_lora_alpha_is_exported_imported_and_merged(tmp_path, capsys, from_loralib: Loralib):
+def test_loralib_file_with_its_lora_alpha_is_exported_and_merged(tmp_path, capsys, from_loralib: Loralib):
     x = torch.randn(3, 6)
     expected = from_loralib(x)
     alpha = ["--lora-alpha", 3]
     call(capsys, "export", tmp_path / "lora.pt", tmp_path / "folder", *alpha)
-    call(capsys, "import", tmp_path / "lora.pt", tmp_path / "a.ckpt", *alpha)
-    for source in (tmp_path / "folder", tmp_path / "a.ckpt"):
-        fresh = Plain(from_loralib)
-        load_adapter(fresh, source)
-        torch.testing.assert_close(fresh(x), expected)
+    fresh = Plain(from_loralib)
+    load_adapter(fresh, tmp_path / "folder")
+    torch.testing.assert_close(fresh(x), expected)
     base = ["--base", tmp_path / "base.pt", "--output", tmp_path / "out.pt"]
     call(capsys, "merge", *base, "--adapter", tmp_path / "lora.pt", *alpha)
     fresh = Plain()

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAError, load_adapter, load_from_checkpoint, save_adapter
-from lightning_lora.command.convert import to_peft
+from lightning_lora import LoRACallback, LoRAError, export_adapter, load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.torch_archive import read_torch_file
@@ -126,7 +125,7 @@ def test_load_adapter_and_info_read_a_checkpoint_with_objects_and_unpickle_none(
     assert load_adapter(loaded := fresh(), file) == ["body.0", "body.2"]
     assert torch.equal(outputs(loaded), outputs(model))
     assert info(file)["kind"] == f"Lightning checkpoint of kind {kind!r}"
-    to_peft(file, tmp_path / "folder")
+    export_adapter(file, tmp_path / "folder")
     load_adapter(again := fresh(), tmp_path / "folder")
     assert torch.equal(outputs(again), outputs(model))
     assert not unpickled

@@ -95,9 +95,9 @@ def test_the_command_takes_an_edited_alpha(tmp_path, capsys):
     check_merge_command(*merge)
     for name, value in merged_state_dict(net).items():
         torch.testing.assert_close(read_torch_file(tmp_path / "merged.pt")[name], value)
-    call(capsys, "import", tmp_path / "a", tmp_path / "a.ckpt")
+    call(capsys, "export", tmp_path / "a", tmp_path / "b")
     again = model("convolutions")
-    load_adapter(again, tmp_path / "a.ckpt")
+    load_adapter(again, tmp_path / "b")
     close(logits(again), logits(net))
 
 

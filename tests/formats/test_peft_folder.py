@@ -21,15 +21,16 @@ from lightning_lora import (
     LoRAError,
     adapter_state_dict,
     combine,
+    export_adapter,
     inject,
     load_adapter,
     merge_and_unload,
     read_adapter,
     save_adapter,
 )
-from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.formats.peft_folder import read_folder, write_folder
 from lightning_lora.model.adapted_model import open_model
+from support.models import checkpoint
 from support.notices import quiet_peers
 from support.peers import (
     TENSORS,
@@ -325,8 +326,9 @@ def test_layers_by_number_that_say_something_else_than_the_tensors_are_passed_ov
 @pytest.mark.parametrize("options", [*BY_NUMBER, {"exclude_modules": r".*layers\.0\..*"}])
 def test_what_options_take_out_of_the_targets_stays_out_where_a_folder_goes_through_a_checkpoint(tmp_path, options):
     other = theirs("llama", tmp_path / "theirs", **options)
-    to_lightning(tmp_path / "theirs", tmp_path / "a.ckpt")
-    to_peft(tmp_path / "a.ckpt", tmp_path / "again")
+    load_adapter(net := model("llama"), tmp_path / "theirs")
+    torch.save(checkpoint(net, "adapter"), tmp_path / "a.ckpt")
+    export_adapter(tmp_path / "a.ckpt", tmp_path / "again")
     read = read_by_peft("llama", tmp_path / "again")
     assert adapted_by_peft(read) == adapted_by_peft(other)
     close(logits(read), logits(other))
@@ -404,17 +406,14 @@ def test_peft_loads_adapters_of_every_start_on_every_layer(tmp_path, kind: str, 
     assert open_model(again, "test").record.config.init_lora_weights == init
 
 
-@pytest.mark.parametrize("door", ["export", "combine", "extract", "import"])
+@pytest.mark.parametrize("door", ["export", "combine", "extract"])
 def test_an_adapter_without_buffers_loads_after_every_door(tmp_path, door: str):
     other = theirs("convolutions", tmp_path / "a")  # PEFT saves no statistics of BatchNorm
     target: Any = tmp_path / "b"
     if door == "export":
-        to_peft(tmp_path / "a", target)
+        export_adapter(tmp_path / "a", target)
     elif door == "combine":
         combine([tmp_path / "a"], [1], output=target)
-    elif door == "import":
-        target = tmp_path / "b.ckpt"
-        to_lightning(tmp_path / "a", target)
     else:
         write_folder(replace(read_folder(tmp_path / "a"), fingerprint={}, complete=False), target)
     net = model("convolutions")

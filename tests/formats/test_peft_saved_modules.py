@@ -16,8 +16,9 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
 from lightning_lora.model.adapted_model import open_model
+from support.models import checkpoint
 from support.notices import quiet_peers
-from support.peers import SMALL, TENSORS, call, close, config_of, logits, refused, seeded, spread_
+from support.peers import SMALL, TENSORS, close, config_of, logits, refused, seeded, spread_
 
 pytestmark = quiet_peers
 
@@ -167,8 +168,8 @@ def test_an_entry_that_peft_would_take_for_an_adapted_layer_is_refused(tmp_path)
 
 
 def test_the_command_refuses_an_export_that_needs_the_base(tmp_path, capsys):
-    by_us("classifier", tmp_path / "a")
-    call(capsys, "import", tmp_path / "a", tmp_path / "a.ckpt")
+    net = by_us("classifier", tmp_path / "a")
+    torch.save(checkpoint(net, "adapter"), tmp_path / "a.ckpt")
     shown = refused(capsys, "export", tmp_path / "a.ckpt", tmp_path / "b")
     assert "wants 'pre_classifier.bias' in the file" in shown
     assert "Load the adapter onto its model and call save_adapter" in shown

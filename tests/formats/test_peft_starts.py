@@ -30,6 +30,7 @@ from lightning_lora import (
 from lightning_lora.exchange.save_load import read_adapter
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.nn import starts
+from support.models import checkpoint
 from support.notices import quiet_peers
 from support.parameters import Experts
 from support.peers import call
@@ -387,9 +388,9 @@ def test_info_and_diff_measure_what_is_added(files, capsys):
     assert untrained["layers"]["one"]["norm_delta"] == 0
 
 
-def test_export_and_import_keep_the_start(files, capsys):
+def test_export_of_a_checkpoint_keeps_the_start(files, capsys):
     model, path = files
-    call(capsys, "import", path / "folder", path / "a.ckpt")
+    torch.save(checkpoint(model, "adapter"), path / "a.ckpt")
     call(capsys, "export", path / "a.ckpt", path / "again")
     for source in ("a.ckpt", "again"):
         again = base()

@@ -126,9 +126,6 @@ def test_the_command_reads_the_checkpoint_as_any_adapter(tmp_path, capsys, lit):
     assert "also in it, whole: model.pre_classifier.weight, model.pre_classifier.bias, model.classifier.w" in shown
     call(capsys, "export", tmp_path / "lit.ckpt", tmp_path / "folder", "--lora-alpha", 16)
     close(logits(peft.PeftModel.from_pretrained(network(), tmp_path / "folder").eval()), logits(lit.model))
-    call(capsys, "import", tmp_path / "lit.ckpt", tmp_path / "ours.ckpt", "--lora-alpha", 16)
-    load_adapter(net := network(), tmp_path / "ours.ckpt")
-    close(logits(net), logits(lit.model))
     network().save_pretrained(tmp_path / "base")
     paths = ("--base", tmp_path / "base", "--adapter", tmp_path / "lit.ckpt", "--output", tmp_path / "merged")
     paths = (*paths, "--lora-alpha", 16)

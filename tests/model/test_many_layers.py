@@ -25,7 +25,6 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.command.convert import to_lightning
 from lightning_lora.command.info import diff, info
 from support.expected_weights import merge_and_check
 from support.models import checkpoint
@@ -83,12 +82,11 @@ def steps(count: int, form: str, path: Path) -> dict[str, Callable[[], Any]]:
         "again": lambda: load_adapter(net, path / "folder"),
         "from a checkpoint": lambda: load_adapter(other, path / "written.ckpt"),
         "under a prefix": lambda: load_adapter(nn.ModuleDict({"network": inner}), path / "folder"),
-        "import": lambda: to_lightning(path / "folder", path / "imported.ckpt"),
         "PEFT's folder": lambda: load_adapter(third, without_our_header(path / "folder", peft)),
         "merge a file": lambda: merge_and_check(path / "base.safetensors", peft, path / "o.safetensors"),
         "merge a checkpoint": lambda: merge_and_check(path / "base.pt", path / "folder", path / "out.pt"),
         "info": lambda: info(path / "folder"),
-        "diff": lambda: diff(path / "folder", path / "imported.ckpt"),
+        "diff": lambda: diff(path / "folder", path / "written.ckpt"),
         "unload": lambda: unload(bare),
         "merge_and_unload": lambda: merge_and_unload(other),
     }
