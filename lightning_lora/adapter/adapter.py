@@ -48,8 +48,8 @@ class Adapter:
 
     Attributes:
         tensors: factors, trained parameters and buffers.
-        base: whole tensors that PEFT wrote beside the adapter and that nothing says were trained. They are the base's,
-            or those of a resized table: only a model tells, see align.split_off_base. They have entries in the
+        base: whole tensors that a PEFT folder has beside the adapter, and that nothing says were trained. They are the
+            base's, or those of a resized table: only a model tells, see align.split_off_base. They have entries in the
             fingerprint.
         layers: each adapted layer and parameter, in the order of the tensors. Left out, they are those that the tensors
             have; see with_layers.

@@ -174,7 +174,7 @@ def _fill_(
     """Write an adapter into a model that has its layers, after all checks. In place. All or nothing."""
     handle = live.handle
     adapter = _as_in_model(adapter, handle.kinds)
-    adapter = add_frozen_weights(live, split_off_base(live, split_off_foreign(live, adapter)))
+    adapter = add_frozen_weights(live, split_off_foreign(live, split_off_base(live, adapter)))
     check_adapter(live, names, adapter, specs=specs)
     check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
     copy_values(live, adapter, specs, merge_after=merge_after)

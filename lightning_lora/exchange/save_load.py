@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -118,13 +119,11 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
 
 def _write(handle: AdaptedModel, adapter: Adapter, path: PathLike) -> None:
     """Write the adapter of an injected model as a folder. Collective where the model is sharded."""
-    frozen = frozen_values(
-        LiveState(handle), [adapter.network + name for name in frozen_in_saved(by_network_names(adapter))]
-    )
-    network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
+    frozen = [adapter.network + name for name in frozen_in_saved(by_network_names(adapter))]
+    adapter = replace(adapter, base=frozen_values(LiveState(handle), frozen))
     sync = RankSync(layer.adapted_weight() for layer in handle.layers.values())
     writes = writes_files(module for _, module in handle.modules)
-    write = partial(write_folder, adapter, path, network_frozen)
+    write = partial(write_folder, adapter, path)
     sync.run("save_adapter", write if writes else None)
     sync.raise_on_any_rank()
 

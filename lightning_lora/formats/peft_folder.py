@@ -61,30 +61,22 @@ class FolderContent(NamedTuple):
     description: dict[str, Any]
 
 
-def write_folder(
-    adapter: Adapter,
-    path: PathLike,
-    frozen: Mapping[str, torch.Tensor] | None = None,
-    *,
-    plain: bool = False,
-    network: str = "",
-) -> None:
+def write_folder(adapter: Adapter, path: PathLike, *, plain: bool = False, network: str = "") -> None:
     """Write an adapter as a PEFT folder under the network's names. What else is there stays, a model card too.
 
     Args:
-        adapter: what is written.
+        adapter: what is written. The tensors of frozen_in_saved are in its `base`.
         path: the folder.
-        frozen: the tensors of frozen_in_saved, by the network's names.
         plain: the adapter has the plain form of plain.py, and its layers are named as that form wants it.
         network: the prefix of the network in the LightningModule that was saved, where the adapter does not tell it.
 
     Raises:
-        LoRAError: PEFT has no equal of one of its layers, or wants frozen tensors that were not given. Nothing is
+        LoRAError: PEFT has no equal of one of its layers, or wants frozen tensors that it does not hold. Nothing is
             written.
     """
     network = network or ("" if adapter.pretrained else adapter.network)
     _tell_what_differs(adapter, path)
-    content = folder_content(adapter, frozen, plain=plain)
+    content = folder_content(adapter, plain=plain)
     tensors = _copies(content.tensors)
     text = json.dumps(content.description, separators=(",", ":"))
     has_card = os.path.lexists(given_path(path) / CARD_FILE)
@@ -115,15 +107,13 @@ def _tell_what_differs(adapter: Adapter, path: PathLike) -> None:
         tell(_names_of_whole(adapter, path))
 
 
-def folder_content(
-    adapter: Adapter, frozen: Mapping[str, torch.Tensor] | None = None, *, plain: bool = False
-) -> FolderContent:
+def folder_content(adapter: Adapter, *, plain: bool = False) -> FolderContent:
     """Return what write_folder writes, without extra state that is no tensor. Arguments and errors are its own."""
     tensors = {name: value for name, value in adapter.tensors.items() if isinstance(value, torch.Tensor)}
     if len(tensors) < len(adapter.tensors):
         adapter = replace(adapter, tensors=tensors, complete=False)
     own = by_network_names(adapter)
-    _refuse_missing_frozen(own, frozen or {})
+    frozen = _frozen_in_saved(own)
     for name in own.layers:
         _refuse_without_equal(own, name)
     refuse_to_write_beside_conv1d(own)
@@ -132,7 +122,7 @@ def folder_content(
     own, idle = add_idle_attention(own)
     in_peft = without_enable_lora(to_peft_form(own))
     nesting = nesting_of(own.parameters)
-    values = stacks_to_peft({**in_peft.tensors, **(frozen or {})}, factor_names(own).values())
+    values = stacks_to_peft({**in_peft.tensors, **frozen}, factor_names(own).values())
     description = to_metadata(own)
     if idle:
         description[IDLE] = idle
@@ -148,15 +138,11 @@ def folder_content(
 def _names_of_whole(adapter: Adapter, path: PathLike) -> str:
     """Say onto which module PEFT loads an adapter of more than a transformers model."""
     name = adapter.pretrained.removesuffix(".")
-    outside = [layer for layer in adapter.layers if not layer.startswith(adapter.pretrained)]
-    alone = f"save_adapter(module.{name}, path) writes the adapter of that model alone."
-    if outside:
-        alone = f"A folder for that model alone needs a run that adapts no layer outside of it, as {outside[0]!r} is."
     call = ".".join(["Net()", *adapter.network.split(".")]).removesuffix(".")
     return (
         f"lightning_lora: something outside of the transformers model {name!r} was trained too, so names in {path} are "
         f"those of {module_in_words(adapter)}, and PEFT loads it onto that: PeftModel.from_pretrained({call}, path). "
-        f"{alone}"
+        f"save_adapter(module.{name}, path) writes the adapter of that model alone."
     )
 
 
@@ -185,14 +171,17 @@ def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
 
 
-def _refuse_missing_frozen(adapter: Adapter, frozen: Mapping[str, torch.Tensor]) -> None:
-    missing = [name for name in frozen_in_saved(adapter) if name not in frozen]
+def _frozen_in_saved(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return the frozen tensors that PEFT wants in the file."""
+    wanted = frozen_in_saved(adapter)
+    missing = [name for name in wanted if name not in adapter.base]
     if missing:
         raise LoRAError(
             f"save_adapter: PEFT's modules_to_save takes every module whose name ends in an entry, and so wants "
             f"{missing[0]!r} in the file, which the adapter does not hold. Load the adapter onto its model and call "
             "save_adapter."
         )
+    return {name: adapter.base[name] for name in wanted}
 
 
 def _refuse_without_equal(adapter: Adapter, name: str) -> None:

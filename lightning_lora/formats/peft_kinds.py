@@ -13,13 +13,12 @@ from ..nn.low_rank import ATTENTION_OUTPUT, CONV
 from .peft_equivalents import check_peft_version
 
 
-def kinds_of(adapter: Adapter, in_names: Mapping[str, str], peft_version: object, where: object) -> dict[str, str]:
+def kinds_of(adapter: Adapter, in_names: Mapping[str, str], where: object) -> dict[str, str]:
     """Return the kind of each layer whose kind PEFT's names and the factors' shapes tell.
 
     Args:
-        adapter: its tensors alone count.
+        adapter: by its tensors alone.
         in_names: the kinds that names tell.
-        peft_version: the version of peft that wrote the tensors, if known.
         where: for messages.
 
     Raises:
@@ -27,7 +26,7 @@ def kinds_of(adapter: Adapter, in_names: Mapping[str, str], peft_version: object
     """
     kinds = dict(in_names)
     if ATTENTION_OUTPUT in kinds.values():
-        check_peft_version(peft_version, where)
+        check_peft_version(adapter.peft_version, where)
     for name in adapter.module_layers:  # of a parameter its model tells whether it is a stack, and which
         a, b = adapter.tensors.get(f"{name}.{A}"), adapter.tensors.get(f"{name}.{B}")
         if a is not None and b is not None and a.dim() == b.dim() > 2:

@@ -120,27 +120,24 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
 
 def _foreign(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
     """Return what names and shapes tell of an adapter that another program wrote."""
-    options = source.options
     refuse_nested(tensors, source.where)
-    adapter = Adapter(tensors, network=names.network, peft_version="")
-    kinds = kinds_of(adapter, names.kinds, (options or {}).get("peft_version"), source.where)
-    adapter = adapter.with_kinds(kinds)
-    if options is None and adapter.rows():
+    options = source.options or {}
+    adapter = Adapter(
+        tensors,
+        network=names.network,
+        fan_in_fan_out=options.get("fan_in_fan_out") is True,
+        peft_version=str(options.get("peft_version") or ""),
+    )
+    adapter = adapter.with_kinds(kinds_of(adapter, names.kinds, source.where))
+    if source.options is None and adapter.rows():
         raise LoRAError(
             f"{source.where}: holds trained rows of {next(iter(adapter.rows()))!r}, and not which rows these are: that "
             "is in adapter_config.json alone. Write a folder with PeftModel.save_pretrained(path), and give that."
         )
-    base = _base_in_state(adapter, names) if options is None else _base_in_folder(adapter, options)
-    values = {name: tensors[name] for name in tensors if name in base}
-    entries = fingerprint_entries(values.items())
-    adapter = replace(adapter, tensors=without(tensors, base), base=values, fingerprint=entries)
-    if options is None:
-        return adapter
-    return replace(
-        adapter,
-        fan_in_fan_out=options.get("fan_in_fan_out") is True,
-        peft_version=str(options.get("peft_version") or ""),
-    )
+    names_of_base = _base_in_state(adapter, names) if source.options is None else _base_in_folder(adapter, options)
+    base = {name: value for name, value in tensors.items() if name in names_of_base}
+    entries = fingerprint_entries(base.items())
+    return replace(adapter, tensors=without(tensors, base), base=base, fingerprint=entries)
 
 
 def _with_options(adapter: Adapter, options: Mapping[str, Any], source: Source) -> Adapter:
@@ -248,7 +245,7 @@ def factor_names(adapter: Adapter) -> dict[str, tuple[str, str]]:
 
 
 def _without_additions(adapter: Adapter, description: Mapping[str, Any], where: str) -> Adapter:
-    """Return the adapter without what was written for PEFT alone: idle attention, and frozen tensors.
+    """Return the adapter without what was written for PEFT alone: idle attention; frozen tensors go to the base.
 
     Raises:
         LoRAError: the description is damaged, or the factors of idle attention are not zero any more.
@@ -259,9 +256,8 @@ def _without_additions(adapter: Adapter, description: Mapping[str, Any], where: 
     changed = [name for name in idle if name not in idle_attention(adapter)]
     if changed:
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
-    frozen = adapter.fingerprint.keys()
-    kept = {name: value for name, value in adapter.tensors.items() if name not in frozen}
-    return replace(adapter, tensors=kept).without_layers(idle)
+    frozen = {name: value for name, value in adapter.tensors.items() if name in adapter.fingerprint}
+    return replace(adapter, tensors=without(adapter.tensors, frozen), base=frozen).without_layers(idle)
 
 
 def _without_idle_attention(adapter: Adapter) -> Adapter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,6 @@ from lightning_lora import (
 )
 from lightning_lora.adapter.renaming import by_network_names
 from lightning_lora.exchange.save_load import read_adapter
-from lightning_lora.files.safetensors import read_safetensors
-from lightning_lora.formats.peft_folder import HEADER_KEY
-from lightning_lora.formats.peft_reading import FROZEN
 from support.expected_weights import merge_and_check
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.notices import quiet_peers
@@ -263,8 +259,7 @@ def test_a_run_resumed_after_the_unfreezing_goes_on_as_if_uninterrupted(tmp_path
 
 def test_the_description_names_a_weight_as_trained_or_as_frozen_and_never_as_both(tmp_path):
     fit(tmp_path, ["net.pre_head.weight"], {"modules_to_save": ["head"]})
-    _, header = read_safetensors(tmp_path / "folder" / TENSORS)
-    assert json.loads(header[HEADER_KEY])[FROZEN] == ["pre_head.bias"]
+    assert "base_model.model.pre_head.bias" in load_file(tmp_path / "folder" / TENSORS)
     for source in ("folder", "adapter.ckpt"):
         adapter = by_network_names(read_adapter(tmp_path / source))
         assert "pre_head.weight" in adapter.tensors

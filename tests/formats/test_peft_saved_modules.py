@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
+from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, read_adapter, save_adapter
 from lightning_lora.model.adapted_model import open_model
 from support.models import checkpoint
 from support.notices import quiet_peers
@@ -148,6 +148,13 @@ def test_a_frozen_module_that_peft_takes_is_stored_and_stays_frozen_here(tmp_pat
     load_adapter(net := distilbert(), tmp_path)
     assert not net.pre_classifier.weight.requires_grad
     assert "pre_classifier.weight" not in adapter_state_dict(net)
+
+
+def test_an_adapter_that_was_read_is_written_with_its_frozen_module_again(tmp_path):
+    by_us("classifier", tmp_path / "a")
+    save_adapter(read_adapter(tmp_path / "a"), tmp_path / "b")
+    for name in (TENSORS, "adapter_config.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
 def test_a_full_name_stands_for_an_entry_that_peft_would_take_further(tmp_path):

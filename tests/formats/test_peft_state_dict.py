@@ -11,6 +11,7 @@ import lightning as L
 import peft
 import pytest
 import torch
+import torchmetrics
 import transformers
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -118,6 +119,21 @@ def test_a_lightning_module_around_the_plain_network_is_a_target_too(tmp_path, l
     inject(plain, LoRAConfig(**OURS))
     load_adapter(plain, lit.model.state_dict())
     close(logits(plain.net), logits(lit.model))
+
+
+def test_a_persistent_metric_beside_the_peft_model_comes_along(lit):
+    class Plain(L.LightningModule):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.model, self.total = net, torchmetrics.SumMetric()
+            self.total.persistent(True)
+
+    saved, plain = Plain(lit.model), Plain(network())
+    saved.total.update(5)
+    inject(plain, LoRAConfig(**OURS))
+    load_adapter(plain, saved.state_dict())
+    assert plain.total.sum_value == 5
+    close(logits(plain.model), logits(lit.model))
 
 
 def test_the_command_reads_the_checkpoint_as_any_adapter(tmp_path, capsys, lit):
