@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -105,25 +105,19 @@ def with_foreign(live: LiveState, state: Mapping[str, Any], foreign: ForeignEntr
         state: without wrappers' segments, with the model's own metadata. Foreign entries in it are replaced.
         foreign: without wrappers' segments.
     """
-    name_here = names_here(live.handle.model)
     modules = [name for name, _ in live.handle.model.named_modules(remove_duplicate=False)]
-    entries = {name_here(name): value for name, value in {**state, **foreign.values}.items()}
+    inner = {canonical(name): name for name in modules}  # of a wrapper and the module inside, the module
+    entries = {_name_here(name, inner): value for name, value in {**state, **foreign.values}.items()}
     versions = {name: foreign.versions[canonical(name)] for name in modules if canonical(name) in foreign.versions}
     return with_metadata(entries, metadata_of(state) | versions)
 
 
-def names_here(model: nn.Module) -> Callable[[str], str]:
-    """Return a function that turns a name of any form into the one that load_state_dict expects."""
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    inner = {canonical(name): name for name in modules}  # of a wrapper and the module inside, the module
-
-    def name_here(name: str) -> str:
-        name = canonical(name)
-        owner = next((module for module in reversed(parent_names(name)) if module in inner), "")
-        full = inner[owner] + name[len(owner) :] if owner else name
-        return full.replace(f"{CHECKPOINTED}.", "")  # checkpoint_wrapper adds its segment itself
-
-    return name_here
+def _name_here(name: str, modules: Mapping[str, str]) -> str:
+    """Return the name that load_state_dict expects for a name of any form; `modules` has names by canonical name."""
+    name = canonical(name)
+    owner = next((module for module in reversed(parent_names(name)) if module in modules), "")
+    full = modules[owner] + name[len(owner) :] if owner else name
+    return full.replace(f"{CHECKPOINTED}.", "")  # checkpoint_wrapper adds its segment itself
 
 
 def load_foreign_(live: LiveState, foreign: ForeignEntries) -> None:

@@ -255,6 +255,34 @@ def lora_checkpoint(model: Net) -> dict[str, Any]:
     return checkpoint
 
 
+class Counts(Net):
+    """Hands out its own dictionary as extra state."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.counts = {"steps": 0}
+
+    def get_extra_state(self) -> dict[str, int]:
+        return self.counts
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.counts = state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_holds_copies_of_all_that_training_changes(tmp_path, kind: str):
+    model = trained(tmp_path, Counts(), lora(save=kind, **TRAINABLE))
+    model.on_save_checkpoint(checkpoint := {"state_dict": model.state_dict()})
+    held = checkpoint["lora"]["adapter"] if kind == "merged" else checkpoint["state_dict"]
+    before = {name: copy.deepcopy(value) for name, value in held.items() if name in FACTORS | BUFFERS | TRAINED}
+    model.counts["steps"] = 1
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(1)
+    assert held["_extra_state"] == {"steps": 0}
+    assert_same_tensors({name: held[name] for name in before}, before)
+
+
 def test_unload_takes_the_checkpoint_hooks_out(tmp_path):
     model = Net()
     trainer = make_trainer(tmp_path, lora())
