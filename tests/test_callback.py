@@ -459,6 +459,29 @@ def test_fit_start_shows_the_summary_once(tmp_path, caplog):
     assert 'base and adapter (save="full")' in str(summary(model))
 
 
+def test_a_fit_after_another_says_that_it_trains_the_same_adapter_further(tmp_path, caplog):
+    further = (
+        "lightning_lora: training goes on from the adapter that the model holds. For a new one, unload(model) first."
+    )
+
+    def fit(model: Net, path: Any = None) -> L.Trainer:
+        caplog.clear()
+        trainer = make_trainer(tmp_path, LoRACallback(r=2), max_epochs=2 if path else 1)
+        trainer.fit(model, Data(), ckpt_path=path)
+        return trainer
+
+    with caplog.at_level(logging.INFO, logger="lightning_lora"):
+        fit(model := Net()).save_checkpoint(tmp_path / "a.ckpt")
+        assert further not in caplog.text
+        fit(model)
+        assert caplog.text.count(further) == 1
+        fit(model, tmp_path / "a.ckpt")  # the checkpoint's adapter takes its place
+        assert further not in caplog.text
+        unload(model)
+        fit(model)
+        assert further not in caplog.text
+
+
 def test_verbose_false_shows_nothing_at_fit_start_and_still_warns(tmp_path, caplog):
     trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS, verbose=False), FreezesBody())
     with (

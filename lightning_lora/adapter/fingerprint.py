@@ -19,6 +19,7 @@ SAMPLES = 8  # values of a frozen parameter that its fingerprint holds
 MOST_SAMPLED = 512  # parameters of which a fingerprint holds values
 RELATIVE, ABSOLUTE = 1e-2, 1e-6  # bfloat16, float16 and moving averages round by less
 REMEDY = "Load the adapter on the base that it was trained on, or pass strict_base=False, which makes this a warning."
+OF_A_HEAD = 4  # weights and biases of a head and what stands before it
 OF_HEADS = "A new head has other random values in each program: train and save it whole with modules_to_save."
 OF_QUANTISATION = (
     "Quantise the base as in training before it is adapted, a torchao NF4Tensor by quantize_base with the options of "
@@ -102,7 +103,7 @@ def compare_fingerprints(
         message += " Load the base without quantising it, as in training."
     elif otherwise:
         remedy = of_quantisation or f"{OF_QUANTISATION} {remedy}"
-    elif 2 * len(found) < sum(bool(entry.values) for entry in expected.values()):  # where most differ, it is the base
+    elif len(found) <= OF_A_HEAD and 2 * len(found) < sum(bool(entry.values) for entry in expected.values()):
         message += f" {OF_HEADS}"
     if strict:
         raise LoRAError(f"{message} {remedy}")

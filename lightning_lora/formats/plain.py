@@ -40,8 +40,8 @@ def served_form(adapter: Adapter, source: PathLike | None) -> Adapter:
     problem = _problem(own)
     if problem:
         raise LoRAError(
-            f"{where}: {problem}. Merge it into its base, on disk with lightning-lora merge --base BASE --adapter "
-            f"{source or 'ADAPTER'} --output MERGED, or in Python with save_merged(model, path)."
+            f"{where}: {problem}. Merge it, in Python with save_merged(model, path), or into a base on disk that has "
+            f"these tensors with lightning-lora merge --base BASE --adapter {source or 'ADAPTER'} --output MERGED."
         )
     lora = as_lora(own)
     scaled = {layer: _scaled_b(lora, layer) for layer in lora.layers}

@@ -50,6 +50,7 @@ class Run:
         looked_at: ids of the fit's optimizers whose adapters were looked at for gradients.
         fits: how many fits of the model are under way, one inside a hook of the other.
         fit_ended: the innermost fit came to its end; a finder of Lightning's may break one off.
+        trained: a fit came to its end.
     """
 
     merged_eval: bool | None = None
@@ -64,6 +65,7 @@ class Run:
     looked_at: frozenset[int] = frozenset()
     fits: int = 0
     fit_ended: bool = False
+    trained: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("merged_eval", "save", "quantize", "dequantize")}

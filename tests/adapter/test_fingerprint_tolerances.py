@@ -132,9 +132,9 @@ def entries(different: int, quantised: str = "", of: int = 4) -> dict[str, Entry
 
 
 def test_the_advice_of_another_base_is_of_a_new_head_only_where_few_tensors_differ():
-    for different, is_head in ((1, True), (2, False), (4, False)):
+    for different, of, is_head in ((1, 4, True), (2, 4, False), (4, 4, False), (4, 60, True), (5, 60, False)):
         with pytest.raises(LoRAError, match="belongs to another base: values of") as refused:
-            compare_fingerprints(entries(different), entries(0))
+            compare_fingerprints(entries(different, of=of), entries(0, of=of))
         assert ("A new head" in str(refused.value)) == is_head
         assert str(refused.value).endswith(REMEDY)
 
