@@ -79,18 +79,6 @@ def kind_of(path: PathLike) -> Literal["file", "folder", "other", "nothing"]:
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
 
-def real_path(path: PathLike) -> Path:
-    """Return the path without links.
-
-    Raises:
-        LoRAError: no file can have this name, or the path is relative and the current folder was deleted.
-    """
-    try:
-        return Path(os.path.realpath(path))
-    except (OSError, ValueError) as error:
-        raise LoRAError(f"{path}: is a path that leads nowhere: {sentence(reason_of(error))}") from error
-
-
 def reason_of(error: Exception) -> str:
     """Return the operating system's reason, without the number of the error and the path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -98,5 +86,5 @@ def reason_of(error: Exception) -> str:
 
 def require_file(path: PathLike) -> None:
     """Raise LoRAError where there is no file."""
-    if kind_of(given_path(path)) != "file":
+    if kind_of(path) != "file":
         raise LoRAError(f"{path}: there is no such file.")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ..adapter.adapter import Adapter
 from ..config import TASK_HEADS
 from ..errors import MOST
-from ..files.paths import PathLike, given_path, kind_of
+from ..files.paths import PathLike, kind_of
 
 CARD_FILE = "README.md"
 LONGEST = 2**20  # bytes; a longer file is no card of ours
@@ -71,12 +71,8 @@ TO_BUILD = "# build base here: {}"
 
 
 def may_write_card(folder: PathLike) -> bool:
-    """Return whether a folder holds no README.md, or one that nobody edited since this package wrote it.
-
-    Raises:
-        LoRAError: it is no path.
-    """
-    file = given_path(folder) / CARD_FILE
+    """Return whether a folder holds no README.md, or one that nobody edited since this package wrote it."""
+    file = Path(folder) / CARD_FILE
     with suppress(OSError):
         if not os.path.lexists(file):
             return True

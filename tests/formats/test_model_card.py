@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from lightning_lora import (
     LoRACallback,
     LoRAConfig,
-    LoRAError,
     LoRAMonitor,
     combine,
     export_adapter,
@@ -275,11 +274,3 @@ def test_card_of_a_run_tells_what_was_logged_last(tmp_path):
 def test_values_that_are_no_finite_number_are_no_metrics():
     logged = {"a": 1, "b": torch.ones(2), "c": "text", "d": None, "e": float("nan"), "f": 10**400, "g": 1j}
     assert model_card.finite_metrics(logged) == {"a": 1.0}
-
-
-@pytest.mark.parametrize("path", [None, 3, b"folder", ""])
-def test_what_is_no_path_is_refused_by_every_door(path: Any):
-    net = small()
-    for write in (lambda: save_adapter(net, path), lambda: export_adapter(take_adapter(net), path, plain=True)):
-        with pytest.raises(LoRAError, match=r"is no path|is an empty path"):
-            write()
