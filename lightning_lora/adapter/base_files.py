@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
-from ..files.safetensors import TensorLocation, read_elements
+import torch
+
 from ..files.weights import Weights
 from .adapter import Adapter
-from .fingerprint import Entry, compare_fingerprints, entry_of, evenly_chosen, sample_positions
+from .fingerprint import Entry, compare_fingerprints, entry_of, evenly_chosen, fingerprint_entries
 
 
-def fingerprint_of_files(locations: Mapping[str, TensorLocation]) -> dict[str, Entry]:
-    """Return the entries of tensors in files. Of many, values of some are read."""
-    chosen = evenly_chosen(list(locations))
-    return {name: _entry_at(location, with_values=name in chosen) for name, location in locations.items()}
-
-
-def _entry_at(location: TensorLocation, *, with_values: bool) -> Entry:
-    """Return the entry of a tensor in a file, and read nothing but the sampled values."""
-    values = read_elements(location, sample_positions(location.numel)) if with_values else []
-    return entry_of(location.shape, location.dtype, values)
+def fingerprint_of_files(tensors: Mapping[str, torch.Tensor], chosen: Set[str] | None = None) -> dict[str, Entry]:
+    """Return the entries of tensors, those that are chosen with values; by default as evenly_chosen says."""
+    chosen = evenly_chosen(list(tensors)) if chosen is None else chosen
+    values = fingerprint_entries((name, tensor) for name, tensor in tensors.items() if name in chosen)
+    return {name: values.get(name) or entry_of(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool, remedy: str, of_quantisation: str) -> None:
@@ -36,10 +32,7 @@ def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool, remedy:
         of_quantisation: the advice instead where the adapter's base was quantised, which no weights on disk can be.
     """
     ignored = {f"{module}.weight" for module in (*base.quantised(), *adapter.tables, *adapter.tied)}
-    expected = {
-        name: entry
-        for name, entry in adapter.fingerprint.items()
-        if name not in ignored and name in base.locations and base.locations[name].in_order
-    }
-    entries = {name: _entry_at(base.locations[name], with_values=bool(e.values)) for name, e in expected.items()}
-    compare_fingerprints(entries, expected, strict=strict, remedy=remedy, of_quantisation=of_quantisation)
+    expected = {name: e for name, e in adapter.fingerprint.items() if name not in ignored and name in base.tensors}
+    with_values = {name for name, entry in expected.items() if entry.values}
+    present = fingerprint_of_files({name: base.tensors[name] for name in expected}, with_values)
+    compare_fingerprints(present, expected, strict=strict, remedy=remedy, of_quantisation=of_quantisation)

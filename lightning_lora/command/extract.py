@@ -14,7 +14,6 @@ from ..adapter.base_files import fingerprint_of_files
 from ..adapter.products import truncated_svd
 from ..config import LoRAConfig
 from ..errors import LoRAError, sentence
-from ..files.safetensors import read_tensor
 from ..files.weights import Weights
 from ..formats.peft_options import with_ranks_in_words
 from ..matching import names_match, naming_some, near_misses
@@ -95,7 +94,7 @@ def extract(
             a, b, kept[module], squares[module] = _factors(_change(f"{module}.weight", base, tuned), rank, kind)
             tensors |= {f"{module}.{A}": a, f"{module}.{B}": b}
             advance(1)
-    frozen = {name: each for name, each in base.locations.items() if name not in whole and each.in_order}
+    frozen = {name: each for name, each in base.tensors.items() if name not in whole}
     adapter = Adapter(
         tensors={**tensors, **whole},
         config=LoRAConfig(target_modules=adapted, **options),
@@ -110,8 +109,8 @@ def _refuse_other_model(base: Weights, tuned: Weights) -> None:
     for weights in (base, tuned):
         refuse_quantised("extract", weights)
         weights.compare_check_sums()
-    for name in sorted({*base.locations, *tuned.locations}):
-        shapes = [each.locations[name].shape if name in each.locations else None for each in (base, tuned)]
+    for name in sorted({*base.tensors, *tuned.tensors}):
+        shapes = [tuple(each.tensors[name].shape) if name in each.tensors else None for each in (base, tuned)]
         if shapes[0] == shapes[1]:
             continue
         found = f"has shape {shapes[0]} in {base.path} and {shapes[1]} in {tuned.path}"
@@ -122,7 +121,7 @@ def _refuse_other_model(base: Weights, tuned: Weights) -> None:
 
 def _refuse_idle_entries(base: Weights, **entries_of: Sequence[str]) -> None:
     """Raise LoRAError for the first entry of an option that names no module with tensors of its own."""
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in base.locations))
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in base.tensors))
     for option, entries in entries_of.items():
         for entry in entries:
             if not naming_some([entry], modules):
@@ -134,12 +133,11 @@ def _changed_names(base: Weights, tuned: Weights) -> list[str]:
     """Return the names of the tensors that differ in the dtype of the base. NaN is equal to NaN."""
     changed = []
     with progress_bar("comparing", base.nbytes, "bytes") as advance:
-        for name, location in base.locations.items():
-            before = read_tensor(location)
-            after = read_tensor(tuned.locations[name]).to(before.dtype)
+        for name, before in base.tensors.items():
+            after = tuned.tensors[name].to(before.dtype)
             if not ((before == after) | (before.isnan() & after.isnan())).all():
                 changed.append(name)
-            advance(location.nbytes)
+            advance(before.nbytes)
     return changed
 
 
@@ -149,7 +147,7 @@ def _change(name: str, base: Weights, tuned: Weights) -> torch.Tensor:
     Raises:
         LoRAError: a value of the difference is not finite.
     """
-    before, after = read_tensor(base.locations[name]), read_tensor(tuned.locations[name])
+    before, after = base.tensors[name], tuned.tensors[name]
     dtype = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
     change = after.to(dtype) - before.to(dtype)
     if not change.isfinite().all():
@@ -161,26 +159,26 @@ def _change(name: str, base: Weights, tuned: Weights) -> torch.Tensor:
 
 
 def _is_adaptable(name: str, base: Weights) -> bool:
-    location = base.locations[name]
-    if not name.endswith(".weight") or len(location.shape) < 2 or location.dtype not in MERGEABLE_DTYPES:
+    weight = base.tensors[name]
+    if not name.endswith(".weight") or weight.dim() < 2 or weight.dtype not in MERGEABLE_DTYPES:
         return False
-    return len(location.shape) == 2 or not _is_transposed_convolution(name.removesuffix(".weight"), base)
+    return weight.dim() == 2 or not _is_transposed_convolution(name.removesuffix(".weight"), base)
 
 
 def _is_transposed_convolution(module: str, base: Weights) -> bool:
     """Return whether a weight with a kernel is stored (in, out, k...): its bias tells, or else its name."""
-    first, second, *_ = base.locations[f"{module}.weight"].shape
-    bias = base.locations.get(f"{module}.bias")
+    first, second, *_ = base.tensors[f"{module}.weight"].shape
+    bias = base.tensors.get(f"{module}.bias")
     if bias is None or first == second:
         return bool(TRANSPOSED_NAMES.search(module))
     return tuple(bias.shape) != (first,)
 
 
 def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out: bool) -> str:
-    if len(base.locations[f"{module}.weight"].shape) > 2:
+    if base.tensors[f"{module}.weight"].dim() > 2:
         return CONV
     parent, _, leaf = module.rpartition(".")
-    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.locations:  # of nn.MultiheadAttention
+    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.tensors:  # of nn.MultiheadAttention
         return ATTENTION_OUTPUT
     if names_match(list(embeddings), module) or EMBEDDING_NAMES.fullmatch(leaf):
         return EMBEDDING
@@ -222,7 +220,7 @@ def _carried(
             )
         biases |= owner in adapted
         modules += [owner] if owner not in (*adapted, *modules) else []
-    names = [name for name in base.locations if name.rpartition(".")[0] in modules]
-    names += [f"{module}.bias" for module in adapted if biases and f"{module}.bias" in base.locations]
-    whole = {name: read_tensor(tuned.locations[name]) for name in names}
+    names = [name for name in base.tensors if name.rpartition(".")[0] in modules]
+    names += [f"{module}.bias" for module in adapted if biases and f"{module}.bias" in base.tensors]
+    whole = {name: tuned.tensors[name].clone() for name in names}
     return whole, {"modules_to_save": modules, "bias": "lora_only" if biases else "none"}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,19 +19,17 @@ from ..errors import LoRAError
 from ..exchange.pretrained_folder import refuse_adapter_beside
 from ..exchange.resized_tables import refuse_other_rows
 from ..files.atomic import new_file, new_folder
+from ..files.inert_pickle import find_placeholder
 from ..files.model_folder import weight_files
 from ..files.paths import PathLike
-from ..files.safetensors import SUFFIX, TensorLocation, read_rows, read_tensor
-from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
 from ..formats.equal_tables import equal_tables
-from ..formats.lightning_checkpoint import LIGHTNING_VERSION
 from ..formats.peft_attention import refuse_conv1d_of_model
 from ..formats.peft_rows import NO_BIAS
 from ..formats.sources import adapter_with_options
 from ..matching import matcher
 from ..names import META, canonical, factor_role, parent_names
-from ..nn.exact_merge import CPU_CHUNK, parts_of
+from ..nn.exact_merge import parts_of
 from ..nn.low_rank import (
     ATTENTION,
     CONV,
@@ -53,8 +49,8 @@ from ..progress import progress_bar
 from .output import IN_PYTHON, MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
 from .write_merged import Job, WeightUpdate, write_file_of, write_folder_of
 
-CHECKPOINT_SUFFIX = ".ckpt"
 INSTEAD = "Load the model in Python and use load_adapter and save_merged instead"
+OTHER_END = "tied to the other end of the model (tie_word_embeddings in config.json)"
 OTHER_NAMES = f"Some models have other names in their files than in memory. {INSTEAD}."
 OTHER_FILES = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
 OF_QUANTISATION = f"{IN_PYTHON}; or pass --strict-base=false, which merges into these unquantised weights."
@@ -91,9 +87,8 @@ def merge_on_disk(
     _check_form(weights, Path(output))
     check_output("merge", MODEL_FOLDER if weights.folder else MODEL_FILE, output, (base, adapter), overwrite)
     refuse_adapter_beside(output)
-    with _one_thread():
-        fitted = fit_to_base(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
-        return _write(Job(weights, plan_updates(fitted, dtype), dtype), output)
+    fitted = fit_to_base(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
+    return _write(Job(weights, plan_updates(fitted, dtype), dtype), output)
 
 
 @dataclass(frozen=True)
@@ -118,10 +113,10 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True) ->
         LoRAError: the two do not go together.
     """
     _refuse_adapter(base)
-    files = {canonical(name): name for name in base.locations}
-    base = replace(base, locations={name: base.locations[in_file] for name, in_file in files.items()})
+    files = {canonical(name): name for name in base.tensors}
+    base = replace(base, tensors={name: base.tensors[in_file] for name, in_file in files.items()})
     try:
-        parameters = set(base.locations) if adapter.parameters else set()
+        parameters = set(base.tensors) if adapter.parameters else set()
         adapter = align_to_modules(adapter, base.modules() | parameters, str(base.path))
     except LoRAError as error:
         raise LoRAError(f"{error} {OTHER_NAMES}") from error
@@ -135,7 +130,7 @@ def _refuse_adapter(base: Weights) -> None:
     """Raise LoRAError where the base holds an adapter, in its weights or beside them."""
     if base.holds_factors():
         raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
-    if base.form == "torch" and META in read_torch_file(base.path, "meta"):
+    if META in base.checkpoint:
         raise LoRAError(
             f"{base.path}: the base is a checkpoint of merged weights with their adapter beside them. The result would "
             "hold that adapter too, and load_from_checkpoint would load it and nothing else. To add another adapter to "
@@ -153,89 +148,65 @@ def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, 
         LoRAError: merged weights cannot express the adapter.
     """
     adapter, base = fitted.adapter, fitted.base
-    owners = base.other_owners()
     whole = adapter.beside_factors()
     is_saved = matcher((adapter.config or LoRAConfig()).all_modules_to_save())
     tied = set().union(*equal_tables(whole))  # both ends of a tie
     updates = {  # a file may hold such a weight once
         name: _replacement(name, value, base, may_differ=any(map(is_saved, parent_names(name))))
         for name, value in whole.items()
-        if name in base.locations or name not in tied
+        if name in base.tensors or name not in tied
     }
-    seen = _seen_orientations(adapter, base)
-    refuse_conv1d_of_model(adapter, seen.get(CONV1D), base.path)
-    low_rank: dict[str, WeightUpdate] = {}
-    for name in adapter.layers:
-        low_rank |= _layer_updates(adapter, name, base, seen, dtype)
-    updates |= {name: replace(update, value=whole.get(name)) for name, update in low_rank.items()}
-    row_updates = _row_updates(adapter, base, owners)
-    updates |= {name: replace(update, value=whole.get(name)) for name, update in row_updates.items()}
-    both_ends = set(map(repr, row_updates))
-    follow = {name for name in row_updates if base.folder or owners.get(name, "") in both_ends}
-    for name in updates:
-        if name in owners and (name in low_rank or name not in tied | follow) and not _is_alike(name, updates, base):
-            raise LoRAError(
-                f"{base.path}: {name!r} is also {owners[name]}, so changing it would change that too, and merged "
-                "weights cannot express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
-            )
-    _refuse_out_of_order(updates, base, dtype)
+    kinds = {name: adapter.layers[name].kind or _kind(adapter, name, base) for name in adapter.layers}
+    refuse_conv1d_of_model(adapter, next((name for name, kind in kinds.items() if kind == CONV1D), None), base.path)
+    low_rank = dict(_layer_update(adapter, name, kind, base, dtype) for name, kind in kinds.items())
+    rows = _row_updates(adapter, base)
+    updates |= {name: replace(update, value=whole.get(name)) for name, update in (low_rank | rows).items()}
+    _refuse_tied(updates, (tied | rows.keys()) - low_rank.keys(), base)
     return {fitted.files[name]: update for name, update in updates.items()}
 
 
-def _refuse_out_of_order(names: Iterable[str], base: Weights, dtype: torch.dtype | None) -> None:
-    """Raise LoRAError for the first tensor that cannot be written in its place: its values do not lie in a row.
+def _refuse_tied(updates: Mapping[str, WeightUpdate], both_ends: Set[str], base: Weights) -> None:
+    """Raise LoRAError where a tensor would change without all that uses its values; `both_ends` are of both ends."""
+    for name, names in base.tied().items():
+        if name not in updates or (_follow(names, updates, base) if len(names) > 1 else name in both_ends):
+            continue
+        also = ", ".join(map(repr, sorted(names - {name}))) or OTHER_END
+        raise LoRAError(
+            f"{base.path}: {name!r} is also {also}, so changing it would change that too, and merged weights cannot "
+            "express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
+        )
 
-    In another dtype the file is written anew, from memory.
-    """
-    for name in names:
-        if dtype is None and not base.locations[name].in_order:
-            raise LoRAError(
-                f"{base.path}: {name!r} is stored out of order, as a transposed or expanded tensor, and cannot be "
-                "changed in its place; call .contiguous() on it before saving."
-            )
 
-
-def _is_alike(name: str, updates: Mapping[str, WeightUpdate], base: Weights) -> bool:
-    """Tell whether all tensors in the same bytes of a file get the same change, as one module under several names."""
-    here = base.locations[name]
-    if base.form != "torch":
+def _follow(names: Set[str], updates: Mapping[str, WeightUpdate], base: Weights) -> bool:
+    """Return whether tensors with the same values have the same values after their updates."""
+    if not names <= updates.keys():
         return False
-    others = [
-        (other, location)
-        for other, location in base.locations.items()
-        if location.start < here.start + here.nbytes and here.start < location.start + location.nbytes
-    ]
-    return all(
-        (where.start, where.shape, where.dtype) == (here.start, here.shape, here.dtype)
-        and other in updates
-        and updates[other].is_equal(updates[name])
-        for other, where in others
-    )
+    one, *others = (updates[name].applied(base.tensors[name], base.tensors[name].dtype, [0.0, 0.0]) for name in names)
+    return all(torch.equal(one, other) for other in others)
 
 
-def _row_updates(adapter: Adapter, base: Weights, owners: Mapping[str, str]) -> dict[str, WeightUpdate]:
+def _row_updates(adapter: Adapter, base: Weights) -> dict[str, WeightUpdate]:
     """Say what happens to tables of which rows were trained, under each name that the base has them by.
 
     Raises:
         LoRAError: a table is missing, or of another shape.
     """
     updates: dict[str, WeightUpdate] = {}
-    rows = adapter.rows()
+    rows, ties = adapter.rows(), base.tied() if base.folder else {}
     for table, numbers in adapter.tables.items():
         names = [f"{table}.weight", *(f"{end}.weight" for end, first in adapter.tied.items() if first == table)]
-        names = [name for name in names if name in base.locations]
-        if base.folder and owners.keys() & names:  # transformers ties these: the other end is stored too
-            names = [name for name in owners if base.locations[name].shape == base.locations[names[0]].shape]
+        names = [name for name in names if name in base.tensors]
+        names = sorted({other for name in names for other in ties.get(name, {name})})
         if not names and table not in adapter.tied:
             raise LoRAError(f"{base.path}: {table!r}, of which rows were trained, has no weight there. {INSTEAD}.")
         for name in names:
-            shape, dtype = base.locations[name].shape, base.locations[name].dtype
+            shape, dtype = tuple(base.tensors[name].shape), base.tensors[name].dtype
             if dtype not in MERGEABLE_DTYPES or len(shape) != 2 or numbers[-1] >= shape[0]:
                 raise LoRAError(f"{base.path}: {name!r} is {dtype} {shape}, and has no row {numbers[-1]} to replace.")
             if rows[table].shape[1] != shape[1]:
                 raise LoRAError(f"{base.path}: rows of {name!r} have {shape[1]} values, {rows[table].shape[1]} here.")
             bias = f"{name.removesuffix('weight')}bias"
-            if adapter.peft_rows and bias in base.locations:
+            if adapter.peft_rows and bias in base.tensors:
                 raise LoRAError(f"{base.path}: {name!r} has trained rows and a bias; {NO_BIAS}.")
             updates[name] = WeightUpdate(row_blocks(numbers, rows[table]), 1.0)
     return updates
@@ -247,13 +218,13 @@ def _refuse_unplaced(adapter: Adapter, base: Weights) -> None:
     It may have been trained, and the result could not hold it. A table may be there under the name of the other end of
     a tie.
     """
-    here = adapter.perhaps_base & base.locations.keys()
+    here = adapter.perhaps_base & base.tensors.keys()
     for name in sorted(here):
         try:
-            refuse_other_rows(name, adapter.fingerprint[name].shape, base.locations[name].shape)
+            refuse_other_rows(name, adapter.fingerprint[name].shape, base.tensors[name].shape)
         except LoRAError as error:
             raise LoRAError(f"{base.path}: {error} Then call load_adapter and save_merged.") from error
-    tables = [adapter.fingerprint[name] for name in sorted(here) if len(base.locations[name].shape) > 1]
+    tables = [adapter.fingerprint[name] for name in sorted(here) if len(base.tensors[name].shape) > 1]
     for name in sorted(adapter.perhaps_base - here):
         if not any(entries_match(adapter.fingerprint[name], table) for table in tables):
             _refuse_absent(name, base)
@@ -265,34 +236,16 @@ def _refuse_absent(name: str, base: Weights) -> NoReturn:
 
 
 def _check_form(base: Weights, output: Path) -> None:
-    if base.form == "folder":
-        return
-    if base.form == "safetensors" and output.suffix != SUFFIX:
-        raise LoRAError(f"merge: the output has the form of the base, so {output.name!r} must end in {SUFFIX!r}.")
-    if base.form == "torch" and output.suffix == SUFFIX:
+    if not base.folder and output.suffix != base.path.suffix:
         raise LoRAError(
-            f"merge: the output has the form of the base, a file of torch.save, so {output.name!r} must not end in "
-            f"{SUFFIX!r}; {output.with_suffix('.pt').name!r} is a name for it."
+            f"merge: the output has the form of the base, so {output.name!r} must end in {base.path.suffix!r}."
         )
-    named_checkpoint = output.suffix == CHECKPOINT_SUFFIX != base.path.suffix
-    if named_checkpoint and LIGHTNING_VERSION not in read_torch_file(base.path, "meta"):
-        warnings.warn(
-            f"lightning_lora: merge: {output.name} will be a state dict, as the base is, and no checkpoint that "
-            "load_from_checkpoint reads: call Net().load_state_dict(torch.load(path)). For a checkpoint, give a base "
-            "that is one.",
-            stacklevel=3,
+    found = find_placeholder(base.checkpoint)
+    if found is not None:
+        raise LoRAError(
+            f"merge: {base.path}: checkpoint{found[0]} is of {found[1]}, and objects are not unpickled, so that the "
+            "file cannot be written anew. Give the state dict by itself as --base."
         )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: the disk is the limit, and several would wait for each other at every small block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _write(job: Job, output: PathLike) -> list[Path]:
@@ -309,38 +262,37 @@ def _write(job: Job, output: PathLike) -> list[Path]:
     return left_out
 
 
-def _layer_updates(
-    adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str], result_dtype: torch.dtype | None
-) -> dict[str, WeightUpdate]:
-    weight = next((each for each in adapter.weight_names(name) if each in base.locations), None)
-    if weight is None:
-        raise LoRAError(f"{base.path}: {name!r}, which the adapter updates, has no weight there. {INSTEAD}.")
-    location, whole = base.locations[weight], adapter.tensors.get(weight)
-    if location.dtype not in MERGEABLE_DTYPES:
-        raise LoRAError(f"{base.path}: {weight!r} is {location.dtype}; only floating point weights are merged.")
-    kind = adapter.layers[name].kind or _kind(adapter, name, weight, base, seen)
-    info, stored = _placed(adapter, name, kind, location.shape), adapter.stored(name)
+def _layer_update(
+    adapter: Adapter, name: str, kind: str, base: Weights, result_dtype: torch.dtype | None
+) -> tuple[str, WeightUpdate]:
+    """Return the name of a layer's weight, and what happens to it."""
+    weight = _weight_name(adapter, name, base)
+    old, whole = base.tensors[weight], adapter.tensors.get(weight)
+    if old.dtype not in MERGEABLE_DTYPES:
+        raise LoRAError(f"{base.path}: {weight!r} is {old.dtype}; only floating point weights are merged.")
+    info, stored = _placed(adapter, name, kind, old.shape), adapter.stored(name)
     if not _fits(adapter, info):
         found = [f"{factor_role(leaf)} {tuple(stored[leaf].shape)}" for leaf in adapter.variant.trained]
         raise LoRAError(
             f"{base.path}: {name!r}: {' and '.join(found)} do not fit a {kind} layer whose weight has the "
-            f"shape {location.shape}; the adapter belongs to another base."
+            f"shape {tuple(old.shape)}; the adapter belongs to another base."
         )
 
     def read() -> Parts:
         if whole is None:
-            return _parts_of_file(location)
+            return parts_of(old)
         # W is the adapter's own, as it is written.
-        return parts_of(whole.detach().to(torch.promote_types(location.dtype, result_dtype or location.dtype)))
+        return parts_of(whole.detach().to(torch.promote_types(old.dtype, result_dtype or old.dtype)))
 
     blocks = adapter.variant.blocks(stored, info, read)
-    return {weight: WeightUpdate(blocks, adapter.scaling(name), stacked=kind in STACKS)}
+    return weight, WeightUpdate(blocks, adapter.scaling(name), stacked=kind in STACKS)
 
 
-def _parts_of_file(location: TensorLocation) -> Iterator[tuple[int, torch.Tensor]]:
-    with open(location.file, "rb") as file:
-        for first, count in location.chunks(CPU_CHUNK):
-            yield first, read_rows(file, location, first, count).flatten(1)
+def _weight_name(adapter: Adapter, name: str, base: Weights) -> str:
+    weight = next((each for each in adapter.weight_names(name) if each in base.tensors), None)
+    if weight is None:
+        raise LoRAError(f"{base.path}: {name!r}, which the adapter updates, has no weight there. {INSTEAD}.")
+    return weight
 
 
 def _placed(adapter: Adapter, name: str, kind: str, shape: Sequence[int]) -> LayerInfo:
@@ -359,31 +311,25 @@ def _fits(adapter: Adapter, info: LayerInfo) -> bool:
     return all(tuple(stored[leaf].shape) == tuple(shape) for leaf, shape in shapes.items())
 
 
-def _kind(adapter: Adapter, name: str, weight: str, base: Weights, seen: Mapping[str, str]) -> str:
-    """Tell a Linear, Conv1D or attention layer by names and shapes, for an adapter that does not say which it is."""
+def _kind(adapter: Adapter, name: str, base: Weights) -> str:
+    """Tell what a layer is by names and shapes, for an adapter that does not say it; the shape of a square weight does
+    not tell whether it is stored (out, in) or (in, out), and PEFT's fan_in_fan_out does.
+    """
+    weight = _weight_name(adapter, name, base)
+    shape = base.tensors[weight].shape
     if adapter.is_parameter(name):
         return _parameter_kind(adapter, name, base)
     if weight.endswith(IN_PROJ):
         return ATTENTION
-    shape = base.locations[weight].shape
     if len(shape) > 2:
         return CONV
-    fitting = _orientations(adapter, name, shape)
-    if len(fitting) < 2:
-        return next(iter(fitting), LINEAR)
-    stated, opposite = (CONV1D, LINEAR) if adapter.fan_in_fan_out else (LINEAR, CONV1D)
-    if opposite in seen:
-        raise LoRAError(
-            f"{base.path}: {name!r} is square, so that its shape does not tell whether it is stored (out, in) or "
-            f"(in, out), and the adapter's fan_in_fan_out={adapter.fan_in_fan_out} is contradicted by "
-            f"{seen[opposite]!r}. {INSTEAD}."
-        )
-    return stated
+    kinds = (CONV1D, LINEAR) if adapter.fan_in_fan_out else (LINEAR, CONV1D)
+    return next((kind for kind in kinds if _fits(adapter, _placed(adapter, name, kind, shape))), LINEAR)
 
 
 def _parameter_kind(adapter: Adapter, name: str, base: Weights) -> str:
     """Tell what a parameter is by shapes, for an adapter that does not say it."""
-    shape = base.locations[name].shape
+    shape = base.tensors[name].shape
     fitting = [kind for kind in SINGLE if _fits(adapter, _placed(adapter, name, kind, shape))]
     if len(fitting) > 1:
         raise LoRAError(
@@ -393,56 +339,28 @@ def _parameter_kind(adapter: Adapter, name: str, base: Weights) -> str:
     return next(iter(fitting), PARAMETER)
 
 
-def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
-    """Return Linear and Conv1D, each with the first layer of unknown kind whose shape says that it is one."""
-    seen: dict[str, str] = {}
-    for name in adapter.layers:
-        weight = base.locations.get(f"{name}.weight")
-        fitting = _orientations(adapter, name, weight.shape) if weight and not adapter.layers[name].kind else set()
-        if len(fitting) == 1:
-            seen.setdefault(fitting.pop(), name)
-    return seen
-
-
-def _orientations(adapter: Adapter, name: str, shape: Sequence[int]) -> set[str]:
-    kinds = (LINEAR, CONV1D) if len(shape) == 2 else ()
-    return {kind for kind in kinds if _fits(adapter, _placed(adapter, name, kind, shape))}
-
-
 def _replacement(name: str, value: Any, base: Weights, *, may_differ: bool) -> WeightUpdate:
     """Check a parameter that was trained whole, or a buffer, and let it take the place of the base's.
 
     One that modules_to_save names, such as a new head, may have another shape. A folder's config says the shapes.
     """
-    location = base.locations.get(name)
-    if location is None:
+    old = base.tensors.get(name)
+    if old is None:
         _refuse_absent(name, base)
     if base.folder or not (may_differ and isinstance(value, torch.Tensor)):
         _refuse_other_shape(name, value, base)
-    if tuple(value.shape) != location.shape:
-        tell(f"lightning_lora: merge: {name!r} is the adapter's, {tuple(value.shape)}; in the base {location.shape}")
-    if value.is_floating_point() != location.dtype.is_floating_point:
-        raise LoRAError(f"{base.path}: {name!r} is {location.dtype}, in the adapter {value.dtype}.")
+    if value.shape != old.shape:
+        tell(f"lightning_lora: merge: {name!r} is the adapter's, {tuple(value.shape)}; in the base {tuple(old.shape)}")
+    if value.is_floating_point() != old.dtype.is_floating_point:
+        raise LoRAError(f"{base.path}: {name!r} is {old.dtype}, in the adapter {value.dtype}.")
     if value.is_floating_point():
-        _check_finite_where_base_is(name, value, location)
+        is_mask = value.isinf() & (value == old.to(value.dtype)) if value.shape == old.shape else torch.tensor(False)
+        check_finite(name, value.masked_fill(is_mask, 0))  # it is infinite in the base too
     return WeightUpdate(value=value)
 
 
 def _refuse_other_shape(name: str, value: Any, base: Weights) -> None:
     found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-    if found != base.locations[name].shape:
-        raise LoRAError(
-            f"{base.path}: {name!r} has shape {base.locations[name].shape}, in the adapter {found}. {INSTEAD}."
-        )
-
-
-def _check_finite_where_base_is(name: str, value: torch.Tensor, location: TensorLocation) -> None:
-    """Raise LoRAError where a tensor is infinite or NaN and the base's is not so too, as a mask is in both."""
-    try:
-        check_finite(name, value)
-    except LoRAError:
-        if not location.in_order or tuple(value.shape) != location.shape:
-            raise
-        here, base = value.detach().double(), read_tensor(location).double()
-        if not (here.isfinite() | (here == base) | (here.isnan() & base.isnan())).all():
-            raise
+    here = tuple(base.tensors[name].shape)
+    if found != here:
+        raise LoRAError(f"{base.path}: {name!r} has shape {here}, in the adapter {found}. {INSTEAD}.")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 from ..errors import LoRAError, sentence
 from .paths import PathLike, kind_of, read_json, reason_of
-from .safetensors import SUFFIX, Header, read_header
+from .safetensors import SUFFIX, TensorFile, open_safetensors
 
 STEM = "model"  # how the names of shards and index begin, unless the folder has another stem
 INDEX_SUFFIX = f"{SUFFIX}.index.json"
@@ -36,7 +36,7 @@ class ModelFolder:
     """A model folder: its shards by file name, in order; its index, if there is one; its config.json."""
 
     path: Path
-    shards: dict[str, Header]
+    shards: dict[str, TensorFile]
     index_name: str | None
     index: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -70,7 +70,7 @@ class ModelFolder:
 
 
 def open_folder(path: Path) -> ModelFolder:
-    """Read the index and the headers of a model folder and compare them.
+    """Open a model folder: its shards, which are compared with the index, and its config.
 
     Raises:
         LoRAError: the folder holds no safetensors, holds several models, or its shards contradict its index.
@@ -89,7 +89,7 @@ def open_folder(path: Path) -> ModelFolder:
         )
     index = read_json(path / indexes[0]) if indexes else {}
     file_of = _weight_map(path / indexes[0], index) if indexes else {}
-    shards = {name: read_header(path / name) for name in (dict.fromkeys(file_of.values()) if indexes else files)}
+    shards = {name: open_safetensors(path / name) for name in (dict.fromkeys(file_of.values()) if indexes else files)}
     if indexes:
         _compare(path / indexes[0], file_of, shards)
     config = read_json(path / CONFIG) if kind_of(path / CONFIG) != "nothing" else {}
@@ -106,9 +106,6 @@ def side_files(folder: ModelFolder) -> tuple[list[Path], list[Path]]:
 
     Returns:
         Files to copy, and files to leave out: weights in other formats, which are not merged.
-
-    Raises:
-        LoRAError: a link leads out of the folder.
     """
     copied, left_out = [], []
     for path in _walk(folder.path):
@@ -118,10 +115,6 @@ def side_files(folder: ModelFolder) -> tuple[list[Path], list[Path]]:
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS):
             left_out.append(relative)
             continue
-        if path.is_symlink() and not _is_inside(path, folder.path):
-            raise LoRAError(
-                f"{path}: is a link to {os.path.realpath(path)}, outside the model; replace it by a copy or remove it."
-            )
         if path.is_file():
             copied.append(relative)
     return copied, left_out
@@ -186,24 +179,17 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
     return file_of
 
 
-def _compare(path: Path, file_of: Mapping[str, str], shards: Mapping[str, Header]) -> None:
-    for file, header in shards.items():
-        for name in header.locations:
+def _compare(path: Path, file_of: Mapping[str, str], shards: Mapping[str, TensorFile]) -> None:
+    for file, shard in shards.items():
+        for name in shard.tensors:
             if file_of.get(name) != file:
                 raise LoRAError(f"{path}: {name!r} is in {file!r}, but the index says {file_of.get(name)!r}.")
     for name, file in file_of.items():
-        if name not in shards[file].locations:
+        if name not in shards[file].tensors:
             raise LoRAError(f"{path}: {name!r} should be in {file!r} and is not there.")
 
 
 def _walk(path: PathLike) -> Iterator[Path]:
     for folder, folders, files in os.walk(path):
         folders[:] = sorted(name for name in folders if name not in NOT_COPIED)
-        links = [name for name in folders if Path(folder, name).is_symlink()]
-        yield from (Path(folder, name) for name in sorted([*files, *links]))
-
-
-def _is_inside(link: Path, folder: Path) -> bool:
-    """Return whether a link leads into the folder, or into the `blobs` that Hugging Face's cache keeps beside it."""
-    target, root = Path(os.path.realpath(link)), Path(os.path.realpath(folder))
-    return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")
+        yield from (Path(folder, name) for name in sorted(files))

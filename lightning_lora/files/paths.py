@@ -50,20 +50,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def given_path(path: PathLike) -> Path:
-    """Return a path that a user gave.
-
-    Raises:
-        LoRAError: it is no path, or it is empty: Python takes an empty path for the current folder.
-    """
-    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-    if not isinstance(text, str):
-        raise LoRAError(f"{path!r:.80}: is no path; give the name of a file or folder.")
-    if not text:
-        raise LoRAError(f"{path!r}: is an empty path; give the name of a file or folder, '.' for the current folder.")
-    return Path(path)
-
-
 def kind_of(path: PathLike) -> Literal["file", "folder", "other", "nothing"]:
     """Return what is at a path.
 

@@ -1,7 +1,7 @@
-"""Read files of torch.save, and find where each tensor lies, so that a copy of the file can be changed in place.
+"""Read and write files of torch.save.
 
-The files are zip archives of uncompressed records, one for each storage. A copy keeps every byte but those of the
-changed tensors and of their records' check sums.
+The files are zip archives of uncompressed records: one pickle, and one record for each storage. Each record has a check
+sum.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from functools import partial
 from operator import gt
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -24,33 +23,28 @@ from ..progress import progress_bar
 from . import inert_pickle
 from .inert_pickle import find_placeholder
 from .paths import PathLike, require_file
-from .records import ARCHIVE, Record, check_sum, compare_check_sums, is_archive, read_records
-from .safetensors import TensorLocation
 
-CENTRAL = 46  # bytes of a record's entry in the directory before the name
-PART = 1 << 24  # bytes that are written at once
+ARCHIVE = b"PK\x03\x04"  # first bytes of a file that torch.save wrote since torch 1.6
+DATA = "/data/"  # in the names of the records that are storages
+PART = 1 << 24  # bytes that are read or written at once
 PLAIN = ("state_dict", META)  # keys of a checkpoint that must hold no objects
-DESCRIPTOR = b"PK\x07\x08"
-HAS_DESCRIPTOR = 0x08
 
 
 def read_torch_file(
     path: PathLike,
-    device: str | Callable[[Any, str], Any] = "cpu",
+    device: str = "cpu",
     mmap: bool = False,
     *,
     trusted: bool = False,
-    has_objects: bool = False,
 ) -> dict[str, Any]:
     """Read a checkpoint or state dict that torch.save wrote.
 
     Args:
         path: of the file.
-        device: "cpu", "meta" to read no values, or any other map_location of torch.load.
-        mmap: map the file into memory instead of reading it.
+        device: "cpu", or "meta" to read no values.
+        mmap: return tensors that lie in the file until they are read. Files of before torch 1.6 are read.
         trusted: unpickle all objects, which may run any code. Otherwise objects in a checkpoint, such as
             hyper-parameters, become placeholders: nothing that the file names is imported or called.
-        has_objects: the file is known to hold objects. This saves a second reading.
 
     Raises:
         LoRAError: there is no such file, it is truncated, it is no dictionary, or tensors lie inside objects.
@@ -61,7 +55,7 @@ def read_torch_file(
             compare_check_sums(path, whole=device == "cpu" and not mmap)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # an error follows
-            content = _load(path, device, mmap, trusted, has_objects)
+            content = _load(path, device, mmap and is_archive(path), trusted)
     except LoRAError:
         raise
     except Exception as error:  # of a damaged file torch raises anything
@@ -96,27 +90,21 @@ def _refuse_objects(content: Any, path: PathLike) -> None:
         )
 
 
-def _load(
-    source: PathLike, device: str | Callable[[Any, str], Any], mmap: bool, trusted: bool, has_objects: bool
-) -> Any:
-    load = partial(torch.load, source, map_location=device, mmap=mmap)
+def _load(source: PathLike, device: str, mmap: bool, trusted: bool) -> Any:
     if trusted:
-        return load(weights_only=False)
-    if device == "cpu" and not mmap:
-        load = partial(_load_onto_cpu, source)
-    if has_objects:
-        return load(weights_only=False, pickle_module=inert_pickle)
+        return torch.load(source, map_location=device, mmap=mmap, weights_only=False)
+    load = partial(_load_within_records if device == "cpu" else torch.load, source, map_location=device, mmap=mmap)
     try:
         return load(weights_only=True)
     except pickle.UnpicklingError:
-        content = _load(source, device, mmap, trusted, True) if is_archive(source) else None
+        content = load(weights_only=False, pickle_module=inert_pickle) if is_archive(source) else None
         if find_placeholder(content) is None:  # torch refused the file for damage and not for an object
             raise
         return content
 
 
-def _load_onto_cpu(source: PathLike, **options: Any) -> Any:
-    """Load a file, and refuse storages that are larger than their records: torch 2.6 reads what lies behind these."""
+def _load_within_records(source: PathLike, *, map_location: str, **options: Any) -> Any:
+    """Load a file, and refuse storages that are larger than their records: torch reads what lies behind these."""
     claimed: list[int] = []
 
     def note(storage: torch.UntypedStorage, device: str) -> torch.UntypedStorage:
@@ -124,11 +112,52 @@ def _load_onto_cpu(source: PathLike, **options: Any) -> Any:
         return storage
 
     content = torch.load(source, map_location=cast(Any, note), **options)
-    records = read_records(source) if is_archive(source) else []
-    held = sorted((record.info.file_size for record in records if record.is_storage), reverse=True)
+    held = sorted(_storage_sizes(source), reverse=True) if is_archive(source) else []
     if any(map(gt, sorted(claimed, reverse=True), held)):
         raise ValueError("its tensors claim more bytes than its records hold")
     return content
+
+
+def is_archive(path: PathLike) -> bool:
+    """Return whether a file has the form that torch.save has written since torch 1.6."""
+    with open(path, "rb") as file:
+        return file.read(len(ARCHIVE)) == ARCHIVE
+
+
+def _storage_sizes(path: PathLike) -> list[int]:
+    with zipfile.ZipFile(path) as archive:
+        return [record.file_size for record in archive.infolist() if DATA in record.filename]
+
+
+def compare_check_sums(path: PathLike, *, whole: bool = True) -> None:
+    """Compare the records of an archive with their check sums. A check sum of zero was not computed.
+
+    Args:
+        path: of the archive.
+        whole: also the records that hold tensors.
+
+    Raises:
+        LoRAError: a check sum differs, or a record is compressed.
+        OSError, ValueError, zipfile.BadZipFile: the archive is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+                raise LoRAError(f"{path}: {record.filename!r} is compressed, which torch.save never does.")
+            with archive.open(record) as opened:
+                if record.CRC and (whole or DATA not in record.filename):
+                    _read_to_the_end(path, opened)
+
+
+def _read_to_the_end(path: PathLike, record: IO[bytes]) -> None:
+    try:
+        while record.read(PART):
+            pass
+    except zipfile.BadZipFile as error:
+        raise LoRAError(
+            f"{path}: {record.name!r} is not what was written: its check sum differs. Copy the file again, or take "
+            "another copy; the disk may be faulty."
+        ) from error
 
 
 def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> None:
@@ -167,97 +196,3 @@ class _InParts:
     def flush(self) -> None:
         """Flush the file."""
         self.file.flush()
-
-
-def torch_locations(path: Path) -> dict[str, TensorLocation]:
-    """Find where the tensors of a state dict lie in a file. The file is that state dict, or a checkpoint that holds it.
-
-    Raises:
-        LoRAError: the file is damaged, holds no state dict, or has a form that cannot be changed in place.
-    """
-    has_objects = find_placeholder(read_torch_file(path, "meta")) is not None
-    if not is_archive(path):
-        raise LoRAError(
-            f"{path}: is not in the format that torch.save has written since torch 1.6. Load it and save it again with "
-            "torch."
-        )
-    records = {
-        record.start: record.info.file_size
-        for record in read_records(path)
-        if record.info.file_size and record.is_storage
-    }
-    storages: dict[int, int] = {}  # sizes by address
-
-    def note(storage: torch.UntypedStorage, device: str) -> torch.UntypedStorage:
-        if storage.nbytes():
-            storages[storage.data_ptr()] = storage.nbytes()
-        return storage
-
-    content = read_torch_file(path, note, mmap=True, has_objects=has_objects)  # a second reading would note twice
-    # torch does not say where it mapped the file. But every record is the storage of some tensor, so the first record
-    # begins where the first storage does.
-    base = min(storages, default=0) - min(records, default=0)
-    state = content.get("state_dict", content)
-    if not isinstance(state, Mapping):
-        raise LoRAError(f"{path}: expected a state dict, found {type(state).__name__}.")
-    locations = {
-        name: _location(path, name, value, base, records)
-        for name, value in state.items()
-        if isinstance(name, str) and isinstance(value, torch.Tensor)
-    }
-    if {address - base: size for address, size in storages.items()} != records:
-        raise LoRAError(f"{path}: its records are not those of its tensors; the file is damaged.")
-    return locations
-
-
-def set_check_sums(path: PathLike, locations: list[TensorLocation]) -> None:
-    """Write the check sums of an archive anew, after tensors were changed in place.
-
-    Args:
-        path: of the archive.
-        locations: the changed tensors.
-    """
-    records = read_records(path)
-    starts = sorted(record.start for record in records)
-    changed = {starts[bisect_right(starts, location.start) - 1] for location in locations}
-    with zipfile.ZipFile(path) as archive:
-        directory = archive.start_dir
-    with open(path, "r+b") as file:
-        for record in records:
-            entry = directory
-            directory += CENTRAL + _name_lengths(file, entry)
-            if record.start not in changed:
-                continue
-            check = check_sum(file, record).to_bytes(4, "little")
-            for position in (entry + 16, _second_position(file, record)):  # in the directory, and beside the data
-                file.seek(position)
-                file.write(check)
-
-
-def _location(path: Path, name: str, tensor: torch.Tensor, base: int, records: Mapping[int, int]) -> TensorLocation:
-    """Return where a tensor lies in the file that was mapped into memory at the address `base`."""
-    if tensor.layout != torch.strided:
-        raise LoRAError(f"{path}: {name!r} is a sparse tensor, which cannot be read in place.")
-    if tensor.device.type != "cpu":
-        raise LoRAError(f"{path}: {name!r} is on {tensor.device}, without values.")
-    storage = tensor.untyped_storage()
-    start = storage.data_ptr() - base if storage.nbytes() else 0
-    if storage.nbytes() != records.get(start, 0):
-        raise LoRAError(f"{path}: {name!r} claims bytes outside its record, or not all of them; the file is damaged.")
-    first = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
-    return TensorLocation(path, tensor.dtype, tuple(tensor.shape), first, tensor.is_contiguous())
-
-
-def _name_lengths(file: BinaryIO, entry: int) -> int:
-    file.seek(entry + 28)
-    lengths = file.read(6)
-    return sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2, 4))
-
-
-def _second_position(file: BinaryIO, record: Record) -> int:
-    """Return where a record's second check sum is: in a descriptor after the data, or in the header before the data."""
-    if not record.info.flag_bits & HAS_DESCRIPTOR:
-        return record.info.header_offset + 14
-    end = record.start + record.info.file_size
-    file.seek(end)
-    return end + (4 if file.read(4) == DESCRIPTOR else 0)

@@ -225,7 +225,7 @@ def test_diff_of_weights_shows_the_change_of_each_tensor(tmp_path, capsys):
 
 
 def test_diff_of_weights_names_the_largest_change_of_all_parts_of_a_tensor(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lightning_lora.files.safetensors.CHUNK", 4)
+    monkeypatch.setattr("lightning_lora.command.info.CHUNK", 4)
     before = torch.zeros(5, 4)
     after = before.clone()
     after[1, 2], after[4, 0] = -7.0, 2.0
@@ -235,7 +235,7 @@ def test_diff_of_weights_names_the_largest_change_of_all_parts_of_a_tensor(tmp_p
     assert json.loads(text)["changes"]["a.weight"]["largest"] == 7.0
 
 
-def test_diff_of_weights_tells_changes_of_masks_and_complex_numbers_and_passes_over_what_it_cannot_read(
+def test_diff_of_weights_tells_changes_of_masks_and_complex_numbers_and_reads_what_is_stored_out_of_order(
     tmp_path, capsys
 ):
     """The same infinity and NaN are no change, and the imaginary part of a change counts."""
@@ -246,13 +246,13 @@ def test_diff_of_weights_tells_changes_of_masks_and_complex_numbers_and_passes_o
         "freqs": torch.tensor([3j, 4 + 0j]),
     }
     other = {"mask": one["mask"].clone(), "moved": torch.tensor([-inf, inf]), "freqs": torch.tensor([3j, 4 + 2j])}
-    for name, state in (("one.pt", one), ("other.pt", other)):
-        torch.save({**state, "rows": torch.ones(1, 2).expand(3, 2)}, tmp_path / name)
+    for name, state, row in (("one.pt", one, 1.0), ("other.pt", other, 2.0)):
+        torch.save({**state, "rows": torch.full((1, 2), row).expand(3, 2)}, tmp_path / name)
     rows = json.loads(call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.pt", "--json"))["changes"]
     assert rows["mask"] == {"change": 0.0, "relative": 0.0, "largest": 0.0}
     assert rows["moved"]["change"] is None  # JSON has no infinity
     assert rows["freqs"] == {"change": 2.0, "relative": 0.4, "largest": 2.0}
-    assert rows["rows"] == {"problem": "stored out of order, so that it is not compared"}
+    assert rows["rows"]["change"] == pytest.approx(6**0.5)
     assert "3 of 4 differ" in call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.pt")
 
 
@@ -286,15 +286,15 @@ def test_a_terminated_merge_cleans_up(tmp_path, capsys, monkeypatch: pytest.Monk
     save_file(Net().state_dict(), tmp_path / "base.safetensors")
     inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS))
     save_adapter(net, tmp_path / "adapter")
-    honest = write_merged.new_rows
+    honest = write_merged.merged
 
-    def new_rows(job: Any, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
+    def merged(job: Any, name: str) -> torch.Tensor:
         if name == "head.weight":
             assert list(tmp_path.glob(".out*"))
             os.kill(os.getpid(), signal.SIGTERM)
-        return honest(job, name, rows, first)
+        return honest(job, name)
 
-    monkeypatch.setattr(write_merged, "new_rows", new_rows)
+    monkeypatch.setattr(write_merged, "merged", merged)
     before = signal.getsignal(signal.SIGTERM)
     args = ["--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter"]
     with pytest.raises(SystemExit) as stopped:

@@ -187,18 +187,6 @@ def test_merge_into_a_checkpoint_that_torch_cannot_read_is_refused(
     assert "base.pt" in refused(capsys, *merging(tmp_path, adapter, "base.pt"))
 
 
-@pytest.mark.parametrize("record", ["data/0", "data/1"])
-def test_info_of_a_checkpoint_of_which_another_part_than_the_state_dict_is_damaged_is_refused(
-    tmp_path: Path, capsys: Any, adapter: Path, record: str
-):
-    """The tensors beside the state dict too, whether they come before it or after."""
-    moments, content = {"moments": torch.ones(9)[:3]}, {"state_dict": {"one.weight": small().one.weight.data}}
-    torch.save(moments | content if record == "data/0" else content | moments, tmp_path / "base.pt")
-    smaller = re.compile(rb"K\t(?=tq)")  # nine elements at the end of a storage's description
-    repickle(tmp_path / "base.pt", lambda pickled: smaller.sub(b"K\x08", pickled, count=1))
-    assert "base.pt" in refused(capsys, "info", tmp_path / "base.pt")
-
-
 @pytest.mark.parametrize(("rows_a", "shape_b"), [(3, (4, 2)), (1, (4, 2)), (6, (4, 2))])
 def test_info_of_factors_that_do_not_fit_each_other_is_refused(
     tmp_path: Path, capsys: Any, rows_a: int, shape_b: tuple[int, int]

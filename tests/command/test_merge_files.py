@@ -31,7 +31,6 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Small tensors in several chunks of several blocks too."""
     if request.param == "many chunks":
         monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", 64)
-        monkeypatch.setattr("lightning_lora.files.safetensors.CHUNK", 200)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -206,18 +205,18 @@ def test_the_reference_finds_a_wrong_value_in_a_merged_file(tmp_path, monkeypatc
 
     base = base_folder("llama", tmp_path / "base", torch.bfloat16)
     ours("llama", tmp_path / "adapter")
-    honest = write_merged.new_rows
+    honest = write_merged.merged
 
     def wrong(which: str, step: float) -> Any:
-        def new_rows(job: Any, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
-            new = honest(job, name, rows, first).clone()
+        def merged(job: Any, name: str) -> torch.Tensor:
+            new = honest(job, name).clone()
             if name == which:
                 new.view(-1)[5] *= 1 + step
             return new
 
-        return new_rows
+        return merged
 
     for which in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
-        monkeypatch.setattr(write_merged, "new_rows", wrong(which, 2**-6))
+        monkeypatch.setattr(write_merged, "merged", wrong(which, 2**-6))
         with pytest.raises(AssertionError, match=f"'{which}' differs from what base and adapter give"):
             merge_and_check(base, tmp_path / "adapter", tmp_path / "out", overwrite=True)

@@ -20,7 +20,6 @@ import torch
 
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.command.merge import fit_to_base, merge_on_disk
-from lightning_lora.files.safetensors import TensorLocation, read_rows
 from lightning_lora.files.weights import Weights, open_weights
 from lightning_lora.formats.sources import adapter_with_options
 from lightning_lora.nn.low_rank import (
@@ -63,7 +62,7 @@ class ExpectedWeight:
     """One tensor that an adapter changes.
 
     Attributes:
-        location: of W in the base.
+        base: W in the base.
         dtype: of the result.
         whole: what takes W's place, or None.
         rows: the numbers of trained rows.
@@ -73,11 +72,10 @@ class ExpectedWeight:
         scale_of: returns the scale of each output for a W (out, in), where a variant has one and gives no lengths.
         transposed: W is stored (in, out).
         arithmetic: the dtype in which the factors that were added, or sums, were rounded.
-        norms: of the columns, once they are known.
         scale: what scale_of returned, once it was called.
     """
 
-    location: TensorLocation
+    base: torch.Tensor
     dtype: torch.dtype
     whole: torch.Tensor | None = None
     rows: Sequence[int] = ()
@@ -87,26 +85,22 @@ class ExpectedWeight:
     scale_of: Callable[[torch.Tensor], torch.Tensor | None] | None = None
     transposed: bool = False
     arithmetic: torch.dtype = torch.float64
-    norms: torch.Tensor | None = None
     scale: torch.Tensor | None = None
 
-    def exact_part(self, old: torch.Tensor, first: int) -> torch.Tensor:
-        """Return some rows of W as the adapter has them; `old` are the base's, the first of which is that row."""
-        if self.whole is None:
-            return old
-        return (self.whole[first : first + len(old)] if old.dim() else self.whole).detach().to(old.dtype)
+    def exact(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return W as the adapter has it, in a dtype."""
+        return (self.base if self.whole is None else self.whole.detach()).to(dtype)
 
-    def part(self, old: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows of the result in float64, and for each element the sum of all that took part in it, unsigned."""
-        exact, total = self._unscaled(old, first)
-        if not old.dim():
+    def values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the result in float64, and for each element the sum of all that took part in it, unsigned."""
+        exact, total = self._unscaled()
+        if not exact.dim():
             return exact, total
-        outputs = slice(None) if self.transposed else slice(first, first + len(old))
         if self.lengths is None:
             scale = self._scale_of_weight()
-            return (exact, total) if scale is None else self._scaled(exact, total, scale[outputs])
-        norms = self._column_norms() if self.transposed else exact.flatten(1).square().sum(1).sqrt()
-        return self._scaled(exact, total, self._scale(norms, outputs))
+            return (exact, total) if scale is None else self._scaled(exact, total, scale)
+        norms = exact.square().sum(0).sqrt() if self.transposed else exact.flatten(1).square().sum(1).sqrt()
+        return self._scaled(exact, total, self._scale(norms))
 
     def _scaled(
         self, exact: torch.Tensor, total: torch.Tensor, scale: torch.Tensor
@@ -114,46 +108,34 @@ class ExpectedWeight:
         scale = scale.view([1, -1] if self.transposed else [-1] + [1] * (exact.dim() - 1))
         return exact * scale, total * scale.abs()
 
-    def _unscaled(self, old: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        exact = self._base_part(old, first)
+    def _unscaled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        exact = self._with_rows()
         total = exact.abs()
         for left, right in self.factors:
-            rows = left[first : first + len(old)]
-            own = right[first : first + len(old)] if right.dim() > 2 else right
-            exact += (rows @ own).view(exact.shape)
-            total += (rows.abs() @ own.abs()).view(exact.shape)
+            exact += (left @ right).view(exact.shape)
+            total += (left.abs() @ right.abs()).view(exact.shape)
         return exact, total
 
-    def _base_part(self, old: torch.Tensor, first: int) -> torch.Tensor:
-        """Return some rows of W in float64, trained rows in their place."""
-        exact = self.exact_part(old.to(torch.promote_types(old.dtype, self.dtype)), first).double().clone()
+    def _with_rows(self) -> torch.Tensor:
+        """Return W in float64, trained rows in their place."""
+        exact = self.exact(torch.promote_types(self.base.dtype, self.dtype)).double().clone()
         for place, row in enumerate(self.rows):
-            if first <= row < first + len(old) and self.row_values is not None:
-                exact[row - first] = self.row_values[place].double()
+            if self.row_values is not None:
+                exact[row] = self.row_values[place].double()
         return exact
 
-    def _scale(self, norms: torch.Tensor, outputs: slice) -> torch.Tensor:
+    def _scale(self, norms: torch.Tensor) -> torch.Tensor:
         """Return m / norm, 1 for an output without weights. The dtype of m is that of both, as in a live layer."""
         assert self.lengths is not None
         norms = norms.to(self.lengths.dtype)
-        return torch.where(norms == 0, 1.0, self.lengths[outputs] / norms).double()
+        return torch.where(norms == 0, 1.0, self.lengths / norms).double()
 
     def _scale_of_weight(self) -> torch.Tensor | None:
         if self.scale_of is not None and self.scale is None:
-            with open(self.location.file, "rb") as file:
-                parts = ((first, read_rows(file, self.location, first, n)) for first, n in self.location.chunks())
-                weight = torch.cat([self._base_part(old, first) for first, old in parts]).flatten(1)
+            weight = self._with_rows().flatten(1)
             scale = self.scale_of(weight.T if self.transposed else weight)
             self.scale = None if scale is None else scale.double()
         return self.scale
-
-    def _column_norms(self) -> torch.Tensor:
-        if self.norms is None:
-            with open(self.location.file, "rb") as file:
-                parts = ((first, read_rows(file, self.location, first, n)) for first, n in self.location.chunks())
-                squares = [self._unscaled(old, first)[0].square().sum(0) for first, old in parts]
-            self.norms = torch.stack(squares).sum(0).sqrt()
-        return self.norms
 
 
 class ExpectedWeights:
@@ -166,7 +148,7 @@ class ExpectedWeights:
         self.layers, self.whole, self.rows = set(adapter.layers), adapter.beside_factors(), adapter.rows()
         # Each with the table that its rows are from: of a tie, from the first end.
         self.tables = {**{table: table for table in adapter.tables}, **adapter.tied}
-        self.owners = base.other_owners()
+        self.tied = base.tied()
         self.found: set[str] = set()  # layers, tables and tensors of the adapter that the base has
 
     def of(self, name_in_file: str, dtype: torch.dtype) -> ExpectedWeight | None:
@@ -179,7 +161,7 @@ class ExpectedWeights:
         if name not in self.whole and table is None and layer is None:
             return None
         self.found |= {name} if layer is None else {name, layer}
-        expected = ExpectedWeight(self.base.locations[name], dtype, self.whole.get(name))
+        expected = ExpectedWeight(self.base.tensors[name], dtype, self.whole.get(name))
         if table is not None:
             self.found.add(table)
             expected.rows, expected.row_values = self.adapter.tables[table], self.rows[table]
@@ -202,19 +184,17 @@ class ExpectedWeights:
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in self.tables:
             return self.tables[module]
-        if self.base.folder is None or name not in self.owners:
+        if self.base.folder is None:
             return None
-        for table, first in self.tables.items():
-            other = f"{table}.weight"
-            if other in self.owners and self.base.locations[other].shape == self.base.locations[name].shape:
-                return first
-        return None
+        return next(
+            (first for table, first in self.tables.items() if f"{table}.weight" in self.tied.get(name, ())), None
+        )
 
     def _add_factors(self, expected: ExpectedWeight, layer: str) -> None:
         variant, stored, scaling = self.adapter.variant, self.adapter.stored(layer), self.adapter.scaling(layer)
         meant = meaning(variant, stored)
         for a, b in meant.pairs:
-            left, right, expected.transposed = self._placed(layer, expected.location.shape, a, b)
+            left, right, expected.transposed = self._placed(layer, expected.base.shape, a, b)
             expected.factors.append((left * scaling, right))
         expected.arithmetic = torch.float32 if meant.rounded else torch.float64
         expected.lengths = meant.lengths
@@ -285,39 +265,34 @@ def check_merged(
     source = adapter_with_options(adapter, lora_alpha)
     fitted = fit_to_base(source, weights, strict_base=strict_base)
     expected = ExpectedWeights(fitted.adapter, fitted.base, fitted.files)
-    assert result.locations.keys() == weights.locations.keys()
-    for name, before in weights.locations.items():
-        after = result.locations[name]
+    assert result.tensors.keys() == weights.tensors.keys()
+    for name, before in weights.tensors.items():
+        after = result.tensors[name]
         wanted = dtype if dtype is not None and before.dtype in MERGEABLE_DTYPES else before.dtype
         whole = fitted.adapter.tensors.get(name)  # it takes the place of the base's tensor, whatever shape that has
         assert (after.dtype, after.shape) == (wanted, before.shape if whole is None else whole.shape), name
         if whole is not None and after.shape != before.shape:
             expected.of(name, wanted)  # is found
-            with open(after.file, "rb") as file:
-                rows = [read_rows(file, after, first, count) for first, count in after.chunks()]
-            assert torch.equal(_bits(torch.cat(rows).view(whole.shape)), _bits(whole.to(wanted).contiguous())), name
-        elif before.in_order:
+            assert torch.equal(_bits(after), _bits(whole.to(wanted))), name
+        else:
             _compare(name, before, after, expected.of(name, wanted))
     expected.check_all_found()
 
 
-def _compare(name: str, before: TensorLocation, after: TensorLocation, expected: ExpectedWeight | None) -> None:
-    with open(before.file, "rb") as base, open(after.file, "rb") as result:
-        for first, count in before.chunks():
-            old, new = read_rows(base, before, first, count), read_rows(result, after, first, count)
-            if expected is None and old.dtype == new.dtype:
-                same = torch.equal(_bits(old), _bits(new))
-            elif expected is None:
-                same = _is_close(new, old.double(), old.double().abs())
-            elif not old.is_floating_point():
-                same = torch.equal(expected.exact_part(old, first), new)
-            else:
-                same = _is_close(new, *expected.part(old, first), expected.arithmetic)
-            assert same, f"{name!r} differs from what base and adapter give, in rows {first} to {first + count - 1}"
+def _compare(name: str, old: torch.Tensor, new: torch.Tensor, expected: ExpectedWeight | None) -> None:
+    if expected is None and old.dtype == new.dtype:
+        same = torch.equal(_bits(old), _bits(new))
+    elif expected is None:
+        same = _is_close(new, old.double(), old.double().abs())
+    elif not old.is_floating_point():
+        same = torch.equal(expected.exact(old.dtype), new)
+    else:
+        same = _is_close(new, *expected.values(), expected.arithmetic)
+    assert same, f"{name!r} differs from what base and adapter give"
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _is_close(
