@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import LoRAError, sentence
-from .paths import PathLike, kind_of
+from .paths import PathLike, kind_of, reason_of
 
 SUFFIX = ".partial"
 MODE_BITS = 0o777  # without setuid: a new file is not to run with its owner's rights
@@ -100,7 +100,7 @@ def _hidden_folder(target: Path, parent: Path) -> Iterator[Path]:
             parent.mkdir(parents=True, exist_ok=True)
             os.mkdir(folder, 0o700)
         except (OSError, ValueError) as error:
-            raise LoRAError(f"{target}: cannot be written: {sentence(error)}") from error
+            raise LoRAError(f"{target}: cannot be written: {sentence(reason_of(error))}") from error
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -27,7 +27,7 @@ from ..names import A, B, listed
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE, TRANSPOSED_EXPERTS
 from ..nn.variant import Variant
 from ..notices import tell
-from .forms import CONFIG_FILE, refuse_named_adapters
+from .forms import CONFIG_FILE, form_of, refuse_named_adapters
 from .model_card import may_write_card, model_card, module_in_words, write_card
 from .peft_attention import refuse_to_write_beside_conv1d
 from .peft_equivalents import add_idle_attention, without_enable_lora
@@ -252,6 +252,8 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
     """
     refuse_named_adapters(path)
     folder = Path(path)
+    if form_of(folder) == "folder":
+        raise LoRAError(f"{folder}: holds no adapter; there is no such file as {CONFIG_FILE} in it.")
     options_path, tensor_path = folder / CONFIG_FILE, folder / TENSOR_FILE
     variant, options = from_peft_options(read_json(options_path), options_path)
     refuse_options(options, variant, options_path)
