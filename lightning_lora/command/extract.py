@@ -87,6 +87,7 @@ def extract(
         raise LoRAError(f"extract: no weight of two dimensions or more differs between {base.path} and {tuned.path}.")
     kinds = {module: _kind(module, base, embeddings, fan_in_fan_out) for module in adapted}
     whole, options = ({}, {}) if drop_rest else _carried(base, tuned, changed, adapted)
+    config = LoRAConfig(r=rank, target_modules=adapted, **options)
     tensors: dict[str, Any] = {}
     kept, squares = {}, {}
     with progress_bar("extracting", len(kinds)) as advance:
@@ -97,7 +98,7 @@ def extract(
     frozen = {name: each for name, each in base.tensors.items() if name not in whole}
     adapter = Adapter(
         tensors={**tensors, **whole},
-        config=LoRAConfig(target_modules=adapted, **options),
+        config=config,
         fingerprint=fingerprint_of_files(frozen),
         fan_in_fan_out=fan_in_fan_out,
     ).with_layers({module: Layer(scaling=1.0, kind=kind) for module, kind in kinds.items()})
@@ -175,7 +176,7 @@ def _is_transposed_convolution(module: str, base: Weights) -> bool:
 
 
 def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out: bool) -> str:
-    if len(base.tensors[f"{module}.weight"].shape) > 2:
+    if base.tensors[f"{module}.weight"].dim() > 2:
         return CONV
     parent, _, leaf = module.rpartition(".")
     if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.tensors:  # of nn.MultiheadAttention

@@ -154,7 +154,7 @@ def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, 
     updates = {  # a file may hold such a weight once
         name: _replacement(name, value, base, may_differ=any(map(is_saved, parent_names(name))))
         for name, value in whole.items()
-        if name in base.tensors or name not in tied
+        if name in base.tensors
     }
     kinds = {name: adapter.layers[name].kind or _kind(adapter, name, base) for name in adapter.layers}
     refuse_conv1d_of_model(adapter, next((name for name, kind in kinds.items() if kind == CONV1D), None), base.path)
@@ -228,6 +228,9 @@ def _refuse_unplaced(adapter: Adapter, base: Weights) -> None:
     for name in sorted(adapter.base.keys() - here):
         if not any(entries_match(adapter.fingerprint[name], table) for table in tables):
             _refuse_absent(name, base)
+    whole = adapter.beside_factors()
+    for name in sorted(whole.keys() - base.tensors.keys() - set().union(*equal_tables(whole))):
+        _refuse_absent(name, base)
 
 
 def _refuse_absent(name: str, base: Weights) -> NoReturn:
@@ -344,9 +347,7 @@ def _replacement(name: str, value: Any, base: Weights, *, may_differ: bool) -> W
 
     One that modules_to_save names, such as a new head, may have another shape. A folder's config says the shapes.
     """
-    old = base.tensors.get(name)
-    if old is None:
-        _refuse_absent(name, base)
+    old = base.tensors[name]
     if base.folder or not (may_differ and isinstance(value, torch.Tensor)):
         _refuse_other_shape(name, value, base)
     if value.shape != old.shape:

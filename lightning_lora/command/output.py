@@ -47,9 +47,11 @@ def check_output(
         LoRAError: the output overlaps an input, exists and may not be replaced, or cannot be written.
     """
     target = Path(os.path.realpath(output))
-    for path in map(os.path.realpath, inputs):
-        if target.is_relative_to(path) or Path(path).is_relative_to(target):
-            raise LoRAError(f"{verb}: {output} is, or is inside, or holds {path}; write somewhere else.")
+    for path in inputs:
+        source = Path(os.path.realpath(path))
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            relation = "is" if target == source else "is inside" if target.is_relative_to(source) else "holds"
+            raise LoRAError(f"{verb}: {output} {relation} {path}, which is read; write somewhere else.")
     check_output_path(output, folder=kind == "folder")
     if not overwrite and (any(target.iterdir()) if target.is_dir() else target.exists()):
         raise LoRAError(f"{verb}: {output} exists; choose another output, or pass --overwrite to replace it.")

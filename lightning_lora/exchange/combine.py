@@ -47,7 +47,10 @@ from ..progress import progress_bar
 
 DENSITY = 0.5  # of the methods that prune, where none is given
 
-REMEDY = "Combine adapters that were trained on one base, or pass strict_base=False, which makes this a warning."
+REMEDY = (
+    "Combine adapters that were trained on one base, or pass strict_base=False (--strict-base=false to the command), "
+    "which makes this a warning."
+)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import LoRAError
-from ..files.paths import PathLike, given_path, kind_of
+from ..files.paths import PathLike, kind_of
 from ..formats.forms import CONFIG_FILE
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.live_state import open_state
@@ -102,7 +102,7 @@ def find_network(listing: Listing) -> tuple[str, Any] | None:
 
 def refuse_adapter_beside(path: PathLike) -> None:
     """Raise LoRAError where a folder holds an adapter, which from_pretrained would add to the merged weights."""
-    if kind_of(given_path(path) / CONFIG_FILE) != "nothing":
+    if kind_of(Path(path) / CONFIG_FILE) != "nothing":
         raise LoRAError(
             f"{path}: holds {CONFIG_FILE}, with which from_pretrained loads that adapter and its base "
             "instead of merged weights; give another folder, or remove the adapter's files."

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import LoRAError, sentence
-from .paths import PathLike, given_path, kind_of, real_path
+from .paths import PathLike, kind_of, reason_of
 
 SUFFIX = ".partial"
 MODE_BITS = 0o777  # without setuid: a new file is not to run with its owner's rights
@@ -74,23 +74,13 @@ def check_output_path(path: PathLike, *, folder: bool) -> None:
         pass
 
 
-def identity(path: PathLike) -> object:
-    """Return what differs after a file, or files in a folder, were replaced; None where nothing is at the path."""
-    with suppress(OSError, ValueError):  # ValueError: a name that no file can have
-        if not os.path.isdir(path):
-            return os.stat(path).st_ino
-        with os.scandir(path) as entries:
-            return {entry.name: entry.inode() for entry in entries if not entry.name.endswith(SUFFIX)}
-    return None
-
-
 def _checked(path: PathLike, *, folder: bool) -> Path:
     """Return the path behind links.
 
     Raises:
         LoRAError: what is there is of another kind, or may not be written to.
     """
-    target = real_path(given_path(path))
+    target = Path(os.path.realpath(path))
     kind = kind_of(target)
     if folder and kind not in ("folder", "nothing"):
         raise LoRAError(f"{path}: is a file; give the name of a folder.")
@@ -110,7 +100,7 @@ def _hidden_folder(target: Path, parent: Path) -> Iterator[Path]:
             parent.mkdir(parents=True, exist_ok=True)
             os.mkdir(folder, 0o700)
         except (OSError, ValueError) as error:
-            raise LoRAError(f"{target}: cannot be written: {sentence(error)}") from error
+            raise LoRAError(f"{target}: cannot be written: {sentence(reason_of(error))}") from error
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

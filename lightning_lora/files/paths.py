@@ -50,20 +50,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def given_path(path: PathLike) -> Path:
-    """Return a path that a user gave.
-
-    Raises:
-        LoRAError: it is no path, or it is empty: Python takes an empty path for the current folder.
-    """
-    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-    if not isinstance(text, str):
-        raise LoRAError(f"{path!r:.80}: is no path; give the name of a file or folder.")
-    if not text:
-        raise LoRAError(f"{path!r}: is an empty path; give the name of a file or folder, '.' for the current folder.")
-    return Path(path)
-
-
 def kind_of(path: PathLike) -> Literal["file", "folder", "other", "nothing"]:
     """Return what is at a path.
 
@@ -79,18 +65,6 @@ def kind_of(path: PathLike) -> Literal["file", "folder", "other", "nothing"]:
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
 
-def real_path(path: PathLike) -> Path:
-    """Return the path without links.
-
-    Raises:
-        LoRAError: no file can have this name, or the path is relative and the current folder was deleted.
-    """
-    try:
-        return Path(os.path.realpath(path))
-    except (OSError, ValueError) as error:
-        raise LoRAError(f"{path}: is a path that leads nowhere: {sentence(reason_of(error))}") from error
-
-
 def reason_of(error: Exception) -> str:
     """Return the operating system's reason, without the number of the error and the path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -98,5 +72,5 @@ def reason_of(error: Exception) -> str:
 
 def require_file(path: PathLike) -> None:
     """Raise LoRAError where there is no file."""
-    if kind_of(given_path(path)) != "file":
+    if kind_of(path) != "file":
         raise LoRAError(f"{path}: there is no such file.")

@@ -13,7 +13,7 @@ import torch
 from ..errors import LoRAError
 from ..names import parent_names
 from .model_folder import ModelFolder, open_folder
-from .paths import PathLike, given_path, kind_of
+from .paths import PathLike, kind_of
 from .safetensors import SUFFIX, TensorFile, open_safetensors
 from .torch_archive import compare_check_sums, is_archive, read_torch_file
 
@@ -117,7 +117,7 @@ def open_weights(path: PathLike) -> Weights:
     Raises:
         LoRAError: the path leads to none of these, or the file is damaged.
     """
-    path = given_path(path)
+    path = Path(path)
     kind = kind_of(path)
     if kind == "folder":
         folder = open_folder(path)

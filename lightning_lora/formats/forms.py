@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from ..errors import LoRAError
-from ..files.paths import PathLike, given_path, kind_of
+from ..files.paths import PathLike, kind_of
 from ..files.safetensors import SUFFIX
 from ..names import listed
 
@@ -20,9 +21,9 @@ def form_of(path: PathLike) -> Form:
     "folder" is any other folder, such as one of transformers. What is not there is a "torch file".
 
     Raises:
-        LoRAError: the path cannot be one, or the system does not say what is there.
+        LoRAError: the system does not say what is there.
     """
-    path = given_path(path)
+    path = Path(path)
     if kind_of(path) != "folder":
         return "safetensors file" if path.suffix == SUFFIX else "torch file"
     return "folder" if kind_of(path / CONFIG_FILE) == "nothing" else "PEFT folder"
@@ -44,7 +45,7 @@ def refuse_named_adapters(path: PathLike) -> None:
     Raises:
         LoRAError: a folder holds such folders, and neither options nor weights itself.
     """
-    folder = given_path(path)
+    folder = Path(path)
     if kind_of(folder) != "folder" or kind_of(folder / CONFIG_FILE) != "nothing" or any(folder.glob(f"*{SUFFIX}")):
         return
     named = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_FILE}"))

@@ -21,14 +21,14 @@ from ..adapter.metadata import to_metadata
 from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, shown
 from ..files.atomic import new_folder
-from ..files.paths import PathLike, given_path, kind_of, read_json, reading, write_json
+from ..files.paths import PathLike, kind_of, read_json, reading, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, listed
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE, TRANSPOSED_EXPERTS
 from ..nn.variant import Variant
 from ..notices import tell
-from .forms import CONFIG_FILE, refuse_named_adapters
+from .forms import CONFIG_FILE, form_of, refuse_named_adapters
 from .model_card import CARD_FILE, model_card, module_in_words
 from .peft_attention import refuse_to_write_beside_conv1d
 from .peft_equivalents import add_idle_attention, without_enable_lora
@@ -79,7 +79,7 @@ def write_folder(adapter: Adapter, path: PathLike, *, plain: bool = False, netwo
     content = folder_content(adapter, plain=plain)
     tensors = _copies(content.tensors)
     text = json.dumps(content.description, separators=(",", ":"))
-    has_card = os.path.lexists(given_path(path) / CARD_FILE)
+    has_card = os.path.lexists(Path(path) / CARD_FILE)
     with new_folder(path) as folder:
         write_tensors(folder / TENSOR_FILE, tensors, {"format": "pt", HEADER_KEY: text})
         write_json(folder / CONFIG_FILE, content.options)
@@ -238,6 +238,8 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
     """
     refuse_named_adapters(path)
     folder = Path(path)
+    if form_of(folder) == "folder":
+        raise LoRAError(f"{folder}: holds no adapter; there is no such file as {CONFIG_FILE} in it.")
     options_path, tensor_path = folder / CONFIG_FILE, folder / TENSOR_FILE
     variant, options = from_peft_options(read_json(options_path), options_path)
     refuse_options(options, variant, options_path)

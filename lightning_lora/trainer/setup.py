@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..config import LoRAConfig
+from ..errors import shown
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.initial_values import snapshot_initial
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, random_seed
@@ -81,7 +82,7 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
 
 def _tell_of_taken(config: LoRAConfig, completed: LoRAConfig) -> None:
     """Say which of a callback's options are a checkpoint's: a command line gives defaults, which count as left out."""
-    taken = [f"{name}={getattr(completed, name)!r}" for name in completed.differing(config)]
+    taken = [f"{name}={shown(getattr(completed, name), 60)}" for name in completed.differing(config)]
     if taken:
         tell(f"lightning_lora: {', '.join(taken)} {'is' if len(taken) == 1 else 'are'} the checkpoint's.")
 

@@ -102,6 +102,28 @@ def test_info_shows_layers_of_a_peft_folder_and_of_its_tensor_file(tmp_path, cap
     assert "lora_alpha must come from whoever trained it" in text
 
 
+def test_info_writes_a_whole_number_as_one(tmp_path, capsys):
+    """YAML's readers make 16.0 of an option that is a float."""
+    inject(net := Net(), LoRAConfig(r=2, lora_alpha=16.0, target_modules=TARGETS, lora_dropout=0.25))
+    save_adapter(net, tmp_path / "a")
+    shown = call(capsys, "info", tmp_path / "a")
+    assert "  lora_alpha: 16\n  lora_dropout: 0.25\n" in shown
+
+
+def test_a_folder_without_an_adapter_is_told_so(tmp_path, capsys):
+    model("llama").save_pretrained(tmp_path / "base")
+    shown = refused(capsys, "export", tmp_path / "base", tmp_path / "out")
+    assert f"{tmp_path / 'base'}: holds no adapter" in shown
+
+
+def test_export_names_the_ranks(tmp_path, capsys):
+    for name, pattern in (("one", {}), ("two", {"head": 1})):
+        inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS, rank_pattern=pattern))
+        save_adapter(net, tmp_path / name)
+    assert call(capsys, "export", tmp_path / "one", tmp_path / "a").endswith("a: 3 adapted layers of rank 2\n")
+    assert call(capsys, "export", tmp_path / "two", tmp_path / "b").endswith("b: 3 adapted layers of ranks 1, 2\n")
+
+
 def test_info_shows_size_and_dtypes_of_weights(tmp_path, capsys):
     net = model("llama").bfloat16()
     net.save_pretrained(tmp_path / "folder", max_shard_size="12KB")

@@ -141,6 +141,13 @@ def test_a_change_that_nothing_can_carry_is_named(tmp_path, capsys):
     assert "left out: mha.in_proj_weight, mha.out_proj.weight" in shown
 
 
+def test_a_rank_below_one_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_lora.command.extract.truncated_svd", lambda *_: pytest.fail("the work began"))
+    assert "r must be a whole number of at least 1" in run(
+        tmp_path, capsys, "llama", tuned("llama", 2), rank=0, status=1
+    )
+
+
 @pytest.mark.parametrize("option", ["--exclude", "--embeddings"])
 @pytest.mark.parametrize(
     ("entry", "hint"),

@@ -122,6 +122,11 @@ def test_merge_refuses_outputs_inside_base_or_adapter_and_keeps_foreign_files(tm
         merge_on_disk(base, adapter, tmp_path / "photos")
     merge_on_disk(base, adapter, tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos" / "a.jpg").read_text() == "x"
+    merge_on_disk(base, adapter, tmp_path / "out")
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    merge_on_disk(base, adapter, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "x"
+    assert sorted(os.listdir(tmp_path)) == ["base", "out", "photos", "run"]
 
 
 def test_every_tensor_that_shares_bytes_is_found():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter
 from lightning_lora.command.extract import extract
-from lightning_lora.command.info import diff
+from lightning_lora.command.info import diff, info
 from lightning_lora.command.main import main
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.weights import open_weights
@@ -90,3 +90,23 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_plain_one_on_request(
     with pytest.warns(UserWarning, match="here it is not quantised"):
         merge_on_disk(tmp_path / "base.safetensors", path, tmp_path / "out.safetensors", strict_base=False)
     assert load_file(tmp_path / "out.safetensors")["0.weight"].dtype == torch.float32
+
+
+def test_a_whole_tensor_that_the_base_lacks_is_refused_before_another_quantisation_is_told(tmp_path):
+    """Else the advice to pass --strict-base=false would lead to a second refusal."""
+    state = {name: value for name, value in network().state_dict().items() if not name.startswith("4.")}
+    save_file(state, tmp_path / "base.safetensors")
+    model = quantised("nf4")
+    model[4] = network()[4]
+    path = adapter(tmp_path / "adapter", model, modules_to_save=["4"])
+    for strict in (True, False):
+        with pytest.raises(LoRAError, match=r"the adapter comes with '4\.\w+' whole, and the base has no such tensor"):
+            merge_on_disk(tmp_path / "base.safetensors", path, tmp_path / "out.safetensors", strict_base=strict)
+
+
+def test_info_tells_how_the_base_was_quantised(tmp_path, capsys):
+    path = adapter(tmp_path / "adapter", quantised("nf4"))
+    counts = info(path)["base"]["dtypes"]
+    assert counts["nf4"] == sum(isinstance(layer, torch.nn.Linear) for layer in network())
+    assert main(["info", str(path)]) == 0
+    assert f"{counts['nf4']} nf4" in capsys.readouterr().out

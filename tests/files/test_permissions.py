@@ -78,7 +78,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused_before_the_work(
     assert (path / "a").read_text() == "old"
 
 
-@pytest.mark.parametrize("name", ["n" * 300, "a\0b", "n" * 250])
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 250])
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_name_that_no_system_takes_is_refused_before_the_work(tmp_path: Path, name: str, folder: bool):
     with pytest.raises(LoRAError, match=r"cannot be (written|accessed)|leads nowhere"):
