@@ -25,8 +25,8 @@ def export_adapter(source: Sources, path: PathLike, *, plain: bool = False, lora
         source: any form of adapter that load_adapter takes, such as the best checkpoint of a run.
         path: the folder. An adapter that is in it is replaced without asking; what else is in it stays.
         plain: write the form that every server and converter takes: one r, with zeros added to lower ranks,
-            lora_alpha = r, the scale multiplied into B, one pair of factors a layer, and neither patterns nor rsLoRA.
-            The outputs stay, up to the rounding of that product.
+            lora_alpha = r, the scale multiplied into B, one pair of float32 factors a layer, and neither patterns nor
+            rsLoRA. The outputs stay, up to rounding.
         lora_alpha: for an adapter that does not store it, such as a file of loralib's.
 
     Returns:

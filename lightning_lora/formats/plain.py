@@ -1,14 +1,13 @@
 """The served form of an adapter (plain=True), which every server that reads PEFT's folders runs right.
 
 All layers have one rank r, with zeros added to lower ones, and lora_alpha = r, so that the scale is 1. The scale that
-they had is multiplied into B. Any variant whose change is a product of factors becomes plain LoRA: start factors are
-stacked to twice the rank, and a product of products gets its square. Of options a list of last name segments is left.
+they had is multiplied into B. Factors are float32, so that this rounds nothing of 16 bits. Any variant whose change is
+a product of factors becomes plain LoRA: start factors are stacked to twice the rank, and a product of products gets its
+square. Of options a list of last name segments is left.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..matching import matcher
 from ..names import A, B, listed
-from ..nn.low_rank import CONVOLUTIONS, GROUPED_CONV, HALF
+from ..nn.low_rank import CONVOLUTIONS, GROUPED_CONV
 
 
 def served_form(adapter: Adapter, source: PathLike | None) -> Adapter:
@@ -45,11 +44,10 @@ def served_form(adapter: Adapter, source: PathLike | None) -> Adapter:
         )
     lora = as_lora(own)
     scaled = {layer: _scaled_b(lora, layer) for layer in lora.layers}
-    _tell_rounding(lora, scaled, where)
     rank = max(b.shape[1] for b in scaled.values())
     tensors: dict[str, torch.Tensor] = {}
     for layer, b in scaled.items():
-        left, right = padded((b, lora.factor(layer, A)), rank)
+        left, right = padded((b, lora.factor(layer, A).to(b.dtype)), rank)
         tensors |= {f"{layer}.{A}": right, f"{layer}.{B}": left}
     served = replace(
         lora,
@@ -86,7 +84,7 @@ def _is_floating(value: Any) -> bool:
 
 
 def _scaled_b(adapter: Adapter, layer: str) -> torch.Tensor:
-    """Return s * B of a layer of plain LoRA, in the dtype of B."""
+    """Return s * B of a layer of plain LoRA, in float32 at least."""
     a, b, scaling = adapter.factor(layer, A), adapter.factor(layer, B), adapter.scaling(layer)
     if adapter.layers[layer].kind in CONVOLUTIONS and a.dim() == 2:
         raise LoRAError(
@@ -94,31 +92,13 @@ def _scaled_b(adapter: Adapter, layer: str) -> torch.Tensor:
             "onto its model in Python: load_adapter(model, path), then export_adapter(take_adapter(model), path, "
             "plain=True)."
         )
-    scaled: torch.Tensor = (b.double() * scaling).to(b.dtype)
+    scaled: torch.Tensor = (b.double() * scaling).to(torch.promote_types(b.dtype, torch.float32))
     if not scaled.isfinite().all():
         raise LoRAError(
             f"export_adapter: the scale {scaling:g} times B of {layer!r} is beyond the range of "
-            f"{str(b.dtype).removeprefix('torch.')}. Write it without plain=True, or merge it into its base."
+            f"{str(scaled.dtype).removeprefix('torch.')}. Write it without plain=True, or merge it into its base."
         )
     return scaled
-
-
-def _tell_rounding(adapter: Adapter, scaled: Mapping[str, torch.Tensor], where: object) -> None:
-    """Warn where s * B has 16 bits and is not exact."""
-    rounded: dict[str, float] = {}
-    for layer, b in scaled.items():
-        exact = adapter.factor(layer, B).double() * adapter.scaling(layer)
-        change = float((b.double() - exact).norm())
-        if b.dtype in HALF and change:
-            rounded[layer] = change / float(exact.norm())
-    if rounded:
-        worst = max(rounded, key=rounded.__getitem__)
-        dtype = str(scaled[worst].dtype).removeprefix("torch.")
-        warnings.warn(
-            f"lightning_lora: {where}: the scale is multiplied into B, which is rounded to {dtype} in {len(rounded)} "
-            f"layers, by up to {rounded[worst]:.2g} of its norm ({worst}). A scale of 1, 2, 4 or 0.5 rounds nothing.",
-            stacklevel=5,
-        )
 
 
 def _options(adapter: Adapter, rank: int) -> LoRAConfig:
