@@ -47,7 +47,7 @@ from ..nn.rounding import IN_FILES, tell_rounding
 from ..nn.variant import LayerInfo, Parts
 from ..notices import tell
 from ..progress import progress_bar
-from .output import IN_PYTHON, MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
+from .output import IN_PYTHON, check_output, refuse_quantised
 from .write_merged import Job, WeightUpdate, write_file_of, write_folder_of
 
 INSTEAD = "Load the model in Python and use load_adapter and save_merged instead"
@@ -86,7 +86,7 @@ def merge_on_disk(
     """
     weights = open_weights(base)
     _check_form(weights, Path(output))
-    check_output("merge", MODEL_FOLDER if weights.folder else MODEL_FILE, output, (base, adapter), overwrite)
+    check_output("merge", "folder" if weights.folder else "file", output, (base, adapter), overwrite)
     refuse_adapter_beside(output)
     with _one_thread():
         fitted = fit_to_base(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)

@@ -50,12 +50,9 @@ def check_output(
     for path in inputs:
         source = Path(os.path.realpath(path))
         if target.is_relative_to(source) or source.is_relative_to(target):
-            relation = "is" if target == source else "is inside" if target.is_relative_to(source) else "holds"
-            raise LoRAError(f"{verb}: {output} {relation} {path}, which is read; write somewhere else.")
+            relation = "is inside" if target.is_relative_to(source) else "holds"
+            found = "is an input" if target == source else f"{relation} the input {path}"
+            raise LoRAError(f"{verb}: {output} {found}; write somewhere else.")
     check_output_path(output, folder=kind == "folder")
     if not overwrite and (any(target.iterdir()) if target.is_dir() else target.exists()):
         raise LoRAError(f"{verb}: {output} exists; choose another output, or pass --overwrite to replace it.")
-
-
-MODEL_FOLDER: Literal["folder"] = "folder"
-MODEL_FILE: Literal["file"] = "file"

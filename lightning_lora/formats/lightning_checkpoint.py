@@ -24,7 +24,6 @@ from ..nn.foreign_entries import ForeignEntries
 from ..nn.quantised_state import quantisation_entries
 
 FORMAT_VERSION = 1
-LIGHTNING_VERSION = "pytorch-lightning_version"  # an entry of every checkpoint of Lightning's, which its readers need
 CURRENT = "current_model_state"  # where WeightAveraging keeps the weights beside their average in state_dict
 FOREIGN = "foreign"  # in the metadata: the names of foreign entries in state_dict, and the versions of their modules
 

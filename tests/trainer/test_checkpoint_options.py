@@ -30,6 +30,7 @@ from lightning_lora import (
     save_adapter,
     unload,
 )
+from lightning_lora.trainer.setup import _tell_of_taken
 from support.covering import covering
 from support.lightning_versions import ANY_OBJECTS, PLAIN_TYPES_ONLY
 from support.runs import BATCHES, TARGETS
@@ -363,3 +364,11 @@ def test_injected_model_keeps_its_options_and_the_error_names_the_remedy(tmp_pat
             unload(model)
         trainer.test(model, Data(BATCHES), ckpt_path=file, verbose=False, **PLAIN_TYPES_ONLY)
         assert torch.equal(outputs(model), loaded_outputs(file))
+
+
+def test_a_long_list_of_a_checkpoints_is_cut_in_the_line(caplog):
+    caplog.set_level("INFO", "lightning_lora")
+    _tell_of_taken(LoRAConfig(), LoRAConfig(r=4, target_modules=[f"model.layers.{i}.q_proj" for i in range(100)]))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("lightning_lora: r=4, target_modules=('model.layers.0.q_proj'")
+    assert len(record.getMessage()) < 150
