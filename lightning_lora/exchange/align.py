@@ -51,15 +51,16 @@ def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
     if not base:
         return adapter
     trained = set(live.keys) - live.handle.initial_of("resized").keys()
-    of_base = {}
+    of_base = set()
     for name, tensor, owner in live.entries:
         if name not in base or name in trained or tensor is None:
             continue
         if has_new_rows(name, base[name], original_value(name, tensor, owner)):
             tell(f"lightning_lora: {name} comes with the adapter: its last rows are not the base's")
         else:
-            of_base[name] = base[name]
-    entries = {**without(adapter.fingerprint, base), **fingerprint_entries(of_base.items())}
+            of_base.add(name)
+    new = fingerprint_entries((name, base[name]) for name in sorted(of_base - adapter.fingerprint.keys()))
+    entries = {**without(adapter.fingerprint, base.keys() - of_base), **new}
     return replace(adapter, tensors=without(tensors, of_base), base={}, fingerprint=entries)
 
 

@@ -138,11 +138,15 @@ def folder_content(adapter: Adapter, *, plain: bool = False) -> FolderContent:
 def _names_of_whole(adapter: Adapter, path: PathLike) -> str:
     """Say onto which module PEFT loads an adapter of more than a transformers model."""
     name = adapter.pretrained.removesuffix(".")
+    outside = [layer for layer in adapter.layers if not layer.startswith(adapter.pretrained)]
+    alone = f"save_adapter(module.{name}, path) writes the adapter of that model alone."
+    if outside:
+        alone = f"A folder for that model alone needs a run that adapts no layer outside of it, as {outside[0]!r} is."
     call = ".".join(["Net()", *adapter.network.split(".")]).removesuffix(".")
     return (
         f"lightning_lora: something outside of the transformers model {name!r} was trained too, so names in {path} are "
         f"those of {module_in_words(adapter)}, and PEFT loads it onto that: PeftModel.from_pretrained({call}, path). "
-        f"save_adapter(module.{name}, path) writes the adapter of that model alone."
+        f"{alone}"
     )
 
 

@@ -179,7 +179,7 @@ def read_names(peft_names: Iterable[str], where: object, nesting_for: NestingFor
     for peft_name, name in bare.items():
         if name in own:
             layer, ending = own[name]
-            ours = _our_factor(name, *modules[layer], leaves.ours[ending], nesting, where)
+            ours = _our_name_of_factor(name, *modules[layer], leaves.ours[ending], nesting, where)
         else:
             ours = _our_base_name(name, present, layers, where)
         if peft_name_of.setdefault(ours, peft_name) != peft_name and ours:
@@ -259,7 +259,7 @@ def _kinds_in_names(own: Iterable[tuple[str, str]], modules: Mapping[str, tuple[
     return kinds
 
 
-def _our_factor(name: str, module: str, depth: int, leaf: str, nesting: Nesting, where: object) -> str:
+def _our_name_of_factor(name: str, module: str, depth: int, leaf: str, nesting: Nesting, where: object) -> str:
     """Return our name of an adapter's own tensor, given the module that PEFT wrapped, and how deep."""
     parameter = our_factor(module, depth, leaf, nesting)
     if parameter is not None:
