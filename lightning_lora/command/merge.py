@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,8 +88,9 @@ def merge_on_disk(
     _check_form(weights, Path(output))
     check_output("merge", "folder" if weights.folder else "file", output, (base, adapter), overwrite)
     refuse_adapter_beside(output)
-    fitted = fit_to_base(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
-    return _write(Job(weights, plan_updates(fitted, dtype), dtype), output)
+    with _one_thread():
+        fitted = fit_to_base(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
+        return _write(Job(weights, plan_updates(fitted, dtype), dtype), output)
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,17 @@ def _check_form(base: Weights, output: Path) -> None:
             f"merge: {base.path}: checkpoint{found[0]} is of {found[1]}, and objects are not unpickled, so that the "
             "file cannot be written anew. Give the state dict by itself as --base."
         )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread: the disk is the limit, and several would wait for each other at every small block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write(job: Job, output: PathLike) -> list[Path]:

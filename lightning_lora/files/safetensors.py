@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
 }  # fmt: skip
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 class TensorFile(NamedTuple):
@@ -51,11 +53,32 @@ def open_safetensors(path: PathLike) -> TensorFile:
 def read_safetensors(path: PathLike) -> TensorFile:
     """Read the tensors of a safetensors file onto the CPU. They do not change with the file.
 
+    They share one piece of memory, read at once: an adapter has hundreds of small tensors, and the library's calls for
+    each take longer than the reading.
+
     Raises:
         LoRAError: there is no such file, or it is no complete safetensors file.
     """
-    tensors, metadata = open_safetensors(path)
-    return TensorFile({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
+    require_file(path)
+    with reading(path, "safetensors"), open(path, "rb") as file:
+        with safe_open(path, "pt") as checked:
+            metadata = checked.metadata() or {}
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(begin - 8))
+        content = torch.empty(os.path.getsize(path) - begin, dtype=torch.uint8)
+        if content.numel() and file.readinto(memoryview(content.numpy())) < content.numel():  # type: ignore[arg-type]
+            raise ValueError("it was cut while it was read")
+        return TensorFile({name: _view(content, header[name]) for name in sorted(header.keys() - {METADATA})}, metadata)
+
+
+def _view(content: torch.Tensor, entry: Mapping[str, Any]) -> torch.Tensor:
+    """Return the tensor of an entry of a header."""
+    start, end = entry["data_offsets"]
+    dtype = DTYPES[entry["dtype"]]
+    values = content[start:end]
+    if start % dtype.itemsize:
+        values = values.clone()  # torch views no number across the boundaries of its dtype
+    return values.view(dtype).view(entry["shape"])
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
