@@ -49,8 +49,8 @@ REMEDY_IN_TRAINER = (
     "Python call load_adapter(model, path, strict_base=False) and leave ckpt_path out."
 )
 OPTIONS_IN_TRAINER = (
-    "Leave them out of LoRACallback: they are then the checkpoint's, where it is a local file. If the model already "
-    "has an adapter, call unload(model) first."
+    "To take the checkpoint's, where it is a local file, leave them out of LoRACallback. If the model already has an "
+    "adapter, call unload(model) first."
 )
 
 
