@@ -78,11 +78,11 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
         own, current = {*live.keys, *adapter.foreign.values}, checkpoint[CURRENT].items()
         checkpoint[CURRENT] = {name: value for name, value in current if canonical(name) in own}
     meta = checkpoint[META] = checkpoint_metadata(kind, adapter)
-    if kind != "full" and not divided:  # otherwise gathered_state has left the base out, or merged it
-        _warn_of_moved(live, state, adapter, kind)
     if kind == "full":
         meta["initial"] = gather_all(handle.initial())
-    elif kind == "merged":
+    elif not divided:  # otherwise gathered_state has left the base out, or merged it
+        _warn_of_moved(live, state, adapter, kind)
+    if kind == "merged":
         meta["adapter"] = adapter.tensors
         # A layer whose factors the class left out is not in its merged weights.
         state |= {name: value for name, value in adapter.tensors.items() if not names_factor(name)}

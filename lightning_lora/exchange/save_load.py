@@ -23,7 +23,6 @@ from ..formats.peft_parameters import order_in
 from ..formats.peft_saved_modules import frozen_in_saved
 from ..formats.sources import apart_from_models, read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
-from ..model.live_state import LiveState
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
 from ..nn.owner import claimed
 from .apply import apply_adapter, inject_adapter, quantise_as_trained_
@@ -119,8 +118,8 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
 
 def _write(handle: AdaptedModel, adapter: Adapter, path: PathLike) -> None:
     """Write the adapter of an injected model as a folder. Collective where the model is sharded."""
-    frozen = [adapter.network + name for name in frozen_in_saved(by_network_names(adapter))]
-    adapter = replace(adapter, base=frozen_values(LiveState(handle), frozen))
+    frozen = {adapter.network + name for name in frozen_in_saved(by_network_names(adapter))}
+    adapter = replace(adapter, base=frozen_values(handle, frozen))
     sync = RankSync(layer.adapted_weight() for layer in handle.layers.values())
     writes = writes_files(module for _, module in handle.modules)
     write = partial(write_folder, adapter, path)

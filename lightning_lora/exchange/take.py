@@ -99,10 +99,10 @@ def adapter_of_model(handle: AdaptedModel, verb: str) -> Adapter:
     return adapter
 
 
-def frozen_values(live: LiveState, names: Collection[str]) -> dict[str, Any]:
+def frozen_values(handle: AdaptedModel, names: Collection[str]) -> dict[str, Any]:
     """Return frozen tensors of a model by name, whole on every rank. Collective where the model is sharded."""
-    wanted = set(names)
-    return gather_all({n: original_value(n, t, owner) for n, t, owner in live.entries if n in wanted and t is not None})
+    entries = handle.state() if names else []
+    return gather_all({n: original_value(n, t, owner) for n, t, owner in entries if n in names and t is not None})
 
 
 def _described(live: LiveState, verb: str) -> Adapter:
