@@ -27,6 +27,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
+from support.covering import covering
 from support.layers import DTYPES, same_bits
 from support.recorders import Operators
 
@@ -178,9 +179,7 @@ def test_layer_outputs_unmerged_and_merged_agree_with_float64(name: str, dtype: 
     assert_as_exact_as_torch(subject.run(subject.model), torchs, wanted)  # with gradients torch goes another way
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype", "training"), covering([*CASES], DTYPES, [False, True]))
 def test_layer_gradients_agree_with_float64(name: str, dtype: torch.dtype, training: bool) -> None:
     """In evaluation mode too, where torch's fast path would leave the adapter out, gradients enabled or not."""
     subject = make_subject(name, dtype)

@@ -38,6 +38,7 @@ from lightning_lora.nn import output_norms as output_norms_file
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock
 from lightning_lora.nn.output_norms import norms_of_weight, squares_of_windows
+from support.covering import covering
 from support.launches import count
 from support.layers import (
     CASES,
@@ -296,8 +297,7 @@ def outputs_with(model: Any, weight: torch.Tensor, x: torch.Tensor) -> torch.Ten
         return plain(x)
 
 
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Conv2d", "Embedding"])
-@pytest.mark.parametrize("write", UNCOUNTED)
+@pytest.mark.parametrize(("kind", "write"), covering(["Linear", "Conv1D", "Conv2d", "Embedding"], UNCOUNTED, meet=1))
 def test_norm_of_the_base_is_taken_anew_after_writes_that_torch_does_not_count(kind: str, write: Any) -> None:
     inject(model := build(kind), dora())
     spread_(model)
@@ -550,13 +550,13 @@ def run(model: Any, x: torch.Tensor, *, x_needs: bool, autocast: torch.dtype | N
     return tuple(each.detach().cpu() for each in (output, *gradients))
 
 
-WAYS = [("plain", dtype) for dtype in DTYPES] + [("dropout", dtype) for dtype in DTYPES] + [("autocast", torch.float32)]
+def is_a_way(kind: str, how: str, dtype: torch.dtype) -> bool:
+    return (how, kind) != ("dropout", "Embedding") and (how != "autocast" or dtype == torch.float32)
 
 
 @on_device
 @pytest.mark.parametrize(
-    ("kind", "how", "dtype"),
-    [(kind, *way) for kind in WIDE for way in WAYS if "dropout" not in way or "Emb" not in kind],
+    ("kind", "how", "dtype"), covering([*WIDE], ["plain", "dropout", "autocast"], DTYPES, fits=is_a_way)
 )
 def test_on_a_device_outputs_and_gradients_are_those_in_float64_and_on_the_cpu(
     kind: str, how: str, dtype: torch.dtype
@@ -689,11 +689,12 @@ CANCELLING = {  # allowed relative error of the norm: of V in float32 or wider
 
 
 @on_device
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Conv1d", "Embedding"])
-@pytest.mark.parametrize("piece", [2**24, 600])
-@pytest.mark.parametrize(("dtype", "left"), CANCELLING)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "left", "piece"),
+    covering(["Linear", "Conv1D", "Conv1d", "Embedding"], DTYPES, [1e-3, 1e-6], [2**24, 600]),
+)
 def test_on_a_device_the_norm_is_right_where_the_adapter_nearly_removes_an_output(
-    dtype: torch.dtype, left: float, piece: int, kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: torch.dtype, left: float, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_norms_file, "PIECE", piece)
     model, wanted = nearly_cancelled(dtype, left, kind)
@@ -713,9 +714,7 @@ LAUNCHES = {torch.float32: 20, torch.bfloat16: 26}  # at most so many over the f
 
 
 @on_device
-@pytest.mark.parametrize("dropout", [0.0, P])
-@pytest.mark.parametrize("dtype", LAUNCHES)
-@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize(("kind", "dtype", "dropout"), covering([*WIDE], [*LAUNCHES], [0.0, P]))
 def test_on_a_device_a_step_has_few_launches_no_float64_and_no_wait(
     kind: str, dtype: torch.dtype, dropout: float
 ) -> None:

@@ -30,6 +30,7 @@ from lightning_lora.nn import linear
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.starts import start_factors
 from support import layers, parameters
+from support.covering import covering
 from support.layers import same_bits
 
 STARTS = ("pissa", "pissa_niter_4", "olora")
@@ -277,10 +278,10 @@ def test_two_hundred_cycles_with_changing_adapters_restore_every_bit(monkeypatch
         assert all(same_bits(model[i].weight, plain[i].weight) for i in (0, 2))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("keep", [True, False], ids=["factors in float32", "factors as the base"])
-@pytest.mark.parametrize("init", STARTS)
-def test_the_first_step_changes_no_bit_in_any_dtype(init, keep, dtype):
+@pytest.mark.parametrize(
+    ("init", "dtype", "keep"), covering(STARTS, [torch.bfloat16, torch.float16, torch.float32], [True, False])
+)
+def test_the_first_step_changes_no_bit_in_any_dtype(init, dtype, keep):
     """PEFT's bf16 base has rounded twice here, and is 0.2 % off."""
     plain = net().to(dtype)
     model = inject_start(copy.deepcopy(plain), init, autocast_adapter_dtype=keep)
