@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -150,18 +149,6 @@ def test_autocast_changes_nothing(dtype: torch.dtype, copies: bool) -> None:
     assert values(model) == plain
     unmerge(model)
     assert values(model) == before
-
-
-@pytest.mark.parametrize("form", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_a_merged_model_is_unmerged_by_itself(form: Any, copies: bool) -> None:
-    model = adapted(4)
-    before = values(model)
-    merge(model)
-    twin = form(model)
-    for each in (twin, model):
-        assert is_merged(each)
-        unmerge(each)
-        assert values(each) == before
 
 
 def test_the_state_dict_holds_w_while_merged_and_disable_adapter_shows_it(copies: bool) -> None:

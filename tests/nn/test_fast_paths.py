@@ -21,7 +21,6 @@ from support.covering import covering
 
 D = 8
 FUSED = "in_proj_weight"
-SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class Block(nn.Module):

@@ -18,32 +18,12 @@ from lightning_lora.nn.adapted_module import swapped_class
 from lightning_lora.nn.linear import LoRAQuantisedLinear
 from support.covering import covering
 from support.launches import Count, count
-from support.layers import CASES, DTYPES, make_subject, rounding
+from support.layers import CASES, make_subject, rounding
 from support.recorders import start_anew
 
-CONVOLUTIONS = [name for name in CASES if name.startswith("conv") and "conv that" not in name and "inner" not in name]
 EMBEDDINGS = ["embedding", "embedding, padding", "embedding, sparse"]
 BY_FREQUENCY = "embedding, by frequency"
 P = 0.5
-
-
-@pytest.mark.parametrize(("name", "dtype"), covering([*CONVOLUTIONS, *EMBEDDINGS, BY_FREQUENCY], DTYPES, meet=1))
-def test_layer_on_a_device_gives_outputs_and_gradients_of_float64(device, name, dtype):
-    subject = make_subject(name, dtype)
-    wide_ones = [f.detach().double().requires_grad_() for f in (subject.layer.lora_A, subject.layer.lora_B)]
-    sizes = [factor.detach().abs().requires_grad_() for factor in wide_ones]
-    wanted, bound = subject.reference(*wide_ones), subject.reference(*sizes, magnitudes=True)
-    g = upstream(wanted).to(dtype)
-    wanted.backward(g.double())
-    bound.backward(g.double().abs())
-
-    subject.model.to(device)
-    output = subject.model(subject.x.to(device))
-    output.backward(g.to(device))
-    assert output.dtype == dtype
-    assert ((output.cpu().double() - wanted).abs() <= rounding(dtype, bound)).all()
-    for factor, exact, size in zip((subject.layer.lora_A, subject.layer.lora_B), wide_ones, sizes, strict=True):
-        assert ((factor.grad.cpu().double() - exact.grad).abs() <= rounding(dtype, size.grad)).all()
 
 
 class Times(nn.Module):
