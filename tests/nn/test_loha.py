@@ -79,9 +79,6 @@ def test_outputs_gradients_and_steps_are_pefts(patterns):
     torch.testing.assert_close(model(TOKENS), other(TOKENS), rtol=1e-4, atol=1e-4)
 
 
-# --- merging ---
-
-
 # --- PEFT's folders ---
 
 

@@ -15,11 +15,12 @@ from lightning_lora import (
     load_adapter,
     merge,
     save_adapter,
+    unmerge,
 )
 from lightning_lora.command.main import main
 from support.expected_weights import check_merge_command
 from support.methods import METHODS, SAME, TOKENS, base, config_of, edit, moved, ours, theirs
-from support.models import bits
+from support.models import bits, state_bits
 from support.notices import quiet_peers
 
 pytestmark = quiet_peers
@@ -28,6 +29,21 @@ EACH = [pytest.param(method, id=name) for name, method in METHODS.items()]
 CASES = [
     pytest.param(method, case, id=f"{name}, {case}") for name, method in METHODS.items() for case in method.folders
 ]
+
+
+@pytest.mark.parametrize("method", EACH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_rounds_once_and_restores_every_bit(method, dtype):
+    model = moved(ours(method, base().to(dtype)))
+    before, expected = state_bits(model), {name: method.reference(model, name) for name in method.layers}
+    answer = model(TOKENS)
+    merge(model)
+    for name in method.layers:
+        found, wanted = model.get_submodule(name).weight.detach(), expected[name].to(dtype)
+        assert (found - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max(), name
+    torch.testing.assert_close(model(TOKENS), answer, rtol=0, atol=40 * torch.finfo(dtype).eps)
+    unmerge(model)
+    assert state_bits(model) == before
 
 
 @pytest.mark.parametrize(("method", "case"), CASES)
