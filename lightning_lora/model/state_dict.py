@@ -158,7 +158,9 @@ def merge_state_dict(
     with progress_bar("merging", len(layers)) as advance:
         for path, layer in layers:
             name = path + layer.weight_leaf
-            blocks = layer.blocks(state[name], layer.stored_in(state, path))
+            device = state[name].device  # a checkpoint's copy of a trained weight is on the CPU
+            stored = {leaf: value.to(device) for leaf, value in layer.stored_in(state, path).items()}
+            blocks = layer.blocks(state[name], stored)
             sync.run(f"merged weights: layer {path[:-1]!r}", merge_layer, name, layer, blocks)
             advance(1)
     sync.raise_on_any_rank()

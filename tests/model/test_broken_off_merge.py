@@ -18,6 +18,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, merged, unmerge
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.broken_off import break_off
+from support.covering import covering
 from support.models import bits, randomise_
 from support.shortcuts import without_collections
 
@@ -110,7 +111,10 @@ def check_breaking_off(model: nn.Module, call: str, found_merged: bool, steps: I
     return count
 
 
-@pytest.fixture(params=[True, False], ids=["copies", "values"])
+WAYS = [True, False]
+
+
+@pytest.fixture(params=WAYS, ids=["copies", "values"])
 def _copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:
         monkeypatch.setattr(MERGE, "COPY_BUDGET", 0)
@@ -132,9 +136,11 @@ def test_a_call_broken_off_anywhere_leaves_all_of_w_or_all_of_w_prime(monkeypatc
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks", "_copies")
 @pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "call", "dtype", "_copies"),
+    covering([*VARIANTS], [*CALLS], [torch.float32, torch.bfloat16], WAYS),
+    indirect=["_copies"],
+)
 def test_a_call_broken_off_at_many_lines_leaves_all_of_w_or_all_of_w_prime(variant, dtype, call):
     """At every third one, each variant from another; LORA_LINES=1 in the environment takes every one, half an hour."""
     model, step = adapted(variant, dtype), int(os.environ.get("LORA_LINES", "3"))

@@ -34,6 +34,7 @@ from lightning_lora import (
 )
 from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint
 from support.broken_off import break_off
+from support.covering import covering
 from support.models import Zoo, base_zoo, bits, randomise_, state_bits, tokens, train, zoo_config
 from support.training import Data, Net, make_trainer
 
@@ -238,8 +239,7 @@ REFUSED: dict[str, Callable[[nn.Module, dict[str, Any], Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("door", REFUSED)
+@pytest.mark.parametrize(("door", "nested"), covering([*REFUSED], [False, True], meet=1))
 def test_what_would_save_or_lose_stand_ins_is_refused_inside_and_changes_nothing(tmp_path, door: str, nested: bool):
     model, base = trained("head")
     state = {name: torch.zeros_like(value) for name, value in adapter_state_dict(model).items()}
@@ -276,9 +276,16 @@ def test_a_block_broken_off_at_any_line_leaves_the_trained_tensors(name: str):
 # --- a head that somebody unfroze without the callback ---
 
 
-@pytest.mark.parametrize("verb", [lambda model: disable_adapter(model).__enter__(), unload], ids=["disable", "unload"])
-@pytest.mark.parametrize("copied", COPIES)
-@pytest.mark.parametrize("when", ["before the copy", "after the copy", "saved, and frozen again, before the copy"])
+def enter(model: nn.Module) -> None:
+    disable_adapter(model).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("when", "copied", "verb"),
+    covering(
+        ["before the copy", "after the copy", "saved, and frozen again, before the copy"], COPIES, [enter, unload]
+    ),
+)
 def test_a_head_unfrozen_by_hand_is_named_in_a_copy_and_in_the_original(when: str, copied: Any, verb: Any):
     config = LoRAConfig(r=2, target_modules=["body.0"])
     inject(model := base_zoo(), config)

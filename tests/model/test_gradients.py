@@ -23,6 +23,7 @@ from lightning_lora import (
     save_merged,
     unmerge,
 )
+from support.covering import covering
 
 pytestmark = pytest.mark.filterwarnings("error:lightning_lora")
 
@@ -210,9 +211,9 @@ def skipping(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("begin", [accumulated, warming_up, skipping])
-@pytest.mark.parametrize("variant", ["lora", "dora", "loha"])
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    ("end", "variant", "begin"), covering([*ENDS], ["lora", "dora", "loha"], [accumulated, warming_up, skipping])
+)
 def test_a_right_loop_that_begins_slowly_warns_of_nothing(tmp_path, end: str, variant: str, begin: Any):
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
     inject(model, LoRAConfig(r=1, variant=variant))

@@ -29,6 +29,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.model.adapted_model import open_model
+from support.covering import covering
 from support.models import (
     ZOO_LAYERS,
     Zoo,
@@ -83,10 +84,10 @@ SOURCE = adapted(1)
 STATE = {name: tensor.clone() for name, tensor in SOURCE.state_dict().items()}
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("what", ["base", "adapter", "both"])
-@pytest.mark.parametrize("state", ["unmerged", "merged"])
-@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    ("path", "what", "state", "assign"),
+    covering(PATHS, ["base", "adapter", "both"], ["unmerged", "merged"], [False, True]),
+)
 def test_a_complete_base_or_both_load_strictly_into_any_part_and_an_adapter_not_strictly(path, what, state, assign):
     model = adapted(2, state)
     keys = named(model, what)
@@ -184,9 +185,7 @@ def test_a_base_loaded_not_strictly_leaves_the_adapters_alone():
 # --- a base loaded after injection is the new start ---
 
 
-@pytest.mark.parametrize("state", ["unmerged", "merged"])
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("path", ["", "body"])
+@pytest.mark.parametrize(("state", "assign", "path"), covering(["unmerged", "merged"], [False, True], ["", "body"]))
 def test_a_base_loaded_after_injection_is_what_unload_brings_back(state, assign, path):
     torch.manual_seed(5)
     pretrained = Zoo()
@@ -280,9 +279,7 @@ def wrap_body(model: Zoo, wrap: Callable[[nn.Module], Any]) -> Zoo:
     return model
 
 
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("state", ["unmerged", "merged"])
-@pytest.mark.parametrize("wrap", WRAPPED)
+@pytest.mark.parametrize(("wrap", "state", "assign"), covering([*WRAPPED], ["unmerged", "merged"], [False, True]))
 def test_a_base_loads_strictly_wherever_the_layers_are(wrap, state, assign):
     target = WRAPPED[wrap](adapted(2, state))
     before = state_bits(target)

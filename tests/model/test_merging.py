@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merged, unmerge
 from lightning_lora.nn.linear import LoRALinear
+from support.covering import covering
 from support.models import ZOO_LAYERS, Zoo, bits, randomise_, same, tokens, trace, zoo_config
 
 MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
@@ -113,10 +114,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("place", [0, 4, 7])
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("budget", [0, 2**26])
-def test_one_bad_adapter_of_eight_leaves_every_layer_unmerged(monkeypatch, place, fault, budget):
+@pytest.mark.parametrize(("fault", "place", "budget"), covering([*FAULTS], [0, 4, 7], [0, 2**26]))
+def test_one_bad_adapter_of_eight_leaves_every_layer_unmerged(monkeypatch, fault, place, budget):
     monkeypatch.setattr(MERGE, "COPY_BUDGET", budget)
     dtype, value = FAULTS[fault]
     model = stack(dtype)

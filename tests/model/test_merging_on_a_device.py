@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_me
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.exact_merge import Buffers, merge_weight_, merged_weight, restored_weight, unmerge_weight_
 from support.broken_off import BrokenOff, break_off
+from support.covering import covering
 from support.layers import exact_delta, make_pieces, make_weight, nearest, same_bits, scaling_for
 from support.pretend_device import CAN_PRETEND, DEVICE, OBSERVERS, Observer, pretend_device
 
@@ -42,7 +42,10 @@ def _device() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[True, False], ids=["copies", "values"])
+WAYS = [True, False]
+
+
+@pytest.fixture(params=WAYS, ids=["copies", "values"])
 def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if not request.param:
         monkeypatch.setattr(MERGE, "COPY_BUDGET", 0)
@@ -80,9 +83,7 @@ def observed(observer: Observer) -> Iterator[None]:
 # --- values ---
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("variant", "dtype", "copies"), covering([*VARIANTS], DTYPES, WAYS), indirect=["copies"])
 def test_every_bit_comes_back_after_cycles_with_changing_factors(
     variant: str, dtype: torch.dtype, copies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,10 +101,9 @@ def test_every_bit_comes_back_after_cycles_with_changing_factors(
         before = values(model)
 
 
-@pytest.mark.parametrize("r", [4, 64])
-@pytest.mark.parametrize("share", [0.001, 0.01, 1.0, 30.0])
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    ("share", "dtype", "r", "copied"), covering([0.001, 0.01, 1.0, 30.0], HALF, [4, 64], [False, True])
+)
 def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float, r: int, copied: bool) -> None:
     before = make_weight((300, 400), dtype)
     pieces = make_pieces(before, r)
@@ -151,18 +151,6 @@ def test_autocast_changes_nothing(dtype: torch.dtype, copies: bool) -> None:
     assert values(model) == before
 
 
-@pytest.mark.parametrize("form", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_a_merged_model_is_unmerged_by_itself(form: Any, copies: bool) -> None:
-    model = adapted(4)
-    before = values(model)
-    merge(model)
-    twin = form(model)
-    for each in (twin, model):
-        assert is_merged(each)
-        unmerge(each)
-        assert values(each) == before
-
-
 def test_the_state_dict_holds_w_while_merged_and_disable_adapter_shows_it(copies: bool) -> None:
     model = adapted(4)
     before = {name: value.cpu() for name, value in model.state_dict().items()}
@@ -178,19 +166,12 @@ def test_the_state_dict_holds_w_while_merged_and_disable_adapter_shows_it(copies
 # --- all or nothing ---
 
 
-@pytest.mark.parametrize("place", [0, 3, 6])
-@pytest.mark.parametrize(
-    ("dtype", "value"),
-    [
-        (torch.bfloat16, math.nan),
-        (torch.float32, math.inf),
-        (torch.float16, 1e4),
-        (torch.float64, math.nan),
-    ],
-)
-def test_one_bad_adapter_of_seven_leaves_every_layer_unmerged(
-    place: int, dtype: torch.dtype, value: float, copies: bool
-) -> None:
+BAD = {torch.bfloat16: math.nan, torch.float32: math.inf, torch.float16: 1e4, torch.float64: math.nan}
+
+
+@pytest.mark.parametrize(("dtype", "place", "copies"), covering([*BAD], [0, 3, 6], WAYS), indirect=["copies"])
+def test_one_bad_adapter_of_seven_leaves_every_layer_unmerged(dtype: torch.dtype, place: int, copies: bool) -> None:
+    value = BAD[dtype]
     model = adapted(7, dtype)
     with torch.no_grad():
         model[place].lora_B[-1].fill_(value)

@@ -41,6 +41,7 @@ from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint
 from lightning_lora.formats.lightning_checkpoint import Kind
 from lightning_lora.model import inject as inject_module
 from lightning_lora.model import state_dict as state_dict_module
+from support.covering import covering
 from support.models import bits, randomise_
 
 WAIT = 20  # seconds that no test needs
@@ -191,8 +192,10 @@ def in_between(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) ->
         monkeypatch.setattr(module, "refuse_replaced_layers", refuse_replaced_layers)
 
 
-@pytest.mark.parametrize("verb", [*(verb for verb in VERBS if verb != "initialize_from_data"), "take_adapter"])
-@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(
+    ("read", "verb"),
+    covering([*READS], [*(verb for verb in VERBS if verb != "initialize_from_data"), "take_adapter"], meet=1),
+)
 def test_what_one_thread_saves_no_other_changes_or_saves_meanwhile(read, verb, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model, refused = network(saved=True), []

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_lora import LoRAError, adapter_stats, disable_adapter, inject, is_merged, merge, unmerge
 from lightning_lora.report.statistics import AdapterStats
+from support.covering import covering
 from support.models import Zoo, randomise_, state_bits, tokens, train, zoo_config
 
 MODULES = ["conv", "body.0", "body.3"]
@@ -66,9 +67,7 @@ def assert_equal(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("swapping")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("options", "state", "dtype"), covering([*OPTIONS], [*STATES], [torch.float64, torch.float16]))
 def test_a_cast_that_swaps_is_the_cast_that_does_not(options: str, state: str, dtype: torch.dtype):
     model, other, _stats = pair(options, state)
     parameters = list(model.parameters())
@@ -79,9 +78,7 @@ def test_a_cast_that_swaps_is_the_cast_that_does_not(options: str, state: str, d
 
 
 @pytest.mark.usefixtures("swapping")
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("options", "state", "assign"), covering([*OPTIONS], [*STATES], [False, True]))
 def test_a_load_that_swaps_gives_the_values_of_the_state_dict(options: str, state: str, assign: bool):
     (model, other, _stats), source = pair(options, state), pair(options, "injected")[0]
     train(source.requires_grad_(), 1)

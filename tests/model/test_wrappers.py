@@ -46,6 +46,7 @@ from lightning_lora import (
 )
 from lightning_lora.model.adapted_model import find_model
 from lightning_lora.nn.lora_layer import LoRALayer
+from support.covering import covering
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -247,11 +248,13 @@ class Holder(nn.Module):
         return self.module(x)
 
 
-@pytest.mark.parametrize("outer", [lambda model: model, *KNOWN.values()], ids=["none", *KNOWN])
-@pytest.mark.parametrize("inner", ["none", "DistributedDataParallel", "DataParallel", "compile"])
-def test_a_lightning_module_writes_its_network_whatever_is_around_either(tmp_path: Path, outer: Wrap, inner: str):
-    net = network()
-    model = outer(Lit(KNOWN[inner](net) if inner != "none" else net))
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    covering(["none", *KNOWN], ["none", "DistributedDataParallel", "DataParallel", "compile"], meet=1),
+)
+def test_a_lightning_module_writes_its_network_whatever_is_around_either(tmp_path: Path, outer: str, inner: str):
+    ways, net = KNOWN | {"none": lambda model: model}, network()
+    model = ways[outer](Lit(ways[inner](net)))
     save_adapter(model, tmp_path)
     names = load_file(tmp_path / "adapter_model.safetensors").keys()
     assert names == {f"base_model.model.{layer}.lora_{factor}.weight" for layer in "02" for factor in "AB"}

@@ -24,11 +24,10 @@ from lightning_lora import (
     merge,
     merged_state_dict,
     save_adapter,
-    unload,
     unmerge,
 )
+from support.covering import covering
 from support.layers import DTYPES, same_bits
-from support.recorders import Operators
 
 # torch says so whenever its encoder takes its fast path with a padding mask.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
@@ -178,9 +177,7 @@ def test_layer_outputs_unmerged_and_merged_agree_with_float64(name: str, dtype: 
     assert_as_exact_as_torch(subject.run(subject.model), torchs, wanted)  # with gradients torch goes another way
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype", "training"), covering([*CASES], DTYPES, [False, True]))
 def test_layer_gradients_agree_with_float64(name: str, dtype: torch.dtype, training: bool) -> None:
     """In evaluation mode too, where torch's fast path would leave the adapter out, gradients enabled or not."""
     subject = make_subject(name, dtype)
@@ -200,36 +197,6 @@ def test_layer_gradients_agree_with_float64(name: str, dtype: torch.dtype, train
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_merged_runs_just_the_operators_of_the_plain_model(name: str) -> None:
-    subject = make_subject(name)
-
-    def operators(model: nn.Module) -> list[str]:
-        with torch.no_grad(), Operators() as operators:
-            model(subject.x, subject.mask)
-        return operators.seen
-
-    wanted, unmerged = operators(subject.plain), operators(subject.model)
-    assert wanted != unmerged
-    assert FAST not in unmerged
-    for _ in range(2):
-        merge(subject.model)
-        assert operators(subject.model) == wanted
-        unmerge(subject.model)
-        assert operators(subject.model) == unmerged
-    unload(subject.model)
-    assert operators(subject.model.requires_grad_(False)) == wanted
-
-
-def test_the_plain_encoder_takes_the_fast_path() -> None:
-    """Without which the tests above would show nothing."""
-    for name in ENCODERS:
-        subject = make_subject(name)
-        with torch.no_grad(), Operators() as operators:
-            subject.plain(subject.x, subject.mask)
-        assert FAST in operators.seen
-
-
-@pytest.mark.parametrize("name", CASES)
 def test_a_new_adapter_changes_nothing_but_the_path(name: str) -> None:
     """Off its fast path torch rounds otherwise; on the same path the outputs are the same bits."""
     subject = make_subject(name, fill=False)
@@ -243,19 +210,6 @@ def test_a_new_adapter_changes_nothing_but_the_path(name: str) -> None:
             merge(subject.model)
             assert same_bits(subject.run(subject.model), plain)
             unmerge(subject.model)
-
-
-@pytest.mark.parametrize("state", [merge, unmerge])
-@pytest.mark.parametrize("name", ["both", "own widths", "encoder, all"])
-def test_copy_of_a_layer_is_equal_and_independent(name: str, state: Callable[..., None]) -> None:
-    subject = make_subject(name)
-    state(subject.model)
-    with torch.no_grad():
-        wanted = subject.run(subject.model)
-        twin = copy.deepcopy(subject.model)
-        unload(subject.model)
-        assert same_bits(subject.run(subject.model.requires_grad_(False)), subject.run(subject.plain))
-        assert same_bits(subject.run(twin), wanted)
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v"])

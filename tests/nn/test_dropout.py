@@ -22,6 +22,7 @@ from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject
 from lightning_lora.nn.adapted_module import swapped_class
 from lightning_lora.nn.linear import LoRAQuantisedLinear
 from lightning_lora.nn.lora_layer import drop
+from support.covering import covering
 from support.devices import Place
 from support.layers import ALPHA, CASES, Case, Holder, R, make_subject, matrix
 from support.quantised import QUANTISED, adapted, inputs
@@ -52,31 +53,11 @@ WAYS = ("cpu", "device", "transformed", "without gradients", "not contiguous")
 PRECISIONS = {"float32": (torch.float32, 4e-6), "bfloat16": (torch.bfloat16, 3e-2)}
 
 
-class Row(NamedTuple):
-    """A kind of layer, a way to run it, a precision."""
-
-    kind: str
-    way: str
-    precision: str
-
-    def __str__(self) -> str:
-        return f"{self.kind} - {self.way} - {self.precision}"
-
-
-EVERY_DAY = ("linear", "conv2d", "dora, linear", "pissa, linear")  # in 16 bits too; no path asks for the dtype
-
-
-def rows() -> list[Any]:
-    found = []
-    for kind, case in KINDS.items():
-        for way in WAYS:
-            if way == "not contiguous" and (len(case.shape) != 3 or "conv" in kind.lower()):
-                continue  # only nn.Linear takes such an input by a way of its own
-            if way == "device" and kind == "quantised, fused, outer parts":
-                continue  # the weight of this stand-in is a plain one, which then runs as one operation
-            found += [Row(kind, way, precision) for precision in PRECISIONS]
-    slow = [row.precision != "float32" and row.kind not in EVERY_DAY for row in found]
-    return [pytest.param(row, marks=pytest.mark.slow if late else ()) for row, late in zip(found, slow, strict=True)]
+def is_a_row(kind: str, way: str, precision: str) -> bool:
+    if way == "not contiguous":  # only nn.Linear takes such an input by a way of its own
+        return len(KINDS[kind].shape) == 3 and "conv" not in kind.lower()
+    # the weight of this stand-in is a plain one, which then runs as one operation on a device
+    return (way, kind) != ("device", "quantised, fused, outer parts")
 
 
 # What is expected: in float64, from the definitions -----------------------------------------------------------------
@@ -208,25 +189,27 @@ def transformed(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"output": output, "input": of_input} | {n.removeprefix("layer."): each for n, each in factors.items()}
 
 
-@pytest.mark.parametrize("row", rows(), ids=str)
-def test_the_mask_is_on_what_the_adapter_gets_on_every_path(row: Row, a_device: Place) -> None:
-    dtype, tolerance = PRECISIONS[row.precision]
-    made, case, dense = make(row.kind, dtype), KINDS[row.kind], row.kind in DENSE
-    if row.way == "not contiguous":
+@pytest.mark.parametrize(("kind", "way", "precision"), covering([*KINDS], WAYS, [*PRECISIONS], fits=is_a_row))
+def test_the_mask_is_on_what_the_adapter_gets_on_every_path(
+    kind: str, way: str, precision: str, a_device: Place
+) -> None:
+    dtype, tolerance = PRECISIONS[precision]
+    made, case, dense = make(kind, dtype), KINDS[kind], kind in DENSE
+    if way == "not contiguous":
         made = made._replace(x=made.x.mT.contiguous().mT)
-    mask = mask_of(made, made.x, row.way, dense=dense)
+    mask = mask_of(made, made.x, way, dense=dense)
     wanted = expected(made, case, mask, dense=dense)
-    if row.way == "device":
+    if way == "device":
         with a_device() as device:
             found = step(made.model.to(device), made.x.to(device))
-    elif row.way == "transformed":
+    elif way == "transformed":
         found = transformed(made.model, made.x)
     else:
-        found = step(made.model, made.x, gradients=row.way != "without gradients")
+        found = step(made.model, made.x, gradients=way != "without gradients")
     for name, value in found.items():
         distance = (value.double() - wanted[name]).norm() / wanted[name].norm()
         assert distance <= tolerance, f"{name}: {distance:.1e}"
-    assert len(found) == (1 if row.way == "without gradients" else len(wanted))
+    assert len(found) == (1 if way == "without gradients" else len(wanted))
 
 
 @pytest.mark.parametrize("way", ["cpu", "device"])

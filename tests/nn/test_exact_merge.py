@@ -25,6 +25,7 @@ from lightning_lora.nn.exact_merge import (
     unmerge_weight_,
 )
 from lightning_lora.nn.low_rank import LowRankBlock
+from support.covering import covering
 from support.layers import (
     DTYPES,
     SHARES,
@@ -89,9 +90,7 @@ def test_a_change_of_one_bit_is_an_edit(dtype: torch.dtype) -> None:
     assert same_bits(weight, before)
 
 
-@pytest.mark.parametrize("copy", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("moved", ["unaligned", "transposed"])
+@pytest.mark.parametrize(("moved", "dtype", "copy"), covering(["unaligned", "transposed"], DTYPES, [False, True]))
 def test_memory_that_was_exchanged_with_the_same_values_is_no_edit(moved: str, dtype: torch.dtype, copy: bool) -> None:
     """A strategy may put a weight into other memory meanwhile, which whole words do not fit."""
     weight = make_weight((30, 40), dtype)
@@ -146,10 +145,9 @@ LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("copy", [False, True])
-@pytest.mark.parametrize("block", [1, 16, 54, 55, 10**6])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "dtype", "block", "copy"), covering([*LAYOUTS], DTYPES, [1, 16, 54, 55, 10**6], [False, True])
+)
 def test_merge_in_any_layout_and_block_size_is_exact_and_undone(
     layout: str, dtype: torch.dtype, block: int, copy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,9 +270,10 @@ def poisoned(kind: str, weight: torch.Tensor) -> list[LowRankBlock]:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("copy", [False, True])
-@pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "overflow"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "copy"),
+    covering([torch.float32, torch.bfloat16, torch.float16], ["nan", "inf", "-inf", "overflow"], [False, True]),
+)
 def test_what_is_not_finite_is_refused_and_leaves_every_bit(dtype: torch.dtype, kind: str, copy: bool) -> None:
     weight = make_weight((30, 40), dtype)
     before, pieces = weight.clone(), poisoned(kind, weight)
@@ -321,9 +320,9 @@ def test_merge_that_fails_in_the_middle_leaves_every_bit(copy: bool, monkeypatch
     assert same_bits(weight, before)
 
 
-@pytest.mark.parametrize("r", [4, 64])
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "share", "r"), covering([torch.float32, torch.bfloat16, torch.float16], SHARES, [4, 64])
+)
 def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float, r: int) -> None:
     weight = make_weight((300, 400), dtype)
     pieces = make_pieces(weight, r)

@@ -17,10 +17,10 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, merge, merge_and_unload, unload, unmerge
+from support.covering import covering
 
 D = 8
 FUSED = "in_proj_weight"
-SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class Block(nn.Module):
@@ -151,18 +151,17 @@ def encoder(**kwargs) -> nn.Module:
 TARGETS = ["all-linear", ["linear1"], ["out_proj"], ["self_attn"], ["self_attn", "linear1", "linear2"]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("targets", TARGETS, ids=str)
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_encoder_layer_agrees_with_float64_in_every_mode(norm_first, targets, dtype):
+ENCODERS = covering(TARGETS, [False, True], [torch.float32, torch.float64])
+
+
+@pytest.mark.parametrize(("targets", "norm_first", "dtype"), ENCODERS)
+def test_encoder_layer_agrees_with_float64_in_every_mode(targets, norm_first, dtype):
     base = build(lambda: nn.TransformerEncoderLayer(D, HEADS, FF, batch_first=True, norm_first=norm_first))
     check(base, [source()], dtype=dtype, target_modules=targets)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("targets", TARGETS, ids=str)
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_encoder_with_padding_agrees_with_float64_in_every_mode(norm_first, targets, dtype):
+@pytest.mark.parametrize(("targets", "norm_first", "dtype"), ENCODERS)
+def test_encoder_with_padding_agrees_with_float64_in_every_mode(targets, norm_first, dtype):
     check(
         build(lambda: encoder(norm_first=norm_first, activation="gelu")),
         [source()],
@@ -207,20 +206,21 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["reader"]},
-        {"target_modules": ["reader"], "exclude_modules": ["out_proj"]},
-        {"target_modules": ["out_proj"]},
-        {"target_modules": ["reader"], "enable_lora": {"reader": [True, False, True]}, "enabled": [True, False, True]},
-    ],
-    ids=["whole", "in_proj", "out_proj", "query_value"],
-)
-def test_multihead_attention_agrees_with_float64_in_every_mode(options, shape, batch_first):
-    extra = SHAPES[shape]
+OPTIONS = {
+    "whole": {"target_modules": ["reader"]},
+    "in_proj": {"target_modules": ["reader"], "exclude_modules": ["out_proj"]},
+    "out_proj": {"target_modules": ["out_proj"]},
+    "query_value": {
+        "target_modules": ["reader"],
+        "enable_lora": {"reader": [True, False, True]},
+        "enabled": [True, False, True],
+    },
+}
+
+
+@pytest.mark.parametrize(("shape", "adapted", "batch_first"), covering([*SHAPES], [*OPTIONS], [False, True]))
+def test_multihead_attention_agrees_with_float64_in_every_mode(shape, adapted, batch_first):
+    extra, options = SHAPES[shape], OPTIONS[adapted]
     kwargs = {"embed_dim": D, "num_heads": HEADS, "batch_first": batch_first, **extra}
     base = build(lambda: nn.MultiheadAttention(**kwargs))
     query = source()

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, merge, unload
+from support.covering import covering
 from support.models import Zoo, randomise_, tokens, trace, zoo_config
 from support.training import Data, Net, assert_same_tensors, make_trainer
 
@@ -280,9 +281,10 @@ TRANSFORMERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("when", ["before injection", "after injection", "enabled twice", "in a copy"])
-@pytest.mark.parametrize("kind", TRANSFORMERS)
+@pytest.mark.parametrize(
+    ("kind", "when", "use_reentrant"),
+    covering([*TRANSFORMERS], ["before injection", "after injection", "enabled twice", "in a copy"], [False, True]),
+)
 def test_transformers_gradient_checkpointing_gives_the_same_gradients(kind, when, use_reentrant):
     make, batch = TRANSFORMERS[kind]
     config = LoRAConfig(r=2, lora_dropout=0.5)

@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAConfig, inject
 from support.models import Zoo, randomise_, tokens, zoo_config
@@ -98,30 +97,6 @@ def test_inject_advances_no_random_stream(init):
     inject(model, zoo_config(init_lora_weights=init))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
-
-
-def test_inject_leaves_the_order_of_shuffled_data_and_dropout():
-    def order(adapt: bool) -> list[Any]:
-        torch.manual_seed(5)
-        model = Zoo()
-        if adapt:
-            inject(model, zoo_config())
-        batches = [batch.tolist() for batch in DataLoader(range(20), batch_size=4, shuffle=True)]
-        return [*batches, nn.functional.dropout(torch.ones(20)).tolist()]
-
-    assert order(True) == order(False)
-
-
-def test_the_seed_decides_the_factors_and_every_layer_has_its_own():
-    def factors(seed: int) -> list[torch.Tensor]:
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-        inject(model, LoRAConfig(r=2))
-        return [layer.lora_A.detach() for layer in model]
-
-    assert torch.equal(factors(1)[0], factors(1)[0])
-    assert not torch.equal(factors(1)[0], factors(2)[0])
-    assert not torch.equal(factors(1)[0], factors(1)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

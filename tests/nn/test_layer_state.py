@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merged, unmerge
+from support.covering import covering
 from support.layers import DTYPES, Holder, Subject, fill_factors_, make_subject, same_bits
 
 # One of each kind, and own forwards.
@@ -35,8 +36,11 @@ KINDS = [
 ]
 
 
-@pytest.fixture(params=["kept values", "plain copies"])
-def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+WAYS = ["kept values", "plain copies"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small weights are kept as plain copies; without a budget they are kept like large ones."""
     if request.param == "kept values":
         monkeypatch.setattr(sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", 0)
@@ -64,9 +68,8 @@ def kept_subject(name: str, dtype: torch.dtype = torch.float32) -> Subject:
     return subject
 
 
-@pytest.mark.usefixtures("both_ways")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("name", "dtype", "way"), covering(KINDS, DTYPES, WAYS), indirect=["way"])
 def test_cycles_of_changing_adapters_bring_back_the_very_weight(name: str, dtype: torch.dtype) -> None:
     subject = kept_subject(name, dtype)
     weight = subject.layer.weight
@@ -84,17 +87,15 @@ def test_cycles_of_changing_adapters_bring_back_the_very_weight(name: str, dtype
     assert weight.data_ptr() == address
 
 
-@pytest.mark.usefixtures("both_ways")
-@pytest.mark.parametrize("found", [merge, unmerge])
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-@pytest.mark.parametrize("name", KINDS)
-def test_copy_of_a_layer_is_equal_and_independent(
-    name: str, copied: Callable[[Any], Any], found: Callable[..., None]
-) -> None:
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(
+    ("name", "copied", "found", "way"), covering(KINDS, [*COPIES], [merge, unmerge], WAYS), indirect=["way"]
+)
+def test_copy_of_a_layer_is_equal_and_independent(name: str, copied: str, found: Callable[..., None]) -> None:
     subject = kept_subject(name)
     found(subject.model)
     wanted = subject.model(subject.x)
-    twin = copied(subject.model)
+    twin = COPIES[copied](subject.model)
     assert type(twin.layer) is type(subject.layer)
     assert is_merged(twin) == is_merged(subject.model)
     assert torch.equal(twin(subject.x), wanted)
@@ -150,7 +151,7 @@ def test_a_class_of_main_pickles_into_another_process(tmp_path: Path, monkeypatc
     assert run.stdout == "loaded\n", run.stderr
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", KINDS)
 def test_state_dict_of_a_merged_layer_holds_the_base_weight(name: str) -> None:
     subject = kept_subject(name, torch.bfloat16)
@@ -163,9 +164,8 @@ def test_state_dict_of_a_merged_layer_holds_the_base_weight(name: str) -> None:
         assert not same_bits(subject.layer.weight, before["layer.weight"])
 
 
-@pytest.mark.usefixtures("both_ways")
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("name", "assign", "way"), covering(KINDS, [False, True], WAYS), indirect=["way"])
 def test_loading_while_merged_equals_loading_and_then_merging(name: str, assign: bool) -> None:
     subject, other = kept_subject(name), kept_subject(name)
     factored = other.model(subject.x)
@@ -180,10 +180,12 @@ def test_loading_while_merged_equals_loading_and_then_merging(name: str, assign:
     assert torch.equal(subject.model(subject.x), factored)
 
 
-@pytest.mark.usefixtures("both_ways")
-@pytest.mark.parametrize("target", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["linear", "embedding", "conv2d, groups", "fused Conv1D"])
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(
+    ("name", "dtype", "target", "way"),
+    covering(["linear", "embedding", "conv2d, groups", "fused Conv1D"], DTYPES, DTYPES, WAYS),
+    indirect=["way"],
+)
 def test_casting_while_merged_equals_casting_and_then_merging(
     name: str, dtype: torch.dtype, target: torch.dtype
 ) -> None:
@@ -216,15 +218,14 @@ EDITS: dict[str, Callable[[Holder], Any]] = {
 }
 
 
-@pytest.mark.usefixtures("both_ways")
-@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-@pytest.mark.parametrize("name", KINDS)
-def test_editing_the_factors_while_merged_cannot_touch_the_base(name: str, edit: Callable[[Holder], Any]) -> None:
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("name", "edit", "way"), covering(KINDS, [*EDITS], WAYS), indirect=["way"])
+def test_editing_the_factors_while_merged_cannot_touch_the_base(name: str, edit: str) -> None:
     subject = kept_subject(name)
     subject.model(subject.x).sum().backward()
     merge(subject.model)
     found = subject.layer.weight.clone()
-    edit(subject.model)
+    EDITS[edit](subject.model)
     assert same_bits(subject.layer.weight, found)
     assert same_bits(subject.model.state_dict()["layer.weight"], subject.plain.layer.weight)
     unmerge(subject.model)

@@ -12,6 +12,7 @@ from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, merge
 from lightning_lora.nn import layer_kinds, lora_layer, low_rank
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lora_layer import LoRALayer
+from support.covering import covering
 from support.layers import ALPHA, CASES, DTYPES, Conv1D, R, Subject, UserLinear, make_subject, rounding, same_bits
 from support.recorders import operators
 
@@ -62,9 +63,7 @@ def test_layer_gradients_agree_with_float64(name: str, dtype: torch.dtype) -> No
     assert all(p.grad is None for name, p in subject.model.named_parameters() if "lora_" not in name)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype", "training"), covering(CASES, DTYPES, [False, True]))
 def test_new_adapter_on_a_layer_changes_no_bit_of_the_output(name: str, dtype: torch.dtype, training: bool) -> None:
     subject = make_subject(name, dtype, fill=False)
     wanted = subject.plain(subject.x)

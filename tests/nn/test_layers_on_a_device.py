@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,34 +16,14 @@ from transformers.models.mixtral import modeling_mixtral
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.nn.adapted_module import swapped_class
 from lightning_lora.nn.linear import LoRAQuantisedLinear
+from support.covering import covering
 from support.launches import Count, count
-from support.layers import CASES, DTYPES, make_subject, rounding
+from support.layers import CASES, make_subject, rounding
 from support.recorders import start_anew
 
-CONVOLUTIONS = [name for name in CASES if name.startswith("conv") and "conv that" not in name and "inner" not in name]
 EMBEDDINGS = ["embedding", "embedding, padding", "embedding, sparse"]
 BY_FREQUENCY = "embedding, by frequency"
 P = 0.5
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*CONVOLUTIONS, *EMBEDDINGS, BY_FREQUENCY])
-def test_layer_on_a_device_gives_outputs_and_gradients_of_float64(device, name, dtype):
-    subject = make_subject(name, dtype)
-    wide_ones = [f.detach().double().requires_grad_() for f in (subject.layer.lora_A, subject.layer.lora_B)]
-    sizes = [factor.detach().abs().requires_grad_() for factor in wide_ones]
-    wanted, bound = subject.reference(*wide_ones), subject.reference(*sizes, magnitudes=True)
-    g = upstream(wanted).to(dtype)
-    wanted.backward(g.double())
-    bound.backward(g.double().abs())
-
-    subject.model.to(device)
-    output = subject.model(subject.x.to(device))
-    output.backward(g.to(device))
-    assert output.dtype == dtype
-    assert ((output.cpu().double() - wanted).abs() <= rounding(dtype, bound)).all()
-    for factor, exact, size in zip((subject.layer.lora_A, subject.layer.lora_B), wide_ones, sizes, strict=True):
-        assert ((factor.grad.cpu().double() - exact.grad).abs() <= rounding(dtype, size.grad)).all()
 
 
 class Times(nn.Module):
@@ -76,16 +56,18 @@ ELSEWHERE = {  # situations that are none for these layers
 }
 
 
-def situations() -> Iterator[Any]:
-    for name in [*SOME, "conv2d, groups", *EMBEDDINGS, BY_FREQUENCY]:
-        for situation in SITUATIONS:
-            of_rows = situation.__name__ in ("not_contiguous", "expanded", "no_rows")
-            if not of_rows and situation.__name__ not in ELSEWHERE.get(name, ()):
-                yield pytest.param(name, situation, id=f"{name}, {situation.__name__}")
+OF_THESE = [each for each in SITUATIONS if each.__name__ not in ("not_contiguous", "expanded", "no_rows")]
+
+
+def is_one(name: str, situation: Any) -> bool:
+    return situation.__name__ not in ELSEWHERE.get(name, ())
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed")
-@pytest.mark.parametrize(("name", "situation"), list(situations()))
+@pytest.mark.parametrize(
+    ("name", "situation"),
+    covering([*SOME, "conv2d, groups", *EMBEDDINGS, BY_FREQUENCY], OF_THESE, fits=is_one),
+)
 def test_layer_on_a_device_does_what_it_does_on_the_cpu(device, name, situation):
     found = []
     for where in ("cpu", device):

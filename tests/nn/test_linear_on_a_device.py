@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, disable_adapter, inject, merge, unmerge
+from support.covering import covering
 from support.launches import count
 from support.layers import CASES, DTYPES, make_subject, rounding
 from support.recorders import Recorder, start_anew
@@ -192,9 +193,14 @@ def test_layer_on_a_device_does_what_it_does_on_the_cpu(device: str, name: str, 
             torch.testing.assert_close(there, here)
 
 
-@pytest.mark.parametrize("drops", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["linear", "linear, three axes", "transformers Conv1D", "fused, outer parts"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "drops"),
+    covering(
+        ["linear", "linear, three axes", "transformers Conv1D", "fused, outer parts"],
+        [torch.bfloat16, torch.float16],
+        [False, True],
+    ),
+)
 def test_layer_on_a_device_under_autocast_agrees_with_float64(
     device: str, name: str, dtype: torch.dtype, drops: bool
 ) -> None:

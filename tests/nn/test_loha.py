@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import peft
@@ -79,26 +77,6 @@ def test_outputs_gradients_and_steps_are_pefts(patterns):
     other.zero_grad()
     assert steps(model, 6) == pytest.approx(steps(other, 6), rel=1e-4)
     torch.testing.assert_close(model(TOKENS), other(TOKENS), rtol=1e-4, atol=1e-4)
-
-
-def test_gradients_pass_gradcheck():
-    model = moved(ours(LOHA, base().double()))
-    names = trained_names(model)
-
-    def run(*values: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (TOKENS,))
-
-    values = tuple(model.get_parameter(name).detach().requires_grad_() for name in names)
-    assert torch.autograd.gradcheck(run, values)
-
-
-# --- merging ---
-
-
-def test_copies_answer_the_same():
-    model = moved(ours(LOHA))
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(TOKENS), model(TOKENS))
 
 
 # --- PEFT's folders ---

@@ -17,6 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.nn.low_rank_sum import compute_dtype, fits, low_rank_sum
+from support.covering import covering
 from support.layers import rounding
 
 IN, OUT, R, S = 5, 6, 2, 1.5
@@ -226,11 +227,12 @@ def wide(case: Case, size: Callable[[torch.Tensor], torch.Tensor]) -> Case:
     return other
 
 
-@pytest.mark.parametrize("name", ["rows", "dropped", "no rows"])
-@pytest.mark.parametrize("factors", [None, torch.float32])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "dtype", "factors"),
+    covering(["rows", "dropped", "no rows"], [torch.float32, torch.bfloat16, torch.float16], [None, torch.float32]),
+)
 def test_each_dtype_gives_the_outputs_and_gradients_of_float64(
-    dtype: torch.dtype, factors: torch.dtype | None, name: str
+    name: str, dtype: torch.dtype, factors: torch.dtype | None
 ) -> None:
     case = Case(**CASES[name], dtype=dtype)
     for each in ("a", "b"):

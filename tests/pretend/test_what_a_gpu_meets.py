@@ -26,6 +26,7 @@ from lightning_lora import (
     take_adapter,
     unmerge,
 )
+from support.covering import covering
 from support.devices import captured, finish, pinned, streams, waits
 from support.layers import nearest
 from support.models import bits, state_bits
@@ -49,7 +50,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rows": {"target_modules": ["first", "second", "last"], "trainable_token_indices": {"table": [1, 4]}},
 }
 DROPPING = ("LoRA", "DoRA", "PiSSA", "own", "rows")  # the others take no lora_dropout
-COMPILED = [pytest.param(name, marks=() if name in ("LoRA", "DoRA") else pytest.mark.slow) for name in VARIANTS]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -109,11 +109,14 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 # --- waits ---
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def may_drop(variant: str, dtype: str, dropout: float) -> bool:
+    return not dropout or variant in DROPPING
+
+
 @pytest.mark.parametrize(
-    ("variant", "dropout"), [*((name, 0.0) for name in VARIANTS), *((name, 0.1) for name in DROPPING)]
+    ("variant", "dtype", "dropout"), covering([*VARIANTS], ["float32", "bfloat16"], [0.0, 0.1], fits=may_drop)
 )
-def test_no_step_makes_the_host_wait(variant: str, dropout: float, dtype: str, device: str):
+def test_no_step_makes_the_host_wait(variant: str, dtype: str, dropout: float, device: str):
     model, x = adapted(device, DTYPES[dtype], lora_dropout=dropout, **VARIANTS[variant]), tokens(device)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -172,8 +175,7 @@ def test_a_captured_merged_forward_answers_merged_and_reads_the_weights_that_are
     assert not torch.equal(answers[0].cpu(), model(x).detach().cpu())
 
 
-@pytest.mark.parametrize("state", ["factored", "merged"])
-@pytest.mark.parametrize("variant", COMPILED)
+@pytest.mark.parametrize(("variant", "state"), covering([*VARIANTS], ["factored", "merged"], meet=1))
 def test_a_compiled_model_computes_what_it_does_uncompiled(
     variant: str, state: str, compiling_device: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -261,8 +263,7 @@ def settings() -> tuple[str, Any]:
 # --- moves, memory, random streams ---
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "dtype"), covering([*VARIANTS], [*DTYPES], meet=1))
 def test_a_model_moves_from_pinned_memory_and_back_without_waiting(variant: str, dtype: str, device: str):
     model = adapted("cpu", DTYPES[dtype], **VARIANTS[variant])
     before = state_bits(model)
