@@ -267,7 +267,8 @@ def merged_weights_of_a_tied_head(path: Path) -> None:
 
 @message("`load_adapter` of a file that was cut")
 def load_adapter_of_a_file_that_was_cut(path: Path) -> None:
-    """PATH/adapter_model.safetensors: has 875 bytes, but its header describes 880; it may be truncated."""
+    """PATH/adapter_model.safetensors: cannot be read as safetensors; it may be truncated: Error while deserializing
+    header: incomplete metadata, file not fully covered."""
     save_adapter(small(), path)
     file = path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
