@@ -1,8 +1,8 @@
 """The table of pairs: each variant of LoRA with each precision, option, change and way to keep it, on a small model.
 
 A pair is run, and its outcome compared with pairs.md beside this file: right, or refused with how the message begins.
-LORA_FULL=1 in the environment runs all of them, WRITE_TABLE=1 writes that page. Rows of what is not installed stay. What
-is right is said by support/pair_checks.py, by what support/pairs.py computes in float64 from the definitions.
+LORA_FULL=1 in the environment runs all of them, WRITE_TABLE=1 writes that page. Rows of what is not installed stay.
+What is right is said by support/pair_checks.py, by what support/pairs.py computes in float64 from the definitions.
 """
 
 from __future__ import annotations
