@@ -25,6 +25,7 @@ BITSANDBYTES, TORCHAO = "bitsandbytes", "torchao"
 INT8 = "int8"
 NF4 = "NF4Tensor"  # torchao's class, which derives from none of its others
 DESCRIPTION = "lora_quant_state"  # our attribute of a sharded 4-bit weight: what its layer says of the whole weight
+PACKED = "packing_format_for_cpu"  # of a 4-bit weight's description, once it was packed: whether it is
 PACKS_FOR_CPU = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute of a 4-bit layer
 PACKED_BEFORE = "lora_packs_for_cpu"  # our attribute: that attribute was True before injection
 
@@ -188,23 +189,30 @@ def shape_of(weight: Any) -> torch.Size:
 
 
 def unpack_for_gradients_(module: nn.Module, weight: Any) -> bool:
-    """Undo bitsandbytes' packing of a 4-bit weight for evaluation on a CPU with AVX512-BF16. In place. Tell if it was.
+    """Undo bitsandbytes' packing of a 4-bit weight for evaluation on a CPU with AVX512-BF16. In place.
 
     A packed weight gives its input no gradient. The values stay as packing has made them: the scales are rounded to
-    bfloat16 and not quantised any more. bitsandbytes' own inverse rounds the scales a second time, and returns scales
-    that were not quantised in the wrong order; so the scales are restored here.
+    bfloat16 and not quantised any more. bitsandbytes' own inverse, which state_dict() calls too, rounds the scales a
+    second time, and returns scales that were not quantised in the wrong order; so the scales are restored here.
+
+    Returns:
+        Whether packing has changed the values, now or at an evaluation before.
     """
     state = weight.quant_state
-    if not getattr(state, "packing_format_for_cpu", False):
+    is_packed = getattr(state, PACKED, None)
+    if is_packed is None:
         return False
-    scales = state.absmax.T.reshape(-1).float().contiguous()
-    inverse = sys.modules[f"{BITSANDBYTES}.functional"]._convert_weight_packed_for_cpu_inverse
-    weight.data, state = inverse(weight.data, state)
-    state.absmax, state.nested, state.state2, state.offset = scales, False, None, None
-    weight.quant_state = state
+    if is_packed:
+        scales = state.absmax.T.reshape(-1).float().contiguous()
+        inverse = sys.modules[f"{BITSANDBYTES}.functional"]._convert_weight_packed_for_cpu_inverse
+        weight.data, state = inverse(weight.data, state)
+        state.absmax, state.nested, state.state2, state.offset = scales, False, None, None
+        weight.quant_state = state
+    elif state.absmax.dim() == 2:
+        state.absmax = state.absmax.T.reshape(-1).float().contiguous()
     if getattr(module, "quant_state", None) is not None:
         cast(Any, module).quant_state = state
-    return True
+    return bool(state.original_nested) or state.original_dtype != torch.bfloat16
 
 
 def keep_gradients_(modules: Iterable[nn.Module]) -> None:
@@ -212,17 +220,17 @@ def keep_gradients_(modules: Iterable[nn.Module]) -> None:
 
     Otherwise training would go on without gradients after an evaluation.
     """
-    unpacked = 0
+    rounded = 0
     for module in modules:
         if getattr(module, PACKS_FOR_CPU, False):
             for weight in quantised_parameters(module).values():
-                unpacked += unpack_for_gradients_(module, weight)
+                rounded += unpack_for_gradients_(module, weight)
             vars(module).update({PACKED_BEFORE: True, PACKS_FOR_CPU: False})
-    if unpacked:
+    if rounded:
         warnings.warn(
-            f"lightning_lora: {unpacked} 4-bit layers were evaluated before they were adapted, and bitsandbytes then "
-            "rounded their scales to bfloat16. For the outputs of a base that was not evaluated, build the model anew "
-            "and adapt it, or load its adapter, first.",
+            f"lightning_lora: {rounded} 4-bit layers were evaluated without an adapter, and bitsandbytes then rounded "
+            "their scales to bfloat16. For the outputs of a base that was not, build the model anew, adapt it, or load "
+            "its adapter, first, and look at the base inside of disable_adapter(model).",
             stacklevel=2,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import pickle
@@ -160,7 +161,7 @@ def packed(kind: str) -> Any:
 def test_a_layer_packed_for_evaluation_is_unpacked_and_trains(kind):
     model = packed(kind)
     values = values_of(quantised(kind)[2]).float()
-    with pytest.warns(UserWarning, match="^lightning_lora: 3 4-bit layers were evaluated before they were adapted"):
+    with pytest.warns(UserWarning, match="^lightning_lora: 3 4-bit layers were evaluated without an adapter"):
         inject(
             model, LoRAConfig(r=2, target_modules=["0"])
         )  # the others are not adapted, and the gradient goes through
@@ -180,6 +181,24 @@ def test_dequantised_values_of_a_packed_layer_are_those_that_it_was_evaluated_wi
     values = values_of(quantised(kind)[4])
     found = dequantize(model[4]).double()
     assert float((found - values).norm() / values.norm()) < 3e-3  # scales in bfloat16
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_its_own_state_dict_unpacked_has_its_values_and_it_is_said_where_they_were_rounded(nested, dtype):
+    bnb = pytest.importorskip("bitsandbytes").nn
+    layer = bnb.Linear4bit(256, 64, bias=False, compress_statistics=nested, quant_type="nf4")
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    layer.weight = bnb.Params4bit(weight, False, quant_type="nf4", compress_statistics=nested)
+    values = dequantize(layer.to("cpu").eval()).float()
+    with torch.no_grad():
+        layer(torch.ones(2, 256, dtype=torch.bfloat16))
+    if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("this CPU evaluates 4-bit layers as it trains them")
+    layer.state_dict()  # unpacks, with scales in another order where they are not quantised themselves
+    with pytest.warns(match="1 4-bit layers") if nested or dtype != torch.bfloat16 else contextlib.nullcontext():
+        inject(nn.Sequential(layer), LoRAConfig(r=2, target_modules=["0"]))
+    assert float((dequantize(layer).float() - values).norm() / values.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("kind", FOUR_BITS)
