@@ -58,6 +58,7 @@ def test_message_says_what_was_found_and_what_to_do(tmp_path: Path, when: str):
     found = str(told.value).replace(str(tmp_path), "PATH")
     print(f"\n{when}:\n    {found}")
     expected = inspect.cleandoc(provoke.__doc__ or "").replace("\n", " ")
+    found = re.sub(r"(?<=deserializing header: ).*", "[...]", found)  # the library's words, which differ by version
     assert re.sub(r"\[-?\d.*?\]", "[...]", found) == expected
 
 
@@ -268,7 +269,8 @@ def merged_weights_of_a_tied_head(path: Path) -> None:
 @message("`load_adapter` of a file that was cut")
 def load_adapter_of_a_file_that_was_cut(path: Path) -> None:
     """PATH/adapter_model.safetensors: cannot be read as safetensors; it may be truncated: Error while deserializing
-    header: incomplete metadata, file not fully covered."""
+    header: [...]
+    """
     save_adapter(small(), path)
     file = path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])

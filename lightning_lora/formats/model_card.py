@@ -68,7 +68,7 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, network: str = "") 
     task = TASKS.get(str(options.get("task_type")))
     base = options.get("base_model_name_or_path")
     base = base if isinstance(base, str) else ""
-    title = f"{adapter.variant.title} adapter" + (f" of {_code(base)}" if base else "")
+    title = f"{adapter.variant.title} adapter" + (f" of {_code(base)}" if _is_hub_id(base) else "")
     return "\n".join([_front_matter(base, task), f"# {title}\n", _loading(base, task, adapter, network)])
 
 
