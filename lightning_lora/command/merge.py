@@ -159,6 +159,7 @@ def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, 
         if name in base.tensors
     }
     kinds = {name: adapter.layers[name].kind or _kind(adapter, name, base) for name in adapter.layers}
+    _refuse_contradicted(adapter, kinds, base)
     refuse_conv1d_of_model(adapter, next((name for name, kind in kinds.items() if kind == CONV1D), None), base.path)
     low_rank = dict(_layer_update(adapter, name, kind, base, dtype) for name, kind in kinds.items())
     rows = _row_updates(adapter, base)
@@ -341,6 +342,24 @@ def _kind(adapter: Adapter, name: str, base: Weights) -> str:
         return CONV
     kinds = (CONV1D, LINEAR) if adapter.fan_in_fan_out else (LINEAR, CONV1D)
     return next((kind for kind in kinds if _fits(adapter, _placed(adapter, name, kind, shape))), LINEAR)
+
+
+def _refuse_contradicted(adapter: Adapter, kinds: Mapping[str, str], base: Weights) -> None:
+    """Raise LoRAError for a square weight where the shape of another layer contradicts the adapter's fan_in_fan_out."""
+    opposite = LINEAR if adapter.fan_in_fan_out else CONV1D
+    guessed = {
+        name: base.tensors[_weight_name(adapter, name, base)].shape
+        for name, layer in adapter.layers.items()
+        if not layer.kind
+    }
+    other = next((name for name in guessed if kinds[name] == opposite), None)
+    square = next((name for name, shape in guessed.items() if len(shape) == 2 and shape[0] == shape[1]), None)
+    if other and square:
+        raise LoRAError(
+            f"{base.path}: {square!r} is square, so that its shape does not tell whether it is stored (out, in) or "
+            f"(in, out), and the adapter's fan_in_fan_out={adapter.fan_in_fan_out} is contradicted by {other!r}. "
+            f"{INSTEAD}."
+        )
 
 
 def _parameter_kind(adapter: Adapter, name: str, base: Weights) -> str:

@@ -81,7 +81,7 @@ def test_only_the_embedding_is_tied_in_a_model_as_wide_as_its_vocabulary(tmp_pat
         merge_on_disk(tmp_path / "tied" / "base", tmp_path / "tied" / "adapter", tmp_path / "none")
 
 
-@pytest.mark.parametrize("flag", [None, True])
+@pytest.mark.parametrize("flag", [None, True, False])
 def test_gpt2s_square_weights_are_turned_as_the_adapter_says(tmp_path, flag: bool | None):
     """attn.c_proj is square: only fan_in_fan_out, or a record of our own, tells which way it is stored."""
     base = base_folder("gpt2", tmp_path / "base")
@@ -91,9 +91,13 @@ def test_gpt2s_square_weights_are_turned_as_the_adapter_says(tmp_path, flag: boo
         theirs("gpt2", tmp_path / "adapter")
         config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": flag}))
-    merge_and_check(base, tmp_path / "adapter", tmp_path / "out")
-    expected = in_memory("gpt2", tmp_path / "adapter")
-    assert all(torch.equal(expected[key], value) for key, value in tensors_of(tmp_path / "out").items())
+    if flag is False:
+        with pytest.raises(LoRAError, match=r"'transformer\.h\.0\.attn\.c_proj' is square.*contradicted by"):
+            merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    else:
+        merge_and_check(base, tmp_path / "adapter", tmp_path / "out")
+        expected = in_memory("gpt2", tmp_path / "adapter")
+        assert all(torch.equal(expected[key], value) for key, value in tensors_of(tmp_path / "out").items())
 
 
 def test_another_base_is_refused_by_name(tmp_path):
