@@ -22,7 +22,7 @@ REMEDY = "Load the adapter on the base that it was trained on, or pass strict_ba
 OF_A_HEAD = 4  # weights and biases of a head and what stands before it
 OF_HEADS = "A new head has other random values in each program: train and save it whole with modules_to_save."
 OF_QUANTISATION = (
-    "Quantise the base as in training before it is adapted: NF4Tensor by quantize_base with the options of that run, "
+    "Quantise the base as in training before it is adapted, NF4Tensor by quantize_base with the options of that run, "
     "others as transformers loads them."
 )
 

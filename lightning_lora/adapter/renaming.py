@@ -87,7 +87,8 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Cal
             "submodule that the adapter is for."
         )
     strip, add = prefixes[0]
-    outside = [name for name in adapter.tensors if not name.startswith(strip)]
+    told = (*adapter.tensors, *(adapter.base if adapter.peft_version is not None else ()))  # ours says what is frozen
+    outside = [name for name in told if not name.startswith(strip)]
     if outside and strip != adapter.network:  # a network alone needs no tensors of the module around it
         warnings.warn(
             f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "

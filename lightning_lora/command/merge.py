@@ -159,8 +159,8 @@ def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, 
         if name in base.tensors
     }
     kinds = {name: adapter.layers[name].kind or _kind(adapter, name, base) for name in adapter.layers}
-    _refuse_contradicted(adapter, kinds, base)
     refuse_conv1d_of_model(adapter, next((name for name, kind in kinds.items() if kind == CONV1D), None), base.path)
+    _refuse_contradicted(adapter, kinds, base)
     low_rank = dict(_layer_update(adapter, name, kind, base, dtype) for name, kind in kinds.items())
     rows = _row_updates(adapter, base)
     updates |= {name: replace(update, value=whole.get(name)) for name, update in (low_rank | rows).items()}

@@ -34,6 +34,7 @@ from ..model.foreign_state import (
 )
 from ..model.initial_values import record_loaded
 from ..model.live_state import LiveState, open_state, original_value, original_values
+from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import base_keys, mark_merged, merge_state_dict
 from ..names import META, canonical, names_factor, parent_names
 from ..nn.foreign_entries import ForeignEntries, foreign_of, metadata_of, with_metadata
@@ -64,6 +65,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     """
     handle = open_model(module, "checkpoint")
     with claimed("save_checkpoint", handle.record.owner):
+        refuse_replaced_layers(handle, "checkpoint")
         _convert(open_state(handle), checkpoint, kind)
 
 

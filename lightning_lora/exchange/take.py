@@ -44,8 +44,9 @@ TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 def adapter_here(handle: AdaptedModel, verb: str = "load_adapter") -> Adapter:
     """Copy the adapter of an injected model, as it is. Collective where the model is sharded."""
+    refuse_replaced_layers(handle, verb)
     live = open_state(handle)
-    adapter = replace(_described(live, verb), tensors=gather_all(live.values()), foreign=foreign_entries(handle))
+    adapter = replace(_described(live), tensors=gather_all(live.values()), foreign=foreign_entries(handle))
     return copied(adapter)
 
 
@@ -59,11 +60,8 @@ def adapter_in_state(live: LiveState, state: Mapping[str, Any], foreign: Foreign
         live: the model, from open_state.
         state: under names without wrappers' segments.
         foreign: the foreign entries of the state dict.
-
-    Raises:
-        LoRAError: a layer was replaced since injection.
     """
-    adapter = _described(live, "checkpoint")
+    adapter = _described(live)
     left_out = {name for name in live.keys if name not in state and isinstance(live.tensors[name], nn.Parameter)}
     values = {**state, **gather_all(original_values(entry for entry in live.entries if entry[0] in left_out))}
     tensors = {name: values[name] for name in live.keys if name in values}
@@ -105,7 +103,7 @@ def frozen_values(handle: AdaptedModel, names: Collection[str]) -> dict[str, Any
     return gather_all({n: original_value(n, t, owner) for n, t, owner in entries if n in names and t is not None})
 
 
-def _described(live: LiveState, verb: str) -> Adapter:
+def _described(live: LiveState) -> Adapter:
     """Return the model's adapter without its tensors. Collective where the model is sharded.
 
     The fingerprint of a fitted model was taken at fit start, because weight averaging moves frozen weights. A weight
@@ -113,13 +111,8 @@ def _described(live: LiveState, verb: str) -> Adapter:
 
     Args:
         live: the model, from open_state.
-        verb: what messages begin with.
-
-    Raises:
-        LoRAError: a layer was replaced since injection.
     """
     handle, record = live.handle, live.handle.record
-    refuse_replaced_layers(handle, verb)
     trained = live.keys
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= live.tensors.keys()
     first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them

@@ -29,8 +29,9 @@ Why = Literal["asked", "unfrozen", "resized"]
 # What holds of an injection. "validated": finish_injection has checked that each entry of the options names something.
 # "merged": merge was called, and since then unmerge was not called for all layers. "merges by mode": eval() merges and
 # train() unmerges. "started": initialize_from_data was called, so a fit does not start from its own data. "quantised":
-# a message said that layers with quantised weights stay factored. "ended": the adapters were taken out.
-Mark = Literal["validated", "merged", "merges by mode", "started", "quantised", "ended"]
+# a message said that layers with quantised weights stay factored. "trained": a fit came to its end. "ended": the
+# adapters were taken out.
+Mark = Literal["validated", "merged", "merges by mode", "started", "quantised", "trained", "ended"]
 
 
 @dataclass
@@ -50,7 +51,6 @@ class Run:
         looked_at: ids of the fit's optimizers whose adapters were looked at for gradients.
         fits: how many fits of the model are under way, one inside a hook of the other.
         fit_ended: the innermost fit came to its end; a finder of Lightning's may break one off.
-        trained: a fit came to its end.
     """
 
     merged_eval: bool | None = None
@@ -65,7 +65,6 @@ class Run:
     looked_at: frozenset[int] = frozenset()
     fits: int = 0
     fit_ended: bool = False
-    trained: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("merged_eval", "save", "quantize", "dequantize")}

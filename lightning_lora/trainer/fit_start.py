@@ -65,7 +65,7 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     if options.verbose:
         found = summarise(handle)
         tell(found.short())
-        if record.run.trained and not trainer.ckpt_path:
+        if "trained" in record.marks and not trainer.ckpt_path:
             tell(
                 "lightning_lora: training goes on from the adapter that the model holds. For a new one, unload(model) "
                 "first."

@@ -71,7 +71,8 @@ def close_fit(record: Injection) -> bool:
     """Leave the innermost fit. Tell whether it came to its end and no other fit is under way."""
     ended, record.run.fit_ended, record.run.merged_in_fit = record.run.fit_ended, False, False
     record.run.fits = max(record.run.fits - 1, 0)
-    record.run.trained |= ended
+    if ended:
+        record.marks.add("trained")
     return ended and not record.run.fits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,9 @@ def test_an_adapter_fits_a_base_that_was_packed_for_evaluation_first(tmp_path):
     model = QuantisedNet("nf4 nested").eval()
     with torch.no_grad():
         model(inputs())
-    load_adapter(model, tmp_path / "one.ckpt")
+    packs = getattr(model.network[0].weight.quant_state, "packing_format_for_cpu", False)
+    with pytest.warns(match="evaluated without an adapter") if packs else contextlib.nullcontext():
+        load_adapter(model, tmp_path / "one.ckpt")
     assert all(value.norm() > 0 for value in factors(model).values())
 
 
