@@ -263,9 +263,8 @@ def test_the_package_is_imported_without_its_extras(imports):
     users = {name for name, found in IMPORTS.items() if {i.split(".")[0] for i in found} & set(EXTRAS)}
     # inside their functions, with a message where they are missing, or without them
     drawing = {f"report/{name}" for name in ("pictures", "figures")}
-    others = {"command/main", "formats/hub"}
     deepspeed = {"distributed/zero", "trainer/deepspeed_optimizer"}
-    assert users == others | drawing | deepspeed
+    assert users == {"formats/hub"} | drawing | deepspeed
 
 
 @pytest.mark.slow
