@@ -69,7 +69,11 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, network: str = "") 
     base = options.get("base_model_name_or_path")
     base = base if isinstance(base, str) else ""
     title = f"{adapter.variant.title} adapter" + (f" of {_code(base)}" if _is_hub_id(base) else "")
-    return "\n".join([_front_matter(base, task), f"# {title}\n", _loading(base, task, adapter, network)])
+    quantised = sorted({entry.quantised for entry in adapter.fingerprint.values()} - {""})
+    parts = [_front_matter(base, task), f"# {title}\n"]
+    if quantised:
+        parts.append(f"It belongs to a base that is quantised ({', '.join(quantised)}): load that in the same way.\n")
+    return "\n".join([*parts, _loading(base, task, adapter, network)])
 
 
 def _front_matter(base: str, task: Task | None) -> str:

@@ -206,7 +206,7 @@ def test_unload_lets_bitsandbytes_pack_again(kind):
     model = packed(kind)
     with torch.no_grad():
         before = model(inputs())
-    with pytest.warns(UserWarning, match="build the model anew"):
+    with pytest.warns(UserWarning, match="Build the model anew"):
         inject(model, LoRAConfig(r=2))
     unload(model)
     with torch.no_grad():
