@@ -229,8 +229,8 @@ def keep_gradients_(modules: Iterable[nn.Module]) -> None:
     if rounded:
         warnings.warn(
             f"lightning_lora: {rounded} 4-bit layers were evaluated without an adapter, and bitsandbytes then rounded "
-            "their scales to bfloat16, so that a process that does not do this has other outputs. Build the model anew, "
-            "and look at the base inside of disable_adapter(model), once it has an adapter.",
+            "their scales to bfloat16, so that a process that does not do this has other outputs. Build the model "
+            "anew, and look at the base inside of disable_adapter(model), once it has an adapter.",
             stacklevel=2,
         )
 
