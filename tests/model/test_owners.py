@@ -36,7 +36,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.exchange import apply, merged_folder, take
+from lightning_lora.exchange import checkpoint_of_model, apply, merged_folder, take
 from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint
 from lightning_lora.formats.lightning_checkpoint import Kind
 from lightning_lora.model import inject as inject_module
@@ -188,7 +188,7 @@ def in_between(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) ->
     def refuse_replaced_layers(*args: Any) -> None:
         elsewhere(change)
 
-    for module in (take, state_dict_module, merged_folder):
+    for module in (take, checkpoint_of_model, state_dict_module, merged_folder):
         monkeypatch.setattr(module, "refuse_replaced_layers", refuse_replaced_layers)
 
 
