@@ -36,7 +36,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.exchange import checkpoint_of_model, apply, merged_folder, take
+from lightning_lora.exchange import apply, checkpoint_of_model, merged_folder, take
 from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint
 from lightning_lora.formats.lightning_checkpoint import Kind
 from lightning_lora.model import inject as inject_module
