@@ -317,7 +317,9 @@ def _write_sum_(
     """Write W', rounded once, into `out`, which may be the window of W, and return `out`."""
     left, right = factors
     exact = buffers.take("exact", window, left.dtype).copy_(window)
-    before = None if cost is None else exact.nan_to_num(0.0, 0.0, 0.0)  # rows that are replaced may hold anything
+    before = None
+    if cost is not None:  # rows that are replaced may hold anything
+        before = torch.nan_to_num(exact, 0.0, 0.0, 0.0, out=buffers.take("before", window, left.dtype))
     if part.values is not None:
         exact.copy_(part.values)
     elif window.dtype == left.dtype:  # no wider dtype to sum in: one rounding needs D first
@@ -331,8 +333,9 @@ def _write_sum_(
     if not math.isfinite(out.sum().item()) and not torch.isfinite(out).all():
         raise NonFiniteError("W + s * B @ A is not finite (NaN, Inf, or beyond the range of its dtype)")
     if cost is not None and before is not None:
-        for number, values in enumerate((out - exact, exact - before)):
-            cost[number] += torch.linalg.vector_norm(values).item() ** 2
+        change = torch.sub(exact, before, out=before)
+        cost[1] += torch.linalg.vector_norm(change).item() ** 2
+        cost[0] += torch.linalg.vector_norm(torch.sub(out, exact, out=change)).item() ** 2
     return out
 
 
