@@ -210,7 +210,7 @@ CONDITIONS = [
 ROW_OF = {variant.label: variant for variant in VARIANTS}
 COLUMN_OF = {condition.label: condition for condition in CONDITIONS}
 NO_PAIR = "-"
-# The others differ from one of these in how they begin, or in an option that "most of it at once" has.
+# Each other variant is one of these with another start, or with an option of "most of it at once".
 DIFFERENT = ["LoRA", "DoRA", "PiSSA", "rows", "parameters", "enable_lora", "LoHa", "most of it at once", "nf4", "int8"]
 PAIRS = [
     (variant.label, condition.label)
