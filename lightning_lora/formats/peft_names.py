@@ -273,6 +273,8 @@ def _our_name_of_factor(name: str, module: str, depth: int, leaf: str, nesting: 
 
 def _our_base_name(name: str, present: Set[str], layers: Set[str], where: object) -> str:
     """Return our name of trained rows or of a tensor of the base, or "" for a copy of one that is there too."""
+    if not name:
+        raise LoRAError(f"{where}: the name of a tensor is empty; the file is damaged.")
     in_table = our_table_name(name, present)
     if in_table != name:
         return _without_wrappers(in_table, layers)

@@ -211,6 +211,7 @@ def test_a_state_dict_is_merged_however_its_tensors_are_stored(tmp_path, plain_a
     assert_same_tensors(torch.load(tmp_path / "out.pt", weights_only=True), merged_state_dict(net))
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # torch 2.15
 def test_merge_of_a_file_that_is_no_base_is_refused(tmp_path, plain_adapter: Path):
     torch.save({"state_dict": 3}, tmp_path / "base.pt")
     with pytest.raises(LoRAError, match="expected a state dict, found int"):

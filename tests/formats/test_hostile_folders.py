@@ -101,6 +101,7 @@ SPOILED: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = {
         r"'nowhere'",
         lambda t: t.update({f"{ROOT}nowhere.lora_A.weight": zeros(2, 3), f"{ROOT}nowhere.lora_B.weight": zeros(3, 2)}),
     ),
+    "an empty name": ("the name of a tensor is empty", lambda t: t.update({"": zeros(3, 8)})),
     "one name twice": (r"both mean 'head\.weight'", lambda t: t.update({"head.weight": zeros(3, 8)})),
     "no layer": (r"names no layer", lambda t: t.update({f"{ROOT}lora_A.weight": zeros(2, 2)})),
     "no factors": (r"no lora_A|is missing", lambda t: [t.pop(name) for name in list(t) if "lora_" in name]),
