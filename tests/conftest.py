@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
@@ -85,6 +86,15 @@ def _one_thread_and_seed():
     yield
     torch.set_num_threads(1)
     os.environ.pop("PL_GLOBAL_SEED", None)  # seed_everything leaves it, and later process groups would reseed by it
+
+
+@pytest.fixture(autouse=True)
+def _handlers_of_signals() -> Iterator[None]:
+    """Lightning ignores Ctrl-C after the first one, and leaves its handler of SIGTERM where a run raises."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """DDP over NCCL on two GPUs."""
 
-from distributed.test_ddp import *  # noqa: F403
 from support.devices import two_gpus
+from trainer.test_strategies_ddp import *  # noqa: F403
 
 pytestmark = two_gpus

@@ -23,7 +23,7 @@ from support.quantised import (
 )
 from support.runs import lora_with_effect
 from support.training import make_trainer
-from test_pairs import COLUMN_OF, NO_PAIR, PAIRS, ROW_OF, outcome, page_outcomes
+from tables.test_pairs import COLUMN_OF, NO_PAIR, PAIRS, ROW_OF, outcome, page_outcomes
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
 TOLERANCE = {"int8": 3e-2, "Float8WeightOnlyConfig": 1e-4}  # int8 rounds the inputs of a layer too

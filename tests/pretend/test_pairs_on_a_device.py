@@ -7,7 +7,7 @@ import pytest
 from support.covering import covering
 from support.devices import Place
 from support.pairs import placed
-from test_pairs import COLUMN_OF, NO_PAIR, ROW_OF, outcome, page_outcomes
+from tables.test_pairs import COLUMN_OF, NO_PAIR, ROW_OF, outcome, page_outcomes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),

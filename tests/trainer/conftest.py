@@ -3,23 +3,12 @@
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture(autouse=True)
-def _handlers_of_signals() -> Iterator[None]:
-    """Lightning ignores Ctrl-C after the first one, and leaves its handler of SIGTERM where a run raises."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

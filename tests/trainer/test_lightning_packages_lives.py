@@ -40,34 +40,34 @@ LIVES = {
         "test_run_equals_that_of_the_same_optimizer_made_in_configure_optimizers",
         "test_resumed_run_equals_the_uninterrupted_one",
     ],
-    "trainer/test_interrupted_evaluation": [
+    "trainer/test_evaluation_interrupted": [
         "_keeps_ctrl_c",
         "test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right",
         "test_ctrl_c_while_the_trainer_merges_leaves_the_model_unmerged",
     ],
-    "trainer/test_late_layers_and_optimizers": [
+    "trainer/test_setup": [
         "test_disable_adapter_and_unload_after_fits_give_a_fresh_model_wherever_its_layers_were_built",
     ],
-    "trainer/test_loops": [
+    "trainer/test_evaluation_loops": [
         "test_manual_optimization_equals_the_unmerged_run",
         "test_barebones_trainer_equals_the_unmerged_run",
         "test_two_live_trainers_in_turn_equal_the_unmerged_run",
     ],
-    "trainer/test_merged_evaluation": [
+    "trainer/test_evaluation": [
         "test_merged_exactly_during_evaluation_batches",
         "test_merging_does_not_change_the_training",
         "test_layers_built_anew_in_each_stage_are_adapted_anew",
         "test_the_model_from_before_training_comes_back_exactly",
     ],
     "trainer/test_checkpoint_options": ["test_checkpoint_is_found_however_the_trainer_is_told"],
-    "trainer/test_resume": ["test_run_resumed_with_another_kind_equals_the_uninterrupted_one"],
-    "trainer/test_saving": ["test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run"],
+    "trainer/test_checkpoint_hooks_resume": ["test_run_resumed_with_another_kind_equals_the_uninterrupted_one"],
+    "trainer/test_checkpoint_hooks": ["test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run"],
     "test_monitor_statistics": [
         "test_csv_columns_have_the_numbers_of_every_nth_step",
         "test_training_is_the_same_and_nothing_else_sees_the_statistics",
         "test_each_of_several_optimizers_logs_the_layers_that_it_holds_once_a_batch",
     ],
-    "trainer/test_weight_averaging": ["test_validation_sees_the_averaged_adapter"],
+    "trainer/test_compatibility_weight_averaging": ["test_validation_sees_the_averaged_adapter"],
 }
 SLOW = {  # they take longest; hooks, resuming and the command line have shorter ones above
     "test_every_option_from_a_plain_lightning_cli",

@@ -41,7 +41,7 @@ OPTIONS: dict[str, Any] = {"r": 2, "lora_alpha": 4}
 RIGHT, NOT_THERE = "right", "-"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = (
-    "<!-- families: written by tests/model/test_transformers_families.py -->\n",
+    "<!-- families: written by tests/tables/test_transformers_families.py -->\n",
     "<!-- end of families -->",
 )
 EVERYDAY = ("llama", "bert", "mixtral", "vit", "whisper", "clip")

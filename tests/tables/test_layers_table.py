@@ -55,7 +55,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed"),
 ]
 PAGE = Path(__file__).parents[2] / "lightning_lora" / "nn" / "layers.md"
-BEGIN, END = "<!-- layers: written by tests/model/test_layers_table.py -->", "<!-- end of layers -->"
+BEGIN, END = "<!-- layers: written by tests/tables/test_layers_table.py -->", "<!-- end of layers -->"
 HEAD = (
     "| layer | variant | train | merge | plain merged weights | adapter | to PEFT | from PEFT |",
     "|---|---|---|---|---|---|---|---|",

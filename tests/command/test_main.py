@@ -302,7 +302,7 @@ def test_diff_of_unlike_things_is_refused(tmp_path, capsys, checkpoint: Path):
 
 
 def test_a_terminated_merge_cleans_up(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
-    """SIGTERM in the middle of writing; SIGKILL is in test_killed_writers.py."""
+    """SIGTERM in the middle of writing; SIGKILL is in test_atomic_killed_writers.py."""
     from lightning_lora.command import write_merged
 
     save_file(Net().state_dict(), tmp_path / "base.safetensors")

@@ -2,7 +2,7 @@
 
 The docstrings of LoRAConfig and LoRACallback, which editors and `--help` read, have the first sentence of the meaning.
 LoRACallback's signature, which editors, type checkers and LightningCLI read, repeats LoRAConfig's options.
-`WRITE_TABLE=1 pytest -n 0 tests/test_option_texts.py` writes both there.
+`WRITE_TABLE=1 pytest -n 0 tests/project/test_option_texts.py` writes both there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 from lightning_lora import LoRACallback, LoRAConfig
 
-PACKAGE = Path(__file__).parents[1] / "lightning_lora"
+PACKAGE = Path(__file__).parents[2] / "lightning_lora"
 REFERENCE = PACKAGE / "README.md"
 SOURCES = {LoRAConfig: PACKAGE / "config.py", LoRACallback: PACKAGE / "callback.py"}
 ROW = re.compile(r"^\| `(\w+)` \| `[^`]+` \| (.+) \|$", re.MULTILINE)
@@ -66,7 +66,7 @@ def test_signature_of_the_callback_repeats_the_options_of_the_config():
     expected = "".join(written_signature(lines.splitlines(keepends=True)))
     if os.environ.get("WRITE_TABLE"):
         SOURCES[LoRACallback].write_text("".join((before, begin, lines := expected, end, rest)))
-    assert lines == expected, "WRITE_TABLE=1 pytest -n 0 tests/test_option_texts.py writes LoRAConfig's options there"
+    assert lines == expected, "WRITE_TABLE=1 pytest -n 0 tests/project/test_option_texts.py writes the options there"
 
 
 def names(owner: type[Any]) -> list[str]:

@@ -17,7 +17,7 @@ import yaml
 
 import lightning_lora
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METADATA = """Metadata-Version: 2.4
 Name: lightning-lora
 Version: 1.2.0

@@ -1,6 +1,6 @@
 """The table of strategies: each is trained, saved, resumed, read and broken, and compared with one device.
 
-The outcomes are compared with strategies.md beside this file. WRITE_TABLE=1 in the environment writes that page; lines
+The outcomes are compared with tests/distributed/strategies.md. WRITE_TABLE=1 in the environment writes that page; lines
 of what is not installed stay as they are there. support/strategies.py has the runs.
 """
 
@@ -56,8 +56,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized"),  # in one process
 ]
-PAGE = Path(__file__).parent / "strategies.md"
-HOW_TO_WRITE = "write the page with WRITE_TABLE=1 pytest -n 0 -m slow tests/distributed/test_strategies_table.py"
+PAGE = Path(__file__).parents[1] / "distributed" / "strategies.md"
+HOW_TO_WRITE = "write the page with WRITE_TABLE=1 pytest -n 0 -m slow tests/tables/test_strategies_table.py"
 CLOSE = 1e-6
 FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
 
@@ -245,7 +245,7 @@ COLUMNS = [
 ]
 HEAD = """# Strategies
 
-<!-- written by tests/distributed/test_strategies_table.py -->
+<!-- written by tests/tables/test_strategies_table.py -->
 
 Each strategy (a row) does everything that a user may ask of it (a column), with a small network on CPU processes. A
 test runs every row and compares this page with what came of it.

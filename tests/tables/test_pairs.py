@@ -1,6 +1,6 @@
 """The table of pairs: each variant of LoRA with each precision, option, change and way to keep it, on a small model.
 
-A pair is run, and its outcome compared with pairs.md beside this file: right, or refused with how the message begins.
+A pair is run, and its outcome compared with tests/pairs.md: right, or refused with how the message begins.
 LORA_FULL=1 in the environment runs all of them, WRITE_TABLE=1 writes that page. Rows of what is not installed stay.
 What is right is said by support/pair_checks.py, by what support/pairs.py computes in float64 from the definitions.
 """
@@ -50,8 +50,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
 ]
-PAGE = Path(__file__).parent / "pairs.md"
-HOW_TO_WRITE = "write the page with WRITE_TABLE=1 pytest -n 0 tests/test_pairs.py (the whole file, without -k)"
+PAGE = Path(__file__).parents[1] / "pairs.md"
+HOW_TO_WRITE = "write the page with WRITE_TABLE=1 pytest -n 0 tests/tables/test_pairs.py (the whole file, without -k)"
 QKV = {"enable_lora": {"inner": [True, False, True]}}
 ROWS = {"target_modules": ["inner"], "trainable_token_indices": {"embed": [1, 4, 9]}}
 OF_BOTH = {"target_modules": ["inner"], "trainable_token_indices": {"embed": [1, 4, 9], "head": [0, 3]}}
@@ -227,7 +227,7 @@ TRIED = [
 ]
 HEAD = """# Pairs of features
 
-<!-- written by tests/test_pairs.py -->
+<!-- written by tests/tables/test_pairs.py -->
 
 Each variant of LoRA (a row) meets each precision, change and way to keep it (a column), on a small model. A test runs
 pairs and compares this page with what came of it: each of the variants that differ most, and some of the others, which

@@ -54,7 +54,7 @@ OTHER_CALLBACKS = (  # Lightning's own: the page's Trainer has a ModelCheckpoint
     "ignore:The dirpath has changed",
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CI = (ROOT / ".ci" / "run").read_text()
 FRONT, REFERENCE, CONTRIBUTING = "README.md", "lightning_lora/README.md", ".github/CONTRIBUTING.md"
 COMMAND, EXCHANGE = "lightning_lora/command/README.md", "lightning_lora/exchange/README.md"

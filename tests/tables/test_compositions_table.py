@@ -264,7 +264,7 @@ def render(outcomes: dict[str, str]) -> str:
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = (
-    "<!-- compositions: written by tests/trainer/test_compositions_table.py -->\n",
+    "<!-- compositions: written by tests/tables/test_compositions_table.py -->\n",
     "<!-- end of compositions -->",
 )
 ADDED = ("WeightAveraging ", "EMAWeightAveraging ")  # rows of what the oldest supported Lightning does not have

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from test_layers_on_a_device import Packed
+from test_lora_layer_on_a_device import Packed
 from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_examples import check_finetune
 
 from support.examples import ROOT, SHOWN, checkout
 from support.notebook import INSTALL, notebook, repository_of
-from test_examples import check_finetune
 
 PROGRAM, SMALL_MODELS, NOTEBOOK = (ROOT / "examples" / n for n in ("finetune.py", "small_models.py", "finetune.ipynb"))
 QUIET = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

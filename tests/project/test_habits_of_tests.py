@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from support.notices import OUR_WARNINGS
 
 HERE = Path(__file__)
-FILES = {str(p.relative_to(HERE.parent)): p.read_text() for p in sorted(HERE.parent.rglob("*.py")) if p != HERE}
+TESTS = HERE.parents[1]
+ROOT = HERE.parents[2]
+FILES = {str(p.relative_to(TESTS)): p.read_text() for p in sorted(TESTS.rglob("*.py")) if p != HERE}
 NARROW = re.compile(r"ignore:([^:]{10,}|\{\w+\})")  # no category: a newer release may warn by another one
 
 
@@ -76,7 +78,7 @@ def test_a_filter_of_warnings_names_their_text(name: str):
 
 
 def test_the_projects_filters_of_warnings_name_their_text():
-    written = re.findall(r'"(ignore:.*?)"', (HERE.parents[1] / "pyproject.toml").read_text())
+    written = re.findall(r'"(ignore:.*?)"', (ROOT / "pyproject.toml").read_text())
     assert written
     assert all(map(NARROW.fullmatch, written))
 
@@ -106,7 +108,7 @@ def test_the_reader_of_filters_tells_broad_ones_from_narrow_ones():
 
 
 def test_each_folder_of_tests_is_in_the_table_of_their_page():
-    rows = re.findall(r"^\| `(\w+)/` \|", (HERE.parent / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)/` \|", (TESTS / "README.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted({name.split("/")[0] for name in FILES if "/" in name})
 
 
@@ -127,7 +129,7 @@ def test_what_runs_on_a_pretended_device_runs_on_a_gpu_too():
 
 OLDEST = [
     line.removeprefix("--deselect=").removeprefix("--ignore=")
-    for line in (HERE.parents[1] / ".ci" / "oldest_tests.txt").read_text().splitlines()
+    for line in (ROOT / ".ci" / "oldest_tests.txt").read_text().splitlines()
     if line and not line.startswith("#")
 ]
 
@@ -136,14 +138,14 @@ OLDEST = [
 def test_what_is_chosen_or_left_out_for_the_oldest_versions_exists(name: str):
     """pytest passes over a name that it does not find among those that are left out."""
     file, _, test = name.partition("::")
-    path = HERE.parents[1] / file
+    path = ROOT / file
     assert path.exists()
     assert not test or f"def {test.partition('[')[0]}(" in path.read_text()
 
 
 def beginnings_of_warnings() -> list[str]:
     """The first words of each text that the package warns with, where the call shows them."""
-    package = HERE.parents[1] / "lightning_lora"
+    package = ROOT / "lightning_lora"
     calls = [node for path in package.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
     texts = [
         call.args[0] for call in calls if isinstance(call, ast.Call) and call.args and "warn(" in ast.unparse(call)[:20]
@@ -153,7 +155,7 @@ def beginnings_of_warnings() -> list[str]:
 
 
 def test_warnings_of_this_package_are_errors_in_every_process_and_begin_as_the_filter_says():
-    project = (HERE.parents[1] / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
     assert f'"error:{OUR_WARNINGS}"' in project
     assert len(shown := beginnings_of_warnings()) > 10
     assert [text for text in shown if not re.match(OUR_WARNINGS, text)] == []

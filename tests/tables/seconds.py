@@ -1,6 +1,6 @@
 """Seconds that grow with the number of layers: to inject, to start a fit, to save and to load an adapter.
 
-    python tests/distributed/seconds.py     # measure, print the table and write it into large_models.md
+    python tests/tables/seconds.py     # measure, print the table and write it into large_models.md
 
 Models have the names and the number of layers of Llama 3. Injection sees the true shapes, on the meta device. For the
 rest widths are tiny, so that no time depends on a weight's size. test_seconds.py counts calls instead.
@@ -29,8 +29,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from support.scale import MODELS, Llama, markdown
 from support.training import make_trainer
 
-PAGE = Path(__file__).with_name("large_models.md")
-BEGIN, END = "<!-- seconds: written by tests/distributed/seconds.py -->\n", "<!-- end of seconds -->"
+PAGE = Path(__file__).parents[1] / "distributed" / "large_models.md"
+BEGIN, END = "<!-- seconds: written by tests/tables/seconds.py -->\n", "<!-- end of seconds -->"
 HEADS = ["model", "adapted layers", "inject", "a fit starts", "without LoRA", "save", "load"]
 OPTIONS: dict[str, Any] = {"r": 16, "target_modules": "all-linear"}
 HEAD_WIDTH, REPEATS = 128, 3

@@ -62,8 +62,8 @@ def test_message_says_what_was_found_and_what_to_do(tmp_path: Path, when: str):
     assert re.sub(r"\[-?\d.*?\]", "[...]", found) == expected
 
 
-BEGIN, END = "<!-- messages: written by tests/test_messages.py -->", "<!-- end of messages -->"
-PAGE = Path(__file__).parents[1] / "lightning_lora" / "errors.md"
+BEGIN, END = "<!-- messages: written by tests/tables/test_messages.py -->", "<!-- end of messages -->"
+PAGE = Path(__file__).parents[2] / "lightning_lora" / "errors.md"
 
 
 def test_the_reference_lists_these_messages():

@@ -15,7 +15,7 @@ import yaml
 
 import lightning_lora
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SITE = ROOT / ".github" / "site"
 
 

@@ -292,8 +292,8 @@ PEAKS = {
 
 # --- the tables in large_models.md ---
 
-PAGE = Path(__file__).parent / "large_models.md"
-WRITER = "tests/distributed/test_scale.py"  # as the comments around the tables have it
+PAGE = Path(__file__).parents[1] / "distributed" / "large_models.md"
+WRITER = "tests/tables/test_scale.py"  # as the comments around the tables have it
 
 
 def around(name: str) -> tuple[str, str, str]:

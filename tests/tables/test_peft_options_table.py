@@ -203,7 +203,7 @@ def reason(error: LoRAError, option: Option) -> str:
 
 PAGE = Path(__file__).parents[2] / "lightning_lora" / "formats" / "peft.md"
 BEGIN, END = (
-    "<!-- peft's options: written by tests/formats/test_peft_options_table.py -->\n",
+    "<!-- peft's options: written by tests/tables/test_peft_options_table.py -->\n",
     "<!-- end of peft's options -->",
 )
 HEAD = ["| option of peft.LoraConfig | `load_adapter` | `save_adapter` after it | `from_peft` |", "|---|---|---|---|"]
