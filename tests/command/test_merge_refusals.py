@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAError
 from lightning_lora.command.merge import merge_on_disk
-from lightning_lora.files.weights import Weights
 from support.expected_weights import merge_and_check
 from support.notices import quiet_peers
 from support.peers import SMALL, base_folder, in_memory, model, ours, tensors_of, theirs
@@ -131,27 +127,3 @@ def test_merge_refuses_outputs_inside_base_or_adapter_and_keeps_foreign_files(tm
     merge_on_disk(base, adapter, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "mine.txt").read_text() == "x"
     assert sorted(os.listdir(tmp_path)) == ["base", "out", "photos", "run"]
-
-
-def test_every_tensor_that_shares_bytes_is_found():
-    """Against comparing each with each: tensors inside others, at their ends, one after another, and empty ones."""
-    shared = 0
-    for seed in range(200):
-        draw = random.Random(seed)
-        storage = torch.zeros(40)
-        spans = {
-            str(i): (draw.randrange(30), draw.randrange(6), draw.randrange(1, 3)) for i in range(draw.randrange(9))
-        }
-        tensors = {name: storage.as_strided((count,), (step,), start) for name, (start, count, step) in spans.items()}
-        taken = {
-            n: range(start, start + (count - 1) * step + 1 if count else start)
-            for n, (start, count, step) in spans.items()
-        }
-        tied = Weights(Path("x"), "torch", tensors).tied()
-        for name, other in itertools.combinations(taken, 2):
-            if set(taken[name]) & set(taken[other]):
-                assert {name, other} <= tied[name] & tied[other]
-        alone = {n for n in taken if not any(n != m and set(taken[n]) & set(taken[m]) for m in taken)}
-        assert tied.keys() == taken.keys() - alone
-        shared += len(tied)
-    assert shared > 200

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 import zipfile
 from pathlib import Path
@@ -193,52 +192,8 @@ def test_a_mask_with_the_bases_infinities_is_merged_and_one_with_others_is_refus
         merge_on_disk(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "other.pt", dtype=dtype)
 
 
-@pytest.mark.parametrize("form", ["out of order", "as before torch 1.6", "views of one storage"])
-def test_a_state_dict_is_merged_however_its_tensors_are_stored(tmp_path, plain_adapter: Path, form: str):
-    owner = f"{TARGETS[0]}.weight"
-    state, options = state_with(), {"_use_new_zipfile_serialization": form != "as before torch 1.6"}
-    if form == "out of order":
-        state[owner] = state[owner].T.contiguous().T
-    if form == "views of one storage":  # as a recurrent layer's weights on a GPU
-        flat, start = torch.cat([value.float().view(-1) for value in state.values()]), 0
-        for name, value in state.items():
-            if value.is_floating_point():
-                state[name] = flat[start : start + value.numel()].view(value.shape).copy_(value)
-                start += value.numel()
-    torch.save(state, tmp_path / "base.pt", **options)
-    merge_and_check(tmp_path / "base.pt", plain_adapter, tmp_path / "out.pt")
-    load_adapter(net := Net(), plain_adapter)
-    assert_same_tensors(torch.load(tmp_path / "out.pt", weights_only=True), merged_state_dict(net))
-
-
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # torch 2.15
-def test_merge_of_a_file_that_is_no_base_is_refused(tmp_path, plain_adapter: Path):
-    torch.save({"state_dict": 3}, tmp_path / "base.pt")
-    with pytest.raises(LoRAError, match="expected a state dict, found int"):
-        merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.pt")
-    torch.save(state_with(more=torch.eye(3).to_sparse()), tmp_path / "base.pt")
-    with pytest.raises(LoRAError, match="'more' is sparse"):
-        merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.pt")
-    (tmp_path / "base.pt").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(LoRAError, match="cannot be read as a checkpoint"):
-        merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.pt")
-    torch.save(state_with(), tmp_path / "base.pt")
-    for name in ("out.safetensors", "out.ckpt", "out"):
-        with pytest.raises(LoRAError, match=rf"'{name}' must end in '\.pt'"):
-            merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / name)
-    assert "out.pt" not in os.listdir(tmp_path)
-
-
 def test_base_that_is_a_checkpoint_gives_one(tmp_path, pretrained: Path, adapter: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge_on_disk(pretrained, adapter, tmp_path / "out.ckpt")
     Net.load_from_checkpoint(tmp_path / "out.ckpt", **PLAIN_TYPES_ONLY)
-
-
-def test_a_base_that_holds_an_adapter_is_refused(tmp_path, plain_adapter: Path):
-    net = Net()
-    inject(net, LoRAConfig(r=2, target_modules=TARGETS))
-    torch.save(net.state_dict(), tmp_path / "base.pt")
-    with pytest.raises(LoRAError, match="the base holds an adapter itself"):
-        merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.pt")

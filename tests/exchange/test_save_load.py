@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,6 @@ from lightning_lora import (
     take_adapter,
 )
 from lightning_lora.adapter.adapter import Adapter
-from lightning_lora.files.safetensors import build_header, read_safetensors
 from support.models import base_zoo, bits, checkpoint, state_bits, train, trained_zoo
 from support.notices import TORCH_NOTICES
 
@@ -101,22 +99,6 @@ def test_an_adapter_in_memory_is_drawn():
     assert set(figures) == {"norms", "spectra"}
 
 
-def test_repr_says_what_an_adapter_is():
-    assert repr(take_adapter(net())) == "Adapter(r=2, 2 layers, 38 values)"
-    shown = repr(take_adapter(net(rank_pattern={"0": 3})))
-    assert shown == "Adapter(r=2 to 3, 2 layers, 49 values)"
-    bare = read_adapter({name: value for name, value in net().state_dict().items() if "lora_" in name})
-    assert repr(bare) == "Adapter(r=2, 2 layers, 38 values, without options)"
-    assert repr(Adapter({"0.lora_A": torch.ones(2, 2)})) == "Adapter(1 layer, 4 values, without options)"
-
-
-def test_an_adapter_is_copied_and_pickled():
-    model, adapter = net(3), take_adapter(net())
-    for again in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
-        load_adapter(model, again)
-        assert state_bits(model) == state_bits(net())
-
-
 def test_an_adapter_in_memory_does_not_change_with_its_file(tmp_path: Path):
     save_adapter(net(), tmp_path)
     adapter, file = read_adapter(tmp_path), tmp_path / "adapter_model.safetensors"
@@ -125,22 +107,6 @@ def test_an_adapter_in_memory_does_not_change_with_its_file(tmp_path: Path):
         written.seek(size - 100)
         written.write(b"\0" * 100)
     assert held_bits(adapter) == held
-
-
-def test_tensors_are_read_wherever_their_bytes_begin(tmp_path: Path):
-    values = {
-        "a": torch.tensor([3], dtype=torch.int8),
-        "b": torch.randn(3),
-        "c": torch.randn(2, 0),
-        "d": torch.ones(()),
-    }
-    values |= {"e": torch.tensor([True, False, True]), "f": torch.randn(2, 3, dtype=torch.float64).to(torch.bfloat16)}
-    header = build_header([(name, value.dtype, tuple(value.shape)) for name, value in values.items()], {})
-    (tmp_path / "odd.safetensors").write_bytes(header + b"".join(map(bits, values.values())))
-    found, _ = read_safetensors(tmp_path / "odd.safetensors")
-    assert {name: (value.dtype, value.tolist()) for name, value in found.items()} == {
-        name: (value.dtype, value.tolist()) for name, value in values.items()
-    }
 
 
 # --- checks ---

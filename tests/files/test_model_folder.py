@@ -11,15 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAError, save_adapter
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.model_folder import is_plain_name
-from lightning_lora.files.safetensors import open_safetensors
 from support.expected_weights import merge_and_check
-from support.models import same
 from support.notices import quiet_peers
 from support.peers import model, ours, theirs
 
@@ -27,63 +24,6 @@ pytestmark = quiet_peers
 
 
 CONFIG, TENSORS, INDEX = "adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"
-
-
-def safetensors_bytes(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
-
-
-def entry(shape: list[Any], start: Any, end: Any, dtype: Any = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-
-
-GOOD = {"a": entry([2], 0, 8), "b": entry([1, 1], 8, 12)}
-
-
-BAD_FILES = {
-    "empty": b"",
-    "short": b"\x01\x02",
-    "a header longer than the file": safetensors_bytes({}, length=10**6),
-    "a huge header": safetensors_bytes({}, length=2**63),
-    "not JSON": safetensors_bytes(b"{nothing"),
-    "a list": safetensors_bytes([1, 2]),
-    "deep nesting": safetensors_bytes(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
-    "truncated": safetensors_bytes(GOOD, bytes(11)),
-    "too long": safetensors_bytes(GOOD, bytes(13)),
-    "overlap": safetensors_bytes({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),
-    "overlap and gap": safetensors_bytes({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(16)),
-    "gap": safetensors_bytes({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, bytes(12)),
-    "wrong size": safetensors_bytes({"a": entry([3], 0, 8)}, bytes(8)),
-    "negative shape": safetensors_bytes({"a": entry([-2], 0, 8)}, bytes(8)),
-    "absurd shape": safetensors_bytes({"a": entry([2**62, 2**62], 0, 8)}, bytes(8)),
-    "overflowing shape": safetensors_bytes({"a": entry([2**63 - 1, 2], 0, 8)}, bytes(8)),
-    "backward offsets": safetensors_bytes({"a": entry([2], 8, 0)}, bytes(8)),
-    "fractional shape": safetensors_bytes({"a": entry([1.5], 0, 6)}, bytes(6)),
-    "unknown dtype": safetensors_bytes({"a": entry([2], 0, 8, "F31")}, bytes(8)),
-    "no offsets": safetensors_bytes({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)),
-    "metadata that is not text": safetensors_bytes({"__metadata__": {"x": 1}, **GOOD}, bytes(12)),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_a_damaged_safetensors_file_is_refused_where_safetensors_refuses_it(tmp_path, case: str):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(BAD_FILES[case])
-    with pytest.raises(LoRAError, match=r"a\.safetensors"):
-        open_safetensors(path)
-    with pytest.raises((SafetensorError, RuntimeError)):
-        safe_open(path, "pt")
-
-
-def test_a_good_file_is_read_as_it_was_written(tmp_path):
-    dtypes = (torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64)
-    tensors = {f"t{i}": torch.zeros(i, 3).to(dtype) for i, dtype in enumerate(dtypes)} | {"scalar": torch.tensor(5)}
-    save_file(tensors, tmp_path / "a.safetensors", {"x": "y"})
-    found, metadata = open_safetensors(tmp_path / "a.safetensors")
-    assert metadata == {"x": "y"}
-    assert found.keys() == tensors.keys()
-    assert all(same(tensor, tensors[name]) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", "a\\b", "C:x", "..", ".", "", "a\0", 3, None, ["a"]])

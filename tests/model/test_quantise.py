@@ -1,9 +1,7 @@
-"""quantize_base: the layers that it quantises, what casts, copies and moves keep, and the option of the callback."""
+"""quantize_base: the layers that it quantises, loading and merging them, and the option of the callback."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,10 @@ from lightning_lora import (
     load_adapter,
     merge_and_unload,
     quantize_base,
-    summary,
-    unload,
 )
 from lightning_lora.nn.nf4 import group_size
 from lightning_lora.nn.quantised import dequantize, quantised_as
-from support.quantised import NF4, PlainNet, batches, factors, inputs, network, packed_bits, quantised, values_of
+from support.quantised import NF4, PlainNet, batches, factors, inputs, network, packed_bits, quantised
 from support.training import make_trainer
 
 torchao = pytest.importorskip("torchao.quantization")
@@ -48,22 +44,6 @@ def test_the_weights_are_those_of_torchao_itself():
         assert float((dequantize(model[position]) - weight).norm() / weight.norm()) < 0.1
         assert not model[position].weight.requires_grad
     assert quantised_as(nn.Parameter(torchao.to_nf4(torch.randn(128, 256)), requires_grad=False)) == NF4
-
-
-@pytest.mark.parametrize(
-    ("scales", "size"), [(4096 * 4096 // 64, 256), (64 * 256, 256), (64 * 128, 128), (256, 4), (32, 4), (6, 2), (5, 1)]
-)
-def test_scales_are_quantised_in_groups_that_64_ranks_can_share(scales, size):
-    assert group_size(scales) == size
-
-
-@pytest.mark.parametrize("scales", [1, 5, 6])
-def test_weights_of_few_blocks_keep_their_values_nearly(scales):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, scales))
-    weight = model[0].weight.detach().clone()
-    quantize_base(model)
-    assert float((dequantize(model[0]) - weight).norm() / weight.norm()) < 0.15
 
 
 class Layers(nn.Module):
@@ -165,48 +145,6 @@ def test_without_torchao_the_error_names_it(monkeypatch):
         quantize_base(network())
 
 
-@pytest.mark.parametrize("adapt", [False, True], ids=["plain", "adapted"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_a_cast_leaves_the_weights_quantised_with_their_bits(adapt, dtype):
-    """torchao's own tensor is dequantised by a cast of its layer, even to the dtype that it has."""
-    model = quantised(NF4)
-    bits = packed_bits(model)
-    if adapt:
-        inject(model, LoRAConfig(r=2))
-    model.to(dtype)
-    assert packed_bits(model) == bits
-    assert model[0].bias.dtype == dtype
-    output = model(inputs(dtype=dtype))
-    assert output.dtype == dtype
-    expected = quantised(NF4)(inputs()).detach()
-    assert float((output.detach().float() - expected).norm() / expected.norm()) < 2e-2
-
-
-@pytest.mark.parametrize("adapt", [False, True], ids=["plain", "adapted"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_has_the_bits_and_a_life_of_its_own(adapt, copied):
-    """torchao's own tensor is quantised again when it is copied, in groups of another size."""
-    model = quantised(NF4)
-    if adapt:
-        inject(model, LoRAConfig(r=2, init_lora_weights=False))
-    layer = copied(model[0])
-    assert type(layer) is type(model[0])
-    x = inputs()
-    assert torch.equal(layer(x), model[0](x))
-    assert quantised_as(layer.weight) == NF4
-    assert layer.weight.requires_grad is False
-    memory = [one.weight.quantized_data.data_ptr() for one in (layer, model[0])]
-    assert (memory[0] == memory[1]) == (copied is copy.copy)
-
-
-def test_a_move_moves_every_part(tmp_path):
-    model = quantised(NF4)
-    model.to("meta")
-    weight: Any = model[0].weight
-    assert {weight.device.type, weight.quantized_data.device.type, weight.nf4.device.type} == {"meta"}
-    assert quantised_as(weight) == NF4
-
-
 def test_a_plain_state_dict_is_quantised_as_it_is_loaded():
     model, plain = quantised(NF4), network()
     for layer in (model[0], model[2]):
@@ -223,27 +161,6 @@ def test_merge_and_unload_leaves_plain_linear_layers():
     assert [type(plain[position]) for position in (0, 2, 4)] == [nn.Linear] * 3
     assert all(type(parameter) is nn.Parameter for parameter in plain.parameters())
     torch.testing.assert_close(plain(inputs()), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_weight_that_torchao_quantised_itself_is_adapted_and_unloaded():
-    model = network()
-    for position in (0, 2, 4):
-        weight = torchao.to_nf4(model[position].weight.detach(), 64, 4)
-        model[position].weight = nn.Parameter(weight, requires_grad=False)
-    assert inject(model, LoRAConfig(r=2)) == ["0", "2", "4"]
-    assert summary(model).quantised == {NF4: 3}
-    model(inputs()).sum().backward()
-    unload(model)
-    assert type(model[0]) is nn.Linear
-
-
-def test_the_memory_is_a_seventh_of_float32():
-    model = nn.Sequential(nn.Linear(512, 512, bias=False))
-    quantize_base(model)
-    weight: Any = model[0].weight
-    held = sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])
-    assert held * 8 / weight.numel() == pytest.approx(4.13, abs=0.01)
-    assert values_of(model[0]).shape == (512, 512)
 
 
 # --- the option of the callback ---

@@ -147,23 +147,6 @@ def test_embedding_whose_forward_writes_into_its_weight_is_refused_by_name(optio
 # Which way a layer goes -----------------------------------------------------------------------------------------------
 
 
-def test_only_where_it_must_a_layer_builds_the_whole_delta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is in classes with their own forward, and where convolving with the factors would cost more."""
-    calls: list[str] = []
-    delta = LoRALayer.delta
-    monkeypatch.setattr(LoRALayer, "delta", lambda *args: calls.append("delta") or delta(*args))
-    whole = set()
-    for name in CASES:
-        calls.clear()
-        subject = make_subject(name)
-        subject.model(subject.x)
-        if calls:
-            whole.add(name)
-    own = {"activated linear", "conv that pads", "conv with an inner forward"}
-    cheaper = {"conv2d, depthwise", "conv2d, depthwise twice"}
-    assert {name.removeprefix("dora, ") for name in whole} == own | cheaper | {"embedding, by frequency"}
-
-
 def test_conv1d_is_recognised_without_importing_transformers() -> None:
     layer = Conv1D(6, 8)
     model = nn.Sequential(layer)

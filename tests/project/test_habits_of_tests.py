@@ -137,10 +137,10 @@ OLDEST = [
 @pytest.mark.parametrize("name", OLDEST)
 def test_what_is_chosen_or_left_out_for_the_oldest_versions_exists(name: str):
     """pytest passes over a name that it does not find among those that are left out."""
-    file, _, test = name.partition("::")
-    path = ROOT / file
-    assert path.exists()
-    assert not test or f"def {test.partition('[')[0]}(" in path.read_text()
+    file, _, test = name.removeprefix("--ignore-glob=").partition("::")
+    paths = list(ROOT.glob(file))
+    assert paths
+    assert not test or f"def {test.partition('[')[0]}(" in paths[0].read_text()
 
 
 def beginnings_of_warnings() -> list[str]:

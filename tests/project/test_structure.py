@@ -1,4 +1,4 @@
-"""The shape of the package: rooms, floors, imports in one direction, the public names of the contract."""
+"""The shape of the package and of its tests: rooms, floors, imports in one direction, names, where a test is."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from support.forks import DONE, run_in_forks
 
 PACKAGE = Path(lightning_lora.__file__).parent
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+TESTS = Path(__file__).parents[1]
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 GROUND = {  # files at the top that every room may import
@@ -44,7 +45,9 @@ MAY_IMPORT = {  # beside itself and the ground; files at the top may import ever
 MOST_FLOORS = 14
 MOST_METHODS = 25  # of a class
 MOST_LINES = 50  # of a function
+MOST_UNTESTED = 60  # lines of a file that has no tests of its own name
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+DOCUMENTED = (ast.Module, ast.ClassDef, *FUNCTION)
 
 VARIANT_WORDS = {  # each with the file of the variant
     "dora": "nn/dora",
@@ -165,6 +168,31 @@ def test_no_class_has_many_methods_and_no_function_is_long():
     lines = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in functions}
     assert {name: count for name, count in methods.items() if count > MOST_METHODS} == {}
     assert {name for name, count in lines.items() if count > MOST_LINES} == set()
+
+
+# --- where a test is ---
+
+
+def lines_of_code(name: str) -> int:
+    """How many lines of a file are no blank line, comment or docstring."""
+    texts = [n.body[0] for n in ast.walk(TREES[name]) if isinstance(n, DOCUMENTED) and ast.get_docstring(n)]
+    said = {line for text in texts for line in range(text.lineno, (text.end_lineno or 0) + 1)}
+    lines = enumerate(FILES[name].read_text().splitlines(), 1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and n not in said for n, line in lines)
+
+
+@pytest.mark.parametrize("of", ["", *MAY_IMPORT])
+def test_the_tests_of_a_file_are_called_as_it_is(of: str):
+    """test_FILE.py or test_FILE_TOPIC.py, in the folder of the file's room; what crosses rooms is in tests/tables."""
+    sources = {name.rpartition("/")[2]: lines_of_code(name) for name in FILES if room(name) == of and "__" not in name}
+    tests = {path.stem.removeprefix("test_") for path in (TESTS / of).glob("test_*.py")}
+    assert [test for test in tests if not any(f"{test}_".startswith(f"{source}_") for source in sources)] == []
+    own = tests & sources.keys()
+    large = {source for source, lines in sources.items() if lines > MOST_UNTESTED}
+    assert [source for source in large if not any(f"{source}_".startswith(f"{test}_") for test in own)] == []
+
+
+# --- what is said once ---
 
 
 @pytest.mark.parametrize("words", VARIANT_WORDS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged, merge, unload, unmerge
+from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged
 from lightning_lora.model.injection import Injection, Run
 from lightning_lora.trainer.record import INSIDE, record_of
 from support.runs import At, BrokenError, lora_with_effect
@@ -80,27 +80,3 @@ def test_a_copy_of_a_callback_has_its_options_and_trains(tmp_path: Path, copied:
     assert repr(copies[0]) == repr(callback)
     make_trainer(tmp_path, copies[0]).fit(model := Net(), Data(1))
     assert model.head.lora_B.abs().sum() > 0
-
-
-def test_a_model_that_is_injected_anew_has_the_new_record():
-    for root in (lambda model: model, lambda model: model.body):
-        model = Net()
-        inject(root(model), LoRAConfig(r=1))
-        first = record_of(model)
-        assert record_of(model) is first
-        unload(root(model))
-        assert record_of(model) is None
-        inject(root(model), LoRAConfig(r=1))
-        assert record_of(model) not in (None, first)
-
-
-@pytest.mark.parametrize("undone", ["all", "a part"])
-def test_the_record_says_merged_until_all_layers_are_unmerged(undone: str):
-    inject(model := Net(), LoRAConfig(r=1))
-    merge(model)
-    assert "merged" in record_of(model).marks
-    assert "merged" in copy.deepcopy(model).lora_injection.marks
-    unmerge(model if undone == "all" else model.body)
-    assert ("merged" in record_of(model).marks) == (undone == "a part")
-    unmerge(model)
-    assert "merged" not in record_of(model).marks
