@@ -125,17 +125,17 @@ def test_what_runs_on_a_pretended_device_runs_on_a_gpu_too():
     assert sorted(re.findall(r"from pretend\.(\w+) import \*", on_cuda)) == sorted(bodies)
 
 
-# --- what .ci/run tests with the oldest versions ---
+# --- what .ci/run tests with the oldest and the newest versions ---
 
-OLDEST = [
+SMOKE = [
     line.removeprefix("--deselect=").removeprefix("--ignore=")
-    for line in (ROOT / ".ci" / "oldest_tests.txt").read_text().splitlines()
+    for line in (ROOT / ".ci" / "smoke_tests.txt").read_text().splitlines()
     if line and not line.startswith("#")
 ]
 
 
-@pytest.mark.parametrize("name", OLDEST)
-def test_what_is_chosen_or_left_out_for_the_oldest_versions_exists(name: str):
+@pytest.mark.parametrize("name", SMOKE)
+def test_a_smoke_test_that_is_chosen_or_left_out_exists(name: str):
     """pytest passes over a name that it does not find among those that are left out."""
     file, _, test = name.removeprefix("--ignore-glob=").partition("::")
     paths = list(ROOT.glob(file))
