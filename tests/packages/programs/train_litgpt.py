@@ -1,4 +1,17 @@
-"""litgpt's GPT under the callback: a checkpoint is loaded again, and merged weights have litgpt's names."""
+"""litgpt's GPT under the callback: a checkpoint is loaded again, and merged weights have litgpt's names.
+
+Names are those of lit_model.pth. litgpt's commands have training loops of their own, and take no callback.
+
+    with litgpt                                 here
+    from litgpt.lora import GPT, Config         from litgpt import GPT, Config
+    Config.from_name(..., lora_r=8)             LoRACallback(r=8, lora_alpha=16, ...)
+    lora_query=True, lora_value=True            target_modules=["qkv"], enable_lora={"qkv": [True, False, True]}
+    with fewer groups of keys than heads        target_modules=["qkv"], whose parts have unequal sizes
+    lora_projection, lora_mlp, lora_head        "attn.proj"; "fc_1", "fc_2", "mlp.proj" (or "fc"); "lm_head"
+    merge_lora_weights(model)                   merge_and_unload(model)
+
+No server reads litgpt's names: save the merged state dict as lit_model.pth, for litgpt convert_from_litgpt.
+"""
 
 import lightning as L
 import torch

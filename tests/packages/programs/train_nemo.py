@@ -1,4 +1,20 @@
-"""A CTC model of NeMo under the callback: names stay, an adapter is loaded again, and NeMo restores merged weights."""
+"""A CTC model of NeMo under the callback: names stay, an adapter is loaded again, and NeMo restores merged weights.
+
+    with NeMo                                   here
+    model.add_adapter(...)                      LoRACallback(r=8, target_modules=["linear_q", "linear_v"])
+    model.freeze()                              may stay: BatchNorm then keeps its averages
+    unfreeze_enabled_adapters, freeze_updates   leave them out: the callback freezes the base
+    model.set_enabled_adapters(enabled=False)   with disable_adapter(model):
+    model.save_adapters, model.load_adapters    save_adapter(model, path), load_adapter(model, path)
+    model.change_vocabulary(...)                the same, before fit; and modules_to_save=["decoder"]
+    exp_manager's save_nemo_on_train_end        false, and always_save_nemo too;
+                                                after fit merge_and_unload(model).save_to("tuned.nemo")
+    lora: {r: 8} of a SALM                      target_modules=["q_proj", "v_proj"]
+                                                modules_to_save=["perception.modality_adapter", "perception.proj"]
+    freeze_params of a SALM                     prevent_freeze_params: ['^.+\\.lora_.+$'] beside it
+
+nemo_toolkit[asr] 3 takes Lightning 2.4. A SALM's lines were tried by hand.
+"""
 
 import lightning as L
 import torch

@@ -1,4 +1,12 @@
-"""A task of terratorch under the callback: names stay, and two of the three parts of each qkv are adapted."""
+"""A task of terratorch under the callback: names stay, and two of the three parts of each qkv are adapted.
+
+Nothing is split or renamed, and the backbone is not wrapped in PEFT's model.
+
+    with terratorch                             here
+    peft_config={"method": "LORA", ...}         LoRACallback(r=8, ...) for the Trainer
+    "replace_qkv": "qkv", "qkv.q_linear", ...   target_modules=["qkv"], enable_lora={"qkv": [True, False, True]}
+    decoder and head, which train as they are   modules_to_save=["decoder", "head"]
+"""
 
 import lightning as L
 import torch
