@@ -69,7 +69,7 @@ if __name__ == "__main__":  # each of the two processes runs all of this
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),  # 2 shards, no tensor parallel
+        strategy=ModelParallelStrategy(2, 1),  # 2 shards, no tensor parallel
         max_epochs=2,
         num_sanity_val_steps=0,
         callbacks=[LoRACallback(r=16, lora_alpha=32)],

@@ -4,7 +4,7 @@ pip install -e ".[ray]"
 python examples/ray_train.py --kill-in-epoch 3
 
 A network that reads digits learns to read them mirrored, once without and once with the kill. The workers are of this
-machine's CPU; `--fsdp2` shards the network over them. On a cluster see examples/README.md.
+machine's CPU; `--fsdp2` shards the network over them. On a cluster see examples/guides.md.
 """
 
 import argparse

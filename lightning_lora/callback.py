@@ -58,11 +58,9 @@ def _noting_options(init: Method) -> Method:
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
-    Beside its own options it takes LoRAConfig's. Where the user has injected the model already, an option that is given
-    must equal the model's (lora_dropout may be another), and an option that is left out is taken from the model.
-    Otherwise, where the Trainer loads a checkpoint with an adapter (ckpt_path), an option that is left out is taken
-    from the checkpoint, if it is a local file or folder. A LoRAConfig gives all options. In LightningCLI's configs,
-    where defaults are filled in, an option at its default counts as left out.
+    Beside its own options it takes LoRAConfig's. An option that is left out is taken from the model, if that was
+    injected already, or else from the checkpoint at ckpt_path; one that is given must fit them. A LoRAConfig gives all
+    options. In LightningCLI's configs an option at its default counts as left out.
 
     Args:
         config: at most one: a LoRAConfig, or a peft.LoraConfig, instead of its options one by one.

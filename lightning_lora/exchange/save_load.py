@@ -136,12 +136,10 @@ def load_adapter(
 
     Args:
         model: a model with the base that the adapter was trained on.
-        source: an adapter of read_adapter or take_adapter, a PEFT folder, a Lightning checkpoint of any kind (a file,
-            or the folder of a sharding strategy), a file with a state dict, or a state dict; also one of a PeftModel,
-            or of a LightningModule that holds one, or a dictionary with such a state dict in an entry, as Fabric saves
-            it; or, with huggingface_hub installed, the id of a repository on the hub, as "user/repo". A source without
-            options (a bare state dict) needs an injected model, whose options then hold. Of a full checkpoint
-            the adapter is taken alone; load_from_checkpoint loads its base too.
+        source: a PEFT folder, a Lightning checkpoint, a file with a state dict, a state dict, an adapter of
+            read_adapter or take_adapter, or, with huggingface_hub installed, an id on the hub, as "user/repo". A
+            source without options (a bare state dict) needs an injected model, whose options then hold. Of a full
+            checkpoint the adapter is taken alone; load_from_checkpoint loads its base too.
         strict_base: whether another base than the adapter's is an error or a warning.
 
     Returns:
@@ -178,7 +176,7 @@ def load_from_checkpoint(
 
     Args:
         cls: the LightningModule's class.
-        path: a checkpoint of any kind that this package wrote: a file, or the folder of a sharding strategy.
+        path: a checkpoint of any kind that this package wrote.
         weights_only: as in Lightning's own load_from_checkpoint. With False, objects in the hyperparameters are
             unpickled, and code that a LightningCLI named there is imported and called. This may run any code. Without
             it, each such hyperparameter must be among `kwargs`.

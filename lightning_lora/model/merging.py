@@ -63,8 +63,8 @@ def merge(model: nn.Module) -> None:
     """Write W' = W + s * B @ A into every adapted layer's weight; unmerge restores W bit for bit. In place.
 
     Harmless when repeated, and inside disable_adapter. A layer stays factored where another module shares its weight,
-    where it renormalises its weight, and where its weight is quantised. The first merge of 16-bit layers logs the cost
-    of rounding W'; in a Trainer's fit its end does.
+    and where its weight is quantised. The first merge of 16-bit layers logs the cost of rounding W'; in a Trainer's
+    fit its end does.
 
     Collective: every rank of a sharded model calls this. The factors are gathered, the weights are not.
 

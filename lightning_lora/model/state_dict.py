@@ -221,8 +221,7 @@ def refuse_unmergeable(listing: Listing, dtype: torch.dtype | None = None) -> No
         dtype: of plain weights in place of quantised weights, or None where these stay.
 
     Raises:
-        LoRAError: another module shares a layer's weight, the layer renormalises its weight, or the weight is quantised
-            and stays quantised.
+        LoRAError: another module shares a layer's weight, or the weight is quantised and stays quantised.
     """
     record_ties(listing.modules)
     for name, layer in listing.layers.items():

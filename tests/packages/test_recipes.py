@@ -1,7 +1,8 @@
 """What examples/migrating.md says is so.
 
-Its programs and both sides of its diffs run, each where the package is installed that it comes from. Its tables name
-what both packages have, and options that are taken. The defaults that differ from PEFT's are the ones it lists.
+Its program, those that it links and both sides of its diffs run, each where the package is installed that it comes
+from. Its tables name what both packages have, and options that are taken. The defaults that differ from PEFT's are the
+ones it lists.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import io
 import json
 import re
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,12 +41,7 @@ DIFF = re.compile(r"^```diff\n(.*?)^```$", re.M | re.S)
 RECIPES = {title: PROGRAM.findall(section)[0] for title, section in SECTIONS.items() if "```python" in section}
 DIFFS = {title: DIFF.findall(section)[0] for title, section in SECTIONS.items() if "```diff" in section}
 ROWS = re.findall(r"^\| (.+) \|$", PAGE.read_text(), re.M)
-NEEDS = {
-    "A LightningModule with get_peft_model": "peft",
-    "From litgpt": "litgpt",
-    "From terratorch": "terratorch",
-    "From NeMo": "nemo",
-}
+PROGRAMS = {path.stem.removeprefix("train_"): path for path in (Path(__file__).parent / "programs").glob("train_*.py")}
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 NOTICES = (
@@ -55,23 +52,27 @@ NOTICES = (
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES, *NOTICES)
 
 
-@pytest.mark.parametrize(
-    "title",
-    [pytest.param(each, marks=[] if each.startswith("A ") else [pytest.mark.packages]) for each in NEEDS],
-)
-def test_recipe_runs_and_prints_what_the_page_says(tmp_path, monkeypatch, title):
-    pytest.importorskip(NEEDS[title])
+def test_recipe_runs_and_prints_what_the_page_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, output = RECIPES[title]
+    ((code, output),) = RECIPES.values()
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile(code, title, "exec"), {"__name__": "recipe"})
+        exec(compile(code, PAGE, "exec"), {"__name__": "recipe"})
     assert out.getvalue() == output
 
 
-def test_every_block_of_the_page_is_run():
+@pytest.mark.packages
+@pytest.mark.parametrize("package", PROGRAMS)
+def test_program_of_another_package_runs(tmp_path, monkeypatch, package):
+    pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(PROGRAMS[package]))
+
+
+def test_every_block_of_the_page_is_run_and_every_program_is_linked():
     languages = re.findall(r"^```(\w+)$", PAGE.read_text(), re.M)
-    assert RECIPES.keys() == NEEDS.keys()
     assert sorted(languages) == sorted(["python", "text"] * len(RECIPES) + ["diff"] * len(DIFFS))
+    linked = re.findall(r"\]\(\.\./tests/packages/programs/train_(\w+)\.py\)", PAGE.read_text())
+    assert sorted(linked) == sorted(PROGRAMS) == ["litgpt", "nemo", "terratorch"]
 
 
 # --- both sides of a diff ---
@@ -163,6 +164,9 @@ def options(code: str) -> dict[str, Any] | None:
 
 def test_options_in_the_tables_are_taken():
     codes = {code for row in ROWS for code in re.findall(r"`([^`]+)`", row.split(" | ")[-1])}
+    for path in PROGRAMS.values():  # the table in its docstring
+        right = [line[48:] for line in ast.get_docstring(ast.parse(path.read_text())).splitlines()]
+        codes |= set(re.findall(r"LoRACallback\([^)]*\)|\w+=\[.*?\](?!})|\w+={.*?}", "\n".join(right)))
     found = [given for code in codes if (given := options(code))]
     assert len(found) > 10
     for given in found:
