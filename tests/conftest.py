@@ -25,7 +25,7 @@ from support import shortcuts  # noqa: E402
 shortcuts.read_entry_points_once()
 shortcuts.seed_without_stack_traces()
 
-from support.devices import PLACES, Place  # noqa: E402
+from support.devices import DEVICE, NO_GPUS, PLACES, Place  # noqa: E402
 from support.lightning_versions import HAS_WEIGHT_AVERAGING  # noqa: E402
 from support.notices import ALL_ARE_ERRORS, HYPOTHESIS_NOTICE, LIGHTNING_NOTICES  # noqa: E402
 
@@ -37,8 +37,14 @@ with suppress(ImportError):  # else what happens to be imported before a test le
     vars(providers).update(is_local_module_file=lambda path: False)
 
 
+ON_A_DEVICE = {"a_device", "compiling_device", "devices_of_ranks"}  # fixtures: --device runs the tests that take one
+
 # By these rich takes any output for a terminal, or breaks lines elsewhere.
 OF_A_TERMINAL = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=(DEVICE, "cuda"), help="run nothing but tests that take a device, on this one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,6 +63,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     lacking = [marker for marker, there in is_there.items() if not there]
     absent = [item for item in items if any(map(item.get_closest_marker, lacking))]
+    if config.getoption("device"):
+        absent += [item for item in items if not ON_A_DEVICE & {*getattr(item, "fixturenames", ())}]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in absent]
@@ -98,9 +106,9 @@ def _handlers_of_signals() -> Iterator[None]:
 
 
 @pytest.fixture
-def a_device() -> Place:
-    """What makes a device that is not the CPU available inside, and gives its name: tests/cuda has GPUs instead."""
-    return PLACES["pretend"]
+def a_device(request: pytest.FixtureRequest) -> Place:
+    """What makes a device that is not the CPU available inside, and gives its name: a pretended one, or --device."""
+    return PLACES[request.config.getoption("device") or DEVICE]
 
 
 @pytest.fixture
@@ -111,9 +119,24 @@ def device(a_device: Place) -> Iterator[str]:
 
 
 @pytest.fixture
-def compiling_device() -> str:
-    """The CPU where there is no GPU, for what knows no pretended device: compilers, profilers, packed weights."""
-    return "cpu"
+def compiling_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU, or a GPU with --device=cuda: compilers, profilers and packed weights know no pretended device."""
+    with PLACES["cuda" if request.config.getoption("device") == "cuda" else "cpu"]() as name:
+        yield name
+
+
+@pytest.fixture
+def counted_device() -> Iterator[str]:
+    """The pretended device whatever --device says, because it counts what it is asked to do."""
+    with PLACES[DEVICE]() as name:
+        yield name
+
+
+@pytest.fixture
+def devices_of_ranks(request: pytest.FixtureRequest) -> None:
+    """What several ranks run on: a GPU each where there are two, or else the CPU."""
+    if request.config.getoption("device") == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip(NO_GPUS)
 
 
 @pytest.fixture

@@ -96,6 +96,7 @@ def base_answer(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return net(x)
 
 
+@pytest.mark.usefixtures("devices_of_ranks")
 @pytest.mark.parametrize("way", WAYS)
 def test_sharded_model_merges_as_one_device_and_restores_every_shard(way):
     world().run(cycles, way)

@@ -244,8 +244,8 @@ def asked(
 
 
 @pytest.mark.parametrize("name", [*(name for name in LINEAR if "vector" not in name), *FUSED])
-def test_a_layer_launches_six_products_beside_its_base_and_nothing_else(device: str, name: str) -> None:
-    found = asked(device, name)
+def test_a_layer_launches_six_products_beside_its_base_and_nothing_else(counted_device: str, name: str) -> None:
+    found = asked(counted_device, name)
     if CASES[name].parts:  # B is written as a block-diagonal one
         for small in ("block_diag", "new_zeros", "cat"):
             assert found.pop(small, 0) <= 2
@@ -255,15 +255,16 @@ def test_a_layer_launches_six_products_beside_its_base_and_nothing_else(device: 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"autocast": True}], ids=["16 bits", "autocast"])
 @pytest.mark.parametrize("drops", [False, True])
 def test_factors_in_float32_are_cast_once_and_their_gradients_are_cast_back(
-    device: str, options: dict[str, Any], drops: bool
+    counted_device: str, options: dict[str, Any], drops: bool
 ) -> None:
-    found = asked(device, "linear, three axes", **options, lora_dropout=P if drops else 0.0)
+    found = asked(counted_device, "linear, three axes", **options, lora_dropout=P if drops else 0.0)
     assert found["_to_copy"] == 4
 
 
-def test_dropout_adds_its_own_kernels_and_one_sum_of_gradients(device: str) -> None:
-    found = asked(device, "linear, three axes", lora_dropout=P)
-    own = count(lambda: F.dropout(torch.ones(3, device=device, requires_grad=True), P).sum().backward()).operators
+def test_dropout_adds_its_own_kernels_and_one_sum_of_gradients(counted_device: str) -> None:
+    found = asked(counted_device, "linear, three axes", lora_dropout=P)
+    x = torch.ones(3, device=counted_device, requires_grad=True)
+    own = count(lambda: F.dropout(x, P).sum().backward()).operators
     for name in ("ones", "sum", "fill_", "ones_like"):
         own.pop(name, None)
     for name, number in own.items():

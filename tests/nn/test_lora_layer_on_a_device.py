@@ -165,10 +165,10 @@ def test_quantised_layer_on_a_device_adds_the_product_to_the_forward_of_its_own_
     torch.testing.assert_close(*found)
 
 
-def test_quantised_layer_on_a_device_writes_its_product_into_the_bases_output(device):
-    x = torch.randn(4, 6, dtype=torch.float64).to(device)
-    frozen = nn.Sequential(Packed(6, 6)).double().requires_grad_(False).to(device)
-    added = step_of(packed().to(device), x) - step_of(frozen, x)
+def test_quantised_layer_on_a_device_writes_its_product_into_the_bases_output(counted_device):
+    x = torch.randn(4, 6, dtype=torch.float64).to(counted_device)
+    frozen = nn.Sequential(Packed(6, 6)).double().requires_grad_(False).to(counted_device)
+    added = step_of(packed().to(counted_device), x) - step_of(frozen, x)
     small = {"mul": 2, "clone": 1, "copy_": 1}  # by s; B and its gradient are transposed
     assert added.operators == {"mm": 5, "addmm_": 1, "add": 1, **small}  # the sum is of the gradients of x
 
@@ -202,17 +202,17 @@ def asked(device: str, name: str, dtype: torch.dtype = torch.float32, last: bool
 
 
 @pytest.mark.parametrize("name", ["conv2d", "embedding"])
-def test_factors_in_float32_are_cast_once_and_their_gradients_are_cast_back(device, name):
-    plain, found = asked(device, name), asked(device, name, torch.bfloat16)
+def test_factors_in_float32_are_cast_once_and_their_gradients_are_cast_back(counted_device, name):
+    plain, found = asked(counted_device, name), asked(counted_device, name, torch.bfloat16)
     assert found.pop("_to_copy") == 4
     assert found == plain
 
 
-def test_an_embedding_casts_the_rows_that_are_looked_up_and_not_the_table(device):
+def test_an_embedding_casts_the_rows_that_are_looked_up_and_not_the_table(counted_device):
     wide: Any = nn.Sequential(nn.Embedding(5000, 8)).bfloat16()
     inject(wide, LoRAConfig(r=2, target_modules=["0"]))
-    tokens = torch.tensor([1, 2], device=device)
-    wide.to(device)
+    tokens = torch.tensor([1, 2], device=counted_device)
+    wide.to(counted_device)
     moved = [
         count(lambda adapted=adapted: wide(tokens) if adapted else wide[0].base_forward(tokens)).bytes
         for adapted in (True, False)
@@ -238,13 +238,13 @@ class Experts(nn.Module):
 
 
 @pytest.mark.transformers_5
-def test_gradients_of_single_experts_are_joined_once(device):
+def test_gradients_of_single_experts_are_joined_once(counted_device):
     """Indexing a stack gives each expert a gradient of the whole stack's size."""
     for experts in (2, 5):
         model = Experts(experts)
         inject(model, LoRAConfig(r=2, target_modules=[], target_parameters=["gate_up_proj", "down_proj"]))
-        model.to(device)
-        found = step_of(model, torch.randn(experts, 4).to(device)).operators
+        model.to(counted_device)
+        found = step_of(model, torch.randn(experts, 4).to(counted_device)).operators
         assert found["stack"] == 4  # of both factors of both stacks
         assert found["select_backward"] == 0
 

@@ -118,13 +118,6 @@ def test_no_two_files_of_tests_share_a_name():
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
-def test_what_runs_on_a_pretended_device_runs_on_a_gpu_too():
-    bodies = {Path(n).stem for n, text in FILES.items() if n.startswith("pretend/") and re.search(r"device: \w+", text)}
-    on_cuda = " ".join(text for name, text in FILES.items() if name.startswith("cuda/"))
-    assert len(bodies) >= 5
-    assert sorted(re.findall(r"from pretend\.(\w+) import \*", on_cuda)) == sorted(bodies)
-
-
 # --- what .ci/run tests with the oldest and the newest versions ---
 
 SMOKE = [

@@ -14,8 +14,7 @@ from support.launches import count
 from support.pretend_device import DEVICE, pretend_device
 
 Place = Callable[[], AbstractContextManager[str]]
-ONE_GPU = torch.cuda.is_available() and torch.cuda.device_count() < 2
-two_gpus = pytest.mark.skipif(ONE_GPU, reason="there is one GPU; this needs two")
+NO_GPUS = "there are no two GPUs: torch.cuda.device_count() is below 2"
 NO_GPU = "there is no GPU: torch.cuda.is_available() is false"
 
 

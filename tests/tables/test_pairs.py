@@ -19,6 +19,7 @@ import torch
 
 from lightning_lora import LoRAError
 from support.covering import covering
+from support.devices import Place
 from support.pair_checks import (
     another_base,
     by_pickle,
@@ -44,7 +45,7 @@ from support.pair_checks import (
     unfrozen_in_half,
     unloaded,
 )
-from support.pairs import Variant
+from support.pairs import Variant, placed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
@@ -294,7 +295,17 @@ def test_the_page_has_all_pairs():
 
 
 @pytest.mark.parametrize(("variant", "condition"), TRIED)
-def test_a_pair_gives_the_outcome_in_the_page(variant: str, condition: str):
+def test_a_pair_gives_the_outcome_in_the_page(variant: str, condition: str, compiling_device: str):
     said = page_outcomes().get((variant, condition))
     assert said, f"{PAGE.name} has no pair of {variant!r} and {condition!r}; {HOW_TO_WRITE}"
-    assert outcome(ROW_OF[variant], COLUMN_OF[condition]) == said
+    with placed(compiling_device):
+        assert outcome(ROW_OF[variant], COLUMN_OF[condition]) == said
+
+
+PLAIN = [row for row, variant in ROW_OF.items() if not variant.quantised]  # no pretended device has packed weights
+
+
+@pytest.mark.parametrize(("variant", "condition"), covering(PLAIN, [*COLUMN_OF], meet=1))
+def test_a_pair_on_a_device_gives_the_outcome_in_the_page(variant: str, condition: str, a_device: Place):
+    with a_device() as device, placed(device):
+        assert outcome(ROW_OF[variant], COLUMN_OF[condition]) == page_outcomes()[variant, condition] != NO_PAIR

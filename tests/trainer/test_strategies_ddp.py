@@ -17,6 +17,7 @@ from support.processes import BACKEND, world
 from support.sharded import BATCHES, TARGETS, Plain, base_of, data, loader, make_trainer, whole_state
 from support.sharded_adapters import assert_same_bits, lora
 
+pytestmark = pytest.mark.usefixtures("devices_of_ranks")
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "unused parameters": {"find_unused_parameters": True},

@@ -131,6 +131,7 @@ def fit(path: Path, kind: type[Sharded], options: dict[str, Any]) -> tuple[list[
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("devices_of_ranks")
 @pytest.mark.parametrize("kind", [Sharded, RootSharded, InjectsItself, InjectsAPart, OnMeta])
 def test_training_equals_that_on_one_device(tmp_path, alone, kind):
     expected_losses, expected = alone(getattr(kind, "part", ""))

@@ -1,4 +1,4 @@
-"""Quantised bases on the real kernels of bitsandbytes and torchao: steps, merging, files, a Trainer, and the pairs."""
+"""Quantised bases on the real kernels of bitsandbytes and torchao: steps, merging, files, a Trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRAConfig, inject, is_merged, load_adapter, merge, save_adapter, unmerge
-from support.pairs import assert_near, placed
+from support.pairs import assert_near
 from support.pretend_accelerator import on_the_device
 from support.quantised import (
     QUANTISED,
@@ -23,7 +23,6 @@ from support.quantised import (
 )
 from support.runs import lora_with_effect
 from support.training import make_trainer
-from tables.test_pairs import COLUMN_OF, NO_PAIR, PAIRS, ROW_OF, outcome, page_outcomes
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
 TOLERANCE = {"int8": 3e-2, "Float8WeightOnlyConfig": 1e-4}  # int8 rounds the inputs of a layer too
@@ -85,11 +84,3 @@ def test_a_trainer_trains_a_quantised_model_as_on_the_cpu(kind: str, compiling_d
         assert {merged for stage, merged, _ in model.seen if stage == "validation"} == {True}
         losses.append([loss for *_, loss in model.seen])
     assert losses[1] == pytest.approx(losses[0], rel=5e-2)
-
-
-@pytest.mark.parametrize(("variant", "condition"), [(row, column) for row, column in PAIRS if ROW_OF[row].quantised])
-def test_a_pair_with_a_quantised_base_gives_the_outcome_in_the_page(
-    variant: str, condition: str, compiling_device: str
-):
-    with placed(compiling_device):
-        assert outcome(ROW_OF[variant], COLUMN_OF[condition]) == page_outcomes()[variant, condition] != NO_PAIR
