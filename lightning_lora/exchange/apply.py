@@ -173,7 +173,7 @@ def _fill_(
 ) -> list[str]:
     """Write an adapter into a model that has its layers, after all checks. In place. All or nothing."""
     handle = live.handle
-    adapter = _as_in_model(adapter, handle.kinds)
+    adapter = as_in_model(adapter, handle.kinds)
     adapter = add_frozen_weights(live, split_off_foreign(live, split_off_base(live, adapter)))
     check_adapter(live, names, adapter, specs=specs)
     check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
@@ -245,7 +245,7 @@ def _tell_of_narrower(live: LiveState, adapter: Adapter) -> None:
             return
 
 
-def _as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
+def as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
     """Return an adapter of PEFT's with factors as a model with layers of these kinds has them."""
     if adapter.peft_version is None:
         return adapter

@@ -34,8 +34,9 @@ from ..model.foreign_state import (
 )
 from ..model.initial_values import record_loaded
 from ..model.live_state import LiveState, open_state, original_value, original_values
+from ..model.load_state_dict import mark_merged
 from ..model.recorded_layers import refuse_replaced_layers
-from ..model.state_dict import base_keys, mark_merged, merge_state_dict
+from ..model.state_dict import base_keys, merge_state_dict
 from ..names import META, canonical, names_factor, parent_names
 from ..nn.foreign_entries import ForeignEntries, foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed

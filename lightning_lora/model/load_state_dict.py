@@ -1,0 +1,100 @@
+"""A look at what load_state_dict loads into an injected model, before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from torch import nn
+
+from ..errors import LoRAError
+from ..names import ATTRIBUTE, canonical, parent_names
+from ..nn.adapted_module import AdaptedModule, is_factor
+from ..nn.adapted_weights import NamedModules, adapters_by_path
+from ..nn.foreign_entries import with_metadata
+from .adapted_model import Listing, find_model
+from .initial_values import record_loaded
+
+# Key in the metadata of a state dict, which torch pickles with the dictionary and hands to load_state_dict's hooks.
+_MERGED = "lora_merged"
+
+
+def mark_merged(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict of merged weights whose metadata says so: a model with an adapter refuses to load it."""
+    return with_metadata(state, {**metadata, "": {**metadata.get("", {}), _MERGED: True}})
+
+
+def check_loads(places: NamedModules) -> None:
+    """Let an injected model, and each module with adapters in it, look at what load_state_dict loads. In place.
+
+    Args:
+        places: every module of the model, under each of its names.
+    """
+    names = {name for name, module in places if isinstance(module, AdaptedModule)}
+    names |= {outer for name in names for outer in ("", *parent_names(name))}
+    for name, module in places:
+        if name in names and not _hooks(module):
+            module.register_load_state_dict_pre_hook(_check_load)  # type: ignore[no-untyped-call]
+
+
+def stop_checking_loads(modules: Iterable[nn.Module]) -> None:
+    """Take the hooks of check_loads out of these modules. In place."""
+    for module in modules:
+        for key in _hooks(module):
+            del module._load_state_dict_pre_hooks[key]
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    hooks = module._load_state_dict_pre_hooks
+    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check_load]
+
+
+def _check_load(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    strict: bool,
+    missing: list[str],
+    *args: Any,
+) -> None:
+    """Look at a state dict before it is loaded into the injected model or a part of it (a hook of torch).
+
+    It acts in the module that load_state_dict was called on, and in the injected module. A complete base without an
+    adapter is recorded as the one from before training. Adapters without an entry beside others that have some are
+    missing; without any, each adapter keeps its tensors.
+
+    Raises:
+        LoRAError: the state dict says that its weights are merged, and training has reached the adapter.
+    """
+    if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
+        return
+    listing = Listing(module)
+    if metadata.get(_MERGED) and not all(layer.is_initial() for layer in listing.layers.values()):
+        _refuse_merged(module)
+    kept = {id(tensor) for layer in listing.layers.values() for tensor in layer.stored().values()}
+    given = {canonical(key.removeprefix(prefix)): v for key, v in state_dict.items() if id(v) not in kept}
+    factors = [(each, path + name) for path, each in adapters_by_path(listing.places) for name in each.stored_names()]
+    loaded = {adapter for adapter, name in factors if name in given}
+    if loaded:
+        missing += [prefix + name for adapter, name in factors if adapter not in loaded]
+    else:
+        _record_base(listing, given)
+
+
+def _refuse_merged(module: nn.Module) -> NoReturn:
+    raise LoRAError(
+        'load_state_dict: the state dict holds merged weights, as save="merged" and merged_state_dict write them, and '
+        f"the {type(module).__name__} to load it into has an adapter, which would be added to them a second time. "
+        "Load the checkpoint with load_adapter(model, path), or its weights into a model without an adapter. Where a "
+        'library loads the best checkpoint when fit ends, pass merge_after_fit=True beside save="merged", or '
+        'save="full".'
+    )
+
+
+def _record_base(listing: Listing, given: Mapping[str, Any]) -> None:
+    """Record the values of a complete base that is loaded as those from before training."""
+    base = [name for name, _, module in listing.state() if not is_factor(name, module)]
+    handle = find_model(listing, part=True)
+    if handle is not None and given.keys() >= set(base):
+        record_loaded(handle, {name: given[name] for name in base})
