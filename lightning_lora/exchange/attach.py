@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import compare_fingerprints, fingerprint_entries
+from ..adapter.identity import digest_of
 from ..config import LoRAConfig
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError
@@ -20,12 +20,12 @@ from ..formats.sources import read_source
 from ..matching import near_misses
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.attached import attach_to_layers_, begin_attached, check_weight, take_out_attached_
-from ..model.injection import Beside
 from ..model.live_state import LiveState, open_state, original_value
 from ..model.merging import FoundState, holds_merged, unmerge_listed
 from ..model.reasons import LAYER, PARAMETER, Candidate
 from ..model.wrappers import unwrapped
 from ..nn.adapted_weights import AdaptedWeights
+from ..nn.attachment import Beside
 from ..nn.beside import Attached
 from ..nn.layer_kinds import layer_class
 from ..nn.low_rank import ATTENTION_OUTPUT, CONV, GROUPED_CONV, factor_shapes, to_block_diagonal
@@ -33,8 +33,7 @@ from ..nn.owner import claimed
 from ..nn.parameter import parameter_kind, weights_of
 from ..nn.quantised import shape_of
 from ..nn.variant import LayerInfo
-from .align import align_names, split_off_base
-from .apply import as_in_model
+from .align import align_names, as_in_model, split_off_base
 from .first_names import Names, by_first_names
 from .take import fingerprint_of
 
@@ -100,7 +99,7 @@ def _attach(handle: AdaptedModel, adapter: Adapter, name: str, weight: float, st
             unmerge_listed(handle)
         try:
             pairs = _pairs(handle, adapter, name, weight, strict_base)
-            attach_to_layers_(handle, name, pairs, Beside(float(weight), _digest(pairs)), dict(handle.modules))
+            attach_to_layers_(handle, name, pairs, Beside(float(weight), digest_of(adapter)), dict(handle.modules))
             found.bring_back(handle)
         except BaseException:
             if name in handle.record.beside:  # merging failed
@@ -252,14 +251,3 @@ def _check_base(live: LiveState, adapter: Adapter, strict: bool) -> None:
 
 def _buffers(live: LiveState) -> set[str]:
     return {name for name, tensor in live.tensors.items() if not isinstance(tensor, nn.Parameter)}
-
-
-def _digest(pairs: Mapping[str, Attached]) -> str:
-    """Return what tells an adapter from another one: a digest of its factors and scalings, whatever they are called."""
-    of_layers = []
-    for pair in pairs.values():
-        digest = hashlib.sha256(repr((tuple(pair.a.shape), tuple(pair.b.shape), f"{pair.scaling:.6g}")).encode())
-        for factor in (pair.a, pair.b):
-            digest.update(factor.float().contiguous().cpu().numpy().tobytes())
-        of_layers.append(digest.hexdigest())
-    return hashlib.sha256("".join(sorted(of_layers)).encode()).hexdigest()

@@ -63,10 +63,14 @@ class Listing:
     @cached_property
     def kinds(self) -> dict[str, str]:
         """The kind (one of low_rank.KINDS) of each trained adapter with factors, by the adapter's first name."""
+        return self.kinds_of(self.layers)
+
+    def kinds_of(self, layers: Mapping[str, AdaptedWeights]) -> dict[str, str]:
+        """Return the kind of each of some layers or parameters with factors, by name."""
         outputs = {id(module.out_proj) for _, module in self.modules if isinstance(module, nn.MultiheadAttention)}
         return {
             name: ATTENTION_OUTPUT if id(layer) in outputs else layer.kind()
-            for name, layer in self.layers.items()
+            for name, layer in layers.items()
             if layer.kind()
         }
 

@@ -16,6 +16,7 @@ from ..matching import near_misses
 from ..names import listed
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import NOTHING, AdaptedWeights, LayerSpec, adapted_places
+from ..nn.attachment import Beside
 from ..nn.beside import Attached, Packed
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..nn.layer_kinds import adapt_
@@ -27,7 +28,7 @@ from ..nn.tied_weights import record_ties
 from ..notices import tell
 from .adapted_model import AdaptedModel, Listing, find_model, open_model
 from .base_values import StandIn, put_in_, stand_ins, take_out_
-from .injection import Beside, Chosen, Injection
+from .injection import Chosen, Injection
 from .load_state_dict import check_loads, stop_checking_loads
 from .merging import Ending, FoundState, holds_merged, unmerge_listed
 from .patches import unpatch
@@ -69,7 +70,7 @@ def detach(model: nn.Module, name: str) -> None:
         {}
     """
     handle = open_model(model, "detach", attached=True)
-    _require(handle, name, "detach")
+    require_attached(handle, name, "detach")
     with claimed("detach", handle.record.owner):
         found = FoundState(handle)
         if holds_merged(handle.all_layers.values()):
@@ -241,7 +242,7 @@ def _asked(handle: AdaptedModel, weight: float | Weights, name: str, verb: str) 
     for each, value in weights.items():
         check_weight(value, verb)
         if each or not handle.layers:
-            _require(handle, each, verb)
+            require_attached(handle, each, verb)
     return weights
 
 
@@ -251,7 +252,8 @@ def check_weight(weight: object, verb: str) -> None:
         raise LoRAError(f"{verb}: a weight must be a finite number, but it is {weight!r}.")
 
 
-def _require(handle: AdaptedModel, name: str, verb: str) -> None:
+def require_attached(handle: AdaptedModel, name: str, verb: str) -> None:
+    """Raise LoRAError unless an adapter of this name is attached. The message begins with the verb."""
     known = handle.record.beside
     if name in known:
         return

@@ -21,6 +21,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import ATTRIBUTE
+from ..nn.attachment import Beside
 from ..nn.owner import Owner
 
 # Why a base parameter is trained: the options ask, something unfroze it after injection, or it was resized before.
@@ -96,19 +97,6 @@ class Chosen:
     tables: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
     scope: str = ""
-
-
-@dataclass(frozen=True)
-class Beside:
-    """An adapter that is attached beside the trained one.
-
-    Attributes:
-        weight: by which it is multiplied.
-        fingerprint: a digest of its factors and scalings, which tells it from another adapter of the same name.
-    """
-
-    weight: float
-    fingerprint: str
 
 
 @dataclass(eq=False)
