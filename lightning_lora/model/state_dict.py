@@ -26,7 +26,7 @@ from .dequantize import DEQUANTISED, IN_FLOAT32, dequantize_dtype, plain_weight,
 from .foreign_state import foreign_entries, foreign_names
 from .gradients import warn_of_untrained
 from .live_state import open_state, original_values
-from .load_state_dict import mark_merged
+from .load_state_dict import beside_missing, mark_merged
 from .recorded_layers import refuse_replaced_layers
 
 
@@ -58,7 +58,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         refuse_replaced_layers(handle, "adapter_state_dict")
         warn_of_untrained(handle)
         state, foreign = gather_flat(open_state(handle).values()), foreign_entries(handle)
-    return with_metadata(state | dict(foreign.values), foreign.versions) if foreign.values else state
+    metadata, beside = dict(foreign.versions), handle.record.beside
+    if beside:
+        metadata[""] = {**metadata.get("", {}), **beside_missing(beside)}
+    return with_metadata(state | dict(foreign.values), metadata) if metadata else state
 
 
 def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> dict[str, Any]:
