@@ -8,35 +8,15 @@ judged by verbs that were not among those that it was taught with. Direct prefer
 https://arxiv.org/abs/2305.18290.
 """
 
-import re
-import sysconfig
-from pathlib import Path
-
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from lightning_lora import LoRACallback, disable_adapter
-from small_models import encode, manual_llama
-
-TAUGHT = ("Return", "Set", "Create", "Get", "Read", "Add", "Remove", "Convert", "Write", "Test", "Send", "Find")
-HELD_OUT = (
-    "Close",
-    "Delete",
-    "Format",
-    "Open",
-    "Run",
-    "Generate",
-    "Check",
-    "Print",
-    "Make",
-    "Clear",
-    "Decode",
-    "Start",
-)
+from small_models import manual_llama, preferences
 
 
 class DPO(L.LightningModule):
@@ -66,23 +46,10 @@ class DPO(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
 
 
-def preferences(verbs: tuple[str, ...]) -> TensorDataset:
-    """Heads of functions with the first words of their docstrings, descriptive (chosen) and imperative (rejected)."""
-    library = Path(sysconfig.get_path("stdlib"))
-    source = "".join(path.read_text("utf-8", "replace") for path in sorted(library.glob("*.py")))
-    chosen, rejected = [], []
-    for verb in verbs:
-        for head, rest in re.findall(rf'(def \w+\(.*\):\n +""")(?:{verb})( [^\n"]*)', source)[:20]:
-            chosen.append(encode(f"{head}{verb}s{rest}"[-96:]))
-            rejected.append(encode(f"{head}{verb}{rest}"[-96:]))
-    padded = torch.nn.utils.rnn.pad_sequence([*chosen, *rejected], batch_first=True)
-    return TensorDataset(padded[: len(chosen)], padded[len(chosen) :])
-
-
 if __name__ == "__main__":
     L.seed_everything(0)
     model = DPO()
-    taught, held_out = preferences(TAUGHT), preferences(HELD_OUT)
+    taught, held_out = preferences(), preferences(held_out=True)
     print(f"pairs: {len(taught)} to learn from, {len(held_out)} of other verbs")
     trainer = L.Trainer(
         accelerator="cpu",

@@ -6,6 +6,7 @@ own, the name of a model on a hub takes its place.
 
 import ast
 import os
+import re
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -124,6 +125,36 @@ def docstrings(package: str) -> list[str]:
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     found = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
     return sorted({text.split("\n\n")[0] for text in found if len(text) > 20})
+
+
+TAUGHT = ("Return", "Set", "Create", "Get", "Read", "Add", "Remove", "Convert", "Write", "Test", "Send", "Find")
+HELD_OUT = (
+    "Close",
+    "Delete",
+    "Format",
+    "Open",
+    "Run",
+    "Generate",
+    "Check",
+    "Print",
+    "Make",
+    "Clear",
+    "Decode",
+    "Start",
+)
+
+
+def preferences(held_out: bool = False) -> TensorDataset:
+    """Heads of functions with the first words of their docstrings, descriptive (chosen) and imperative (rejected)."""
+    library = Path(sysconfig.get_path("stdlib"))
+    source = "".join(path.read_text("utf-8", "replace") for path in sorted(library.glob("*.py")))
+    chosen, rejected = [], []
+    for verb in HELD_OUT if held_out else TAUGHT:
+        for head, rest in re.findall(rf'(def \w+\(.*\):\n +""")(?:{verb})( [^\n"]*)', source)[:20]:
+            chosen.append(encode(f"{head}{verb}s{rest}"[-96:]))
+            rejected.append(encode(f"{head}{verb}{rest}"[-96:]))
+    padded = torch.nn.utils.rnn.pad_sequence([*chosen, *rejected], batch_first=True)
+    return TensorDataset(padded[: len(chosen)], padded[len(chosen) :])
 
 
 # --- images ---

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import LoRAConfig
 from .errors import LoRAError
+from .model.attached import attached, detach, scaled, set_weight
 from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.param_groups import lora_param_groups
@@ -19,6 +20,7 @@ from .start.from_data import initialize_from_data
 if TYPE_CHECKING:
     from .callback import LoRACallback
     from .cli import LoRACLI as LoRACLI
+    from .exchange.attach import attach
     from .exchange.combine import combine
     from .exchange.export import export_adapter
     from .exchange.merged_folder import save_merged
@@ -35,7 +37,10 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "Variant",
     "adapter_state_dict",
     "adapter_stats",
+    "attach",
+    "attached",
     "combine",
+    "detach",
     "disable_adapter",
     "export_adapter",
     "initialize_from_data",
@@ -53,6 +58,8 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "read_adapter",
     "save_adapter",
     "save_merged",
+    "scaled",
+    "set_weight",
     "summary",
     "take_adapter",
     "unload",
@@ -62,6 +69,7 @@ LAZY = {  # imported at first use: lightning, the rooms of files, and the extra 
     "LoRACallback": ".callback",
     "LoRACLI": ".cli",
     "LoRAMonitor": ".monitor",
+    "attach": ".exchange.attach",
     "combine": ".exchange.combine",
     "export_adapter": ".exchange.export",
     "load_adapter": ".exchange.save_load",

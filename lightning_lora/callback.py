@@ -88,6 +88,7 @@ class LoRACallback(Callback):
         enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
         seed: a whole number that the adapters are drawn from.
+        beside: frozen adapters that act beside the trained one, by name, such as {"sft": "folder"}.
         merge_after_fit: leave plain layers with merged weights behind when fit ends.
         quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4".
         dequantize: dtype of the plain weights that replace quantised ones, for save="merged" and merge_after_fit.
@@ -136,6 +137,7 @@ class LoRACallback(Callback):
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,
         seed: int | None = None,
+        beside: Mapping[str, Any] | None = None,
         merge_after_fit: bool = False,
         quantize: str | None = None,
         dequantize: str | torch.dtype | None = None,
@@ -146,6 +148,7 @@ class LoRACallback(Callback):
         self.merged_eval = merged_eval
         self.save = save
         self.seed = seed
+        self.beside = beside
         self.merge_after_fit = merge_after_fit
         self.quantize = quantize
         self.dequantize = dequantize

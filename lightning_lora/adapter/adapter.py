@@ -11,6 +11,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..names import PREFIX, factor_role, join_names, names_factor, parent_names, rename_keys, split_factor_name
+from ..nn.attachment import Beside
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import IN_PROJ
 from ..nn.variant import EffectiveFactors, LayerInfo, Variant, known_variants, rows_leaf, variant_of, variant_with
@@ -72,6 +73,8 @@ class Adapter:
         weightless: the names of modules without weights that end like an adapted layer's name, so far as known.
             target_modules that name layers by their ends must not take these.
         foreign: what modules wrote into state_dict() beside parameters, buffers and extra state.
+        beside: by name, weight and fingerprint of each frozen adapter that it was trained beside. Their tensors are not
+            in it, and the model that it belongs to has them attached.
     """
 
     tensors: Mapping[str, Any]
@@ -91,6 +94,7 @@ class Adapter:
     peft_version: str | None = None
     weightless: frozenset[str] = frozenset()
     foreign: ForeignEntries = field(default_factory=ForeignEntries)
+    beside: Mapping[str, Beside] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -104,6 +108,7 @@ class Adapter:
         parts = [f"r={' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"] if ranks else []
         parts += [f"{len(layers)} layer{'s' * (len(layers) != 1)}", f"{values:,} values"]
         parts += [f"base {origin!r}"] if origin else []
+        parts += [f"beside {weights_text(self.beside)}"] if self.beside else []
         return f"{type(self).__name__}({', '.join(parts)}{'' if self.config else ', without options'})"
 
     @cached_property
@@ -285,6 +290,11 @@ def _stored_rank(adapter: Adapter, layer: str) -> int:
         return adapter.variant.rank(stored)
     except (IndexError, RuntimeError):  # of torch, for shapes that no product takes
         return 0
+
+
+def weights_text(beside: Mapping[str, Beside]) -> str:
+    """Return the names and weights of adapters beside a trained one, for messages."""
+    return ", ".join(f"{name!r} (weight {each.weight:g})" for name, each in sorted(beside.items()))
 
 
 def saved_modules(adapter: Adapter) -> list[str]:

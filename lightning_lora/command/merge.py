@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..adapter.adapter import Adapter
+from ..adapter.adapter import Adapter, weights_text
 from ..adapter.base_files import compare_with_files
 from ..adapter.fingerprint import entries_match
 from ..adapter.renaming import align_to_modules
@@ -89,8 +89,21 @@ def merge_on_disk(
     check_output("merge", "folder" if weights.folder else "file", output, (base, adapter), overwrite)
     refuse_adapter_beside(output)
     with _one_thread():
-        fitted = fit_to_base(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
+        read = adapter_with_options(adapter, lora_alpha)
+        _refuse_beside(read, adapter)
+        fitted = fit_to_base(read, weights, strict_base=strict_base)
         return _write(Job(weights, plan_updates(fitted, dtype), dtype), output)
+
+
+def _refuse_beside(adapter: Adapter, path: PathLike) -> None:
+    """Raise LoRAError where an adapter was trained beside others: merged alone it is another model."""
+    if adapter.beside:
+        weights = " ".join(f"{each.weight:g}" for _, each in sorted(adapter.beside.items()))
+        raise LoRAError(
+            f"merge: {path}: was trained beside {weights_text(adapter.beside)}, which is not in it. Combine them: "
+            f"lightning-lora combine {path} {' '.join(sorted(adapter.beside)).upper()} --weights 1 {weights} --output "
+            "COMBINED, or attach them in Python and call save_merged."
+        )
 
 
 @dataclass(frozen=True)

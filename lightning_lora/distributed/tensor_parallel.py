@@ -32,12 +32,25 @@ def place_like_weight(name: str, factor: nn.Parameter, weight: torch.Tensor, dim
     """
     if not isinstance(factor, DTensor) or not isinstance(weight, DTensor) or factor.device_mesh != weight.device_mesh:
         return factor
-    split = [dims.get(p.dim, ("", 0)) if isinstance(p, Shard) else ("", 0) for p in weight.placements]
-    placements = tuple(Shard(dim) if factor_name == name else Replicate() for factor_name, dim in split)
+    placements = _placements(name, weight, dims)
     if factor.placements == placements:
         return factor
     moved = cast(DTensor, factor.detach()).redistribute(placements=placements)
     return nn.Parameter(moved, requires_grad=factor.requires_grad)
+
+
+def split_like(name: str, factor: torch.Tensor, weight: torch.Tensor, dims: Dims) -> torch.Tensor:
+    """Return a factor that each rank has whole, split like the weight. Nothing is sent. Arguments as above."""
+    if not isinstance(weight, DTensor):
+        return factor
+    mesh = weight.device_mesh
+    whole = DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=_placements(name, weight, dims))
+
+
+def _placements(name: str, weight: DTensor, dims: Dims) -> tuple[Placement, ...]:
+    split = [dims.get(p.dim, ("", 0)) if isinstance(p, Shard) else ("", 0) for p in weight.placements]
+    return tuple(Shard(dim) if factor_name == name else Replicate() for factor_name, dim in split)
 
 
 def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -9,6 +10,8 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import fingerprint_entries
 from ..adapter.metadata import without
+from ..formats.peft_attention import refuse_conv1d_of_model
+from ..formats.peft_stacks import stacks_as_in_model
 from ..formats.pretrained_names import align_to_networks
 from ..model.adapted_model import Listing
 from ..model.foreign_state import foreign_entries
@@ -17,6 +20,7 @@ from ..model.pretrained import pretrained_models, tied_to_input
 from ..names import names_factor
 from ..nn.adapted_module import is_factor
 from ..nn.foreign_entries import ForeignEntries
+from ..nn.low_rank import CONV1D
 from ..nn.parameter import weights_of
 from ..nn.variant import rows_leaf
 from ..notices import tell
@@ -33,6 +37,14 @@ def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
     return align_to_networks(
         adapter, modules, type(listing.model).__name__, lambda: pretrained_models(listing.modules).values(), names.first
     )
+
+
+def as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
+    """Return an adapter of PEFT's with factors as a model with layers of these kinds has them."""
+    if adapter.peft_version is None:
+        return adapter
+    refuse_conv1d_of_model(adapter, next((name for name, kind in kinds.items() if kind == CONV1D), None), "adapter")
+    return stacks_as_in_model(adapter, kinds)
 
 
 def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:

@@ -18,8 +18,6 @@ from ..config import LoRAConfig
 from ..distributed.sharding import copies_of, copy_all_, refuse_fully_sharded
 from ..distributed.zero import update_copies_
 from ..errors import LoRAError
-from ..formats.peft_attention import refuse_conv1d_of_model
-from ..formats.peft_stacks import stacks_as_in_model
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.foreign_state import foreign_entries, load_foreign_
 from ..model.inject import inject_layers, replace_layers, unload
@@ -27,14 +25,14 @@ from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.quantise import quantise_named_
 from ..nn.foreign_entries import ForeignEntries
-from ..nn.low_rank import CONV1D
 from ..nn.owner import claimed
 from ..nn.quantised import NF4, quantised_parameters
 from ..notices import tell
-from .align import add_frozen_weights, align_names, record_trained, split_off_base, split_off_foreign
+from .align import add_frozen_weights, align_names, as_in_model, record_trained, split_off_base, split_off_foreign
 from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, chosen_by, specs_for
 from .take import adapter_here, check_fingerprint
+from .trained_beside import check_beside
 
 
 def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *, merge_after: bool = False) -> None:
@@ -134,6 +132,7 @@ def apply_adapter(
     """
     names = Names(listing.places)
     adapter = by_first_names(names, align_names(listing, names, adapter))
+    check_beside(listing, adapter)
     if not isinstance(listing, AdaptedModel):
         handle = inject_adapter(listing, adapter)
         with claimed("load_adapter", handle.record.owner):
@@ -173,7 +172,7 @@ def _fill_(
 ) -> list[str]:
     """Write an adapter into a model that has its layers, after all checks. In place. All or nothing."""
     handle = live.handle
-    adapter = _as_in_model(adapter, handle.kinds)
+    adapter = as_in_model(adapter, handle.kinds)
     adapter = add_frozen_weights(live, split_off_foreign(live, split_off_base(live, adapter)))
     check_adapter(live, names, adapter, specs=specs)
     check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
@@ -243,14 +242,6 @@ def _tell_of_narrower(live: LiveState, adapter: Adapter) -> None:
                 f"has it. To keep its values, cast its module to {was} before loading."
             )
             return
-
-
-def _as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
-    """Return an adapter of PEFT's with factors as a model with layers of these kinds has them."""
-    if adapter.peft_version is None:
-        return adapter
-    refuse_conv1d_of_model(adapter, next((name for name, kind in kinds.items() if kind == CONV1D), None), "adapter")
-    return stacks_as_in_model(adapter, kinds)
 
 
 def quantise_as_trained_(listing: Listing, adapter: Adapter) -> None:

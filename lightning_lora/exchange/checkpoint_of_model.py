@@ -24,6 +24,7 @@ from ..formats.lightning_checkpoint import (
     checkpoint_metadata,
 )
 from ..model.adapted_model import AdaptedModel, open_model
+from ..model.attached import set_weight
 from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.foreign_state import (
     foreign_entries,
@@ -34,8 +35,9 @@ from ..model.foreign_state import (
 )
 from ..model.initial_values import record_loaded
 from ..model.live_state import LiveState, open_state, original_value, original_values
+from ..model.load_state_dict import mark_merged
 from ..model.recorded_layers import refuse_replaced_layers
-from ..model.state_dict import base_keys, mark_merged, merge_state_dict
+from ..model.state_dict import base_keys, merge_state_dict
 from ..names import META, canonical, names_factor, parent_names
 from ..nn.foreign_entries import ForeignEntries, foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed
@@ -44,6 +46,7 @@ from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
 from .take import adapter_in_state, check_fingerprint
+from .trained_beside import check_beside_of_run
 
 REMEDY_IN_TRAINER = (
     "Build the module with the weights that it had in training. To use the adapter on this base all the same, in "
@@ -142,6 +145,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
         _prepare_full(live, module_names, checkpoint, adapter)
         return
     adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
+    strengths = check_beside_of_run(live.handle, adapter)
     complete = add_frozen_weights(live, adapter)
     check_adapter(live, module_names, complete, remedy=OPTIONS_IN_TRAINER)
     check_fingerprint(live, complete.fingerprint, remedy=REMEDY_IN_TRAINER)
@@ -153,6 +157,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
         current = with_metadata(whole | by_canonical_names(checkpoint[CURRENT]), metadata_of(here))
         checkpoint[CURRENT] = with_foreign(live, current, ForeignEntries())
     checkpoint["state_dict"] = with_foreign(live, whole, adapter.foreign)
+    _take_strengths_(live.handle, strengths)
 
 
 def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str, Any], adapter: Adapter) -> None:
@@ -160,6 +165,7 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
     metadata = metadata_of(checkpoint["state_dict"])
     state = by_canonical_names(checkpoint["state_dict"])
     in_pieces = {outer for name in adapter.foreign.values for outer in parent_names(name)}  # weights of quanto's layers
+    strengths = check_beside_of_run(live.handle, adapter)
     missing = [name for name in live.tensors if name not in state and name not in in_pieces]
     left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
     complete = replace(add_frozen_weights(live, adapter), fingerprint=left_out)
@@ -183,6 +189,13 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
         tensor, owner = live.tensors[name], live.owners[name]
         state[name] = cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
     checkpoint["state_dict"] = with_foreign(live, with_metadata(state, metadata), adapter.foreign)
+    _take_strengths_(live.handle, strengths)
+
+
+def _take_strengths_(handle: AdaptedModel, strengths: Mapping[str, float]) -> None:
+    """Give attached adapters the weights that they have in a checkpoint. In place."""
+    if strengths:
+        set_weight(handle.model, strengths)
 
 
 def is_divided(handle: AdaptedModel) -> bool:

@@ -27,7 +27,7 @@ from typing import Any, get_args
 
 import torch
 
-from ..adapter.adapter import Adapter, Layer
+from ..adapter.adapter import Adapter, Layer, weights_text
 from ..adapter.combined_layer import CUT, OTHER_NAMES, PRUNING, Method, combine_layer, same_in_all
 from ..adapter.fingerprint import compare_fingerprints
 from ..adapter.lora_form import as_lora, padded
@@ -41,6 +41,7 @@ from ..formats.peft_options import with_ranks_in_words
 from ..formats.peft_stacks import TODAYS, refuse_without_model
 from ..formats.sources import adapter_with_options
 from ..names import PREFIX, A, B, listed, names_factor
+from ..nn.attachment import Beside
 from ..nn.random_stream import stream
 from ..notices import tell
 from ..progress import progress_bar
@@ -255,7 +256,21 @@ def _assemble(tensors: Mapping[str, Any], adapters: Sequence[Adapter]) -> Adapte
         tables=_own_tables(first),
         tied=first.tied,
         tied_by_peft=first.tied_by_peft,
+        beside=_beside_all(adapters),
     ).with_layers({name: Layer(scaling=1.0, kind=kinds.get(name, "")) for each in adapters for name in each.layers})
+
+
+def _beside_all(adapters: Sequence[Adapter]) -> Mapping[str, Beside]:
+    """Return what all adapters were trained beside. What only some were is perhaps one of the others, and is told."""
+    first, *others = (each.beside for each in adapters)
+    if all(other == first for other in others):
+        return first
+    some = {name: each for beside in (first, *others) for name, each in beside.items()}
+    tell(
+        f"lightning_lora: combine: not all were trained beside {weights_text(some)}, so the result is taken to be "
+        "complete: combine it with them, by these weights."
+    )
+    return {}
 
 
 def _words(adapters: Sequence[Adapter]) -> LoRAConfig:

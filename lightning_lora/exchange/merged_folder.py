@@ -86,10 +86,10 @@ def save_merged(
         ['0.bias', '0.weight', '2.bias', '2.weight']
     """
     listing = Listing(unwrapped(model, "save_merged"))
-    if not listing.layers:
+    if not listing.all_layers:
         open_model(model, "save_merged")
     dtype = dequantize_dtype(dequantize, "save_merged")
-    with claimed_with(listing.layers.values(), "save_merged"):
+    with claimed_with(listing.all_layers.values(), "save_merged"):
         refuse_replaced_layers(listing, "save_merged")
         warn_of_untrained(listing)
         refuse_unmergeable(listing, dtype)
@@ -105,7 +105,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         path: the folder.
         max_shard_bytes: the size of a file.
     """
-    prefix, network = find_network(find_model(listing) or listing) or ("", None)  # the transformers model, or none
+    prefix, network = find_network(find_model(listing, attached=True) or listing) or ("", None)  # of transformers
     state = _base_tensors(listing, prefix)
     quantised = {name: kind for name, entry in state.items() if (kind := how_quantised(*entry))}
     if quantised and dtype is None:

@@ -21,14 +21,18 @@ from ..formats.lightning_checkpoint import adapter_of
 from ..formats.peft_folder import write_folder
 from ..formats.peft_parameters import order_in
 from ..formats.peft_saved_modules import frozen_in_saved
+from ..formats.plain import served_form
 from ..formats.sources import apart_from_models, read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
+from ..model.attached import require_attached
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
+from ..nn.attachment import Beside
 from ..nn.owner import claimed
 from .apply import apply_adapter, inject_adapter, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
-from .take import adapter_of_model, frozen_values
+from .take import adapter_of_model, attached_adapter, frozen_values
+from .trained_beside import by_attach, refuse_missing
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -58,16 +62,22 @@ def read_adapter(source: PathLike | Mapping[str, Any] | Adapter) -> Adapter:
     return read_source(source, verb="read_adapter")
 
 
-def take_adapter(model: nn.Module) -> Adapter:
+def take_adapter(model: nn.Module, *, name: str = "") -> Adapter:
     """Copy the adapter of a model, merged or not, for load_adapter, save_adapter, combine and plot_adapter.
 
     Collective where the model is sharded.
+
+    Args:
+        model: an injected model, or one with attached adapters.
+        name: of an attached adapter. It is taken as trained, without its weight, in the form that every server takes:
+            plain LoRA of one rank, with the scaling inside B. "" is the trained adapter.
 
     Returns:
         The adapter, with its options and all else that training can change. It does not change with the model.
 
     Raises:
-        LoRAError: the model was not injected, or its factors are not finite.
+        LoRAError: the model was not injected, or its factors are not finite; no adapter of this name is attached, or
+            the form cannot express it.
 
     Example::
 
@@ -80,12 +90,20 @@ def take_adapter(model: nn.Module) -> Adapter:
         >>> model[0].lora_B.count_nonzero().item()
         0
     """
-    handle = open_model(model, "take_adapter")
+    handle = open_model(model, "take_adapter", attached=bool(name))
     with claimed("take_adapter", handle.record.owner):
-        return adapter_of_model(handle, "take_adapter")
+        return _adapter_called(handle, name, "take_adapter")
 
 
-def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
+def _adapter_called(handle: AdaptedModel, name: str, verb: str) -> Adapter:
+    """Copy the trained adapter of a model, or an attached one in the served form."""
+    if not name:
+        return adapter_of_model(handle, verb)
+    require_attached(handle, name, verb)
+    return served_form(attached_adapter(handle, name), None, verb)
+
+
+def save_adapter(model: nn.Module | Adapter, path: PathLike, *, name: str = "") -> None:
     """Write an adapter as a folder in PEFT's format, with a model card. Collective where the model is sharded.
 
     The card is README.md. It says how to load the adapter. A README.md that is there stays.
@@ -94,9 +112,11 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
         model: an injected model, or an adapter of read_adapter or take_adapter. What it holds now is written: after
             fit, the last epoch. export_adapter writes the best one, from its checkpoint.
         path: the folder. An adapter that is in it is replaced without asking; what else is in it stays.
+        name: of an attached adapter of a model, as in take_adapter. "" is the trained one, which is written alone.
 
     Raises:
-        LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
+        LoRAError: the model was not injected, PEFT has no equal of one of its layers, or no adapter of this name is
+            attached.
 
     Example::
 
@@ -108,21 +128,23 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     if isinstance(model, Adapter):
+        if name:
+            raise LoRAError(f"save_adapter: an adapter in memory is one alone, and has none of the name {name!r}.")
         adapter = apart_from_models(model, "save_adapter")
         write_folder(adapter, path)
         return
-    handle = open_model(model, "save_adapter")
+    handle = open_model(model, "save_adapter", attached=bool(name))
     with claimed("save_adapter", handle.record.owner):
-        _write(handle, adapter_of_model(handle, "save_adapter"), path)
+        _write(handle, _adapter_called(handle, name, "save_adapter"), path, plain=bool(name))
 
 
-def _write(handle: AdaptedModel, adapter: Adapter, path: PathLike) -> None:
-    """Write the adapter of an injected model as a folder. Collective where the model is sharded."""
+def _write(handle: AdaptedModel, adapter: Adapter, path: PathLike, *, plain: bool) -> None:
+    """Write an adapter of a model as a folder, `plain` in the served form. Collective where the model is sharded."""
     frozen = {adapter.network + name for name in frozen_in_saved(by_network_names(adapter))}
     adapter = replace(adapter, base=frozen_values(handle, frozen))
-    sync = RankSync(layer.adapted_weight() for layer in handle.layers.values())
+    sync = RankSync(layer.adapted_weight() for layer in handle.all_layers.values())
     writes = writes_files(module for _, module in handle.modules)
-    write = partial(write_folder, adapter, path)
+    write = partial(write_folder, adapter, path, plain=plain)
     sync.run("save_adapter", write if writes else None)
     sync.raise_on_any_rank()
 
@@ -208,11 +230,11 @@ def load_from_checkpoint(
     checkpoint = read_torch_file(path, trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, _without_strict(kwargs))
+    listing = find_model(model) or Listing(model)
+    refuse_missing(listing, adapter, partial(_by_hand, cls.__name__, path))
     if kind != "full":
-        listing = find_model(model) or Listing(model)
         quantise_as_trained_(listing, adapter)
-        remedy = _other_base(cls.__name__, path)
-        apply_adapter(listing, adapter, strict_base=strict_base, remedy=remedy)
+        apply_adapter(listing, adapter, strict_base=strict_base, remedy=_other_base(cls.__name__, path))
     else:
         _load_full(model, checkpoint, adapter)
     return model
@@ -226,6 +248,11 @@ def _without_strict(kwargs: dict[str, Any]) -> dict[str, Any]:
             "whole or not at all; leave strict out. strict_base=False makes another base a warning."
         )
     return {name: value for name, value in kwargs.items() if name != "strict"}
+
+
+def _by_hand(name: str, path: PathLike, missing: Mapping[str, Beside]) -> str:
+    """Return the advice where an adapter was trained beside others, whose sources no checkpoint holds."""
+    return f'Load it by hand: model = {name}(...); {by_attach(missing)}; load_adapter(model, "{path}").'
 
 
 def _other_base(name: str, path: PathLike) -> str:

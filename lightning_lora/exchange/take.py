@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,9 +32,10 @@ from ..model.live_state import LiveState, open_state, original_value, original_v
 from ..model.pretrained import base_name, pretrained_models, tied_to_input
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.wrappers import prefix_inside
-from ..names import canonical, is_lightning_module, join_names
+from ..names import A, B, canonical, is_lightning_module, join_names
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import adapted_places
+from ..nn.beside import Packed
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import dtype_of, how_quantised, shape_of
@@ -97,6 +98,35 @@ def adapter_of_model(handle: AdaptedModel, verb: str) -> Adapter:
     return adapter
 
 
+def attached_adapter(handle: AdaptedModel, name: str) -> Adapter:
+    """Copy an attached adapter of a model as plain LoRA, without its weight. Collective where the model is sharded.
+
+    Args:
+        handle: of the model.
+        name: of the adapter.
+    """
+    packed = {n: layer.lora.beside for n, layer in handle.all_layers.items()}
+    layers = {n: handle.all_layers[n] for n, each in packed.items() if each is not None and name in each.shares}
+    kinds, tensors, described = handle.kinds_of(layers), dict[str, torch.Tensor](), dict[str, Layer]()
+    for layer_name, layer in layers.items():
+        pair = cast(Packed, packed[layer_name]).unpacked()[name]
+        described[layer_name] = Layer(pair.b.shape[1], pair.scaling, kinds[layer_name])
+        for leaf, value in ((A, pair.a), (B, pair.b)):
+            stored = layer.stored_name(leaf)
+            owner = layer_name if stored == leaf else layer_name.rpartition(".")[0]  # of a single parameter
+            tensors[join_names(owner, stored)] = value
+    return replace(
+        _described(open_state(handle)),
+        tensors=tensors,
+        layers=described,
+        config=LoRAConfig(target_modules=list(layers)),
+        complete=False,
+        tables={},
+        tied={},
+        beside={},
+    )
+
+
 def frozen_values(handle: AdaptedModel, names: Collection[str]) -> dict[str, Any]:
     """Return frozen tensors of a model by name, whole on every rank. Collective where the model is sharded."""
     entries = handle.state() if names else []
@@ -141,6 +171,7 @@ def _described(live: LiveState) -> Adapter:
         tables={name: layer.replaced_rows() for name, layer in tables.items()},
         tied=tied,
         tied_by_peft=tied.items() <= by_peft.items(),
+        beside=dict(record.beside),
     )
 
 

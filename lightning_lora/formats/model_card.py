@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..adapter.adapter import Adapter
+from ..adapter.adapter import Adapter, weights_text
 from ..config import TASK_HEADS
 from ..errors import MOST
 
@@ -73,6 +73,11 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, network: str = "") 
     parts = [_front_matter(base, task), f"# {title}\n"]
     if quantised:
         parts.append(f"It belongs to a base that is quantised ({', '.join(quantised)}): load that in the same way.\n")
+    if adapter.beside:
+        parts.append(
+            f"It was trained beside {weights_text(adapter.beside)}, which is not in these files. Alone it computes "
+            "something else.\n"
+        )
     return "\n".join([*parts, _loading(base, task, adapter, network)])
 
 

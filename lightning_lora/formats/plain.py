@@ -24,18 +24,19 @@ from ..names import A, B, listed
 from ..nn.low_rank import CONVOLUTIONS, GROUPED_CONV
 
 
-def served_form(adapter: Adapter, source: PathLike | None) -> Adapter:
+def served_form(adapter: Adapter, source: PathLike | None, verb: str = "export_adapter") -> Adapter:
     """Return the adapter in the served form, under the network's names.
 
     Args:
         adapter: by itself, with options.
         source: where it is from, for messages; None for memory.
+        verb: what messages begin with where it is from memory.
 
     Raises:
         LoRAError: its change is not only a product of factors. The message says what else it holds, and a way.
     """
     own = by_network_names(adapter)
-    where = "export_adapter" if source is None else source
+    where = verb if source is None else source
     problem = _problem(own)
     if problem:
         raise LoRAError(

@@ -45,22 +45,32 @@ class Listing:
         return _each_once(self.places)
 
     @cached_property
-    def layers(self) -> dict[str, AdaptedWeights]:
-        """The adapters of layers and parameters, by name; a shared adapter under its first name."""
+    def all_layers(self) -> dict[str, AdaptedWeights]:
+        """The layers and parameters in which an adapter acts, trained or attached; a shared one by its first name."""
         return adapted_layers(self.model, modules=self.modules)
 
     @cached_property
+    def layers(self) -> dict[str, AdaptedWeights]:
+        """The layers and parameters that have a trained adapter, by name; a shared one by its first name."""
+        return {name: layer for name, layer in self.all_layers.items() if layer.is_trained()}
+
+    @cached_property
     def layers_by_every_name(self) -> dict[str, AdaptedWeights]:
-        """The adapters of layers and parameters, each under all of its names."""
-        return adapted_layers(self.model, remove_duplicate=False, modules=self.places)
+        """The layers and parameters that have a trained adapter, each under all of its names."""
+        every = adapted_layers(self.model, remove_duplicate=False, modules=self.places)
+        return {name: layer for name, layer in every.items() if layer.is_trained()}
 
     @cached_property
     def kinds(self) -> dict[str, str]:
-        """The kind (one of low_rank.KINDS) of each adapter with factors, by the adapter's first name."""
+        """The kind (one of low_rank.KINDS) of each trained adapter with factors, by the adapter's first name."""
+        return self.kinds_of(self.layers)
+
+    def kinds_of(self, layers: Mapping[str, AdaptedWeights]) -> dict[str, str]:
+        """Return the kind of each of some layers or parameters with factors, by name."""
         outputs = {id(module.out_proj) for _, module in self.modules if isinstance(module, nn.MultiheadAttention)}
         return {
             name: ATTENTION_OUTPUT if id(layer) in outputs else layer.kind()
-            for name, layer in self.layers.items()
+            for name, layer in layers.items()
             if layer.kind()
         }
 
@@ -72,7 +82,7 @@ class Listing:
 
     def look_for_layers_again(self) -> None:
         """Forget which modules are adapted, after adapters were put in or taken out of the same modules."""
-        for name in ("layers", "layers_by_every_name", "kinds"):
+        for name in ("all_layers", "layers", "layers_by_every_name", "kinds"):
             vars(self).pop(name, None)
 
     def state(self) -> list[StateEntry]:
@@ -244,6 +254,8 @@ class AdaptedModel(Listing):
             expected: the options ask for these parameters. Otherwise a warning names them.
             untouched: no optimizer has stepped since, so that the present values are those from before training.
         """
+        if not self.record.is_injection:
+            return []
         trained = self.trained()
         new = [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
         for each in new:
@@ -266,6 +278,8 @@ class AdaptedModel(Listing):
 
     def without_first_values(self) -> list[str]:
         """Return the names of base parameters that may have been trained and whose values from before are not known."""
+        if not self.record.is_injection:
+            return []
         are_known = self.record.initial.keys() >= self.record.trained.keys()
         if are_known and not any(self.moved) and not self._trains_unknown():
             return []
@@ -300,19 +314,20 @@ class AdaptedModel(Listing):
         """Return the names at injection of adapted layers that are not there any more, and how many there were."""
         (_, then), holder = self.moved, self.record.holder()
         elsewhere = {} if holder in (None, self.root) else adapted_layers(holder)  # a new module is around a part
-        layers = [*self.layers.values(), *elsewhere.values()]
+        layers = [*self.all_layers.values(), *elsewhere.values()]
         live = {layer.lora.name for layer in layers if layer.lora.injection is self.record}
         live |= {self.name_at_injection(name) or "" for name, _, _ in adapted_places(self.model, modules=self.modules)}
         expected = [name for name in self.record.layers if is_inside(name, then)]
         return [name for name in expected if name not in live], len(expected)
 
 
-def open_model(model: nn.Module, verb: str) -> AdaptedModel:
+def open_model(model: nn.Module, verb: str, *, attached: bool = False) -> AdaptedModel:
     """Return the handle of an injected model.
 
     Args:
         model: a module that holds all adapted layers, or a wrapper of torch or Lightning around such a module.
         verb: the beginning of an error's message.
+        attached: take a model with attached adapters alone, too.
 
     Raises:
         LoRAError: the module is not injected, holds only a part of the adapted layers, or holds several injected
@@ -324,8 +339,8 @@ def open_model(model: nn.Module, verb: str) -> AdaptedModel:
         names = list(handle.layers)
     """
     listing = Listing(unwrapped(model, verb))
-    handle = find_model(listing)
-    if handle is None and listing.layers:
+    handle = find_model(listing, attached=attached)
+    if handle is None and (listing.all_layers if attached else listing.layers):
         _refuse_part(listing, verb)
     if handle is None:
         raise LoRAError(
@@ -335,12 +350,13 @@ def open_model(model: nn.Module, verb: str) -> AdaptedModel:
     return handle
 
 
-def find_model(model: nn.Module | Listing, *, part: bool = False) -> AdaptedModel | None:
+def find_model(model: nn.Module | Listing, *, part: bool = False, attached: bool = False) -> AdaptedModel | None:
     """Return the handle of an injected model, or None where it holds no adapted layer or only a part of them.
 
     Args:
         model: any module, or a wrapper of torch or Lightning around a module; or the listing of a module.
         part: also return the handle of a part of an injected model.
+        attached: also return the handle of a model with attached adapters alone, which was not injected.
 
     Raises:
         LoRAError: the module holds several injected models.
@@ -351,11 +367,16 @@ def find_model(model: nn.Module | Listing, *, part: bool = False) -> AdaptedMode
         is_injected = handle is not None
     """
     listing = model if isinstance(model, Listing) else Listing(inside_known_wrappers(model))
+    handle = _find(listing, part)
+    return handle if handle is None or attached or handle.record.is_injection else None
+
+
+def _find(listing: Listing, part: bool) -> AdaptedModel | None:
     model = listing.model
     if ATTRIBUTE in vars(model):
         return _with_lists(AdaptedModel(model, model, vars(model)[ATTRIBUTE]), listing)
     roots = {name: module for name, module in listing.modules if ATTRIBUTE in vars(module)}
-    layers = listing.layers
+    layers = listing.all_layers
     records = [vars(root)[ATTRIBUTE] for root in roots.values()] + [layer.lora.injection for layer in layers.values()]
     if len({id(record) for record in records}) > 1:
         names = ", ".join(map(repr, roots or layers))
@@ -375,7 +396,7 @@ def _find_by_layers(listing: Listing, record: Injection, part: bool) -> AdaptedM
     model, root = listing.model, record.holder()
     if root is not None:
         outer = Listing(root)
-        if not part and set(outer.layers.values()) - set(listing.layers.values()):
+        if not part and set(outer.all_layers.values()) - set(listing.all_layers.values()):
             return None
         names = [name for name, module in outer.places if module is model]
         if names:
@@ -390,7 +411,7 @@ def moved_names(listing: Listing, record: Injection) -> tuple[str, str]:
 
     A copy of a part of a model and a new module around its network have other names for the same layers.
     """
-    names = ((name, layer.lora.name) for name, layer in listing.layers.items() if layer.lora.injection is record)
+    names = ((name, layer.lora.name) for name, layer in listing.all_layers.items() if layer.lora.injection is record)
     ways = Counter(_without_common_end(now, then) for now, then in names)
     return ways.most_common(1)[0][0]
 
@@ -412,7 +433,7 @@ def _with_lists(handle: AdaptedModel, listing: Listing) -> AdaptedModel:
 
 def _refuse_part(listing: Listing, verb: str) -> NoReturn:
     """Raise LoRAError for a module that holds only a part of the layers that were adapted together."""
-    layers = listing.layers
+    layers = listing.all_layers
     root = next(iter(layers.values())).lora.injection.holder()
     all_layers = adapted_layers(root)
     other = next(name for name, layer in all_layers.items() if layer not in layers.values())

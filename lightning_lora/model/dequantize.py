@@ -91,7 +91,7 @@ def plain_weight(
     found = [local(values)]
 
     def merge() -> None:
-        found[0] = merged_weight(found[0], blocks, adapter.lora.spec.scaling, dtype=dtype, cost=cost)
+        found[0] = merged_weight(found[0], blocks, adapter.merge_scaling, dtype=dtype, cost=cost)
 
     rounding.sync.run(f"merged weights: {name!r}", merge)
     return from_local_like(found[0].to(dtype), values)

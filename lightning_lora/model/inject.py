@@ -17,37 +17,32 @@ from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..names import listed
 from ..nn.adapted_module import AdaptedModule
-from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, adapted_places, adapters_in
-from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
+from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, adapters_in
+from ..nn.gradient_checkpointing import disable_input_require_grads
 from ..nn.layer_kinds import adapt_
-from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import HALF
-from ..nn.owner import claimed
+from ..nn.owner import DISABLED, OFF, claimed
 from ..nn.parameter import adapt_parameter_
-from ..nn.quantised import allow_packing_, keep_gradients_
-from ..nn.readers import patch_readers, update_fast_paths
-from ..nn.tied_weights import record_ties
+from ..nn.quantised import allow_packing_
+from ..nn.readers import patch_readers, undo_readers, update_fast_paths
 from ..nn.token_rows import LoRATable, TrainedRows, adapt_table_, share_table_, table_adapters
 from ..nn.variant import variant_of
 from ..notices import tell
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, find_model, open_model
+from .attached import find_attached_alone, hold_attached, note_layers, take_over_attached
 from .base_values import StandIn, put_in_, stand_ins, take_out_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Chosen, Injection
+from .load_state_dict import stop_checking_loads
 from .merging import Ending, FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
 from .passed_over import passed_over
 from .patches import call_previous, patch, unpatch
-from .pretrained import (
-    follow_gradient_checkpointing,
-    forget_quantisation,
-    resized_embeddings,
-    warn_before_save_pretrained,
-)
+from .pretrained import forget_quantisation, resized_embeddings
 from .reasons import check_shapes, check_trainable, check_unadapted
 from .recorded_layers import refuse_replaced_layers
-from .state_dict import check_loads, refuse_unmergeable, stop_checking_loads
+from .state_dict import refuse_unmergeable
 from .targets import TRAINED_WHOLE, Selection, selected, warn_of_unused
 from .wrappers import unwrapped, warn_of_late_adapters
 
@@ -142,6 +137,7 @@ def replace_layers(handle: AdaptedModel, config: LoRAConfig, chosen: Chosen) -> 
     strip_adapters(handle)
     record = Injection(config, seed=old.seed, chosen=chosen, run=old.run, owner=old.owner)
     record.begin(model)
+    take_over_attached(Listing(model), old, record)
     new = cast(AdaptedModel, find_model(Listing(model)))
     adapt_new_layers(new, values_follow=True)
     for holder, name, parameter in earlier:
@@ -183,6 +179,7 @@ def unload(model: nn.Module) -> None:
         restore_initial_(handle)
         strip_adapters(handle)
         unpatch(modules)
+        hold_attached(handle.root, handle.record)
 
 
 def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> nn.Module:
@@ -208,7 +205,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         0.weight 0.bias 2.weight 2.bias
     """
     dtype = dequantize_dtype(dequantize, "merge_and_unload")
-    handle = open_model(model, "merge_and_unload")
+    handle = open_model(model, "merge_and_unload", attached=True)
     refuse_replaced_layers(handle, "merge_and_unload")
     modules = _all_modules(handle)
     refuse_fully_sharded(handle.root, modules, "merge_and_unload")
@@ -218,8 +215,9 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
         handle.record.marks.add("quantised")  # no layer stays factored, so nothing is said of that
         merge_listed(handle)
-        for layer in handle.layers.values():
+        for layer in handle.all_layers.values():
             layer.lora.undo = None
+            layer.lora.beside = None
         strip_adapters(handle)
         if plain:
             replace_quantised_(modules, plain)
@@ -267,18 +265,18 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         >>> torch.equal(model(x), before)
         False
     """
-    handle = open_model(model, "disable_adapter")
+    handle = open_model(model, "disable_adapter", attached=True)
     _warn_of_unknown_values(handle, "disable_adapter", stacklevel=4)
     with claimed("disable_adapter", handle.record.owner) as claim:
-        is_inside = handle.record.owner.holds("disable_adapter", beside=claim)
+        is_inside = any(handle.record.owner.holds(verb, beside=claim) for verb in (DISABLED, OFF))
         found = [] if is_inside else stand_ins(handle)
         adapted = [module for _, module in handle.modules if isinstance(module, AdaptedModule)]
         modules = [] if is_inside else [*adapted, *(each.module for each in found)]
-        were_active = {layer: layer.lora_active or layer.lora.merged for layer in handle.layers.values()}
+        were_active = {layer: layer.lora_active or layer.lora.merged for layer in handle.all_layers.values()}
         end = Ending(claim, partial(_enable_again, handle, FoundState(handle), were_active, found, modules))
         try:
             try:
-                if holds_merged(handle.layers.values()):
+                if holds_merged(handle.all_layers.values()):
                     unmerge_listed(handle)
                 put_in_(found, modules)
                 _set_active(handle, dict.fromkeys(were_active, False))
@@ -306,7 +304,7 @@ def _enable_again(
         modules: that torch does not save inside the block.
     """
     take_out_(found, modules)
-    if holds_merged(handle.layers.values()):
+    if holds_merged(handle.all_layers.values()):
         unmerge_listed(handle)
     _set_active(handle, were_active)
     state.bring_back(handle)
@@ -346,9 +344,14 @@ def begin_injection(
     Returns:
         The handle, and what the options name.
     """
+    earlier = find_attached_alone(listing)
     check_unadapted(listing.modules)
     with claimed("inject", record.owner):
+        if earlier is not None:
+            earlier.record.end(earlier.root)
         record.begin(listing.model)
+        if earlier is not None:
+            take_over_attached(listing, earlier.record, record)
         handle = cast(AdaptedModel, find_model(listing))
         with _leaving_no_trace(handle):
             selection = adapt_new_layers(handle, values_follow=values_follow)
@@ -391,15 +394,21 @@ def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
     root, record = handle.root, handle.record
     check_shapes(handle.root_modules)
     selection = selected(handle.root_modules, record)
-    new = {name: module for name, module in selection.layers.items() if not isinstance(module, LoRALayer)}
-    apart = {name for name, module in selection.apart.items() if not adapters_in(module)}
-    live = adapted_layers(root, modules=handle.root_modules)
+    live = {name: each for name, each in adapted_layers(root, modules=handle.root_modules).items() if each.is_trained()}
+    new = {name: module for name, module in selection.layers.items() if name not in live}
+    apart = {
+        name
+        for name, module in selection.apart.items()
+        if not any(each.is_trained() for each in adapters_in(module).values())
+    }
     parameters = {name: place for name, place in selection.parameters.items() if name not in live}
     modules = dict(handle.root_modules)
     tables = {name: rows for name, rows in selection.tables.items() if not isinstance(modules[name], LoRATable)}
     selection.refuse(modules, record.config, {*new, *apart, *parameters, *tables})
     check_trainable(handle.root_modules, selection.saved, record.config)
     _freeze(handle, new, selection.saved)
+    if record.beside:
+        undo_readers(module for _, module in handle.root_modules)
     seed = record.seed or random_seed()
     with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
         for name, module in new.items():
@@ -413,35 +422,21 @@ def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
         for name, rows in tables.items():
             _adapt_table(handle, name, modules[name], rows, values_follow)
     handle.look_for_layers_again()
-    record.layers = [name for name, _, _ in adapted_places(root, modules=handle.root_modules)]
-    record_ties(handle.root_modules)
+    note_layers(handle)
     handle.record_trainable(expected=True)
     _record_resized(handle)
-    _prepare_modules_(handle)
     return selection
 
 
-def _prepare_modules_(handle: AdaptedModel) -> None:
-    """Patch the modules that use adapted layers: readers of weights, fast paths, checkpointing, loading. In place."""
-    modules = [module for _, module in handle.root_modules]
-    keep_gradients_(modules)
-    patch_readers(modules)
-    update_fast_paths(modules)
-    enable_input_require_grads(modules)
-    follow_gradient_checkpointing(modules)
-    check_loads(handle.root_places)
-    warn_before_save_pretrained(modules)
-
-
 def strip_adapters(handle: AdaptedModel) -> None:
-    """Take the adapters out; patched methods stay. In place."""
+    """Take the trained adapter out; patched methods and attached adapters stay. In place."""
     record, modules = handle.record, [module for _, module in handle.root_modules]
     allow_packing_(modules)
     for name, tensor in handle.recorded_tensors(record.requires_grad):
         tensor.requires_grad_(record.requires_grad[name])
     for layer in adapted_layers(handle.root, modules=handle.root_modules).values():
         with layer.lora.lock:  # another thread's forward may have W' in the weight's place
-            layer.strip_()
+            (layer.strip_ if layer.lora.beside is None else layer.let_nothing_train_)()
     handle.look_for_layers_again()
     patch_readers(modules)
     update_fast_paths(modules)
@@ -508,6 +503,7 @@ def _leaving_no_trace(handle: AdaptedModel) -> Iterator[None]:
     except BaseException:
         strip_adapters(handle)
         unpatch(module for _, module in handle.root_modules)
+        hold_attached(handle.root, handle.record)
         raise
 
 

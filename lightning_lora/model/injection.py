@@ -21,6 +21,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import ATTRIBUTE
+from ..nn.attachment import Beside
 from ..nn.owner import Owner
 
 # Why a base parameter is trained: the options ask, something unfroze it after injection, or it was resized before.
@@ -30,8 +31,19 @@ Why = Literal["asked", "unfrozen", "resized"]
 # "merged": merge was called, and since then unmerge was not called for all layers. "merges by mode": eval() merges and
 # train() unmerges. "started": initialize_from_data was called, so a fit does not start from its own data. "quantised":
 # a message said that layers with quantised weights stay factored. "trained": a fit came to its end. "ended": the
-# adapters were taken out.
-Mark = Literal["validated", "merged", "merges by mode", "started", "quantised", "trained", "ended"]
+# adapters were taken out. "attached alone": there is no injection, and the record is of attached adapters.
+# "factored": a message said that `scaled` lets a merged evaluation run factored.
+Mark = Literal[
+    "validated",
+    "merged",
+    "merges by mode",
+    "started",
+    "quantised",
+    "trained",
+    "ended",
+    "attached alone",
+    "factored",
+]
 
 
 @dataclass
@@ -102,6 +114,7 @@ class Injection:
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
     marks: set[Mark] = field(default_factory=set)
+    beside: dict[str, Beside] = field(default_factory=dict)  # the attached adapters, in the order of their names
     run: Run = field(default_factory=Run)
     root: weakref.ref[nn.Module] | None = None  # the injected module; None in a copy of the record
     owner: Owner = field(default_factory=Owner)  # the thread that changes or saves the model; a copy has its own
@@ -111,6 +124,11 @@ class Injection:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, owner=Owner())
+
+    @property
+    def is_injection(self) -> bool:
+        """Whether inject or a loaded adapter adapted the model; else adapters are attached alone."""
+        return "attached alone" not in self.marks
 
     def begin(self, root: nn.Module) -> None:
         """Let a module hold the record as the injected module. In place.

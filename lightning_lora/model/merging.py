@@ -51,7 +51,7 @@ def is_merged(model: nn.Module) -> bool:
         ...     is_merged(model)
         True
     """
-    return holds_merged(Listing(unwrapped(model, "is_merged")).layers.values())
+    return holds_merged(Listing(unwrapped(model, "is_merged")).all_layers.values())
 
 
 def holds_merged(layers: Iterable[AdaptedWeights]) -> bool:
@@ -87,8 +87,8 @@ def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rou
     """Do what merge does for a listed model. In place. The options are for a fit, which says both itself."""
     refuse_replaced_layers(listing, "merge")
     _require_layers(listing, "merge")
-    with claimed_with(listing.layers.values(), "merge"):
-        pending = {name: each for name, each in listing.layers.items() if _is_pending(each)}
+    with claimed_with(listing.all_layers.values(), "merge"):
+        pending = {name: each for name, each in listing.all_layers.items() if _is_pending(each)}
         if pending:
             for record in records_of(listing):
                 record.marks.add("merged")  # first, because an exception may break off what follows
@@ -100,7 +100,7 @@ def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rou
 
 def records_of(listing: Listing) -> list[Injection]:
     """Return the records of the injections that the adapters of a listed model belong to, each once."""
-    records = (layer.lora.injection for layer in listing.layers.values())
+    records = (layer.lora.injection for layer in listing.all_layers.values())
     return list({id(record): record for record in records if record is not None}.values())
 
 
@@ -111,7 +111,7 @@ def _is_pending(layer: AdaptedWeights) -> bool:
 
 def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tells_rounding: bool) -> None:
     """Merge the pending layers of a model, all of them or none. In place."""
-    weights = {layer: layer.own_weight() for layer in listing.layers.values()}
+    weights = {layer: layer.own_weight() for layer in listing.all_layers.values()}
     sizes = [_local_nbytes(weight) for layer, weight in weights.items() if not layer.why_not_merge()]
     copy = sum(sizes) <= COPY_BUDGET
 
@@ -180,7 +180,7 @@ def unmerge(model: nn.Module) -> None:
 def unmerge_listed(listing: Listing) -> None:
     """Do what unmerge does for a listed model. In place."""
     _require_layers(listing, "unmerge")
-    layers, restore = listing.layers.values(), partial(_restore_all, listing)
+    layers, restore = listing.all_layers.values(), partial(_restore_all, listing)
     writing = shards_in_place(listing, "unmerge") if holds_merged(layers) else nullcontext()
     with claimed_with(layers, "unmerge"), torch.no_grad(), writing:
         all_or_nothing(restore, restore)
@@ -207,7 +207,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         True
     """
     listing = Listing(unwrapped(model, "merged"))
-    with claimed_with(listing.layers.values(), "merged") as claim:
+    with claimed_with(listing.all_layers.values(), "merged") as claim:
         end = Ending(claim, FoundState(listing).bring_back)
         try:
             try:
@@ -255,7 +255,7 @@ class FoundState:
 
     def __init__(self, listing: Listing) -> None:
         """Note the state of a model that was listed before the block."""
-        layers = listing.layers.values()
+        layers = listing.all_layers.values()
         self.model, self.merged = listing.model, any(each.lora.merged for each in layers)
         records = {id(each.lora.injection): each.lora.injection for each in layers}
         roots = (
@@ -275,7 +275,7 @@ class FoundState:
             listing: of the model; made anew where it is left out, because the block may have replaced layers.
         """
         listing = listing or Listing(self.model)
-        if holds_merged(listing.layers.values()) != self.is_to_be_merged():
+        if holds_merged(listing.all_layers.values()) != self.is_to_be_merged():
             (merge_listed if self.is_to_be_merged() else unmerge_listed)(listing)
 
 
@@ -294,7 +294,7 @@ def shards_in_place(listing: Listing, verb: str) -> Iterator[None]:
     modules = [module for _, module in listing.modules]
     begin_writing(modules, verb)
     reshard_(modules)
-    for name, layer in listing.layers.items():
+    for name, layer in listing.all_layers.items():
         sharded = dimensions_of_ranks(layer.adapted_weight())
         if sharded < layer.lora.sharded:
             raise LoRAError(
@@ -310,7 +310,7 @@ def shards_in_place(listing: Listing, verb: str) -> Iterator[None]:
 
 
 def _require_layers(listing: Listing, verb: str) -> None:
-    if not listing.layers:
+    if not listing.all_layers:
         kind = type(listing.model).__name__
         raise LoRAError(f"{verb}: {kind} has no adapted layer; call inject(model, LoRAConfig(...)).")
 
@@ -334,9 +334,9 @@ def _merge_layer(
 def _restore_all(listing: Listing) -> None:
     """Unmerge every layer. Another call completes the work where an exception broke it off. In place."""
     try:
-        _unmerge_all(listing.layers)
+        _unmerge_all(listing.all_layers)
         for record in records_of(listing):
-            if len(listing.layers) >= len(record.layers):  # else a part was unmerged
+            if len(listing.all_layers) >= len(record.layers):  # else a part was unmerged
                 record.marks.discard("merged")
     finally:
         update_fast_paths(module for _, module in listing.modules)

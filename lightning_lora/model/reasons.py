@@ -17,8 +17,8 @@ from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..matching import matcher
 from ..names import A, canonical, join_names
-from ..nn.adapted_module import AdaptedModule, Swapped
-from ..nn.adapted_weights import NamedModules
+from ..nn.adapted_module import Swapped
+from ..nn.adapted_weights import NamedModules, adapters_in
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
@@ -81,13 +81,18 @@ class Candidate:
         """How a weight is quantised, or ""."""
         return next(filter(None, map(quantised_as, self.weights)), "")
 
-    def refuse(self) -> None:
-        """Raise LoRAError if a reason holds. The message says what to do."""
+    def why_not(self) -> str:
+        """Return why it cannot be adapted, or ""."""
         for options, holds, words in REASONS:
             if self.option in options and (found := holds(self)):
-                reason = words.format(c=self, found=found)
-                remedy = REMEDY[self.option].format(c=self)
-                raise LoRAError(f"inject: {self.name!r}: {reason}{', or' if '; ' in reason else ';'} {remedy}.")
+                return words.format(c=self, found=found)
+        return ""
+
+    def refuse(self) -> None:
+        """Raise LoRAError if a reason holds. The message says what to do."""
+        if reason := self.why_not():
+            remedy = REMEDY[self.option].format(c=self)
+            raise LoRAError(f"inject: {self.name!r}: {reason}{', or' if '; ' in reason else ';'} {remedy}.")
 
 
 def _names_inside(c: Candidate) -> str:
@@ -210,7 +215,7 @@ def check_unadapted(modules: NamedModules) -> None:
     model = modules[0][1]
     for name, module in modules:
         library = type(module).__module__.partition(".")[0]
-        if isinstance(module, AdaptedModule):
+        if any(adapter.is_trained() for adapter in adapters_in(module).values()):
             raise LoRAError(
                 f"inject: {name!r} in {type(model).__name__} was adapted already, through a module around it; pass the "
                 "module that inject was called on, or unload it first."

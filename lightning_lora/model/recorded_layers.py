@@ -19,8 +19,8 @@ def refuse_replaced_layers(listing: Listing, verb: str) -> None:
         listing: of any module. A module without an injected model is accepted, and so is a part of one.
         verb: the beginning of the message.
     """
-    records = {id(layer.lora.injection): layer.lora.injection for layer in listing.layers.values()}
-    live = {(id(layer.lora.injection), layer.lora.name) for layer in listing.layers.values()}
+    records = {id(layer.lora.injection): layer.lora.injection for layer in listing.all_layers.values()}
+    live = {(id(layer.lora.injection), layer.lora.name) for layer in listing.all_layers.values()}
     if records and all((number, name) in live for number, record in records.items() for name in record.layers):
         return
     for handle in _injected_models(listing, records.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -12,31 +12,22 @@ from ..distributed.flat import gather_flat, owns_flat
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, canonical, parent_names
-from ..nn.adapted_module import AdaptedModule, is_factor
-from ..nn.adapted_weights import (
-    AdaptedWeights,
-    Blocks,
-    NamedModules,
-    adapters_in,
-    layer_adapter,
-)
+from ..names import canonical
+from ..nn.adapted_module import is_factor
+from ..nn.adapted_weights import AdaptedWeights, Blocks, adapters_by_path, layer_adapter
 from ..nn.foreign_entries import metadata_of, with_metadata
 from ..nn.owner import claimed
 from ..nn.quantised_state import quantisation_entries
 from ..nn.rounding import ONCE, Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
-from .adapted_model import AdaptedModel, Listing, find_model, open_model
+from .adapted_model import AdaptedModel, Listing, open_model
 from .dequantize import DEQUANTISED, IN_FLOAT32, dequantize_dtype, plain_weight, quantised_weights
 from .foreign_state import foreign_entries, foreign_names
 from .gradients import warn_of_untrained
-from .initial_values import record_loaded
 from .live_state import open_state, original_values
+from .load_state_dict import beside_missing, mark_merged
 from .recorded_layers import refuse_replaced_layers
-
-# Key in the metadata of a state dict, which torch pickles with the dictionary and hands to load_state_dict's hooks.
-_MERGED = "lora_merged"
 
 
 def base_keys(listing: Listing) -> list[str]:
@@ -67,7 +58,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         refuse_replaced_layers(handle, "adapter_state_dict")
         warn_of_untrained(handle)
         state, foreign = gather_flat(open_state(handle).values()), foreign_entries(handle)
-    return with_metadata(state | dict(foreign.values), foreign.versions) if foreign.values else state
+    metadata, beside = dict(foreign.versions), handle.record.beside
+    if beside:
+        metadata[""] = {**metadata.get("", {}), **beside_missing(beside)}
+    return with_metadata(state | dict(foreign.values), metadata) if metadata else state
 
 
 def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> dict[str, Any]:
@@ -95,7 +89,7 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
         True
     """
     dtype = dequantize_dtype(dequantize, "merged_state_dict")
-    handle = open_model(model, "merged_state_dict")
+    handle = open_model(model, "merged_state_dict", attached=True)
     with claimed("merged_state_dict", handle.record.owner):
         refuse_replaced_layers(handle, "merged_state_dict")
         warn_of_untrained(handle)
@@ -112,11 +106,6 @@ def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:
     state = handle.model.state_dict()
     metadata = {canonical(name): version for name, version in metadata_of(state).items()}
     return with_metadata({canonical(name): value for name, value in state.items()} | spread, metadata)
-
-
-def mark_merged(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict of merged weights whose metadata says so: a model with an adapter refuses to load it."""
-    return with_metadata(state, {**metadata, "": {**metadata.get("", {}), _MERGED: True}})
 
 
 def merge_state_dict(
@@ -174,7 +163,7 @@ def _dequantize_state(
     plain = {}
     for name, module in quantised.items():
         path, adapter = name.removesuffix("weight"), layer_adapter(module)
-        in_state = adapter is not None and path + adapter.stored_names()[0] in state
+        in_state = adapter is not None and all(path + leaf in state for leaf in adapter.stored_names())
         stored = adapter.stored_in(state, path) if adapter is not None and in_state else None
         plain[name] = plain_weight(name, module, dtype, rounding, stored)
     rounding.tell(DEQUANTISED, IN_FLOAT32, stacklevel=4)
@@ -187,7 +176,7 @@ def _layers_to_merge(listing: Listing, state: Mapping[str, Any]) -> list[tuple[s
     Raises:
         LoRAError: the state dict leaves out a weight to merge into, or a tensor of an adapter.
     """
-    layers = [(path, adapter) for path, adapter in _adapters_by_path(listing) if not adapter.quantised()]
+    layers = [(path, adapter) for path, adapter in adapters_by_path(listing.places) if not adapter.quantised()]
     names = [[path + leaf for leaf in (layer.weight_leaf, *layer.stored_names())] for path, layer in layers]
     whole = {layer for (_, layer), own in zip(layers, names, strict=True) if state.keys() >= set(own)}
     there = [
@@ -207,12 +196,6 @@ def _layers_to_merge(listing: Listing, state: Mapping[str, Any]) -> list[tuple[s
     return [(path, layer) for path, layer, _ in there]
 
 
-def _adapters_by_path(listing: Listing) -> list[tuple[str, AdaptedWeights]]:
-    """Return each adapter with the beginning of its tensors' names; a shared adapter under each path."""
-    modules = [(f"{name}." if name else "", module) for name, module in listing.places]
-    return [(path, adapter) for path, module in modules for adapter in adapters_in(module).values()]
-
-
 def refuse_unmergeable(listing: Listing, dtype: torch.dtype | None = None) -> None:
     """Raise LoRAError where merged weights cannot express an adapter of the model.
 
@@ -224,7 +207,7 @@ def refuse_unmergeable(listing: Listing, dtype: torch.dtype | None = None) -> No
         LoRAError: another module shares a layer's weight, or the weight is quantised and stays quantised.
     """
     record_ties(listing.modules)
-    for name, layer in listing.layers.items():
+    for name, layer in listing.all_layers.items():
         if layer.quantised() and not layer.lora.why_not_merge:
             if dtype is None:
                 refuse_quantised(name, layer.quantised())
@@ -248,79 +231,3 @@ def refuse_quantised(name: str, quantised: str) -> NoReturn:
         'adapter. Choose a dtype for plain weights in its place, such as dequantize="bfloat16" (save_merged, '
         "merged_state_dict, merge_and_unload, LoRACallback), or save the adapter instead."
     )
-
-
-def check_loads(places: NamedModules) -> None:
-    """Let an injected model, and each module with adapters in it, look at what load_state_dict loads. In place.
-
-    Args:
-        places: every module of the model, under each of its names.
-    """
-    names = {name for name, module in places if isinstance(module, AdaptedModule)}
-    names |= {outer for name in names for outer in ("", *parent_names(name))}
-    for name, module in places:
-        if name in names and not _hooks(module):
-            module.register_load_state_dict_pre_hook(_check_load)  # type: ignore[no-untyped-call]
-
-
-def stop_checking_loads(modules: Iterable[nn.Module]) -> None:
-    """Take the hooks of check_loads out of these modules. In place."""
-    for module in modules:
-        for key in _hooks(module):
-            del module._load_state_dict_pre_hooks[key]
-
-
-def _hooks(module: nn.Module) -> list[int]:
-    hooks = module._load_state_dict_pre_hooks
-    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check_load]
-
-
-def _check_load(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    metadata: Mapping[str, Any],
-    strict: bool,
-    missing: list[str],
-    *args: Any,
-) -> None:
-    """Look at a state dict before it is loaded into the injected model or a part of it (a hook of torch).
-
-    It acts in the module that load_state_dict was called on, and in the injected module. A complete base without an
-    adapter is recorded as the one from before training. Adapters without an entry beside others that have some are
-    missing; without any, each adapter keeps its tensors.
-
-    Raises:
-        LoRAError: the state dict says that its weights are merged, and training has reached the adapter.
-    """
-    if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
-        return
-    listing = Listing(module)
-    if metadata.get(_MERGED) and not all(layer.is_initial() for layer in listing.layers.values()):
-        _refuse_merged(module)
-    kept = {id(tensor) for layer in listing.layers.values() for tensor in layer.stored().values()}
-    given = {canonical(key.removeprefix(prefix)): v for key, v in state_dict.items() if id(v) not in kept}
-    factors = [(each, path + name) for path, each in _adapters_by_path(listing) for name in each.stored_names()]
-    loaded = {adapter for adapter, name in factors if name in given}
-    if loaded:
-        missing += [prefix + name for adapter, name in factors if adapter not in loaded]
-    else:
-        _record_base(listing, given)
-
-
-def _refuse_merged(module: nn.Module) -> NoReturn:
-    raise LoRAError(
-        'load_state_dict: the state dict holds merged weights, as save="merged" and merged_state_dict write them, and '
-        f"the {type(module).__name__} to load it into has an adapter, which would be added to them a second time. "
-        "Load the checkpoint with load_adapter(model, path), or its weights into a model without an adapter. Where a "
-        'library loads the best checkpoint when fit ends, pass merge_after_fit=True beside save="merged", or '
-        'save="full".'
-    )
-
-
-def _record_base(listing: Listing, given: Mapping[str, Any]) -> None:
-    """Record the values of a complete base that is loaded as those from before training."""
-    base = [name for name, _, module in listing.state() if not is_factor(name, module)]
-    handle = find_model(listing, part=True)
-    if handle is not None and given.keys() >= set(base):
-        record_loaded(handle, {name: given[name] for name in base})

@@ -163,6 +163,8 @@ class AdaptedModule(Swapped):
             super()._apply(_keeping_float32(fn, adapters), recurse)  # type: ignore[no-untyped-call]
             for adapter in adapters:
                 adapter.tie_again_(self, before, loaded=False)
+                if adapter.lora.beside is not None:
+                    adapter.lora.beside.move_(fn)
         for adapter in were_meta:
             if not _is_meta(adapter):  # to_empty gave it memory without values
                 adapter.draw_()
@@ -298,7 +300,7 @@ def _put_original(adapter: Adapter, destination: dict[str, Any], prefix: str) ->
 
 
 def _is_meta(adapter: Adapter) -> bool:
-    return next(iter(adapter.stored().values())).is_meta
+    return any(tensor.is_meta for tensor in adapter.stored().values())
 
 
 def _keeping_float32(fn: Transform, adapters: Iterable[Adapter]) -> Transform:

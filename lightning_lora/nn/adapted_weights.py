@@ -23,12 +23,15 @@ from ..names import canonical, join_names
 from . import low_rank
 from .adapted_module import AdaptedModule
 from .autocast import without_autocast
+from .beside import Packed, add_beside
 from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, parts_of, restored_weight, unmerge_weight_
 from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop_to_window, dense_delta
-from .variant import EffectiveFactors, LayerInfo, Parts, Stored, Variant
+from .variant import EffectiveFactors, LayerInfo, NothingTrained, Parts, Stored, Variant
 
 Blocks = list[LowRankBlock]  # of one weight
+
+NOTHING = NothingTrained()
 
 NamedModules = Sequence[tuple[str, nn.Module]]  # what named_modules() yields
 
@@ -68,6 +71,10 @@ class LayerState:
     sharded: int = 0  # over how many dimensions of ranks the weight lay when it was last seen
     training_checked: bool = False  # training was seen to reach the layer, or a warning has named it
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
+    strength: float = (
+        1.0  # by which the trained adapter is weakened or strengthened inside `scaled`; 0: it does not act
+    )
+    beside: Packed | None = None  # the attached adapters
     known_info: tuple[LayerSpec, LayerInfo] | None = None  # the last result of `layer_info`, with its spec
     # Memory of plain copies, kept from merge to merge: on the CPU fresh pages take longer than the copy.
     copies: Buffers = field(default_factory=Buffers)
@@ -101,8 +108,13 @@ class StoredTensors:
 
     def options_text(self) -> str:
         """Return r and alpha as text, for the module's repr."""
-        spec = self.lora.spec
-        return f"r={spec.r}, alpha={spec.alpha:g}"
+        spec, beside = self.lora.spec, self.lora.beside
+        trained = [f"r={spec.r}, alpha={spec.alpha:g}"] if self.is_trained() else []
+        return ", ".join([*trained, *([f"beside={[*beside.shares]}"] if beside is not None else [])])
+
+    def is_trained(self) -> bool:
+        """Return whether the layer has an adapter that is trained, and not attached ones alone."""
+        return bool(self.lora.spec.variant.leaves)
 
     def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
         """Return the stored tensors by leaf name: trained ones first, then frozen ones.
@@ -262,13 +274,23 @@ class StoredTensors:
 class AdaptedWeights(StoredTensors):
     """The adapter of one layer or of one parameter, and the weights that it changes."""
 
-    lora_active: bool  # whether the adapter is applied in a forward
+    lora_active: bool  # whether the adapters are applied in a forward
+
+    @property
+    def scaling(self) -> float:
+        """s of the trained adapter, times its present strength."""
+        return self.lora.spec.scaling * self.lora.strength
+
+    def let_nothing_train_(self) -> None:
+        """Remove the stored tensors of the trained adapter. In place."""
+        for holder in self.lora_holders():
+            for name in self.stored_names():
+                holder._parameters.pop(name, None)
+        self.lora.spec, self.lora.strength = LayerSpec(r=0, alpha=0, scaling=1, variant=NOTHING), 0.0
 
     def strip_(self) -> None:
         """Remove the stored tensors and restore the holders' classes and attributes; weights stay. In place."""
-        for holder in self.lora_holders():
-            for leaf in self.lora.spec.variant.leaves:
-                holder._parameters.pop(self.stored_name(leaf), None)
+        self.let_nothing_train_()
         for holder in self.lora_holders():
             if isinstance(holder, AdaptedModule):
                 holder.lora_take_out(self)
@@ -294,26 +316,32 @@ class AdaptedWeights(StoredTensors):
     def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W' for W, differentiable in the trained tensors.
 
-        Dropout drops whole input features, the same ones for the whole batch, because the input is not known here.
+        Dropout drops whole input features, the same ones for the whole batch, because the input is not known here. What
+        is beside has no dropout.
         """
         self.note_segment()
-        a, b, scale = self.effective_factors()
-        if self.drops():
-            a = a * F.dropout(a.new_ones(1, a.shape[1], *[1] * (a.dim() - 2)), self.lora.spec.dropout)
         if self.weight_leaf not in self.lora_holder._parameters:
             raise LoRAError(
                 f"{type(self.lora_holder).__name__}: since injection, {self.weight_leaf} is computed from other "
                 "parameters (weight_norm, parametrize); undo that."
             )
-        dense = weight + self.delta(a, b)  # in the wider dtype of the two
-        if scale is not None:
-            dense = dense * low_rank.over_weight(self.KIND, scale, weight)
+        dense = weight
+        if self.lora.strength:
+            a, b, scale = self.effective_factors()
+            if self.drops():
+                a = a * F.dropout(a.new_ones(1, a.shape[1], *[1] * (a.dim() - 2)), self.lora.spec.dropout)
+            # In the wider dtype of the two; B is smaller than B @ A.
+            dense = dense + self.delta(a, b * self.scaling, self.lora.spec.enabled)
+            if scale is not None:
+                dense = dense * low_rank.over_weight(self.KIND, scale, weight)
+        if self.lora.beside is not None:
+            dense = dense + self.delta(*self.lora.beside.factors(weight.device))
         return dense.to(weight.dtype)
 
-    def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return s * B @ A in the weight's shape and the factors' dtype, differentiable."""
-        info = self.layer_info()
-        return dense_delta(info.low_rank_blocks(a, b * self.lora.spec.scaling), info.shape)  # B is smaller than B @ A
+    def delta(self, a: torch.Tensor, b: torch.Tensor, enabled: tuple[bool, ...] | None = None) -> torch.Tensor:
+        """Return B @ A in the weight's shape and the factors' dtype, differentiable."""
+        shape = self.layer_info().shape
+        return dense_delta(low_rank.low_rank_blocks(self.KIND, shape, a, b, enabled), shape)
 
     def drops(self) -> bool:
         """Return whether dropout acts now.
@@ -352,8 +380,13 @@ class AdaptedWeights(StoredTensors):
         """Return why merging would be wrong for this layer, or ""."""
         return self.lora.why_not_merge
 
+    @property
+    def merge_scaling(self) -> float:
+        """What `blocks` are still to be multiplied by: s, or 1 where adapters are attached, each with its own s."""
+        return self.scaling if self.lora.beside is None else 1.0
+
     def blocks(self, weight: torch.Tensor, stored: Stored | None = None) -> Blocks:
-        """Return the blocks that are added to this rank's shard of the weight.
+        """Return the blocks that are added to this rank's shard of the weight, without merge_scaling.
 
         Collective where the stored tensors or the weight are sharded.
 
@@ -366,11 +399,15 @@ class AdaptedWeights(StoredTensors):
         def read() -> Parts:
             return parts_of(full_tensor(weight))
 
-        blocks = self.lora.spec.variant.live_blocks(whole, self.layer_info(), weight, read)
+        info, beside, blocks = self.layer_info(), self.lora.beside, Blocks()
+        if self.lora.strength:
+            blocks = self.lora.spec.variant.live_blocks(whole, info, weight, read)
+        if beside is not None:
+            blocks = add_beside(blocks, beside.blocks(info.kind, info.shape, weight.device), self.scaling)
         return self.crop_to_shard(blocks, weight)
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
-        """Return the blocks that are added to the whole weight, without s and without a scale.
+        """Return the blocks that the trained adapter adds to the whole weight, without s and without a scale.
 
         Collective where `blocks` is.
         """
@@ -423,7 +460,7 @@ class AdaptedWeights(StoredTensors):
                 state.undo, matrix = Undo() if state.undo is None else state.undo, self.as_matrix(local(weight))
                 copies = (state.copies if matrix.is_cpu else Buffers()) if copy else None
                 how: dict[str, Any] = {"copies": copies, "undo": state.undo, "buffers": buffers}
-                merge_weight_(matrix, blocks, state.spec.scaling, cost=cost, **how)
+                merge_weight_(matrix, blocks, self.merge_scaling, cost=cost, **how)
                 vars(self)["lora_active"], state.merged = False, True  # nn.Module.__setattr__ is many times slower
                 state.unfinished = False
             except BaseException:
@@ -511,8 +548,14 @@ class AdaptedWeights(StoredTensors):
             cost: as of merge_weight_.
         """
         shard = local(weight)
-        values = merged_weight(self.as_matrix(shard), blocks, self.lora.spec.scaling, cost=cost).view(shard.shape)
+        values = merged_weight(self.as_matrix(shard), blocks, self.merge_scaling, cost=cost).view(shard.shape)
         return from_local_like(values, weight)
+
+
+def train_(layer: AdaptedWeights, spec: LayerSpec) -> AdaptedWeights:
+    """Let an adapter be trained where attached ones act alone. Its tensors are created later. In place."""
+    layer.lora.spec, layer.lora.strength = spec, 1.0
+    return layer
 
 
 def adapted_places(
@@ -549,6 +592,16 @@ def adapted_layers(
 def adapters_in(module: object) -> Mapping[str, AdaptedWeights]:
     """Return a module's own adapters by parameter name; a whole adapted layer has one adapter, named ""."""
     return module.lora_adapters() if isinstance(module, AdaptedModule) else {}  # type: ignore[return-value]
+
+
+def adapters_by_path(places: NamedModules) -> list[tuple[str, AdaptedWeights]]:
+    """Return each adapter with the beginning of its tensors' names; a shared adapter under each path.
+
+    Args:
+        places: every module of a model, under each of its names.
+    """
+    modules = [(f"{name}." if name else "", module) for name, module in places]
+    return [(path, adapter) for path, module in modules for adapter in adapters_in(module).values()]
 
 
 def layer_adapter(module: object) -> AdaptedWeights | None:

@@ -28,10 +28,12 @@ class LoRAConv(LoRALayer):
 
     def runs_on_factors(self, x: torch.Tensor) -> bool:
         """Dropout of single elements of the input needs the factors, whatever they cost."""
-        layer, spec = cast(nn.Conv2d, self), self.lora.spec
-        with torch.no_grad():
-            _, b, _ = spec.variant.effective_factors(self.stored(), None, spec.scaling)
-        costs_less = b.shape[1] * layer.groups < layer.out_channels
+        layer, spec, beside = cast(nn.Conv2d, self), self.lora.spec, self.lora.beside
+        rank = 0 if beside is None else beside.rank
+        if self.lora.strength:
+            with torch.no_grad():
+                rank += spec.variant.effective_factors(self.stored(), None, spec.scaling)[1].shape[1]
+        costs_less = rank * layer.groups < layer.out_channels
         return super().runs_on_factors(x) and (costs_less or self.drops())
 
     def effective_factors(self) -> EffectiveFactors:

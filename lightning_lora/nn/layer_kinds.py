@@ -7,7 +7,7 @@ from typing import cast
 from torch import nn
 
 from .adapted_module import swapped_class
-from .adapted_weights import LayerSpec, LayerState
+from .adapted_weights import LayerSpec, LayerState, train_
 from .lora import LoRA
 from .lora_layer import LAYER_CLASSES, LoRALayer
 from .quantised import quantised_parameters
@@ -29,7 +29,12 @@ def layer_class(module: nn.Module, variant: Variant = LORA) -> type[LoRALayer] |
 
 
 def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> LoRALayer:
-    """Turn a supported module into an adapted layer. Its stored tensors are created later. In place."""
+    """Turn a supported module into an adapted layer, if it is none yet. In place.
+
+    Its stored tensors are created later.
+    """
+    if isinstance(module, LoRALayer):  # adapters are attached to it
+        return cast(LoRALayer, train_(module, spec))
     adapting = cast(type[LoRALayer], layer_class(module, spec.variant))
     custom_forward = not all(_is_known(adapting, type(module), method) for method in adapting.KNOWN_FORWARD)
     module.__class__ = swapped_class(adapting, type(module))

@@ -15,6 +15,7 @@ from ..names import names_factor
 from . import low_rank
 from .adapted_module import AdaptedModule, StandIns
 from .adapted_weights import AdaptedWeights
+from .beside import Packed
 from .transforms import runs_by_formula
 
 DROPOUT_STEPS = 2**16
@@ -89,16 +90,28 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         return not (self.lora.custom_forward or (self.lora.spec.variant.reads_weight and x.is_nested))
 
     def factored_forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return y = c * (W x + s * B(A(dropout(x)))) + bias without building B @ A. Most variants have no scale c."""
-        a, b, scale = self.effective_factors()
-        y = self.sum_forward(x, a, b)
-        return y if scale is None else self.scaled(y, scale)
+        """Return y = c * (W x + s * B(A(dropout(x)))) + bias without building B @ A, and what is beside added to it.
+
+        Most variants have no scale c.
+        """
+        if self.lora.strength:
+            a, b, scale = self.effective_factors()
+            y = self.sum_forward(x, a, b)
+            y = y if scale is None else self.scaled(y, scale)
+        else:
+            y = cast(torch.Tensor, self.base_forward(x))
+        return y if self.lora.beside is None else self.with_beside(y, x, self.lora.beside)
 
     def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return y = W x + bias + s * B(A(dropout(x)))."""
         y = cast(torch.Tensor, self.base_forward(x))
         dropped, scaling = self.dropped(x)
         product = self.low_rank_product(dropped, a, b * scaling)  # B is smaller than the product
+        return y + product if runs_by_formula(y) else y.add_(product)
+
+    def with_beside(self, y: torch.Tensor, x: torch.Tensor, beside: Packed) -> torch.Tensor:
+        """Return y with the sum of w_i * s_i * B_i(A_i(x)) added to it. In place, where that may be."""
+        product = self.low_rank_product(x, *beside.factors_like(x, self.KIND, self.adapted_weight()))
         return y + product if runs_by_formula(y) else y.add_(product)
 
     def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -133,7 +146,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         """Return the adapter's input after dropout, and the scaling that its product needs then."""
         spec = self.lora.spec
         x, factor = drop(x, spec.dropout) if self.drops() else (x, 1.0)
-        return x, spec.scaling * factor
+        return x, self.scaling * factor
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter. A stored tensor that parallelize_module has sharded is placed like the weight first.

@@ -17,11 +17,13 @@ from contextlib import contextmanager
 
 from ..errors import LoRAError
 
-DISABLED = "disable_adapter"
-RIGHT_INSIDE = (DISABLED, "merged", "merge", "unmerge", "cast or move", "inject")  # verbs, inside disable_adapter
+DISABLED, OFF = "disable_adapter", "scaled(model, 0)"
+# Verbs that are right where values from before training stand in for trained ones.
+RIGHT_INSIDE = (DISABLED, OFF, "scaled", "merged", "merge", "unmerge", "cast or move", "inject")
+RIGHT_INSIDE_OFF = (*RIGHT_INSIDE, "merged_state_dict", "save_merged")
 REFUSED_INSIDE = (
-    "refused inside `with disable_adapter(model)`, where values from before training stand in for trained ones. "
-    "Do it before or after the block."
+    "refused inside `with disable_adapter(model)` and `with scaled(model, 0)`, where values from before training stand "
+    "in for trained ones. Do it before or after the block."
 )
 
 
@@ -50,7 +52,10 @@ class Owner:
                         "Only one thread at a time may change or save a model: hold one threading.Lock around each "
                         "such call, including its whole `with` block, and around the forwards of other threads."
                     )
-            if claim.verb not in RIGHT_INSIDE and self.holds(DISABLED, beside=claim):
+            if any(
+                claim.verb not in right and self.holds(verb, beside=claim)
+                for verb, right in ((DISABLED, RIGHT_INSIDE), (OFF, RIGHT_INSIDE_OFF))
+            ):
                 raise LoRAError(f"{claim.verb}: {REFUSED_INSIDE}")
             self.claims[claim] = None
 

@@ -19,7 +19,7 @@ from ..errors import LoRAError
 from ..names import join_names, parameter_factor_name, split_factor_name
 from . import low_rank
 from .adapted_module import AdaptedModule, Adapter, StandIns, is_factor, swapped_class
-from .adapted_weights import AdaptedWeights, LayerSpec, LayerState
+from .adapted_weights import AdaptedWeights, LayerSpec, LayerState, train_
 from .factored_weight import FactoredWeight
 from .low_rank import LowRankBlock, crop, stack_factors
 from .quantised import shape_of
@@ -63,26 +63,32 @@ class LoRAParameter(AdaptedWeights):
         rows = weight.shape[1]
         return crop(blocks, slice(experts.start * rows, experts.stop * rows))
 
-    def delta(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> torch.Tensor:
-        left, right = self._left_and_right(factor_a, factor_b)
+    def delta(self, a: torch.Tensor, b: torch.Tensor, enabled: tuple[bool, ...] | None = None) -> torch.Tensor:
+        left, right = self._left_and_right(a, b)
         return left @ right
 
-    def _left_and_right(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return left (m, r) and right (r, n), or for a stack (E, m, r) and (E, r, n). The scaling is in left."""
-        left, right = factor_b, factor_a
-        if self.KIND in low_rank.STACKS:
-            left, right = stack_factors(self.KIND, self.adapted_weight().shape, factor_a, factor_b)
-        return left * self.lora.spec.scaling, right
+    def _left_and_right(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return left (m, r) and right (r, n), or for a stack (E, m, r) and (E, r, n)."""
+        is_stack = self.KIND in low_rank.STACKS
+        return stack_factors(self.KIND, self.adapted_weight().shape, a, b) if is_stack else (b, a)
 
     def stand_in(self, weight: torch.Tensor) -> Any:
         """Return W', or a FactoredWeight if the module's forward is known to work with one."""
         known = self.module.lora_base.forward.__module__.startswith(FACTORED)
         if not known or torch.compiler.is_compiling() or runs_by_formula(weight):
             return super().stand_in(weight)
-        a, b, scale = self.effective_factors()
-        if scale is not None:
-            return super().stand_in(weight)
+        pairs, beside = [], self.lora.beside
+        if self.lora.strength:
+            a, b, scale = self.effective_factors()
+            if scale is not None:
+                return super().stand_in(weight)
+            pairs.append((a, b * self.scaling))
+        if beside is not None:
+            pairs.append(beside.factors(weight.device))
+        if not pairs:
+            return weight
         self.note_segment()
+        a, b = pairs[0] if len(pairs) == 1 else low_rank.stack_ranks(*pairs[0], *pairs[1])
         return FactoredWeight(weight, *self._left_and_right(a, b))
 
 
@@ -147,12 +153,17 @@ def parameter_kind(module: nn.Module, parameter: str) -> str:
 
 
 def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSpec, injection: object) -> LoRAParameter:
-    """Add an adapter for one parameter to a module. Its stored tensors are created later. In place."""
+    """Add an adapter for one parameter to a module, or to what is attached to it. In place.
+
+    Its stored tensors are created later.
+    """
     if not isinstance(module, LoRAParameterHolder):
         mixin = next((each for each in HOLDERS if isinstance(module, each.MODULES)), LoRAParameterHolder)
         module.__class__ = swapped_class(mixin, type(module))
         vars(module)["lora_parameters"] = {}
     holder = cast(LoRAParameterHolder, module)
+    if parameter in holder.lora_parameters:  # adapters are attached to it
+        return cast(LoRAParameter, train_(holder.lora_parameters[parameter], spec))
     adapter = LoRAParameter(holder, parameter, LayerState(spec, name, injection))
     holder.lora_parameters[parameter] = adapter
     return adapter

@@ -105,8 +105,7 @@ def patch_readers(modules: Iterable[nn.Module]) -> None:
             if paths:
                 vars(module)["lora_reads"] = paths
             else:
-                vars(module).pop("lora_reads", None)
-                module.__class__ = module.lora_base  # type: ignore[assignment]
+                undo_readers([module])
         elif isinstance(module, LoRAParameterHolder):
             if not isinstance(module, nn.MultiheadAttention):  # its holder knows out_proj
                 _refuse_reading_holder(module)
@@ -115,6 +114,14 @@ def patch_readers(modules: Iterable[nn.Module]) -> None:
             if paths:
                 vars(module)["lora_reads"] = paths
                 module.__class__ = swapped_class(LoRAReader, type(module))
+
+
+def undo_readers(modules: Iterable[nn.Module]) -> None:
+    """Turn readers back, before more layers are adapted: a reader may be one of them. In place."""
+    for module in modules:
+        if isinstance(module, LoRAReader):
+            vars(module).pop("lora_reads", None)
+            module.__class__ = module.lora_base  # type: ignore[assignment]
 
 
 def _refuse_reading_holder(module: LoRAParameterHolder) -> None:

@@ -126,6 +126,8 @@ class TokenRows(AdaptedWeights):
     def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
         self.note_segment()
         table = self.tables[0]
+        if not self.lora.strength:
+            return weight
         if WEIGHT not in table._parameters:
             raise LoRAError(
                 f"{type(table).__name__}: since injection, weight is computed from other parameters (weight_norm, "
@@ -156,7 +158,7 @@ class LoRATable(AdaptedModule):
         return self.lora_row_ids
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.lora_table.lora_active:
+        if not self.lora_table.lora_active or not self.lora_table.lora.strength:
             return super().forward(*args, **kwargs)
         nested = any(getattr(each, "is_nested", False) for each in (*args, *kwargs.values()))  # they have few operators
         if self.lora_custom_forward or nested:

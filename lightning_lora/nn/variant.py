@@ -351,6 +351,16 @@ class Variant:
         return {ours.get(name, name): value for name, value in options.items()}
 
 
+class NothingTrained(Variant):
+    """The variant of a layer in which attached adapters act alone: it stores nothing."""
+
+    def shapes(self, info: LayerInfo) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def start(self, info: LayerInfo, weight: Weight) -> dict[str, torch.Tensor]:
+        return {}
+
+
 def variant_of(config: Config) -> Variant:
     """Return the variant that a LoRAConfig asks for."""
     return BY_OPTION[START_OPTION] if config.has_start else KNOWN_VARIANTS[config.variant]

@@ -61,6 +61,8 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     record.run.merged_eval = options.merged_eval
     if trainer.loggers:
         own = {name: getattr(options, name) for name in LOGGED}
+        if record.beside:
+            own["beside"] = {name: each.weight for name, each in sorted(record.beside.items())}
         log_options(handle.model, as_hyperparameters(record.config, **own))
     if options.verbose:
         found = summarise(handle)

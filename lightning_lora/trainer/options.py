@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..config import LoRAConfig
-from ..errors import LoRAError
+from ..config import LoRAConfig, is_number
+from ..errors import LoRAError, shown
 from ..formats.lightning_checkpoint import Kind, check_kind
 from ..model.dequantize import dequantize_dtype
 from ..model.inject import fixed_seed
@@ -25,6 +26,7 @@ class Options(Protocol):
     merged_eval: bool
     save: Kind
     seed: int | None
+    beside: Mapping[str, Any] | None
     merge_after_fit: bool
     quantize: str | None
     dequantize: str | torch.dtype | None
@@ -42,6 +44,37 @@ def check_own_options(options: Options) -> None:
         if not isinstance(value, bool):
             raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {value!r}.")
     seed_text(options)
+    sources_of(options.beside)
+
+
+class Source(NamedTuple):
+    """An adapter of LoRACallback(beside=...): any source that load_adapter takes, and its strength."""
+
+    source: Any
+    weight: float
+
+
+def sources_of(beside: Mapping[str, Any] | None) -> dict[str, Source]:
+    """Return the adapters of LoRACallback(beside=...), in the order of names. LoRAError: a value is not allowed."""
+    if not isinstance(beside, Mapping | None):
+        raise LoRAError(
+            "LoRACallback: beside must be a mapping of a name to a source, as {'sft': 'folder'}, but it is "
+            f"{shown(beside)}."
+        )
+    return {name: _source_of(name, each) for name, each in sorted((beside or {}).items())}
+
+
+def _source_of(name: str, given: Any) -> Source:
+    """Return a source that was given by itself, or with a weight."""
+    if not (isinstance(given, Mapping) and ("source" in given or given.keys() <= {"weight"})):
+        return Source(given, 1.0)
+    weight = given.get("weight", 1.0)
+    if "source" not in given or given.keys() - {"source", "weight"} or not is_number(weight):
+        raise LoRAError(
+            f"LoRACallback: beside[{name!r}] must be a source or {{'source': ..., 'weight': a number}}, but it is "
+            f"{shown(dict(given))}."
+        )
+    return Source(given["source"], float(weight))
 
 
 def seed_text(options: Options) -> str:

@@ -6,14 +6,23 @@ last method that the module has, finds what each of them has built.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from ..adapter.adapter import Adapter
+from ..adapter.identity import digest_of
 from ..config import LoRAConfig
-from ..errors import shown
+from ..errors import LoRAError, shown
+from ..exchange.align import align_names
+from ..exchange.attach import attach
+from ..exchange.first_names import Names
+from ..formats.peft_parameters import order_in
+from ..formats.sources import read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_model
+from ..model.attached import take_out_attached_
 from ..model.initial_values import snapshot_initial
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, random_seed
 from ..model.injection import Injection
@@ -30,10 +39,10 @@ from .checkpoint_options import (
     refuse_folder_for_checkpoint,
 )
 from .cli_optimizer import adapt_cli_optimizer
-from .compatibility import refuse_composition, refuse_other_options
+from .compatibility import launches, refuse_composition, refuse_other_options
 from .deepspeed import outside_zero_init
 from .lightning_packages import is_overridden
-from .options import Options, seed_text
+from .options import Options, seed_text, sources_of
 from .precision import (
     convert_linear_layers_,
     leave_out_of_ddp_,
@@ -62,6 +71,7 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
     is_injected = find_model(module) is not None
     refuse_composition(trainer, options, injected=is_injected)
     refuse_folder_for_checkpoint(trainer)
+    _refuse_attaching_in_workers(trainer, module, options)
     if is_merged_for_good(module):
         if not is_injected and stage != "fit":
             load_plain_weights_only(module)
@@ -107,6 +117,7 @@ def _adapt_now(module: nn.Module, options: Options, record: Injection) -> None:
         patch(module, last, _build_and_adapt, last, options, record)
     elif handle is not None and "validated" not in handle.record.marks:  # an earlier setup was broken off
         finish_injection(handle, adapt_new_layers(handle))
+    _attach_sources(module, options, is_complete=last is None)
 
 
 def stop_adapting(module: nn.Module) -> None:
@@ -126,10 +137,11 @@ def _build_and_adapt(
 ) -> None:
     """Adapt what was built before, call the method of this name, which may shard it, and adapt what that built."""
     _adapt_built(module, options, record, is_complete=False)
-    before = set(module.modules())
+    before, attached_before = set(module.modules()), _attached_in(module)
     call_previous(module, previous, name, *args, **kwargs)
     if (handle := find_model(module)) is not None:
         handle.forget_modules(set(module.modules()) - before)
+    _take_out_of_rebuilt(module, options, attached_before)
     _adapt_built(module, options, record, is_complete=True)
 
 
@@ -150,6 +162,7 @@ def _adapt_built(module: nn.Module, options: Options, record: Injection, *, is_c
             if is_complete:
                 snapshot_initial(handle)
                 finish_injection(handle, selection)
+        _attach_sources(module, options, is_complete=is_complete)
 
 
 def _inject(module: nn.Module, options: Options, record: Injection, *, is_complete: bool) -> AdaptedModel | None:
@@ -173,6 +186,7 @@ def _adopt(handle: AdaptedModel, options: Options) -> None:
     Dropout may be another: it is of training alone, and no tensor depends on it.
     """
     refuse_late_conversion(handle)
+    handle.record.marks.discard("factored")  # because of evaluations of an earlier run
     refuse_other_options(handle, options.config, options.given, seed_text(options))
     if "lora_dropout" in options.given:
         dropout = options.config.lora_dropout
@@ -187,3 +201,71 @@ def _prepare_copies(handle: AdaptedModel | None, options: Options) -> None:
     if handle is not None:
         leave_out_of_ddp_(handle)
         save_as(handle, options.save, options.dequantize)
+
+
+def _attach_sources(module: nn.Module, options: Options, *, is_complete: bool) -> None:
+    """Attach the adapters of LoRACallback(beside=...) that are not attached yet. In place.
+
+    Args:
+        module: the LightningModule.
+        options: the LoRACallback.
+        is_complete: all layers are there. Otherwise an adapter waits whose layers are built later.
+
+    Raises:
+        LoRAError: an adapter does not go with the model.
+    """
+    for name, each in sources_of(options.beside).items():
+        adapter = read_source(each.source, order_in(module), "LoRACallback")
+        handle = find_model(module, attached=True)
+        if handle is not None and name in handle.record.beside:
+            if handle.record.beside[name].fingerprint != digest_of(adapter):
+                raise LoRAError(
+                    f"LoRACallback: beside names another adapter {name!r} than the one that is attached to the model. "
+                    f"Call detach(model, {name!r}) first, or give it another name."
+                )
+        elif is_complete or _has_layers(Listing(module), adapter):
+            attach(module, adapter, name=name, weight=each.weight)
+
+
+def _has_layers(listing: Listing, adapter: Adapter) -> bool:
+    """Return whether a model has all layers of an adapter, under one prefix."""
+    try:
+        align_names(listing, Names(listing.places), adapter)
+    except LoRAError:
+        return False
+    return True
+
+
+def _attached_in(module: nn.Module) -> Counter[str]:
+    """Return in how many layers each attached adapter acts, by name."""
+    layers = Listing(module).all_layers.values()
+    return Counter(name for layer in layers if layer.lora.beside is not None for name in layer.lora.beside.shares)
+
+
+def _take_out_of_rebuilt(module: nn.Module, options: Options, before: Counter[str]) -> None:
+    """Take out each attached adapter of which some layers are gone, because a method built them anew. In place.
+
+    Raises:
+        LoRAError: the callback has no source from which to attach it again.
+    """
+    handle, now = find_model(module, attached=True), _attached_in(module)
+    for name, layers in before.items():
+        if handle is None or now[name] == layers:
+            continue
+        if name not in sources_of(options.beside):
+            raise LoRAError(
+                f"LoRACallback: {type(module).__name__} built layers anew to which {name!r} was attached. Let the "
+                f"callback attach it: LoRACallback(beside={{{name!r}: source}})."
+            )
+        take_out_attached_(handle, name)
+
+
+def _refuse_attaching_in_workers(trainer: Any, module: nn.Module, options: Options) -> None:
+    """Raise LoRAError where processes that the strategy starts would attach adapters, and this one would not."""
+    missing = sorted(sources_of(options.beside).keys() - _attached_in(module).keys())
+    if missing and trainer.state.fn == "fit" and launches(trainer):
+        raise LoRAError(
+            f"LoRACallback: {type(trainer.strategy).__name__} starts processes from this one and brings back weights "
+            f"only, so the main process needs {missing[0]!r} beside its adapter too. Call attach(model, source, "
+            f"name={missing[0]!r}) before fit, or use strategy='ddp'."
+        )

@@ -51,6 +51,23 @@ def check_preference(printed: str) -> None:
     assert reference == before
 
 
+def check_dpo_after_sft(printed: str) -> None:
+    before, after, none, margin, by_two = numbers(printed)
+    assert after > 90 > before + 50
+    assert (none, margin > 5, by_two) == (0, True, margin)
+    assert "the same for each pair: True" in printed
+
+
+def check_strength(printed: str) -> None:
+    *rows, best = [numbers(line) for line in printed.splitlines()[1:]]
+    assert [row[0] for row in rows] == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]
+    mirrored, upright, mean = zip(*(row[1:] for row in rows), strict=True)
+    assert max(mirrored) > mirrored[0] + 0.3
+    assert upright[0] > upright[4] + 0.2 > upright[6] + 0.2
+    assert 0 < best[0] < 1
+    assert max(mean) > max(mean[0], mean[4]) + 0.03
+
+
 def check_lstm(printed: str) -> None:
     english, before, after = (float(score) for score in re.findall(r": +(0\.\d\d)", printed))
     assert english > before + 0.3

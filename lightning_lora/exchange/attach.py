@@ -1,0 +1,253 @@
+"""attach: read an adapter, fit it to a model, and put it beside the trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..adapter.adapter import Adapter
+from ..adapter.fingerprint import compare_fingerprints, fingerprint_entries
+from ..adapter.identity import digest_of
+from ..config import LoRAConfig
+from ..distributed.sharding import is_spread
+from ..errors import LoRAError
+from ..files.paths import PathLike
+from ..formats.peft_parameters import order_in
+from ..formats.sources import read_source
+from ..matching import near_misses
+from ..model.adapted_model import AdaptedModel, Listing, find_model
+from ..model.attached import attach_to_layers_, begin_attached, check_weight, take_out_attached_
+from ..model.live_state import LiveState, open_state, original_value
+from ..model.merging import FoundState, holds_merged, unmerge_listed
+from ..model.reasons import LAYER, PARAMETER, Candidate
+from ..model.wrappers import unwrapped
+from ..nn.adapted_weights import AdaptedWeights
+from ..nn.attachment import Beside
+from ..nn.beside import Attached
+from ..nn.layer_kinds import layer_class
+from ..nn.low_rank import ATTENTION_OUTPUT, CONV, GROUPED_CONV, factor_shapes, to_block_diagonal
+from ..nn.owner import claimed
+from ..nn.parameter import parameter_kind, weights_of
+from ..nn.quantised import shape_of
+from ..nn.variant import LayerInfo
+from .align import align_names, as_in_model, split_off_base
+from .first_names import Names, by_first_names
+from .take import fingerprint_of
+
+Modules = Mapping[str, nn.Module]
+Parameters = Mapping[str, tuple[nn.Module, str]]
+
+
+def attach(
+    model: nn.Module,
+    source: PathLike | Mapping[str, Any] | Adapter,
+    *,
+    name: str,
+    weight: float = 1.0,
+    strict_base: bool = True,
+) -> list[str]:
+    """Put a frozen adapter beside the trained one, in place: W' = c * (W + s * B @ A) + sum of w_i * s_i * B_i @ A_i.
+
+    It acts in forwards, in merge and in merged weights, and is never trained: its tensors are no parameters, no buffers
+    and no part of state_dict(). Any number may be attached, to an injected model or a plain one, before inject or
+    LoRACallback or after; layers without a trained adapter get it alone. disable_adapter turns all off.
+
+    Args:
+        model: with the base that the adapter was trained on.
+        source: any form of adapter that load_adapter takes.
+        name: by which detach, scaled and set_weight call it: a text without dots.
+        weight: w, 1 as trained.
+        strict_base: whether another base than the adapter's is an error or a warning.
+
+    Returns:
+        The names of the layers in which it acts.
+
+    Raises:
+        LoRAError: an adapter of this name is attached; the source is damaged or does not fit; the adapter is one of
+            DoRA, or holds trained rows or whole modules with other values than the model's, which are no sums; or the
+            model is sharded already. The model is then as it was.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> save_adapter(model, "sft")
+        >>> unload(model)
+        >>> attach(model, "sft", name="sft", weight=0.5)
+        ['0', '2']
+        >>> inject(model, LoRAConfig(r=4, target_modules=["0"]))  # a new adapter is trained beside it
+        ['0']
+    """
+    if not isinstance(name, str) or not name or "." in name:
+        raise LoRAError(f"attach: a name must be a text without dots, and not empty, but it is {name!r}.")
+    check_weight(weight, "attach")
+    listing = Listing(unwrapped(model, "attach"))
+    adapter = read_source(source, order_in(listing.model), "attach")
+    handle = find_model(listing, attached=True) or begin_attached(listing.model)
+    return _attach(handle, adapter, name, weight, strict_base)
+
+
+def _attach(handle: AdaptedModel, adapter: Adapter, name: str, weight: float, strict_base: bool) -> list[str]:
+    with claimed("attach", handle.record.owner):
+        if name in handle.record.beside:
+            raise LoRAError(f"attach: an adapter {name!r} is attached already; call detach(model, {name!r}) first.")
+        found = FoundState(handle)
+        if holds_merged(handle.all_layers.values()):
+            unmerge_listed(handle)
+        try:
+            pairs = _pairs(handle, adapter, name, weight, strict_base)
+            attach_to_layers_(handle, name, pairs, Beside(float(weight), digest_of(adapter)), dict(handle.modules))
+            found.bring_back(handle)
+        except BaseException:
+            if name in handle.record.beside:  # merging failed
+                take_out_attached_(handle, name)
+            elif not handle.record.is_injection and not handle.record.beside:  # nothing was ever attached
+                handle.record.end(handle.root)
+            if handle.all_layers:
+                found.bring_back(handle)
+            raise
+    return list(pairs)
+
+
+def _pairs(
+    handle: AdaptedModel, adapter: Adapter, called: str, weight: float, strict_base: bool
+) -> dict[str, Attached]:
+    """Return the factors of an adapter for each of its layers in a model, after all checks."""
+    names = Names(handle.places)
+    adapter = by_first_names(names, align_names(handle, names, adapter))
+    _refuse_kinds_of_adapters(adapter, called)
+    modules = dict(handle.modules)
+    parameters = weights_of(modules) if adapter.parameters else {}
+    order = {name: position for position, name in enumerate((*modules, *parameters))}
+    wanted = sorted(adapter.layers, key=lambda name: order.get(name, len(order)))
+    kinds = {name: _kind(name, modules, parameters) for name in wanted}
+    adapter = as_in_model(adapter, kinds)
+    live = open_state(handle)
+    adapter = split_off_base(live, adapter)
+    _refuse_other_values(live, adapter, called)
+    _check_base(live, adapter, strict_base)
+    with torch.inference_mode(False), torch.no_grad():
+        return {name: _pair(handle, adapter, name, kinds[name], called, weight, modules, parameters) for name in wanted}
+
+
+def _refuse_kinds_of_adapters(adapter: Adapter, called: str) -> None:
+    if not adapter.layers:
+        raise LoRAError(f"attach: {called!r} adapts no layer.")
+    if adapter.variant.reads_weight:
+        raise LoRAError(
+            f"attach: {called!r} is an adapter of {adapter.variant.title}, whose scale depends on the weight, so it is "
+            "no sum. Merge it into the base (save_merged) and load that."
+        )
+    if rows := adapter.rows():
+        raise LoRAError(
+            f"attach: {called!r} replaces rows of {next(iter(rows))!r}, which is no sum. Merge it into the base "
+            "(save_merged) and load that."
+        )
+
+
+def _kind(name: str, modules: Modules, parameters: Parameters) -> str:
+    """Return the kind of a layer or parameter, as the handle of an injected model knows it."""
+    if name in parameters:
+        return parameter_kind(*parameters[name])
+    module = modules.get(name)
+    if module is None:
+        raise LoRAError(f"attach: {name!r} has no place in the model{near_misses(name, modules)}.")
+    cls = layer_class(module)
+    why_not = "" if isinstance(module, AdaptedWeights) else Candidate(LAYER, name, module, LoRAConfig()).why_not()
+    if cls is None or why_not:
+        raise LoRAError(f"attach: {name!r}: {why_not}.")
+    if cls.KIND == CONV and cast(nn.Conv2d, module).groups > 1:
+        return GROUPED_CONV
+    around = modules.get(name.rpartition(".")[0])
+    return ATTENTION_OUTPUT if isinstance(around, nn.MultiheadAttention) else cls.KIND
+
+
+def _pair(
+    handle: AdaptedModel,
+    adapter: Adapter,
+    name: str,
+    kind: str,
+    called: str,
+    weight: float,
+    modules: Modules,
+    parameters: Parameters,
+) -> Attached:
+    """Return A, B, s and w of one layer, as a pair of the whole layer."""
+    given, layer = adapter.layers[name], handle.all_layers.get(name)
+    if layer is not None and layer.replaced_rows():
+        raise LoRAError(
+            f"attach: {called!r} adapts {name!r}, of which rows are trained here; leave one of the two out."
+        )
+    if given.kind not in ("", kind):
+        raise LoRAError(f"attach: {called!r}: {name!r} was a {given.kind} layer in training, here it is {kind}.")
+    scaling, parts = given.scaling, given.parts
+    if scaling is None:
+        if layer is None or not layer.is_trained():
+            raise LoRAError(
+                f"attach: {called!r}: the source stores no options, so the scaling of {name!r} is not known. Attach a "
+                "folder, a checkpoint or what take_adapter returns."
+            )
+        scaling, parts = layer.lora.spec.scaling, layer.lora.spec.enabled
+    owner, leaf = parameters[name] if name in parameters else (modules[name], "")
+    tensor = _weight(owner, leaf, name)
+    info = LayerInfo(name, kind, shape_of(tensor), given.r, scaling, parts)
+    a, b, _ = info.shaped(adapter.variant.effective_factors_exactly(adapter.stored(name), None, scaling))
+    b = b if parts is None else to_block_diagonal(b, parts)
+    shapes = factor_shapes(kind, shape_of(tensor), b.shape[1])
+    if (tuple(a.shape), tuple(b.shape)) != shapes:
+        raise LoRAError(
+            f"attach: {called!r}: {name!r} needs A {shapes[0]} and B {shapes[1]}, found {tuple(a.shape)} and "
+            f"{tuple(b.shape)}."
+        )
+    device = torch.device("cpu") if tensor.is_meta else tensor.device
+    return Attached(a.detach().to(device), b.detach().to(device), float(scaling), float(weight))
+
+
+def _weight(owner: nn.Module, leaf: str, name: str) -> torch.Tensor:
+    """Return the weight of a layer, or a parameter.
+
+    Raises:
+        LoRAError: it is sharded, or cannot be adapted.
+    """
+    if leaf and (why_not := Candidate(PARAMETER, name, owner, LoRAConfig(), leaf).why_not()):
+        raise LoRAError(f"attach: {name!r}: {why_not}.")
+    weight = owner.in_proj_weight if isinstance(owner, nn.MultiheadAttention) else owner.weight
+    weight = getattr(owner, leaf) if leaf else weight
+    if is_spread(weight):
+        raise LoRAError(
+            f"attach: the weight of {name!r} is sharded already. Call attach before fully_shard, parallelize_module or "
+            "the wrapper of the strategy."
+        )
+    return cast(torch.Tensor, weight)
+
+
+def _refuse_other_values(live: LiveState, adapter: Adapter, called: str) -> None:
+    """Refuse an adapter that holds whole tensors with other values than the model's."""
+    for name, value in adapter.beside_factors().items():
+        present = live.tensors.get(name)
+        if name in live.tensors and present is None:
+            continue  # extra state, which cannot be compared
+        if present is not None and isinstance(value, torch.Tensor) and value.shape == present.shape:
+            here = original_value(name, present, live.owners[name])
+            if torch.equal(here.cpu(), value.detach().to("cpu", here.dtype)):
+                continue
+        raise LoRAError(
+            f"attach: {called!r} also holds {name!r} (modules_to_save, a bias or a statistic), with other values than "
+            "the model's, and only products can lie beside each other. Merge it into the base (save_merged) and load "
+            "that, or load it as the trained one (load_adapter)."
+        )
+
+
+def _check_base(live: LiveState, adapter: Adapter, strict: bool) -> None:
+    """Raise LoRAError, or warn, where the base is another one. What is trained here counts as before training."""
+    expected = {name: entry for name, entry in adapter.fingerprint.items() if name not in _buffers(live)}
+    if expected:
+        initial = fingerprint_entries(live.handle.initial_of().items())
+        compare_fingerprints(initial | fingerprint_of(live, expected), expected, strict=strict)
+
+
+def _buffers(live: LiveState) -> set[str]:
+    return {name for name, tensor in live.tensors.items() if not isinstance(tensor, nn.Parameter)}

@@ -1,0 +1,95 @@
+"""Whether a model has the adapters attached that another adapter was trained beside. A file holds their names, weights
+and fingerprints, and not their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..adapter.adapter import Adapter, weights_text
+from ..errors import LoRAError
+from ..model.adapted_model import AdaptedModel, Listing, find_model
+from ..nn.attachment import Beside
+
+Remedy = Callable[[Mapping[str, Beside]], str]  # makes the advice for adapters that are not attached
+
+
+def by_attach(missing: Mapping[str, Beside]) -> str:
+    """Return the calls that attach adapters, each from a source that the user must know."""
+    return "; ".join(f"attach(model, source, name={name!r}, weight={each.weight:g})" for name, each in missing.items())
+
+
+def by_load_adapter(missing: Mapping[str, Beside]) -> str:
+    """Return the advice of load_adapter."""
+    return f"Attach it first: {by_attach(missing)}."
+
+
+def by_callback(missing: Mapping[str, Beside]) -> str:
+    """Return the advice where a Trainer loads the checkpoint."""
+    beside = ", ".join(f"{name!r}: {{'source': source, 'weight': {each.weight:g}}}" for name, each in missing.items())
+    return f"Give it to the callback: LoRACallback(beside={{{beside}}}), or call attach before."
+
+
+def refuse_missing(listing: Listing, adapter: Adapter, remedy: Remedy = by_load_adapter) -> None:
+    """Raise LoRAError where an adapter was trained beside one that is not attached to the model."""
+    here = beside_in(listing)
+    missing = {name: each for name, each in sorted(adapter.beside.items()) if name not in here}
+    if missing:
+        raise LoRAError(
+            f"adapter: it was trained beside {weights_text(missing)}, which is not attached to this model, and not in "
+            f"the source. {remedy(missing)}"
+        )
+
+
+def check_beside(listing: Listing, adapter: Adapter) -> None:
+    """Raise LoRAError unless a model has all adapters attached that another adapter was trained beside, as they were.
+
+    More may be attached.
+
+    Args:
+        listing: of the model, adapted or not.
+        adapter: under the model's names.
+    """
+    refuse_missing(listing, adapter)
+    refuse_others(listing, adapter)
+    here = beside_in(listing)
+    for name, each in sorted(adapter.beside.items()):
+        if here[name].weight != each.weight:
+            raise LoRAError(
+                f"adapter: it was trained beside {name!r} with the weight {each.weight:g}, and here the weight is "
+                f"{here[name].weight:g}. Call set_weight(model, {each.weight:g}, {name!r}) first."
+            )
+
+
+def check_beside_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, float]:
+    """Raise LoRAError unless exactly those adapters are attached that a Trainer's checkpoint was trained beside.
+
+    Returns:
+        The weights of the checkpoint that differ from the model's, by name: a run goes on with those it had.
+    """
+    refuse_missing(handle, adapter, by_callback)
+    refuse_others(handle, adapter)
+    here = beside_in(handle)
+    more = sorted(here.keys() - adapter.beside.keys())
+    if more:
+        raise LoRAError(
+            f"adapter: it was trained without {more[0]!r}, which is attached to this model. Leave it out of "
+            f"LoRACallback(beside=...), or call detach(model, {more[0]!r}) first."
+        )
+    return {name: each.weight for name, each in adapter.beside.items() if each.weight != here[name].weight}
+
+
+def refuse_others(listing: Listing, adapter: Adapter) -> None:
+    """Raise LoRAError where the adapter that is attached under a name is another than it was in the training."""
+    here = beside_in(listing)
+    for name, each in sorted(adapter.beside.items()):
+        if each.fingerprint != here[name].fingerprint:
+            raise LoRAError(
+                f"adapter: it was trained beside another adapter {name!r} than the one that is attached here. Call "
+                f"detach(model, {name!r}), and attach the one of the training."
+            )
+
+
+def beside_in(listing: Listing) -> Mapping[str, Beside]:
+    """Return what is attached to a model, by name; nothing where it is not adapted."""
+    handle = listing if isinstance(listing, AdaptedModel) else find_model(listing, attached=True)
+    return handle.record.beside if handle is not None else {}

@@ -1,0 +1,406 @@
+"""Adapters attached beside the trained one, in a model: put in and taken out, and the strength of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
+
+from ..config import LoRAConfig
+from ..errors import LoRAError
+from ..matching import near_misses
+from ..names import listed
+from ..nn.adapted_module import AdaptedModule
+from ..nn.adapted_weights import NOTHING, AdaptedWeights, LayerSpec, adapted_places
+from ..nn.attachment import Beside
+from ..nn.beside import Attached, Packed
+from ..nn.gradient_checkpointing import enable_input_require_grads
+from ..nn.layer_kinds import adapt_
+from ..nn.owner import DISABLED, OFF, claimed
+from ..nn.parameter import adapt_parameter_, weights_of
+from ..nn.quantised import keep_gradients_
+from ..nn.readers import patch_readers, undo_readers, update_fast_paths
+from ..nn.tied_weights import record_ties
+from ..notices import tell
+from .adapted_model import AdaptedModel, Listing, find_model, open_model
+from .base_values import StandIn, put_in_, stand_ins, take_out_
+from .injection import Chosen, Injection
+from .load_state_dict import check_loads, stop_checking_loads
+from .merging import Ending, FoundState, holds_merged, unmerge_listed
+from .patches import unpatch
+from .pretrained import follow_gradient_checkpointing, warn_before_save_pretrained
+from .wrappers import unwrapped
+
+Weights = Mapping[str, float]  # by name; "" is the trained adapter
+
+
+def attached(model: nn.Module) -> dict[str, float]:
+    """Return the weight of each attached adapter by name, in the order of names; nothing where none is attached.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_adapter(model, "sft")
+        >>> names = attach(model, "sft", name="sft", weight=0.5)
+        >>> attached(model)
+        {'sft': 0.5}
+    """
+    handle = find_model(Listing(unwrapped(model, "attached")), attached=True)
+    return {} if handle is None else {name: each.weight for name, each in handle.record.beside.items()}
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Take an attached adapter out again. In place; what the model computes is then as if it had never been attached.
+
+    Raises:
+        LoRAError: no adapter of this name is attached.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> names = attach(model, take_adapter(model), name="twice")
+        >>> detach(model, "twice")
+        >>> attached(model)
+        {}
+    """
+    handle = open_model(model, "detach", attached=True)
+    require_attached(handle, name, "detach")
+    with claimed("detach", handle.record.owner):
+        found = FoundState(handle)
+        if holds_merged(handle.all_layers.values()):
+            unmerge_listed(handle)
+        take_out_attached_(handle, name)
+        if handle.all_layers:
+            found.bring_back(handle)
+
+
+def set_weight(model: nn.Module, weight: float | Weights, name: str = "") -> None:
+    """Change the weight of an attached adapter. In place, and exact: with the weight of before, each bit is as before.
+
+    What peft calls rescale_adapter_scale. Nothing is compiled anew. A merged model is merged with the new weight.
+
+    Args:
+        model: with the adapter.
+        weight: the new weight, 1 as trained and 0 off; or a mapping of several, by name.
+        name: of the adapter. The trained one keeps its strength, because files would not tell another; see scaled.
+
+    Raises:
+        LoRAError: there is no such adapter, a weight is no finite number, or W' would not be finite in a merged model,
+            which is then as it was.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> names = attach(model, take_adapter(model), name="style")
+        >>> set_weight(model, 0.3, "style")
+        >>> attached(model)
+        {'style': 0.3}
+    """
+    handle = open_model(model, "set_weight", attached=True)
+    weights = _asked(handle, weight, name, "set_weight")
+    if "" in weights:
+        raise LoRAError(
+            "set_weight: changes attached adapters, and no file would tell another strength of the trained one. Use "
+            "`with scaled(model, weight):` for that, or name an attached adapter "
+            f"({listed([repr(each) for each in handle.record.beside]) or 'there is none'})."
+        )
+    with claimed("set_weight", handle.record.owner):
+        found, before = FoundState(handle), attached(handle.model)
+        if holds_merged(handle.all_layers.values()):
+            unmerge_listed(handle)
+        try:
+            _write_(handle, weights)
+            found.bring_back(handle)
+        except BaseException:
+            _write_(handle, {each: before[each] for each in weights})
+            found.bring_back(handle)
+            raise
+
+
+@contextmanager
+def scaled(model: nn.Module, weight: float | Weights, name: str = "") -> Iterator[nn.Module]:
+    """Let the trained adapter, or one beside it, act with another strength inside the block; 0 is off.
+
+    With the trained one off, heads and biases that were trained have their initial values inside, as in
+    disable_adapter. Forwards, merge, merged_state_dict and save_merged go by the strength; save_adapter writes the
+    tensors as they are. A merged model runs factored inside. In a merged evaluation of a Trainer it stays so until the
+    evaluation ends, so that nothing is merged again for each batch.
+
+    Args:
+        model: injected, or with attached adapters.
+        weight: the strength, 1 as trained; or a mapping of several, by name.
+        name: of an attached adapter; "" is the trained one.
+
+    Raises:
+        LoRAError: there is no such adapter; a strength is no finite number; or it is neither 0 nor 1, and the trained
+            adapter is one of DoRA, trains rows or trains modules or biases whole.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> reference = model(x := torch.ones(1, 8))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> with scaled(model, 0.0):
+        ...     torch.equal(model(x), reference)
+        True
+    """
+    handle = open_model(model, "scaled", attached=True)
+    with _acting_with(handle, _asked(handle, weight, name, "scaled")):
+        yield model
+
+
+@contextmanager
+def _acting_with(handle: AdaptedModel, weights: Weights) -> Iterator[None]:
+    record = handle.record
+    if "" in weights:
+        _refuse_between(handle, weights[""])
+    is_off = weights.get("") == 0 and bool(record.initial)
+    with claimed(OFF if is_off else "scaled", record.owner) as claim:
+        around = [verb for verb in (DISABLED, OFF) if record.owner.holds(verb, beside=claim)]
+        if around and weights.get(""):
+            raise LoRAError(f"scaled: inside `with {around[0]}` the trained adapter stays off; leave its strength out.")
+        found = stand_ins(handle) if is_off and not around else []
+        modules = [each.module for each in found]
+        modules += [module for _, module in handle.modules if found and isinstance(module, AdaptedModule)]
+        before = {each: _strength(handle, each) for each in weights}
+        end = Ending(claim, partial(_scale_back, handle, FoundState(handle), before, found, modules))
+        try:
+            try:
+                if holds_merged(handle.all_layers.values()):
+                    unmerge_listed(handle)
+                put_in_(found, modules)
+                _write_(handle, weights)
+                yield
+            finally:
+                end()
+        finally:
+            end()
+
+
+def _scale_back(
+    handle: AdaptedModel, state: FoundState, before: Weights, found: Sequence[StandIn], modules: Sequence[nn.Module]
+) -> None:
+    """Give the adapters the strength that they had before `scaled`. In place; can be called again after any part.
+
+    Args:
+        handle: of the model before the block.
+        state: whether it was merged before the block.
+        before: the strengths.
+        found: the stand-ins of what was trained whole.
+        modules: that torch does not save inside the block.
+    """
+    take_out_(found, modules)
+    now = find_model(Listing(handle.model), attached=True)
+    if now is None:
+        return
+    if holds_merged(now.all_layers.values()):
+        unmerge_listed(now)
+    _write_(now, {name: weight for name, weight in before.items() if not name or name in now.record.beside})
+    run = now.record.run
+    if not run.merged_here:
+        state.bring_back(now)
+    elif "factored" not in now.record.marks:
+        now.record.marks.add("factored")
+        tell(
+            "lightning_lora: scaled was called in a merged evaluation, which runs factored from there on; "
+            "merged_eval=False saves the merge."
+        )
+
+
+def _strength(handle: AdaptedModel, name: str) -> float:
+    if name:
+        return handle.record.beside[name].weight
+    return next(layer.lora.strength for layer in handle.layers.values())
+
+
+def _write_(handle: AdaptedModel, weights: Weights) -> None:
+    """Give adapters of an unmerged model other weights. In place."""
+    beside = handle.record.beside
+    for layer in handle.all_layers.values():
+        if "" in weights and layer.is_trained():
+            layer.lora.strength = float(weights[""])
+        packed = layer.lora.beside
+        for name in packed.shares.keys() & weights.keys() if packed is not None else ():
+            packed.set_weight_(name, float(weights[name]))  # type: ignore[union-attr]
+    beside.update({name: replace(beside[name], weight=float(weight)) for name, weight in weights.items() if name})
+
+
+def _asked(handle: AdaptedModel, weight: float | Weights, name: str, verb: str) -> dict[str, float]:
+    """Return the weights that a call asks for, by name.
+
+    Raises:
+        LoRAError: there is no such adapter, or a weight is no finite number.
+    """
+    weights = dict(weight) if isinstance(weight, Mapping) else {name: weight}
+    for each, value in weights.items():
+        check_weight(value, verb)
+        if each or not handle.layers:
+            require_attached(handle, each, verb)
+    return weights
+
+
+def check_weight(weight: object, verb: str) -> None:
+    """Raise LoRAError where a weight is no finite number. The message begins with the verb."""
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise LoRAError(f"{verb}: a weight must be a finite number, but it is {weight!r}.")
+
+
+def require_attached(handle: AdaptedModel, name: str, verb: str) -> None:
+    """Raise LoRAError unless an adapter of this name is attached. The message begins with the verb."""
+    known = handle.record.beside
+    if name in known:
+        return
+    what = f"no adapter {name!r} is attached" if name else "the model has no trained adapter"
+    there = f"; attached are {listed([repr(each) for each in known], 8)}" if known else ""
+    raise LoRAError(f"{verb}: {what}{near_misses(str(name), known) if known else there}.")
+
+
+def _refuse_between(handle: AdaptedModel, weight: float) -> None:
+    """Refuse a strength of the trained adapter between off and on where there is none."""
+    if weight in (0, 1):
+        return
+    reading = [name for name, layer in handle.layers.items() if layer.lora.spec.variant.reads_weight]
+    rows = [name for name, layer in handle.layers.items() if layer.replaced_rows()]
+    whole = handle.trained("asked", "unfrozen")
+    trained = [each.name for each in handle.base() if id(each.parameter) in whole]
+    if reading:
+        what = f"the adapter of {reading[0]!r} is {handle.layers[reading[0]].lora.spec.variant.title}"
+    elif rows or trained:
+        what = f"{(rows or trained)[0]!r} is trained whole" if trained else f"rows of {rows[0]!r} are trained"
+    else:
+        return
+    raise LoRAError(f"scaled: {what}, which has no strength between off and on: use 0 or 1.")
+
+
+# --- put in, taken out and taken over ---
+
+
+def attach_to_layers_(
+    handle: AdaptedModel, name: str, pairs: Mapping[str, Attached], beside: Beside, plain: Mapping[str, nn.Module]
+) -> None:
+    """Put an adapter beside the trained one, into every layer or into none. In place.
+
+    Args:
+        handle: of the model, unmerged.
+        name: of the adapter.
+        pairs: its factors, by layer.
+        beside: what the record says of it.
+        plain: the model's modules by name.
+    """
+    record = handle.record
+    try:
+        undo_readers(module for _, module in handle.root_modules)
+        parameters = weights_of(plain)
+        for layer_name in pairs.keys() - handle.all_layers.keys():
+            _begin_layer_(handle, layer_name, plain, parameters)
+        handle.look_for_layers_again()
+        for layer_name, pair in pairs.items():
+            layer = handle.all_layers[layer_name]
+            before = layer.lora.beside
+            layer.lora.beside = Packed({**(before.unpacked() if before is not None else {}), name: pair})
+        record.beside = dict(sorted({**record.beside, name: beside}.items()))
+        note_layers(handle)
+    except BaseException:
+        handle.look_for_layers_again()
+        take_out_attached_(handle, name)
+        raise
+
+
+def _begin_layer_(
+    handle: AdaptedModel, name: str, modules: Mapping[str, nn.Module], parameters: Mapping[str, tuple[nn.Module, str]]
+) -> None:
+    """Adapt a layer or parameter in which attached adapters act alone. In place."""
+    spec, recorded = LayerSpec(r=0, alpha=0, scaling=1, variant=NOTHING), handle.name_at_injection(name) or name
+    layer: AdaptedWeights
+    if name in parameters:
+        layer = adapt_parameter_(*parameters[name], recorded, spec, handle.record)
+    else:
+        layer = adapt_(modules[name], recorded, spec, handle.record)
+    layer.lora.strength = 0.0
+
+
+def take_out_attached_(handle: AdaptedModel, name: str) -> None:
+    """Take an attached adapter out of an unmerged model, and the record where nothing else is in it. In place."""
+    record = handle.record
+    record.beside = {each: facts for each, facts in record.beside.items() if each != name}
+    undo_readers(module for _, module in handle.root_modules)
+    for layer in handle.all_layers.values():
+        if layer.lora.beside is not None and name in layer.lora.beside.shares:
+            rest = {each: pair for each, pair in layer.lora.beside.unpacked().items() if each != name}
+            layer.lora.beside = Packed(rest) if rest else None
+        if layer.lora.beside is None and not layer.is_trained():
+            layer.strip_()
+    handle.look_for_layers_again()
+    note_layers(handle)
+    if not record.is_injection and not record.beside:
+        modules = [module for _, module in handle.root_modules]
+        stop_checking_loads(modules)
+        unpatch(modules)
+        record.end(handle.root)
+
+
+def note_layers(handle: AdaptedModel) -> None:
+    """Record which layers are adapted, trained or attached, and patch the modules that use them. In place.
+
+    These are readers of weights, fast paths, checkpointing, loading and save_pretrained. Harmless when repeated.
+    """
+    places, modules = handle.root_modules, [module for _, module in handle.root_modules]
+    handle.record.layers = [handle.recorded_name(name) for name, _, _ in adapted_places(handle.root, modules=places)]
+    record_ties(places)
+    keep_gradients_(modules)
+    patch_readers(modules)
+    update_fast_paths(modules)
+    enable_input_require_grads(modules)
+    follow_gradient_checkpointing(modules)
+    check_loads(handle.root_places, beside=bool(handle.record.beside))
+    warn_before_save_pretrained(modules)
+
+
+def begin_attached(model: nn.Module) -> AdaptedModel:
+    """Give a plain model a record of attached adapters. In place."""
+    record = Injection(LoRAConfig(), chosen=Chosen({}), marks={"attached alone"})
+    record.begin(model)
+    return AdaptedModel(model, model, record)
+
+
+def find_attached_alone(listing: Listing) -> AdaptedModel | None:
+    """Return the handle of a model with attached adapters and without an injection, or None.
+
+    Raises:
+        LoRAError: the adapters were attached to a larger model.
+    """
+    handle = find_model(listing, attached=True, part=True)
+    if handle is None or handle.record.is_injection:
+        return None
+    if handle.record.holder() is not None and len(handle.all_layers) < len(handle.record.layers):
+        raise LoRAError(
+            f"inject: {type(listing.model).__name__} is a part of the {type(handle.record.holder()).__name__} to which "
+            f"{listed([repr(name) for name in handle.record.beside])} was attached; inject that, or detach first."
+        )
+    if holds_merged(handle.all_layers.values()):
+        unmerge_listed(handle)
+    return handle
+
+
+def take_over_attached(listing: Listing, old: Injection, new: Injection) -> None:
+    """Let a new record have the attached adapters of a model, of which the old one has ended. In place."""
+    new.beside = dict(old.beside)
+    for name, layer in Listing(listing.model).all_layers.items():
+        if layer.lora.beside is not None:
+            layer.lora.injection, layer.lora.name = new, name
+
+
+def hold_attached(root: nn.Module, old: Injection) -> None:
+    """Let attached adapters stay in a model from which the trained one was taken out. In place."""
+    if old.beside:
+        record = Injection(LoRAConfig(), chosen=Chosen({}), marks={"attached alone"}, owner=old.owner)
+        record.begin(root)
+        take_over_attached(Listing(root), old, record)
+        note_layers(AdaptedModel(root, root, record))

@@ -1,0 +1,139 @@
+"""What the metadata of a state dict says, and a look at what load_state_dict loads into an injected model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from torch import nn
+
+from ..errors import LoRAError
+from ..names import ATTRIBUTE, canonical, listed, parent_names
+from ..nn.adapted_module import AdaptedModule, is_factor
+from ..nn.adapted_weights import NamedModules, adapted_layers, adapters_by_path
+from ..nn.foreign_entries import with_metadata
+from .adapted_model import Listing, find_model
+from .initial_values import record_loaded
+
+# Key in the metadata of a state dict, which torch pickles with the dictionary and hands to load_state_dict's hooks.
+_MERGED, _BESIDE = "lora_merged", "lora_beside"
+
+
+def mark_merged(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict of merged weights whose metadata says so: a model with an adapter refuses to load it."""
+    of_modules = {name: {key: v for key, v in entry.items() if key != _BESIDE} for name, entry in metadata.items()}
+    return with_metadata(state, {**of_modules, "": {**of_modules.get("", {}), _MERGED: True}})
+
+
+def beside_missing(names: Iterable[str]) -> dict[str, Any]:
+    """Return what the metadata of a module's state dict says of attached adapters, whose tensors are missing in it."""
+    return {_BESIDE: sorted(names)}
+
+
+def _say_what_is_missing(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Let the state dict of a module with attached adapters in it name them (a hook of torch)."""
+    if names := _attached_in(module):
+        local_metadata.update(beside_missing(names))
+
+
+def _attached_in(module: nn.Module) -> set[str]:
+    packed = [layer.lora.beside for layer in adapted_layers(module).values()]
+    return {name for each in packed if each is not None for name in each.shares}
+
+
+def check_loads(places: NamedModules, *, beside: bool) -> None:
+    """Let an injected model, and each module with adapters in it, look at what load_state_dict loads. In place.
+
+    Args:
+        places: every module of the model, under each of its names.
+        beside: whether adapters are attached. State dicts of these modules then name them.
+    """
+    names = {name for name, module in places if isinstance(module, AdaptedModule)}
+    names |= {outer for name in names for outer in ("", *parent_names(name))}
+    for name, module in places:
+        if name in names and not _hooks(module):
+            module.register_load_state_dict_pre_hook(_check_load)  # type: ignore[no-untyped-call]
+        for key in _state_hooks(module):
+            del module._state_dict_hooks[key]
+        if name in names and beside:
+            module.register_state_dict_post_hook(_say_what_is_missing)  # type: ignore[no-untyped-call]
+
+
+def stop_checking_loads(modules: Iterable[nn.Module]) -> None:
+    """Take the hooks of check_loads out of these modules. In place."""
+    for module in modules:
+        for key in _hooks(module):
+            del module._load_state_dict_pre_hooks[key]
+        for key in _state_hooks(module):
+            del module._state_dict_hooks[key]
+
+
+def _state_hooks(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._state_dict_hooks.items() if hook is _say_what_is_missing]
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    hooks = module._load_state_dict_pre_hooks
+    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check_load]
+
+
+def _check_load(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    strict: bool,
+    missing: list[str],
+    *args: Any,
+) -> None:
+    """Look at a state dict before it is loaded into the injected model or a part of it (a hook of torch).
+
+    It acts in the module that load_state_dict was called on, and in the injected module. A complete base without an
+    adapter is recorded as the one from before training. Adapters without an entry beside others that have some are
+    missing; without any, each adapter keeps its tensors.
+
+    Raises:
+        LoRAError: the state dict says that its weights are merged, and training has reached the adapter; or that
+            adapters were attached which are not here.
+    """
+    if missing_here := sorted(set(metadata.get(_BESIDE, ())) - _attached_in(module)):
+        _refuse_without(missing_here)
+    if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
+        return
+    listing = Listing(module)
+    if metadata.get(_MERGED) and not all(layer.is_initial() for layer in listing.layers.values()):
+        _refuse_merged(module)
+    kept = {id(tensor) for layer in listing.layers.values() for tensor in layer.stored().values()}
+    given = {canonical(key.removeprefix(prefix)): v for key, v in state_dict.items() if id(v) not in kept}
+    factors = [(each, path + name) for path, each in adapters_by_path(listing.places) for name in each.stored_names()]
+    loaded = {adapter for adapter, name in factors if name in given}
+    if loaded:
+        missing += [prefix + name for adapter, name in factors if adapter not in loaded]
+    else:
+        _record_base(listing, given)
+
+
+def _refuse_without(names: list[str]) -> NoReturn:
+    raise LoRAError(
+        f"load_state_dict: the state dict is of a model with attached adapters, which no state dict holds, and "
+        f"{listed(list(map(repr, names)))} {'is' if len(names) == 1 else 'are'} not attached here. Call attach(model, "
+        f"source, name={names[0]!r}) first; dict(state_dict) does not say it, and is loaded without."
+    )
+
+
+def _refuse_merged(module: nn.Module) -> NoReturn:
+    raise LoRAError(
+        'load_state_dict: the state dict holds merged weights, as save="merged" and merged_state_dict write them, and '
+        f"the {type(module).__name__} to load it into has an adapter, which would be added to them a second time. "
+        "Load the checkpoint with load_adapter(model, path), or its weights into a model without an adapter. Where a "
+        'library loads the best checkpoint when fit ends, pass merge_after_fit=True beside save="merged", or '
+        'save="full".'
+    )
+
+
+def _record_base(listing: Listing, given: Mapping[str, Any]) -> None:
+    """Record the values of a complete base that is loaded as those from before training."""
+    base = [name for name, _, module in listing.state() if not is_factor(name, module)]
+    handle = find_model(listing, part=True)
+    if handle is not None and given.keys() >= set(base):
+        record_loaded(handle, {name: given[name] for name in base})

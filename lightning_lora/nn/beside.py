@@ -1,0 +1,183 @@
+"""Frozen adapters attached beside the trained one: W' = c * (W + s * B @ A) + the sum of w_i * s_i * B_i @ A_i.
+
+A layer has all of them as one packed pair, the ranks side by side in the order of their names, and w_i * s_i of each
+rank as a vector. A new weight is written into that vector, so nothing is compiled anew. The tensors are plain ones: as
+parameters they would be in state_dict(), and as buffers DDP would send them at each forward and an average change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..distributed.sharding import is_sharded
+from . import low_rank
+from .low_rank import LowRankBlock
+
+TINY = 1e-30  # stands in for a scale c of exactly 0, by which what is beside would be divided
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One attached adapter in one layer.
+
+    Attributes:
+        a: A, in the shape that low_rank.py states for the kind of layer, of the layer as a whole.
+        b: B, likewise.
+        scaling: s.
+        weight: w, by which the user weakens or strengthens it.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    weight: float
+
+
+class Share(NamedTuple):
+    """What an attached adapter has of a packed pair."""
+
+    rank: int
+    scaling: float
+    weight: float
+
+
+class Packed:
+    """The attached adapters of one layer as one pair.
+
+    Attributes:
+        shares: of each adapter, by name, in the order of names.
+        a: A (R, in) for the sum R of all ranks; other kinds of layers as low_rank.py states.
+        b: B (out, R).
+        scales: w_i * s_i of each rank (R,).
+    """
+
+    def __init__(self, attached: Mapping[str, Attached]) -> None:
+        """Pack at least one adapter. The tensors are copied."""
+        named = dict(sorted(attached.items()))
+        self.shares = {name: Share(each.b.shape[1], each.scaling, each.weight) for name, each in named.items()}
+        (first, *others), device = named.values(), next(iter(named.values())).a.device
+        with torch.inference_mode(False), torch.no_grad():
+            a, b = first.a.clone(), first.b.clone()
+            for each in others:
+                a, b = low_rank.stack_ranks(a, b, each.a, each.b)
+            self.a, self.b = a.contiguous(), b.contiguous()
+            self.scales = torch.empty(self.rank, dtype=torch.float32, device=device)
+        self.copies: dict[torch.device, Tensors] = {}
+        self._write_scales_()
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"copies": {}}
+
+    @property
+    def rank(self) -> int:
+        """The sum of all ranks."""
+        return self.b.shape[1]
+
+    def unpacked(self) -> dict[str, Attached]:
+        """Return each adapter by itself, with copies of its tensors."""
+        ranks = [share.rank for share in self.shares.values()]
+        parts = self.a.reshape(-1, self.rank, *self.a.shape[1:]).split_with_sizes(ranks, 1)  # the experts of a stack
+        pairs = zip(parts, self.b.split_with_sizes(ranks, 1), strict=True)
+        return {
+            name: Attached(a.flatten(0, 1).clone(), b.clone(), share.scaling, share.weight)
+            for (name, share), (a, b) in zip(self.shares.items(), pairs, strict=True)
+        }
+
+    def set_weight_(self, name: str, weight: float) -> None:
+        """Give an adapter another weight. In place."""
+        self.shares[name] = self.shares[name]._replace(weight=weight)
+        self._write_scales_()
+
+    def _write_scales_(self) -> None:
+        values = [share.weight * share.scaling for share in self.shares.values() for _ in range(share.rank)]
+        with torch.inference_mode(False), torch.no_grad():
+            for scales in (self.scales, *(copy[2] for copy in self.copies.values())):
+                scales.copy_(torch.tensor(values))
+
+    # --- in a forward ---
+
+    def factors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and w s B on a device."""
+        a, b, scales = (self.a, self.b, self.scales) if self.a.device == device else self._copy_on(device)
+        return a, b * scales.view(1, -1, *[1] * (b.dim() - 2))
+
+    def factors_like(self, x: torch.Tensor, kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and w s B on the device of a layer's input; where that is a DTensor, split like the weight."""
+        a, b = self.factors(x.device)
+        if is_sharded(x):
+            from ..distributed.tensor_parallel import split_like  # imported here: slow to import, rarely needed
+
+            dims = low_rank.shard_dims(kind)
+            a, b = split_like("lora_A", a, weight, dims), split_like("lora_B", b, weight, dims)
+        return a, b
+
+    def _copy_on(self, device: torch.device) -> Tensors:
+        """Return copies on another device. They are kept: fully_shard and others move no plain tensors."""
+        if device in self.copies:
+            return self.copies[device]
+        copies = self.a.to(device), self.b.to(device), self.scales.to(device)
+        if device.type != "meta":
+            self.copies[device] = copies
+        return copies
+
+    def move_(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Move the tensors to the device to which torch moves those of the layer; they keep dtype and values. In place.
+
+        to_empty would give memory without values, and a move to the meta device take the values away.
+        """
+        device = move(torch.empty(0, device=self.a.device)).device
+        self.copies.clear()
+        if device.type != "meta":
+            self.a, self.b, self.scales = (each.to(device) for each in (self.a, self.b, self.scales))
+
+    # --- in a merge ---
+
+    def blocks(self, kind: str, shape: torch.Size, device: torch.device) -> list[LowRankBlock]:
+        """Return the blocks that are added to the whole weight. w s is in them, in float64."""
+        b = self.b.to(device, torch.float32 if device.type == "mps" else torch.float64)  # mps has no float64
+        values = [share.weight * share.scaling for share in self.shares.values() for _ in range(share.rank)]
+        scaled = b * torch.tensor(values, dtype=b.dtype, device=device).view(1, -1, *[1] * (b.dim() - 2))
+        return low_rank.low_rank_blocks(kind, shape, self.a.to(device), scaled)
+
+
+def add_beside(own: list[LowRankBlock], beside: list[LowRankBlock], scaling: float) -> list[LowRankBlock]:
+    """Return blocks with both sums side by side, each with its scaling inside.
+
+    Args:
+        own: of the trained adapter, with its scale c, which does not act on what is beside. Each lies inside of a block
+            of `beside`.
+        beside: from Packed.blocks.
+        scaling: s of the trained adapter.
+    """
+    return [_added([each for each in own if _is_inside(each, block)], block, scaling) for block in beside]
+
+
+def _is_inside(block: LowRankBlock, outer: LowRankBlock) -> bool:
+    rows, columns = len(outer.left), outer.right.shape[1]
+    return outer.row <= block.row < outer.row + rows and outer.col <= block.col < outer.col + columns
+
+
+def _added(own: list[LowRankBlock], beside: LowRankBlock, scaling: float) -> LowRankBlock:
+    left, right, scale = beside.left, beside.right, None
+    ranks, first = sum(block.left.shape[1] for block in own), 0
+    own_left = left.new_zeros(len(left), ranks)
+    dtype = torch.promote_types(right.dtype, own[0].right.dtype) if own else right.dtype
+    own_right = right.new_zeros(ranks, right.shape[1], dtype=dtype)
+    for block in own:
+        row, col, last = block.row - beside.row, block.col - beside.col, first + block.left.shape[1]
+        own_left[row : row + len(block.left), first:last] = block.left.to(left.dtype) * scaling
+        own_right[first:last, col : col + block.right.shape[1]] = block.right
+        first = last
+        if block.scale is not None:  # of the whole weight
+            scale = block.scale.to(left.dtype)
+            scale = torch.where(scale == 0, TINY, scale)
+            left, right = (left / scale, right) if scale.shape[0] == len(left) else (left, right / scale)
+    return LowRankBlock(
+        beside.row, beside.col, torch.cat([own_left, left], 1), torch.cat([own_right, right.to(own_right.dtype)]), scale
+    )

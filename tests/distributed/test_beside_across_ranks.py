@@ -1,0 +1,131 @@
+"""LoRACallback(beside=...) in every strategy: the run of one device, in training, merged evaluation and resume."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_lora import LoRACallback, LoRAConfig, inject, load_adapter, save_adapter
+from support.models import randomise_
+from support.processes import world
+from support.sharded import BATCHES, TARGETS, Plain, model_parallel
+from support.sharded_adapters import assert_same_bits
+from support.strategies import (
+    EPOCHS,
+    FIRST,
+    LAST,
+    OPTIONS,
+    OfFSDP2,
+    OfTensorParallel,
+    Run,
+    Watched,
+    WithTrainer,
+    by_tensor,
+    fsdp1_by_layers,
+    gathered_by_deepspeed,
+    gathered_by_fsdp1,
+    import_package,
+    on_one_device,
+    stage_2,
+    stage_3,
+    tensors_in,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized"),  # in one process
+]
+
+
+@dataclass(frozen=True)
+class Beside(WithTrainer):
+    """A strategy of Lightning's Trainer, with an adapter of this folder beside the trained one."""
+
+    folder: Path = field(default=Path(), kw_only=True)
+
+    def start(self, path: Path, source: Path | None, **options: Any) -> L.Trainer:
+        saves = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)
+        beside = {"sft": {"source": self.folder, "weight": 0.5}}
+        lora = LoRACallback(**({} if source else OPTIONS), beside=beside)
+        return self.trainer(path, lora, saves, enable_checkpointing=True, **options)
+
+
+STRATEGIES: dict[str, Any] = {
+    "ddp": (Watched, on_one_device, {}),
+    "FSDP2": (OfFSDP2, model_parallel, {}),
+    "tensor parallel": (OfTensorParallel, by_tensor, {"tensor": 2}),
+    "FSDP1": (Watched, fsdp1_by_layers, {"state": gathered_by_fsdp1, "restores": False}),
+    "DeepSpeed, stage 2": (Watched, stage_2, {"package": "deepspeed"}),
+    "DeepSpeed, stage 3": (Watched, stage_3, {"package": "deepspeed", "state": gathered_by_deepspeed}),
+}
+
+
+def strategy(name: str, folder: Path) -> Beside:
+    model, trainer, options = STRATEGIES.get(name, (Watched, on_one_device, {}))
+    return Beside(name, 2, 2, model, trainer, folder=folder, **options)
+
+
+def runs(name: str, folder: Path, path: Path) -> tuple[Run, Run, Run]:
+    """A fit, the same resumed from its second epoch, and an evaluation of its last checkpoint."""
+    each = strategy(name, folder)
+    if each.package:
+        import_package(each.package)
+    _, whole = each.fit(path / "whole", None, 0, "")
+    _, resumed = each.fit(path / "resumed", path / "whole" / FIRST, 1, "")
+    return whole, resumed, each.evaluate(path / "evaluated", path / "whole" / LAST)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    inject(net := Plain(), LoRAConfig(r=3, lora_alpha=6, target_modules=TARGETS))
+    randomise_(net, 0.3)
+    path = tmp_path_factory.mktemp("sft") / "sft"
+    save_adapter(net, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Run, Run, Run]]:
+    path = tmp_path_factory.mktemp("alone")
+    found = runs("one device", folder, path)
+    assert found[0].losses[-2:] == found[1].losses
+    load_adapter(without := Plain(), folder)
+    assert float(without.net(torch.ones(1, 6)).detach().abs().sum()) > 0
+    return path, found
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_trains_evaluates_and_resumes_as_one_device(folder: Path, alone: Any, name: str):
+    if STRATEGIES[name][2].get("package") and find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    of_one, (expected, _, _) = alone
+    with tempfile.TemporaryDirectory() as path:
+        for whole, resumed, evaluated in world().run(runs, name, folder, Path(path), timeout=280):
+            assert whole.losses == pytest.approx(expected.losses, rel=1e-4)
+            assert resumed.losses == pytest.approx(whole.losses[-len(resumed.losses) :], rel=1e-5)
+            assert len(resumed.losses) == EPOCHS - 2
+            assert evaluated.losses == pytest.approx(whole.losses[-1:], rel=1e-5)
+            assert len(whole.merged) >= EPOCHS * BATCHES
+            assert all(whole.merged)
+        saved, there = Path(path) / "whole" / LAST, of_one / "whole" / LAST
+        for key, value in tensors_in(there).items():
+            torch.testing.assert_close(tensors_in(saved)[key], value, rtol=1e-3, atol=1e-5)
+        assert tensors_in(saved).keys() == tensors_in(there).keys()
+        beside = [torch.load(each, weights_only=True)["lora"]["beside"] for each in (saved, there)]
+        assert beside[0] == beside[1]
+        assert beside[0]["sft"][0] == 0.5
+
+
+def test_weights_that_a_strategy_never_trained_stay(folder: Path, alone: Any):
+    """No tensor of what is beside is in a file or in an optimizer."""
+    saved = tensors_in(alone[0] / "whole" / LAST)
+    assert sorted(saved) == sorted(f"net.{layer}.lora_{leaf}" for layer in TARGETS for leaf in "AB")
+    assert_same_bits(saved, dict(saved))

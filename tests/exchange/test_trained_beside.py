@@ -1,0 +1,264 @@
+"""An adapter that was trained beside others: what its files say of them, and that nothing loads it without them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_stats,
+    attach,
+    combine,
+    detach,
+    export_adapter,
+    inject,
+    load_adapter,
+    merge_and_unload,
+    merged_state_dict,
+    read_adapter,
+    save_adapter,
+    save_merged,
+    set_weight,
+    summary,
+    take_adapter,
+    unload,
+)
+from lightning_lora.adapter.adapter import Adapter
+from lightning_lora.adapter.metadata import from_metadata, to_metadata
+from lightning_lora.command.main import main
+from support.models import ZOO_LAYERS, base_zoo, checkpoint, tokens, train, zoo_config
+
+FORMS = ("folder", "taken", "adapter", "merged", "full")
+
+
+def adapter(seed: int, **options: Any) -> Adapter:
+    """An adapter of Zoo's layers that has an effect."""
+    model = base_zoo()
+    defaults = {"r": 3, "lora_alpha": 6, "target_modules": ZOO_LAYERS, "init_lora_weights": False}
+    inject(model, LoRAConfig(**defaults | options), seed=seed)
+    return take_adapter(model)
+
+
+def both(weight: float = 0.5) -> nn.Module:
+    """A model that was trained beside an adapter."""
+    model = base_zoo()
+    inject(model, zoo_config(init_lora_weights=False), seed=3)
+    attach(model, adapter(1), name="sft", weight=weight)
+    train(model)
+    return model.eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(tokens())
+    return result
+
+
+def source(model: nn.Module, form: str, path: Path) -> Any:
+    """What was trained, in a form that load_adapter takes."""
+    if form == "folder":
+        save_adapter(model, path / "trained")
+        return path / "trained"
+    return take_adapter(model) if form == "taken" else checkpoint(model, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_refused_without_what_it_was_trained_beside_and_loads_with_it(tmp_path: Path, form: str):
+    model = both()
+    trained = source(model, form, tmp_path)
+    plain = base_zoo()
+    before = logits(plain)
+    remedy = re.escape("attach(model, source, name='sft', weight=0.5)")
+    with pytest.raises(LoRAError, match=rf"trained beside 'sft' \(weight 0\.5\).*{remedy}"):
+        load_adapter(plain, trained)
+    assert torch.equal(logits(plain), before)
+    attach(plain, adapter(1), name="sft", weight=0.5)
+    if form != "full":
+        load_adapter(plain, trained)
+        assert torch.equal(logits(plain), logits(model))
+    attach(more := base_zoo(), adapter(1), name="sft", weight=0.5)
+    attach(more, adapter(2), name="more")
+    load_adapter(more, trained)  # what is attached beside that is the user's business
+    set_weight(more, 0.0, "more")
+    torch.testing.assert_close(logits(more), logits(model), rtol=1e-4, atol=1e-3)
+
+
+def test_another_weight_and_another_adapter_are_refused_by_name():
+    trained = take_adapter(both())
+    model = base_zoo()
+    attach(model, adapter(1), name="sft")
+    with pytest.raises(LoRAError, match=re.escape("set_weight(model, 0.5, 'sft')")):
+        load_adapter(model, trained)
+    detach(model, "sft")
+    attach(model, adapter(2), name="sft", weight=0.5)
+    with pytest.raises(LoRAError, match=r"another adapter 'sft'.*detach\(model, 'sft'\)"):
+        load_adapter(model, trained)
+
+
+def test_another_base_is_refused_as_ever():
+    trained, model = take_adapter(both()), base_zoo()
+    attach(model, adapter(1), name="sft", weight=0.5)
+    with torch.no_grad():
+        model.body[0].weight.add_(1)
+    with pytest.raises(LoRAError, match="another base"):
+        load_adapter(model, trained)
+
+
+def test_an_adapter_that_was_trained_alone_loads_beside_others():
+    model, alone = both(), adapter(4)
+    load_adapter(plain := base_zoo(), alone)
+    attach(plain, adapter(1), name="sft", weight=0.5)
+    load_adapter(model, alone)
+    torch.testing.assert_close(logits(model), logits(plain))
+
+
+def test_names_of_a_network_inside_a_module_are_compared_by_layer(tmp_path: Path):
+    outer = nn.ModuleDict({"net": base_zoo()})
+    inject(outer, zoo_config(init_lora_weights=False), seed=3)
+    attach(outer, adapter(1), name="sft")
+    save_adapter(outer, tmp_path / "a")
+    inner = base_zoo()
+    attach(inner, adapter(1), name="sft")
+    load_adapter(inner, tmp_path / "a")
+    torch.testing.assert_close(logits(inner), logits(outer["net"]))
+
+
+# --- what a file says ---
+
+
+def test_description_comes_back_as_it_was(tmp_path: Path):
+    taken = take_adapter(both())
+    again = from_metadata(taken.tensors, json.loads(json.dumps(to_metadata(taken))), "here")
+    assert again.beside == taken.beside
+    assert "beside 'sft' (weight 0.5)" in repr(again)
+    assert "beside" not in to_metadata(adapter(1))
+
+
+DAMAGED = {"no weight": {"sft": ["1", {}]}, "no row": {"sft": 1.0}, "no digest": {"sft": [1.0, 3]}, "a list": []}
+
+
+@pytest.mark.parametrize("rows", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_description_is_refused(rows: Any):
+    taken = take_adapter(both())
+    with pytest.raises(LoRAError, match="description is damaged"):
+        from_metadata(taken.tensors, {**to_metadata(taken), "beside": rows}, "here")
+
+
+def test_folder_says_in_a_line_and_on_its_card_that_it_holds_the_trained_one_alone(tmp_path: Path, caplog):
+    model = both()
+    with caplog.at_level("INFO", "lightning_lora"):
+        save_adapter(model, tmp_path / "saved")
+        export_adapter(checkpoint(model, "adapter"), tmp_path / "exported")
+    said = [record.message for record in caplog.records if "'sft' (weight 0.5)" in record.message]
+    assert len(said) == 2
+    for name in ("saved", "exported"):
+        assert "'sft' (weight 0.5)" in (tmp_path / name / "README.md").read_text()
+        held = read_adapter(tmp_path / name)
+        assert held.layers.keys() == adapter(1).layers.keys()
+        assert held.beside.keys() == {"sft"}
+
+
+def test_merged_weights_hold_all(tmp_path: Path):
+    model = both()
+    expected, state = logits(model), merged_state_dict(model)
+    plain = base_zoo()
+    plain.load_state_dict(state)
+    torch.testing.assert_close(logits(plain), expected)
+    save_merged(model, tmp_path / "merged")
+    from safetensors.torch import load_file
+
+    plain.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
+    torch.testing.assert_close(logits(plain), expected)
+    torch.testing.assert_close(logits(merge_and_unload(model)), expected)
+
+
+# --- one beside, out of the model ---
+
+
+def test_one_that_is_beside_is_taken_and_saved_by_name(tmp_path: Path):
+    model = both()
+    taken = take_adapter(model, name="sft")
+    save_adapter(model, tmp_path / "sft", name="sft")
+    load_adapter(expected := base_zoo(), adapter(1))
+    for each in (taken, tmp_path / "sft"):
+        load_adapter(found := base_zoo(), each)
+        torch.testing.assert_close(logits(found), logits(expected))
+    assert taken.config.lora_alpha == taken.config.r
+    assert not taken.beside
+    with pytest.raises(LoRAError, match=r"'stf'.*'sft'"):
+        take_adapter(model, name="stf")
+    with pytest.raises(LoRAError, match="name"):
+        save_adapter(taken, tmp_path / "other", name="sft")
+
+
+def test_peft_loads_one_that_is_beside(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    make = lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))  # noqa: E731
+    base = make()
+    model = make()
+    model.load_state_dict(base.state_dict())
+    inject(model, LoRAConfig(r=2, rank_pattern={"2": 1}, lora_alpha=4, init_lora_weights=False))
+    ranks = take_adapter(model)
+    unload(model)
+    x = torch.randn(4, 6)
+    attach(model, ranks, name="sft", weight=0.5)
+    save_adapter(model, tmp_path / "sft", name="sft")
+    set_weight(model, 1.0, "sft")
+    expected = model(x)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "sft")
+    torch.testing.assert_close(theirs(x), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- combining, the command, looking ---
+
+
+def test_combining_with_what_it_was_trained_beside_gives_the_whole(caplog):
+    model = base_zoo()
+    inject(model, zoo_config(init_lora_weights=False, modules_to_save=None, bias="none"), seed=3)
+    attach(model, adapter(1), name="sft", weight=0.5)
+    trained = take_adapter(model)
+    with caplog.at_level("INFO", "lightning_lora"):
+        whole = combine([trained, adapter(1)], [1.0, 0.5])
+    assert "'sft' (weight 0.5)" in caplog.text
+    load_adapter(found := base_zoo(), whole)
+    torch.testing.assert_close(logits(found), logits(model), rtol=1e-5, atol=1e-5)
+    assert combine([trained, trained], [0.5, 0.5]).beside == trained.beside
+
+
+def test_command_shows_it_and_merges_nothing_without_it(tmp_path: Path, capsys):
+    model = both()
+    save_adapter(model, tmp_path / "a")
+    torch.save(base_zoo().state_dict(), tmp_path / "base.pt")
+    assert main(["info", str(tmp_path / "a")]) == 0
+    assert "trained beside, and not in it: sft (weight 0.5)" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "a"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["beside"] == {"sft": 0.5}
+    merge = ["merge", "--base", str(tmp_path / "base.pt"), "--adapter", str(tmp_path / "a")]
+    assert main([*merge, "--output", str(tmp_path / "m.pt")]) == 1
+    said = capsys.readouterr().err
+    assert "trained beside 'sft' (weight 0.5)" in said
+    assert "lightning-lora combine" in said
+    assert not (tmp_path / "m.pt").exists()
+
+
+def test_summary_and_statistics_with_something_beside():
+    model = both()
+    report = summary(model)
+    assert report.beside == {"sft": 0.5}
+    assert "sft (weight 0.5)" in str(report)
+    alone = base_zoo()
+    inject(alone, zoo_config(init_lora_weights=False), seed=3)
+    load_adapter(alone, replace(take_adapter(model), beside={}))
+    assert summary(alone).trainable == report.trainable
+    assert summary(alone).adapter_parameters == report.adapter_parameters
+    assert adapter_stats(alone).groups == adapter_stats(model).groups

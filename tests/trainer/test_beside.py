@@ -1,0 +1,467 @@
+"""LoRACallback(beside=...): frozen adapters beside the trained one, through the life of a Trainer."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from lightning_lora import (
+    LoRACallback,
+    LoRACLI,
+    LoRAConfig,
+    LoRAError,
+    attach,
+    attached,
+    detach,
+    inject,
+    is_merged,
+    load_from_checkpoint,
+    merged,
+    read_adapter,
+    save_adapter,
+    scaled,
+    set_weight,
+    take_adapter,
+)
+from lightning_lora.adapter.adapter import Adapter
+from support.lightning_versions import PLAIN_TYPES_ONLY, EMAWeightAveraging
+from support.runs import BATCHES, TARGETS, Watched, lora, run
+from support.training import (
+    BuiltInConfigureModel,
+    BuiltInSetup,
+    Data,
+    Net,
+    RebuiltInSetup,
+    assert_same_tensors,
+    make_trainer,
+    outputs,
+)
+
+KINDS = ("adapter", "merged", "full")
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+
+
+def trained_adapter(seed: int, **options: Any) -> Adapter:
+    """An adapter of Net's linear layers that has an effect."""
+    model = Net()
+    inject(model, lora(**{"r": 3, "lora_alpha": 6, "init_lora_weights": False} | options).config, seed=seed)
+    return take_adapter(model)
+
+
+def folder(path: Path, seed: int = 1, **options: Any) -> Path:
+    save_adapter(trained_adapter(seed, **options), path)
+    return path
+
+
+def with_products(model: Net, *adapters: tuple[Adapter, float]) -> Net:
+    """A plain model whose weights have the products of adapters added, in float64 and from the definition."""
+    for adapter, weight in adapters:
+        for name, layer in adapter.layers.items():
+            a, b = (adapter.tensors[f"{name}.lora_{leaf}"].double() for leaf in "AB")
+            base = model.get_parameter(f"{name}.weight")
+            base.data = (base.double() + weight * layer.scaling * b @ a).to(base.dtype)
+    return model
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class Sees(L.Callback):
+    """What is attached, and what an optimizer holds, when a fit starts."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.weights = attached(pl_module)
+        self.outputs = outputs(pl_module)
+        self.held = {id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
+
+
+# --- attaching in setup ---
+
+SOURCES = {
+    "folder": lambda path: folder(path / "sft"),
+    "text": lambda path: str(folder(path / "sft")),
+    "adapter in memory": lambda path: read_adapter(folder(path / "sft")),
+    "with a weight": lambda path: {"source": folder(path / "sft"), "weight": 0.5},
+    "mapping without a weight": lambda path: {"source": str(folder(path / "sft"))},
+}
+
+
+@pytest.mark.parametrize("form", SOURCES)
+def test_adapter_is_attached_before_the_fit_and_frozen(tmp_path: Path, form: str):
+    sees, model = Sees(), Net()
+    weight = 0.5 if form == "with a weight" else 1.0
+    run(make_trainer(tmp_path, lora(beside={"sft": SOURCES[form](tmp_path)}), sees), "fit", model)
+    assert sees.weights["sft"] == weight
+    close(sees.outputs, outputs(with_products(Net(), (trained_adapter(1), weight))))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{name}.lora_{leaf}" for name in TARGETS for leaf in "AB"}
+    assert sees.held == {id(p) for p in model.parameters()} & sees.held
+    assert len(model.state_dict()) == len(Net().state_dict()) + 2 * len(TARGETS)
+
+
+def test_what_is_beside_stays_as_it_is_and_the_model_computes_both(tmp_path: Path):
+    sft = trained_adapter(1)
+    run(make_trainer(tmp_path, lora(beside={"sft": sft}), max_epochs=2), "fit", model := Net())
+    base = Net()
+    base.load_state_dict({name: value for name, value in model.state_dict().items() if "lora_" not in name})
+    close(outputs(model), outputs(with_products(base, (take_adapter(model), 1.0), (sft, 1.0))))
+    with merged(model):
+        close(outputs(model), outputs(with_products(Net_of(model), (take_adapter(model), 1.0), (sft, 1.0))))
+    detach(model, "sft")
+    close(outputs(model), outputs(with_products(Net_of(model), (take_adapter(model), 1.0))))
+
+
+def Net_of(model: Net) -> Net:  # noqa: N802
+    """A plain copy of the base of a model."""
+    base = Net()
+    base.load_state_dict({name: value for name, value in model.state_dict().items() if "lora_" not in name})
+    return base
+
+
+@pytest.mark.parametrize("first", ["inject", "attach", "inject and attach", "attach and inject"])
+def test_it_goes_with_a_model_that_was_injected_or_attached_to_before(tmp_path: Path, first: str):
+    sft, sees, model = trained_adapter(1), Sees(), Net()
+    for verb in first.split(" and "):
+        if verb == "inject":
+            inject(model, lora().config)
+        else:
+            attach(model, sft, name="sft", weight=0.5)
+    callback = lora(beside={"sft": {"source": sft, "weight": 0.5}})
+    run(make_trainer(tmp_path, callback, sees), "fit", model)
+    close(sees.outputs, outputs(with_products(Net(), (sft, 0.5))))
+    factors = {id(p) for p in model.parameters() if p.requires_grad}
+    assert factors == sees.held & factors
+    assert len(factors) == 2 * len(TARGETS)
+    assert all(float(model.get_parameter(f"{name}.lora_B").detach().abs().sum()) for name in TARGETS)
+
+
+@pytest.mark.parametrize("make", [BuiltInSetup, BuiltInConfigureModel, RebuiltInSetup])
+def test_layers_that_are_built_in_setup_get_it_too(tmp_path: Path, make: type[Net]):
+    sft, sees = trained_adapter(1), Sees()
+    trainer = make_trainer(tmp_path, lora(beside={"sft": sft}), sees)
+    run(trainer, "fit", model := make())
+    close(sees.outputs, outputs(with_products(Net(), (sft, 1.0))))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trained = outputs(model)
+    for stage in ("validate", "test"):
+        other = make_trainer(tmp_path, lora(beside={"sft": sft}))
+        getattr(other, stage)(model, Data(), ckpt_path=tmp_path / "a.ckpt", verbose=False, **PLAIN_TYPES_ONLY)
+        close(outputs(model), trained)
+
+
+def test_later_stage_keeps_the_weight_that_was_set_since(tmp_path: Path):
+    sft, model = trained_adapter(1), Net()
+    trainer = make_trainer(tmp_path, lora(beside={"sft": sft}))
+    run(trainer, "fit", model)
+    set_weight(model, 0.25, "sft")
+    expected = outputs(model)
+    run(trainer, "test", model)
+    assert attached(model)["sft"] == 0.25
+    assert torch.equal(outputs(model), expected)
+
+
+def test_another_adapter_under_the_name_of_an_attached_one_is_refused(tmp_path: Path):
+    attach(model := Net(), trained_adapter(1), name="sft")
+    with pytest.raises(LoRAError, match=re.escape("detach(model, 'sft')")):
+        run(make_trainer(tmp_path, lora(beside={"sft": trained_adapter(2)})), "fit", model)
+
+
+def test_adapter_of_another_model_is_refused(tmp_path: Path):
+    inject(other := nn.ModuleDict({"elsewhere": nn.Linear(6, 8)}), LoRAConfig(r=2))
+    with pytest.raises(LoRAError, match="elsewhere"):
+        run(make_trainer(tmp_path, lora(beside={"sft": take_adapter(other)})), "fit", Net())
+
+
+WRONG = {
+    "a list": ["folder"],
+    "no source": {"sft": {"weight": 0.5}},
+    "another key": {"sft": {"source": "folder", "wieght": 0.5}},
+    "no number": {"sft": {"source": "folder", "weight": "strong"}},
+}
+
+
+@pytest.mark.parametrize("given", WRONG.values(), ids=WRONG)
+def test_wrong_value_is_refused_at_once(given: Any):
+    with pytest.raises(LoRAError, match="LoRACallback: beside"):
+        LoRACallback(beside=given)
+
+
+def test_several_are_told_by_name_whatever_their_order(tmp_path: Path):
+    sft, style = trained_adapter(1), trained_adapter(2, r=1, target_modules=["head"])
+    models = []
+    for beside in ({"sft": sft, "style": style}, {"style": style, "sft": sft}):
+        torch.manual_seed(0)
+        run(make_trainer(tmp_path, lora(beside=beside), max_epochs=2), "fit", model := Net())
+        models.append(model)
+    assert_same_tensors(models[0].state_dict(), models[1].state_dict())
+    assert torch.equal(outputs(models[0]), outputs(models[1]))
+    run(make_trainer(tmp_path, lora(), max_epochs=2), "fit", alone := Net())
+    assert not torch.equal(alone.head.lora_A, models[0].head.lora_A)
+
+
+# --- evaluation ---
+
+
+def test_merged_evaluation_equals_the_factored_one(tmp_path: Path):
+    sft, found = trained_adapter(1), {}
+    for merged_eval in (True, False):
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path, lora(beside={"sft": sft}, merged_eval=merged_eval), max_epochs=2)
+        model = Watched()
+        for stage in ("fit", "validate", "test"):
+            run(trainer, stage, model)
+        found[merged_eval] = model.seen
+        assert {was for stage, was, _ in model.seen if stage != "train"} == {merged_eval}
+    losses = {each: [loss for *_, loss in entries] for each, entries in found.items()}
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert len(losses[True]) == 6 * BATCHES
+
+
+class Preferring(Net):
+    """Compares itself with the model without the trained adapter, in training and validation, as DPO does."""
+
+    merges = 0
+
+    def compare(self, batch: Any) -> torch.Tensor:
+        with torch.no_grad(), scaled(self, 0.0):
+            reference = self(batch[0]).log_softmax(1)
+        return F.cross_entropy(self(batch[0]).log_softmax(1) - 0.5 * reference, batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.compare(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append((self.compare(batch).item(), is_merged(self)))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append((F.cross_entropy(self(batch[0]), batch[1]).item(), is_merged(self)))
+
+
+def test_evaluations_that_call_scaled_stop_merging_and_say_so_once(tmp_path: Path, caplog, monkeypatch):
+    merges = []
+    import lightning_lora.trainer.evaluation as evaluation
+
+    inner = evaluation.merge_listed
+    monkeypatch.setattr(evaluation, "merge_listed", lambda *a, **o: merges.append(1) or inner(*a, **o))
+    sft, seen_by = trained_adapter(1), {}
+    for merged_eval in (True, False):
+        torch.manual_seed(0)
+        with caplog.at_level(logging.INFO, "lightning_lora"):
+            trainer = make_trainer(tmp_path, lora(beside={"sft": sft}, merged_eval=merged_eval), max_epochs=3)
+            run(trainer, "fit", model := Preferring())
+        seen_by[merged_eval] = model.seen
+    assert len(merges) == 1
+    assert not any(was for _, was in seen_by[True])
+    assert [loss for loss, _ in seen_by[True]] == pytest.approx([loss for loss, _ in seen_by[False]], rel=1e-5)
+    said = [record.message for record in caplog.records if "scaled" in record.message]
+    assert len(said) == 1
+    run(trainer, "test", model)  # which calls no scaled, and merges
+    run(make_trainer(tmp_path, lora(beside={"sft": sft})), "test", model)
+    assert model.seen[-1][1]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_it_goes_with_precisions(tmp_path: Path, precision: str):
+    sft, losses = trained_adapter(1), {}
+    for merged_eval in (True, False):
+        torch.manual_seed(0)
+        callback = lora(beside={"sft": sft}, merged_eval=merged_eval)
+        trainer = make_trainer(tmp_path, callback, max_epochs=2, precision=precision)
+        run(trainer, "fit", model := Net())
+        losses[merged_eval] = trainer.callback_metrics["val_loss"].item()
+    assert losses[True] == pytest.approx(losses[False], rel=0.03)
+    expected = with_products(Net_of(model).to(model.head.weight.dtype), (take_adapter(model), 1.0), (sft, 1.0))
+    tolerance = 1e-5 if precision == "64-true" else 0.1
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        found = outputs_of(model)
+    torch.testing.assert_close(found.double(), outputs_of(expected).double(), rtol=tolerance, atol=tolerance)
+
+
+def outputs_of(model: Net) -> torch.Tensor:
+    from support.training import inputs
+
+    with torch.no_grad():
+        return model.eval()(inputs().to(model.head.weight.dtype))
+
+
+@pytest.mark.weight_averaging
+def test_weight_averaging_leaves_what_is_beside_alone(tmp_path: Path):
+    sft = trained_adapter(1)
+    averaging = EMAWeightAveraging(decay=0.5)
+    run(make_trainer(tmp_path, lora(beside={"sft": sft}), averaging, max_epochs=2), "fit", model := Net())
+    run(make_trainer(tmp_path, lora(), EMAWeightAveraging(decay=0.5), max_epochs=0), "fit", Net())
+    close(outputs(model), outputs(with_products(Net_of(model), (take_adapter(model), 1.0), (sft, 1.0))))
+
+
+# --- checkpoints ---
+
+
+def fit(path: Path, callback: LoRACallback, epochs: int, ckpt_path: Path | None = None, *others: L.Callback) -> Any:
+    """A fit that saves each epoch, and all of its state at the end."""
+    saves = ModelCheckpoint(path, "{epoch}", save_top_k=-1, enable_version_counter=False)
+    trainer = make_trainer(path, callback, *others, saves, max_epochs=epochs)
+    trainer.fit(model := Net(), Data(BATCHES), ckpt_path=ckpt_path, **PLAIN_TYPES_ONLY)
+    return model, {"model": model.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}
+
+
+class Weakens(L.Callback):
+    """Gives what is beside another strength in the second epoch."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            set_weight(pl_module, 0.25, "sft")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_holds_the_trained_one_alone_and_resumes_bit_for_bit(tmp_path: Path, kind: str):
+    beside = {"sft": trained_adapter(1), "style": trained_adapter(2, r=1)}
+    torch.manual_seed(0)
+    model, whole = fit(tmp_path, lora(save=kind, beside=beside), 4, None, Weakens())
+    file = tmp_path / "epoch=1.ckpt"
+    saved = torch.load(file, weights_only=True)
+    stated = {name: row[0] for name, row in saved["lora"]["beside"].items()}
+    assert stated == {"sft": 0.25, "style": 1.0}
+    tensors = saved["lora"]["adapter"] if kind == "merged" else saved["state_dict"]
+    assert {name for name in tensors if "lora" in name} == {f"{n}.lora_{leaf}" for n in TARGETS for leaf in "AB"}
+    torch.manual_seed(1)
+    again = lora(save=kind, beside=dict(reversed(beside.items())))
+    resumed, state = fit(tmp_path, again, 4, file)
+    assert_same_tensors(state, whole)
+    assert attached(resumed)["sft"] == 0.25
+    assert torch.equal(outputs(resumed), outputs(model))
+
+
+def test_merged_checkpoint_holds_all_for_programs_without_this_package(tmp_path: Path):
+    model, _ = fit(tmp_path, lora(save="merged", beside={"sft": trained_adapter(1)}), 1)
+    close(outputs(Net.load_from_checkpoint(tmp_path / "epoch=0.ckpt", **PLAIN_TYPES_ONLY)), outputs(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_that_are_left_out_are_the_checkpoints_and_beside_is_named(tmp_path: Path, kind: str):
+    sft = trained_adapter(1)
+    model, _ = fit(tmp_path, lora(save=kind, beside={"sft": {"source": sft, "weight": 0.5}}), 1)
+    file = tmp_path / "epoch=0.ckpt"
+    missing = r"trained beside 'sft' \(weight 0\.5\).*beside=\{'sft': \{'source': source, 'weight': 0\.5\}\}"
+    for stage in ("fit", "test"):
+        with pytest.raises(LoRAError, match=missing):
+            getattr(make_trainer(tmp_path, LoRACallback(save=kind), max_epochs=2), stage)(
+                Net(), Data(), ckpt_path=file, **PLAIN_TYPES_ONLY
+            )
+    with pytest.raises(LoRAError, match="another adapter 'sft'"):
+        make_trainer(tmp_path, LoRACallback(beside={"sft": trained_adapter(2)})).test(
+            Net(), Data(), ckpt_path=file, verbose=False, **PLAIN_TYPES_ONLY
+        )
+    more = {"sft": sft, "more": trained_adapter(2)}
+    with pytest.raises(LoRAError, match="without 'more'"):
+        make_trainer(tmp_path, LoRACallback(beside=more)).test(
+            Net(), Data(), ckpt_path=file, verbose=False, **PLAIN_TYPES_ONLY
+        )
+    make_trainer(tmp_path, LoRACallback(beside={"sft": sft})).test(
+        read := Net(), Data(), ckpt_path=file, verbose=False, **PLAIN_TYPES_ONLY
+    )
+    assert attached(read)["sft"] == 0.5
+    assert torch.equal(outputs(read), outputs(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_from_checkpoint_says_the_lines_to_write_and_they_work(tmp_path: Path, kind: str):
+    source = folder(tmp_path / "sft")
+    model, _ = fit(tmp_path, lora(save=kind, beside={"sft": {"source": source, "weight": 0.5}}), 1)
+    with pytest.raises(LoRAError, match="trained beside 'sft'") as refused:
+        load_from_checkpoint(Net, tmp_path / "epoch=0.ckpt")
+    if kind == "full":
+        return  # whose base load_adapter does not take
+    lines = re.search(r"model = Net\(.*\)", str(refused.value))[0].replace("Net(...)", "Net()")
+    scope = {"Net": Net, "source": source, "attach": attach, "load_adapter": __import__("lightning_lora").load_adapter}
+    exec(lines, scope)
+    assert torch.equal(outputs(scope["model"]), outputs(model))
+
+
+# --- several processes ---
+
+
+def test_processes_that_would_attach_alone_are_refused(tmp_path: Path):
+    inject(model := Net(), lora().config)
+    callback = lora(beside={"sft": trained_adapter(1)})
+    trainer = make_trainer(tmp_path, callback, strategy="ddp_spawn", devices=2)
+    trainer.state.fn = "fit"
+    with pytest.raises(LoRAError, match=re.escape("attach(model, source, name='sft') before fit")):
+        callback.setup(trainer, model, "fit")
+    attach(model, trained_adapter(1), name="sft")
+    callback.setup(trainer, model, "fit")
+
+
+# --- configuration and words ---
+
+
+@pytest.fixture
+def _in_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.chdir(tmp_path)
+
+
+QUIET = """
+trainer:
+  accelerator: cpu
+  logger: false
+  max_epochs: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+"""
+LORA = QUIET + "lora: {r: 2, beside: {sft: sft, style: {source: style, weight: 0.5}}}"
+PLAIN = QUIET + (
+    "  callbacks:\n  - class_path: lightning_lora.LoRACallback\n"
+    "    init_args: {r: 2, beside: {sft: sft, style: {source: style, weight: 0.5}}}"
+)
+
+
+@pytest.mark.usefixtures("_in_folder")
+@pytest.mark.parametrize(("cli", "config"), [(LoRACLI, LORA), (LightningCLI, PLAIN)])
+def test_yaml_of_both_clis(tmp_path: Path, cli: type[LightningCLI], config: str):
+    folder(tmp_path / "sft", 1)
+    folder(tmp_path / "style", 2)
+    Path("c.yaml").write_text(config)
+    made = cli(Net, Data, args=["fit", "--config", "c.yaml"], save_config_callback=None, seed_everything_default=1)
+    weights = attached(made.model)
+    assert (weights["sft"], weights["style"]) == (1.0, 0.5)
+
+
+@pytest.mark.usefixtures("_in_folder")
+def test_command_line_names_one_by_its_key(tmp_path: Path):
+    folder(tmp_path / "sft", 1)
+    args = ["--lora.beside.sft=sft", "--lora.r=2"]
+    made = LoRACLI(Net, Data, args=args, run=False, save_config_callback=None, seed_everything_default=1)
+    (callback,) = (each for each in made.trainer.callbacks if isinstance(each, LoRACallback))
+    assert callback.beside == {"sft": "sft"}
+    assert "beside={'sft': 'sft'}" in repr(callback)
+
+
+def test_loggers_get_names_and_weights_of_all_that_is_attached(tmp_path: Path):
+    attach(model := Net(), trained_adapter(2), name="style", weight=0.5)
+    logger = CSVLogger(tmp_path)
+    run(make_trainer(tmp_path, lora(beside={"sft": trained_adapter(1)}), logger=logger), "fit", model)
+    text = (Path(logger.log_dir) / "hparams.yaml").read_text()
+    assert """lora/beside: '{"sft": 1.0, "style": 0.5}'""" in text
+
+
+def test_summary_at_fit_start_names_them(tmp_path: Path, caplog):
+    with caplog.at_level(logging.INFO, "lightning_lora"):
+        run(make_trainer(tmp_path, lora(beside={"sft": {"source": trained_adapter(1), "weight": 0.5}})), "fit", Net())
+    (shown,) = (record.message for record in caplog.records if "adapted layers" in record.message)
+    assert re.search(r"beside +sft \(weight 0\.5\)", shown)
+    assert len(shown.splitlines()) <= 10
