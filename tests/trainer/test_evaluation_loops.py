@@ -35,20 +35,16 @@ def fitting(data: Callable[[], Data] = Data, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "evaluated"),
     [
-        ({"num_sanity_val_steps": 2}, 2 + 2 * 3),
         ({"val_check_interval": 1}, 2 * 3 * 3),
         ({"val_check_interval": 2, "check_val_every_n_epoch": None, "max_epochs": 3}, 4 * 3),
         ({"limit_val_batches": 1}, 2),
         ({"limit_val_batches": 0}, 0),
-        ({"accumulate_grad_batches": 2}, 2 * 3),
         ({"gradient_clip_val": 0.01}, 2 * 3),
         ({"check_val_every_n_epoch": 2, "max_epochs": 5}, 2 * 3),
-        ({"fast_dev_run": 2}, 2),
         ({"overfit_batches": 1}, 2),
         ({"max_steps": 5, "max_epochs": -1, "val_check_interval": 2}, 2 * 3),
         ({"reload_dataloaders_every_n_epochs": 1}, 2 * 3),
         ({"inference_mode": False, "num_sanity_val_steps": 1}, 1 + 2 * 3),
-        ({"data": TwoLoaders}, 2 * 2 * 3),
     ],
     ids=str,
 )
@@ -207,16 +203,6 @@ def test_a_finder_tries_the_model_unmerged_and_leaves_it_adapted(tmp_path):
 class LongData(Data):
     def __init__(self) -> None:
         super().__init__(batches=5)
-
-
-def test_batch_size_finder_finds_the_size_of_the_unmerged_run(tmp_path):
-    def run(path: Path, model: Net, callback: LoRACallback) -> list[float]:
-        data = SizedData()
-        finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
-        make_trainer(path, callback, finder, max_epochs=2).fit(model, data)
-        return [data.batch_size]
-
-    compare(tmp_path, run)
 
 
 def find_rate(trainer: L.Trainer, model: Net, data: Data) -> None:
