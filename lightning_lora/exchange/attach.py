@@ -28,7 +28,7 @@ from ..nn.adapted_weights import AdaptedWeights
 from ..nn.attachment import Beside
 from ..nn.beside import Attached
 from ..nn.layer_kinds import layer_class
-from ..nn.low_rank import ATTENTION_OUTPUT, CONV, GROUPED_CONV, factor_shapes, to_block_diagonal
+from ..nn.low_rank import ATTENTION_OUTPUT, CONV, GROUPED_CONV, IN_PROJ, factor_shapes, to_block_diagonal
 from ..nn.owner import claimed
 from ..nn.parameter import parameter_kind, weights_of
 from ..nn.quantised import shape_of
@@ -109,7 +109,7 @@ def _attach(handle: AdaptedModel, adapter: Adapter, name: str, weight: float, st
             if handle.all_layers:
                 found.bring_back(handle)
             raise
-    return list(pairs)
+    return [layer for layer in handle.all_layers if layer in pairs]
 
 
 def _pairs(
@@ -121,16 +121,14 @@ def _pairs(
     _refuse_kinds_of_adapters(adapter, called)
     modules = dict(handle.modules)
     parameters = weights_of(modules) if adapter.parameters else {}
-    order = {name: position for position, name in enumerate((*modules, *parameters))}
-    wanted = sorted(adapter.layers, key=lambda name: order.get(name, len(order)))
-    kinds = {name: _kind(name, modules, parameters) for name in wanted}
+    kinds = {name: _kind(name, modules, parameters) for name in adapter.layers}
     adapter = as_in_model(adapter, kinds)
     live = open_state(handle)
     adapter = split_off_base(live, adapter)
     _refuse_other_values(live, adapter, called)
     _check_base(live, adapter, strict_base)
     with torch.inference_mode(False), torch.no_grad():
-        return {name: _pair(handle, adapter, name, kinds[name], called, weight, modules, parameters) for name in wanted}
+        return {n: _pair(handle, adapter, n, k, called, weight, modules, parameters) for n, k in kinds.items()}
 
 
 def _refuse_kinds_of_adapters(adapter: Adapter, called: str) -> None:
@@ -203,7 +201,8 @@ def _pair(
             f"{tuple(b.shape)}."
         )
     device = torch.device("cpu") if tensor.is_meta else tensor.device
-    return Attached(a.detach().to(device), b.detach().to(device), float(scaling), float(weight))
+    dtype = torch.float64 if tensor.dtype == torch.float64 else None
+    return Attached(a.detach().to(device, dtype), b.detach().to(device, dtype), float(scaling), float(weight))
 
 
 def _weight(owner: nn.Module, leaf: str, name: str) -> torch.Tensor:
@@ -214,8 +213,7 @@ def _weight(owner: nn.Module, leaf: str, name: str) -> torch.Tensor:
     """
     if leaf and (why_not := Candidate(PARAMETER, name, owner, LoRAConfig(), leaf).why_not()):
         raise LoRAError(f"attach: {name!r}: {why_not}.")
-    weight = owner.in_proj_weight if isinstance(owner, nn.MultiheadAttention) else owner.weight
-    weight = getattr(owner, leaf) if leaf else weight
+    weight = getattr(owner, leaf or (IN_PROJ if isinstance(owner, nn.MultiheadAttention) else "weight"))
     if is_spread(weight):
         raise LoRAError(
             f"attach: the weight of {name!r} is sharded already. Call attach before fully_shard, parallelize_module or "

@@ -67,7 +67,7 @@ class Packed:
             for each in others:
                 a, b = low_rank.stack_ranks(a, b, each.a, each.b)
             self.a, self.b = a.contiguous(), b.contiguous()
-            self.scales = torch.empty(self.rank, dtype=torch.float32, device=device)
+            self.scales = torch.empty(self.rank, dtype=torch.promote_types(b.dtype, torch.float32), device=device)
         self.copies: dict[torch.device, Tensors] = {}
         self._write_scales_()
 
@@ -98,7 +98,7 @@ class Packed:
         values = [share.weight * share.scaling for share in self.shares.values() for _ in range(share.rank)]
         with torch.inference_mode(False), torch.no_grad():
             for scales in (self.scales, *(copy[2] for copy in self.copies.values())):
-                scales.copy_(torch.tensor(values))
+                scales.copy_(torch.tensor(values, dtype=scales.dtype))
 
     # --- in a forward ---
 
@@ -127,23 +127,31 @@ class Packed:
         return copies
 
     def move_(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Move the tensors to the device to which torch moves those of the layer; they keep dtype and values. In place.
+        """Move the tensors to the device to which torch moves those of the layer. In place.
 
-        to_empty would give memory without values, and a move to the meta device take the values away.
+        They keep their values: none is rounded, to_empty would give memory without values, and a move to the meta
+        device would take them away.
         """
-        device = move(torch.empty(0, device=self.a.device)).device
+        moved = move(torch.empty(0, dtype=self.b.dtype, device=self.b.device))
         self.copies.clear()
-        if device.type != "meta":
-            self.a, self.b, self.scales = (each.to(device) for each in (self.a, self.b, self.scales))
+        if not moved.is_meta:
+            dtype = torch.float64 if moved.dtype == torch.float64 else None
+            self.a, self.b = self.a.to(moved.device, dtype), self.b.to(moved.device, dtype)
+            self.scales = self.scales.to(moved.device, dtype)
+            self._write_scales_()
 
     # --- in a merge ---
 
     def blocks(self, kind: str, shape: torch.Size, device: torch.device) -> list[LowRankBlock]:
         """Return the blocks that are added to the whole weight. w s is in them, in float64."""
-        b = self.b.to(device, torch.float32 if device.type == "mps" else torch.float64)  # mps has no float64
+        b = self.b.to(device, _widest(device))
         values = [share.weight * share.scaling for share in self.shares.values() for _ in range(share.rank)]
         scaled = b * torch.tensor(values, dtype=b.dtype, device=device).view(1, -1, *[1] * (b.dim() - 2))
         return low_rank.low_rank_blocks(kind, shape, self.a.to(device), scaled)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
 
 
 def add_beside(own: list[LowRankBlock], beside: list[LowRankBlock], scaling: float) -> list[LowRankBlock]:
@@ -164,7 +172,7 @@ def _is_inside(block: LowRankBlock, outer: LowRankBlock) -> bool:
 
 
 def _added(own: list[LowRankBlock], beside: LowRankBlock, scaling: float) -> LowRankBlock:
-    left, right, scale = beside.left, beside.right, None
+    left, right, scale = beside.left.to(_widest(beside.left.device)), beside.right, None
     ranks, first = sum(block.left.shape[1] for block in own), 0
     own_left = left.new_zeros(len(left), ranks)
     dtype = torch.promote_types(right.dtype, own[0].right.dtype) if own else right.dtype

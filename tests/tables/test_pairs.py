@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRAError
+from support.beside import attached_first, beside, trained_beside
 from support.covering import covering
 from support.devices import Place
 from support.pair_checks import (
@@ -113,7 +114,7 @@ class Condition:
 
 
 PRECISION, TRAINING, CHECKPOINTS = "Precision", "Training", "Checkpoints"
-FOLDERS, MERGING = "Folders, swaps and copies", "Merging and taking out"
+FOLDERS, MERGING, BESIDE = "Folders, swaps and copies", "Merging and taking out", "Beside attached adapters"
 CONDITIONS = [
     Condition(PRECISION, "float32", precision(torch.float32), "outputs, gradients, W' and a step in float32"),
     Condition(PRECISION, "float64", precision(torch.float64), "the same in float64, to twelve digits"),
@@ -205,6 +206,10 @@ CONDITIONS = [
     ),
     Condition(MERGING, "unload", unloaded, "bits, classes and requires_grad of the plain model"),
     Condition(MERGING, "merge_and_unload", merged_for_good, "plain weights W', as in merged_state_dict"),
+    Condition(BESIDE, "beside two, float32", beside(torch.float32), "outputs, gradients, W', every strength; detached"),
+    Condition(BESIDE, "beside two, bfloat16", beside(torch.bfloat16), "the same in bfloat16"),
+    Condition(BESIDE, "steps beside two", trained_beside, "four steps of SGD, a swap and back, and an unload"),
+    Condition(BESIDE, "attached first", attached_first, "to the plain model, which is merged; then load_adapter"),
 ]
 
 
