@@ -11,7 +11,7 @@ from ..adapter.fingerprint import fingerprint_entries
 from ..adapter.metadata import without
 from ..formats.pretrained_names import align_to_networks
 from ..model.adapted_model import Listing
-from ..model.foreign_state import foreign_entries
+from ..model.foreign_state import foreign_entries, without_base
 from ..model.live_state import LiveState, original_value
 from ..model.pretrained import pretrained_models, tied_to_input
 from ..names import names_factor
@@ -72,6 +72,7 @@ def split_off_foreign(live: LiveState, adapter: Adapter) -> Adapter:
     if not values:
         return adapter
     foreign = ForeignEntries({**adapter.foreign.values, **values}, {**known.versions, **adapter.foreign.versions})
+    foreign = without_base(live.handle, foreign)
     return replace(adapter, tensors=without(adapter.tensors, values), foreign=foreign)
 
 
