@@ -32,3 +32,9 @@ def is_of_base(module: nn.Module) -> bool:
     is_weight = (tensor.is_floating_point() and tensor.dim() > 1 for tensor in own.values())
     shows_something = bool(own) or next(module.buffers(), None) is not None
     return shows_something and (isinstance(module, AdaptedModule) or not any(is_weight))
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Return whether a module is a foreign linear layer with integers, as packed weights are."""
+    tensors = (*module.parameters(), *module.buffers()) if is_of_base(module) else ()
+    return any(not tensor.is_floating_point() for tensor in tensors)

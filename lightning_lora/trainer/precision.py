@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import LoRAError
 from ..model.adapted_model import Listing
 from ..names import LIGHTNING, derives_from, join_names
+from ..nn.foreign_weights import is_packed
 from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_modules, quantised_parameters
 from ..nn.quantised_state import is_of_lightning
@@ -100,6 +101,9 @@ def refuse_plain(listing: Listing, quantize: str | None) -> None:
 
 def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
     """Raise LoRAError where a Trainer would treat the bytes of quantised weights as values: shard or average them."""
+    for name, module in listing.modules:
+        if is_packed(module):
+            _refuse_averaging(trainer, f"{name!r}, a {type(module).__name__}, holds packed weights")
     name, layer = next(iter(quantised_modules(listing.places).items()), ("", listing.model))
     if not name:
         return
@@ -120,6 +124,11 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
             f"LoRACallback: {weight}, and DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2) "
             "or strategy='ddp', which hold the quantised base whole on each device."
         )
+    _refuse_averaging(trainer, weight)
+
+
+def _refuse_averaging(trainer: Any, weight: str) -> None:
+    """Raise LoRAError where a callback averages weights. The text says of a weight that its bytes are no values."""
     for callback in trainer.callbacks:
         if any(derives_from(callback, average, LIGHTNING) for average in AVERAGING):
             raise LoRAError(
