@@ -72,24 +72,34 @@ class WQLinear(QuantLinear):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
-class TELinear(nn.Module):
-    """Transformer Engine: weight and bias are parameters; extra state, None or bytes; a second output on request."""
+class OtherLinear(nn.Module):
+    """The simplest one: weight and bias are parameters."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, return_bias: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.return_bias = in_features, out_features, return_bias
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(0.1 * torch.randn(out_features, in_features))
         self.bias = nn.Parameter(0.1 * torch.randn(out_features)) if bias else None
-        self.history: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, linear: nn.Linear, **options: Any) -> TELinear:
+    def of(cls, linear: nn.Linear, **options: Any) -> Any:
         made = cls(linear.in_features, linear.out_features, linear.bias is not None, **options)
         made.weight, made.bias = cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias)
         return made
 
     def values(self) -> torch.Tensor:
         return self.weight.detach()
+
+    def forward(self, inp: torch.Tensor) -> Any:
+        return F.linear(inp, self.weight, self.bias)
+
+
+class TELinear(OtherLinear):
+    """Transformer Engine: it has extra state, None or a tensor, and gives its bias too on request."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, return_bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.return_bias, self.history = return_bias, cast("torch.Tensor | None", None)
 
     def get_extra_state(self) -> torch.Tensor | None:
         return self.history
@@ -101,9 +111,7 @@ class TELinear(nn.Module):
         if self.training:
             largest = inp.detach().abs().max().reshape(1).float()
             self.history = largest if self.history is None else torch.maximum(self.history, largest)
-        if self.return_bias:
-            return F.linear(inp, self.weight), self.bias
-        return F.linear(inp, self.weight, self.bias)
+        return (F.linear(inp, self.weight), self.bias) if self.return_bias else super().forward(inp)
 
 
 FOREIGN: dict[str, Any] = {"GPTQ": QuantLinear, "AWQ": WQLinear, "TE": TELinear.of}

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.nn.low_rank import LowRankBlock
-from support.foreign import TELinear
+from support.foreign import OtherLinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 R, ALPHA = 3, 4.5
@@ -94,7 +94,7 @@ CASES = {
     "linear, three axes": Case(lambda: nn.Linear(8, 6, bias=False), (2, 5, 8)),
     "user's linear": Case(lambda: UserLinear(8, 6)),
     "activated linear": Case(lambda: ActivatedLinear(8, 6), keyword="features"),
-    "linear of another library": Case(lambda: TELinear(8, 6), (2, 5, 8), keyword="inp", merges=False),
+    "linear of another library": Case(lambda: OtherLinear(8, 6), (2, 5, 8), keyword="inp", merges=False),
     "transformers Conv1D": Case(lambda: Conv1D(6, 8), (2, 5, 8), keyword="x"),
     "fused, outer parts": Case(lambda: nn.Linear(8, 12), (2, 5, 8), parts=(True, False, True)),
     "fused, inner parts": Case(lambda: nn.Linear(8, 12), parts=(False, True, True, False)),
