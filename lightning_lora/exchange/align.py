@@ -14,8 +14,9 @@ from ..formats.peft_attention import refuse_conv1d_of_model
 from ..formats.peft_stacks import stacks_as_in_model
 from ..formats.pretrained_names import align_to_networks
 from ..model.adapted_model import Listing
-from ..model.foreign_state import foreign_entries
+from ..model.foreign_state import foreign_entries, without_base
 from ..model.live_state import LiveState, original_value
+from ..model.named_state import EXTRA_STATE, has_extra_state
 from ..model.pretrained import pretrained_models, tied_to_input
 from ..names import names_factor
 from ..nn.adapted_module import is_factor
@@ -29,14 +30,18 @@ from .resized_tables import has_new_rows
 
 
 def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
-    """Return the adapter under the one prefix at which its layers are modules of the model."""
+    """Return the adapter under the one prefix at which its layers are modules of the model.
+
+    The extra state of a linear layer, as Transformer Engine's have one, is left out where the layer here has none.
+    """
     layers = adapter.layers
-    if layers and all(layer in names.modules for layer in layers):
-        return adapter
-    modules = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}
-    return align_to_networks(
-        adapter, modules, type(listing.model).__name__, lambda: pretrained_models(listing.modules).values(), names.first
-    )
+    if not layers or not all(layer in names.modules for layer in layers):
+        modules, model = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}, listing.model
+        networks = pretrained_models(listing.modules).values
+        adapter = align_to_networks(adapter, modules, type(model).__name__, networks, names.first)
+    owners = {name: names.modules.get(name.rpartition(".")[0]) for name in adapter.tensors if EXTRA_STATE in name}
+    left_out = [name for name, owner in owners.items() if isinstance(owner, nn.Linear) and not has_extra_state(owner)]
+    return replace(adapter, tensors=without(adapter.tensors, left_out)) if left_out else adapter
 
 
 def as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
@@ -84,6 +89,7 @@ def split_off_foreign(live: LiveState, adapter: Adapter) -> Adapter:
     if not values:
         return adapter
     foreign = ForeignEntries({**adapter.foreign.values, **values}, {**known.versions, **adapter.foreign.versions})
+    foreign = without_base(live.handle, foreign)
     return replace(adapter, tensors=without(adapter.tensors, values), foreign=foreign)
 
 

@@ -25,6 +25,7 @@ from ..model.live_state import LiveState
 from ..model.pretrained import embeddings, pretrained_models
 from ..names import listed, names_factor, parent_names, rename_keys
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
+from ..nn.foreign_weights import is_foreign_linear
 from ..nn.tied_weights import untie_advice
 from ..nn.variant import rows_leaf
 from .first_names import Names, by_first_names
@@ -138,6 +139,7 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
         name
         for name in live.keys
         if isinstance(live.tensors[name], nn.Parameter) or (adapter.complete and name.startswith(adapter.scope))
+        if live.tensors[name] is not None or name in adapter.tensors or not is_foreign_linear(live.owners[name])
     )
     _check_ties(live, names, adapter.tensors, expected)
     compared = (name for name in adapter.tensors if name not in live.tensors or name in expected)

@@ -26,7 +26,7 @@ from ..distributed.sharding import copies_of, gather_all
 from ..formats.peft_saved_modules import from_peft_entries
 from ..matching import NameEnd, naming_some
 from ..model.adapted_model import AdaptedModel, open_model
-from ..model.foreign_state import foreign_entries
+from ..model.foreign_state import foreign_entries, without_base
 from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.pretrained import base_name, pretrained_models, tied_to_input
@@ -47,8 +47,8 @@ def adapter_here(handle: AdaptedModel, verb: str = "load_adapter") -> Adapter:
     """Copy the adapter of an injected model, as it is. Collective where the model is sharded."""
     refuse_replaced_layers(handle, verb)
     live = open_state(handle)
-    adapter = replace(_described(live), tensors=gather_all(live.values()), foreign=foreign_entries(handle))
-    return copied(adapter)
+    foreign = without_base(handle, foreign_entries(handle))
+    return copied(replace(_described(live), tensors=gather_all(live.values()), foreign=foreign))
 
 
 def adapter_in_state(live: LiveState, state: Mapping[str, Any], foreign: ForeignEntries) -> Adapter:
@@ -67,6 +67,7 @@ def adapter_in_state(live: LiveState, state: Mapping[str, Any], foreign: Foreign
     values = {**state, **gather_all(original_values(entry for entry in live.entries if entry[0] in left_out))}
     tensors = {name: values[name] for name in live.keys if name in values}
     complete = len(tensors) == len(live.keys)
+    foreign = without_base(live.handle, foreign)
     return copied(replace(adapter, tensors=tensors, complete=complete, foreign=foreign), on_cpu=True)
 
 
@@ -300,6 +301,6 @@ def check_fingerprint(
     unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen", "resized").items())
     present = unfrozen | fingerprint_of(live, expected)
     # A fingerprint made of a file has entries of buffers. Training changes buffers, so they do not tell a base.
-    buffers = {name for name, tensor in live.tensors.items() if not isinstance(tensor, nn.Parameter)}
+    buffers = {name for name in live.keys if not isinstance(live.tensors[name], nn.Parameter)}
     expected = {name: entry for name, entry in expected.items() if name not in buffers}
     compare_fingerprints(present, expected, strict=strict, remedy=remedy)

@@ -90,8 +90,8 @@ def write_folder(adapter: Adapter, path: PathLike, *, plain: bool = False, netwo
 def _tell_what_differs(adapter: Adapter, path: PathLike) -> None:
     """Tell what PEFT's folder leaves out of an adapter, and which module PEFT loads it onto."""
     extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
-    if extra:
-        warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=4)
+    if lost := [name for name in extra if adapter.tensors[name] is not None]:
+        warnings.warn(f"lightning_lora: the extra state {lost} is no tensor and is left out.", stacklevel=4)
     outside = [name for name in adapter.tensors if not name.startswith(adapter.network) and name not in extra]
     if outside:
         tell(

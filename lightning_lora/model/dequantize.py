@@ -14,6 +14,7 @@ from ..errors import LoRAError
 from ..names import join_names
 from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of
 from ..nn.exact_merge import merged_weight
+from ..nn.foreign_weights import is_foreign_linear
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.nf4 import NF4Linear
 from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
@@ -40,13 +41,19 @@ def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
 
 
 def report_factored(layers: Iterable[AdaptedWeights]) -> None:
-    """Log once a model how many layers stay factored because their weights are quantised."""
-    quantised = [layer for layer in layers if layer.quantised()]
-    reported = {id(layer.lora.injection) for layer in quantised if "quantised" in layer.lora.injection.marks}
-    quantised = [layer for layer in quantised if id(layer.lora.injection) not in reported]
-    for layer in quantised:
+    """Log once a model how many layers stay factored because their weights are quantised, or of another library."""
+    stay = [layer for layer in layers if layer.quantised() or is_foreign_linear(layer.lora_holder)]
+    reported = {id(layer.lora.injection) for layer in stay if "quantised" in layer.lora.injection.marks}
+    stay = [layer for layer in stay if id(layer.lora.injection) not in reported]
+    for layer in stay:
         layer.lora.injection.marks.add("quantised")
-    if quantised:
+    if foreign := [layer for layer in stay if not layer.quantised()]:
+        kinds = ", ".join(sorted({type(layer.lora_holder).__name__ for layer in foreign}))
+        tell(
+            f"lightning_lora: {len(foreign)} layers of other libraries ({kinds}) stay factored, also in merged "
+            "evaluation: nothing but their own forward reads their weights."
+        )
+    if quantised := [layer for layer in stay if layer.quantised()]:
         kinds = ", ".join(sorted({layer.quantised() for layer in quantised}))
         tell(
             f"lightning_lora: {len(quantised)} layers have quantised weights ({kinds}) and stay factored, also in "

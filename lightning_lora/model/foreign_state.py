@@ -15,6 +15,7 @@ from ..errors import LoRAError, sentence
 from ..names import CHECKPOINTED, canonical, parent_names
 from ..nn.adapted_module import AdaptedModule
 from ..nn.foreign_entries import METADATA, ForeignEntries, foreign_of, metadata_of, with_metadata
+from ..nn.foreign_weights import is_of_base
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .adapted_model import AdaptedModel, Listing, is_inside
 from .dequantize import quantised_weights
@@ -50,6 +51,14 @@ def foreign_entries(listing: Listing) -> ForeignEntries:
         return ForeignEntries()
     known = {name for name, _, _ in listing.state()}
     return foreign_of(state, foreign_names(listing, state, known))
+
+
+def without_base(listing: Listing, foreign: ForeignEntries) -> ForeignEntries:
+    """Return foreign entries without those of foreign linear layers, which are the base's weights, as HQQLinear's."""
+    if not foreign.values:
+        return foreign
+    base = tuple(f"{name}." for name, module in listing.places if is_of_base(module))
+    return foreign.with_names(lambda name: None if name.startswith(base) else name)
 
 
 def _written(listing: Listing) -> dict[str, Any]:

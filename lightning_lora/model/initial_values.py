@@ -11,6 +11,7 @@ from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_, copy_of, reshard_
 from ..names import join_names, names_factor
 from ..nn.adapted_module import AdaptedModule
+from ..nn.foreign_weights import is_of_base
 from .adapted_model import AdaptedModel
 from .named_state import own_state
 
@@ -28,6 +29,8 @@ def snapshot_initial(handle: AdaptedModel) -> None:
         for leaf, tensor in own_state(module).items():
             is_parameter = isinstance(tensor, nn.Parameter)
             if (isinstance(module, AdaptedModule) and names_factor(leaf)) or (is_parameter and is_validated):
+                continue
+            if not is_parameter and is_of_base(module):
                 continue
             recorded = handle.recorded_name(join_names(name, leaf))
             if recorded not in initial and (not is_parameter or id(tensor) in trained):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
 from ..config import PLAIN, LoRAConfig
-from ..matching import ALL_LAYERS
+from ..matching import ALL_LAYERS, matcher
+from ..names import parent_names
 from ..nn.adapted_weights import NamedModules
+from ..nn.foreign_weights import is_foreign_linear
 from ..nn.layer_kinds import layer_class
 from ..nn.linear import is_conv1d
 from ..nn.low_rank import CONV, CONV1D, GROUPED_CONV
@@ -20,6 +22,7 @@ from .token_tables import OPTION
 
 MORE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # beside linear layers, for "all-layers"
 MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}  # PEFT's list of model_type
+BY_NAME = "layers of other libraries are adapted by name"  # the beginning of a reason
 REFUSED_IN_MAMBA = {"out_proj", "conv1d"}  # PEFT's list of last segments
 
 
@@ -62,7 +65,29 @@ def layers_by_kind(
             left_out[name] = reason
         else:
             chosen[name] = module
-    return chosen, left_out
+    foreign = _foreign_layers(modules, config, heads)
+    targets = short_targets(modules, foreign)
+    return chosen, left_out | dict.fromkeys(foreign, f"{BY_NAME}, target_modules={targets}")
+
+
+def _foreign_layers(modules: Mapping[str, nn.Module], config: LoRAConfig, heads: Collection[int]) -> list[str]:
+    """Return the names of foreign linear layers that target_modules could name, without those around other layers."""
+    excluded, saved = matcher(config.exclude_modules), matcher(config.all_modules_to_save())
+    found = [name for name, module in modules.items() if name and id(module) not in heads and is_foreign_linear(module)]
+    return [
+        name
+        for name in found
+        if layer_class(modules[name], variant_of(config)) is not None
+        and not any(layer_class(inner) for inner in modules[name].modules() if inner is not modules[name])
+        and not any(map(saved, (name, *parent_names(name))))
+        and not excluded(name)
+    ]
+
+
+def short_targets(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
+    """Return target_modules that name exactly these modules: last segments, or else whole names."""
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return ends if sum(map(matcher(ends), modules)) == len(names) else list(names)
 
 
 def _mamba_prefixes(modules: NamedModules) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import nn
 from ..distributed.sharding import detached
 from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import adapter_of
+from ..nn.foreign_weights import is_of_base
 from .adapted_model import AdaptedModel
 from .named_state import StateEntry
 
@@ -41,13 +42,15 @@ class LiveState:
     def keys(self) -> list[str]:
         """The names of all that training can change: factors, parameters recorded as trained, persistent buffers.
 
-        A trainable parameter outside of the injected module is among them, too.
+        A trainable parameter outside of the injected module is among them, too. Buffers that are a foreign linear
+        layer's weight are not.
         """
         trained = self.handle.trained()
         return [
             name
             for name, tensor, owner in self.entries
-            if not isinstance(tensor, nn.Parameter)
+            if tensor is None
+            or (not isinstance(tensor, nn.Parameter) and not is_of_base(owner))
             or id(tensor) in trained
             or is_factor(name, owner)
             or (tensor.requires_grad and id(tensor) not in self._base)  # outside of the injected module

@@ -13,6 +13,7 @@ from ..distributed.sharding import reshard_
 from ..names import canonical, join_names, names_factor
 from ..nn.quantised import describe_shard
 
+EXTRA_STATE = "_extra_state"  # torch's name of what get_extra_state returns
 Places = Sequence[tuple[str, nn.Module]]  # modules of a model with their names
 StateEntry = tuple[str, torch.Tensor | None, nn.Module]  # name, live tensor (None for extra state), owner
 
@@ -40,8 +41,13 @@ def state_of(places: Places) -> Iterator[StateEntry]:
         path = f"{prefix}." if prefix else ""
         for leaf, tensor in own_state(module).items():
             yield path + leaf, tensor, module
-        if getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state:
-            yield path + "_extra_state", None, module
+        if has_extra_state(module):
+            yield path + EXTRA_STATE, None, module
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Return whether a module writes an extra state into state_dict()."""
+    return getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state
 
 
 def own_state(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from ..matching import matcher
 from ..names import A, canonical, join_names
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import NamedModules, adapters_in
+from ..nn.foreign_weights import is_foreign_linear
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
@@ -68,9 +69,16 @@ class Candidate:
         """The class that adapts such a layer, or None."""
         return layer_class(self.module)
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is a linear layer of another library, whose own forward alone reads its weight."""
+        return self.option == LAYER and is_foreign_linear(self.module)
+
     @cached_property
     def weights(self) -> list[nn.Parameter]:
-        """The weights that would be adapted."""
+        """The weights that would be adapted; all parameters of a foreign linear layer."""
+        if self.is_foreign:
+            return list(self.module.parameters())
         is_attention = self.option == LAYER and isinstance(self.module, nn.MultiheadAttention)
         leaves = ATTENTION_WEIGHTS if is_attention else (self.leaf,)
         own = self.module._parameters
@@ -110,12 +118,17 @@ def _why_not_in_parts(c: Candidate) -> str:
     parts, adapting = c.config.enabled_parts(c.name), cast(type[LoRALayer], c.adapting)
     if parts is None:
         return ""
-    if adapting.KIND not in FUSABLE:
-        return f"enable_lora needs a linear layer, not a {c.kind}"
+    if adapting.KIND not in FUSABLE or c.is_foreign:
+        return f"enable_lora needs a linear layer{' of torch' if c.is_foreign else ''}, not a {c.kind}"
     outputs = sum(matrix_shape(adapting.KIND, shape_of(weight))[0] for weight in c.weights)  # attention may have three
     if outputs % len(parts) == 0:
         return ""
     return f"enable_lora has {len(parts)} parts, which do not divide its {outputs} outputs"
+
+
+def _holds_untrainable_bias(module: nn.Module) -> bool:
+    bias = getattr(module, "bias", None)
+    return isinstance(bias, torch.Tensor) and not isinstance(bias, nn.Parameter)
 
 
 def _why_not_with_variant(c: Candidate) -> str:
@@ -124,7 +137,9 @@ def _why_not_with_variant(c: Candidate) -> str:
     adapting = layer_class(c.module, variant)
     if adapting is None:
         quantised = f" whose weight is quantised ({c.quantised})" if c.quantised else ""
-        return f"{variant.option} cannot adapt a {c.kind}{quantised}"
+        unread = ", whose weight only its own forward reads" if c.is_foreign else ""
+        option = f"init_lora_weights={c.config.init_lora_weights!r}" if c.config.has_start else variant.option
+        return f"{option} cannot adapt a {c.kind}{quantised}{unread}"
     return variant.why_not_on(c.module, adapting.KIND, c.config)
 
 
@@ -176,7 +191,7 @@ REASONS: tuple[Reason, ...] = (  # which candidates it concerns, a test, and wor
     ),
     (
         (LAYER, TABLE),
-        lambda c: is_parametrized(c.module) or not c.weights,
+        lambda c: not c.is_foreign and (is_parametrized(c.module) or not c.weights),
         "the weight of the {c.kind} is computed from others (weight_norm, parametrize); remove that first",
     ),
     (
@@ -192,8 +207,16 @@ REASONS: tuple[Reason, ...] = (  # which candidates it concerns, a test, and wor
     ),
     (
         EVERY,
-        lambda c: not c.quantised and next((w.dtype for w in c.weights if w.dtype not in MERGEABLE_DTYPES), None),
+        lambda c: (
+            not (c.quantised or c.is_foreign)
+            and next((w.dtype for w in c.weights if w.dtype not in MERGEABLE_DTYPES), None)
+        ),
         "its weight is {found}, and adapters need float16, bfloat16, float32 or float64",
+    ),
+    (
+        (LAYER,),
+        lambda c: c.is_foreign and c.config.bias != "none" and _holds_untrainable_bias(c.module),
+        "the bias of the {c.kind} is no parameter, so that bias={c.config.bias!r} cannot train it; set bias='none'",
     ),
     (
         (PARAMETER,),

@@ -23,7 +23,7 @@ from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, open_model
 from .dequantize import DEQUANTISED, IN_FLOAT32, dequantize_dtype, plain_weight, quantised_weights
-from .foreign_state import foreign_entries, foreign_names
+from .foreign_state import foreign_entries, foreign_names, without_base
 from .gradients import warn_of_untrained
 from .live_state import open_state, original_values
 from .load_state_dict import beside_missing, mark_merged
@@ -57,7 +57,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     with claimed("adapter_state_dict", handle.record.owner):
         refuse_replaced_layers(handle, "adapter_state_dict")
         warn_of_untrained(handle)
-        state, foreign = gather_flat(open_state(handle).values()), foreign_entries(handle)
+        state, foreign = gather_flat(open_state(handle).values()), without_base(handle, foreign_entries(handle))
     metadata, beside = dict(foreign.versions), handle.record.beside
     if beside:
         metadata[""] = {**metadata.get("", {}), **beside_missing(beside)}

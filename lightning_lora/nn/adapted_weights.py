@@ -349,8 +349,10 @@ class AdaptedWeights(StoredTensors):
         In a Trainer's training batch it acts in eval mode too, but only where gradients are recorded: a user may
         evaluate the model inside the batch.
         """
-        if not self.lora.spec.dropout > 0:
-            return False
+        return self.lora.spec.dropout > 0 and self.in_training()
+
+    def in_training(self) -> bool:
+        """Return whether a forward now is one of training, also where the layer is kept in eval mode."""
         injection = self.lora.injection
         return self.lora_holder.training or (injection is not None and injection.run.dropping and records_gradients())
 

@@ -10,7 +10,6 @@ from .adapted_module import swapped_class
 from .adapted_weights import LayerSpec, LayerState, train_
 from .lora import LoRA
 from .lora_layer import LAYER_CLASSES, LoRALayer
-from .quantised import quantised_parameters
 from .variant import Variant
 
 LORA = LoRA()
@@ -23,9 +22,7 @@ LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # modules whose
 def layer_class(module: nn.Module, variant: Variant = LORA) -> type[LoRALayer] | None:
     """Return the class that adapts a module with a variant, or None if there is no such class."""
     found = next((kind for kind in LAYER_CLASSES if kind.adapts(module)), None)
-    if found is None or found.KIND not in variant.kinds or (variant.reads_weight and quantised_parameters(module)):
-        return None
-    return found
+    return found if found is not None and found.takes(variant) else None
 
 
 def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> LoRALayer:

@@ -16,6 +16,7 @@ from .lora_layer import LoRALayer
 from .low_rank_sum import compute_dtype, fits, low_rank_sum
 from .quantised import dequantize, dtype_of, quantised_as, quantised_parameters, refuse_bytes
 from .transforms import runs_by_formula
+from .variant import Variant
 
 
 class LoRALinear(LoRALayer):
@@ -106,6 +107,10 @@ class LoRAQuantisedLinear(LoRALinear):
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) and bool(quantised_parameters(module))
+
+    @classmethod
+    def takes(cls, variant: Variant) -> bool:
+        return super().takes(variant) and not variant.reads_weight
 
     def quantised(self) -> str:
         weight = quantised_parameters(self).get("weight", self.weight)

@@ -17,6 +17,7 @@ from .adapted_module import AdaptedModule, StandIns
 from .adapted_weights import AdaptedWeights
 from .beside import Packed
 from .transforms import runs_by_formula
+from .variant import Variant
 
 DROPOUT_STEPS = 2**16
 
@@ -47,6 +48,11 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
     def adapts(cls, module: nn.Module) -> bool:
         """Return whether a module is of this kind."""
         return isinstance(module, cls.MODULES)
+
+    @classmethod
+    def takes(cls, variant: Variant) -> bool:
+        """Return whether layers of this kind can be adapted with a variant."""
+        return cls.KIND in variant.kinds
 
     @property
     def lora_holder(self) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import attention, conv, dora, embedding, linear, loha, lora, starts, token_rows
+from . import attention, conv, dora, embedding, foreign_linear, linear, loha, lora, starts, token_rows
 
-LAYER_KINDS = (linear, embedding, conv, attention)
+LAYER_KINDS = (linear, embedding, conv, attention, foreign_linear)
 VARIANTS = (lora, starts, dora, token_rows, loha)

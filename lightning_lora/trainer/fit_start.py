@@ -9,6 +9,7 @@ from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype
 from ..model.heads import warn_of_new_heads
 from ..model.initial_values import snapshot_materialised
+from ..model.layers_by_kind import BY_NAME
 from ..model.live_state import open_state
 from ..model.reasons import refuse_never_quantised
 from ..model.recorded_layers import refuse_replaced_layers
@@ -67,10 +68,13 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     if options.verbose:
         found = summarise(handle)
         tell(found.short())
+        for each in found.left_out:
+            if each.reason.startswith(BY_NAME):  # the summary cuts its lines
+                tell(f"lightning_lora: {each.reason}")
         if "trained" in record.marks and not trainer.ckpt_path:
             tell(
                 "lightning_lora: training goes on from the adapter that the model holds. For a new one, unload(model) "
                 "first."
             )
-        if found.quantised:
+        if found.unmerged:
             record.marks.add("quantised")

@@ -1,7 +1,8 @@
-"""Quantised weights in a Trainer: BitsandbytesPrecision, DDP, and what Lightning cannot do with them.
+"""Quantised weights in a Trainer: plugins that convert layers, DDP, and what Lightning cannot do with such weights.
 
-BitsandbytesPrecision replaces linear layers by quantised ones in the setup of the strategy. That comes after injection
-and would drop the adapters. So the layers are converted before injection; to convert them again changes nothing.
+BitsandbytesPrecision and TransformerEnginePrecision replace linear layers by their own in the setup of the strategy.
+That comes after injection and would drop the adapters. So the layers are converted before injection; to convert them
+again changes nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 from ..errors import LoRAError
 from ..model.adapted_model import Listing
 from ..names import LIGHTNING, derives_from, join_names
+from ..nn.foreign_weights import is_packed
 from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_modules, quantised_parameters
 from ..nn.quantised_state import is_of_lightning
@@ -21,12 +23,13 @@ from .compatibility import AVERAGING
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 IN_4_BITS = (NF4, "nf4", "fp4")
+BITSANDBYTES, TRANSFORMER_ENGINE = "BitsandbytesPrecision", "TransformerEnginePrecision"
 LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a module that DDP wraps
 
 
 def refuse_late_conversion(listing: Listing) -> None:
     """Raise LoRAError where BitsandbytesPrecision would replace layers that are adapted already."""
-    if _bitsandbytes_precision(listing.model) is None or quantised_modules(listing.places):
+    if _precision(listing.model, BITSANDBYTES) is None or quantised_modules(listing.places):
         return
     for name, layer in listing.layers.items():
         if isinstance(layer, nn.Linear):
@@ -40,9 +43,12 @@ def refuse_late_conversion(listing: Listing) -> None:
 def convert_linear_layers_(listing: Listing) -> None:
     """Let the precision of a LightningModule's Trainer convert the linear layers that are not adapted yet. In place.
 
-    Lightning itself converts all layers, or none where one is quantised already.
+    Lightning itself converts all layers, or none where one is converted already.
     """
-    plugin = _bitsandbytes_precision(listing.model)
+    if (plugin := _precision(listing.model, TRANSFORMER_ENGINE)) is not None and not listing.layers:
+        plugin.convert_module(listing.model)
+        listing.look_again()
+    plugin = _precision(listing.model, BITSANDBYTES)
     if plugin is None:
         return
     modules, quantised = listing.modules, quantised_modules(listing.places).values()
@@ -58,10 +64,10 @@ def convert_linear_layers_(listing: Listing) -> None:
                     parent._modules[name] = plugin.convert_module(box).lora_converted
 
 
-def _bitsandbytes_precision(module: nn.Module) -> Any:
-    """Return the BitsandbytesPrecision of a LightningModule's Trainer, or None where it has another precision."""
+def _precision(module: nn.Module, name: str) -> Any:
+    """Return the precision plugin of a LightningModule's Trainer, or None where it is not of the class of this name."""
     plugin: Any = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
-    return plugin if derives_from(plugin, "BitsandbytesPrecision", LIGHTNING) else None
+    return plugin if derives_from(plugin, name, LIGHTNING) else None
 
 
 def leave_out_of_ddp_(listing: Listing) -> None:
@@ -95,6 +101,9 @@ def refuse_plain(listing: Listing, quantize: str | None) -> None:
 
 def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
     """Raise LoRAError where a Trainer would treat the bytes of quantised weights as values: shard or average them."""
+    for name, module in listing.modules:
+        if is_packed(module):
+            _refuse_averaging(trainer, f"{name!r}, a {type(module).__name__}, holds packed weights")
     name, layer = next(iter(quantised_modules(listing.places).items()), ("", listing.model))
     if not name:
         return
@@ -115,6 +124,11 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
             f"LoRACallback: {weight}, and DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2) "
             "or strategy='ddp', which hold the quantised base whole on each device."
         )
+    _refuse_averaging(trainer, weight)
+
+
+def _refuse_averaging(trainer: Any, weight: str) -> None:
+    """Raise LoRAError where a callback averages weights. The text says of a weight that its bytes are no values."""
     for callback in trainer.callbacks:
         if any(derives_from(callback, average, LIGHTNING) for average in AVERAGING):
             raise LoRAError(

@@ -28,7 +28,7 @@ from support.covering import covering
 from support.layers import same_bits
 
 STARTS = ("pissa", "pissa_niter_4", "olora")
-PLAIN = [name for name, case in layers.CASES.items() if not case.options]  # of no other variant
+PLAIN = [name for name, case in layers.CASES.items() if case.merges and not case.options]  # of no other variant
 OUT, IN, R, S = 40, 30, 5, 1.5
 
 

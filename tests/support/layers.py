@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.nn.low_rank import LowRankBlock
+from support.foreign import OtherLinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 R, ALPHA = 3, 4.5
@@ -68,7 +69,7 @@ class Holder(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A plain layer, an input for it, and the parts that enable_lora names."""
+    """A plain layer, an input for it, and the parts that enable_lora names. `merges`: its weight can be merged."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...] = (4, 8)
@@ -76,6 +77,7 @@ class Case:
     parts: tuple[bool, ...] | None = None
     keyword: str = "input"
     options: dict[str, Any] = field(default_factory=dict)
+    merges: bool = True
 
     def make_input(self, dtype: torch.dtype) -> torch.Tensor:
         return torch.randint(self.tokens, self.shape) if self.tokens else torch.randn(self.shape).to(dtype)
@@ -92,6 +94,7 @@ CASES = {
     "linear, three axes": Case(lambda: nn.Linear(8, 6, bias=False), (2, 5, 8)),
     "user's linear": Case(lambda: UserLinear(8, 6)),
     "activated linear": Case(lambda: ActivatedLinear(8, 6), keyword="features"),
+    "linear of another library": Case(lambda: OtherLinear(8, 6), (2, 5, 8), keyword="inp", merges=False),
     "transformers Conv1D": Case(lambda: Conv1D(6, 8), (2, 5, 8), keyword="x"),
     "fused, outer parts": Case(lambda: nn.Linear(8, 12), (2, 5, 8), parts=(True, False, True)),
     "fused, inner parts": Case(lambda: nn.Linear(8, 12), parts=(False, True, True, False)),

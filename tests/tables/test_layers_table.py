@@ -38,6 +38,7 @@ from lightning_lora import (
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.quantised import PACKS_FOR_CPU
+from support.foreign import OtherLinear
 from support.notices import quiet_peers
 from support.parameters import Experts, Model, Projected, Recurrent
 from support.quantised import inputs, network, packed_bits, quantise_
@@ -78,6 +79,7 @@ class Row:
 
     Attributes:
         plain: the same model with plain weights, where these are quantised.
+        at_peft: the same model for peft, which knows its layers by their classes alone.
         theirs: peft's options where they are others; None where peft has no such adapter.
         method: peft's config of other adapters than LoRA, of which `theirs` are all options.
     """
@@ -88,6 +90,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=lambda: {"target_modules": ["inner"]})
     variant: str = "LoRA"
     plain: Callable[[], Any] | None = None
+    at_peft: Callable[[], Any] | None = None
     theirs: dict[str, Any] | None = field(default_factory=dict)
     method: Callable[..., Any] = peft.LoraConfig
 
@@ -328,6 +331,22 @@ ROWS = [
     Row("any nn.Parameter of two dimensions", inner(Projected), floats(2, 4, 5), parameters("projection")),
     *(
         Row(
+            "linear of another library",
+            inner(lambda: OtherLinear.of(nn.Linear(8, 6))),
+            floats(3, 8),
+            options,
+            variant,
+            at_peft=inner(lambda: nn.Linear(8, 6)),
+        )
+        for options, variant in (
+            ({"target_modules": ["inner"]}, "LoRA"),
+            (RSLORA | {"target_modules": ["inner"]}, "rsLoRA"),
+            (EVA, "EVA"),
+            ({"target_modules": ["inner"]}, PLUS),
+        )
+    ),
+    *(
+        Row(
             f"linear, {label}",
             lambda kind=kind: Model(quantise_(network(), kind)),
             lambda: inputs(4).requires_grad_(),  # else bitsandbytes packs weights for an evaluation in bfloat16
@@ -348,9 +367,9 @@ ROWS = [
 ]
 
 
-def fresh(row: Row) -> Any:
+def fresh(row: Row, *, at_peft: bool = False) -> Any:
     torch.manual_seed(3)
-    return row.build().eval()
+    return ((row.at_peft if at_peft else None) or row.build)().eval()
 
 
 def adapted(row: Row) -> Any:
@@ -447,6 +466,9 @@ def plain_weights(row: Row) -> str:
     try:
         state = merged_state_dict(model)
     except LoRAError as error:
+        if row.at_peft is not None:
+            require("whose weight only its own forward reads", error)
+            return "refused"
         require("dequantize", error)
         state, cell = merged_state_dict(model, dequantize=torch.float32), "with `dequantize`"
     net = (row.plain or row.build)().eval()
@@ -470,7 +492,7 @@ def to_peft(row: Row, folder: Path) -> str:
     except LoRAError as error:
         require("PEFT", error)
         return "refused"
-    read = peft.PeftModel.from_pretrained(fresh(row), folder).eval()
+    read = peft.PeftModel.from_pretrained(fresh(row, at_peft=True), folder).eval()
     if torch.equal(read(row.x()), fresh(row)(row.x())):
         return "written; peft passes over it"
     torch.testing.assert_close(read(row.x()), model(row.x()), **CLOSE)
@@ -479,7 +501,7 @@ def to_peft(row: Row, folder: Path) -> str:
 
 def peft_model(row: Row, config: peft.LoraConfig) -> Any:
     """As peft adapts the model, from data where the row says so."""
-    model, init = fresh(row), getattr(config, "init_lora_weights", False)
+    model, init = fresh(row, at_peft=True), getattr(config, "init_lora_weights", False)
     for module in model.modules():
         if hasattr(module, PACKS_FOR_CPU):  # peft evaluates the model first, and a packed weight gives no gradient
             setattr(module, PACKS_FOR_CPU, False)

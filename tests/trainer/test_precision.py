@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import types
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,9 +14,19 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import TransformerEnginePrecision
 from torch import nn
 
-from lightning_lora import LoRACallback, disable_adapter, is_merged, load_from_checkpoint
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    disable_adapter,
+    inject,
+    is_merged,
+    load_from_checkpoint,
+)
+from support.foreign import TELinear
 from support.lightning_versions import EMAWeightAveraging, weight_averaging
 from support.runs import TARGETS, At, Watched, assert_as_found, base_weights
 from support.runs import lora_with_effect as small_lora
@@ -282,3 +294,118 @@ def test_an_evaluation_outside_of_a_fit_tells_what_rounding_costs_at_its_first_m
         for _ in range(2):
             trainer.validate(model, Data(), verbose=False)
     assert sum("rounding costs" in message for message in caplog.messages) == 1
+
+
+# --- TransformerEnginePrecision, with a stand-in for the package ---
+
+
+class TELayerNorm(nn.LayerNorm):
+    """Stands in for transformer_engine.pytorch.LayerNorm."""
+
+
+class OnCPU(TransformerEnginePrecision):
+    """Lightning's plugin without the context of a GPU in 8 bits."""
+
+    def forward_context(self) -> Any:
+        return nullcontext()
+
+
+@pytest.fixture
+def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    package: Any = types.ModuleType("transformer_engine")
+    package.pytorch = types.ModuleType("transformer_engine.pytorch")
+    made: Any = type("Linear", (TELinear,), {"__module__": "transformer_engine.pytorch.module.linear"})
+    package.pytorch.Linear, package.pytorch.LayerNorm = made, TELayerNorm
+    for module in (package, package.pytorch):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def make(replace_layers: bool | None = None, weights_dtype: torch.dtype = torch.float32) -> OnCPU:
+        plugin = object.__new__(OnCPU)
+        plugin.replace_layers, plugin.weights_dtype = replace_layers, weights_dtype
+        return plugin
+
+    return make
+
+
+class Wide(Net):
+    """Has two layers whose sizes are multiples of 8 and 16, which Transformer Engine takes, and two that it leaves."""
+
+    def build_body(self) -> None:
+        super().build_body()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.body = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+            self.head = nn.Linear(16, 3)
+
+    def build_head(self) -> None:
+        pass
+
+
+class WideInConfigureModel(Wide, BuiltInConfigureModel):
+    pass
+
+
+FP8_TARGETS = ["body.2", "body.4", "head"]
+ignore_unfit = pytest.mark.filterwarnings("ignore:Support for FP8 in the linear layers with this plugin")
+
+
+def fp8_fit(path: Path, plugin: Any, model: Any, *callbacks: Any, ckpt_path: Any = None, epochs: int = 1) -> Any:
+    torch.manual_seed(0)
+    trainer = make_trainer(path, *callbacks, plugins=[plugin], max_epochs=epochs)
+    trainer.fit(model, Data(), ckpt_path=ckpt_path)
+    trainer.save_checkpoint(path / "last.ckpt")
+    return model
+
+
+@ignore_unfit
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [Wide, WideInConfigureModel])
+def test_transformer_engine_converts_layers_before_they_are_adapted(
+    tmp_path, transformer_engine, make: Any, dtype: Any
+):
+    callback = LoRACallback(r=2, target_modules=FP8_TARGETS)
+    model = fp8_fit(tmp_path / "half", transformer_engine(weights_dtype=dtype), make(), callback)
+    kinds = [isinstance(layer, TELinear) for layer in (model.body[0], model.body[2], model.body[4], model.head)]
+    assert kinds == [False, True, True, False]
+    assert {model.body[2].weight.dtype, model.body[2].lora_A.dtype} == {dtype, torch.float32}
+    assert all(layer.lora_B.abs().sum() > 0 for layer in (model.body[2], model.body[4], model.head))
+    path = tmp_path / "half/last.ckpt"
+    whole = fp8_fit(tmp_path / "whole", transformer_engine(weights_dtype=dtype), make(), callback, epochs=2)
+    resumed = fp8_fit(
+        tmp_path / "on", transformer_engine(weights_dtype=dtype), make(), callback, ckpt_path=path, epochs=2
+    )
+    assert_same_tensors(weights(resumed), weights(whole))
+    trainer = make_trainer(tmp_path, LoRACallback(), plugins=[transformer_engine(weights_dtype=dtype)])
+    trainer.test(fresh := make(), Data(), ckpt_path=path, verbose=False)
+    assert_same_tensors(weights(fresh), weights(model))
+
+
+@ignore_unfit
+def test_all_linear_names_the_converted_layers_to_copy(tmp_path, transformer_engine, caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_lora"):
+        model = fp8_fit(tmp_path, transformer_engine(), Wide(), LoRACallback(r=2))
+    assert any("target_modules=['2', '4']" in record.getMessage() for record in caplog.records)
+    assert not hasattr(model.body[2], "lora_A")
+
+
+@ignore_unfit
+def test_a_model_that_was_injected_before_transformer_engine_converts_it_is_refused(tmp_path, transformer_engine):
+    inject(model := Wide(), LoRAConfig(r=2, target_modules=FP8_TARGETS))
+    with pytest.raises(LoRAError, match=r"'body\.2' in Wide was adapted, but is now a transformer_engine.*Linear"):
+        fp8_fit(tmp_path, transformer_engine(), model, LoRACallback())
+
+
+@ignore_unfit
+def test_a_model_that_transformer_engine_converted_before_it_was_injected_is_fitted(tmp_path, transformer_engine):
+    plugin, model = transformer_engine(), Wide()
+    plugin.convert_module(model)
+    inject(model, LoRAConfig(r=2, target_modules=FP8_TARGETS))
+    fp8_fit(tmp_path, plugin, model, LoRACallback())
+    assert model.body[2].lora_B.abs().sum() > 0
+
+
+def test_layers_stay_torchs_where_the_plugin_replaces_none(tmp_path, transformer_engine):
+    model = fp8_fit(tmp_path, transformer_engine(replace_layers=False), Wide(), LoRACallback(r=2))
+    assert type(model.body[2].lora_base) is type
+    assert not any(isinstance(layer, TELinear) for layer in model.modules())
+    assert model.body[2].lora_B.abs().sum() > 0

@@ -1,0 +1,361 @@
+"""Linear layers of other libraries: y = their own forward + s * B(A(x)), and what cannot be a linear layer is named."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_stats,
+    disable_adapter,
+    inject,
+    merge,
+    merge_and_unload,
+    merged,
+    merged_state_dict,
+    summary,
+    unload,
+    unmerge,
+)
+from support.covering import covering
+from support.foreign import FOREIGN, INPUTS, WIDTH, QuantLinear, TELinear, WQLinear, inputs, network
+from support.layers import same_bits
+
+R, ALPHA = 2, 3.0
+TARGETS = ["0", "2"]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}
+
+
+def fill_(model: nn.Module) -> nn.Module:
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    return model
+
+
+def adapted(kind: str = "GPTQ", **options: Any) -> Any:
+    model = network(kind)
+    inject(model, LoRAConfig(**{"r": R, "lora_alpha": ALPHA, "target_modules": TARGETS} | options))
+    return fill_(model)
+
+
+class Holder(nn.Module):
+    """One foreign layer, whose outputs are multiplied before."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(INPUTS, INPUTS), layer
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        x, *others = args
+        return self.layer(self.first(x), *others, **options)
+
+
+def held(layer: Any, targets: tuple[str, ...] = ("layer",), **options: Any) -> Any:
+    inject(model := Holder(layer), LoRAConfig(**{"r": R, "lora_alpha": ALPHA, "target_modules": targets} | options))
+    return fill_(model)
+
+
+# --- what it computes ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "shape", "rslora"),
+    covering([*FOREIGN], DTYPES, [(INPUTS,), (5, INPUTS), (2, 3, INPUTS)], [False, True]),
+)
+def test_outputs_and_gradients_agree_with_float64(kind: str, dtype: torch.dtype, shape: Any, rslora: bool) -> None:
+    torch.manual_seed(2)
+    layer = FOREIGN[kind](nn.Linear(INPUTS, WIDTH))
+    model = nn.Sequential(layer.to(dtype) if kind == "TE" else layer)
+    x = torch.randn(shape).to(torch.float16 if kind == "AWQ" else dtype).to(dtype)
+    plain = model(x)
+    inject(model, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=["0"], use_rslora=rslora))
+    assert torch.equal(model(x), plain)
+    fill_(model)
+    a, b = (factor.detach().double().requires_grad_() for factor in (model[0].lora_A, model[0].lora_B))
+    s = ALPHA / (R**0.5 if rslora else R)
+    wide = x.double().requires_grad_()
+    wanted = plain.double() + s * F.linear(F.linear(wide, a), b)
+    x.requires_grad_()
+    found = model(x)
+    assert found.dtype == dtype
+    least = TOLERANCE[dtype if model[0].lora_A.dtype == torch.float64 else torch.float32]
+    torch.testing.assert_close(
+        found.double(), wanted, rtol=(allowed := max(least, TOLERANCE[dtype])), atol=10 * allowed
+    )
+    upstream = torch.randn(found.shape, dtype=torch.float64)
+    found.backward(upstream.to(dtype))
+    (wanted + F.linear(wide, layer.values().double())).backward(upstream)
+    tolerance = {"rtol": allowed, "atol": 100 * allowed}
+    for factor, reference in ((model[0].lora_A, a), (model[0].lora_B, b)):
+        torch.testing.assert_close(factor.grad.double(), reference.grad, **tolerance)
+    of_input = max(1e-2, allowed) if kind == "AWQ" else allowed  # its backward is in half precision
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=of_input, atol=100 * of_input)
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_merged_model_keeps_such_layers_factored_and_says_so_once(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = adapted(kind, target_modules=[*TARGETS, "4"]), inputs()
+    wanted, weight = model(x), model[4].weight.clone()
+    with caplog.at_level(logging.INFO, logger="lightning_lora"):
+        for _ in range(2):
+            with merged(model):
+                torch.testing.assert_close(model(x), wanted)
+                assert not torch.equal(model[4].weight, weight)
+            assert same_bits(model[4].weight, weight)
+            assert torch.equal(model(x), wanted)
+    name = {"GPTQ": "QuantLinear", "AWQ": "WQLinear", "TE": "TELinear"}[kind]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert f"2 layers of other libraries ({name}) stay factored" in said[0]
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_the_base_is_there_while_the_adapter_is_off_and_after_unload(kind: str) -> None:
+    plain, model, x = network(kind).train(), adapted(kind).train(), inputs()
+    wanted, classes = plain(x), [type(layer) for layer in plain]
+    with disable_adapter(model):
+        assert torch.equal(model(x), wanted)
+    assert not torch.equal(model(x), wanted)
+    merge(model)
+    unload(model)
+    assert [type(layer) for layer in model] == classes
+    assert torch.equal(model(x), wanted)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_copies_and_pickles_compute_the_same(kind: str) -> None:
+    model, x = adapted(kind), inputs()
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(x), model(x))
+        assert type(again[0]) is type(model[0])
+
+
+def test_dropout_drops_inputs_of_the_adapter_alone_in_training() -> None:
+    model, x = adapted(lora_dropout=0.5).train(), inputs(2000)
+    with disable_adapter(model):
+        base = model[0](x)
+    a, b = model[0].lora_A, model[0].lora_B
+    whole = ALPHA / R * F.linear(F.linear(x, a), b)
+    mean = torch.stack([model[0](x) - base for _ in range(400)]).mean(0)
+    assert not torch.equal(model[0](x) - base, model[0](x) - base)
+    torch.testing.assert_close(mean.mean(0), whole.mean(0), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(model.eval()[0](x) - base, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "reentrant"), covering([*FOREIGN], [False, True]))
+def test_gradients_are_the_same_under_gradient_checkpointing(kind: str, reentrant: bool) -> None:
+    model, x = adapted(kind).train(), inputs().requires_grad_()
+    found = []
+    for run in (model, lambda value: checkpoint(model, value, use_reentrant=reentrant)):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_outputs_under_autocast_are_those_of_the_base_and_the_product(kind: str) -> None:
+    model, x = adapted(kind), inputs()
+    a, b = model[0].lora_A, model[0].lora_B
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model[0](x)
+        with disable_adapter(model):
+            base = model[0](x)
+        product = F.linear(F.linear(x, a), b * (ALPHA / R))
+    assert found.dtype == base.dtype
+    torch.testing.assert_close(found, base + product.to(base.dtype))
+
+
+@pytest.mark.parametrize("kind", ["GPTQ", "TE"])
+def test_a_compiled_model_computes_the_same_in_one_graph(kind: str) -> None:
+    model, x = adapted(kind).eval(), inputs()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+    assert model[0].lora_A.grad is not None
+
+
+def test_a_cast_model_keeps_float32_factors_and_a_double_one_gets_double_factors() -> None:
+    model = adapted("TE").to(torch.bfloat16)
+    assert {model[0].lora_A.dtype, model[0].weight.dtype} == {torch.float32, torch.bfloat16}
+    wide = network("TE").double()
+    inject(wide, LoRAConfig(r=R, target_modules=TARGETS))
+    assert wide[0].lora_A.dtype == torch.float64
+
+
+# --- what it says of itself ---
+
+
+def test_statistics_and_summary_know_no_norm_of_the_weight() -> None:
+    model = adapted()
+    model(inputs()).sum().backward()
+    (group,) = adapter_stats(model).groups.values()
+    assert group.layers == 2
+    assert group.norm != group.norm  # NaN
+    assert group.rank is not None
+    assert 1 <= group.rank <= R
+    assert group.gradients["A"] > 0
+    report = summary(model)
+    assert (report.layers, report.groups[0].kind) == (2, "QuantLinear")
+    assert "whose weight only its own forward reads" in report.unmerged[0].reason
+    assert not report.also_saved
+
+
+@pytest.mark.parametrize("verb", [merged_state_dict, merge_and_unload])
+def test_plain_merged_weights_are_refused_by_name(verb: Any) -> None:
+    model, x = adapted(), inputs()
+    wanted = model(x)
+    with pytest.raises(LoRAError, match=r"'0': it is a QuantLinear"):
+        verb(model)
+    assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("target", ["all-linear", "all-layers"])
+def test_all_linear_lists_such_layers_to_copy(target: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.ModuleDict({"q": network()[0], "k": network()[2]}), nn.ModuleDict({"q": network()[0]}))
+    model.append(nn.Linear(3, 3))
+    with caplog.at_level(logging.INFO, logger="lightning_lora"):
+        assert inject(model, LoRAConfig(target_modules=target)) == ["2"]
+    assert sum("target_modules=['q', 'k']" in record.getMessage() for record in caplog.records) == 1
+    unload(model)
+    assert inject(model, LoRAConfig(target_modules=["q", "k"])) == ["0.q", "0.k", "1.q"]
+
+
+@pytest.mark.parametrize(
+    ("options", "listed"),
+    [
+        ({}, "target_modules=['0', '2']"),
+        ({"exclude_modules": ["0"]}, "target_modules=['2']"),
+        ({"modules_to_save": ["2"]}, "target_modules=['0']"),
+        ({"use_dora": True}, ""),
+    ],
+)
+def test_the_list_holds_what_can_be_adapted_and_no_more(options: Any, listed: str, caplog: Any) -> None:
+    model = network()
+    with caplog.at_level(logging.INFO, logger="lightning_lora"):
+        inject(model, LoRAConfig(r=R, **options))
+    said = [record.getMessage() for record in caplog.records if "target_modules=" in record.getMessage()]
+    assert len(said) == bool(listed)
+    assert all(listed in line for line in said)
+
+
+def test_whole_names_are_listed_where_last_segments_would_name_others() -> None:
+    model = nn.Sequential(nn.Sequential(network()[0]), nn.Sequential(nn.ReLU()))
+    with pytest.raises(LoRAError, match=r"target_modules=\['0\.0'\]"):
+        inject(model, LoRAConfig())
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga'"),
+        ({"variant": "loha"}, "variant='loha'"),
+        ({"enable_lora": {"2": [True, False]}}, "enable_lora"),
+    ],
+)
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_reads_the_weight_is_refused_by_name(kind: str, options: Any, said: str) -> None:
+    model = network(kind)
+    with pytest.raises(LoRAError, match=f"'2': {said}.* a (Quant|WQ|TE)Linear.*exclude_modules=\\['2'\\]"):
+        inject(model, LoRAConfig(r=R, target_modules=["2"], **options))
+    assert not any("lora" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_bias_that_is_no_parameter_cannot_be_trained_and_one_that_is_can(bias: Any) -> None:
+    with pytest.raises(LoRAError, match=r"'0': the bias of the QuantLinear is no parameter.*bias='none'"):
+        inject(network(), LoRAConfig(target_modules=["0"], bias=bias))
+    model = network("TE")
+    inject(model, LoRAConfig(target_modules=["0"], bias=bias))
+    assert model[0].bias.requires_grad
+    without = nn.Sequential(QuantLinear(nn.Linear(INPUTS, WIDTH, bias=False)))
+    assert inject(without, LoRAConfig(target_modules=["0"], bias=bias)) == ["0"]
+
+
+class Halving(QuantLinear):
+    """Gives half of the outputs, as a layer that is split over ranks does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[..., : self.out_features // 2]
+
+
+def gathering() -> TELinear:
+    """A layer that takes a part of in_features, as one whose input is split does."""
+    layer = TELinear(INPUTS, WIDTH)
+    layer.in_features = 2 * INPUTS
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "found"),
+    [
+        (lambda: TELinear(INPUTS, WIDTH, return_bias=True), "a tuple"),
+        (lambda: Halving(nn.Linear(INPUTS, WIDTH)), r"\(5, 12\)"),
+        (gathering, r"maps \(5, 16\) to"),
+    ],
+)
+def test_two_outputs_and_other_shapes_are_refused_by_name(layer: Any, found: str) -> None:
+    model = held(layer())
+    with pytest.raises(LoRAError, match=rf"'layer': the .*{found}.*exclude_modules=\['layer'\]"):
+        model(inputs())
+    with disable_adapter(model):
+        model(inputs())
+
+
+def test_two_inputs_are_refused_by_name() -> None:
+    model = held(TELinear(INPUTS, WIDTH))
+    with pytest.raises(LoRAError, match=r"'layer': a TELinear is adapted as a layer of one input.*with 2"):
+        model(inputs(), is_first_microbatch=True)
+
+
+def test_a_layer_that_gives_its_input_no_gradient_is_refused_in_training() -> None:
+    model = held(WQLinear(nn.Linear(INPUTS, WIDTH)), targets=("first", "layer"))
+    assert model.eval()(inputs()).shape == (5, WIDTH)
+    with torch.no_grad():
+        model.train()(inputs())
+    model.train()(inputs()).sum().backward()
+    assert model.first.lora_A.grad.abs().sum() > 0
+
+    class Blind(WQLinear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return super().forward(x)
+
+    blind = held(Blind(nn.Linear(INPUTS, WIDTH)), targets=("first", "layer"))
+    with pytest.raises(LoRAError, match=r"'layer': the Blind gives its input no gradient.*model\.train\(\)"):
+        blind.train()(inputs())
+    alone = held(Blind(nn.Linear(INPUTS, WIDTH)))  # nothing before it is trained
+    alone.train()(inputs()).sum().backward()
+    assert alone.layer.lora_A.grad is not None
+
+
+def test_merging_and_unmerging_such_a_model_is_harmless() -> None:
+    model, x = adapted(), inputs()
+    wanted = model(x)
+    for verb in (merge, merge, unmerge, unmerge):
+        verb(model)
+        assert torch.equal(model(x), wanted)
