@@ -113,6 +113,7 @@ class Copies(L.Callback):
         self.copies += [copy.deepcopy(self.monitor), pickle.loads(pickle.dumps(self.monitor))]
 
 
+@pytest.mark.slow
 def test_copies_made_inside_a_fit_know_nothing_of_it(tmp_path: Path):
     monitor = LoRAMonitor(1)
     fit(tmp_path / "fit", Net(), lora(), monitor, copies := Copies(monitor))
@@ -139,6 +140,7 @@ trainer:
 CALLBACK = "    - {class_path: lightning_lora.LoRACallback, init_args: {r: 2, target_modules: [head]}}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cli", "config"), [(LoRACLI, YAML + "lora: {r: 2, target_modules: [head]}\n"), (LightningCLI, YAML + CALLBACK)]
 )

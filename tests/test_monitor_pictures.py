@@ -72,6 +72,7 @@ def test_norms_and_spectra_of_the_trained_adapter_are_added_at_the_last_step(tmp
     assert line.get_ydata()[list(line.get_xdata()).index(3)] == pytest.approx(rms, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["adapter", "merged", "full"])
 def test_the_command_draws_the_same_of_the_runs_checkpoint(tmp_path: Path, save: Any):
     """Titles, names and values of the logger's pictures; the summary and the scalars have the same names."""
@@ -145,6 +146,7 @@ def test_plots_is_true_or_false():
         LoRAMonitor(plots=3)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_both_pictures(tmp_path: Path):
     pytest.importorskip("tensorboard")
     from lightning.pytorch import loggers

@@ -14,6 +14,7 @@ from lightning_lora.adapter.products import singular_values
 sizes = st.integers(1, 7)
 
 
+@pytest.mark.slow
 @given(rows=sizes, rank=sizes, columns=sizes, power=st.integers(-120, 120), seed=st.integers(0, 99), zeros=sizes)
 def test_singular_values_of_any_product_are_those_of_the_product(
     rows: int, rank: int, columns: int, power: int, seed: int, zeros: int

@@ -26,6 +26,7 @@ def both(path: Path) -> list[Path]:
     return [path / "a", path / "b"]
 
 
+@pytest.mark.slow
 def test_combined_folder_is_read_by_peft_and_merged_by_the_command(tmp_path: Path, capsys: Any):
     given = both(tmp_path)
     printed = call(capsys, "combine", *given, "--weights", 0.7, -0.3, "--method", "cat", "--output", tmp_path / "c")

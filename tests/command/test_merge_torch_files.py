@@ -55,6 +55,7 @@ def in_memory(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return merged_state_dict(net)
 
 
+@pytest.mark.slow
 def test_a_lightning_checkpoint_is_merged_and_all_else_in_it_stays(tmp_path, pretrained: Path, adapter: Path):
     out = tmp_path / "out.ckpt"
     merge_and_check(pretrained, adapter, out)
@@ -124,6 +125,7 @@ def test_the_prefix_of_the_base_is_found(tmp_path):
     assert_same_tensors(torch.load(tmp_path / "b.pth", weights_only=True), bare)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_another_dtype_keeps_what_is_no_weight(tmp_path, pretrained: Path, adapter: Path, dtype: torch.dtype):
     merge_and_check(pretrained, adapter, tmp_path / "out.ckpt", dtype=dtype)

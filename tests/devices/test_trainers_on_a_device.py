@@ -72,6 +72,7 @@ def test_a_run_on_a_device_is_that_on_the_cpu_resumes_and_tests_its_best(
         torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_a_device_goes_on_on_the_cpu_and_back(kind: str, tmp_path: Path, a_device: Place):
     with a_device() as device:

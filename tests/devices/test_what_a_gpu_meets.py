@@ -175,6 +175,7 @@ def test_a_captured_merged_forward_answers_merged_and_reads_the_weights_that_are
     assert not torch.equal(answers[0].cpu(), model(x).detach().cpu())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "state"), covering([*VARIANTS], ["factored", "merged"], meet=1))
 def test_a_compiled_model_computes_what_it_does_uncompiled(
     variant: str, state: str, compiling_device: str, monkeypatch: pytest.MonkeyPatch

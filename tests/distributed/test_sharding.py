@@ -96,6 +96,7 @@ def base_answer(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return net(x)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("devices_of_ranks")
 @pytest.mark.parametrize("way", WAYS)
 def test_sharded_model_merges_as_one_device_and_restores_every_shard(way):
@@ -289,6 +290,7 @@ def drift(path: Path, callback: type[LoRACallback]) -> tuple[list[float], list[f
     return model.drift, model.losses
 
 
+@pytest.mark.slow
 def test_a_merge_into_gathered_weights_drifts_and_ours_does_not(tmp_path):
     naive = world().run(drift, tmp_path, Naive)[0][0]
     ours, losses = world().run(drift, tmp_path, LoRACallback)[0]

@@ -38,6 +38,7 @@ def swapped(path: Path) -> None:
         assert_same_bits(whole_state(net), before)
 
 
+@pytest.mark.slow
 def test_equal_ranks_are_swapped_and_others_refused(tmp_path: Path):
     for name, rank in (("same", 3), ("other", 5)):
         net = injected(seed=1, config=LoRAConfig(r=rank, lora_alpha=2))

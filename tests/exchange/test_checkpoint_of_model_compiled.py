@@ -61,6 +61,7 @@ def test_full_checkpoint_has_the_modules_own_names(tmp_path):
     assert_same_tensors(dict(plain.state_dict()), {name: state[name] for name in plain.state_dict()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_of_a_submodule_compiled_in_init_loads_and_resumes(tmp_path, kind: str):
     model, file = saved(tmp_path, kind)

@@ -131,6 +131,7 @@ def test_a_trained_bias_that_the_class_leaves_out_is_saved_all_the_same(tmp_path
         assert torch.equal(outputs(found), outputs(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_filter_that_keeps_factors_saves_adapters_of_what_it_leaves_out(tmp_path, cls: type[Partial]):
     """The adapters of the body are in the file, its base and BatchNorm's statistics are not."""

@@ -68,6 +68,7 @@ def at_once(folder: Path) -> None:
         save_adapter(net, folder / "adapter" / str(time))
 
 
+@pytest.mark.slow
 def test_processes_that_each_write_the_same_do_not_disturb_each_other(tmp_path):
     """As under DDP, where every rank has the whole model and runs the whole program."""
     world().run(at_once, tmp_path)

@@ -64,6 +64,7 @@ def by_peft(base: Path, tmp_path: Path) -> peft.PeftModel:
     return net.eval()
 
 
+@pytest.mark.slow
 def test_rows_that_peft_stored_come_back_and_are_stored_again(tmp_path, caplog, base: Path, by_peft):
     net = resized(base, 2)
     before = outputs(net)

@@ -61,6 +61,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return snapshot
 
 
+@pytest.mark.slow
 def test_every_door_takes_the_id_of_an_adapter_in_the_cache(cache: Path, capsys: pytest.CaptureFixture[str]):
     tuned, x = write(Path("local")), torch.randn(3, 4)
     load_adapter(net := base(), NAME)

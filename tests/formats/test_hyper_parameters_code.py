@@ -238,6 +238,7 @@ def test_honest_checkpoint_of_a_command_line_builds_what_the_command_line_built(
     assert torch.equal(loaded(x), trained.model(x))
 
 
+@pytest.mark.slow
 def test_checkpoint_of_a_command_line_with_an_object_is_loaded_with_each_remedy():
     trained = run(LoRACLI, "fit", "--model.loss=torch.nn.CrossEntropyLoss")
     trained.trainer.save_checkpoint("cli.ckpt")
@@ -270,6 +271,7 @@ def test_command_line_builds_what_the_config_says_whatever_a_checkpoint_names(
         assert f"hyper-parameters in {path} are passed over. --weights_only=false uses them" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust", [f"--{name}=false" for name in ANY_OBJECTS])
 def test_command_line_builds_what_a_checkpoint_names_where_it_is_trusted(trust: str):
     run(LoRACLI, "fit", "--model.loss=torch.nn.CrossEntropyLoss").trainer.save_checkpoint("cli.ckpt")

@@ -214,6 +214,7 @@ def test_a_resized_table_goes_both_ways_with_its_rows(tmp_path, base: Path, indi
     assert_same_logits(logits(again, 70), expected, [64, 69, 3])
 
 
+@pytest.mark.slow
 def test_a_table_that_was_resized_unseen_needs_no_rows_of_its_own(tmp_path, base: Path):
     """As where the checkpoint is not on this disk: PEFT stores the rows alone, and every new row is among them."""
     new = [64, 65, 66, 67, 68, 69]

@@ -126,6 +126,7 @@ def written(files: dict[str, bytes], path: Path) -> dict[str, Path]:
     return {name: path / ("adapter" if name != "file.ckpt" else name) for name in files}
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_truncated_or_random_file_is_refused(tmp_path, tmp_path_factory, data):
@@ -138,6 +139,7 @@ def test_truncated_or_random_file_is_refused(tmp_path, tmp_path_factory, data):
     assert_refused(written(files, tmp_path)[name])
 
 
+@pytest.mark.slow
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_file_with_changed_bytes_never_leaves_a_half_loaded_model(tmp_path, tmp_path_factory, data):

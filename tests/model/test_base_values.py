@@ -169,6 +169,7 @@ def test_a_training_forward_inside_leaves_the_statistics_of_the_run_alone():
         assert bits(model.body[1].running_mean) == initial
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_the_base_inside():
     model, base = trained("head")
     compiled, x = torch.compile(model, backend="eager"), tokens(2)
@@ -254,6 +255,7 @@ def test_what_would_save_or_lose_stand_ins_is_refused_inside_and_changes_nothing
     REFUSED[door](model, state, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["head", "tied", "normalisation"])
 def test_a_block_broken_off_at_any_line_leaves_the_trained_tensors(name: str):
     model, _ = trained(name)

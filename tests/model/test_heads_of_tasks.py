@@ -180,6 +180,7 @@ def test_a_model_whose_head_came_with_it_is_fitted_without_a_word(tmp_path, body
     fit(Lit(model=build(body, tmp_path)), tmp_path)  # warnings are errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"modules_to_save": ["classifier"]}, {"task_type": "SEQ_CLS"}], ids=str)
 def test_a_new_head_that_is_trained_whole_is_not_named_and_moves_to_another_program(tmp_path, body, options):
     module = Lit(body)

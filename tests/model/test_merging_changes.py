@@ -109,6 +109,7 @@ def test_unmerge_after_an_allowed_change_gives_what_the_change_makes_of_an_unmer
 # --- two threads at once ---
 
 
+@pytest.mark.slow
 def test_two_threads_that_merge_and_unmerge_two_models_restore_every_bit():
     models = [stack(seed) for seed in (1, 2)]
     before = [state_bits(model) for model in models]

@@ -77,6 +77,7 @@ class MeetingAttention(nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build", [lambda: MeetingLinear(8, 8), lambda: MeetingAttention(8, 2)], ids=["linear", "attention"]
 )

@@ -131,6 +131,7 @@ def load_new_base(trained: bool) -> None:
         torch.testing.assert_close(model(batch(1)), plain(batch(1)), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_initial_magnitudes_follow_a_new_base_on_shards(trained: bool):
     world().run(load_new_base, trained)

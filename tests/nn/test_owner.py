@@ -380,6 +380,7 @@ def in_forward(model: nn.Sequential, call: Callable[[], Any], *, same_thread: bo
     return next(result for result in results if not isinstance(result, threading.Thread))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0, 2**26])
 def test_merge_beside_a_forward_on_w_plus_delta_waits_for_it_and_merges_w(monkeypatch, budget):
     monkeypatch.setattr("lightning_lora.model.merging.COPY_BUDGET", budget)
@@ -393,6 +394,7 @@ def test_merge_beside_a_forward_on_w_plus_delta_waits_for_it_and_merges_w(monkey
     assert values(model) == before
 
 
+@pytest.mark.slow
 def test_state_dict_beside_a_forward_on_w_plus_delta_holds_w():
     model = network()
     before = {name: bits(value) for name, value in model.state_dict().items()}
@@ -400,6 +402,7 @@ def test_state_dict_beside_a_forward_on_w_plus_delta_holds_w():
     assert seen == before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:lightning_lora. unload cannot bring back")  # W' needs a gradient
 def test_unload_beside_a_forward_on_w_plus_delta_leaves_w():
     model = nn.Sequential(nn.Linear(8, 8), Softplus(8, 8))  # no layer runs after the one that is waited for
@@ -423,6 +426,7 @@ def test_merge_inside_a_forward_on_w_plus_delta_is_refused_and_says_so():
     assert values(model) == before
 
 
+@pytest.mark.slow
 def test_a_tie_is_seen_beside_a_forward_that_runs_on_w_plus_delta():
     model = network()
     model[0].weight = model[1].weight

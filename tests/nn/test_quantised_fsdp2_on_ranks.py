@@ -213,6 +213,7 @@ def bits_of_whole(model: Any, kind: str) -> list[bytes]:
     return packed_bits(plain)
 
 
+@pytest.mark.slow
 @every_kind
 def test_fingerprint_summary_and_files_are_those_of_one_device(tmp_path, kind):
     expected = described(build("plain", kind), tmp_path / "one")
@@ -286,6 +287,7 @@ def test_a_run_and_its_resumption_are_those_of_one_device(tmp_path, save, kind):
     assert all(torch.equal(resumed[0][0][name], value) for name, value in uninterrupted[0][0].items())
 
 
+@pytest.mark.slow
 @both_packages
 @pytest.mark.parametrize("save", SAVES)
 def test_checkpoints_are_loaded_in_one_process(tmp_path, save, kind):
@@ -317,6 +319,7 @@ def fit_by_option(path: Path, precision: str) -> tuple[dict[str, torch.Tensor], 
     return adapter_of(model), kinds, bits_of_whole(model.network, NF4) == packed_bits(quantised(NF4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_the_option_of_the_callback_quantises_what_is_sharded_next(tmp_path, precision):
     model = PlainNet()
@@ -390,6 +393,7 @@ def swapped(path: Path, kind: str) -> bool:
     return differed and all(torch.equal(back[name], value) for name, value in before.items())
 
 
+@pytest.mark.slow
 @both_packages
 def test_an_adapter_is_swapped_in(tmp_path, kind):
     assert world().run(swapped, tmp_path, kind) == [True] * 2

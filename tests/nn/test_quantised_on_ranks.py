@@ -39,6 +39,7 @@ def fit(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], bool]:
     return factors(model), packed_bits(model) == packed_bits(untouched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_ranks_train_equal_adapters_as_one_process_does(tmp_path, kind):
     alone, _ = fit(tmp_path / "alone", kind)

@@ -318,6 +318,7 @@ def test_merged_weights_with_factors_in_16_bits_are_rounded_once(dtype):
         assert torch.equal(layer.weight, (1.5 * (b @ a - start_b @ start_a)).to(dtype))
 
 
+@pytest.mark.slow
 def test_gradcheck_in_float64():
     model = inject_start(net().double())
     move_(model)
@@ -472,6 +473,7 @@ GRAPHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore:Converting a tensor to a Python boolean")
 @pytest.mark.parametrize("how", GRAPHS)
 def test_a_graph_has_the_outputs_and_gradients_of_the_eager_layer(how):
@@ -481,6 +483,7 @@ def test_a_graph_has_the_outputs_and_gradients_of_the_eager_layer(how):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.slow
 def test_dropout_drops_what_the_adapter_adds():
     """With all of it dropped the base's output is left, as at the first step; PEFT drops what it took out of W too."""
     plain, x = net()[0], torch.randn(50, 8)

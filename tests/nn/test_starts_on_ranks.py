@@ -89,6 +89,7 @@ def parallel() -> None:
     assert_same_bits(after, before)
 
 
+@pytest.mark.slow
 def test_a_split_layer_trains_as_on_one_device():
     world().run(parallel)
 

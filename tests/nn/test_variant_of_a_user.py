@@ -249,6 +249,7 @@ def test_the_summary_names_it(name):
 # --- a Trainer ---
 
 
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize("save", ["adapter", "merged", "full"])
 def test_a_run_resumed_from_each_kind_of_checkpoint_equals_the_uninterrupted_one(tmp_path, name, save):

@@ -29,6 +29,7 @@ def test_hypothesis_settings_of_every_test_are_those_of_the_profile():
     assert {name for name, text in FILES.items() if re.search(r"\b(derandomize|database) *=", text)} == {"conftest.py"}
 
 
+@pytest.mark.slow
 def test_hypothesis_draws_do_not_depend_on_what_else_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     drawn: list[int | str] = []
 
@@ -147,6 +148,7 @@ def beginnings_of_warnings() -> list[str]:
     return [first.value for first in firsts if isinstance(first, ast.Constant) and isinstance(first.value, str)]
 
 
+@pytest.mark.slow
 def test_warnings_of_this_package_are_errors_in_every_process_and_begin_as_the_filter_says():
     project = (ROOT / "pyproject.toml").read_text()
     assert f'"error:{OUR_WARNINGS}"' in project

@@ -185,6 +185,7 @@ RUNNING = [name for name, blocks in BLOCKS.items() if any(b.is_statements or b.i
 NEEDED = {"lightning_lora/nn/quantised.md": "torchao"}  # packages of extras that a page's blocks need
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNNING)
 def test_python_blocks_and_our_command_run_and_print_what_is_shown(ran, name):
     if name in NEEDED:
@@ -336,6 +337,7 @@ def front(ran: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> dict[st
     return {**run.namespace, "Net": Net, "data": data, "quiet": quiet, "epochs": run.namespace["trainer"].max_epochs}
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_summary_at_fit_start_are_those_that_are_quoted(front, caplog):
     with caplog.at_level(logging.INFO, "lightning_lora"):
         make_trainer(front).fit(front["Net"](), front["data"], front["data"])
@@ -344,6 +346,7 @@ def test_the_figures_of_the_summary_at_fit_start_are_those_that_are_quoted(front
     assert quoted in shown
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`", *OTHER_CALLBACKS)
 def test_calls_of_the_front_pages_table_run(front):
     exec("from lightning_lora import *", front)
@@ -367,6 +370,7 @@ def test_calls_of_the_front_pages_table_run(front):
     check_tuned(front, type(front["tuned"].model).from_pretrained("weights"), "weights")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`", *OTHER_CALLBACKS)
 def test_calls_for_each_file_run_and_give_the_tuned_model(front):
     exec("from lightning_lora import *", front)
@@ -445,6 +449,7 @@ def prepare_files(front: dict[str, Any]) -> None:
     merging.save_checkpoint("merged.ckpt")
 
 
+@pytest.mark.slow
 def test_common_errors_are_messages_that_come(front):
     net, data = front["Net"], front["data"]
 

@@ -164,6 +164,7 @@ def test_the_house_has_few_floors():
     assert max(floors.values()) <= MOST_FLOORS, sorted(floors.items(), key=lambda item: -item[1])[:5]
 
 
+@pytest.mark.slow
 def test_no_class_has_many_methods_and_no_function_is_long():
     """Docstrings count, and so do functions inside: both must be read to read the function."""
     defined = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree)]

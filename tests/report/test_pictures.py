@@ -137,6 +137,7 @@ def test_an_adapter_that_did_not_move_is_drawn_at_zero():
     assert {axes.get_title(loc="left").split("\n")[1] for axes in found["spectra"].axes} == {"effective rank 0.0 of 3"}
 
 
+@pytest.mark.slow
 def test_pictures_in_files_let_the_page_show_through_and_figures_for_loggers_are_white(tmp_path: Path):
     file = tmp_path / "out.png"
     figure = plot_adapter(blocks(), output=file)["norms"]
@@ -188,6 +189,7 @@ def test_a_factor_that_is_not_finite_is_an_error_that_names_it(source: str):
         plot_adapter(model if source == "model" else model.state_dict())
 
 
+@pytest.mark.slow
 def test_lines_and_panels_are_those_of_the_groups_with_the_largest_updates():
     """More than there is room for, of which the last moved most and the first least."""
     model = nn.ModuleDict({f"p{i}": nn.Linear(4, 4) for i in range(13)})
@@ -201,6 +203,7 @@ def test_lines_and_panels_are_those_of_the_groups_with_the_largest_updates():
     assert figure.get_suptitle() == "Singular values of the updates, the 12 largest of 13 groups"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "begins"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml"), (".PNG", b"\x89PNG")]
 )
@@ -225,6 +228,7 @@ def test_what_was_there_stays_where_drawing_fails(tmp_path: Path, monkeypatch: p
     assert [*tmp_path.iterdir()] == [file]
 
 
+@pytest.mark.slow
 def test_nothing_drawn_lies_outside_the_picture_or_over_something_else():
     """Titles, legends and numbers beside axes of a large and of a narrow adapter with long names."""
 

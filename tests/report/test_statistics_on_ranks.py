@@ -174,6 +174,7 @@ def fit(path: Path, kind: str) -> list[dict[str, float]]:
     return [row for row in kept if row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
 def test_a_run_on_two_ranks_logs_what_one_process_logs(tmp_path: Path, kind: str):
     expected = fit(tmp_path, "alone")

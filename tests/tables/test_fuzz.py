@@ -220,6 +220,7 @@ def damaged(file: str, damage: Callable[[bytes], bytes]) -> Callable[[Path], Any
     return lambda path: (path / file).write_bytes(damage((path / file).read_bytes()))
 
 
+@pytest.mark.slow
 @fuzz
 @given(
     damage=byte_damage(),
@@ -232,12 +233,14 @@ def test_adapter_folder_with_damaged_bytes_is_refused_or_loads_right(
     attempt("bytes of adapter folders", good, damaged(f"{folder}/{file}", damage), load(folder))
 
 
+@pytest.mark.slow
 @fuzz
 @given(damage=byte_damage())
 def test_checkpoint_with_damaged_bytes_is_refused_or_loads_right(good: Path, damage: Callable[[bytes], bytes]):
     attempt("bytes of checkpoints", good, damaged("adapter.ckpt", damage), load("adapter.ckpt"))
 
 
+@pytest.mark.slow
 @fuzz
 @given(damage=byte_damage(), file=st.sampled_from(["base/model-1.safetensors", f"base/{INDEX}", "base/config.json"]))
 def test_model_folder_with_damaged_bytes_is_refused_or_merges_right(
@@ -246,6 +249,7 @@ def test_model_folder_with_damaged_bytes_is_refused_or_merges_right(
     attempt("bytes of model folders", good, damaged(file, damage), merge("base", "ours", "out"))
 
 
+@pytest.mark.slow
 @fuzz
 @given(damage=byte_damage())
 def test_base_checkpoint_with_damaged_bytes_is_refused_or_merges_right(good: Path, damage: Callable[[bytes], bytes]):
@@ -306,6 +310,7 @@ def json_damaged(file: str, damage: Callable[[Any], Any]) -> Callable[[Path], An
     return lambda path: (path / file).write_text(json.dumps(damage(json.loads((path / file).read_text()))))
 
 
+@pytest.mark.slow
 @fuzz
 @given(damage=value_damage(), folder=st.sampled_from(["ours", "foreign", "foreign"]))
 def test_adapter_config_with_damaged_values_is_refused_or_loads_right(
@@ -314,6 +319,7 @@ def test_adapter_config_with_damaged_values_is_refused_or_loads_right(
     attempt("values of configs", good, json_damaged(f"{folder}/adapter_config.json", damage), load(folder))
 
 
+@pytest.mark.slow
 @fuzz
 @given(damage=value_damage(), file=st.sampled_from([INDEX, INDEX, "config.json"]))
 def test_index_with_damaged_values_is_refused_or_merges_right(good: Path, damage: Callable[[Any], Any], file: str):
@@ -338,6 +344,7 @@ def header_damaged(file: str, damage: Callable[[Any], Any], inside: bool) -> Cal
     return spoil
 
 
+@pytest.mark.slow
 @fuzz
 @given(damage=value_damage(), inside=st.booleans())
 def test_safetensors_header_with_damaged_values_is_refused_or_loads_right(
@@ -347,6 +354,7 @@ def test_safetensors_header_with_damaged_values_is_refused_or_loads_right(
     attempt("values of headers", good, spoil, load("ours"))
 
 
+@pytest.mark.slow
 @fuzz
 @given(damage=value_damage(), where=st.sampled_from(["lora", "all", "state_dict"]))
 def test_checkpoint_with_damaged_values_is_refused_or_loads_right(good: Path, damage: Callable[[Any], Any], where: str):
@@ -392,6 +400,7 @@ def tensor_damage(draw: st.DrawFn) -> Callable[[dict[str, torch.Tensor]], None]:
 either = st.sampled_from(["ours", "foreign"])
 
 
+@pytest.mark.slow
 @fuzz
 @given(damage=tensor_damage(), folder=either, to=st.sampled_from(["load", "merge", "diff"]))
 def test_adapter_folder_with_damaged_tensors_is_refused_or_handled_right(
@@ -411,6 +420,7 @@ def test_adapter_folder_with_damaged_tensors_is_refused_or_handled_right(
     attempt(f"tensors, to {to}", good, spoil, acts[to])
 
 
+@pytest.mark.slow
 @fuzz
 @given(damage=tensor_damage())
 def test_base_checkpoint_with_damaged_tensors_is_refused_or_merges_right(

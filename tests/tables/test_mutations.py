@@ -52,6 +52,7 @@ def subtract(weight: torch.Tensor, kept: Undo, buffers: object) -> None:
         weight.detach()[piece.row : piece.row + delta.shape[0]].sub_(delta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0, 2**20], ids=["kept values", "plain copies"])
 def test_unmerging_by_subtraction_fails_where_the_package_passes(tmp_path, monkeypatch, budget: int):
     monkeypatch.setattr(importlib.import_module("lightning_lora.model.merging"), "COPY_BUDGET", budget)

@@ -229,6 +229,7 @@ def test_values_are_not_the_defaults():
         assert option.value != getattr(defaults, option.name, None), option.name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*")
 def test_every_option_fares_as_the_table_says(tmp_path):
     rows = {}

@@ -217,6 +217,7 @@ def merging(blocks: int) -> float:
     return products.elements / Costs(sizes, dist.get_world_size()).merged_weights()
 
 
+@pytest.mark.slow
 def test_the_work_of_merging_is_linear_in_a_ranks_weights():
     """Seconds follow from that; what one weight takes is measured by the benchmarks."""
     found = [world(ranks).run(merging, blocks) for ranks, blocks in ((2, 2), (2, 6), (4, 2))]

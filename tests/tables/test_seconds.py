@@ -50,6 +50,7 @@ def test_calls_are_linear_in_the_number_of_blocks(tmp_path: Path, name: str):
     assert most - more == pytest.approx(2 * (more - few), rel=0.02)
 
 
+@pytest.mark.slow
 def test_injection_calls_as_much_for_any_width():
     narrow, wide = (Llama("", blocks=2, hidden=side, intermediate=side, keys=128, vocabulary=9) for side in (256, 8192))
     found = [calls(WORKS["inject"](Steps(large(sizes), Path()))) for sizes in (narrow, narrow, wide)]

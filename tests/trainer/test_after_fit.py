@@ -68,6 +68,7 @@ def test_save_pretrained_after_fit_saves_what_was_trained(tmp_path):
     assert torch.equal(answer(again), answer(module))
 
 
+@pytest.mark.slow
 def test_checkpoints_of_the_fit_hold_the_adapter_and_one_saved_after_it_plain_weights(tmp_path):
     saver = ModelCheckpoint(tmp_path, save_last=True, monitor="val_loss")
     model = Net()

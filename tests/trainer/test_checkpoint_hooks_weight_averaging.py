@@ -133,6 +133,7 @@ class Unfreezes(L.Callback):
         pl_module.head.bias.requires_grad_(trainer.current_epoch >= 1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*averaging(["mean"]), "swa"])
@@ -206,6 +207,7 @@ def test_lightning_alone_tests_the_current_weights(tmp_path):
     assert abs(found - keep.best_model_score.item()) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_files_hold_the_values_of_lightnings_own_full_checkpoint(tmp_path, name: str):
     """That of a model which was injected by hand, in a Trainer without the callback."""
@@ -235,6 +237,7 @@ def adapter_names(state: Mapping[str, Any]) -> set[str]:
     return {n for n in state if "lora_" in n or n.rpartition(".")[2] in ("running_mean", "running_var", BATCHES)}
 
 
+@pytest.mark.slow
 @weight_averaging
 def test_the_drift_of_a_long_average_is_not_another_base(tmp_path):
     """With Lightning's default decay of 0.999 a frozen weight moves by 1e-5 of itself in 300 steps."""

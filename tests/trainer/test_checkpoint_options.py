@@ -329,6 +329,7 @@ def test_options_of_a_checkpoint_at_a_url_have_to_be_given(tmp_path):
     assert torch.equal(outputs(model), loaded_outputs(tmp_path / "a.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
 @pytest.mark.parametrize("r", [8, 3])  # 8 is the default
 def test_option_at_its_default_in_a_cli_counts_as_left_out_and_it_is_said(

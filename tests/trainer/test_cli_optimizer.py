@@ -127,6 +127,7 @@ def test_run_equals_that_of_the_same_optimizer_made_in_configure_optimizers(
     assert_same_tensors(state(found.trainer), state(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "scheduler"), [("AdamW", "StepLR"), ("SGD", "LinearLR")])
 @pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, cli: type, optimizer: str, scheduler: str):
@@ -138,6 +139,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, cli: type, optimizer
     assert_same_tensors(state(resumed.trainer), state(whole.trainer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
 def test_resumed_run_equals_that_of_the_method_resumed_from_the_same_file(tmp_path, cli: type):
     """Lightning saves before ReduceLROnPlateau steps, so a resumed run is behind, without an adapter too."""
@@ -151,6 +153,7 @@ def test_resumed_run_equals_that_of_the_method_resumed_from_the_same_file(tmp_pa
     assert_same_tensors(state(resumed.trainer), state(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
 def test_fit_with_names_on_the_command_line_trains_the_adapter(cli: type):
     ours = ["--lora.r=2"] if cli is LoRACLI else ["--trainer.callbacks=lightning_lora.LoRACallback"]
@@ -177,6 +180,7 @@ class NewHeadInSetup(HeadInSetup):
         self.build_head()
 
 
+@pytest.mark.slow
 def test_optimizer_forgets_parameters_that_a_second_fit_builds_anew(tmp_path):
     program = from_command_line(tmp_path, "AdamW", "none", LoRACLI, NewHeadInSetup)
     program.trainer.fit(program.model, Data(BATCHES))

@@ -26,6 +26,7 @@ def test_the_adapter_arrives_in_the_main_process(launched, strategy: str):
     assert base == (full if KINDS[strategy] == "full" else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", KINDS)
 def test_checkpoint_of_the_main_process_equals_that_of_the_started_one(launched, strategy: str):
     """What a callback's checkpoint at the end of the fit holds, in the started process."""

@@ -116,6 +116,7 @@ def test_all_callbacks_in_one_trainer_give_the_run_evaluated_unmerged(tmp_path, 
         assert_same_tensors(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
 def test_every_trigger_saves_what_can_be_resumed_and_tested(tmp_path, kind: str):
     """The best file's metric comes back, and the run resumed from each file ends as the uninterrupted one."""

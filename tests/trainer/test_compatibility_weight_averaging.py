@@ -81,6 +81,7 @@ class OneTrained(Net):
         return super().training_step(batch, batch_idx) + self.number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*averaging(SWAPPERS), "swa"])
 def test_the_base_ends_as_lightning_alone_leaves_a_frozen_one(tmp_path, name: str):
     """The average of equal numbers is not always that number; what moves, Lightning moves."""
@@ -106,6 +107,7 @@ class BuiltAnew(Net):
         super().prepare()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create")
 @pytest.mark.parametrize("merged_eval", [True, False])

@@ -117,6 +117,7 @@ def functions(path: Path, strategy: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @strategies
 def test_functions_take_fabrics_modules_and_train_as_one_process(tmp_path, strategy):
     expected = alone(2)
@@ -149,6 +150,7 @@ def save_and_resume(path: Path, strategy: str) -> tuple[dict[str, Any], dict[str
     return whole(adapter_state_dict(model)), uninterrupted
 
 
+@pytest.mark.slow
 @strategies
 def test_resuming_from_a_filtered_file_equals_the_uninterrupted_run(tmp_path, strategy):
     for resumed, uninterrupted in world().run(save_and_resume, tmp_path, strategy):

@@ -86,6 +86,7 @@ def naive_resume(path: Path, whole: bool, strict: bool) -> str:
     return "resumed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("whole", "strict"), [(True, True), (False, True), (False, False)])
 def test_naive_callback_cannot_resume_a_sharded_run(tmp_path, whole, strict):
     """The strategy asks for the base before any hook of a callback, distributed even where loading is not strict."""
@@ -106,6 +107,7 @@ FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
 CONTENT = {"adapter": FACTORS, "merged": BASE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", KINDS)
 def test_sharded_checkpoint_holds_its_kind_and_evaluates_as_one_device(tmp_path, save):
     state = world().run(run, tmp_path, save, 2)[0][0]
@@ -147,6 +149,7 @@ def save_without_factors(path: Path) -> dict[str, torch.Tensor]:
     return whole_state(model)
 
 
+@pytest.mark.slow
 def test_factors_that_a_sharded_modules_hook_leaves_out_are_saved_all_the_same(tmp_path):
     state = world().run(save_without_factors, tmp_path)[0]
     assert sorted(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]) == FACTORS
@@ -389,6 +392,7 @@ def evaluate_after_the_fit(path: Path) -> tuple[list[float], str]:
     return model.losses[-2:], str(refused.value)
 
 
+@pytest.mark.slow
 def test_weights_alone_are_evaluated_after_a_fit_and_no_fit_goes_on_from_them(tmp_path):
     for (now, from_file), refused in world().run(evaluate_after_the_fit, tmp_path):
         assert now == from_file
@@ -412,6 +416,7 @@ def refused(path: Path, kind: type[Sharded], file: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_base_is_refused_on_every_rank(tmp_path):
     world().run(run, tmp_path, "adapter", 1)
     for message in world().run(refused, tmp_path, OtherBase, tmp_path / "1.ckpt"):
@@ -451,6 +456,7 @@ def base_run(path: Path) -> None:
         model_parallel(path, lora(), max_epochs=2).fit(Sharded(), *data(), ckpt_path=path / "base.ckpt")
 
 
+@pytest.mark.slow
 def test_checkpoint_of_the_base_loads_into_an_adapted_sharded_model(tmp_path):
     world().run(base_run, tmp_path)
 
@@ -470,6 +476,7 @@ def traffic_of_saving(path: Path, save: str) -> tuple[int, int, int]:
     return gathered, factors, sum(sizes.values()) - factors
 
 
+@pytest.mark.slow
 def test_saving_an_adapter_gathers_no_weight(tmp_path):
     for gathered, factors, _ in world().run(traffic_of_saving, tmp_path, "adapter"):
         assert gathered <= 1.5 * factors + 64  # padding of uneven shards

@@ -130,6 +130,7 @@ def fit(path, model: Classifier, *callbacks: L.Callback, epochs: int = 2, **opti
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged_eval", [True, False])
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_dropout_acts_in_training_and_never_in_evaluation(tmp_path, kind, merged_eval):
@@ -147,6 +148,7 @@ def test_dropout_acts_in_training_and_never_in_evaluation(tmp_path, kind, merged
     assert not is_merged(model)
 
 
+@pytest.mark.slow
 def test_without_lora_dropout_nothing_is_random_in_an_eval_mode_backbone(tmp_path):
     """The backbone's own dropout stays off."""
     model = Classifier(evaluates=True)

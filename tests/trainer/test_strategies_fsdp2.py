@@ -143,6 +143,7 @@ def test_training_equals_that_on_one_device(tmp_path, alone, kind):
         assert_same_bits(base_of(state), base_of(expected))
 
 
+@pytest.mark.slow
 def test_merged_and_unmerged_evaluation_agree(tmp_path, alone):
     losses = world().run(fit, tmp_path, Sharded, {"merged_eval": False})[0][0]
     assert losses == pytest.approx(alone("")[0], rel=1e-5)
@@ -225,6 +226,7 @@ def stages(path: Path) -> None:
         assert_same_bits(base_of(whole_state(model)), before)
 
 
+@pytest.mark.slow
 def test_every_stage_evaluates_merged_and_leaves_the_base(tmp_path):
     world().run(stages, tmp_path)
 
@@ -265,6 +267,7 @@ def views(path: Path) -> None:
         load_adapter(shard_(other), path / "adapter")
 
 
+@pytest.mark.slow
 def test_state_dicts_and_files_of_a_sharded_model_equal_those_of_one_device(tmp_path):
     world().run(views, tmp_path)
 

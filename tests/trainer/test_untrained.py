@@ -310,6 +310,7 @@ def test_adapters_that_are_frozen_when_a_fit_begins_are_named_once(tmp_path, cls
     assert "('body.0', 'body.3') and not trained until something unfreezes them" in text
 
 
+@pytest.mark.slow
 def test_each_fit_looks_once_at_each_optimizer(tmp_path, monkeypatch):
     looks: list[int] = []
     held = untrained.held_parameters
