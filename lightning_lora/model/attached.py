@@ -205,7 +205,9 @@ def _scale_back(
     run = now.record.run
     if not run.merged_here:
         state.bring_back(now)
-    elif "factored" not in now.record.marks:
+        return
+    run.stays_unmerged = True
+    if "factored" not in now.record.marks:
         now.record.marks.add("factored")
         tell(
             "lightning_lora: scaled was called in a merged evaluation, which runs factored from there on; "
