@@ -359,7 +359,7 @@ def note_layers(handle: AdaptedModel) -> None:
     update_fast_paths(modules)
     enable_input_require_grads(modules)
     follow_gradient_checkpointing(modules)
-    check_loads(handle.root_places, beside=bool(handle.record.beside))
+    check_loads(handle.root_places)
     warn_before_save_pretrained(modules)
 
 
