@@ -27,6 +27,7 @@ from ..model.wrappers import unwrapped
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.attachment import Beside
 from ..nn.beside import Attached
+from ..nn.foreign_weights import is_foreign_linear, weight_stand_in
 from ..nn.layer_kinds import layer_class
 from ..nn.low_rank import ATTENTION_OUTPUT, CONV, GROUPED_CONV, IN_PROJ, factor_shapes, to_block_diagonal
 from ..nn.owner import claimed
@@ -206,13 +207,15 @@ def _pair(
 
 
 def _weight(owner: nn.Module, leaf: str, name: str) -> torch.Tensor:
-    """Return the weight of a layer, or a parameter.
+    """Return the weight of a layer, a parameter, or what stands for a weight that only its layer reads.
 
     Raises:
         LoRAError: it is sharded, or cannot be adapted.
     """
     if leaf and (why_not := Candidate(PARAMETER, name, owner, LoRAConfig(), leaf).why_not()):
         raise LoRAError(f"attach: {name!r}: {why_not}.")
+    if not leaf and is_foreign_linear(owner):
+        return weight_stand_in(owner)
     weight = getattr(owner, leaf or (IN_PROJ if isinstance(owner, nn.MultiheadAttention) else "weight"))
     if is_spread(weight):
         raise LoRAError(

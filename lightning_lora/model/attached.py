@@ -130,8 +130,8 @@ def scaled(model: nn.Module, weight: float | Weights, name: str = "") -> Iterato
 
     With the trained one off, heads and biases that were trained have their initial values inside, as in
     disable_adapter. Forwards, merge, merged_state_dict and save_merged go by the strength; save_adapter writes the
-    tensors as they are. A merged model runs factored inside. In a merged evaluation of a Trainer it stays so until the
-    evaluation ends, so that nothing is merged again for each batch.
+    tensors as they are. A merged model runs factored inside. In a merged evaluation of a Trainer it stays so for
+    the rest of the run, so that nothing is merged again for each batch.
 
     Args:
         model: injected, or with attached adapters.
@@ -203,11 +203,9 @@ def _scale_back(
     if holds_merged(now.all_layers.values()):
         unmerge_listed(now)
     _write_(now, {name: weight for name, weight in before.items() if not name or name in now.record.beside})
-    run = now.record.run
-    if not run.merged_here:
+    if not now.record.run.merged_here:
         state.bring_back(now)
         return
-    run.stays_unmerged = True
     if "factored" not in now.record.marks:
         now.record.marks.add("factored")
         tell(

@@ -31,7 +31,7 @@ class LoRAForeignLinear(LoRALinear):
     @classmethod
     def takes(cls, variant: Variant) -> bool:
         """Return whether a variant is plain LoRA in what it stores: others read W, or PEFT lacks them here."""
-        return variant.leaves == (A, B)
+        return variant.leaves in ((A, B), ())  # nothing is stored where attached adapters act alone
 
     @property
     def weight_leaf(self) -> str:
