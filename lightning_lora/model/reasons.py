@@ -19,7 +19,7 @@ from ..matching import matcher
 from ..names import A, canonical, join_names
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import NamedModules, adapters_in
-from ..nn.foreign_weights import is_foreign_linear
+from ..nn.foreign_weights import is_foreign_linear, is_packed
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
@@ -297,6 +297,12 @@ def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module], confi
     """
     for name, module in saved.items():
         for inside, layer in module.named_modules(remove_duplicate=False):
+            if is_packed(layer):
+                raise LoRAError(
+                    f"inject: {name!r} is to be trained whole, but {canonical(join_names(name, inside))!r} in it is a "
+                    f"{type(layer).__name__} with packed weights, which take no gradient. Leave it out of "
+                    "modules_to_save and adapt it, or build it unquantised."
+                )
             kind = next(map(quantised_as, quantised_parameters(layer).values()), "")
             if not kind and not was_never_quantised(layer):
                 continue

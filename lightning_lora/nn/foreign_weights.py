@@ -48,5 +48,5 @@ def is_of_base(module: nn.Module) -> bool:
 
 def is_packed(module: nn.Module) -> bool:
     """Return whether a module is a foreign linear layer with integers, as packed weights are."""
-    tensors = (*module.parameters(), *module.buffers()) if is_of_base(module) else ()
-    return any(not tensor.is_floating_point() for tensor in tensors)
+    tensors = (*module._parameters.values(), *module._buffers.values()) if is_of_base(module) else ()
+    return any(tensor is not None and not tensor.is_floating_point() for tensor in tensors)

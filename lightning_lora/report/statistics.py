@@ -30,7 +30,8 @@ class GroupStats:
 
     Attributes:
         layers: the number of layers.
-        norm: |D| / |W|, Frobenius norms over all layers of the group.
+        norm: |D| / |W|, Frobenius norms over all layers of the group. None where W is not known, as of a linear layer
+            of another library.
         rank: the mean effective rank of D: exp(-sum(p log p)), where p is each singular value over the sum of all (Roy
             & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007). It is from 1 to r,
             and 0 where D is zero. Each expert of a stack and each part of a fused projection counts by itself. None for
@@ -41,7 +42,7 @@ class GroupStats:
     """
 
     layers: int
-    norm: float
+    norm: float | None
     rank: float | None
     gradients: Mapping[str, float]
     cosine: float | None
@@ -260,11 +261,18 @@ def _group_stats(measured: Mapping[str, _Measured], previous: Mapping[str, Snaps
     ranks = _ranks([pair for m in layers for pair in m.grams])
     return GroupStats(
         layers=len(measured),
-        norm=math.sqrt(updates / weights) if weights else math.nan,
+        norm=_norm(updates, weights),
         rank=float(ranks.mean()) if len(ranks) else None,
         gradients=gradients,
         cosine=_cosine(measured, previous),
     )
+
+
+def _norm(updates: float, weights: float) -> float | None:
+    """Return |D| / |W| from the two sums of squares; that of unknown weights is NaN."""
+    if math.isnan(weights):
+        return None
+    return math.sqrt(updates / weights) if weights else math.nan
 
 
 def _ranks(grams: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -290,3 +290,26 @@ def test_an_adapter_moves_between_layers_of_transformer_engine_and_of_torch(tmp_
         trainer = make_trainer(tmp_path, LoRACallback())
         trainer.test(fresh, data(), ckpt_path=tmp_path / name / "last.ckpt", verbose=False)
         torch.testing.assert_close(fresh.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_packed_weights_cannot_be_trained_whole(kind: str) -> None:
+    model, options = nn.Sequential(network(kind), nn.Linear(3, 3)), {"target_modules": ["1"], "modules_to_save": ["0"]}
+    if kind == "TE":
+        inject(model, LoRAConfig(**options))  # type: ignore[arg-type]
+        assert model[0][0].weight.requires_grad
+        return
+    with pytest.raises(LoRAError, match=r"'0' is to be trained whole, but '0\.0' in it is a (Quant|WQ)Linear"):
+        inject(model, LoRAConfig(**options))  # type: ignore[arg-type]
+    assert "1.lora_A" not in model.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode")
+def test_a_layer_without_backward_in_eval_mode_is_refused_in_a_fit_that_keeps_that_mode(tmp_path: Path) -> None:
+    """from_pretrained leaves a network in eval mode, where AutoAWQ's layers let no gradient through."""
+    model = Net("AWQ")
+    model.net.eval()
+    with pytest.raises(LoRAError, match=r"'net\.2': the WQLinear gives its input no gradient.*model\.train\(\)"):
+        fitted(tmp_path, model=model)
+    model.net.train()
+    fitted(tmp_path, model=model)
