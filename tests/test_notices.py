@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, combine, inject, merge, merged_state_dict, take_adapter
 from lightning_lora.notices import tell
-from support.forks import DONE, run_in_forks
+from support.processes import DONE, run_in_forks
 from support.quantised import quantised
 
 LINE = "lightning_lora: a line of 100%."

@@ -25,7 +25,7 @@ import report
 from lightning_lora import LoRAConfig, inject, merge, unmerge
 
 sys.path.append(str(Path(__file__).parents[1]))
-from support.launches import Count, count
+from support.devices import Count, count
 from support.pretend_device import pretend_device
 from support.variants import define_gated, variants_forgotten
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_lora.command.merge import merge_on_disk
+from support.models import small, write_small_adapter
 from support.peers import base_folder, call, ours
-from support.small_adapters import small, write_small_adapter
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from support.launches import Count, count
+from support.devices import Count, count
 from support.pretend_device import DEVICE, pretend_device
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_lora import LoRAConfig, inject, is_merged, load_adapter, merge, save_adapter, unmerge
+from support.devices import on_the_device
 from support.pairs import assert_near
-from support.pretend_accelerator import on_the_device
 from support.quantised import (
     QUANTISED,
     QuantisedNet,

@@ -13,9 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import LoRACallback, LoRAMonitor, is_merged, load_from_checkpoint
 from support.covering import covering
-from support.devices import Place
+from support.devices import Place, on_the_device
 from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.pretend_accelerator import on_the_device
 from support.runs import Watched, base_weights, lora
 from support.training import Data, Net, assert_same_tensors, make_trainer, weights
 

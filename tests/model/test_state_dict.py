@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from benchmarks.measure import held_bytes
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
+from lightning_lora.exchange import take
 from lightning_lora.exchange.take import fingerprint
-from lightning_lora.model.adapted_model import Listing
+from lightning_lora.model.adapted_model import Listing, open_model
+from lightning_lora.model.live_state import open_state
 from lightning_lora.model.state_dict import merge_state_dict
-from support.fingerprints import check_fingerprint
 from support.models import (
     ZOO_LAYERS,
     Zoo,
@@ -31,6 +33,10 @@ from support.models import (
 
 FACTORS = [f"{layer}.{factor}" for layer in ZOO_LAYERS for factor in ("lora_A", "lora_B")]
 BUFFERS = [f"body.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
+
+
+def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
+    take.check_fingerprint(open_state(open_model(model, "test")), expected)
 
 
 def trained_zoo(**options: Any) -> Zoo:

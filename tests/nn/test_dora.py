@@ -35,7 +35,7 @@ from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, unmerge_
 from lightning_lora.nn.low_rank import LowRankBlock
 from lightning_lora.nn.output_norms import norms_of_weight, squares_of_windows
 from support.covering import covering
-from support.launches import count
+from support.devices import count
 from support.layers import (
     CASES,
     DTYPES,

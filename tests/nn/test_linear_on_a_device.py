@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, disable_adapter, inject, merge, unmerge
 from support.covering import covering
-from support.launches import count
+from support.devices import count
 from support.layers import CASES, DTYPES, make_subject, rounding
 from support.recorders import Recorder, start_anew
 

@@ -17,7 +17,7 @@ from lightning_lora import LoRAConfig, inject
 from lightning_lora.nn.adapted_module import swapped_class
 from lightning_lora.nn.linear import LoRAQuantisedLinear
 from support.covering import covering
-from support.launches import Count, count
+from support.devices import Count, count
 from support.layers import CASES, make_subject, rounding
 from support.recorders import start_anew
 

@@ -34,9 +34,9 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from support.forks import DONE, run_in_forks
 from support.models import state_bits
 from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
+from support.processes import DONE, run_in_forks
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
 on_device = pytest.mark.skipif(not CAN_PRETEND, reason="this version of torch cannot pretend a device")

@@ -1,7 +1,12 @@
-"""Helpers that tests of several rooms share: models and layers with their references, runs of a Trainer, peft's side,
-processes and sharded models, negative controls, and the programs that tests start (programs/).
+"""Helpers that tests of several rooms share. There are no tests here; what one test file uses alone is in that file.
 
-There are no tests here. A helper that only one test file uses is in that file.
+models      models, training, layers, parameters, tables, variants, methods; of other packages: peers, pretrained,
+            families, quantised; small ones for costs: llama, scale
+runs        runs, lightning_versions, other_name, naive; programs that tests start: programs/, examples
+ranks       processes, sharded, sharded_adapters, fsdp1, deepspeed, strategies
+files       expected_weights, fuzz_reference
+devices     devices, pretend_device, pretend_operators
+comparisons pairs, pair_checks, covering, recorders, broken_off; what is no fault of a test: notices, shortcuts
 """
 
 from __future__ import annotations

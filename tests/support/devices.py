@@ -1,17 +1,26 @@
-"""The devices that one test body runs on: a pretended one, or a GPU."""
+"""The devices that one test body runs on, a pretended one or a GPU, and counts of what the first is asked to do.
+
+An operator counts as one kernel, and views as none. So this says nothing of the kernels of one operator, of speed, and
+of the time that the host takes.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils import _pytree as pytree
 
-from support.launches import count
-from support.pretend_device import DEVICE, pretend_device
+from support.pretend_device import DEVICE, OBSERVERS, Pretend, pretend_device
 
 Place = Callable[[], AbstractContextManager[str]]
 NO_GPUS = "there are no two GPUs: torch.cuda.device_count() is below 2"
@@ -95,3 +104,120 @@ def streams(device: str) -> list[torch.Tensor]:
     """Return the states of all random streams that a program on this device draws from."""
     own = [torch.cuda.get_rng_state()] if device == "cuda" else []
     return [torch.get_rng_state(), *own]
+
+
+NO_KERNEL = {  # beside views: they allocate, or say something of a tensor
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias", "set_"),
+    *("t_", "transpose_", "squeeze_", "unsqueeze_", "detach_"),
+}
+WAITS = {  # the host reads a value, or a shape that depends on values
+    *("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "_unique", "_unique2"),
+    *("unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount", "repeat_interleave"),
+}
+
+
+NUMBERS = ("launches", "bytes", "float64", "waits")
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a device was asked to do.
+
+    Attributes:
+        launches: operators that are no views.
+        bytes: what these read and write.
+        float64: those with a float64 tensor of a dimension or more.
+        waits: those for which the host waits.
+        operators: the launched ones by their names, to look at.
+    """
+
+    launches: int = 0
+    bytes: int = 0
+    float64: int = 0
+    waits: int = 0
+    operators: Counter[str] = field(default_factory=Counter, compare=False)
+
+    def __sub__(self, other: Count) -> Count:
+        operators = Counter(self.operators)
+        operators.subtract(other.operators)
+        left = {name: number for name, number in operators.items() if number}
+        numbers = {name: getattr(self, name) - getattr(other, name) for name in NUMBERS}
+        return Count(**numbers, operators=Counter(left))
+
+
+def count(work: Callable[[], object]) -> Count:
+    """Run `work` inside `pretend_device` and count what the device was asked to do."""
+    numbers, operators = dict.fromkeys(NUMBERS, 0), Counter[str]()
+
+    def observe(func: Any, given: Any, made: Any) -> None:
+        name = func.name().partition("::")[2].partition(".")[0]
+        if func.is_view or name in NO_KERNEL:
+            return
+        tensors = [leaf for leaf in pytree.tree_leaves((given, made)) if isinstance(leaf, torch.Tensor)]
+        numbers["launches"] += 1
+        numbers["bytes"] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        numbers["float64"] += any(tensor.dtype == torch.float64 and tensor.dim() > 0 for tensor in tensors)
+        numbers["waits"] += name in WAITS or _comes_back(name, given, made)
+        operators[name] += 1
+
+    OBSERVERS.append(observe)
+    try:
+        work()
+    finally:
+        OBSERVERS.remove(observe)
+    return Count(**numbers, operators=operators)
+
+
+def _comes_back(name: str, given: Any, made: Any) -> bool:
+    """Whether a copy goes from the device to the CPU."""
+    if name not in ("_to_copy", "copy_") or made.device.type == DEVICE:
+        return False
+    return any(isinstance(leaf, Pretend) for leaf in pytree.tree_leaves(given))
+
+
+class PretendAccelerator(Accelerator):
+    """One pretended device."""
+
+    def setup_device(self, device: torch.device) -> None:
+        if device.type != DEVICE:
+            raise RuntimeError(f"the device should be {DEVICE}, but it is {device}")
+
+    def teardown(self) -> None:
+        """There is nothing to free."""
+
+    def get_device_stats(self, device: Any) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    def parse_devices(devices: Any) -> Any:
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> list[torch.device]:
+        return [torch.device(DEVICE, 0)]
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def name() -> str:
+        return DEVICE
+
+
+def on_the_device(device: str = DEVICE, precision: str = "32-true") -> dict[str, Any]:
+    """Options of a Trainer that runs on a device."""
+    if device != DEVICE:
+        return {"accelerator": device, "devices": 1, "precision": precision}
+    options: dict[str, Any] = {
+        "accelerator": "auto",
+        "strategy": SingleDeviceStrategy(device=torch.device(DEVICE, 0), accelerator=PretendAccelerator()),
+    }
+    if precision.endswith("mixed"):  # Lightning would ask for CUDA's autocast
+        return options | {"plugins": [MixedPrecision(precision, DEVICE)]}  # type: ignore[arg-type]
+    return options | {"precision": precision}

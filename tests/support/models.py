@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -151,3 +152,36 @@ def source(model: nn.Module, kind: str, form: str, path: Path) -> Any:
         torch.save(checkpoint(model, kind), path / "file.ckpt")
         return str(path / "file.ckpt")
     return checkpoint(model, kind)
+
+
+WIDTH = 4
+TENSORS = "adapter_model.safetensors"
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+
+def small() -> Small:
+    torch.manual_seed(1)
+    return Small()
+
+
+def write_small_adapter(path: Path) -> Path:
+    """Write an adapter of two adapted layers and one that was trained whole, and beside it its base in two forms."""
+    net = small()
+    torch.save(dict(net.state_dict()), path / "base.pt")
+    save_file(dict(net.state_dict()), path / "base.safetensors")
+    inject(net, LoRAConfig(r=2, target_modules=["one", "two"], modules_to_save=["three"], init_lora_weights=False))
+    with torch.no_grad():
+        net.three.weight.add_(1)
+    save_adapter(net, path / "adapter")
+    return path / "adapter"
+
+
+def merging(path: Path, source: Path, base: str = "base.pt", *flags: str) -> list[object]:
+    """The arguments of the command that merge an adapter into the base, for files in a folder."""
+    output = (path / "out").with_suffix(base[4:])
+    return ["merge", "--base", path / base, "--adapter", source, "--output", output, *flags]

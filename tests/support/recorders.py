@@ -1,7 +1,11 @@
-"""Record what runs: operators of a call, graphs that torch.compile makes, and bytes that a rank sends to others."""
+"""Record what runs: operators of a call, graphs that torch.compile makes, bytes that a rank sends, walks of a model."""
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lightning_lora.model import adapted_model
 
 
 class Operators(TorchDispatchMode):
@@ -72,3 +78,31 @@ class Traffic(TorchDispatchMode):
     def bytes(self, *names: str) -> int:
         """Bytes put into collectives whose name contains one of `names`, or into all without names."""
         return sum(size for name, size in self.sent if not names or any(part in name for part in names))
+
+
+METHODS = ("named_modules", "modules", "named_parameters", "parameters", "named_buffers", "buffers", "state_dict")
+
+
+@contextmanager
+def counted_walks(*models: nn.Module) -> Iterator[Counter[str]]:
+    """Count the walks of these modules inside, by the method that was called and the line that called it.
+
+    A walk that torch makes as a part of another one is not counted: named_parameters calls named_modules.
+    """
+    walks: Counter[str] = Counter()
+    whole = {id(model) for model in models}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in METHODS:
+            patch.setattr(nn.Module, name, _counting(getattr(nn.Module, name), whole, walks))
+        patch.setattr(adapted_model, "list_places", _counting(adapted_model.list_places, whole, walks))
+        yield walks
+
+
+def _counting(original: Callable[..., Any], whole: set[int], walks: Counter[str]) -> Callable[..., Any]:
+    def counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1)
+        if id(self) in whole and caller.f_code.co_filename != sys.modules[nn.Module.__module__].__file__:
+            walks[f"{original.__name__} in {caller.f_code.co_filename}:{caller.f_lineno}"] += 1
+        return original(self, *args, **kwargs)
+
+    return counting

@@ -31,8 +31,8 @@ from lightning_lora import (
     unmerge,
 )
 from support.models import base_zoo, trained_zoo, zoo_config
+from support.recorders import counted_walks
 from support.shortcuts import without_collections
-from support.walks import counted_walks
 
 
 class Around(nn.Module):
