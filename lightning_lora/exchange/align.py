@@ -10,7 +10,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import fingerprint_entries
 from ..adapter.metadata import without
 from ..formats.pretrained_names import align_to_networks
-from ..model.adapted_model import Listing
+from ..model.adapted_model import AdaptedModel, Listing
 from ..model.foreign_state import foreign_entries
 from ..model.live_state import LiveState, original_value
 from ..model.pretrained import pretrained_models, tied_to_input
@@ -25,9 +25,14 @@ from .resized_tables import has_new_rows
 
 
 def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
-    """Return the adapter under the one prefix at which its layers are modules of the model."""
+    """Return the adapter under the one prefix at which its layers are modules of the model.
+
+    A bare state dict without layers has this model's own names, where the model has an adapter without layers.
+    """
     layers = adapter.layers
     if layers and all(layer in names.modules for layer in layers):
+        return adapter
+    if not layers and adapter.config is None and isinstance(listing, AdaptedModel) and not listing.layers:
         return adapter
     modules = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}
     return align_to_networks(
