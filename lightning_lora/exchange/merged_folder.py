@@ -119,7 +119,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
     rounding = Rounding(sync)
 
     def merged(name: str) -> torch.Tensor:
-        return _merged(name, *state[name], rounding, plain.get(name))
+        return merged_tensor("save_merged", name, *state[name], rounding, plain.get(name)).cpu()
 
     def step(what: object, action: Callable[[], object], values: Iterable[torch.Tensor] = ()) -> None:
         """Let the first rank act. All ranks gather the values that it takes, and raise if it failed."""
@@ -200,15 +200,23 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return torch.empty(shape_of(tensor), dtype=dtype or tensor.dtype, device="meta")
 
 
-def _merged(
-    name: str, tensor: torch.Tensor, module: nn.Module, rounding: Rounding, dtype: torch.dtype | None
+def merged_tensor(
+    verb: str, name: str, tensor: torch.Tensor, module: nn.Module, rounding: Rounding, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """Return a whole tensor on the CPU with the adapter merged, dequantised where a dtype is given. Collective."""
+    """Return a whole tensor with the adapter merged. It may share memory with the live one. Collective where sharded.
+
+    Args:
+        verb: the public function, for the names of steps.
+        name: in the model's state dict.
+        tensor: the live tensor; a merged weight is taken as it is.
+        module: its owner.
+        rounding: counts what rounding costs. Its `sync` keeps the error of a weight that cannot be merged.
+        dtype: for a quantised weight, of the plain weight in its place; else None.
+    """
     if dtype is not None:
-        return full_tensor(plain_weight(name, module, dtype, rounding)).cpu()
-    leaf = name.rpartition(".")[2]
+        return full_tensor(plain_weight(name, module, dtype, rounding))
     values = [detached(tensor)]
-    adapter = adapter_of(module, leaf)
+    adapter = adapter_of(module, name.rpartition(".")[2])
     if adapter is not None and adapter.lora.undo is None:
         weight = adapter.adapted_weight()
         blocks = adapter.blocks(weight)
@@ -217,5 +225,5 @@ def _merged(
         def merge() -> None:
             values[0] = adapter.merged_copy(weight, blocks, cost)
 
-        rounding.sync.run(f"save_merged: {name!r}", merge)
-    return full_tensor(values.pop()).cpu()
+        rounding.sync.run(f"{verb}: {name!r}", merge)
+    return full_tensor(values.pop())
