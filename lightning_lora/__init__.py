@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .exchange.combine import combine
     from .exchange.export import export_adapter
     from .exchange.merged_folder import save_merged
+    from .exchange.merged_tensors import merged_tensors
     from .exchange.save_load import load_adapter, load_from_checkpoint, read_adapter, save_adapter, take_adapter
     from .monitor import LoRAMonitor
     from .report.figures import plot_adapter
@@ -53,6 +54,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "merge_and_unload",
     "merged",
     "merged_state_dict",
+    "merged_tensors",
     "plot_adapter",
     "quantize_base",
     "read_adapter",
@@ -74,6 +76,7 @@ LAZY = {  # imported at first use: lightning, the rooms of files, and the extra 
     "export_adapter": ".exchange.export",
     "load_adapter": ".exchange.save_load",
     "load_from_checkpoint": ".exchange.save_load",
+    "merged_tensors": ".exchange.merged_tensors",
     "plot_adapter": ".report.figures",
     "read_adapter": ".exchange.save_load",
     "save_adapter": ".exchange.save_load",

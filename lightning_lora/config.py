@@ -183,6 +183,11 @@ class LoRAConfig:
         """Whether the product of the initial A and B is subtracted, W' = W + s * (B @ A - B0 @ A0)."""
         return is_start(self.init_lora_weights) or self.init_lora_weights == FROM_GRADIENTS
 
+    @property
+    def names_no_layer(self) -> bool:
+        """Whether target_modules is [] and there are no target_parameters: nothing gets A and B."""
+        return not self.target_modules and not self.target_parameters
+
     def target(self) -> Callable[[str], bool]:
         """Return whether target_modules and layers_to_transform name a module, as a function of its name, as in PEFT.
 
@@ -481,10 +486,9 @@ RULES: tuple[tuple[str, Callable[[Any, LoRAConfig], object], str], ...] = (
     ("lora_dropout", lambda v, c: not v or not c.target_parameters, "0 with target_parameters, which have no input"),
     (
         "target_modules",
-        lambda v, c: v or (v is not None and c.target_parameters),
-        "at least one name, a regular expression, 'all-linear' or 'all-layers'",
+        lambda v, c: v if isinstance(v, str) else _are_names(v),
+        "a list of names, a regular expression, 'all-linear' or 'all-layers'",
     ),
-    ("target_modules", lambda v, c: isinstance(v, str) or _are_names(v), "a list of names or a regular expression"),
     ("exclude_modules", lambda v, c: isinstance(v, str) or _are_names(v), "a list of names or a regular expression"),
     ("modules_to_save", lambda v, c: _are_names(v), "a list of module names"),
     ("target_parameters", lambda v, c: _are_names(v), "a list of parameter names"),

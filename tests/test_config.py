@@ -40,7 +40,6 @@ REFUSED = [
     ("lora_dropout", "0.1"),
     ("target_modules", None),
     ("target_modules", ""),
-    ("target_modules", []),
     ("target_modules", ["q_proj", ""]),
     ("target_modules", ["q_proj", 3]),
     ("target_modules", "q_(proj"),

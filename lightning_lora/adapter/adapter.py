@@ -297,6 +297,11 @@ def weights_text(beside: Mapping[str, Beside]) -> str:
     return ", ".join(f"{name!r} (weight {each.weight:g})" for name, each in sorted(beside.items()))
 
 
+def is_head_only(adapter: Adapter) -> bool:
+    """Return whether its options name no layer, so that it holds what is trained whole, or rows of tables, alone."""
+    return not adapter.layers and adapter.config is not None and adapter.config.names_no_layer
+
+
 def saved_modules(adapter: Adapter) -> list[str]:
     """Return the modules whose weights are in an adapter whole, for one without options."""
     whole = sorted(adapter.beside_factors())
@@ -348,6 +353,8 @@ def nothing_adapted(adapter: Adapter) -> str:
             f"{unknown[0]!r}, a tensor of no variant that is known here ({', '.join(known_titles())}): import the file "
             "that defines its variant before loading"
         )
+    if is_head_only(adapter):
+        return "what was trained whole, and no adapted layer"
     return f"no {adapter.variant.trained[0]}"
 
 

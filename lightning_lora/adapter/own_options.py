@@ -8,7 +8,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
-from .adapter import Adapter, nothing_adapted, saved_modules
+from .adapter import Adapter, is_head_only, nothing_adapted, saved_modules
 from .checks import require_values
 from .values import describe_value, is_strided
 
@@ -25,7 +25,7 @@ def with_options(adapter: Adapter, path: object, lora_alpha: float | None = None
         LoRAError: lora_alpha is missing, or both stored and given; or the adapter is not whole.
     """
     require_values(adapter, str(path))
-    if not adapter.layers:
+    if not adapter.layers and not is_head_only(adapter):
         raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}; it is not an adapter of a known format.")
     for name, value in adapter.beside_factors().items():
         if isinstance(value, torch.Tensor) and not is_strided(value):

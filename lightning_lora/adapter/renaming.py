@@ -12,7 +12,7 @@ from ..config import LoRAConfig
 from ..errors import LoRAError, sentence
 from ..matching import near_misses
 from ..names import parent_names, suffixes
-from .adapter import Adapter, NewName, nothing_adapted
+from .adapter import Adapter, NewName, is_head_only, nothing_adapted
 
 
 def renamed(adapter: Adapter, strip: str, add: str) -> Adapter:
@@ -54,7 +54,7 @@ def _with_names_of_saved(adapter: Adapter) -> LoRAConfig | None:
 
 
 def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Callable[[str], str] = str) -> Adapter:
-    """Return the adapter under the one prefix at which its layers are among the modules.
+    """Return the adapter under the one prefix at which its layers, or else its tensors' modules, are among the modules.
 
     Args:
         adapter: under any prefix, perhaps with a network that was saved under several names.
@@ -65,8 +65,8 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Cal
     Raises:
         LoRAError: there is no such prefix, or there are several.
     """
-    layers = list(adapter.layers)
-    if not layers:
+    layers = _placed(adapter)
+    if not layers and not is_head_only(adapter):
         raise LoRAError(
             f"adapter: the source holds {nothing_adapted(adapter)}; it is not an adapter of a known format."
         )
@@ -99,14 +99,21 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Cal
     return renamed(adapter, strip, add)
 
 
+def _placed(adapter: Adapter) -> list[str]:
+    """Return the names that must be in a model: the layers, or, of an adapter without any, its tensors' modules."""
+    if not is_head_only(adapter):
+        return list(adapter.layers)
+    return list(dict.fromkeys(owner for name in adapter.tensors if (owner := name.rpartition(".")[0])))
+
+
 def _without_second_name(adapter: Adapter) -> Adapter:
     """Leave out what an adapter holds again, under a second name of a module, such as loss.model beside model.
 
     All layers under the second name must have the values of those under the other.
     """
-    one, *others = layers = list(adapter.layers)
-    for other in others:
-        keep, drop = sorted(_different_beginnings(one, other), key=bool)  # "" is the beginning of every name
+    layers = list(adapter.layers)
+    for other in layers[1:]:
+        keep, drop = sorted(_different_beginnings(layers[0], other), key=bool)  # "" is the beginning of every name
         again = [layer for layer in layers if layer.startswith(drop)]
         if all(_are_equal(adapter, layer, keep + layer.removeprefix(drop)) for layer in again):
             return _under_one_name(adapter, keep, drop)

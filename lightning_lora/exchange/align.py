@@ -13,7 +13,7 @@ from ..adapter.metadata import without
 from ..formats.peft_attention import refuse_conv1d_of_model
 from ..formats.peft_stacks import stacks_as_in_model
 from ..formats.pretrained_names import align_to_networks
-from ..model.adapted_model import Listing
+from ..model.adapted_model import AdaptedModel, Listing
 from ..model.foreign_state import foreign_entries, without_base
 from ..model.live_state import LiveState, original_value
 from ..model.named_state import EXTRA_STATE, has_extra_state
@@ -32,10 +32,11 @@ from .resized_tables import has_new_rows
 def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
     """Return the adapter under the one prefix at which its layers are modules of the model.
 
-    The extra state of a linear layer, as Transformer Engine's have one, is left out where the layer here has none.
+    The extra state of a linear layer, as Transformer Engine's have one, is left out where the layer here has none. A
+    bare state dict without layers has this model's own names, where the model has an adapter without layers.
     """
-    layers = adapter.layers
-    if not layers or not all(layer in names.modules for layer in layers):
+    layers, own = adapter.layers, isinstance(listing, AdaptedModel) and not listing.layers and adapter.config is None
+    if (not layers and not own) or not all(layer in names.modules for layer in layers):
         modules, model = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}, listing.model
         networks = pretrained_models(listing.modules).values
         adapter = align_to_networks(adapter, modules, type(model).__name__, networks, names.first)

@@ -222,7 +222,7 @@ def has_place_for(live: LiveState, adapter: Adapter) -> bool:
     whole = {parameters[name] for name in chosen_by(adapter).whole & parameters.keys()}
     return (
         adapter.layers.keys() == layers.keys()
-        and variants == {(id(adapter.variant), *sorted(adapter.config.all_variant_options().items()))}
+        and variants <= {(id(adapter.variant), *sorted(adapter.config.all_variant_options().items()))}
         and adapter.tables.items() <= rows.items()
         and adapter.tables.keys() | adapter.tied.keys() >= rows.keys()
         and asked == whole
@@ -264,7 +264,7 @@ def quantise_as_trained_(listing: Listing, adapter: Adapter) -> None:
 
 def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
     """Log the model's options, which hold if the source has none."""
-    if adapter.config is None:
+    if adapter.config is None and handle.layers:
         options = handle.record.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
         tell(f"lightning_lora: the source stores no options; those of the injected model hold: {scale}")

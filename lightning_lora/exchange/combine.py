@@ -115,8 +115,8 @@ def combine(
         write_folder(combined.adapter, output)
     if combined.averaged and len(adapters) > 1:
         tell(f"lightning_lora: combine: weighted means of {listed(combined.averaged)}")
-    worst = min(combined.kept, key=combined.kept.__getitem__)
-    if (least := f"{combined.kept[worst]:.1%}") != "100.0%":
+    worst = min(combined.kept, key=combined.kept.__getitem__, default="")
+    if worst and (least := f"{combined.kept[worst]:.1%}") != "100.0%":
         tell(f"lightning_lora: combine: the rank keeps {least} or more of each squared norm ({worst})")
     return combined.adapter
 

@@ -22,12 +22,14 @@ from ..model.adapted_model import Listing, find_model, open_model
 from ..model.dequantize import dequantize_dtype, plain_weight
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
+from ..model.merging import records_of
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
-from ..nn.adapted_module import claimed_with, is_factor
+from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import adapter_of
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
+from ..nn.owner import claimed
 from ..nn.quantised import how_quantised, shape_of
 from ..nn.rounding import IN_FILES, Rounding
 from ..progress import progress_bar
@@ -86,10 +88,9 @@ def save_merged(
         ['0.bias', '0.weight', '2.bias', '2.weight']
     """
     listing = Listing(unwrapped(model, "save_merged"))
-    if not listing.all_layers:
-        open_model(model, "save_merged")
+    owners = [record.owner for record in records_of(listing)] or [open_model(model, "save_merged").record.owner]
     dtype = dequantize_dtype(dequantize, "save_merged")
-    with claimed_with(listing.all_layers.values(), "save_merged"):
+    with claimed("save_merged", *owners):
         refuse_replaced_layers(listing, "save_merged")
         warn_of_untrained(listing)
         refuse_unmergeable(listing, dtype)
@@ -118,7 +119,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
     rounding = Rounding(sync)
 
     def merged(name: str) -> torch.Tensor:
-        return _merged(name, *state[name], rounding, plain.get(name))
+        return merged_tensor("save_merged", name, *state[name], rounding, plain.get(name)).cpu()
 
     def step(what: object, action: Callable[[], object], values: Iterable[torch.Tensor] = ()) -> None:
         """Let the first rank act. All ranks gather the values that it takes, and raise if it failed."""
@@ -199,15 +200,23 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return torch.empty(shape_of(tensor), dtype=dtype or tensor.dtype, device="meta")
 
 
-def _merged(
-    name: str, tensor: torch.Tensor, module: nn.Module, rounding: Rounding, dtype: torch.dtype | None
+def merged_tensor(
+    verb: str, name: str, tensor: torch.Tensor, module: nn.Module, rounding: Rounding, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """Return a whole tensor on the CPU with the adapter merged, dequantised where a dtype is given. Collective."""
+    """Return a whole tensor with the adapter merged. It may share memory with the live one. Collective where sharded.
+
+    Args:
+        verb: the public function, for the names of steps.
+        name: in the model's state dict.
+        tensor: the live tensor; a merged weight is taken as it is.
+        module: its owner.
+        rounding: counts what rounding costs. Its `sync` keeps the error of a weight that cannot be merged.
+        dtype: for a quantised weight, of the plain weight in its place; else None.
+    """
     if dtype is not None:
-        return full_tensor(plain_weight(name, module, dtype, rounding)).cpu()
-    leaf = name.rpartition(".")[2]
+        return full_tensor(plain_weight(name, module, dtype, rounding))
     values = [detached(tensor)]
-    adapter = adapter_of(module, leaf)
+    adapter = adapter_of(module, name.rpartition(".")[2])
     if adapter is not None and adapter.lora.undo is None:
         weight = adapter.adapted_weight()
         blocks = adapter.blocks(weight)
@@ -216,5 +225,5 @@ def _merged(
         def merge() -> None:
             values[0] = adapter.merged_copy(weight, blocks, cost)
 
-        rounding.sync.run(f"save_merged: {name!r}", merge)
-    return full_tensor(values.pop()).cpu()
+        rounding.sync.run(f"{verb}: {name!r}", merge)
+    return full_tensor(values.pop())

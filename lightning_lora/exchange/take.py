@@ -212,7 +212,14 @@ def _network_prefix(live: LiveState, trained: Collection[str]) -> str:
     if len(children) != 1 or children & live.handle.layers.keys():
         return ""
     name = children.pop()
+    if live.handle.record.config.names_no_layer and not _holds_frozen(live, f"{name}.", set(trained)):
+        return ""  # the head itself
     return f"{name}.{prefix_inside(model.get_submodule(name))}"
+
+
+def _holds_frozen(live: LiveState, prefix: str, trained: Collection[str]) -> bool:
+    parameters = (name for name, tensor in live.tensors.items() if isinstance(tensor, nn.Parameter))
+    return any(name.startswith(prefix) and name not in trained for name in parameters)
 
 
 def _pretrained_prefix(live: LiveState, trained: Collection[str]) -> str:

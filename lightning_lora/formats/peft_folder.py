@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..adapter.adapter import Adapter, weights_text
+from ..adapter.adapter import Adapter, is_head_only, weights_text
 from ..adapter.metadata import to_metadata
 from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, shown
@@ -74,6 +74,12 @@ def write_folder(adapter: Adapter, path: PathLike, *, plain: bool = False, netwo
         LoRAError: PEFT has no equal of one of its layers, or wants frozen tensors that it does not hold. Nothing is
             written.
     """
+    if is_head_only(adapter):
+        raise LoRAError(
+            f"{path}: no layer is adapted (target_modules=[]), and PEFT has no file for what is trained whole by "
+            "itself. Write the whole model with save_merged(model, path), or keep the checkpoint, which "
+            "load_from_checkpoint and load_adapter take."
+        )
     network = network or ("" if adapter.pretrained else adapter.network)
     _tell_what_differs(adapter, path)
     content = folder_content(adapter, plain=plain)

@@ -22,7 +22,7 @@ from ..nn.readers import update_fast_paths
 from ..nn.rounding import NEVER, ONCE, Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
-from .adapted_model import Listing
+from .adapted_model import Listing, find_model
 from .dequantize import report_factored
 from .gradients import warn_of_untrained
 from .injection import Injection
@@ -310,7 +310,7 @@ def shards_in_place(listing: Listing, verb: str) -> Iterator[None]:
 
 
 def _require_layers(listing: Listing, verb: str) -> None:
-    if not listing.all_layers:
+    if not listing.all_layers and find_model(listing) is None:
         kind = type(listing.model).__name__
         raise LoRAError(f"{verb}: {kind} has no adapted layer; call inject(model, LoRAConfig(...)).")
 

@@ -61,6 +61,12 @@ class Selection:
         """Return the names of all layers and single parameters to adapt."""
         return {*self.layers, *self.parameters}
 
+    def trains_without_layers(self, model: nn.Module, bias: str) -> bool:
+        """Return whether rows of a table, a saved module or a bias of the model are trained, by the option `bias`."""
+        saved = (parameter for module in self.saved.values() for parameter in module.parameters())
+        biases = (p for name, p in model.named_parameters() if bias == "all" and name.rpartition(".")[2] == "bias")
+        return bool(self.tables) or any(parameter.is_floating_point() for parameter in (*saved, *biases))
+
     def is_saved(self, name: str) -> bool:
         """Return whether a module is trained whole, by itself or inside another."""
         return not self.saved.keys().isdisjoint((name, *parent_names(name)))
@@ -234,6 +240,13 @@ def _check_that_something_is_adapted(
     """
     errors = selection.unmatched.errors
     if selection.names():
+        return
+    if config.names_no_layer:
+        if not errors and not selection.trains_without_layers(model, config.bias):
+            errors.append(
+                "target_modules: [] adapts no layer, and nothing else is trained; name layers to adapt, or in "
+                "modules_to_save a module to train whole, such as a new head"
+            )
         return
     adaptable = [name for name, module in modules.items() if layer_class(module)]
     if layer_class(model) and not adaptable:

@@ -134,6 +134,8 @@ def layer_stats(layers: Mapping[str, AdaptedWeights], previous: Mapping[str, Sna
         layers: by name, with their shards in place.
         previous: earlier snapshots by name.
     """
+    if not layers:
+        return AdapterStats({})
     with torch.inference_mode(False), torch.no_grad():
         sync = RankSync(t for each in layers.values() for t in (*each.stored().values(), each.adapted_weight()))
         measured = {name: _measure(layer, previous.get(name), sync) for name, layer in layers.items()}

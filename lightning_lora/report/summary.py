@@ -124,6 +124,8 @@ class Summary:
         return "\n".join([*fit("", self._title()), *table, *lines])
 
     def _title(self) -> str:
+        if not self.layers:
+            return "No adapter (target_modules=[]): the base is frozen but for what is also trained"
         start = f", start: {self.start}" if self.start else ""
         return f"{self.variant}: {_counted(self.layers, 'adapted layer')}{start}"
 
@@ -135,6 +137,8 @@ class Summary:
             for group in self.groups[:shown]
         ]
         rest = self.groups[shown:]
+        if not self.groups:
+            return []
         layers = _counted(sum(group.count for group in rest), "layer")
         return [*_lines_of(rows), *([f"  and {len(rest)} more of these, {layers}"] if rest else [])]
 
@@ -152,7 +156,7 @@ class Summary:
             quantised, evaluation = "; ".join([quantised, *said]), ""
         facts = {
             "trainable": f"{self.trainable:,} of {self.total:,} parameters ({share})",
-            "adapter": f"{size_text(self.adapter_bytes)} in {' and '.join(self.adapter_dtypes)}",
+            "adapter": f"{size_text(self.adapter_bytes)} in {' and '.join(self.adapter_dtypes)}" if self.layers else "",
             "beside": ", ".join(f"{name} (weight {weight:g})" for name, weight in self.beside.items()),
             "also trained": _sizes(self.also_trained),
             "also saved": _sizes(self.also_saved),
@@ -160,7 +164,7 @@ class Summary:
             "head": self.frozen_head,
             "quantised": quantised,
             "merging" if self.merged_eval is None else "evaluation": evaluation,
-            "checkpoints": f'{SAVED[self.save]} (save="{self.save}")' if self.save else "",
+            "checkpoints": f'{self._saved()} (save="{self.save}")' if self.save else "",
             "memory": (
                 f"{size_text(memory.total)} and activations: weights {size_text(memory.weights)}, "
                 f"adapter {size_text(memory.adapter)}, gradients {size_text(memory.gradients)}, "
@@ -169,8 +173,14 @@ class Summary:
         }
         return [(label, text) for label, text in facts.items() if text]
 
+    def _saved(self) -> str:
+        saved = SAVED[self.save or "adapter"]
+        return saved if self.layers else saved.replace("the adapter", "what is trained").replace("adapter", "it")
+
     def _evaluation(self, *, short: bool) -> str:
         """Say whether evaluations run merged, and which layers cannot. Short: only what is not the default."""
+        if not self.layers:
+            return ""
         if self.merged_eval is False:
             return "factored (merged_eval=False)"
         unmerged = [each for each in self.unmerged if not (short and each.reason.startswith(QUANTISED))]

@@ -17,7 +17,7 @@ from .record import record_of
 def merge_to_evaluate(trainer: Any, module: nn.Module) -> None:
     """Merge, if that has not been done yet. In a fit, a value that is not finite is a warning. In place."""
     record = record_of(module)
-    if record is None or record.marks & {"merged", "factored"} or record.run.stays_unmerged:
+    if record is None or not record.layers or record.marks & {"merged", "factored"} or record.run.stays_unmerged:
         return
     record.run.merged_here = True  # first, because Ctrl-C is raised when merging is complete
     in_fit = trainer.state.fn == "fit"

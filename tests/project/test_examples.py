@@ -90,6 +90,14 @@ def check_deploy(printed: str) -> None:
     assert re.findall(r"same outputs: (\w+)", printed) == ["False", "True", "True", "True"]
 
 
+def check_engine(printed: str) -> None:
+    losses = [float(loss) for loss in re.findall(r"engine (\d\.\d\d)", printed)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 1.5
+    assert printed.count(": 21 tensors, ") == 5
+    assert "the engine has the weights of save_merged in every bit: True" in printed
+
+
 def check_own_variant(printed: str) -> None:
     before, after = numbers(printed)
     assert before < 0.6

@@ -81,6 +81,7 @@ PUBLIC = {
     "adapter_state_dict",
     "adapter_stats",
     "merged_state_dict",
+    "merged_tensors",
     "read_adapter",
     "take_adapter",
     "save_adapter",

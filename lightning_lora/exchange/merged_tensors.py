@@ -1,0 +1,163 @@
+"""Merged tensors of a live model, whole and one at a time: for engines that take weights over the wire, and for files.
+
+Between two of them the caller's code runs, and may train. So what training changes is watched: all tensors are those of
+one adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NoReturn
+
+import torch
+from torch import nn
+
+from ..distributed.rank_sync import RankSync
+from ..distributed.sharding import PLAIN, local, reshard_
+from ..errors import LoRAError
+from ..model.adapted_model import AdaptedModel, open_model
+from ..model.dequantize import dequantize_dtype, quantised_weights
+from ..model.foreign_state import foreign_entries
+from ..model.gradients import warn_of_untrained
+from ..model.live_state import LiveState, open_state
+from ..model.recorded_layers import refuse_replaced_layers
+from ..model.state_dict import refuse_unmergeable
+from ..nn.adapted_module import is_factor
+from ..nn.owner import claimed
+from ..nn.quantised_state import quantisation_entries
+from ..nn.rounding import IN_FILES, ONCE, Rounding
+from .merged_folder import merged_tensor
+
+VERB = "merged_tensors"
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+
+
+def merged_tensors(
+    model: nn.Module, *, dequantize: torch.dtype | str | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return an iterator of (name, tensor) over the plain model's state dict, with merged weights, in its order.
+
+    The values are those of merged_state_dict. One whole tensor is made at a time, in memory of its own (but for weights
+    that stay quantised), on the device of its weight. The live weights stay as they are, merged or not. Entries of the
+    state dict that are no tensors are left out.
+
+    Collective where the model is sharded: every rank takes all of them, in step.
+
+    Args:
+        model: an injected model.
+        dequantize: the dtype of plain weights in place of quantised weights, adapted or not.
+
+    Raises:
+        LoRAError: as merged_state_dict; and in the loop, where the adapter has changed since the first tensor, as by an
+            optimizer's step or load_adapter. The tensors so far then belong to an adapter that is gone.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> for name, tensor in merged_tensors(model):
+        ...     print(name, tuple(tensor.shape))
+        0.weight (8, 8)
+        0.bias (8,)
+        2.weight (2, 8)
+        2.bias (2,)
+    """
+    handle, dtype = open_model(model, VERB), dequantize_dtype(dequantize, VERB)
+    with claimed(VERB, handle.record.owner):
+        refuse_replaced_layers(handle, VERB)
+        warn_of_untrained(handle)
+        refuse_unmergeable(handle, dtype)
+    return _tensors(handle, dtype)
+
+
+def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the merged tensors of a model. It belongs to nobody between two of them."""
+    with claimed(VERB, handle.record.owner):
+        live = open_state(handle)
+        trained = Trained(live)
+        others = _other_entries(handle, live, dtype)
+    quantised = quantised_weights(handle.places)
+    modules = [module for _, module in handle.modules]
+    sync = RankSync(tensor for _, tensor, _ in live.entries if tensor is not None)
+    rounding = Rounding(sync, ONCE)
+
+    def take(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        with claimed(VERB, handle.record.owner):
+            reshard_(modules)
+            sync.run(VERB, trained.refuse_written)
+            whole = merged_tensor(VERB, name, tensor, module, rounding, dtype if name in quantised else None)
+            sync.raise_on_any_rank()
+            return _own(whole, tensor)
+
+    for name, tensor, module in live.entries:
+        if tensor is not None and not is_factor(name, module):
+            yield name, take(name, tensor, module)
+    yield from others.items()
+    sync.run(VERB, trained.refuse_changed)
+    sync.raise_on_any_rank()
+    rounding.tell("merged 16-bit weights", IN_FILES, stacklevel=3)
+
+
+def _own(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor in memory of its own, but for a quantised one, whose class may have no exact copy."""
+    shares = type(whole) in PLAIN and whole.data_ptr() == local(tensor).data_ptr()
+    return whole.clone() if shares else whole
+
+
+def _other_entries(handle: AdaptedModel, live: LiveState, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Return copies of the tensors that modules write into a state dict of their own, as bitsandbytes writes scales."""
+    written = dict(foreign_entries(handle).values)
+    quantised = {} if dtype is not None else quantised_weights(handle.places)
+    for name, module in quantised.items():
+        state = module.state_dict(prefix=name.removesuffix(name.rpartition(".")[2]))
+        written |= {entry: state[entry] for entry in state if entry in quantisation_entries(state, [name])}
+    tensors = {name: value for name, value in written.items() if isinstance(value, torch.Tensor)}
+    return {name: value.detach().clone() for name, value in tensors.items() if name not in live.tensors}
+
+
+class Trained:
+    """The parameters that training changes, and how they were when the first tensor was taken.
+
+    torch counts writes to a tensor, but not those of fused optimizers and through `.data`. So at the end the sums of
+    their bits are compared too.
+    """
+
+    def __init__(self, live: LiveState) -> None:
+        self.record = live.handle.record
+        tensors = ((name, live.tensors[name]) for name in live.keys)
+        self.parameters = {name: tensor for name, tensor in tensors if isinstance(tensor, nn.Parameter)}
+        self.parts = {name: local(parameter) for name, parameter in self.parameters.items()}
+        self.writes = {name: _writes(part) for name, part in self.parts.items()}
+        self.sums = {name: _sum_of_bits(part) for name, part in self.parts.items()}
+
+    def refuse_written(self) -> None:
+        """Raise LoRAError where the adapter was taken out, or one of the parameters was written to."""
+        if "ended" in self.record.marks:
+            _refuse("the adapter was taken out")
+        for name, part in self.parts.items():
+            if _writes(part) != self.writes[name]:
+                _refuse(f"{name!r} has changed")
+
+    def refuse_changed(self) -> None:
+        """Raise LoRAError as refuse_written does, and where the bits of a parameter are others."""
+        self.refuse_written()
+        for name, parameter in self.parameters.items():
+            if _sum_of_bits(local(parameter)) != self.sums[name]:
+                _refuse(f"{name!r} has changed")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise LoRAError(
+        f"{what} since the first tensor, so that those so far belong to an adapter that is gone. Take all of them "
+        "before you train, load or unload, and now begin again."
+    )
+
+
+def _writes(part: torch.Tensor) -> int:
+    return 0 if part.is_inference() else part._version
+
+
+@torch.no_grad()
+def _sum_of_bits(part: torch.Tensor) -> int:
+    real = torch.view_as_real(part) if part.is_complex() else part
+    return int(real.contiguous().view(INTEGERS[real.itemsize]).sum(dtype=torch.int64))

@@ -1,0 +1,214 @@
+"""merged_tensors: merged_state_dict one tensor at a time, in memory of its own, of one adapter or an error."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    disable_adapter,
+    inject,
+    is_merged,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    merged_state_dict,
+    merged_tensors,
+    save_merged,
+    take_adapter,
+    unload,
+    unmerge,
+)
+from lightning_lora.model.inject import adapted_layers
+from support.models import Zoo, bits, randomise_, zoo_config
+from support.training import own_random_stream
+
+
+def zoo(dtype: torch.dtype = torch.float32, **options: Any) -> Zoo:
+    """An adapted model, whose base is the same each time."""
+    with own_random_stream(1):
+        model = Zoo().to(dtype).eval()
+    inject(model, zoo_config(**options))
+    randomise_(model, 0.3)
+    return model
+
+
+class Tied(nn.Module):
+    """Two names of one module, a weight that two modules share, and an LSTM of adapted parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Linear(6, 6)
+        self.table, self.head = nn.Embedding(5, 6), nn.Linear(6, 5, bias=False)
+        self.head.weight = self.table.weight
+        self.lstm = nn.LSTM(6, 6)
+
+
+def tied() -> Tied:
+    config = LoRAConfig(r=2, target_modules=["first"], target_parameters=["weight_ih_l0"], modules_to_save=["table"])
+    inject(model := Tied(), config)
+    randomise_(model, 0.3)
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "float32": zoo,
+    "bfloat16": lambda: zoo(torch.bfloat16),
+    "DoRA": lambda: zoo(target_modules=["body.0", "body.3"], use_dora=True),
+    "PiSSA": lambda: zoo(target_modules=["body.0", "body.3"], init_lora_weights="pissa"),
+    "trained rows": lambda: zoo(target_modules=["body.0"], trainable_token_indices={"embed": [1, 4]}),
+    "a head alone": lambda: zoo(target_modules=[], bias="none"),
+    "tied": tied,
+}
+
+
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
+@pytest.mark.parametrize("was_merged", [False, True], ids=["factored", "merged"])
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_they_are_merged_state_dict_and_the_file_of_save_merged_bit_for_bit(
+    tmp_path: Path, build: Callable[[], nn.Module], was_merged: bool
+):
+    model = build()
+    weights = {name: bits(value) for name, value in model.state_dict().items()}
+    expected = merged_state_dict(model)
+    save_merged(model, tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    merge(model) if was_merged else None
+    live = {name: bits(parameter) for name, parameter in model.named_parameters()}
+    found = dict(merged_tensors(model))
+    assert list(found) == list(expected)
+    assert {name: bits(value) for name, value in found.items()} == {name: bits(v) for name, v in expected.items()}
+    assert all(bits(found[name]) == bits(value) for name, value in written.items())
+    assert {name: bits(parameter) for name, parameter in model.named_parameters()} == live
+    assert is_merged(model) == (was_merged and bool(adapted_layers(model)))
+    unmerge(model)
+    assert {name: bits(value) for name, value in model.state_dict().items()} == weights
+    plain = merge_and_unload(model).state_dict()
+    assert {name: bits(value) for name, value in found.items()} == {name: bits(v) for name, v in plain.items()}
+
+
+def test_a_tensor_has_memory_of_its_own():
+    model = zoo()
+    live = copy.deepcopy(model.state_dict())
+    for _, tensor in merged_tensors(model):
+        assert not tensor.requires_grad
+        tensor.zero_()
+    assert all(torch.equal(value, live[name]) for name, value in model.state_dict().items())
+
+
+def test_one_of_them_is_alive_at_a_time():
+    model, alive = zoo(), list[weakref.ref[torch.Tensor]]()
+    tensors = merged_tensors(model)
+    for _ in range(len(merged_state_dict(model))):
+        gc.collect()
+        assert not any(each() is not None for each in alive)
+        alive.append(weakref.ref(next(tensors)[1]))
+    with pytest.raises(StopIteration):
+        next(tensors)
+
+
+def test_the_caller_records_gradients_between_two():
+    model = zoo()
+    for _ in merged_tensors(model):
+        assert torch.is_grad_enabled()
+        model(torch.tensor([[1, 2, 3]])).sum().backward()
+
+
+def step(model: nn.Module) -> None:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(parameters, lr=0.1).step()
+
+
+def fused_step(model: nn.Module) -> None:
+    """A step of which torch counts no write, to a layer that was taken or is to come."""
+    model.get_parameter("body.0.lora_B").data.add_(1.0)
+
+
+def another_head(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.get_parameter("head.bias").add_(1.0)
+
+
+def another_adapter(model: nn.Module) -> None:
+    load_adapter(model, take_adapter(zoo()))
+
+
+def another_rank(model: nn.Module) -> None:
+    load_adapter(model, take_adapter(zoo(r=3)))
+
+
+CHANGES: dict[str, Callable[[nn.Module], None]] = {
+    "a step": step,
+    "a fused step": fused_step,
+    "the head": another_head,
+    "load_adapter": another_adapter,
+    "load_adapter of another rank": another_rank,
+    "unload": unload,
+    "merge_and_unload": lambda model: merge_and_unload(model) and None,
+}
+
+
+@pytest.mark.parametrize("taken", [1, 4, 12])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_the_adapter_between_two_is_an_error(change: Callable[[nn.Module], None], taken: int):
+    model = zoo()
+    tensors = merged_tensors(model)
+    for _ in range(taken):
+        next(tensors)
+    change(model)
+    with pytest.raises(LoRAError, match=r"since the first tensor.* begin again"):
+        list(tensors)
+    with pytest.raises(StopIteration):
+        next(tensors)
+
+
+def test_merging_and_a_forward_between_two_change_nothing():
+    model = zoo()
+    expected, found = merged_state_dict(model), {}
+    for i, (name, tensor) in enumerate(merged_tensors(model)):
+        found[name] = tensor
+        (unmerge if i % 2 else merge)(model)
+        model(torch.tensor([[1, 2, 3]]))
+    unmerge(model)
+    assert {name: bits(value) for name, value in found.items()} == {name: bits(v) for name, v in expected.items()}
+
+
+def test_an_iterator_that_was_left_holds_nothing():
+    model = zoo()
+    tensors = merged_tensors(model)
+    next(tensors)
+    with disable_adapter(model), pytest.raises(LoRAError, match="refused inside `with disable_adapter"):
+        next(tensors)
+    step(model)
+    unload(model)
+
+
+def test_what_cannot_be_merged_is_refused_at_the_call():
+    inject(model := Tied(), LoRAConfig(r=2, target_modules=["head"]))
+    with pytest.raises(LoRAError, match="cannot express the adapter of 'head'"):
+        merged_tensors(model)
+    with pytest.raises(LoRAError, match="merged_tensors: Linear was not injected"):
+        merged_tensors(nn.Linear(2, 2))
+    with pytest.raises(LoRAError, match="merged_tensors: dequantize must be one of"):
+        merged_tensors(zoo(), dequantize="int8")
+
+
+def test_a_value_that_is_not_finite_is_an_error_that_names_its_weight():
+    model = zoo()
+    with torch.no_grad():
+        model.get_parameter("body.3.lora_B").fill_(float("inf"))
+    with pytest.raises(LoRAError, match=r"body\.3\.weight"):
+        list(merged_tensors(model))
