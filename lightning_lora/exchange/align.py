@@ -87,11 +87,10 @@ def split_off_foreign(live: LiveState, adapter: Adapter) -> Adapter:
     unknown = adapter.tensors.keys() - live.tensors.keys()
     known = foreign_entries(live.handle) if unknown else ForeignEntries()
     values = {name: adapter.tensors[name] for name in unknown & known.values.keys()}
-    if not values:
-        return adapter
-    foreign = ForeignEntries({**adapter.foreign.values, **values}, {**known.versions, **adapter.foreign.versions})
-    foreign = without_base(live.handle, foreign)
-    return replace(adapter, tensors=without(adapter.tensors, values), foreign=foreign)
+    foreign = adapter.foreign
+    if values:
+        foreign = ForeignEntries({**foreign.values, **values}, {**known.versions, **foreign.versions})
+    return replace(adapter, tensors=without(adapter.tensors, values), foreign=without_base(live.handle, foreign))
 
 
 def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:

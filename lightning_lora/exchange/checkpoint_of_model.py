@@ -32,6 +32,7 @@ from ..model.foreign_state import (
     load_foreign_,
     unchanged_state,
     with_foreign,
+    without_base,
 )
 from ..model.initial_values import record_loaded
 from ..model.live_state import LiveState, open_state, original_value, original_values
@@ -75,7 +76,8 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
 def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
     handle, whole, known = live.handle, checkpoint["state_dict"], live.tensors.keys()
     state, divided = by_canonical_names(whole), is_divided(handle)
-    adapter = adapter_in_state(live, state, foreign_of(whole, foreign_names(handle, whole, known)))
+    foreign = foreign_of(whole, foreign_names(handle, whole, known))
+    adapter = adapter_in_state(live, state, foreign if kind == "full" else without_base(handle, foreign))
     if kind == "full":
         state |= adapter.tensors
         adapter = replace(adapter, complete=state.keys() >= known)

@@ -67,7 +67,6 @@ def adapter_in_state(live: LiveState, state: Mapping[str, Any], foreign: Foreign
     values = {**state, **gather_all(original_values(entry for entry in live.entries if entry[0] in left_out))}
     tensors = {name: values[name] for name in live.keys if name in values}
     complete = len(tensors) == len(live.keys)
-    foreign = without_base(live.handle, foreign)
     return copied(replace(adapter, tensors=tensors, complete=complete, foreign=foreign), on_cpu=True)
 
 

@@ -142,7 +142,8 @@ def test_an_adapter_checkpoint_holds_no_tensor_of_the_base(tmp_path: Path, kind:
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     factors = {f"net.{name}.lora_{leaf}" for name in targets for leaf in "AB"}
     assert checkpoint["state_dict"].keys() == factors | BUFFERS_OF_NORM | (EXTRA if kind == "TE" else set())
-    base = {name for name in model.state_dict() if name not in checkpoint["state_dict"]}
+    shown = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    base = {name for name in shown if name not in checkpoint["state_dict"]}
     assert checkpoint["lora"]["fingerprint"].keys() == base
     assert not summary(model).also_saved.keys() - BUFFERS_OF_NORM
     assert take_adapter(model).tensors.keys() == adapter_state_dict(model).keys() == checkpoint["state_dict"].keys()
@@ -228,7 +229,7 @@ def test_buffers_that_training_changes_are_saved_where_the_layer_is_not_adapted(
         fitted(tmp_path, lora(target_modules=["norm", *TARGETS]), model=Around())
 
 
-@pytest.mark.parametrize("kind", ["GPTQ", "AWQ"])
+@pytest.mark.parametrize("kind", ["GPTQ", "AWQ", "HQQ"])
 def test_averaging_is_refused_because_it_would_change_packed_bytes(tmp_path: Path, kind: str) -> None:
     callbacks = lora(), EMAWeightAveraging(decay=0.9)
     with pytest.raises(LoRAError, match=r"'net\.0'.*EMAWeightAveraging averages"):
@@ -299,7 +300,7 @@ def test_packed_weights_cannot_be_trained_whole(kind: str) -> None:
         inject(model, LoRAConfig(**options))  # type: ignore[arg-type]
         assert model[0][0].weight.requires_grad
         return
-    with pytest.raises(LoRAError, match=r"'0' is to be trained whole, but '0\.0' in it is a (Quant|WQ)Linear"):
+    with pytest.raises(LoRAError, match=r"'0' is to be trained whole, but '0\.0' in it is a (Quant|WQ|HQQ)Linear"):
         inject(model, LoRAConfig(**options))  # type: ignore[arg-type]
     assert "1.lora_A" not in model.state_dict()
 

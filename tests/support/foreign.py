@@ -1,4 +1,4 @@
-"""Linear layers written like those of other libraries: GPTQ's QuantLinear, AWQ's WQLinear, Transformer Engine's."""
+"""Linear layers written like those of other libraries: GPTQ's, AWQ's, HQQ's and Transformer Engine's."""
 
 from __future__ import annotations
 
@@ -72,6 +72,37 @@ class WQLinear(QuantLinear):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
+class HQQLinear(nn.Module):
+    """HQQ: bytes in a parameter, scales, zeros and bias in no tensor of the module, and entries of its own making."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+        scale = (high - low) / 255
+        self.W_q = nn.Parameter(((weight - low) / scale).round().to(torch.uint8), requires_grad=False)
+        self.meta, self.bias = {"scale": scale, "zero": low}, linear.bias.detach()
+
+    def values(self) -> torch.Tensor:
+        return self.W_q.float() * self.meta["scale"] + self.meta["zero"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.values().to(x.dtype), self.bias.to(x.dtype))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = {"W_q": self.W_q.detach(), "bias": self.bias, **self.meta}
+        if "destination" in kwargs and "prefix" in kwargs:
+            kwargs["destination"].update({kwargs["prefix"] + name: value for name, value in state.items()})
+        return state
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, strict: bool, *found: Any) -> None:
+        given = {name: state.pop(prefix + name) for name in ("W_q", "bias", *self.meta) if prefix + name in state}
+        found[0].extend(prefix + name for name in ("W_q", *self.meta) if name not in given)
+        self.W_q.data, self.bias = given.get("W_q", self.W_q.data), given.get("bias", self.bias)
+        self.meta = {name: given.get(name, value) for name, value in self.meta.items()}
+
+
 class OtherLinear(nn.Module):
     """The simplest one: weight and bias are parameters."""
 
@@ -114,7 +145,7 @@ class TELinear(OtherLinear):
         return (F.linear(inp, self.weight), self.bias) if self.return_bias else super().forward(inp)
 
 
-FOREIGN: dict[str, Any] = {"GPTQ": QuantLinear, "AWQ": WQLinear, "TE": TELinear.of}
+FOREIGN: dict[str, Any] = {"GPTQ": QuantLinear, "AWQ": WQLinear, "HQQ": HQQLinear, "TE": TELinear.of}
 
 
 def network(kind: str = "GPTQ", seed: int = 1) -> nn.Sequential:
