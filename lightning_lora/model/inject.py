@@ -37,7 +37,7 @@ from .initial_values import restore_initial_, snapshot_initial
 from .injection import Chosen, Injection
 from .load_state_dict import stop_checking_loads
 from .merging import Ending, FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
-from .passed_over import passed_over
+from .passed_over import experts, passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import forget_quantisation, resized_embeddings
 from .reasons import check_shapes, check_trainable, check_unadapted
@@ -326,7 +326,8 @@ def _tell_of_layers(handle: AdaptedModel) -> None:
         are = "is" if len(names) == 1 else "are"
         tell(f"lightning_lora: {listed(names)} {are} left out of {record.config.target_modules!r}: {reason}.")
     if others := passed_over(handle):
-        tell(f"lightning_lora: {record.config.target_modules!r} passes over {others}")
+        advice = f"; {option} adapts the experts" if (option := experts(handle)) else ""
+        tell(f"lightning_lora: {record.config.target_modules!r} passes over {others}{advice}")
 
 
 def begin_injection(

@@ -17,7 +17,7 @@ from ..matching import BY_KIND
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.heads import describe_frozen_head
 from ..model.named_state import base_parameters_of
-from ..model.passed_over import passed_over
+from ..model.passed_over import experts, passed_over
 from ..names import group_of, listed
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import AdaptedWeights
@@ -102,6 +102,7 @@ class Summary:
     left_out: tuple[LeftOut, ...]
     by_kind: str  # "all-linear" or "all-layers", if that is target_modules, else ""
     passed_over: str  # the weights that `by_kind` passes over beside `left_out`: their share, and the largest kinds
+    experts: str  # the option that adapts stacks of experts which `by_kind` passes over, to copy; "" for none
     frozen_head: str  # what looks like a frozen head, and how to train it if it is new; "" where nothing does
     quantised: Mapping[str, int]  # the number of the base's quantised weights, by kind of quantisation
     unmerged: tuple[Unmerged, ...]
@@ -161,6 +162,7 @@ class Summary:
             "also trained": _sizes(self.also_trained),
             "also saved": _sizes(self.also_saved),
             self.by_kind or "left out": "; ".join((*passed_over, *map(_left_out_text, self.left_out))),
+            "experts": f"{self.experts} adapts them" if self.experts else "",
             "head": self.frozen_head,
             "quantised": quantised,
             "merging" if self.merged_eval is None else "evaluation": evaluation,
@@ -241,6 +243,7 @@ def summarise(handle: AdaptedModel) -> Summary:
         left_out=_left_out(handle.left_out(), base, total - sum(shape_of(factor).numel() for factor in factors)),
         by_kind=next((value for value in BY_KIND if value == record.config.target_modules), ""),
         passed_over=passed_over(handle),
+        experts=experts(handle),
         frozen_head=describe_frozen_head(handle.root_modules),
         quantised=_quantised(handle),
         unmerged=_unmerged(layers),
