@@ -38,7 +38,7 @@ from ..nn.adapted_weights import adapted_places
 from ..nn.beside import Packed
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.lora_layer import LoRALayer
-from ..nn.quantised import dtype_of, how_quantised, shape_of
+from ..nn.quantised import dtype_of, how_quantised, shape_of, with_options
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 
@@ -287,8 +287,8 @@ def _tables_that_move(live: LiveState) -> set[str]:
 
 def _how_quantised(tensor: torch.Tensor, module: nn.Module) -> str:
     if isinstance(module, LoRALayer) and tensor is module.adapted_weight():
-        return module.quantised()
-    return how_quantised(tensor, module)
+        return with_options(module.quantised(), tensor)
+    return with_options(how_quantised(tensor, module), tensor)
 
 
 def check_fingerprint(

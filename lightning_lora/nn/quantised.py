@@ -22,7 +22,8 @@ from ..errors import LoRAError
 from ..names import canonical, derives_from
 
 BITSANDBYTES, TORCHAO = "bitsandbytes", "torchao"
-INT8 = "int8"
+INT8, FOUR_BITS = "int8", ("nf4", "fp4")
+BLOCK = 64  # values that share a scale in 4 bits, by default
 NF4 = "NF4Tensor"  # torchao's class, which derives from none of its others
 DESCRIPTION = "lora_quant_state"  # our attribute of a sharded 4-bit weight: what its layer says of the whole weight
 PACKED = "packing_format_for_cpu"  # of a 4-bit weight's description, once it was packed: whether it is
@@ -104,6 +105,21 @@ def describe_shard(module: nn.Module) -> None:
 def how_quantised(tensor: object, module: nn.Module) -> str:
     """Return quantised_as of a module's own tensor, also of a sharded 4-bit weight that only its layer describes."""
     return quantised_as(tensor) if quantised_parameters(module) else ""
+
+
+def with_options(kind: str, weight: Any) -> str:
+    """Return how a parameter is quantised, as quantised_as says, with the options of 4 bits that change its values.
+
+    These are the size of a block, if it is not bitsandbytes' usual 64, and double quantisation, that of the scales too.
+    """
+    if kind not in FOUR_BITS:
+        return kind
+    # The parameter's options: of weights that were packed for a CPU the description has no double scales any more.
+    size, double = getattr(weight, "blocksize", None), getattr(weight, "compress_statistics", None)
+    state = state_of(weight)
+    if double is None and state is not None:  # a shard
+        size, double = state.blocksize, state.nested
+    return f"{kind}{'' if size in (None, BLOCK) else f' in blocks of {size}'}{' double' if double else ''}"
 
 
 def quantised_modules(places: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
