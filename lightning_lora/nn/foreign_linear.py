@@ -13,6 +13,7 @@ from ..names import A, B
 from .foreign_weights import is_foreign_linear
 from .linear import LoRALinear
 from .low_rank import MERGEABLE_DTYPES
+from .transforms import is_tracing
 from .variant import Variant
 
 
@@ -58,7 +59,8 @@ class LoRAForeignLinear(LoRALinear):
 
     def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         y = self.base_forward(x)
-        self._refuse_other_map(x, y)
+        if not is_tracing():  # which would keep sizes
+            self._refuse_other_map(x, y)
         dropped, scaling = self.dropped(x)
         return cast(torch.Tensor, y + self.low_rank_product(dropped, a, b * scaling).to(y.dtype))
 

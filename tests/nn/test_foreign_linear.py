@@ -193,6 +193,15 @@ def test_a_compiled_model_computes_the_same_in_one_graph(kind: str) -> None:
     assert model[0].lora_A.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore:torch.jit.trace is")
+@pytest.mark.parametrize("kind", ["GPTQ", "TE"])
+def test_a_traced_or_exported_model_computes_the_same(kind: str) -> None:
+    model, x = adapted(kind).eval(), inputs()
+    traced: Any = torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
+    for run in (traced, torch.export.export(model, (x,)).module(), torch.func.vmap(model)):
+        torch.testing.assert_close(run(x), model(x))
+
+
 def test_a_cast_model_keeps_float32_factors_and_a_double_one_gets_double_factors() -> None:
     model = adapted("TE").to(torch.bfloat16)
     assert {model[0].lora_A.dtype, model[0].weight.dtype} == {torch.float32, torch.bfloat16}
