@@ -152,7 +152,7 @@ class Summary:
             quantised, evaluation = "; ".join([quantised, *said]), ""
         facts = {
             "trainable": f"{self.trainable:,} of {self.total:,} parameters ({share})",
-            "adapter": f"{size_text(self.adapter_bytes)} in {' and '.join(self.adapter_dtypes)}",
+            "adapter": f"{size_text(self.adapter_bytes)} in {' and '.join(self.adapter_dtypes)}" if self.layers else "",
             "beside": ", ".join(f"{name} (weight {weight:g})" for name, weight in self.beside.items()),
             "also trained": _sizes(self.also_trained),
             "also saved": _sizes(self.also_saved),
@@ -203,7 +203,7 @@ def summary(model: nn.Module) -> Summary:
         >>> report.trainable, report.total
         (52, 142)
     """
-    return summarise(open_model(model, "summary"))
+    return summarise(open_model(model, "summary", attached=True))
 
 
 def summarise(handle: AdaptedModel) -> Summary:
