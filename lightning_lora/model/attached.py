@@ -206,7 +206,9 @@ def _scale_back(
     run = now.record.run
     if not run.merged_here:
         state.bring_back(now)
-    elif "factored" not in now.record.marks:
+        return
+    run.stays_unmerged = True
+    if "factored" not in now.record.marks:
         now.record.marks.add("factored")
         tell(
             "lightning_lora: scaled was called in a merged evaluation, which runs factored from there on; "
@@ -359,7 +361,7 @@ def note_layers(handle: AdaptedModel) -> None:
     update_fast_paths(modules)
     enable_input_require_grads(modules)
     follow_gradient_checkpointing(modules)
-    check_loads(handle.root_places, beside=bool(handle.record.beside))
+    check_loads(handle.root_places)
     warn_before_save_pretrained(modules)
 
 

@@ -58,7 +58,7 @@ class Run:
         dropping: a training batch runs, in which dropout acts in layers that are kept in eval mode too.
         merged_here: LoRACallback has merged the model, and is to unmerge it.
         merged_in_fit: an evaluation of this fit ran merged.
-        stays_unmerged: merging found a value that is not finite, so this evaluation runs unmerged.
+        stays_unmerged: this evaluation runs unmerged: merging found a value that is not finite, or `scaled` was called.
         epoch_begins: no training batch of the epoch has begun.
         looked_at: ids of the fit's optimizers whose adapters were looked at for gradients.
         fits: how many fits of the model are under way, one inside a hook of the other.

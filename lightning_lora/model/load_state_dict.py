@@ -11,29 +11,19 @@ from ..errors import LoRAError
 from ..names import ATTRIBUTE, canonical, listed, parent_names
 from ..nn.adapted_module import AdaptedModule, is_factor
 from ..nn.adapted_weights import NamedModules, adapted_layers, adapters_by_path
+from ..nn.beside import LACKING
 from ..nn.foreign_entries import with_metadata
 from .adapted_model import Listing, find_model
 from .initial_values import record_loaded
 
 # Key in the metadata of a state dict, which torch pickles with the dictionary and hands to load_state_dict's hooks.
-_MERGED, _BESIDE = "lora_merged", "lora_beside"
+_MERGED = "lora_merged"
 
 
 def mark_merged(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict of merged weights whose metadata says so: a model with an adapter refuses to load it."""
-    of_modules = {name: {key: v for key, v in entry.items() if key != _BESIDE} for name, entry in metadata.items()}
+    of_modules = {name: {key: v for key, v in entry.items() if key != LACKING} for name, entry in metadata.items()}
     return with_metadata(state, {**of_modules, "": {**of_modules.get("", {}), _MERGED: True}})
-
-
-def beside_missing(names: Iterable[str]) -> dict[str, Any]:
-    """Return what the metadata of a module's state dict says of attached adapters, whose tensors are missing in it."""
-    return {_BESIDE: sorted(names)}
-
-
-def _say_what_is_missing(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Let the state dict of a module with attached adapters in it name them (a hook of torch)."""
-    if names := _attached_in(module):
-        local_metadata.update(beside_missing(names))
 
 
 def _attached_in(module: nn.Module) -> set[str]:
@@ -41,22 +31,17 @@ def _attached_in(module: nn.Module) -> set[str]:
     return {name for each in packed if each is not None for name in each.shares}
 
 
-def check_loads(places: NamedModules, *, beside: bool) -> None:
+def check_loads(places: NamedModules) -> None:
     """Let an injected model, and each module with adapters in it, look at what load_state_dict loads. In place.
 
     Args:
         places: every module of the model, under each of its names.
-        beside: whether adapters are attached. State dicts of these modules then name them.
     """
     names = {name for name, module in places if isinstance(module, AdaptedModule)}
     names |= {outer for name in names for outer in ("", *parent_names(name))}
     for name, module in places:
         if name in names and not _hooks(module):
             module.register_load_state_dict_pre_hook(_check_load)  # type: ignore[no-untyped-call]
-        for key in _state_hooks(module):
-            del module._state_dict_hooks[key]
-        if name in names and beside:
-            module.register_state_dict_post_hook(_say_what_is_missing)  # type: ignore[no-untyped-call]
 
 
 def stop_checking_loads(modules: Iterable[nn.Module]) -> None:
@@ -64,12 +49,6 @@ def stop_checking_loads(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for key in _hooks(module):
             del module._load_state_dict_pre_hooks[key]
-        for key in _state_hooks(module):
-            del module._state_dict_hooks[key]
-
-
-def _state_hooks(module: nn.Module) -> list[int]:
-    return [key for key, hook in module._state_dict_hooks.items() if hook is _say_what_is_missing]
 
 
 def _hooks(module: nn.Module) -> list[int]:
@@ -96,7 +75,7 @@ def _check_load(
         LoRAError: the state dict says that its weights are merged, and training has reached the adapter; or that
             adapters were attached which are not here.
     """
-    if missing_here := sorted(set(metadata.get(_BESIDE, ())) - _attached_in(module)):
+    if missing_here := sorted(set(metadata.get(LACKING, ())) - _attached_in(module)):
         _refuse_without(missing_here)
     if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return

@@ -15,8 +15,9 @@ from ..errors import LoRAError
 from ..names import canonical
 from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import AdaptedWeights, Blocks, adapters_by_path, layer_adapter
+from ..nn.beside import LACKING
 from ..nn.foreign_entries import metadata_of, with_metadata
-from ..nn.owner import claimed
+from ..nn.owner import OFF, claimed
 from ..nn.quantised_state import quantisation_entries
 from ..nn.rounding import ONCE, Rounding
 from ..nn.tied_weights import record_ties
@@ -26,7 +27,7 @@ from .dequantize import DEQUANTISED, IN_FLOAT32, dequantize_dtype, plain_weight,
 from .foreign_state import foreign_entries, foreign_names
 from .gradients import warn_of_untrained
 from .live_state import open_state, original_values
-from .load_state_dict import beside_missing, mark_merged
+from .load_state_dict import mark_merged
 from .recorded_layers import refuse_replaced_layers
 
 
@@ -60,7 +61,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         state, foreign = gather_flat(open_state(handle).values()), foreign_entries(handle)
     metadata, beside = dict(foreign.versions), handle.record.beside
     if beside:
-        metadata[""] = {**metadata.get("", {}), **beside_missing(beside)}
+        metadata[""] = {**metadata.get("", {}), LACKING: [*beside]}
     return with_metadata(state | dict(foreign.values), metadata) if metadata else state
 
 
@@ -98,9 +99,12 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
 
 
 def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:
-    """Return what state_dict() does, with slices of flat weights. FSDP1 would gather all weights for state_dict()."""
+    """Return what state_dict() does, with slices of flat weights. FSDP1 would gather all weights for state_dict().
+
+    Where values from before training stand in for trained ones, state_dict() is refused.
+    """
     entries = handle.state()
-    if any(owns_flat(module) for _, module in handle.modules):
+    if any(owns_flat(module) for _, module in handle.modules) or handle.record.owner.holds(OFF):
         return original_values(entries)
     spread = original_values(entry for entry in entries if is_spread(entry[1]))  # state_dict() shows no flat values
     state = handle.model.state_dict()

@@ -179,6 +179,8 @@ class AdaptedModule(Swapped):
             for adapter in adapters:
                 if adapter.lora.undo is not None or adapter.lora.restore_failed:
                     _put_original(adapter, destination, prefix)
+                if adapter.lora.beside is not None:
+                    adapter.lora.beside.mark_as_lacking(destination, prefix)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict, in which a merged weight's entry is W. An adapter without an entry keeps its tensors.

@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 
 from ..distributed.sharding import is_sharded
+from ..names import parent_names
 from . import low_rank
 from .low_rank import LowRankBlock
 
+LACKING = "lora_beside"  # key in a state dict's metadata, which names the attached adapters that it does not hold
 TINY = 1e-30  # stands in for a scale c of exactly 0, by which what is beside would be divided
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -139,6 +141,13 @@ class Packed:
             self.a, self.b = self.a.to(moved.device, dtype), self.b.to(moved.device, dtype)
             self.scales = self.scales.to(moved.device, dtype)
             self._write_scales_()
+
+    def mark_as_lacking(self, state_dict: Mapping[str, object], prefix: str) -> None:
+        """Let a state dict's metadata name the adapters, for the layer and each module around it. In place."""
+        metadata = getattr(state_dict, "_metadata", {})
+        for path in ("", *parent_names(prefix)):
+            if path in metadata:
+                metadata[path][LACKING] = sorted({*metadata[path].get(LACKING, ()), *self.shares})
 
     # --- in a merge ---
 

@@ -64,8 +64,8 @@ class Owner:
         with self.guard:
             self.claims.pop(claim, None)
 
-    def holds(self, verb: str, *, beside: Claim) -> bool:
-        """Return whether another claim with this verb is open."""
+    def holds(self, verb: str, *, beside: Claim | None = None) -> bool:
+        """Return whether a claim with this verb is open, `beside` this one."""
         return any(claim.verb == verb for claim in list(self.claims) if claim is not beside)
 
 

@@ -223,3 +223,103 @@ def test_a_pickle_leaves_copies_on_other_devices_out():
     again = pickle.loads(pickle.dumps(packed))
     assert torch.equal(again.a, packed.a)
     assert not again.copies
+
+
+class Attention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key, value = x[..., : self.attention.kdim], x[..., : self.attention.vdim]
+        result: torch.Tensor = self.attention(x, key, value, need_weights=False)[0]
+        return result
+
+
+class Reading(nn.Module):
+    """Reads the weight of its layer instead of calling it, and calls another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.called(nn.functional.linear(x, self.linear.weight, self.linear.bias).tanh())
+        return result
+
+
+class Tied(nn.Module):
+    """One module under two names, and a table that is its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = self.two = nn.Linear(8, 8)
+        self.head, self.last = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.last.weight = self.head.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.last(self.head(self.two(self.one(x).tanh()).tanh()).tanh())
+        return result
+
+
+def untied(model: Any) -> Any:
+    if isinstance(model, Tied):
+        model.last.weight = nn.Parameter(model.last.weight.detach().clone())
+    return model
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+USERS: dict[str, tuple[Any, list[str], list[str]]] = {  # model, what is trained, what is attached
+    "attention": (Attention, ["attention"], ["attention"]),
+    "attention, output trained": (Attention, ["attention.out_proj"], ["attention"]),
+    "attention, output attached": (Attention, ["attention"], ["attention.out_proj"]),
+    "attention, three weights": (lambda: Attention(kdim=6, vdim=5), ["attention"], ["attention"]),
+    "transformer": (encoder, ["linear1"], ["self_attn", "linear2", "linear1"]),
+    "reader": (Reading, ["called"], ["linear"]),
+    "reader, trained": (Reading, ["linear"], ["linear", "called"]),
+    "shared": (Tied, ["one"], ["one", "head"]),
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+@pytest.mark.parametrize("first", ["attached", "injected"])
+def test_it_acts_wherever_a_model_uses_a_weight(name: str, first: str):
+    build, targets, others = USERS[name]
+
+    def fresh() -> Any:
+        torch.manual_seed(1)
+        return build().eval()
+
+    def changed(targets: list[str], seed: int, model: Any) -> Any:
+        options: Any = {"exclude_modules": ["out_proj"]} if name.endswith("output attached") and seed == 1 else {}
+        inject(model, LoRAConfig(r=2, target_modules=targets, init_lora_weights=False, **options), seed=seed)
+        return model
+
+    x, adapter = torch.linspace(-1, 1, 64).view(2, 4, 8), take_adapter(changed(others, 2, fresh()))
+    plain = untied(fresh())
+    state = {key: -value for key, value in plain.state_dict().items()}
+    for targets_of, seed in ((targets, 1), (others, 2)):
+        for key, value in merged_state_dict(changed(targets_of, seed, untied(fresh()))).items():
+            state[key] = state[key] + value
+    plain.load_state_dict(state)
+    expected = plain(x)
+    model = fresh()
+    if first == "injected":
+        changed(targets, 1, model)
+    attach(model, adapter, name="x")
+    if first == "attached":
+        changed(targets, 1, model)
+    for mode in (False, True):
+        with torch.set_grad_enabled(mode):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    before = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    unmerge(model)
+    assert torch.equal(model(x), before)
+    detach(model, "x")
+    assert torch.equal(model(x), changed(targets, 1, fresh())(x))
