@@ -215,7 +215,7 @@ def summary(model: nn.Module) -> Summary:
         >>> report.trainable, report.total
         (52, 142)
     """
-    return summarise(open_model(model, "summary"))
+    return summarise(open_model(model, "summary", attached=True))
 
 
 def summarise(handle: AdaptedModel) -> Summary:

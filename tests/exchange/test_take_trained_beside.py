@@ -200,6 +200,15 @@ def test_one_that_is_beside_is_taken_and_saved_by_name(tmp_path: Path):
         save_adapter(taken, tmp_path / "other", name="sft")
 
 
+def test_one_that_was_taken_out_is_the_same_adapter_when_it_is_attached_again():
+    model = both()
+    trained, taken = take_adapter(model), take_adapter(model, name="sft")
+    plain = base_zoo()
+    attach(plain, taken, name="sft", weight=0.5)
+    load_adapter(plain, trained)
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-3)
+
+
 def test_peft_loads_one_that_is_beside(tmp_path: Path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
@@ -249,6 +258,13 @@ def test_command_shows_it_and_merges_nothing_without_it(tmp_path: Path, capsys):
     assert "trained beside 'sft' (weight 0.5)" in said
     assert "lightning-lora combine" in said
     assert not (tmp_path / "m.pt").exists()
+
+
+def test_summary_of_a_model_with_attached_adapters_alone():
+    attach(model := base_zoo(), adapter(1), name="sft", weight=0.5)
+    report = summary(model)
+    assert (report.layers, report.beside) == (0, {"sft": 0.5})
+    assert "sft (weight 0.5)" in report.short()
 
 
 def test_summary_and_statistics_with_something_beside():

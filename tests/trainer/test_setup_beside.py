@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,51 @@ def test_layers_that_are_built_in_setup_get_it_too(tmp_path: Path, make: type[Ne
         other = make_trainer(tmp_path, lora(beside={"sft": sft}))
         getattr(other, stage)(model, Data(), ckpt_path=tmp_path / "a.ckpt", verbose=False, **PLAIN_TYPES_ONLY)
         close(outputs(model), trained)
+
+
+class RebuiltByFits(Net):
+    """Builds its body anew in setup of a fit, after something was attached to it."""
+
+    def setup(self, stage: str) -> None:
+        self.build_body()
+
+
+def test_layers_built_anew_lose_what_only_the_user_can_attach(tmp_path: Path):
+    attach(model := RebuiltByFits(), trained_adapter(1), name="sft")
+    with pytest.raises(LoRAError, match=r"built layers anew.*LoRACallback\(beside=\{'sft': source\}\)"):
+        run(make_trainer(tmp_path, lora()), "fit", model)
+    sees = Sees()
+    run(make_trainer(tmp_path, lora(beside={"sft": trained_adapter(1)}), sees), "fit", RebuiltByFits())
+    close(sees.outputs, outputs(with_products(Net(), (trained_adapter(1), 1.0))))
+
+
+class Attaching(Net):
+    """Attaches an adapter where it is built."""
+
+    def __init__(self, width: int = 8, seed: int = 1, lr: float = 0.05) -> None:
+        super().__init__(width, seed, lr)
+        attach(self, trained_adapter(1), name="sft", weight=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_module_that_attaches_by_itself_loads_from_its_checkpoint(tmp_path: Path, kind: str):
+    trainer = make_trainer(tmp_path, lora(save=kind))
+    run(trainer, "fit", model := Attaching())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = load_from_checkpoint(Attaching, tmp_path / "a.ckpt")
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert attached(loaded) == {"sft": 0.5}
+
+
+def test_merge_after_fit_leaves_all_in_the_weights(tmp_path: Path):
+    models = []
+    for merge_after_fit in (True, False):
+        torch.manual_seed(0)
+        callback = lora(beside={"sft": trained_adapter(1)}, merge_after_fit=merge_after_fit)
+        run(make_trainer(tmp_path, callback), "fit", model := Net())
+        models.append(model)
+    assert models[0].state_dict().keys() == Net().state_dict().keys()
+    close(outputs(models[0]), outputs(models[1]))
 
 
 def test_later_stage_keeps_the_weight_that_was_set_since(tmp_path: Path):
@@ -402,6 +449,38 @@ def test_processes_that_would_attach_alone_are_refused(tmp_path: Path):
         callback.setup(trainer, model, "fit")
     attach(model, trained_adapter(1), name="sft")
     callback.setup(trainer, model, "fit")
+
+
+LAUNCHED = """
+import sys
+import torch
+from pathlib import Path
+from lightning_lora import attach, attached, inject, load_adapter
+from support.runs import lora
+from support.training import Data, Net, make_trainer, outputs
+from test_setup_beside import trained_adapter
+
+path, strategy = Path(sys.argv[1]), sys.argv[2]
+inject(model := Net(), lora().config)
+attach(model, trained_adapter(1), name="sft", weight=0.5)
+before = outputs(model)
+callback = lora(beside={"sft": trained_adapter(1)})
+trainer = make_trainer(path, callback, strategy=strategy, devices=2, max_epochs=2)
+trainer.fit(model, Data(4))
+trainer.save_checkpoint(path / "a.ckpt")
+attach(read := Net(), trained_adapter(1), name="sft", weight=0.5)
+load_adapter(read, path / "a.ckpt")
+assert attached(model) == attached(read) == {"sft": 0.5}
+assert torch.equal(outputs(read), outputs(model)) and not torch.equal(outputs(model), before)
+"""
+
+
+@pytest.mark.slow
+def test_what_was_attached_before_the_fit_is_beside_in_started_processes_too(tmp_path: Path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", LAUNCHED, str(tmp_path), "ddp_fork"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # --- configuration and words ---
