@@ -50,6 +50,7 @@ from ..progress import progress_bar
 from .output import IN_PYTHON, check_output, refuse_quantised
 from .write_merged import Job, WeightUpdate, write_file_of, write_folder_of
 
+OF_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # how names of files of weights end
 INSTEAD = "Load the model in Python and use load_adapter and save_merged instead"
 OTHER_END = "tied to the other end of the model (tie_word_embeddings in config.json)"
 OTHER_NAMES = f"Some models have other names in their files than in memory. {INSTEAD}."
@@ -258,6 +259,11 @@ def _check_form(base: Weights, output: Path) -> None:
     if not base.folder and output.suffix != base.path.suffix:
         raise LoRAError(
             f"merge: the output has the form of the base, so {output.name!r} must end in {base.path.suffix!r}."
+        )
+    if base.folder and output.suffix in OF_FILES:
+        raise LoRAError(
+            f"merge: the output has the form of the base, a folder, and {output.name!r} is the name of a file; give a "
+            f"folder's name, as {output.stem!r}, or a file as --base."
         )
     found = find_placeholder(base.checkpoint)
     if found is not None:
