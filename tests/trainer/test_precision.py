@@ -388,10 +388,16 @@ def test_all_linear_names_the_converted_layers_to_copy(tmp_path, transformer_eng
     assert not hasattr(model.body[2], "lora_A")
 
 
+class WideWithConfigureModel(Wide):
+    def configure_model(self) -> None:
+        """Build nothing more."""
+
+
 @ignore_unfit
-def test_a_model_that_was_injected_before_transformer_engine_converts_it_is_refused(tmp_path, transformer_engine):
-    inject(model := Wide(), LoRAConfig(r=2, target_modules=FP8_TARGETS))
-    with pytest.raises(LoRAError, match=r"'body\.2' in Wide was adapted, but is now a transformer_engine.*Linear"):
+@pytest.mark.parametrize("make", [Wide, WideWithConfigureModel])
+def test_a_model_that_was_injected_before_transformer_engine_converts_it_is_refused(tmp_path, transformer_engine, make):
+    inject(model := make(), LoRAConfig(r=2, target_modules=FP8_TARGETS))
+    with pytest.raises(LoRAError, match=r"'body\.2' in Wide\w* was adapted, but is now a transformer_engine.*Linear"):
         fp8_fit(tmp_path, transformer_engine(), model, LoRACallback())
 
 
