@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..distributed.sharding import is_sharded
 from ..names import parent_names
@@ -56,7 +57,8 @@ class Packed:
         shares: of each adapter, by name, in the order of names.
         a: A (R, in) for the sum R of all ranks; other kinds of layers as low_rank.py states.
         b: B (out, R).
-        scales: w_i * s_i of each rank (R,).
+        scales: w_i * s_i of each rank (R,), for forwards.
+        exact_scales: the same in float64 on the CPU, for merging.
     """
 
     def __init__(self, attached: Mapping[str, Attached]) -> None:
@@ -70,6 +72,7 @@ class Packed:
                 a, b = low_rank.stack_ranks(a, b, each.a, each.b)
             self.a, self.b = a.contiguous(), b.contiguous()
             self.scales = torch.empty(self.rank, dtype=torch.promote_types(b.dtype, torch.float32), device=device)
+            self.exact_scales = torch.empty(self.rank, dtype=torch.float64, device="cpu")
         self.copies: dict[torch.device, Tensors] = {}
         self._write_scales_()
 
@@ -99,8 +102,9 @@ class Packed:
     def _write_scales_(self) -> None:
         values = [share.weight * share.scaling for share in self.shares.values() for _ in range(share.rank)]
         with torch.inference_mode(False), torch.no_grad():
+            self.exact_scales.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
             for scales in (self.scales, *(copy[2] for copy in self.copies.values())):
-                scales.copy_(torch.tensor(values, dtype=scales.dtype))
+                scales.copy_(self.exact_scales)
 
     # --- in a forward ---
 
@@ -154,8 +158,7 @@ class Packed:
     def blocks(self, kind: str, shape: torch.Size, device: torch.device) -> list[LowRankBlock]:
         """Return the blocks that are added to the whole weight. w s is in them, in float64."""
         b = self.b.to(device, _widest(device))
-        values = [share.weight * share.scaling for share in self.shares.values() for _ in range(share.rank)]
-        scaled = b * torch.tensor(values, dtype=b.dtype, device=device).view(1, -1, *[1] * (b.dim() - 2))
+        scaled = b * self.exact_scales.to(device, b.dtype).view(1, -1, *[1] * (b.dim() - 2))
         return low_rank.low_rank_blocks(kind, shape, self.a.to(device), scaled)
 
 
@@ -182,19 +185,15 @@ def _is_inside(block: LowRankBlock, outer: LowRankBlock) -> bool:
 
 def _added(own: list[LowRankBlock], beside: LowRankBlock, scaling: float) -> LowRankBlock:
     left, right, scale = beside.left.to(_widest(beside.left.device)), beside.right, None
-    ranks, first = sum(block.left.shape[1] for block in own), 0
-    own_left = left.new_zeros(len(left), ranks)
-    dtype = torch.promote_types(right.dtype, own[0].right.dtype) if own else right.dtype
-    own_right = right.new_zeros(ranks, right.shape[1], dtype=dtype)
+    if own and own[0].scale is not None:  # of the whole weight
+        scale = own[0].scale.to(left.dtype)
+        scale = torch.where(scale == 0, TINY, scale)
+        left, right = (left / scale, right) if scale.shape[0] == len(left) else (left, right / scale)
+    lefts, rights = [left], [right]
     for block in own:
-        row, col, last = block.row - beside.row, block.col - beside.col, first + block.left.shape[1]
-        own_left[row : row + len(block.left), first:last] = block.left.to(left.dtype) * scaling
-        own_right[first:last, col : col + block.right.shape[1]] = block.right
-        first = last
-        if block.scale is not None:  # of the whole weight
-            scale = block.scale.to(left.dtype)
-            scale = torch.where(scale == 0, TINY, scale)
-            left, right = (left / scale, right) if scale.shape[0] == len(left) else (left, right / scale)
-    return LowRankBlock(
-        beside.row, beside.col, torch.cat([own_left, left], 1), torch.cat([own_right, right.to(own_right.dtype)]), scale
-    )
+        rows, columns = len(left) - len(block.left), right.shape[1] - block.right.shape[1]  # not of a part
+        above, before = block.row - beside.row, block.col - beside.col
+        scaled = block.left.to(left.dtype) * scaling
+        lefts.append(F.pad(scaled, (0, 0, above, rows - above)) if rows else scaled)
+        rights.append(F.pad(block.right, (before, columns - before)) if columns else block.right)
+    return LowRankBlock(beside.row, beside.col, torch.cat(lefts, 1), torch.cat(rights), scale)
