@@ -40,7 +40,7 @@ def adapted(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
 
 
-def test_options_by_name_are_those_of_the_config_and_seven_of_its_own():
+def test_options_by_name_are_those_of_the_config_and_eight_of_its_own():
     whole, *ours = inspect.signature(LoRACallback).parameters.values()
     assert (whole.name, whole.kind) == ("config", inspect.Parameter.VAR_POSITIONAL)  # unseen by YAML and --help
     assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in ours)
@@ -48,6 +48,7 @@ def test_options_by_name_are_those_of_the_config_and_seven_of_its_own():
         "merged_eval": True,
         "save": "adapter",
         "seed": None,
+        "beside": None,
         "merge_after_fit": False,
         "quantize": None,
         "dequantize": None,
