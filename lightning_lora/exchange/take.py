@@ -93,7 +93,7 @@ def adapter_of_model(handle: AdaptedModel, verb: str) -> Adapter:
         LoRAError: a layer was replaced, or the factors are not finite.
     """
     adapter = adapter_here(handle, verb)
-    warn_of_untrained(handle, stacklevel=4)
+    warn_of_untrained(handle, stacklevel=5)
     check_factors(adapter, verb)
     return adapter
 

@@ -32,7 +32,7 @@ Why = Literal["asked", "unfrozen", "resized"]
 # train() unmerges. "started": initialize_from_data was called, so a fit does not start from its own data. "quantised":
 # a message said that layers with quantised weights stay factored. "trained": a fit came to its end. "ended": the
 # adapters were taken out. "attached alone": there is no injection, and the record is of attached adapters.
-# "factored": `scaled` was called in a merged evaluation, so that those of the run stay factored.
+# "factored": a merged evaluation called `scaled`, so evaluations of the run stay factored, and a message said so.
 Mark = Literal[
     "validated",
     "merged",

@@ -192,7 +192,8 @@ def test_one_that_is_beside_is_taken_and_saved_by_name(tmp_path: Path):
     for each in (taken, tmp_path / "sft"):
         load_adapter(found := base_zoo(), each)
         torch.testing.assert_close(logits(found), logits(expected))
-    assert taken.config.lora_alpha == taken.config.r
+    assert (taken.config.r, taken.config.lora_alpha) == (3, 3)
+    assert {(layer.r, layer.scaling) for layer in taken.layers.values()} == {(3, 1.0)}
     assert not taken.beside
     with pytest.raises(LoRAError, match=r"'stf'.*'sft'"):
         take_adapter(model, name="stf")

@@ -64,7 +64,7 @@ class NaiveBeside(Naive):
             for layer, (a, b) in pairs_in(other).items():
                 weight = layer if layer in whole else f"{layer}.weight"
                 s = OPTIONS[name]["lora_alpha"] / OPTIONS[name]["r"]
-                whole[weight] = whole[weight] + self.beside[name] * s * (b @ a)
+                whole[weight] = whole[weight] + self.beside[name] * s * (b @ a).cpu()
         return whole
 
 
