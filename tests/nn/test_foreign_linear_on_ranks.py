@@ -66,6 +66,7 @@ def fit(path: Path, kind: str, sharded: bool) -> tuple[dict[str, Any], dict[str,
     return saved, {name: value.clone() for name, value in model.named_buffers()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_ranks_train_as_one_process_does(tmp_path: Path, kind: str, sharded: bool) -> None:

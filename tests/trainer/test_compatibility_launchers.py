@@ -8,10 +8,11 @@ import torch
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject
 from support.training import Data, Net, assert_same_tensors, make_trainer
 
+pytestmark = pytest.mark.slow
+
 KINDS = {"ddp_fork": "adapter", "ddp_notebook": "merged", "ddp_spawn": "full"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", KINDS)
 def test_the_adapter_arrives_in_the_main_process(launched, strategy: str):
     found = launched[strategy]
@@ -26,7 +27,6 @@ def test_the_adapter_arrives_in_the_main_process(launched, strategy: str):
     assert base == (full if KINDS[strategy] == "full" else [])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", KINDS)
 def test_checkpoint_of_the_main_process_equals_that_of_the_started_one(launched, strategy: str):
     """What a callback's checkpoint at the end of the fit holds, in the started process."""
