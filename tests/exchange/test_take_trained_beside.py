@@ -143,7 +143,7 @@ def test_description_comes_back_as_it_was(tmp_path: Path):
     assert "beside" not in to_metadata(adapter(1))
 
 
-DAMAGED = {"no weight": {"sft": ["1", {}]}, "no row": {"sft": 1.0}, "no digest": {"sft": [1.0, 3]}, "a list": []}
+DAMAGED = {"no weight": {"sft": ["1", "digest"]}, "no row": {"sft": 1.0}, "no digest": {"sft": [1.0, 3]}, "a list": []}
 
 
 @pytest.mark.parametrize("rows", DAMAGED.values(), ids=DAMAGED)
