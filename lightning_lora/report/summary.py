@@ -125,6 +125,8 @@ class Summary:
         return "\n".join([*fit("", self._title()), *table, *lines])
 
     def _title(self) -> str:
+        if not self.variant:
+            return "No trained adapter: what is attached acts alone"
         if not self.layers:
             return "No adapter (target_modules=[]): the base is frozen but for what is also trained"
         start = f", start: {self.start}" if self.start else ""
@@ -228,8 +230,9 @@ def summarise(handle: AdaptedModel) -> Summary:
     total = sum(shape_of(parameter).numel() for parameter in (*factors, *base.values()))
     also_trained = {name: shape_of(parameter).numel() for name, parameter in base.items() if parameter.requires_grad}
     saved = {name: shape_of(value).numel() for name, value in handle.initial().items()}
+    variant = variant_of(record.config).title + (" with use_rslora" if record.config.use_rslora else "")
     return Summary(
-        variant=variant_of(record.config).title + (" with use_rslora" if record.config.use_rslora else ""),
+        variant=variant if record.is_injection else "",
         start=_start(record.config.init_lora_weights),
         layers=len(layers),
         groups=_group(layers),

@@ -265,6 +265,7 @@ def test_summary_of_a_model_with_attached_adapters_alone():
     attach(model := base_zoo(), adapter(1), name="sft", weight=0.5)
     report = summary(model)
     assert (report.layers, report.beside) == (0, {"sft": 0.5})
+    assert report.short().startswith("No trained adapter: what is attached acts alone\n")
     assert "sft (weight 0.5)" in report.short()
 
 
