@@ -26,6 +26,7 @@ def tuned(path: Path, kind: str) -> Net:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_load_from_checkpoint_onto_a_fresh_base_says_the_call_that_loads_it(tmp_path, monkeypatch, kind: str):
     model = tuned(tmp_path, kind)
@@ -41,6 +42,7 @@ def test_load_from_checkpoint_onto_a_fresh_base_says_the_call_that_loads_it(tmp_
     assert torch.equal(outputs(built), outputs(model))
 
 
+@pytest.mark.slow
 def test_strict_base_makes_another_base_a_warning_in_load_from_checkpoint_as_its_error_says(tmp_path):
     model = tuned(tmp_path, "adapter")
     with pytest.raises(LoRAError, match="strict_base=False makes this a warning"):

@@ -17,6 +17,7 @@ pytestmark = [*quiet_peers, *TORCH_NOTICES, pytest.mark.transformers_5]  # older
 FAMILIES: dict[str, Callable[[], Any]] = {"vit": vit, "llava": llava, "gemma3": gemma3, "dinov2": dinov2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_with_other_names_than_the_modules_is_refused_with_a_remedy_that_works(tmp_path, family: str):
     network = base_and_adapter(tmp_path, FAMILIES[family])

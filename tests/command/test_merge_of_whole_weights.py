@@ -76,6 +76,7 @@ RESIZED: dict[str, tuple[bool, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("case", RESIZED)
 def test_an_adapted_table_that_was_resized_is_merged_into_a_sharded_folder_as_in_memory(tmp_path, case: str):
@@ -97,6 +98,7 @@ def test_an_adapted_table_that_was_resized_is_merged_into_a_sharded_folder_as_in
         close(outputs(both), outputs(net))
 
 
+@pytest.mark.slow
 def test_a_resized_table_of_pefts_folder_is_merged_as_peft_does(tmp_path):
     net = peft.get_peft_model(
         resized(False, 1, tmp_path / "small"), peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])

@@ -88,6 +88,7 @@ def test_merge_into_a_state_dict_takes_every_form_of_adapter(tmp_path, form: str
     assert_same_tensors(torch.load(tmp_path / "out.pt", weights_only=True), merged_state_dict(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 def test_a_checkpoint_of_merged_weights_is_no_base_and_its_state_dict_is_one(tmp_path, dtype: torch.dtype | None):
     """Its own adapter would be in the result, and load_from_checkpoint would load that in place of the other."""
@@ -194,6 +195,7 @@ def test_a_mask_with_the_bases_infinities_is_merged_and_one_with_others_is_refus
         merge_on_disk(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "other.pt", dtype=dtype)
 
 
+@pytest.mark.slow
 def test_base_that_is_a_checkpoint_gives_one(tmp_path, pretrained: Path, adapter: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

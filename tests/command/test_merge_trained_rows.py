@@ -37,6 +37,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_folder_is_merged_as_in_memory(tmp_path, tied: bool, dtype: torch.dtype, capsys, monkeypatch):

@@ -292,6 +292,7 @@ def test_an_adapter_in_pinned_memory_takes_the_place_of_another(device: str):
         torch.testing.assert_close(inside, other(tokens("cpu")).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "most"), [("float32", 1.03), ("bfloat16", 0.8)])
 def test_the_peak_of_a_step_is_no_higher_than_pefts(dtype: str, most: float, compiling_device: str):
     peft = pytest.importorskip("peft")
@@ -310,6 +311,7 @@ def test_the_peak_of_a_step_is_no_higher_than_pefts(dtype: str, most: float, com
     assert 0 < peaks[0] <= most * peaks[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peak_of_merging_a_big_layer_is_a_few_times_the_weight_at_most(dtype: str, compiling_device: str):
     model = nn.Sequential(nn.Linear(2048, 2048, bias=False)).to(DTYPES[dtype])

@@ -205,6 +205,7 @@ def gathered(dtype: torch.dtype) -> None:
         assert traffic.bytes() - traffic.bytes("broadcast", "allgather") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slices_are_gathered_as_they_are_in_every_bit(dtype):
     world().run(gathered, dtype)

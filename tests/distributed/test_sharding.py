@@ -140,6 +140,7 @@ def reference_pass(reshard_after_forward: bool) -> None:
         assert_same_bits(whole_state(net), whole_state(alone))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reshard_after_forward", [True, False])
 def test_a_reference_pass_of_a_sharded_model_leaves_the_gradients(reshard_after_forward):
     world().run(reference_pass, reshard_after_forward)
@@ -204,6 +205,7 @@ def zoo_cycles() -> None:
     assert_same_bits(whole_state(net), before)
 
 
+@pytest.mark.slow
 def test_every_kind_of_sharded_layer_merges_as_one_device():
     world().run(zoo_cycles)
 
@@ -232,6 +234,7 @@ def traffic() -> dict[str, Any]:
     return {name: value if isinstance(value, int) else (value.sent, value.bytes()) for name, value in found.items()}
 
 
+@pytest.mark.slow
 def test_merging_gathers_the_factors_and_no_weight():
     found = world().run(traffic)[0]
     print(found)
@@ -327,6 +330,7 @@ def diverge(path: Path) -> tuple[int, str, list[float]]:
     return trainer.current_epoch, "".join(messages), model.losses
 
 
+@pytest.mark.slow
 def test_a_factor_that_diverged_on_one_rank_lets_all_evaluate_unmerged_and_stop(tmp_path):
     (epoch, message, losses), (other_epoch, other_message, other_losses) = world().run(diverge, tmp_path)
     assert epoch == other_epoch == 2
@@ -372,5 +376,6 @@ def fail_and_go_on(path: Path) -> None:
     assert_same_bits(adapter_state_dict(plain), adapter_state_dict(model))
 
 
+@pytest.mark.slow
 def test_exception_in_a_sharded_merged_forward_ends_the_fit_as_itself_and_leaves_the_adapter_to_save(tmp_path):
     world().run(fail_and_go_on, tmp_path)

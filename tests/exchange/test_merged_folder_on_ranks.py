@@ -163,6 +163,7 @@ def full_disk(path: Path, header: bytes, values: Iterator[torch.Tensor], advance
     write_values(path, header, written(), advance)
 
 
+@pytest.mark.slow
 def test_save_merged_that_fails_on_one_rank_fails_on_all(tmp_path):
     (tmp_path / "file").write_text("a file where a folder should be")
     (tmp_path / "there").mkdir()
@@ -202,6 +203,7 @@ def write_for_transformers(folder: Path, kind: str) -> None:
         refuse_merge_after_fit(trainer, open_model(module, "test"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_a_sharded_transformers_model_is_written_as_from_pretrained_loads_it(tmp_path, kind):
     world(2).run(write_for_transformers, tmp_path, kind)

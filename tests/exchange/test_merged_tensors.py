@@ -107,6 +107,7 @@ def test_a_tensor_has_memory_of_its_own():
     assert all(torch.equal(value, live[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_one_of_them_is_alive_at_a_time():
     model, alive = zoo(), list[weakref.ref[torch.Tensor]]()
     tensors = merged_tensors(model)

@@ -136,6 +136,7 @@ def test_a_persistent_metric_beside_the_peft_model_comes_along(lit):
     close(logits(plain.model), logits(lit.model))
 
 
+@pytest.mark.slow
 def test_the_command_reads_the_checkpoint_as_any_adapter(tmp_path, capsys, lit):
     shown = call(capsys, "info", tmp_path / "lit.ckpt")
     assert "Lightning checkpoint that holds a PeftModel\n2 adapted layers, 384 parameters" in shown

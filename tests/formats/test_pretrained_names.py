@@ -72,6 +72,7 @@ def theirs(family: str, folder: Path, **options: Any) -> torch.Tensor:
     return logits(model)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:lightning_lora. entries that name nothing")  # a list for all families
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @every_family

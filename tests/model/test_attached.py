@@ -153,6 +153,7 @@ def test_dropout_is_of_the_trained_adapter_alone():
     assert torch.equal(model(X), model(X))
 
 
+@pytest.mark.slow
 def test_a_new_weight_compiles_nothing_anew():
     model, graphs = with_two(filled()), 0
 

@@ -199,6 +199,7 @@ def test_a_new_head_that_is_trained_whole_is_not_named_and_moves_to_another_prog
 # --- in the error of a load ---
 
 
+@pytest.mark.slow
 def test_the_error_of_a_load_onto_another_random_head_names_modules_to_save(tmp_path, body):
     module = Lit(body)
     with pytest.warns(UserWarning, match="starts from random values"):

@@ -86,6 +86,7 @@ def test_the_option_that_the_error_names_lets_the_head_of_a_quantised_model_be_t
     assert trained == ["classifier.weight", "classifier.bias"]
 
 
+@pytest.mark.slow
 @pytest.mark.transformers_5
 def test_the_warning_of_a_pooler_that_the_base_lacks_has_both_options_to_copy(tmp_path: Path):
     pytest.importorskip("bitsandbytes")

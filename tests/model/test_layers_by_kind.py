@@ -285,6 +285,7 @@ class WithConvolution(Trained):
         return super().forward(self.conv(x[:, None])[:, 0])
 
 
+@pytest.mark.slow
 def test_a_trainer_saves_and_resumes_all_layers_by_its_name(tmp_path: Path):
     def fit(path: Path, epochs: int, callback: LoRACallback, **options: Any) -> WithConvolution:
         trainer = make_trainer(path, callback, max_epochs=epochs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -30,5 +31,6 @@ def sharded_run() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_that_of_one_device():
     world().run(sharded_run)

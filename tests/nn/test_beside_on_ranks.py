@@ -93,6 +93,7 @@ def fully_sharded(way: str) -> None:
         attach(model, other(injected, 3), name="late")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["layers", "root only", "by columns", "offloaded"])
 def test_fsdp2_equals_one_device_and_refuses_to_attach_later(way: str):
     world().run(fully_sharded, way)

@@ -147,6 +147,7 @@ def test_copies_and_pickles_compute_the_same(kind: str) -> None:
         assert type(again[0]) is type(model[0])
 
 
+@pytest.mark.slow
 def test_dropout_drops_inputs_of_the_adapter_alone_in_training() -> None:
     model, x = adapted(lora_dropout=0.5).train(), inputs(2000)
     with disable_adapter(model):
@@ -193,6 +194,7 @@ def test_a_compiled_model_computes_the_same_in_one_graph(kind: str) -> None:
     assert model[0].lora_A.grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore:torch.jit.trace is")
 @pytest.mark.parametrize("kind", ["GPTQ", "TE"])
 def test_a_traced_or_exported_model_computes_the_same(kind: str) -> None:

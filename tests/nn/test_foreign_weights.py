@@ -149,6 +149,7 @@ def test_an_adapter_checkpoint_holds_no_tensor_of_the_base(tmp_path: Path, kind:
     assert take_adapter(model).tensors.keys() == adapter_state_dict(model).keys() == checkpoint["state_dict"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["adapter", "full"])
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_run_resumes_bit_for_bit_and_its_file_is_loaded(tmp_path: Path, kind: str, save: Any) -> None:
@@ -268,6 +269,7 @@ def test_extra_state_that_is_none_or_bytes_is_carried(tmp_path: Path) -> None:
     assert torch.equal(again[0].history, model[0].history)
 
 
+@pytest.mark.slow
 def test_an_adapter_moves_between_layers_of_transformer_engine_and_of_torch(tmp_path: Path) -> None:
     """Their weights have the same names, and torch's layers have no extra state."""
 

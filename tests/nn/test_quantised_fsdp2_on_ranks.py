@@ -126,6 +126,7 @@ def sharded_step(way: str, kind: str) -> dict[str, torch.Tensor]:
     return step(way, model)
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("way", STEPS)
 def test_outputs_and_gradients_have_the_bits_of_one_device(way, kind):
@@ -146,6 +147,7 @@ def step_in_a_way(name: str) -> tuple[dict[str, torch.Tensor], set[str]]:
     return found, {type(model[position].weight.to_local()).__name__ for position in (0, 2, 4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WAYS if name not in ("by columns", "bfloat16 base")])
 def test_every_way_to_shard_by_rows_gives_the_step_of_one_device(name):
     expected = step("plain", build("plain"))

@@ -203,6 +203,7 @@ def test_python_blocks_and_our_command_run_and_print_what_is_shown(ran, name):
 COMMANDS = [(name, block.code) for name, blocks in BLOCKS.items() for block in blocks if block.is_program]
 
 
+@pytest.mark.slow
 def test_commands_run_on_the_files_that_are_shown(tmp_path, monkeypatch):
     """Each adapts the layer, and its checkpoint is of the kind that the file or the command line names."""
     monkeypatch.chdir(tmp_path)

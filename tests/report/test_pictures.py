@@ -214,6 +214,7 @@ def test_the_output_is_one_picture_of_all_parts_in_the_form_of_its_suffix(tmp_pa
     assert [*tmp_path.iterdir()] == [file]
 
 
+@pytest.mark.slow
 def test_what_was_there_stays_where_drawing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "out.png"
     file.write_text("earlier")

@@ -214,6 +214,7 @@ def pictures(path: Path, kind: str) -> list[str]:
     return trainer.logger.drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
 def test_pictures_of_a_run_on_two_ranks_are_drawn_on_the_first(tmp_path: Path, kind: str):
     assert world().run(pictures, tmp_path, kind) == [["lora/norms", "lora/spectra"], []]

@@ -153,6 +153,7 @@ def test_everything_but_the_factors_is_as_before():
     assert changed == factors
 
 
+@pytest.mark.slow
 def test_base_is_exact_again_after_unload_and_merging(tmp_path):
     net, plain = injected("llama"), peer("llama")
     initialize_from_data(net, batches())

@@ -133,6 +133,7 @@ def test_the_best_merged_checkpoint_is_tested_with_its_own_numbers(tmp_path):
     assert_plain(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["adapter", "full"])
 def test_a_checkpoint_that_needs_the_base_is_refused_with_the_remedy_and_the_model_stays(tmp_path, save: str):
     model, trainer = best_and_after(tmp_path, save)

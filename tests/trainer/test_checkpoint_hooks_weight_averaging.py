@@ -279,6 +279,7 @@ def test_averaging_callback_listed_first_is_harmless_in_evaluation(tmp_path, swa
     assert_as_found(model, before)
 
 
+@pytest.mark.slow
 @weight_averaging
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
 def test_layers_that_configure_model_builds_are_averaged_too(tmp_path):

@@ -203,6 +203,7 @@ class FasterB(LoRACLI):
         return optimizer
 
 
+@pytest.mark.slow
 def test_groups_that_the_program_makes_of_the_parameters_stay_in_a_second_fit(tmp_path):
     program = from_command_line(tmp_path, "AdamW", "none", FasterB)
     program.trainer.fit(program.model, Data(BATCHES))

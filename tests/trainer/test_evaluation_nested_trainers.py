@@ -141,6 +141,7 @@ def test_callback_used_on_another_model_inside_a_hook_serves_both(tmp_path, hook
         assert_same_tensors(dict(merged.state_dict()), dict(factored.state_dict()))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Found . module.s. in eval mode at the start of training")
 def test_dropout_of_a_backbone_in_evaluation_mode_stays_out_of_validation(tmp_path):
     """A Trainer with the same callback inside a training hook must not leave the outer model's dropout on."""

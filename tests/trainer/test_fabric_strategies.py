@@ -174,6 +174,7 @@ def save_whole(path: Path) -> None:
     assert_same_bits(whole(adapter_state_dict(model)), uninterrupted)
 
 
+@pytest.mark.slow
 def test_fabric_resumes_from_a_folder_of_shards(tmp_path):
     world().run(save_whole, tmp_path)
 

@@ -269,6 +269,7 @@ def test_fit_and_its_evaluation_equal_one_device(tmp_path, name):
         assert losses == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_validate_as_one_device(tmp_path):
     expected = evaluated_after_fit(Case(), tmp_path, False)
     for losses in world().run(evaluated_after_fit, Case(), tmp_path, True):

@@ -423,6 +423,7 @@ def test_an_adapter_of_another_base_is_refused_on_every_rank(tmp_path):
         assert "another base: values of 'net.2.weight'" in message
 
 
+@pytest.mark.slow
 def test_incomplete_sharded_checkpoint_is_refused(tmp_path):
     for save, name, problem in (
         ("full", "net.2.weight", "lacks 1"),

@@ -83,6 +83,7 @@ def test_resuming_equals_the_uninterrupted_run(tmp_path, kind, save):
     assert packed_bits(resumed) == packed_bits(whole)
 
 
+@pytest.mark.slow
 @saved
 def test_a_checkpoint_is_loaded_onto_the_quantised_base(tmp_path, kind, save):
     trainer = make_trainer(tmp_path, lora(**SAVES[save]), max_epochs=1)

@@ -371,6 +371,7 @@ class Weakens(L.Callback):
             set_weight(pl_module, 0.25, "sft")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_holds_the_trained_one_alone_and_resumes_bit_for_bit(tmp_path: Path, kind: str):
     beside = {"sft": trained_adapter(1), "style": trained_adapter(2, r=1)}
@@ -395,6 +396,7 @@ def test_merged_checkpoint_holds_all_for_programs_without_this_package(tmp_path:
     close(outputs(Net.load_from_checkpoint(tmp_path / "epoch=0.ckpt", **PLAIN_TYPES_ONLY)), outputs(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_options_that_are_left_out_are_the_checkpoints_and_beside_is_named(tmp_path: Path, kind: str):
     sft = trained_adapter(1)
@@ -507,6 +509,7 @@ PLAIN = QUIET + (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_folder")
 @pytest.mark.parametrize(("cli", "config"), [(LoRACLI, LORA), (LightningCLI, PLAIN)])
 def test_yaml_of_both_clis(tmp_path: Path, cli: type[LightningCLI], config: str):

@@ -159,6 +159,7 @@ def test_loader_with_a_generator_or_workers_goes_on_as_it_would(tmp_path, persis
     assert all(torch.equal(one, other) for one, other in zip(seen[True], seen["eva"], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", FROM_DATA)
 def test_resumed_run_keeps_its_factors_and_equals_the_uninterrupted_one(tmp_path, start: str):
     whole = trained(tmp_path / "a", Net(), lora(init_lora_weights=start), max_epochs=3)
