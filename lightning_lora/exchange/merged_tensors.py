@@ -44,7 +44,7 @@ def merged_tensors(
     Collective where the model is sharded: every rank takes all of them, in step.
 
     Args:
-        model: an injected model.
+        model: injected, or with attached adapters.
         dequantize: the dtype of plain weights in place of quantised weights, adapted or not.
 
     Raises:
@@ -62,7 +62,7 @@ def merged_tensors(
         2.weight (2, 8)
         2.bias (2,)
     """
-    handle, dtype = open_model(model, VERB), dequantize_dtype(dequantize, VERB)
+    handle, dtype = open_model(model, VERB, attached=True), dequantize_dtype(dequantize, VERB)
     with claimed(VERB, handle.record.owner):
         refuse_replaced_layers(handle, VERB)
         warn_of_untrained(handle)
@@ -74,7 +74,7 @@ def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[
     """Yield the merged tensors of a model. It belongs to nobody between two of them."""
     with claimed(VERB, handle.record.owner):
         live = open_state(handle)
-        trained = Trained(live)
+        trained = Trained(handle, live)
         others = _other_entries(handle, live, dtype)
     quantised = quantised_weights(handle.places)
     modules = [module for _, module in handle.modules]
@@ -116,14 +116,14 @@ def _other_entries(handle: AdaptedModel, live: LiveState, dtype: torch.dtype | N
 
 
 class Trained:
-    """The parameters that training changes, and how they were when the first tensor was taken.
+    """What changes merged weights, and how it was when the first tensor was taken: parameters and strengths.
 
     torch counts writes to a tensor, but not those of fused optimizers and through `.data`. So at the end the sums of
     their bits are compared too.
     """
 
-    def __init__(self, live: LiveState) -> None:
-        self.record = live.handle.record
+    def __init__(self, handle: AdaptedModel, live: LiveState) -> None:
+        self.handle, self.strengths = handle, _strengths(handle)
         tensors = ((name, live.tensors[name]) for name in live.keys)
         self.parameters = {name: tensor for name, tensor in tensors if isinstance(tensor, nn.Parameter)}
         self.parts = {name: local(parameter) for name, parameter in self.parameters.items()}
@@ -131,9 +131,11 @@ class Trained:
         self.sums = {name: _sum_of_bits(part) for name, part in self.parts.items()}
 
     def refuse_written(self) -> None:
-        """Raise LoRAError where the adapter was taken out, or one of the parameters was written to."""
-        if "ended" in self.record.marks:
+        """Raise LoRAError where an adapter was taken out, or a parameter or a strength is another."""
+        if "ended" in self.handle.record.marks:
             _refuse("the adapter was taken out")
+        if _strengths(self.handle) != self.strengths:
+            _refuse("what is attached, or a strength, has changed")
         for name, part in self.parts.items():
             if _writes(part) != self.writes[name]:
                 _refuse(f"{name!r} has changed")
@@ -144,6 +146,11 @@ class Trained:
         for name, parameter in self.parameters.items():
             if _sum_of_bits(local(parameter)) != self.sums[name]:
                 _refuse(f"{name!r} has changed")
+
+
+def _strengths(handle: AdaptedModel) -> tuple[object, ...]:
+    """Return what is attached, and the strength of the trained adapter, which all layers share."""
+    return dict(handle.record.beside), next((layer.lora.strength for layer in handle.layers.values()), None)
 
 
 def _refuse(what: str) -> NoReturn:

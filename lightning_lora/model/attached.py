@@ -129,7 +129,7 @@ def scaled(model: nn.Module, weight: float | Weights, name: str = "") -> Iterato
     """Let the trained adapter, or one beside it, act with another strength inside the block; 0 is off.
 
     With the trained one off, heads and biases that were trained have their initial values inside, as in
-    disable_adapter. Forwards, merge, merged_state_dict and save_merged go by the strength; save_adapter writes the
+    disable_adapter. Forwards, merge, merged_state_dict, merged_tensors and save_merged go by it; save_adapter writes
     tensors as they are. A merged model runs factored inside. In a merged evaluation of a Trainer it stays so for
     the rest of the run, so that nothing is merged again for each batch.
 

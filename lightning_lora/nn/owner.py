@@ -20,7 +20,7 @@ from ..errors import LoRAError
 DISABLED, OFF = "disable_adapter", "scaled(model, 0)"
 # Verbs that are right where values from before training stand in for trained ones.
 RIGHT_INSIDE = (DISABLED, OFF, "scaled", "merged", "merge", "unmerge", "cast or move", "inject")
-RIGHT_INSIDE_OFF = (*RIGHT_INSIDE, "merged_state_dict", "save_merged")
+RIGHT_INSIDE_OFF = (*RIGHT_INSIDE, "merged_state_dict", "merged_tensors", "save_merged")
 REFUSED_INSIDE = (
     "refused inside `with disable_adapter(model)` and `with scaled(model, 0)`, where values from before training stand "
     "in for trained ones. Do it before or after the block."

@@ -17,6 +17,7 @@ from torch import nn
 from lightning_lora import (
     LoRAConfig,
     LoRAError,
+    attach,
     disable_adapter,
     inject,
     is_merged,
@@ -26,19 +27,26 @@ from lightning_lora import (
     merged_state_dict,
     merged_tensors,
     save_merged,
+    scaled,
     take_adapter,
     unload,
     unmerge,
 )
+from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.model.inject import adapted_layers
 from support.models import Zoo, bits, randomise_, zoo_config
 from support.training import own_random_stream
 
 
-def zoo(dtype: torch.dtype = torch.float32, **options: Any) -> Zoo:
-    """An adapted model, whose base is the same each time."""
+def plain() -> Zoo:
+    """The same each time."""
     with own_random_stream(1):
-        model = Zoo().to(dtype).eval()
+        return Zoo().eval()
+
+
+def zoo(dtype: torch.dtype = torch.float32, **options: Any) -> Zoo:
+    """Adapted."""
+    model = plain().to(dtype)
     inject(model, zoo_config(**options))
     randomise_(model, 0.3)
     return model
@@ -62,6 +70,15 @@ def tied() -> Tied:
     return model
 
 
+def other(r: int) -> Adapter:
+    return take_adapter(zoo(r=r, bias="none", modules_to_save=None))
+
+
+def with_other(model: nn.Module) -> nn.Module:
+    attach(model, other(3), name="other", weight=0.5)
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "float32": zoo,
     "bfloat16": lambda: zoo(torch.bfloat16),
@@ -70,6 +87,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "trained rows": lambda: zoo(target_modules=["body.0"], trainable_token_indices={"embed": [1, 4]}),
     "a head alone": lambda: zoo(target_modules=[], bias="none"),
     "tied": tied,
+    "one beside": lambda: with_other(zoo()),
+    "attached alone": lambda: with_other(plain()),
 }
 
 
@@ -151,12 +170,19 @@ def another_rank(model: nn.Module) -> None:
     load_adapter(model, take_adapter(zoo(r=3)))
 
 
-CHANGES: dict[str, Callable[[nn.Module], None]] = {
+def weaker(model: nn.Module) -> None:
+    vars(model)["inside"] = block = scaled(model, 0.0)
+    block.__enter__()
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "a step": step,
     "a fused step": fused_step,
     "the head": another_head,
     "load_adapter": another_adapter,
     "load_adapter of another rank": another_rank,
+    "another beside": lambda model: attach(model, other(1), name="second"),
+    "a strength": weaker,
     "unload": unload,
     "merge_and_unload": lambda model: merge_and_unload(model) and None,
 }
@@ -164,7 +190,7 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
 
 @pytest.mark.parametrize("taken", [1, 4, 12])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_of_the_adapter_between_two_is_an_error(change: Callable[[nn.Module], None], taken: int):
+def test_a_change_of_the_adapter_between_two_is_an_error(change: Callable[[nn.Module], Any], taken: int):
     model = zoo()
     tensors = merged_tensors(model)
     for _ in range(taken):
@@ -184,6 +210,13 @@ def test_merging_and_a_forward_between_two_change_nothing():
         (unmerge if i % 2 else merge)(model)
         model(torch.tensor([[1, 2, 3]]))
     unmerge(model)
+    assert {name: bits(value) for name, value in found.items()} == {name: bits(v) for name, v in expected.items()}
+
+
+def test_inside_scaled_they_go_by_the_strength():
+    model = with_other(zoo())
+    with scaled(model, {"": 0.0, "other": 2.0}):
+        expected, found = merged_state_dict(model), dict(merged_tensors(model))
     assert {name: bits(value) for name, value in found.items()} == {name: bits(v) for name, v in expected.items()}
 
 
