@@ -88,7 +88,7 @@ def _check_load(
     loaded = {adapter for adapter, name in factors if name in given}
     if loaded:
         missing += [prefix + name for adapter, name in factors if adapter not in loaded]
-    else:
+    elif listing.layers:  # else it may be a trained head: nothing tells that from a base
         _record_base(listing, given)
 
 

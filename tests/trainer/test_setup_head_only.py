@@ -13,8 +13,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_lora import (
     LoRACallback,
     LoRACLI,
+    LoRAConfig,
     LoRAError,
     LoRAMonitor,
+    disable_adapter,
+    inject,
     is_merged,
     load_adapter,
     summary,
@@ -67,6 +70,23 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path: Path, build
     tested = build()
     make_trainer(tmp_path, LoRACallback()).test(tested, Data(), ckpt_path=path, verbose=False)
     assert torch.equal(outputs(tested), outputs(first))
+
+
+@pytest.mark.parametrize("save", ["adapter", "full"])
+def test_a_head_is_trained_and_resumed_on_a_frozen_adapter(tmp_path: Path, save: str):
+    inject(other := Net(), LoRAConfig(r=2, target_modules=["body.0"], init_lora_weights=False), seed=1)
+    options: dict[str, Any] = {"save": save, "beside": {"sft": take_adapter(other)}}
+    whole = Net()
+    make_trainer(tmp_path, lora(**options), max_epochs=2).fit(whole, Data())
+    trainer, path = make_trainer(tmp_path, lora(**options)), tmp_path / "half.ckpt"
+    trainer.fit(Net(), Data())
+    trainer.save_checkpoint(path)
+    second = Net()
+    make_trainer(tmp_path, lora(**options), max_epochs=2).fit(second, Data(), ckpt_path=path)
+    assert torch.equal(outputs(second), outputs(whole))
+    assert not torch.allclose(outputs(second), outputs(Net()))
+    with disable_adapter(second):
+        assert torch.equal(second.head.weight, Net().head.weight)
 
 
 def test_a_checkpoint_holds_the_head_and_buffers_alone(tmp_path: Path):
