@@ -89,6 +89,7 @@ if __name__ == "__main__":  # each of the two processes runs all of this
     parser.add_argument("--strategy", choices=["ddp", "fsdp2"], default="ddp")
     name = parser.parse_args().strategy
     manual_llama()  # once, before the second process is there
+    checkpoint(0).parent.mkdir(exist_ok=True)
     fsdp2 = ModelParallelStrategy(shard, 2, 1, save_distributed_checkpoint=False)  # else no filter is taken
     fabric = Fabric(accelerator="cpu", devices=2, strategy=fsdp2 if name == "fsdp2" else "ddp")
     fabric.launch()

@@ -26,6 +26,7 @@ shortcuts.read_entry_points_once()
 shortcuts.seed_without_stack_traces()
 
 from support.devices import DEVICE, NO_GPUS, PLACES, Place  # noqa: E402
+from support.launched import launched  # noqa: E402, F401
 from support.lightning_versions import HAS_WEIGHT_AVERAGING  # noqa: E402
 from support.notices import ALL_ARE_ERRORS, HYPOTHESIS_NOTICE, LIGHTNING_NOTICES  # noqa: E402
 

@@ -3,7 +3,7 @@
 models      models, training, layers, parameters, tables, variants, methods; of other packages: peers, pretrained,
             families, quantised; small ones for costs: llama, scale
 runs        runs, lightning_versions, other_name, naive; programs that tests start: programs/, examples
-ranks       processes, sharded, sharded_adapters, fsdp1, deepspeed, strategies
+ranks       processes, launched, sharded, sharded_adapters, fsdp1, deepspeed, strategies
 files       expected_weights, fuzz_reference
 devices     devices, pretend_device, pretend_operators
 comparisons pairs, pair_checks, covering, recorders, broken_off; what is no fault of a test: notices, shortcuts
