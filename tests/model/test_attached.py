@@ -485,6 +485,26 @@ def test_a_refused_injection_leaves_what_is_attached():
     inject(model, LoRAConfig())
 
 
+def test_an_injection_that_is_broken_off_leaves_what_is_attached(monkeypatch: pytest.MonkeyPatch):
+    def break_off(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = with_two(net())
+    before = model(X)
+    monkeypatch.setattr("lightning_lora.model.inject._create_tensors", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        inject(model, LoRAConfig())
+    monkeypatch.undo()
+    assert attached(model) == {"one": 0.5, "two": 1.0}
+    assert torch.equal(model(X), before)
+    attach(third := net(), other(3), name="three")
+    with pytest.raises(LoRAError, match="'three' is not attached here"):  # loads are still looked at
+        model.load_state_dict(third.state_dict())
+    detach(model, "one")
+    detach(model, "two")
+    assert torch.equal(model(X), net()(X))
+
+
 def test_a_merged_plain_model_is_injected_on_its_own_weights():
     model = with_two(net())
     merge(model)
