@@ -181,7 +181,7 @@ def test_index_page_of_a_release_has_addresses_of_its_tag_and_its_own_way_to_ins
     assert '\npip install -e ".[test]" && pytest\n' in text  # in a checkout
     assert "package index" not in text
     at = "https://github.com/somebody/name"
-    assert f"]({at}/blob/v1.2.0/lightning_lora/exchange/README.md#swapping)" in text
+    assert f"]({at}/blob/v1.2.0/lightning_lora/trainer/README.md#yaml)" in text
     assert f'src="{at}/raw/v1.2.0/tests/benchmarks/drift.png"' in text
     assert text.count(f"({at}/actions/workflows/ci.yml") == 2
     assert metadata["urls"]["Source"] == at
