@@ -141,6 +141,8 @@ def test_a_cast_rounds_none_of_it_and_a_move_without_values_leaves_it():
     assert torch.equal(model(X), before)
     wide = copy.deepcopy(model).double()
     torch.testing.assert_close(wide(X.double()).float(), before)
+    exact = torch.func.functional_call(net().double(), merged_state_dict(wide), X.double())
+    torch.testing.assert_close(wide(X.double()), exact, rtol=1e-13, atol=1e-13)
 
 
 def test_dropout_is_of_the_trained_adapter_alone():
