@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import compare_fingerprints, fingerprint_entries
 from ..adapter.identity import digest_of
 from ..config import LoRAConfig
 from ..distributed.sharding import is_spread
@@ -36,7 +35,7 @@ from ..nn.quantised import shape_of
 from ..nn.variant import LayerInfo
 from .align import align_names, as_in_model, split_off_base
 from .first_names import Names, by_first_names
-from .take import fingerprint_of
+from .take import check_fingerprint
 
 Modules = Mapping[str, nn.Module]
 Parameters = Mapping[str, tuple[nn.Module, str]]
@@ -127,7 +126,7 @@ def _pairs(
     live = open_state(handle)
     adapter = split_off_base(live, adapter)
     _refuse_other_values(live, adapter, called)
-    _check_base(live, adapter, strict_base)
+    check_fingerprint(live, adapter.fingerprint, strict=strict_base, why=())  # what is trained here was the base's
     with torch.inference_mode(False), torch.no_grad():
         return {n: _pair(handle, adapter, n, k, called, weight, modules, parameters) for n, k in kinds.items()}
 
@@ -240,15 +239,3 @@ def _refuse_other_values(live: LiveState, adapter: Adapter, called: str) -> None
             "the model's, and only products can lie beside each other. Merge it into the base (save_merged) and load "
             "that, or load it as the trained one (load_adapter)."
         )
-
-
-def _check_base(live: LiveState, adapter: Adapter, strict: bool) -> None:
-    """Raise LoRAError, or warn, where the base is another one. What is trained here counts as before training."""
-    expected = {name: entry for name, entry in adapter.fingerprint.items() if name not in _buffers(live)}
-    if expected:
-        initial = fingerprint_entries(live.handle.initial_of().items())
-        compare_fingerprints(initial | fingerprint_of(live, expected), expected, strict=strict)
-
-
-def _buffers(live: LiveState) -> set[str]:
-    return {name for name, tensor in live.tensors.items() if not isinstance(tensor, nn.Parameter)}

@@ -32,7 +32,7 @@ from .apply import apply_adapter, inject_adapter, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, attached_adapter, frozen_values
-from .trained_beside import by_attach, refuse_missing
+from .trained_beside import beside_in, by_attach, refuse_missing
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -231,7 +231,7 @@ def load_from_checkpoint(
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, _without_strict(kwargs))
     listing = find_model(model) or Listing(model)
-    refuse_missing(listing, adapter, partial(_by_hand, cls.__name__, path))
+    refuse_missing(beside_in(listing), adapter, partial(_by_hand, cls.__name__, path))
     if kind != "full":
         quantise_as_trained_(listing, adapter)
         apply_adapter(listing, adapter, strict_base=strict_base, remedy=_other_base(cls.__name__, path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from ..matching import NameEnd, naming_some
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.foreign_state import foreign_entries, without_base
 from ..model.gradients import warn_of_untrained
+from ..model.injection import Why
 from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.pretrained import base_name, pretrained_models, tied_to_input
 from ..model.recorded_layers import refuse_replaced_layers
@@ -292,7 +293,12 @@ def _how_quantised(tensor: torch.Tensor, module: nn.Module) -> str:
 
 
 def check_fingerprint(
-    live: LiveState, expected: Mapping[str, Entry], *, strict: bool = True, remedy: str = REMEDY
+    live: LiveState,
+    expected: Mapping[str, Entry],
+    *,
+    strict: bool = True,
+    remedy: str = REMEDY,
+    why: Sequence[Why] = ("unfrozen", "resized"),
 ) -> None:
     """Raise LoRAError, or warn, where a frozen parameter differs from a fingerprint by more than rounding.
 
@@ -301,11 +307,12 @@ def check_fingerprint(
         expected: the fingerprint.
         strict: whether another base is an error or a warning.
         remedy: the advice at the end of the error.
+        why: parameters that are trained for these reasons count by their values from before; all, where it is empty.
     """
     if not expected:
         return
-    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen", "resized").items())
-    present = unfrozen | fingerprint_of(live, expected)
+    initial = fingerprint_entries(live.handle.initial_of(*why).items())
+    present = initial | fingerprint_of(live, expected)
     # A fingerprint made of a file has entries of buffers. Training changes buffers, so they do not tell a base.
     buffers = {name for name in live.keys if not isinstance(live.tensors[name], nn.Parameter)}
     expected = {name: entry for name, entry in expected.items() if name not in buffers}

@@ -10,7 +10,8 @@ from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..nn.attachment import Beside
 
-Remedy = Callable[[Mapping[str, Beside]], str]  # makes the advice for adapters that are not attached
+Attached = Mapping[str, Beside]  # to a model, by name
+Remedy = Callable[[Attached], str]  # makes the advice for adapters that are not attached
 
 
 def by_attach(missing: Mapping[str, Beside]) -> str:
@@ -29,9 +30,8 @@ def by_callback(missing: Mapping[str, Beside]) -> str:
     return f"Give it to the callback: LoRACallback(beside={{{beside}}}), or call attach before."
 
 
-def refuse_missing(listing: Listing, adapter: Adapter, remedy: Remedy = by_load_adapter) -> None:
+def refuse_missing(here: Attached, adapter: Adapter, remedy: Remedy = by_load_adapter) -> None:
     """Raise LoRAError where an adapter was trained beside one that is not attached to the model."""
-    here = beside_in(listing)
     missing = {name: each for name, each in sorted(adapter.beside.items()) if name not in here}
     if missing:
         raise LoRAError(
@@ -49,9 +49,9 @@ def check_beside(listing: Listing, adapter: Adapter) -> None:
         listing: of the model, adapted or not.
         adapter: under the model's names.
     """
-    refuse_missing(listing, adapter)
-    refuse_others(listing, adapter)
     here = beside_in(listing)
+    refuse_missing(here, adapter)
+    refuse_others(here, adapter)
     for name, each in sorted(adapter.beside.items()):
         if here[name].weight != each.weight:
             raise LoRAError(
@@ -66,9 +66,9 @@ def check_beside_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, flo
     Returns:
         The weights of the checkpoint that differ from the model's, by name: a run goes on with those it had.
     """
-    refuse_missing(handle, adapter, by_callback)
-    refuse_others(handle, adapter)
-    here = beside_in(handle)
+    here = handle.record.beside
+    refuse_missing(here, adapter, by_callback)
+    refuse_others(here, adapter)
     more = sorted(here.keys() - adapter.beside.keys())
     if more:
         raise LoRAError(
@@ -78,9 +78,8 @@ def check_beside_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, flo
     return {name: each.weight for name, each in adapter.beside.items() if each.weight != here[name].weight}
 
 
-def refuse_others(listing: Listing, adapter: Adapter) -> None:
+def refuse_others(here: Attached, adapter: Adapter) -> None:
     """Raise LoRAError where the adapter that is attached under a name is another than it was in the training."""
-    here = beside_in(listing)
     for name, each in sorted(adapter.beside.items()):
         if each.fingerprint != here[name].fingerprint:
             raise LoRAError(
@@ -89,7 +88,7 @@ def refuse_others(listing: Listing, adapter: Adapter) -> None:
             )
 
 
-def beside_in(listing: Listing) -> Mapping[str, Beside]:
+def beside_in(listing: Listing) -> Attached:
     """Return what is attached to a model, by name; nothing where it is not adapted."""
     handle = listing if isinstance(listing, AdaptedModel) else find_model(listing, attached=True)
     return handle.record.beside if handle is not None else {}

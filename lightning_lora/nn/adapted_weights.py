@@ -71,9 +71,7 @@ class LayerState:
     sharded: int = 0  # over how many dimensions of ranks the weight lay when it was last seen
     training_checked: bool = False  # training was seen to reach the layer, or a warning has named it
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
-    strength: float = (
-        1.0  # by which the trained adapter is weakened or strengthened inside `scaled`; 0: it does not act
-    )
+    strength: float = 1.0  # of the trained adapter, another one inside `scaled`; with 0 it does not act
     beside: Packed | None = None  # the attached adapters
     known_info: tuple[LayerSpec, LayerInfo] | None = None  # the last result of `layer_info`, with its spec
     # Memory of plain copies, kept from merge to merge: on the CPU fresh pages take longer than the copy.

@@ -19,6 +19,7 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     adapter_state_dict,
+    attach,
     inject,
     load_adapter,
     load_from_checkpoint,
@@ -190,6 +191,12 @@ def test_another_quantised_base_is_refused(tmp_path: Path, kind: str, targets: A
             load_adapter(built(2), source)
         with pytest.warns(UserWarning, match="another base"):
             load_adapter(built(2), source, strict_base=False)
+        same, other = built(), built(2)
+        for each in (same, other):
+            each.norm.load_state_dict(model.norm.state_dict())  # other statistics are refused before
+        assert attach(same, source, name="beside")
+        with pytest.raises(LoRAError, match=r"another base: values of 'net\.0\."):
+            attach(other, source, name="beside")
     with pytest.raises(LoRAError, match="another base"):
         fitted(tmp_path / "on", lora(target_modules=targets), model=built(2), max_epochs=2, ckpt_path=path)
 
