@@ -1,4 +1,4 @@
-"""lightning-lora merge: a base that is a folder gives a folder, whose name does not end like that of a file."""
+"""lightning-lora merge: the output for a folder is a folder. The name of a file is refused for it."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_quantised_weights_are_dequantised_as_in_merged_state_dict(kind: str):
 
 
 def beside_plain(kind: str) -> Any:
-    """A model whose first layer is plain and adapted, and whose others are quantised and not adapted."""
+    """The first layer is plain and adapted. The others are quantised and not adapted."""
     model, plain = quantised(kind), torch.nn.Linear(128, 64)
     model[0] = plain
     inject(model, LoRAConfig(r=2, target_modules=["0"], init_lora_weights=False))

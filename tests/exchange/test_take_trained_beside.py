@@ -1,4 +1,4 @@
-"""An adapter that was trained beside others: what its files say of them, and that nothing loads it without them."""
+"""Files of an adapter that was trained beside others name them. Nothing loads it without them."""
 
 from __future__ import annotations
 

@@ -328,7 +328,7 @@ def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class Wide(Net):
-    """Has two layers whose sizes are multiples of 8 and 16, which Transformer Engine takes, and two that it leaves."""
+    """Transformer Engine takes two of its layers, whose sizes are multiples of 8 and 16, and leaves the other two."""
 
     def build_body(self) -> None:
         super().build_body()
