@@ -2,7 +2,7 @@
 
 models      models, training, layers, parameters, tables, variants, methods; of other packages: peers, pretrained,
             families, quantised; small ones for costs: llama, scale
-runs        runs, lightning_versions, other_name, naive; programs that tests start: programs/, examples
+runs        runs, lightning_versions, other_name; programs that tests start: programs/, examples
 ranks       processes, launched, sharded, sharded_adapters, fsdp1, deepspeed, strategies
 files       expected_weights, fuzz_reference
 devices     devices, pretend_device, pretend_operators

@@ -56,11 +56,5 @@ def test_launcher_without_inject_is_refused_with_the_remedy(launched, strategy: 
     assert "Call inject(model, LoRAConfig(...)) before fit, or use strategy='ddp'." in launched["refused"][strategy]
 
 
-def test_naive_callback_loses_the_adapter_in_started_processes(launched):
-    """It trains and saves one, but the model of the main process has none, and nothing says so."""
-    assert len(launched["lost"]["saved"]) == 6
-    assert launched["lost"]["arrived"] == []
-
-
 def test_evaluation_needs_no_inject(launched):
     assert launched["validated"]["True"] == pytest.approx(launched["validated"]["False"], rel=1e-5)

@@ -25,7 +25,6 @@ from lightning_lora import (
     read_adapter,
 )
 from lightning_lora.command.info import info
-from support.naive import NaiveCallback
 from support.processes import world
 from support.recorders import Traffic
 from support.sharded import (
@@ -69,29 +68,6 @@ def test_resuming_equals_the_uninterrupted_run(tmp_path, save):
     world().run(run, tmp_path / "first", save, 2)
     for found in world().run(run, tmp_path / "second", save, 4, tmp_path / "first" / "2.ckpt", 5):
         assert_same_run(found, uninterrupted)
-
-
-def naive_resume(path: Path, whole: bool, strict: bool) -> str:
-    callback = NaiveCallback(r=2, target_modules=TARGETS, merged_eval=False)
-    for epochs, source in ((1, None), (2, path / "1.ckpt")):
-        model = Sharded()
-        model.strict_loading = strict
-        trainer = model_parallel(path, callback, whole=whole, max_epochs=epochs)
-        try:
-            trainer.fit(model, *data(), ckpt_path=source)
-        except BaseException as error:  # torch's CheckpointException is no Exception
-            assert source is not None
-            return str(error)
-        trainer.save_checkpoint(path / "1.ckpt")
-    return "resumed"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("whole", "strict"), [(True, True), (False, True), (False, False)])
-def test_naive_callback_cannot_resume_a_sharded_run(tmp_path, whole, strict):
-    """The strategy asks for the base before any hook of a callback, distributed even where loading is not strict."""
-    for message in world().run(naive_resume, tmp_path, whole, strict):
-        assert ("does not exist in the loaded checkpoint" if whole else "Missing key in checkpoint") in message
 
 
 def evaluate(path: Path, save: str, name: str) -> float:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged, load_adapter
-from support.naive import NaiveCallback
 from support.training import Data, Net, assert_same_tensors
 
 CONFIG = LoRAConfig(r=2, lora_alpha=4, target_modules=["body.0", "body.3", "head"], init_lora_weights=False)
@@ -91,15 +90,6 @@ def refused(folder: Path, strategy: str) -> str:
     return "it was not refused"
 
 
-def lost(folder: Path, strategy: str) -> dict[str, Any]:
-    """What the callback that one writes first leaves behind: Lightning loads with strict=False in the main process."""
-    model, keep = Synced(), ModelCheckpoint(folder / "kept", "a")
-    naive = NaiveCallback(r=2, target_modules=["body.0", "body.3", "head"])
-    trainer_for(folder, strategy, 1, naive, keep).fit(model, Data())
-    saved = torch.load(keep.best_model_path, weights_only=True)["state_dict"]
-    return {"saved": sorted(saved), "arrived": [name for name in model.state_dict() if "lora" in name]}
-
-
 def validated(folder: Path, strategy: str) -> dict[str, float]:
     """Nothing comes back from an evaluation but its numbers, so that it needs no adapter here."""
     numbers = {}
@@ -121,7 +111,6 @@ if __name__ == "__main__":
         "ddp_notebook": injected(root / "notebook", "ddp_notebook", 1, "merged"),
         "ddp_spawn": injected(root / "spawn", "ddp_spawn", 1, "full"),
         "refused": {strategy: refused(root, strategy) for strategy in ("ddp_fork", "ddp_notebook")},
-        "lost": lost(root / "lost", "ddp_fork"),
         "validated": validated(root, "ddp_fork"),
     }
     (root / "results.json").write_text(json.dumps(results))
