@@ -3,10 +3,9 @@
 pip install -e ".[examples]"
 python examples/finetune.py
 
-Break it off with Ctrl-C at any time: the same command goes on from the last epoch. Look at it meanwhile with
-`tensorboard --logdir runs`. To start anew, delete the folder runs/finetune.
+Ctrl-C interrupts it, and the same command goes on from the last epoch. Delete runs/finetune to start anew.
 
-The task: which package of Python's library is a docstring from? The head is new, and everything else is adapted.
+The task: which package of Python's library is a docstring from?
 """
 
 from pathlib import Path
@@ -110,7 +109,7 @@ def answer(model: Any, tokenizer: Any, text: str) -> str:
 
 
 if __name__ == "__main__":
-    # Train, or go on where the last run was broken off
+    # Train, or go on with the last run
     L.seed_everything(0)
     model, data = Classifier(), Docstrings()
     lora = LoRACallback(
@@ -128,23 +127,23 @@ if __name__ == "__main__":
     )
     trainer.fit(model, data, ckpt_path="last")  # at the first run Lightning warns that there is none
 
-    # Test the best epoch, not the last one
+    # Test the best epoch
     (tested,) = trainer.test(model, data, ckpt_path="best")
     print(f"test accuracy: {tested['test_accuracy']:.2f}")
 
-    # Deploy the adapter: a small folder beside the base, for PEFT and for servers that take adapters
+    # Deploy the adapter, for PEFT and servers
     text = "Parse the headers of a message."
     export_adapter(checkpoint.best_model_path, RUN / "adapter")
     adapted = PeftModel.from_pretrained(pretrained(BASE), RUN / "adapter")
     print("adapter, by peft:       ", answer(adapted, data.tokenizer, text))
 
-    # Deploy merged weights: a model's folder, for transformers and for all that reads one
+    # Deploy merged weights, for transformers
     save_merged(model, RUN / "merged")
     data.tokenizer.save_pretrained(RUN / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(RUN / "merged")
     print("merged, by transformers:", answer(merged, data.tokenizer, text))
 
-    # Deploy in memory: the checkpoint of the best epoch, as plain layers with merged weights
+    # Deploy in memory, from the checkpoint of the best epoch
     tuned = load_from_checkpoint(Classifier, checkpoint.best_model_path)
     merge_and_unload(tuned)
     print("checkpoint, in memory:  ", answer(tuned.model, data.tokenizer, text))

@@ -1,6 +1,6 @@
 """What examples/migrating.md says is so.
 
-Its program, those that it links and both sides of its diffs run, each where the package is installed that it comes
+The programs that it links and both sides of its diffs run, each where the package is installed that it comes
 from. Its tables name what both packages have, and options that are taken. The defaults that differ from PEFT's are the
 ones it lists.
 """
@@ -8,10 +8,8 @@ ones it lists.
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import functools
-import io
 import json
 import re
 import runpy
@@ -36,9 +34,7 @@ from support.notices import PEER_NOTICES
 
 PAGE = Path(__file__).parents[2] / "examples" / "migrating.md"
 SECTIONS = {section.split("\n")[0]: section for section in re.split(r"^#{2,3} ", PAGE.read_text(), flags=re.M)[1:]}
-PROGRAM = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.M | re.S)
 DIFF = re.compile(r"^```diff\n(.*?)^```$", re.M | re.S)
-RECIPES = {title: PROGRAM.findall(section)[0] for title, section in SECTIONS.items() if "```python" in section}
 DIFFS = {title: DIFF.findall(section)[0] for title, section in SECTIONS.items() if "```diff" in section}
 ROWS = re.findall(r"^\| (.+) \|$", PAGE.read_text(), re.M)
 PROGRAMS = {path.stem.removeprefix("train_"): path for path in (Path(__file__).parent / "programs").glob("train_*.py")}
@@ -52,12 +48,31 @@ NOTICES = (
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES, *NOTICES)
 
 
-def test_recipe_runs_and_prints_what_the_page_says(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ((code, output),) = RECIPES.values()
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile(code, PAGE, "exec"), {"__name__": "recipe"})
-    assert out.getvalue() == output
+class Old(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}  # as if it were trained
+        self.model = peft.get_peft_model(
+            LlamaForCausalLM(LlamaConfig(**SIZES)), peft.LoraConfig(r=8, lora_alpha=16, **options)
+        )
+
+
+class New(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def test_a_checkpoint_with_a_peft_model_in_it_is_loaded_onto_an_injected_model(tmp_path):
+    assert 'then `load_adapter(model, "old.ckpt")`' in SECTIONS["From PEFT"]
+    old, new = Old().eval(), New().eval()
+    torch.save({"state_dict": old.state_dict(), "hyper_parameters": {}}, tmp_path / "old.ckpt")
+    lightning_lora.inject(new, LoRAConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    load_adapter(new, tmp_path / "old.ckpt")
+    tokens = torch.arange(16)[None]
+    torch.testing.assert_close(new.model(tokens).logits, old.model(tokens).logits, rtol=0, atol=1e-6)
 
 
 @pytest.mark.packages
@@ -70,7 +85,7 @@ def test_program_of_another_package_runs(tmp_path, monkeypatch, package):
 
 def test_every_block_of_the_page_is_run_and_every_program_is_linked():
     languages = re.findall(r"^```(\w+)$", PAGE.read_text(), re.M)
-    assert sorted(languages) == sorted(["python", "text"] * len(RECIPES) + ["diff"] * len(DIFFS))
+    assert languages == ["diff"] * len(DIFFS)
     linked = re.findall(r"\]\(\.\./tests/packages/programs/train_(\w+)\.py\)", PAGE.read_text())
     assert sorted(linked) == sorted(PROGRAMS) == ["litgpt", "nemo", "terratorch"]
 

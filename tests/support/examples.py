@@ -83,13 +83,13 @@ def notebook(program: str, small_models: str, repository: str = "") -> str:
     link = f"{COLAB}/github/{repository}/blob/main/examples/finetune.ipynb"
     badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})\n\n" if repository else ""
     intro = (
-        f"# Fine-tuning with LoRA\n\n{badge}{title}\n\n{task}\n\nInterrupt the cell that trains at any time; when it "
-        f"runs again, it goes on from the last epoch. In [Colab]({COLAB}) open this file with File, Upload notebook."
+        f"# Fine-tuning with LoRA\n\n{badge}{title}\n\n{task}\n\nYou can interrupt the cell that trains. Run again, it "
+        f"goes on from the last epoch. In [Colab]({COLAB}) open this file with File, Upload notebook."
     )
     cells = [
         _text(intro),
         _code(INSTALL),
-        _text("A small model and texts that stand in for those of a hub, so that nothing is downloaded."),
+        _text("A small model and texts, so that nothing is downloaded."),
         _code(f"%%writefile small_models.py\n{small_models}", hidden=True),
         *_parts(program, tree),
     ]

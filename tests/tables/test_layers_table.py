@@ -58,8 +58,8 @@ pytestmark = [
 PAGE = Path(__file__).parents[2] / "lightning_lora" / "nn" / "layers.md"
 BEGIN, END = "<!-- layers: written by tests/tables/test_layers_table.py -->", "<!-- end of layers -->"
 HEAD = (
-    "| layer | variant | train | merge | plain merged weights | adapter | to PEFT | from PEFT |",
-    "|---|---|---|---|---|---|---|---|",
+    "| variant | layers | train and merge | plain merged weights | to PEFT | from PEFT |",
+    "|---|---|---|---|---|---|",
 )
 RIGHT = "right"
 LEAST = 1e-3  # of the output's size that an adapter must change
@@ -71,6 +71,11 @@ REFUSALS = {  # what a start from data says of it, and how the table calls that
     "is quantised, but this start": "quantised",
 }
 NO_CELL = "-"
+ALSO = "; "  # between layers, and between variants, that fare alike
+
+
+Label = tuple[str, str]  # variant, layer
+Cells = tuple[str, ...]  # of the columns after these two
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ class Row:
     method: Callable[..., Any] = peft.LoraConfig
 
     @property
-    def label(self) -> str:
-        return f"| {self.layer} | {self.variant} |"
+    def label(self) -> Label:
+        return self.variant, self.layer
 
 
 def floats(*shape: int) -> Callable[[], torch.Tensor]:
@@ -226,7 +231,7 @@ ROWS = [
         )
         for options, variant in ((EVA, "EVA"), (GA, "LoRA-GA"))
     ),
-    Row("nn.Linear", inner(lambda: nn.Linear(8, 6)), floats(3, 8), EVA | {"use_dora": True}, "DoRA, EVA"),
+    Row("nn.Linear", inner(lambda: nn.Linear(8, 6)), floats(3, 8), EVA | {"use_dora": True}, "DoRA with EVA"),
     *(
         Row("nn.Linear, whose weight is read", inner(Readers), floats(3, 8), options, variant, theirs=None)
         for options, variant in (
@@ -556,19 +561,19 @@ def from_peft(row: Row, folder: Path) -> str:
     return RIGHT
 
 
-def cells(row: Row, folder: Path) -> list[str]:
+def cells(row: Row, folder: Path) -> Cells:
     try:
         adapted(row)
     except LoRAError as error:
         reason = next((short for said, short in REFUSALS.items() if said in str(error)), None)
         if reason is None or not is_from_data(row):
             raise
-        return [f"refused: {reason}", *[NO_CELL] * 5]
-    found = [trained(row), merging(row), plain_weights(row), adapter_alone(row)]
-    return [*found, to_peft(row, folder / "ours"), from_peft(row, folder / "theirs")]
+        return (f"refused: {reason}", *[NO_CELL] * 3)
+    assert trained(row) == adapter_alone(row) == RIGHT
+    return merging(row), plain_weights(row), to_peft(row, folder / "ours"), from_peft(row, folder / "theirs")
 
 
-def line(row: Row, folder: Path) -> str:
+def line(row: Row, folder: Path) -> Cells:
     init = row.options.get("init_lora_weights")
     inits = init if isinstance(init, tuple) else None
     runs = [replace(row, options=row.options | {"init_lora_weights": each}) for each in inits] if inits else [row]
@@ -577,13 +582,35 @@ def line(row: Row, folder: Path) -> str:
         assert found == found[:1] * len(found)
     except AssertionError as error:
         raise AssertionError(row.label) from error
-    return f"{row.label} {' | '.join(found[0])} |"
+    return found[0]
 
 
-def known() -> dict[str, str]:
-    text = PAGE.read_text().split(BEGIN)[1].split(END)[0]
-    lines = [entry for entry in text.splitlines() if entry.startswith("| ")][1:]
-    return {"|".join(entry.split("|")[:3]) + "|": entry for entry in lines}
+def rendered(outcomes: dict[Label, Cells]) -> str:
+    """The table: a line for all layers of a variant that fare alike, and for all variants with the same such layers."""
+    layers: dict[tuple[str, Cells], list[str]] = {}
+    for variant in dict.fromkeys(row.variant for row in ROWS):
+        for row in ROWS:
+            if row.variant == variant:
+                layers.setdefault((variant, outcomes[row.label]), []).append(row.layer)
+    variants: dict[tuple[str, Cells], list[str]] = {}
+    for (variant, found), alike in layers.items():
+        variants.setdefault((ALSO.join(alike), found), []).append(variant)
+    lines = [[ALSO.join(alike), names, *found] for (names, found), alike in variants.items()]
+    return "\n".join([*HEAD, *(f"| {' | '.join(entries)} |" for entries in lines)])
+
+
+def table() -> str:
+    return PAGE.read_text().split(BEGIN)[1].split(END)[0].strip()
+
+
+def known() -> dict[Label, Cells]:
+    lines = [entry.strip("| ").split(" | ") for entry in table().splitlines()[len(HEAD) :]]
+    return {
+        (variant, layer): tuple(found)
+        for variants, layers, *found in lines
+        for variant in variants.split(ALSO)
+        for layer in layers.split(ALSO)
+    }
 
 
 @pytest.mark.slow
@@ -596,12 +623,15 @@ def test_every_layer_and_variant_fares_as_the_table_says(tmp_path):
             skipped.append(row.label)
     if os.environ.get("WRITE_TABLE"):
         before, rest = PAGE.read_text().split(BEGIN)
-        lines = [*HEAD, *((known() | found)[row.label] for row in ROWS)]
-        PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}")
+        PAGE.write_text(f"{before}{BEGIN}\n\n{rendered(known() | found)}\n\n{END}{rest.split(END)[1]}")
     wanted = known()
-    assert list(wanted) == [row.label for row in ROWS]
     assert found == {label: wanted[label] for label in found}
     assert len(found) + len(skipped) == len(ROWS)
+
+
+def test_the_table_has_each_row_once_and_joins_those_that_fare_alike():
+    assert set(known()) == {row.label for row in ROWS}
+    assert table() == rendered(known())
 
 
 def test_a_row_of_a_model_that_does_not_train_says_so(monkeypatch):
