@@ -364,7 +364,7 @@ def test_calls_of_the_front_pages_table_run(front):
             front["result"] = eval(call, front)
             if "test" in want:
                 assert front["result"][0]["loss"] < 0.1
-            if "of such a folder" in want:
+            if "such a folder" in want:
                 check_tuned(front, front["model"].model, call)
             if "resume" in want:
                 assert front["trainer"].callbacks[0].batches == len(front["data"])
