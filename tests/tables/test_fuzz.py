@@ -14,7 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -233,29 +233,6 @@ def test_adapter_folder_with_damaged_bytes_is_refused_or_loads_right(
     attempt("bytes of adapter folders", good, damaged(f"{folder}/{file}", damage), load(folder))
 
 
-@pytest.mark.slow
-@fuzz
-@given(damage=byte_damage())
-def test_checkpoint_with_damaged_bytes_is_refused_or_loads_right(good: Path, damage: Callable[[bytes], bytes]):
-    attempt("bytes of checkpoints", good, damaged("adapter.ckpt", damage), load("adapter.ckpt"))
-
-
-@pytest.mark.slow
-@fuzz
-@given(damage=byte_damage(), file=st.sampled_from(["base/model-1.safetensors", f"base/{INDEX}", "base/config.json"]))
-def test_model_folder_with_damaged_bytes_is_refused_or_merges_right(
-    good: Path, damage: Callable[[bytes], bytes], file: str
-):
-    attempt("bytes of model folders", good, damaged(file, damage), merge("base", "ours", "out"))
-
-
-@pytest.mark.slow
-@fuzz
-@given(damage=byte_damage())
-def test_base_checkpoint_with_damaged_bytes_is_refused_or_merges_right(good: Path, damage: Callable[[bytes], bytes]):
-    attempt("bytes of base checkpoints", good, damaged("base.ckpt", damage), merge("base.ckpt", "ours", "out.ckpt"))
-
-
 # --- damage to values: valid JSON and valid pickles that say something odd ---
 
 strings = ["", "r", "(", "../../x", "/etc/passwd", "conv", "head", "float32", "torch", ".*", "\0", "é" * 9]
@@ -310,22 +287,6 @@ def json_damaged(file: str, damage: Callable[[Any], Any]) -> Callable[[Path], An
     return lambda path: (path / file).write_text(json.dumps(damage(json.loads((path / file).read_text()))))
 
 
-@pytest.mark.slow
-@fuzz
-@given(damage=value_damage(), folder=st.sampled_from(["ours", "foreign", "foreign"]))
-def test_adapter_config_with_damaged_values_is_refused_or_loads_right(
-    good: Path, damage: Callable[[Any], Any], folder: str
-):
-    attempt("values of configs", good, json_damaged(f"{folder}/adapter_config.json", damage), load(folder))
-
-
-@pytest.mark.slow
-@fuzz
-@given(damage=value_damage(), file=st.sampled_from([INDEX, INDEX, "config.json"]))
-def test_index_with_damaged_values_is_refused_or_merges_right(good: Path, damage: Callable[[Any], Any], file: str):
-    attempt("values of indexes", good, json_damaged(f"base/{file}", damage), merge("base", "ours", "out"))
-
-
 def header_damaged(file: str, damage: Callable[[Any], Any], inside: bool) -> Callable[[Path], Any]:
     """Damage to a safetensors header, or to our description inside it."""
 
@@ -346,24 +307,44 @@ def header_damaged(file: str, damage: Callable[[Any], Any], inside: bool) -> Cal
 
 @pytest.mark.slow
 @fuzz
-@given(damage=value_damage(), inside=st.booleans())
-def test_safetensors_header_with_damaged_values_is_refused_or_loads_right(
-    good: Path, damage: Callable[[Any], Any], inside: bool
+@given(damage=value_damage(), where=st.sampled_from(["ours", "foreign", "header", "description"]))
+def test_adapter_folder_with_damaged_values_is_refused_or_loads_right(
+    good: Path, damage: Callable[[Any], Any], where: str
 ):
-    spoil = header_damaged("ours/adapter_model.safetensors", damage, inside)
-    attempt("values of headers", good, spoil, load("ours"))
+    if where in ("ours", "foreign"):
+        spoil = json_damaged(f"{where}/adapter_config.json", damage)
+    else:
+        spoil = header_damaged("ours/adapter_model.safetensors", damage, inside=where == "description")
+    attempt("values of adapter folders", good, spoil, load("foreign" if where == "foreign" else "ours"))
 
 
-@pytest.mark.slow
-@fuzz
-@given(damage=value_damage(), where=st.sampled_from(["lora", "all", "state_dict"]))
-def test_checkpoint_with_damaged_values_is_refused_or_loads_right(good: Path, damage: Callable[[Any], Any], where: str):
+def values_of_checkpoint(damage: Callable[[Any], Any], where: str) -> Callable[[Path], Any]:
     def spoil(path: Path) -> None:
         content = torch.load(path / "adapter.ckpt", weights_only=True)
         content = damage(content) if where == "all" else content | {where: damage(content[where])}
         torch.save(content, path / "adapter.ckpt")
 
-    attempt("values of checkpoints", good, spoil, load("adapter.ckpt"))
+    return spoil
+
+
+@pytest.mark.slow
+@fuzz
+@given(
+    spoil=byte_damage().map(partial(damaged, "adapter.ckpt"))
+    | st.builds(values_of_checkpoint, value_damage(), st.sampled_from(["lora", "all", "state_dict"]))
+)
+def test_damaged_checkpoint_is_refused_or_loads_right(good: Path, spoil: Callable[[Path], Any]):
+    attempt("checkpoints", good, spoil, load("adapter.ckpt"))
+
+
+@pytest.mark.slow
+@fuzz
+@given(
+    spoil=st.builds(damaged, st.sampled_from(["base/model-1.safetensors", f"base/{INDEX}"]), byte_damage())
+    | st.builds(json_damaged, st.sampled_from([f"base/{INDEX}", "base/config.json"]), value_damage())
+)
+def test_damaged_model_folder_is_refused_or_merges_right(good: Path, spoil: Callable[[Path], Any]):
+    attempt("model folders", good, spoil, merge("base", "ours", "out"))
 
 
 # --- damage to tensors ---
@@ -397,12 +378,11 @@ def tensor_damage(draw: st.DrawFn) -> Callable[[dict[str, torch.Tensor]], None]:
     return damage
 
 
-either = st.sampled_from(["ours", "foreign"])
-
-
 @pytest.mark.slow
 @fuzz
-@given(damage=tensor_damage(), folder=either, to=st.sampled_from(["load", "merge", "diff"]))
+@given(
+    damage=tensor_damage(), folder=st.sampled_from(["ours", "foreign"]), to=st.sampled_from(["load", "merge", "diff"])
+)
 def test_adapter_folder_with_damaged_tensors_is_refused_or_handled_right(
     good: Path, damage: Callable[[dict[str, torch.Tensor]], None], folder: str, to: str
 ):
@@ -420,15 +400,17 @@ def test_adapter_folder_with_damaged_tensors_is_refused_or_handled_right(
     attempt(f"tensors, to {to}", good, spoil, acts[to])
 
 
-@pytest.mark.slow
-@fuzz
-@given(damage=tensor_damage())
-def test_base_checkpoint_with_damaged_tensors_is_refused_or_merges_right(
-    good: Path, damage: Callable[[dict[str, torch.Tensor]], None]
-):
+def tensors_of_base(damage: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], Any]:
     def spoil(path: Path) -> None:
         content = torch.load(path / "base.ckpt", weights_only=True)
         damage(content["state_dict"])
         torch.save(content, path / "base.ckpt")
 
-    attempt("tensors of bases", good, spoil, merge("base.ckpt", "ours", "out.ckpt"))
+    return spoil
+
+
+@pytest.mark.slow
+@fuzz
+@given(spoil=byte_damage().map(partial(damaged, "base.ckpt")) | tensor_damage().map(tensors_of_base))
+def test_damaged_base_checkpoint_is_refused_or_merges_right(good: Path, spoil: Callable[[Path], Any]):
+    attempt("base checkpoints", good, spoil, merge("base.ckpt", "ours", "out.ckpt"))

@@ -27,7 +27,6 @@ from lightning_lora import (
     save_adapter,
     unload,
 )
-from support.fsdp1 import fsdp1
 from support.models import randomise_
 from support.processes import world
 from support.sharded import BATCHES, Plain, X, base_of, model_parallel, whole_state
@@ -35,7 +34,6 @@ from support.sharded_adapters import assert_same_bits
 from support.strategies import (
     OPTIONS,
     OfFSDP2,
-    OfHSDP,
     OfTensorParallel,
     State,
     Watched,
@@ -46,7 +44,6 @@ from support.strategies import (
     gathered_by_fsdp1,
     import_package,
     on_one_device,
-    stage_1,
     stage_2,
     stage_3,
 )
@@ -64,15 +61,11 @@ ROWS = [
     ALONE,
     WithTrainer("ddp", 2, 2, Watched, on_one_device),
     WithTrainer("FSDP2", 2, 2, OfFSDP2, model_parallel),
-    WithTrainer("HSDP", 2, 2, OfHSDP, model_parallel),
     WithTrainer("tensor parallel", 2, 2, OfTensorParallel, by_tensor, tensor=2),
-    WithTrainer("FSDP1", 2, 2, Watched, fsdp1, state=gathered_by_fsdp1),
     WithTrainer("FSDP1, a unit for each layer", 2, 2, Watched, fsdp1_by_layers, state=gathered_by_fsdp1),
-    WithTrainer("stage 1", 2, 2, Watched, stage_1, package="deepspeed"),
     WithTrainer("stage 2", 2, 2, Watched, stage_2, package="deepspeed"),
     WithTrainer("stage 3", 2, 2, Watched, stage_3, package="deepspeed", state=gathered_by_deepspeed),
 ]
-UNLOAD_IS_REFUSED = ("FSDP2", "HSDP")
 
 
 # --- what is done on the ranks ---
@@ -260,7 +253,7 @@ def the_best_is_tested_merged(row: WithTrainer) -> None:
 def unload_leaves_the_base_or_is_refused_by_name(row: WithTrainer) -> None:
     for life in lives(row):
         said, state = life.unloaded
-        if row.label in UNLOAD_IS_REFUSED:
+        if row.label == "FSDP2":
             assert said.startswith("unload: ")
             assert "was sharded by fully_shard" in said
             state = base_of(state)
