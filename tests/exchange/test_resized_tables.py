@@ -70,6 +70,8 @@ def test_rows_that_peft_stored_come_back_and_are_stored_again(tmp_path, caplog, 
     other = peft.get_peft_model(resized(base, 1), config)
     spread_(other)
     other.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(LoRAError, match=r"has 70 rows, in the model 64.*model\.resize_token_embeddings\(70\)"):
+        load_adapter(transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter")
     net = resized(base, 2)
     before = outputs(net)
     with caplog.at_level(logging.INFO, "lightning_lora"):

@@ -91,6 +91,8 @@ def test_an_adapter_under_the_earlier_names_loads_onto_plain_and_injected_models
     module = nn.ModuleDict({"first": peer_model("bert"), "network": build(family)})
     load_adapter(module, tmp_path)
     close(logits(module["network"]), expected)
+    if "rank_pattern" in options:
+        return  # whose layers are not those either
     tensors = {name.replace("self_attn", "attention"): t for name, t in load_file(tmp_path / TENSORS).items()}
     save_file(tensors, tmp_path / TENSORS, {"format": "pt"})  # names that no rule knows
     with pytest.raises(LoRAError, match=r"found none"):
