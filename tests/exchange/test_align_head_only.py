@@ -24,7 +24,7 @@ from lightning_lora import (
 from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
 from support.models import checkpoint
-from support.training import inputs
+from support.training import Net, inputs, outputs
 
 HEAD = LoRAConfig(target_modules=[], modules_to_save=["head"])
 
@@ -73,10 +73,10 @@ def test_it_is_loaded_by_names_under_another_prefix(there: str, here: str):
     assert torch.equal(new.get_parameter(f"{here}head.weight"), trained(Network()).head.weight)
 
 
-def test_heads_are_averaged_in_memory():
-    one, other = (take_adapter(trained(Network(), by=by)) for by in (0.5, 1.5))
-    load_adapter(model := Network(), combine([one, other], [0.5, 0.5]))
-    torch.testing.assert_close(model(inputs()), trained(Network(), by=1.0)(inputs()))
+def test_heads_of_lightning_modules_are_averaged_in_memory():
+    one, other = (take_adapter(trained(Net(), by=by)) for by in (0.5, 1.5))
+    load_adapter(model := Net(), combine([one, other], [0.5, 0.5]))
+    torch.testing.assert_close(outputs(model), outputs(trained(Net(), by=1.0)))
 
 
 def test_a_cut_adapter_with_layers_is_no_head():
