@@ -13,15 +13,14 @@ from torch import nn
 
 from lightning_lora import (
     LoRAConfig,
-    LoRAError,
     inject,
     load_adapter,
-    load_from_checkpoint,
     save_adapter,
     take_adapter,
     unload,
 )
 from lightning_lora.model.adapted_model import open_model
+from support.covering import covering
 from support.models import (
     base_zoo,
     checkpoint,
@@ -33,39 +32,16 @@ from support.models import (
 from support.training import own_random_stream
 
 
-class Around(nn.Module):
-    def __init__(self, *names: str) -> None:
-        super().__init__()
-        for name in names:
-            self.add_module(name, base_zoo())
-
-
-def trained_around(**options: Any) -> Around:
-    model = Around("model")
-    inject(model, zoo_config(**options))
-    train(model.model)
-    return model.eval()
-
-
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_options_are_the_words_of_the_run_whatever_they_name_without_the_prefix(use_rslora: bool):
-    options = {"rank_pattern": {r"model\.body\.0": 4}, "alpha_pattern": {r"model\.embed": 3}, "use_rslora": use_rslora}
-    model = trained_around(r=2, lora_alpha=5, target_modules=r"model\.(embed|body\.[03]|conv)", **options)
-    other = base_zoo()
-    load_adapter(other, checkpoint(model, "adapter"))
+def test_options_are_the_words_of_the_run_whatever_they_name_without_the_prefix():
+    options = {"rank_pattern": {r"model\.body\.0": 4}, "alpha_pattern": {r"model\.embed": 3}, "use_rslora": True}
+    model, other = nn.ModuleDict({"model": base_zoo()}), base_zoo()
+    inject(model, zoo_config(r=2, lora_alpha=5, target_modules=r"model\.(embed|body\.[03]|conv)", **options))
+    train(model["model"])
+    load_adapter(other, checkpoint(model.eval(), "adapter"))
     assert open_model(other, "test").record.config == open_model(model, "test").record.config
     layers, here = take_adapter(model).layers, take_adapter(other).layers
     assert {name.removeprefix("model."): layer for name, layer in layers.items()} == here
-    assert torch.equal(other(tokens()), model.model(tokens()))
-
-
-def test_two_networks_with_adapters_of_their_own_are_not_taken_for_one():
-    inject(two := Around("one", "two"), zoo_config())
-    randomise_(two)
-    with torch.no_grad():
-        two.two.conv.lora_B.add_(1)
-    with pytest.raises(LoRAError, match="under exactly one prefix; found none"):
-        load_adapter(base_zoo(), checkpoint(two, "adapter"))
+    assert torch.equal(other(tokens()), model["model"](tokens()))
 
 
 class Headed(nn.Module):
@@ -91,10 +67,16 @@ def network() -> nn.Sequential:
         )
 
 
-@pytest.mark.parametrize("options", [{"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["last"]}])
-@pytest.mark.parametrize("source", ["folder", "checkpoint", "saved again", "saved around"])
-@pytest.mark.parametrize("build", [Headed, HeadedLit])
-def test_options_of_a_network_mean_nothing_around_it(tmp_path: Path, build: type, source: str, options: dict[str, Any]):
+@pytest.mark.parametrize(
+    ("source", "build", "options"),
+    covering(
+        ["folder", "checkpoint", "saved again", "saved around"],
+        [Headed, HeadedLit],
+        [{"bias": "all"}, {"modules_to_save": ["last"]}, {"bias": "lora_only"}],
+        meet=1,
+    ),
+)
+def test_options_of_a_network_mean_nothing_around_it(tmp_path: Path, source: str, build: type, options: dict[str, Any]):
     inner = network()
     inject(inner, LoRAConfig(r=2, target_modules=["first"], **options))
     randomise_(inner)
@@ -117,12 +99,3 @@ def test_options_of_a_network_mean_nothing_around_it(tmp_path: Path, build: type
     unload(model)
     assert model.state_dict().keys() == build().state_dict().keys()
     assert torch.equal(model(x), network()(x))
-
-
-def test_a_network_that_a_lightning_module_did_not_inject_itself_loads_from_its_checkpoint(tmp_path: Path):
-    model = HeadedLit().requires_grad_(False)
-    inject(model.network, LoRAConfig(r=2, target_modules=["first"], bias="all"))
-    randomise_(model.network)
-    torch.save({**checkpoint(model, "adapter"), "pytorch-lightning_version": L.__version__}, tmp_path / "a.ckpt")
-    again = load_from_checkpoint(HeadedLit, tmp_path / "a.ckpt")
-    assert torch.equal(again(x := torch.randn(3, 6)), model(x))

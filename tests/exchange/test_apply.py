@@ -10,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lightning.fabric import Fabric
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,9 +26,12 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.exchange import apply
+from support.covering import covering
 from support.models import (
     ZOO_LAYERS,
+    Zoo,
     base_zoo,
+    bits,
     checkpoint,
     randomise_,
     source,
@@ -42,12 +44,12 @@ from support.models import (
 )
 
 KINDS = ["adapter", "merged", "full", "bare", "state"]
-FORMS = [(kind, form) for kind in KINDS for form in ("dictionary", "file")] + [("", "folder")]
+FORMS = [f"{kind} {form}" for kind in KINDS for form in ("dictionary", "file")] + [" folder"]
 
 
-@pytest.mark.parametrize(("kind", "form"), FORMS)
-@pytest.mark.parametrize("target", ["fresh", "injected", "merged"])
-def test_load_adapter_from_every_source_onto_every_model(tmp_path, kind, form, target):
+@pytest.mark.parametrize(("given", "target"), covering(FORMS, ["fresh", "injected", "merged"], meet=1))
+def test_load_adapter_from_every_source_onto_every_model(tmp_path, given: str, target: str):
+    kind, form = given.split(" ")
     model, other = trained_zoo(), base_zoo()
     given_source = source(model, kind, form, tmp_path)
     if target != "fresh":
@@ -74,8 +76,7 @@ def test_load_adapter_from_every_source_onto_every_model(tmp_path, kind, form, t
     assert state_bits(other) == initial
 
 
-@pytest.mark.parametrize("target", ["fresh", "injected"])
-def test_load_adapter_from_a_full_state_dict_compares_its_base(target):
+def test_load_adapter_from_a_full_state_dict_compares_its_base():
     model, other = trained_zoo(), base_zoo()
     inject(other, zoo_config())
     load_adapter(other, model.state_dict())
@@ -89,25 +90,14 @@ def test_load_adapter_from_a_full_state_dict_compares_its_base(target):
     assert trace(other) == before
 
 
-def test_load_adapter_brings_what_the_user_unfroze():
-    model, other = base_zoo(), base_zoo()
-    inject(model, zoo_config())
-    model.norm.weight.requires_grad_(True)
-    with pytest.warns(UserWarning, match="unfrozen"):
-        adapter_state_dict(model)
-    train(model)
-    load_adapter(other, checkpoint(model.eval(), "adapter"))
-    assert state_bits(other) == state_bits(model)
-    unload(other)
-    assert state_bits(other) == state_bits(base_zoo())
-
-
 # --- another base ---
 
 
-@pytest.mark.parametrize("kind", ["adapter", "merged"])
-@pytest.mark.parametrize("layer", ["embed.weight", "conv.weight", "norm.weight", "body.3.weight"])
-def test_load_adapter_onto_another_base_is_refused_by_name(kind, layer):
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    covering(["embed.weight", "conv.weight", "norm.weight", "body.3.weight"], ["adapter", "merged"], meet=1),
+)
+def test_load_adapter_onto_another_base_is_refused_by_name(layer: str, kind: str):
     state = checkpoint(trained_zoo(), kind)
     other = base_zoo()
     with torch.no_grad():
@@ -123,7 +113,7 @@ def test_load_adapter_onto_another_base_is_refused_by_name(kind, layer):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_same_base_in_another_dtype_is_accepted_and_rounding_of_a_head_is_said(tmp_path, caplog, dtype):
     caplog.set_level("INFO", "lightning_lora")
     model, other = trained_zoo(), base_zoo().to(dtype)
@@ -158,37 +148,8 @@ def test_a_loaded_adapter_has_its_own_layers_alone():
     assert load_adapter(other, take_adapter(model)) == names
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["conv"]},
-        {"target_modules": [*ZOO_LAYERS, "head"], "modules_to_save": None},
-        {"bias": "all"},
-        {"target_modules": ["embed", "conv"], "use_dora": True, "r": 3},
-    ],
-)
-def test_a_model_injected_for_other_layers_or_whole_modules_takes_those_of_the_adapter(options):
-    model, other, tokens_ = base_zoo(), trained_zoo(), tokens()
-    inject(model, zoo_config(**options))
-    randomise_(model)
-    before, was = take_adapter(model), state_bits(model)
-    load_adapter(model, checkpoint(other, "adapter"))
-    assert torch.equal(model(tokens_), other(tokens_))
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
-        n for n, p in other.named_parameters() if p.requires_grad
-    ]
-    load_adapter(model, before)
-    assert state_bits(model) == was
-    unload(model)
-    assert state_bits(model) == state_bits(base_zoo())
-
-
-class Picky(nn.Module):
+class Picky(Zoo):
     """Refuses an extra state that it does not know."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.zoo = base_zoo()
 
     def get_extra_state(self) -> str:
         return "good"
@@ -198,15 +159,31 @@ class Picky(nn.Module):
             raise RuntimeError(f"cannot take {state}")
 
 
+def picky() -> Picky:
+    torch.manual_seed(1)
+    return Picky().eval()
+
+
+def trained_picky(unfreeze: bool) -> Picky:
+    inject(model := picky(), zoo_config())
+    if unfreeze:
+        model.norm.weight.requires_grad_(True)
+        with pytest.warns(UserWarning, match="unfrozen"):
+            adapter_state_dict(model)
+    train(model)
+    return model.eval()
+
+
+def all_bits(model: nn.Module) -> dict[str, bytes]:
+    return {name: bits(value) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
 @pytest.mark.parametrize("target", ["fresh", "unmerged", "merged"])
-def test_a_failure_while_values_are_written_leaves_the_model_as_it_was(target):
-    model = Picky()
-    inject(model, zoo_config())
-    randomise_(model)
-    state = checkpoint(model, "adapter")
+def test_a_failure_while_values_are_written_leaves_the_model_as_it_was_and_the_next_adapter_loads(target: str):
+    state = checkpoint(trained_picky(unfreeze=True), "adapter")
     del state["state_dict"]["_extra_state"]
     state["state_dict"]["_extra_state"] = "bad"  # comes last, when all else is written
-    other = Picky()
+    other, good = picky(), trained_picky(unfreeze=False)
     if target != "fresh":
         inject(other, zoo_config())
     merge(other) if target == "merged" else None
@@ -217,14 +194,18 @@ def test_a_failure_while_values_are_written_leaves_the_model_as_it_was(target):
     assert {**now, "modules": None} == {**before, "modules": None}
     assert is_merged(other) == (target == "merged")
     assert target != "fresh" or now == before
+    load_adapter(other, checkpoint(good, "adapter"))
+    assert all_bits(other) == all_bits(good)
+    assert adapter_state_dict(other).keys() == adapter_state_dict(good).keys()
+    unload(other)
+    assert all_bits(other) == all_bits(picky())
 
 
-@pytest.mark.parametrize("target", ["injected", "merged"])
-def test_ctrl_c_while_values_are_written_leaves_the_model_as_it_was(target: str, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_while_values_are_written_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch):
     other = base_zoo()
     inject(other, zoo_config())
     randomise_(other)
-    merge(other) if target == "merged" else None
+    merge(other)
     before, honest, calls = state_bits(other), apply._write_, []
 
     def stopped_at_first(model: nn.Module, tensors: Any) -> None:
@@ -237,23 +218,7 @@ def test_ctrl_c_while_values_are_written_leaves_the_model_as_it_was(target: str,
     with pytest.raises(KeyboardInterrupt):
         load_adapter(other, checkpoint(trained_zoo(), "adapter"))
     assert state_bits(other) == before
-    assert is_merged(other) == (target == "merged")
-
-
-def test_an_adapter_beyond_the_range_of_a_merged_model_leaves_it_as_it_was():
-    model, other = base_zoo().half(), base_zoo().half()
-    for one in (model, other):
-        inject(one, zoo_config())
-    with torch.no_grad():
-        model.conv.lora_A.fill_(1e3)
-        model.conv.lora_B.fill_(1e3)
-    merge(other)
-    before = state_bits(other)
-    with pytest.raises(LoRAError, match=r"layer 'conv': .*beyond the range"):
-        load_adapter(other, checkpoint(model, "adapter"))
     assert is_merged(other)
-    assert state_bits(other) == before
-    load_adapter(base_zoo().half(), checkpoint(model, "adapter"))  # unmerged it can be used
 
 
 # --- a state dict one level down ---
@@ -266,24 +231,14 @@ def small(**options: Any) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("around", [{}, {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}])
-@pytest.mark.parametrize("key", ["model", "net"])
 @pytest.mark.parametrize("in_file", [True, False])
-def test_a_state_dict_in_an_entry_is_found(tmp_path: Path, around: dict[str, Any], key: str, in_file: bool):
+def test_a_state_dict_in_an_entry_is_found(tmp_path: Path, in_file: bool):
     trained, target = small(init_lora_weights=False), small()
-    source: Any = {**around, key: trained.state_dict()}
+    source: Any = {"epoch": 3, "optimizer": {"param_groups": [{"lr": 0.1}]}, "net": trained.state_dict()}
     if in_file:
         torch.save(source, tmp_path / "checkpoint.pt")
         source = tmp_path / "checkpoint.pt"
     assert load_adapter(target, source) == ["0"]
-    assert torch.equal(target[0].lora_B, trained[0].lora_B)
-
-
-def test_what_fabric_saves_is_found(tmp_path: Path):
-    trained, target = small(init_lora_weights=False), small()
-    fabric = Fabric(accelerator="cpu", devices=1)
-    fabric.save(tmp_path / "checkpoint.ckpt", {"model": trained, "step": 3})
-    assert load_adapter(target, tmp_path / "checkpoint.ckpt") == ["0"]
     assert torch.equal(target[0].lora_B, trained[0].lora_B)
 
 
@@ -309,17 +264,13 @@ def test_what_a_peft_model_saves_in_an_entry_is_found():
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (
-            {"model": {"0.weight": torch.ones(3, 3)}, "epoch": 1},
-            "the source holds no lora_A, neither by itself nor in an entry; it holds 'model', 'epoch'.",
-        ),
-        ({"model": None}, "the source holds no lora_A, neither by itself nor in an entry; it holds 'model'."),
+        ({"model": {"0.weight": torch.ones(3, 3)}, "epoch": 1}, r"no lora_A.* 'model', 'epoch'"),
         (
             {"a": small().state_dict(), "b": small().state_dict()},
-            "'a' and 'b' hold an adapter each; pass the one that you want, as load_adapter(model, checkpoint['a']).",
+            r"'a' and 'b' .*checkpoint\['a'\]",
         ),
     ],
 )
 def test_a_dictionary_without_one_adapter_is_refused_with_what_it_holds(source: dict[str, Any], said: str):
-    with pytest.raises(LoRAError, match=f"^load_adapter: {re.escape(said)}$"):
+    with pytest.raises(LoRAError, match=said):
         load_adapter(small(), source)

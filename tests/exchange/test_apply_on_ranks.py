@@ -16,6 +16,11 @@ from support.sharded_adapters import assert_same_bits, injected
 
 def swapped(path: Path) -> None:
     net = shard_(injected(seed=1))
+    for module in filter(is_fully_sharded, net.modules()):
+        module.unshard()
+    assert not any(map(is_sharded, net.parameters()))  # gathered at the moment
+    assert any(map(holds_shards, net.modules()))
+    net = shard_(injected(seed=1))
     whole = whole_state(net)
     taken = take_adapter(net)
     load_adapter(net, path / "same")
@@ -48,16 +53,3 @@ def test_equal_ranks_are_swapped_and_others_refused(tmp_path: Path):
                     parameter.mul_(-2)
         save_adapter(net, tmp_path / name)
     world().run(swapped, tmp_path)
-
-
-def gathered() -> None:
-    net = shard_(injected(seed=1))
-    for module in net.modules():
-        if is_fully_sharded(module):
-            module.unshard()
-    assert not any(map(is_sharded, net.parameters()))
-    assert any(map(holds_shards, net.modules()))
-
-
-def test_a_model_whose_shards_are_gathered_at_the_moment_is_a_sharded_one():
-    world().run(gathered)

@@ -1,12 +1,14 @@
-"""Full checkpoints: of a model of which a part was injected, and with initial values that are missing or damaged."""
+"""Full checkpoints: of a part, and with damaged first values; a user's own entries; submodules that are compiled."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -15,13 +17,20 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     LoRAError,
+    adapter_state_dict,
     disable_adapter,
     inject,
     load_adapter,
     load_from_checkpoint,
+    merge_and_unload,
+    save_adapter,
     take_adapter,
     unload,
 )
+from support.covering import covering
+from support.expected_weights import merge_and_check
+from support.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
+from support.recorders import Recorder
 from support.runs import At, lora, trained
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, seen, weights
 
@@ -52,7 +61,6 @@ class Twofold(Net):
 
 
 PARTS: dict[str, tuple[type[Net], str, Any]] = {
-    "all, a list": (AllInOne, "net", ["0.0", "0.3"]),
     "all, an expression": (AllInOne, "net", r"0\.[03]|1"),
     "a part, a list": (Net, "body", ["0", "3"]),
     "a part, an expression": (Net, "body", "[03]"),
@@ -66,8 +74,7 @@ TRAINED = {
 
 
 @pytest.mark.filterwarnings("ignore:lightning_lora. [a-z_]+ cannot bring back")  # what was trained beside the part
-@pytest.mark.parametrize("what", TRAINED)
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("part", "what"), covering(PARTS, TRAINED, meet=1))
 def test_load_from_checkpoint_of_a_full_checkpoint_of_a_part_brings_back_the_base_of_the_part(
     tmp_path, part: str, what: str
 ):
@@ -96,8 +103,7 @@ def test_load_from_checkpoint_of_a_full_checkpoint_of_a_part_brings_back_the_bas
 
 
 @pytest.mark.filterwarnings("ignore:lightning_lora. adapter. belongs to another base")
-@pytest.mark.parametrize("is_injected", [True, False])
-@pytest.mark.parametrize("part", ["", "body"])
+@pytest.mark.parametrize(("part", "is_injected"), [("", True), ("body", False)])
 def test_load_adapter_takes_from_a_full_checkpoint_what_an_adapter_checkpoint_has_and_refuses_another_base(
     tmp_path, part: str, is_injected: bool
 ):
@@ -155,14 +161,18 @@ READS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", READS)
-@pytest.mark.parametrize("case", SPOILED)
-def test_a_full_checkpoint_without_proper_first_values_is_refused_by_name(tmp_path, case: str, way: str):
-    path = tmp_path / "full.ckpt"
-    trained(tmp_path, Net(), lora(save="full", bias="all")).trainer.save_checkpoint(path)
-    content = torch.load(path, weights_only=True)
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("full")
+    trained(path, Net(), lora(save="full", bias="all")).trainer.save_checkpoint(path / "full.ckpt")
+    return path / "full.ckpt"
+
+
+@pytest.mark.parametrize(("case", "way"), covering(SPOILED, READS, meet=1))
+def test_a_full_checkpoint_without_proper_first_values_is_refused_by_name(tmp_path, full: Path, case: str, way: str):
+    content = torch.load(full, weights_only=True)
     SPOILED[case](content["lora"])
-    torch.save(content, path)
+    torch.save(content, path := tmp_path / "full.ckpt")
     with pytest.raises(LoRAError, match="initial"):
         READS[way](path)
 
@@ -180,3 +190,118 @@ def test_a_full_checkpoint_of_a_weight_without_a_first_value_loads_and_the_weigh
     with pytest.warns(UserWarning, match=r"unload cannot bring back .* \(head.bias\), and leaves it as it is"):
         unload(loaded)
     assert torch.equal(loaded.head.bias, model.head.bias)
+
+
+# --- entries that the user adds ---
+
+
+Entry = Callable[[nn.Module], dict[str, Any]]
+ENTRIES: dict[str, Entry] = {
+    "of one weight": lambda model: {"head.weight": torch.full_like(model.head.weight, 0.5).detach()},
+    "of every parameter": lambda model: {n: torch.full_like(p, 0.5).detach() for n, p in model.named_parameters()},
+    "nested": lambda model: {
+        "tasks": {"first": {"body.3.weight": torch.full_like(model.body[3].weight, 0.5).detach()}}
+    },
+    "of what is trained": lambda model: {n: t.clone().fill_(1) for n, t in adapter_state_dict(model).items()},
+}
+
+
+class Remembers(Net):
+    """Keeps an entry of its own, as for elastic weight consolidation."""
+
+    def __init__(self, entry: str = "of one weight") -> None:
+        super().__init__()
+        self.entry = entry
+        self.found: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fisher"] = ENTRIES[self.entry](self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.found = checkpoint["fisher"]
+
+
+class RemembersBeside(L.Callback):
+    """The same in a callback's state."""
+
+    def __init__(self, entry: str, model: nn.Module) -> None:
+        self.make = functools.partial(ENTRIES[entry], model)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fisher": self.make()}
+
+
+@pytest.mark.parametrize(("entry", "kind"), covering(ENTRIES, ["adapter", "merged", "full"], meet=1))
+def test_an_entry_that_the_module_or_a_callback_adds_is_saved_and_comes_back_as_it_was(tmp_path, entry: str, kind: str):
+    model = Remembers(entry)
+    trained(tmp_path, model, lora(save=kind), RemembersBeside(entry, model))
+    model.trainer.save_checkpoint(tmp_path / "own.ckpt")
+    saved = torch.load(tmp_path / "own.ckpt", weights_only=True)
+    assert_same_tensors(saved["fisher"], ENTRIES[entry](model))
+    assert_same_tensors(saved["callbacks"]["RemembersBeside"]["fisher"], ENTRIES[entry](model))
+    resumed = Remembers(entry)
+    trainer = make_trainer(tmp_path, lora(save=kind), RemembersBeside(entry, resumed), max_epochs=2)
+    trainer.fit(resumed, Data(), ckpt_path=tmp_path / "own.ckpt")
+    assert_same_tensors(resumed.found, ENTRIES[entry](model))
+
+
+@weight_averaging
+def test_an_entry_stays_while_the_copies_of_weight_averaging_lose_their_frozen_weights(tmp_path):
+    model = trained(tmp_path, Remembers(), lora(), WeightAveraging())
+    model.trainer.save_checkpoint(tmp_path / "own.ckpt")
+    saved = torch.load(tmp_path / "own.ckpt", weights_only=True)
+    assert_same_tensors(saved["fisher"], ENTRIES["of one weight"](model))
+    assert saved["current_model_state"].keys() == saved["state_dict"].keys()
+    assert not saved["state_dict"].keys() & dict(Net().named_parameters()).keys()
+
+
+# --- a submodule that __init__ compiles ---
+
+
+class Compiled(Net):
+    """As programs write it; nothing is compiled before it runs, and here it runs without."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.body = torch.compile(self.body, backend=Recorder())
+
+
+@pytest.fixture
+def _eager():
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def saved(path: Path, kind: str) -> tuple[Net, Path]:
+    trainer = make_trainer(path, lora(save=kind))
+    trainer.fit(model := Compiled(width=7, seed=4), Data())
+    trainer.save_checkpoint(path / "saved.ckpt")
+    return model, path / "saved.ckpt"
+
+
+@pytest.mark.usefixtures("_eager")
+@pytest.mark.parametrize("kind", ["full", "merged"])
+def test_checkpoint_has_the_modules_own_names_and_is_read_by_the_class_and_by_one_that_is_not_compiled(tmp_path, kind):
+    model, file = saved(tmp_path, kind)
+    own = Compiled() if kind == "merged" else model
+    assert list(torch.load(file, weights_only=True)["state_dict"]) == list(own.state_dict())
+    for cls in (Compiled, Net):
+        assert torch.equal(outputs(load_from_checkpoint(cls, file)), outputs(model))
+    if kind == "merged":
+        plain = Compiled.load_from_checkpoint(file, strict=True, **PLAIN_TYPES_ONLY)
+        merge_and_unload(model)
+        assert_same_tensors(dict(plain.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.usefixtures("_eager")
+def test_command_merges_into_a_checkpoint_with_the_segments_of_a_wrapper(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.fit(Compiled(width=7, seed=4), Data())
+    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    model = Compiled.load_from_checkpoint(tmp_path / "base.ckpt", **PLAIN_TYPES_ONLY)
+    make_trainer(tmp_path, lora()).fit(model, Data())
+    save_adapter(model, tmp_path / "adapter")
+    merge_and_check(tmp_path / "base.ckpt", tmp_path / "adapter", tmp_path / "merged.ckpt")
+    merged = Compiled.load_from_checkpoint(tmp_path / "merged.ckpt", strict=True, **PLAIN_TYPES_ONLY)
+    merge_and_unload(model)
+    assert_same_tensors(dict(merged.state_dict()), dict(model.state_dict()))

@@ -23,8 +23,9 @@ from lightning_lora.exchange.checkpoint_of_model import check_complete
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.live_state import open_state
 from lightning_lora.model.state_dict import base_keys
+from support.covering import covering
 from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs import lora, trained
+from support.runs import lora
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
 KINDS = ["adapter", "merged", "full"]
@@ -74,8 +75,11 @@ def fit(path: Path, model: Net, *, epochs: int, resume: Path | None = None, **op
     return trainer
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cls", CLASSES)
+each = pytest.mark.parametrize(("cls", "kind"), covering(CLASSES, KINDS, meet=1))
+
+
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the checkpoint")
+@each
 def test_a_checkpoint_leaves_out_what_the_class_does_and_resumes_tests_and_loads(
     tmp_path, cls: type[Partial], kind: Any
 ):
@@ -85,42 +89,37 @@ def test_a_checkpoint_leaves_out_what_the_class_does_and_resumes_tests_and_loads
     assert kind != "merged" or checkpoint["lora"]["adapter"].keys() == FACTORS
 
     make_trainer(tmp_path, lora(target_modules=["head"])).test(found := cls(), Data(), ckpt_path=path, verbose=False)
-    for loaded in (found, load_from_checkpoint(cls, path)):
+    load_adapter(taken := cls(), path)
+    for loaded in (found, taken, load_from_checkpoint(cls, path)):
         assert torch.equal(outputs(loaded), outputs(model))
-    load_adapter(found := cls(), path)
-    assert torch.equal(outputs(found), outputs(model))
+    if kind == "merged":
+        with merged(model):
+            assert torch.equal(outputs(cls.load_from_checkpoint(path, **PLAIN_TYPES_ONLY)), outputs(model))
 
     fit(tmp_path, straight := cls(), epochs=2)
     fit(tmp_path, resumed := cls(), epochs=2, resume=path, save=kind)
     assert_same_tensors(weights(resumed), weights(straight))
+    with pytest.raises(LoRAError, match=r"another base: values of 'body\.0\.weight'"):
+        fit(tmp_path, cls(seed=2), epochs=2, resume=path)
 
 
-@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the checkpoint")
-@pytest.mark.parametrize("cls", CLASSES)
-def test_a_merged_checkpoint_loads_without_the_callback_as_lightnings_own_does(tmp_path, cls: type[Partial]):
-    fit(tmp_path, model := cls(), epochs=1, save="merged").save_checkpoint(path := tmp_path / "part.ckpt")
-    plain = cls.load_from_checkpoint(path, **PLAIN_TYPES_ONLY)
-    with merged(model):
-        assert torch.equal(outputs(plain), outputs(model))
-
-
-@pytest.mark.parametrize("kind", ["adapter", "full"])
-@pytest.mark.parametrize("cls", CLASSES)
-def test_factors_that_the_class_leaves_out_are_saved_all_the_same(tmp_path, cls: type[Partial], kind: Any):
-    class LeavesOutFactors(cls):  # type: ignore[valid-type, misc]
-        keeps = "nothing"
-
+@pytest.mark.parametrize("keeps", ["nothing", "lora_"])
+@pytest.mark.parametrize(("cls", "kind"), [(InStateDict, "full"), (Deletes, "adapter")])
+def test_factors_that_the_class_leaves_out_are_saved_all_the_same(
+    tmp_path, cls: type[Partial], kind: Any, keeps: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Partial, "keeps", keeps)
     options = {"target_modules": "all-linear"}
-    trainer = fit(tmp_path, model := LeavesOutFactors(), epochs=1, save=kind, **options)
-    trainer.save_checkpoint(path := tmp_path / "part.ckpt")
-    assert torch.equal(outputs(load_from_checkpoint(LeavesOutFactors, path)), outputs(model))
-    fit(tmp_path, straight := LeavesOutFactors(), epochs=2, **options)
-    fit(tmp_path, resumed := LeavesOutFactors(), epochs=2, resume=path, save=kind, **options)
+    fit(tmp_path, model := cls(), epochs=1, save=kind, **options).save_checkpoint(path := tmp_path / "part.ckpt")
+    names = torch.load(path, weights_only=True)["state_dict"].keys()
+    assert {n for n in names if n.startswith("body")} == {f"body.{i}.lora_{leaf}" for i in (0, 3) for leaf in "AB"}
+    assert torch.equal(outputs(load_from_checkpoint(cls, path)), outputs(model))
+    fit(tmp_path, straight := cls(), epochs=2, **options)
+    fit(tmp_path, resumed := cls(), epochs=2, resume=path, save=kind, **options)
     assert_same_tensors(weights(resumed), weights(straight))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cls", CLASSES)
+@each
 def test_a_trained_bias_that_the_class_leaves_out_is_saved_all_the_same(tmp_path, cls: type[Partial], kind: Any):
     trainer = fit(tmp_path, model := cls(), epochs=1, save=kind, bias="all")
     trainer.save_checkpoint(path := tmp_path / "part.ckpt")
@@ -129,23 +128,6 @@ def test_a_trained_bias_that_the_class_leaves_out_is_saved_all_the_same(tmp_path
     for found in (loaded, load_from_checkpoint(cls, path)):
         assert torch.equal(found.body[3].bias, model.body[3].bias)
         assert torch.equal(outputs(found), outputs(model))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cls", CLASSES)
-def test_a_filter_that_keeps_factors_saves_adapters_of_what_it_leaves_out(tmp_path, cls: type[Partial]):
-    """The adapters of the body are in the file, its base and BatchNorm's statistics are not."""
-    options = {"target_modules": "all-linear"}
-    for kind in ("adapter", "full"):
-        fit(tmp_path, model := cls(), epochs=1, save=kind, **options).save_checkpoint(path := tmp_path / "part.ckpt")
-        names = torch.load(path, weights_only=True)["state_dict"].keys()
-        assert {name for name in names if name.startswith("body")} == {
-            f"body.{i}.lora_{leaf}" for i in (0, 3) for leaf in "AB"
-        }
-        assert torch.equal(outputs(load_from_checkpoint(cls, path)), outputs(model))
-        fit(tmp_path, straight := cls(), epochs=2, **options)
-        fit(tmp_path, resumed := cls(), epochs=2, resume=path, save=kind, **options)
-        assert_same_tensors(weights(resumed), weights(straight))
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -158,46 +140,6 @@ def test_merged_weights_that_the_class_leaves_out_are_refused(tmp_path, cls: typ
     if cls is InStateDict:
         with pytest.raises(LoRAError, match=message):
             merged_state_dict(model)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_was_left_out_has_to_be_the_same_where_the_checkpoint_is_loaded(tmp_path, kind: Any):
-    fit(tmp_path, InStateDict(), epochs=1, save=kind).save_checkpoint(path := tmp_path / "part.ckpt")
-    with pytest.raises(LoRAError, match=r"another base: values of 'body\.0\.weight'"):
-        fit(tmp_path, InStateDict(seed=2), epochs=2, resume=path)
-
-
-def test_a_full_checkpoint_that_was_cut_is_refused(tmp_path):
-    fit(tmp_path, InStateDict(), epochs=1, save="full").save_checkpoint(path := tmp_path / "part.ckpt")
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["state_dict"]["head.lora_A"]
-    torch.save(checkpoint, path)
-    with pytest.raises(LoRAError, match=r"head.*missing"):
-        fit(tmp_path, InStateDict(), epochs=2, resume=path)
-    fit(tmp_path, Net(), epochs=1, save="full").save_checkpoint(path)
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["state_dict"]["body.0.weight"]
-    torch.save(checkpoint, path)
-    with pytest.raises(LoRAError, match=r"lacks 1 of the model's tensors, first 'body\.0\.weight'"):
-        fit(tmp_path, Net(), epochs=2, resume=path)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_state_dict_that_drops_a_shared_module_under_its_second_name_is_whole(tmp_path, kind: Any):
-    class Shared(Net):
-        def prepare(self) -> None:
-            super().prepare()
-            self.again = self.head
-
-        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("again")}
-
-    path = tmp_path / "shared.ckpt"
-    make_trainer(tmp_path, lora(save=kind)).fit(model := Shared(), Data())
-    model.trainer.save_checkpoint(path)
-    assert torch.equal(outputs(load_from_checkpoint(Shared, path)), outputs(model))
-    trained(tmp_path, model, lora())
 
 
 @pytest.mark.parametrize(

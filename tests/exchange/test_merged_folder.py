@@ -7,25 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import (
     LoRAError,
     inject,
-    load_adapter,
     merge_and_unload,
-    merged_state_dict,
-    save_adapter,
     save_merged,
 )
-from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.exchange.merged_folder import INDEX
 from support.models import Zoo, randomise_, zoo_config
-from support.processes import world
-from support.sharded import network
-from support.sharded_adapters import assert_same_bits, injected
+from support.sharded_adapters import assert_same_bits
 
 FILE = "model.safetensors"
 
@@ -58,38 +51,3 @@ def test_save_merged_on_one_device_writes_every_layer_and_name(tmp_path):
     assert_same_bits(found, merge_and_unload(model).state_dict())
     with pytest.raises(LoRAError, match=r"save_merged: ModuleDict .*inject"):
         save_merged(model, tmp_path)
-
-
-def at_once(folder: Path) -> None:
-    net = injected()
-    for time in range(20):
-        dist.barrier()
-        save_merged(net, folder / "merged" / str(time), max_shard_bytes=300)
-        save_adapter(net, folder / "adapter" / str(time))
-
-
-@pytest.mark.slow
-def test_processes_that_each_write_the_same_do_not_disturb_each_other(tmp_path):
-    """As under DDP, where every rank has the whole model and runs the whole program."""
-    world().run(at_once, tmp_path)
-    net = injected()
-    for kind in ("merged", "adapter"):
-        assert {path.name for path in (tmp_path / kind).iterdir()} == set(map(str, range(20)))
-    for time in range(20):
-        again = network()
-        load_adapter(again, tmp_path / "adapter" / str(time))
-        assert_same_bits(again.state_dict(), net.state_dict())
-        assert_same_bits(read(tmp_path / "merged" / str(time)), merged_state_dict(net))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_save_merged_equals_the_command_and_a_merged_checkpoint(tmp_path, dtype):
-    net, base = injected(dtype=dtype), network().to(dtype)
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
-    save_file(base.state_dict(), tmp_path / "base" / FILE)
-    save_adapter(net, tmp_path / "adapter")
-    merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "by the command")
-    save_merged(net, tmp_path / "merged")
-    assert_same_bits(read(tmp_path / "merged"), read(tmp_path / "by the command"))
-    assert_same_bits(read(tmp_path / "merged"), merged_state_dict(net))  # which is what the callback saves

@@ -18,7 +18,6 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     attach,
-    disable_adapter,
     inject,
     is_merged,
     load_adapter,
@@ -34,7 +33,9 @@ from lightning_lora import (
 )
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.model.inject import adapted_layers
+from support.covering import covering
 from support.models import Zoo, bits, randomise_, zoo_config
+from support.quantised import adapted, packed_bits, quantised
 from support.training import own_random_stream
 
 
@@ -93,12 +94,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
-@pytest.mark.parametrize("was_merged", [False, True], ids=["factored", "merged"])
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(("kind", "was_merged"), covering(MODELS, [False, True], meet=1))
 def test_they_are_merged_state_dict_and_the_file_of_save_merged_bit_for_bit(
-    tmp_path: Path, build: Callable[[], nn.Module], was_merged: bool
+    tmp_path: Path, kind: str, was_merged: bool
 ):
-    model = build()
+    model = MODELS[kind]()
     weights = {name: bits(value) for name, value in model.state_dict().items()}
     expected = merged_state_dict(model)
     save_merged(model, tmp_path)
@@ -136,13 +136,6 @@ def test_one_of_them_is_alive_at_a_time():
         alive.append(weakref.ref(next(tensors)[1]))
     with pytest.raises(StopIteration):
         next(tensors)
-
-
-def test_the_caller_records_gradients_between_two():
-    model = zoo()
-    for _ in merged_tensors(model):
-        assert torch.is_grad_enabled()
-        model(torch.tensor([[1, 2, 3]])).sum().backward()
 
 
 def step(model: nn.Module) -> None:
@@ -188,14 +181,13 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("taken", [1, 4, 12])
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_of_the_adapter_between_two_is_an_error(change: Callable[[nn.Module], Any], taken: int):
+@pytest.mark.parametrize(("change", "taken"), covering(CHANGES, [1, 4, 12], meet=1))
+def test_a_change_of_the_adapter_between_two_is_an_error(change: str, taken: int):
     model = zoo()
     tensors = merged_tensors(model)
     for _ in range(taken):
         next(tensors)
-    change(model)
+    CHANGES[change](model)
     with pytest.raises(LoRAError, match=r"since the first tensor.* begin again"):
         list(tensors)
     with pytest.raises(StopIteration):
@@ -208,26 +200,10 @@ def test_merging_and_a_forward_between_two_change_nothing():
     for i, (name, tensor) in enumerate(merged_tensors(model)):
         found[name] = tensor
         (unmerge if i % 2 else merge)(model)
-        model(torch.tensor([[1, 2, 3]]))
+        assert torch.is_grad_enabled()
+        model(torch.tensor([[1, 2, 3]])).sum().backward()
     unmerge(model)
     assert {name: bits(value) for name, value in found.items()} == {name: bits(v) for name, v in expected.items()}
-
-
-def test_inside_scaled_they_go_by_the_strength():
-    model = with_other(zoo())
-    with scaled(model, {"": 0.0, "other": 2.0}):
-        expected, found = merged_state_dict(model), dict(merged_tensors(model))
-    assert {name: bits(value) for name, value in found.items()} == {name: bits(v) for name, v in expected.items()}
-
-
-def test_an_iterator_that_was_left_holds_nothing():
-    model = zoo()
-    tensors = merged_tensors(model)
-    next(tensors)
-    with disable_adapter(model), pytest.raises(LoRAError, match="refused inside `with disable_adapter"):
-        next(tensors)
-    step(model)
-    unload(model)
 
 
 def test_what_cannot_be_merged_is_refused_at_the_call():
@@ -240,9 +216,40 @@ def test_what_cannot_be_merged_is_refused_at_the_call():
         merged_tensors(zoo(), dequantize="int8")
 
 
-def test_a_value_that_is_not_finite_is_an_error_that_names_its_weight():
-    model = zoo()
-    with torch.no_grad():
-        model.get_parameter("body.3.lora_B").fill_(float("inf"))
-    with pytest.raises(LoRAError, match=r"body\.3\.weight"):
-        list(merged_tensors(model))
+# --- quantised bases ---
+
+
+@pytest.mark.parametrize("kind", ["nf4 nested", "int8", "Float8WeightOnlyConfig", "NF4Tensor"])
+def test_quantised_weights_are_dequantised_as_in_merged_state_dict(kind: str):
+    model = adapted(kind)
+    before = packed_bits(model)
+    with pytest.raises(LoRAError, match="is quantised"):
+        merged_tensors(model)
+    expected = merged_state_dict(model, dequantize="float32")
+    found = dict(merged_tensors(model, dequantize="float32"))
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert bits(found[name]) == bits(value), name
+    assert packed_bits(model) == before
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "Int8WeightOnlyConfig", "NF4Tensor"])
+def test_quantised_weights_that_are_not_adapted_stay_as_they_are(kind: str):
+    model = quantised(kind)
+    model[0] = torch.nn.Linear(128, 64)
+    inject(model, LoRAConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    expected = {name: value for name, value in merged_state_dict(model).items() if isinstance(value, torch.Tensor)}
+    found = dict(merged_tensors(model))
+    assert sorted(found) == sorted(expected)
+    for name, value in expected.items():
+        assert bits(as_strided(found[name])) == bits(as_strided(value)), name
+
+
+def as_strided(tensor: Any) -> torch.Tensor:
+    """Return the values of a tensor; of torchao's classes the dequantised ones."""
+    if not type(tensor).__module__.startswith("torchao"):
+        return tensor
+    values: torch.Tensor = (
+        tensor.get_original_weight() if hasattr(tensor, "get_original_weight") else tensor.dequantize()
+    )
+    return values

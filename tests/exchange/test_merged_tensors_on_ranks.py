@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from lightning_lora import LoRAError, is_merged, merge, merge_and_unload, merged_state_dict, merged_tensors
+from lightning_lora import LoRAError, is_merged, merge, merge_and_unload, merged_tensors
 from lightning_lora.exchange import merged_folder
-from support.fsdp1 import fsdp1
-from support.processes import BACKEND, world
-from support.sharded import Plain, X, data, make_trainer, shard_, whole_state
-from support.sharded_adapters import PLAN, assert_same_bits, block, injected, lora, mesh
-from support.strategies import import_package, stage_3
+from support.processes import world
+from support.sharded import X, shard_, whole_state
+from support.sharded_adapters import PLAN, assert_same_bits, block, injected, mesh
 
-KINDS = ["root alone", "layers", "bfloat16", "offloaded", "tensor parallel"]
+KINDS = ["root alone", "offloaded", "tensor parallel"]
 
 
 def on_one_device(kind: str) -> nn.Module:
@@ -107,43 +103,10 @@ def changed_on_one_rank() -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_fsdp2_gathers_one_at_a_time_and_an_error_of_one_rank_is_raised_on_all():
     for counts in world().run(one_gather_each):
         assert counts == list(range(1, len(counts) + 1))
     first, second = world().run(changed_on_one_rank)
     assert "'4.lora_B' has changed since the first tensor" in first
     assert "failed on another rank" in second
-
-
-class Sending(Plain):
-    """Takes the tensors when the fit ends."""
-
-    def on_train_end(self) -> None:
-        self.expected = {name: value.clone() for name, value in merged_state_dict(self).items()}
-        self.found = dict(merged_tensors(self))
-
-
-STRATEGIES: dict[str, Any] = {
-    "ddp": lambda path, *callbacks: make_trainer(
-        path, *callbacks, devices=2, strategy=DDPStrategy(process_group_backend=BACKEND)
-    ),
-    "FSDP1": fsdp1,
-    "stage 3": stage_3,
-}
-
-
-def fit(path: Path, strategy: str) -> None:
-    if strategy == "stage 3":
-        import_package("deepspeed")
-    trainer = STRATEGIES[strategy](path, lora())
-    trainer.fit(model := Sending(), *data())
-    assert_same_bits(model.found, model.expected)
-    assert len(model.found) == 6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_trainer_of_several_ranks(tmp_path: Path, strategy: str):
-    if strategy == "stage 3":
-        pytest.importorskip("deepspeed")
-    world().run(fit, tmp_path, strategy, timeout=240)

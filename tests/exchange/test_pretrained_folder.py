@@ -23,7 +23,6 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
-from lightning_lora.exchange import pretrained_folder
 from lightning_lora.exchange.pretrained_folder import parts_in_files
 from support.notices import TORCH_NOTICES, quiet_peers
 from support.peers import fill_, model
@@ -31,7 +30,6 @@ from support.pretrained import Lit, answer, bert, dinov2, llava, tied_llama
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "bert": bert,
     "llama, tied": tied_llama,
     "mixture of experts": lambda: model("mixtral"),  # one file's tensor for each expert
     "llava": llava,
@@ -83,82 +81,23 @@ def test_the_folder_of_a_lightning_module_is_what_transformers_saves_of_the_merg
         assert torch.equal(again.state_dict()[name], value), name
 
 
-def test_the_model_inside_a_lightning_module_is_taken_and_gives_the_same_files(tmp_path):
-    module = adapted(bert())
-    save_merged(module, tmp_path / "whole")
-    save_merged(module.model, tmp_path / "inside")
-    assert_same_files(files(tmp_path / "inside"), files(tmp_path / "whole"))
-    torch.testing.assert_close(
-        answer(transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")),
-        answer(module),
-        rtol=0,
-        atol=1e-5,
-    )
-
-
-def test_a_large_model_is_sharded_as_transformers_reads_it(tmp_path):
+def test_the_model_inside_a_lightning_module_its_shards_and_a_compiled_one_are_read_by_transformers(tmp_path):
     module = adapted(FAMILIES["mixture of experts"]())
-    save_merged(module, tmp_path, max_shard_bytes=20_000)
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(answer(again), answer(module), rtol=0, atol=1e-5)
+    save_merged(module.model, tmp_path / "inside")
+    save_merged(module, tmp_path / "shards", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
+    module.model = torch.compile(module.model)
+    save_merged(module, tmp_path / "compiled")
+    assert_same_files(files(tmp_path / "compiled"), files(tmp_path / "inside"))
+    for folder in ("inside", "shards"):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(answer(again), answer(module.model._orig_mod), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "sizes"), [("mixture of experts", {1}), ("dinov2", {1, 4})])
 def test_parts_that_are_stored_together_are_as_small_as_can_be(family: str, sizes: set[int]):
     network = FAMILIES[family]()
     assert {len(part.names) for part in parts_in_files(network, network.state_dict())} == sizes
-
-
-def _halves(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As transformers undoes a conversion: one tensor renamed, one made of two of a layer, one of two layers."""
-    stored = {name.replace("norm", "ln"): value for name, value in state.items() if "norm" in name}
-    for layer in {name.split(".")[0] for name in state if name.endswith((".q", ".k"))}:  # of what is there
-        stored[f"{layer}.qk"] = torch.cat([state[name] for name in (f"{layer}.q", f"{layer}.k") if name in state])
-    if "0.first" in state:
-        stored["both"] = torch.cat([state["0.first"], state["1.second"]])
-    return stored
-
-
-def _numbered(*names: str) -> dict[str, torch.Tensor]:
-    return {name: torch.full((2, 3), float(i)) for i, name in enumerate(names)}
-
-
-LAYERS = ["0.norm", "0.q", "0.k", "1.norm", "1.q", "1.k"]
-
-
-@pytest.mark.parametrize(
-    ("names", "groups"),
-    [
-        (LAYERS, [["0.norm"], ["0.q", "0.k"], ["1.norm"], ["1.q", "1.k"]]),
-        ([*LAYERS, "0.first", "1.second"], [[*LAYERS, "0.first", "1.second"]]),
-    ],
-    ids=["within layers", "across layers"],
-)
-def test_tensors_are_converted_in_groups_of_which_all_is_made(names: list[str], groups: list[list[str]], monkeypatch):
-    monkeypatch.setattr(pretrained_folder, "_conversion", lambda network: _halves)
-    state = _numbered(*names)
-    parts = parts_in_files(nn.Module(), state)
-    assert [part.names for part in parts] == groups
-    expected, found = _halves(state), {}
-    for part in parts:
-        made = part.convert({name: state[name] for name in part.names})
-        assert made.keys() == part.stored.keys()
-        found |= made
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value)
-
-
-def test_names_are_the_models_own_before_transformers_5(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained_folder, "_conversion", lambda network: dict)
-    module = adapted(llava())
-    save_merged(module, tmp_path)
-    assert set(load_file(tmp_path / "model.safetensors")) == set(merge_and_unload(module).model.state_dict())
-    again, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert torch.equal(again.state_dict()["lm_head.weight"], module.model.state_dict()["lm_head.weight"])
 
 
 class WithMore(Lit):
@@ -172,21 +111,17 @@ class WithMore(Lit):
 def test_what_is_trained_beside_the_transformers_model_keeps_the_folder_whole_with_a_warning(tmp_path):
     module = WithMore(bert())
     inject(module, LoRAConfig(r=2))
-    with pytest.warns(UserWarning, match=r"'probe\.lora_A' was trained outside .*'model'.*save_merged\(module\.model"):
+    with pytest.warns(UserWarning, match=r"'probe\.lora_A' was trained outside .*save_merged\(module\.model"):
         save_merged(module, tmp_path / "all")
     assert set(load_file(tmp_path / "all" / "model.safetensors")) == set(merged_state_dict(module))
     assert not (tmp_path / "all" / "config.json").exists()
     save_merged(module.model, tmp_path / "model")  # the remedy
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(answer(loaded), answer(module), rtol=0, atol=1e-5)
-
-
-def test_what_is_frozen_beside_the_transformers_model_is_left_out_with_a_warning(tmp_path):
-    module = WithMore(bert())
-    inject(module, LoRAConfig(r=2, target_modules=["query"]))
+    inject(frozen := WithMore(bert()), LoRAConfig(r=2, target_modules=["query"]))
     with pytest.warns(UserWarning, match=r"'probe\.weight' is outside .* left out \(2 such parameters\)"):
-        save_merged(module, tmp_path)
-    assert (tmp_path / "config.json").exists()
+        save_merged(frozen, tmp_path / "frozen")
+    assert (tmp_path / "frozen" / "config.json").exists()
 
 
 def test_of_two_transformers_models_the_adapted_one_is_written(tmp_path):
@@ -209,13 +144,6 @@ def test_a_second_name_of_the_body_is_no_other_model(tmp_path):
     assert "classifier.weight" in load_file(tmp_path / "model.safetensors")
 
 
-def test_a_compiled_model_inside_is_written_under_its_own_names(tmp_path):
-    module = adapted(bert())
-    module.model = torch.compile(module.model)
-    save_merged(module, tmp_path)
-    assert set(load_file(tmp_path / "model.safetensors")) == set(bert().state_dict())
-
-
 def test_a_folder_with_an_adapter_is_refused_and_stays(tmp_path):
     module = adapted(bert())
     save_adapter(module, tmp_path)
@@ -223,16 +151,3 @@ def test_a_folder_with_an_adapter_is_refused_and_stays(tmp_path):
     with pytest.raises(LoRAError, match=r"holds adapter_config\.json, .* give another folder"):
         save_merged(module, tmp_path)
     assert sorted(tmp_path.iterdir()) == before
-
-
-class Plain(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(4, 4)
-
-
-def test_a_lightning_module_without_transformers_keeps_its_names(tmp_path):
-    inject(module := Plain(), LoRAConfig(r=2))
-    save_merged(module, tmp_path)
-    assert set(load_file(tmp_path / "model.safetensors")) == {"net.weight", "net.bias"}
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

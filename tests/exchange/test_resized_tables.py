@@ -24,7 +24,7 @@ from lightning_lora import (
     unload,
 )
 from support.notices import quiet_peers
-from support.peers import SMALL, close, fill_, logits, seeded, spread_
+from support.peers import SMALL, close, fill_, seeded, spread_
 from support.training import make_trainer
 
 pytestmark = [
@@ -35,9 +35,12 @@ pytestmark = [
 ROWS = 70  # of 64
 
 
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+each_tie = pytest.mark.parametrize("base", [False, True], indirect=True, ids=["untied", "tied"])
+
+
+@pytest.fixture
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=request.param)
+    config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=getattr(request, "param", True))
     seeded(lambda: transformers.LlamaForCausalLM(config)).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
@@ -56,54 +59,31 @@ def outputs(net: nn.Module) -> torch.Tensor:
         return net(torch.tensor([[1, ROWS - 1, 2, ROWS - 5]])).logits
 
 
-@pytest.fixture
-def by_peft(base: Path, tmp_path: Path) -> peft.PeftModel:
-    net = peft.get_peft_model(resized(base, 1), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
-    spread_(net)
-    net.save_pretrained(str(tmp_path / "adapter"))
-    return net.eval()
-
-
-@pytest.mark.slow
-def test_rows_that_peft_stored_come_back_and_are_stored_again(tmp_path, caplog, base: Path, by_peft):
+@pytest.mark.parametrize(
+    ("base", "targets"),
+    [(True, ["q_proj", "embed_tokens"]), (False, ["q_proj"])],  # PEFT stores no untied head beside an adapted table
+    indirect=["base"],
+    ids=["tied, adapted", "untied"],
+)
+def test_rows_that_peft_stored_come_back_and_are_stored_again(tmp_path, caplog, base: Path, targets: list[str]):
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+    other = peft.get_peft_model(resized(base, 1), config)
+    spread_(other)
+    other.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(LoRAError, match=r"has 70 rows, in the model 64.*model\.resize_token_embeddings\(70\)"):
+        load_adapter(transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter")
     net = resized(base, 2)
     before = outputs(net)
     with caplog.at_level(logging.INFO, "lightning_lora"):
         load_adapter(net, tmp_path / "adapter")
     assert "model.embed_tokens.weight comes with the adapter: its last rows are not the base's" in caplog.text
-    close(outputs(net), outputs(by_peft))
-    save_adapter(net, tmp_path / "again")
-    load_adapter(other := resized(base, 3), tmp_path / "again")
-    assert torch.equal(outputs(other), outputs(net))
-    read = peft.PeftModel.from_pretrained(resized(base, 4), tmp_path / "again").eval()
-    close(outputs(read), outputs(by_peft))
-    unload(net)
-    assert torch.equal(outputs(net), before)
-
-
-@pytest.mark.parametrize("base", [True], indirect=True, ids=["tied"])
-def test_rows_of_an_adapted_embedding_come_back(tmp_path, base: Path):
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "embed_tokens"])
-    other = peft.get_peft_model(resized(base, 1), config)
-    spread_(other)
-    other.save_pretrained(str(tmp_path / "adapter"))
-    load_adapter(net := resized(base, 2), tmp_path / "adapter")
     close(outputs(net), outputs(other.eval()))
     save_adapter(net, tmp_path / "again")
     load_adapter(again := resized(base, 3), tmp_path / "again")
     assert torch.equal(outputs(again), outputs(net))
-
-
-def test_a_model_that_was_not_resized_is_refused_with_the_remedy(tmp_path, base: Path, by_peft):
-    net = transformers.LlamaForCausalLM.from_pretrained(base).eval()
-    before = logits(net)
-    with pytest.raises(LoRAError, match=r"has 70 rows, in the model 64.*model\.resize_token_embeddings\(70\)"):
-        load_adapter(net, tmp_path / "adapter")
-    assert torch.equal(logits(net), before)
-
-
-def test_another_base_is_still_another_base(tmp_path, base: Path, by_peft):
-    net = resized(base, 2)
+    close(outputs(peft.PeftModel.from_pretrained(resized(base, 4), tmp_path / "again").eval()), outputs(other))
+    unload(net)
+    assert torch.equal(outputs(net), before)
     with torch.no_grad():
         net.model.embed_tokens.weight[:40].mul_(1.1)
     with pytest.raises(LoRAError, match=r"another base: values of 'model\.embed_tokens\.weight'"):
@@ -126,6 +106,7 @@ class Resized(L.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.5)
 
 
+@each_tie
 def test_rows_resized_before_injection_are_saved_for_peft_and_come_back(tmp_path: Path, base: Path):
     net = resized(base, 1)
     inject(net, LoRAConfig(r=4, target_modules=["q_proj"]))

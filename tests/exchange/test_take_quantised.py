@@ -45,8 +45,10 @@ def test_the_options_of_4_bits_are_in_the_fingerprint_of_adapted_and_other_layer
     }
 
 
-@pytest.mark.parametrize("here", KINDS)
-@pytest.mark.parametrize("there", KINDS)
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [("fp4", "fp4"), ("fp4", "nf4"), ("nf4", "nf4 double"), ("nf4", "nf4 in blocks of 128")],
+)
 def test_an_adapter_goes_onto_a_base_that_was_quantised_alike(there: str, here: str):
     adapter, model = take_adapter(trained(there)), base(here)
     if there == here:

@@ -16,7 +16,6 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     combine,
-    export_adapter,
     inject,
     load_adapter,
     read_adapter,
@@ -61,20 +60,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return snapshot
 
 
-@pytest.mark.slow
-def test_every_door_takes_the_id_of_an_adapter_in_the_cache(cache: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_id_of_an_adapter_in_the_cache_is_a_source(cache: Path, capsys: pytest.CaptureFixture[str]):
     tuned, x = write(Path("local")), torch.randn(3, 4)
     load_adapter(net := base(), NAME)
     torch.testing.assert_close(net(x), tuned(x))
-    assert [layer.r for layer in read_adapter(NAME).layers.values()] == [1, 1]
     load_adapter(net, combine([NAME, NAME], [0.5, 0.5]))
     torch.testing.assert_close(net(x), tuned(x))
-    export_adapter(NAME, "exported", plain=True)
     torch.save(base().state_dict(), "base.pt")
     assert call(capsys, "info", NAME).startswith(f"{NAME}: PEFT folder\n")
-    assert "0 of 2 differ" in call(capsys, "diff", NAME, "local")
-    assert "wrote a.svg" in call(capsys, "plot", NAME, "--output", "a.svg")
-    assert "wrote out" in call(capsys, "export", NAME, "out")
     call(capsys, "merge", "--base", "base.pt", "--adapter", NAME, "--output", "merged.pt")
     check_merge_command("--base", "base.pt", "--adapter", NAME, "--output", "merged.pt")
 
@@ -84,13 +77,6 @@ def test_path_that_is_there_wins_over_the_id(cache: Path):
     assert [layer.scaling for layer in read_adapter(NAME).layers.values()] == [2.0, 2.0]
     shutil.rmtree(NAME)
     assert [layer.scaling for layer in read_adapter(NAME).layers.values()] == [8.0, 8.0]
-
-
-def test_link_that_leads_nowhere_is_not_taken_for_an_id(cache: Path):
-    Path(NAME).parent.mkdir()
-    Path(NAME).symlink_to("not-mounted")
-    with pytest.raises(LoRAError, match=rf"^{NAME}: there is no such file\.$"):
-        read_adapter(NAME)
 
 
 def test_only_the_files_of_a_peft_folder_are_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -110,18 +96,16 @@ def test_only_the_files_of_a_peft_folder_are_fetched(cache: Path, monkeypatch: p
     assert len(asked) == 1
 
 
-def test_id_that_is_not_in_the_cache_is_refused_with_the_clients_reason(cache: Path, capsys: Any):
-    match = (
-        r"^nobody/nothing: there is no such file or folder, and as the id of a repository .* it cannot be fetched: \w"
-    )
-    with pytest.raises(LoRAError, match=match):
+def test_what_is_not_in_the_cache_or_holds_no_adapter_is_refused(cache: Path, capsys: Any):
+    with pytest.raises(LoRAError, match=r"^nobody/nothing: .*as the id of a repository .* it cannot be fetched: \w"):
         load_adapter(base(), "nobody/nothing")
     assert "it cannot be fetched" in refused(capsys, "info", "nobody/nothing")
-
-
-def test_repository_without_an_adapter_is_refused(cache: Path):
     (cache / "adapter_config.json").unlink()
-    with pytest.raises(LoRAError, match=r"small-adapter: .* holds no adapter_config\.json|cannot be fetched"):
+    with pytest.raises(LoRAError, match=r"holds no adapter_config\.json|cannot be fetched"):
+        read_adapter(NAME)
+    Path(NAME).parent.mkdir()
+    Path(NAME).symlink_to("not-mounted")  # a link that leads nowhere is no id
+    with pytest.raises(LoRAError, match=rf"^{NAME}: there is no such file\.$"):
         read_adapter(NAME)
 
 
@@ -135,11 +119,4 @@ def test_id_without_huggingface_hub_is_refused_with_what_to_install(cache: Path,
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(LoRAError, match=rf"^{NAME}: there is no such .* needs huggingface_hub: pip install"):
-        read_adapter(NAME)
-
-
-def test_hostile_repository_is_refused_like_a_hostile_folder(cache: Path):
-    tensors = (cache / "adapter_model.safetensors").resolve()
-    tensors.write_bytes(tensors.read_bytes()[:-8])
-    with pytest.raises(LoRAError, match="it may be truncated"):
         read_adapter(NAME)

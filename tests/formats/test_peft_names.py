@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -59,15 +58,11 @@ class Net(nn.Module):
 
 X = torch.linspace(-1, 1, 48).sin().view(6, 8)
 OPTIONS: dict[str, dict[str, Any]] = {
-    "one parameter": {"target_modules": ["fc"], "target_parameters": ["first"]},
-    "two parameters": {"target_modules": ["fc", "table"], "target_parameters": ["first", "second"]},
+    "two parameters": {"target_modules": ["fc", "table"], "target_parameters": ["first", "second"], "bias": "all"},
     "full names": {"target_modules": ["layers.0.fc", "layers.1.inner.fc"], "target_parameters": ["0.first", "1.first"]},
-    "a regular expression": {"target_modules": r"layers\.\d\.fc", "target_parameters": ["second"]},
-    "the inner module": {"target_modules": ["fc"], "target_parameters": ["inner.weight"]},
-    "attention": {"target_modules": ["att"], "target_parameters": ["first"]},
+    "the inner module": {"target_modules": r"layers\.\d\.fc", "target_parameters": ["inner.weight"]},
+    "attention": {"target_modules": ["fc", "att"], "target_parameters": ["first"], "bias": "lora_only"},
     "attention elsewhere": {"target_modules": ["att"], "target_parameters": ["head.weight"]},
-    "biases": {"target_modules": ["fc"], "target_parameters": ["first", "second"], "bias": "all"},
-    "biases of layers": {"target_modules": ["fc", "att"], "target_parameters": ["first"], "bias": "lora_only"},
     "patterns": {"target_modules": ["fc"], "target_parameters": ["first"], "rank_pattern": {"0.fc": 3, "1.first": 2}},
     "deep modules_to_save": {
         "target_parameters": ["first"],
@@ -88,11 +83,10 @@ def train_(model: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_folder_of_peft_is_read_and_written_under_the_same_names(tmp_path: Path, options: dict[str, Any]):
+def test_a_folder_of_either_is_read_by_the_other_and_written_under_the_same_names(tmp_path, options: dict[str, Any]):
     theirs = train_(peft.get_peft_model(seeded(Net), peft.LoraConfig(r=4, **options)))
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = seeded(Net)
-    load_adapter(ours, tmp_path / "theirs")
+    load_adapter(ours := seeded(Net), tmp_path / "theirs")
     close(ours(X), theirs(X))
     with merged(ours):
         close(ours(X), theirs(X))
@@ -104,41 +98,8 @@ def test_a_folder_of_peft_is_read_and_written_under_the_same_names(tmp_path: Pat
     assert statistics <= theirs.state_dict().keys()  # so peft finds them
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_peft_computes_what_we_saved(tmp_path: Path, options: dict[str, Any]):
-    ours = seeded(Net)
-    inject(ours, LoRAConfig(r=4, **options))
-    train_(ours)
-    save_adapter(ours, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(seeded(Net), tmp_path).eval()
-    close(theirs(X), ours(X))
-    again = seeded(Net)
-    load_adapter(again, tmp_path)
-    assert torch.equal(again(X), ours(X))
-
-
-def test_what_one_full_name_takes_in_such_a_module_is_written_for_peft(tmp_path: Path):
-    inject(ours := seeded(Net), LoRAConfig(target_parameters=["first"], modules_to_save=["0.inner.norm"]))
-    save_adapter(train_(ours), tmp_path)
-    theirs = peft.PeftModel.from_pretrained(seeded(Net), tmp_path).eval()
-    close(theirs(X), ours(X))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"modules_to_save": ["norm"]},
-        {"trainable_token_indices": {"table": [1, 3]}},
-        {"target_parameters": ["first", "inner.weight"]},
-    ],
-    ids=str,
-)
-def test_what_peft_does_not_reach_in_such_a_module_is_an_error_of_peft(tmp_path: Path, options: dict[str, Any]):
-    """Nothing is refused here: PEFT loads no such folder without a word."""
-    inject(ours := seeded(Net), LoRAConfig(**{"target_modules": ["head"], "target_parameters": ["first"], **options}))
-    save_adapter(train_(ours), tmp_path)
-    with pytest.raises((ValueError, AttributeError)):
-        peft.PeftModel.from_pretrained(seeded(Net), tmp_path)
-    load_adapter(again := seeded(Net), tmp_path)
-    assert torch.equal(again(X), ours(X))
+    inject(own := seeded(Net), LoRAConfig(r=4, **options))
+    save_adapter(train_(own), tmp_path / "own")
+    close(peft.PeftModel.from_pretrained(seeded(Net), tmp_path / "own").eval()(X), own(X))
+    load_adapter(again := seeded(Net), tmp_path / "own")
+    assert torch.equal(again(X), own(X))

@@ -17,7 +17,6 @@ from torch import nn
 from lightning_lora import (
     LoRAConfig,
     LoRAError,
-    adapter_state_dict,
     inject,
     load_adapter,
     merged,
@@ -50,9 +49,7 @@ SIZES: dict[str, Any] = {
 EXPERTS: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 3},
     "Qwen3Moe": {"moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2, "head_dim": 8},
-    "Olmoe": {"num_experts": 3, "num_experts_per_tok": 2},
     "GptOss": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8},
-    "GraniteMoe": {"num_local_experts": 3, "num_experts_per_tok": 2},
     "Llama4": {"intermediate_size_mlp": 12, "num_local_experts": 3, "head_dim": 8},
 }
 
@@ -88,49 +85,38 @@ def peft_folder(net: Any, folder: Path, **options: Any) -> torch.Tensor:
     return output(theirs)
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_peft_computes_what_we_saved_and_so_do_we(tmp_path, name: str, use_rslora: bool):
-    ours, options = model(name), {"r": 4, "lora_alpha": 6, "use_rslora": use_rslora}
+def test_each_computes_what_the_other_saved(tmp_path, name: str):
+    ours, options = model(name), {"r": 4, "lora_alpha": 6, "use_rslora": len(name) % 2 == 0}
     parameters = targets(name)
     inject(
         ours, LoRAConfig(target_modules=[], target_parameters=parameters, rank_pattern={parameters[0]: 2}, **options)
     )
     fill_factors_(ours)
-    save_adapter(ours, tmp_path)
+    save_adapter(ours, tmp_path / "own")
     expected = output(ours)
-    close(output(peft.PeftModel.from_pretrained(model(name), tmp_path)), expected)
-    again = model(name)
-    load_adapter(again, tmp_path)
-    assert torch.equal(output(again), expected)
-    assert all(torch.equal(v, adapter_state_dict(ours)[n]) for n, v in adapter_state_dict(again).items())
     assert not torch.allclose(expected, output(model(name)), rtol=1e-3)
+    close(output(peft.PeftModel.from_pretrained(model(name), tmp_path / "own")), expected)
+    load_adapter(again := model(name), tmp_path / "own")
+    assert torch.equal(output(again), expected)
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_folder_of_peft_means_the_same_here(tmp_path, name: str):
-    expected = peft_folder(model(name), tmp_path / "theirs", r=2, target_modules=[], target_parameters=targets(name))
-    ours = model(name)
-    names = load_adapter(ours, tmp_path / "theirs")
+    expected = peft_folder(model(name), tmp_path / "theirs", r=2, target_modules=[], target_parameters=parameters)
+    names = load_adapter(read := model(name), tmp_path / "theirs")
     assert len(names) == (CASES[name].adapted if name in CASES else 2)
-    close(output(ours), expected)
-    with merged(ours):
-        close(output(ours), expected)
-    save_adapter(ours, tmp_path / "ours")
+    close(output(read), expected)
+    with merged(read):
+        close(output(read), expected)
+    save_adapter(read, tmp_path / "ours")
     found, wanted = (load_file(tmp_path / folder / TENSORS) for folder in ("ours", "theirs"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-    close(output(peft.PeftModel.from_pretrained(model(name), tmp_path / "ours")), expected)
 
 
 @pytest.mark.transformers_5
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "Olmoe"])
-@pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"]])
+@pytest.mark.parametrize(
+    ("name", "modules"), [("Mixtral", ["q_proj", "w1", "w2", "w3"]), ("Qwen3Moe", "all-linear")], ids=str
+)
 def test_what_peft_makes_of_layers_that_became_stacks_is_read(tmp_path, name: str, modules: Any):
-    if modules != "all-linear" and name == "Mixtral":
-        modules = ["q_proj", "w1", "w2", "w3"]
-    elif modules != "all-linear":
-        modules = ["q_proj", "gate_proj", "up_proj", "down_proj"]
     expected = peft_folder(model(name), tmp_path / "theirs", r=2, target_modules=modules)
     assert json.loads((tmp_path / "theirs" / CONFIG).read_text())["target_parameters"]
     ours = model(name)
@@ -140,16 +126,6 @@ def test_what_peft_makes_of_layers_that_became_stacks_is_read(tmp_path, name: st
     assert ranks == {4}
     save_adapter(ours, tmp_path / "ours")
     close(output(peft.PeftModel.from_pretrained(model(name), tmp_path / "ours")), expected)
-
-
-@pytest.mark.transformers_5
-def test_layers_beside_parameters_keep_their_own_names(tmp_path):
-    expected = peft_folder(
-        model("Mixtral"), tmp_path, r=2, target_modules=["q_proj"], target_parameters=["gate.weight"]
-    )
-    ours = model("Mixtral")
-    assert load_adapter(ours, tmp_path) == ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate.weight"]
-    close(output(ours), expected)
 
 
 class Reversed(Experts):
@@ -220,23 +196,19 @@ def test_adapters_that_the_options_do_not_name_are_refused(tmp_path):
         load_adapter(model("lstm"), tmp_path)
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-def test_a_stack_of_another_rank_than_the_options_say_is_refused(tmp_path, rank: int):
+def test_a_stack_of_another_rank_than_the_options_say_or_with_other_columns_is_refused(tmp_path):
     peft_folder(model("experts"), tmp_path, r=2, target_modules=[], target_parameters=["down_proj"])
-    edit(tmp_path, r=rank)
-    with pytest.raises(LoRAError, match=r"down_proj.*(no stack of rank 3|must have shape|say r=1)"):
-        load_adapter(model("experts"), tmp_path)
-
-
-@pytest.mark.parametrize("columns", [3, 12])
-def test_a_stack_whose_b_has_other_columns_is_refused(tmp_path, columns: int):
-    peft_folder(model("experts"), tmp_path, r=2, target_modules=[], target_parameters=["down_proj"])
+    for rank in (1, 3):
+        edit(tmp_path, r=rank)
+        with pytest.raises(LoRAError, match=r"down_proj.*(no stack of rank 3|must have shape|say r=1)"):
+            load_adapter(model("experts"), tmp_path)
+    edit(tmp_path, r=2)
     tensors = load_file(tmp_path / TENSORS)
     (b,) = (name for name in tensors if "lora_B" in name)
-    tensors[b] = tensors[b].repeat(1, 3)[:, :columns].contiguous()
-    save_file(tensors, tmp_path / TENSORS)
-    with pytest.raises(LoRAError, match=r"down_proj': A .* and B .* are no stack of rank 2"):
-        load_adapter(model("experts"), tmp_path)
+    for columns in (3, 12):
+        save_file(tensors | {b: tensors[b].repeat(1, 3)[:, :columns].contiguous()}, tmp_path / TENSORS)
+        with pytest.raises(LoRAError, match=r"down_proj': A .* and B .* are no stack of rank 2"):
+            load_adapter(model("experts"), tmp_path)
 
 
 def test_a_parameter_of_the_model_itself_is_refused_when_it_is_saved(tmp_path):
@@ -246,23 +218,7 @@ def test_a_parameter_of_the_model_itself_is_refused_when_it_is_saved(tmp_path):
         save_adapter(ours, tmp_path / "a")
 
 
-@pytest.mark.parametrize("damage", [[], {"inner.rnn": "weight_ih_l0"}, {"inner.rnn": [1]}, {"inner.rnn": ["one"]}])
-def test_a_damaged_description_is_refused(tmp_path, damage: Any):
-    ours = model("lstm")
-    inject(ours, LoRAConfig(target_modules=[], target_parameters=["weight_ih_l0", "weight_hh_l0"]))
-    save_adapter(ours, tmp_path)
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / TENSORS, "pt") as file:
-        metadata = file.metadata()
-    description = json.loads(metadata["lightning_lora"])
-    description["parameters"] = damage
-    save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS, metadata | {"lightning_lora": json.dumps(description)})
-    with pytest.raises(LoRAError, match=r"description is damaged|target_parameters|missing|no place"):
-        load_adapter(model("lstm"), tmp_path)
-
-
-@pytest.mark.parametrize("name", ["lstm, projected, both ways", "experts", "transposed experts", "matrix"])
+@pytest.mark.parametrize("name", ["lstm, projected, both ways", "transposed experts"])
 def test_the_command_merges_single_parameters(tmp_path, name: str, capsys, monkeypatch):
     monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", 30)  # an expert at a time
     ours = model(name)
@@ -277,25 +233,3 @@ def test_the_command_merges_single_parameters(tmp_path, name: str, capsys, monke
     with merged(ours):
         for key, value in result.items():
             assert torch.equal(value, ours.get_parameter(key)), key
-    assert main(["info", str(tmp_path / "adapter"), "--json"]) == 0
-    layers = json.loads(capsys.readouterr().out.split("\n", 1)[1])["layers"]
-    for key in adapted_layers(ours):
-        w = dict(model(name).named_parameters())[key].detach().double()
-        change = result[key].double() - w
-        assert layers[key]["norm_delta"] == pytest.approx(float(change.norm()), rel=1e-4)
-
-
-class Square(Experts):
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.down_proj = nn.Parameter(torch.randn(4, 5, 5))
-
-
-def test_the_command_needs_to_know_how_square_stacks_are_stored(tmp_path, capsys):
-    net = Model(Square())
-    save_file(dict(net.state_dict()), tmp_path / "base.safetensors")
-    theirs = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=[], target_parameters=["down_proj"]))
-    theirs.save_pretrained(tmp_path / "adapter")
-    arguments = ["--base", str(tmp_path / "base.safetensors"), "--output", str(tmp_path / "merged.safetensors")]
-    assert main(["merge", *arguments, "--adapter", str(tmp_path / "adapter")]) == 1
-    assert "'inner.down_proj' is a stack of square matrices" in capsys.readouterr().err

@@ -28,14 +28,15 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.command.main import main
+from support.covering import covering
 from support.expected_weights import check_merge_command
 from support.notices import quiet_peers
 from support.parameters import fill_factors_
-from support.peers import TENSORS, config_of, edit, refused
+from support.peers import TENSORS, edit, refused
 
 pytestmark = quiet_peers
 GOLDEN = Path(__file__).parent / "golden" / "experts"
-BEFORE_0_19, VERSIONS = ["0.17.1", "0.18.1"], ["0.17.1", "0.18.1", "0.19.0", "0.19.1"]
+VERSIONS = ["0.17.1", "0.18.1", "0.19.0", "0.19.1"]
 
 
 class Stack(nn.Module):
@@ -77,69 +78,38 @@ def by_peft(folder: Path, stacks: str) -> dict[str, torch.Tensor]:
     return {n: t for n, t in merged.items() if stacks in n}
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
-@pytest.mark.parametrize("stacks", ["square", "oblong"])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("version", "stacks", "in_memory"), covering(VERSIONS, ["square", "oblong"], [False, True]))
 def test_a_folder_of_each_peft_changes_the_model_as_that_peft_did(tmp_path, version, stacks, in_memory):
     folder = copied(version, tmp_path / "theirs", stacks)
     load_adapter(net := Net(), read_adapter(folder) if in_memory else folder)
     assert_changes(net, version, stacks)
     save_adapter(net, tmp_path / "ours")  # in today's layout
     torch.testing.assert_close(by_peft(tmp_path / "ours", stacks), expected(version, stacks))
+    edit(tmp_path / "ours", peft_version="0.18.1")  # whatever version our own folder names
     load_adapter(again := Net(), tmp_path / "ours")
     assert_changes(again, version, stacks)
 
 
-def test_a_folder_that_names_no_version_is_older_than_those_that_do(tmp_path):
-    folder = copied("0.18.1", tmp_path / "a")
-    edit(folder, peft_version=None)
-    load_adapter(net := Net(), folder)
-    assert_changes(net, "0.18.1")
-
-
-def test_our_own_folder_has_todays_layout_whatever_version_it_names(tmp_path):
-    load_adapter(net := Net(), GOLDEN / "0.19.1")
-    save_adapter(net, tmp_path)
-    edit(tmp_path, peft_version="0.18.1")
-    load_adapter(again := Net(), tmp_path)
-    assert_changes(again, "0.19.1")
-
-
-@pytest.mark.parametrize("version", BEFORE_0_19)
-def test_merge_and_info_read_every_stack_of_a_peft_before_0_19(tmp_path, version, capsys):
+@pytest.mark.parametrize(("version", "stacks"), [("0.17.1", ""), ("0.18.1", ""), ("0.19.0", "oblong")])
+def test_merge_tells_the_layout_of_stacks_by_the_version_or_of_oblong_ones_by_their_shape(tmp_path, version, stacks):
     save_file(dict(Net().state_dict()), tmp_path / "base.safetensors")
+    folder = copied(version, tmp_path / "adapter", stacks)
     files = ["--base", str(tmp_path / "base.safetensors"), "--output", str(tmp_path / "merged.safetensors")]
-    assert main(["merge", *files, "--adapter", str(GOLDEN / version)]) == 0, capsys.readouterr()
-    check_merge_command(*files, "--adapter", str(GOLDEN / version))
-    torch.testing.assert_close(load_file(tmp_path / "merged.safetensors"), expected(version))
-    capsys.readouterr()
-    assert main(["info", str(GOLDEN / version), "--json"]) == 0
-    layers = json.loads(capsys.readouterr().out)["layers"]
-    for name, change in expected(version).items():
-        assert layers[name]["norm_delta"] == pytest.approx(float(change.norm()))
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_merge_tells_the_layout_of_oblong_stacks_by_their_shape(tmp_path, version, capsys):
-    save_file(dict(Net().state_dict()), tmp_path / "base.safetensors")
-    folder = copied(version, tmp_path / "adapter", stacks="oblong")
-    files = ["--base", str(tmp_path / "base.safetensors"), "--output", str(tmp_path / "merged.safetensors")]
-    assert main(["merge", *files, "--adapter", str(folder)]) == 0, capsys.readouterr()
+    assert main(["merge", *files, "--adapter", str(folder)]) == 0
     check_merge_command(*files, "--adapter", str(folder))
     result = load_file(tmp_path / "merged.safetensors")
-    for name in ("oblong.experts", "oblong_transposed.experts"):
-        torch.testing.assert_close(result[name], expected(version)[name])
+    for name, change in expected(version, stacks).items():
+        torch.testing.assert_close(result[name], change)
 
 
-@pytest.mark.parametrize("version", ["0.19.0", "0.19.1"])
-def test_merge_refuses_square_stacks_whose_layout_their_module_decides(tmp_path, version, capsys):
+def test_merge_refuses_square_stacks_whose_layout_their_module_decides(tmp_path, capsys):
     save_file(dict(Net().state_dict()), tmp_path / "base.safetensors")
     files = ["--base", tmp_path / "base.safetensors", "--output", tmp_path / "merged.safetensors"]
-    error = refused(capsys, "merge", *files, "--adapter", GOLDEN / version)
+    error = refused(capsys, "merge", *files, "--adapter", GOLDEN / "0.19.0")
     assert "'square.experts' is a stack of square matrices" in error
 
 
-@pytest.mark.parametrize("version", ["0.17.1", "0.18.1", "0.19.0"])
+@pytest.mark.parametrize("version", ["0.18.1", "0.19.0"])
 def test_an_older_layout_is_not_written_anew_without_its_model(tmp_path, version):
     named = r"is a stack of experts of peft .*\(load_adapter\)"
     for write in (
@@ -152,27 +122,6 @@ def test_an_older_layout_is_not_written_anew_without_its_model(tmp_path, version
     assert not list(tmp_path.iterdir())
 
 
-def test_todays_layout_stays_the_same_through_export(tmp_path):
-    export_adapter(GOLDEN / "0.19.1", tmp_path / "a")
-    load_adapter(net := Net(), tmp_path / "a")
-    assert_changes(net, "0.19.1")
-
-
-@pytest.mark.parametrize("version", ["0.18.1", "0.19.0"])
-def test_combine_takes_todays_stacks_beside_other_layers_of_an_older_peft(tmp_path, version):
-    def wider() -> nn.Module:
-        net = Net()
-        net.linear = nn.Linear(4, 4)
-        return net
-
-    theirs = peft.get_peft_model(wider(), peft.LoraConfig(target_modules=["linear"]))  # type: ignore[arg-type]
-    theirs.save_pretrained(str(tmp_path / "linear"))
-    edit(tmp_path / "linear", peft_version=version)
-    combine([tmp_path / "linear", GOLDEN / "0.19.1"], [1, 1], output=tmp_path / "both")
-    load_adapter(net := wider(), tmp_path / "both")
-    assert_changes(net, "0.19.1")
-
-
 def test_diff_does_not_compare_stacks_of_two_layouts(tmp_path, capsys):
     load_adapter(net := Net(), GOLDEN / "0.18.1")
     save_adapter(net, tmp_path)
@@ -182,7 +131,7 @@ def test_diff_does_not_compare_stacks_of_two_layouts(tmp_path, capsys):
     assert changes["square_transposed.experts"]["change"] == 0.0
 
 
-@pytest.mark.parametrize("version", ["0.18.1.dev0", "0.18.2.dev0@3b1ae61", "0.19.1.dev0"])
+@pytest.mark.parametrize("version", ["0.18.2.dev0@3b1ae61", "0.19.1.dev0"])
 def test_a_state_of_peft_between_the_layouts_is_refused(tmp_path, version):
     folder = copied("0.18.1", tmp_path / "a")
     edit(folder, peft_version=version)
@@ -199,8 +148,7 @@ class OneExpert(nn.Module):
         self.inner = Stack((1, 4, 4), is_transposed)
 
 
-@pytest.mark.parametrize("through_export", [False, True])
-@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(("is_transposed", "through_export"), [(False, True), (True, False)])
 def test_one_square_expert_of_peft_is_read_as_peft_computes_it(tmp_path, is_transposed, through_export):
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts"])
     theirs = peft.get_peft_model(OneExpert(is_transposed), config)  # type: ignore[arg-type]
@@ -218,8 +166,3 @@ def test_one_transposed_expert_is_refused_when_it_is_saved(tmp_path):
     with pytest.raises(LoRAError, match=r"'inner\.experts' is a stack of one expert with is_transposed"):
         save_adapter(net, tmp_path / "a")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_folders_are_of_the_releases_that_their_names_say():
-    named = {version: config_of(GOLDEN / version).get("peft_version") for version in VERSIONS}
-    assert named == {"0.17.1": None, "0.18.1": "0.18.1", "0.19.0": "0.19.0", "0.19.1": "0.19.1"}
