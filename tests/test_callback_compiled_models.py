@@ -91,10 +91,9 @@ def test_a_fit_needs_two_graphs_and_equals_the_eager_fit(tmp_path, how, options)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("how", ["submodule"])
-def test_fit_of_a_model_injected_before_compiling_equals_the_eager_fit(tmp_path, how):
+def test_fit_of_a_model_injected_before_compiling_equals_the_eager_fit(tmp_path):
     config = LoRAConfig(r=2, target_modules=TARGETS, lora_dropout=0.5)
-    model, watch = fit(tmp_path, how, config=config, lora_dropout=0.5)
+    model, watch = fit(tmp_path, "submodule", config=config, lora_dropout=0.5)
     eager, expected = fit(tmp_path, UNCOMPILED, config=config, lora_dropout=0.5)
     assert watch.graphs == [2, 2, 2]
     assert_same_tensors(watch.losses, expected.losses)
@@ -115,6 +114,7 @@ def test_validation_runs_the_graph_of_a_model_without_adapters(tmp_path, how):
     assert codes[1] == codes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training")
 def test_compiled_fit_with_an_eval_mode_backbone_needs_no_more_graphs(tmp_path):
     class Frozen(Quiet):
