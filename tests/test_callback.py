@@ -57,35 +57,6 @@ def test_options_by_name_are_those_of_the_config_and_eight_of_its_own():
     assert {parameter.name: parameter.default for parameter in ours} == config | own
 
 
-def test_options_reach_the_config():
-    options = {
-        "r": 4,
-        "lora_alpha": 2.0,
-        "lora_dropout": 0.0,
-        "target_modules": ("body.0",),
-        "target_parameters": ("body.1.weight",),
-        "exclude_modules": ("body.3",),
-        "layers_to_transform": (0,),
-        "layers_pattern": ("body",),
-        "modules_to_save": ("head",),
-        "trainable_token_indices": {"body.0": (1, 2)},
-        "task_type": "TOKEN_CLS",
-        "rank_pattern": {"body.0": 2},
-        "alpha_pattern": {"body.0": 3.0},
-        "bias": "all",
-        "use_rslora": True,
-        "use_dora": False,
-        "variant": "lora",
-        "variant_options": None,
-        "init_lora_weights": "gaussian",
-        "enable_lora": {"body.0": (True, False)},
-        "autocast_adapter_dtype": False,
-    }
-    assert set(options) == {field.name for field in fields(LoRAConfig)}
-    assert LoRACallback(**options).config == LoRAConfig(**options)
-    assert LoRACallback(lora_dropout=0.5).config == LoRAConfig(lora_dropout=0.5)  # which parameters cannot have
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

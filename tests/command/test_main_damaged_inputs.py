@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,67 +101,6 @@ def test_info_and_diff_of_a_factor_with_too_many_dimensions_are_refused(
     spoil(adapter, lambda tensors: tensors.update({"base_model.model.one.lora_B.weight": torch.zeros(shape)}))
     assert "one" in refused(capsys, "info", adapter)
     assert "one" in refused(capsys, "diff", adapter, adapter)
-
-
-# --- checkpoints that torch reads in another way, or not at all ---
-
-
-def repickle(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Change the pickled part of a file of torch.save, and no length; check sums are right."""
-    with zipfile.ZipFile(path) as archive:
-        old = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-    new = change(old)
-    assert old != new
-    assert len(old) == len(new)
-    content = path.read_bytes().replace(old, new)
-    content = content.replace(*(zlib.crc32(data).to_bytes(4, "little") for data in (old, new)))
-    path.write_bytes(content)
-
-
-def with_storages_exchanged(pickled: bytes) -> bytes:
-    """The second and the third tensor each name the other's record."""
-    names = {b"X\x01\x00\x00\x001": b"X\x01\x00\x00\x002", b"X\x01\x00\x00\x002": b"X\x01\x00\x00\x001"}
-    return re.sub(b"|".join(names), lambda found: names[found[0]], pickled)
-
-
-def test_merge_into_a_checkpoint_whose_tensors_name_records_in_another_order_is_right_or_refused(
-    tmp_path: Path, capsys: Any, adapter: Path
-):
-    """An adapter without a fingerprint would be added to the wrong tensor, and a comparison would look there too."""
-    spoil(adapter, lambda tensors: None, keep_header=False)
-    repickle(tmp_path / "base.pt", with_storages_exchanged)
-    read = torch.load(tmp_path / "base.pt", weights_only=True)
-    assert torch.equal(read["two.weight"], small().three.weight)
-    status = main([str(arg) for arg in merging(tmp_path, adapter, "base.pt")])
-    if status:
-        assert "base.pt" in capsys.readouterr().err
-        return
-    factors = [load_file(adapter / TENSORS)[f"base_model.model.two.lora_{factor}.weight"] for factor in "BA"]
-    expected = read["two.weight"] + 4 * factors[0] @ factors[1]  # lora_alpha over r
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt", weights_only=True)["two.weight"], expected)
-
-
-def with_a_smaller_storage(pickled: bytes) -> bytes:
-    return re.sub(rb"(?s)(cpuq.K)\x10", lambda found: found[1] + b"\x0f", pickled, count=1)
-
-
-@pytest.mark.parametrize("damage", ["record header", "storage"])
-def test_merge_into_a_checkpoint_that_torch_cannot_read_is_refused(
-    tmp_path: Path, capsys: Any, adapter: Path, damage: str
-):
-    """The result would be as unreadable as the base."""
-    base = tmp_path / "base.pt"
-    if damage == "record header":
-        with zipfile.ZipFile(base) as archive:
-            offset = next(info.header_offset for info in archive.infolist() if info.filename.endswith("data/1"))
-        content = bytearray(base.read_bytes())
-        content[offset : offset + 4] = b"none"
-        base.write_bytes(content)
-    else:
-        repickle(base, with_a_smaller_storage)
-    with pytest.raises(RuntimeError):
-        torch.load(base, weights_only=True)
-    assert "base.pt" in refused(capsys, *merging(tmp_path, adapter, "base.pt"))
 
 
 @pytest.mark.parametrize("rows_a", [1, 6])

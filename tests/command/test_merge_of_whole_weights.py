@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -22,17 +20,13 @@ from lightning_lora import (
     load_adapter,
     merged_state_dict,
     save_adapter,
-    save_merged,
 )
 from lightning_lora.command import merge
 from lightning_lora.command.merge import merge_on_disk
 from support.expected_weights import merge_and_check
-from support.models import checkpoint
 from support.notices import quiet_peers
-from support.peers import SMALL, ConvNet, close, seeded, spread_
+from support.peers import SMALL, close, seeded, spread_
 from support.pretrained import classifier, save_body, tokens
-from support.tables import ROWS as TRAINED_ROWS
-from support.tables import Net as Tables
 
 pytestmark = [
     *quiet_peers,
@@ -61,48 +55,19 @@ def outputs(net: nn.Module) -> torch.Tensor:
     return result
 
 
-RESIZED: dict[str, tuple[bool, dict[str, Any]]] = {
-    "embedding and head": (False, {"target_modules": ["embed_tokens", "lm_head"], "bias": "all"}),
-    "embedding with magnitudes": (False, {"target_modules": ["embed_tokens"], "use_dora": True}),
-    "tied": (True, {"target_modules": ["q_proj"]}),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", RESIZED)
-def test_an_adapted_table_that_was_resized_is_merged_into_a_sharded_folder_as_in_memory(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, case: str
-):
-    monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", 100)
-    tied, options = RESIZED[case]
-    net = resized(tied, 1, tmp_path / "small")
-    inject(net, LoRAConfig(r=4, **options))
+def test_adapted_tables_that_were_resized_are_merged_into_a_sharded_folder_as_in_memory(tmp_path):
+    net = resized(False, 1, tmp_path / "small")
+    inject(net, LoRAConfig(r=4, target_modules=["embed_tokens", "lm_head"], bias="all"))
     spread_(net)
     save_adapter(net, tmp_path / "a")
-    resized(tied, 2, tmp_path / "small").save_pretrained(tmp_path / "base", max_shard_size="8KB")
+    resized(False, 2, tmp_path / "small").save_pretrained(tmp_path / "base", max_shard_size="8KB")
     merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
     found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "o").eval()
     close(outputs(found), outputs(net))
-    save_merged(net, tmp_path / "m")
-    close(outputs(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "m").eval()), outputs(net))
-    if "use_dora" not in options:
-        load_adapter(
-            both := resized(tied, 3, tmp_path / "small"), combine([tmp_path / "a", tmp_path / "a"], [0.25, 0.75])
-        )
-        close(outputs(both), outputs(net))
-
-
-@pytest.mark.slow
-def test_a_resized_table_of_pefts_folder_is_merged_as_peft_does(tmp_path):
-    net = peft.get_peft_model(
-        resized(False, 1, tmp_path / "small"), peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
-    )
-    spread_(net)
-    net.save_pretrained(str(tmp_path / "a"))
-    resized(False, 1, tmp_path / "small").save_pretrained(tmp_path / "base")
-    merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
-    found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "o").eval()
-    close(outputs(found), outputs(net.eval()))
+    combined = combine([tmp_path / "a", tmp_path / "a"], [0.25, 0.75])
+    load_adapter(both := resized(False, 3, tmp_path / "small"), combined)
+    close(outputs(both), outputs(net))
 
 
 def test_a_resized_and_adapted_table_that_is_tied_is_refused(tmp_path):
@@ -115,82 +80,6 @@ def test_a_resized_and_adapted_table_that_is_tied_is_refused(tmp_path):
     with pytest.raises(LoRAError, match=r"'model.embed_tokens.weight' is also tied to the other end of the model"):
         merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
     assert not (tmp_path / "o").exists()
-
-
-class Wide(nn.Module):
-    """Square and other weights, of each kind that an adapter can have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.square, self.linear, self.emb = nn.Linear(6, 6), nn.Linear(6, 9), nn.Embedding(6, 6)
-        self.turned = transformers.pytorch_utils.Conv1D(12, 6)
-        self.conv, self.grouped = nn.Conv2d(4, 6, 3), nn.Conv1d(4, 6, 3, groups=2)
-        self.apart = nn.MultiheadAttention(6, 2, kdim=4, vdim=5)
-        self.experts = nn.Parameter(torch.randn(3, 6, 6))
-        self.matrix = nn.Parameter(torch.randn(6, 5))
-
-
-WHOLE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[str]]] = {
-    "linear and biases": (
-        Wide,
-        {"target_modules": ["linear", "square"], "bias": "all"},
-        ["linear.weight", "square.weight"],
-    ),
-    "convolutions": (Wide, {"target_modules": ["conv", "grouped"]}, ["conv.weight", "grouped.weight"]),
-    "attention": (ConvNet, {"target_modules": ["mha"]}, ["mha.in_proj_weight", "mha.out_proj.weight"]),
-    "attention, apart": (
-        Wide,
-        {"target_modules": ["apart"]},
-        ["apart.q_proj_weight", "apart.k_proj_weight", "apart.v_proj_weight"],
-    ),
-    "transposed parts": (
-        Wide,
-        {"target_modules": ["turned"], "enable_lora": {"turned": [False, True]}},
-        ["turned.weight"],
-    ),
-    "parameters": (
-        Wide,
-        {"target_modules": ["linear"], "target_parameters": ["experts", "matrix"]},
-        ["experts", "matrix"],
-    ),
-    "magnitudes": (
-        Wide,
-        {"target_modules": ["turned", "emb", "conv"], "use_dora": True},
-        ["turned.weight", "emb.weight", "conv.weight"],
-    ),
-    "a turned start": (Wide, {"target_modules": ["turned"], "init_lora_weights": "olora"}, ["turned.weight"]),
-    "rows": (Tables, {"target_modules": ["body"], "trainable_token_indices": {"emb": list(TRAINED_ROWS)}}, []),
-}
-
-
-def trained(case: str, path: Path) -> nn.Module:
-    """The model with all that the case trains moved, its base at path/base and its adapter at path/a."""
-    build, options, unfrozen = WHOLE[case]
-    net = seeded(build)
-    save_file({name: value.clone() for name, value in net.state_dict().items()}, path / "base.safetensors")
-    inject(net, LoRAConfig(r=2, lora_alpha=3, **options))
-    for name in unfrozen:
-        net.get_parameter(name).requires_grad_(True)
-    spread_(net)
-    torch.save(checkpoint(net, "adapter"), path / "a.ckpt")
-    return net
-
-
-@pytest.mark.parametrize("case", WHOLE)
-def test_an_unfrozen_weight_of_an_adapted_layer_is_merged_as_in_memory(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, case: str
-):
-    monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", 100)
-    expected = merged_state_dict(trained(case, tmp_path))
-    merge_and_check(tmp_path / "base.safetensors", tmp_path / "a.ckpt", tmp_path / "o.safetensors")
-    found = load_file(tmp_path / "o.safetensors")
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=2e-7, atol=1e-7)
-    for dtype in (torch.bfloat16, torch.float64):
-        merge_and_check(
-            tmp_path / "base.safetensors", tmp_path / "a.ckpt", tmp_path / f"{dtype}.safetensors", dtype=dtype
-        )
 
 
 def test_a_head_keeps_its_values_in_a_result_of_a_wider_dtype_than_the_base(tmp_path: Path):
