@@ -181,27 +181,10 @@ def test_example_of_deepspeed_prints_the_same_at_stage_3(folder):
     assert_alike(printed, SHOWN["deepspeed_zero"], rel=0.25, tolerance=0.15)
 
 
-@pytest.mark.slow
-def test_example_of_fabric_prints_the_same_with_fsdp2(folder):
-    check_fabric(printed := run(folder, "fabric", "--strategy", "fsdp2"))
-    assert_alike(printed, SHOWN["fabric"], rel=0.25, tolerance=0.15)
-
-
 def test_every_example_is_run_and_what_the_readme_shows_is_what_it_says():
     assert set(FILES) == set(COMMANDS) == {*CHECKS, "digits"}
     for name, check in CHECKS.items():
         check(SHOWN[name])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_ray_shards_the_network_and_goes_on_after_a_kill(folder):
-    """Which is the same example with another strategy, and gives the same numbers up to rounding."""
-    pytest.importorskip("ray", reason='ray is not installed; pip install -e ".[ray]"')
-    printed = run(folder, "ray_train", "--fsdp2", timeout=580)
-    print(printed)
-    check_ray_train(printed)
-    assert_alike(printed, SHOWN["ray_train"], rel=0.25, tolerance=0.15)
 
 
 @pytest.mark.slow
