@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import LoRACLI, LoRAConfig, LoRAError, LoRAMonitor, inject
@@ -104,20 +103,14 @@ trainer:
     - class_path: lightning_lora.LoRAMonitor
       init_args: {every_n_steps: 3, plots: false}
 """
-CALLBACK = "    - {class_path: lightning_lora.LoRACallback, init_args: {r: 2, target_modules: [head]}}\n"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cli", "config"), [(LoRACLI, YAML + "lora: {r: 2, target_modules: [head]}\n"), (LightningCLI, YAML + CALLBACK)]
-)
-def test_yaml_has_it_beside_the_lora_block_or_the_callback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: type[LightningCLI], config: str
-):
+def test_yaml_has_it_beside_the_lora_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["program"])
     monkeypatch.chdir(tmp_path)
-    Path("c.yaml").write_text(config)
-    run = cli(Net, Data, args=["fit", "--config", "c.yaml"], save_config_callback=None, seed_everything_default=1)
+    Path("c.yaml").write_text(YAML + "lora: {r: 2, target_modules: [head]}\n")
+    run = LoRACLI(Net, Data, args=["fit", "--config", "c.yaml"], save_config_callback=None, seed_everything_default=1)
     (monitor,) = (each for each in run.trainer.callbacks if isinstance(each, LoRAMonitor))
     assert (monitor.every_n_steps, monitor.plots) == (3, False)
     assert "lora/head/norm" in Path("logs/metrics.csv").read_text()

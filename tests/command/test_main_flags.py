@@ -61,7 +61,7 @@ CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("export", "--json"): ("export IN/adapter out", "--json", "printed"),
     ("extract", "--json"): (EXTRACT, "--json", "printed"),
     ("combine", "--json"): (COMBINE, "--json", "printed"),
-    ("plot", "--json"): ("plot IN/adapter --output out.svg", "--json", "printed"),
+    ("plot", "--json"): ("plot IN/adapter --output out.png", "--json", "printed"),
     ("merge", "--dtype"): (MERGE, "--dtype=float16", "files"),
     ("merge", "--overwrite"): (f"{MERGE} --dtype=float64", "--overwrite", "status"),
     ("merge", "--strict-base"): (MERGE.replace("IN/base", "IN/other"), "--strict-base=false", "status"),
@@ -70,7 +70,7 @@ CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("extract", "--overwrite"): (EXTRACT, "--overwrite", "status"),
     ("export", "--lora-alpha"): ("export IN/bare.pt out", "--lora-alpha=3", "status"),
     ("export", "--plain"): ("export IN/adapter out", "--plain", "files"),
-    ("plot", "--overwrite"): ("plot IN/another --output out.svg", "--overwrite", "status"),
+    ("plot", "--overwrite"): ("plot IN/another --output out.png", "--overwrite", "status"),
     ("extract", "--rank"): (EXTRACT, "--rank=2", "files"),
     ("extract", "--exclude"): (EXTRACT, "--exclude vectors", "files"),
     ("extract", "--embeddings"): (EXTRACT, "--embeddings vectors", "files"),
@@ -89,7 +89,7 @@ BEFORE = {
     "--overwrite": {
         "merge": MERGE,
         "export": "export IN/adapter out",
-        "plot": "plot IN/adapter --output out.svg",
+        "plot": "plot IN/adapter --output out.png",
         "extract": EXTRACT.replace("--rank 1", "--rank 2"),
         "combine": COMBINE.replace("1 1", "2 1"),
     }

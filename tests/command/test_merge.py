@@ -12,11 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAConfig, inject, merged_state_dict, save_adapter
 from lightning_lora.command.merge import merge_on_disk
 from support.expected_weights import merge_and_check
 from support.notices import quiet_peers
-from support.peers import Fused, base_folder, fill_, in_memory, model, ours, seeded, tensors_of, theirs
+from support.peers import base_folder, in_memory, model, ours, tensors_of, theirs
 
 pytestmark = quiet_peers
 
@@ -94,19 +93,6 @@ def test_one_file_is_merged_by_pefts_names_and_keeps_its_metadata(tmp_path, name
     assert name != "bert" or not torch.equal(found["classifier.weight"], before["classifier.weight"])
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "mine": "kept"}
-
-
-def test_merge_of_parts_of_a_fused_projection_equals_that_in_memory(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """A part begins and ends in the middle of a chunk."""
-    monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", 64)
-    net = seeded(Fused)
-    save_file(net.state_dict(), tmp_path / "base.safetensors")
-    inject(net, LoRAConfig(r=2, target_modules=["qkv", "other"], enable_lora={"qkv": [False, True, True]}))
-    save_adapter(fill_(net), tmp_path / "adapter")
-    merge_and_check(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors")
-    expected = merged_state_dict(net)
-    for key, value in load_file(tmp_path / "out.safetensors").items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
