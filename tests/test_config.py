@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -22,86 +23,52 @@ from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject
 
 REFUSED = [
     ("r", 0),
-    ("r", -3),
     ("r", 2.0),
     ("r", True),
-    ("r", "8"),
-    ("r", None),
     ("lora_alpha", 0),
-    ("lora_alpha", -1.5),
     ("lora_alpha", float("nan")),
-    ("lora_alpha", float("inf")),
     ("lora_alpha", 10**400),
     ("lora_alpha", True),
-    ("lora_alpha", "16"),
     ("lora_dropout", 1.0),
     ("lora_dropout", -0.1),
-    ("lora_dropout", float("nan")),
-    ("lora_dropout", "0.1"),
-    ("target_modules", None),
     ("target_modules", ""),
     ("target_modules", ["q_proj", ""]),
-    ("target_modules", ["q_proj", 3]),
     ("target_modules", "q_(proj"),
-    ("target_modules", 5),
     ("exclude_modules", ["", "a"]),
     ("exclude_modules", "a["),
-    ("exclude_modules", 7),
     ("layers_to_transform", -1),
     ("layers_to_transform", [0, -1]),
-    ("layers_to_transform", True),
     ("layers_to_transform", [1.0]),
-    ("layers_to_transform", "1"),
-    ("layers_to_transform", {"a": 1}),
     ("layers_pattern", ["h"]),  # without layers_to_transform
     ("layers_pattern", 3),
-    ("layers_pattern", {"h": 1}),
     ("modules_to_save", "head"),
     ("modules_to_save", [None]),
-    ("modules_to_save", {"head": 1}),
     ("trainable_token_indices", 3),
-    ("trainable_token_indices", "3"),
-    ("trainable_token_indices", [1.0]),
     ("trainable_token_indices", [True]),
     ("trainable_token_indices", [-1]),
     ("trainable_token_indices", [4, 4, 7]),
     ("trainable_token_indices", {"emb": []}),
-    ("trainable_token_indices", {"emb": 3}),
     ("trainable_token_indices", {"emb": [3, -1]}),
-    ("trainable_token_indices", {"": [3]}),
     ("trainable_token_indices", {3: [3]}),
     ("task_type", "SEQ"),
-    ("task_type", 1),
     ("rank_pattern", ["q"]),
     ("rank_pattern", {"q": 0}),
-    ("rank_pattern", {"q": 1.5}),
     ("rank_pattern", {"q(": 4}),
-    ("rank_pattern", {3: 4}),
     ("rank_pattern", {"(?i)a": 3}),  # PEFT's expression holds the key in its middle
     ("alpha_pattern", "q"),
-    ("alpha_pattern", {"q": 0}),
     ("alpha_pattern", {"q": float("nan")}),
     ("alpha_pattern", {"*q": 4}),
     ("bias", "some"),
-    ("bias", True),
-    ("bias", None),
     ("use_rslora", 1),
-    ("use_rslora", "true"),
     ("autocast_adapter_dtype", None),
-    *(("init_lora_weights", value) for value in ("pisa", "pissa_niter", "pissa_niter_", "pissa_niter_-1", "OLORA")),
+    *(("init_lora_weights", value) for value in ("pisa", "pissa_niter_", "OLORA")),
     ("init_lora_weights", 1),
-    ("init_lora_weights", None),
     ("enable_lora", [True]),
-    ("enable_lora", {"qkv": []}),
     ("enable_lora", {"qkv": [False, False]}),
     ("enable_lora", {"qkv": [1, 0]}),
-    ("enable_lora", {"qkv": True}),
-    ("enable_lora", {"qkv": "yes"}),
     ("enable_lora", {"": [True]}),
-    ("enable_lora", {3: [True]}),
     ("variant_options", ["d_initial"]),
     ("variant_options", {"d_initial": 0.1}),
-    ("variant_options", {3: 1}),
 ]
 OWN = ("enable_lora", "autocast_adapter_dtype", "variant", "variant_options")
 
@@ -125,25 +92,20 @@ def test_repr_shows_what_differs_from_the_defaults_and_can_be_evaluated():
     assert eval(repr(config)) == config
 
 
-@pytest.mark.parametrize("targets", ["all-linear", r".*\.q_proj"])
-@pytest.mark.parametrize("numbers", [0, [0]])
-def test_layers_to_transform_needs_a_list_of_targets_as_in_peft(targets, numbers):
-    with pytest.raises(ValueError, match="`layers_to_transform` cannot be used when `target_modules` is a str"):
-        peft.LoraConfig(target_modules=targets, layers_to_transform=numbers)
-    with pytest.raises(LoRAError, match="target_modules must be a list of names beside layers_to_transform"):
-        LoRAConfig(target_modules=targets, layers_to_transform=numbers)
-
-
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
-def test_magnitudes_of_an_adapter_that_starts_from_the_weight_are_refused(init: str):
-    with pytest.raises(LoRAError, match="one that does not start from the weight, with use_dora"):
-        LoRAConfig(use_dora=True, init_lora_weights=init)
-
-
-@pytest.mark.parametrize("pattern", ["h(", ["h", ""], [3], "h(?P<idx>x)"])
-def test_a_pattern_that_is_no_expression_is_refused(pattern):
-    with pytest.raises(LoRAError, match="LoRAConfig: layers_pattern"):
-        LoRAConfig(target_modules=["q"], layers_to_transform=0, layers_pattern=pattern)
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"target_modules": r".*\.q_proj", "layers_to_transform": 0}, "target_modules must be a list"),  # as in peft
+        ({"use_dora": True, "init_lora_weights": "pissa"}, "does not start from the weight, with use_dora"),
+        ({"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": ["h", ""]}, "layers_pattern"),
+        ({"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h(?P<idx>x)"}, "layers_pattern"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "even rank for init_lora_weights='orthogonal', but it is 3"),
+        ({"init_lora_weights": "orthogonal", "r": 4, "rank_pattern": {"q": 5}}, "but it is 5"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], named: str):
+    with pytest.raises(LoRAError, match=re.escape(named)):
+        LoRAConfig(**options)
 
 
 def test_patterns_of_a_users_own_code_run_as_they_are():
@@ -152,13 +114,6 @@ def test_patterns_of_a_users_own_code_run_as_they_are():
     assert net[0].lora_A.shape == (3, 4)
     with pytest.raises(LoRAError, match=r"target_modules: '\(+\.\.\..* is not a regular expression"):
         LoRAConfig(target_modules="(" * 5000 + ")" * 5000)
-
-
-def test_orthogonal_needs_even_ranks_everywhere():
-    for options in ({"r": 3}, {"r": 4, "rank_pattern": {"q": 5}}):
-        with pytest.raises(LoRAError, match=r"even rank for init_lora_weights='orthogonal', but it is [35]"):
-            LoRAConfig(init_lora_weights="orthogonal", **options)
-    LoRAConfig(init_lora_weights="orthogonal", r=4, rank_pattern={"q": 2})
 
 
 def test_names_and_defaults_are_pefts():
@@ -205,32 +160,26 @@ def test_a_config_from_peft_has_the_same_options():
 
 
 # What holds an option of peft's that is not its default, and that LoRAConfig has not.
-NOT_EXPRESSED = {
-    "lora_bias": True,
-    "layer_replication": [[0, 1]],
-    "megatron_config": {"a": 1},
-    "alora_invocation_tokens": [1],
-    "use_qalora": True,
-}
-
-
-@pytest.mark.parametrize("option", NOT_EXPRESSED)
-def test_what_a_config_from_peft_cannot_express_is_refused_by_name(option):
-    theirs = peft.LoraConfig(target_modules=["q"])
-    setattr(theirs, option, NOT_EXPRESSED[option])
-    with pytest.raises(
-        LoRAError, match=rf"LoRAConfig\.from_peft: {option}=.* cannot be expressed; the options are r, "
-    ):
-        LoRAConfig.from_peft(theirs)
-
-
-@pytest.mark.parametrize("tying", [True, False])
 @pytest.mark.parametrize(
-    "options", [{"target_modules": ["lm_head"]}, {"target_modules": ["q"], "modules_to_save": ["lm_head"]}]
+    ("option", "value"), [("lora_bias", True), ("layer_replication", [[0, 1]]), ("use_qalora", True)]
 )
-def test_what_peft_says_of_ties_is_passed_over(options: dict[str, Any], tying: bool):
-    theirs = peft.LoraConfig(**options, ensure_weight_tying=tying)
-    assert LoRAConfig.from_peft(theirs) == LoRAConfig(**options)
+def test_what_a_config_from_peft_cannot_express_is_refused_by_name(option: str, value: Any):
+    theirs = peft.LoraConfig(target_modules=["q"])
+    setattr(theirs, option, value)
+    with pytest.raises(LoRAError, match=rf"LoRAConfig\.from_peft: {option}=.* cannot be expressed"):
+        LoRAConfig.from_peft(theirs)
+    setattr(theirs, option, getattr(peft.LoraConfig(), option))
+    theirs.ensure_weight_tying = True  # what peft says of ties is passed over
+    assert LoRAConfig.from_peft(theirs) == LoRAConfig(target_modules=["q"])
+
+
+def test_an_unknown_option_or_variant_is_named_with_what_there_is():
+    with pytest.raises(LoRAError, match=r"an option is unknown: 'rank'; there are r, lora_alpha, "):
+        LoRAConfig.from_dict({"rank": 8})
+    with pytest.raises(LoRAError, match=r"variant must be one of .*did you mean 'dora'.*but it is 'dorra'"):
+        LoRAConfig(variant="dorra")
+    with pytest.raises(LoRAError, match=r"variant must be one of 'dora', .*'lora'.*, but it is 'my own'\.$"):
+        LoRAConfig.from_dict({"variant": "my own"})
 
 
 def test_a_config_from_peft_needs_a_config_that_says_what_to_adapt():
@@ -310,11 +259,6 @@ def test_options_that_earlier_versions_had_not_are_left_out_at_their_defaults():
     )
 
 
-def test_from_dict_names_an_unknown_option():
-    with pytest.raises(LoRAError, match=r"LoRAConfig: an option is unknown: 'rank'; there are r, lora_alpha, "):
-        LoRAConfig.from_dict({"rank": 8})
-
-
 def test_a_config_cannot_be_changed_and_keeps_nothing_of_its_callers():
     names, ranks, parts = ["q"], {"q": 4}, [True, False]
     config = LoRAConfig(
@@ -355,7 +299,7 @@ def test_differing_names_each_option_that_differs():
     assert LoRAConfig(target_modules=["v", "q"]).differing(LoRAConfig(target_modules=["q", "v"])) == []
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("kind", [np.float32, np.int64])
 def test_numbers_of_numpy_become_pythons_own_so_that_checkpoints_hold_plain_types(kind: Any):
     config = LoRAConfig(
         r=np.int64(4),
@@ -394,13 +338,3 @@ def test_variant_dora_is_use_dora():
     assert repr(by_name) == repr(by_option) == "LoRAConfig(use_dora=True)"
     assert LoRACallback(variant="dora").config == by_option
     assert LoRAConfig(variant="lora") == LoRAConfig()
-
-
-def test_an_unknown_variant_is_named_with_what_is_near():
-    with pytest.raises(
-        LoRAError,
-        match=r"variant must be one of .*import the file that defines .*did you mean 'dora'.*but it is 'dorra'",
-    ):
-        LoRAConfig(variant="dorra")
-    with pytest.raises(LoRAError, match=r"variant must be one of 'dora', .*'lora'.*, but it is 'my own'\.$"):
-        LoRAConfig.from_dict({"variant": "my own"})

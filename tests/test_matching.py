@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import pytest
-import transformers
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject
@@ -20,17 +19,12 @@ from support.models import Zoo, zoo_config
         ({"target_modules": r"body\.7"}, r"target_modules: 'body\\.7' names no layer to adapt"),
         ({"exclude_modules": ["convv"]}, "exclude_modules: 'convv' names no layer to adapt; did you mean 'conv'"),
         ({"exclude_modules": ["body"]}, "exclude_modules: 'body' names no layer to adapt"),  # a container
-        ({"exclude_modules": r"body\.[7-9]"}, "exclude_modules"),
-        ({"modules_to_save": ["haed", "haed"]}, "modules_to_save: 'haed' names no module"),
         (  # PEFT writes the names of the task's heads into its own modules_to_save
             {"modules_to_save": ["classifier", "haed"], "task_type": "SEQ_CLS"},
             "modules_to_save: 'haed' names no module; did you mean 'head'",
         ),
-        ({"modules_to_save": ["haed"]}, "modules_to_save: 'haed' names no module; did you mean 'head'"),
-        ({"rank_pattern": {"convs": 4}}, "rank_pattern: 'convs' names no adapted layer; did you mean 'conv'"),
         ({"rank_pattern": {"head": 4}}, "rank_pattern: 'head' names no adapted layer"),  # saved, not adapted
         ({"alpha_pattern": {"onv": 4}}, "alpha_pattern: 'onv' names no adapted layer; did you mean 'conv'"),
-        ({"alpha_pattern": {"body": 4}}, "alpha_pattern: 'body' names no adapted layer"),
         ({"enable_lora": {"body.00": [True]}}, "enable_lora: 'body.00' names no layer to adapt; did you mean 'body.0'"),
     ],
 )
@@ -44,9 +38,7 @@ def test_an_entry_that_names_nothing_is_an_error_with_near_misses(options, compl
     ("options", "unused"),
     [
         ({"target_modules": ["conv", "gate_proj", "up_proj"]}, "target_modules: 'gate_proj', 'up_proj'"),
-        ({"target_modules": ["conv", "embed", "cnov"]}, "target_modules: 'cnov'"),
         ({"exclude_modules": ["body.0", "vision_tower"]}, "exclude_modules: 'vision_tower'"),
-        ({"modules_to_save": ["head", "haed"]}, "modules_to_save: 'haed'"),
         ({"enable_lora": {"body.0": [True], "qkv": [True]}}, "enable_lora: 'qkv'"),
         (
             {"target_modules": ["conv"], "trainable_token_indices": {"embed": [1], "wte": [1]}},
@@ -85,16 +77,6 @@ def test_a_string_that_names_nothing_is_told_to_be_an_expression():
     with pytest.raises(LoRAError, match=rf"'.*qurey' names no layer to adapt; {rule}; did you mean .*'query'"):
         inject(model, LoRAConfig(target_modules=".*qurey"))
     assert inject(model, LoRAConfig(target_modules=["query"])) == ["layers.0.query"]  # as the hint says
-
-
-def test_names_of_another_family_are_answered_with_how_the_models_own_end():
-    bert = transformers.BertConfig(
-        vocab_size=8, hidden_size=4, num_hidden_layers=3, num_attention_heads=1, intermediate_size=4
-    )
-    with pytest.raises(LoRAError) as caught:
-        inject(transformers.BertModel(bert), LoRAConfig(target_modules=["q_proj", "v_proj"]))
-    own = "'word_embeddings', 'position_embeddings', 'token_type_embeddings', 'query', 'key', 'value', 'dense'."
-    assert f"target_modules: 'q_proj' names no layer to adapt; there are {own}" in str(caught.value)
 
 
 def test_all_entries_that_name_nothing_come_in_one_error():

@@ -56,24 +56,15 @@ class Net(LightningModule):
         return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), 1e-3)
 
 
-ENDLESS = {
-    "a repetition in another": r"(.*\.)+q_proj",
-    "repeated alternatives": r"(?:layers\.|\d+\.)*q_proj",
-    "in a look-ahead": r"(?=(.*\.)+q).*q_proj",
-    "in a look-behind": r".*(?<=\.)([a-z]_?)+",
-    "a match again": r"(l)ayers.*(?:q|v)_proj(?:\1)?",
-    "a named match again": r"(?P<l>l)ayers.*q_proj(?:(?P=l))?",
-    "a condition": r"(x)?.*(?(1)x|q_proj)",
-    "with a comment": r"(?#mine).*q_proj",
-    "with blanks": r"(?x) .* q_proj",
-    "many repetitions": r".*l.*\..*.*.*q_proj",
-}
 PATTERNS: dict[str, dict[str, Any]] = {
-    **{name: {"target_modules": pattern} for name, pattern in ENDLESS.items()},
-    "layers left out": {"target_modules": r".*_proj", "exclude_modules": r"(.*\.)+v_proj"},
-    "other ranks": {"target_modules": ["q_proj"], "rank_pattern": {r"(.*\.)+1\.q_proj": 3, "layers.10.q_proj": 5}},
-    "other scalings": {"target_modules": ["q_proj"], "alpha_pattern": {r"([a-z]+\.)*(1\d?\.)+q_proj": 3.5}},
+    "in a look-ahead": {"target_modules": r"(?=(.*\.)+q).*q_proj"},
+    "a match again": {"target_modules": r"(l)ayers.*(?:q|v)_proj(?:\1)?"},
+    "with blanks": {"target_modules": r"(?x) .* q_proj"},
     "layers by number": {"target_modules": ["q_proj"], "layers_to_transform": [1, 10], "layers_pattern": "(layers)+"},
+    "ranks by patterns and names": {
+        "target_modules": ["q_proj"],
+        "rank_pattern": {r"(.*\.)+1\.q_proj": 3, "layers.10.q_proj": 5},
+    },
     "all at once": {
         "target_modules": r"(.*\.)+[qv]_proj",
         "exclude_modules": r"(.*\.)+3\.v_proj",
@@ -82,7 +73,6 @@ PATTERNS: dict[str, dict[str, Any]] = {
         "modules_to_save": ["layers.3.v_proj"],
     },
 }
-every_pattern = pytest.mark.parametrize("name", PATTERNS)
 
 
 def adapted(name: str) -> Net:
@@ -101,9 +91,12 @@ def check_same(net: nn.Module, other: nn.Module) -> None:
     assert torch.equal(net(x), other(x))
 
 
-@every_pattern
-def test_own_pattern_comes_back_from_a_saved_adapter(tmp_path: Path, name: str):
+@pytest.mark.parametrize("name", PATTERNS)
+def test_own_pattern_comes_back_from_a_saved_adapter_and_peft_reads_it_as_it_is_here(tmp_path: Path, name: str):
     save_adapter(net := adapted(name), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(Net().layers, tmp_path / "adapter")  # the network alone
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(theirs(x), net(x))
     load_adapter(other := Net(), tmp_path / "adapter")
     check_same(net, other)
     save_adapter(other, tmp_path / "again")
@@ -111,23 +104,14 @@ def test_own_pattern_comes_back_from_a_saved_adapter(tmp_path: Path, name: str):
     check_same(net, again)
 
 
-@every_pattern
-def test_peft_reads_own_patterns_as_they_are_here(tmp_path: Path, name: str):
-    save_adapter(net := adapted(name), tmp_path)
-    theirs = peft.PeftModel.from_pretrained(Net().layers, tmp_path)  # the network alone
-    x = torch.randn(3, 4)
-    torch.testing.assert_close(theirs(x), net(x))
-
-
 @pytest.mark.slow
-@every_pattern
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_run_with_an_own_pattern_resumes_and_its_checkpoint_loads_and_exports(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     def trainer(steps: int) -> Trainer:
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 9}
-        callback = LoRACallback(r=2, verbose=False, **PATTERNS[name])
+        callback = LoRACallback(r=2, verbose=False, **PATTERNS["all at once"])
         return Trainer(max_steps=steps, callbacks=[callback], enable_model_summary=False, accelerator="cpu", **options)
 
     data = DataLoader(torch.ones(4, 4), batch_size=2)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import csv
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import LoRACLI, LoRAConfig, LoRAError, LoRAMonitor, inject
@@ -41,31 +38,21 @@ def injected(**options: Any) -> Net:
     [
         ({"every_n_steps": -1}, "every_n_steps must be a whole number from 0, but it is -1"),
         ({"every_n_steps": True}, "every_n_steps must be a whole number from 0, but it is True"),
-        ({"every_n_steps": 2.0}, "every_n_steps must be a whole number from 0, but it is 2.0"),
         ({"plots": 1}, "plots must be true or false, but it is 1"),
     ],
 )
 def test_wrong_options_are_refused_at_once(options: dict[str, Any], said: str):
     with pytest.raises(LoRAError, match=f"^LoRAMonitor: {re.escape(said)}"):
         LoRAMonitor(**options)
-
-
-def test_options_are_taken_by_position_and_shown():
     assert repr(LoRAMonitor(10, False)) == "LoRAMonitor(every_n_steps=10, plots=False)"
 
 
-def test_order_in_the_list_changes_nothing(tmp_path: Path):
-    before = fit(tmp_path / "a", Net(), LoRAMonitor(1), lora(seed=1), max_epochs=2)
-    after = fit(tmp_path / "b", Net(), lora(seed=1), LoRAMonitor(1), max_epochs=2)
-    assert len(before) == 6
-    assert before == after
-
-
-def test_model_that_was_injected_by_hand_needs_no_other_callback(tmp_path: Path):
+def test_model_that_was_injected_by_hand_is_monitored_alone_and_before_or_after_the_callback(tmp_path: Path):
     alone = fit(tmp_path / "alone", injected(), LoRAMonitor(1), max_epochs=2)
     beside = fit(tmp_path / "beside", injected(), lora(), LoRAMonitor(1), max_epochs=2)
+    before = fit(tmp_path / "before", injected(), LoRAMonitor(1), lora(), max_epochs=2)
     assert len(alone) == 6
-    assert alone == beside
+    assert alone == beside == before
 
 
 def test_network_injected_inside_the_module_is_monitored(tmp_path: Path):
@@ -103,27 +90,6 @@ def test_next_fit_after_an_exception_begins_anew(tmp_path: Path):
     assert not any("cosine" in name for name in rows[0])
 
 
-class Copies(L.Callback):
-    """Copies the monitor in the midst of a fit."""
-
-    def __init__(self, monitor: LoRAMonitor) -> None:
-        self.monitor, self.copies = monitor, []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        self.copies += [copy.deepcopy(self.monitor), pickle.loads(pickle.dumps(self.monitor))]
-
-
-@pytest.mark.slow
-def test_copies_made_inside_a_fit_know_nothing_of_it(tmp_path: Path):
-    monitor = LoRAMonitor(1)
-    fit(tmp_path / "fit", Net(), lora(), monitor, copies := Copies(monitor))
-    for number, each in enumerate(copies.copies):
-        assert each._last.snapshots == {}
-        rows = fit(tmp_path / str(number), injected(), each)
-        assert len(rows) == 3
-        assert not any("cosine" in name for name in rows[0])
-
-
 YAML = """
 trainer:
   accelerator: cpu
@@ -137,20 +103,14 @@ trainer:
     - class_path: lightning_lora.LoRAMonitor
       init_args: {every_n_steps: 3, plots: false}
 """
-CALLBACK = "    - {class_path: lightning_lora.LoRACallback, init_args: {r: 2, target_modules: [head]}}\n"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cli", "config"), [(LoRACLI, YAML + "lora: {r: 2, target_modules: [head]}\n"), (LightningCLI, YAML + CALLBACK)]
-)
-def test_yaml_has_it_beside_the_lora_block_or_the_callback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: type[LightningCLI], config: str
-):
+def test_yaml_has_it_beside_the_lora_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["program"])
     monkeypatch.chdir(tmp_path)
-    Path("c.yaml").write_text(config)
-    run = cli(Net, Data, args=["fit", "--config", "c.yaml"], save_config_callback=None, seed_everything_default=1)
+    Path("c.yaml").write_text(YAML + "lora: {r: 2, target_modules: [head]}\n")
+    run = LoRACLI(Net, Data, args=["fit", "--config", "c.yaml"], save_config_callback=None, seed_everything_default=1)
     (monitor,) = (each for each in run.trainer.callbacks if isinstance(each, LoRAMonitor))
     assert (monitor.every_n_steps, monitor.plots) == (3, False)
     assert "lora/head/norm" in Path("logs/metrics.csv").read_text()

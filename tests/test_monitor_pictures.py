@@ -8,16 +8,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_lora import (
-    LoRAError,
     LoRAMonitor,
-    adapter_stats,
-    plot_adapter,
-    save_adapter,
-    summary,
 )
 from lightning_lora.report import figures
 from support.runs import lora
@@ -72,42 +66,6 @@ def test_norms_and_spectra_of_the_trained_adapter_are_added_at_the_last_step(tmp
     assert line.get_ydata()[list(line.get_xdata()).index(3)] == pytest.approx(rms, rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("save", ["adapter", "merged", "full"])
-def test_the_command_draws_the_same_of_the_runs_checkpoint(tmp_path: Path, save: Any):
-    """Titles, names and values of the logger's pictures; the summary and the scalars have the same names."""
-    board, scalars = TensorBoardLogger(), CSVLogger(tmp_path / "logs", "", "")
-    net = Net()
-    checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_top_k=0)
-    callbacks = [LoRAMonitor(every_n_steps=1), lora(save=save), checkpoints]
-    make_trainer(tmp_path, *callbacks, logger=[board, scalars], max_epochs=1, log_every_n_steps=1).fit(net, Data())
-    source = tmp_path / "checkpoints" / "last.ckpt"
-    save_adapter(net, tmp_path / "folder")
-    for given in (source, tmp_path / "folder"):
-        drawn = plot_adapter(given)
-        assert [tag for tag, _, _ in board.experiment.figures] == [f"lora/{name}" for name in drawn]
-        for (_, logged, _), figure in zip(board.experiment.figures, drawn.values(), strict=True):
-            assert logged.get_suptitle() == figure.get_suptitle()
-            assert [*map(content_of, logged.axes)] == [*map(content_of, figure.axes)]
-    rows = [text.get_text() for text in drawn["norms"].axes[0].get_legend().get_texts()]
-    assert rows == [group.name for group in summary(net).groups] == list(adapter_stats(net).groups)
-    header = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {name.split("/")[1] for name in header if name.startswith("lora/") and name.count("/") == 2} == set(rows)
-
-
-def content_of(axes: Any) -> list[Any]:
-    """What is drawn in a panel."""
-    lines = [(line.get_label(), list(map(str, line.get_ydata()))) for line in axes.lines]
-    texts = [text.get_text() for text in (*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels())]
-    return [lines, texts, axes.get_xlabel(), axes.get_ylabel(), axes.get_title(loc="left")]
-
-
-def test_nothing_is_drawn_by_default(tmp_path: Path):
-    logger = TensorBoardLogger()
-    fit(tmp_path, [lora()], logger)
-    assert logger.experiment.figures == []
-
-
 class Diverges(Net):
     """Its adapters are NaN at the end."""
 
@@ -123,15 +81,6 @@ def test_a_diverged_run_ends_with_a_warning_that_names_the_factor(tmp_path: Path
     assert logger.experiment.figures == []
 
 
-def test_what_cannot_be_measured_is_a_warning_and_the_fit_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fails(module: Any) -> Any:
-        raise LoRAError("nothing to draw")
-
-    monkeypatch.setattr("lightning_lora.monitor.measure", fails)
-    with pytest.warns(UserWarning, match="LoRAMonitor: plots: nothing to draw"):
-        fit(tmp_path, [lora(), pictures_alone()], TensorBoardLogger())
-
-
 @pytest.mark.parametrize("case", ["another logger", "not wished", "no matplotlib"])
 def test_updates_are_not_measured_where_nothing_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str):
     monkeypatch.setattr("lightning_lora.monitor.measure", None)
@@ -139,11 +88,6 @@ def test_updates_are_not_measured_where_nothing_is_drawn(tmp_path: Path, monkeyp
         monkeypatch.setattr(figures, "find_spec", lambda name: None)
     logger = CSVLogger(tmp_path) if case == "another logger" else TensorBoardLogger()
     fit(tmp_path, [lora(), LoRAMonitor(plots=case != "not wished")], logger)
-
-
-def test_plots_is_true_or_false():
-    with pytest.raises(LoRAError, match="LoRAMonitor: plots must be true or false, but it is 3"):
-        LoRAMonitor(plots=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -91,12 +91,27 @@ def _norm(tensors: Any) -> float:
 
 
 def test_csv_columns_have_the_numbers_of_every_nth_step(tmp_path: Path):
-    probe = Probe()
-    fit(tmp_path, Net(), lora(), monitor(2), probe, max_epochs=3)  # 9 steps, three an epoch
+    probe, found = Probe(), list[dict[str, float]]()
+
+    class Reads(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+            groups = adapter_stats(pl_module).groups
+            found.append({f"lora/{g}/{n}": v for g, s in groups.items() for n, v in s.to_dict().items()})
+
+    fit(tmp_path, Net(), lora(), monitor(2), probe, Reads(), max_epochs=3)  # 9 steps, three an epoch
     rows = read(tmp_path)
     assert list(rows) == [1, 3, 5, 7]  # the rows of the 2nd, 4th, ... step, as Lightning numbers them
     for step, before in ((2, None), (4, 2), (6, 4), (8, 6)):
         assert rows[step - 1] == pytest.approx(probe.row(step, before), rel=1e-5)
+        without_cosine = {name: value for name, value in rows[step - 1].items() if not name.endswith("cosine")}
+        assert without_cosine == found[step - 1]
+
+
+def test_nothing_is_computed_where_nothing_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("layer_stats", "open_model", "reshard_"):
+        monkeypatch.setattr(lightning_lora.monitor, name, None)
+    fit(tmp_path / "never", Net(), lora(), monitor(0))
+    fit(tmp_path / "later", Net(), lora(), monitor(4))  # an epoch has three steps
 
 
 class Progress(L.Callback):
@@ -120,17 +135,6 @@ def test_training_is_the_same_and_nothing_else_sees_the_statistics(tmp_path: Pat
     assert list(with_stats.state_dict()) == list(without.state_dict())
     assert [name for name, _ in with_stats.named_modules()] == [name for name, _ in without.named_modules()]
     assert read(tmp_path / "without") == {}
-
-
-def test_where_nothing_is_logged_nothing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lightning_lora.monitor, "layer_stats", None)
-    fit(tmp_path, Net(), lora(), monitor(0))
-
-
-def test_steps_between_do_not_look_at_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lightning_lora.monitor, "open_model", None)
-    monkeypatch.setattr(lightning_lora.monitor, "reshard_", None)
-    fit(tmp_path, Net(), lora(), monitor(4))
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path):
@@ -181,27 +185,6 @@ def test_a_trial_of_a_few_batches_computes_statistics_though_nothing_is_written(
     assert len(calls) == 2
 
 
-class OptimizerOfB(TwoOptimizers):
-    """One of every A and one of every B."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        for optimizer in self.optimizers():
-            self.zero_grad()
-            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
-            optimizer.step()
-
-    def configure_optimizers(self) -> Any:
-        factors = {f: [p for n, p in self.named_parameters() if n.endswith(f"lora_{f}")] for f in "AB"}
-        return [torch.optim.SGD(each, lr=0.05) for each in factors.values()]
-
-
-def test_layers_are_logged_where_a_and_b_are_in_two_optimizers(tmp_path: Path):
-    fit(tmp_path, OptimizerOfB(), lora(), monitor(1))
-    rows = read(tmp_path)
-    assert list(rows) == [0, 1, 2]
-    assert all(row[f"lora/{group}/grad_B"] > 0 for row in rows.values() for group in GROUPS)
-
-
 class Lbfgs(Net):
     """An optimizer that evaluates its closure several times a step."""
 
@@ -219,7 +202,7 @@ def test_a_step_with_several_closures_is_logged_once(tmp_path: Path, monkeypatch
     assert read(tmp_path)[0]["lora/head/grad_A"] == pytest.approx(_norm(probe.steps[0]["head"][2][0]), rel=1e-6)
 
 
-@pytest.mark.parametrize("interval", [0, 1, 2, 50])
+@pytest.mark.parametrize("interval", [1, 50])
 def test_steps_are_the_monitors_own_whatever_the_trainer_writes_and_each_is_written_once(tmp_path: Path, interval: int):
     fit(tmp_path, Net(), lora(), monitor(3), max_epochs=2, log_every_n_steps=interval)
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
@@ -271,15 +254,3 @@ def test_a_trainer_in_a_hook_leaves_what_the_outer_one_logs(tmp_path: Path):
     assert list(read(tmp_path)) == [1, 3, 5]
     assert all("lora/head/norm" in row for row in read(tmp_path).values())
     assert all("lora/head/cosine" in row for step, row in read(tmp_path).items() if step > 1)
-
-
-def test_numbers_are_those_of_the_function_on_a_plain_model(tmp_path: Path):
-    fit(tmp_path, model := Net(), lora(), monitor(3), Reads(), limit_val_batches=0)
-    assert read(tmp_path)[2] == model.seen[-1]
-
-
-class Reads(L.Callback):
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        groups = adapter_stats(pl_module).groups
-        values = {f"lora/{g}/{n}": v for g, s in groups.items() for n, v in s.to_dict().items()}
-        pl_module.seen.append(values)

@@ -15,6 +15,7 @@ from lightning_lora import LoRAError, load_adapter
 from lightning_lora.command.extract import _factors, extract
 from lightning_lora.command.main import main
 from lightning_lora.files.weights import open_weights
+from lightning_lora.formats.peft_folder import write_folder
 from support.expected_weights import merge_and_check
 from support.notices import quiet_peers
 from support.peers import logits, model, read_by_peft, seeded
@@ -55,7 +56,6 @@ def run(tmp_path: Path, capsys: Any, name: str, after: nn.Module, *args: str, ra
 
 
 CASES = {
-    "llama": (("layernorm.weight",), ()),
     "bert": ((".bias", "LayerNorm.weight"), ()),
     "convolutions": (("bn.weight", "one.bias"), ("--exclude", "head", "mha.out_proj")),
 }
@@ -88,11 +88,10 @@ def test_extract_of_conv1d_with_fan_in_fan_out_gives_the_tuned_outputs(tmp_path,
     torch.testing.assert_close(logits(fresh), logits(after), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (700, 600), (8, 4, 3, 3)])
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-def test_extract_gives_the_best_factors_of_their_rank(shape: tuple[int, ...], kind: str):
-    if len(shape) > 2:
-        kind = "Conv"
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("Linear", (40, 60)), ("Conv1D", (40, 60)), ("Linear", (700, 600)), ("Conv", (8, 4, 3, 3))]
+)
+def test_extract_gives_the_best_factors_of_their_rank(kind: str, shape: tuple[int, ...]):
     change = torch.randn(shape) * torch.logspace(0, -2, shape[-1])
     a, b, share, square = _factors(change, 5, kind)
     product = (b.flatten(1) @ a.flatten(1)).T if kind == "Conv1D" else b.flatten(1) @ a.flatten(1)
@@ -141,23 +140,16 @@ def test_a_change_that_nothing_can_carry_is_named(tmp_path, capsys):
     assert "left out: mha.in_proj_weight, mha.out_proj.weight" in shown
 
 
-def test_a_rank_below_one_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lightning_lora.command.extract.truncated_svd", lambda *_: pytest.fail("the work began"))
-    assert "r must be a whole number of at least 1" in run(
-        tmp_path, capsys, "llama", tuned("llama", 2), rank=0, status=1
-    )
-
-
-@pytest.mark.parametrize("option", ["--exclude", "--embeddings"])
 @pytest.mark.parametrize(
-    ("entry", "hint"),
-    [("dwn_proj", "did you mean 'down_proj'"), ("layers.1", ""), ("nothing", "there are")],
+    ("option", "entry", "hint"),
+    [("--exclude", "dwn_proj", "did you mean 'down_proj'"), ("--embeddings", "layers.1", "")],
 )
 def test_an_entry_that_names_no_module_with_tensors_is_refused(tmp_path, capsys, option: str, entry: str, hint: str):
     """Its misspelt module would be adapted without a word. A part of a model, as layers.1, is no such module."""
     shown = run(tmp_path, capsys, "llama", tuned("llama", 3), option, "down_proj", entry, status=1)
     assert f"{option} {entry!r} names no module that has tensors; {hint}" in shown
     assert not (tmp_path / "adapter").exists()
+    assert "r must be a whole number" in run(tmp_path, capsys, "llama", tuned("llama", 2), rank=0, status=1)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +176,7 @@ def two_bases(path: Path, before: torch.Tensor, change: torch.Tensor, dtype: tor
     return [open_weights(path / name) for name in ("base.safetensors", "tuned.safetensors")]
 
 
-@pytest.mark.parametrize("size", [1e-200, 1e-12, 1.0, 1e120])
-@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize(("size", "rank"), [(1e-200, 2), (1e-12, 3), (1e120, 2)])
 def test_extract_of_float64_is_exact_in_float64(tmp_path, size: float, rank: int):
     """As float32 it would be lost, beyond the range, or ten million times coarser."""
     generator = torch.Generator().manual_seed(2)
@@ -208,58 +199,34 @@ def test_extract_of_a_change_below_float32s_digits_is_the_change(tmp_path):
     assert found.total() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16], ids=str)
-def test_extract_from_a_narrow_base_to_a_wide_result_takes_the_wider(tmp_path, before: torch.dtype):
-    base = torch.ones(6, 5, dtype=before)
+def test_extract_from_a_narrow_base_to_a_wide_result_takes_the_wider(tmp_path):
+    base = torch.ones(6, 5, dtype=torch.bfloat16)
     found = extract(*two_bases(tmp_path, base, torch.full((6, 5), 0.125), torch.float64), 1)
     product = found.adapter.factor("a", "lora_B") @ found.adapter.factor("a", "lora_A")
     assert product.dtype == torch.float64
     torch.testing.assert_close(product, torch.full((6, 5), 0.125, dtype=torch.float64), rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("value", [float("nan"), 3.4e38])  # the difference to the second is beyond the range
 def test_extract_names_a_change_that_is_not_finite(tmp_path, value: float):
-    before, change = torch.full((4, 4), -1e38), torch.zeros(4, 4)
-    change[1, 2] = value
-    after = before + change if value != 3e38 else torch.full((4, 4), 3e38)
+    before, after = torch.full((4, 4), -1e38), torch.full((4, 4), -1e38)
+    after[1, 2] = value
     save_file({"a.weight": before}, tmp_path / "base.safetensors")
     save_file({"a.weight": after}, tmp_path / "tuned.safetensors")
     both = [open_weights(tmp_path / name) for name in ("base.safetensors", "tuned.safetensors")]
-    with pytest.raises(
-        LoRAError, match=r"extract: the change of 'a.weight' is not finite.*leave it out with --exclude a"
-    ):
+    with pytest.raises(LoRAError, match=r"the change of 'a.weight' is not finite.*--exclude a"):
         extract(*both, 2)
 
 
-def test_extract_passes_over_a_table_that_is_nan_in_both(tmp_path):
-    table = torch.full((4, 4), torch.nan)
-    for name, value in (("base", 0.0), ("tuned", 1.0)):
-        save_file({"a.weight": torch.full((4, 4), value), "b.weight": table}, tmp_path / f"{name}.safetensors")
-    both = [open_weights(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
-    assert extract(*both, 2).adapter.layers.keys() == {"a"}
-
-
-@pytest.mark.parametrize(
-    ("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str
-)
-def test_extract_passes_over_a_weight_that_differs_by_the_rounding_of_the_bases_dtype(
-    tmp_path, before: torch.dtype, after: torch.dtype
-):
-    table = torch.linspace(0.1, 0.9, 16, dtype=torch.float64).view(4, 4)
-    save_file({"a.weight": torch.zeros(4, 4).to(before), "b.weight": table.to(before)}, tmp_path / "base.safetensors")
-    save_file({"a.weight": torch.ones(4, 4).to(after), "b.weight": table.to(after)}, tmp_path / "tuned.safetensors")
-    both = [open_weights(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
-    assert extract(*both, 2).adapter.layers.keys() == {"a"}
-
-
-def test_extract_leaves_biases_alone_where_none_changed(tmp_path):
-    for name, value in (("base", 0.0), ("tuned", 1.0)):
-        state = {"a.weight": torch.full((4, 4), value), "a.bias": torch.ones(4)}
-        save_file(state, tmp_path / f"{name}.safetensors")
-    both = [open_weights(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
-    found = extract(*both, 2).adapter
+def test_extract_passes_over_what_is_nan_in_both_or_differs_by_the_rounding_of_the_bases_dtype(tmp_path):
+    table = torch.linspace(0.1, 0.9, 16).view(4, 4)
+    base = {"a.weight": torch.zeros(4, 4), "b.weight": table.bfloat16(), "c.weight": torch.full((4, 4), torch.nan)}
+    save_file({**base, "a.bias": torch.ones(4)}, tmp_path / "base.safetensors")
+    tuned = {"a.weight": torch.ones(4, 4), "b.weight": table, "c.weight": torch.full((4, 4), torch.nan)}
+    save_file({**tuned, "a.bias": torch.ones(4)}, tmp_path / "tuned.safetensors")
+    found = extract(*(open_weights(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")), 2).adapter
     assert sorted(found.tensors) == ["a.lora_A", "a.lora_B"]
-    assert found.fingerprint.keys() == {"a.weight", "a.bias"}
+    assert found.fingerprint.keys() == {"a.weight", "a.bias", "b.weight", "c.weight"}
 
 
 class Upward(nn.Module):
@@ -271,12 +238,7 @@ class Upward(nn.Module):
 
 @pytest.mark.parametrize(
     ("name", "layer"),
-    [
-        ("up", lambda: nn.ConvTranspose2d(4, 6, 3)),
-        ("up", lambda: nn.ConvTranspose1d(6, 4, 2)),
-        ("deconv1", lambda: nn.ConvTranspose2d(4, 4, 3)),
-        ("conv_transpose", lambda: nn.ConvTranspose3d(4, 6, 2, bias=False)),
-    ],
+    [("up", lambda: nn.ConvTranspose1d(6, 4, 2)), ("deconv1", lambda: nn.ConvTranspose2d(4, 4, 3))],
 )
 def test_extract_carries_a_transposed_convolution_whole(tmp_path, name: str, layer: Any):
     before, after = (seeded(lambda: Upward(name, layer())) for _ in range(2))
@@ -284,51 +246,21 @@ def test_extract_carries_a_transposed_convolution_whole(tmp_path, name: str, lay
         for parameter in after.parameters():
             parameter.add_(torch.randn_like(parameter) if parameter.dim() > 1 else 0.0)
     files = [saved(tmp_path / f"{i}.safetensors", net) for i, net in enumerate((before, after))]
-    assert extract(*map(open_weights, files), 2).adapter.layers.keys() == {"down"}
-    assert (
-        main(
-            [
-                "extract",
-                "--base",
-                str(files[0]),
-                "--tuned",
-                str(files[1]),
-                "--output",
-                str(tmp_path / "o"),
-                "--rank",
-                "2",
-            ]
-        )
-        == 0
-    )
-    load_adapter(before, tmp_path / "o")
+    found = extract(*map(open_weights, files), 2)
+    assert found.adapter.layers.keys() == {"down"}
+    write_folder(found.adapter, tmp_path / "adapter")
+    load_adapter(before, tmp_path / "adapter")
     assert torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
 
 
-@pytest.mark.parametrize("layer", [lambda: nn.Conv2d(4, 6, 3), lambda: nn.Conv2d(4, 4, 3, bias=False)])
-def test_extract_adapts_a_convolution(tmp_path, layer: Any):
-    before, after = (seeded(lambda: Upward("next", layer())) for _ in range(2))
+def test_extract_of_a_convolution_beside_statistics_that_did_not_change_loads_by_itself(tmp_path):
+    before, after = (seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))) for _ in range(2))
     with torch.no_grad():
-        after.get_submodule("next").weight.add_(1)
+        after.get_submodule("0").weight.add_(1)
     files = [saved(tmp_path / f"{i}.safetensors", net) for i, net in enumerate((before, after))]
-    assert extract(*map(open_weights, files), 2).adapter.layers.keys() == {"next"}
-
-
-def test_extract_of_a_model_with_statistics_that_did_not_change_loads_by_itself(tmp_path, capsys):
-    net = seeded_statistics()
-    after = seeded_statistics()
-    with torch.no_grad():
-        after.get_submodule("0").weight.add_(torch.outer(torch.ones(4), torch.ones(3)))
-    base, result = saved(tmp_path / "base.safetensors", net), saved(tmp_path / "tuned.safetensors", after)
-    files = ["--base", base, "--tuned", result, "--output", tmp_path / "adapter"]
-    assert main(["extract", *map(str, files), "--rank", "1"]) == 0
-    load_adapter(net, tmp_path / "adapter")
-    x = torch.randn(5, 3)
-    torch.testing.assert_close(net(x), after(x))
-
-
-def seeded_statistics() -> Any:
-    def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-
-    return seeded(build)
+    found = extract(*map(open_weights, files), 1)
+    assert found.adapter.layers.keys() == {"0"}
+    write_folder(found.adapter, tmp_path / "adapter")
+    load_adapter(before, tmp_path / "adapter")
+    x = torch.randn(5, 3, 4, 4)
+    torch.testing.assert_close(before(x), after(x))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,23 +25,13 @@ from support.training import Net, make_trainer
 pytestmark = quiet_peers
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A Lightning adapter checkpoint."""
-    trainer = make_trainer(tmp_path / "fit", lora(r=2, modules_to_save=["body.1"], bias="lora_only"))
-    run(trainer, "fit", Net())
-    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
-    return tmp_path / "adapter.ckpt"
-
-
-@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
-def test_info_shows_config_and_norms_of_a_lightning_checkpoint(tmp_path, capsys, kind: str):
+def test_info_shows_config_and_norms_of_a_lightning_checkpoint(tmp_path, capsys):
     net = Net()
-    trainer = make_trainer(tmp_path / "fit", lora(r=2, lora_alpha=3, save=kind, modules_to_save=["body.1"]))
+    trainer = make_trainer(tmp_path / "fit", lora(r=2, lora_alpha=3.0, save="merged", modules_to_save=["body.1"]))
     run(trainer, "fit", net)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     found = json.loads(call(capsys, "info", tmp_path / "a.ckpt", "--json"))
-    assert found["kind"] == f"Lightning checkpoint of kind '{kind}'"
+    assert found["kind"] == "Lightning checkpoint of kind 'merged'"
     config = LoRAConfig(r=2, lora_alpha=3, target_modules=TARGETS, modules_to_save=["body.1"])
     assert found["config"] == config.to_dict()
     layer = net.body[3].requires_grad_(False)
@@ -55,7 +44,7 @@ def test_info_shows_config_and_norms_of_a_lightning_checkpoint(tmp_path, capsys,
     assert set(found["also_trained"]) >= {"body.1.weight", "body.1.running_mean"}
     text = call(capsys, "info", tmp_path / "a.ckpt")
     assert "3 adapted layers" in text
-    assert "lora_alpha: 3" in text
+    assert "  lora_alpha: 3\n" in text  # of 3.0 YAML's readers would make a float
     assert f"also in it, whole: {', '.join([*found['also_trained']][:3])}, ... (5 in all)\n" in text
 
 
@@ -72,20 +61,6 @@ def test_info_shows_layers_of_a_peft_folder_and_of_its_tensor_file(tmp_path, cap
     assert alone["parameters"] == found["parameters"]
     text = call(capsys, "info", tmp_path / "adapter_model.safetensors")
     assert "lora_alpha must come from whoever trained it" in text
-
-
-def test_info_writes_a_whole_number_as_one(tmp_path, capsys):
-    """YAML's readers make 16.0 of an option that is a float."""
-    inject(net := Net(), LoRAConfig(r=2, lora_alpha=16.0, target_modules=TARGETS, lora_dropout=0.25))
-    save_adapter(net, tmp_path / "a")
-    shown = call(capsys, "info", tmp_path / "a")
-    assert "  lora_alpha: 16\n  lora_dropout: 0.25\n" in shown
-
-
-def test_a_folder_without_an_adapter_is_told_so(tmp_path, capsys):
-    model("llama").save_pretrained(tmp_path / "base")
-    shown = refused(capsys, "export", tmp_path / "base", tmp_path / "out")
-    assert f"{tmp_path / 'base'}: holds no adapter" in shown
 
 
 def test_info_shows_size_and_dtypes_of_weights(tmp_path, capsys):
@@ -144,9 +119,12 @@ def test_info_and_diff_of_an_adapter_without_a_scaling_say_that_they_measure_wit
 
 def test_diff_of_weights_shows_the_change_of_each_tensor(tmp_path, capsys):
     one, other = Net(), Net()
+    inject(adapted := Net(), LoRAConfig(r=1, target_modules=TARGETS))
+    save_adapter(adapted, tmp_path / "adapter")
+    torch.save(one.state_dict(), tmp_path / "one.pt")
+    assert "is an adapter and" in refused(capsys, "diff", tmp_path / "adapter", tmp_path / "one.pt")
     with torch.no_grad():
         other.body[3].weight[2, 1] += 3
-    torch.save(one.state_dict(), tmp_path / "one.pt")
     save_file(other.state_dict(), tmp_path / "other.safetensors")
     rows = json.loads(call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.safetensors", "--json"))["changes"]
     assert {name for name, row in rows.items() if row["change"]} == {"body.3.weight"}
@@ -167,9 +145,7 @@ def test_diff_of_weights_names_the_largest_change_of_all_parts_of_a_tensor(tmp_p
     assert json.loads(text)["changes"]["a.weight"]["largest"] == 7.0
 
 
-def test_diff_of_weights_tells_changes_of_masks_and_complex_numbers_and_reads_what_is_stored_out_of_order(
-    tmp_path, capsys
-):
+def test_diff_tells_changes_of_masks_and_complex_numbers_and_reads_what_is_stored_out_of_order(tmp_path, capsys):
     """The same infinity and NaN are no change, and the imaginary part of a change counts."""
     inf, nan = float("inf"), float("nan")
     one = {
@@ -186,6 +162,11 @@ def test_diff_of_weights_tells_changes_of_masks_and_complex_numbers_and_reads_wh
     assert rows["freqs"] == {"change": 2.0, "relative": 0.4, "largest": 2.0}
     assert rows["rows"]["change"] == pytest.approx(6**0.5)
     assert "3 of 4 differ" in call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.pt")
+    net = nn.ModuleDict({"body": nn.Linear(3, 3)})
+    net.register_buffer("mask", one["mask"][:2])
+    inject(net, LoRAConfig(r=1))
+    torch.save(checkpoint_of(net, "adapter"), tmp_path / "a.ckpt")
+    assert call(capsys, "diff", tmp_path / "a.ckpt", tmp_path / "a.ckpt").startswith("0 of 2 differ")
 
 
 def test_diff_tells_which_weights_differ_in_dtype_alone(tmp_path, capsys):
@@ -196,16 +177,3 @@ def test_diff_tells_which_weights_differ_in_dtype_alone(tmp_path, capsys):
     )
     text = call(capsys, "diff", tmp_path / "one.pt", tmp_path / "two.pt")
     assert "2 of 3 differ, 1 in dtype alone (float32 and bfloat16)\n" in text
-
-
-def test_diff_of_adapters_tells_no_change_of_the_same_mask(tmp_path, capsys):
-    net = nn.ModuleDict({"body": nn.Linear(3, 3)})
-    net.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
-    inject(net, LoRAConfig(r=1))
-    torch.save(checkpoint_of(net, "adapter"), tmp_path / "a.ckpt")
-    assert call(capsys, "diff", tmp_path / "a.ckpt", tmp_path / "a.ckpt").startswith("0 of 2 differ")
-
-
-def test_diff_of_unlike_things_is_refused(tmp_path, capsys, checkpoint: Path):
-    torch.save(Net().state_dict(), tmp_path / "one.pt")
-    assert "is an adapter and" in refused(capsys, "diff", checkpoint, tmp_path / "one.pt")

@@ -21,30 +21,18 @@ from torch.utils.data import DataLoader
 from lightning_lora import (
     LoRACallback,
     LoRAConfig,
-    adapter_state_dict,
+    combine,
     inject,
-    load_adapter,
-    load_from_checkpoint,
-    merged_state_dict,
     save_adapter,
 )
 from lightning_lora.command.main import VERBS, main
 from support.expected_weights import check_merge_command
 from support.notices import quiet_peers
 from support.peers import call, logits, model, ours, read_by_peft, refused, tensors_of
-from support.runs import TARGETS, lora, run
+from support.runs import TARGETS
 from support.training import Net, assert_same_tensors, make_trainer
 
 pytestmark = quiet_peers
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A Lightning adapter checkpoint."""
-    trainer = make_trainer(tmp_path / "fit", lora(r=2, modules_to_save=["body.1"], bias="lora_only"))
-    run(trainer, "fit", Net())
-    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
-    return tmp_path / "adapter.ckpt"
 
 
 def test_it_is_installed_as_a_program_and_as_a_module(capsys, monkeypatch: pytest.MonkeyPatch):
@@ -65,15 +53,6 @@ def test_export_names_the_ranks(tmp_path, capsys):
         save_adapter(net, tmp_path / name)
     assert call(capsys, "export", tmp_path / "one", tmp_path / "a").endswith("a: 3 adapted layers of rank 2\n")
     assert call(capsys, "export", tmp_path / "two", tmp_path / "b").endswith("b: 3 adapted layers of ranks 1, 2\n")
-
-
-def test_an_exported_folder_gives_back_the_adapter_of_a_checkpoint(tmp_path, capsys, checkpoint: Path):
-    call(capsys, "export", checkpoint, tmp_path / "folder")
-    expected = load_from_checkpoint(Net, checkpoint)
-    for source in (checkpoint, tmp_path / "folder"):
-        fresh = Net()
-        load_adapter(fresh, source)
-        assert_same_tensors(adapter_state_dict(fresh), adapter_state_dict(expected))
 
 
 class Lit(L.LightningModule):
@@ -117,7 +96,6 @@ def test_merge_command_writes_and_names_what_it_left_out(tmp_path, capsys):
     assert left_out == "left out, because it holds weights that are not merged: model.gguf"
     assert wrote == f"wrote {tmp_path / 'out'}"
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
-    assert "pass --overwrite" in refused(capsys, "merge", *given)
     assert "there is no such file" in refused(capsys, "merge", *given, "--base", tmp_path / "nothing")
 
 
@@ -144,15 +122,6 @@ def test_a_terminated_merge_cleans_up(tmp_path, capsys, monkeypatch: pytest.Monk
     assert stopped.value.code == 143
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base.safetensors"]
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_merged_state_dict_and_command_agree(tmp_path, capsys, checkpoint: Path):
-    torch.save({"state_dict": Net().state_dict()}, tmp_path / "base.ckpt")
-    call(capsys, "merge", "--base", tmp_path / "base.ckpt", "--adapter", checkpoint, "--output", tmp_path / "out.ckpt")
-    net = Net()
-    load_adapter(net, checkpoint)
-    found = torch.load(tmp_path / "out.ckpt", weights_only=True)["state_dict"]
-    assert_same_tensors(dict(found), merged_state_dict(net))
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -182,7 +151,7 @@ def test_help_names_the_dtypes_and_defaults(capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize(
-    "args", [["merge", "--dtype=int8"], ["info"], ["melt"], ["extract", "--rank=x"], ["info", "a", "--plain"]]
+    "args", [["merge", "--dtype=int8"], ["melt"], ["merge", "--strict-base=maybe"], ["info", "a", "--plain"]]
 )
 def test_command_names_a_wrong_option(capsys: pytest.CaptureFixture[str], args: list[str]):
     with pytest.raises(SystemExit) as stopped:
@@ -194,13 +163,13 @@ def test_command_names_a_wrong_option(capsys: pytest.CaptureFixture[str], args: 
 @pytest.mark.parametrize(
     ("args", "missing"),
     [
-        (["merge"], "--base, --adapter, --output"),
-        (["merge", "--base", "a", "--output", "c"], "--adapter"),
+        (["merge", "--base", "a"], "--adapter, --output"),
         (["export", "a"], "OUTPUT"),
-        (["combine", "a"], "--weights, --output"),
     ],
 )
-def test_missing_options_are_named_as_they_are_typed(capsys: pytest.CaptureFixture[str], args: list[str], missing: str):
+def test_missing_arguments_are_named_as_they_are_typed(
+    capsys: pytest.CaptureFixture[str], args: list[str], missing: str
+):
     with pytest.raises(SystemExit) as stopped:
         main(args)
     assert stopped.value.code == 2
@@ -226,3 +195,28 @@ def test_progress_is_shown_on_a_terminal_and_never_among_results(
     assert printed.out == f"wrote {tmp_path / 'o.safetensors'}\n"
     assert ("merging" in printed.err) == terminal
     assert terminal or printed.err == ""
+
+
+def test_combine_takes_the_options_of_the_function(tmp_path: Path, capsys: Any):
+    for name, rank in (("a", 4), ("b", 6)):
+        inject(net := Net(), LoRAConfig(r=rank, target_modules=TARGETS, init_lora_weights=False))
+        save_adapter(net, tmp_path / name)
+    given = [tmp_path / "a", tmp_path / "b"]
+    # The density that is left out here is 0.5.
+    pruning = ["--method", "dare_ties_svd", "--rank", "3", "--seed", "7"]
+    printed = call(capsys, "combine", *given, "--weights", 1, -1, *pruning, "--output", tmp_path / "c")
+    combine(given, [1, -1], method="dare_ties", density=0.5, rank=3, seed=7, output=tmp_path / "d")
+    assert_same_tensors(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("c", "d")))
+    assert printed.endswith(f"wrote {tmp_path / 'c'}\n")
+
+
+def test_plot_writes_a_picture_says_what_is_in_it_and_is_refused_in_one_line(tmp_path: Path, capsys: Any):
+    inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    save_adapter(net, tmp_path / "a")
+    output = tmp_path / "out.svg"
+    assert call(capsys, "plot", tmp_path / "a", "--output", output) == f"wrote {output}: norms, spectra\n"
+    assert output.read_bytes()[:5] == b"<?xml"
+    (tmp_path / "metrics.csv").write_text("step\n0\n")
+    shown = refused(capsys, "plot", tmp_path / "a", "--output", tmp_path / "metrics.csv", "--overwrite")
+    assert shown == "lightning-lora plot: the output 'metrics.csv' must end in one of .png, .pdf, .svg.\n"
+    assert (tmp_path / "metrics.csv").read_text() == "step\n0\n"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,35 +39,26 @@ class Biased(nn.Module):
         self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
 
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_merge_into_a_base_with_more_than_the_network_asks_for_nothing_outside_it(
-    tmp_path: Path, capsys: Any, bias: Any
-):
+def test_merge_into_a_base_with_more_than_the_network_asks_for_nothing_outside_it(tmp_path: Path, capsys: Any):
     """Neither a module outside that has the name of one that is trained whole, nor biases there, nor masks."""
     other = nn.ModuleDict({"two": nn.Linear(1, 1)})
     net = nn.ModuleDict({"network": Biased(), "other": other, "two": nn.Linear(1, 1)})
     masks = {"network.one.mask_bias": torch.ones(1, 1, 2, 2), "network.two.ids": torch.ones(2, dtype=torch.int64)}
     torch.save(net.state_dict() | masks, tmp_path / "base.pt")
-    inject(net["network"], LoRAConfig(r=2, target_modules=["one"], modules_to_save=["two"], bias=bias))
+    inject(net["network"], LoRAConfig(r=2, target_modules=["one"], modules_to_save=["two"], bias="all"))
     save_adapter(net["network"], tmp_path / "adapter")
     call(capsys, *merging(tmp_path, tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize("verb", ["merge", "export", "info"])
-def test_a_folder_of_peft_with_a_b_and_no_a_is_refused(tmp_path: Path, capsys: Any, adapter: Path, verb: str):
-    """load_adapter refuses it; the command passes over the layer."""
+def test_a_folder_of_peft_with_a_b_and_no_a_is_refused(tmp_path: Path, capsys: Any, adapter: Path):
     spoil(adapter, lambda tensors: tensors.pop("base_model.model.two.lora_A.weight"), keep_header=False)
     with pytest.raises(LoRAError, match="two"):
         load_adapter(small(), adapter)
-    args = {
-        "merge": merging(tmp_path, adapter),
-        "export": ["export", adapter, tmp_path / "copy"],
-        "info": ["info", adapter],
-    }[verb]
-    assert "two.lora_" in refused(capsys, *args)
+    for args in (merging(tmp_path, adapter), ["export", adapter, tmp_path / "copy"]):
+        assert "two.lora_" in refused(capsys, *args)
 
 
-@pytest.mark.parametrize("named", ["base_model.model.four.weight", "base_model.model.four.bias", "four.weight"])
+@pytest.mark.parametrize("named", ["base_model.model.four.weight", "four.bias"])
 def test_a_whole_tensor_that_no_option_names_and_the_base_has_not_is_refused(
     tmp_path: Path, capsys: Any, adapter: Path, named: str
 ):
@@ -82,10 +70,9 @@ def test_a_whole_tensor_that_no_option_names_and_the_base_has_not_is_refused(
         load_adapter(small(), adapter)
 
 
-@pytest.mark.parametrize("name", ["some.py", "config.json", "config.yaml"])
-def test_a_file_of_another_form_is_told_so_and_no_advice_of_torch_is_passed_on(tmp_path: Path, capsys: Any, name: str):
-    (tmp_path / name).write_text('import torch\n{"seed": [0]}\n' * 3)
-    said = refused(capsys, "info", tmp_path / name)
+def test_a_file_of_another_form_is_told_so_and_no_advice_of_torch_is_passed_on(tmp_path: Path, capsys: Any):
+    (tmp_path / "some.py").write_text('import torch\n{"seed": [0]}\n' * 3)
+    said = refused(capsys, "info", tmp_path / "some.py")
     assert "is no file of a known form" in said
     assert "weights_only" not in said
 
@@ -106,93 +93,20 @@ def test_a_whole_tensor_outside_of_the_base_that_no_option_names_is_warned_of(tm
         main([verb, *map(str, arguments)])
 
 
-@pytest.mark.parametrize("shape", [(WIDTH, 2, 3), (WIDTH, 2, 0), (0, 2, 2)])
-@pytest.mark.parametrize("verb", ["info", "diff"])
+@pytest.mark.parametrize("shape", [(WIDTH, 2, 3), (0, 2, 2)])
 def test_info_and_diff_of_a_factor_with_too_many_dimensions_are_refused(
-    tmp_path: Path, capsys: Any, adapter: Path, verb: str, shape: tuple[int, ...]
+    tmp_path: Path, capsys: Any, adapter: Path, shape: tuple[int, ...]
 ):
     """Not with the error of whatever they compute with it."""
     spoil(adapter, lambda tensors: tensors.update({"base_model.model.one.lora_B.weight": torch.zeros(shape)}))
-    assert "one" in refused(capsys, verb, *[adapter] * (2 if verb == "diff" else 1))
+    assert "one" in refused(capsys, "info", adapter)
+    assert "one" in refused(capsys, "diff", adapter, adapter)
 
 
-def test_merge_of_a_base_with_factors_under_pefts_names_is_refused(tmp_path: Path, capsys: Any, adapter: Path):
-    """info says of such a file that it is an adapter."""
-    state = small().state_dict() | {
-        "one.lora_A.weight": torch.ones(2, WIDTH),
-        "one.lora_B.weight": torch.ones(WIDTH, 2),
-    }
-    torch.save(state, tmp_path / "base.pt")
-    assert "holds an adapter itself" in refused(capsys, *merging(tmp_path, adapter))
-
-
-# --- checkpoints that torch reads in another way, or not at all ---
-
-
-def repickle(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Change the pickled part of a file of torch.save, and no length; check sums are right."""
-    with zipfile.ZipFile(path) as archive:
-        old = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-    new = change(old)
-    assert old != new
-    assert len(old) == len(new)
-    content = path.read_bytes().replace(old, new)
-    content = content.replace(*(zlib.crc32(data).to_bytes(4, "little") for data in (old, new)))
-    path.write_bytes(content)
-
-
-def with_storages_exchanged(pickled: bytes) -> bytes:
-    """The second and the third tensor each name the other's record."""
-    names = {b"X\x01\x00\x00\x001": b"X\x01\x00\x00\x002", b"X\x01\x00\x00\x002": b"X\x01\x00\x00\x001"}
-    return re.sub(b"|".join(names), lambda found: names[found[0]], pickled)
-
-
-def test_merge_into_a_checkpoint_whose_tensors_name_records_in_another_order_is_right_or_refused(
-    tmp_path: Path, capsys: Any, adapter: Path
-):
-    """An adapter without a fingerprint would be added to the wrong tensor, and a comparison would look there too."""
-    spoil(adapter, lambda tensors: None, keep_header=False)
-    repickle(tmp_path / "base.pt", with_storages_exchanged)
-    read = torch.load(tmp_path / "base.pt", weights_only=True)
-    assert torch.equal(read["two.weight"], small().three.weight)
-    status = main([str(arg) for arg in merging(tmp_path, adapter, "base.pt")])
-    if status:
-        assert "base.pt" in capsys.readouterr().err
-        return
-    factors = [load_file(adapter / TENSORS)[f"base_model.model.two.lora_{factor}.weight"] for factor in "BA"]
-    expected = read["two.weight"] + 4 * factors[0] @ factors[1]  # lora_alpha over r
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt", weights_only=True)["two.weight"], expected)
-
-
-def with_a_smaller_storage(pickled: bytes) -> bytes:
-    return re.sub(rb"(?s)(cpuq.K)\x10", lambda found: found[1] + b"\x0f", pickled, count=1)
-
-
-@pytest.mark.parametrize("damage", ["record header", "storage"])
-def test_merge_into_a_checkpoint_that_torch_cannot_read_is_refused(
-    tmp_path: Path, capsys: Any, adapter: Path, damage: str
-):
-    """The result would be as unreadable as the base."""
-    base = tmp_path / "base.pt"
-    if damage == "record header":
-        with zipfile.ZipFile(base) as archive:
-            offset = next(info.header_offset for info in archive.infolist() if info.filename.endswith("data/1"))
-        content = bytearray(base.read_bytes())
-        content[offset : offset + 4] = b"none"
-        base.write_bytes(content)
-    else:
-        repickle(base, with_a_smaller_storage)
-    with pytest.raises(RuntimeError):
-        torch.load(base, weights_only=True)
-    assert "base.pt" in refused(capsys, *merging(tmp_path, adapter, "base.pt"))
-
-
-@pytest.mark.parametrize(("rows_a", "shape_b"), [(3, (4, 2)), (1, (4, 2)), (6, (4, 2))])
-def test_info_of_factors_that_do_not_fit_each_other_is_refused(
-    tmp_path: Path, capsys: Any, rows_a: int, shape_b: tuple[int, int]
-):
+@pytest.mark.parametrize("rows_a", [1, 6])
+def test_info_of_factors_that_do_not_fit_each_other_is_refused(tmp_path: Path, capsys: Any, rows_a: int):
     """Without options, six rows of A and two columns of B may be three parts, but not of four outputs."""
-    torch.save({"0.lora_A": torch.ones(rows_a, 4), "0.lora_B": torch.ones(shape_b)}, tmp_path / "bare.pt")
+    torch.save({"0.lora_A": torch.ones(rows_a, 4), "0.lora_B": torch.ones(4, 2)}, tmp_path / "bare.pt")
     said = refused(capsys, "info", tmp_path / "bare.pt")
     assert "'0'" in said
     assert "do not share a rank" in said or "do not fit each other" in said

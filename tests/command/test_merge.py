@@ -12,35 +12,28 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAConfig, inject, merged_state_dict, save_adapter
 from lightning_lora.command.merge import merge_on_disk
 from support.expected_weights import merge_and_check
-from support.models import checkpoint
 from support.notices import quiet_peers
-from support.peers import Fused, base_folder, fill_, in_memory, logits, model, ours, seeded, tensors_of, theirs
+from support.peers import base_folder, in_memory, model, ours, tensors_of, theirs
 
 pytestmark = quiet_peers
 
 CHANGED = {"llama": 6, "gpt2": 6, "mixtral": 4}
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=["one chunk", "many chunks"])
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tensors in several chunks of several blocks too."""
-    if request.param == "many chunks":
-        monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", 64)
 
 
 def files_of(path: Path) -> list[Path]:
     return sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
 
 
-@pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CHANGED)
-def test_a_folder_is_merged_as_in_memory_and_keeps_the_rest(tmp_path, name: str, dtype: torch.dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype", "chunk"),
+    [("llama", torch.bfloat16, 64), ("gpt2", torch.float32, 2**17), ("mixtral", torch.float16, 64)],
+)
+def test_a_folder_is_merged_as_in_memory_and_keeps_the_rest(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, chunk: int
+):
+    monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", chunk)
     base, out = base_folder(name, tmp_path / "base", dtype), tmp_path / "out"
     theirs(name, tmp_path / "adapter")
     assert merge_and_check(base, tmp_path / "adapter", out) == []
@@ -57,17 +50,7 @@ def test_a_folder_is_merged_as_in_memory_and_keeps_the_rest(tmp_path, name: str,
         assert (out / file).read_bytes()[:kept] == content[:kept]
 
 
-@pytest.mark.parametrize("name", CHANGED)
-def test_transformers_loads_a_folder_merged_on_disk(tmp_path, name: str):
-    base = base_folder(name, tmp_path / "base")
-    peer = theirs(name, tmp_path / "adapter")
-    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
-    loaded = type(model(name)).from_pretrained(tmp_path / "out").eval()  # type: ignore[attr-defined]
-    torch.testing.assert_close(logits(loaded), logits(peer), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize(("name", "narrow"), [("llama", True), ("gpt2", True), ("gpt2", False)])
 def test_pefts_merge_differs_only_where_it_rounds_twice(tmp_path, name: str, narrow: bool):
     """With factors in bfloat16 peft rounds the delta, then the sum; with wide ones the two merges are the same."""
     base = base_folder(name, tmp_path / "base", torch.bfloat16)
@@ -97,70 +80,50 @@ def test_pefts_merge_differs_only_where_it_rounds_twice(tmp_path, name: str, nar
     assert (differing > 0) == narrow
 
 
-def test_the_classifier_and_biases_of_an_adapter_replace_the_bases(tmp_path):
-    base = tmp_path / "base"
-    model("bert").save_pretrained(base)  # type: ignore[operator]
-    theirs("bert", tmp_path / "adapter", target_modules=["query", "value"])
-    merge_and_check(base, tmp_path / "adapter", tmp_path / "out")
-    expected = in_memory("bert", tmp_path / "adapter")
-    for key, tensor in tensors_of(tmp_path / "out").items():
-        assert torch.equal(tensor, expected[key]), key
-    assert not torch.equal(expected["classifier.weight"], load_file(base / "model.safetensors")["classifier.weight"])
-
-
-def test_merge_of_one_safetensors_file_equals_that_in_memory(tmp_path):
-    save_file(model("convolutions").state_dict(), tmp_path / "base.safetensors", {"format": "pt", "mine": "kept"})
-    ours("convolutions", tmp_path / "adapter")
+@pytest.mark.parametrize("name", ["bert", "convolutions"])
+def test_one_file_is_merged_by_pefts_names_and_keeps_its_metadata(tmp_path, name: str):
+    """Without our header: attention, embedding and convolutions of each dimension, a classifier and biases."""
+    save_file(before := model(name).state_dict(), tmp_path / "base.safetensors", {"format": "pt", "mine": "kept"})
+    theirs(name, tmp_path / "adapter")
     merge_and_check(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors")
-    expected = in_memory("convolutions", tmp_path / "adapter")
+    expected = in_memory(name, tmp_path / "adapter")
     found = load_file(tmp_path / "out.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert name != "bert" or not torch.equal(found["classifier.weight"], before["classifier.weight"])
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "mine": "kept"}
 
 
-def test_every_kind_of_layer_is_merged_as_peft_names_it(tmp_path):
-    """peft's names and shapes alone, without our header: attention, embedding and convolutions of each dimension."""
-    save_file(model("convolutions").state_dict(), tmp_path / "base.safetensors")
-    theirs("convolutions", tmp_path / "adapter")
-    merge_and_check(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors")
-    expected = in_memory("convolutions", tmp_path / "adapter")
-    found = load_file(tmp_path / "out.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-@pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("parts", [[True, False, True], [False, True, True], [False, False, True]])
-def test_merge_of_parts_of_a_fused_projection_equals_that_in_memory(tmp_path, parts: list[bool]):
-    """A part begins and ends in the middle of a chunk."""
-    net = seeded(Fused)
-    save_file(net.state_dict(), tmp_path / "base.safetensors")
-    inject(net, LoRAConfig(r=2, target_modules=["qkv", "other"], enable_lora={"qkv": parts}))
-    save_adapter(fill_(net), tmp_path / "adapter")
-    torch.save(checkpoint(net, "adapter"), tmp_path / "adapter.ckpt")
-    expected = merged_state_dict(net)
-    for source in ("adapter", "adapter.ckpt"):
-        out = tmp_path / f"{source}.safetensors"
-        merge_and_check(tmp_path / "base.safetensors", tmp_path / source, out)
-        for key, value in load_file(out).items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("before", "dtype"),
+    [
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float64),
+        (torch.float32, torch.float64),
+    ],
+)
 def test_merge_into_another_dtype_rounds_once(tmp_path, before: torch.dtype, dtype: torch.dtype):
+    """In which order a processor sums in float64 decides on last bits there, so that values are compared by ulps."""
     base = base_folder("llama", tmp_path / "base", before)
     net = ours("llama", tmp_path / "adapter")
     merge_and_check(base, tmp_path / "adapter", tmp_path / "out", dtype=dtype)
     exact = {key: value.double() for key, value in tensors_of(base).items()}
+    terms = {key: value.abs() for key, value in exact.items()}  # a sum cannot be closer than its terms
     for key, layer in net.named_modules():
         if hasattr(layer, "lora_A"):
-            exact[f"{key}.weight"] += layer.lora.spec.scaling * layer.lora_B.double() @ layer.lora_A.double()
+            a, b, scaling = layer.lora_A.double(), layer.lora_B.double(), layer.lora.spec.scaling
+            exact[f"{key}.weight"] += scaling * b @ a
+            terms[f"{key}.weight"] = terms[f"{key}.weight"] + scaling * b.abs() @ a.abs()
     for key, tensor in tensors_of(tmp_path / "out").items():
         assert tensor.dtype == dtype
-        assert (tensor == exact[key].to(dtype)).double().mean() >= (0.99 if dtype != torch.float32 else 0.8), key
-        torch.testing.assert_close(tensor.double(), exact[key], rtol=torch.finfo(dtype).eps, atol=1e-7)
+        if dtype == torch.float64:
+            assert ((tensor - exact[key]).abs() <= 4 * torch.finfo(dtype).eps * terms[key]).all(), key
+        else:
+            assert (tensor == exact[key].to(dtype)).double().mean() >= (0.99 if dtype != torch.float32 else 0.8), key
+            torch.testing.assert_close(tensor.double(), exact[key], rtol=torch.finfo(dtype).eps, atol=1e-7)
     name = str(dtype).removeprefix("torch.")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype" if "dtype" in config else "torch_dtype"] == name  # as the transformers that wrote it names it

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -23,16 +20,13 @@ from lightning_lora import (
     load_adapter,
     merged_state_dict,
     save_adapter,
-    save_merged,
 )
 from lightning_lora.command import merge
 from lightning_lora.command.merge import merge_on_disk
 from support.expected_weights import merge_and_check
 from support.notices import quiet_peers
-from support.peers import SMALL, ConvNet, Fused, close, seeded, spread_, tensors_of
+from support.peers import SMALL, close, seeded, spread_
 from support.pretrained import classifier, save_body, tokens
-from support.tables import ROWS as TRAINED_ROWS
-from support.tables import Net as Tables
 
 pytestmark = [
     *quiet_peers,
@@ -41,12 +35,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:merged 16-bit weights"),
 ]
 ROWS = 70  # of 64
-
-
-@pytest.fixture(params=["one chunk", "many chunks"])
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "many chunks":
-        monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", 100)
 
 
 def resized(tied: bool, seed: int, path: Path) -> Any:
@@ -67,48 +55,19 @@ def outputs(net: nn.Module) -> torch.Tensor:
     return result
 
 
-RESIZED: dict[str, tuple[bool, dict[str, Any]]] = {
-    "embedding": (False, {"target_modules": ["q_proj", "embed_tokens"]}),
-    "embedding and head": (False, {"target_modules": ["embed_tokens", "lm_head"], "bias": "all"}),
-    "head with magnitudes": (False, {"target_modules": ["lm_head"], "use_dora": True}),
-    "embedding with magnitudes": (False, {"target_modules": ["embed_tokens"], "use_dora": True}),
-    "tied": (True, {"target_modules": ["q_proj"]}),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("case", RESIZED)
-def test_an_adapted_table_that_was_resized_is_merged_into_a_sharded_folder_as_in_memory(tmp_path, case: str):
-    tied, options = RESIZED[case]
-    net = resized(tied, 1, tmp_path / "small")
-    inject(net, LoRAConfig(r=4, **options))
+def test_adapted_tables_that_were_resized_are_merged_into_a_sharded_folder_as_in_memory(tmp_path):
+    net = resized(False, 1, tmp_path / "small")
+    inject(net, LoRAConfig(r=4, target_modules=["embed_tokens", "lm_head"], bias="all"))
     spread_(net)
     save_adapter(net, tmp_path / "a")
-    resized(tied, 2, tmp_path / "small").save_pretrained(tmp_path / "base", max_shard_size="8KB")
+    resized(False, 2, tmp_path / "small").save_pretrained(tmp_path / "base", max_shard_size="8KB")
     merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
     found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "o").eval()
     close(outputs(found), outputs(net))
-    save_merged(net, tmp_path / "m")
-    close(outputs(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "m").eval()), outputs(net))
-    if "use_dora" not in options:
-        load_adapter(
-            both := resized(tied, 3, tmp_path / "small"), combine([tmp_path / "a", tmp_path / "a"], [0.25, 0.75])
-        )
-        close(outputs(both), outputs(net))
-
-
-@pytest.mark.slow
-def test_a_resized_table_of_pefts_folder_is_merged_as_peft_does(tmp_path):
-    net = peft.get_peft_model(
-        resized(False, 1, tmp_path / "small"), peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
-    )
-    spread_(net)
-    net.save_pretrained(str(tmp_path / "a"))
-    resized(False, 1, tmp_path / "small").save_pretrained(tmp_path / "base")
-    merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
-    found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "o").eval()
-    close(outputs(found), outputs(net.eval()))
+    combined = combine([tmp_path / "a", tmp_path / "a"], [0.25, 0.75])
+    load_adapter(both := resized(False, 3, tmp_path / "small"), combined)
+    close(outputs(both), outputs(net))
 
 
 def test_a_resized_and_adapted_table_that_is_tied_is_refused(tmp_path):
@@ -121,170 +80,6 @@ def test_a_resized_and_adapted_table_that_is_tied_is_refused(tmp_path):
     with pytest.raises(LoRAError, match=r"'model.embed_tokens.weight' is also tied to the other end of the model"):
         merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
     assert not (tmp_path / "o").exists()
-
-
-class Wide(nn.Module):
-    """Square and other weights, of each kind that an adapter can have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.square, self.linear, self.emb = nn.Linear(6, 6), nn.Linear(6, 9), nn.Embedding(6, 6)
-        self.turned = transformers.pytorch_utils.Conv1D(12, 6)
-        self.conv, self.grouped = nn.Conv2d(4, 6, 3), nn.Conv1d(4, 6, 3, groups=2)
-        self.apart = nn.MultiheadAttention(6, 2, kdim=4, vdim=5)
-        self.experts = nn.Parameter(torch.randn(3, 6, 6))
-        self.matrix = nn.Parameter(torch.randn(6, 5))
-
-
-WHOLE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[str]]] = {
-    "linear": (Wide, {"target_modules": ["linear", "square"]}, ["linear.weight", "square.weight"]),
-    "biases": (Wide, {"target_modules": ["linear"], "bias": "all"}, ["linear.weight"]),
-    "embedding": (Wide, {"target_modules": ["emb"]}, ["emb.weight"]),
-    "transposed": (Wide, {"target_modules": ["turned"]}, ["turned.weight"]),
-    "convolutions": (Wide, {"target_modules": ["conv", "grouped"]}, ["conv.weight", "grouped.weight"]),
-    "attention": (ConvNet, {"target_modules": ["mha"]}, ["mha.in_proj_weight", "mha.out_proj.weight"]),
-    "attention, apart": (
-        Wide,
-        {"target_modules": ["apart"]},
-        ["apart.q_proj_weight", "apart.k_proj_weight", "apart.v_proj_weight"],
-    ),
-    "parts": (Fused, {"target_modules": ["qkv"], "enable_lora": {"qkv": [True, False, True]}}, ["qkv.weight"]),
-    "transposed parts": (
-        Wide,
-        {"target_modules": ["turned"], "enable_lora": {"turned": [False, True]}},
-        ["turned.weight"],
-    ),
-    "parameters": (
-        Wide,
-        {"target_modules": ["linear"], "target_parameters": ["experts", "matrix"]},
-        ["experts", "matrix"],
-    ),
-    "magnitudes": (Wide, {"target_modules": ["linear", "conv"], "use_dora": True}, ["linear.weight", "conv.weight"]),
-    "transposed magnitudes": (
-        Wide,
-        {"target_modules": ["turned", "emb"], "use_dora": True},
-        ["turned.weight", "emb.weight"],
-    ),
-    "a start": (Wide, {"target_modules": ["linear"], "init_lora_weights": "pissa"}, ["linear.weight"]),
-    "a turned start": (Wide, {"target_modules": ["turned"], "init_lora_weights": "olora"}, ["turned.weight"]),
-    "rows": (Tables, {"target_modules": ["body"], "trainable_token_indices": {"emb": list(TRAINED_ROWS)}}, []),
-}
-
-
-def trained(case: str, path: Path) -> nn.Module:
-    """The model with all that the case trains moved, its base at path/base and its adapter at path/a."""
-    build, options, unfrozen = WHOLE[case]
-    net = seeded(build)
-    save_file({name: value.clone() for name, value in net.state_dict().items()}, path / "base.safetensors")
-    inject(net, LoRAConfig(r=2, lora_alpha=3, **options))
-    for name in unfrozen:
-        net.get_parameter(name).requires_grad_(True)
-    spread_(net)
-    content: dict[str, Any] = {"state_dict": net.state_dict(), "epoch": 0, "global_step": 0}
-    from support.models import write
-
-    write(net, content, "adapter")
-    torch.save(content, path / "a.ckpt")
-    return net
-
-
-@pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("case", WHOLE)
-def test_an_unfrozen_weight_of_an_adapted_layer_is_merged_as_in_memory(tmp_path, case: str):
-    expected = merged_state_dict(trained(case, tmp_path))
-    merge_and_check(tmp_path / "base.safetensors", tmp_path / "a.ckpt", tmp_path / "o.safetensors")
-    found = load_file(tmp_path / "o.safetensors")
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=2e-7, atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("case", WHOLE)
-def test_a_result_in_another_dtype_is_rounded_once(tmp_path, case: str, dtype: torch.dtype):
-    expected = merged_state_dict(trained(case, tmp_path))
-    out = tmp_path / "o.safetensors"
-    merge_and_check(tmp_path / "base.safetensors", tmp_path / "a.ckpt", out, dtype=dtype)
-    for name, value in load_file(out).items():
-        wide = 2 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-        torch.testing.assert_close(value.double(), expected[name].double(), rtol=wide, atol=wide)
-
-
-Damage = Callable[[Any], Any]
-
-
-def without_blocks(update: Any) -> Any:
-    return replace(update, blocks=())
-
-
-def twice(update: Any) -> Any:
-    return replace(update, scaling=update.scaling * 2)
-
-
-def unscaled(update: Any) -> Any:
-    return replace(update, blocks=[block._replace(scale=None) for block in update.blocks])
-
-
-def turned(update: Any) -> Any:
-    blocks = [block._replace(left=block.right.T, right=block.left.T) for block in update.blocks]
-    return replace(update, blocks=blocks)
-
-
-def without_value(update: Any) -> Any:
-    return replace(update, value=None)
-
-
-def rows_before(update: Any) -> Any:
-    return replace(update, blocks=[block._replace(row=block.row - 1) for block in update.blocks])
-
-
-def nothing(update: Any) -> Any:
-    return None
-
-
-BROKEN: dict[str, tuple[str, str, Damage]] = {
-    "a low-rank update dropped": ("linear", "linear.weight", without_blocks),
-    "of a stack": ("parameters", "experts", without_blocks),
-    "twice the scaling": ("convolutions", "conv.weight", twice),
-    "a square weight turned": ("linear", "square.weight", turned),
-    "magnitudes dropped": ("magnitudes", "linear.weight", unscaled),
-    "turned magnitudes dropped": ("transposed magnitudes", "turned.weight", unscaled),
-    "a whole weight dropped": ("linear", "linear.weight", without_value),
-    "a bias dropped": ("biases", "square.bias", nothing),
-    "a layer dropped": ("attention", "mha.out_proj.weight", nothing),
-    "a part dropped": ("attention, apart", "apart.v_proj_weight", nothing),
-    "other rows": ("rows", "emb.weight", rows_before),
-    "rows dropped": ("rows", "emb.weight", nothing),
-}
-
-
-@pytest.mark.parametrize("how", BROKEN)
-def test_the_reference_finds_a_plan_that_is_broken(tmp_path, monkeypatch: pytest.MonkeyPatch, how: str):
-    case, name, damage = BROKEN[how]
-    trained(case, tmp_path)
-    honest = merge.plan_updates
-
-    def plan_updates(*args: Any, **options: Any) -> dict[str, Any]:
-        updates = honest(*args, **options)
-        changed = {**updates, name: damage(updates[name])}
-        assert changed[name] is not updates[name]
-        return {key: update for key, update in changed.items() if update is not None}
-
-    monkeypatch.setattr(merge, "plan_updates", plan_updates)
-    with pytest.raises(AssertionError, match=f"'{name}' differs from what base and adapter give"):
-        merge_and_check(tmp_path / "base.safetensors", tmp_path / "a.ckpt", tmp_path / "o.safetensors")
-
-
-def test_tables_with_trained_rows_that_were_resized_are_merged(tmp_path):
-    net = resized(False, 1, tmp_path / "small")
-    inject(net, LoRAConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, ROWS - 1]))
-    spread_(net)
-    save_adapter(net, tmp_path / "a")
-    resized(False, 2, tmp_path / "small").save_pretrained(tmp_path / "base")
-    merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
-    assert torch.equal(
-        tensors_of(tmp_path / "o")["model.embed_tokens.weight"], merged_state_dict(net)["model.embed_tokens.weight"]
-    )
 
 
 def test_a_head_keeps_its_values_in_a_result_of_a_wider_dtype_than_the_base(tmp_path: Path):
@@ -307,9 +102,11 @@ def nets_with_heads(base_classes: int, **options: Any) -> tuple[nn.Module, nn.Mo
     return base, net
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("classes", [2, 7])  # in the base
-@pytest.mark.parametrize("name", ["base.pt", "base.safetensors", "base.ckpt"])
+@pytest.mark.parametrize(
+    ("name", "classes", "dtype"),  # classes in the base
+    [("base.safetensors", 2, torch.bfloat16), ("base.pt", 7, torch.bfloat16), ("base.ckpt", 7, None)],
+    ids=str,
+)
 def test_a_new_head_of_another_shape_takes_the_place_of_the_bases(
     tmp_path, caplog, name: str, classes: int, dtype: torch.dtype | None
 ):

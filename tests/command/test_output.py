@@ -40,10 +40,10 @@ VERBS: dict[str, tuple[str, list[str]]] = {
     "export": ("out", ["export", "IN/adapter.ckpt", "OUT"]),
     "extract": ("out", ["extract", "--base", "IN/base.safetensors", "--tuned", "IN/tuned.safetensors", "--rank=1",
                         "--output", "OUT"]),
+    "combine": ("out", ["combine", "IN/adapter", "IN/adapter.ckpt", "--weights", "1", "1", "--output", "OUT"]),
     "plot": ("out.png", ["plot", "IN/adapter", "--output", "OUT"]),
 }  # fmt: skip
 FOLDERS = [name for name, (output, _) in VERBS.items() if output == "out"]
-every_verb = pytest.mark.parametrize("name", VERBS)
 
 
 def command(name: str, inputs: Path, *flags: str) -> tuple[list[str], Path]:
@@ -56,39 +56,49 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in files if file.is_file()}
 
 
-def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is read for a result that is refused, beyond what tells its form."""
-
-    def read(*_: Any, **__: Any) -> None:
-        pytest.fail("the work began")
-
-    for target in (
-        "command.main.export_adapter",
-        "command.merge.adapter_with_options",
-        "command.main.extract_from_weights",
-        "command.main.open_weights",
-        "command.main.plot_adapter",
-    ):
-        monkeypatch.setattr(f"lightning_lora.{target}", read)
-
-
 OVERLAPPING = {  # an input, something inside one, and what holds one
     "merge to a folder": ["base", "base/in", "adapter", "."],
     "merge to a file": ["base.pt", "adapter/in.pt"],
     "export": ["adapter.ckpt", "."],
     "extract": ["tuned.safetensors", "base.safetensors", "."],
+    "combine": ["adapter", "adapter.ckpt"],
     "plot": ["adapter/in.png", "."],
 }
 
 
-@every_verb
-def test_output_that_is_or_holds_an_input_or_lies_in_it_is_refused(inputs: Path, capsys: Any, name: str):
+@pytest.mark.parametrize("name", VERBS)
+def test_output_over_an_input_of_the_other_kind_or_where_nothing_can_be_written_is_refused_before_any_work(
+    inputs: Path, capsys: Any, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is read for a result that is refused, beyond what tells its form."""
+    for target in (
+        "command.main.export_adapter",
+        "command.merge.adapter_with_options",
+        "command.main.extract_from_weights",
+        "command.main.open_weights",
+        "command.main.combine_adapters",
+        "command.main.plot_adapter",
+    ):
+        monkeypatch.setattr(f"lightning_lora.{target}", lambda *_, **__: pytest.fail("the work began"))
+    args, output = command(name, inputs, "--overwrite")
     before = contents(inputs)
     for path in OVERLAPPING[name]:
-        args, output = command(name, inputs, "--overwrite")
-        args[args.index(str(output))] = str(inputs / path)
-        assert "write somewhere else" in refused(capsys, *args)
+        over = [str(inputs / path) if arg == str(output) else arg for arg in args]
+        assert "write somewhere else" in refused(capsys, *over)
     assert contents(inputs) == before
+    if name in FOLDERS:
+        output.write_text("mine")
+    else:
+        output.mkdir()
+    kind, other = ("file", "folder") if name in FOLDERS else ("folder", "file")
+    assert f"{output}: is a {kind}; give the name of a {other}." in refused(capsys, *args)
+    output.unlink() if name in FOLDERS else output.rmdir()
+
+    def mkdir(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    assert f"{output}: cannot be written:" in refused(capsys, *args)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -97,7 +107,9 @@ def test_what_else_lies_in_a_folder_stays_where_a_result_is_written_over_it(inpu
     output.mkdir()
     call(capsys, *args[:-1])  # an empty folder is as good as none
     (output / "a.jpg").write_text("mine")
+    before = contents(output)
     assert "pass --overwrite to replace it" in refused(capsys, *args[:-1])
+    assert contents(output) == before
     call(capsys, *args)
     assert contents(output)["a.jpg"] == b"mine"
 
@@ -112,35 +124,7 @@ def test_merge_over_an_adapter_is_refused(inputs: Path, capsys: Any):
     assert contents(output) == before
 
 
-@every_verb
-def test_output_of_the_other_kind_is_refused_before_any_work(
-    inputs: Path, capsys: Any, name: str, monkeypatch: pytest.MonkeyPatch
-):
-    args, output = command(name, inputs, "--overwrite")
-    if name in FOLDERS:
-        output.write_text("mine")
-    else:
-        output.mkdir()
-    no_work(monkeypatch)
-    kind, other = ("file", "folder") if name in FOLDERS else ("folder", "file")
-    assert f"{output}: is a {kind}; give the name of a {other}." in refused(capsys, *args)
-
-
-@every_verb
-def test_output_where_nothing_can_be_written_is_refused_before_any_work(
-    inputs: Path, capsys: Any, name: str, monkeypatch: pytest.MonkeyPatch
-):
-    args, output = command(name, inputs)
-    no_work(monkeypatch)
-
-    def mkdir(*_: Any) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "mkdir", mkdir)
-    assert f"{output}: cannot be written:" in refused(capsys, *args)
-
-
-@every_verb
+@pytest.mark.parametrize("name", ["merge to a folder", "merge to a file"])
 def test_ctrl_c_before_an_earlier_result_is_replaced_leaves_it(
     inputs: Path, capsys: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter
 from lightning_lora.command.extract import extract
 from lightning_lora.command.info import diff, info
-from lightning_lora.command.main import main
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.weights import open_weights
 from support.expected_weights import merge_and_check
 from support.models import randomise_, same
-from support.quantised import OF_BITSANDBYTES, network, quantised
+from support.peers import call
+from support.quantised import network, quantised
 
 REMEDY = r"the weight of '0' is quantised, as '0\.(SCB|weight\.absmax)' shows.*save_merged\(model, path, dequantize="
 
@@ -29,37 +29,19 @@ def adapter(path: Path, model: Any, **options: Any) -> Path:
     return path
 
 
-@pytest.fixture(params=OF_BITSANDBYTES)
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A file of a quantised network, as bitsandbytes' layers write it."""
-    state = {name: value.clone() for name, value in quantised(request.param).state_dict().items()}
-    save_file(state, tmp_path / "base.safetensors")
-    return tmp_path / "base.safetensors"
-
-
-def test_merge_into_a_quantised_weight_is_refused_with_the_remedy(tmp_path, base, capsys):
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_weight_is_neither_merged_nor_compared_and_the_remedy_is_told(tmp_path, kind: str):
+    state = {name: value.clone() for name, value in quantised(kind).state_dict().items()}
+    save_file(state, base := tmp_path / "base.safetensors")
+    save_file(network().state_dict(), plain := tmp_path / "plain.safetensors")
     path = adapter(tmp_path / "adapter", network())
     with pytest.raises(LoRAError, match=f"merge: .*{REMEDY}"):
         merge_on_disk(base, path, tmp_path / "out.safetensors", strict_base=False)
-    arguments = ["merge", "--base", str(base), "--adapter", str(path), "--output", str(tmp_path / "out.safetensors")]
-    assert main(arguments) == 1
-    assert "is quantised" in capsys.readouterr().err
-    assert not (tmp_path / "out.safetensors").exists()
-
-
-def test_the_advice_on_a_quantised_base_holds_for_an_adapter_that_was_trained_on_it(tmp_path, base):
-    save_file(network().state_dict(), tmp_path / "plain.safetensors")
-    path, out = adapter(tmp_path / "adapter", quantised("nf4")), tmp_path / "out.safetensors"
+    trained_on_it = adapter(tmp_path / "trained on it", quantised(kind))
     with pytest.raises(LoRAError, match="the base that it was quantised from, with --strict-base=false where"):
-        merge_on_disk(base, path, out)
-    with pytest.warns(UserWarning, match="here it is not quantised") as warned:
-        merge_on_disk(tmp_path / "plain.safetensors", path, out, strict_base=False)
-    assert "Quantise the base" not in str(warned[0].message)  # it was chosen not to
-
-
-def test_extract_and_diff_of_quantised_weights_are_refused(tmp_path, base):
-    save_file(network().state_dict(), tmp_path / "plain.safetensors")
-    for first, second in ((base, tmp_path / "plain.safetensors"), (tmp_path / "plain.safetensors", base)):
+        merge_on_disk(base, trained_on_it, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    for first, second in ((base, plain), (plain, base)):
         with pytest.raises(LoRAError, match=f"diff: .*{REMEDY}"):
             diff(first, second)
         with pytest.raises(LoRAError, match=f"extract: .*{REMEDY}"):
@@ -87,8 +69,9 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_plain_one_on_request(
         merge_on_disk(tmp_path / "base.safetensors", path, tmp_path / "out.safetensors")
     assert 'save_merged(model, path, dequantize="bfloat16")' in str(refused.value)
     assert "--base," not in str(refused.value)  # the command refuses the quantised base
-    with pytest.warns(UserWarning, match="here it is not quantised"):
+    with pytest.warns(UserWarning, match="here it is not quantised") as warned:
         merge_on_disk(tmp_path / "base.safetensors", path, tmp_path / "out.safetensors", strict_base=False)
+    assert "Quantise the base" not in str(warned[0].message)  # it was chosen not to
     assert load_file(tmp_path / "out.safetensors")["0.weight"].dtype == torch.float32
 
 
@@ -108,5 +91,4 @@ def test_info_tells_how_the_base_was_quantised(tmp_path, capsys):
     path = adapter(tmp_path / "adapter", quantised("nf4"))
     counts = info(path)["base"]["dtypes"]
     assert counts["nf4"] == sum(isinstance(layer, torch.nn.Linear) for layer in network())
-    assert main(["info", str(path)]) == 0
-    assert f"{counts['nf4']} nf4" in capsys.readouterr().out
+    assert f"{counts['nf4']} nf4" in call(capsys, "info", path)

@@ -25,34 +25,24 @@ from lightning_lora.command.main import VERBS, main
 from lightning_lora.command.printing import one_line, printable
 from support.peers import call
 
-WRITING = {  # where each result is written to, and by what
+CASES = {  # where a result is written to, and by what
+    "info": ("", "info IN/adapter"),
     "merge": ("out", "merge --base IN/base --adapter IN/adapter --output OUT"),
     "merge, one file": ("out.pt", "merge --base IN/base.pt --adapter IN/adapter --output OUT"),
     "export": ("out", "export IN/adapter OUT"),
-    "extract": ("out", "extract --base IN/base --tuned IN/tuned --rank 1 --output OUT"),
     "plot": ("out.png", "plot IN/adapter --output OUT"),
-    "combine": ("out", "combine IN/adapter IN/adapter --weights 1 1 --output OUT"),
 }
-READING = {"info": ("", "info IN/adapter"), "diff": ("", "diff IN/adapter IN/adapter")}
-CASES = WRITING | READING
-FOLDERS = [case for case, (output, _) in WRITING.items() if output == "out"]
-# By verb: the paths that are read, as they are written above.
-READ = {
-    "merge": ["IN/base", "IN/adapter"],
-    "merge, one file": ["IN/base.pt", "IN/adapter"],
-    "extract": ["IN/base", "IN/tuned"],
-}
+# Paths that are read, as they are written above.
+READ = {"merge": ["IN/base", "IN/adapter"], "merge, one file": ["IN/base.pt"], "export": ["IN/adapter"]}
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
     path = tmp_path / "inputs"
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    for name, step in {"base": 0, "tuned": 1}.items():
-        (path / name).mkdir(parents=True)
-        save_file({key: tensor + step for key, tensor in state.items()}, path / name / "model.safetensors")
-    torch.save(state, path / "base.pt")
+    (path / "base").mkdir(parents=True)
+    save_file(net.state_dict(), path / "base" / "model.safetensors")
+    torch.save(net.state_dict(), path / "base.pt")
     inject(net, LoRAConfig(r=1, init_lora_weights=False))
     save_adapter(net, path / "adapter")
     return path
@@ -83,10 +73,6 @@ def left(inputs: Path) -> list[str]:
     return sorted(file.name for file in inputs.parent.iterdir())
 
 
-def test_the_table_has_every_verb():
-    assert {case.partition(",")[0] for case in CASES} == set(VERBS)
-
-
 def raising(error: BaseException) -> Callable[..., Any]:
     def run(*_: Any, **__: Any) -> Any:
         raise error
@@ -94,17 +80,12 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return run
 
 
-def replaced(verb: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """What runs in place of a verb, with its parameters and its help."""
-    return functools.wraps(VERBS[verb])(run)
-
-
 class FullDisk(io.FileIO):
     def write(self, _: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("case", WRITING)
+@pytest.mark.parametrize("case", [case for case, (output, _) in CASES.items() if output])
 def test_full_disk_is_said_and_nothing_is_left(inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, case: str):
     """Every way to write a file comes to one of these."""
     real_open = open
@@ -125,29 +106,19 @@ def test_full_disk_is_said_and_nothing_is_left(inputs: Path, capsys: Any, monkey
     assert left(inputs) == ["inputs"]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("error", "status", "said"),
-    [
-        (
-            PermissionError(errno.EACCES, "Permission denied", "/a/b"),
-            1,
-            "/a/b: Permission denied.",
-        ),
-        (KeyboardInterrupt(), 130, "interrupted."),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
-)
-def test_error_of_the_system_is_said_in_one_line(
-    inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, case: str, error: BaseException, status: int, said: str
+def test_error_of_the_system_is_said_in_one_line_and_a_defect_of_this_package_is_not_hidden(
+    inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    verb = case.partition(",")[0]
-    monkeypatch.setitem(command.VERBS, verb, replaced(verb, raising(error)))
-    assert failure(capsys, arguments(inputs, case), status).startswith(said)
+    def failing(error: BaseException) -> Callable[..., Any]:
+        return functools.wraps(VERBS["info"])(raising(error))  # with its parameters and its help
 
-
-def test_defect_of_this_package_is_no_error_of_the_system(inputs: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(command.VERBS, "info", replaced("info", raising(RuntimeError("a defect"))))
+    for error, status, said in (
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 1, "/a/b: Permission denied."),
+        (KeyboardInterrupt(), 130, "interrupted."),
+    ):
+        monkeypatch.setitem(command.VERBS, "info", failing(error))
+        assert failure(capsys, arguments(inputs, "info"), status) == said
+    monkeypatch.setitem(command.VERBS, "info", failing(RuntimeError("a defect")))
     with pytest.raises(RuntimeError, match="a defect"):
         main(arguments(inputs, "info"))
 
@@ -166,24 +137,20 @@ class Output(io.TextIOWrapper):
         """Do not flush once more where it is collected, which Python 3.13 would tell of."""
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_closed_pipe_ends_a_verb_quietly(inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, case: str):
-    args = arguments(inputs, case)
+def test_closed_pipe_ends_a_verb_quietly_and_a_full_disk_behind_it_is_an_error(
+    inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    args = arguments(inputs, "export")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Output(errno.EPIPE))
         assert main(args) == 141
     assert capsys.readouterr().err == ""
-    assert left(inputs) == sorted(["inputs", *filter(None, [CASES[case][0]])])  # what it was to write is there
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_output_onto_a_full_disk_is_an_error(inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, case: str):
-    args = arguments(inputs, case)
+    assert left(inputs) == ["inputs", "out"]  # what it was to write is there
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Output(errno.ENOSPC))
-        assert main(args) == 1
+        assert main([*args, "--overwrite"]) == 1
     said = "its result cannot be printed: No space left on device."
-    assert capsys.readouterr().err == f"lightning-lora {args[0]}: {said}\n"
+    assert capsys.readouterr().err == f"lightning-lora export: {said}\n"
 
 
 @pytest.mark.slow
@@ -200,44 +167,33 @@ def test_pipe_closed_by_head_leaves_no_trace_of_python(inputs: Path):
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
-def paths_read(case: str) -> list[str]:
-    return READ.get(case, ["IN/adapter"])
-
-
-UNUSABLE = {
-    "of 300 characters": ("a" * 300, "cannot be accessed: File name too long."),
-    "with escape codes": ("\x1b[31mred\nline\x07", "\\x1b[31mred line\\x07: there is no such file"),
-}
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="other names are allowed")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", UNUSABLE)
-def test_unusable_path_of_an_input_is_refused(inputs: Path, capsys: Any, case: str, kind: str):
-    path, said = UNUSABLE[kind]
-    for read in paths_read(case):
-        assert said in failure(capsys, arguments(inputs, case, **{read.replace("/", "_"): path}))
-        assert left(inputs) == ["inputs"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="other names are allowed")
-@pytest.mark.parametrize("case", WRITING)
-@pytest.mark.parametrize("kind", ["of 300 characters"])
-def test_unusable_path_of_an_output_is_refused(
-    inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, case: str, kind: str
-):
+@pytest.mark.parametrize("case", READ)
+def test_unusable_path_is_refused(inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, case: str):
     monkeypatch.chdir(inputs.parent)
-    name = UNUSABLE[kind][0]
-    path = name + Path(WRITING[case][0]).suffix if name else name
-    failure(capsys, arguments(inputs, case, OUT=path))
+    long, odd = "a" * 300, "\x1b[31mred\nline\x07"
+    for read in READ[case]:
+        name = read.replace("/", "_")
+        assert "cannot be accessed: File name too long." in failure(capsys, arguments(inputs, case, **{name: long}))
+        said = failure(capsys, arguments(inputs, case, **{name: odd}))
+        assert "\\x1b[31mred line\\x07: there is no such file" in said
+    failure(capsys, arguments(inputs, case, OUT=long + Path(CASES[case][0]).suffix))
+    real_stat = os.stat
+
+    def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(path).startswith(f"{inputs}{os.sep}locked"):  # the user may be root here, who may read all
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real_stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    locked = str(inputs / "locked" / "a.pt")
+    said = failure(capsys, arguments(inputs, case, **{READ[case][0].replace("/", "_"): locked}))
+    assert said == f"{locked}: cannot be accessed: Permission denied."
     assert left(inputs) == ["inputs"]
 
 
-@pytest.mark.parametrize("case", FOLDERS)
 @pytest.mark.parametrize("path", [".", "link"])
-def test_current_folder_is_filled_and_stays_the_same_folder(
-    inputs: Path, monkeypatch: pytest.MonkeyPatch, case: str, path: str
-):
+def test_current_folder_is_filled_and_stays_the_same_folder(inputs: Path, monkeypatch: pytest.MonkeyPatch, path: str):
     """With another one in its place the shell would be in one that was deleted."""
     here = inputs.parent / "outer" / "here"
     here.mkdir(parents=True)
@@ -245,42 +201,10 @@ def test_current_folder_is_filled_and_stays_the_same_folder(
     monkeypatch.chdir(here)
     path = str(inputs.parent / path) if path == "link" else path
     before = os.stat(here).st_ino
-    assert main([str(each) for each in arguments(inputs, case, OUT=path)]) == 0
+    assert main(arguments(inputs, "merge", OUT=path)) == 0
     assert os.stat(".").st_ino == os.stat(here).st_ino == before
     assert any(file.suffix == ".safetensors" for file in here.iterdir())
     assert left(inputs) == ["inputs", "link", "outer"]
-
-
-def test_save_adapter_fills_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    net = nn.Sequential(nn.Linear(2, 2))
-    inject(net, LoRAConfig(r=1))
-    before = os.stat(".").st_ino
-    for path in (".", "", tmp_path, tmp_path / ".." / tmp_path.name):
-        save_adapter(net, path)
-        assert os.stat(tmp_path).st_ino == before
-        assert "adapter_config.json" in os.listdir()
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_folder_that_may_not_be_entered_is_said(inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, case: str):
-    """Its content cannot be read. The user may be root here, who may read all."""
-    real_stat = os.stat
-
-    def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
-        if str(path).startswith(f"{inputs}{os.sep}locked"):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return real_stat(path, *args, **kwargs)
-
-    monkeypatch.setattr(os, "stat", stat)
-    for read in paths_read(case):
-        locked = str(inputs / "locked" / Path(read).name)
-        said = failure(capsys, arguments(inputs, case, **{read.replace("/", "_"): locked}))
-        assert said == f"{locked}: cannot be accessed: Permission denied."
-    if case in WRITING:
-        locked = str(inputs / "locked" / WRITING[case][0])
-        assert "Permission denied" in failure(capsys, arguments(inputs, case, OUT=locked))
-    assert left(inputs) == ["inputs"]
 
 
 HOSTILE = "\x1b[31mred\x07\nwrote all.\u202e\x7f\x9b"
@@ -298,25 +222,16 @@ def hostile(tmp_path: Path) -> Path:
     return tmp_path
 
 
-HOSTILE_COMMANDS = [
-    "info IN/bare.pt",
-    "info IN/made",
-    "diff IN/base.safetensors IN/tuned.safetensors",
-    "extract --base IN/base.safetensors --tuned IN/tuned.safetensors --rank 1 --output IN/extracted",
-    "combine IN/made IN/made --weights 1 1 --output IN/combined",
-]
-
-
-@pytest.mark.parametrize("words", HOSTILE_COMMANDS)
-def test_control_characters_of_a_file_are_shown(hostile: Path, capsys: Any, words: str):
-    call(capsys, "export", hostile / "bare.pt", hostile / "made", "--lora-alpha", 1)
-    lines = call(capsys, *words.replace("IN", str(hostile)).split()).split("\n")
-    assert any(SHOWN in line for line in lines)
-    assert all(line.isprintable() for line in lines)
-    assert not any(line.startswith("wrote all") for line in lines)
-
-
-def test_json_holds_names_as_they_are_and_only_ascii(hostile: Path, capsys: Any):
+def test_control_characters_of_a_file_are_shown_and_json_holds_names_as_they_are(hostile: Path, capsys: Any):
+    for words in (
+        "info IN/bare.pt",
+        "diff IN/base.safetensors IN/tuned.safetensors",
+        "extract --base IN/base.safetensors --tuned IN/tuned.safetensors --rank 1 --output IN/extracted",
+    ):
+        lines = call(capsys, *words.replace("IN", str(hostile)).split()).split("\n")
+        assert any(SHOWN in line for line in lines)
+        assert all(line.isprintable() for line in lines)
+        assert not any(line.startswith("wrote all") for line in lines)
     written = call(capsys, "info", hostile / "bare.pt", "--json")
     assert list(json.loads(written)["layers"]) == [HOSTILE]
     assert written.replace("\n", "").isprintable()
@@ -341,11 +256,40 @@ def test_warning_is_one_readable_line(inputs: Path, capsys: Any, monkeypatch: py
     assert call(capsys, *arguments(inputs, "info")) == "lightning_lora: \\x1b[31m is odd.\n\n"
 
 
-def test_line_has_no_breaks():
-    assert one_line("a\nb\r\n\u2028c") == "a b\\r \\u2028c"
-
-
-def test_printable_text_is_as_repr_shows_it():
+def test_printable_text_is_as_repr_shows_it_and_a_line_has_no_breaks():
     for code in [*range(0x3000), 0xD800, 0xE000, 0xFEFF, 0x1F600, 0xE0001]:
         if chr(code) not in "'\\":
             assert printable(chr(code)) == repr(chr(code))[1:-1]
+    assert one_line("a\nb\r\n\u2028c") == "a b\\r \\u2028c"
+
+
+def strict(text: str) -> Any:
+    """Read JSON as every other program does: no NaN, no Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json_has_null_for_what_is_no_finite_number(tmp_path: Path, capsys: Any):
+    shapes = {"one.lora_A": (2, 4), "one.lora_B": (4, 2)}
+    for name, size, norms in (("none", 0.0, [0.0]), ("square", 1e100, [8e200, None]), ("product", 1e160, [None])):
+        factors = {key: torch.full(shape, size, dtype=torch.float64) for key, shape in shapes.items()}
+        torch.save(factors, tmp_path / f"{name}.pt")
+        found = strict(call(capsys, "info", tmp_path / f"{name}.pt", "--json"))
+        assert found["layers"]["one"]["rank"] == 2
+        for norm in (found["norm"], found["layers"]["one"]["norm_delta"]):
+            assert any(norm == (pytest.approx(each) if each else each) for each in norms)
+        assert "1 adapted layers" in call(capsys, "info", tmp_path / f"{name}.pt")
+    row = strict(call(capsys, "diff", tmp_path / "none.pt", tmp_path / "square.pt", "--json"))["changes"]["one"]
+    assert row["relative"] is None
+    assert row["change"] is None or row["change"] > 0
+    for case, (first, second) in {"zero": (0.0, 1.0), "NaN": (float("nan"), 1.0), "Inf": (1.0, float("inf"))}.items():
+        for name, value in (("a", first), ("b", second)):
+            save_file({"one.weight": torch.full((2, 2), value)}, tmp_path / f"{name}.safetensors")
+        files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+        row = strict(call(capsys, "diff", *files, "--json"))["changes"]["one.weight"]
+        assert row["relative"] is None
+        assert (row["change"] is None) == (case != "zero")
+        assert "1 of 1 differ" in call(capsys, "diff", *files)

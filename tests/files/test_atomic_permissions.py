@@ -47,20 +47,15 @@ def test_a_link_inside_a_replaced_folder_gives_the_mode_of_its_file_and_leaves_t
     assert (path / "a").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_file_never_gets_another_users_rights(tmp_path: Path):
+@pytest.mark.parametrize(("before", "after"), [(0o4755, 0o755), (0o444, 0o444)])
+def test_a_file_keeps_its_mode_without_another_users_rights_also_if_it_is_read_only(
+    tmp_path: Path, before: int, after: int
+):
     path = tmp_path / "out"
     path.write_text("old")
-    path.chmod(0o4755)
+    path.chmod(before)
     write(path, "new", folder=False)
-    assert path.stat().st_mode & 0o7777 == 0o755
-
-
-def test_a_file_that_is_read_only_is_replaced_and_stays_so(tmp_path: Path):
-    path = tmp_path / "out"
-    path.write_text("old")
-    path.chmod(0o444)
-    write(path, "new", folder=False)
-    assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", 0o444)
+    assert (path.read_text(), path.stat().st_mode & 0o7777) == ("new", after)
 
 
 def test_a_folder_that_may_not_be_written_to_is_refused_before_the_work(
@@ -78,8 +73,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused_before_the_work(
     assert (path / "a").read_text() == "old"
 
 
-@pytest.mark.parametrize("name", ["n" * 300, "n" * 250])
-@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize(("name", "folder"), [("n" * 300, False), ("n" * 250, True)])
 def test_a_name_that_no_system_takes_is_refused_before_the_work(tmp_path: Path, name: str, folder: bool):
     with pytest.raises(LoRAError, match=r"cannot be (written|accessed)|leads nowhere"):
         check_output_path(tmp_path / name, folder=folder)

@@ -57,34 +57,18 @@ def command(*args: object) -> None:
 Writer = Callable[[Path, Path, float], Path]  # from the inputs, to a folder, at some scale; returns where it wrote
 
 
-def by_merge(form: str, *flags: str) -> Writer:
+def by_merge(form: str) -> Writer:
     def write(inputs: Path, target: Path, scale: float) -> Path:
         suffix = {"folder": "", "safetensors": ".safetensors", "torch": ".pt"}[form]
-        out = target / f"out{suffix}"
-        adapter = inputs / f"adapter-{scale}"
-        command("merge", "--base", inputs / f"base{suffix}", "--adapter", adapter, "--output", out, *flags)
-        return out
+        given = ["--base", inputs / f"base{suffix}", "--adapter", inputs / f"adapter-{scale}"]
+        command("merge", *given, "--output", target / f"out{suffix}", "--overwrite")
+        return target / f"out{suffix}"
 
     return write
 
 
-def by_verb(verb: str, name: str, *flags: str) -> Writer:
-    def write(inputs: Path, target: Path, scale: float) -> Path:
-        command(verb, inputs / f"adapter-{scale}", target / name, *flags)
-        return target / name
-
-    return write
-
-
-def by_extract(inputs: Path, target: Path, scale: float, *flags: str) -> Path:
-    given = ["--base", inputs / "base.safetensors", "--tuned", inputs / f"tuned-{scale}" / "model.safetensors"]
-    command("extract", *given, "--rank", 1, "--output", target / "out", *flags)
-    return target / "out"
-
-
-def by_combine(inputs: Path, target: Path, scale: float) -> Path:
-    options = ("--weights", 0.5, scale, "--output", target / "out", "--overwrite")
-    command("combine", inputs / "adapter-1.0", inputs / "adapter-2.0", *options)
+def by_export(inputs: Path, target: Path, scale: float) -> Path:
+    command("export", inputs / f"adapter-{scale}", target / "out", "--overwrite")
     return target / "out"
 
 
@@ -103,23 +87,19 @@ def by_save(save: Callable[..., None], **options: Any) -> Writer:
 
 WRITERS: dict[str, Writer] = {
     "save_adapter": by_save(save_adapter),
-    "save_merged": by_save(save_merged),
     "save_merged in shards": by_save(save_merged, max_shard_bytes=60),
     "merge of a folder": by_merge("folder"),
     "merge of safetensors": by_merge("safetensors"),
     "merge of a state dict": by_merge("torch"),
-    "export": by_verb("export", "out"),
-    "extract": by_extract,
+    "export": by_export,
+    "plot": by_plot,
 }
-MIXED = ["save_adapter", "save_merged", "save_merged in shards", "merge of a folder", "merge of safetensors", "export"]
-REPLACING: dict[str, Writer] = {name: write for name, write in WRITERS.items() if name.startswith("save_")} | {
-    f"merge of {form}": by_merge(form, "--overwrite") for form in ("folder", "safetensors", "torch")
-}
+MODELS = ["save_merged in shards", "merge of a folder", "merge of a state dict"]
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """The base in each form, two adapters, and the models that they make."""
+    """The base in each form, and two adapters."""
     path = tmp_path / "inputs"
     (path / "base").mkdir(parents=True)
     state = {name: tensor for name, tensor in adapted().state_dict().items() if "lora_" not in name}
@@ -129,7 +109,6 @@ def inputs(tmp_path: Path) -> Path:
     torch.save(state, path / "base.pt")
     for scale in (1.0, 2.0):
         save_adapter(adapted(scale), path / f"adapter-{scale}")
-        save_merged(adapted(scale), path / f"tuned-{scale}")
     (tmp_path / "results").mkdir()
     return path
 
@@ -142,7 +121,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in files_in(path)}
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", ["save_adapter", "save_merged in shards", "merge of a folder"])
 def test_written_safetensors_start_at_eight_bytes_and_align_every_tensor(inputs: Path, name: str):
     out = WRITERS[name](inputs, inputs.parent / "results", 1.0)
     files = [file for file in files_in(out) if file.suffix == ".safetensors"]
@@ -162,7 +141,7 @@ def test_written_safetensors_start_at_eight_bytes_and_align_every_tensor(inputs:
     assert len(dtypes) > 1
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", ["save_adapter", *MODELS])
 def test_every_written_file_is_on_the_disk_before_it_is_in_place(
     inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -188,13 +167,6 @@ def test_every_written_file_is_on_the_disk_before_it_is_in_place(
 
 # --- permissions ---
 
-OVERWRITING: dict[str, Writer] = REPLACING | {
-    "export": by_verb("export", "out", "--overwrite"),
-    "combine": by_combine,
-    "extract": lambda inputs, target, scale: by_extract(inputs, target, scale, "--overwrite"),
-    "plot": by_plot,
-}
-
 
 def modes(path: Path) -> dict[str, int]:
     return {str(each.relative_to(path)): each.stat().st_mode & 0o7777 for each in (path, *path.rglob("*"))}
@@ -209,17 +181,17 @@ def _umask() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_umask")
-@pytest.mark.parametrize("name", OVERWRITING)
+@pytest.mark.parametrize("name", ["save_adapter", "merge of safetensors", "plot"])
 def test_what_is_written_has_the_modes_of_the_umask_and_keeps_those_it_is_given(inputs: Path, name: str):
     results = inputs.parent / "results"
-    out = OVERWRITING[name](inputs, results, 1.0)
+    out = WRITERS[name](inputs, results, 1.0)
     first = modes(out)
     assert set(first.values()) <= {0o640, 0o750}
     given = {path: 0o2770 if (out / path).is_dir() else 0o400 + 8 * number for number, path in enumerate(first)}
     for path, mode in given.items():
         (out / path).chmod(mode)
     before = {path: (out / path).stat().st_ino for path in first if (out / path).is_file() and path != CARD_FILE}
-    OVERWRITING[name](inputs, results, 2.0)
+    WRITERS[name](inputs, results, 2.0)
     assert modes(out) == given
     assert not before.items() & {path: (out / path).stat().st_ino for path in before}.items()
 
@@ -244,10 +216,10 @@ def at_every_line(look: Callable[[], object]) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REPLACING)
+@pytest.mark.parametrize("name", MODELS)
 def test_each_file_of_a_replaced_result_is_at_every_moment_the_old_or_the_new_one(inputs: Path, name: str):
     results = inputs.parent / "results"
-    out = REPLACING[name](inputs, results, 1.0)
+    out = WRITERS[name](inputs, results, 1.0)
     old = contents(out)
     seen: list[dict[str, bytes]] = []
 
@@ -257,11 +229,14 @@ def test_each_file_of_a_replaced_result_is_at_every_moment_the_old_or_the_new_on
             seen.append(found)
 
     with at_every_line(look):
-        REPLACING[name](inputs, results, 2.0)
+        WRITERS[name](inputs, results, 2.0)
     new = contents(out)
     assert all(found[file] in (old[file], new[file]) for found in seen for file in (old if out.is_dir() else found))
     assert seen[0] == old != seen[-1] == new
     assert [entry.name for entry in results.iterdir()] == [out.name]
+
+
+# --- Ctrl-C ---
 
 
 @pytest.fixture
@@ -273,8 +248,10 @@ def _ctrl_c_works() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_ctrl_c_works")
-@pytest.mark.parametrize("moment", ["first byte", "last sync"])
-@pytest.mark.parametrize("name", [name for name in WRITERS if not name.startswith("save_")])
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [("merge of a folder", "first byte"), ("merge of a state dict", "first byte"), ("export", "last sync")],
+)
 def test_ctrl_c_while_a_verb_writes_exits_130_and_leaves_no_file(
     inputs: Path, name: str, moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -301,51 +278,70 @@ def test_ctrl_c_while_a_verb_writes_exits_130_and_leaves_no_file(
     assert list(results.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["save_adapter", "save_merged", "merge of folder"])
+@pytest.mark.parametrize("moment", ["replace", "rmdir"])
+@pytest.mark.parametrize("name", ["merge of a folder", "merge of a state dict"])
+def test_ctrl_c_after_the_result_is_in_place_leaves_it(
+    inputs: Path, name: str, moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As soon as a file was moved to its place, or while what was used for that is removed."""
+    results = inputs.parent / "results"
+    out = WRITERS[name](inputs, results, 1.0)
+    old, honest = contents(out), getattr(os, moment)
+
+    def press(*args: Any, **options: Any) -> None:
+        honest(*args, **options)
+        if contents(out) != old:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, moment, press)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
+        WRITERS[name](inputs, results, 2.0)
+    assert (stopped.type, stopped.value.args) == (SystemExit, (130,))
+    assert capsys.readouterr().err.endswith(": interrupted.\n")
+    assert contents(out) != old
+
+
+# --- earlier results ---
+
+
+@pytest.mark.parametrize("name", ["save_adapter", "merge of a folder"])
 def test_a_folder_that_is_written_again_holds_what_a_new_one_holds(inputs: Path, name: str):
     results = inputs.parent / "results"
-    out = REPLACING[name](inputs, results, 1.0)
+    out = WRITERS[name](inputs, results, 1.0)
     old = contents(out)
     (results / "expected").mkdir()
-    expected = contents(REPLACING[name](inputs, results / "expected", 2.0))
-    REPLACING[name](inputs, results, 2.0)
+    expected = contents(WRITERS[name](inputs, results / "expected", 2.0))
+    WRITERS[name](inputs, results, 2.0)
     assert contents(out) == expected != old
     assert sorted(entry.name for entry in results.iterdir()) == ["expected", "out"]
 
 
-@pytest.mark.parametrize("name", ["export", "extract", "merge of a folder"])
-def test_an_empty_folder_is_no_earlier_result_and_is_filled(inputs: Path, name: str):
-    (inputs.parent / "results" / "out").mkdir()
-    out = WRITERS[name](inputs, inputs.parent / "results", 1.0)
-    assert contents(out)
+def test_merge_over_a_result_of_more_files_leaves_none_of_them_and_keeps_the_rest(inputs: Path):
+    """Readers would take the weights that the old index names, or find two models."""
+    out = WRITERS["save_merged in shards"](inputs, inputs.parent / "results", 1.0)
+    assert len(list(out.iterdir())) > 2
+    (out / "mine.txt").write_text("mine")
+    (out / "other.safetensors").write_bytes((inputs / "base.safetensors").read_bytes())
+    WRITERS["merge of a folder"](inputs, inputs.parent / "results", 1.0)
+    found = {file.name for file in out.iterdir()}
+    assert found == {"config.json", "mine.txt", "model.safetensors", "other.safetensors"}
 
 
-@pytest.mark.parametrize("name", [name for name in WRITERS if name != "extract"])
+@pytest.mark.parametrize("name", ["save_adapter", "save_merged in shards"])
 def test_a_result_whose_parent_cannot_be_written_is_refused_before_anything_is_written(
-    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Told by what the system says, because some users may write everywhere."""
     results = inputs.parent / "results"
     synced: list[int] = []
+
+    def mkdir(path: Any, *_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
     monkeypatch.setattr(os, "fsync", synced.append)
-    for function in ("mkdir", "rename", "replace"):
-        monkeypatch.setattr(os, function, refusing(getattr(os, function), results))
-    honest = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode, **o: Path(path) != results and honest(path, mode, **o))
-    with pytest.raises((LoRAError, SystemExit)) as refusal:
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(LoRAError, match=str(results)):
         WRITERS[name](inputs, results, 1.0)
-    assert refusal.type is LoRAError or refusal.value.args == (1,)
-    assert str(results) in f"{refusal.value} {capsys.readouterr().err}"
     assert synced == []
     assert list(results.iterdir()) == []
-
-
-def refusing(function: Callable[..., Any], parent: Path) -> Callable[..., Any]:
-    """Refuse permission for what lies in a folder."""
-
-    def call(*args: Any, **options: Any) -> Any:
-        if any(Path(arg).parent == parent for arg in args if isinstance(arg, (str, Path))):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(args[0]))
-        return function(*args, **options)
-
-    return call

@@ -33,7 +33,6 @@ from support.lightning_versions import ANY_OBJECTS
 from support.models import bits
 from support.training import CLASSES, FEATURES, Data, Net, assert_same_tensors, make_trainer, outputs, own_random_stream
 
-KINDS = ("adapter", "merged", "full")
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 unpickled: list[str] = []
 
@@ -121,27 +120,18 @@ def saved(path: Path, kind: str | None) -> tuple[WithObjects, Path]:
     return model, path / "saved.ckpt"
 
 
-def fresh() -> WithObjects:
-    return WithObjects(WeightedLoss(), width=7)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_load_adapter_and_info_read_a_checkpoint_with_objects_and_unpickle_none(tmp_path, kind: str):
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_checkpoint_with_objects_is_read_without_them_and_by_each_remedy_as_a_module(tmp_path, kind: str):
     model, file = saved(tmp_path, kind)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(file, weights_only=True)
-    assert load_adapter(loaded := fresh(), file) == ["body.0", "body.2"]
+    assert load_adapter(loaded := WithObjects(WeightedLoss(), width=7), file) == ["body.0", "body.2"]
     assert torch.equal(outputs(loaded), outputs(model))
     assert info(file)["kind"] == f"Lightning checkpoint of kind {kind!r}"
     export_adapter(file, tmp_path / "folder")
-    load_adapter(again := fresh(), tmp_path / "folder")
+    load_adapter(again := WithObjects(WeightedLoss(), width=7), tmp_path / "folder")
     assert torch.equal(outputs(again), outputs(model))
-    assert not unpickled
 
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_load_from_checkpoint_names_the_object_that_it_does_not_unpickle_and_each_remedy(tmp_path, kind: str):
-    _, file = saved(tmp_path, kind)
     with pytest.raises(LoRAError) as refused:
         load_from_checkpoint(WithObjects, file)
     message = str(refused.value)
@@ -149,50 +139,45 @@ def test_load_from_checkpoint_names_the_object_that_it_does_not_unpickle_and_eac
     assert "weights_only=False" in message
     assert "(loss=..., shade=..., optimizer=..., names=..., choices=...)" in message
     assert f'load_adapter(model := WithObjects(...), "{file}")' in message
+    objects = {"shade": None, "optimizer": None, "names": None, "choices": None}
+    given = load_from_checkpoint(WithObjects, file, loss=WeightedLoss(3.0), **objects)
+    assert given.hparams["loss"].weight.tolist() == [3.0] * CLASSES
     assert not unpickled
+    trusted = load_from_checkpoint(WithObjects, file, weights_only=False)
+    assert unpickled
+    assert trusted.hparams["loss"].weight.tolist() == [2.0] * CLASSES
+    for loaded in (trusted, given):
+        assert loaded.hparams["width"] == 7
+        assert torch.equal(outputs(loaded), outputs(model))
+    if kind == "merged":
+        plain = WithObjects.load_from_checkpoint(file, **ANY_OBJECTS)
+        assert_same_tensors(read_torch_file(file)["state_dict"], dict(plain.state_dict()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_object_in_the_state_of_a_scheduler_or_callback_is_passed_over_when_a_module_is_built(tmp_path, kind: str):
+def test_trainer_resumes_from_a_checkpoint_with_objects(tmp_path):
+    model, file = saved(tmp_path, "adapter")
+    resumed = WithObjects(WeightedLoss(), choices=Choices(), width=7)
+    trainer = make_trainer(tmp_path, LoRACallback(r=2))
+    trainer.validate(resumed, Data(), ckpt_path=file, verbose=False, **ANY_OBJECTS)
+    assert torch.equal(outputs(resumed), outputs(model))
+    trainer = make_trainer(tmp_path, LoRACallback(r=2), max_epochs=2)
+    trainer.fit(resumed, Data(), ckpt_path=file, **ANY_OBJECTS)
+    assert trainer.current_epoch == 2
+
+
+def test_an_object_in_the_state_of_a_scheduler_or_callback_is_passed_over_when_a_module_is_built(tmp_path):
     """Weight averaging's scheduler has one in torch 2.6."""
     model = Net()
-    trainer = make_trainer(tmp_path, LoRACallback(r=2, save=kind))
+    trainer = make_trainer(tmp_path, LoRACallback(r=2))
     trainer.fit(model, Data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     content["lr_schedulers"][0]["anneal"] = content["callbacks"]["Mine"] = WeightedLoss()
     torch.save(content, tmp_path / "a.ckpt")
+    unpickled.clear()
     loaded = load_from_checkpoint(Net, tmp_path / "a.ckpt")
     assert_same_tensors(dict(loaded.state_dict()), dict(model.state_dict()))
     assert not unpickled
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_remedy_for_objects_in_hyper_parameters_loads_the_model(tmp_path, kind: str):
-    model, file = saved(tmp_path, kind)
-    trusted = load_from_checkpoint(WithObjects, file, weights_only=False)
-    assert unpickled
-    assert trusted.hparams["loss"].weight.tolist() == [2.0] * CLASSES
-    unpickled.clear()
-    objects = {"shade": None, "optimizer": None, "names": None, "choices": None}
-    given = load_from_checkpoint(WithObjects, file, loss=WeightedLoss(3.0), **objects)
-    assert given.hparams["loss"].weight.tolist() == [3.0] * CLASSES
-    assert not unpickled
-    for loaded in (trusted, given):
-        assert loaded.hparams["width"] == 7
-        assert torch.equal(outputs(loaded), outputs(model))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_trainer_resumes_from_a_checkpoint_with_objects(tmp_path, kind: str):
-    model, file = saved(tmp_path, kind)
-    trainer = make_trainer(tmp_path, LoRACallback(r=2, save=kind))
-    resumed = WithObjects(WeightedLoss(), choices=Choices(), width=7)
-    trainer.validate(resumed, Data(), ckpt_path=file, verbose=False, **ANY_OBJECTS)
-    assert torch.equal(outputs(resumed), outputs(model))
-    trainer = make_trainer(tmp_path, LoRACallback(r=2, save=kind), max_epochs=2)
-    trainer.fit(resumed, Data(), ckpt_path=file, **ANY_OBJECTS)
-    assert trainer.current_epoch == 2
 
 
 def test_merge_into_a_base_checkpoint_with_objects_is_refused_and_its_state_dict_is_a_base(tmp_path):
@@ -275,14 +260,13 @@ def note(text: str) -> list[str]:
     return unpickled
 
 
-@pytest.mark.parametrize("protocol", range(2, 6))
+@pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize(
     "harm",
     [
         Calls(note, "called"),
         Calls(eval, f"__import__('{__name__}').note('evaluated')"),
         Calls(exec, "import os; os.mkdir('harmed')"),
-        Calls(getattr, Calls(__import__, "os"), "getcwd"),
         Calls(torch.load, "other.ckpt"),
         functools.partial(note, "partial"),
     ],
@@ -336,9 +320,3 @@ def test_nested_lists_that_hold_themselves_or_each_other_are_read_at_once(tmp_pa
     with pytest.raises(LoRAError, match='checkpoint\\["lora"\\]: is missing'):
         load_from_checkpoint(WithObjects, tmp_path / "a.ckpt")
     assert read_torch_file(tmp_path / "a.ckpt")["hyper_parameters"]["cycle"]
-
-
-def test_full_checkpoint_with_objects_holds_the_tensors_that_plain_lightning_reads(tmp_path):
-    _, file = saved(tmp_path, "merged")
-    plain = WithObjects.load_from_checkpoint(file, **ANY_OBJECTS)
-    assert_same_tensors(read_torch_file(file)["state_dict"], dict(plain.state_dict()))

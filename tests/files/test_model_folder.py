@@ -26,9 +26,9 @@ pytestmark = quiet_peers
 CONFIG, TENSORS, INDEX = "adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", "a\\b", "C:x", "..", ".", "", "a\0", 3, None, ["a"]])
-def test_file_name_that_leaves_the_folder_is_not_plain(name: Any):
-    assert not is_plain_name(name)
+def test_file_name_that_leaves_the_folder_is_not_plain():
+    names = ["../x", "/etc/x", "a/b", "a\\b", "C:x", "..", ".", "", "a\0", 3, None, ["a"]]
+    assert [name for name in names if is_plain_name(name)] == []
 
 
 NORM = "model.norm.weight"
@@ -36,13 +36,11 @@ NORM = "model.norm.weight"
 
 BAD_INDEXES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "outside": ("must be in a safetensors file of this folder", lambda m: {**m, NORM: "../x.safetensors"}),
-    "absolute": ("must be in a safetensors file of this folder", lambda m: {**m, NORM: "/x.safetensors"}),
     "no file": ("is not there", lambda m: {**m, NORM: "x.safetensors"}),
     "pickle": ("must be in a safetensors file", lambda m: {**m, NORM: "pytorch_model.bin"}),
     "one too many": ("should be in .* and is not there", lambda m: {**m, "x": next(iter(m.values()))}),
     "one too few": ("but the index says None", lambda m: {k: v for k, v in m.items() if k != NORM}),
     "a list": ("expected a weight_map of names and files, found list", lambda m: list(m)),
-    "nothing": ("expected a weight_map", lambda m: {}),
 }
 
 
@@ -84,7 +82,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path, base: Path):
     refused(f"'{name}' is in '{other.name}', but the index says '{one.name}'", base, tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", "", '{"weight_map": 3}', "nul\0l", '{"a":' * 10_000])
+@pytest.mark.parametrize("content", ["[1]", "", '{"a":' * 10_000])
 def test_index_that_is_not_a_json_object_is_refused(tmp_path, base: Path, content: str):
     (base / INDEX).write_text(content)
     refused(r"index\.json: (expected|cannot be read)", base, tmp_path)
@@ -100,14 +98,6 @@ def test_a_model_in_hugging_faces_cache_is_all_links_and_is_read(tmp_path, base:
     merge_and_check(snapshot, tmp_path / "adapter", tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in snapshot.iterdir()}
-
-
-def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, base: Path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "out").symlink_to("real")
-    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
-    assert (tmp_path / "out").is_symlink()
-    assert (tmp_path / "real" / INDEX).exists()
 
 
 def test_merge_that_overflows_a_float16_base_is_refused_by_name(tmp_path):

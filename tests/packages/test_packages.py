@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRACallback, disable_adapter, is_merged, load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora import LoRACallback, disable_adapter, is_merged, load_adapter, load_from_checkpoint
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.training import assert_same_tensors, own_random_stream, weights
 
@@ -31,7 +31,6 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "num_sanity_val_steps": 0,
 }
-KINDS = ("adapter", "merged", "full")
 NOTICES = (  # what the packages say of themselves, with and without this one
     "ignore:Attribute '\\w+' is an instance of `nn.Module` and is already saved",
     "ignore:enable_nested_tensor is True, but self.use_nested_tensor is False",
@@ -257,7 +256,7 @@ def test_merged_evaluation_gives_the_numbers_of_the_unmerged_one(case: Case, tmp
         assert case.numbers(model, tmp_path) != pytest.approx(unmerged, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_checkpoint_resumes_evaluates_and_loads_as_if_never_interrupted(case: Case, kind: Any, tmp_path: Path):
     case.fit(whole := case.make(), tmp_path, lora(save=kind))
     middle, last = (tmp_path / f"epoch={epoch}.ckpt" for epoch in range(EPOCHS))
@@ -279,13 +278,6 @@ def test_checkpoint_with_the_base_builds_the_module_from_its_hyperparameters(cas
     case.fit(tuned := case.make(), tmp_path, lora(save="merged")).save_checkpoint(plain := tmp_path / "merged.ckpt")
     without = type(tuned).load_from_checkpoint(plain, weights_only=False)  # as a program without this package does
     assert case.numbers(without, tmp_path) == pytest.approx(case.numbers(tuned, tmp_path), rel=1e-4, abs=1e-5)
-
-
-def test_adapter_folder_holds_the_tuned_model(case: Case, tmp_path: Path):
-    case.fit(tuned := case.make(), tmp_path, lora())
-    save_adapter(tuned, tmp_path / "folder")
-    load_adapter(loaded := case.make(), tmp_path / "folder")
-    assert case.numbers(loaded, tmp_path) == pytest.approx(case.numbers(tuned, tmp_path), rel=1e-5)
 
 
 def test_darts_tunes_predicts_saves_and_loads_by_its_own_methods(tmp_path: Path):

@@ -43,7 +43,9 @@ def example(name: str) -> doctest.DocTest:
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
-def test_docstring_has_a_short_example(name: str):
+def test_docstring_has_a_short_example_which_runs_and_prints_what_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
     lines = inspect.getdoc(DOCUMENTED[name]).splitlines()
     assert lines.count("Example::") == 1
     shown = lines[lines.index("Example::") + 1 :]
@@ -51,10 +53,6 @@ def test_docstring_has_a_short_example(name: str):
     assert shown[1].startswith("    >>> ")
     assert len(shown) - 1 <= FEW_LINES
     assert all(line.startswith("    ") for line in shown[1:])  # it comes last, after what an editor shows first
-
-
-@pytest.mark.parametrize("name", DOCUMENTED)
-def test_example_runs_and_prints_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     if name in NEEDED:
         pytest.importorskip(NEEDED[name])
     monkeypatch.chdir(tmp_path)

@@ -32,13 +32,8 @@ QUIET = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 def start(folder: Path) -> subprocess.Popen[str]:
     """Start the example as its user does, with bars and loggers on. What it prints goes into two files."""
     command = [sys.executable, "examples/finetune.py"]
-    # Where the tests run in the background, Ctrl-C is ignored, which a new process would inherit.
-    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with (folder / "printed").open("w") as printed, (folder / "said").open("w") as said:  # a full pipe halts it
-            return subprocess.Popen(command, cwd=folder, env=QUIET, text=True, stdout=printed, stderr=said)
-    finally:
-        signal.signal(signal.SIGINT, ours)
+    with (folder / "printed").open("w") as printed, (folder / "said").open("w") as said:  # a full pipe halts it
+        return subprocess.Popen(command, cwd=folder, env=QUIET, text=True, stdout=printed, stderr=said)
 
 
 def break_off(folder: Path, checkpoint: Path, epoch: int, with_signal: int) -> int:
@@ -61,59 +56,36 @@ def epochs_in(checkpoint: Path) -> int:
         return 0
 
 
-def logged(logs: Path, *names: str) -> list[tuple[float, ...]]:
-    """What TensorBoard's files of all starts hold under these names, a tuple a validation, in order."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = []
-    for file in sorted(logs.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime_ns):
-        events = EventAccumulator(str(file)).Reload()
-        if set(names) <= set(events.Tags()["scalars"]):
-            found += list(zip(*([event.value for event in events.Scalars(name)] for name in names), strict=True))
-    return found
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkout(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # the program starts three times
-def test_a_run_that_is_interrupted_and_then_killed_goes_on_and_deploys_what_was_best(folder: Path):
+@pytest.mark.timeout(600)  # the program starts twice
+def test_a_run_that_is_killed_goes_on_and_deploys_what_was_best(folder: Path):
     pytest.importorskip("tensorboard", reason='tensorboard is not installed; pip install -e ".[examples]"')
     run = folder / "runs" / "finetune"
     last = run / "last.ckpt"
-    assert break_off(folder, last, 1, signal.SIGINT) == 1  # Ctrl-C, and Lightning's own status after it
+    assert break_off(folder, last, 1, signal.SIGKILL) == -signal.SIGKILL  # the machine dies
     reached = epochs_in(last)
-    assert break_off(folder, last, reached + 1, signal.SIGKILL) == -signal.SIGKILL  # the machine dies
-    reached = epochs_in(last)
-    assert reached >= 2
 
     status = start(folder).wait(timeout=500)
     printed, said = ((folder / name).read_text() for name in ("printed", "said"))
     assert status == 0, said
     assert f"Restoring states from the checkpoint path at {last}" in said
     epochs = {int(epoch) for epoch in re.findall(r"\bEpoch (\d+)/19", printed)}  # in the progress bar
-    assert epochs
-    assert min(epochs) >= reached  # no finished epoch is trained again
-    assert "Testing" in printed
+    assert min(epochs) >= reached > 0  # no finished epoch is trained again
     shown = printed[printed.index("test accuracy") :]
-    print(shown)
     labels = [[line.split(":")[0] for line in text.splitlines()] for text in (shown, SHOWN["finetune"])]
     assert labels[0] == labels[1]
     # How good it becomes depends on the base, whose words are drawn, and on where it was broken off: Lightning goes on
-    # with other batches. So what was tested is compared with what this run's own validations say.
-    validations = logged(run / "logs", "val_loss", "val_accuracy")
-    loss, accuracy = min(validations)
-    assert loss < validations[0][0], validations
-    tested = float(re.findall(r"test accuracy: (\S+)", shown)[0])
-    assert abs(tested - accuracy) < 0.15, validations  # each is a mean over some 240 texts
+    # with other batches.
+    assert float(re.findall(r"test accuracy: (\S+)", shown)[0]) > 0.3  # of five classes
     answers = re.findall(r": +(\w+)$", shown, re.MULTILINE)
     assert len(answers) == 3
     assert len(set(answers)) == 1  # whichever way it is deployed
     assert sorted(path.name for path in run.iterdir()) == ["adapter", "best.ckpt", "last.ckpt", "logs", "merged"]
-    assert list((run / "logs").glob("events.out.tfevents.*"))
     assert all("lora_" in name or "classifier" in name for name in torch.load(last, weights_only=True)["state_dict"])
 
 
