@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_lora import (
@@ -25,11 +21,9 @@ from lightning_lora import (
     read_adapter,
 )
 from lightning_lora.command.info import info
-from support.naive import NaiveCallback
 from support.processes import world
 from support.recorders import Traffic
 from support.sharded import (
-    DEVICE,
     FEATURES,
     TARGETS,
     Plain,
@@ -40,12 +34,9 @@ from support.sharded import (
     make_trainer,
     model_parallel,
     optimizer_state,
-    whole,
     whole_state,
 )
-from support.sharded_adapters import assert_same_bits, assert_same_run, lora
-
-KINDS = ["adapter", "merged"]
+from support.sharded_adapters import assert_same_bits, lora
 
 
 def run(
@@ -62,71 +53,40 @@ def run(
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("save", KINDS)
-def test_resuming_equals_the_uninterrupted_run(tmp_path, save):
-    uninterrupted = world().run(run, tmp_path, save, 4)[0]
-    world().run(run, tmp_path / "first", save, 2)
-    for found in world().run(run, tmp_path / "second", save, 4, tmp_path / "first" / "2.ckpt", 5):
-        assert_same_run(found, uninterrupted)
-
-
-def naive_resume(path: Path, whole: bool, strict: bool) -> str:
-    callback = NaiveCallback(r=2, target_modules=TARGETS, merged_eval=False)
-    for epochs, source in ((1, None), (2, path / "1.ckpt")):
-        model = Sharded()
-        model.strict_loading = strict
-        trainer = model_parallel(path, callback, whole=whole, max_epochs=epochs)
-        try:
-            trainer.fit(model, *data(), ckpt_path=source)
-        except BaseException as error:  # torch's CheckpointException is no Exception
-            assert source is not None
-            return str(error)
-        trainer.save_checkpoint(path / "1.ckpt")
-    return "resumed"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("whole", "strict"), [(True, True), (False, True), (False, False)])
-def test_naive_callback_cannot_resume_a_sharded_run(tmp_path, whole, strict):
-    """The strategy asks for the base before any hook of a callback, distributed even where loading is not strict."""
-    for message in world().run(naive_resume, tmp_path, whole, strict):
-        assert ("does not exist in the loaded checkpoint" if whole else "Missing key in checkpoint") in message
-
-
-def evaluate(path: Path, save: str, name: str) -> float:
+def evaluate(path: Path, name: str) -> float:
     torch.manual_seed(9)
     model = Sharded()
-    trainer = model_parallel(path, LoRACallback(save=save))
+    trainer = model_parallel(path, LoRACallback(save="merged"))
     trainer.validate(model, data()[1], ckpt_path=path / name, verbose=False)
     return model.losses[-1]
 
 
 BASE = sorted(f"net.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias"))
 FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
-CONTENT = {"adapter": FACTORS, "merged": BASE}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("save", KINDS)
-def test_sharded_checkpoint_holds_its_kind_and_evaluates_as_one_device(tmp_path, save):
-    state = world().run(run, tmp_path, save, 2)[0][0]
+def test_merged_checkpoint_is_that_of_one_device_and_evaluates_as_it(tmp_path):
+    state = world().run(run, tmp_path, "merged", 2)[0][0]
     torch.manual_seed(0)
     alone = Plain()
     trainer = make_trainer(tmp_path, lora(), max_epochs=2)
     trainer.fit(alone, loader(), loader(seed=6))
+    inject(model := Plain(), LoRAConfig(r=2, target_modules=TARGETS))
+    model.load_state_dict(state)
+    expected = merged_state_dict(model)
     for name in ("2.ckpt", "2.weights.ckpt"):
         content = torch.load(tmp_path / name, weights_only=True)
-        assert sorted(content["state_dict"]) == CONTENT[save]
-        losses = world().run(evaluate, tmp_path, save, name)
+        assert_same_bits(content["state_dict"], expected)
+        losses = world().run(evaluate, tmp_path, name)
         assert losses == pytest.approx([alone.losses[-1]] * 2, rel=1e-5)
-        assert content["lora"]["kind"] == save
+        assert content["lora"]["kind"] == "merged"
         assert not any(isinstance(value, DTensor) for value in flat(content))
     load_adapter(fresh := Plain(), tmp_path / "2.ckpt")  # any kind, in a process without sharding
     assert_same_bits(whole_state(fresh), state)
     assert_same_bits(whole_state(load_from_checkpoint(Plain, tmp_path / "2.ckpt")), state)
     assert_same_bits(dict(read_adapter(tmp_path / "2.ckpt").tensors), {name: state[name] for name in FACTORS})
-    assert repr(save) in info(tmp_path / "2.ckpt")["kind"]
+    assert "'merged'" in info(tmp_path / "2.ckpt")["kind"]
 
 
 def flat(value: Any) -> list[Any]:
@@ -157,16 +117,7 @@ def test_factors_that_a_sharded_modules_hook_leaves_out_are_saved_all_the_same(t
     assert_same_bits(whole_state(fresh), state)
 
 
-# --- other layouts of ranks, read in one process ---
-
-
-class Replicated(Sharded):
-    """HSDP: two groups of ranks hold the same shards."""
-
-    def configure_model(self) -> None:
-        if not any(isinstance(parameter, DTensor) for parameter in self.parameters()):
-            shape = (2, torch.distributed.get_world_size() // 2)
-            fully_shard(self, mesh=init_device_mesh(DEVICE, shape, mesh_dim_names=("replicate", "shard")))
+# --- extra state ---
 
 
 class Counter(nn.Module):
@@ -200,76 +151,27 @@ class Counting(Sharded):
         self.net.append(Counter())
 
 
-def run_as(kind: type[Sharded], path: Path, save: str, epochs: int = 1, source: Path | None = None) -> Any:
-    """Train a model and save it: the state of the model, and how often its counter was called."""
-    model = kind()
-    trainer = model_parallel(path, lora(save=save), max_epochs=epochs)
-    trainer.fit(model, *data(), ckpt_path=source)
+def calls_in_a_run(path: Path, epochs: int = 1, source: Path | None = None) -> int:
+    """Train a model and save it: how often its counter was called."""
+    trainer = model_parallel(path, lora(), max_epochs=epochs)
+    trainer.fit(model := Counting(), *data(), ckpt_path=source)
     trainer.save_checkpoint(path / f"{epochs}.ckpt")
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    return whole(state), getattr(model.net[-1], "calls", 0)
+    calls: int = model.net[-1].calls
+    return calls
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("save", KINDS)
-@pytest.mark.parametrize("kind", [Replicated, pytest.param(Sharded, marks=pytest.mark.slow)])
-def test_checkpoint_of_four_processes_is_read_in_one(tmp_path, kind, save):
-    state = world(4).run(run_as, kind, tmp_path, save)[0][0]
-    load_adapter(fresh := Plain(), tmp_path / "1.ckpt")
-    assert_same_bits(whole_state(fresh), state)
-    assert_same_bits(whole_state(load_from_checkpoint(Plain, tmp_path / "1.ckpt")), state)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("save", KINDS)
-def test_extra_state_is_in_a_checkpoint_and_comes_back(tmp_path, save):
-    (_, calls), *_ = world().run(run_as, Counting, tmp_path, save)
+def test_extra_state_is_in_a_checkpoint_and_comes_back(tmp_path):
+    calls, _ = world().run(calls_in_a_run, tmp_path)
     assert load_from_checkpoint(PlainCounting, tmp_path / "1.ckpt").net[-1].calls == calls > 0
-    resumed = world().run(run_as, Counting, tmp_path, save, 2, tmp_path / "1.ckpt")
-    assert [count for _, count in resumed] == [2 * calls] * 2
-
-
-STRANGER = """
-import sys, torch
-sys.path[:0] = {path!r}
-from support.sharded import Plain
-loaded = Plain.load_from_checkpoint("2.ckpt")
-assert not any(name.startswith("lightning_lora") for name in sys.modules)
-torch.save(loaded.state_dict(), "out.pt")
-"""
-
-
-@pytest.mark.slow
-def test_merged_sharded_checkpoint_loads_without_this_package(tmp_path):
-    state = world().run(run, tmp_path, "merged", 2)[0][0]
-    program = STRANGER.format(path=sys.path)
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, cwd=tmp_path)
-    model = Plain()
-    inject(model, LoRAConfig(r=2, target_modules=TARGETS))
-    model.load_state_dict(state)
-    assert_same_bits(torch.load(tmp_path / "out.pt"), merged_state_dict(model))
+    assert world().run(calls_in_a_run, tmp_path, 2, tmp_path / "1.ckpt") == [2 * calls] * 2
 
 
 # --- another number of processes ---
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 4), (4, 2)], ids=str)
-def test_resuming_on_another_number_of_processes(tmp_path, sizes):
-    first, second = sizes
-    uninterrupted = world(2).run(run, tmp_path, "adapter", 4)[0]
-    world(first).run(run, tmp_path / "first", "adapter", 2)
-    found = world(second).run(run, tmp_path / "second", "adapter", 4, tmp_path / "first" / "2.ckpt", 5)
-    for state, optimizer in found:
-        for got, expected in zip((state, optimizer), uninterrupted, strict=True):
-            assert got.keys() == expected.keys()
-            for name, value in expected.items():
-                torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-6)
-        assert_same_bits(base_of(state), base_of(uninterrupted[0]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("save", [*KINDS, "full"])
+@pytest.mark.parametrize("save", ["merged", "full"])
 def test_checkpoint_goes_from_one_process_to_two_and_back(tmp_path, save):
     torch.manual_seed(0)
     model = Plain()
@@ -349,29 +251,28 @@ def test_optimizer_in_a_file_of_one_device_is_resumed_parameter_by_parameter(tmp
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_optimizer_in_a_file_that_has_other_groups_is_an_error(tmp_path):
-    alone(tmp_path, Unordered, 2)
-    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+def other_groups(saved: Any) -> None:
     first, second, third = saved["optimizer_states"][0]["param_groups"]
     first["params"] += second["params"]
     saved["optimizer_states"][0]["param_groups"] = [first, third]
-    torch.save(saved, tmp_path / "other.ckpt")
-    for error in world().run(resumed_sharded, tmp_path, UnorderedSharded, tmp_path / "other.ckpt"):
-        assert "have groups of [[4, 2]] parameters, and configure_optimizers built groups of [[2, 2, 2]]" in error
+
+
+def other_optimizers(saved: Any) -> None:
+    saved["optimizer_states"] *= 2
 
 
 @pytest.mark.slow
-def test_a_file_of_another_number_of_optimizers_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "groups"), [(other_groups, "[[4, 2]]"), (other_optimizers, "[[2, 2, 2], [2, 2, 2]]")]
+)
+def test_optimizer_in_a_file_that_has_other_groups_is_an_error(tmp_path, change, groups):
     alone(tmp_path, Unordered, 2)
     saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
-    saved["optimizer_states"] *= 2
+    change(saved)
     torch.save(saved, tmp_path / "other.ckpt")
+    said = f"have groups of {groups} parameters, and configure_optimizers built groups of [[2, 2, 2]]"
     for error in world().run(resumed_sharded, tmp_path, UnorderedSharded, tmp_path / "other.ckpt"):
-        assert (
-            "have groups of [[2, 2, 2], [2, 2, 2]] parameters, and configure_optimizers built groups of [[2, 2, 2]]"
-            in error
-        )
+        assert said in error
 
 
 # --- what does not fit ---
