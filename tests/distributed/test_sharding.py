@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_lora import (
-    LoRACallback,
     LoRAConfig,
     LoRAError,
-    adapter_state_dict,
     disable_adapter,
     inject,
     is_merged,
-    load_adapter,
     merge,
     merged,
     merged_state_dict,
-    save_adapter,
     unmerge,
 )
-from support import sharded
 from support.models import Zoo, randomise_, tokens, zoo_config
 from support.processes import world
 from support.recorders import Traffic
 from support.sharded import (
     DEVICE,
     WAYS,
-    Sharded,
     X,
     base_of,
-    loader,
-    model_parallel,
     shard_,
     whole_state,
 )
@@ -241,47 +230,3 @@ def test_merging_gathers_the_factors_and_no_weight():
     assert gathered > found["base"]  # the counter sees weights where they are sent
     reduced = sum(size for name, size in found["forward and backward"][0] if "reduce_scatter" in name)
     assert reduced == 2 * found["factors"]  # whole gradients of the factors, and of nothing else
-
-
-# --- exceptions ---
-
-
-class Failing(Sharded):
-    """Raises in its first validation while the root, which has all parameters, is inside its forward."""
-
-    root_only = True
-    fails = True
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        self.net[3].register_forward_hook(self.fail)
-
-    def fail(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.fails and is_merged(self):
-            self.fails = False
-            raise ZeroDivisionError("in the forward")
-
-
-def fail_and_go_on(path: Path) -> None:
-    model = Failing()
-    callback = LoRACallback(r=2, target_modules=sharded.TARGETS)
-    size, rank = dist.get_world_size(), dist.get_rank()
-    data = (loader(size, rank), loader(size, rank, 6))
-    left = "gathered by FSDP2, .* or in a forward that an exception ended"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", f"LoRACallback: the model stays merged: .*{left}")
-        with pytest.raises(ZeroDivisionError):
-            model_parallel(path, callback).fit(model, *data)
-        assert is_merged(model)
-        save_adapter(model, path / "adapter")
-        with pytest.raises(LoRAError, match=left):
-            unmerge(model)
-        with pytest.raises(AssertionError, match="can only be applied to a module once"):  # by fully_shard
-            model_parallel(path, callback).fit(model.train(), *data)
-    load_adapter(plain := sharded.Plain(), path / "adapter")
-    assert_same_bits(adapter_state_dict(plain), adapter_state_dict(model))
-
-
-@pytest.mark.slow
-def test_exception_in_a_sharded_merged_forward_ends_the_fit_as_itself_and_leaves_the_adapter_to_save(tmp_path):
-    world().run(fail_and_go_on, tmp_path)

@@ -57,21 +57,6 @@ def test_save_pretrained_after_fit_saves_what_was_trained(tmp_path):
     assert torch.equal(answer(again), answer(module))
 
 
-@pytest.mark.slow
-def test_checkpoints_of_the_fit_hold_the_adapter_and_one_saved_after_it_plain_weights(tmp_path):
-    saver = ModelCheckpoint(tmp_path, save_last=True, monitor="val_loss")
-    model = Net()
-    trainer = make_trainer(tmp_path, lora_with_effect(merge_after_fit=True), saver, max_epochs=2)
-    trainer.fit(model, Data())
-    for path in (saver.best_model_path, saver.last_model_path):
-        assert torch.load(path, weights_only=True)["lora"]["kind"] == "adapter"
-    last = load_from_checkpoint(Net, saver.last_model_path)
-    torch.testing.assert_close(outputs(last), outputs(model), rtol=0, atol=1e-5)
-    trainer.save_checkpoint(tmp_path / "after.ckpt")
-    plain = Net.load_from_checkpoint(tmp_path / "after.ckpt")
-    assert_same_tensors(weights(plain), weights(model))
-
-
 @pytest.mark.parametrize(
     "averaging",
     [pytest.param(WeightAveraging, id="averaged", marks=weight_averaging), pytest.param(None, id="as it is")],

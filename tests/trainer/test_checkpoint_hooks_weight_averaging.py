@@ -10,13 +10,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
 
 from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint, merged
 from support.covering import covering
 from support.lightning_versions import EMAWeightAveraging, averaging, weight_averaging
 from support.runs import SWAPPERS, assert_as_found, base_weights, lora_with_effect, reference_loss, swa
-from support.training import BuiltInConfigureModel, Data, Net, assert_same_tensors, make_trainer, tensors, weights
+from support.training import Data, Net, assert_same_tensors, make_trainer, tensors, weights
 
 # A fresh Trainer that only tests needs none of them.
 pytestmark = pytest.mark.filterwarnings(
@@ -72,29 +71,6 @@ def test_checkpoint_with_averaging_holds_no_base_tensor_under_any_key(tmp_path, 
             assert not any(torch.equal(tensor, value) for value in base.values()), path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), EACH_ONCE)
-def test_resumed_run_with_averaging_equals_the_uninterrupted_one(tmp_path, name: str, kind: str):
-    whole, resumed = Net(), Net()
-    last = fit(tmp_path / "lora", whole, lora_with_effect(save=kind), ALL[name]())
-    again = fit(
-        tmp_path / "resumed",
-        resumed,
-        lora_with_effect(save=kind),
-        ALL[name](),
-        resume=tmp_path / "lora" / "epoch=2.ckpt",
-    )
-    base, other = base_weights(whole), base_weights(resumed)
-    if kind == "full" or name != "ema":
-        assert_same_tensors(other, base)
-    drift = {name: (base[name] - value).abs() for name, value in base_weights(Net()).items()}
-    assert all(((other[name] - base[name]).abs() <= drift[name]).all() for name in base)
-    for one, two in ((whole, resumed), (state(last), state(again))):
-        assert_same_tensors(
-            *({n: v for n, v in w.items() if n not in base} for w in (weights_of(two), weights_of(one)))
-        )
-
-
 class CompiledBody(Net):
     def build_body(self) -> None:
         super().build_body()
@@ -117,14 +93,6 @@ def test_resumed_run_with_averaging_and_a_compiled_submodule_equals_the_whole(tm
     factors = [{n: v for n, v in weights(model).items() if "lora" in n} for model in models]
     assert len(factors[0]) == 6
     assert_same_tensors(factors[1], factors[0])
-
-
-def weights_of(thing: Any) -> dict[str, Any]:
-    return weights(thing) if isinstance(thing, nn.Module) else thing
-
-
-def state(trainer: L.Trainer) -> dict[str, Any]:
-    return {str(i): optimizer.state_dict()["state"] for i, optimizer in enumerate(trainer.optimizers)}
 
 
 @pytest.mark.parametrize(("name", "kind"), EACH_ONCE)
@@ -233,14 +201,3 @@ def test_averaging_callback_listed_first_is_harmless_in_evaluation(tmp_path):
     found = make_trainer(tmp_path, swa(), lora_with_effect()).test(model, Data(), verbose=False)[0]["test_loss"]
     assert found == pytest.approx(reference_loss(model.state_dict()), rel=1e-5)
     assert_as_found(model, before)
-
-
-@pytest.mark.slow
-@weight_averaging
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
-def test_layers_that_configure_model_builds_are_averaged_too(tmp_path):
-    """WeightAveraging calls configure_model itself, in its setup."""
-    models = [Net(), BuiltInConfigureModel()]
-    for i, model in enumerate(models):
-        fit(tmp_path / str(i), model, lora_with_effect(), ALL["ema"]())
-    assert_same_tensors(weights(models[1]), weights(models[0]))

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import lightning as L
 import pytest
 import torch
@@ -300,16 +299,6 @@ def test_run_without_a_checkpoint_does_not_take_the_options_of_the_run_before(tm
     trainer.test(Net(), Data(BATCHES), ckpt_path=saved(tmp_path), verbose=False, **PLAIN_TYPES_ONLY)
     trainer.test(model := Net(), Data(BATCHES), verbose=False)
     assert model.head.lora_A.shape[0] == 8
-
-
-def test_options_of_a_checkpoint_at_a_url_have_to_be_given(tmp_path):
-    with fsspec.open("memory://a.ckpt", "wb") as file:
-        file.write(saved(tmp_path).read_bytes())
-    given: dict[str, Any] = {"ckpt_path": "memory://a.ckpt", "verbose": False, **PLAIN_TYPES_ONLY}
-    with pytest.raises(LoRAError, match=r"The options differ: .* where it is a local file"):
-        make_trainer(tmp_path, LoRACallback()).test(Net(), Data(BATCHES), **given)
-    make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).test(model := Net(), Data(BATCHES), **given)
-    assert torch.equal(outputs(model), loaded_outputs(tmp_path / "a.ckpt"))
 
 
 @pytest.mark.slow

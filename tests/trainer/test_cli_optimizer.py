@@ -145,19 +145,6 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, cli: type, optimizer
 
 
 @pytest.mark.slow
-def test_resumed_run_equals_that_of_the_method_resumed_from_the_same_file(tmp_path):
-    """Lightning saves before ReduceLROnPlateau steps, so a resumed run is behind, without an adapter too."""
-    program = from_command_line(tmp_path, "AdamW", "ReduceLROnPlateau", LoRACLI)
-    program.trainer.fit(program.model, Data(BATCHES))
-    resumed = from_command_line(tmp_path, "AdamW", "ReduceLROnPlateau", LoRACLI)
-    expected = make_trainer(tmp_path, LoRACallback(**LORA), every_epoch(tmp_path), max_epochs=4)
-    last = {"ckpt_path": str(tmp_path / "epoch=1.ckpt")}
-    expected.fit(with_own_method("AdamW", "ReduceLROnPlateau"), Data(BATCHES), **last)
-    resumed.trainer.fit(resumed.model, Data(BATCHES), **last)
-    assert_same_tensors(state(resumed.trainer), state(expected))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
 def test_fit_with_names_on_the_command_line_trains_the_adapter(cli: type):
     ours = ["--lora.r=2"] if cli is LoRACLI else ["--trainer.callbacks=lightning_lora.LoRACallback"]
@@ -177,21 +164,6 @@ def test_optimizer_goes_on_with_its_state_in_a_second_fit(tmp_path):
     again.fit(program.model, Data(BATCHES))
     steps = {parameter: state["step"] for parameter, state in again.optimizers[0].state.items()}
     assert steps == {p: (4 + 1) * BATCHES for p in program.model.parameters() if p.requires_grad}
-
-
-class NewHeadInSetup(HeadInSetup):
-    def setup(self, stage: str) -> None:
-        self.build_head()
-
-
-@pytest.mark.slow
-def test_optimizer_forgets_parameters_that_a_second_fit_builds_anew(tmp_path):
-    program = from_command_line(tmp_path, "AdamW", "none", LoRACLI, NewHeadInSetup)
-    program.trainer.fit(program.model, Data(BATCHES))
-    again = make_trainer(tmp_path, LoRACallback(), every_epoch(tmp_path), max_epochs=2)
-    again.fit(program.model, Data(BATCHES))
-    assert set(again.optimizers[0].state) == {p for p in program.model.parameters() if p.requires_grad}
-    assert program.model.head.lora_B.abs().sum() > 0
 
 
 class FasterB(LoRACLI):

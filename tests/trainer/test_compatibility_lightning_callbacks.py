@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
-    RichModelSummary,
     RichProgressBar,
     Timer,
     TQDMProgressBar,
@@ -112,35 +111,8 @@ def test_all_callbacks_in_one_trainer_give_the_run_evaluated_unmerged(tmp_path, 
         assert_same_tensors(one, other)
 
 
-@pytest.mark.slow
-def test_every_trigger_saves_what_can_be_resumed_and_tested(tmp_path):
-    """The best file's metric comes back, and the run resumed from each file ends as the uninterrupted one."""
-    kind, model = "merged", Logs()
-    trainer = fit(tmp_path, model, [lora_with_effect(save=kind), *savers(tmp_path)])
-    best = trainer.checkpoint_callback
-    found = fit_nothing(tmp_path, [lora_with_effect(save=kind)]).test(
-        Logs(), Data(), ckpt_path=best.best_model_path, verbose=False
-    )
-    assert found[0]["test_loss"] == pytest.approx(best.best_model_score.item(), rel=1e-5)
-    for name in ("epochs/epoch=1-step=6", "last/last", "train epoch end/epoch=1-step=6", "steps/epoch=1-step=6"):
-        resumed = Logs()
-        fit(tmp_path / "again", resumed, [lora_with_effect(save=kind)], resume=tmp_path / f"{name}.ckpt")
-        assert_same_tensors(weights(resumed), weights(model))
-
-
 def fit_nothing(path: Path, callbacks: list[L.Callback]) -> L.Trainer:
     return L.Trainer(accelerator="cpu", logger=False, default_root_dir=path, callbacks=callbacks)
-
-
-def test_the_summary_counts_the_adapter(tmp_path):
-    summary, rich = ModelSummary(), RichModelSummary()
-    summaries = {}
-    note = At("on_train_start", lambda trainer, module: summaries.update(found=summary._summary(trainer, module)))
-    model = Logs()
-    fit(tmp_path, model, [lora_with_effect(), summary, rich, note], epochs=1)
-    trained = sum(p.numel() for n, p in model.named_parameters() if "lora" in n)
-    assert summaries["found"].trainable_parameters == trained
-    assert summaries["found"].total_parameters == trained + sum(p.numel() for p in Net().parameters())
 
 
 FREEZING = [

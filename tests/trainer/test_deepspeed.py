@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -13,9 +12,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from safetensors.torch import load_file
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -23,14 +20,11 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     LoRAError,
-    LoRAMonitor,
     inject,
     is_merged,
     load_adapter,
     load_from_checkpoint,
-    merged_state_dict,
     save_adapter,
-    save_merged,
 )
 from lightning_lora.command.info import info
 from support.deepspeed import zero
@@ -254,58 +248,6 @@ def test_file_of_each_kind_is_read_in_every_door(tmp_path, save, stage):
         assert_close(found, alone(case, tmp_path / "alone", 3), 1)
 
 
-class Saving(L.Callback):
-    """Saves in every way in the second epoch, inside the merged validation and after it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-        assert is_merged(module)
-        if trainer.current_epoch == 1:
-            trainer.save_checkpoint(self.path / "inside.ckpt")
-
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        if trainer.current_epoch == 1:
-            save_adapter(module, self.path / f"adapter{trainer.global_rank}")
-            save_merged(module, self.path / f"merged{trainer.global_rank}")
-
-
-def saved_in_a_run(path: Path, stage: int, save: str) -> tuple[list[float], str, State]:
-    case = Case(lora={"save": save})
-    model, callback = case.build(0)
-    best = ModelCheckpoint(path / "best", monitor="val_loss", filename="{epoch}")
-    trainer = zero(path, callback, Saving(path), best, stage=stage, max_epochs=2, enable_checkpointing=True)
-    trainer.fit(model, *data())
-    trainer.validate(model, data()[1], ckpt_path="best", verbose=False)
-    trainer.save_checkpoint(path / "weights.ckpt", weights_only=True)
-    trainer.validate(model, data()[1], ckpt_path=path / "weights.ckpt", verbose=False)
-    return model.losses, best.best_model_path, whole_state(model)
-
-
-@pytest.mark.parametrize(("stage", "save"), [(2, "full"), (3, "adapter")])
-def test_what_is_saved_within_a_run_holds_the_base_and_the_adapter(tmp_path, stage, save):
-    losses, best, state = world().run(saved_in_a_run, tmp_path, stage, save)[0]
-    assert losses[-1] == losses[-2] == losses[-3]  # the best is the last
-    assert_same_bits(base_of(state), dict(Plain().state_dict()))
-    assert Path(best).parent == tmp_path / "best"
-    assert os.listdir(tmp_path / "best") == [Path(best).name]
-    writing = (0,) if stage == 3 else (0, 1)  # of a divided model the first rank writes alone
-    for name in ("inside.ckpt", *(f"adapter{rank}" for rank in writing), best):
-        if save == "full" and not name.startswith("adapter"):
-            assert_same_bits(dict(load_from_checkpoint(Plain, tmp_path / name).state_dict()), state)
-        else:
-            load_adapter(loaded := Plain(), tmp_path / name)
-            assert_same_bits(dict(loaded.state_dict()), state)
-    load_adapter(loaded := Plain(), tmp_path / "adapter0")
-    expected = merged_state_dict(loaded)
-    for rank in writing:
-        merged = load_file(tmp_path / f"merged{rank}" / "model.safetensors")
-        assert merged.keys() == expected.keys()
-        for name, value in merged.items():
-            torch.testing.assert_close(value, expected[name], atol=1e-7, rtol=0)
-
-
 # --- what cannot be resumed ---
 
 
@@ -340,7 +282,7 @@ def test_what_cannot_be_resumed_is_an_error_with_the_remedy(tmp_path):
             assert error.startswith(("LoRACallback:", str(tmp_path)))
 
 
-# --- quantised bases, 16 bits, buffers, logs ---
+# --- quantised bases, 16 bits, buffers ---
 
 
 def batches(size: int, rank: int) -> DataLoader[Any]:
@@ -475,40 +417,6 @@ def test_statistics_of_normalisation_are_those_of_rank_zero_in_a_checkpoint(tmp_
     again = world().run(on_ranks, case, tmp_path / "again", 1, first[0].file)
     for found in again:  # nothing is left to train
         assert_same_bits({name: found.state[name] for name in buffers}, buffers)
-
-
-def logged(path: Path, accumulate: int, stage: int = 2) -> None:
-    model, callback = Case().build(0)
-    logger = CSVLogger(path, name="", version="")
-    options = {"accumulate_grad_batches": accumulate, "log_every_n_steps": 1, "max_epochs": 2}
-    monitor = LoRAMonitor(every_n_steps=1, plots=False)
-    if dist.is_initialized():
-        trainer = zero(path, callback, monitor, stage=stage, logger=logger, **options)
-        trainer.fit(model, *data())
-    else:
-        trainer = make_trainer(path, callback, monitor, logger=logger, **options)
-        trainer.fit(model, loader(), loader(seed=6))
-
-
-def rows(path: Path) -> list[dict[str, float]]:
-    import csv
-
-    with open(path / "metrics.csv") as file:
-        found = [row for row in csv.DictReader(file) if row["lora/net/norm"]]
-    return [{name: float(row[name]) for name in row if name.startswith("lora/net") and row[name]} for row in found]
-
-
-@pytest.mark.parametrize(("accumulate", "stage"), [(3, 2), (1, 3)])
-def test_monitor_logs_the_numbers_of_one_device_but_for_gradients(tmp_path, accumulate, stage):
-    logged(tmp_path / "alone", accumulate)
-    world().run(logged, tmp_path / "ranks", accumulate, stage)
-    found, expected = rows(tmp_path / "ranks"), rows(tmp_path / "alone")
-    assert len(expected) == 6 / accumulate
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        without = {name: value for name, value in other.items() if "/grad_" not in name}
-        assert without.keys() < other.keys()
-        assert one == pytest.approx(without, rel=1e-4, abs=1e-6)
 
 
 class LoadingInForward(Plain):

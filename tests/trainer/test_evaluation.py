@@ -24,7 +24,6 @@ from support.training import (
     assert_same_tensors,
     make_trainer,
     outputs,
-    weights,
 )
 
 HOOKS = [
@@ -115,23 +114,6 @@ def test_merged_validation_inside_fit_runs_only_the_base_forward(tmp_path, calls
     found: list[Counter[str]] = []
     trained(tmp_path, Net(), lora(), During(), max_epochs=2)
     assert found == [Counter(factored=0, base=len(TARGETS) * BATCHES)] * 2
-
-
-def test_several_fits_with_evaluations_between_equal_the_unmerged_run(tmp_path):
-    def several(merged_eval: bool) -> Net:
-        model, callback = BuiltInConfigureModel(), lora(merged_eval=merged_eval, modules_to_save=["body.1"])
-        for _ in range(2):
-            trained(tmp_path, model, callback, max_epochs=2)
-            for stage in ("test", "predict"):
-                run(make_trainer(tmp_path, callback), stage, model)
-        return model
-
-    model, reference = several(True), several(False)
-    assert_same_tensors(model.state_dict(), reference.state_dict())
-    base = weights(Net())
-    assert all(torch.equal(model.get_parameter(f"{name}.weight"), base[f"{name}.weight"]) for name in TARGETS)
-    with disable_adapter(model):
-        assert torch.equal(outputs(model), outputs(Net()))
 
 
 def test_layers_built_anew_in_each_stage_are_adapted_anew(tmp_path):

@@ -1,4 +1,4 @@
-"""Fabric on several processes: a folder of shards resumes to the same bits, FSDP1 and DeepSpeed are refused by name."""
+"""Fabric with FSDP1 and DeepSpeed, which divide the adapter and tell nobody how: refused by name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from lightning_lora import (
     LoRAConfig,
@@ -38,32 +36,10 @@ from lightning_lora import (
 from support.deepspeed import NOTICES
 from support.fsdp1 import on_cpu
 from support.processes import world
-from support.sharded import FEATURES, TARGETS, loader, network, whole
-from support.sharded_adapters import assert_same_bits
+from support.sharded import FEATURES, TARGETS, loader, network
 
 CONFIG = LoRAConfig(r=2, target_modules=TARGETS)
 X = torch.linspace(-1, 1, 4 * FEATURES).view(4, FEATURES)
-
-
-def shard(model: nn.Module, mesh: Any) -> nn.Module:
-    for layer in model:
-        if list(layer.parameters()):
-            fully_shard(layer, mesh=mesh["data_parallel"])
-    fully_shard(model, mesh=mesh["data_parallel"])
-    return model
-
-
-def start() -> tuple[Fabric, nn.Module, Any]:
-    """Fabric with FSDP2 on all ranks of this world, the adapted network and its optimizer."""
-    size = dist.get_world_size()
-    fabric = Fabric(accelerator="cpu", devices=size, strategy=ModelParallelStrategy(shard, size, 1))
-    fabric.launch()
-    torch.manual_seed(0)
-    model = network()
-    inject(model, CONFIG)
-    model = fabric.setup(model)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.05)
-    return fabric, model, fabric.setup_optimizers(optimizer)
 
 
 def train(fabric: Fabric, model: nn.Module, optimizer: Any, epochs: int) -> None:
@@ -86,26 +62,6 @@ def alone(epochs: int) -> nn.Module:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
     return model
-
-
-def save_whole(path: Path) -> None:
-    fabric, model, optimizer = start()
-    train(fabric, model, optimizer, 1)
-    fabric.save(path / "folder", {"model": model, "optimizer": optimizer, "epoch": 1})
-    train(fabric, model, optimizer, 1)
-    uninterrupted = whole(adapter_state_dict(model))
-    fabric, model, optimizer = start()
-    fabric.load(path / "folder", {"model": model, "optimizer": optimizer, "epoch": 0})
-    train(fabric, model, optimizer, 1)
-    assert_same_bits(whole(adapter_state_dict(model)), uninterrupted)
-
-
-@pytest.mark.slow
-def test_fabric_resumes_from_a_folder_of_shards(tmp_path):
-    world().run(save_whole, tmp_path)
-
-
-# --- strategies that divide the adapter, which nothing tells how ---
 
 
 class FSDP1OnCPU(FSDPStrategy):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import math
 import re
 import warnings
@@ -16,8 +15,6 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.precision import FSDPPrecision
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,7 +25,6 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     LoRAError,
-    LoRAMonitor,
     adapter_state_dict,
     disable_adapter,
     inject,
@@ -40,13 +36,11 @@ from lightning_lora import (
     merged_state_dict,
     save_adapter,
     save_merged,
-    summary,
     take_adapter,
     unload,
     unmerge,
 )
 from lightning_lora.command.info import info
-from lightning_lora.distributed.sharding import full_tensor
 from lightning_lora.trainer import fsdp1 as fsdp1_file
 from support.fsdp1 import fsdp1
 from support.processes import world
@@ -265,62 +259,11 @@ def test_fit_and_its_evaluation_equal_one_device(tmp_path, name):
         assert losses == pytest.approx(expected, abs=1e-6)
 
 
-def under_both(path: Path, lora: dict[str, Any], trainer: dict[str, Any]) -> list[Any]:
-    """The losses and bits of a fit under FSDP1 and under DDP."""
-    found = []
-    for build, options in ((fsdp1, {}), (make_trainer, {"strategy": "ddp", "devices": dist.get_world_size()})):
-        model, callback = Case(lora=lora).build(0)
-        warnings.filterwarnings("ignore", "lightning_lora: the components of net.0")
-        options = {"max_epochs": 2, **trainer, **options}
-        (fit := build(path, callback, **options)).fit(model, *data())
-        state = gathered(fit.model) if build is fsdp1 else dict(model.state_dict())
-        found.append((model.losses, {name: value.clone() for name, value in state.items()}))
-    return found
-
-
-@slow
-@pytest.mark.parametrize(
-    ("lora", "trainer"),
-    [
-        ({"use_dora": True}, {"precision": "bf16-true"}),
-        ({"init_lora_weights": "eva"}, {}),
-    ],
-    ids=str,
-)
-def test_bits_are_those_under_ddp(tmp_path, lora, trainer):
-    if trainer and "convert_module" not in vars(FSDPPrecision):
-        pytest.skip("this Lightning keeps float32 weights for bf16-true")
-    for (losses, state), (expected_losses, expected) in world().run(under_both, tmp_path, lora, trainer):
-        assert losses == expected_losses
-        assert_same_bits(state, expected)
-        assert state["net.0.lora_A"].dtype == torch.float32
-
-
 # --- files ---
 
 
 BASE = sorted(f"net.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias"))
 FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
-CONTENT = {"adapter": FACTORS, "merged": BASE}
-
-
-class Evaluated(Plain):
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
-
-
-def evaluate(path: Path, source: Path) -> float:
-    torch.manual_seed(9)
-    model, callback = Evaluated(), LoRACallback(r=2, target_modules=TARGETS, save="merged")
-    base = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = fsdp1(path, callback)
-    trainer.test(model, data()[1], ckpt_path=source, verbose=False)
-    state = gathered(trainer.model)
-    assert_same_bits({name: state[name] for name in base}, base)
-    return model.losses[-1]
 
 
 def names_in(path: Path) -> list[str]:
@@ -332,10 +275,8 @@ def names_in(path: Path) -> list[str]:
 def test_merged_checkpoint_is_read_in_every_door(tmp_path):
     case = Case(lora={"save": "merged"})
     run = world().run(on_ranks, case, tmp_path / "fit", 2)[0]
-    for name in ("all.ckpt", "weights.ckpt"):
-        path = tmp_path / "fit" / name
+    for path in (run.path, run.path.with_name("weights.ckpt")):
         assert names_in(path) == BASE
-        assert world().run(evaluate, tmp_path, path) == pytest.approx([run.losses[-1]] * 2, abs=1e-6)
         assert_same_bits(dict(load_from_checkpoint(Plain, path).state_dict()), run.state)
         assert info(path)["kind"].endswith("Lightning checkpoint of kind 'merged'")
         load_adapter(fresh := Plain(), path)
@@ -389,7 +330,7 @@ def test_what_is_saved_inside_of_a_step_is_what_is_saved_outside(tmp_path, strat
     names, state = world().run(saved_inside, tmp_path, strategy, save)[0]
     assert names == FACTORS
     assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == len(names)
-    assert names_in(tmp_path / "inside.ckpt") == CONTENT[save]
+    assert names_in(tmp_path / "inside.ckpt") == (BASE if save == "merged" else FACTORS)
     for name in ("inside.ckpt", "adapter"):
         load_adapter(loaded := Plain(), tmp_path / name)
         assert_same_bits(dict(loaded.state_dict()), state)
@@ -427,20 +368,8 @@ class MergingInBackward(Plain):
         return super().training_step(batch, batch_idx)
 
 
-class ChangingBetweenUnits(Plain):
-    """Compares with the base in a merged validation, between forwards of units."""
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        as_merged = self(batch[0])
-        with disable_adapter(self):
-            torch.testing.assert_close(self(batch[0]), Plain()(batch[0]), atol=1e-6, rtol=0)
-        assert torch.equal(self(batch[0]), as_merged)
-
-
 WHOLE_IN_BF16 = {"sharding_strategy": "NO_SHARD", "mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)}
 REFUSED = "the weights of .* cannot be changed while FSDP1 computes with them. Call it between steps, not inside"
-IN_PLACE = "has been modified by an inplace operation"  # torch's words, as on one device
 
 
 def error_inside(path: Path, kind: type[Plain], strategy: dict[str, Any]) -> str:
@@ -468,13 +397,6 @@ def test_weights_changed_inside_of_a_step_are_an_error(tmp_path, strategy):
             assert re.search(said, error), kind
 
 
-@slow
-def test_weights_changed_between_forwards_of_units_count_at_once(tmp_path):
-    for kind, said in ((ChangingBetweenUnits, "^$"), (LeavingMerged, IN_PLACE)):
-        for error in world().run(error_inside, tmp_path, kind, LAYERS):
-            assert re.search(said, error), kind
-
-
 # --- faults ---
 
 
@@ -490,54 +412,40 @@ class Faulty(Plain):
             flat._local_shard[place.offset_in_shard] = math.nan
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        if self.fault == "nan" and self.trainer.current_epoch == 1:
-            assert not is_merged(self)
-        if self.fault == "exception" and self.trainer.current_epoch == 1:
-            assert is_merged(self)
-            self.breaking = self.net[2].register_forward_hook(lambda *args: 1 / 0)
+        if self.trainer.current_epoch == 1:
+            assert is_merged(self) == (self.fault == "exception")
+            if self.fault == "exception":
+                self.net[2].register_forward_hook(lambda *args: 1 / 0)
         super().validation_step(batch, batch_idx)
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        if self.fault == "in training" and self.trainer.current_epoch == 1:
-            self.breaking = self.net[2].register_forward_hook(lambda *args: 1 / 0)
-        return super().training_step(batch, batch_idx)
 
-
-def broken(path: Path, strategy: dict[str, Any], fault: str) -> tuple[str, list[str], State]:
+def broken(path: Path, strategy: dict[str, Any], fault: str) -> tuple[Faulty, list[str], Any]:
+    """The model after a fit, what was said, and its wrapper."""
+    if strategy.get("sharding_strategy") == "HYBRID_SHARD":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        strategy = strategy | {"device_mesh": mesh}
     torch.manual_seed(0)
     model = Faulty()
     model.fault = fault
-    trainer, said = fsdp1(path, LoRACallback(r=2, target_modules=TARGETS), options=strategy, max_epochs=2), ""
+    trainer = fsdp1(path, LoRACallback(r=2, target_modules=TARGETS), options=strategy, max_epochs=2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
+        with pytest.raises(ZeroDivisionError) if fault == "exception" else contextlib.nullcontext():
             trainer.fit(model, *data())
-        except ZeroDivisionError as error:
-            said = str(error)
-    messages = [str(each.message) for each in caught if str(each.message).startswith("LoRACallback")]
-    if fault == "nan":
-        assert not is_merged(model)
-        return said, messages, base_of(gathered(trainer.model))
-    save_adapter(model, path / "adapter")
-    factors = {name: value.clone() for name, value in adapter_state_dict(model).items()}
-    if strategy == LAYERS:
-        assert not is_merged(model)
-        whole = {name: full_tensor(value) for name, value in model.named_parameters()}
-        assert_same_bits(base_of({name.replace("_fsdp_wrapped_module.", ""): v for name, v in whole.items()}), base())
-        model.breaking.remove()
+    return model, [text for each in caught if (text := str(each.message)).startswith("LoRACallback")], trainer.model
+
+
+def broken_in_a_forward(path: Path, strategy: dict[str, Any]) -> None:
+    model, messages, _ = broken(path, strategy, "exception")
+    assert len(messages) == (dist.get_rank() == 0)
+    assert all(re.match(f"LoRACallback: the model stays merged: unmerge: {REFUSED}", each) for each in messages)
+    assert is_merged(model)
+    assert_refused(unmerge, model)
+    with pytest.raises((RuntimeError, LoRAError)):  # when Lightning casts the model
         fit_again(model)
-    elif is_merged(model):
-        assert_refused(unmerge, model)
-        with pytest.raises((RuntimeError, LoRAError)):  # when Lightning casts the model
-            fit_again(model)
-    else:
-        assert_refused(merge, model)
-        assert_refused(fit_again, model)
-    return said, messages, factors
-
-
-def base() -> State:
-    return dict(Plain().state_dict())
+    save_adapter(model, path / "adapter")
+    load_adapter(loaded := Plain(), path / "adapter")
+    assert_same_bits(dict(adapter_state_dict(loaded)), dict(adapter_state_dict(model)))
 
 
 def assert_refused(use: Callable[[Plain], None], model: Plain) -> None:
@@ -550,42 +458,32 @@ def fit_again(model: Plain) -> None:
 
 
 @slow
-@pytest.mark.parametrize(
-    ("strategy", "fault"),
-    [({}, "exception"), (LAYERS, "exception"), (WHOLE_IN_BF16, "exception"), ({}, "in training")],
-    ids=["one unit", "layers", "whole in bfloat16", "in training"],
-)
-def test_exception_in_a_forward_ends_the_fit_as_itself_and_leaves_the_adapter_to_save(tmp_path, strategy, fault):
-    stays = fault == "exception" and strategy != LAYERS  # whose wrappers have left their own forwards
-    for rank, (said, messages, factors) in enumerate(world().run(broken, tmp_path, strategy, fault)):
-        assert said == "division by zero"
-        assert len(messages) == (stays and rank == 0)
-        assert all(re.match(f"LoRACallback: the model stays merged: unmerge: {REFUSED}", each) for each in messages)
-        load_adapter(loaded := Plain(), tmp_path / "adapter")
-        assert_same_bits(dict(adapter_state_dict(loaded)), factors)
+@pytest.mark.parametrize("strategy", [{}, WHOLE_IN_BF16], ids=["sharded", "whole in bfloat16"])
+def test_exception_in_a_forward_ends_the_fit_as_itself_and_leaves_the_adapter_to_save(tmp_path, strategy):
+    world().run(broken_in_a_forward, tmp_path, strategy)
 
 
-def broken_where_replicated(path: Path) -> tuple[str, list[str], State]:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return broken(path, {"sharding_strategy": "HYBRID_SHARD", "device_mesh": mesh}, "nan")
+def broken_by_a_value(path: Path, strategy: dict[str, Any]) -> tuple[list[str], State]:
+    model, messages, root = broken(path, strategy, "nan")
+    assert not is_merged(model)
+    return messages, base_of(gathered(root))
 
 
 @slow
-@pytest.mark.parametrize("replicated", [False, True])
-def test_slice_of_one_rank_that_is_not_finite_is_evaluated_unmerged_and_leaves_the_base(tmp_path, replicated):
-    if replicated:  # the other two ranks have a slice of their own, which is finite
-        assert "this validation runs unmerged" in world(4).run(broken_where_replicated, tmp_path)[0][1][0]
-        return
-    found = world().run(broken, tmp_path, {}, "nan")
-    assert "this validation runs unmerged: merge: layer 'net.4'" in found[0][1][0]
-    for _, _, state in found:
+@pytest.mark.parametrize("size", [2, 4])
+def test_slice_of_one_rank_that_is_not_finite_is_evaluated_unmerged_and_leaves_the_base(tmp_path, size):
+    """The other ones of four ranks have a slice of their own, which is finite."""
+    strategy = {"sharding_strategy": "HYBRID_SHARD"} if size == 4 else {}
+    found = world(size).run(broken_by_a_value, tmp_path, strategy)
+    assert "this validation runs unmerged: merge: layer 'net.4'" in found[0][0][0]
+    for _, state in found[:2]:
         weight, whole = state["net.4.weight"], Plain().net[4].weight.detach()
         assert weight.isnan().sum() == 1
         state["net.4.weight"] = torch.where(weight.isnan(), whole, weight)
         assert_same_bits(state, dict(Plain().state_dict()))
 
 
-# --- more ranks, logs, gradients ---
+# --- more ranks, gradients ---
 
 
 def hybrid(path: Path, source: Path | None) -> Run:
@@ -603,30 +501,6 @@ def test_replicated_slices_train_save_and_resume_as_one_device(tmp_path):
     for found in world(4).run(hybrid, tmp_path / "second", first[0].path):
         assert_close(found, expected, 1)
     assert_same_bits(dict(load_from_checkpoint(Plain, first[0].path).state_dict()), first[0].state)
-
-
-def logged(path: Path, ranks: bool) -> str:
-    model, callback = Case().build(0)
-    options = {"logger": CSVLogger(path, name="", version=""), "log_every_n_steps": 1, "max_epochs": 2}
-    monitor = LoRAMonitor(every_n_steps=1, plots=False)
-    trainer = (fsdp1 if ranks else make_trainer)(path, callback, monitor, **options)
-    trainer.fit(model, *(data() if ranks else (loader(), loader(seed=6))))
-    return str(summary(model))
-
-
-@slow
-def test_statistics_and_the_summary_are_those_of_one_device(tmp_path):
-    expected = logged(tmp_path / "one", False)
-    for text in world().run(logged, tmp_path / "ranks", True):  # but for the memory of this rank's weights
-        assert text.partition("memory")[0] == expected.partition("memory")[0]
-    files = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("ranks", "one")]
-    tables = [list(csv.DictReader(lines)) for lines in files]
-    assert len(tables[0]) == len(tables[1]) > 6
-    for row, of_one in zip(*tables, strict=True):
-        assert row.keys() == of_one.keys()
-        for name, text in of_one.items():
-            if "seconds" not in name and text:
-                assert float(row[name]) == pytest.approx(float(text), rel=1e-3, abs=1e-6), name
 
 
 class WithHead(Plain):
@@ -695,23 +569,6 @@ def test_gradients_are_means_over_all_ranks_and_count_as_zero_where_one_lacks_th
         assert found["frozen"] is None
         assert found["half"] == [0.5, 1.5]
         assert found["large"] == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
-
-
-def exchanges(path: Path, accumulate: int) -> int:
-    """How often a fit of three batches averages gradients."""
-    counted: list[Any] = []
-    own, fsdp1_file.average_gradients_ = fsdp1_file.average_gradients_, counted.append
-    try:
-        trainer = fsdp1(path, Case().build(0)[1], max_epochs=1, accumulate_grad_batches=accumulate)
-        trainer.fit(Plain(), *data())
-    finally:
-        fsdp1_file.average_gradients_ = own
-    return len(counted)
-
-
-@slow
-def test_gradients_are_averaged_once_for_accumulated_batches(tmp_path):
-    assert world().run(exchanges, tmp_path, 2) == [2, 2]
 
 
 # --- functions on a wrapped model, and what cannot be right ---

@@ -98,16 +98,6 @@ def test_merged_and_factored_agree_up_to_the_rounding(tmp_path, precision: str, 
     assert abs(losses[0][-1] - merged.seen[-1][2]) > 2 * tolerance * losses[0][-1]
 
 
-def test_16_mixed_is_bf16_mixed_on_a_cpu(tmp_path):
-    """Lightning says so and changes it; with the callback as without."""
-    with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU"):
-        trainer = make_trainer(tmp_path, lora(), precision="16-mixed", max_epochs=2)
-    assert trainer.precision == "bf16-mixed"
-    model = Stable()
-    trainer.fit(model, Data())
-    assert model.head.lora_B.dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     ("inference_mode", "fn", "precision"), covering([True, False], ["validate", "test", "predict"], PRECISIONS, meet=1)
 )
@@ -157,27 +147,6 @@ def test_factors_stay_in_float32(tmp_path, precision: str, make: type[Net]):
             assert checkpoint["state_dict"]["head.weight"].dtype == half
         loaded = load_from_checkpoint(Stable, tmp_path / f"{kind}.ckpt")  # whose base the class builds in float32
         assert torch.equal(loaded.head.lora_B, model.head.lora_B)
-
-
-def test_steps_smaller_than_the_base_can_express_are_not_lost(tmp_path):
-    """Why: 1 + 1e-4 is 1 in 16 bits, so that a small learning rate would train nothing."""
-
-    class Slow(Stable):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=1e-6)
-
-    moved = {}
-    for wide in (True, False):
-        model = Slow()
-        first: dict[str, torch.Tensor] = {}
-        note = At("on_train_start", lambda trainer, module, first=first: first.update(weights(module)))
-        fit(tmp_path / str(wide), model, lora(autocast_adapter_dtype=wide), note, precision="bf16-true")
-        names = [n for n in first if n.endswith("lora_A")]
-        moved[wide] = sum((model.state_dict()[n] != first[n]).sum().item() for n in names) / sum(
-            first[n].numel() for n in names
-        )
-    assert moved[True] > 0.9
-    assert moved[False] < 0.1
 
 
 @pytest.mark.parametrize("precision", TRUE)
@@ -369,19 +338,3 @@ def test_a_model_that_was_injected_before_transformer_engine_converts_it_is_refu
     inject(model := Wide(), LoRAConfig(r=2, target_modules=FP8_TARGETS))
     with pytest.raises(LoRAError, match=r"'body\.2' in Wide\w* was adapted, but is now a transformer_engine.*Linear"):
         fp8_fit(tmp_path, transformer_engine(), model, LoRACallback())
-
-
-@ignore_unfit
-def test_a_model_that_transformer_engine_converted_before_it_was_injected_is_fitted(tmp_path, transformer_engine):
-    plugin, model = transformer_engine(), Wide()
-    plugin.convert_module(model)
-    inject(model, LoRAConfig(r=2, target_modules=FP8_TARGETS))
-    fp8_fit(tmp_path, plugin, model, LoRACallback())
-    assert model.body[2].lora_B.abs().sum() > 0
-
-
-def test_layers_stay_torchs_where_the_plugin_replaces_none(tmp_path, transformer_engine):
-    model = fp8_fit(tmp_path, transformer_engine(replace_layers=False), Wide(), LoRACallback(r=2))
-    assert type(model.body[2].lora_base) is type
-    assert not any(isinstance(layer, TELinear) for layer in model.modules())
-    assert model.body[2].lora_B.abs().sum() > 0

@@ -262,36 +262,6 @@ def test_an_optimizer_of_one_part_is_refused_with_the_layers_to_exclude(tmp_path
     assert model.state_dict().keys() - before.keys() == {"head.lora_A", "head.lora_B"}
 
 
-class TwoOptimizers(Net):
-    """One for each factor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def factors(self, leaf: str = "") -> dict[str, torch.Tensor]:
-        return {name: p for name, p in self.named_parameters() if "lora_" in name and name.endswith(leaf)}
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(self.factors(leaf).values(), lr=0.5) for leaf in ("lora_A", "lora_B")]
-
-    def on_train_start(self) -> None:
-        self.start = {name: p.detach().clone() for name, p in self.factors().items()}
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.manual_backward(super().training_step(batch, batch_idx))
-        for optimizer in self.optimizers():
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def test_two_optimizers_that_hold_one_factor_each_are_let_in_and_train_both(tmp_path):
-    model = TwoOptimizers()
-    make_trainer(tmp_path, lora(init_lora_weights=False)).fit(model, Data())
-    assert len(model.start) == 6
-    assert not any(torch.equal(p, model.start[name]) for name, p in model.factors().items())
-
-
 def test_a_base_that_setup_builds_anew_has_its_own_fingerprint_in_the_next_fit(tmp_path):
     callback = lora()
     make_trainer(tmp_path, callback).fit(model := RebuiltInSetup(), Data(BATCHES))

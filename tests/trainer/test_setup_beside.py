@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from lightning_lora import (
     take_adapter,
 )
 from lightning_lora.adapter.adapter import Adapter
-from support.lightning_versions import PLAIN_TYPES_ONLY, EMAWeightAveraging
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import BATCHES, TARGETS, Watched, lora, run
 from support.training import (
     BuiltInConfigureModel,
@@ -227,19 +225,6 @@ def test_wrong_value_is_refused_at_once(given: Any):
         LoRACallback(beside=given)
 
 
-def test_several_are_told_by_name_whatever_their_order(tmp_path: Path):
-    sft, style = trained_adapter(1), trained_adapter(2, r=1, target_modules=["head"])
-    models = []
-    for beside in ({"sft": sft, "style": style}, {"style": style, "sft": sft}):
-        torch.manual_seed(0)
-        run(make_trainer(tmp_path, lora(beside=beside), max_epochs=2), "fit", model := Net())
-        models.append(model)
-    assert_same_tensors(models[0].state_dict(), models[1].state_dict())
-    assert torch.equal(outputs(models[0]), outputs(models[1]))
-    run(make_trainer(tmp_path, lora(), max_epochs=2), "fit", alone := Net())
-    assert not torch.equal(alone.head.lora_A, models[0].head.lora_A)
-
-
 # --- evaluation ---
 
 
@@ -298,14 +283,6 @@ def test_merged_evaluation_equals_the_factored_one(tmp_path: Path, precision: st
             losses[merged_eval, stage] = [loss for *_, loss in model.seen]
     for stage in ("fit", "test"):
         assert losses[True, stage] == pytest.approx(losses[False, stage], rel=tolerance)
-
-
-@pytest.mark.weight_averaging
-def test_weight_averaging_leaves_what_is_beside_alone(tmp_path: Path):
-    sft = trained_adapter(1)
-    averaging = EMAWeightAveraging(decay=0.5)
-    run(make_trainer(tmp_path, lora(beside={"sft": sft}), averaging, max_epochs=2), "fit", model := Net())
-    close(outputs(model), outputs(with_products(Net_of(model), (take_adapter(model), 1.0), (sft, 1.0))))
 
 
 # --- checkpoints ---
@@ -405,38 +382,6 @@ def test_processes_that_would_attach_alone_are_refused(tmp_path: Path):
     callback.setup(trainer, model, "fit")
 
 
-LAUNCHED = """
-import sys
-import torch
-from pathlib import Path
-from lightning_lora import attach, attached, inject, load_adapter
-from support.runs import lora
-from support.training import Data, Net, make_trainer, outputs
-from test_setup_beside import trained_adapter
-
-path, strategy = Path(sys.argv[1]), sys.argv[2]
-inject(model := Net(), lora().config)
-attach(model, trained_adapter(1), name="sft", weight=0.5)
-before = outputs(model)
-callback = lora(beside={"sft": trained_adapter(1)})
-trainer = make_trainer(path, callback, strategy=strategy, devices=2, max_epochs=2)
-trainer.fit(model, Data(4))
-trainer.save_checkpoint(path / "a.ckpt")
-attach(read := Net(), trained_adapter(1), name="sft", weight=0.5)
-load_adapter(read, path / "a.ckpt")
-assert attached(model) == attached(read) == {"sft": 0.5}
-assert torch.equal(outputs(read), outputs(model)) and not torch.equal(outputs(model), before)
-"""
-
-
-@pytest.mark.slow
-def test_what_was_attached_before_the_fit_is_beside_in_started_processes_too(tmp_path: Path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    command = [sys.executable, "-c", LAUNCHED, str(tmp_path), "ddp_fork"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 # --- configuration and words ---
 
 
@@ -467,13 +412,3 @@ def test_yaml_names_them(tmp_path: Path):
     made = LoRACLI(Net, Data, args=["fit", "--config", "c.yaml"], save_config_callback=None, seed_everything_default=1)
     weights = attached(made.model)
     assert (weights["sft"], weights["style"]) == (1.0, 0.5)
-
-
-@pytest.mark.usefixtures("_in_folder")
-def test_command_line_names_one_by_its_key(tmp_path: Path):
-    folder(tmp_path / "sft", 1)
-    args = ["--lora.beside.sft=sft", "--lora.r=2"]
-    made = LoRACLI(Net, Data, args=args, run=False, save_config_callback=None, seed_everything_default=1)
-    (callback,) = (each for each in made.trainer.callbacks if isinstance(each, LoRACallback))
-    assert callback.beside == {"sft": "sft"}
-    assert "beside={'sft': 'sft'}" in repr(callback)

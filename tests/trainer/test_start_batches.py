@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, initialize_from_data, inject, load_from_checkpoint
@@ -115,26 +115,6 @@ def test_batches_before_training_are_run_in_the_precision_of_training_and_go_thr
     trainer = make_trainer(tmp_path, lora(init_lora_weights=start), precision=precision)
     trainer.fit(Notes(), Data().train_dataloader(), Data().val_dataloader())
     assert ran[False] == ran[True] == {(dtype, under_autocast)}  # in eval mode before training
-
-
-def generator_loader(batches: int = 3, **options: Any) -> DataLoader[Any]:
-    data = next(iter(Data(batches).loader(1).__class__(Data(batches).loader(1).dataset, batch_size=BATCH * batches)))
-    return DataLoader(TensorDataset(*data), batch_size=BATCH, **options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("persistent", [False, True])
-def test_loader_with_a_generator_or_workers_goes_on_as_it_would(tmp_path, persistent: bool):
-    seen = {}
-    for init in (True, "eva"):
-        torch.manual_seed(0)
-        workers: dict[str, Any] = {"num_workers": 1, "persistent_workers": True} if persistent else {}
-        loader = generator_loader(shuffle=True, generator=torch.Generator().manual_seed(5), **workers)
-        model = Seen()
-        make_trainer(tmp_path, lora(init_lora_weights=init), max_epochs=2).fit(model, loader, Data().val_dataloader())
-        seen[init] = [batch for batch, *_ in model.seen]
-    assert len(seen["eva"]) == 6
-    assert all(torch.equal(one, other) for one, other in zip(seen[True], seen["eva"], strict=True))
 
 
 @pytest.mark.slow

@@ -4,10 +4,8 @@ named before the first step where it cannot.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,46 +62,6 @@ def test_layers_that_a_module_reads_train_from_the_first_batch(tmp_path):
     assert torch.equal(outputs(load_from_checkpoint(Reads, tmp_path / "a.ckpt")), unmerged)
     unload(model)
     assert type(model) is Reads
-
-
-def test_a_reader_is_trained_as_a_module_that_calls_its_layers(tmp_path):
-    """Plain Lightning on a module that computes W + B @ A by itself."""
-
-    class ByHand(Reads):
-        def build_head(self) -> None:
-            super().build_head()
-            self.factors = nn.ParameterDict()
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            def weight(name: str) -> torch.Tensor:
-                value: torch.Tensor = getattr(self, name).weight + self.factors[f"{name}_B"] @ self.factors[f"{name}_A"]
-                return value
-
-            found = F.linear(self.body(batch[0]), weight("head"), self.head.bias)
-            decoded = F.linear(batch[0], weight("decoder"))
-            return F.cross_entropy(found, batch[1]) + decoded.square().mean()
-
-    targets = ["head", "decoder"]
-    ours, theirs = Reads(), ByHand().requires_grad_(False)
-    callback = LoRACallback(r=2, lora_alpha=2, target_modules=targets)
-    trainer = make_trainer(tmp_path, callback, max_epochs=2)
-
-    class Copies(L.Callback):
-        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            for name in targets:
-                for leaf in ("A", "B"):
-                    factor = getattr(getattr(pl_module, name), f"lora_{leaf}").detach().clone()
-                    theirs.factors[f"{name}_{leaf}"] = nn.Parameter(factor)
-
-    trainer.callbacks.append(Copies())
-    torch.manual_seed(1)
-    trainer.fit(ours, Data())
-    torch.manual_seed(1)
-    make_trainer(tmp_path, max_epochs=2).fit(theirs, Data())
-    for name in targets:
-        for leaf in ("A", "B"):
-            found = getattr(getattr(ours, name), f"lora_{leaf}")
-            torch.testing.assert_close(found, theirs.factors[f"{name}_{leaf}"], atol=1e-5, rtol=1e-4)
 
 
 def test_a_layer_that_the_first_batch_does_not_train_is_named_once(tmp_path):
@@ -215,31 +173,6 @@ def test_a_right_fit_that_begins_slowly_warns_of_nothing(tmp_path, cls, variant:
     """Merged at each batch, with adapters that begin without an effect."""
     options = {"val_check_interval": 1, "num_sanity_val_steps": 1, "accumulate_grad_batches": accumulate}
     make_trainer(tmp_path, LoRACallback(r=1, variant=variant), **options).fit(cls(), Data())
-
-
-def test_layers_are_named_before_the_first_step_of_their_own_optimizer(tmp_path):
-    class TakesTurnsReading(TakesTurns):
-        def build_head(self) -> None:
-            super().build_head()
-            self.decoder = nn.Linear(FEATURES, FEATURES)
-
-        def configure_optimizers(self) -> Any:
-            first, second = super().configure_optimizers()
-            first.add_param_group({"params": list(self.decoder.parameters())})
-            return first, second
-
-    found: list[tuple[int, int]] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-
-        class Counts(L.Callback):  # after LoRACallback
-            def on_train_batch_end(self, *args: Any) -> None:
-                found.append((args[-1], sum("no gradient has reached" in str(each.message) for each in caught)))
-
-        make_trainer(tmp_path, LoRACallback(r=1), Counts(), val_check_interval=1).fit(TakesTurnsReading(), Data())
-    assert found == [(0, 0), (1, 0), (2, 1)]
-    (text,) = [str(each.message) for each in caught if "no gradient" in str(each.message)]
-    assert "the adapters of 1 of 5 layers: 'decoder'." in text
 
 
 class TrainsItsHeadAlone(Net):
