@@ -32,13 +32,6 @@ KINDS = ("adapter", "merged", "full")
 Make = Callable[[], tuple[Net, list[L.Callback]]]
 
 
-def injected() -> tuple[Net, list[L.Callback]]:
-    """Lightning's own full checkpoint of an injected model, without the callback."""
-    model = Net()
-    inject(model, lora().config)
-    return model, []
-
-
 def resume_and_compare(path: Path, make: Make, again: Make | None = None, epochs: int = 4, at: int = 1) -> Net:
     """An uninterrupted run and one that resumes from its checkpoint of epoch `at` end with the same numbers."""
 

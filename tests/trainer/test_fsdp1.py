@@ -40,7 +40,6 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.command.info import info
 from lightning_lora.trainer import fsdp1 as fsdp1_file
 from support.fsdp1 import fsdp1
 from support.processes import world
@@ -269,26 +268,6 @@ FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
 def names_in(path: Path) -> list[str]:
     """What the state dict of a checkpoint holds."""
     return sorted(torch.load(path, weights_only=True)["state_dict"])
-
-
-@slow
-def test_merged_checkpoint_is_read_in_every_door(tmp_path):
-    case = Case(lora={"save": "merged"})
-    run = world().run(on_ranks, case, tmp_path / "fit", 2)[0]
-    for path in (run.path, run.path.with_name("weights.ckpt")):
-        assert names_in(path) == BASE
-        assert_same_bits(dict(load_from_checkpoint(Plain, path).state_dict()), run.state)
-        assert info(path)["kind"].endswith("Lightning checkpoint of kind 'merged'")
-        load_adapter(fresh := Plain(), path)
-        assert_same_bits(dict(fresh.state_dict()), run.state)
-    plain, trainer = Plain(), make_trainer(tmp_path)  # by a program without this package
-    plain.load_state_dict(torch.load(run.path, weights_only=True)["state_dict"])
-    trainer.validate(plain, loader(seed=6), verbose=False)
-    assert plain.losses[-1] == pytest.approx(run.losses[-1], abs=1e-6)
-    expected = alone(case, tmp_path / "alone", 3)
-    for found in world().run(on_ranks, case, tmp_path / "second", 3, run.path, 5):
-        assert_close(found, expected, 1)
-    assert_close(alone(case, tmp_path / "one", 3, run.path, 5), expected, 1)
 
 
 class SavingInside(Plain):

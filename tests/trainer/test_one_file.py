@@ -8,24 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from lightning_lora import (
     LoRACallback,
-    LoRAConfig,
     LoRAError,
-    inject,
     load_adapter,
-    load_from_checkpoint,
-    merged_state_dict,
-    read_adapter,
 )
-from lightning_lora.command.info import info
 from support.processes import world
 from support.recorders import Traffic
 from support.sharded import (
     FEATURES,
-    TARGETS,
     Plain,
     Sharded,
     base_of,
@@ -38,61 +30,7 @@ from support.sharded import (
 )
 from support.sharded_adapters import assert_same_bits, lora
 
-
-def run(
-    path: Path, save: str, epochs: int, source: Path | None = None, seed: int = 0
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Train on all ranks, save under `path`; the state of model and optimizer."""
-    torch.manual_seed(seed)
-    model = Sharded()
-    trainer = model_parallel(path, lora(save=save), max_epochs=epochs)
-    trainer.fit(model, *data(), ckpt_path=source)
-    found = whole_state(model), optimizer_state(trainer)
-    trainer.save_checkpoint(path / f"{epochs}.ckpt")
-    trainer.save_checkpoint(path / f"{epochs}.weights.ckpt", weights_only=True)
-    return found
-
-
-def evaluate(path: Path, name: str) -> float:
-    torch.manual_seed(9)
-    model = Sharded()
-    trainer = model_parallel(path, LoRACallback(save="merged"))
-    trainer.validate(model, data()[1], ckpt_path=path / name, verbose=False)
-    return model.losses[-1]
-
-
-BASE = sorted(f"net.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias"))
 FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
-
-
-@pytest.mark.slow
-def test_merged_checkpoint_is_that_of_one_device_and_evaluates_as_it(tmp_path):
-    state = world().run(run, tmp_path, "merged", 2)[0][0]
-    torch.manual_seed(0)
-    alone = Plain()
-    trainer = make_trainer(tmp_path, lora(), max_epochs=2)
-    trainer.fit(alone, loader(), loader(seed=6))
-    inject(model := Plain(), LoRAConfig(r=2, target_modules=TARGETS))
-    model.load_state_dict(state)
-    expected = merged_state_dict(model)
-    for name in ("2.ckpt", "2.weights.ckpt"):
-        content = torch.load(tmp_path / name, weights_only=True)
-        assert_same_bits(content["state_dict"], expected)
-        losses = world().run(evaluate, tmp_path, name)
-        assert losses == pytest.approx([alone.losses[-1]] * 2, rel=1e-5)
-        assert content["lora"]["kind"] == "merged"
-        assert not any(isinstance(value, DTensor) for value in flat(content))
-    load_adapter(fresh := Plain(), tmp_path / "2.ckpt")  # any kind, in a process without sharding
-    assert_same_bits(whole_state(fresh), state)
-    assert_same_bits(whole_state(load_from_checkpoint(Plain, tmp_path / "2.ckpt")), state)
-    assert_same_bits(dict(read_adapter(tmp_path / "2.ckpt").tensors), {name: state[name] for name in FACTORS})
-    assert "'merged'" in info(tmp_path / "2.ckpt")["kind"]
-
-
-def flat(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in flat(item)]
-    return [leaf for item in value for leaf in flat(item)] if isinstance(value, (list, tuple)) else [value]
 
 
 class LeavesOutFactors(Sharded):
@@ -120,28 +58,25 @@ def test_factors_that_a_sharded_modules_hook_leaves_out_are_saved_all_the_same(t
 # --- another number of processes ---
 
 
+def resumed_from_full(path: Path, source: Path) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    trainer = model_parallel(path, lora(), max_epochs=4)
+    trainer.fit(model := Sharded(), *data(), ckpt_path=source)
+    return whole_state(model)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("save", ["merged", "full"])
-def test_checkpoint_goes_from_one_process_to_two_and_back(tmp_path, save):
-    torch.manual_seed(0)
-    model = Plain()
-    trainer = make_trainer(tmp_path, lora(save=save), max_epochs=2)
+def test_full_checkpoint_of_one_process_is_resumed_by_two(tmp_path):
+    model, file = Plain(), tmp_path / "one.ckpt"
+    trainer = make_trainer(tmp_path, lora(save="full"), max_epochs=2)
     trainer.fit(model, loader(), loader(seed=6))
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
-    for state, _ in world().run(
-        run, tmp_path, "merged" if save == "merged" else "adapter", 4, tmp_path / "one.ckpt", 5
-    ):
-        assert_same_bits(base_of(state), base_of(whole_state(model)))
-    make_trainer(tmp_path, lora(save=save), max_epochs=4).fit(
-        model, loader(), loader(seed=6), ckpt_path=tmp_path / "one.ckpt"
-    )
-    for name, value in whole_state(model).items():
-        torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-6)
-    torch.manual_seed(7)
-    back = Plain()
-    trainer = make_trainer(tmp_path, lora(save=save), max_epochs=4)
-    trainer.fit(back, loader(), loader(seed=6), ckpt_path=tmp_path / "4.ckpt")
-    assert_same_bits(whole_state(back), state)
+    trainer.save_checkpoint(file)
+    make_trainer(tmp_path, lora(save="full"), max_epochs=4).fit(model, loader(), loader(seed=6), ckpt_path=file)
+    expected = whole_state(model)
+    for state in world().run(resumed_from_full, tmp_path, file):
+        assert_same_bits(base_of(state), base_of(expected))
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-6)
 
 
 class Unordered(Plain):
@@ -237,15 +172,8 @@ def test_weights_alone_are_evaluated_after_a_fit_and_no_fit_goes_on_from_them(tm
         assert "holds weights only, without the optimizer's state that a fit goes on with" in refused
 
 
-class OtherBase(Sharded):
-    def __init__(self, lr: float = 0.05) -> None:
-        super().__init__(lr)
-        with torch.no_grad():
-            self.net[2].weight[-1] *= 1.05
-
-
-def refused(path: Path, kind: type[Sharded], file: Path) -> str:
-    model = kind()
+def refused(path: Path, file: Path) -> str:
+    model = Sharded()
     before = whole_state(model)
     with pytest.raises(LoRAError) as caught:
         model_parallel(path, lora()).validate(model, data()[1], ckpt_path=file)
@@ -255,24 +183,25 @@ def refused(path: Path, kind: type[Sharded], file: Path) -> str:
 
 
 @pytest.mark.slow
-def test_an_adapter_of_another_base_is_refused_on_every_rank(tmp_path):
-    world().run(run, tmp_path, "adapter", 1)
-    for message in world().run(refused, tmp_path, OtherBase, tmp_path / "1.ckpt"):
-        assert "another base: values of 'net.2.weight'" in message
-
-
-@pytest.mark.slow
-def test_incomplete_sharded_checkpoint_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, lora(), max_epochs=1)
-    trainer.fit(Plain(), loader(), loader(seed=6))
-    trainer.save_checkpoint(tmp_path / "1.ckpt")
-    content = torch.load(tmp_path / "1.ckpt", weights_only=True)
+def test_checkpoint_of_another_base_or_a_part_is_refused_on_every_rank(tmp_path):
+    other, cut, part = (tmp_path / f"{name}.ckpt" for name in ("other", "cut", "part"))
+    trainer, model = make_trainer(tmp_path, lora(), max_epochs=1), Plain()
+    with torch.no_grad():
+        model.net[2].weight[-1] *= 1.05
+    trainer.fit(model, loader(), loader(seed=6))
+    trainer.save_checkpoint(other)
+    content = torch.load(other, weights_only=True)
     del content["state_dict"]["net.2.lora_B"]
-    torch.save(content, tmp_path / "cut.ckpt")
-    assert "net.2.lora_B' is missing" in world().run(refused, tmp_path, Sharded, tmp_path / "cut.ckpt")[1]
-    content = {"pytorch-lightning_version": "2.0.0", "state_dict": {name: torch.zeros(1) for name in BASE[1:]}}
-    torch.save(content, tmp_path / "cut.ckpt")
-    assert f"{BASE[0]!r} is missing" in world().run(refused, tmp_path, Sharded, tmp_path / "cut.ckpt")[0]
+    torch.save(content, cut)
+    base = {name: torch.zeros(1) for name in Plain().state_dict() if name != "net.0.bias"}
+    torch.save({"pytorch-lightning_version": "2.0.0", "state_dict": base}, part)
+    for file, said in (
+        (other, "another base: values of 'net.2.weight'"),
+        (cut, "net.2.lora_B' is missing"),
+        (part, "'net.0.bias' is missing"),
+    ):
+        for message in world().run(refused, tmp_path, file):
+            assert said in message
 
 
 def base_run(path: Path) -> None:

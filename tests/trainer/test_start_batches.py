@@ -72,23 +72,33 @@ def test_factors_are_those_of_the_first_training_batches(tmp_path, start: str, b
         torch.testing.assert_close(model.seen[0][name], value, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("start", "shuffle"), [("eva", True), ("lora_ga", False)])
-def test_no_batch_and_no_random_number_is_used_up(tmp_path, shuffle: bool, start: str):
+@pytest.mark.parametrize(
+    ("start", "options"),
+    [
+        ("eva", {}),
+        ("lora_ga", {"num_workers": 0}),
+        pytest.param("eva", {"num_workers": 1, "persistent_workers": True}, marks=pytest.mark.slow),
+    ],
+    ids=["the global stream", "a stream of its own", "workers that stay"],
+)
+def test_no_batch_and_no_random_number_is_used_up(tmp_path, start: str, options: dict[str, Any]):
     models = {}
     for init in (True, start):
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
         model = Seen()
+        own = options and {"generator": torch.Generator().manual_seed(5)}
+        loader = DataLoader(Data().loader(1).dataset, batch_size=BATCH, shuffle=True, **options, **own)
         trainer = make_trainer(tmp_path, lora(init_lora_weights=init))
-        trainer.fit(model, Data(shuffle=shuffle))
+        trainer.fit(model, loader, Data().val_dataloader())
         models[init] = model
         assert float(trainer.callback_metrics["mean"]) == pytest.approx(sum(model.losses) / 3, rel=1e-5)
         assert set(trainer.callback_metrics) == {"mean", "val_loss"}
         assert (len(model.losses), model.logged, trainer.global_step) == (3, 3, 3)
         assert "log" not in vars(model)
         trainer.fit_loop.max_epochs = 2
-        trainer.fit(model, Data(shuffle=shuffle))
+        trainer.fit(model, loader, Data().val_dataloader())
     for one, other in zip(models[True].seen, models[start].seen, strict=True):
         assert torch.equal(one[0], other[0])
         assert one[1:] == other[1:]
