@@ -17,6 +17,7 @@ from lightning_lora.distributed.sharding import (
     copies_of,
     copy_,
     full_tensor,
+    local,
     rows_of,
     samples_of_all,
     windows,
@@ -103,6 +104,37 @@ def test_slices_of_any_cut_are_merged_as_the_whole_weight_and_restored_in_every_
             assert torch.equal(memory[-2:], before[-2:])
             unmerge_weight_(own, record)
             assert torch.equal(bits(memory), bits(before))
+
+
+def flat_layer(start: int, stop: int, build: type[nn.Module] = nn.Linear) -> nn.Module:
+    """An adapted layer of which this rank has a slice, as ZeRO-3 leaves it: empty, the slice beside it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(build(6, 5) if build is nn.Linear else build(6, 4, 3))
+    inject(model, LoRAConfig(r=2, init_lora_weights=False, target_modules=["0"]))
+    weight = model[0].weight
+    values = weight.detach().flatten()[start:stop].clone()
+    shard = FlatShard(values, start, weight.shape, None, CPU)
+    attach(weight, lambda: shard)
+    weight.data = weight.data.new_empty(0)
+    return model[0]
+
+
+@pytest.mark.parametrize(("build", "numel"), [(nn.Linear, 30), (nn.Conv1d, 72)])
+def test_adapted_layer_merges_into_its_slice_and_shows_what_was_there(build, numel):
+    torch.manual_seed(0)
+    whole = nn.Sequential(build(6, 5) if build is nn.Linear else build(6, 4, 3))
+    base = whole[0].weight.detach().flatten().clone()
+    inject(whole, LoRAConfig(r=2, init_lora_weights=False, target_modules=["0"]))
+    whole[0].merge_(copy=False)
+    for start, stop in cuts(numel, 2):
+        layer = flat_layer(start, stop, build)
+        slice_ = local(layer.weight)
+        layer.merge_(copy=False)
+        torch.testing.assert_close(slice_, whole[0].weight.detach().flatten()[start:stop])
+        assert_same_bits({"W": local(layer.original())}, {"W": base[start:stop]})
+        assert unsharded_shape(layer.original()) == whole[0].weight.shape
+        layer.unmerge_()
+        assert_same_bits({"W": slice_}, {"W": base[start:stop]})
 
 
 # --- on two ranks ---

@@ -335,3 +335,11 @@ def test_injected_model_keeps_its_options_and_the_error_names_the_remedy(tmp_pat
             unload(model)
         trainer.test(model, Data(BATCHES), ckpt_path=file, verbose=False, **PLAIN_TYPES_ONLY)
         assert torch.equal(outputs(model), loaded_outputs(file))
+
+
+def test_checkpoint_that_cannot_be_read_is_the_trainers_own_error(tmp_path):
+    (cut := tmp_path / "cut.ckpt").write_bytes(saved(tmp_path).read_bytes()[:-100])
+    trainer = make_trainer(tmp_path, LoRACallback())
+    for path in (cut, tmp_path / "gone.ckpt"):
+        with pytest.raises((OSError, RuntimeError)):
+            trainer.test(Net(), Data(BATCHES), ckpt_path=path, **PLAIN_TYPES_ONLY)

@@ -77,24 +77,6 @@ def flat(predictions: Any) -> list[torch.Tensor]:
     return [p for item in predictions for p in flat(item)] if isinstance(predictions, list) else [predictions]
 
 
-class Silent(Watched):
-    """Logs nothing, which a bare-bones Trainer asks for."""
-
-    def validation_step(self, batch: Any, batch_idx: int, *args: Any) -> None:
-        self.note("validation", batch)
-
-
-def test_barebones_trainer_equals_the_unmerged_run(tmp_path):
-    def run(path: Path, model: Net, callback: LoRACallback) -> None:
-        trainer = L.Trainer(
-            barebones=True, accelerator="cpu", max_epochs=2, callbacks=[callback], default_root_dir=path
-        )
-        trainer.fit(model, Data())
-        trainer.validate(model, Data(), verbose=False)
-
-    assert len(compare(tmp_path, run, Silent).seen) == 3 * (2 + 2 + 1)
-
-
 def test_two_trainers_on_one_model_equal_the_unmerged_run(tmp_path):
     """Each with a callback of its own, the second without options."""
 

@@ -133,18 +133,3 @@ def test_a_second_fit_logs_its_own_options(tmp_path: Path):
     assert [of_lora(given)["save"] for given in logger.given] == ["adapter", "full"]
     assert [of_lora(given)["r"] for given in logger.given] == [3, 3]
     assert model.hparams == OWN
-
-
-class Reads(Net):
-    """Reads them at fit start, when the loggers are not given them yet, and in training, when they were."""
-
-    def on_fit_start(self) -> None:
-        self.seen.append(self.hparams_initial.width)
-
-    def on_train_epoch_start(self) -> None:
-        self.seen.append(self.hparams_initial.width)
-
-
-def test_the_modules_hooks_read_their_own_hyperparameters(tmp_path: Path):
-    make_trainer(tmp_path, LoRACallback(r=2), logger=Records()).fit(model := Reads(), Data())
-    assert model.seen == [8, 8]

@@ -35,7 +35,6 @@ LIVES = {
         "test_disable_adapter_and_unload_after_fits_give_a_fresh_model_wherever_its_layers_were_built",
     ],
     "trainer/test_evaluation_loops": [
-        "test_barebones_trainer_equals_the_unmerged_run",
         "test_two_live_trainers_in_turn_equal_the_unmerged_run",
     ],
     "trainer/test_evaluation": [

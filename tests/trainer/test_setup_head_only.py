@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import (
     LoRACallback,
     LoRACLI,
     LoRAConfig,
     LoRAError,
+    LoRAMonitor,
     disable_adapter,
     inject,
     is_merged,
@@ -89,7 +91,8 @@ def test_a_head_is_trained_and_resumed_on_a_frozen_adapter(tmp_path: Path):
 
 def test_the_fit_says_that_nothing_is_adapted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO", "lightning_lora")
-    make_trainer(tmp_path, lora()).fit(model := Net(), Data())
+    monitor = LoRAMonitor(every_n_steps=1, plots=False)  # which logs nothing
+    make_trainer(tmp_path, lora(), monitor, logger=CSVLogger(tmp_path)).fit(model := Net(), Data())
     assert "No adapter (target_modules=[])" in caplog.text
     assert summary(model).save == "adapter"
     assert 'what is trained (save="adapter")' in str(summary(model))
