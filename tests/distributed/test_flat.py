@@ -12,11 +12,10 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, is_merged, merge, merged_state_dict, unmerge
 from lightning_lora.distributed import sharding
-from lightning_lora.distributed.flat import FlatShard, attach, flat_like, is_flat, pieces, unsharded_shape
+from lightning_lora.distributed.flat import FlatShard, attach, pieces, unsharded_shape
 from lightning_lora.distributed.sharding import (
     copies_of,
     copy_,
-    detached,
     full_tensor,
     local,
     rows_of,
@@ -27,6 +26,7 @@ from lightning_lora.errors import NonFiniteError
 from lightning_lora.exchange.take import fingerprint
 from lightning_lora.nn.exact_merge import Buffers, merge_weight_, merged_weight, restored_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock, crop_to_window
+from support.covering import covering
 from support.processes import world
 from support.recorders import Traffic
 from support.sharded_adapters import assert_same_bits
@@ -49,15 +49,15 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 64])
-def test_pieces_of_any_cut_are_at_most_three_matrices_that_hold_each_element_once(shape, ranks):
+def test_pieces_of_any_cut_are_at_most_three_matrices_that_hold_each_element_once(shape):
     height, width = shape
     numbers = torch.arange(height * width)
-    for start, stop in cuts(height * width, ranks):
-        found = pieces(start, stop, width)
-        assert len(found) <= 3
-        parts = [numbers.view(shape)[rows, columns].flatten() for rows, columns in found]
-        assert torch.equal(torch.cat([numbers[:0], *parts]), numbers[start:stop])
+    for ranks in (1, 2, 3, 5, 64):
+        for start, stop in cuts(height * width, ranks):
+            found = pieces(start, stop, width)
+            assert len(found) <= 3
+            parts = [numbers.view(shape)[rows, columns].flatten() for rows, columns in found]
+            assert torch.equal(torch.cat([numbers[:0], *parts]), numbers[start:stop])
 
 
 def blocks_of(shape: tuple[int, int], *, kind: str, generator: torch.Generator) -> list[LowRankBlock]:
@@ -77,9 +77,10 @@ def blocks_of(shape: tuple[int, int], *, kind: str, generator: torch.Generator) 
     return blocks
 
 
-@pytest.mark.parametrize("kind", ["whole", "rows", "columns", "whole scale", "whole scale transposed"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize(
+    ("copy", "dtype", "kind"),
+    covering([False, True], DTYPES, ["whole", "rows", "columns", "whole scale", "whole scale transposed"]),
+)
 def test_slices_of_any_cut_are_merged_as_the_whole_weight_and_restored_in_every_bit(kind, dtype, copy):
     random.seed(3)
     generator = torch.Generator().manual_seed(3)
@@ -105,11 +106,11 @@ def test_slices_of_any_cut_are_merged_as_the_whole_weight_and_restored_in_every_
             assert torch.equal(bits(memory), bits(before))
 
 
-def flat_layer(start: int, stop: int, build: type[nn.Module] = nn.Linear, **options: object) -> nn.Module:
+def flat_layer(start: int, stop: int, build: type[nn.Module] = nn.Linear) -> nn.Module:
     """An adapted layer of which this rank has a slice, as ZeRO-3 leaves it: empty, the slice beside it."""
     torch.manual_seed(0)
     model = nn.Sequential(build(6, 5) if build is nn.Linear else build(6, 4, 3))
-    inject(model, LoRAConfig(**{"r": 2, "init_lora_weights": False, "target_modules": ["0"]} | options))
+    inject(model, LoRAConfig(r=2, init_lora_weights=False, target_modules=["0"]))
     weight = model[0].weight
     values = weight.detach().flatten()[start:stop].clone()
     shard = FlatShard(values, start, weight.shape, None, CPU)
@@ -134,33 +135,6 @@ def test_adapted_layer_merges_into_its_slice_and_shows_what_was_there(build, num
         assert unsharded_shape(layer.original()) == whole[0].weight.shape
         layer.unmerge_()
         assert_same_bits({"W": slice_}, {"W": base[start:stop]})
-
-
-def test_windows_of_a_plain_weight_are_one_and_of_a_slice_those_of_its_pieces():
-    weight = torch.arange(30.0).view(5, 6)
-    ((view, rows, columns, begin),) = windows(weight, 6)
-    assert begin is None
-    assert torch.equal(view, weight[rows, columns])
-    flat = weight.flatten()[4:22].clone()
-    attach(flat, lambda: FlatShard(flat, 4, weight.shape, None, CPU))
-    found = windows(flat, 6)
-    assert len(found) == 3
-    for view, rows, columns, begin in found:
-        assert torch.equal(flat[begin : begin + view.numel()], view.flatten())
-        assert torch.equal(view, weight[rows, columns])
-        assert view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
-
-
-def test_tensor_is_flat_once_it_is_attached():
-    tensor = nn.Parameter(torch.ones(3))
-    assert not is_flat(tensor)
-    attach(tensor, lambda: FlatShard(tensor.detach(), 0, torch.Size((3, 1)), None, CPU))
-    assert is_flat(tensor)
-    assert is_flat(detached(tensor))
-    other = flat_like(torch.zeros(3), tensor)
-    assert is_flat(other)
-    assert unsharded_shape(other) == (3, 1)
-    assert not is_flat(None)
 
 
 # --- on two ranks ---
@@ -193,7 +167,8 @@ def plain_net(**options: object) -> nn.Sequential:
     return net
 
 
-def gathered(dtype: torch.dtype) -> None:
+def assert_gathered(dtype: torch.dtype) -> None:
+    """What is gathered has the bits of the slices, and no more is sent than they are."""
     values = torch.tensor([[-0.0, math.nan, 1.5], [math.inf, 2.0, -3.0]], dtype=dtype)
     for place in (0, 2, 6):  # all of it lies on one rank, or a part on each
         own = values.flatten()[:place] if dist.get_rank() == 0 else values.flatten()[place:]
@@ -205,13 +180,9 @@ def gathered(dtype: torch.dtype) -> None:
         assert traffic.bytes() - traffic.bytes("broadcast", "allgather") == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_slices_are_gathered_as_they_are_in_every_bit(dtype):
-    world().run(gathered, dtype)
-
-
 def exchanged() -> None:
+    for dtype in DTYPES:
+        assert_gathered(dtype)
     whole = plain_net()
     divide_(net := plain_net())
     for name in WEIGHTS:
@@ -231,10 +202,8 @@ def test_values_of_slices_are_gathered_read_and_copied_as_those_of_the_whole():
     world().run(exchanged)
 
 
-OPTIONS = [{"target_modules": ["0", "2", "4"]}, {"target_modules": ["0", "2", "4"], "use_dora": True}]
-
-
-def merged_on_ranks(options: dict[str, object]) -> None:
+def merged_on_ranks(**more: object) -> None:
+    options = {"target_modules": ["0", "2", "4"], **more}
     expected = merged_state_dict(plain_net(**options))
     slices = divide_(net := plain_net(**options))
     before = {name: values.clone() for name, values in slices.items()}
@@ -262,13 +231,17 @@ def merged_on_ranks(options: dict[str, object]) -> None:
     assert known == fingerprint(plain_net(**options))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["LoRA", "DoRA"])
-def test_model_merges_into_its_slices_and_is_known_without_gathering_a_weight(options):
-    world().run(merged_on_ranks, options)
+def merged_by_each_variant() -> None:
+    merged_on_ranks()
+    merged_on_ranks(use_dora=True)
+
+
+def test_model_merges_into_its_slices_and_is_known_without_gathering_a_weight():
+    world().run(merged_by_each_variant)
 
 
 def refused_on_ranks() -> list[str]:
-    slices = divide_(net := plain_net(**OPTIONS[0]))
+    slices = divide_(net := plain_net(target_modules=["0", "2", "4"]))
     if dist.get_rank() == 1:
         slices["2"][0] = math.inf
     before = {name: values.clone() for name, values in slices.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_lora import is_merged
-from support.fsdp1 import fsdp1
 from support.processes import BACKEND, LOST_CONNECTION, World, world
 from support.sharded import (
     BATCHES,
@@ -56,14 +54,8 @@ def trainer(path: Path, kind: str, *callbacks: Any) -> Any:
     checkpoint = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)
     options = {"enable_checkpointing": True, "max_epochs": EPOCHS}
     if kind == "ddp":
-        size = dist.get_world_size()
-        # DDP reorders its buckets after a first step, also of a resumed run: four summands then round differently.
-        # With this option it does not.
-        ordered = {"find_unused_parameters": size > 2}
-        options |= {"devices": size, "strategy": DDPStrategy(process_group_backend=BACKEND, **ordered)}
+        options |= {"devices": dist.get_world_size(), "strategy": DDPStrategy(process_group_backend=BACKEND)}
         return make_trainer(path, lora(), checkpoint, *callbacks, **options)
-    if kind == "fsdp1":
-        return fsdp1(path, lora(), checkpoint, *callbacks, **options)
     return model_parallel(path, lora(), checkpoint, *callbacks, **options)
 
 
@@ -77,20 +69,17 @@ def run(path: Path, kind: str, dies: bool, source: Path | None = None) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_killed_rank_ends_the_others_and_the_last_checkpoint_resumes(tmp_path, kind, size):
-    start = time.monotonic()
-    ended = World(size).run_broken(run, tmp_path / "killed", kind, True)
-    print(f"{kind}: all ended within {time.monotonic() - start:.1f} s, the start of the world included")
-    assert sorted(ended) == [rank for rank in range(size) if rank != 1]
+def test_killed_rank_ends_the_others_and_the_last_checkpoint_resumes(tmp_path, kind):
+    ended = World(2).run_broken(run, tmp_path / "killed", kind, True)
+    assert sorted(ended) == [0]
     for error in ended.values():
         assert "RuntimeError" in error
         assert any(words in error for words in LOST_CONNECTION), error
-    uninterrupted = world(size).run(run, tmp_path / "whole", kind, False)[0]
+    uninterrupted = world().run(run, tmp_path / "whole", kind, False)[0]
     last = tmp_path / "killed" / f"epoch={DIES_IN - 1}.ckpt"
     assert not (tmp_path / "killed" / f"epoch={DIES_IN}.ckpt").exists()
-    for found in world(size).run(run, tmp_path / "killed", kind, False, last):
+    for found in world().run(run, tmp_path / "killed", kind, False, last):
         assert_same_run(found, uninterrupted)
 
 
@@ -111,7 +100,7 @@ def failing_save(path: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_first_rank_that_cannot_save_ends_the_others_with_an_error(tmp_path, kind):
     ended = World(2).run_broken(failing_save, tmp_path, kind)
     assert "No space left on device" in ended[0]

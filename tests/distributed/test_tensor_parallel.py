@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +20,6 @@ from lightning_lora import (
     disable_adapter,
     inject,
     is_merged,
-    load_adapter,
     merge,
     merge_and_unload,
     merged,
@@ -32,11 +29,10 @@ from lightning_lora import (
 from lightning_lora.distributed.tensor_parallel import low_rank_product, place_like_weight
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.inject import adapt_new_layers
-from support.lightning_versions import ANY_OBJECTS
 from support.models import randomise_
 from support.processes import world
 from support.recorders import Traffic
-from support.sharded import DEVICE, Plain, base_of, loader, make_trainer, model_parallel, whole_state
+from support.sharded import DEVICE, base_of, whole_state
 from support.sharded_adapters import (
     ALL_LINEAR,
     PLAN,
@@ -46,7 +42,6 @@ from support.sharded_adapters import (
     adapters,
     assert_same_bits,
     block,
-    lora,
     mesh,
 )
 
@@ -201,19 +196,20 @@ def test_tensor_parallel_model_unloads_and_refuses_what_it_cannot_do():
     world().run(in_and_out)
 
 
-def frozen_again() -> None:
+def frozen() -> None:
     net = parallelize_module(block(), mesh(), SEQUENCE)
     assert net.norm.weight.requires_grad  # SequenceParallel makes a new parameter
     adapt_new_layers(open_model(net, "test"))  # as the callback does after configure_model
     trainable = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     assert trainable == ["up.lora_A", "up.lora_B", "down.lora_A", "down.lora_B"]
+    place_factors()
 
 
-def test_what_parallel_styles_unfreeze_is_frozen_again():
-    world().run(frozen_again)
+def test_what_parallel_styles_unfreeze_is_frozen_again_and_a_frozen_factor_stays_so():
+    world().run(frozen)
 
 
-# --- through Lightning, and together with FSDP2 ---
+# --- together with FSDP2 ---
 
 
 def fail_in_a_merged_forward() -> None:
@@ -227,83 +223,9 @@ def fail_in_a_merged_forward() -> None:
     assert is_merged(net)
 
 
+@pytest.mark.slow
 def test_exception_in_a_merged_forward_of_fsdp2_is_an_error_where_weights_stay_gathered():
     world(4).run(fail_in_a_merged_forward)
-
-
-class Parallel(Plain):
-    """The network of Plain, its first two layers tensor parallel, all of it sharded where there are ranks for it."""
-
-    def __init__(self, lr: float = 0.05) -> None:
-        super().__init__(lr)
-
-    def configure_model(self) -> None:
-        if isinstance(self.net[0].weight, DTensor):
-            return
-        plan = {"net.0": ColwiseParallel(use_local_output=False), "net.2": RowwiseParallel()}
-        parallelize_module(self, self.device_mesh["tensor_parallel"], plan)
-        if self.device_mesh["data_parallel"].size() > 1:
-            for layer in (self.net[4], self):
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-
-
-def fit(path: Path, tensor: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    torch.manual_seed(dist.get_rank())
-    model = Parallel()
-    trainer = model_parallel(path, lora(), tensor=tensor)
-    parts, part = dist.get_world_size() // tensor, dist.get_rank() // tensor
-    trainer.fit(model, loader(parts, part), loader(parts, part, 6))
-    state = whole_state(model)
-    trainer.save_checkpoint(path / "3.ckpt")
-    torch.manual_seed(7)
-    again = Parallel()
-    trainer = model_parallel(path, lora(), tensor=tensor)
-    trainer.validate(again, loader(parts, part, 6), ckpt_path=path / "3.ckpt", verbose=False)
-    assert again.losses == [model.losses[-1]]
-    assert_same_bits(whole_state(again), state)
-    return model.losses, state
-
-
-@pytest.mark.parametrize("size", [2, 4], ids=["tensor parallel", "with fsdp2"])
-def test_tensor_parallel_fit_equals_that_on_one_device(tmp_path, size):
-    torch.manual_seed(0)
-    alone = Plain()
-    make_trainer(tmp_path, lora()).fit(alone, loader(), loader(seed=6))
-    expected = whole_state(alone)
-    for losses, state in world(size).run(fit, tmp_path, 2):
-        assert losses == pytest.approx(alone.losses, rel=1e-4)
-        for name, value in expected.items():
-            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-5)
-        assert_same_bits(base_of(state), base_of(expected))
-    load_adapter(again := Plain(), tmp_path / "3.ckpt")  # and on to one device
-    assert_same_bits(whole_state(again), state)
-
-
-class Scaled(Parallel):
-    """Has a hyper-parameter that is no plain type."""
-
-    def __init__(self, lr: float = 0.05, scale: Fraction = Fraction(1, 3)) -> None:
-        super().__init__(lr)
-
-
-def fit_with_object(path: Path, kind: str) -> None:
-    callback, rows = lora(save=kind), [loader(), loader(seed=6)]
-    model, again = Scaled(), Scaled()
-    trainer = model_parallel(path, callback, tensor=2)
-    trainer.fit(model, *rows)
-    trainer.save_checkpoint(path / "1.ckpt")
-    trainer = model_parallel(path, lora(save=kind), tensor=2)
-    trainer.validate(again, rows[1], verbose=False)
-    content = trainer.strategy.load_checkpoint(path / "1.ckpt", **ANY_OBJECTS)  # Lightning passes none
-    again.on_load_checkpoint(content)
-    trainer.strategy.load_model_state_dict(content)
-    assert_same_bits(whole_state(again), whole_state(model))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["adapter", "merged"])
-def test_a_checkpoint_with_an_object_in_its_hyperparameters_loads_where_lightning_is_told_to(tmp_path, kind):
-    world().run(fit_with_object, tmp_path, kind)
 
 
 def product_of(places: tuple[Any, Any, Any]) -> None:
@@ -323,19 +245,23 @@ def product_of(places: tuple[Any, Any, Any]) -> None:
         torch.testing.assert_close(one.grad.full_tensor(), other.grad)
 
 
-@pytest.mark.parametrize(
-    "places",
-    [
-        (Replicate(), Replicate(), Shard(0)),
-        (Shard(2), Shard(1), Replicate()),
-        (Shard(0), Replicate(), Replicate()),
-        (Shard(1), Replicate(), Replicate()),
-        (Replicate(), Replicate(), Replicate()),
-    ],
-    ids=["outputs split", "inputs split", "batch split", "sequence split", "nothing split"],
-)
-def test_gradients_of_the_product_are_those_of_one_device(places: tuple[Any, Any, Any]):
-    world().run(product_of, places)
+PLACES = [  # of x, A and B: outputs, inputs, the batch or the sequence is split, or nothing
+    (Replicate(), Replicate(), Shard(0)),
+    (Shard(2), Shard(1), Replicate()),
+    (Shard(0), Replicate(), Replicate()),
+    (Shard(1), Replicate(), Replicate()),
+    (Replicate(), Replicate(), Replicate()),
+]
+
+
+def products() -> None:
+    for places in PLACES:
+        product_of(places)
+    product_that_needs_communication()
+
+
+def test_gradients_of_the_product_are_those_of_one_device_or_it_is_left_to_torch():
+    world().run(products)
 
 
 def place_factors() -> None:
@@ -348,17 +274,9 @@ def place_factors() -> None:
         assert (found is factor) == (place == Shard(0))  # an optimizer may hold it already
 
 
-def test_a_frozen_factor_that_is_placed_like_its_weight_stays_frozen():
-    world().run(place_factors)
-
-
 def product_that_needs_communication() -> None:
     x, a, b = (distribute_tensor(torch.ones(shape), mesh(), [Shard(1)]) for shape in ((4, 6), (2, 6), (8, 2)))
     whole_a, whole_b = (factor.redistribute(placements=[Replicate()]) for factor in (a, b))
     assert low_rank_product(x, whole_a, whole_b) is None
     assert low_rank_product(x, a, b) is None
     assert low_rank_product(x, a, whole_b) is not None
-
-
-def test_a_product_that_needs_communication_is_left_to_torch():
-    world().run(product_that_needs_communication)

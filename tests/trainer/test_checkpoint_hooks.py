@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_lora import is_merged
+from support.covering import covering
 from support.runs import At, Watched, assert_as_found, base_weights, lora_with_effect
 from support.training import Data, Net, assert_same_tensors, make_trainer, weights
 
@@ -32,17 +33,18 @@ PLACES = [
     *((owner, hook) for owner in ("first", "last") for hook in CALLBACK_HOOKS),
     *(("module", h) for h in MODULE_HOOKS),
 ]
+CASES = [(*case.values[1], case.values[0]) for case in covering(KINDS, PLACES, meet=1)]
 
 Saved = dict[tuple[str, str], list[tuple[bool, Path]]]
 
 
 class Saver:
-    """Saves in every hook of the module's and of a callback first and last in the list."""
+    """Saves in hooks of the module's and of a callback first and last in the list."""
 
-    def __init__(self, path: Path, model: Net, data: Data) -> None:
+    def __init__(self, path: Path, model: Net, data: Data, kind: str) -> None:
         self.path, self.model, self.saved = path, model, defaultdict(list)
         self.first, self.last = L.Callback(), L.Callback()
-        for owner, hook in PLACES:
+        for owner, hook in [(owner, hook) for owner, hook, saved in CASES if saved == kind]:
             target = data if hook in DATA_HOOKS else getattr(self, owner, model)
             setattr(target, hook, functools.partial(self.save, (owner, hook), getattr(target, hook)))
 
@@ -59,7 +61,7 @@ def saving_run(path: Path, merged_eval: bool, kind: str, saving: bool = True) ->
     torch.manual_seed(0)
     model, data, callback = Watched(), Data(1), lora_with_effect(merged_eval=merged_eval, save=kind)
     before = base_weights(model)
-    saver = Saver(path, model, data) if saving else None
+    saver = Saver(path, model, data, kind) if saving else None
     callbacks = [saver.first, callback, saver.last] if saver else [callback]
     trainer = make_trainer(path, *callbacks, max_epochs=2, num_sanity_val_steps=1)
     trainer.fit(model, data)
@@ -76,17 +78,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("owner", "hook"), PLACES)
-def test_checkpoint_saved_in_any_hook_equals_that_of_the_unmerged_run(folder, owner: str, hook: str, kind: str):
+def test_checkpoint_saved_in_any_hook_equals_that_of_the_unmerged_run(folder, kind: str):
     merged, _ = saving_run(folder / "merged" / kind, True, kind)
     factored, _ = saving_run(folder / "factored" / kind, False, kind)
-    found, expected = merged[owner, hook], factored[owner, hook]
-    assert len(found) == len(expected) > 0
-    assert not any(was for was, _ in expected)
-    if any(f"{stage}_{part}" in hook for stage in ("validation", "test", "predict") for part in ("step", "batch_end")):
-        assert all(was for was, _ in found)
-    for (_, one), (_, other) in zip(found, expected, strict=True):
-        assert_same_tensors(torch.load(one, weights_only=True), torch.load(other, weights_only=True))
+    for owner, hook in [(owner, hook) for owner, hook, saved in CASES if saved == kind]:
+        found, expected = merged[owner, hook], factored[owner, hook]
+        assert len(found) == len(expected) > 0, (owner, hook)
+        assert not any(was for was, _ in expected), (owner, hook)
+        if any(f"{s}_{part}" in hook for s in ("validation", "test", "predict") for part in ("step", "batch_end")):
+            assert all(was for was, _ in found), (owner, hook)
+        for (_, one), (_, other) in zip(found, expected, strict=True):
+            files = (torch.load(file, weights_only=True) for file in (one, other))
+            assert_same_tensors(*files, f"{owner} {hook}")
 
 
 @pytest.mark.parametrize("merged_eval", [True, False])
@@ -108,13 +111,12 @@ class Held(TorchCheckpointIO):
         super().save_checkpoint(*args, **kwargs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("saves", "writes"),
+    ("saves", "writes", "kind"),
     [
-        ("on_validation_batch_end", "on_validation_batch_end"),
-        ("on_validation_batch_end", "on_train_epoch_end"),  # saved while merged, written when that is undone
-        ("on_train_batch_end", "on_validation_batch_end"),  # saved before it is merged, written while it is
+        ("on_validation_batch_end", "on_validation_batch_end", "adapter"),
+        ("on_validation_batch_end", "on_train_epoch_end", "merged"),  # saved while merged, written when that is undone
+        ("on_train_batch_end", "on_validation_batch_end", "full"),  # saved before it is merged, written while it is
     ],
 )
 def test_a_checkpoint_that_a_thread_writes_later_is_that_of_the_moment_when_it_was_saved(
@@ -151,9 +153,7 @@ def in_second_epoch(trainer: L.Trainer) -> bool:
     "ignore:`.fit.ckpt_path=None.` was called without a model",
     "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint",
 )
-@pytest.mark.parametrize("fn", STAGES)
-@pytest.mark.parametrize("first", [True, False], ids=["listed first", "listed last"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "first", "fn"), covering(KINDS, [True, False], STAGES))
 def test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run(tmp_path, kind: str, first: bool, fn: str):
     """OnExceptionCheckpoint first in the list saves a merged model; the file is that of an unmerged one."""
 
@@ -210,8 +210,10 @@ def requeued_run(path: Path, callbacks: list[L.Callback], moment: str) -> Net:
     return model
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("moment", ["on_validation_start", "on_validation_batch_end", "on_validation_epoch_end"])
+@pytest.mark.parametrize(
+    ("moment", "kind"),
+    covering(["on_validation_start", "on_validation_batch_end", "on_validation_epoch_end"], KINDS, meet=1),
+)
 def test_a_requeued_job_goes_on_as_if_uninterrupted(tmp_path, slurm: Path, moment: str, kind: str):
     def uninterrupted(*callbacks: L.Callback) -> Net:
         torch.manual_seed(0)

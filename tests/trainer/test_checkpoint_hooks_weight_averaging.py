@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
 
 from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint, merged
-from support.lightning_versions import EMAWeightAveraging, WeightAveraging, averaging, weight_averaging
+from support.covering import covering
+from support.lightning_versions import EMAWeightAveraging, averaging, weight_averaging
 from support.runs import SWAPPERS, assert_as_found, base_weights, lora_with_effect, reference_loss, swa
-from support.training import BuiltInConfigureModel, Data, Net, assert_same_tensors, make_trainer, weights
+from support.training import Data, Net, assert_same_tensors, make_trainer, tensors, weights
 
 # A fresh Trainer that only tests needs none of them.
 pytestmark = pytest.mark.filterwarnings(
@@ -28,16 +28,15 @@ ALL = {**{name: SWAPPERS[name] for name in ("mean", "ema")}, "swa": swa}
 NAMES = [*averaging(["mean", "ema"]), "swa"]
 
 
-def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor at any depth."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors(item, f"{path}/{key}")
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from tensors(item, f"{path}/{i}")
+def marked(cases: list[Any]) -> list[Any]:
+    """Cases whose first value is a name in ALL, of which Lightning's first versions have "swa" alone."""
+    return [
+        pytest.param(*case.values, id=case.id, marks=[] if case.values[0] == "swa" else weight_averaging)
+        for case in cases
+    ]
+
+
+EACH_ONCE = marked(covering([*ALL], KINDS, meet=1))
 
 
 def fit(path: Path, model: Net, *callbacks: L.Callback, resume: Path | None = None, data: Any = None) -> L.Trainer:
@@ -48,9 +47,9 @@ def fit(path: Path, model: Net, *callbacks: L.Callback, resume: Path | None = No
     return trainer
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", ["adapter", "merged"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "swa"])
+@pytest.mark.parametrize(
+    ("name", "kind", "compiled"), marked(covering(["mean", "ema"], ["adapter", "merged"], [False, True], meet=1))
+)
 def test_checkpoint_with_averaging_holds_no_base_tensor_under_any_key(tmp_path, name: str, kind: str, compiled: bool):
     """The wrapper that torch.compile puts around a submodule renames its tensors. SWA keeps its whole average."""
     model = Net()
@@ -72,43 +71,13 @@ def test_checkpoint_with_averaging_holds_no_base_tensor_under_any_key(tmp_path, 
             assert not any(torch.equal(tensor, value) for value in base.values()), path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_resumed_run_with_averaging_equals_the_uninterrupted_one(tmp_path, name: str, kind: str):
-    plain, resumed = Net(), Net()
-    fit(tmp_path / "plain", plain, ALL[name]())
-    fit(tmp_path / "plain resumed", resumed, ALL[name](), resume=tmp_path / "plain" / "epoch=2.ckpt")
-    assert_same_tensors(weights(resumed), weights(plain))  # Lightning's own full checkpoint gives it
-
-    whole, resumed = Net(), Net()
-    last = fit(tmp_path / "lora", whole, lora_with_effect(save=kind), ALL[name]())
-    again = fit(
-        tmp_path / "resumed",
-        resumed,
-        lora_with_effect(save=kind),
-        ALL[name](),
-        resume=tmp_path / "lora" / "epoch=2.ckpt",
-    )
-    base, other = base_weights(whole), base_weights(resumed)
-    if kind == "full" or name != "ema":
-        assert_same_tensors(other, base)
-    drift = {name: (base[name] - value).abs() for name, value in base_weights(Net()).items()}
-    assert all(((other[name] - base[name]).abs() <= drift[name]).all() for name in base)
-    for one, two in ((whole, resumed), (state(last), state(again))):
-        assert_same_tensors(
-            *({n: v for n, v in w.items() if n not in base} for w in (weights_of(two), weights_of(one)))
-        )
-
-
 class CompiledBody(Net):
     def build_body(self) -> None:
         super().build_body()
         self.body = torch.compile(self.body, backend="eager")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), EACH_ONCE)
 def test_resumed_run_with_averaging_and_a_compiled_submodule_equals_the_whole(tmp_path, name: str, kind: str):
     """Its wrapper is in the names of "current_model_state" and of the averaged model."""
     models = [CompiledBody(), CompiledBody()]
@@ -126,41 +95,11 @@ def test_resumed_run_with_averaging_and_a_compiled_submodule_equals_the_whole(tm
     assert_same_tensors(factors[1], factors[0])
 
 
-class Unfreezes(L.Callback):
-    """What BackboneFinetuning does, of a parameter that the optimizer has already."""
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        pl_module.head.bias.requires_grad_(trainer.current_epoch >= 1)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*averaging(["mean"]), "swa"])
-def test_resumed_run_with_averaging_and_an_unfrozen_weight_equals_the_whole(tmp_path, name: str, kind: str):
-    models = [Net(), Net()]
-    for i, model in enumerate(models):
-        resume = tmp_path / "0/epoch=2.ckpt" if i else None
-        fit(tmp_path / str(i), model, lora_with_effect(save=kind), Unfreezes(), ALL[name](), resume=resume)
-    assert not torch.equal(models[0].head.bias, Net().head.bias)
-    assert_same_tensors(weights(models[1]), weights(models[0]))
-
-
-def weights_of(thing: Any) -> dict[str, Any]:
-    return weights(thing) if isinstance(thing, nn.Module) else thing
-
-
-def state(trainer: L.Trainer) -> dict[str, Any]:
-    return {str(i): optimizer.state_dict()["state"] for i, optimizer in enumerate(trainer.optimizers)}
-
-
-@pytest.mark.parametrize("merged_eval", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_the_best_checkpoint_gives_the_logged_metric(tmp_path, name: str, kind: str, merged_eval: bool):
-    trainer = fit(tmp_path, Net(), lora_with_effect(save=kind, merged_eval=merged_eval), ALL[name]())
+@pytest.mark.parametrize(("name", "kind"), EACH_ONCE)
+def test_the_best_checkpoint_gives_the_logged_metric(tmp_path, name: str, kind: str):
+    trainer = fit(tmp_path, Net(), lora_with_effect(save=kind), ALL[name]())
     keep = trainer.checkpoint_callback
-    fresh = make_trainer(tmp_path, lora_with_effect(save=kind, merged_eval=merged_eval))
+    fresh = make_trainer(tmp_path, lora_with_effect(save=kind))
     found = fresh.test(Net(), Data(), ckpt_path=keep.best_model_path, verbose=False)[0]["test_loss"]
     assert found == pytest.approx(keep.best_model_score.item(), rel=1e-5)
     assert max(keep.best_k_models.values()) - keep.best_model_score > 1e-3  # so that it tells one from another
@@ -168,18 +107,16 @@ def test_the_best_checkpoint_gives_the_logged_metric(tmp_path, name: str, kind: 
 
 @weight_averaging
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading")
-@pytest.mark.parametrize("kind", KINDS)
-def test_fresh_trainer_with_the_averaging_callback_gives_the_logged_metric(tmp_path, kind: str):
-    trainer = fit(tmp_path, Net(), lora_with_effect(save=kind), ALL["ema"]())
+def test_fresh_trainer_with_the_averaging_callback_gives_the_logged_metric(tmp_path):
+    trainer = fit(tmp_path, Net(), lora_with_effect(), ALL["ema"]())
     keep = trainer.checkpoint_callback
-    fresh = make_trainer(tmp_path, lora_with_effect(save=kind), ALL["ema"]())
+    fresh = make_trainer(tmp_path, lora_with_effect(), ALL["ema"]())
     found = fresh.test(Net(), Data(), ckpt_path=keep.best_model_path, verbose=False)[0]["test_loss"]
     assert found == pytest.approx(keep.best_model_score.item(), rel=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), EACH_ONCE)
 def test_the_trainer_that_fitted_finds_the_logged_metric_again(tmp_path, name: str, kind: str):
     """Lightning alone does not: WeightAveraging goes back to "current_model_state" whenever it has an average."""
     model = Net()
@@ -194,17 +131,6 @@ def test_the_trainer_that_fitted_finds_the_logged_metric_again(tmp_path, name: s
     with merged(loaded.eval()):
         found = make_trainer(tmp_path).test(loaded, Data(), verbose=False)[0]["test_loss"]
     assert found == pytest.approx(logged, rel=1e-5)
-
-
-@weight_averaging
-def test_lightning_alone_tests_the_current_weights(tmp_path):
-    model = Net()
-    trainer = fit(tmp_path, model, ALL["ema"]())
-    keep = trainer.checkpoint_callback
-    found = trainer.test(model, Data(), ckpt_path="best", verbose=False)[0]["test_loss"]
-    current = torch.load(keep.best_model_path, weights_only=True)["current_model_state"]
-    assert found == pytest.approx(reference_loss(current), rel=1e-5)
-    assert abs(found - keep.best_model_score.item()) > 1e-4
 
 
 @pytest.mark.slow
@@ -257,10 +183,9 @@ def test_the_drift_of_a_long_average_is_not_another_base(tmp_path):
         trainer.test(model, Data(), ckpt_path="best", verbose=False)
 
 
-@pytest.mark.parametrize("name", [*averaging(SWAPPERS), "swa"])
+@pytest.mark.parametrize("name", NAMES)
 def test_averaging_callback_listed_first_is_refused_with_the_order(tmp_path, name: str):
-    swapper = swa() if name == "swa" else SWAPPERS[name]()
-    model = Net()
+    swapper, model = ALL[name](), Net()
     kept = weights(model)
     with pytest.raises(
         LoRAError, match=rf"must come after .*callbacks=\[LoRACallback\(...\), {type(swapper).__name__}"
@@ -270,21 +195,9 @@ def test_averaging_callback_listed_first_is_refused_with_the_order(tmp_path, nam
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("swapper", [*averaging([WeightAveraging]), swa])
-def test_averaging_callback_listed_first_is_harmless_in_evaluation(tmp_path, swapper: Any):
+def test_averaging_callback_listed_first_is_harmless_in_evaluation(tmp_path):
     model = Net()
     before = base_weights(model)
-    found = make_trainer(tmp_path, swapper(), lora_with_effect()).test(model, Data(), verbose=False)[0]["test_loss"]
+    found = make_trainer(tmp_path, swa(), lora_with_effect()).test(model, Data(), verbose=False)[0]["test_loss"]
     assert found == pytest.approx(reference_loss(model.state_dict()), rel=1e-5)
     assert_as_found(model, before)
-
-
-@pytest.mark.slow
-@weight_averaging
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
-def test_layers_that_configure_model_builds_are_averaged_too(tmp_path):
-    """WeightAveraging calls configure_model itself, in its setup."""
-    models = [Net(), BuiltInConfigureModel()]
-    for i, model in enumerate(models):
-        fit(tmp_path / str(i), model, lora_with_effect(), ALL["ema"]())
-    assert_same_tensors(weights(models[1]), weights(models[0]))

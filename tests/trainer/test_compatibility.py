@@ -8,16 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_lora import LoRAError
 from support.models import trace
 from support.sharded import Plain
 from support.sharded_adapters import lora
-
-
-class OwnFSDP(FSDPStrategy):
-    """A user's subclass is still FSDP1."""
 
 
 def deepspeed(stage: int = 2, **options: Any) -> Callable[[], Any]:
@@ -34,7 +30,6 @@ def deepspeed(stage: int = 2, **options: Any) -> Callable[[], Any]:
 
 REFUSED = [
     (lambda: FSDPStrategy(use_orig_params=False), "FSDPStrategy cannot be used so: use_orig_params=False takes"),
-    (lambda: OwnFSDP(use_orig_params=False), "FSDPStrategy cannot be used so: use_orig_params=False takes"),
     (lambda: FSDPStrategy(ignored_modules=[]), "FSDPStrategy cannot be used so: torch takes ignored_modules or"),
     (deepspeed(0), "its stage is 0, and 1, 2 and 3 are supported"),
     (deepspeed(zero={"offload_optimizer": {"device": "nvme"}}), "offload_optimizer to NVMe"),
@@ -86,8 +81,3 @@ def test_strategy_of_another_lightning_is_refused_by_the_method_that_it_lacks(mo
     trainer = SimpleNamespace(strategy=FSDPStrategy(), callbacks=[], state=SimpleNamespace(fn="fit"))
     with pytest.raises(LoRAError, match=f"FSDPStrategy: it has no method {name!r}, .* install an older one"):
         lora().setup(trainer, Plain(), "fit")
-
-
-def test_single_device_strategy_is_not_refused():
-    trainer = SimpleNamespace(strategy=SingleDeviceStrategy(), callbacks=[], state=SimpleNamespace(fn="fit"))
-    lora().setup(trainer, Plain(), "fit")

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import disable_adapter, is_merged
-from support.lightning_versions import averaging
+from lightning_lora import is_merged
+from support.covering import covering
+from support.lightning_versions import averaging, weight_averaging
 from support.runs import SWAPPERS, TARGETS, At, OwnAverage, base_weights, lora_with_effect, reference_loss, swa
-from support.training import Data, Net, assert_same_tensors, make_trainer, seen, weights
+from support.training import Data, Net, assert_same_tensors, make_trainer, weights
 
 
-@pytest.mark.parametrize("merged_eval", [True, False])
-@pytest.mark.parametrize("interval", [1.0, 2])
-@pytest.mark.parametrize("name", averaging(SWAPPERS))
+@weight_averaging
+@pytest.mark.parametrize(("interval", "merged_eval", "name"), covering([1.0, 2], [True, False], SWAPPERS, meet=1))
 def test_validation_sees_the_averaged_adapter(tmp_path, name: str, interval: float, merged_eval: bool):
     swapper = SWAPPERS[name]()
     own = OwnAverage(swapper, None if name.startswith("mean") else 0.8 if name == "ema" else 0.5)
@@ -37,8 +37,7 @@ def test_validation_sees_the_averaged_adapter(tmp_path, name: str, interval: flo
     assert max(abs(a - b) for a, b in zip(own.logged, own.unaveraged, strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("merged_eval", [True, False])
-@pytest.mark.parametrize("norm", [True, False], ids=["batch norm", "no batch norm"])
+@pytest.mark.parametrize(("norm", "merged_eval"), [(True, True), (False, False)])
 def test_stochastic_averaging_gives_the_mean_of_the_factors_and_leaves_the_base(
     tmp_path, norm: bool, merged_eval: bool
 ):
@@ -82,7 +81,7 @@ class OneTrained(Net):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*averaging(SWAPPERS), "swa"])
+@pytest.mark.parametrize("name", [*averaging(["mean", "ema"]), "swa"])
 def test_the_base_ends_as_lightning_alone_leaves_a_frozen_one(tmp_path, name: str):
     """The average of equal numbers is not always that number; what moves, Lightning moves."""
     ours, alone = Net(), OneTrained()
@@ -92,47 +91,3 @@ def test_the_base_ends_as_lightning_alone_leaves_a_frozen_one(tmp_path, name: st
     frozen = base_weights(alone)
     del frozen["number"]
     assert_same_tensors(base_weights(ours), frozen)
-
-
-class BuiltAnew(Net):
-    """Builds everything anew at each call of configure_model, which averaging calls before Lightning does."""
-
-    calls = 0
-
-    def prepare(self) -> None:
-        pass
-
-    def configure_model(self) -> None:
-        self.calls += 1
-        super().prepare()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
-@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create")
-@pytest.mark.parametrize("merged_eval", [True, False])
-@pytest.mark.parametrize("name", averaging(["mean", "ema"]))
-def test_a_model_that_configure_model_builds_anew_at_each_call_is_adapted_each_time(
-    tmp_path, name: str, merged_eval: bool
-):
-    """The run of the same model built in __init__, and checkpoints that go on and give the same outputs."""
-    runs = {}
-    for make in (Net, BuiltAnew):
-        torch.manual_seed(0)  # which the adapters are drawn from
-        losses: list[float] = []
-        log = At("on_validation_end", lambda trainer, _, to=losses: to.append(trainer.callback_metrics["val_loss"]))
-        callback = lora_with_effect(merged_eval=merged_eval, bias="all")
-        trainer = make_trainer(tmp_path, callback, SWAPPERS[name](), log, max_epochs=2)
-        trainer.fit(model := make(), Data())
-        assert make is Net or model.calls == 2
-        trainer.save_checkpoint(path := tmp_path / f"{make.__name__}.ckpt")
-        resumed = make()
-        trainer = make_trainer(tmp_path, callback, SWAPPERS[name](), log, max_epochs=3)
-        trainer.fit(resumed, Data(), ckpt_path=path)
-        loaded = make()
-        make_trainer(tmp_path, lora_with_effect(bias="all")).validate(loaded, Data(), ckpt_path=path, verbose=False)
-        with disable_adapter(model):
-            base = {name: tensor.detach().clone() for name, tensor in seen(model).items()}
-        runs[make] = [weights(model), weights(resumed), weights(loaded), base, torch.tensor(losses)]
-    assert len(runs[Net][-1]) == 3
-    assert_same_tensors(runs[BuiltAnew], runs[Net])

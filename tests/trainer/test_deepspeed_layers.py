@@ -19,16 +19,7 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     LoRAError,
-    adapter_state_dict,
-    adapter_stats,
-    disable_adapter,
     inject,
-    load_adapter,
-    merged,
-    merged_state_dict,
-    summary,
-    take_adapter,
-    unload,
 )
 from support.deepspeed import zero
 from support.processes import world
@@ -167,13 +158,11 @@ CASES = {
     ),
     "convolution, embedding, DoRA": Case({"target_modules": ["body", "embed"], "use_dora": True}, {"body": "conv"}),
     "experts": Case({"target_modules": ["head"], "target_parameters": ["body.stack"]}, {"body": "experts"}),
-    "rows": Case(rows_of("head")),
     "rows of a tied table": Case(rows_of("body"), {"tied": True}),
     "tied weight": Case({"target_modules": ["body", "embed"]}, {"tied": True}),
     "parts": Case({"target_modules": ["head"], "enable_lora": {"head": [True, False, True]}}),
     "LoHa": Case({"variant": "loha", "r": 1}),
     "merge_after_fit": Case({"merge_after_fit": True}),
-    "divided at once": Case({"target_modules": ["body", "head"]}, BUILT),
     "divided at once, injected by the module": Case({"target_modules": ["body", "head"]}, {"builds": "and injects"}),
     "divided at once, PiSSA": Case({"target_modules": ["body", "head"], "init_lora_weights": "pissa"}, BUILT),
     "divided at once, DoRA": Case({"target_modules": ["body"], "use_dora": True, "modules_to_save": ["head"]}, BUILT),
@@ -222,53 +211,3 @@ def test_start_from_inputs_runs_and_one_from_gradients_of_whole_weights_is_refus
     for error in world().run(said, Case({"init_lora_weights": "lora_ga"}), tmp_path):
         assert error.startswith("initialize_from_data: the weight of 'body' is sharded")
         assert "call initialize_from_data before the model is sharded" in error
-
-
-class Asked(Net):
-    """Calls public functions after the first epoch."""
-
-    found: dict[str, Any]
-
-    def on_train_epoch_end(self) -> None:
-        if self.trainer.current_epoch:
-            return
-        described = summary(self)
-        self.found = {"sizes": (described.total, described.trainable, described.adapter_bytes)}
-        self.found["norms"] = [group.norm for group in adapter_stats(self).groups.values()]
-        tokens = torch.arange(TOKENS)[None]
-        with torch.no_grad():
-            self.found["trained"] = self(tokens)
-            with merged(self):
-                self.found["merged"] = self(tokens)
-            with disable_adapter(self):
-                self.found["base"] = self(tokens)
-            adapter = take_adapter(self)
-            for values in adapter_state_dict(self).values():
-                values.zero_()  # of gathered tensors, so that the model keeps its own
-            load_adapter(self, adapter)
-            self.found["loaded"] = self(tokens)
-        self.found["adapter"] = {name: value.clone() for name, value in adapter_state_dict(self).items()}
-        self.found["weights"] = merged_state_dict(self)
-
-
-def asked(path: Path) -> dict[str, Any]:
-    torch.manual_seed(0)
-    model, callback = Asked(), LoRACallback(r=2)
-    trainer = zero(path, callback, stage=3, max_epochs=2)
-    trainer.fit(model, batches(1), batches(2))
-    unload(model)
-    return model.found | {"unloaded": whole_state(model)}
-
-
-def test_public_functions_inside_a_run_tell_of_whole_tensors(tmp_path):
-    for found in world().run(asked, tmp_path):
-        base = Net()
-        assert found["sizes"] == (sum(p.numel() for p in base.parameters()) + 54, 54, 216)
-        torch.testing.assert_close(found["merged"], found["trained"])
-        torch.testing.assert_close(found["loaded"], found["trained"], atol=0, rtol=0)
-        tokens = torch.arange(TOKENS)[None]
-        torch.testing.assert_close(found["base"], base(tokens), atol=0, rtol=0)
-        plain = Net()
-        plain.load_state_dict(found["weights"])
-        torch.testing.assert_close(plain(tokens), found["merged"])
-        assert_same_bits(found["unloaded"], dict(base.state_dict()))

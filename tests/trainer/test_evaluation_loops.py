@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_lora import LoRACallback
-from support.runs import At, Manual, Watched, assert_as_found, base_weights, compare, lora_with_effect
+from support.runs import At, Watched, assert_as_found, base_weights, compare, lora_with_effect
 from support.shortcuts import let_collections_pass_over_what_is_there
 from support.training import Data, Net, SizedData, TwoLoaders, make_trainer
 
@@ -35,15 +34,9 @@ def fitting(data: Callable[[], Data] = Data, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "evaluated"),
     [
-        ({"val_check_interval": 1}, 2 * 3 * 3),
         ({"val_check_interval": 2, "check_val_every_n_epoch": None, "max_epochs": 3}, 4 * 3),
-        ({"limit_val_batches": 1}, 2),
         ({"limit_val_batches": 0}, 0),
-        ({"gradient_clip_val": 0.01}, 2 * 3),
-        ({"check_val_every_n_epoch": 2, "max_epochs": 5}, 2 * 3),
-        ({"overfit_batches": 1}, 2),
         ({"max_steps": 5, "max_epochs": -1, "val_check_interval": 2}, 2 * 3),
-        ({"reload_dataloaders_every_n_epochs": 1}, 2 * 3),
         ({"inference_mode": False, "num_sanity_val_steps": 1}, 1 + 2 * 3),
     ],
     ids=str,
@@ -61,8 +54,7 @@ def test_validation_inside_fit_is_merged_and_equals_the_unmerged_run(tmp_path, o
     assert len([stage for stage, *_ in model.seen if stage == "validation"]) == evaluated
 
 
-@pytest.mark.parametrize("data", [Data, TwoLoaders])
-@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize(("data", "inference_mode"), [(Data, False), (TwoLoaders, True)])
 def test_evaluation_around_fits_equals_the_unmerged_run(tmp_path, data: type[Data], inference_mode: bool):
     def run(path: Path, model: Net, callback: LoRACallback) -> list[float]:
         trainer = make_trainer(path, callback, inference_mode=inference_mode)
@@ -83,38 +75,6 @@ def test_evaluation_around_fits_equals_the_unmerged_run(tmp_path, data: type[Dat
 
 def flat(predictions: Any) -> list[torch.Tensor]:
     return [p for item in predictions for p in flat(item)] if isinstance(predictions, list) else [predictions]
-
-
-def test_manual_optimization_equals_the_unmerged_run(tmp_path):
-    model = compare(tmp_path, fitting(), Manual)
-    assert len([stage for stage, *_ in model.seen if stage == "train"]) == 2 * 2 * 3
-
-
-class Silent(Watched):
-    """Logs nothing, which a bare-bones Trainer asks for."""
-
-    def validation_step(self, batch: Any, batch_idx: int, *args: Any) -> None:
-        self.note("validation", batch)
-
-
-def test_barebones_trainer_equals_the_unmerged_run(tmp_path):
-    def run(path: Path, model: Net, callback: LoRACallback) -> None:
-        trainer = L.Trainer(
-            barebones=True, accelerator="cpu", max_epochs=2, callbacks=[callback], default_root_dir=path
-        )
-        trainer.fit(model, Data())
-        trainer.validate(model, Data(), verbose=False)
-
-    assert len(compare(tmp_path, run, Silent).seen) == 3 * (2 + 2 + 1)
-
-
-def test_one_callback_in_several_trainers_equals_the_unmerged_run(tmp_path):
-    def run(path: Path, model: Net, callback: LoRACallback) -> None:
-        for epochs in (1, 2):
-            make_trainer(path, callback, max_epochs=epochs).fit(model, Data())
-            make_trainer(path, callback).test(model, Data(), verbose=False)
-
-    compare(tmp_path, run)
 
 
 def test_two_trainers_on_one_model_equal_the_unmerged_run(tmp_path):
@@ -143,16 +103,6 @@ def test_two_live_trainers_in_turn_equal_the_unmerged_run(tmp_path):
     compare(tmp_path, run)
 
 
-def test_learning_rate_finder_finds_the_rate_of_the_unmerged_run(tmp_path):
-    def run(path: Path, model: Net, callback: LoRACallback) -> list[float]:
-        finder = LearningRateFinder(num_training_steps=20, attr_name="lr", early_stop_threshold=None)
-        make_trainer(path, callback, finder, max_epochs=2).fit(model, LongData())
-        assert not list(path.rglob(".lr_find*"))
-        return [model.hparams["lr"], *finder.optimal_lr.results["loss"]]
-
-    compare(tmp_path, run, always=False)
-
-
 def test_learning_rate_finder_restores_the_weights_before_the_fit(tmp_path):
     """Its restore loads an adapter checkpoint strictly."""
     model = Watched()
@@ -169,19 +119,14 @@ def test_learning_rate_finder_restores_the_weights_before_the_fit(tmp_path):
     assert_as_found(model, base)
 
 
-# The size finder leaves a validated model in evaluation mode.
-@pytest.mark.filterwarnings("ignore:Found 8 module.s. in eval mode at the start of training")
-@pytest.mark.parametrize("method", ["fit", "test"])
-def test_tuner_finds_the_values_of_the_unmerged_run(tmp_path, method: str):
+def test_tuner_finds_the_values_of_the_unmerged_run(tmp_path):
     def run(path: Path, model: Net, callback: LoRACallback) -> list[float]:
         data = SizedData()
         trainer = make_trainer(path, callback)
-        size = Tuner(trainer).scale_batch_size(model, datamodule=data, max_trials=2, method=method, steps_per_trial=1)
-        rate = None
-        if method == "fit":
-            rate = Tuner(trainer).lr_find(model, datamodule=data, num_training=20, attr_name="lr")
+        size = Tuner(trainer).scale_batch_size(model, datamodule=data, max_trials=2, steps_per_trial=1)
+        rate = Tuner(trainer).lr_find(model, datamodule=data, num_training=20, attr_name="lr")
         make_trainer(path, callback).fit(model, data)
-        return [size, *(rate.results["loss"] if rate else [])]
+        return [size, *rate.results["loss"]]
 
     compare(tmp_path, run, always=False)
 
@@ -209,10 +154,6 @@ def find_rate(trainer: L.Trainer, model: Net, data: Data) -> None:
     Tuner(trainer).lr_find(model, datamodule=data, num_training=3, attr_name="lr", early_stop_threshold=None)
 
 
-def find_size(trainer: L.Trainer, model: Net, data: Data) -> None:
-    Tuner(trainer).scale_batch_size(model, datamodule=data, max_trials=1, steps_per_trial=1)
-
-
 def rate_finder() -> LearningRateFinder:
     return LearningRateFinder(num_training_steps=3, attr_name="lr", early_stop_threshold=None)
 
@@ -221,17 +162,12 @@ def size_finder() -> BatchSizeFinder:
     return BatchSizeFinder(max_trials=1, steps_per_trial=1)
 
 
-BESIDE, BEFORE = [rate_finder, size_finder], [find_rate, find_size]
-
-
-@pytest.mark.parametrize(
-    ("variant", "finder"), [*product(["lora"], [*BESIDE, *BEFORE]), *product(["dora", "loha"], [rate_finder])]
-)
+@pytest.mark.parametrize(("variant", "finder"), [("lora", size_finder), ("dora", rate_finder), ("loha", find_rate)])
 def test_adapters_that_a_finder_trained_and_restored_are_not_taken_for_untrained(tmp_path, variant, finder):
     """The sanity check merges adapters that have had gradients and are as they began: a warning would be an error."""
-    callbacks = [finder()] if finder in BESIDE else []
+    callbacks = [] if finder is find_rate else [finder()]
     trainer = make_trainer(tmp_path, *callbacks, LoRACallback(r=2, variant=variant), num_sanity_val_steps=1)
     model, data = Net(), SizedData()
-    if finder in BEFORE:
+    if finder is find_rate:
         finder(trainer, model, data)
     trainer.fit(model, data)

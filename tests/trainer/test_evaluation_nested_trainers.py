@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRACallback
+from support.covering import covering
 from support.runs import At, Watched, assert_as_found, assert_same_numbers, base_weights, compare, lora_with_effect
 from support.training import Data, Net, assert_same_tensors, make_trainer
 
@@ -35,9 +36,10 @@ def inner_callbacks(kind: str, outer: LoRACallback) -> list[LoRACallback]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["none", "its own", "the same"])
-@pytest.mark.parametrize("before", [True, False], ids=["listed before", "listed after"])
-@pytest.mark.parametrize("hook", TRAINING_HOOKS + VALIDATION_HOOKS)
+@pytest.mark.parametrize(
+    ("before", "kind", "hook"),
+    covering([True, False], ["none", "its own", "the same"], TRAINING_HOOKS + VALIDATION_HOOKS, meet=1),
+)
 def test_inner_validation_of_the_same_model_leaves_the_outer_run_right(tmp_path, hook: str, before: bool, kind: str):
     def run(path: Path, model: Net, callback: LoRACallback) -> None:
         def inner(trainer: Any, pl_module: Any) -> None:
@@ -50,8 +52,10 @@ def test_inner_validation_of_the_same_model_leaves_the_outer_run_right(tmp_path,
     compare(tmp_path, run, always=False)
 
 
-@pytest.mark.parametrize("kind", ["its own", "the same"])
-@pytest.mark.parametrize("hook", [*TRAINING_HOOKS, *VALIDATION_HOOKS])
+@pytest.mark.parametrize(
+    ("kind", "hook"),
+    [("its own", "on_train_batch_start"), ("the same", "on_train_batch_end"), ("the same", "on_validation_batch_end")],
+)
 def test_copy_trained_inside_a_hook_trains_as_one_of_an_unmerged_model(tmp_path, hook: str, kind: str):
     """The copy, taken merged in some hooks, trains as a copy of an unmerged model does."""
     copies = {}
@@ -76,9 +80,10 @@ def test_copy_trained_inside_a_hook_trains_as_one_of_an_unmerged_model(tmp_path,
         assert not torch.equal(merged.head.lora_B, model.head.lora_B)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-@pytest.mark.parametrize("kind", ["its own", "the same"])
-@pytest.mark.parametrize("hook", ["on_test_start", "on_test_batch_start", "on_test_batch_end", "on_test_end"])
+@pytest.mark.parametrize(
+    ("kind", "precision", "hook"),
+    covering(["its own", "the same"], ["32-true", "bf16-true"], ["on_test_start", "on_test_batch_end"], meet=1),
+)
 def test_copy_made_in_inference_mode_tests_as_the_model_does(tmp_path, hook: str, kind: str, precision: str):
     """Its parameters may be written to in inference mode alone."""
     models, options = {}, {"precision": precision}
@@ -100,7 +105,7 @@ def test_copy_made_in_inference_mode_tests_as_the_model_does(tmp_path, hook: str
     assert models[True].seen[0][2] == pytest.approx(models[False].seen[0][2], rel=tolerance)
 
 
-@pytest.mark.parametrize("hook", [*TRAINING_HOOKS, *VALIDATION_HOOKS])
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_end", "on_validation_end"])
 def test_inner_fit_of_the_same_model_leaves_the_outer_run_right(tmp_path, hook: str):
     def run(path: Path, model: Net, callback: LoRACallback) -> None:
         def inner(trainer: Any, pl_module: nn.Module) -> None:
@@ -118,8 +123,7 @@ def test_inner_fit_of_the_same_model_leaves_the_outer_run_right(tmp_path, hook: 
     compare(tmp_path, run, always=False)
 
 
-@pytest.mark.parametrize("stage", ["fit", "test"])
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start", "on_validation_batch_end"])
+@pytest.mark.parametrize(("stage", "hook"), [("test", "on_train_batch_start"), ("fit", "on_validation_batch_end")])
 def test_callback_used_on_another_model_inside_a_hook_serves_both(tmp_path, hook: str, stage: str):
     others: dict[bool, list[Net]] = {}
 
@@ -139,20 +143,3 @@ def test_callback_used_on_another_model_inside_a_hook_serves_both(tmp_path, hook
     for merged, factored in zip(others[True], others[False], strict=True):
         assert_same_numbers(merged.seen, factored.seen)
         assert_same_tensors(dict(merged.state_dict()), dict(factored.state_dict()))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Found . module.s. in eval mode at the start of training")
-def test_dropout_of_a_backbone_in_evaluation_mode_stays_out_of_validation(tmp_path):
-    """A Trainer with the same callback inside a training hook must not leave the outer model's dropout on."""
-
-    def run(path: Path, model: Net, callback: LoRACallback) -> None:
-        def inner(trainer: Any, pl_module: nn.Module) -> None:
-            other = Watched(seed=5)
-            other.body.eval()
-            make_trainer(path / "inner", callback).fit(other, Data())
-
-        model.body.eval()
-        make_trainer(path, callback, At("on_train_batch_start", inner, second_epoch), max_epochs=2).fit(model, Data())
-
-    compare(tmp_path, run, always=False, lora_dropout=0.5)

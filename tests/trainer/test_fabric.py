@@ -20,14 +20,6 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 2))
 
 
-def test_callback_in_fabrics_list_is_an_error_at_setup():
-    fabric, model = fabric_with_callback(), network()
-    optimizer = torch.optim.SGD(model.parameters())
-    for given in ((model,), (model, optimizer)):
-        with pytest.raises(LoRAError, match=r"^LoRACallback: Fabric calls no hook of a Trainer"):
-            fabric.setup(*given)
-
-
 def test_callback_in_fabrics_list_is_an_error_at_the_first_step_after_setup_module():
     """Fabric calls nothing earlier there."""
     fabric, model = fabric_with_callback(), network()

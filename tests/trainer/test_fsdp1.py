@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import math
 import re
 import warnings
@@ -16,9 +15,6 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.precision import FSDPPrecision
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,7 +25,6 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     LoRAError,
-    LoRAMonitor,
     adapter_state_dict,
     disable_adapter,
     inject,
@@ -41,13 +36,10 @@ from lightning_lora import (
     merged_state_dict,
     save_adapter,
     save_merged,
-    summary,
     take_adapter,
     unload,
     unmerge,
 )
-from lightning_lora.command.info import info
-from lightning_lora.distributed.sharding import full_tensor
 from lightning_lora.trainer import fsdp1 as fsdp1_file
 from support.fsdp1 import fsdp1
 from support.processes import world
@@ -193,20 +185,21 @@ def assert_close(found: Run, expected: Run, epochs: int) -> None:
 
 
 CASES = {
-    "one unit": Case(),
-    "a unit for each layer": Case(LAYERS),
-    "SHARD_GRAD_OP, LoRA+": Case({"sharding_strategy": "SHARD_GRAD_OP"}, model="Plus"),
-    "SHARD_GRAD_OP, layers, SGD, a scheduler": Case({"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS, "Scheduled"),
-    "NO_SHARD": Case({"sharding_strategy": "NO_SHARD"}),
-    "CPU offload": Case({"cpu_offload": True} | LAYERS),
-    "modules_to_save, accumulated": Case(
-        lora={"target_modules": ["0", "2"], "modules_to_save": ["4"]}, trainer={"accumulate_grad_batches": 2}
+    "SHARD_GRAD_OP, LoRA+, modules_to_save, accumulated": Case(
+        {"sharding_strategy": "SHARD_GRAD_OP"},
+        "Plus",
+        {"target_modules": ["0", "2"], "modules_to_save": ["4"]},
+        {"accumulate_grad_batches": 2},
     ),
-    "bias, rank pattern, clipped": Case(
-        lora={"bias": "all", "rank_pattern": {"2": 3}}, trainer={"gradient_clip_val": 0.1}
+    "SHARD_GRAD_OP, layers, SGD, a scheduler, DoRA": Case(
+        {"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS, "Scheduled", {"use_dora": True}
     ),
-    "DoRA": Case(lora={"use_dora": True}),
-    "PiSSA": Case(LAYERS, lora={"init_lora_weights": "pissa"}),
+    "NO_SHARD, bias, rank pattern, clipped": Case(
+        {"sharding_strategy": "NO_SHARD"},
+        lora={"bias": "all", "rank_pattern": {"2": 3}},
+        trainer={"gradient_clip_val": 0.1},
+    ),
+    "CPU offload, PiSSA": Case({"cpu_offload": True} | LAYERS, lora={"init_lora_weights": "pissa"}),
     "LoHa": Case(lora={"variant": "loha", "r": 1}),
 }
 
@@ -236,16 +229,12 @@ VARIOUS: dict[str, Any] = {
     "rank_pattern": {"experts": 1},
 }
 OTHERS = {
-    "steps by hand": Case(model="Manual"),
-    "steps by hand, layers": Case(LAYERS, model="Manual"),
+    "steps by hand": Case(LAYERS, model="Manual"),
     "a reference pass": Case(model="Referring"),
-    "a reference pass, layers": Case(LAYERS, model="Referring"),
     "configure_model wraps": Case(model="Wrapping"),
     "recomputed activations": Case(LAYERS | {"activation_checkpointing_policy": {nn.Linear}}),
-    "rows, an LSTM, a convolution, experts": Case(model="Various", lora=VARIOUS),
     "units of several kinds": Case({"auto_wrap_policy": {nn.LSTM, nn.Embedding}}, model="Various", lora=VARIOUS),
     "embedding, DoRA": Case(model="Various", lora={"target_modules": ["table", "net.0", "net.2"], "use_dora": True}),
-    "merged after the fit": Case(lora={"merge_after_fit": True}),
 }
 
 
@@ -269,153 +258,16 @@ def test_fit_and_its_evaluation_equal_one_device(tmp_path, name):
         assert losses == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.slow
-def test_two_ranks_train_and_validate_as_one_device(tmp_path):
-    expected = evaluated_after_fit(Case(), tmp_path, False)
-    for losses in world().run(evaluated_after_fit, Case(), tmp_path, True):
-        assert losses == pytest.approx(expected, abs=1e-6)
-
-
-def under_both(path: Path, lora: dict[str, Any], trainer: dict[str, Any]) -> list[Any]:
-    """The losses and bits of a fit under FSDP1 and under DDP."""
-    found = []
-    for build, options in ((fsdp1, {}), (make_trainer, {"strategy": "ddp", "devices": dist.get_world_size()})):
-        model, callback = Case(lora=lora).build(0)
-        warnings.filterwarnings("ignore", "lightning_lora: the components of net.0")
-        options = {"max_epochs": 2, **trainer, **options}
-        (fit := build(path, callback, **options)).fit(model, *data())
-        state = gathered(fit.model) if build is fsdp1 else dict(model.state_dict())
-        found.append((model.losses, {name: value.clone() for name, value in state.items()}))
-    return found
-
-
-@slow
-@pytest.mark.parametrize(
-    ("lora", "trainer"),
-    [
-        ({}, {"precision": "bf16-true"}),
-        ({"use_dora": True}, {"precision": "bf16-true"}),
-        ({"init_lora_weights": "eva"}, {}),
-    ],
-    ids=str,
-)
-def test_bits_are_those_under_ddp(tmp_path, lora, trainer):
-    if trainer and "convert_module" not in vars(FSDPPrecision):
-        pytest.skip("this Lightning keeps float32 weights for bf16-true")
-    for (losses, state), (expected_losses, expected) in world().run(under_both, tmp_path, lora, trainer):
-        assert losses == expected_losses
-        assert_same_bits(state, expected)
-        assert state["net.0.lora_A"].dtype == torch.float32
-
-
 # --- files ---
 
 
 BASE = sorted(f"net.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias"))
 FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
-CONTENT = {"adapter": FACTORS, "merged": BASE}
-
-
-class Evaluated(Plain):
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
-
-
-def evaluate(path: Path, save: str, source: Path) -> float:
-    torch.manual_seed(9)
-    model, callback = Evaluated(), LoRACallback(r=2, target_modules=TARGETS, save=save)
-    base = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = fsdp1(path, callback)
-    trainer.test(model, data()[1], ckpt_path=source, verbose=False)
-    state = gathered(trainer.model)
-    assert_same_bits({name: state[name] for name in base}, base)
-    return model.losses[-1]
 
 
 def names_in(path: Path) -> list[str]:
     """What the state dict of a checkpoint holds."""
     return sorted(torch.load(path, weights_only=True)["state_dict"])
-
-
-@slow
-@pytest.mark.parametrize("save", CONTENT)
-def test_checkpoint_of_each_kind_is_read_in_every_door(tmp_path, save):
-    case = Case(lora={"save": save})
-    run = world().run(on_ranks, case, tmp_path / "fit", 2)[0]
-    for name in ("all.ckpt", "weights.ckpt"):
-        path = tmp_path / "fit" / name
-        assert names_in(path) == CONTENT[save]
-        assert world().run(evaluate, tmp_path, save, path) == pytest.approx([run.losses[-1]] * 2, abs=1e-6)
-        assert_same_bits(dict(load_from_checkpoint(Plain, path).state_dict()), run.state)
-        assert info(path)["kind"].endswith(f"Lightning checkpoint of kind '{save}'")
-        load_adapter(fresh := Plain(), path)
-        assert_same_bits(dict(fresh.state_dict()), run.state)
-    if save == "merged":  # by a program without this package
-        plain, trainer = Plain(), make_trainer(tmp_path)
-        plain.load_state_dict(torch.load(run.path, weights_only=True)["state_dict"])
-        trainer.validate(plain, loader(seed=6), verbose=False)
-        assert plain.losses[-1] == pytest.approx(run.losses[-1], abs=1e-6)
-    for found in world().run(on_ranks, case, tmp_path / "second", 3, run.path, 5):
-        assert_close(found, alone(case, tmp_path / "alone", 3), 1)
-    assert_close(alone(case, tmp_path / "one", 3, run.path, 5), alone(case, tmp_path / "alone", 3), 1)
-
-
-@slow
-@pytest.mark.parametrize("size", [1, 4])
-def test_run_is_resumed_on_another_number_of_ranks(tmp_path, size):
-    case = Case(LAYERS)
-    expected = alone(case, tmp_path / "alone", 3)
-    first = world().run(on_ranks, case, tmp_path / "first", 2)[0].path
-    for found in world(size).run(on_ranks, case, tmp_path / "second", 3, first, 5):
-        assert_close(found, expected, 1)
-
-
-class Saving(L.Callback):
-    """Saves in every way in the second epoch, inside the merged validation and after it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-        assert is_merged(module)
-        if trainer.current_epoch == 1:
-            trainer.save_checkpoint(self.path / "inside.ckpt")
-
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        if trainer.current_epoch == 1:
-            save_adapter(module, self.path / "adapter")
-            save_merged(trainer.model, self.path / "merged")
-
-
-def saved_in_a_run(path: Path, save: str) -> tuple[list[float], str, State]:
-    case = Case(LAYERS, lora={"save": save})
-    model, callback = case.build(0)
-    best = ModelCheckpoint(path / "best", monitor="val_loss", filename="{epoch}")
-    strategy = {"options": case.strategy, "enable_checkpointing": True}
-    trainer = fsdp1(path, callback, Saving(path), best, max_epochs=2, **strategy)
-    trainer.fit(model, *data())
-    trainer.validate(model, data()[1], verbose=False)
-    trainer.validate(model, data()[1], ckpt_path="best", verbose=False)
-    return model.losses, best.best_model_path, gathered(trainer.model)
-
-
-@slow
-@pytest.mark.parametrize("save", CONTENT)
-def test_what_is_saved_within_a_run_holds_the_base_and_the_adapter(tmp_path, save):
-    losses, best, state = world().run(saved_in_a_run, tmp_path, save)[0]
-    assert losses[-1] == losses[-2] == losses[-3]  # the best is the last
-    assert_same_bits(base_of(state), dict(Plain().state_dict()))
-    for name in ("inside.ckpt", "adapter", best):
-        load_adapter(loaded := Plain(), tmp_path / name)
-        assert_same_bits(dict(loaded.state_dict()), state)
-        if name != "adapter":
-            assert_same_bits(dict(load_from_checkpoint(Plain, tmp_path / name).state_dict()), state)
-    merged = load_file(tmp_path / "merged" / "model.safetensors")
-    assert sorted(merged) == BASE
-    assert_same_bits(merged, {n: v.contiguous() for n, v in merged_state_dict(loaded).items()})
 
 
 class SavingInside(Plain):
@@ -448,7 +300,6 @@ def saved_inside(path: Path, strategy: dict[str, Any], save: str) -> tuple[list[
     ("strategy", "save"),
     [
         ({}, "adapter"),
-        ({}, "merged"),
         ({"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS, "merged"),
         ({"sharding_strategy": "NO_SHARD"}, "merged"),
     ],
@@ -458,7 +309,7 @@ def test_what_is_saved_inside_of_a_step_is_what_is_saved_outside(tmp_path, strat
     names, state = world().run(saved_inside, tmp_path, strategy, save)[0]
     assert names == FACTORS
     assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == len(names)
-    assert names_in(tmp_path / "inside.ckpt") == CONTENT[save]
+    assert names_in(tmp_path / "inside.ckpt") == (BASE if save == "merged" else FACTORS)
     for name in ("inside.ckpt", "adapter"):
         load_adapter(loaded := Plain(), tmp_path / name)
         assert_same_bits(dict(loaded.state_dict()), state)
@@ -466,14 +317,6 @@ def test_what_is_saved_inside_of_a_step_is_what_is_saved_outside(tmp_path, strat
 
 
 # --- weights that are changed inside of a step ---
-
-
-class MergingInStep(Plain):
-    """Compares with the base in a merged validation."""
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        with disable_adapter(self):
-            super().validation_step(batch, batch_idx)
 
 
 class LoadingInStep(Plain):
@@ -491,11 +334,6 @@ class LeavingMerged(Plain):
         return loss
 
 
-class MergingBeforeBackward(Plain):
-    def on_before_backward(self, loss: torch.Tensor) -> None:
-        merge(self)
-
-
 class MergingInForward(Plain):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         self.net[2].register_forward_pre_hook(lambda *args: merge(self))
@@ -509,20 +347,8 @@ class MergingInBackward(Plain):
         return super().training_step(batch, batch_idx)
 
 
-class ChangingBetweenUnits(Plain):
-    """Compares with the base in a merged validation, between forwards of units."""
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        as_merged = self(batch[0])
-        with disable_adapter(self):
-            torch.testing.assert_close(self(batch[0]), Plain()(batch[0]), atol=1e-6, rtol=0)
-        assert torch.equal(self(batch[0]), as_merged)
-
-
 WHOLE_IN_BF16 = {"sharding_strategy": "NO_SHARD", "mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)}
 REFUSED = "the weights of .* cannot be changed while FSDP1 computes with them. Call it between steps, not inside"
-IN_PLACE = "has been modified by an inplace operation"  # torch's words, as on one device
 
 
 def error_inside(path: Path, kind: type[Plain], strategy: dict[str, Any]) -> str:
@@ -538,43 +364,16 @@ def error_inside(path: Path, kind: type[Plain], strategy: dict[str, Any]) -> str
 
 
 @slow
-@pytest.mark.parametrize("strategy", [{}, {"sharding_strategy": "SHARD_GRAD_OP"}, WHOLE_IN_BF16], ids=str)
+@pytest.mark.parametrize("strategy", [{}, WHOLE_IN_BF16], ids=["sharded", "whole in bfloat16"])
 def test_weights_changed_inside_of_a_step_are_an_error(tmp_path, strategy):
     for kind, said in (
-        (MergingInStep, f"^unmerge: {REFUSED}"),
         (LoadingInStep, f"^unmerge: {REFUSED}"),
         (LeavingMerged, f"^merge: {REFUSED}"),
-        (MergingBeforeBackward, IN_PLACE),
         (MergingInForward, f"^merge: {REFUSED}"),
         (MergingInBackward, f"^merge: {REFUSED}"),
     ):
         for error in world().run(error_inside, tmp_path, kind, strategy):
             assert re.search(said, error), kind
-
-
-@slow
-def test_weights_changed_between_forwards_of_units_count_at_once(tmp_path):
-    for kind, said in ((ChangingBetweenUnits, "^$"), (LeavingMerged, IN_PLACE)):
-        for error in world().run(error_inside, tmp_path, kind, LAYERS):
-            assert re.search(said, error), kind
-
-
-def states_merged(path: Path, strategy: dict[str, Any]) -> tuple[State, State]:
-    """The plain model's state in an evaluation, and what save_merged writes."""
-    model, callback = Case().build(0)
-    trainer = fsdp1(path, callback, options=strategy, max_epochs=1)
-    trainer.fit(model, *data())
-    with merged(model):
-        state = merged_state_dict(model)
-    save_merged(model, path / "merged")
-    return state, load_file(path / "merged" / "model.safetensors")
-
-
-@slow
-@pytest.mark.parametrize("strategy", [{}, LAYERS], ids=str)
-def test_merged_state_dict_of_a_merged_model_is_what_save_merged_writes(tmp_path, strategy):
-    for state, written in world().run(states_merged, tmp_path, strategy):
-        assert_same_bits({name: value.contiguous() for name, value in state.items()}, written)
 
 
 # --- faults ---
@@ -592,54 +391,40 @@ class Faulty(Plain):
             flat._local_shard[place.offset_in_shard] = math.nan
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        if self.fault == "nan" and self.trainer.current_epoch == 1:
-            assert not is_merged(self)
-        if self.fault == "exception" and self.trainer.current_epoch == 1:
-            assert is_merged(self)
-            self.breaking = self.net[2].register_forward_hook(lambda *args: 1 / 0)
+        if self.trainer.current_epoch == 1:
+            assert is_merged(self) == (self.fault == "exception")
+            if self.fault == "exception":
+                self.net[2].register_forward_hook(lambda *args: 1 / 0)
         super().validation_step(batch, batch_idx)
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        if self.fault == "in training" and self.trainer.current_epoch == 1:
-            self.breaking = self.net[2].register_forward_hook(lambda *args: 1 / 0)
-        return super().training_step(batch, batch_idx)
 
-
-def broken(path: Path, strategy: dict[str, Any], fault: str) -> tuple[str, list[str], State]:
+def broken(path: Path, strategy: dict[str, Any], fault: str) -> tuple[Faulty, list[str], Any]:
+    """The model after a fit, what was said, and its wrapper."""
+    if strategy.get("sharding_strategy") == "HYBRID_SHARD":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        strategy = strategy | {"device_mesh": mesh}
     torch.manual_seed(0)
     model = Faulty()
     model.fault = fault
-    trainer, said = fsdp1(path, LoRACallback(r=2, target_modules=TARGETS), options=strategy, max_epochs=2), ""
+    trainer = fsdp1(path, LoRACallback(r=2, target_modules=TARGETS), options=strategy, max_epochs=2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
+        with pytest.raises(ZeroDivisionError) if fault == "exception" else contextlib.nullcontext():
             trainer.fit(model, *data())
-        except ZeroDivisionError as error:
-            said = str(error)
-    messages = [str(each.message) for each in caught if str(each.message).startswith("LoRACallback")]
-    if fault == "nan":
-        assert not is_merged(model)
-        return said, messages, base_of(gathered(trainer.model))
+    return model, [text for each in caught if (text := str(each.message)).startswith("LoRACallback")], trainer.model
+
+
+def broken_in_a_forward(path: Path, strategy: dict[str, Any]) -> State:
+    model, messages, _ = broken(path, strategy, "exception")
+    assert len(messages) == (dist.get_rank() == 0)
+    assert all(re.match(f"LoRACallback: the model stays merged: unmerge: {REFUSED}", each) for each in messages)
+    assert is_merged(model)
     save_adapter(model, path / "adapter")
     factors = {name: value.clone() for name, value in adapter_state_dict(model).items()}
-    if strategy == LAYERS:
-        assert not is_merged(model)
-        whole = {name: full_tensor(value) for name, value in model.named_parameters()}
-        assert_same_bits(base_of({name.replace("_fsdp_wrapped_module.", ""): v for name, v in whole.items()}), base())
-        model.breaking.remove()
+    assert_refused(unmerge, model)
+    with pytest.raises((RuntimeError, LoRAError)):  # when Lightning casts the model
         fit_again(model)
-    elif is_merged(model):
-        assert_refused(unmerge, model)
-        with pytest.raises((RuntimeError, LoRAError)):  # when Lightning casts the model
-            fit_again(model)
-    else:
-        assert_refused(merge, model)
-        assert_refused(fit_again, model)
-    return said, messages, factors
-
-
-def base() -> State:
-    return dict(Plain().state_dict())
+    return factors
 
 
 def assert_refused(use: Callable[[Plain], None], model: Plain) -> None:
@@ -652,39 +437,34 @@ def fit_again(model: Plain) -> None:
 
 
 @slow
-@pytest.mark.parametrize("fault", ["exception", "in training"])
-@pytest.mark.parametrize("strategy", [{}, LAYERS, {"sharding_strategy": "SHARD_GRAD_OP"}, WHOLE_IN_BF16], ids=str)
-def test_exception_in_a_forward_ends_the_fit_as_itself_and_leaves_the_adapter_to_save(tmp_path, strategy, fault):
-    stays = fault == "exception" and strategy != LAYERS  # whose wrappers have left their own forwards
-    for rank, (said, messages, factors) in enumerate(world().run(broken, tmp_path, strategy, fault)):
-        assert said == "division by zero"
-        assert len(messages) == (stays and rank == 0)
-        assert all(re.match(f"LoRACallback: the model stays merged: unmerge: {REFUSED}", each) for each in messages)
+@pytest.mark.parametrize("strategy", [{}, WHOLE_IN_BF16], ids=["sharded", "whole in bfloat16"])
+def test_exception_in_a_forward_ends_the_fit_as_itself_and_leaves_the_adapter_to_save(tmp_path, strategy):
+    for factors in world().run(broken_in_a_forward, tmp_path, strategy):
         load_adapter(loaded := Plain(), tmp_path / "adapter")
         assert_same_bits(dict(adapter_state_dict(loaded)), factors)
 
 
-def broken_where_replicated(path: Path) -> tuple[str, list[str], State]:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return broken(path, {"sharding_strategy": "HYBRID_SHARD", "device_mesh": mesh}, "nan")
+def broken_by_a_value(path: Path, strategy: dict[str, Any]) -> tuple[list[str], State]:
+    model, messages, root = broken(path, strategy, "nan")
+    assert not is_merged(model)
+    return messages, base_of(gathered(root))
 
 
 @slow
-@pytest.mark.parametrize("replicated", [False, True])
-def test_slice_of_one_rank_that_is_not_finite_is_evaluated_unmerged_and_leaves_the_base(tmp_path, replicated):
-    if replicated:  # the other two ranks have a slice of their own, which is finite
-        assert "this validation runs unmerged" in world(4).run(broken_where_replicated, tmp_path)[0][1][0]
-        return
-    found = world().run(broken, tmp_path, {}, "nan")
-    assert "this validation runs unmerged: merge: layer 'net.4'" in found[0][1][0]
-    for _, _, state in found:
+@pytest.mark.parametrize("size", [2, 4])
+def test_slice_of_one_rank_that_is_not_finite_is_evaluated_unmerged_and_leaves_the_base(tmp_path, size):
+    """The other ones of four ranks have a slice of their own, which is finite."""
+    strategy = {"sharding_strategy": "HYBRID_SHARD"} if size == 4 else {}
+    found = world(size).run(broken_by_a_value, tmp_path, strategy)
+    assert "this validation runs unmerged: merge: layer 'net.4'" in found[0][0][0]
+    for _, state in found[:2]:
         weight, whole = state["net.4.weight"], Plain().net[4].weight.detach()
         assert weight.isnan().sum() == 1
         state["net.4.weight"] = torch.where(weight.isnan(), whole, weight)
         assert_same_bits(state, dict(Plain().state_dict()))
 
 
-# --- more ranks, logs, gradients ---
+# --- more ranks, gradients ---
 
 
 def hybrid(path: Path, source: Path | None) -> Run:
@@ -702,30 +482,6 @@ def test_replicated_slices_train_save_and_resume_as_one_device(tmp_path):
     for found in world(4).run(hybrid, tmp_path / "second", first[0].path):
         assert_close(found, expected, 1)
     assert_same_bits(dict(load_from_checkpoint(Plain, first[0].path).state_dict()), first[0].state)
-
-
-def logged(path: Path, ranks: bool) -> str:
-    model, callback = Case().build(0)
-    options = {"logger": CSVLogger(path, name="", version=""), "log_every_n_steps": 1, "max_epochs": 2}
-    monitor = LoRAMonitor(every_n_steps=1, plots=False)
-    trainer = (fsdp1 if ranks else make_trainer)(path, callback, monitor, **options)
-    trainer.fit(model, *(data() if ranks else (loader(), loader(seed=6))))
-    return str(summary(model))
-
-
-@slow
-def test_statistics_and_the_summary_are_those_of_one_device(tmp_path):
-    expected = logged(tmp_path / "one", False)
-    for text in world().run(logged, tmp_path / "ranks", True):  # but for the memory of this rank's weights
-        assert text.partition("memory")[0] == expected.partition("memory")[0]
-    files = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("ranks", "one")]
-    tables = [list(csv.DictReader(lines)) for lines in files]
-    assert len(tables[0]) == len(tables[1]) > 6
-    for row, of_one in zip(*tables, strict=True):
-        assert row.keys() == of_one.keys()
-        for name, text in of_one.items():
-            if "seconds" not in name and text:
-                assert float(row[name]) == pytest.approx(float(text), rel=1e-3, abs=1e-6), name
 
 
 class WithHead(Plain):
@@ -796,24 +552,6 @@ def test_gradients_are_means_over_all_ranks_and_count_as_zero_where_one_lacks_th
         assert found["large"] == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
 
 
-def exchanges(path: Path, accumulate: int) -> int:
-    """How often a fit of three batches averages gradients."""
-    counted: list[Any] = []
-    own, fsdp1_file.average_gradients_ = fsdp1_file.average_gradients_, counted.append
-    try:
-        trainer = fsdp1(path, Case().build(0)[1], max_epochs=1, accumulate_grad_batches=accumulate)
-        trainer.fit(Plain(), *data())
-    finally:
-        fsdp1_file.average_gradients_ = own
-    return len(counted)
-
-
-@slow
-def test_gradients_are_averaged_once_for_accumulated_batches(tmp_path):
-    assert world().run(exchanges, tmp_path, 1) == [3, 3]
-    assert world().run(exchanges, tmp_path, 2) == [2, 2]
-
-
 # --- functions on a wrapped model, and what cannot be right ---
 
 
@@ -824,6 +562,11 @@ def used_by_functions(path: Path, strategy: dict[str, Any]) -> None:
     torch.manual_seed(4)
     inject(other := Plain(), LoRAConfig(r=3, target_modules=TARGETS, init_lora_weights=False))
     trainer.save_checkpoint(path / "all.ckpt")
+    with merged(model):
+        state = merged_state_dict(model)
+    save_merged(model, path / "merged")
+    written = load_file(path / "merged" / "model.safetensors")
+    assert_same_bits({name: value.contiguous() for name, value in state.items()}, written)
     before, wrapped = gathered(trainer.model), trainer.model
     with torch.no_grad():
         factored = wrapped(X)
@@ -844,7 +587,7 @@ def used_by_functions(path: Path, strategy: dict[str, Any]) -> None:
 
 
 @slow
-@pytest.mark.parametrize("strategy", [{}, LAYERS, {"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS], ids=str)
+@pytest.mark.parametrize("strategy", [{}, {"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS], ids=["one unit", "layers"])
 def test_functions_take_the_model_and_its_wrapper(tmp_path, strategy):
     world().run(used_by_functions, tmp_path, strategy)
 
@@ -860,102 +603,29 @@ class WeightAveraging(L.Callback):
     """Has the name of Lightning's own, which older versions lack."""
 
 
-class Other(Plain):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net[0].weight.data += 1
-
-
-def error_of(kind: type[Plain], path: Path, lora: dict[str, Any], source: Path | None, callbacks: Any = ()) -> str:
+def error_of(kind: type[Plain], path: Path, lora: dict[str, Any], callbacks: Any) -> str:
     callback = LoRACallback(**{"r": 2, "target_modules": TARGETS} | lora)
     trainer = fsdp1(path, callback, *[each() for each in callbacks], max_epochs=2)
     try:
-        trainer.fit(kind(), *data(), ckpt_path=source)
-        trainer.save_checkpoint(path / "saved.ckpt")
+        trainer.fit(kind(), *data())
     except LoRAError as error:
         return str(error)
     return ""
 
 
-def base_checkpoint(path: Path) -> Path:
-    trainer = make_trainer(path, max_epochs=1)
-    trainer.fit(Other(), loader(), loader(seed=6))
-    trainer.save_checkpoint(path / "base.ckpt")
-    return path / "base.ckpt"
-
-
-def evaluated_on_base(path: Path, source: Path) -> float:
-    model, callback = Case().build(0)
-    fsdp1(path, callback).validate(model, data()[1], ckpt_path=source, verbose=False)
-    return model.losses[-1]
-
-
-def evaluated_on_part(path: Path, source: Path) -> str:
-    with pytest.raises(LoRAError) as refused:
-        evaluated_on_base(path, source)
-    return str(refused.value)
-
-
-@slow
-def test_part_of_a_base_is_an_error(tmp_path):
-    content = torch.load(base := base_checkpoint(tmp_path), weights_only=True)
-    del content["state_dict"]["net.2.bias"]
-    torch.save(content, base)
-    for error in world().run(evaluated_on_part, tmp_path, base):
-        assert "must hold the complete base, the complete adapter or both, but 'net.2.bias' is missing" in error
-
-
-def edited(source: Path, number: int, params: int) -> Path:
-    """A checkpoint of so many optimizers, each with one group of so many parameters."""
-    content = torch.load(source, weights_only=True)
-    for state in content["optimizer_states"]:
-        state["param_groups"][0]["params"] = list(range(params))
-    content["optimizer_states"] *= number
-    torch.save(content, edited := source.with_name(f"{number} of {params}.ckpt"))
-    return edited
-
-
 @slow
 def test_what_cannot_be_right_is_an_error_with_the_remedy(tmp_path):
-    base = base_checkpoint(tmp_path)
-    file = world().run(on_ranks, Case(), tmp_path, 1)[0].path
-    for kind, lora, source, callbacks, said in (
-        (Plain, {"init_lora_weights": "lora_ga"}, None, (), "the weight of 'net.0' is sharded"),
-        (WrappingEarly, {}, None, (), "the weight of the Linear is sharded already; call inject"),
-        (WithHeadOnMeta, HEAD, None, (), "a trained parameter of shape (3, 7) is on the meta device"),
-        (ReferringLate, {}, None, (), "disable_adapter: 'net.0.weight' is trained and sharded, so a forward gathers"),
-        (Unfreezing, {}, None, (), "a weight was unfrozen after FSDP1 had wrapped it. Unfreeze it before fit, or name"),
-        (WithLegacyHook, {}, None, (), "configure_sharded_model wraps layers in FSDP1"),
-        (Plain, {}, None, (WeightAveraging,), "WeightAveraging copies whole weights, and FSDPStrategy has slices"),
-        (Plain, {}, tmp_path / "weights.ckpt", (), "holds weights only, without the optimizer's state"),
-        (
-            Plain,
-            {},
-            edited(file, 2, 12),
-            (),
-            "have groups of [[12], [12]] parameters, and configure_optimizers",
-        ),
-        (
-            Plain,
-            {},
-            edited(file, 1, 11),
-            (),
-            "have groups of [[11]] parameters, and configure_optimizers",
-        ),
-        (Other, {}, tmp_path / "all.ckpt", (), "adapter: belongs to another base"),
-        (Plain, {}, base, (), "the checkpoint at ckpt_path holds no adapter"),
+    for kind, lora, callbacks, said in (
+        (Plain, {"init_lora_weights": "lora_ga"}, (), "the weight of 'net.0' is sharded"),
+        (WrappingEarly, {}, (), "the weight of the Linear is sharded already; call inject"),
+        (WithHeadOnMeta, HEAD, (), "a trained parameter of shape (3, 7) is on the meta device"),
+        (ReferringLate, {}, (), "disable_adapter: 'net.0.weight' is trained and sharded, so a forward gathers"),
+        (Unfreezing, {}, (), "a weight was unfrozen after FSDP1 had wrapped it. Unfreeze it before fit, or name"),
+        (WithLegacyHook, {}, (), "configure_sharded_model wraps layers in FSDP1"),
+        (Plain, {}, (WeightAveraging,), "WeightAveraging copies whole weights, and FSDPStrategy has slices"),
     ):
-        for error in world().run(error_of, kind, tmp_path / "second", lora, source, callbacks):
+        for error in world().run(error_of, kind, tmp_path, lora, callbacks):
             assert said in error
-
-
-@slow
-def test_base_is_loaded_into_slices(tmp_path):
-    base = base_checkpoint(tmp_path)
-    plain = Plain()
-    plain.load_state_dict(torch.load(base, weights_only=True)["state_dict"])
-    make_trainer(tmp_path).validate(plain, loader(seed=6), verbose=False)
-    assert world().run(evaluated_on_base, tmp_path, base) == pytest.approx([plain.losses[-1]] * 2, abs=1e-6)
 
 
 def saved_merged_for_good(path: Path, ranks: bool) -> tuple[State, float]:

@@ -107,15 +107,11 @@ def test_each_logger_is_given_options_and_own_hyperparameters_in_one_call(tmp_pa
 
 
 def test_every_option_is_among_them_as_a_plain_value():
-    found = as_hyperparameters(LoRAConfig(layers_to_transform=[0, 2], target_modules=["q", "v"], lora_alpha=2.5))
-    assert set(of_lora(found)) == set(LoRAConfig.__dataclass_fields__)
+    config = LoRAConfig(layers_to_transform=[0, 2], target_modules=["q", "v"], lora_alpha=2.5)
+    found = as_hyperparameters(config, seed=np.int64(16))
+    assert set(of_lora(found)) == {*LoRAConfig.__dataclass_fields__, "seed"}
     assert {type(value) for value in found.values()} <= {bool, int, float, str, type(None)}
     assert (found["lora/layers_to_transform"], found["lora/lora_alpha"]) == ("0, 2", 2.5)
-
-
-def test_what_the_callback_alone_has_is_a_plain_value_too():
-    found = as_hyperparameters(LoRAConfig(), seed=np.int64(16), quantize="nf4")
-    assert (found["lora/seed"], type(found["lora/seed"]), found["lora/quantize"]) == (16, int, "nf4")
 
 
 def test_csv_logger_writes_them_and_checkpoints_hold_the_modules_own_alone(tmp_path: Path):
@@ -129,31 +125,11 @@ def test_csv_logger_writes_them_and_checkpoints_hold_the_modules_own_alone(tmp_p
     assert saved["hyper_parameters"] == OWN
 
 
-def test_options_of_a_model_that_was_injected_before_are_logged(tmp_path: Path):
-    inject(model := Net(), LoRAConfig(r=3, target_modules=["head"]))
-    make_trainer(tmp_path, LoRACallback(), logger=(logger := Records())).fit(model, Data())
-    assert of_lora(logger.given[0])["r"] == 3
-
-
 def test_a_second_fit_logs_its_own_options(tmp_path: Path):
     logger = Records()
-    model = Net()
+    inject(model := Net(), LoRAConfig(r=3, target_modules=["head"]))
     for save in ("adapter", "full"):
-        make_trainer(tmp_path, LoRACallback(r=2, save=save), logger=logger).fit(model, Data())
+        make_trainer(tmp_path, LoRACallback(save=save), logger=logger).fit(model, Data())
     assert [of_lora(given)["save"] for given in logger.given] == ["adapter", "full"]
+    assert [of_lora(given)["r"] for given in logger.given] == [3, 3]
     assert model.hparams == OWN
-
-
-class Reads(Net):
-    """Reads them at fit start, when the loggers are not given them yet, and in training, when they were."""
-
-    def on_fit_start(self) -> None:
-        self.seen.append(self.hparams_initial.width)
-
-    def on_train_epoch_start(self) -> None:
-        self.seen.append(self.hparams_initial.width)
-
-
-def test_the_modules_hooks_read_their_own_hyperparameters(tmp_path: Path):
-    make_trainer(tmp_path, LoRACallback(r=2), logger=Records()).fit(model := Reads(), Data())
-    assert model.seen == [8, 8]

@@ -12,32 +12,19 @@ from support.other_name import under_pytorch_lightning
 LIVES = {
     "test_callback": [
         "test_adapts_and_trains_layers_wherever_they_are_built",
-        "test_unmatched_targets_are_an_error_once_every_layer_is_there",
         "test_inject_inside_configure_model_is_seen",
-        "test_an_adapter_that_no_optimizer_holds_is_an_error",
-        "test_fit_start_shows_the_summary_once",
-        "test_callback_used_on_two_models_keeps_them_apart",
     ],
     "test_cli": [
         "_no_arguments",
         "test_every_option_from_the_lora_block",
-        "test_every_option_from_a_plain_lightning_cli",
         "test_cli_fits_from_yaml",
-        "test_callback_without_a_list_and_options_is_taken_from_the_command_line",
-    ],
-    "test_monitor": [
-        "test_order_in_the_list_changes_nothing",
-        "test_yaml_has_it_beside_the_lora_block_or_the_callback",
     ],
     "formats/test_lightning_checkpoint": [
         "test_checkpoint_of_each_kind_holds_the_right_tensors_and_is_read",
-        "test_best_is_tested_to_the_number_that_was_logged",
-        "test_the_users_own_checkpoint_hooks_are_called",
         "test_copy_of_the_module_saves_and_loads_by_itself",
     ],
     "trainer/test_cli_optimizer": [
         "test_run_equals_that_of_the_same_optimizer_made_in_configure_optimizers",
-        "test_resumed_run_equals_the_uninterrupted_one",
     ],
     "trainer/test_evaluation_interrupted": [
         "_keeps_ctrl_c",
@@ -48,35 +35,28 @@ LIVES = {
         "test_disable_adapter_and_unload_after_fits_give_a_fresh_model_wherever_its_layers_were_built",
     ],
     "trainer/test_evaluation_loops": [
-        "test_manual_optimization_equals_the_unmerged_run",
-        "test_barebones_trainer_equals_the_unmerged_run",
         "test_two_live_trainers_in_turn_equal_the_unmerged_run",
     ],
     "trainer/test_evaluation": [
         "test_merged_exactly_during_evaluation_batches",
-        "test_merging_does_not_change_the_training",
         "test_layers_built_anew_in_each_stage_are_adapted_anew",
-        "test_the_model_from_before_training_comes_back_exactly",
     ],
     "trainer/test_checkpoint_options": ["test_checkpoint_is_found_however_the_trainer_is_told"],
     "trainer/test_checkpoint_hooks_resume": ["test_run_resumed_with_another_kind_equals_the_uninterrupted_one"],
     "trainer/test_checkpoint_hooks": ["test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run"],
     "test_monitor_statistics": [
         "test_csv_columns_have_the_numbers_of_every_nth_step",
-        "test_training_is_the_same_and_nothing_else_sees_the_statistics",
-        "test_each_of_several_optimizers_logs_the_layers_that_it_holds_once_a_batch",
     ],
     "trainer/test_compatibility_weight_averaging": ["test_validation_sees_the_averaged_adapter"],
 }
-SLOW = {  # they take longest; hooks, resuming and the command line have shorter ones above
-    "test_every_option_from_a_plain_lightning_cli",
+SLOW = {  # they take longest; hooks and stages have shorter ones above
+    "test_cli_fits_from_yaml",
     "test_checkpoint_of_each_kind_holds_the_right_tensors_and_is_read",
-    "test_best_is_tested_to_the_number_that_was_logged",
     "test_run_equals_that_of_the_same_optimizer_made_in_configure_optimizers",
-    "test_resumed_run_equals_the_uninterrupted_one",
     "test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right",
     "test_disable_adapter_and_unload_after_fits_give_a_fresh_model_wherever_its_layers_were_built",
     "test_checkpoint_is_found_however_the_trainer_is_told",
+    "test_run_resumed_with_another_kind_equals_the_uninterrupted_one",
     "test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run",
     "test_validation_sees_the_averaged_adapter",
 }
@@ -95,8 +75,8 @@ def test_what_is_slow_is_among_the_lives():
     assert {name for names in LIVES.values() for name in names} >= SLOW
 
 
-@pytest.mark.parametrize("file", MODULES)
-def test_nothing_of_the_first_name_is_used_in_a_life_here(file: str):
-    owners = {getattr(value, "__module__", "") or "" for value in vars(MODULES[file]).values()}
-    assert not {owner for owner in owners if owner.split(".")[0] in ("lightning", "support")}
-    assert issubclass(vars(MODULES[file])["Net"], pytorch_lightning.LightningModule)
+def test_nothing_of_the_first_name_is_used_in_a_life_here():
+    for module in MODULES.values():
+        owners = {getattr(value, "__module__", "") or "" for value in vars(module).values()}
+        assert not {owner for owner in owners if owner.split(".")[0] in ("lightning", "support")}
+        assert issubclass(vars(module)["Net"], pytorch_lightning.LightningModule)

@@ -31,8 +31,7 @@ class Breaks(Net):
         raise BrokenError
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["whole", "network inside"])
-@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize(("stage", "inside"), [("fit", False), ("fit", True), ("validate", True), ("predict", False)])
 def test_nothing_of_a_run_is_left_after_it(tmp_path: Path, stage: str, inside: bool):
     seen: list[dict[str, Any]] = []
     hook = "on_train_batch_start" if stage == "fit" else f"on_{stage.replace('validate', 'validation')}_batch_end"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import lightning as L
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
-from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, is_merged
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject
 from support.training import assert_same_tensors, make_trainer, own_random_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training")
@@ -30,35 +32,16 @@ def bert() -> nn.Module:
 
 
 BACKBONES = {"gpt2": (gpt2, ["c_attn", "c_fc"]), "bert": (bert, ["query", "dense"])}
-HOOKS = [
-    "on_fit_start",
-    "on_train_start",
-    "on_train_epoch_start",
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-    "on_train_epoch_end",
-    "on_train_end",
-]
-
-
-OUTSIDE = [  # a training batch: dropout acts nowhere, whether gradients are recorded or not
-    hook for hook in HOOKS if hook.endswith(("_start", "_end")) and hook != "on_train_batch_start"
-]
 
 
 class Classifier(L.LightningModule):
     """A backbone in eval mode under a head in training mode; `noise` notes where the backbone is random, and how."""
 
-    def __init__(self, kind: str = "gpt2", *, evaluates: bool = False) -> None:
+    def __init__(self, kind: str = "gpt2") -> None:
         super().__init__()
         with own_random_stream(1):
             self.backbone = BACKBONES[kind][0]().eval()
             self.head = nn.Linear(WIDTH, CLASSES)
-        self.evaluates = evaluates
         self.noise: list[tuple[str, bool, bool]] = []
         self.losses: list[torch.Tensor] = []
 
@@ -71,21 +54,10 @@ class Classifier(L.LightningModule):
         random = not torch.equal(self.features(x), self.features(x))
         self.noise.append((where, torch.is_grad_enabled(), random))
 
-    def own_evaluation(self, where: str) -> None:
-        if self.evaluates:
-            with torch.no_grad():
-                self.look(where)
-            if where in OUTSIDE:
-                with torch.enable_grad():
-                    self.look(where)
-
     def loss(self, batch):
         return nn.functional.cross_entropy(self.head(self.features(batch[0]).mean(1)), batch[1])
 
     def training_step(self, batch, batch_idx):
-        if self.evaluates:
-            self.own_evaluation("training_step")
-            self.look("training_step")
         return self.loss(batch)
 
     def validation_step(self, batch, batch_idx):
@@ -97,22 +69,6 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def evaluate_in(hook: str):
-    def run(self, *args, **kwargs):
-        self.own_evaluation(hook)
-
-    return run
-
-
-class Evaluator(L.Callback):
-    """The same from a callback's hooks, which come before the module's."""
-
-
-for _hook in HOOKS:
-    setattr(Classifier, _hook, evaluate_in(_hook))
-    setattr(Evaluator, _hook, lambda self, trainer, pl_module, *args, _hook=_hook: pl_module.own_evaluation(_hook))
 
 
 def loader() -> DataLoader:
@@ -130,34 +86,7 @@ def fit(path, model: Classifier, *callbacks: L.Callback, epochs: int = 2, **opti
     return trainer
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("merged_eval", [True, False])
-@pytest.mark.parametrize("kind", BACKBONES)
-def test_dropout_acts_in_training_and_never_in_evaluation(tmp_path, kind, merged_eval):
-    model = Classifier(kind, evaluates=True)
-    trainer = fit(tmp_path, model, Evaluator(), lora_dropout=0.5, merged_eval=merged_eval)
-    trainer.test(model, loader(), verbose=False)
-    trained = [random for where, recording, random in model.noise if where == "training_step" and recording]
-    evaluated = {where for where, recording, _ in model.noise if not recording}
-    assert trained == [True] * 4  # each batch
-    assert evaluated == {*HOOKS, "training_step", "validation_step", "test_step"}
-    assert {where for where, _, random in model.noise if random} == {"training_step"}
-    assert not any(random for where, recording, random in model.noise if where == "training_step" and not recording)
-    assert not model.backbone.training
-    assert model.head.training
-    assert not is_merged(model)
-
-
-@pytest.mark.slow
-def test_without_lora_dropout_nothing_is_random_in_an_eval_mode_backbone(tmp_path):
-    """The backbone's own dropout stays off."""
-    model = Classifier(evaluates=True)
-    fit(tmp_path, model, Evaluator())
-    assert not any(random for _, _, random in model.noise)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize(("kind", "dropout"), [("gpt2", 0.0), ("bert", 0.5)])
 def test_adapters_in_an_eval_mode_backbone_train_and_modes_stay(tmp_path, kind, dropout):
     model, before = Classifier(kind), Classifier(kind)
     modes = [module.training for module in model.modules()]
@@ -230,13 +159,20 @@ def test_a_checkpointed_segment_drops_the_same_in_both_of_its_passes(tmp_path, u
         torch.testing.assert_close(results[1][name], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_batch_that_ends_the_epoch_early_leaves_no_dropout_behind(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError, None])
+def test_a_batch_that_is_broken_off_leaves_no_dropout_behind(tmp_path, error):
     class Stopping(Classifier):
         def on_train_batch_start(self, batch, batch_idx):
             return -1 if batch_idx else None
 
+        def training_step(self, batch, batch_idx):
+            if error:
+                raise error
+            return super().training_step(batch, batch_idx)
+
     model = Stopping()
-    fit(tmp_path, model, lora_dropout=0.5)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        fit(tmp_path, model, lora_dropout=0.5)
     x = torch.arange(12).view(2, 6)
     assert torch.equal(model.features(x), model.features(x))
 
@@ -256,29 +192,3 @@ def test_a_trainer_inside_a_hook_leaves_dropout_as_it_was(tmp_path):
     fit(tmp_path, model, Inner(), lora_dropout=0.5)
     assert [random for where, _, random in model.noise if where == "training_step"] == [True] * 4
     assert not any(random for where, _, random in model.noise if where != "training_step")
-
-
-def test_an_exception_in_training_leaves_no_dropout_behind(tmp_path):
-    class Failing(Classifier):
-        def training_step(self, batch, batch_idx):
-            raise RuntimeError("stop")
-
-    model = Failing()
-    with pytest.raises(RuntimeError, match="stop"):
-        fit(tmp_path, model, lora_dropout=0.5)
-    x = torch.arange(12).view(2, 6)
-    assert torch.equal(model.features(x), model.features(x))
-
-
-def test_without_a_trainer_dropout_follows_the_mode():
-    model = Classifier()
-    inject(model, LoRAConfig(r=2, target_modules=["c_attn"], lora_dropout=0.5, init_lora_weights=False))
-    for mode in (True, False):
-        model.backbone.train(mode)
-        for module in model.backbone.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        for recording in (True, False):
-            with torch.set_grad_enabled(recording):
-                model.look("")
-            assert model.noise[-1][2] is mode

@@ -10,11 +10,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lightning_lora import LoRAError, disable_adapter, unload
 from lightning_lora.exchange.take import fingerprint
-from support.lightning_versions import WeightAveraging, averaging
+from support.covering import covering
 from support.runs import BATCHES, lora, trained
 from support.training import (
     BuiltInConfigureModel,
@@ -30,24 +29,6 @@ from support.training import (
 )
 
 # --- first values of what setup and configure_model build ---
-
-
-class BodyInSetup(Net):
-    def prepare(self) -> None:
-        self.build_head()
-
-    def setup(self, stage: str) -> None:
-        if not hasattr(self, "body"):
-            self.build_body()
-
-
-class BodyInConfigureModel(Net):
-    def prepare(self) -> None:
-        self.build_head()
-
-    def configure_model(self) -> None:
-        if not hasattr(self, "body"):
-            self.build_body()
 
 
 class BuiltInBoth(Net):
@@ -73,11 +54,6 @@ class BuiltInSetupByKeyword(Net):
         self.stages = [*getattr(self, "stages", []), stage]
         if not hasattr(self, "head"):
             self.build_head()
-
-
-class BuiltInSetupByAnyName(BuiltInSetupByKeyword):
-    def setup(self, **kwargs: Any) -> None:  # type: ignore[override]
-        super().setup(**kwargs)
 
 
 class FilledInConfigureModel(Net):
@@ -110,10 +86,8 @@ class RefilledInConfigureModel(Net):
 BUILDERS = [
     Net,
     BuiltInSetup,
-    BodyInSetup,
     RebuiltInSetup,
     BuiltInConfigureModel,
-    BodyInConfigureModel,
     BuiltInBoth,
     FilledInConfigureModel,
     RefilledInConfigureModel,
@@ -122,9 +96,8 @@ BIASES = {"body.0.bias", "body.1.bias", "body.3.bias", "head.bias"}
 BUFFERS = {"body.1.running_mean", "body.1.running_var", "body.1.num_batches_tracked"}
 
 
-@pytest.mark.parametrize("model_class", [BuiltInSetupByKeyword, BuiltInSetupByAnyName])
-def test_a_setup_that_takes_stage_by_its_name_gets_it_so(tmp_path, model_class: type[BuiltInSetupByKeyword]):
-    model = model_class()
+def test_a_setup_that_takes_stage_by_its_name_gets_it_so(tmp_path):
+    model = BuiltInSetupByKeyword()
     trainer = make_trainer(tmp_path, lora())
     trainer.fit(model, Data())
     trainer.test(model, Data(), verbose=False)
@@ -132,19 +105,20 @@ def test_a_setup_that_takes_stage_by_its_name_gets_it_so(tmp_path, model_class: 
     assert model.head.lora_B.abs().sum() > 0
 
 
-@pytest.mark.parametrize(
-    ("options", "trains"),
-    [
-        ({"bias": "all", "modules_to_save": ["body.1"]}, {*BIASES, "body.1.weight"}),
-        ({"target_modules": ["0"], "modules_to_save": ["head", "3"]}, {"head.weight", "head.bias", "body.3.weight"}),
-    ],
-    ids=["biases and norm", "head and layer"],
-)
-@pytest.mark.parametrize("builder", BUILDERS)
+TRAINED: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "biases and norm": ({"bias": "all", "modules_to_save": ["body.1"]}, {*BIASES, "body.1.weight"}),
+    "head and layer": (
+        {"target_modules": ["0"], "modules_to_save": ["head", "3"]},
+        {"head.weight", "head.bias", "body.3.weight"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("more", "builder"), covering([*TRAINED], BUILDERS, meet=1))
 def test_disable_adapter_and_unload_after_fits_give_a_fresh_model_wherever_its_layers_were_built(
-    tmp_path, builder: type[Net], options: dict[str, Any], trains: set[str]
+    tmp_path, builder: type[Net], more: str
 ):
-    model, fresh = builder(), Net()
+    model, fresh, (options, trains) = builder(), Net(), TRAINED[more]
     for _ in range(2):  # setup and configure_model are called again in the second run
         trained(tmp_path, model, lora(**options))
     plain, after = weights(fresh), weights(model)
@@ -187,27 +161,13 @@ class HeadAnewInConfigureModel(HeadBuiltAnew):
         self.build_head()
 
 
-class HeadOnce(HeadAnewInConfigureModel):
-    def configure_model(self) -> None:
-        if not hasattr(self, "head"):
-            self.build_head()
-
-
-@pytest.mark.parametrize("builder", [HeadAnewInSetup, HeadAnewInConfigureModel, HeadOnce])
-def test_a_frozen_module_that_is_built_anew_stays_frozen(tmp_path, builder: type[HeadBuiltAnew]):
-    model = builder()
+@pytest.mark.parametrize("builder", [HeadAnewInSetup, HeadAnewInConfigureModel])
+def test_a_module_that_is_built_anew_goes_back_to_its_own_first_values(tmp_path, builder: type[HeadBuiltAnew]):
+    frozen, model = builder(), builder()
     for _ in range(2):
-        trained(tmp_path, model, lora(target_modules=["body.0"]))
-        assert_same_tensors(weights(model.head), model.heads[-1])
-        assert not any(p.requires_grad for p in model.head.parameters())
-    unload(model)
-    assert all(p.requires_grad for p in model.head.parameters())
-
-
-@pytest.mark.parametrize("builder", [HeadAnewInSetup, HeadAnewInConfigureModel, HeadOnce])
-def test_a_trained_module_that_is_built_anew_goes_back_to_its_own_first_values(tmp_path, builder: type[HeadBuiltAnew]):
-    model = builder()
-    for _ in range(2):
+        trained(tmp_path, frozen, lora(target_modules=["body.0"]))
+        assert_same_tensors(weights(frozen.head), frozen.heads[-1])
+        assert not any(p.requires_grad for p in frozen.head.parameters())
         trained(tmp_path, model, lora(target_modules=["body.0"], modules_to_save=["head"]))
         assert not torch.equal(model.head.weight, model.heads[-1]["weight"])
         with disable_adapter(model):
@@ -248,9 +208,10 @@ def put(self: Any, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         pl_module.body.eval()
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_epoch_end"])
-@pytest.mark.parametrize("merged_eval", [True, False])
+@pytest.mark.parametrize(
+    ("merged_eval", "hook", "first"),
+    covering([True, False], ["on_train_epoch_start", "on_train_epoch_end"], [True, False]),
+)
 def test_adapters_of_a_backbone_in_eval_mode_from_epoch_1_on_drop_in_training_batches_alone(
     tmp_path, monkeypatch, merged_eval: bool, hook: str, first: bool
 ):
@@ -267,8 +228,6 @@ def test_adapters_of_a_backbone_in_eval_mode_from_epoch_1_on_drop_in_training_ba
 
 # --- optimizers that hold a part of an adapter ---
 
-FACTORS = ("lora_A", "lora_B")
-
 
 class Holds(Net):
     """Its optimizer has every trainable parameter that `held` names."""
@@ -281,7 +240,7 @@ class Holds(Net):
         )
 
 
-@pytest.mark.parametrize("missing", ["body.0.lora_A", "body.0.lora_B", "head.lora_A", "head.lora_B"])
+@pytest.mark.parametrize("missing", ["body.0.lora_A", "head.lora_B"])
 def test_an_optimizer_that_holds_all_but_one_factor_is_refused_by_the_factors_name(tmp_path, missing: str):
     model = Holds()
     model.held = lambda name: name != missing
@@ -289,113 +248,18 @@ def test_an_optimizer_that_holds_all_but_one_factor_is_refused_by_the_factors_na
         make_trainer(tmp_path, lora()).fit(model, Data())
 
 
-@pytest.mark.parametrize("held", ["lora_A", "lora_B"])
-def test_an_optimizer_that_holds_one_factor_of_each_layer_is_refused_by_the_other_ones_name(tmp_path, held: str):
+def test_an_optimizer_of_one_part_is_refused_with_the_layers_to_exclude(tmp_path):
     model = Holds()
-    model.held = lambda name: name.endswith(held)
-    missing = {"lora_A": "lora_B", "lora_B": "lora_A"}[held]
-    with pytest.raises(LoRAError, match=rf"no optimizer holds the adapter parameter 'body\.0\.{missing}'"):
-        make_trainer(tmp_path, lora()).fit(model, Data())
-
-
-@pytest.mark.parametrize(
-    ("part", "count", "layers"),
-    [("head", "4 of 6", r"\['body\.0', 'body\.3'\]"), ("body", "2 of 6", r"\['head'\]")],
-)
-def test_an_optimizer_of_one_part_is_refused_with_the_layers_to_exclude(tmp_path, part: str, count: str, layers: str):
-    model = Holds()
-    model.held = lambda name: name.startswith(part)
-    message = rf"\({count} are in none\).*exclude_modules={layers}, or name those in target_modules"
+    model.held = lambda name: name.startswith("head")
+    message = r"\(4 of 6 are in none\).*exclude_modules=\['body\.0', 'body\.3'\], or name those in target_modules"
     with pytest.raises(LoRAError, match=message) as caught:
         make_trainer(tmp_path, lora()).fit(model, Data())
     (exclude,) = re.findall(r"exclude_modules=(\[.*?\])", str(caught.value))
     before = weights(model := Holds())
-    model.held = lambda name: name.startswith(part)
+    model.held = lambda name: name.startswith("head")
     callback = lora(target_modules="all-linear", exclude_modules=ast.literal_eval(exclude))
     make_trainer(tmp_path, callback).fit(model, Data())
-    assert model.state_dict().keys() - before.keys() == {
-        f"{layer}.{leaf}" for layer in (["head"] if part == "head" else ["body.0", "body.3"]) for leaf in FACTORS
-    }
-
-
-class WithoutOptimizer(Net):
-    def configure_optimizers(self) -> None:
-        return None
-
-
-def test_a_fit_without_an_optimizer_is_warned_of_by_lightning_alone(tmp_path):
-    model = WithoutOptimizer()
-    with pytest.warns(UserWarning, match="no optimizer") as caught:
-        make_trainer(tmp_path, lora(), enable_checkpointing=True).fit(model, Data())
-    about_optimizers = [str(warning.message) for warning in caught if "ptimizer" in str(warning.message)]
-    assert about_optimizers == [
-        "`LightningModule.configure_optimizers` returned `None`, this fit will run with no optimizer"
-    ]
-    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
-
-
-class TwoOptimizers(Net):
-    """One for each factor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def factors(self, leaf: str = "") -> dict[str, torch.Tensor]:
-        return {name: p for name, p in self.named_parameters() if "lora_" in name and name.endswith(leaf)}
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(self.factors(leaf).values(), lr=0.5) for leaf in ("lora_A", "lora_B")]
-
-    def on_train_start(self) -> None:
-        self.start = {name: p.detach().clone() for name, p in self.factors().items()}
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.manual_backward(super().training_step(batch, batch_idx))
-        for optimizer in self.optimizers():
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def test_two_optimizers_that_hold_one_factor_each_are_let_in_and_train_both(tmp_path):
-    model = TwoOptimizers()
-    make_trainer(tmp_path, lora(init_lora_weights=False)).fit(model, Data())
-    assert len(model.start) == 6
-    assert not any(torch.equal(p, model.start[name]) for name, p in model.factors().items())
-
-
-# --- the copies that weight averaging adds ---
-
-AVERAGING: dict[str, Callable[[], L.Callback]] = {
-    "WeightAveraging": WeightAveraging,
-    "StochasticWeightAveraging": lambda: StochasticWeightAveraging(0.02, swa_epoch_start=1, annealing_epochs=1),
-}
-
-
-def names(value: Any) -> set[str]:
-    """The last part of every key at any depth, without the prefixes that averaging puts in front."""
-    if not isinstance(value, dict):
-        return set()
-    return {str(key).removeprefix("module.") for key in value}.union(*map(names, value.values()))
-
-
-@pytest.mark.parametrize("swapper", averaging(["WeightAveraging"]))
-@pytest.mark.parametrize("kind", ["adapter", "merged"])
-def test_no_frozen_weight_is_in_the_copies_that_weight_averaging_adds_to_a_checkpoint(
-    tmp_path, kind: str, swapper: str
-):
-    model = Net()
-    path = tmp_path / "averaged.ckpt"
-    trainer = make_trainer(tmp_path, lora(save=kind), AVERAGING[swapper](), max_epochs=3)
-    trainer.fit(model, Data(BATCHES))
-    trainer.save_checkpoint(path)
-    checkpoint = torch.load(path, weights_only=True)
-    if kind == "merged":
-        assert checkpoint.pop("state_dict").keys() == Net().state_dict().keys()
-        checkpoint["state_dict"] = checkpoint["lora"]["adapter"]
-    frozen = {name for name, _ in Net().named_parameters()}
-    del checkpoint["lora"]["fingerprint"]  # names are there, too
-    assert not names(checkpoint) & frozen
+    assert model.state_dict().keys() - before.keys() == {"head.lora_A", "head.lora_B"}
 
 
 def test_a_base_that_setup_builds_anew_has_its_own_fingerprint_in_the_next_fit(tmp_path):

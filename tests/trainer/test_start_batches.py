@@ -12,33 +12,38 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, initialize_from_data, inject, load_from_checkpoint
 from support.processes import world
-from support.runs import TARGETS, base_weights, lora, trained
+from support.runs import TARGETS, lora, trained
 from support.sharded import RootSharded, model_parallel, whole_state
-from support.sharded import data as shard_data
 from support.sharded import loader as shard_loader
 from support.sharded import make_trainer as sharded_trainer
 from support.training import BATCH, CLASSES, FEATURES, Data, Net, assert_same_tensors, make_trainer, weights
-
-FROM_DATA = ("eva", "lora_ga")
 
 
 class Seen(Net):
     """Notes the batches that train it, and logs a metric of them."""
 
+    untrained = logged = 0
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.mean = MeanMetric()
+        self.mean, self.losses = MeanMetric(), []
+
+    def log(self, name: str, *args: Any, **options: Any) -> None:
+        self.logged += name == "mean"
+        super().log(name, *args, **options)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
         self.mean.update(loss.detach())
         self.log("mean", self.mean, on_step=False, on_epoch=True)
+        self.untrained += not torch.is_grad_enabled()
         if self.training:
+            self.losses.append(float(loss.detach()))
             self.seen.append((batch[0].clone(), torch.rand(()), random.random(), np.random.rand()))
         return loss
 
@@ -57,9 +62,7 @@ class AtStart(Net):
         self.seen.append(factors(self))
 
 
-@pytest.mark.parametrize(
-    ("start", "batches", "used"), [("eva", 3, 3), ("eva", 18, 16), ("lora_ga", 3, 3), ("lora_ga", 12, 8)]
-)
+@pytest.mark.parametrize(("start", "batches", "used"), [("eva", 3, 3), ("eva", 18, 16), ("lora_ga", 12, 8)])
 def test_factors_are_those_of_the_first_training_batches(tmp_path, start: str, batches: int, used: int):
     make_trainer(tmp_path, lora(init_lora_weights=start)).fit(model := AtStart(), Data(batches=batches))
     inject(plain := Net(), LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights=start))
@@ -69,102 +72,67 @@ def test_factors_are_those_of_the_first_training_batches(tmp_path, start: str, b
         torch.testing.assert_close(model.seen[0][name], value, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("start", FROM_DATA)
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_no_batch_and_no_random_number_is_used_up(tmp_path, shuffle: bool, start: str):
+@pytest.mark.parametrize(
+    ("start", "options"),
+    [
+        ("eva", {}),
+        ("lora_ga", {"num_workers": 0}),
+        pytest.param("eva", {"num_workers": 1, "persistent_workers": True}, marks=pytest.mark.slow),
+    ],
+    ids=["the global stream", "a stream of its own", "workers that stay"],
+)
+def test_no_batch_and_no_random_number_is_used_up(tmp_path, start: str, options: dict[str, Any]):
     models = {}
     for init in (True, start):
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
         model = Seen()
-        trainer = make_trainer(tmp_path, lora(init_lora_weights=init), max_epochs=2)
-        trainer.fit(model, Data(shuffle=shuffle))
+        own = options and {"generator": torch.Generator().manual_seed(5)}
+        loader = DataLoader(Data().loader(1).dataset, batch_size=BATCH, shuffle=True, **options, **own)
+        trainer = make_trainer(tmp_path, lora(init_lora_weights=init))
+        trainer.fit(model, loader, Data().val_dataloader())
         models[init] = model
-        assert trainer.callback_metrics["mean"] == pytest.approx(
-            float(model.mean.compute()) if model.mean.update_called else float(trainer.callback_metrics["mean"])
-        )
-        assert trainer.global_step == 6
+        assert float(trainer.callback_metrics["mean"]) == pytest.approx(sum(model.losses) / 3, rel=1e-5)
+        assert set(trainer.callback_metrics) == {"mean", "val_loss"}
+        assert (len(model.losses), model.logged, trainer.global_step) == (3, 3, 3)
+        assert "log" not in vars(model)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(model, loader, Data().val_dataloader())
     for one, other in zip(models[True].seen, models[start].seen, strict=True):
         assert torch.equal(one[0], other[0])
         assert one[1:] == other[1:]
 
 
-def test_metrics_of_the_first_epoch_are_those_of_its_batches(tmp_path):
-    losses: list[float] = []
-
-    class Kept(Seen):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            loss = super().training_step(batch, batch_idx)
-            losses.extend([float(loss.detach())] if self.training else [])
-            return loss
-
-    trainer = make_trainer(tmp_path, lora(init_lora_weights="eva"))
-    trainer.fit(Kept(), Data())
-    assert float(trainer.callback_metrics["mean"]) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    assert set(trainer.callback_metrics) == {"mean", "val_loss"}
-
-
-@pytest.mark.parametrize("start", FROM_DATA)
 @pytest.mark.parametrize(
-    ("precision", "dtype", "under_autocast"),
-    [("bf16-true", torch.bfloat16, False), ("bf16-mixed", torch.float32, True), ("32-true", torch.float32, False)],
+    ("start", "precision", "dtype", "under_autocast"),
+    [("eva", "bf16-true", torch.bfloat16, False), ("lora_ga", "bf16-mixed", torch.float32, True)],
 )
-def test_batches_before_training_are_run_in_the_precision_of_training(
+def test_batches_before_training_are_run_in_the_precision_of_training_and_go_through_its_hooks(
     tmp_path, precision: Any, dtype: torch.dtype, under_autocast: bool, start: str
 ):
     ran: dict[bool, set[Any]] = {False: set(), True: set()}
 
     class Notes(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            ran[self.training].add((batch[0].dtype, torch.is_autocast_enabled("cpu")))
-            return super().training_step(batch, batch_idx)
-
-    trained(tmp_path, Notes(), lora(init_lora_weights=start), precision=precision)
-    assert ran[False] == ran[True] == {(dtype, under_autocast)}  # in eval mode before training
-
-
-@pytest.mark.parametrize("start", FROM_DATA)
-def test_batches_before_training_go_through_the_hook_before_their_transfer(tmp_path, start: str):
-    class Changes(Net):
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return [batch[0] + 100, batch[1]]
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            self.seen.append((self.training, bool((batch[0] > 50).all())))
+            assert (batch[0] > 50).all()
+            ran[self.training].add((batch[0].dtype, torch.is_autocast_enabled("cpu")))
             return super().training_step(batch, batch_idx)
 
-    trainer = make_trainer(tmp_path, lora(init_lora_weights=start))
-    trainer.fit(model := Changes(), Data().train_dataloader(), Data().val_dataloader())
-    assert set(model.seen) == {(False, True), (True, True)}
-
-
-def generator_loader(batches: int = 3, **options: Any) -> DataLoader[Any]:
-    data = next(iter(Data(batches).loader(1).__class__(Data(batches).loader(1).dataset, batch_size=BATCH * batches)))
-    return DataLoader(TensorDataset(*data), batch_size=BATCH, **options)
+    trainer = make_trainer(tmp_path, lora(init_lora_weights=start), precision=precision)
+    trainer.fit(Notes(), Data().train_dataloader(), Data().val_dataloader())
+    assert ran[False] == ran[True] == {(dtype, under_autocast)}  # in eval mode before training
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("persistent", [False, True])
-def test_loader_with_a_generator_or_workers_goes_on_as_it_would(tmp_path, persistent: bool):
-    seen = {}
-    for init in (True, "eva"):
-        torch.manual_seed(0)
-        workers: dict[str, Any] = {"num_workers": 1, "persistent_workers": True} if persistent else {}
-        loader = generator_loader(shuffle=True, generator=torch.Generator().manual_seed(5), **workers)
-        model = Seen()
-        make_trainer(tmp_path, lora(init_lora_weights=init), max_epochs=2).fit(model, loader, Data().val_dataloader())
-        seen[init] = [batch for batch, *_ in model.seen]
-    assert len(seen["eva"]) == 6
-    assert all(torch.equal(one, other) for one, other in zip(seen[True], seen["eva"], strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("start", FROM_DATA)
-def test_resumed_run_keeps_its_factors_and_equals_the_uninterrupted_one(tmp_path, start: str):
+@pytest.mark.parametrize(("start", "kind"), [("eva", "adapter"), ("lora_ga", "merged")])
+def test_resumed_run_keeps_its_factors_and_equals_the_uninterrupted_one(tmp_path, start: str, kind: str):
     whole = trained(tmp_path / "a", Net(), lora(init_lora_weights=start), max_epochs=3)
     torch.manual_seed(0)
-    first = make_trainer(tmp_path / "b", lora(init_lora_weights=start), max_epochs=2)
+    first = make_trainer(tmp_path / "b", lora(init_lora_weights=start, save=kind), max_epochs=2)
     first.fit(Net(), Data())
     first.save_checkpoint(tmp_path / "half.ckpt")
     resumed = Net()
@@ -174,19 +142,6 @@ def test_resumed_run_keeps_its_factors_and_equals_the_uninterrupted_one(tmp_path
     assert_same_tensors(weights(resumed), weights(whole))
     loaded = load_from_checkpoint(Net, tmp_path / "half.ckpt")
     assert_same_tensors(weights(loaded), weights(first.lightning_module))
-
-
-@pytest.mark.parametrize("start", FROM_DATA)
-@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
-def test_every_kind_of_checkpoint_loads(tmp_path, kind: str, start: str):
-    trainer = make_trainer(tmp_path, lora(init_lora_weights=start, save=kind))
-    model = Net()
-    before = base_weights(model)
-    trainer.fit(model, Data())
-    assert_same_tensors({n: v for n, v in base_weights(model).items() if n in before}, before)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    loaded = load_from_checkpoint(Net, tmp_path / "a.ckpt")
-    assert_same_tensors(weights(loaded), weights(model))
 
 
 class ByHand(Net):
@@ -231,8 +186,7 @@ class TrainsByHand(Net):
         self.optimizers().step()
 
 
-@pytest.mark.parametrize("start", FROM_DATA)
-@pytest.mark.parametrize("adopts", [True, False])
+@pytest.mark.parametrize(("start", "adopts"), [("eva", True), ("lora_ga", False)])
 def test_the_remedy_works_where_batches_would_be_used_up(tmp_path, start: str, adopts: bool):
     """A fit goes on from what initialize_from_data found, and does not ask for data again."""
     model = TrainsByHand()
@@ -246,38 +200,6 @@ def test_the_remedy_works_where_batches_would_be_used_up(tmp_path, start: str, a
     found = factors(model)
     make_trainer(tmp_path, LoRACallback() if adopts else LoRACallback(config)).fit(model, Data())
     assert_same_tensors(model.began, found)
-
-
-def test_what_a_user_started_from_other_data_is_kept(tmp_path):
-    model = AtStart()
-    inject(model, LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights="eva"))
-    initialize_from_data(model, [torch.randn(64, FEATURES)] * 2)
-    found = factors(model)
-    make_trainer(tmp_path, LoRACallback()).fit(model, Data())
-    assert_same_tensors(model.seen[0], found)
-
-
-class Counts(Net):
-    """Counts what it logs in training, and forwards without gradients."""
-
-    logged = untrained = 0
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.untrained += not torch.is_grad_enabled()
-        loss = super().training_step(batch, batch_idx)
-        self.log("loss", loss, on_step=True)
-        return loss
-
-    def log(self, name: str, *args: Any, **options: Any) -> None:
-        self.logged += name == "loss"
-        super().log(name, *args, **options)
-
-
-def test_nothing_is_logged_while_the_data_are_read(tmp_path):
-    model = Counts()
-    make_trainer(tmp_path, lora(init_lora_weights="eva")).fit(model, Data())
-    assert (model.untrained, model.logged) == (3, 3)
-    assert "log" not in vars(model)
 
 
 def test_resumed_run_whose_adapter_is_still_zero_is_not_started_anew(tmp_path):
@@ -297,10 +219,7 @@ class Endless(IterableDataset[Any]):
 
 
 def test_endless_data_is_read_as_far_as_an_epoch_goes(tmp_path):
-    class Both(Seen, Counts):
-        pass
-
-    model = Both()
+    model = Seen()
     trainer = make_trainer(tmp_path, lora(init_lora_weights="eva"), limit_train_batches=4)
     trainer.fit(model, DataLoader(Endless(), batch_size=BATCH), Data().val_dataloader())
     expected = iter(DataLoader(Endless(), batch_size=BATCH))
@@ -359,16 +278,5 @@ def start_on_uneven_ranks(start: str) -> None:
     assert_same_tensors(*found)
 
 
-@pytest.mark.parametrize("start", FROM_DATA)
-def test_batches_end_on_every_rank_where_one_has_no_more(start: str):
-    world(2).run(start_on_uneven_ranks, start)
-
-
-def start_from_sharded(path: Path) -> None:
-    trainer = model_parallel(path, lora(init_lora_weights="lora_ga", target_modules="all-linear"), max_epochs=1)
-    with pytest.raises(LoRAError, match=r"the weight of '.*' is sharded"):
-        trainer.fit(RootSharded(), *shard_data())
-
-
-def test_gradients_of_sharded_weights_are_refused(tmp_path):
-    world(2).run(start_from_sharded, tmp_path)
+def test_batches_end_on_every_rank_where_one_has_no_more():
+    world(2).run(start_on_uneven_ranks, "lora_ga")

@@ -19,10 +19,8 @@ from support.sharded_adapters import assert_same_bits, lora
 
 pytestmark = pytest.mark.usefixtures("devices_of_ranks")
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
     "unused parameters": {"find_unused_parameters": True},
-    "static graph": {"static_graph": True},
-    "bucket views": {"gradient_as_bucket_view": True},
+    "static graph, bucket views": {"static_graph": True, "gradient_as_bucket_view": True},
 }
 
 
@@ -82,23 +80,18 @@ class Counting(Plain):
         return allreduce_hook(dist.group.WORLD, bucket)
 
 
-def counted(path: Path, adapted: bool) -> tuple[int, int]:
-    """Bytes of gradients that a step sends, and of all that is trainable."""
+def counted(path: Path) -> tuple[int, int]:
+    """Bytes of gradients that a step sends, and of the adapters."""
     model = Counting()
     strategy = DDPStrategy(process_group_backend=BACKEND)
-    callbacks = [lora()] if adapted else []
-    trainer = make_trainer(path, *callbacks, devices=dist.get_world_size(), strategy=strategy, max_steps=1)
+    trainer = make_trainer(path, lora(), devices=dist.get_world_size(), strategy=strategy, max_steps=1)
     trainer.fit(model, *data())
-    everything = sum(parameter.nbytes for name, parameter in model.named_parameters())
-    factors = sum(parameter.nbytes for name, parameter in model.named_parameters() if "lora_" in name)
-    return model.sent, factors if adapted else everything
+    return model.sent, sum(parameter.nbytes for name, parameter in model.named_parameters() if "lora_" in name)
 
 
-@pytest.mark.parametrize("adapted", [True, False])
-def test_a_step_sends_the_gradients_of_the_adapters(tmp_path, adapted):
-    for sent, expected in world().run(counted, tmp_path, adapted):
-        print("bytes a step:", sent)
-        assert sent == expected
+def test_a_step_sends_the_gradients_of_the_adapters(tmp_path):
+    for sent, factors in world().run(counted, tmp_path):
+        assert sent == factors > 0
 
 
 # --- what one process alone has done before the fit ---

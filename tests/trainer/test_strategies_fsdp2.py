@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -54,23 +49,6 @@ from support.sharded_adapters import LINEAR, adapters, assert_same_bits, injecte
 
 FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
 CONFIG = LoRAConfig(r=2, target_modules=TARGETS)
-
-Alone = Callable[[str], tuple[list[float], dict[str, torch.Tensor]]]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
-    """The same training on one device: losses and final state, by the part of the module that is injected."""
-
-    @functools.cache
-    def trained(part: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-        torch.manual_seed(0)
-        model = Plain()
-        inject(model.get_submodule(part), CONFIG)
-        make_trainer(tmp_path_factory.mktemp("alone"), lora()).fit(model, loader(), loader(seed=6))
-        return model.losses, whole_state(model)
-
-    return trained
 
 
 # --- where the layers come from ---
@@ -122,31 +100,29 @@ class OnMetaByLightning(InjectsItself):
             return network()
 
 
-def fit(path: Path, kind: type[Sharded], options: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    torch.manual_seed(dist.get_rank() if kind in (Sharded, RootSharded) else 0)
+def fit(path: Path, kind: type[Sharded]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    torch.manual_seed(dist.get_rank() if kind is RootSharded else 0)
     model = kind()
-    model_parallel(path, lora(**options)).fit(model, *data())
+    model_parallel(path, lora()).fit(model, *data())
     assert not is_merged(model)
     return model.losses, whole_state(model.to(DEVICE))  # Lightning leaves the shards on the CPU
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("devices_of_ranks")
-@pytest.mark.parametrize("kind", [Sharded, RootSharded, InjectsItself, InjectsAPart, OnMeta])
-def test_training_equals_that_on_one_device(tmp_path, alone, kind):
-    expected_losses, expected = alone(getattr(kind, "part", ""))
-    for losses, state in world().run(fit, tmp_path, kind, {}):
-        assert losses == pytest.approx(expected_losses, rel=1e-5)
+@pytest.mark.parametrize("kind", [RootSharded, InjectsAPart, OnMeta])
+def test_training_equals_that_on_one_device(tmp_path, kind):
+    torch.manual_seed(0)
+    alone = Plain()
+    inject(alone.get_submodule(getattr(kind, "part", "")), CONFIG)
+    make_trainer(tmp_path, lora()).fit(alone, loader(), loader(seed=6))
+    expected = whole_state(alone)
+    for losses, state in world().run(fit, tmp_path, kind):
+        assert losses == pytest.approx(alone.losses, rel=1e-5)
         assert state.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
         assert_same_bits(base_of(state), base_of(expected))
-
-
-@pytest.mark.slow
-def test_merged_and_unmerged_evaluation_agree(tmp_path, alone):
-    losses = world().run(fit, tmp_path, Sharded, {"merged_eval": False})[0][0]
-    assert losses == pytest.approx(alone("")[0], rel=1e-5)
 
 
 def materialised(path: Path) -> dict[str, torch.Tensor]:
@@ -194,41 +170,6 @@ def test_layers_sharded_before_injection_are_refused(tmp_path):
     message = world().run(too_late, tmp_path)[0]
     assert "'net.0'" in message
     assert "before fully_shard" in message
-
-
-# --- evaluation without fit, and with it ---
-
-
-class Watched(Sharded):
-    options = {"reshard_after_forward": False}  # noqa: RUF012  (weights stay gathered after a forward)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.seen.add(is_merged(self))
-        super().validation_step(batch, batch_idx)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-
-def stages(path: Path) -> None:
-    model = Watched()
-    before = base_of(whole_state(model))
-    callback = lora(init_lora_weights=False)
-    for stage in ("validate", "fit", "test", "fit"):
-        model.seen = set()
-        trainer = model_parallel(path, callback)
-        if stage == "fit":
-            trainer.fit(model.train(), *data())
-        else:
-            getattr(trainer, stage)(model, data()[1], verbose=False)
-        assert model.seen == {True}
-        assert not is_merged(model)
-        assert_same_bits(base_of(whole_state(model)), before)
-
-
-@pytest.mark.slow
-def test_every_stage_evaluates_merged_and_leaves_the_base(tmp_path):
-    world().run(stages, tmp_path)
 
 
 # --- views, files, refusals ---
@@ -279,20 +220,6 @@ def refusals() -> None:
         with pytest.raises(LoRAError, match=rf"{verb.__name__}: FSDPSequential was sharded by fully_shard"):
             verb(net)
     assert_same_bits(whole_state(net), before)
-    for copier in (copy.deepcopy, pickle.dumps):
-        messages = []
-        for module in (shard_(network())[0], net[0]):
-            with pytest.raises(Exception) as caught:  # noqa: PT011
-                copier(module)
-            messages.append((type(caught.value), str(caught.value).replace("LoRA", "")))
-        assert messages[0] == messages[1]  # torch's own answer
-
-
-def test_sharded_model_refuses_what_it_cannot_do():
-    world().run(refusals)
-
-
-def merge_of_a_part() -> None:
     model = nn.Sequential(injected(), nn.Linear(3, 3))
     fully_shard(model)
     before = whole_state(model)
@@ -306,5 +233,5 @@ def merge_of_a_part() -> None:
     assert_same_bits(whole_state(model), before)
 
 
-def test_merging_a_part_whose_weights_the_root_gathered_is_refused():
-    world().run(merge_of_a_part)
+def test_sharded_model_refuses_what_it_cannot_do():
+    world().run(refusals)

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_lora import LoRACallback, LoRAError, disable_adapter
 from support.processes import BACKEND, world
-from support.sharded import Plain, RootSharded, Sharded, data, loader, make_trainer, model_parallel, whole, whole_state
+from support.sharded import Plain, Sharded, data, loader, make_trainer, model_parallel, whole, whole_state
 from support.sharded_adapters import assert_same_bits
 from support.training import seen
 
@@ -55,7 +55,7 @@ def fit(path: Path, kind: type[Plain]) -> tuple[list[float], dict[str, torch.Ten
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Sharded, RootSharded, Plain], ids=["fsdp2", "fsdp2, root only", "ddp"])
+@pytest.mark.parametrize("kind", [Sharded, Plain], ids=["fsdp2", "ddp"])
 def test_trained_and_frozen_parameters_side_by_side_equal_one_device(tmp_path, kind):
     alone = Plain()
     initial = whole_state(alone)
