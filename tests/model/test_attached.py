@@ -91,27 +91,22 @@ def test_it_is_no_parameter_no_buffer_and_in_no_state_dict():
     assert "beside=['one', 'two']" in repr(model)
 
 
-def test_names_and_weights_are_in_the_order_of_names():
-    model = net()
-    assert attached(model) == {}
-    attach(model, other(2), name="z", weight=2)
-    attach(model, other(1), name="a")
-    assert list(attached(model).items()) == [("a", 1.0), ("z", 2.0)]
-
-
-def test_another_order_of_attaching_gives_the_same_bits():
+def test_another_order_of_attaching_gives_the_same_names_and_bits():
     one, two = filled(), filled()
     for model, names in ((one, "ab"), (two, "ba")):
+        assert attached(model) == {}
         for name in names:
-            attach(model, other(ord(name)), name=name)
+            attach(model, other(ord(name)), name=name, weight=2 if name == "b" else 1)
+    assert [*attached(one).items()] == [*attached(two).items()] == [("a", 1.0), ("b", 2.0)]
     assert torch.equal(one(X), two(X))
     merge(one)
     merge(two)
     assert weight_bits(one) == weight_bits(two)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: torch_saved(m)])
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    ("copied", "alone"), [(copy.deepcopy, False), (lambda model: pickle.loads(pickle.dumps(model)), True)]
+)
 def test_copies_have_their_own(copied: Callable[[Any], Any], alone: bool):
     model = with_two(net() if alone else filled())
     again = copied(model)
@@ -122,13 +117,6 @@ def test_copies_have_their_own(copied: Callable[[Any], Any], alone: bool):
     detach(again, "one")
     detach(again, "two")
     assert torch.equal(again(X), (net() if alone else filled())(X))
-
-
-def torch_saved(model: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def test_a_cast_rounds_none_of_it_and_a_move_without_values_leaves_it():
@@ -155,22 +143,6 @@ def test_dropout_is_of_the_trained_adapter_alone():
     assert torch.equal(model(X), model(X))
 
 
-@pytest.mark.slow
-def test_a_new_weight_compiles_nothing_anew():
-    model, graphs = with_two(filled()), 0
-
-    def count(graph: Any, inputs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return graph.forward
-
-    compiled = torch.compile(model, backend=count, fullgraph=True)
-    for weight in (1.0, 0.3, 0.0, -2.0):
-        set_weight(model, weight, "one")
-        assert torch.equal(compiled(X), model(X))
-    assert graphs == 1
-
-
 # --- strength ---
 
 
@@ -193,14 +165,12 @@ def test_set_weight_is_exact_and_takes_several():
     [
         (lambda m: set_weight(m, 0.5, "on"), "no adapter 'on' is attached.*'one'"),
         (lambda m: detach(m, "three"), "no adapter 'three' is attached"),
-        (lambda m: scaled(m, 0.5, "three").__enter__(), "no adapter 'three' is attached"),
         (lambda m: scaled(m, {"one": 1, "three": 1}).__enter__(), "no adapter 'three' is attached"),
         (lambda m: set_weight(m, 0.5), "set_weight: changes attached adapters.*scaled"),
-        (lambda m: set_weight(m, 0.5, ""), "set_weight: changes attached adapters.*'one'"),
-        (lambda m: set_weight(m, float("nan"), "one"), "a weight must be a finite number, but it is nan"),
-        (lambda m: set_weight(m, True, "one"), "a weight must be a finite number, but it is True"),
-        (lambda m: scaled(m, "much").__enter__(), "a weight must be a finite number, but it is 'much'"),
+        (lambda m: set_weight(m, float("nan"), "one"), "a weight must be a finite number"),
+        (lambda m: scaled(m, "much").__enter__(), "a weight must be a finite number"),
         (lambda m: attach(m, other(1), name="one"), "'one' is attached already; call detach"),
+        (lambda m: detach(net(), "one"), "Sequential was not injected"),
     ],
 )
 def test_wrong_calls_change_nothing(call: Callable[[Any], Any], message: str):
@@ -210,12 +180,6 @@ def test_wrong_calls_change_nothing(call: Callable[[Any], Any], message: str):
         call(model)
     assert torch.equal(model(X), before)
     assert attached(model) == {"one": 0.5, "two": 1.0}
-
-
-@pytest.mark.parametrize("verb", [detach, set_weight, scaled])
-def test_a_plain_model_has_none(verb: Any):
-    with pytest.raises(LoRAError, match=f"{verb.__name__}: Sequential was not injected"), verb(net(), "one"):
-        pass
 
 
 def test_scaled_acts_inside_in_every_form_and_is_over_after():
@@ -273,13 +237,9 @@ class Headed(nn.Module):
         return result
 
 
-HEADS: list[dict[str, Any]] = [{"modules_to_save": ["head"]}, {"bias": "all"}, {"modules_to_save": ["norm"]}]
-
-
-@pytest.mark.parametrize("options", HEADS)
-def test_off_puts_initial_heads_biases_and_statistics_in_place(tmp_path: Path, options: dict[str, Any]):
+def test_off_puts_initial_heads_biases_and_statistics_in_place(tmp_path: Path):
     plain = Headed().eval()
-    model = filled(model=Headed(), target_modules=["body"], **options)
+    model = filled(model=Headed(), target_modules=["body"], modules_to_save=["head", "norm"], bias="all")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(X).square().sum().backward()
     optimizer.step()
@@ -451,23 +411,18 @@ def test_unload_takes_the_trained_one_out_and_leaves_the_others():
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(LoRAError, match="was not injected"):
         unload(model)
-    assert torch.equal(with_trained(model)(X), with_two(filled())(X))
+    assert torch.equal(filled(model=model)(X), with_two(filled())(X))
 
 
-def with_trained(model: nn.Module) -> Any:
-    return filled(model=model)
-
-
-@pytest.mark.parametrize("target", [["0"], ["0", "2"]])
-def test_inject_and_load_adapter_come_before_or_after(target: list[str]):
-    first = filled(model=with_two(net()), target_modules=target)
-    last = with_two(filled(target_modules=target))
+def test_inject_and_load_adapter_come_before_or_after():
+    first = filled(model=with_two(net()), target_modules=["0"])
+    last = with_two(filled(target_modules=["0"]))
     assert torch.equal(first(X), last(X))
     assert [n for n, p in first.named_parameters() if p.requires_grad] == [
         n for n, p in last.named_parameters() if p.requires_grad
     ]
     loaded = with_two(net())
-    assert load_adapter(loaded, take_adapter(last)) == target
+    assert load_adapter(loaded, take_adapter(last)) == ["0"]
     assert torch.equal(loaded(X), last(X))
     assert load_adapter(loaded, other(7, 5)) == ["0", "2"]
     assert attached(loaded) == {"one": 0.5, "two": 1.0}
@@ -475,24 +430,15 @@ def test_inject_and_load_adapter_come_before_or_after(target: list[str]):
     assert torch.equal(loaded(X), expected(X))
 
 
-def test_a_refused_injection_leaves_what_is_attached():
-    model = with_two(net())
-    before = model(X)
-    with pytest.raises(LoRAError, match="target_modules"):
-        inject(model, LoRAConfig(target_modules=["nothing"]))
-    with pytest.raises(LoRAError):
-        load_adapter(model, take_adapter(filled(model=Headed(), target_modules=["body"])))
-    assert attached(model) == {"one": 0.5, "two": 1.0}
-    assert torch.equal(model(X), before)
-    inject(model, LoRAConfig())
-
-
-def test_an_injection_that_is_broken_off_leaves_what_is_attached(monkeypatch: pytest.MonkeyPatch):
+def test_an_injection_that_is_refused_or_broken_off_leaves_what_is_attached(monkeypatch: pytest.MonkeyPatch):
     def break_off(*args: Any) -> None:
         raise KeyboardInterrupt
 
     model = with_two(net())
     before = model(X)
+    with pytest.raises(LoRAError):
+        load_adapter(model, take_adapter(filled(model=Headed(), target_modules=["body"])))
+    assert attached(model) == {"one": 0.5, "two": 1.0}
     monkeypatch.setattr("lightning_lora.model.inject._create_tensors", break_off)
     with pytest.raises(KeyboardInterrupt):
         inject(model, LoRAConfig())
@@ -596,9 +542,7 @@ def test_a_state_dict_says_what_it_lacks_also_after_a_file():
     file.seek(0)
     state = torch.load(file, weights_only=True)
     for strict in (True, False):
-        with pytest.raises(
-            LoRAError, match=r"'one', 'two' are not attached here. Call attach\(model, source, name='one'"
-        ):
+        with pytest.raises(LoRAError, match=r"'one', 'two' are not attached.*attach\(model, source, name='one'"):
             filled().load_state_dict(state, strict=strict)
     outer = nn.ModuleDict({"net": filled()})
     with pytest.raises(LoRAError, match="'one', 'two'"):

@@ -72,10 +72,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(TOKENS).logits.float()
 
 
-every_kind = pytest.mark.parametrize("kind", ["nf4", "int8", "torchao"])
-
-
-@every_kind
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_peft_reads_our_folder_on_the_same_base_with_equal_outputs(tmp_path, folder, kind):
     model = load(folder, kind)
     inject(model, LoRAConfig(r=4, lora_alpha=16))
@@ -87,7 +84,7 @@ def test_peft_reads_our_folder_on_the_same_base_with_equal_outputs(tmp_path, fol
         assert float((logits(model) - logits(theirs)).norm()) > 1e-2
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["nf4", "torchao"])
 def test_we_read_the_folder_of_peft_on_the_same_base_with_equal_outputs_and_gradients(tmp_path, folder, kind):
     options = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     theirs = peft.get_peft_model(load(folder, kind), options)
@@ -103,8 +100,7 @@ def test_we_read_the_folder_of_peft_on_the_same_base_with_equal_outputs_and_grad
     torch.testing.assert_close(found.lora_B.grad, expected.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-4)
 
 
-@every_kind
-@pytest.mark.parametrize("stored", ["on the way", "in files"])
+@pytest.mark.parametrize(("kind", "stored"), [("nf4", "in files"), ("int8", "on the way"), ("torchao", "on the way")])
 def test_save_merged_writes_a_plain_folder_for_from_pretrained(tmp_path, folder, kind, stored, caplog):
     model = load(folder, kind, torch.bfloat16)
     if stored == "in files":
@@ -149,7 +145,7 @@ def test_a_quantised_weight_without_an_adapter_is_written_plain_too_or_refused(t
     assert torch.equal(plain.get_submodule(LAYER).weight, values_of(model.get_submodule(LAYER)).bfloat16().float())
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["nf4", "torchao"])
 def test_merge_and_unload_leaves_a_model_whose_own_save_is_plain(tmp_path, folder, kind):
     model = load(folder, kind)
     inject(model, LoRAConfig(r=4, lora_alpha=16))
@@ -168,8 +164,7 @@ def test_merge_and_unload_leaves_a_model_whose_own_save_is_plain(tmp_path, folde
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@every_kind
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(("kind", "reentrant"), [("nf4", True), ("int8", False)])
 def test_transformers_gradient_checkpointing_trains_the_adapters(folder, kind, reentrant):
     grads = []
     for checkpointing in (False, True):
