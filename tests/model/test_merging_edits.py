@@ -20,6 +20,7 @@ from lightning_lora import (
     merged,
     unmerge,
 )
+from support.covering import covering
 from support.models import bits, randomise_, state_bits
 
 EDITS: dict[str, Callable[[nn.Linear], Any]] = {
@@ -42,9 +43,7 @@ def test_an_edit_outside_of_the_trained_rows_is_not_said_to_be_undone():
     assert torch.equal((model[0].weight != before).any(1), torch.arange(10) == 7)
 
 
-@pytest.mark.parametrize("way", ["unmerge", "merged"])
-@pytest.mark.parametrize("budget", [2**26, 0], ids=["kept as a copy", "kept as values"])
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize(("edit", "budget", "way"), covering([*EDITS], [2**26, 0], ["unmerge", "merged"], meet=1))
 def test_unmerge_after_an_edit_of_a_merged_weight_raises_and_names_the_layer(
     monkeypatch, edit: str, budget: int, way: str
 ):

