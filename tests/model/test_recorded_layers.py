@@ -25,6 +25,7 @@ from lightning_lora import (
     save_merged,
     unload,
 )
+from support.covering import covering
 from support.models import Zoo, base_zoo, checkpoint, same, trained_zoo, zoo_config
 
 USES: dict[str, Callable[[nn.Module, Path], Any]] = {
@@ -47,8 +48,9 @@ class Around(nn.Module):
         self.zoo = zoo
 
 
-@pytest.mark.parametrize("handle", ["the injected module", "one around it", "a copy"])
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    ("use", "handle"), covering([*USES], ["the injected module", "one around it", "a copy"], meet=1)
+)
 def test_a_replaced_layer_is_named_by(tmp_path: Path, use: str, handle: str):
     model = trained_zoo()
     model.body[3] = nn.Linear(8, 8)
@@ -59,7 +61,7 @@ def test_a_replaced_layer_is_named_by(tmp_path: Path, use: str, handle: str):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", ["merge", "adapter_state_dict", "full checkpoint"])
 def test_a_model_without_any_of_its_adapted_layers_is_refused_by(tmp_path: Path, use: str):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     inject(model, LoRAConfig(r=2))
