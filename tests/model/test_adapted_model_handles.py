@@ -102,31 +102,16 @@ def the_network_that_outlives() -> nn.Module:
     return net
 
 
-def one_around_it() -> nn.Module:
-    return Plan(_injected()[0])
-
-
 def a_new_one_around_the_same_network() -> nn.Module:
     _, net = _injected()
     gc.collect()
     return Plan(net)
 
 
-def a_new_one_while_the_old_is_there() -> nn.Module:
-    plan, net = _injected()
-    new = Plan(net)
-    new.old = lambda: plan  # type: ignore[assignment]
-    return new
-
-
 def a_new_one_with_other_names() -> nn.Module:
     _, net = _injected()
     gc.collect()
     return Deeper(net)
-
-
-def a_copy_of_the_network_inside() -> nn.Module:
-    return copy.deepcopy(_injected()[1])
 
 
 def a_copy_of_one_around() -> nn.Module:
@@ -142,11 +127,8 @@ HANDLES = [
     the_injected_module,
     the_network_inside,
     the_network_that_outlives,
-    one_around_it,
     a_new_one_around_the_same_network,
-    a_new_one_while_the_old_is_there,
     a_new_one_with_other_names,
-    a_copy_of_the_network_inside,
     a_copy_of_one_around,
     a_pickled_network,
 ]

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import (
-    LoRACallback,
     LoRAConfig,
     LoRAError,
     adapter_state_dict,
@@ -43,7 +42,6 @@ from lightning_lora import (
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.model.adapted_model import open_model
 from support.models import bits
-from support.training import Data, Net, make_trainer
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 
@@ -351,34 +349,6 @@ def test_a_scale_of_zero_merges_what_is_beside():
     assert weight_bits(model) == plain
 
 
-class Preferring(Net):
-    """Its validation takes the reference from itself, as DPO does."""
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        with scaled(self, 0.0), torch.no_grad():
-            self.references.append(self(batch[0]))
-        assert not is_merged(self)
-
-
-def test_an_evaluation_in_which_scaled_is_called_merges_once(tmp_path: Path, caplog: Any, monkeypatch: Any):
-    from lightning_lora.model import merging
-    from lightning_lora.trainer import evaluation
-
-    merges = []
-    monkeypatch.setattr(
-        evaluation, "merge_listed", lambda *args, **kwargs: merges.append(1) or merging.merge_listed(*args, **kwargs)
-    )
-    model = Preferring()
-    model.references = []
-    trainer = make_trainer(tmp_path, LoRACallback(r=2), max_epochs=2)
-    with caplog.at_level("INFO"):
-        trainer.fit(model, Data())
-    assert len(model.references) > 2
-    assert len(merges) == 1
-    assert caplog.text.count("scaled was called in a merged evaluation") == 1
-    assert not is_merged(model)
-
-
 # --- beside the other verbs ---
 
 
@@ -493,37 +463,6 @@ def test_the_network_inside_and_the_module_around_it_are_both_handles():
     assert attached(partly["b"]) == {}
 
 
-def test_a_part_of_what_adapters_were_attached_to_is_not_injected():
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = net(), net()
-
-    model = Two()
-    attach(model, take_adapter(filled(model=Two())), name="one")
-    with pytest.raises(LoRAError, match="is a part of the Two to which 'one' was attached"):
-        inject(model.a, LoRAConfig())
-
-
-def test_a_callback_injects_beside_what_is_attached(tmp_path: Path):
-    model = Net()
-    sft = Net()
-    inject(sft, LoRAConfig(r=2, init_lora_weights=False), seed=3)
-    attach(model, take_adapter(sft), name="sft", weight=0.5)
-    frozen = copy.deepcopy({n: each.lora.beside.b for n, each in open_all(model).items()})
-    trainer = make_trainer(tmp_path, LoRACallback(r=3), max_epochs=1)
-    trainer.fit(model, Data())
-    assert attached(model) == {"sft": 0.5}
-    assert all(torch.equal(each.lora.beside.b, frozen[n]) for n, each in open_all(model).items())
-    assert all(each.is_trained() for each in open_all(model).values())
-
-
-def open_all(model: nn.Module) -> dict[str, Any]:
-    from lightning_lora.model.adapted_model import Listing
-
-    return Listing(model).all_layers
-
-
 def test_starts_from_data_see_what_is_beside():
     model = with_two(net())
     inject(model, LoRAConfig(r=2, init_lora_weights="eva"))
@@ -555,13 +494,3 @@ def test_a_state_dict_says_what_it_lacks_also_after_a_file():
     filled().load_state_dict(dict(state))
     with pytest.raises(LoRAError, match="'one', 'two'"):
         filled().load_state_dict(adapter_state_dict(model), strict=False)
-
-
-def test_without_attached_ones_it_says_nothing_and_merged_weights_lack_nothing():
-    model = with_two(filled())
-    net().load_state_dict(state := merged_state_dict(model))
-    assert "lora_beside" not in repr(state._metadata)
-    for name in ("one", "two"):
-        detach(model, name)
-    assert "lora_beside" not in repr(model.state_dict()._metadata)
-    filled().load_state_dict(model.state_dict())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,10 +33,8 @@ from lightning_lora import (
 from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint
 from support.broken_off import break_off
 from support.covering import covering
-from support.models import Zoo, base_zoo, bits, randomise_, state_bits, tokens, train, zoo_config
+from support.models import Zoo, bits, randomise_, state_bits, tokens, train, zoo_config
 from support.training import Data, Net, make_trainer
-
-COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -135,17 +132,6 @@ def test_a_training_forward_inside_leaves_the_statistics_of_the_run_alone():
         assert bits(model.body[1].running_mean) == initial
 
 
-@pytest.mark.slow
-def test_a_compiled_model_is_the_base_inside():
-    model, base = trained("head")
-    compiled, x = torch.compile(model, backend="eager"), tokens(2)
-    tuned = model(x)
-    for _ in range(2):
-        torch.testing.assert_close(compiled(x), tuned)
-        with disable_adapter(model):
-            torch.testing.assert_close(compiled(x), base(x))
-
-
 def test_a_cast_inside_is_there_outside():
     model, base = trained("head")
     wanted = copy.deepcopy(model).double()
@@ -237,45 +223,6 @@ def test_a_block_broken_off_at_any_line_leaves_the_trained_tensors(name: str):
 
 
 # --- a head that somebody unfroze without the callback ---
-
-
-def enter(model: nn.Module) -> None:
-    disable_adapter(model).__enter__()
-
-
-@pytest.mark.parametrize(
-    ("when", "copied", "verb"),
-    covering(
-        ["before the copy", "after the copy", "saved, and frozen again, before the copy"],
-        COPIES,
-        [enter, unload],
-        meet=1,
-    ),
-)
-def test_a_head_unfrozen_by_hand_is_named_in_a_copy_and_in_the_original(when: str, copied: Any, verb: Any):
-    config = LoRAConfig(r=2, target_modules=["body.0"])
-    inject(model := base_zoo(), config)
-
-    def unfreeze(each: nn.Module) -> nn.Module:
-        each.head.requires_grad_(True)
-        train(each)
-        return each
-
-    if when == "after the copy":
-        models = [unfreeze(copied(model)), unfreeze(model)]
-    else:
-        unfreeze(model)
-        if "saved" in when:
-            with pytest.warns(UserWarning, match="base parameters were unfrozen after injection"):
-                adapter_state_dict(model)
-            model.head.requires_grad_(False)
-        models = [copied(model), model]
-    for each in models:
-        head = bits(each.head.weight)
-        assert head != bits(base_zoo().head.weight)
-        with pytest.warns(UserWarning, match=r"cannot bring back .* \(head.weight, head.bias\)"):
-            verb(each)
-        assert bits(each.head.weight) == head
 
 
 # --- merge_weights: the mode decides ---

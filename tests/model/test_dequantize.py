@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,9 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
-from lightning_lora.exchange import merged_folder
 from support.models import randomise_, same
 from support.notices import quiet_peers
-from support.quantised import adapted, inputs, packed_bits, quantise_, reference, run_reference, values_of
+from support.quantised import adapted, inputs, packed_bits, reference, run_reference, values_of
 
 pytestmark = [*quiet_peers, pytest.mark.transformers_5]
 
@@ -161,41 +159,6 @@ def test_merge_and_unload_leaves_a_model_whose_own_save_is_plain(tmp_path, folde
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     torch.testing.assert_close(logits(loaded.train()), logits(model), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@pytest.mark.parametrize(("kind", "reentrant"), [("nf4", True), ("int8", False)])
-def test_transformers_gradient_checkpointing_trains_the_adapters(folder, kind, reentrant):
-    grads = []
-    for checkpointing in (False, True):
-        model = load(folder, kind)
-        inject(model, LoRAConfig(r=4))
-        randomise_(model)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model(TOKENS, labels=TOKENS).loss.backward()
-        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert len(grads[0]) == 28
-    assert grads[0].keys() == grads[1].keys()
-    for name, gradient in grads[0].items():
-        torch.testing.assert_close(grads[1][name], gradient, rtol=1e-5, atol=1e-6)
-
-
-def test_save_merged_holds_one_dequantised_weight_at_a_time(tmp_path, monkeypatch):
-    model = quantise_(nn.Sequential(*(nn.Linear(64, 64) for _ in range(5))), "nf4")
-    inject(model, LoRAConfig(r=2, init_lora_weights=False))
-    made: list[Any] = []
-    make = merged_folder.plain_weight
-
-    def weight(*args, **kwargs):
-        assert not any(reference() is not None for reference in made)
-        found = make(*args, **kwargs)
-        made.append(weakref.ref(found))
-        return found
-
-    monkeypatch.setattr(merged_folder, "plain_weight", weight)
-    save_merged(model, tmp_path / "merged", dequantize="float32")
-    assert len(made) == 5
 
 
 def test_merged_weights_are_the_nearest_in_each_dtype(tmp_path):

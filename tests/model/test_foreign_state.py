@@ -15,10 +15,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_lora import (
-    LoRAConfig,
     LoRAError,
     adapter_state_dict,
-    inject,
     load_adapter,
     load_from_checkpoint,
     merge,
@@ -362,11 +360,3 @@ def test_a_peft_folder_says_what_it_leaves_out_and_loads(saved, tmp_path, caplog
     load_adapter(other := Hooks(), tmp_path / "folder")
     assert other.marked() == BUILT
     assert torch.equal(other.head.lora_B, model.head.lora_B)
-
-
-def test_no_module_of_torch_or_of_ours_is_asked_for_foreign_entries(monkeypatch):
-    """A state dict restores each merged weight."""
-    inject(model := Net(), LoRAConfig(target_modules=["body.0", "head"]))
-    merge(model)
-    monkeypatch.setattr(nn.Module, "state_dict", None)
-    assert not take_adapter(model).foreign.values

@@ -22,7 +22,6 @@ from lightning_lora import (
     save_merged,
     unmerge,
 )
-from support.covering import covering
 
 pytestmark = pytest.mark.filterwarnings("error:lightning_lora")
 
@@ -146,34 +145,3 @@ def test_what_is_no_fault_is_not_warned_of(case: str):
     model = injected()
     getattr(Silent, case)(model)
     merge(model)
-
-
-def accumulated(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
-    """Gradients of the first of several batches."""
-    model(torch.randn(2, D)).sum().backward()
-
-
-def warming_up(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
-    """One step at a learning rate of 0, after which there are no gradients."""
-    optimizer.param_groups[0]["lr"] = 0.0
-    accumulated(model, optimizer)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def skipping(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
-    """A step that a scaler leaves out."""
-    accumulated(model, optimizer)
-    optimizer.zero_grad()
-
-
-@pytest.mark.parametrize(
-    ("end", "variant", "begin"),
-    covering([*ENDS], ["lora", "dora", "loha"], [accumulated, warming_up, skipping], meet=1),
-)
-def test_a_right_loop_that_begins_slowly_warns_of_nothing(tmp_path, end: str, variant: str, begin: Any):
-    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
-    inject(model, LoRAConfig(r=1, variant=variant))
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    begin(model, optimizer)
-    ENDS[end](model, tmp_path / end)

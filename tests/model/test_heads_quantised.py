@@ -7,17 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject
+from lightning_lora import LoRAConfig, LoRAError, inject
+from lightning_lora.model.heads import warn_of_new_heads
 from support.notices import quiet_peers
 from support.peers import SMALL
 from support.pretrained import LABELS, tokens
-from support.training import make_trainer
 
 pytestmark = quiet_peers
 
@@ -57,50 +56,31 @@ def test_a_head_that_bitsandbytes_never_quantised_is_refused_with_the_option_by_
     assert [name for name, _ in model.named_parameters() if "lora_" in name] == []
 
 
-SEVERAL = {  # whether the base has a pooler, what is left out, the options, and both lists of the error
-    "head by its task": (True, [], {"task_type": "SEQ_CLS"}, None, ["classifier"]),
-    "pooler trained": (
-        *(True, ["bert.pooler"], {"modules_to_save": ["bert.pooler"]}),
-        *(["bert.pooler", "classifier"], ["bert.pooler", "classifier"]),
-    ),
-    "no pooler, head left out": (
-        *(False, ["classifier"], {"task_type": "SEQ_CLS"}),
-        *(["bert.pooler"], ["classifier", "bert.pooler"]),
-    ),
-}
-
-
 @pytest.mark.transformers_5
-@pytest.mark.parametrize(("pooler", "skipped", "options", "whole", "plain"), SEVERAL.values(), ids=SEVERAL)
-def test_a_fit_with_layers_that_bitsandbytes_never_quantised_runs_once_both_lists_of_the_error_are_copied(
-    tmp_path: Path, pooler: bool, skipped: list[str], options: dict[str, Any], whole: Any, plain: list[str]
-):
+def test_layers_that_bitsandbytes_never_quantised_are_trained_once_both_lists_of_the_warning_are_copied(tmp_path: Path):
+    """The base has no pooler, and the head is left out already."""
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")
-    transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=pooler).save_pretrained(tmp_path)
+    transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=False).save_pretrained(tmp_path)
 
-    class Tuned(L.LightningModule):
-        def __init__(self, skipped: list[str]) -> None:
-            super().__init__()
-            quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped or None)
-            self.net = transformers.AutoModelForSequenceClassification.from_pretrained(
-                tmp_path, num_labels=LABELS, quantization_config=quantisation
-            )
+    def adapted(skipped: list[str], whole: list[str]) -> Any:
+        quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path, num_labels=LABELS, quantization_config=quantisation
+        )
+        inject(model, LoRAConfig(r=1, target_modules=["query"], modules_to_save=whole))
+        return model
 
-        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-            return self.net(input_ids=batch, labels=torch.zeros(len(batch), dtype=torch.long)).loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
-
-    def fit(skipped: list[str], options: dict[str, Any]) -> None:
-        trainer = make_trainer(tmp_path / "fit", LoRACallback(r=1, target_modules=["query"], **options))
-        trainer.fit(Tuned(skipped).train(), torch.utils.data.DataLoader(tokens()))
-
-    with pytest.raises(LoRAError, match="llm_int8_skip_modules=") as refused:
-        fit(skipped, options)
-    found = re.findall(r"(\w+_modules|modules_to_save)=(\[.*?\])", str(refused.value))
-    lists = {name: ast.literal_eval(names) for name, names in found}
-    assert lists.pop("llm_int8_skip_modules") == plain
-    assert lists.get("modules_to_save") == whole
-    fit(plain, {**options, **lists})  # warnings are errors
+    model = adapted(["classifier"], ["classifier"])
+    with pytest.warns(UserWarning, match="starts from random values") as caught:
+        warn_of_new_heads(list(model.named_modules()), ["classifier"])
+    found = re.findall(r"modules(?:_to_save)?=(\[.*?\])", str(caught[0].message))
+    whole, skipped = map(ast.literal_eval, found)
+    assert sorted(whole) == sorted(skipped) == ["bert.pooler", "classifier"]
+    model = adapted(skipped, whole)
+    warn_of_new_heads(list(model.named_modules()), whole)  # warnings are errors
+    model(input_ids=tokens(), labels=torch.zeros(len(tokens()), dtype=torch.long)).loss.backward()
+    assert model.classifier.weight.grad.norm() > 0
+    assert model.bert.pooler.dense.weight.grad.norm() > 0
+    with pytest.raises(LoRAError, match=r"llm_int8_skip_modules=\['bert.pooler', 'classifier'\]"):
+        adapted(["classifier"], whole)  # what is plain already is named too, so that the list can be copied

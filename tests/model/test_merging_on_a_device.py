@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -16,10 +14,9 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, inject, merge, unmerge
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.exact_merge import Buffers, merge_weight_, merged_weight, restored_weight, unmerge_weight_
-from support.broken_off import BrokenOff
 from support.covering import covering
 from support.layers import exact_delta, make_pieces, make_weight, nearest, same_bits, scaling_for
-from support.pretend_device import CAN_PRETEND, DEVICE, OBSERVERS, Observer, pretend_device
+from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
 
 pytestmark = [
     pytest.mark.skipif(not CAN_PRETEND, reason="this torch takes no device in Python"),
@@ -70,16 +67,6 @@ def values(model: nn.Module) -> dict[str, Any]:
     return {name: p.detach().cpu().view(torch.uint8).tolist() for name, p in model.named_parameters()} | layers
 
 
-@contextmanager
-def observed(observer: Observer) -> Iterator[None]:
-    """Call an observer after each operator on the device."""
-    OBSERVERS.append(observer)
-    try:
-        yield
-    finally:
-        OBSERVERS.remove(observer)
-
-
 # --- values ---
 
 
@@ -119,17 +106,6 @@ def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float,
     assert same_bits(restored_weight(weight, record).cpu(), before)
     unmerge_weight_(weight, record)
     assert same_bits(weight.cpu(), before)
-
-
-def test_the_cost_of_rounding_is_that_of_the_cpu(copies: bool, caplog) -> None:
-    there = adapted(4, torch.bfloat16)
-    here = copy.deepcopy(there).to("cpu")
-    with caplog.at_level("INFO"):
-        merge(here)
-        merge(there)
-    said = [message for message in caplog.messages if "rounding costs" in message]
-    assert len(said) == 2
-    assert said[0] == said[1]
 
 
 # --- surroundings ---
@@ -179,33 +155,3 @@ def test_a_bad_weight_beside_the_adapted_rows_is_left_alone(copies: bool) -> Non
     merge(model)
     unmerge(model)
     assert values(model) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("variant", "dtype", "verb", "copies"),
-    covering(["lora", "dora"], [torch.bfloat16, torch.float32], [merge, unmerge], WAYS, meet=1),
-    indirect=["copies"],
-)
-def test_an_exception_after_any_write_on_the_device_leaves_all_of_w(
-    variant: str, dtype: torch.dtype, verb: Any, copies: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lightning_lora.nn.exact_merge.GPU_CHUNK", 40)
-    model = adapted(3, dtype, width=8, **VARIANTS[variant])
-    before, left, number = values(model), -1, 0
-
-    def fail_later(operator: Any, given: Any, made: Any) -> None:
-        nonlocal left
-        left -= operator._schema.is_mutable
-        if operator._schema.is_mutable and left == 0:
-            raise BrokenOff
-
-    while left <= 0:
-        if verb is unmerge:
-            merge(model)
-        number, left = number + 1, number + 1
-        with observed(fail_later), suppress(BrokenOff):
-            verb(model)
-        unmerge(model)
-        assert values(model) == before, number
-    assert number > 3

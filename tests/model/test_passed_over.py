@@ -98,32 +98,8 @@ def test_a_list_of_targets_passes_over_nothing_and_neither_does_a_model_of_linea
     assert "passes over" not in caplog.text
 
 
-class LayerScale(nn.Module):
-    """As ConvNeXt's blocks in torchvision and timm."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.pointwise = nn.Linear(4, 4)
-        self.layer_scale = nn.Parameter(torch.ones(*shape))
-
-
-def test_a_vector_with_dimensions_of_one_is_no_weight():
-    for shape in ((8, 1, 1), (1, 1, 8), (1, 1, 1)):
-        inject(model := LayerScale(*shape), LoRAConfig(r=1))
-        assert summary(model).passed_over == ""
-    inject(model := LayerScale(2, 1, 4), LoRAConfig(r=1))
-    assert "(LayerScale.layer_scale 28.6%)" in summary(model).passed_over
-
-
 def test_a_weight_of_two_modules_counts_once():
     model = nn.ModuleDict({"one": nn.Embedding(10, 10), "two": nn.Embedding(10, 10), "body": nn.Linear(30, 10)})
     model["two"].weight = model["one"].weight
     inject(model, LoRAConfig(r=1))
     assert summary(model).passed_over.startswith("24.4% of the parameters (Embedding 24.4%)")  # 100 of 410
-
-
-def test_all_layers_is_advised_only_where_it_adapts_more():
-    inject(embeds := nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 4)), LoRAConfig(r=1))
-    inject(convolves := nn.Sequential(nn.Conv1d(4, 50, 3), nn.Linear(4, 4)), LoRAConfig(r=1))
-    assert "all-layers" not in summary(embeds).passed_over
-    assert "'all-layers' adapts more" in summary(convolves).passed_over

@@ -58,21 +58,6 @@ def test_it_is_not_said_where_it_helps_nobody(options: dict[str, Any], width: in
     assert summary(model).experts == ""
 
 
-def test_convolutions_and_tables_are_no_experts():
-    parts = {"body": nn.Linear(4, 4), "conv": nn.Conv1d(8, 8, 3), "more": nn.Bilinear(8, 8, 8), "e": nn.Embedding(9, 9)}
-    inject(model := nn.ModuleDict(parts), LoRAConfig(r=1))
-    assert summary(model).passed_over
-    assert summary(model).experts == ""
-
-
-def test_an_entry_names_experts_alone():
-    """A matrix of the same name elsewhere makes it longer."""
-    inject(model := Mixture(), LoRAConfig(r=1))
-    model.router = nn.Module()
-    model.router.down_proj = nn.Parameter(torch.zeros(5, 5), requires_grad=False)
-    assert summary(model).experts == "target_parameters=['gate_up_proj', '0.down_proj', '1.down_proj']"
-
-
 @pytest.mark.transformers_5
 def test_a_model_of_transformers():
     inject(model := peers_model("mixtral"), LoRAConfig(r=1))

@@ -58,16 +58,6 @@ class SelfQuantised(Net):
         return body
 
 
-class OtherWeights(Net):
-    """Stands for a class that does not load the pretrained weights."""
-
-    def build(self, kind: str) -> Any:
-        body = super().build(kind)
-        torch.manual_seed(2)
-        body[2].reset_parameters()
-        return body
-
-
 def lora(**options: Any) -> LoRACallback:
     return LoRACallback(**{"r": 2, "lora_alpha": 4, "seed": 1} | options)
 
@@ -105,12 +95,6 @@ def test_load_from_checkpoint_quantises_the_layers_that_quantize_base_did(tmp_pa
     loaded = load_from_checkpoint(Net, tmp_path / "adapter.ckpt").eval()
     assert packed_bits(loaded) == packed_bits(trained)
     assert torch.equal(loaded(inputs()), trained(inputs()))
-
-
-def test_load_from_checkpoint_with_another_base_says_how_to_load_that_first(tmp_path):
-    fitted(tmp_path, lora(quantize="nf4", modules_to_save=["head"]))
-    with pytest.raises(LoRAError, match=r"it had in training, and then load the adapter: load_adapter\(model, "):
-        load_from_checkpoint(OtherWeights, tmp_path / "adapter.ckpt")
 
 
 @pytest.mark.parametrize(("kind", "injected"), [("checkpoint", False), ("folder", True), ("memory", False)])

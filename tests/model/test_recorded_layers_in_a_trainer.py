@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
@@ -12,7 +11,7 @@ from torch import nn
 
 from lightning_lora import LoRAError
 from support.covering import covering
-from support.runs import At, lora, trained
+from support.runs import At, lora
 from support.training import Data, Net, make_trainer
 
 
@@ -72,13 +71,6 @@ def test_layers_that_a_precision_plugin_replaces_are_named_before_an_evaluation(
         getattr(trainer, stage)(Net(), Data())
 
 
-def test_a_plugin_that_replaces_other_layers_alone_is_let_in(tmp_path):
-    model = Net()
-    trainer = make_trainer(tmp_path, lora(target_modules=["body.0", "body.3"]), plugins=Converts("body.0", "body.3"))
-    trainer.fit(model, Data())
-    assert isinstance(model.head, Converted)
-
-
 HOOKS = ["on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_epoch_end"]
 
 
@@ -113,12 +105,3 @@ def test_a_layer_that_is_taken_out_between_two_fits_is_named(tmp_path):
     del model.body[3:]
     with pytest.raises(LoRAError, match=r"LoRACallback: 'body\.3' in Net was adapted, but is no longer there"):
         fit()
-
-
-def test_a_layer_that_a_hook_wraps_is_still_there(tmp_path):
-    def wrap(trainer: L.Trainer, pl_module: Any) -> None:
-        pl_module.head = nn.Sequential(pl_module.head)
-
-    model = trained(tmp_path, Net(), At("on_fit_start", wrap), lora(), At("on_train_start", lambda trainer, _: None))
-    assert isinstance(model.head, nn.Sequential)
-    make_trainer(tmp_path, lora()).test(model, Data(), verbose=False)

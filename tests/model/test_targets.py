@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -15,13 +14,10 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, save_adapter
-from lightning_lora.model import targets
-from lightning_lora.model.layers_by_kind import layers_by_kind
+from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter
 from lightning_lora.model.targets import select
 from lightning_lora.nn.tied_weights import tied_weights
 from support.notices import PEER_NOTICES
-from support.training import Data, Net, make_trainer
 
 SEGMENTS = ["a", "b", "ab", "0", "1", "q"]
 NAMES = st.lists(st.sampled_from(SEGMENTS), min_size=1, max_size=4).map(".".join)
@@ -138,16 +134,6 @@ def at_root() -> nn.Module:
             ["model.layers.1.experts.0.q", "model.layers.1.experts.1.q"],
         ),
         (
-            nested,
-            {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "experts"},
-            [f"model.layers.{i}.experts.1.q" for i in range(3)],
-        ),
-        (
-            nested,
-            {"target_modules": ["q", "model.layers.0.experts.0.k"], "layers_to_transform": 2},
-            ["model.layers.0.experts.0.k", "model.layers.2.experts.0.q", "model.layers.2.experts.1.q"],
-        ),
-        (
             at_root,
             {"target_modules": ["q", "layers.0.q"], "layers_to_transform": 1, "layers_pattern": ["layers"]},
             ["layers.0.q", "layers.1.q"],
@@ -230,30 +216,6 @@ def test_all_linear_leaves_out_a_tied_weight_and_logs_the_owner(caplog):
     assert "out is left out of 'all-linear': its weight is also embed.weight" in caplog.text
 
 
-def views() -> dict[str, tuple[nn.Parameter, nn.Parameter, bool]]:
-    whole = torch.randn(8, 4)
-    square = torch.randn(4, 4)
-    shared = nn.Parameter(torch.randn(4, 4))
-    return {
-        "one parameter": (shared, shared, True),
-        "the whole and its first rows": (nn.Parameter(whole), nn.Parameter(whole[:4]), True),
-        "overlapping rows": (nn.Parameter(whole[:5]), nn.Parameter(whole[4:]), True),
-        "a transposed view": (nn.Parameter(square), nn.Parameter(square.T), True),
-        "separate rows of one storage": (nn.Parameter(whole[:4]), nn.Parameter(whole[4:]), False),
-        "equal values": (nn.Parameter(square.clone()), nn.Parameter(square.clone()), False),
-    }
-
-
-@pytest.mark.parametrize("case", views())
-def test_tied_weights_are_found_by_their_memory(case):
-    one, other, tied = views()[case]
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    model[0].weight, model[2].weight = one, other
-    expected = {model[0]: "2.weight", model[2]: "0.weight"} if tied else {}
-    assert tied_weights(list(model.named_modules())) == expected
-    assert inject(model, LoRAConfig(r=1)) == (["1"] if tied else ["0", "1", "2"])
-
-
 def test_tied_weights_of_three_owners_or_on_meta_are_found():
     first, second, third = (nn.Linear(4, 4) for _ in range(3))
     first.weight = second.weight = third.weight
@@ -271,22 +233,6 @@ def test_a_model_that_is_itself_a_layer_is_refused_with_how_to_give_it_a_name(ki
     ):
         inject(layer, LoRAConfig(r=2, target_modules=targets))
     assert inject(nn.Sequential(layer), LoRAConfig(r=2, target_modules=["0"])) == ["0"]
-
-
-@pytest.mark.parametrize("fits", [False, True])
-def test_what_the_options_name_is_selected_once_an_injection(fits: bool, tmp_path: Path, monkeypatch):
-    calls: list[LoRAConfig] = []
-
-    def counted(modules: Any, config: LoRAConfig, *args: Any) -> Any:
-        calls.append(config)
-        return layers_by_kind(modules, config, *args)
-
-    monkeypatch.setattr(targets, "layers_by_kind", counted)
-    if fits:
-        make_trainer(tmp_path, LoRACallback(r=1), max_epochs=1).fit(Net(), Data())
-    else:
-        inject(Net(), LoRAConfig(r=1))
-    assert len(calls) == 1
 
 
 # --- nothing to adapt ---
