@@ -144,8 +144,8 @@ def test_a_layer_under_two_names_loads_under_a_prefix(tmp_path: Path):
     inject(inner, LoRAConfig(r=2))
     randomise_(inner)
     save_adapter(inner, tmp_path / "folder")
-    for source in (tmp_path / "folder", checkpoint(inner, "adapter")):
-        load_adapter(around := Whole(), source)
+    for adapter in (tmp_path / "folder", checkpoint(inner, "adapter")):
+        load_adapter(around := Whole(), adapter)
         assert state_bits(around.network) == state_bits(inner)
 
 

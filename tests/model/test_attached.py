@@ -454,9 +454,6 @@ def test_the_network_inside_and_the_module_around_it_are_both_handles():
     detach(module, "one")
     detach(module.net, "two")
     assert torch.equal(module(X), net()(X))
-    with_two(module)
-    filled(model=module.net)
-    assert attached(module.net) == {"one": 0.5, "two": 1.0}
     partly = nn.ModuleDict({"a": net(), "b": net()})
     attach(partly["a"], other(1), name="one")
     inject(partly["b"], LoRAConfig())

@@ -28,7 +28,6 @@ from lightning_lora import (
     merged_state_dict,
     save_merged,
     take_adapter,
-    unload,
 )
 from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint
 from support.broken_off import break_off
@@ -168,12 +167,10 @@ def test_a_trainer_evaluates_the_base_inside(tmp_path):
 
 
 REFUSED: dict[str, Callable[[nn.Module, dict[str, Any], Path], Any]] = {
-    "state_dict": lambda model, state, path: model.state_dict(),
     "state_dict of a wrapper": lambda model, state, path: nn.Sequential(model).state_dict(),
     "load_state_dict of the head": lambda model, state, path: model.head.load_state_dict(
         {"weight": torch.zeros(3, 8), "bias": torch.zeros(3)}
     ),
-    "copy and pickle": lambda model, state, path: copy.deepcopy(model),
     "copy and pickle of the head": lambda model, state, path: copy.deepcopy(model.head),
     "copy and pickle of torch.save": lambda model, state, path: torch.save(model, path / "model.pt"),
     "merged_state_dict": lambda model, state, path: merged_state_dict(model),
@@ -182,7 +179,6 @@ REFUSED: dict[str, Callable[[nn.Module, dict[str, Any], Path], Any]] = {
     "save_checkpoint": lambda model, state, path: convert_checkpoint(model, {"state_dict": state}, "adapter"),
     "load_adapter": lambda model, state, path: load_adapter(model, state),
     "lora_param_groups": lambda model, state, path: lora_param_groups(model, lr=0.1),
-    "unload": lambda model, state, path: unload(model),
     "merge_and_unload": lambda model, state, path: merge_and_unload(model),
 }
 

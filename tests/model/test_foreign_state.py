@@ -284,30 +284,6 @@ def test_an_adapter_in_memory_holds_foreign_entries_and_does_not_change(saved, w
     assert other.inside is inside
 
 
-class RefusesToRemember(Hooks):
-    """Takes no state that is above a limit."""
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.body.register_load_state_dict_pre_hook(refuse_above_ten)
-
-
-def refuse_above_ten(module: Any, state: Any, prefix: str, *args: Any) -> None:
-    if module.count > 10:
-        raise ValueError("too many")
-
-
-def test_a_load_that_a_module_refuses_leaves_its_own_state_and_the_adapter(tmp_path):
-    model = trained(tmp_path, RefusesToRemember(), lora())
-    adapter, before = take_adapter(model), adapter_state_dict(model)
-    before = {name: value.clone() for name, value in before.items()}
-    adapter.foreign.values["body.count"].fill_(11)  # type: ignore[index]
-    nn.init.ones_(adapter.tensors["head.lora_B"])
-    with pytest.raises(ValueError, match="too many"):
-        load_adapter(model, adapter)
-    assert_same_tensors(adapter_state_dict(model), before)
-
-
 def test_an_entry_that_no_module_takes_is_an_error_that_names_it(saved):
     class Forgets(OwnStateDict):
         def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:

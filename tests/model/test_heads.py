@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +12,11 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_lora import LoRACallback, LoRAConfig, inject, summary
+from lightning_lora import LoRAConfig, inject, summary
 from lightning_lora.model.heads import warn_of_new_heads
 from support.notices import quiet_peers
 from support.peers import SMALL
-from support.training import CLASSES, FEATURES, Data, Net, make_trainer
+from support.training import CLASSES, FEATURES
 
 pytestmark = quiet_peers
 Build = Callable[[], nn.Module]
@@ -55,23 +54,6 @@ class WithTwoHeads(OfTimm):
 
 for each in (OfTimm, WithTwoHeads):
     each.__module__ = "timm.models.net"  # by which they are recognised
-
-
-class Lit(Net):
-    """A LightningModule around a model of timm."""
-
-    def prepare(self) -> None:
-        self.network = OfTimm()
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.network(x)
-
-
-def test_a_new_head_of_timm_that_is_not_trained_whole_is_named_at_fit_start(tmp_path: Path):
-    trainer = make_trainer(tmp_path, LoRACallback(r=2))
-    said = r"the head of OfTimm \(fc\) has 3 classes where timm's weights have 1000.*modules_to_save=\['fc'\]\.$"
-    with pytest.warns(UserWarning, match=said):
-        trainer.fit(Lit(), Data())
 
 
 def test_both_new_heads_of_timm_are_named():

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from lightning_lora import (
-    LoRAConfig,
     LoRAError,
     adapter_state_dict,
     disable_adapter,
@@ -90,19 +89,6 @@ def test_merge_and_unload_leaves_a_plain_model():
     assert torch.equal(untouched(tokens()), model(tokens()))
 
 
-def test_merge_and_unload_of_a_tied_layer_leaves_the_model_as_it_was():
-    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-    model["b"].weight = model["a"].weight
-    inject(model, LoRAConfig(r=1, target_modules=["a"]))
-    merge(model)
-    was = trace(model)
-    with pytest.raises(LoRAError, match=r"'a': its weight is also b\.weight\. Leave the layer out"):
-        merge_and_unload(model)
-    assert trace(model) == was
-    with pytest.raises(LoRAError, match="merge_and_unload: Zoo was not injected"):
-        merge_and_unload(Zoo())
-
-
 def test_merge_and_unload_refuses_a_weight_that_is_not_finite():
     model, _, _ = trained_zoo()
     with torch.no_grad():
@@ -123,9 +109,8 @@ def test_disable_adapter_is_the_model_before_training_exactly(found):
     with disable_adapter(model) as inside:
         assert inside is model
         assert torch.equal(model(tokens()), output)
-        with pytest.raises(RuntimeError, match="inside"), disable_adapter(model):
-            assert torch.equal(model(tokens()), output)
-            raise RuntimeError("inside")
+        with pytest.raises(ZeroDivisionError), disable_adapter(model):
+            1 / 0  # noqa: B018
         assert torch.equal(model(tokens()), output)
     now = trace(model)
     for part in ("parameters", "buffers", "state", *(["modules"] if found == "unmerged" else [])):

@@ -111,19 +111,6 @@ def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float,
 # --- surroundings ---
 
 
-def test_autocast_changes_nothing() -> None:
-    model = adapted(4, torch.float32, width=64)
-    before = values(model)
-    merge(model)
-    plain = values(model)
-    unmerge(model)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        merge(model)
-    assert values(model) == plain
-    unmerge(model)
-    assert values(model) == before
-
-
 # --- all or nothing ---
 
 

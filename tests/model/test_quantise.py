@@ -125,12 +125,6 @@ def test_what_cannot_be_quantised_is_refused_by_name(build, options, message):
         quantize_base(build(), **options)
 
 
-def test_a_name_beside_others_that_fit_is_passed_over_with_a_warning():
-    with pytest.warns(UserWarning, match="passed over: exclude_modules: '7'") as caught:
-        assert quantize_base(network(), exclude_modules=["4", "7"]) == ["0", "2"]
-    assert [each.filename for each in caught] == [__file__]
-
-
 def test_without_torchao_the_error_names_it(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
         monkeypatch.delitem(sys.modules, name)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
+from lightning_lora import LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
 from lightning_lora.exchange import take
 from lightning_lora.exchange.take import fingerprint
 from lightning_lora.model.adapted_model import Listing, open_model
@@ -108,23 +108,6 @@ def test_merged_state_dict_loads_into_a_plain_model_with_the_same_outputs():
         assert torch.equal(plain(tokens()), model(tokens()))
         for name in ZOO_LAYERS:
             assert same(state[f"{name}.weight"], model.get_submodule(name).weight.detach())
-
-
-@pytest.mark.parametrize("verb", [adapter_state_dict, merged_state_dict])
-def test_state_dicts_of_a_model_without_injection_are_refused(verb):
-    with pytest.raises(LoRAError, match=r"state_dict: Zoo was not injected; call inject\(model, LoRAConfig"):
-        verb(Zoo())
-
-
-@pytest.mark.parametrize("found", ["unmerged", "merged"])
-def test_merged_weights_that_cannot_express_the_adapter_are_refused(found):
-    model = nn.ModuleDict({"tied": nn.Linear(4, 5, bias=False), "other": nn.Embedding(5, 4), "mid": nn.Linear(4, 4)})
-    model["other"].weight = model["tied"].weight
-    inject(model, LoRAConfig(r=1, target_modules=["tied", "mid"]))
-    merge(model) if found == "merged" else None
-    with pytest.raises(LoRAError, match=r"'tied': its weight is also other\.weight.*exclude_modules=\['tied'\]"):
-        merged_state_dict(model)
-    assert adapter_state_dict(model).keys() == {f"{n}.{f}" for n in ("tied", "mid") for f in ("lora_A", "lora_B")}
 
 
 class Around(nn.Module):
