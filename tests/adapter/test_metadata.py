@@ -1,4 +1,4 @@
-"""The compact description of many layers: it loses nothing, and files stay near the size of their tensors."""
+"""The compact description of many layers, and tensors of one storage: they lose nothing."""
 
 from __future__ import annotations
 

@@ -218,9 +218,6 @@ def test_a_block_broken_off_at_any_line_leaves_the_trained_tensors(name: str):
     assert line > 100
 
 
-# --- a head that somebody unfroze without the callback ---
-
-
 # --- merge_weights: the mode decides ---
 
 

@@ -119,6 +119,7 @@ FROZEN_HEADS = {  # each with the name that is said, or ""
     "beside transformers": (lambda: nn.ModuleDict({"head": nn.Linear(8, 2), "body": bert()}), "head"),
     "another name": (partial(classifier, "overhead", 5), ""),
     "of ImageNet": (partial(classifier, "fc", 1000), ""),
+    "of Kinetics": (partial(classifier, "fc", 400), ""),
     "of many tokens": (partial(classifier, "head", 32000), ""),
     "not last": (partial(classifier, "fc", 5, after=5), ""),
     "of transformers": (bert, ""),

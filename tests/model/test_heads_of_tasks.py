@@ -1,4 +1,4 @@
-"""A head that starts from random values: named at fit start and in load errors, saved where it is trained."""
+"""A head that starts from random values: named at fit start, and saved where a task says that it is trained."""
 
 from __future__ import annotations
 
@@ -116,33 +116,14 @@ def test_a_new_part_of_the_body_is_not_called_a_head_and_an_adapter_on_it_is_nam
         warn_of_new_heads(list(model.named_modules()))
 
 
-def _loaded_with_its_head(body: Path, tmp_path: Path) -> Any:
+def test_a_model_whose_head_came_with_it_is_not_warned_of(tmp_path, body):
     classifier(body).save_pretrained(tmp_path / "tuned")
-    return classifier(tmp_path / "tuned")
-
-
-def _without_a_head(body: Path, tmp_path: Path) -> Any:
-    return transformers.BertModel.from_pretrained(body)
-
-
-def _built_from_a_config(body: Path, tmp_path: Path) -> Any:
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
-
-
-def _language_model(body: Path, tmp_path: Path) -> Any:
     transformers.BertForPreTraining(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path / "lm")
-    return transformers.BertForMaskedLM.from_pretrained(tmp_path / "lm")
-
-
-@pytest.mark.parametrize(
-    "build", [_loaded_with_its_head, _without_a_head, _built_from_a_config, _language_model], ids=lambda f: f.__name__
-)
-def test_a_model_whose_head_came_with_it_is_not_warned_of(tmp_path, body, build):
-    inject(model := build(body, tmp_path), LoRAConfig(r=2, target_modules=TARGETS))
-    warn_of_new_heads(list(model.named_modules()))  # warnings are errors
-
-
-# --- in the error of a load ---
+    without_a_head = transformers.BertModel.from_pretrained(body)
+    language_model = transformers.BertForMaskedLM.from_pretrained(tmp_path / "lm")
+    for model in (classifier(tmp_path / "tuned"), without_a_head, bert(), language_model):
+        inject(model, LoRAConfig(r=2, target_modules=TARGETS))
+        warn_of_new_heads(list(model.named_modules()))  # warnings are errors
 
 
 # --- task_type ---
@@ -190,7 +171,7 @@ def test_task_type_and_the_bases_name_survive_every_way_out_and_in(tmp_path, bod
 
 def test_the_origin_that_peft_wrote_survives_on_a_model_without_a_name(tmp_path):
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=TARGETS, revision="v2")
-    other = peft.get_peft_model(_built_from_a_config(tmp_path, tmp_path), config)
+    other = peft.get_peft_model(bert(), config)
     config.base_model_name_or_path = "someone/bert"
     other.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     net = Lit(model=other.unload())

@@ -1,4 +1,4 @@
-"""Merging: layers that must stay factored, allowed changes to a merged weight, and two threads at once."""
+"""Changes to a merged weight that are allowed: unmerge gives what they make of an unmerged model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,6 @@ from torch import nn
 from lightning_lora import LoRAConfig, inject, is_merged, merge, unmerge
 from support.covering import covering
 from support.models import randomise_, state_bits
-
-# --- layers that had to stay factored ---
-
-
-# --- changes to a merged weight that are allowed ---
 
 
 def stack(seed: int = 1, width: int = 24) -> nn.Sequential:
@@ -53,6 +48,3 @@ def test_unmerge_after_an_allowed_change_gives_what_the_change_makes_of_an_unmer
     assert is_merged(model)
     unmerge(model)
     assert state_bits(model) == state_bits(twin)
-
-
-# --- two threads at once ---

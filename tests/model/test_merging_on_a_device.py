@@ -108,9 +108,6 @@ def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float,
     assert same_bits(weight.cpu(), before)
 
 
-# --- surroundings ---
-
-
 # --- all or nothing ---
 
 
