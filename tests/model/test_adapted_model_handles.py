@@ -239,14 +239,6 @@ def test_two_injected_models_in_one_are_refused():
         adapter_state_dict(networks)
 
 
-def test_a_copy_of_a_part_does_not_copy_the_whole():
-    plan = Plan(net := network())
-    plan.large = nn.Linear(300, 300)  # type: ignore[assignment]
-    inject(plan, LoRAConfig(**OPTIONS))
-    assert len(pickle.dumps(net)) < 20_000
-    assert len(pickle.dumps(plan)) > 300_000
-
-
 def test_what_a_new_module_trains_beside_the_network_is_saved_and_told():
     _, net = _injected()
     new = Deeper(net)

@@ -338,17 +338,6 @@ def test_a_failed_change_of_a_merged_model_is_taken_back():
     assert weight_bits(model) == before
 
 
-def test_a_scale_of_zero_merges_what_is_beside():
-    model = filled(use_dora=True)
-    nn.init.zeros_(model[0].lora_magnitude)
-    with_two(model)
-    plain, before = weight_bits(model), model(X)
-    merge(model)
-    torch.testing.assert_close(model(X), before)
-    unmerge(model)
-    assert weight_bits(model) == plain
-
-
 # --- beside the other verbs ---
 
 

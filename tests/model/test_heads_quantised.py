@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def a(name: str, package: str, base: type = nn.Linear) -> type:
 
 OF_BITSANDBYTES = [a(name, "bitsandbytes") for name in ("Linear4bit", "Linear8bitLt")]
 OF_LIGHTNING = a("_Linear4bit", "lightning", OF_BITSANDBYTES[0])
-SKIP = "BitsAndBytesConfig(..., llm_int8_skip_modules=['classifier'])"
+SKIP = "BitsAndBytesConfig(..., llm_int8_skip_modules=['classifier', 'bert.pooler'])"
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,7 @@ def test_a_head_that_bitsandbytes_never_quantised_is_refused_with_the_option_by_
 ):
     network = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
     network.classifier = kind(network.config.hidden_size, LABELS)
+    network.hf_quantizer = SimpleNamespace(modules_to_not_convert=["bert.pooler"])  # it is left out already
     model = nn.ModuleDict({"network": network})
     said = rf"{next(iter(asked))}.* 'network\.classifier', .* a {kind.__name__} .*: {re.escape(option)}\.$"
     with pytest.raises(LoRAError, match=said):

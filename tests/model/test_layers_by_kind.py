@@ -192,14 +192,6 @@ def test_the_convolution_of_mamba_whose_weight_peft_would_pass_over_is_left_out(
         torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_other_options_take_layers_out_as_of_all_linear():
-    names = inject(built(CNN), config(exclude_modules=["shortcut"], modules_to_save=["fc"]))
-    assert names == ["stem.0", "block.conv"]
-    names = inject(built(ViT), config(exclude_modules=["out_proj"]))
-    assert "attention" in names
-    assert "attention.out_proj" not in names
-
-
 def test_the_classifier_of_a_model_of_timm_is_left_out_and_no_other():
     of_timm = type("OfTimm", (CNN,), {"__module__": "timm.models.net", "get_classifier": lambda net: net.fc})
     mine = type("Mine", (CNN,), {"get_classifier": lambda self, argument: None})
@@ -210,14 +202,3 @@ def test_the_classifier_of_a_model_of_timm_is_left_out_and_no_other():
     with pytest.raises(LoRAError, match=r"'fc' is left out: it is the output head; target_modules can"):
         inject(built(of_timm), config(target_modules="all-linear"))
     assert inject(built(mine), config()) == LAYERS[CNN][0]
-
-
-def test_a_model_whose_layers_are_all_of_another_kind_says_so():
-    with pytest.raises(
-        LoRAError, match=r"'all-layers' leaves no layer to adapt; target_modules can name others; there are 'table'"
-    ):
-        inject(nn.ModuleDict({"table": nn.Embedding(3, 3)}), config())
-    with pytest.raises(
-        LoRAError, match=r"'0' is left out: PEFT cannot adapt a convolution with groups; target_modules can name"
-    ):
-        inject(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), config())

@@ -1,18 +1,19 @@
-"""Changes to a merged weight that are allowed: unmerge gives what they make of an unmerged model."""
+"""Changes to a weight while it is merged: allowed ones, and edits, after which unmerge names the layer."""
 
 from __future__ import annotations
 
 import copy
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, is_merged, merge, unmerge
+from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merged, unmerge
 from support.covering import covering
-from support.models import randomise_, state_bits
+from support.models import bits, randomise_, state_bits
 
 
 def stack(seed: int = 1, width: int = 24) -> nn.Sequential:
@@ -48,3 +49,60 @@ def test_unmerge_after_an_allowed_change_gives_what_the_change_makes_of_an_unmer
     assert is_merged(model)
     unmerge(model)
     assert state_bits(model) == state_bits(twin)
+
+
+EDITS: dict[str, Callable[[nn.Linear], Any]] = {
+    "every value": lambda layer: layer.weight.data.add_(0.5),
+    "one value": lambda layer: layer.weight.data[3, 4].mul_(2),
+    "initialised anew": lambda layer: nn.init.zeros_(layer.weight),
+    "an optimizer's step": lambda layer: torch.optim.SGD([layer.weight], lr=1.0).step(),
+}
+
+
+def test_an_edit_outside_of_the_trained_rows_is_not_said_to_be_undone():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4))
+    before = model[0].weight.detach().clone()
+    inject(model, LoRAConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [1, 3]}))
+    randomise_(model)
+    merge(model)
+    model[0].weight.data[7] += 1
+    with pytest.raises(LoRAError, match=r"layer '0'.*not bit for bit.*Load the base weights again"):
+        unmerge(model)
+    assert torch.equal((model[0].weight != before).any(1), torch.arange(10) == 7)
+
+
+@pytest.mark.parametrize(("edit", "budget", "way"), covering([*EDITS], [2**26, 0], ["unmerge", "merged"], meet=1))
+def test_unmerge_after_an_edit_of_a_merged_weight_raises_and_names_the_layer(
+    monkeypatch, edit: str, budget: int, way: str
+):
+    monkeypatch.setattr(sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", budget)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24))
+    plain = copy.deepcopy(model.state_dict())
+    inject(model, LoRAConfig(r=2))
+    randomise_(model)
+    before = state_bits(model)
+    model[1].weight.grad = torch.ones_like(model[1].weight)
+
+    def edit_and_unmerge() -> None:
+        if way == "unmerge":
+            merge(model)
+            EDITS[edit](model[1])
+            unmerge(model)
+        else:
+            with merged(model):
+                EDITS[edit](model[1])
+
+    with pytest.raises(LoRAError, match=r"layer '1'.*changed while it was\s+merged"):
+        edit_and_unmerge()
+    assert not is_merged(model)
+    if not budget:  # with a copy the weight is as it was
+        with pytest.raises(LoRAError, match="could not be restored"):
+            model.state_dict()
+    for place in (0, 2):
+        assert bits(model[place].weight) == bits(plain[f"{place}.weight"])
+    model.load_state_dict(plain)  # the way out that the message gives
+    assert state_bits(model) == before
+    with merged(model):
+        pass
+    assert state_bits(model) == before

@@ -1,4 +1,4 @@
-""" "all-linear" says what it passes over: kinds of weights, and their shares of the parameters."""
+""" "all-linear" says what it passes over: kinds of weights, their shares, and the option that adapts experts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, summary
+from support.peers import model as peers_model
 from support.training import Data, make_trainer, own_random_stream
 from support.training import Net as Trained
 
@@ -98,8 +99,54 @@ def test_a_list_of_targets_passes_over_nothing_and_neither_does_a_model_of_linea
     assert "passes over" not in caplog.text
 
 
-def test_a_weight_of_two_modules_counts_once():
-    model = nn.ModuleDict({"one": nn.Embedding(10, 10), "two": nn.Embedding(10, 10), "body": nn.Linear(30, 10)})
-    model["two"].weight = model["one"].weight
-    inject(model, LoRAConfig(r=1))
-    assert summary(model).passed_over.startswith("24.4% of the parameters (Embedding 24.4%)")  # 100 of 410
+# --- stacks of experts ---
+
+OPTION = "target_parameters=['gate_up_proj', 'down_proj']"
+
+
+class Stack(nn.Module):
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(4, 2 * size, size))
+        self.down_proj = nn.Parameter(torch.zeros(4, size, size))
+
+
+class Mixture(Trained):
+    """The small network of tests, with experts that nothing calls."""
+
+    def __init__(self, size: int = 8, width: int = 8) -> None:
+        super().__init__(width)
+        self.experts = nn.ModuleList([Stack(size), Stack(size)])
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [line for record in caplog.records for line in record.getMessage().splitlines() if "target_p" in line]
+
+
+def test_stacks_of_experts_are_told_with_the_option_that_adapts_them(caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_lora"):
+        inject(model := Mixture(), LoRAConfig(r=1))
+        assert summary(model).experts == OPTION
+        (line,) = lines(caplog)
+        assert line.endswith(f"; {OPTION} adapts the experts")
+        caplog.clear()
+        names = inject(model := Mixture(), eval(f"LoRAConfig(r=1, {OPTION})"))
+    assert [name for name in names if "experts" in name] == [
+        f"experts.{i}.{leaf}" for i in (0, 1) for leaf in ("gate_up_proj", "down_proj")
+    ]
+    assert not lines(caplog)
+    assert summary(model).experts == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "width"), [({}, 64), ({"target_modules": ["head"]}, 8)], ids=["a small share", "layers by name"]
+)
+def test_the_option_for_experts_is_not_said_where_it_helps_nobody(options: dict[str, Any], width: int):
+    inject(model := Mixture(2, width), LoRAConfig(r=1, **options))
+    assert summary(model).experts == ""
+
+
+@pytest.mark.transformers_5
+def test_experts_of_a_transformers_model_are_told():
+    inject(model := peers_model("mixtral"), LoRAConfig(r=1))
+    assert summary(model).experts == OPTION
