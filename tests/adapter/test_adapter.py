@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora import (
-    LoRAConfig,
-    inject,
-    load_adapter,
-    read_adapter,
-    take_adapter,
-)
+from lightning_lora import LoRAConfig, inject, load_adapter, read_adapter, take_adapter
 from lightning_lora.adapter.adapter import Adapter
 from support.models import state_bits
 from support.notices import TORCH_NOTICES

@@ -35,13 +35,11 @@ def load(path: Path, saved: Base, here: Base, kind: str = "", form: str = "folde
     """The adapter of one base onto another."""
     for model in (saved, here):
         inject(model, lora(target_modules=["layer"]).config)
-    load_adapter(here, saved.state_dict() if kind == "whole state" else source(saved, kind, form, path))
+    load_adapter(here, source(saved, kind, form, path))
 
 
 @pytest.mark.parametrize(("difference", "accepted"), [(9.9e-3, True), (1.1e-2, False)])
-@pytest.mark.parametrize(
-    ("kind", "form"), [("", "folder"), ("adapter", "file"), ("merged", "dictionary"), ("whole state", "")]
-)
+@pytest.mark.parametrize(("kind", "form"), [("", "folder"), ("merged", "dictionary")])
 def test_a_base_is_let_in_up_to_one_in_a_hundred(tmp_path, kind: str, form: str, difference: float, accepted: bool):
     for pair in ((1.0, 1 + difference), (1 + difference, 1.0)):
         saved, here = map(Base, pair)
@@ -52,8 +50,10 @@ def test_a_base_is_let_in_up_to_one_in_a_hundred(tmp_path, kind: str, form: str,
                 load(tmp_path, saved, here, kind, form)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("value", [1 + 2**-8, 1e-7, -0.3, math.nan])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.bfloat16, 1 + 2**-8), (torch.float16, 1e-7), (torch.float64, -0.3), (torch.bfloat16, math.nan)],
+)
 def test_a_base_in_another_dtype_is_let_in(tmp_path, dtype: torch.dtype, value: float):
     load(tmp_path / "here", Base(value), Base(value, dtype))
     load(tmp_path / "saved", Base(value, dtype), Base(value))
@@ -101,14 +101,14 @@ def test_another_base_of_the_same_shapes_is_named(tmp_path, change: Callable[[nn
 
 def test_values_of_many_parameters_are_those_of_some_and_another_checkpoint_is_named(tmp_path):
     """As of experts one by one. The other parameters count with their names and shapes."""
-    models = [nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(1500))) for _ in range(2)]
+    models = [nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(600))) for _ in range(2)]
     for model in models:
         inject(model, lora(target_modules=["7"]).config)
     saved = fingerprint(models[0])
     assert sum(bool(entry.values) for entry in saved.values()) == 512
-    assert len(saved) == 1500
+    assert len(saved) == 600
     save_adapter(models[0], tmp_path)
-    with pytest.raises(LoRAError, match=r"another base: values of '0.weight'.* 5[01]\d of 1500 frozen tensors differ"):
+    with pytest.raises(LoRAError, match=r"another base: values of '0.weight'.* 5[01]\d of 600 frozen tensors differ"):
         load_adapter(models[1], tmp_path)
     models[1].load_state_dict(models[0].state_dict())
     load_adapter(models[1], tmp_path)
@@ -170,48 +170,47 @@ def edited(tmp_path, request) -> Path:
     return path
 
 
-SAID = r"layer 'body\.3' .*scaling"
-KINDS = ("adapter", "merged", "full")
+def resume(folder: Path, model: Net, path: Path) -> None:
+    make_trainer(folder, lora(), max_epochs=2).fit(model, Data(), ckpt_path=path)
 
 
-WAYS: dict[str, Callable[[Path, Net, Path], Any]] = {
-    "load_adapter": lambda folder, model, path: load_adapter(model, path),
-    "resume": lambda folder, model, path: make_trainer(folder, lora(), max_epochs=2).fit(model, Data(), ckpt_path=path),
-    "test": lambda folder, model, path: make_trainer(folder, lora()).test(model, Data(), ckpt_path=path),
-}
+def evaluate(folder: Path, model: Net, path: Path) -> None:
+    make_trainer(folder, lora()).test(model, Data(), ckpt_path=path)
 
 
-@pytest.mark.parametrize("way", ["resume", "test"])
-@pytest.mark.parametrize("edited", [(in_layers, kind) for kind in KINDS], indirect=True)
-def test_a_layer_with_another_scaling_is_refused_by_a_trainer_and_named(tmp_path, edited: Path, way: str):
-    model = Net()
-    inject(model, lora().config)
-    before = weights(model)
-    with pytest.raises(LoRAError, match=SAID):
-        WAYS[way](tmp_path, model, edited)
-    assert_same_tensors(weights(model), before)
-
-
-@pytest.mark.parametrize("edited", [(in_layers, kind) for kind in KINDS], indirect=True)
-def test_the_scaling_of_a_layer_is_that_of_the_list_of_layers(edited: Path):
+@pytest.mark.parametrize(
+    ("edited", "way"),
+    [((in_layers, "adapter"), resume), ((in_layers, "merged"), evaluate), ((in_layers, "full"), resume)],
+    indirect=["edited"],
+)
+def test_the_scaling_of_a_layer_is_that_of_the_list_of_layers_and_a_trainer_with_another_refuses_it(
+    tmp_path, edited: Path, way: Any
+):
     load_adapter(model := Net(), edited)
     assert model.body[3].lora.spec.scaling == 3.0
     inject(injected := Net(), lora().config)
+    before = weights(injected)
+    with pytest.raises(LoRAError, match=r"layer 'body\.3' .*scaling"):
+        way(tmp_path, injected, edited)
+    assert_same_tensors(weights(injected), before)
     load_adapter(injected, edited)
     assert injected.body[3].lora.spec.scaling == 3.0
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("edited", [(in_options, kind) for kind in KINDS], indirect=True)
-def test_options_in_a_file_are_words(tmp_path, edited: Path, way: str):
+@pytest.mark.parametrize(
+    ("edited", "way"),
+    [((in_options, "adapter"), resume), ((in_options, "merged"), lambda _, model, path: load_adapter(model, path))],
+    indirect=["edited"],
+)
+def test_options_in_a_file_are_words(tmp_path, edited: Path, way: Any):
     model = Net()
     inject(model, lora().config)
     before = model.body[3].lora.spec
-    WAYS[way](tmp_path, model, edited)
+    way(tmp_path, model, edited)
     assert model.body[3].lora.spec == before
 
 
-@pytest.mark.parametrize("scaling", [math.nan, math.inf, "2", None])
+@pytest.mark.parametrize("scaling", [math.nan, "2"])
 def test_a_scaling_that_is_no_number_is_refused(scaling: Any):
     inject(model := Base(1.0), lora(target_modules=["layer"]).config)
     state = checkpoint(model, "adapter")
@@ -239,8 +238,7 @@ class RenormalisesBags(Renormalises):
     table_class = nn.EmbeddingBag
 
 
-@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
-@pytest.mark.parametrize("cls", [Renormalises, RenormalisesBags])
+@pytest.mark.parametrize(("cls", "kind"), [(Renormalises, "adapter"), (RenormalisesBags, "merged")])
 def test_a_table_that_forwards_renormalise_is_no_other_base_and_has_lost_nothing(tmp_path, cls, kind: str):
     """The Trainer's own checkpoint comes back into the model that trained it, and onto a new base."""
     model = cls()

@@ -77,20 +77,6 @@ def test_plain_lora_changes_each_weight_as_the_adapter_does(case: str):
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in beside.items())
 
 
-def test_convolutions_have_the_shapes_of_plain_lora():
-    lora = as_lora(take_adapter(adapted(**CASES["LoHa"])))
-    assert lora.factor("conv", "lora_A").shape == (4, 4, 3, 3)
-    assert lora.factor("conv", "lora_B").shape == (6, 4, 1, 1)
-    assert lora.factor("grouped", "lora_A").shape == (4, 2, 3)
-
-
-def test_plain_lora_keeps_its_own_tensors():
-    adapter = take_adapter(adapted(target_modules=["linear", "table"]))
-    lora = as_lora(adapter)
-    assert lora.tensors.keys() == adapter.tensors.keys()
-    assert all(value.data_ptr() == adapter.tensors[name].data_ptr() for name, value in lora.tensors.items())
-
-
 def test_options_of_a_variant_of_the_users_own_are_left_behind():
     with variants_forgotten():
         define_gated(own_options={"gate": 1.0})

@@ -1,4 +1,4 @@
-"""The compact description of many layers: it loses nothing, and files stay near the size of their tensors."""
+"""The compact description of many layers, and tensors of one storage: they lose nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
+from lightning_lora import LoRAConfig, inject, load_adapter
 from lightning_lora.adapter.adapter import Adapter, Layer
 from lightning_lora.adapter.fingerprint import Entry, fingerprint_entries
 from lightning_lora.adapter.metadata import decode_fingerprint as read_prints
@@ -22,8 +22,7 @@ from lightning_lora.adapter.metadata import encode_layers as shorten_layers
 from lightning_lora.exchange.take import copied
 from support.models import checkpoint
 
-LAYERS = 1000
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.int64, torch.bool)
+DTYPES = (torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.bool)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -42,20 +41,6 @@ def test_fingerprint_reads_back_unchanged(dtype: torch.dtype):
     assert repr(read_prints(json.loads(json.dumps(rows)))) == repr(prints)  # NaN equals NaN
 
 
-def test_fingerprint_names_the_first_differences_in_the_order_of_the_model(tmp_path):
-    sizes = [(4, 4), (4, 3), (3, 4), (4, 4), (4, 4)]
-    net, other = (nn.Sequential(*(nn.Linear(*size) for size in sizes)) for _ in range(2))
-    other.load_state_dict(net.state_dict())
-    inject(net, LoRAConfig(r=2))
-    save_adapter(net, tmp_path)
-    with torch.no_grad():
-        for i in (4, 3, 2, 1):
-            other[i].weight.add_(1)
-    named = r"values of '1\.weight' .* 4 of 10 frozen tensors differ \('1\.weight', '2\.weight', '3\.weight', \.\.\.\)"
-    with pytest.raises(LoRAError, match=named):
-        load_adapter(other, tmp_path)
-
-
 def test_shortened_layer_records_read_back_unchanged():
     layers = {
         "a": Layer(0, 2.0, "Linear"),
@@ -66,21 +51,6 @@ def test_shortened_layer_records_read_back_unchanged():
     short = shorten_layers(layers)
     assert short == [["Linear", 2.0, ["a"]], ["Linear", 0.1, ["b"]], ["Conv1D", 2.0, ["c"]], [None, 2.0, ["d"]]]
     assert read_layers(json.loads(json.dumps(short)), LoRAConfig(enable_lora={"b": [True, False]})) == layers
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bias", [False, True])
-def test_adapter_files_hold_at_most_three_per_cent_beside_the_tensors(tmp_path, bias: bool):
-    """At most 3 % of the tensors' bytes for 1,000 layers of this width, in each form."""
-    net = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 256, 256, bias=bias) for _ in range(LAYERS)))
-    inject(net, LoRAConfig(r=8))
-    size = sum(tensor.nbytes for tensor in adapter_state_dict(net).values())
-    assert size == LAYERS * 8 * 512 * 4
-    save_adapter(net, tmp_path / "folder")
-    torch.save(checkpoint(net, "adapter"), tmp_path / "written.ckpt")
-    forms = [list((tmp_path / "folder").iterdir()), [tmp_path / "written.ckpt"]]
-    for files in forms:
-        assert size < sum(file.stat().st_size for file in files) <= 1.03 * size, files
 
 
 def saved(values: Any) -> io.BytesIO:

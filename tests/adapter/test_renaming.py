@@ -12,15 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import (
-    LoRAConfig,
-    LoRAError,
-    inject,
-    load_adapter,
-    save_adapter,
-    take_adapter,
-    unload,
-)
+from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter, take_adapter, unload
 from support.covering import covering
 from support.models import (
     ZOO_LAYERS,
@@ -52,6 +44,7 @@ def trained_around(**options: Any) -> Around:
     return model.eval()
 
 
+PATTERN = r"model\.(embed|body\.[03])"
 FULL_NAMES: dict[str, Any] = {
     "target_modules": [f"model.{name}" for name in ZOO_LAYERS],
     "modules_to_save": ["model.head"],
@@ -61,29 +54,22 @@ FULL_NAMES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, FULL_NAMES, {"target_modules": r"model\.(embed|body\.[03])"}])
-@pytest.mark.parametrize("target", ["fresh", "injected"])
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [({}, "injected"), (FULL_NAMES, "fresh"), (FULL_NAMES, "injected"), ({"target_modules": PATTERN}, "fresh")],
+)
 def test_load_adapter_takes_a_prefix_off(options, target):
     model, other = trained_around(**options), base_zoo()
     if target == "injected":
-        off = (
-            {"target_modules": ["embed", "body.0", "body.3"]} if isinstance(options.get("target_modules"), str) else {}
-        )
-        if options is FULL_NAMES:
-            off = {
-                "rank_pattern": {"conv": 3},
-                "alpha_pattern": {"body.0": 3},
-                "enable_lora": {"body.3": [True, False]},
-            }
-        inject(other, zoo_config(**off))
+        off = {"rank_pattern": {"conv": 3}, "alpha_pattern": {"body.0": 3}, "enable_lora": {"body.3": [True, False]}}
+        inject(other, zoo_config(**off if options else {}))
     names = load_adapter(other, checkpoint(model, "adapter"))
     assert names == [name for name in ZOO_LAYERS if hasattr(model.model.get_submodule(name), "lora_A")]
     assert state_bits(other) == state_bits(model.model)
     assert torch.equal(other(tokens()), model.model(tokens()))
 
 
-@pytest.mark.parametrize("form", ["dictionary", "folder"])
-@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize(("form", "inner"), [("dictionary", True), ("folder", False)])
 def test_load_adapter_puts_a_prefix_in_front(tmp_path, form, inner):
     model, other = trained_zoo(rank_pattern={"conv": 3}, alpha_pattern={"0": 5}), Around("model")
     if inner:
@@ -109,7 +95,6 @@ def test_names_that_fit_as_they_are_need_no_prefix():
     [
         (lambda: Around("one", "two"), r"found 'one\.', 'two\.'"),
         (lambda: Around(), "found none"),
-        (lambda: nn.Sequential(nn.Linear(8, 8)), "found none"),
     ],
 )
 def test_no_prefix_or_several_are_an_error(build, found):
@@ -122,14 +107,6 @@ def test_no_prefix_or_several_are_an_error(build, found):
     if isinstance(model, Around) and len(model._modules) == 2:
         load_adapter(model.two, state)
         assert state_bits(model.one) == state_bits(base_zoo())
-
-
-def test_one_layer_without_a_place_is_not_put_onto_the_model_itself():
-    single = nn.ModuleDict({"fc": nn.Linear(4, 4)})
-    inject(single, LoRAConfig(r=1))
-    model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(LoRAError, match="under exactly one prefix; found none"):
-        load_adapter(model, checkpoint(single, "adapter"))
 
 
 def test_a_module_under_two_names_is_one_place():
@@ -147,8 +124,7 @@ def test_a_module_under_two_names_is_one_place():
     assert state_bits(third["first"]) == state_bits(trained_zoo())
 
 
-@pytest.mark.parametrize("form", ["folder", "checkpoint"])
-def test_a_layer_under_two_names_loads_under_a_prefix(form: str, tmp_path: Path):
+def test_a_layer_under_two_names_loads_under_a_prefix(tmp_path: Path):
     """Also where the network that holds it has two names as well."""
 
     class Network(nn.Module):
@@ -167,10 +143,10 @@ def test_a_layer_under_two_names_loads_under_a_prefix(form: str, tmp_path: Path)
     inner = Whole().network
     inject(inner, LoRAConfig(r=2))
     randomise_(inner)
-    if form == "folder":
-        save_adapter(inner, tmp_path / "folder")
-    load_adapter(around := Whole(), tmp_path / "folder" if form == "folder" else checkpoint(inner, "adapter"))
-    assert state_bits(around.network) == state_bits(inner)
+    save_adapter(inner, tmp_path / "folder")
+    for adapter in (tmp_path / "folder", checkpoint(inner, "adapter")):
+        load_adapter(around := Whole(), adapter)
+        assert state_bits(around.network) == state_bits(inner)
 
 
 class Encoder(nn.Sequential):
@@ -238,7 +214,7 @@ def trained_encoder(holder: str, part: str) -> nn.Module:
 FORMS = ["folder", "adapter", "merged", "full", "in memory", "state dict"]
 
 
-@pytest.mark.parametrize(("holder", "form", "part"), covering([*HOLDERS], FORMS, ["whole", "encoder"]))
+@pytest.mark.parametrize(("holder", "form", "part"), covering([*HOLDERS], FORMS, ["whole", "encoder"], meet=1))
 def test_an_adapter_of_a_model_that_a_loss_holds_too_loads_wherever_the_model_is(
     tmp_path: Path, holder: str, part: str, form: str
 ):

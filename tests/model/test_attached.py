@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import (
-    LoRACallback,
     LoRAConfig,
     LoRAError,
     adapter_state_dict,
@@ -43,7 +42,6 @@ from lightning_lora import (
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.model.adapted_model import open_model
 from support.models import bits
-from support.training import Data, Net, make_trainer
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 
@@ -91,27 +89,22 @@ def test_it_is_no_parameter_no_buffer_and_in_no_state_dict():
     assert "beside=['one', 'two']" in repr(model)
 
 
-def test_names_and_weights_are_in_the_order_of_names():
-    model = net()
-    assert attached(model) == {}
-    attach(model, other(2), name="z", weight=2)
-    attach(model, other(1), name="a")
-    assert list(attached(model).items()) == [("a", 1.0), ("z", 2.0)]
-
-
-def test_another_order_of_attaching_gives_the_same_bits():
+def test_another_order_of_attaching_gives_the_same_names_and_bits():
     one, two = filled(), filled()
     for model, names in ((one, "ab"), (two, "ba")):
+        assert attached(model) == {}
         for name in names:
-            attach(model, other(ord(name)), name=name)
+            attach(model, other(ord(name)), name=name, weight=2 if name == "b" else 1)
+    assert [*attached(one).items()] == [*attached(two).items()] == [("a", 1.0), ("b", 2.0)]
     assert torch.equal(one(X), two(X))
     merge(one)
     merge(two)
     assert weight_bits(one) == weight_bits(two)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: torch_saved(m)])
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    ("copied", "alone"), [(copy.deepcopy, False), (lambda model: pickle.loads(pickle.dumps(model)), True)]
+)
 def test_copies_have_their_own(copied: Callable[[Any], Any], alone: bool):
     model = with_two(net() if alone else filled())
     again = copied(model)
@@ -122,13 +115,6 @@ def test_copies_have_their_own(copied: Callable[[Any], Any], alone: bool):
     detach(again, "one")
     detach(again, "two")
     assert torch.equal(again(X), (net() if alone else filled())(X))
-
-
-def torch_saved(model: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def test_a_cast_rounds_none_of_it_and_a_move_without_values_leaves_it():
@@ -155,22 +141,6 @@ def test_dropout_is_of_the_trained_adapter_alone():
     assert torch.equal(model(X), model(X))
 
 
-@pytest.mark.slow
-def test_a_new_weight_compiles_nothing_anew():
-    model, graphs = with_two(filled()), 0
-
-    def count(graph: Any, inputs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return graph.forward
-
-    compiled = torch.compile(model, backend=count, fullgraph=True)
-    for weight in (1.0, 0.3, 0.0, -2.0):
-        set_weight(model, weight, "one")
-        assert torch.equal(compiled(X), model(X))
-    assert graphs == 1
-
-
 # --- strength ---
 
 
@@ -193,14 +163,12 @@ def test_set_weight_is_exact_and_takes_several():
     [
         (lambda m: set_weight(m, 0.5, "on"), "no adapter 'on' is attached.*'one'"),
         (lambda m: detach(m, "three"), "no adapter 'three' is attached"),
-        (lambda m: scaled(m, 0.5, "three").__enter__(), "no adapter 'three' is attached"),
         (lambda m: scaled(m, {"one": 1, "three": 1}).__enter__(), "no adapter 'three' is attached"),
         (lambda m: set_weight(m, 0.5), "set_weight: changes attached adapters.*scaled"),
-        (lambda m: set_weight(m, 0.5, ""), "set_weight: changes attached adapters.*'one'"),
-        (lambda m: set_weight(m, float("nan"), "one"), "a weight must be a finite number, but it is nan"),
-        (lambda m: set_weight(m, True, "one"), "a weight must be a finite number, but it is True"),
-        (lambda m: scaled(m, "much").__enter__(), "a weight must be a finite number, but it is 'much'"),
+        (lambda m: set_weight(m, float("nan"), "one"), "a weight must be a finite number"),
+        (lambda m: scaled(m, "much").__enter__(), "a weight must be a finite number"),
         (lambda m: attach(m, other(1), name="one"), "'one' is attached already; call detach"),
+        (lambda m: detach(net(), "one"), "Sequential was not injected"),
     ],
 )
 def test_wrong_calls_change_nothing(call: Callable[[Any], Any], message: str):
@@ -210,12 +178,6 @@ def test_wrong_calls_change_nothing(call: Callable[[Any], Any], message: str):
         call(model)
     assert torch.equal(model(X), before)
     assert attached(model) == {"one": 0.5, "two": 1.0}
-
-
-@pytest.mark.parametrize("verb", [detach, set_weight, scaled])
-def test_a_plain_model_has_none(verb: Any):
-    with pytest.raises(LoRAError, match=f"{verb.__name__}: Sequential was not injected"), verb(net(), "one"):
-        pass
 
 
 def test_scaled_acts_inside_in_every_form_and_is_over_after():
@@ -273,13 +235,9 @@ class Headed(nn.Module):
         return result
 
 
-HEADS: list[dict[str, Any]] = [{"modules_to_save": ["head"]}, {"bias": "all"}, {"modules_to_save": ["norm"]}]
-
-
-@pytest.mark.parametrize("options", HEADS)
-def test_off_puts_initial_heads_biases_and_statistics_in_place(tmp_path: Path, options: dict[str, Any]):
+def test_off_puts_initial_heads_biases_and_statistics_in_place(tmp_path: Path):
     plain = Headed().eval()
-    model = filled(model=Headed(), target_modules=["body"], **options)
+    model = filled(model=Headed(), target_modules=["body"], modules_to_save=["head", "norm"], bias="all")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(X).square().sum().backward()
     optimizer.step()
@@ -380,45 +338,6 @@ def test_a_failed_change_of_a_merged_model_is_taken_back():
     assert weight_bits(model) == before
 
 
-def test_a_scale_of_zero_merges_what_is_beside():
-    model = filled(use_dora=True)
-    nn.init.zeros_(model[0].lora_magnitude)
-    with_two(model)
-    plain, before = weight_bits(model), model(X)
-    merge(model)
-    torch.testing.assert_close(model(X), before)
-    unmerge(model)
-    assert weight_bits(model) == plain
-
-
-class Preferring(Net):
-    """Its validation takes the reference from itself, as DPO does."""
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        with scaled(self, 0.0), torch.no_grad():
-            self.references.append(self(batch[0]))
-        assert not is_merged(self)
-
-
-def test_an_evaluation_in_which_scaled_is_called_merges_once(tmp_path: Path, caplog: Any, monkeypatch: Any):
-    from lightning_lora.model import merging
-    from lightning_lora.trainer import evaluation
-
-    merges = []
-    monkeypatch.setattr(
-        evaluation, "merge_listed", lambda *args, **kwargs: merges.append(1) or merging.merge_listed(*args, **kwargs)
-    )
-    model = Preferring()
-    model.references = []
-    trainer = make_trainer(tmp_path, LoRACallback(r=2), max_epochs=2)
-    with caplog.at_level("INFO"):
-        trainer.fit(model, Data())
-    assert len(model.references) > 2
-    assert len(merges) == 1
-    assert caplog.text.count("scaled was called in a merged evaluation") == 1
-    assert not is_merged(model)
-
-
 # --- beside the other verbs ---
 
 
@@ -451,23 +370,18 @@ def test_unload_takes_the_trained_one_out_and_leaves_the_others():
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(LoRAError, match="was not injected"):
         unload(model)
-    assert torch.equal(with_trained(model)(X), with_two(filled())(X))
+    assert torch.equal(filled(model=model)(X), with_two(filled())(X))
 
 
-def with_trained(model: nn.Module) -> Any:
-    return filled(model=model)
-
-
-@pytest.mark.parametrize("target", [["0"], ["0", "2"]])
-def test_inject_and_load_adapter_come_before_or_after(target: list[str]):
-    first = filled(model=with_two(net()), target_modules=target)
-    last = with_two(filled(target_modules=target))
+def test_inject_and_load_adapter_come_before_or_after():
+    first = filled(model=with_two(net()), target_modules=["0"])
+    last = with_two(filled(target_modules=["0"]))
     assert torch.equal(first(X), last(X))
     assert [n for n, p in first.named_parameters() if p.requires_grad] == [
         n for n, p in last.named_parameters() if p.requires_grad
     ]
     loaded = with_two(net())
-    assert load_adapter(loaded, take_adapter(last)) == target
+    assert load_adapter(loaded, take_adapter(last)) == ["0"]
     assert torch.equal(loaded(X), last(X))
     assert load_adapter(loaded, other(7, 5)) == ["0", "2"]
     assert attached(loaded) == {"one": 0.5, "two": 1.0}
@@ -475,24 +389,15 @@ def test_inject_and_load_adapter_come_before_or_after(target: list[str]):
     assert torch.equal(loaded(X), expected(X))
 
 
-def test_a_refused_injection_leaves_what_is_attached():
-    model = with_two(net())
-    before = model(X)
-    with pytest.raises(LoRAError, match="target_modules"):
-        inject(model, LoRAConfig(target_modules=["nothing"]))
-    with pytest.raises(LoRAError):
-        load_adapter(model, take_adapter(filled(model=Headed(), target_modules=["body"])))
-    assert attached(model) == {"one": 0.5, "two": 1.0}
-    assert torch.equal(model(X), before)
-    inject(model, LoRAConfig())
-
-
-def test_an_injection_that_is_broken_off_leaves_what_is_attached(monkeypatch: pytest.MonkeyPatch):
+def test_an_injection_that_is_refused_or_broken_off_leaves_what_is_attached(monkeypatch: pytest.MonkeyPatch):
     def break_off(*args: Any) -> None:
         raise KeyboardInterrupt
 
     model = with_two(net())
     before = model(X)
+    with pytest.raises(LoRAError):
+        load_adapter(model, take_adapter(filled(model=Headed(), target_modules=["body"])))
+    assert attached(model) == {"one": 0.5, "two": 1.0}
     monkeypatch.setattr("lightning_lora.model.inject._create_tensors", break_off)
     with pytest.raises(KeyboardInterrupt):
         inject(model, LoRAConfig())
@@ -538,44 +443,10 @@ def test_the_network_inside_and_the_module_around_it_are_both_handles():
     detach(module, "one")
     detach(module.net, "two")
     assert torch.equal(module(X), net()(X))
-    with_two(module)
-    filled(model=module.net)
-    assert attached(module.net) == {"one": 0.5, "two": 1.0}
     partly = nn.ModuleDict({"a": net(), "b": net()})
     attach(partly["a"], other(1), name="one")
     inject(partly["b"], LoRAConfig())
     assert attached(partly["b"]) == {}
-
-
-def test_a_part_of_what_adapters_were_attached_to_is_not_injected():
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = net(), net()
-
-    model = Two()
-    attach(model, take_adapter(filled(model=Two())), name="one")
-    with pytest.raises(LoRAError, match="is a part of the Two to which 'one' was attached"):
-        inject(model.a, LoRAConfig())
-
-
-def test_a_callback_injects_beside_what_is_attached(tmp_path: Path):
-    model = Net()
-    sft = Net()
-    inject(sft, LoRAConfig(r=2, init_lora_weights=False), seed=3)
-    attach(model, take_adapter(sft), name="sft", weight=0.5)
-    frozen = copy.deepcopy({n: each.lora.beside.b for n, each in open_all(model).items()})
-    trainer = make_trainer(tmp_path, LoRACallback(r=3), max_epochs=1)
-    trainer.fit(model, Data())
-    assert attached(model) == {"sft": 0.5}
-    assert all(torch.equal(each.lora.beside.b, frozen[n]) for n, each in open_all(model).items())
-    assert all(each.is_trained() for each in open_all(model).values())
-
-
-def open_all(model: nn.Module) -> dict[str, Any]:
-    from lightning_lora.model.adapted_model import Listing
-
-    return Listing(model).all_layers
 
 
 def test_starts_from_data_see_what_is_beside():
@@ -596,9 +467,7 @@ def test_a_state_dict_says_what_it_lacks_also_after_a_file():
     file.seek(0)
     state = torch.load(file, weights_only=True)
     for strict in (True, False):
-        with pytest.raises(
-            LoRAError, match=r"'one', 'two' are not attached here. Call attach\(model, source, name='one'"
-        ):
+        with pytest.raises(LoRAError, match=r"'one', 'two' are not attached.*attach\(model, source, name='one'"):
             filled().load_state_dict(state, strict=strict)
     outer = nn.ModuleDict({"net": filled()})
     with pytest.raises(LoRAError, match="'one', 'two'"):
@@ -611,13 +480,3 @@ def test_a_state_dict_says_what_it_lacks_also_after_a_file():
     filled().load_state_dict(dict(state))
     with pytest.raises(LoRAError, match="'one', 'two'"):
         filled().load_state_dict(adapter_state_dict(model), strict=False)
-
-
-def test_without_attached_ones_it_says_nothing_and_merged_weights_lack_nothing():
-    model = with_two(filled())
-    net().load_state_dict(state := merged_state_dict(model))
-    assert "lora_beside" not in repr(state._metadata)
-    for name in ("one", "two"):
-        detach(model, name)
-    assert "lora_beside" not in repr(model.state_dict()._metadata)
-    filled().load_state_dict(model.state_dict())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,9 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
-from lightning_lora.exchange import merged_folder
 from support.models import randomise_, same
 from support.notices import quiet_peers
-from support.quantised import adapted, inputs, packed_bits, quantise_, reference, run_reference, values_of
+from support.quantised import adapted, inputs, packed_bits, reference, run_reference, values_of
 
 pytestmark = [*quiet_peers, pytest.mark.transformers_5]
 
@@ -72,10 +70,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(TOKENS).logits.float()
 
 
-every_kind = pytest.mark.parametrize("kind", ["nf4", "int8", "torchao"])
-
-
-@every_kind
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_peft_reads_our_folder_on_the_same_base_with_equal_outputs(tmp_path, folder, kind):
     model = load(folder, kind)
     inject(model, LoRAConfig(r=4, lora_alpha=16))
@@ -87,7 +82,7 @@ def test_peft_reads_our_folder_on_the_same_base_with_equal_outputs(tmp_path, fol
         assert float((logits(model) - logits(theirs)).norm()) > 1e-2
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["nf4", "torchao"])
 def test_we_read_the_folder_of_peft_on_the_same_base_with_equal_outputs_and_gradients(tmp_path, folder, kind):
     options = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     theirs = peft.get_peft_model(load(folder, kind), options)
@@ -103,8 +98,7 @@ def test_we_read_the_folder_of_peft_on_the_same_base_with_equal_outputs_and_grad
     torch.testing.assert_close(found.lora_B.grad, expected.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-4)
 
 
-@every_kind
-@pytest.mark.parametrize("stored", ["on the way", "in files"])
+@pytest.mark.parametrize(("kind", "stored"), [("nf4", "in files"), ("int8", "on the way"), ("torchao", "on the way")])
 def test_save_merged_writes_a_plain_folder_for_from_pretrained(tmp_path, folder, kind, stored, caplog):
     model = load(folder, kind, torch.bfloat16)
     if stored == "in files":
@@ -149,7 +143,7 @@ def test_a_quantised_weight_without_an_adapter_is_written_plain_too_or_refused(t
     assert torch.equal(plain.get_submodule(LAYER).weight, values_of(model.get_submodule(LAYER)).bfloat16().float())
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["nf4", "torchao"])
 def test_merge_and_unload_leaves_a_model_whose_own_save_is_plain(tmp_path, folder, kind):
     model = load(folder, kind)
     inject(model, LoRAConfig(r=4, lora_alpha=16))
@@ -165,42 +159,6 @@ def test_merge_and_unload_leaves_a_model_whose_own_save_is_plain(tmp_path, folde
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     torch.testing.assert_close(logits(loaded.train()), logits(model), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@every_kind
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_transformers_gradient_checkpointing_trains_the_adapters(folder, kind, reentrant):
-    grads = []
-    for checkpointing in (False, True):
-        model = load(folder, kind)
-        inject(model, LoRAConfig(r=4))
-        randomise_(model)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model(TOKENS, labels=TOKENS).loss.backward()
-        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert len(grads[0]) == 28
-    assert grads[0].keys() == grads[1].keys()
-    for name, gradient in grads[0].items():
-        torch.testing.assert_close(grads[1][name], gradient, rtol=1e-5, atol=1e-6)
-
-
-def test_save_merged_holds_one_dequantised_weight_at_a_time(tmp_path, monkeypatch):
-    model = quantise_(nn.Sequential(*(nn.Linear(64, 64) for _ in range(5))), "nf4")
-    inject(model, LoRAConfig(r=2, init_lora_weights=False))
-    made: list[Any] = []
-    make = merged_folder.plain_weight
-
-    def weight(*args, **kwargs):
-        assert not any(reference() is not None for reference in made)
-        found = make(*args, **kwargs)
-        made.append(weakref.ref(found))
-        return found
-
-    monkeypatch.setattr(merged_folder, "plain_weight", weight)
-    save_merged(model, tmp_path / "merged", dequantize="float32")
-    assert len(made) == 5
 
 
 def test_merged_weights_are_the_nearest_in_each_dtype(tmp_path):

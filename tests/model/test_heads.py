@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +12,11 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_lora import LoRACallback, LoRAConfig, inject, summary
+from lightning_lora import LoRAConfig, inject, summary
 from lightning_lora.model.heads import warn_of_new_heads
 from support.notices import quiet_peers
 from support.peers import SMALL
-from support.training import CLASSES, FEATURES, Data, Net, make_trainer
+from support.training import CLASSES, FEATURES
 
 pytestmark = quiet_peers
 Build = Callable[[], nn.Module]
@@ -55,24 +54,6 @@ class WithTwoHeads(OfTimm):
 
 for each in (OfTimm, WithTwoHeads):
     each.__module__ = "timm.models.net"  # by which they are recognised
-
-
-class Lit(Net):
-    """A LightningModule around a model of timm."""
-
-    def prepare(self) -> None:
-        self.network = OfTimm()
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.network(x)
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ["body.0", "fc"]], ids=["left out", "adapted"])
-def test_a_new_head_of_timm_that_is_not_trained_whole_is_named_at_fit_start(tmp_path: Path, targets: Any):
-    trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=targets))
-    said = r"the head of OfTimm \(fc\) has 3 classes where timm's weights have 1000.*modules_to_save=\['fc'\]\.$"
-    with pytest.warns(UserWarning, match=said):
-        trainer.fit(Lit(), Data())
 
 
 def test_both_new_heads_of_timm_are_named():
@@ -133,10 +114,8 @@ def classifier(name: str, outputs: int, after: int = 0) -> nn.Module:
 
 FROZEN_HEADS = {  # each with the name that is said, or ""
     "resnet": (partial(classifier, "fc", 5), "fc"),
-    "vit": (partial(classifier, "heads.head", 5), "heads.head"),
     "vgg": (partial(classifier, "classifier.6", 5), "classifier.6"),
     "in a module": (partial(classifier, "network.head", 200), "network.head"),
-    "deep inside": (partial(classifier, "network.vision.heads.head", 5), "network.vision.heads.head"),
     "beside transformers": (lambda: nn.ModuleDict({"head": nn.Linear(8, 2), "body": bert()}), "head"),
     "another name": (partial(classifier, "overhead", 5), ""),
     "of ImageNet": (partial(classifier, "fc", 1000), ""),

@@ -5,20 +5,19 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject
+from lightning_lora import LoRAConfig, LoRAError, inject
 from lightning_lora.model.heads import warn_of_new_heads
 from support.notices import quiet_peers
 from support.peers import SMALL
-from support.pretrained import LABELS, save_body, tokens
-from support.training import make_trainer, own_random_stream
+from support.pretrained import LABELS, tokens
 
 pytestmark = quiet_peers
 
@@ -30,135 +29,60 @@ def a(name: str, package: str, base: type = nn.Linear) -> type:
 
 OF_BITSANDBYTES = [a(name, "bitsandbytes") for name in ("Linear4bit", "Linear8bitLt")]
 OF_LIGHTNING = a("_Linear4bit", "lightning", OF_BITSANDBYTES[0])
-SKIP = "BitsAndBytesConfig(..., llm_int8_skip_modules=['classifier'])"
+SKIP = "BitsAndBytesConfig(..., llm_int8_skip_modules=['classifier', 'bert.pooler'])"
 
 
 @pytest.mark.parametrize(
-    ("kind", "option"),
+    ("kind", "option", "asked"),
     [
-        (OF_BITSANDBYTES[0], SKIP),
-        (OF_BITSANDBYTES[1], SKIP),
-        (OF_LIGHTNING, "BitsandbytesPrecision(..., ignore_modules={'network.classifier'})"),
+        (OF_BITSANDBYTES[0], SKIP, {"modules_to_save": ["classifier"]}),
+        (OF_BITSANDBYTES[1], SKIP, {"task_type": "SEQ_CLS"}),
+        (
+            OF_LIGHTNING,
+            "BitsandbytesPrecision(..., ignore_modules={'network.classifier'})",
+            {"modules_to_save": ["classifier"]},
+        ),
     ],
     ids=["4 bits", "8 bits", "Lightning"],
 )
-@pytest.mark.parametrize(
-    ("asked", "asks"),
-    [
-        ({"modules_to_save": ["classifier"]}, "modules_to_save names"),
-        ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' asks for"),
-    ],
-    ids=["modules_to_save", "task_type"],
-)
 def test_a_head_that_bitsandbytes_never_quantised_is_refused_with_the_option_by_the_name_it_has_there(
-    kind: type, option: str, asked: dict[str, Any], asks: str
+    kind: type, option: str, asked: dict[str, Any]
 ):
     network = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
     network.classifier = kind(network.config.hidden_size, LABELS)
+    network.hf_quantizer = SimpleNamespace(modules_to_not_convert=["bert.pooler"])  # it is left out already
     model = nn.ModuleDict({"network": network})
-    said = rf"{asks} 'network\.classifier', .* a {kind.__name__} cannot run .*: {re.escape(option)}\.$"
+    said = rf"{next(iter(asked))}.* 'network\.classifier', .* a {kind.__name__} .*: {re.escape(option)}\.$"
     with pytest.raises(LoRAError, match=said):
         inject(model, LoRAConfig(target_modules=["query"], **asked))
     assert [name for name, _ in model.named_parameters() if "lora_" in name] == []
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_option_that_the_error_names_lets_the_head_of_a_quantised_model_be_trained(tmp_path: Path, bits: int):
-    pytest.importorskip("bitsandbytes")
-    pytest.importorskip("accelerate")
-    config = LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
-
-    def load(**options: Any) -> Any:
-        quantisation = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **options)
-        with own_random_stream(1):
-            return transformers.AutoModelForSequenceClassification.from_pretrained(
-                tmp_path, num_labels=LABELS, quantization_config=quantisation
-            )
-
-    save_body(tmp_path)
-    with pytest.raises(LoRAError, match="llm_int8_skip_modules=") as refused:
-        inject(load(), config)
-    names = str(refused.value).partition("llm_int8_skip_modules=")[2].removesuffix(").")
-    inject(model := load(llm_int8_skip_modules=ast.literal_eval(names)), config)
-    model(input_ids=tokens(), labels=torch.zeros(len(tokens()), dtype=torch.long)).loss.backward()
-    assert model.classifier.weight.grad.norm() > 0
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
-    assert trained == ["classifier.weight", "classifier.bias"]
-
-
-@pytest.mark.slow
 @pytest.mark.transformers_5
-def test_the_warning_of_a_pooler_that_the_base_lacks_has_both_options_to_copy(tmp_path: Path):
+def test_layers_that_bitsandbytes_never_quantised_are_trained_once_both_lists_of_the_warning_are_copied(tmp_path: Path):
+    """The base has no pooler, and the head is left out already."""
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")
     transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=False).save_pretrained(tmp_path)
 
-    def load(skipped: list[str]) -> Any:
+    def adapted(skipped: list[str], whole: list[str]) -> Any:
         quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
-        return transformers.AutoModelForSequenceClassification.from_pretrained(
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
             tmp_path, num_labels=LABELS, quantization_config=quantisation
         )
+        inject(model, LoRAConfig(r=1, target_modules=["query"], modules_to_save=whole))
+        return model
 
-    inject(model := load(["classifier"]), LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
+    model = adapted(["classifier"], ["classifier"])
     with pytest.warns(UserWarning, match="starts from random values") as caught:
         warn_of_new_heads(list(model.named_modules()), ["classifier"])
-    whole, skipped = re.findall(r"modules(?:_to_save)?=(\[.*?\])", str(caught[0].message))
-    assert sorted(ast.literal_eval(whole)) == sorted(ast.literal_eval(skipped)) == ["bert.pooler", "classifier"]
-    config = LoRAConfig(r=2, target_modules=["query"], modules_to_save=ast.literal_eval(whole))
-    inject(again := load(ast.literal_eval(skipped)), config)
-    again(input_ids=tokens(), labels=torch.zeros(len(tokens()), dtype=torch.long)).loss.backward()
-    assert again.bert.pooler.dense.weight.grad.norm() > 0
+    found = re.findall(r"modules(?:_to_save)?=(\[.*?\])", str(caught[0].message))
+    whole, skipped = map(ast.literal_eval, found)
+    assert sorted(whole) == sorted(skipped) == ["bert.pooler", "classifier"]
+    model = adapted(skipped, whole)
+    warn_of_new_heads(list(model.named_modules()), whole)  # warnings are errors
+    model(input_ids=tokens(), labels=torch.zeros(len(tokens()), dtype=torch.long)).loss.backward()
+    assert model.classifier.weight.grad.norm() > 0
+    assert model.bert.pooler.dense.weight.grad.norm() > 0
     with pytest.raises(LoRAError, match=r"llm_int8_skip_modules=\['bert.pooler', 'classifier'\]"):
-        inject(load(["classifier"]), config)  # what is plain already is named too, so that the list can be copied
-
-
-SEVERAL = {  # whether the base has a pooler, what is left out, the options, and both lists of the error
-    "head": (True, [], {}, ["classifier"], ["classifier"]),
-    "head by its task": (True, [], {"task_type": "SEQ_CLS"}, None, ["classifier"]),
-    "pooler left out": (True, ["bert.pooler"], {}, ["classifier"], ["classifier", "bert.pooler"]),
-    "pooler trained": (
-        *(True, ["bert.pooler"], {"modules_to_save": ["bert.pooler"]}),
-        *(["bert.pooler", "classifier"], ["bert.pooler", "classifier"]),
-    ),
-    "no pooler": (False, [], {"task_type": "SEQ_CLS"}, ["bert.pooler"], ["classifier", "bert.pooler"]),
-    "no pooler, head left out": (
-        *(False, ["classifier"], {"task_type": "SEQ_CLS"}),
-        *(["bert.pooler"], ["classifier", "bert.pooler"]),
-    ),
-}
-
-
-@pytest.mark.transformers_5
-@pytest.mark.parametrize(("pooler", "skipped", "options", "whole", "plain"), SEVERAL.values(), ids=SEVERAL)
-def test_a_fit_with_layers_that_bitsandbytes_never_quantised_runs_once_both_lists_of_the_error_are_copied(
-    tmp_path: Path, pooler: bool, skipped: list[str], options: dict[str, Any], whole: Any, plain: list[str]
-):
-    pytest.importorskip("bitsandbytes")
-    pytest.importorskip("accelerate")
-    transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=pooler).save_pretrained(tmp_path)
-
-    class Tuned(L.LightningModule):
-        def __init__(self, skipped: list[str]) -> None:
-            super().__init__()
-            quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped or None)
-            self.net = transformers.AutoModelForSequenceClassification.from_pretrained(
-                tmp_path, num_labels=LABELS, quantization_config=quantisation
-            )
-
-        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-            return self.net(input_ids=batch, labels=torch.zeros(len(batch), dtype=torch.long)).loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
-
-    def fit(skipped: list[str], options: dict[str, Any]) -> None:
-        trainer = make_trainer(tmp_path / "fit", LoRACallback(r=1, target_modules=["query"], **options))
-        trainer.fit(Tuned(skipped).train(), torch.utils.data.DataLoader(tokens()))
-
-    with pytest.raises(LoRAError, match="llm_int8_skip_modules=") as refused:
-        fit(skipped, options)
-    found = re.findall(r"(\w+_modules|modules_to_save)=(\[.*?\])", str(refused.value))
-    lists = {name: ast.literal_eval(names) for name, names in found}
-    assert lists.pop("llm_int8_skip_modules") == plain
-    assert lists.get("modules_to_save") == whole
-    fit(plain, {**options, **lists})  # warnings are errors
+        adapted(["classifier"], whole)  # what is plain already is named too, so that the list can be copied

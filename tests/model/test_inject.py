@@ -49,32 +49,7 @@ def test_inject_keeps_tree_names_order_identity_memory_and_classes():
     assert all(type(m) is types[n] for n, m in modules.items() if n not in ZOO_LAYERS)
 
 
-def test_references_and_hooks_of_the_user_stay_valid():
-    model = Zoo()
-    kept, seen = model.body[0], []
-    model.body[0].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
-    inject(model, zoo_config())
-    randomise_(model)
-    model.eval()(tokens())
-    assert kept is model.body[0]
-    assert torch.equal(seen[0], kept(model.norm(_mixed(model)).mean(1)))
-
-
-def _mixed(model: Zoo) -> torch.Tensor:
-    x = model.embed(tokens())
-    return x + model.conv(x.transpose(1, 2)).transpose(1, 2)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_fit_starts_from_the_outputs_of_the_plain_model(training):
-    plain = Zoo().train(training)
-    adapted = copy.deepcopy(plain)
-    inject(adapted, zoo_config(target_modules=["embed", "conv", "0", "3"], init_lora_weights=True))
-    assert torch.equal(adapted(tokens()), plain(tokens()))
-
-
-@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-@pytest.mark.parametrize("saved", [None, ["head"], ["norm", "body.1"]])
+@pytest.mark.parametrize(("bias", "saved"), [("none", ["head"]), ("all", ["norm", "body.1"]), ("lora_only", None)])
 def test_what_is_trainable_is_what_peft_trains(bias, saved):
     options: dict[str, Any] = {"target_modules": ["embed", "body.0", "conv"], "modules_to_save": saved, "bias": bias}
     theirs = peft.get_peft_model(Zoo(), peft.LoraConfig(**options))
@@ -94,9 +69,9 @@ class Norms(Zoo):
 
 
 @pytest.mark.parametrize(
-    "entries", [["norm"], ["final_norm"], ["prenorm.1", "fier"], ["l_norm", "body.1"], ["1"], None]
+    ("entries", "task"),
+    [(["norm"], None), (["prenorm.1", "fier"], "SEQ_CLS"), (["l_norm", "body.1"], None), (None, "SEQ_CLS")],
 )
-@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
 def test_modules_to_save_of_a_peft_config_are_those_that_peft_trains(tmp_path, entries, task):
     def config() -> peft.LoraConfig:  # get_peft_model changes it
         return peft.LoraConfig(target_modules=["embed", "body.0", "body.3"], modules_to_save=entries, task_type=task)
@@ -169,15 +144,14 @@ def test_ranks_and_scalings_are_those_of_peft(rslora):
     assert [model.get_submodule(name).lora.spec.r for name in ZOO_LAYERS] == [4, 4, 2, 3]
 
 
-ATTENTION_PATTERNS = [
-    ({"mixer": 2}, {"mixer": 3}),
-    ({"self_attn|lin": 5}, {"^mixer$": 7}),
-    ({".*out_proj|mixer": 2}, {}),
-]
-
-
-@pytest.mark.parametrize(("ranks", "alphas"), ATTENTION_PATTERNS)
-@pytest.mark.parametrize("targets", [["mixer", "self_attn"], ["mixer", "self_attn", "out_proj"], r"mixer|.*self_attn"])
+@pytest.mark.parametrize(
+    ("targets", "ranks", "alphas"),
+    [
+        (["mixer", "self_attn"], {"mixer": 2}, {"mixer": 3}),
+        (["mixer", "self_attn", "out_proj"], {".*out_proj|mixer": 2}, {}),
+        (r"mixer|.*self_attn", {"self_attn|lin": 5}, {"^mixer$": 7}),
+    ],
+)
 def test_attention_has_one_rank_and_scaling_by_its_own_name_as_in_peft(tmp_path, targets, ranks, alphas):
     base = nn.ModuleDict({"mixer": nn.MultiheadAttention(8, 2), "layer": nn.TransformerEncoderLayer(8, 2, 16)})
     options: dict[str, Any] = {"r": 4, "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas}
@@ -201,15 +175,7 @@ def test_attention_has_one_rank_and_scaling_by_its_own_name_as_in_peft(tmp_path,
         assert found(again) == expected
 
 
-def test_a_pattern_that_names_only_the_output_of_attention_is_an_error():
-    with pytest.raises(LoRAError, match=r"rank_pattern: 'out_proj' names no adapted layer"):
-        inject(
-            nn.TransformerEncoderLayer(8, 2, 16), LoRAConfig(target_modules=["self_attn"], rank_pattern={"out_proj": 2})
-        )
-
-
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
-@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize(("error", "after"), [(RuntimeError("out of memory"), 0), (KeyboardInterrupt(), 3)])
 def test_inject_that_fails_half_way_leaves_no_trace(monkeypatch, error, after):
     model = Stubborn(nn.Linear(4, 4))
     before, calls = trace(model), []
@@ -266,8 +232,9 @@ def test_a_second_injection_around_or_inside_the_first_is_an_error():
     assert inject(model["inner"], zoo_config()) == ZOO_LAYERS
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("state", ["unmerged", "merged"])
+@pytest.mark.parametrize(
+    ("copied", "state"), [(copy.deepcopy, "merged"), (lambda model: pickle.loads(pickle.dumps(model)), "unmerged")]
+)
 def test_copy_of_an_injected_model_is_whole_and_independent(copied, state):
     model = Zoo().eval()
     inject(model, zoo_config())
@@ -288,22 +255,12 @@ def test_copy_of_an_injected_model_is_whole_and_independent(copied, state):
 # --- what is given as the config ---
 
 
-def test_a_config_of_peft_is_taken_as_the_one_that_means_the_same():
-    theirs = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"])
-    ours, expected = (nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)) for _ in range(2))
-    assert inject(ours, theirs) == inject(expected, LoRAConfig.from_peft(theirs)) == ["0"]
-    assert inject(ours, theirs) == ["0"], "the same call again changes nothing"
-    assert ours[0].lora_A.shape == (2, 3)
-
-
-@pytest.mark.parametrize(
-    ("config", "found"),
-    [({"r": 8}, r"dict; LoRAConfig\(\*\*options\) takes a dictionary"), (8, "int"), (None, "NoneType")],
-)
-def test_anything_else_is_refused(config: Any, found: str):
+@pytest.mark.parametrize("config", [{"r": 8}, None])
+def test_anything_else_is_refused(config: Any):
     net = nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(LoRAError, match=rf"^inject: expected a LoRAConfig or a peft\.LoraConfig, found {found}\.$"):
-        inject(net, config)
+    for door in (lambda: inject(net, config), lambda: LoRAConfig.from_peft(config)):
+        with pytest.raises(LoRAError, match=r"expected a (LoRAConfig or a )?peft.LoraConfig, found "):
+            door()
     assert type(net[0]) is nn.Linear
 
 

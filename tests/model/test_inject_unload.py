@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from lightning_lora import (
-    LoRAConfig,
     LoRAError,
     adapter_state_dict,
     disable_adapter,
@@ -44,7 +43,7 @@ def trained_zoo() -> tuple[Zoo, dict[str, bytes], torch.Tensor]:
     return model, before, output
 
 
-@pytest.mark.parametrize("state", ["fresh", "merged", "trained", "trained and merged", "by mode"])
+@pytest.mark.parametrize("state", ["fresh", "trained and merged", "by mode"])
 def test_unload_restores_classes_flags_and_every_bit(state):
     model = Stubborn(nn.Linear(4, 4))
     model.zoo.norm.weight.requires_grad_(False)
@@ -71,15 +70,6 @@ def train_part(model: Stubborn) -> None:
     assert bits(model.zoo.body[1].running_mean) != bits(torch.zeros(8))
 
 
-def test_unload_and_inject_again_starts_anew():
-    model, before, output = trained_zoo()
-    unload(model)
-    assert torch.equal(model.eval()(tokens()), output)
-    inject(model, zoo_config(target_modules=["conv"], modules_to_save=None))
-    unload(model)
-    assert state_bits(model) == before
-
-
 def test_merge_and_unload_leaves_a_plain_model():
     model, _, _ = trained_zoo()
     expected = model.eval()(tokens())
@@ -97,20 +87,6 @@ def test_merge_and_unload_leaves_a_plain_model():
     torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-5)
     untouched.load_state_dict(model.state_dict())
     assert torch.equal(untouched(tokens()), model(tokens()))
-
-
-@pytest.mark.parametrize("before", ["merged", "unmerged"])
-def test_merge_and_unload_of_a_tied_layer_leaves_the_model_as_it_was(before):
-    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-    model["b"].weight = model["a"].weight
-    inject(model, LoRAConfig(r=1, target_modules=["a"]))
-    merge(model) if before == "merged" else None
-    was = trace(model)
-    with pytest.raises(LoRAError, match=r"'a': its weight is also b\.weight\. Leave the layer out"):
-        merge_and_unload(model)
-    assert trace(model) == was
-    with pytest.raises(LoRAError, match="merge_and_unload: Zoo was not injected"):
-        merge_and_unload(Zoo())
 
 
 def test_merge_and_unload_refuses_a_weight_that_is_not_finite():
@@ -133,8 +109,8 @@ def test_disable_adapter_is_the_model_before_training_exactly(found):
     with disable_adapter(model) as inside:
         assert inside is model
         assert torch.equal(model(tokens()), output)
-        with disable_adapter(model):
-            assert torch.equal(model(tokens()), output)
+        with pytest.raises(ZeroDivisionError), disable_adapter(model):
+            1 / 0  # noqa: B018
         assert torch.equal(model(tokens()), output)
     now = trace(model)
     for part in ("parameters", "buffers", "state", *(["modules"] if found == "unmerged" else [])):
@@ -143,8 +119,10 @@ def test_disable_adapter_is_the_model_before_training_exactly(found):
     assert torch.equal(model(tokens()), effect)
 
 
-@pytest.mark.parametrize("found", ["unmerged", "merged"])
-@pytest.mark.parametrize("verb", [merge, unmerge, lambda model: merged(model).__enter__(), lambda model: model.eval()])
+@pytest.mark.parametrize(
+    ("verb", "found"),
+    [(merge, "unmerged"), (unmerge, "merged"), (lambda model: merged(model).__enter__(), "merged")],
+)
 def test_merging_inside_disable_adapter_does_not_bring_the_adapter_back(found, verb):
     model, _, output = trained_zoo()
     unload(model)
@@ -159,29 +137,6 @@ def test_merging_inside_disable_adapter_does_not_bring_the_adapter_back(found, v
     model.eval()
     torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-5)
     assert is_merged(model)
-
-
-@pytest.mark.parametrize("found", ["unmerged", "merged"])
-def test_disable_adapter_left_by_an_exception_brings_the_adapter_back(found):
-    model, _, output = trained_zoo()
-    model.eval()
-    merge(model) if found == "merged" else None
-    effect = model(tokens())
-    with pytest.raises(RuntimeError, match="inside"), disable_adapter(model), disable_adapter(model):
-        raise RuntimeError("inside")
-    assert is_merged(model) == (found == "merged")
-    assert torch.equal(model(tokens()), effect)
-    with disable_adapter(model):
-        assert torch.equal(model(tokens()), output)
-
-
-def test_disable_adapter_leaves_the_trained_values_unchanged():
-    model, _, _ = trained_zoo()
-    state = {name: bits(tensor) for name, tensor in adapter_state_dict(model).items()}
-    for _ in range(3):
-        with disable_adapter(model):
-            model.eval()(tokens())
-    assert {name: bits(tensor) for name, tensor in adapter_state_dict(model).items()} == state
 
 
 def test_what_the_user_unfroze_is_saved_and_named_where_its_first_value_is_asked_for():
@@ -207,24 +162,6 @@ def test_what_the_user_unfroze_is_saved_and_named_where_its_first_value_is_asked
     assert state_bits(model) == before | trained
 
 
-def test_what_a_loop_unfroze_without_a_save_is_named_too():
-    inject(model := Zoo(), zoo_config())
-    model.norm.weight.requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"unload cannot bring back .* \(norm.weight\)"):
-        unload(model)
-
-
-def test_an_optimizer_that_does_not_hold_a_parameter_says_nothing_of_it():
-    model = Zoo()
-    inject(model, zoo_config())
-    model.norm.weight.requires_grad_(True)  # for its gradient alone
-    optimizer = torch.optim.SGD([(other := nn.Linear(2, 2)).weight], lr=0.1)
-    other(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    model.norm.weight.requires_grad_(False)
-    assert "norm.weight" not in adapter_state_dict(model)
-
-
 def test_merge_weights_merges_in_evaluation_mode_at_the_root():
     model = Zoo()
     inject(model, zoo_config(), merge_weights=True)
@@ -246,22 +183,9 @@ def test_merge_weights_merges_in_evaluation_mode_at_the_root():
     assert not model.training
 
 
-def test_merge_weights_with_a_bad_layer_leaves_the_model_unmerged():
-    model = Zoo()
-    inject(model, zoo_config(), merge_weights=True)
-    randomise_(model)
-    weights = state_bits(model)
-    with torch.no_grad():
-        model.body[3].lora_A[0, 0] = float("nan")
-    with pytest.raises(LoRAError, match=r"layer 'body\.3'"):
-        model.eval()
-    assert not is_merged(model)
-    assert not model.training
-    assert bits(model.conv.weight) == weights["conv.weight"]
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("copied", "training"), [(copy.deepcopy, True), (lambda model: pickle.loads(pickle.dumps(model)), False)]
+)
 def test_merge_weights_works_on_a_copy_as_on_the_original(copied: Callable[[nn.Module], nn.Module], training):
     model = Zoo()
     inject(model, zoo_config(), merge_weights=True)

@@ -14,7 +14,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.optim.swa_utils import AveragedModel
 
 from lightning_lora import (
     LoRAConfig,
@@ -44,7 +43,7 @@ from support.models import (
 )
 
 FACTORS = {f"{layer}.{factor}" for layer in ZOO_LAYERS for factor in ("lora_A", "lora_B")}
-PATHS = ["", "body", "body.0", "embed", "conv"]
+PATHS = ["", "body", "conv"]
 
 
 def adapted(seed: int, state: str = "unmerged") -> Zoo:
@@ -114,17 +113,10 @@ def test_a_complete_base_or_both_load_strictly_into_any_part_and_an_adapter_not_
     assert state_bits(model) == expected
 
 
-def test_loading_base_and_adapter_gives_the_outputs_of_the_source():
-    for state in ("unmerged", "merged"):
-        model = adapted(2, state)
-        model.load_state_dict(STATE)
-        torch.testing.assert_close(model(tokens()), SOURCE(tokens()), rtol=1e-5, atol=1e-5)
-
-
 KEYS = st.sampled_from(sorted(STATE))
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(
     start=st.sampled_from(["base", "adapter", "both", "nothing"]),
     toggled=st.sets(KEYS, min_size=1, max_size=3) | st.sets(KEYS, min_size=1),
@@ -151,41 +143,12 @@ def test_loading_any_part_of_base_or_adapter_strictly_is_an_error(start, toggled
 MODELS = {state: adapted(1, state) for state in ("unmerged", "merged")}
 
 
-@pytest.mark.parametrize("missing", sorted(STATE))
-def test_loading_without_one_key_names_it(missing):
-    model = adapted(2)
-    for what in ("base", "adapter", "both"):
-        keys = named(model, what)
-        if missing not in keys or (what == "both" and keys - {missing} in (named(model, "base"),)):
-            continue
-        with pytest.raises(RuntimeError) as caught:
-            model.load_state_dict(pick(model, STATE, keys - {missing}))
-        assert f'"{missing}"' in str(caught.value)
-
-
-def test_unexpected_keys_and_wrong_shapes_are_torchs_errors_as_ever():
-    for what in ("base", "adapter", "both"):
-        model = adapted(2)
-        state = {name: STATE[name] for name in named(model, what)}
-        with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "extra"'):
-            model.load_state_dict(state | {"extra": torch.zeros(1)})
-        with pytest.raises(RuntimeError, match=r"size mismatch for conv\.bias"):
-            model.load_state_dict(state | {"conv.bias": torch.zeros(9)})
-
-
-def test_a_base_loaded_not_strictly_leaves_the_adapters_alone():
-    model = adapted(2)
-    before = state_bits(model)
-    result = model.load_state_dict(pick(model, STATE, {"norm.weight"}), strict=False)
-    assert set(result.missing_keys) == set(STATE) - FACTORS - {"norm.weight"}
-    now = state_bits(model)
-    assert {name for name in now if now[name] != before[name]} == {"norm.weight"}
-
-
 # --- a base loaded after injection is the new start ---
 
 
-@pytest.mark.parametrize(("state", "assign", "path"), covering(["unmerged", "merged"], [False, True], ["", "body"]))
+@pytest.mark.parametrize(
+    ("state", "assign", "path"), covering(["unmerged", "merged"], [False, True], ["", "body"], meet=1)
+)
 def test_a_base_loaded_after_injection_is_what_unload_brings_back(state, assign, path):
     torch.manual_seed(5)
     pretrained = Zoo()
@@ -216,20 +179,16 @@ def test_a_base_loaded_after_injection_is_what_unload_brings_back(state, assign,
     }
 
 
-def load_parts_of_two_bases() -> tuple[Zoo, Zoo, Zoo]:
-    """An injected model whose body holds the second base, after a part of it held the first one."""
+def test_unload_brings_back_the_latest_of_several_loaded_bases():
     torch.manual_seed(5)
-    first, second = Zoo(), Zoo()
+    first, second, model = Zoo(), Zoo(), Zoo()
     train(first), train(second)
-    model = Zoo()
     inject(model, zoo_config())
     model.body[0].load_state_dict(first.body[0].state_dict())
     model.body.load_state_dict(second.body.state_dict())
-    return model, first, second
-
-
-def test_unload_brings_back_the_latest_of_several_loaded_bases():
-    model, first, second = load_parts_of_two_bases()
+    (part := copy.deepcopy(model)).train()
+    unload(part)
+    assert state_bits(part.body) == state_bits(second.body)
     model.conv.load_state_dict(second.conv.state_dict())
     model.load_state_dict(first.state_dict())
     model.body[3].load_state_dict(second.body[3].state_dict())
@@ -238,13 +197,6 @@ def test_unload_brings_back_the_latest_of_several_loaded_bases():
     expected = copy.deepcopy(first)
     expected.body[3].load_state_dict(second.body[3].state_dict())
     assert state_bits(model) == state_bits(expected)
-
-
-def test_unload_brings_back_the_latest_base_of_each_part():
-    model, _, second = load_parts_of_two_bases()
-    train(model)
-    unload(model)
-    assert state_bits(model.body) == state_bits(second.body)
 
 
 def test_loading_an_adapter_does_not_change_what_unload_brings_back():
@@ -279,7 +231,9 @@ def wrap_body(model: Zoo, wrap: Callable[[nn.Module], Any]) -> Zoo:
     return model
 
 
-@pytest.mark.parametrize(("wrap", "state", "assign"), covering([*WRAPPED], ["unmerged", "merged"], [False, True]))
+@pytest.mark.parametrize(
+    ("wrap", "state", "assign"), covering([*WRAPPED], ["unmerged", "merged"], [False, True], meet=1)
+)
 def test_a_base_loads_strictly_wherever_the_layers_are(wrap, state, assign):
     target = WRAPPED[wrap](adapted(2, state))
     before = state_bits(target)
@@ -297,21 +251,6 @@ def test_layers_whose_factors_are_missing_beside_others_are_named_once():
     assert adapted(2).load_state_dict(state, strict=False).missing_keys == ["conv.lora_A", "conv.lora_B"]
 
 
-@pytest.mark.parametrize("what", ["base", "both"])
-@pytest.mark.parametrize("wrap", [lambda model: AveragedModel(model), lambda model: nn.ModuleDict({"module": model})])
-def test_loading_through_a_wrapper_works_under_its_prefix(what, wrap):
-    wrapper = wrap(adapted(2))
-    inner = wrapper.get_submodule("module")
-    own = {"n_averaged": torch.tensor(4)} if isinstance(wrapper, AveragedModel) else {}
-    keys = named(inner, what)
-    wrapper.load_state_dict({f"module.{name}": STATE[name] for name in keys} | own)
-    now = state_bits(inner)
-    assert {name for name in keys if now[name] != bits(STATE[name])} == set()
-    dropped = min(keys & FACTORS or keys)
-    with pytest.raises(RuntimeError, match=f"module.{dropped}"):
-        wrapper.load_state_dict({f"module.{name}": STATE[name] for name in keys - {dropped}} | own)
-
-
 def test_loading_a_model_with_an_injected_part_is_strict_about_the_rest():
     model = nn.ModuleDict({"inner": adapted(2), "rest": nn.Linear(2, 2)})
     rest = {f"rest.{name}": torch.zeros_like(tensor) for name, tensor in model["rest"].state_dict().items()}
@@ -322,17 +261,6 @@ def test_loading_a_model_with_an_injected_part_is_strict_about_the_rest():
             model.load_state_dict({f"inner.{name}": STATE[name] for name in keys})
     model.load_state_dict(adapter_state_dict(model), strict=False)
     assert state_bits(model["inner"]) == {name: bits(tensor) for name, tensor in STATE.items()}
-
-
-def test_copy_of_an_injected_model_loads_without_changing_the_original():
-    model = adapted(2)
-    other = copy.deepcopy(model)
-    before = state_bits(model)
-    other.load_state_dict({name: STATE[name] for name in named(model, "base")})
-    train(other)
-    unload(other)
-    assert state_bits(other) == {name: bits(tensor) for name, tensor in STATE.items() if name not in FACTORS}
-    assert state_bits(model) == before
 
 
 def test_a_base_of_another_shape_changes_nothing_that_unload_brings_back():
@@ -350,9 +278,10 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(stored, weights_only=True)
 
 
-@pytest.mark.parametrize("carry", [lambda state: state, copy.deepcopy, through_a_file])
-@pytest.mark.parametrize("state", ["unmerged", "merged"])
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("carry", "state", "strict"),
+    [(lambda state: state, "unmerged", True), (copy.deepcopy, "merged", False), (through_a_file, "merged", True)],
+)
 def test_merged_weights_are_not_loaded_under_an_adapter_which_would_be_added_twice(carry, state, strict):
     model = adapted(1, state)
     before, weights = state_bits(model), carry(merged_state_dict(model))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -20,7 +18,6 @@ from lightning_lora.nn.adapted_weights import adapted_layers
 from support.broken_off import break_off
 from support.covering import covering
 from support.models import bits, randomise_
-from support.shortcuts import without_collections
 
 MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
 
@@ -126,11 +123,13 @@ def every(step: int, start: int = 0) -> Iterator[int]:
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(("variant", "dtype"), [("lora", torch.bfloat16), ("dora", torch.float32)])
+@pytest.mark.parametrize(
+    ("variant", "dtype", "call"),
+    [("lora", torch.bfloat16, "merged"), ("dora", torch.float32, "merge"), ("dora", torch.bfloat16, "unmerge")],
+)
 def test_a_call_broken_off_anywhere_leaves_all_of_w_or_all_of_w_prime(monkeypatch, variant, dtype, call):
     monkeypatch.setattr(MERGE, "COPY_BUDGET", 0)
-    assert check_breaking_off(adapted(variant, dtype), call, call == "unmerge", every(37)) > 5
+    assert check_breaking_off(adapted(variant, dtype), call, call == "unmerge", every(61)) > 5
 
 
 @pytest.mark.slow
@@ -138,19 +137,19 @@ def test_a_call_broken_off_anywhere_leaves_all_of_w_or_all_of_w_prime(monkeypatc
 @pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
 @pytest.mark.parametrize(
     ("variant", "call", "dtype", "_copies"),
-    covering([*VARIANTS], [*CALLS], [torch.float32, torch.bfloat16], WAYS),
+    covering([*VARIANTS], [*CALLS], [torch.float32, torch.bfloat16], WAYS, meet=1),
     indirect=["_copies"],
 )
 def test_a_call_broken_off_at_many_lines_leaves_all_of_w_or_all_of_w_prime(variant, dtype, call):
-    """At every third one, each variant from another; LORA_LINES=1 in the environment takes every one, half an hour."""
-    model, step = adapted(variant, dtype), int(os.environ.get("LORA_LINES", "3"))
+    """At every fifth one, each variant from another; LORA_LINES=1 in the environment takes every one, half an hour."""
+    model, step = adapted(variant, dtype), int(os.environ.get("LORA_LINES", "5"))
     lines = list(VARIANTS).index(variant) % step
     for found_merged in (False, True) if call in ("merged", "disable_adapter") else (call == "unmerge",):
         assert check_breaking_off(model, call, found_merged, every(step, lines)) > 100 / step
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("step", [41, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [61, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("budget", [0, 2**26])
 def test_a_merge_that_fails_and_is_broken_off_while_it_takes_that_back_is_completed_by_unmerge(
     monkeypatch, budget, step
@@ -175,7 +174,7 @@ def test_a_merge_that_fails_and_is_broken_off_while_it_takes_that_back_is_comple
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
 @pytest.mark.filterwarnings("ignore:Exception ignored in")  # a generator that was broken off
-@pytest.mark.parametrize("step", [53, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [97, pytest.param(11, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", [merge, unmerge])
 def test_a_call_broken_off_twice_is_completed_by_the_next_one(monkeypatch, call, step):
     monkeypatch.setattr(MERGE, "COPY_BUDGET", 0)
@@ -183,7 +182,7 @@ def test_a_call_broken_off_twice_is_completed_by_the_next_one(monkeypatch, call,
     plain, weights = state(model), [bits(layer.weight) for layer in model]
     twice = 0
     for line in every(step):
-        for later in (None, 1, 7, 60, 200):
+        for later in (None, 1, 60):
             if call is unmerge:
                 merge(model)
             reached = break_off(lambda: call(model), *((line,) if later is None else (line, line + later)))
@@ -195,44 +194,3 @@ def test_a_call_broken_off_twice_is_completed_by_the_next_one(monkeypatch, call,
                 assert [bits(layer.weight) for layer in model] == weights
             unmerge(model)
             assert state(model) == plain, (line, later)
-
-
-# --- signals ---
-
-
-@pytest.fixture
-def _alarm() -> Iterator[None]:
-    """A timeout as programs write it. In what a collection of garbage calls, Python would only print the exception."""
-
-    def expire(number: int, frame: object) -> None:
-        raise TimeoutError
-
-    previous = signal.signal(signal.SIGALRM, expire), signal.setitimer(signal.ITIMER_REAL, 0)
-    with without_collections():
-        yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, previous[0])
-    signal.setitimer(signal.ITIMER_REAL, *previous[1])
-
-
-@pytest.mark.usefixtures("_alarm", "_copies")
-@pytest.mark.parametrize("alarms", [25, pytest.param(1000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("call", CALLS)
-def test_an_alarm_at_a_random_moment_leaves_all_of_w_or_all_of_w_prime(call, alarms):
-    model, moments = adapted("dora", torch.float32), random.Random(0)
-    plain = state(model)
-    merge(model)
-    whole = state(model)
-    (merge if call == "unmerge" else unmerge)(model)
-    began = time.perf_counter()
-    CALLS[call](model)
-    hits, longest = 0, time.perf_counter() - began
-    while hits < alarms:
-        (merge if call == "unmerge" else unmerge)(model)
-        try:
-            signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-6, longest))
-            CALLS[call](model)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        except TimeoutError:
-            hits += 1
-        assert state(model) == (whole if is_merged(model) else plain)

@@ -1,4 +1,4 @@
-""" "all-linear" says what it passes over: kinds of weights, and their shares of the parameters."""
+""" "all-linear" says what it passes over: kinds of weights, their shares, and the option that adapts experts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, summary
+from support.peers import model as peers_model
 from support.training import Data, make_trainer, own_random_stream
 from support.training import Net as Trained
 
@@ -98,66 +99,54 @@ def test_a_list_of_targets_passes_over_nothing_and_neither_does_a_model_of_linea
     assert "passes over" not in caplog.text
 
 
-class LayerScale(nn.Module):
-    """As ConvNeXt's blocks in torchvision and timm."""
+# --- stacks of experts ---
 
-    def __init__(self, *shape: int) -> None:
+OPTION = "target_parameters=['gate_up_proj', 'down_proj']"
+
+
+class Stack(nn.Module):
+    def __init__(self, size: int = 8) -> None:
         super().__init__()
-        self.pointwise = nn.Linear(4, 4)
-        self.layer_scale = nn.Parameter(torch.ones(*shape))
+        self.gate_up_proj = nn.Parameter(torch.zeros(4, 2 * size, size))
+        self.down_proj = nn.Parameter(torch.zeros(4, size, size))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 1, 8), (1, 8), (1, 1, 1)])
-def test_a_vector_with_dimensions_of_one_is_no_weight(shape: tuple[int, ...]):
-    inject(model := LayerScale(*shape), LoRAConfig(r=1))
-    assert summary(model).passed_over == ""
-    inject(model := LayerScale(2, 1, 4), LoRAConfig(r=1))
-    assert "(LayerScale.layer_scale 28.6%)" in summary(model).passed_over
+class Mixture(Trained):
+    """The small network of tests, with experts that nothing calls."""
+
+    def __init__(self, size: int = 8, width: int = 8) -> None:
+        super().__init__(width)
+        self.experts = nn.ModuleList([Stack(size), Stack(size)])
 
 
-def test_a_weight_of_two_modules_counts_once():
-    model = nn.ModuleDict({"one": nn.Embedding(10, 10), "two": nn.Embedding(10, 10), "body": nn.Linear(30, 10)})
-    model["two"].weight = model["one"].weight
-    inject(model, LoRAConfig(r=1))
-    assert summary(model).passed_over.startswith("24.4% of the parameters (Embedding 24.4%)")  # 100 of 410
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [line for record in caplog.records for line in record.getMessage().splitlines() if "target_p" in line]
 
 
-def test_every_handle_tells_the_same():
-    class Headed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(10, 10)
-            self.table = nn.Embedding(10, 10)
-            self.head = nn.Linear(10, 10)
-
-        def get_output_embeddings(self) -> nn.Module:
-            return self.head
-
-    root = nn.ModuleDict({"network": Headed()})
-    inject(root, LoRAConfig(r=1))
-    handles = [root, root["network"], nn.Sequential(root)]
-    assert [summary(handle).passed_over.partition(";")[0] for handle in handles] == [
-        f"{100 / 320:.1%} of the parameters (Embedding {100 / 320:.1%})"
-    ] * 3
+def test_stacks_of_experts_are_told_with_the_option_that_adapts_them(caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_lora"):
+        inject(model := Mixture(), LoRAConfig(r=1))
+        assert summary(model).experts == OPTION
+        (line,) = lines(caplog)
+        assert line.endswith(f"; {OPTION} adapts the experts")
+        caplog.clear()
+        names = inject(model := Mixture(), eval(f"LoRAConfig(r=1, {OPTION})"))
+    assert [name for name in names if "experts" in name] == [
+        f"experts.{i}.{leaf}" for i in (0, 1) for leaf in ("gate_up_proj", "down_proj")
+    ]
+    assert not lines(caplog)
+    assert summary(model).experts == ""
 
 
-def test_all_layers_is_advised_only_where_it_adapts_more():
-    inject(embeds := nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 4)), LoRAConfig(r=1))
-    inject(convolves := nn.Sequential(nn.Conv1d(4, 50, 3), nn.Linear(4, 4)), LoRAConfig(r=1))
-    assert "all-layers" not in summary(embeds).passed_over
-    assert "'all-layers' adapts more" in summary(convolves).passed_over
+@pytest.mark.parametrize(
+    ("options", "width"), [({}, 64), ({"target_modules": ["head"]}, 8)], ids=["a small share", "layers by name"]
+)
+def test_the_option_for_experts_is_not_said_where_it_helps_nobody(options: dict[str, Any], width: int):
+    inject(model := Mixture(2, width), LoRAConfig(r=1, **options))
+    assert summary(model).experts == ""
 
 
-def test_the_short_summary_has_the_largest_kind_and_the_advice_in_its_line_of_80_columns():
-    parts = {"embed": nn.Conv2d(3, 48, 8), "block": nn.Linear(48, 480), "table": nn.Embedding(99, 48)}
-    model = nn.ModuleDict({**parts, "head": nn.Linear(48, 3)})
-    inject(model, LoRAConfig(modules_to_save=["head"]))
-    (line,) = [line for line in summary(model).short().splitlines() if "passes over" in line]
-    assert line == "  all-linear    passes over 37.1%; 'all-layers' adapts more (Conv2d 24.5%, ..."
-    assert len(line) <= 80
-
-
-def test_the_short_summary_has_the_advice_where_the_name_of_the_largest_kind_is_too_long():
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "layer": nn.Linear(8, 8)})
-    inject(model, LoRAConfig())
-    assert "\n  all-linear  passes over 53.3%; 'all-layers' adapts more ..." in summary(model).short()
+@pytest.mark.transformers_5
+def test_experts_of_a_transformers_model_are_told():
+    inject(model := peers_model("mixtral"), LoRAConfig(r=1))
+    assert summary(model).experts == OPTION

@@ -16,8 +16,11 @@ from lightning_lora import (
     LoRAError,
     inject,
     load_adapter,
-    merge_and_unload,
+    load_from_checkpoint,
     quantize_base,
+    save_adapter,
+    take_adapter,
+    unload,
 )
 from lightning_lora.nn.nf4 import group_size
 from lightning_lora.nn.quantised import dequantize, quantised_as
@@ -75,9 +78,7 @@ def test_other_layers_stay_as_they_are(caplog):
     assert "quantize_base: odd, double not quantised: the number of weights is no multiple of 64" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "options", [{"exclude_modules": ["4"]}, {"exclude_modules": "4"}, {"modules_to_save": ["4"]}], ids=str
-)
+@pytest.mark.parametrize("options", [{"exclude_modules": "4"}, {"modules_to_save": ["4"]}], ids=str)
 def test_named_layers_are_left_out(options):
     model = network()
     assert quantize_base(model, "nf4", **options) == ["0", "2"]
@@ -118,23 +119,15 @@ def injected() -> nn.Module:
     [
         (network, {"kind": "int4"}, r"quantize_base: a base can be quantised as nf4, not as 'int4'"),
         (network, {"exclude_modules": ["7"]}, r"quantize_base: exclude_modules: '7' names no"),
-        (network, {"modules_to_save": ["head"]}, r"quantize_base: modules_to_save: 'head' names no"),
         (network, {"exclude_modules": ["0", "2", "4"]}, r"quantize_base: Sequential has no layer to quantise"),
         (on_meta, {}, r"quantize_base: '0.weight' has no values yet \(it is on the meta device\)"),
         (not_finite, {}, r"quantize_base: a value of '2' is not finite"),
         (injected, {}, r"quantize_base: '0' is adapted already; call quantize_base before inject"),
-        (lambda: quantised(NF4), {}, r"quantize_base: Sequential has no layer to quantise"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused_by_name(build, options, message):
     with pytest.raises(LoRAError, match=message):
         quantize_base(build(), **options)
-
-
-def test_a_name_beside_others_that_fit_is_passed_over_with_a_warning():
-    with pytest.warns(UserWarning, match="passed over: exclude_modules: '7'") as caught:
-        assert quantize_base(network(), exclude_modules=["4", "7"]) == ["0", "2"]
-    assert [each.filename for each in caught] == [__file__]
 
 
 def test_without_torchao_the_error_names_it(monkeypatch):
@@ -153,24 +146,14 @@ def test_a_plain_state_dict_is_quantised_as_it_is_loaded():
     assert packed_bits(model) == packed_bits(quantised(NF4))
 
 
-def test_merge_and_unload_leaves_plain_linear_layers():
-    model = quantised(NF4)
-    inject(model, LoRAConfig(r=2, init_lora_weights=False))
-    expected = model(inputs())
-    plain = merge_and_unload(model, dequantize="float32")
-    assert [type(plain[position]) for position in (0, 2, 4)] == [nn.Linear] * 3
-    assert all(type(parameter) is nn.Parameter for parameter in plain.parameters())
-    torch.testing.assert_close(plain(inputs()), expected, rtol=1e-5, atol=1e-5)
-
-
 # --- the option of the callback ---
 
 
-def fitted(path: Path, model: Any, callback: LoRACallback, **options: Any) -> Any:
+def fitted(path: Path, callback: LoRACallback, model: Any, **options: Any) -> Any:
     trainer = make_trainer(path, callback, max_epochs=1, **options)
     trainer.fit(model, batches(), batches(2))
-    trainer.save_checkpoint(path / "one.ckpt")
-    return model
+    trainer.save_checkpoint(path / "adapter.ckpt")
+    return model.eval()
 
 
 def lora(**options: Any) -> LoRACallback:
@@ -182,7 +165,7 @@ class QuantisedBefore(PlainNet):
         return quantised(NF4)
 
 
-class BuiltLate(PlainNet):
+class LastLayersLate(PlainNet):
     """Builds its last layers in configure_model."""
 
     def build(self, kind: str) -> Any:
@@ -193,45 +176,138 @@ class BuiltLate(PlainNet):
             self.network.extend(network()[2:])
 
 
-@pytest.mark.parametrize("build", [PlainNet, BuiltLate])
-def test_the_option_trains_what_quantize_base_and_inject_do(tmp_path, build):
-    expected = fitted(tmp_path / "by hand", QuantisedBefore(), lora())
-    found = fitted(tmp_path / "option", build(), lora(quantize="nf4"))
+def test_the_option_trains_what_quantize_base_and_inject_do(tmp_path):
+    expected = fitted(tmp_path / "by hand", lora(), QuantisedBefore())
+    found = fitted(tmp_path / "option", lora(quantize="nf4"), LastLayersLate())
     assert packed_bits(found) == packed_bits(expected)
     assert factors(found).keys() == factors(expected).keys()
     assert all(torch.equal(value, factors(expected)[name]) for name, value in factors(found).items())
     again = PlainNet()
-    make_trainer(tmp_path, lora(quantize="nf4")).test(again, batches(2), ckpt_path=tmp_path / "option/one.ckpt")
+    make_trainer(tmp_path, lora(quantize="nf4")).test(again, batches(2), ckpt_path=tmp_path / "option/adapter.ckpt")
     assert kinds(again) == kinds(found)
-
-
-def test_the_option_leaves_out_what_is_trained_whole(tmp_path):
-    model = fitted(tmp_path, PlainNet(), lora(quantize="nf4", modules_to_save=["4"]))
-    assert list(kinds(model)) == ["network.0.weight", "network.2.weight"]
-    assert model.network[4].weight.requires_grad
 
 
 def test_the_option_on_a_model_that_was_injected_plain_is_refused(tmp_path):
     model = PlainNet()
     inject(model, LoRAConfig(r=2, lora_alpha=4), seed=1)
     with pytest.raises(LoRAError, match=r"quantize is 'nf4', but no weight of PlainNet is quantised.*quantize_base"):
-        fitted(tmp_path, model, lora(quantize="nf4"))
+        fitted(tmp_path, lora(quantize="nf4"), model)
     with pytest.raises(LoRAError, match=r"LoRACallback: a base can be quantised as nf4, not as 'nf3'"):
         lora(quantize="nf3")
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-def test_a_run_in_16_bits_keeps_the_base_quantised(tmp_path, precision):
-    model = fitted(tmp_path, PlainNet(), lora(quantize="nf4"), precision=precision)
-    assert kinds(model) == {f"network.{i}.weight": NF4 for i in (0, 2, 4)}
+def test_a_run_in_16_bits_keeps_the_base_quantised_but_for_what_is_trained_whole(tmp_path):
+    callback = lora(quantize="nf4", modules_to_save=["4"])
+    model = fitted(tmp_path, callback, PlainNet(), precision="bf16-true")
+    assert kinds(model) == {f"network.{i}.weight": NF4 for i in (0, 2)}
+    assert model.network[4].weight.requires_grad
     assert all(float(value.norm()) > 0 for value in factors(model).values())
 
 
-def test_an_adapter_on_the_plain_base_is_refused_until_that_is_quantised(tmp_path):
-    trained = fitted(tmp_path, PlainNet(), lora(quantize="nf4"))
-    plain = PlainNet()
-    with pytest.raises(LoRAError, match=r"quantised \(NF4Tensor\), here it is not quantised.*by quantize_base with"):
-        load_adapter(plain, tmp_path / "one.ckpt")
-    quantize_base(plain)
-    load_adapter(plain, tmp_path / "one.ckpt")
-    assert torch.equal(plain(inputs()), trained.eval()(inputs()))
+# --- loading ---
+
+
+class Net(PlainNet):
+    """Has its last layer as `head`."""
+
+    def build(self, kind: str) -> Any:
+        body, self.head = network()[:4], network()[4]
+        return body
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.network(x))
+
+
+class BuiltLate(Net):
+    """Builds its layers in configure_model."""
+
+    def build(self, kind: str) -> Any:
+        return nn.Identity()
+
+    def configure_model(self) -> None:
+        if isinstance(self.network, nn.Identity):
+            self.network = super().build("")
+
+
+class SelfQuantised(Net):
+    """Quantises its own base."""
+
+    def build(self, kind: str) -> Any:
+        body = super().build(kind)
+        quantize_base(body)
+        return body
+
+
+QUANTISE = r"Quantise the base as in training before it is adapted, .* by quantize_base"
+
+
+@pytest.mark.parametrize(
+    ("save", "options"), [("adapter", {"exclude_modules": ["0"], "modules_to_save": ["head"]}), ("merged", {})]
+)
+def test_load_from_checkpoint_quantises_the_layers_that_the_callback_did(tmp_path, options, save):
+    trained = fitted(tmp_path, lora(quantize="nf4", save=save, dequantize="float32", **options), Net())
+    loaded = load_from_checkpoint(Net, tmp_path / "adapter.ckpt").eval()
+    assert packed_bits(loaded) == packed_bits(trained)
+    assert torch.equal(loaded(inputs()), trained(inputs()))
+
+
+@pytest.mark.parametrize("cls", [BuiltLate, SelfQuantised])
+def test_load_from_checkpoint_quantises_what_the_class_builds_plain(tmp_path, cls):
+    trained = fitted(tmp_path, lora(quantize="nf4", modules_to_save=["head"]), Net())
+    loaded = load_from_checkpoint(cls, tmp_path / "adapter.ckpt").eval()
+    assert torch.equal(loaded(inputs()), trained(inputs()))
+
+
+def test_load_from_checkpoint_quantises_the_layers_that_quantize_base_did(tmp_path):
+    quantize_base(model := Net(), exclude_modules=["network.2", "head"])
+    trained = fitted(tmp_path, lora(), model)
+    loaded = load_from_checkpoint(Net, tmp_path / "adapter.ckpt").eval()
+    assert packed_bits(loaded) == packed_bits(trained)
+    assert torch.equal(loaded(inputs()), trained(inputs()))
+
+
+@pytest.mark.parametrize(("kind", "injected"), [("checkpoint", False), ("folder", True), ("memory", False)])
+def test_load_adapter_onto_a_plain_model_says_to_quantise_it_first(tmp_path, kind: str, injected: bool):
+    quantize_base(model := Net(), exclude_modules=["network.2"])
+    trained = fitted(tmp_path, lora(), model)
+    save_adapter(trained, tmp_path / "folder")
+    sources = {"checkpoint": tmp_path / "adapter.ckpt", "folder": tmp_path / "folder", "memory": take_adapter(trained)}
+    plain = Net().eval()
+    if injected:
+        inject(plain, LoRAConfig(r=2, lora_alpha=4))
+    with pytest.raises(LoRAError, match=QUANTISE) as error:
+        load_adapter(plain, sources[kind])
+    assert "('head.weight', 'network.0.weight')" in str(error.value)
+    if injected:
+        unload(plain)
+    quantize_base(plain, exclude_modules=["network.2"])
+    load_adapter(plain, sources[kind])
+    assert torch.equal(plain(inputs()), trained(inputs()))
+
+
+def test_load_adapter_onto_a_quantised_model_of_what_was_trained_plain_says_not_to_quantise_it(tmp_path):
+    trained = fitted(tmp_path, lora(), Net())
+    quantize_base(quantised := Net().eval(), exclude_modules=["network.2"])
+    with pytest.raises(LoRAError, match="was not quantised, here it is quantised") as error:
+        load_adapter(quantised, take_adapter(trained))
+    assert "Load the base without quantising it, as in training." in str(error.value)
+    assert "quantize_base" not in str(error.value)
+
+
+def test_a_trainer_without_quantize_says_to_quantise_first(tmp_path):
+    options: dict[str, Any] = {"modules_to_save": ["head"]}
+    fitted(tmp_path, lora(quantize="nf4", **options), Net())
+
+    def run(callback: LoRACallback) -> None:
+        trainer = make_trainer(tmp_path, callback, max_epochs=2)
+        trainer.fit(Net(), batches(), batches(2), ckpt_path=tmp_path / "adapter.ckpt")
+
+    with pytest.raises(LoRAError, match=QUANTISE):
+        run(lora(**options))
+    run(lora(quantize="nf4", **options))
+
+
+def test_a_quantised_module_to_save_is_refused_with_the_option_of_quantize_base():
+    quantize_base(model := Net())
+    with pytest.raises(LoRAError, match=r"quantize_base\(model, modules_to_save=\['head', 'network.2'\]\)\."):
+        inject(model, LoRAConfig(r=2, modules_to_save=["head", "2"]))

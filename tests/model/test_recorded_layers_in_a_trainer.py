@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-import types
-from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision, TransformerEnginePrecision
+from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 
 from lightning_lora import LoRAError
-from support.runs import At, lora, trained
+from support.covering import covering
+from support.runs import At, lora
 from support.training import Data, Net, make_trainer
 
 
@@ -47,9 +44,10 @@ def replace(model: nn.Module, name: str) -> None:
     setattr(model.get_submodule(parent), leaf, Converted(model.get_submodule(name)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("save", ["adapter", "merged", "full"])
-@pytest.mark.parametrize("merged_eval", [True, False])
-@pytest.mark.parametrize("kept", [(), ("body.0", "head")])
+@pytest.mark.parametrize(
+    ("kept", "merged_eval", "save"),
+    covering([(), ("body.0", "head")], [True, False], ["adapter", "merged", "full"], meet=1),
+)
 def test_layers_that_a_precision_plugin_replaces_are_named_at_fit_start(
     tmp_path, kept: tuple[str, ...], merged_eval: bool, save: Any
 ):
@@ -64,8 +62,7 @@ def test_layers_that_a_precision_plugin_replaces_are_named_at_fit_start(
         trainer.fit(Net(), Data())
 
 
-@pytest.mark.parametrize("merged_eval", [True, False])
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+@pytest.mark.parametrize(("stage", "merged_eval"), covering(["validate", "test", "predict"], [True, False], meet=1))
 def test_layers_that_a_precision_plugin_replaces_are_named_before_an_evaluation(
     tmp_path, stage: str, merged_eval: bool
 ):
@@ -74,68 +71,12 @@ def test_layers_that_a_precision_plugin_replaces_are_named_before_an_evaluation(
         getattr(trainer, stage)(Net(), Data())
 
 
-class Linear4bit(nn.Linear):
-    """Stands in for the class of bitsandbytes, which is a linear layer too."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = True, device: Any = None) -> None:
-        super().__init__(inputs, outputs, bias, device)
-        self.weight.quant_state = None
-
-
-def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> Precision:
-    """Lightning's plugin, with a stand-in for the package."""
-    package: Any = types.ModuleType("transformer_engine")
-    package.pytorch = types.ModuleType("transformer_engine.pytorch")
-    package.pytorch.Linear = type("TELinear", (nn.Linear,), {})
-    for module in (package, package.pytorch):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    plugin = object.__new__(TransformerEnginePrecision)
-    plugin.replace_layers, plugin.weights_dtype = None, torch.float32
-    return plugin
-
-
-def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Precision:
-    """Lightning's plugin, with a stand-in for the package."""
-    layers = types.SimpleNamespace(Linear4bit=Linear4bit, Linear8bitLt=Linear4bit, Params4bit=Linear4bit)
-    package = types.SimpleNamespace(nn=layers)
-    plugins = "lightning.fabric.plugins.precision.bitsandbytes"
-    monkeypatch.setattr(f"{plugins}._import_bitsandbytes", lambda: package)
-    monkeypatch.setattr(f"{plugins}._Linear4bit", Linear4bit, raising=False)
-    plugin = object.__new__(BitsandbytesPrecision)
-    plugin._linear_cls, plugin.ignore_modules, plugin.dtype = Linear4bit, {"head"}, torch.float32
-    return plugin
-
-
-PLUGINS: dict[str, tuple[Callable[[pytest.MonkeyPatch], Precision], str]] = {
-    "transformer-engine": (transformer_engine, r"'body\.3' in Net was adapted, but is now a .*\.TELinear .*1 of 3"),
-    "bitsandbytes": (bitsandbytes, r"'body\.0' in Net was adapted, but is now a .*\.Linear4bit .*2 of 3"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Support for FP8 in the linear layers with this plugin")
-@pytest.mark.parametrize("name", PLUGINS)
-def test_layers_that_lightnings_own_plugins_replace_are_named_at_fit_start(tmp_path, monkeypatch, name: str):
-    make, message = PLUGINS[name]
-    plugin = Precision()
-    plugin.convert_module = make(monkeypatch).convert_module  # a Trainer on the CPU refuses the plugin itself
-    trainer = make_trainer(tmp_path, lora(merged_eval=False), plugins=plugin)
-    with pytest.raises(LoRAError, match=message):
-        trainer.fit(Net(width=16), Data())
-
-
-def test_a_plugin_that_replaces_other_layers_alone_is_let_in(tmp_path):
-    model = Net()
-    trainer = make_trainer(tmp_path, lora(target_modules=["body.0", "body.3"]), plugins=Converts("body.0", "body.3"))
-    trainer.fit(model, Data())
-    assert isinstance(model.head, Converted)
-
-
 HOOKS = ["on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_epoch_end"]
 
 
-@pytest.mark.parametrize("save", ["adapter", "merged", "full"])
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    ("hook", "first", "save"), covering(HOOKS, [True, False], ["adapter", "merged", "full"], meet=1)
+)
 def test_a_layer_that_a_hook_replaces_is_named_at_the_latest_when_it_is_saved(
     tmp_path, hook: str, first: bool, save: Any
 ):
@@ -164,12 +105,3 @@ def test_a_layer_that_is_taken_out_between_two_fits_is_named(tmp_path):
     del model.body[3:]
     with pytest.raises(LoRAError, match=r"LoRACallback: 'body\.3' in Net was adapted, but is no longer there"):
         fit()
-
-
-def test_a_layer_that_a_hook_wraps_is_still_there(tmp_path):
-    def wrap(trainer: L.Trainer, pl_module: Any) -> None:
-        pl_module.head = nn.Sequential(pl_module.head)
-
-    model = trained(tmp_path, Net(), At("on_fit_start", wrap), lora(), At("on_train_start", lambda trainer, _: None))
-    assert isinstance(model.head, nn.Sequential)
-    make_trainer(tmp_path, lora()).test(model, Data(), verbose=False)

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
-from benchmarks.measure import held_bytes
-from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
+from lightning_lora import LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
 from lightning_lora.exchange import take
 from lightning_lora.exchange.take import fingerprint
 from lightning_lora.model.adapted_model import Listing, open_model
@@ -22,7 +20,6 @@ from support.models import (
     ZOO_LAYERS,
     Zoo,
     bits,
-    randomise_,
     same,
     state_bits,
     tokens,
@@ -101,16 +98,6 @@ def test_state_dicts_of_a_merged_model_equal_those_of_an_unmerged_one():
         ]
 
 
-def test_adapter_state_dict_on_the_same_base_gives_the_trained_model():
-    model, other = trained_zoo(), fresh_zoo()
-    inject(other, zoo_config())
-    result = other.load_state_dict(adapter_state_dict(model), strict=False)
-    assert not result.unexpected_keys
-    assert not any("lora_" in name for name in result.missing_keys)
-    assert torch.equal(other(tokens()), model(tokens()))
-    assert state_bits(other) == state_bits(model)
-
-
 def test_merged_state_dict_loads_into_a_plain_model_with_the_same_outputs():
     model, plain = trained_zoo(), fresh_zoo()
     state = merged_state_dict(model)
@@ -121,37 +108,6 @@ def test_merged_state_dict_loads_into_a_plain_model_with_the_same_outputs():
         assert torch.equal(plain(tokens()), model(tokens()))
         for name in ZOO_LAYERS:
             assert same(state[f"{name}.weight"], model.get_submodule(name).weight.detach())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_merged_weights_are_the_nearest_to_the_exact_sum(dtype):
-    model = nn.Sequential(nn.Linear(40, 30, dtype=dtype))
-    inject(model, LoRAConfig(r=3, lora_alpha=5))
-    randomise_(model)
-    layer = model[0]
-    exact = layer.weight.double() + layer.lora_B.double() @ layer.lora_A.double() * (5 / 3)
-    found = merged_state_dict(model)["0.weight"]
-    if dtype == torch.float64:
-        torch.testing.assert_close(found, exact, rtol=1e-15, atol=1e-16)
-    else:
-        assert torch.equal(found, exact.to(dtype))
-
-
-@pytest.mark.parametrize("verb", [adapter_state_dict, merged_state_dict])
-def test_state_dicts_of_a_model_without_injection_are_refused(verb):
-    with pytest.raises(LoRAError, match=r"state_dict: Zoo was not injected; call inject\(model, LoRAConfig"):
-        verb(Zoo())
-
-
-@pytest.mark.parametrize("found", ["unmerged", "merged"])
-def test_merged_weights_that_cannot_express_the_adapter_are_refused(found):
-    model = nn.ModuleDict({"tied": nn.Linear(4, 5, bias=False), "other": nn.Embedding(5, 4), "mid": nn.Linear(4, 4)})
-    model["other"].weight = model["tied"].weight
-    inject(model, LoRAConfig(r=1, target_modules=["tied", "mid"]))
-    merge(model) if found == "merged" else None
-    with pytest.raises(LoRAError, match=r"'tied': its weight is also other\.weight.*exclude_modules=\['tied'\]"):
-        merged_state_dict(model)
-    assert adapter_state_dict(model).keys() == {f"{n}.{f}" for n in ("tied", "mid") for f in ("lora_A", "lora_B")}
 
 
 class Around(nn.Module):
@@ -191,21 +147,6 @@ def test_names_are_relative_to_the_model_that_is_asked():
     assert state_bits(other.inner) == state_bits(model.inner)
 
 
-def test_averaged_copy_has_state_dicts_of_its_own():
-    model = trained_zoo()
-    average = AveragedModel(model)
-    average.update_parameters(model)
-    state = adapter_state_dict(average)
-    assert state.keys() == adapter_state_dict(model).keys()
-    with torch.no_grad():
-        model.conv.lora_A.add_(1)
-    average.update_parameters(model)
-    average.update_parameters(model)
-    assert not same(adapter_state_dict(average)["conv.lora_A"], adapter_state_dict(model)["conv.lora_A"])
-    plain = merged_state_dict(average)
-    assert plain.keys() == fresh_zoo().state_dict().keys()
-
-
 # --- which base ---
 
 
@@ -219,58 +160,22 @@ def test_fingerprint_covers_the_frozen_parameters_and_is_the_same_while_merged()
     assert len(json.dumps(found)) < 200 * len(found)
 
 
-def test_a_fingerprint_of_a_merged_model_restores_one_weight_after_the_other():
-    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(16)))
-    inject(model, LoRAConfig(r=2, init_lora_weights=False))
-    merge(model)
-    expected, one = fingerprint(model), model[0].weight.nbytes
-    found = []
-    held = held_bytes(lambda: found.append(fingerprint(model)))
-    assert found == [expected]
-    assert one <= max(held) < 6 * one
-
-
 @pytest.mark.parametrize("found", ["unmerged", "merged"])
 def test_fingerprint_accepts_the_same_base_and_names_a_changed_weight(found):
     model = trained_zoo()
     expected = fingerprint(model)
     merge(model) if found == "merged" else None
     check_fingerprint(model, expected)
-    for name in expected:
+    for name in ("embed.weight", "conv.weight", "norm.weight"):
         other = trained_zoo()
-        parameter = other.get_parameter(name)
         with torch.no_grad():
-            parameter.mul_(1.05)
+            other.get_parameter(name).mul_(1.05)
         merge(other) if found == "merged" else None
-        if parameter.any():
-            with pytest.raises(LoRAError, match=f"another base: values of '{name}' were"):
-                check_fingerprint(other, expected)
+        with pytest.raises(LoRAError, match=f"another base: values of '{name}' were"):
+            check_fingerprint(other, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_fingerprint_accepts_the_same_base_in_another_dtype(dtype):
-    model = trained_zoo()
-    expected = fingerprint(model)
-    cast = trained_zoo().to(dtype)
-    check_fingerprint(cast, expected)
-    check_fingerprint(model, fingerprint(cast))
-    with torch.no_grad():
-        cast.conv.weight.mul_(1.05)
-    with pytest.raises(LoRAError, match=r"values of 'conv\.weight'"):
-        check_fingerprint(cast, expected)
-
-
-def test_fingerprint_with_nan_equals_itself_alone():
-    model, broken = trained_zoo(), trained_zoo()
-    with torch.no_grad():
-        broken.norm.weight[0] = float("nan")
-    check_fingerprint(broken, fingerprint(broken))
-    for one, other in ((model, broken), (broken, model)):
-        with pytest.raises(LoRAError, match=r"values of 'norm\.weight'"):
-            check_fingerprint(one, fingerprint(other))
-
-
-@pytest.mark.parametrize("left_out", ["body.0.", "body.0.weight", "body.0.lora_B"])
+@pytest.mark.parametrize("left_out", ["body.0.weight", "body.0.lora_B"])
 def test_a_state_dict_without_what_an_adapter_is_merged_into_is_refused(left_out: str):
     """Merged weights of the rest would be another model, and nothing would say so."""
     model = trained_zoo()

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, save_adapter
-from lightning_lora.model import targets
-from lightning_lora.model.layers_by_kind import layers_by_kind
+from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter
 from lightning_lora.model.targets import select
 from lightning_lora.nn.tied_weights import tied_weights
-from support.models import Zoo, zoo_config
 from support.notices import PEER_NOTICES
-from support.training import Data, Net, make_trainer
 
 SEGMENTS = ["a", "b", "ab", "0", "1", "q"]
 NAMES = st.lists(st.sampled_from(SEGMENTS), min_size=1, max_size=4).map(".".join)
@@ -41,6 +36,7 @@ def tree(names: list[str]) -> nn.Module:
     return root
 
 
+@settings(max_examples=60)
 @given(
     names=st.lists(NAMES, min_size=1, max_size=6),
     targets=st.lists(NAMES, min_size=1, max_size=3) | REGEXES,
@@ -59,6 +55,7 @@ NUMBERED = st.lists(st.sampled_from(["a", "b", "h", "0", "1", "q"]), min_size=1,
 PATTERNS = st.sampled_from(["h", "a", "h|a", "(a|h)", r"[^.]*", "a.b", "0", ""])
 
 
+@settings(max_examples=60)
 @given(
     names=st.lists(NUMBERED, min_size=1, max_size=6),
     targets=st.lists(NUMBERED | st.just("q"), min_size=1, max_size=3),
@@ -107,15 +104,9 @@ def classifier() -> nn.Module:
     [
         (gpt2, "all-linear"),
         (bert, "all-linear"),
-        (llama, "all-linear"),
         (classifier, "all-linear"),
-        (gpt2, ["c_attn", "mlp.c_fc"]),
-        (gpt2, ["wte", "c_proj"]),
         (gpt2, r".*\.h\.1\..*c_(attn|fc)"),
         (bert, ["query", "attention.output.dense"]),
-        (bert, r"bert\.encoder\..*(query|value)"),
-        (llama, ["q_proj", "v_proj"]),
-        (llama, r".*layers\.[01]\.mlp\.(up|down)_proj"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT's remark on Conv1D
@@ -136,28 +127,11 @@ def at_root() -> nn.Module:
     ("build", "options", "expected"),
     [
         (llama, {"target_modules": ["q_proj"], "layers_to_transform": 1}, ["model.layers.1.self_attn.q_proj"]),
-        (
-            llama,
-            {"target_modules": ["up_proj", "lm_head"], "layers_to_transform": [0]},
-            ["lm_head", "model.layers.0.mlp.up_proj"],
-        ),
-        (gpt2, {"target_modules": ["c_attn"], "layers_to_transform": [0, 1]}, None),
         (gpt2, {"target_modules": ["c_attn"], "layers_to_transform": 1, "layers_pattern": "h"}, None),
-        (bert, {"target_modules": ["query", "key"], "layers_to_transform": [1], "layers_pattern": ["layer"]}, None),
         (
             nested,
             {"target_modules": ["q"], "layers_to_transform": 1},
             ["model.layers.1.experts.0.q", "model.layers.1.experts.1.q"],
-        ),
-        (
-            nested,
-            {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "experts"},
-            [f"model.layers.{i}.experts.1.q" for i in range(3)],
-        ),
-        (
-            nested,
-            {"target_modules": ["q", "model.layers.0.experts.0.k"], "layers_to_transform": 2},
-            ["model.layers.0.experts.0.k", "model.layers.2.experts.0.q", "model.layers.2.experts.1.q"],
         ),
         (
             at_root,
@@ -173,24 +147,17 @@ def test_layers_by_number_are_those_of_peft(build, options, expected):
     assert expected is None or sorted(theirs) == sorted(expected)
 
 
-BY_NUMBER = "(layers_pattern says what the number follows)"
-
-
 @pytest.mark.parametrize(
-    ("build", "options", "numbers", "there"),
+    ("build", "options", "there"),
     [
-        (nested, {"layers_to_transform": [8, 7]}, [8, 7], "are '0', '1', '2'"),
-        (at_root, {"layers_to_transform": 1}, [1], "are none"),
-        (nested, {"layers_to_transform": 1, "layers_pattern": ["expert", "layer"]}, [1], "are none"),
-        (nested, {"layers_to_transform": 1, "layers_pattern": "layer"}, [1], "are none"),
-        (nested, {"target_modules": ["model.layers.0.experts.0.q"], "layers_to_transform": 0}, [0], "are none"),
+        (nested, {"layers_to_transform": [8, 7]}, "'8' names no layer .* are '0', '1', '2'"),
+        (nested, {"layers_to_transform": 1, "layers_pattern": ["expert", "layer"]}, "'1' names no layer .* are none"),
+        (nested, {"target_modules": ["model.layers.0.experts.0.q"], "layers_to_transform": 0}, "'0' names no .* none"),
     ],
 )
-def test_a_number_that_names_no_layer_is_an_error(build, options, numbers, there):
-    with pytest.raises(LoRAError) as caught:
+def test_a_number_that_names_no_layer_is_an_error(build, options, there):
+    with pytest.raises(LoRAError, match=f"layers_to_transform: {there}"):
         inject(build(), LoRAConfig(**{"target_modules": ["q"], **options}))
-    lines = [f"layers_to_transform: '{n}' names no layer {BY_NUMBER}; there {there}." for n in numbers]
-    assert str(caught.value) == "inject: Module: " + "\n".join(lines)
 
 
 class Wrapped(nn.Module):
@@ -200,11 +167,11 @@ class Wrapped(nn.Module):
         self.extra = nn.Linear(2, 2)
 
 
-@pytest.mark.parametrize("build", [gpt2, bert, llama])
+@pytest.mark.parametrize("build", [gpt2, bert])
 def test_all_linear_finds_the_head_of_a_model_inside(build, caplog):
     caplog.set_level(logging.INFO, logger="lightning_lora")
     alone = inject(build(), LoRAConfig())
-    head = {gpt2: "lm_head", bert: "cls.predictions.decoder", llama: "lm_head"}[build]
+    head = {gpt2: "lm_head", bert: "cls.predictions.decoder"}[build]
     assert head not in alone
     assert f"{head} is left out of 'all-linear': it is the output head" in caplog.text
     assert inject(Wrapped(build()), LoRAConfig()) == [f"inner.{name}" for name in alone] + ["extra"]
@@ -249,30 +216,6 @@ def test_all_linear_leaves_out_a_tied_weight_and_logs_the_owner(caplog):
     assert "out is left out of 'all-linear': its weight is also embed.weight" in caplog.text
 
 
-def views() -> dict[str, tuple[nn.Parameter, nn.Parameter, bool]]:
-    whole = torch.randn(8, 4)
-    square = torch.randn(4, 4)
-    shared = nn.Parameter(torch.randn(4, 4))
-    return {
-        "one parameter": (shared, shared, True),
-        "the whole and its first rows": (nn.Parameter(whole), nn.Parameter(whole[:4]), True),
-        "overlapping rows": (nn.Parameter(whole[:5]), nn.Parameter(whole[4:]), True),
-        "a transposed view": (nn.Parameter(square), nn.Parameter(square.T), True),
-        "separate rows of one storage": (nn.Parameter(whole[:4]), nn.Parameter(whole[4:]), False),
-        "equal values": (nn.Parameter(square.clone()), nn.Parameter(square.clone()), False),
-    }
-
-
-@pytest.mark.parametrize("case", views())
-def test_tied_weights_are_found_by_their_memory(case):
-    one, other, tied = views()[case]
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    model[0].weight, model[2].weight = one, other
-    expected = {model[0]: "2.weight", model[2]: "0.weight"} if tied else {}
-    assert tied_weights(list(model.named_modules())) == expected
-    assert inject(model, LoRAConfig(r=1)) == (["1"] if tied else ["0", "1", "2"])
-
-
 def test_tied_weights_of_three_owners_or_on_meta_are_found():
     first, second, third = (nn.Linear(4, 4) for _ in range(3))
     first.weight = second.weight = third.weight
@@ -282,26 +225,7 @@ def test_tied_weights_of_three_owners_or_on_meta_are_found():
     assert set(tied_weights(list(model.named_modules()))) == {model.embed, model.out}
 
 
-def test_a_layer_registered_twice_is_adapted_once():
-    layer = nn.Linear(4, 4)
-    assert inject(nn.ModuleDict({"one": layer, "two": layer, "rest": nn.Linear(4, 4)}), LoRAConfig(r=1)) == [
-        "one",
-        "rest",
-    ]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"target_modules": ["conv"], "exclude_modules": ["conv"]}, {"target_modules": ["head"]}],
-    ids=["excluded", "saved"],
-)
-def test_options_that_leave_nothing_to_adapt_are_an_error(options):
-    with pytest.raises(LoRAError, match="leaves no layer to adapt"):
-        inject(Zoo(), zoo_config(**options))
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ".*", ["layer"]])
-@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+@pytest.mark.parametrize(("kind", "targets"), [(nn.Linear, "all-linear"), (nn.Embedding, ["layer"])])
 def test_a_model_that_is_itself_a_layer_is_refused_with_how_to_give_it_a_name(kind: type[nn.Module], targets: Any):
     layer, name = kind(4, 4), kind.__name__
     with pytest.raises(
@@ -309,22 +233,6 @@ def test_a_model_that_is_itself_a_layer_is_refused_with_how_to_give_it_a_name(ki
     ):
         inject(layer, LoRAConfig(r=2, target_modules=targets))
     assert inject(nn.Sequential(layer), LoRAConfig(r=2, target_modules=["0"])) == ["0"]
-
-
-@pytest.mark.parametrize("fits", [False, True])
-def test_what_the_options_name_is_selected_once_an_injection(fits: bool, tmp_path: Path, monkeypatch):
-    calls: list[LoRAConfig] = []
-
-    def counted(modules: Any, config: LoRAConfig, *args: Any) -> Any:
-        calls.append(config)
-        return layers_by_kind(modules, config, *args)
-
-    monkeypatch.setattr(targets, "layers_by_kind", counted)
-    if fits:
-        make_trainer(tmp_path, LoRACallback(r=1), max_epochs=1).fit(Net(), Data())
-    else:
-        inject(Net(), LoRAConfig(r=1))
-    assert len(calls) == 1
 
 
 # --- nothing to adapt ---
@@ -346,51 +254,20 @@ def tied() -> nn.Module:
     return net
 
 
-def linear() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 3))
-
-
-TAKEN_OUT = "; exclude_modules or modules_to_save takes out '0' (1 in all)."
-
-
 @pytest.mark.parametrize(
     ("build", "options", "said", "followed"),
     [
-        (
-            convolutions,
-            {},
-            "; target_modules can name others; there are 'stem', 'dw', 'table'.",
-            ["stem", "dw", "table"],
-        ),
-        (
-            tied,
-            {},
-            "; 'out' is left out: its weight is also table.weight; target_modules can name others; there are 'table', "
-            "'out'.",
-            ["out"],
-        ),
-        (
-            lambda: nn.Sequential(nn.LayerNorm(3)),
-            {},
-            "; there is no layer of a kind that can be adapted: nn.Linear, transformers' Conv1D, nn.Embedding, "
-            "nn.Conv1d/2d/3d and nn.MultiheadAttention.",
-            None,
-        ),
-        (linear, {"exclude_modules": ["0"]}, TAKEN_OUT, None),
-        (linear, {"modules_to_save": ["0"]}, TAKEN_OUT, None),
-        (
-            lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 2)),  # a ResNet and its new head
-            {"modules_to_save": ["1"]},
-            "; exclude_modules or modules_to_save takes out '1' (1 in all).",
-            None,
-        ),
+        (convolutions, {}, "'stem', 'dw', 'table'", ["stem", "dw", "table"]),
+        (tied, {}, r"'out' is left out: its weight is also table\.weight", ["out"]),
+        (lambda: nn.Sequential(nn.LayerNorm(3)), {}, "no layer of a kind that can be adapted", None),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), {"exclude_modules": ["0"]}, "takes out '0'", None),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 2)), {"modules_to_save": ["1"]}, "takes out '1'", None),
     ],
 )
 def test_all_linear_that_leaves_nothing_says_what_there_is_and_how_to_name_it(
     build: Any, options: dict[str, Any], said: str, followed: list[str] | None
 ):
-    with pytest.raises(LoRAError) as caught:
+    with pytest.raises(LoRAError, match=f"target_modules: 'all-linear' leaves no layer to adapt.*{said}"):
         inject(build(), LoRAConfig(**options))
-    assert str(caught.value).endswith(f"target_modules: 'all-linear' leaves no layer to adapt{said}")
     if followed:
         assert {name.rpartition(".")[2] for name in inject(build(), LoRAConfig(target_modules=followed))} == {*followed}

@@ -16,7 +16,6 @@ from lightning_lora import (
     disable_adapter,
     inject,
     is_merged,
-    lora_param_groups,
     merge,
     merge_and_unload,
     merged,
@@ -57,11 +56,10 @@ def test_the_head_is_trained_and_nothing_else():
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"task_type": "SEQ_CLS", "modules_to_save": ["head"]}, ["head.weight", "head.bias"]),
         ({"trainable_token_indices": {"embed": [2, 3]}}, ["embed.lora_rows"]),
         ({"bias": "all"}, ["conv.bias", "norm.bias", "body.0.bias", "body.1.bias", "body.3.bias", "head.bias"]),
     ],
-    ids=["a task's head", "rows", "biases"],
+    ids=["rows", "biases"],
 )
 def test_what_else_may_be_trained_without_layers(options: dict[str, Any], names: list[str]):
     inject(model := Zoo(), LoRAConfig(target_modules=[], **options))
@@ -70,8 +68,8 @@ def test_what_else_may_be_trained_without_layers(options: dict[str, Any], names:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"task_type": "SEQ_CLS"}, {"modules_to_save": ["body.2"]}, {"bias": "lora_only"}],
-    ids=["nothing else", "a task whose head is not there", "a module without parameters", "biases of no layer"],
+    [{}, {"modules_to_save": ["body.2"]}, {"bias": "lora_only"}],
+    ids=["nothing else", "a module without parameters", "biases of no layer"],
 )
 def test_nothing_to_train_is_refused_and_the_model_is_as_it_was(options: dict[str, Any]):
     model = Zoo()
@@ -81,12 +79,7 @@ def test_nothing_to_train_is_refused_and_the_model_is_as_it_was(options: dict[st
     assert not [name for name in vars(model) if "lora" in name]
 
 
-def test_a_misspelt_head_is_named():
-    with pytest.raises(LoRAError, match="modules_to_save: 'haed' names no module; did you mean 'head'"):
-        inject(Zoo(), LoRAConfig(target_modules=[], modules_to_save=["haed"]))
-
-
-def test_merging_is_nothing(tmp_path):
+def test_merging_is_nothing_and_what_looks_at_adapters_finds_none(tmp_path):
     model, _ = trained_zoo()
     weights, expected = copy.deepcopy(model.state_dict()), model(TOKENS)
     merge(model)
@@ -100,6 +93,8 @@ def test_merging_is_nothing(tmp_path):
     plain.load_state_dict(merged_state_dict(model))
     assert torch.equal(plain(TOKENS), expected)
     save_merged(model, tmp_path)
+    assert adapter_stats(model, previous=adapter_stats(model)).groups == {}
+    assert str(summary(model)).startswith("No adapter (target_modules=[])")
     assert torch.equal(merge_and_unload(model)(TOKENS), expected)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -113,20 +108,3 @@ def test_the_base_is_there_while_the_head_is_off_and_after_unload(tmp_path):
             save_merged(model, tmp_path)
     unload(model)
     assert torch.equal(model(TOKENS), before(TOKENS))
-
-
-def test_the_summary_says_that_there_is_no_adapter():
-    model, _ = trained_zoo()
-    found = summary(model)
-    assert (found.layers, found.trainable, found.adapter_bytes) == (0, 27, 0)
-    first, *others = str(found).splitlines()
-    assert first.startswith("No adapter (target_modules=[])")
-    assert not [line for line in others if line.startswith(("  adapter", "  layers", "  merging", "  evaluation"))]
-    assert found.short().splitlines()[0] == first
-
-
-def test_what_looks_at_adapters_finds_none():
-    model, _ = trained_zoo()
-    assert adapter_stats(model, previous=adapter_stats(model)).groups == {}
-    parameters = [parameter for group in lora_param_groups(model, lr=1e-3) for parameter in group["params"]]
-    assert len(parameters) == 2

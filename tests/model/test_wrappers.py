@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -37,7 +35,6 @@ from lightning_lora import (
     merge_and_unload,
     merged,
     merged_state_dict,
-    plot_adapter,
     save_adapter,
     save_merged,
     summary,
@@ -46,7 +43,6 @@ from lightning_lora import (
 )
 from lightning_lora.model.adapted_model import find_model
 from lightning_lora.nn.lora_layer import LoRALayer
-from support.covering import covering
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -80,13 +76,10 @@ KNOWN: dict[str, Wrap] = {
     "DistributedDataParallel": DistributedDataParallel,
     "DataParallel": nn.DataParallel,
     "AveragedModel": AveragedModel,
-    "Fabric": with_fabric,
     "compile": compiled,
     "checkpoint_wrapper": checkpoint_wrapper,
     "Fabric of DDP": with_fabric_and_ddp,
-    "Fabric of compile": lambda model: with_fabric(compiled(model)),
     "AveragedModel of DDP of compile": lambda model: AveragedModel(DistributedDataParallel(compiled(model))),
-    "compile of DataParallel": lambda model: compiled(nn.DataParallel(model)),
 }
 known = pytest.mark.parametrize("wrap", KNOWN.values(), ids=KNOWN)
 
@@ -130,23 +123,14 @@ def test_views_and_files_of_a_wrapper_are_those_of_the_network_inside(tmp_path: 
         save_merged(each, tmp_path / name / "merged")
     for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors"):
         assert (tmp_path / "wrapped" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes(), file
-    (base := plain()).load_state_dict(load_file(tmp_path / "wrapped/merged/model.safetensors"))
-    torch.testing.assert_close(base(x()), net(x()), atol=1e-5, rtol=1e-5)
+    assert str(summary(model)) == str(summary(net))
+    assert adapter_stats(model).snapshots.keys() == adapter_stats(net).snapshots.keys()
+    ours, groups = lora_param_groups(model, lr=1), lora_param_groups(net, lr=1)
+    assert [(each["name"], len(each["params"])) for each in ours] == [(e["name"], len(e["params"])) for e in groups]
 
 
 @known
-def test_peft_loads_what_is_saved_of_a_wrapper(tmp_path: Path, wrap: Wrap):
-    model = wrap(network())
-    save_adapter(model, tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        theirs = PeftModel.from_pretrained(plain(), tmp_path)
-    torch.testing.assert_close(theirs(x()), network()(x()), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(theirs(x()), plain()(x()), atol=1e-2)
-
-
-@known
-def test_merging_and_disabling_a_wrapper_reach_the_network(wrap: Wrap):
+def test_merging_disabling_and_loading_reach_the_network(tmp_path: Path, wrap: Wrap):
     model = wrap(network())
     factored = model(x())
     merge(model)
@@ -161,40 +145,24 @@ def test_merging_and_disabling_a_wrapper_reach_the_network(wrap: Wrap):
         assert same is model
         assert torch.equal(model(x()), plain()(x()))
     assert torch.equal(model(x()), factored)
-
-
-@known
-@pytest.mark.parametrize("injected", [True, False])
-def test_load_adapter_writes_into_the_network(tmp_path: Path, wrap: Wrap, injected: bool):
     save_adapter(network(), tmp_path)
-    model = wrap(network(trained=False) if injected else plain())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lightning_lora: load_adapter: DistributedDataParallel")
-        assert load_adapter(model, tmp_path) == ["0", "2"]
-    torch.testing.assert_close(model(x()), network()(x()))
+    for other in (wrap(network(trained=False)), wrap(plain())):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "lightning_lora: load_adapter: DistributedDataParallel")
+            assert load_adapter(other, tmp_path) == ["0", "2"]
+        torch.testing.assert_close(other(x()), network()(x()))
 
 
 @known
 def test_unload_and_merge_and_unload_leave_plain_layers_in_the_wrapper(wrap: Wrap):
-    model = wrap(network())
+    model, other = wrap(network()), wrap(network())
     unload(model)
     assert torch.equal(model(x()), plain()(x()))
-    other = wrap(network())
     assert merge_and_unload(other) is other
     torch.testing.assert_close(other(x()), network()(x()), atol=1e-5, rtol=1e-5)
     for each in (model, other):
         assert not any(isinstance(module, LoRALayer) for module in each.modules())
         assert find_model(each) is None
-
-
-@known
-def test_what_looks_at_a_wrapper_sees_the_network(wrap: Wrap):
-    model, net = wrap(network()), network()
-    assert str(summary(model)) == str(summary(net))
-    assert adapter_stats(model).snapshots.keys() == adapter_stats(net).snapshots.keys()
-    ours, groups = lora_param_groups(model, lr=1), lora_param_groups(net, lr=1)
-    assert [(each["name"], len(each["params"])) for each in ours] == [(e["name"], len(e["params"])) for e in groups]
-    assert plot_adapter(model).keys() == plot_adapter(net).keys()
 
 
 @known
@@ -217,11 +185,9 @@ def test_an_average_is_saved_as_what_it_is_and_not_as_the_live_adapter(tmp_path:
         average.update_parameters(live)
     save_adapter(average, tmp_path / "adapter")
     save_merged(average, tmp_path / "merged")
-    theirs = PeftModel.from_pretrained(plain(), tmp_path / "adapter")
-    torch.testing.assert_close(theirs(x()), average(x()), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(theirs(x()), live(x()), atol=1e-2)
     load_adapter(ours := plain(), tmp_path / "adapter")
     assert torch.equal(ours(x()), average(x()))
+    assert not torch.allclose(ours(x()), live(x()), atol=1e-2)
     (base := plain()).load_state_dict(load_file(tmp_path / "merged/model.safetensors"))
     torch.testing.assert_close(base(x()), average(x()), atol=1e-5, rtol=1e-5)
 
@@ -244,13 +210,10 @@ class Holder(nn.Module):
         super().__init__()
         self.module = net
 
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.module(x)
-
 
 @pytest.mark.parametrize(
     ("outer", "inner"),
-    covering(["none", *KNOWN], ["none", "DistributedDataParallel", "DataParallel", "compile"], meet=1),
+    [("none", "DataParallel"), ("DistributedDataParallel", "compile"), ("Fabric of DDP", "none"), ("compile", "none")],
 )
 def test_a_lightning_module_writes_its_network_whatever_is_around_either(tmp_path: Path, outer: str, inner: str):
     ways, net = KNOWN | {"none": lambda model: model}, network()
@@ -291,10 +254,8 @@ class Siamese(nn.Module):
     [
         injected_whole,
         a_part_of_what_was_injected,
-        lambda: copy.deepcopy(a_part_of_what_was_injected()),
         lambda: Siamese(network()),
         lambda: Lit(network()),
-        lambda: nn.Sequential(network()),
         lambda: Holder(network()),
     ],
 )
@@ -307,10 +268,9 @@ def test_a_module_of_the_users_is_no_wrapper(tmp_path: Path, handle: Callable[[]
     assert next(iter(adapter_state_dict(model))) in model.state_dict()
 
 
-@pytest.mark.parametrize("verb", ["inject", "load_adapter"])
 @pytest.mark.parametrize(
-    "wrap",
-    [DistributedDataParallel, lambda model: compiled(DistributedDataParallel(model)), with_fabric_and_ddp],
+    ("verb", "wrap"),
+    [("inject", lambda model: compiled(DistributedDataParallel(model))), ("load_adapter", with_fabric_and_ddp)],
 )
 def test_adapting_inside_what_synchronises_gradients_warns(tmp_path: Path, wrap: Wrap, verb: str):
     save_adapter(network(), tmp_path)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_rgb
-from matplotlib.text import Text
-from PIL import Image
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_stats, inject, plot_adapter, save_adapter, summary
 from lightning_lora.nn.adapted_weights import adapted_layers
-from lightning_lora.report import figures, pictures
+from lightning_lora.report import figures
 from lightning_lora.report.depth import places
 from lightning_lora.report.updates import measure
 
@@ -111,7 +105,6 @@ def test_lists_of_blocks_with_one_group_have_a_line_each():
     [
         (["0", "2"], [("layers", 0), ("layers", 2)]),
         (["body.3", "head"], [("body", 3), ("head", None)]),
-        (["h.1.mlp.experts.7.up"], [("up", 1)]),
         (["a.0.q", "a.0.b.1.q", "c.2.q"], [("q (a)", 0), ("q (a)", 0), ("q (c)", 2)]),
         (["a.x.0.q", "a.y.0.q", "b.x.0.q"], [("q (a.x)", 0), ("q (a.y)", 0), ("q (b.x)", 0)]),
         (["", "q"], [("model", None), ("q", None)]),
@@ -137,31 +130,6 @@ def test_an_adapter_that_did_not_move_is_drawn_at_zero():
     assert {axes.get_title(loc="left").split("\n")[1] for axes in found["spectra"].axes} == {"effective rank 0.0 of 3"}
 
 
-@pytest.mark.slow
-def test_pictures_in_files_let_the_page_show_through_and_figures_for_loggers_are_white(tmp_path: Path):
-    file = tmp_path / "out.png"
-    figure = plot_adapter(blocks(), output=file)["norms"]
-    assert Image.open(file).getpixel((0, 0))[3] == 0
-    assert figure.get_facecolor() == (1, 1, 1, 1)
-
-
-def test_text_is_of_a_grey_with_the_same_contrast_to_white_and_to_a_dark_page():
-    for figure in plot_adapter(blocks()).values():
-        assert {text.get_color() for text in figure.findobj(Text) if text.get_text()} == {"#7a7a7a"}
-
-
-def luminance(colour: str) -> float:
-    """The relative luminance of a colour, as WCAG defines it."""
-    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
-    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
-
-
-@pytest.mark.parametrize("colour", sorted({pictures.GREY, pictures.LINE, *pictures.COLOURS}))
-def test_every_colour_is_told_from_a_white_and_from_a_dark_page(colour: str):
-    found = luminance(colour) + 0.05
-    assert min(1.05 / found, found / (luminance("#0d1117") + 0.05)) > 3
-
-
 def test_spectra_show_median_and_range_over_the_layers_of_a_projection():
     model = blocks(5)
     figure = plot_adapter(model)["spectra"]
@@ -180,13 +148,12 @@ def test_spectra_show_median_and_range_over_the_layers_of_a_projection():
         assert axes.get_title(loc="left") == f"{projection}\neffective rank {stats[projection].rank:.1f} of 3"
 
 
-@pytest.mark.parametrize("source", ["model", "state dict"])
-def test_a_factor_that_is_not_finite_is_an_error_that_names_it(source: str):
+def test_a_factor_that_is_not_finite_is_an_error_that_names_it():
     model = blocks(2, head=False)
     with torch.no_grad():
         model.layers[1]["up_proj"].lora_B[0, 0] = float("nan")
     with pytest.raises(LoRAError, match=r"layers\.1\.up_proj\.lora_B"):
-        plot_adapter(model if source == "model" else model.state_dict())
+        plot_adapter(model)
 
 
 @pytest.mark.slow
@@ -204,71 +171,12 @@ def test_lines_and_panels_are_those_of_the_groups_with_the_largest_updates():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("suffix", "begins"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml"), (".PNG", b"\x89PNG")]
-)
+@pytest.mark.parametrize(("suffix", "begins"), [(".PNG", b"\x89PNG"), (".pdf", b"%PDF")])
 def test_the_output_is_one_picture_of_all_parts_in_the_form_of_its_suffix(tmp_path: Path, suffix: str, begins: bytes):
     file = tmp_path / f"out{suffix}"
     plot_adapter(blocks(), output=file)
     assert file.read_bytes().startswith(begins)
     assert [*tmp_path.iterdir()] == [file]
-
-
-@pytest.mark.slow
-def test_what_was_there_stays_where_drawing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file = tmp_path / "out.png"
-    file.write_text("earlier")
-
-    def fails(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no space left")
-
-    monkeypatch.setattr(pictures.Figure, "savefig", fails)
-    with pytest.raises(RuntimeError, match="no space left"):
-        plot_adapter(blocks(), output=file)
-    assert file.read_text() == "earlier"
-    assert [*tmp_path.iterdir()] == [file]
-
-
-@pytest.mark.slow
-def test_nothing_drawn_lies_outside_the_picture_or_over_something_else():
-    """Titles, legends and numbers beside axes of a large and of a narrow adapter with long names."""
-
-    class Long(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            names = [f"a_rather_long_name_{letter}_of_a_projection" for letter in "abc"]
-            self.layers = nn.ModuleList(nn.ModuleDict({n: nn.Linear(3, 3) for n in names}) for _ in range(2))
-
-    long = Long()
-    inject(long, LoRAConfig(r=2, init_lora_weights=False))
-    stacks = nn.ModuleDict({name: Blocks(30, head=False) for name in ("a_long_name_of_a_stack", "another_stack")})
-    inject(stacks, LoRAConfig(r=2, init_lora_weights=False))
-    for model in (blocks(80), blocks(1), long, blocks(33), stacks):
-        for figure in plot_adapter(model).values():
-            figure.draw_without_rendering()
-            renderer = figure._get_renderer()
-            drawn, (width, height) = figure.get_tightbbox(renderer), figure.get_size_inches()
-            assert drawn.x0 >= -0.01
-            assert drawn.y0 >= -0.01
-            assert drawn.x1 <= width + 0.01
-            assert drawn.y1 <= height + 0.01
-            for axes in figure.axes:
-                texts = (text for text in axes.get_xticklabels() if text.get_text())
-                shown = [text.get_window_extent(renderer) for text in texts]
-                assert not any(one.overlaps(other) for one, other in itertools.pairwise(shown))
-            titles = [axes._left_title for axes in figure.axes if axes.get_title(loc="left")]
-            boxes = [title.get_window_extent(renderer) for title in titles]
-            assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
-
-
-def test_the_users_style_changes_nothing():
-    import matplotlib
-
-    plain = plot_adapter(blocks())["norms"]
-    with matplotlib.rc_context({"figure.facecolor": "black", "font.size": 30}):
-        styled = plot_adapter(blocks())["norms"]
-    assert styled.get_facecolor() == plain.get_facecolor()
-    assert styled.axes[0].yaxis.get_ticklabels()[0].get_size() == plain.axes[0].yaxis.get_ticklabels()[0].get_size()
 
 
 # --- what is refused ---
@@ -285,27 +193,8 @@ def test_a_missing_matplotlib_is_named_with_what_installs_it(monkeypatch: pytest
         plot_adapter(blocks())
 
 
-def test_what_holds_no_adapter_is_refused(tmp_path: Path):
-    torch.save({"weight": torch.ones(2)}, tmp_path / "plain.pt")
-    with pytest.raises(LoRAError, match=r"plot: .*plain.pt holds no lora_A; there is nothing to draw\."):
-        plot_adapter(tmp_path / "plain.pt")
+def test_what_holds_no_adapter_is_refused():
+    with pytest.raises(LoRAError, match="holds no lora_A; there is nothing to draw"):
+        plot_adapter({"weight": torch.ones(2)})
     with pytest.raises(LoRAError, match="the adapter holds rows of tables alone, which are no low-rank updates"):
         plot_adapter({"embed.lora_rows": torch.ones(1, 3)})
-
-
-# --- matplotlib's state ---
-
-
-@pytest.mark.slow
-def test_neither_the_package_nor_its_figures_import_pyplot(tmp_path: Path):
-    program = f"""
-import sys, torch, lightning_lora
-from lightning_lora.command.main import main
-assert "matplotlib" not in sys.modules
-net = torch.nn.Sequential(torch.nn.Linear(4, 4))
-lightning_lora.inject(net, lightning_lora.LoRAConfig(r=2))
-lightning_lora.plot_adapter(net, output="{tmp_path}/out.png")
-assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr

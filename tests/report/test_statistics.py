@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import pickle
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from torch import nn
 
 import support.parameters as single
 import support.tables as tables
-from lightning_lora import LoRAConfig, LoRAError, adapter_stats, inject, merged, summary
+from lightning_lora import LoRAConfig, adapter_stats, inject, merged, summary
 from lightning_lora.names import group_of
 from lightning_lora.nn import linear
 from lightning_lora.nn.adapted_weights import AdaptedWeights
@@ -24,8 +23,7 @@ from support.models import ZOO_LAYERS, Zoo, randomise_, state_bits, zoo_config
 from support.quantised import adapted, values_of
 
 LAYERS = [
-    *("linear", "transformers Conv1D", "fused, outer parts", "fused Conv1D", "embedding"),
-    *("conv1d", "conv2d, groups", "conv2d, depthwise", "conv3d"),
+    *("linear", "transformers Conv1D", "fused, outer parts", "fused Conv1D", "embedding", "conv2d, groups", "conv3d"),
 ]
 Deltas = Sequence[torch.Tensor]  # s * B @ A of each matrix of a group, in float64
 
@@ -92,18 +90,6 @@ def test_statistics_of_single_parameters_are_those_of_the_built_updates(name: st
     for n in names:
         reference = expected(deltas(n), before[n], [subject.plain.get_parameter(n)])
         assert found(second.groups[group_of(n)]) == pytest.approx(reference, rel=1e-6)
-
-
-def test_statistics_of_attention_are_those_of_its_projections():
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
-    plain = copy.deepcopy(model.attention)
-    inject(model, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=["attention"], exclude_modules=["out_proj"]))
-    randomise_(model)
-    attention: Any = model.attention
-    a, b = attention.lora_A.detach().double(), attention.lora_B.detach().double()
-    weights, deltas = [plain.in_proj_weight], [ALPHA / R * b @ a]
-    group = adapter_stats(model, adapter_stats(model)).groups["attention"]
-    assert found(group) == pytest.approx(expected(deltas, deltas, weights), rel=1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -180,16 +166,6 @@ def test_update_of_zero_has_rank_zero_and_no_cosine():
         assert set(group.to_dict()) == {"norm", "rank"}
 
 
-def test_effective_rank_counts_directions_of_equal_weight():
-    model: Any = nn.Sequential(nn.Linear(8, 8, bias=False))
-    inject(model, LoRAConfig(r=4))
-    with torch.no_grad():
-        model[0].lora_A.copy_(torch.eye(8)[:4])
-        for directions in range(1, 5):
-            model[0].lora_B.copy_(torch.eye(8)[:, :4] * (torch.arange(4) < directions))
-            assert adapter_stats(model).groups["layers"].rank == pytest.approx(directions, rel=1e-6)
-
-
 def test_nan_in_one_factor_is_told_and_leaves_other_groups_alone():
     model: Any = blocks()
     first = adapter_stats(model)
@@ -201,9 +177,8 @@ def test_nan_in_one_factor_is_told_and_leaves_other_groups_alone():
     assert math.isnan(adapter_stats(model, second).groups["q"].norm)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_model_has_the_statistics_of_the_unmerged_one_and_neither_is_changed(dtype: torch.dtype):
-    inject(model := Zoo().to(dtype), zoo_config(init_lora_weights=False))
+def test_merged_model_has_the_statistics_of_the_unmerged_one_and_neither_is_changed():
+    inject(model := Zoo().to(torch.bfloat16), zoo_config(init_lora_weights=False))
     before = state_bits(model)
     unmerged = adapter_stats(model)
     with merged(model):
@@ -216,9 +191,8 @@ def test_merged_model_has_the_statistics_of_the_unmerged_one_and_neither_is_chan
     assert sum(group.layers for group in unmerged.groups.values()) == len(ZOO_LAYERS)
 
 
-@pytest.mark.parametrize("kind", ["nf4 nested", "int8", "Int8WeightOnlyConfig"])
-def test_quantised_weight_is_dequantised_once(kind: str, monkeypatch: pytest.MonkeyPatch):
-    model = adapted(kind)
+def test_quantised_weight_is_dequantised_once(monkeypatch: pytest.MonkeyPatch):
+    model = adapted("nf4 nested")
     calls: list[Any] = []
     dequantize = linear.dequantize
     monkeypatch.setattr(linear, "dequantize", lambda *args: calls.append(args) or dequantize(*args))
@@ -269,11 +243,6 @@ def test_statistics_can_be_pickled_without_what_they_are_compared_with():
     assert stats.snapshots
     assert not again.snapshots
     assert "tensor" not in repr(stats)
-
-
-def test_a_model_without_adapters_is_refused():
-    with pytest.raises(LoRAError, match=r"^adapter_stats: Zoo was not injected"):
-        adapter_stats(Zoo())
 
 
 def test_cosine_leaves_out_a_layer_of_another_rank_than_before():
