@@ -29,6 +29,7 @@ from lightning_lora import (
 )
 from lightning_lora.exchange.take import fingerprint
 from support import sharded
+from support.covering import covering
 from support.processes import world
 from support.quantised import (
     FEATURES,
@@ -47,8 +48,7 @@ from support.quantised import (
 from support.sharded import DEVICE, WAYS, make_trainer, model_parallel, whole
 
 KINDS = [NF4, "nf4", "nf4 nested", "nf4 in bfloat16", "fp4"]
-every_kind = pytest.mark.parametrize("kind", KINDS)
-both_packages = pytest.mark.parametrize("kind", [NF4, "nf4 in bfloat16"])
+OF_BOTH_PACKAGES = [NF4, "nf4 in bfloat16"]
 
 
 class ShardedNet(QuantisedNet):
@@ -118,44 +118,41 @@ def build(way: str, kind: str = NF4) -> Any:
     return adapted(kind, **STEPS[way])
 
 
-def sharded_step(way: str, kind: str) -> dict[str, torch.Tensor]:
-    model = shard_(build(way, kind))
+def sharded_step(way: str, kind: str) -> None:
+    expected, model = step(way, build(way, kind)), shard_(build(way, kind))
     shard = model[0].weight.to_local()
     packed = shard.quantized_data if kind == NF4 else shard
     assert packed.nbytes * 2 * dist.get_world_size() == FEATURES * WIDTH
-    return step(way, model)
-
-
-@pytest.mark.slow
-@every_kind
-@pytest.mark.parametrize("way", STEPS)
-def test_outputs_and_gradients_have_the_bits_of_one_device(way, kind):
-    expected = step(way, build(way, kind))
+    found = step(way, model)
     assert len(expected) == 8
-    for found in world().run(sharded_step, way, kind):
-        assert found.keys() == expected.keys()
-        assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
-
-
-def step_in_a_way(name: str) -> tuple[dict[str, torch.Tensor], set[str]]:
-    model: Any = sharded.shard_(build("plain"), **WAYS[name])
-    found = step("plain", model)
-    model.reshard()
-    for layer in (model[0], model[2], model[4]):
-        if name != "root only":
-            layer.reshard()
-    return found, {type(model[position].weight.to_local()).__name__ for position in (0, 2, 4)}
+    assert found.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in WAYS if name not in ("by columns", "bfloat16 base")])
-def test_every_way_to_shard_by_rows_gives_the_step_of_one_device(name):
+@pytest.mark.parametrize(("way", "kind"), covering([*STEPS], KINDS, meet=1))
+def test_outputs_and_gradients_have_the_bits_of_one_device(way, kind):
+    world().run(sharded_step, way, kind)
+
+
+def steps_in_ways() -> None:
+    """Of torchao's class alone: bitsandbytes has no cast of its own."""
     expected = step("plain", build("plain"))
-    tolerance = 3e-2 if name == "mixed precision" else 0
-    for found, kinds in world().run(step_in_a_way, name):  # torchao alone: bitsandbytes has no cast of its own
-        assert kinds == {NF4}
+    for name in ("layers", "root only", "not resharded", "resharded", "offloaded", "mixed precision"):
+        model: Any = sharded.shard_(build("plain"), **WAYS[name])
+        found, tolerance = step("plain", model), 3e-2 if name == "mixed precision" else 0
+        model.reshard()
+        for layer in (model[0], model[2], model[4]):
+            if name != "root only":
+                layer.reshard()
+        assert {type(model[position].weight.to_local()).__name__ for position in (0, 2, 4)} == {NF4}
         for key, value in expected.items():
-            assert float((found[key].float() - value).norm() / value.norm()) <= tolerance, key
+            assert float((found[key].float() - value).norm() / value.norm()) <= tolerance, (name, key)
+
+
+@pytest.mark.slow
+def test_every_way_to_shard_by_rows_gives_the_step_of_one_device():
+    world().run(steps_in_ways)
 
 
 def step_of_two_groups() -> dict[str, torch.Tensor]:
@@ -216,7 +213,7 @@ def bits_of_whole(model: Any, kind: str) -> list[bytes]:
 
 
 @pytest.mark.slow
-@every_kind
+@pytest.mark.parametrize("kind", OF_BOTH_PACKAGES)
 def test_fingerprint_summary_and_files_are_those_of_one_device(tmp_path, kind):
     expected = described(build("plain", kind), tmp_path / "one")
     for found, kept in world().run(sharded_description, tmp_path / "two", kind):
@@ -271,9 +268,8 @@ def fit(
 
 
 @pytest.mark.slow
-@both_packages
-@pytest.mark.parametrize("save", SAVES)
-def test_a_run_and_its_resumption_are_those_of_one_device(tmp_path, save, kind):
+@pytest.mark.parametrize(("kind", "save"), covering(OF_BOTH_PACKAGES, [*SAVES], meet=1))
+def test_a_run_and_its_resumption_are_those_of_one_device_and_load_in_one_process(tmp_path, save, kind):
     alone, trainer = fit_alone(tmp_path / "alone", kind, 3)
     expected, loss = adapter_of(alone), float(trainer.callback_metrics["val_loss"])
     uninterrupted = world().run(fit, tmp_path / "whole", kind, save, 3)
@@ -286,27 +282,18 @@ def test_a_run_and_its_resumption_are_those_of_one_device(tmp_path, save, kind):
         assert_close(factors, expected)
         assert losses == pytest.approx([loss], rel=1e-6)
     assert_close(adapter_of(resumed_alone), expected)
-    assert all(torch.equal(resumed[0][0][name], value) for name, value in uninterrupted[0][0].items())
+    trained = uninterrupted[0][0]
+    assert all(torch.equal(resumed[0][0][name], value) for name, value in trained.items())
 
-
-@pytest.mark.slow
-@both_packages
-@pytest.mark.parametrize("save", SAVES)
-def test_checkpoints_are_loaded_in_one_process(tmp_path, save, kind):
-    trained = world().run(fit, tmp_path, kind, save, 1)[0][0]
-    path = tmp_path / "1.ckpt"
-    loaded = load_from_checkpoint(QuantisedNet, path)
-    other = QuantisedNet(kind)
-    load_adapter(other, path)
-    third = QuantisedNet(kind)
-    load_adapter(third, tmp_path / "peft")
-    for model in (loaded, other, third):
+    loaded = [load_from_checkpoint(QuantisedNet, tmp_path / "whole/3.ckpt"), QuantisedNet(kind), QuantisedNet(kind)]
+    load_adapter(loaded[1], tmp_path / "whole/3.ckpt")
+    load_adapter(loaded[2], tmp_path / "whole/peft")
+    for model in loaded:
         assert packed_bits(model) == packed_bits(quantised(kind))
         found = adapter_of(model)
         assert all(torch.equal(found[name], value) for name, value in trained.items())
-    plain = network()
     with pytest.raises(LoRAError, match=rf"the base was quantised \({NAMES[kind]}\), here it is not quantised"):
-        load_adapter(plain, tmp_path / "peft")
+        load_adapter(network(), tmp_path / "whole/peft")
 
 
 class PlainSharded(PlainNet, ShardedNet):
@@ -322,7 +309,7 @@ def fit_by_option(path: Path, precision: str) -> tuple[dict[str, torch.Tensor], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_the_option_of_the_callback_quantises_what_is_sharded_next(tmp_path, precision):
     model = PlainNet()
     trainer = make_trainer(tmp_path, lora(quantize="nf4"), max_epochs=1, precision=precision)
@@ -396,6 +383,6 @@ def swapped(path: Path, kind: str) -> bool:
 
 
 @pytest.mark.slow
-@both_packages
+@pytest.mark.parametrize("kind", OF_BOTH_PACKAGES)
 def test_an_adapter_is_swapped_in(tmp_path, kind):
     assert world().run(swapped, tmp_path, kind) == [True] * 2
