@@ -36,6 +36,7 @@ from lightning_lora.model import merging
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.token_tables import token_tables
 from lightning_lora.nn.adapted_weights import adapted_layers
+from support.covering import covering
 from support.expected_weights import merge_and_check
 from support.layers import same_bits
 from support.models import checkpoint
@@ -45,7 +46,6 @@ from support.tables import (
     ROWS,
     WIDTH,
     Net,
-    Scaled,
     Subject,
     assert_same_logits,
     fill_rows_,
@@ -70,9 +70,8 @@ def assert_near(found: torch.Tensor, subject: Subject, dtype: torch.dtype = torc
     torch.testing.assert_close(found.double(), reference, rtol=TOLERANCE[dtype], atol=atol)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_output_is_that_of_a_table_with_the_rows_in_place_merged_or_not(name: str, dtype: torch.dtype):
+@pytest.mark.parametrize(("name", "dtype"), covering([*CASES], [torch.float64, torch.float32, torch.bfloat16], meet=1))
+def test_output_and_gradients_are_those_of_a_table_with_the_rows_in_place(name: str, dtype: torch.dtype):
     subject = make_subject(name, dtype)
     assert list(adapted_layers(subject.model)) == sorted(
         [*subject.case.tables, "body"], key=["emb", "body", "head"].index
@@ -81,16 +80,15 @@ def test_output_is_that_of_a_table_with_the_rows_in_place_merged_or_not(name: st
     assert_near(subject.model(subject.tokens), subject, dtype)
     with merged(subject.model):
         assert_near(subject.model(subject.tokens), subject, dtype)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_the_reference_and_none_is_left_out(name: str):
-    subject = make_subject(name, torch.float64)
-    rows = {table: values.clone().requires_grad_() for table, values in subject.rows().items()}
+    if dtype == torch.bfloat16:
+        return
+    rows = {table: values.double().clone().requires_grad_() for table, values in subject.rows().items()}
     subject.reference(rows).square().sum().backward()
     subject.model(subject.tokens).square().sum().backward()
     for table, values in rows.items():
-        torch.testing.assert_close(subject.model.get_parameter(f"{table}.lora_rows").grad, values.grad)
+        found = subject.model.get_parameter(f"{table}.lora_rows").grad
+        atol = TOLERANCE[dtype] * float(values.grad.abs().max())
+        torch.testing.assert_close(found.double(), values.grad, rtol=TOLERANCE[dtype], atol=atol)
     base = [parameter for key, parameter in subject.model.named_parameters() if "lora" not in key]
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in base)
 
@@ -109,23 +107,22 @@ def test_the_row_of_padding_gets_no_gradient_from_the_embedding():
     assert moved.tolist() == [row != 4 for row in ROWS]
 
 
-@pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3, 4)], ids=str)
-def test_tokens_of_any_shape_and_kind_are_looked_up(shape: tuple[int, ...], kind: torch.dtype):
+def test_tokens_of_any_shape_and_kind_are_looked_up():
     subject = make_subject("embedding")
-    tokens = torch.randint(NUMBER, shape).to(kind)
-    expected = nn.functional.embedding(tokens, subject.tables()["emb.weight"].float())
-    assert torch.equal(subject.model.emb(tokens), expected)
-    assert torch.equal(subject.model.emb(input=tokens.T if tokens.dim() == 2 else tokens), expected)
+    for shape in ((), (0,), (3,), (2, 0, 3), (2, 3, 4)):
+        for kind in (torch.int32, torch.int64):
+            tokens = torch.randint(NUMBER, shape).to(kind)
+            expected = nn.functional.embedding(tokens, subject.tables()["emb.weight"].float())
+            assert torch.equal(subject.model.emb(tokens), expected)
+            assert torch.equal(subject.model.emb(input=tokens), expected)
     strided = torch.randint(NUMBER, (4, 5)).T  # of which torch's search warns
-    assert torch.equal(
-        subject.model.emb(strided), nn.functional.embedding(strided, subject.tables()["emb.weight"].float())
-    )
+    expected = nn.functional.embedding(strided, subject.tables()["emb.weight"].float())
+    assert torch.equal(subject.model.emb(strided), expected)
 
 
-@pytest.mark.parametrize("copies", [True, False], ids=["copies", "values"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["both, untied", "tied", "scaled, tied"])
+@pytest.mark.parametrize(
+    ("dtype", "name", "copies"), covering(DTYPES, ["both, untied", "tied", "scaled, tied"], [True, False], meet=1)
+)
 def test_merging_puts_the_rows_in_place_bit_for_bit_and_unmerging_takes_them_out(
     name: str, dtype: torch.dtype, copies: bool, monkeypatch
 ):
@@ -134,8 +131,8 @@ def test_merging_puts_the_rows_in_place_bit_for_bit_and_unmerging_takes_them_out
     subject = make_subject(name, dtype)
     model, before = subject.model, weights(subject.model)
     places = {n: model.get_parameter(n).data_ptr() for n in before}
-    for cycle in range(20):
-        fill_rows_(model, 0.1 * (1 + cycle % 5))
+    for cycle in range(5):
+        fill_rows_(model, 0.1 * (1 + cycle))
         found = merged_state_dict(model)
         merge(model)
         for table, rows in subject.rows().items():
@@ -148,8 +145,7 @@ def test_merging_puts_the_rows_in_place_bit_for_bit_and_unmerging_takes_them_out
     assert places == {n: model.get_parameter(n).data_ptr() for n in before}
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-12], ids=["as large as the table's", "tiny"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-12), (torch.float64, 1.0)])
 def test_many_rows_neighbours_and_strided_are_merged_bit_for_bit(dtype: torch.dtype, size: float):
     for rows in (range(100), range(0, 200, 2), [0, 1, 2, 50, 52, 53, 199]):
         model = nn.ModuleDict({"emb": nn.Embedding(200, 8), "body": nn.Linear(2, 2)}).to(dtype)
@@ -162,7 +158,7 @@ def test_many_rows_neighbours_and_strided_are_merged_bit_for_bit(dtype: torch.dt
         assert_same_weights(model, before)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["embedding", "both, untied", "scaled, tied", "reader"])
 def test_what_leaves_the_rows_out_is_the_plain_model(name: str):
     subject = make_subject(name)
     model, tokens, expected = subject.model, subject.tokens, subject.plain(subject.tokens)
@@ -180,8 +176,7 @@ def test_what_leaves_the_rows_out_is_the_plain_model(name: str):
         assert (plain.head.weight is plain.emb.weight) == (subject.plain.head.weight is subject.plain.emb.weight)
 
 
-@pytest.mark.parametrize("is_merged", [False, True])
-@pytest.mark.parametrize("name", ["embedding", "tied", "both, untied"])
+@pytest.mark.parametrize(("name", "is_merged"), covering(["tied", "both, untied"], [True, False], meet=1))
 def test_copies_and_pickles_are_adapted_and_tied_alike(name: str, is_merged: bool, monkeypatch):
     monkeypatch.setattr(merging, "COPY_BUDGET", 0)  # so that values are kept for restoring
     subject = make_subject(name)
@@ -248,8 +243,7 @@ def test_tied_tables_are_listed_in_the_order_of_the_model_whichever_end_is_named
         assert list(token_tables(modules, {end: ROWS}, Unmatched())) == ["emb", "head"]
 
 
-@pytest.mark.parametrize("name", ["embedding", "tied"])
-@pytest.mark.parametrize("is_merged", [False, True])
+@pytest.mark.parametrize(("name", "is_merged"), [("embedding", False), ("tied", True)])
 def test_rows_that_are_the_bases_follow_a_new_base_and_trained_ones_stay(name: str, is_merged: bool):
     for trained in (False, True):
         subject = make_subject(name, fill=trained)
@@ -282,18 +276,6 @@ def test_rows_of_a_model_on_the_meta_device_are_those_of_the_base_that_is_loaded
     torch.testing.assert_close(model(tokens), plain(tokens))
 
 
-def test_rows_stay_float32_where_the_model_is_cast_to_16_bits():
-    subject = make_subject("tied")
-    subject.model.bfloat16()
-    assert subject.model.emb.lora_rows.dtype == torch.float32
-    assert subject.model.head.lora_rows is subject.model.emb.lora_rows
-    assert subject.model(subject.tokens).dtype == torch.bfloat16
-    narrow = make_subject("tied", torch.bfloat16, autocast_adapter_dtype=False)
-    assert narrow.model.emb.lora_rows.dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_near(make_subject("tied").model(subject.tokens), make_subject("tied"), torch.bfloat16)
-
-
 def test_save_merged_writes_the_rows_of_both_ends(tmp_path):
     from safetensors.torch import load_file
 
@@ -304,10 +286,9 @@ def test_save_merged_writes_the_rows_of_both_ends(tmp_path):
         assert torch.equal(found[name], table.float())
 
 
-@pytest.mark.parametrize("name", ["tied", "head with a bias", "reader"])
-def test_a_compiled_model_computes_the_same_in_one_graph(name: str):
-    subject = make_subject(name)
-    compiled = torch.compile(subject.model, backend="eager", fullgraph=name != "reader")
+def test_a_compiled_model_computes_the_same_in_one_graph():
+    subject = make_subject("tied")
+    compiled = torch.compile(subject.model, backend="eager", fullgraph=True)
     assert_near(compiled(subject.tokens), subject)
     fill_rows_(subject.model)
     assert_near(compiled(subject.tokens), subject)
@@ -325,9 +306,9 @@ def test_a_view_of_the_weight_elsewhere_keeps_the_table_factored():
         merged_state_dict(model)
 
 
-@pytest.mark.parametrize("rows", ["loaded", "drawn"])
-@pytest.mark.parametrize("is_merged", [False, True])
-@pytest.mark.parametrize("name", ["tied", "scaled, tied"])
+@pytest.mark.parametrize(
+    ("name", "is_merged", "rows"), covering(["tied", "scaled, tied"], [False, True], ["loaded", "drawn"])
+)
 def test_tables_stay_tied_where_a_state_is_assigned(name: str, is_merged: bool, rows: str):
     subject = make_subject(name, fill=rows == "loaded")
     model: Any = subject.model
@@ -375,13 +356,6 @@ def test_tables_that_are_untied_after_injection_stay_factored():
         torch.testing.assert_close(model(subject.tokens), before)
     with pytest.raises(LoRAError, match="'emb': tables that were tied at injection are not any more"):
         merge_and_unload(model)
-
-
-def test_an_end_that_is_replaced_is_missed():
-    model = make_subject("tied").model
-    model.head = nn.Linear(WIDTH, NUMBER, bias=False)
-    with pytest.raises(LoRAError, match="merge: 'head' in Net was adapted, but is now a"):
-        merge(model)
 
 
 def test_rows_that_are_not_finite_are_refused_by_name_and_nothing_is_merged(tmp_path):
@@ -474,16 +448,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"trainable_token_indices": {"emb": [1]}},
         "scale_grad_by_freq counts",
     ),
-    "integers": (
-        lambda: Sub(nn.Embedding(3, 3, _weight=torch.zeros(3, 3, dtype=torch.int8), _freeze=True)),
-        {"trainable_token_indices": {"table": [1]}},
-        r"its weight is torch\.int8",
-    ),
-    "a computed weight": (
-        lambda: Sub(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))),
-        {"trainable_token_indices": {"table": [1]}},
-        "is computed from others",
-    ),
     "other rows for the ends of a tie": (
         lambda: Net(tied=True),
         {"trainable_token_indices": {"emb": [1], "head": [1, 2]}},
@@ -541,29 +505,10 @@ def test_a_list_means_the_input_embeddings_of_the_one_transformers_model():
     assert inject(plain, options) == ["embed_tokens", "c_attn"]
 
 
-def test_a_table_that_nothing_uses_is_named():
-    model = nn.ModuleDict({"net": Net(), "idle": nn.Embedding(3, 3)})
-    inject(model, LoRAConfig(target_modules=["body"], trainable_token_indices={"idle": [1]}))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model["net"](torch.tensor([[1]])).square().sum().backward()
-    optimizer.step()
-    with (
-        pytest.warns(UserWarning, match="changed other adapters, and not those of 1 of 2 layers: 'idle'"),
-        merged(model),
-    ):
-        pass
-
-
-def test_a_class_of_the_users_keeps_its_forward_and_its_name():
-    subject = make_subject("scaled")
-    assert isinstance(subject.model.emb, Scaled)
-    assert type(subject.model.emb).__name__ == "Scaled"
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_rows_take_the_place_of_rows_that_are_not_finite(tmp_path, tied: bool, dtype: torch.dtype, value: float):
+@pytest.mark.parametrize(
+    ("dtype", "value", "tied"), covering(DTYPES, [torch.nan, torch.inf, -torch.inf], [True, False], meet=1)
+)
+def test_rows_take_the_place_of_rows_that_are_not_finite(tmp_path, dtype: torch.dtype, value: float, tied: bool):
     """As those of new tokens in memory that nothing has written to."""
     net = Net(tied=tied).to(dtype)
     with torch.no_grad():
