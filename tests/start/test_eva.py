@@ -18,9 +18,7 @@ from lightning_lora import (
     LoRAError,
     initialize_from_data,
     inject,
-    load_adapter,
     merge,
-    save_adapter,
     unload,
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
@@ -168,14 +166,6 @@ def test_random_stream_modes_and_other_parameters_stay(caplog):
         torch.testing.assert_close(layer.lora_A @ layer.lora_A.T, torch.eye(2), rtol=0, atol=1e-5)
 
 
-def test_equal_inputs_are_decomposed_once(monkeypatch: pytest.MonkeyPatch):
-    decomposed = []
-    honest = PrincipalComponents.add
-    monkeypatch.setattr(PrincipalComponents, "add", lambda self, x: (decomposed.append(x.shape[1]), honest(self, x)))
-    initialize_from_data(adapted(), rows(3))
-    assert decomposed == [6, 5] * 3
-
-
 @pytest.mark.parametrize(("options", "read"), [({}, 16), ({"n": 3}, 3)])
 @pytest.mark.parametrize("init", ["eva", "lora_ga"])
 def test_no_batch_beyond_the_first_n_is_read(init: str, options: dict[str, int], read: int):
@@ -235,20 +225,6 @@ def test_what_cannot_start_from_data_is_refused_and_left_as_it_is(spoil: Any, da
 def test_a_model_without_linear_layers_is_refused():
     with pytest.raises(LoRAError, match="none of the 1 adapted layers is linear"):
         initialize_from_data(adapted(["conv"]), rows())
-
-
-def test_folder_is_plain_lora_for_peft_and_loads_here(tmp_path):
-    net = injected("llama")
-    initialize_from_data(net, batches())
-    for layer in adapted_layers(net).values():
-        torch.nn.init.normal_(layer.lora_B)
-    save_adapter(net, tmp_path)
-    read = peft.PeftModel.from_pretrained(peer("llama"), tmp_path)
-    assert read.peft_config["default"].init_lora_weights is True
-    torch.testing.assert_close(logits(read), logits(net), rtol=0, atol=1e-5)
-    again = peer("llama")
-    load_adapter(again, tmp_path)
-    assert torch.equal(logits(again), logits(net))
 
 
 def test_own_forward_and_mask_choose_the_rows():
