@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from support.covering import covering
 from support.devices import Count, count
 from support.pretend_device import DEVICE, pretend_device
 
@@ -43,13 +44,13 @@ MADE: dict[str, Callable[[], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", MADE)
-def test_what_is_made_there_is_there(name: str):
-    made = MADE[name]()
-    assert made.device.type == DEVICE
-    assert not made.is_cpu
-    assert made.cpu().device.type == "cpu"
-    assert type(made.cpu()) is torch.Tensor
+def test_what_is_made_there_is_there():
+    for name, make in MADE.items():
+        made = make()
+        assert made.device.type == DEVICE, name
+        assert not made.is_cpu
+        assert made.cpu().device.type == "cpu"
+        assert type(made.cpu()) is torch.Tensor
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
@@ -67,13 +68,10 @@ REFUSED: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_a_gpu_refuses_is_refused(name: str):
-    with pytest.raises((RuntimeError, TypeError)):
-        REFUSED[name]()
-
-
-def test_numbers_without_a_dimension_may_come_from_the_cpu():
+def test_what_a_gpu_refuses_is_refused_and_numbers_without_a_dimension_may_come_from_the_cpu():
+    for work in REFUSED.values():
+        with pytest.raises((RuntimeError, TypeError)):
+            work()
     assert torch.equal((there(3) * torch.tensor(0.0)).cpu(), torch.zeros(3))
 
 
@@ -82,8 +80,10 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 2))
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
-@pytest.mark.parametrize("saving", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
+OPTIMIZERS = (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad)
+
+
+@pytest.mark.parametrize(("make", "saving"), covering(OPTIMIZERS, [None, True, False], meet=1))  # by checkpointing
 def test_training_there_is_training_here(make: Any, saving: bool | None):
     found = []
     for device in ("cpu", DEVICE):
@@ -115,8 +115,10 @@ def test_autocast_casts_there_alone():
     assert model[0](x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("location", [None, "cpu", DEVICE, {f"{DEVICE}:0": "cpu"}, lambda storage, place: storage])
-@pytest.mark.parametrize("weights_only", [True, False])
+LOCATIONS = (None, "cpu", DEVICE, {f"{DEVICE}:0": "cpu"}, lambda storage, place: storage)
+
+
+@pytest.mark.parametrize(("location", "weights_only"), covering(LOCATIONS, [True, False], meet=1))
 def test_a_file_says_where_its_tensors_were(location: Any, weights_only: bool):
     model, file = net().to(DEVICE), io.BytesIO()
     tensors = dict(model.state_dict()) | {"view": model[0].weight.detach().t(), "here": torch.ones(2)}
@@ -199,17 +201,13 @@ COUNTED: dict[str, tuple[Callable[[torch.Tensor], object], Count]] = {  # of a s
 }
 
 
-@pytest.mark.parametrize("name", COUNTED)
-def test_each_operator_is_counted_and_views_are_not(name: str):
-    work, expected = COUNTED[name]
-    x = torch.ones(4, 4).to(DEVICE)
-    found = count(lambda: work(x))
-    assert found == expected, found
+def test_each_operator_is_counted_of_the_backward_too_and_views_are_not():
+    for name, (work, expected) in COUNTED.items():
+        x = torch.ones(4, 4).to(DEVICE)
+        found = count(lambda work=work, x=x: work(x))
+        assert found == expected, name
+        assert (found - found, sum(found.operators.values())) == (Count(), found.launches)
     assert count(lambda: None) == Count()
-    assert (found - found, sum(found.operators.values())) == (Count(), found.launches)
-
-
-def test_the_backward_is_counted_too():
     layer, x = nn.Linear(4, 4).to(DEVICE), there(3, 4)
     forward = count(lambda: layer(x))
     assert count(lambda: layer(x).sum().backward()).launches > forward.launches + 2
