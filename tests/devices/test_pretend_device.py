@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,82 +98,6 @@ def test_training_there_is_training_here(make: Any, saving: bool | None):
             assert x.grad is not None
             assert x.grad.device.type == device
         found.append([parameter.detach().cpu() for parameter in model.parameters()])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_autocast_casts_there_alone():
-    model, x = net().to(DEVICE), there(3, 4)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        assert model[0](x).dtype == torch.bfloat16
-        assert model[:2](x).dtype == torch.float32  # a norm is computed in float32, as on a GPU
-        assert nn.functional.linear(torch.ones(1, 4), torch.ones(2, 4)).dtype == torch.float32
-        with torch.autocast(DEVICE, enabled=False):
-            assert model[0](x).dtype == torch.float32
-    assert model[0](x).dtype == torch.float32
-
-
-LOCATIONS = (None, "cpu", DEVICE, {f"{DEVICE}:0": "cpu"}, lambda storage, place: storage)
-
-
-@pytest.mark.parametrize(("location", "weights_only"), covering(LOCATIONS, [True, False], meet=1))
-def test_a_file_says_where_its_tensors_were(location: Any, weights_only: bool):
-    model, file = net().to(DEVICE), io.BytesIO()
-    tensors = dict(model.state_dict()) | {"view": model[0].weight.detach().t(), "here": torch.ones(2)}
-    torch.save(tensors, file)
-    file.seek(0)
-    found = torch.load(file, map_location=location, weights_only=weights_only)
-    assert found["here"].device.type == (DEVICE if location == DEVICE else "cpu")
-    for name, value in tensors.items():
-        assert torch.equal(found[name].cpu(), value.cpu()), name
-        assert found[name].stride() == value.stride()
-    stays = location in (None, DEVICE)
-    assert {found[name].device.type for name in model.state_dict()} == {DEVICE if stays else "cpu"}
-
-
-def test_a_copy_of_a_model_is_apart_from_it_and_casts_and_moves():
-    model = net().to(DEVICE)
-    model[0].weight.grad = there(6, 4)
-    other = copy.deepcopy(model)
-    assert torch.equal(other[0].weight.grad.cpu(), model[0].weight.grad.cpu())
-    with torch.no_grad():
-        other[0].weight.zero_()
-    assert model[0].weight.cpu().all()
-    other.to(torch.bfloat16)
-    assert other(there(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    other.cpu()
-    assert {type(parameter) for parameter in other.parameters()} == {nn.Parameter}
-
-
-def test_views_share_values_and_versions_and_sizes_change_in_place():
-    x = there(3, 4)
-    before, view = x._version, x.view(-1)
-    view.zero_()
-    assert x._version == before + 1
-    assert not x.cpu().any()
-    assert (x.t_().shape, x.resize_(2, 6).shape) == ((4, 3), (2, 6))
-
-
-def test_inference_mode_is_that_of_a_device():
-    model, x = net().to(DEVICE).eval(), there(2, 4)
-    with torch.inference_mode():
-        out = model(x)
-        assert out.is_inference()
-        assert out.cpu().device.type == "cpu"
-        assert not model[0].weight.detach().is_inference()
-    assert not x.is_inference()
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_cells_there_are_those_here(kind: Any):
-    torch.manual_seed(1)
-    model, found = kind(3, 4, num_layers=2, bidirectional=True, batch_first=True), []
-    x = torch.randn(2, 5, 3)
-    for device in ("cpu", DEVICE):
-        there = copy.deepcopy(model).to(device)
-        out = there(x.to(device))[0]
-        (out * torch.linspace(-1, 1, out.numel()).view(out.shape).to(device)).sum().backward()
-        found.append([out.detach().cpu(), *(parameter.grad.cpu() for parameter in there.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 

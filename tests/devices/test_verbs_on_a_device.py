@@ -1,8 +1,7 @@
-"""Every verb on a device that is not the CPU, beside the same on the CPU; and moves from one to the other."""
+"""Verbs on a device that is not the CPU, beside the same on the CPU; and moves. Others are in the table of pairs."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,11 @@ from lightning_lora import (
     adapter_state_dict,
     adapter_stats,
     combine,
-    disable_adapter,
     initialize_from_data,
     inject,
     is_merged,
     load_adapter,
-    lora_param_groups,
     merge,
-    merge_and_unload,
-    merged,
-    merged_state_dict,
-    read_adapter,
     save_adapter,
     save_merged,
     summary,
@@ -82,21 +75,6 @@ def batches(model: nn.Module) -> list[torch.Tensor]:
     return [tokens(seed).to(on(model)) for seed in range(3)]
 
 
-def saved(model: nn.Module, path: Path) -> Any:
-    save_adapter(model, path)
-    return dict(read_adapter(path).tensors), (path / "adapter_config.json").read_text()
-
-
-def swapped(model: nn.Module, path: Path) -> Any:
-    """Another adapter in the model's place, from a folder, and back, from memory."""
-    mine = take_adapter(model)
-    save_adapter(adapted("cpu", seed=5), path / "other")
-    load_adapter(model, path / "other")
-    there = answer(model)
-    load_adapter(model, mine)
-    return there, answer(model)
-
-
 def combined(model: nn.Module, path: Path) -> Any:
     save_adapter(model, path / "one")
     save_adapter(adapted("cpu", seed=5), path / "other")
@@ -134,64 +112,22 @@ def stats(model: nn.Module, path: Path) -> Any:
     return [{name: group.to_dict() for name, group in each.groups.items()} for each in (first, second)]
 
 
-def around(manager: Any) -> Verb:
-    def run(model: nn.Module, path: Path) -> Any:
-        with manager(model):
-            inside = answer(model), is_merged(model)
-        return inside, answer(model), is_merged(model)
-
-    return run
-
-
-def for_good(verb: Callable[[nn.Module], Any]) -> Verb:
-    def run(model: nn.Module, path: Path) -> Any:
-        verb(model)
-        return model.state_dict(), answer(model), [type(module) for module in model.modules()]
-
-    return run
-
-
 def merged_folder(model: nn.Module, path: Path) -> Any:
     save_merged(model, path)
     return [load_file(file) for file in sorted(path.glob("*.safetensors"))]
 
 
-def cycle(model: nn.Module, path: Path) -> Any:
-    before = state_bits(model)
-    merge(model)
-    inside = answer(model), {name: value.detach().clone() for name, value in model.named_parameters()}
-    unmerge(model)
-    assert state_bits(model) == before
-    return inside
-
-
-def groups(model: nn.Module, path: Path) -> Any:
-    found = lora_param_groups(model, lr=0.1)
-    assert all(p.device.type == on(model).type for group in found for p in group["params"])
-    return [{**group, "params": [p.detach() for p in group["params"]]} for group in found]
-
-
 VERBS: dict[str, Verb] = {
-    "adapter_state_dict": lambda model, path: dict(adapter_state_dict(model)),
     "adapter_stats": stats,
     "combine": combined,
     "combine, of live models": of_live_models,
-    "disable_adapter": around(disable_adapter),
     "eva": lambda model, path: started_from_data(model, path, "eva"),
     "lora_ga": lambda model, path: started_from_data(model, path, "lora_ga"),
-    "lora_param_groups": groups,
-    "merge, unmerge": cycle,
-    "merge_and_unload": for_good(merge_and_unload),
-    "merged": around(merged),
-    "merged_state_dict": lambda model, path: dict(merged_state_dict(model)),
-    "save_adapter": saved,
     "save_merged": merged_folder,
     "summary": lambda model, path: str(summary(model)),
-    "swap": swapped,
-    "unload": for_good(unload),
 }
 # These take plain LoRA alone, or inject anew.
-OF_LORA = ("combine", "combine, of live models", "swap", "eva", "lora_ga")
+OF_LORA = ("combine", "combine, of live models", "eva", "lora_ga")
 
 
 def takes(verb: str, variant: str) -> bool:
@@ -255,19 +191,6 @@ def test_a_model_trains_after_each_move_and_casts_on_a_device(variant: str, devi
         assert grads == {place}
         merge(model)
         unmerge(model)
-
-
-@pytest.mark.parametrize("variant", ["LoRA", "rows"])
-def test_a_copy_of_a_merged_model_on_a_device_is_apart_from_it(variant: str, device: str):
-    model = adapted(device, **VARIANTS[variant])
-    before = state_bits(model)
-    merge(model)
-    other = copy.deepcopy(model)
-    unmerge(model)
-    assert is_merged(other)
-    unmerge(other)
-    assert state_bits(other) == state_bits(model) == before
-    assert {value.device.type for value in other.state_dict().values()} == {device}
 
 
 @pytest.mark.parametrize(("source", "target"), [("cpu", "device"), ("device", "cpu")])

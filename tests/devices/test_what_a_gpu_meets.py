@@ -23,7 +23,6 @@ from lightning_lora import (
     merge_and_unload,
     merged,
     save_adapter,
-    take_adapter,
     unmerge,
 )
 from support.covering import covering
@@ -277,38 +276,6 @@ def test_a_model_moves_from_pinned_memory_and_back_without_waiting(variant: str,
     finish(device)
     unmerge(model)
     assert {name: bits(p) for name, p in model.named_parameters(remove_duplicate=False)} == before
-
-
-def test_an_adapter_in_pinned_memory_takes_the_place_of_another(device: str):
-    model, other = adapted(device), fill_(adapted("cpu"))
-    adapter = take_adapter(other)
-    for name, tensor in list(adapter.tensors.items()):
-        adapter.tensors[name] = pinned(tensor, device)
-    with merged(model):
-        load_adapter(model, adapter)
-        finish(device)
-        inside = model(tokens(device)).detach().cpu()
-    with merged(other):
-        torch.testing.assert_close(inside, other(tokens("cpu")).detach(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 1.03), ("bfloat16", 0.8)])
-def test_the_peak_of_a_step_is_no_higher_than_pefts(dtype: str, most: float, compiling_device: str):
-    peft = pytest.importorskip("peft")
-    x, peaks = torch.randn(512, 256).to(compiling_device, DTYPES[dtype]), []
-    for is_ours in (True, False):
-        torch.manual_seed(0)
-        base = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4))).to(compiling_device, DTYPES[dtype])
-        names = [str(number) for number in range(4)]
-        if is_ours:
-            inject(model := base, LoRAConfig(r=4))
-        else:
-            model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=names))
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        peaks.append(peak_bytes(lambda model=model: step(model, x), compiling_device))
-    assert 0 < peaks[0] <= most * peaks[1]
 
 
 @pytest.mark.slow

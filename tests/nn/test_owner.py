@@ -138,22 +138,6 @@ def test_a_second_thread_that_changes_the_model_is_refused_at_once_and_told_by_w
     assert values(model) == before
 
 
-def test_a_second_thread_cannot_inject_while_the_first_does(monkeypatch):
-    model, refusals = nn.Sequential(nn.Linear(8, 8)), []
-
-    def in_between(*args: Any, original: Any = inject_module.selected) -> Any:
-        with pytest.raises(LoRAError) as refusal:
-            elsewhere(lambda: inject(model, LoRAConfig(r=4)))
-        refusals.append(str(refusal.value))
-        return original(*args)
-
-    monkeypatch.setattr(inject_module, "selected", in_between)
-    inject(model, LoRAConfig(r=2))
-    assert refusals
-    assert all("inject: inject is under way" in refusal for refusal in refusals)
-    assert model[0].lora_A.shape == (2, 8)
-
-
 def as_checkpoint(model: nn.Module, kind: Kind) -> dict[str, Any]:
     """What a Trainer's checkpoint of this kind holds of a model."""
     checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
@@ -203,35 +187,6 @@ def test_what_one_thread_saves_no_other_changes_or_saves_meanwhile(read, verb, m
     assert refused
     assert values(model) == before
     calls[verb](model, state)  # the claim has ended
-
-
-@pytest.mark.parametrize(("read", "step"), covering([*READS], ["put_in_", "take_out_"], meet=1))  # begins and ends
-def test_a_save_is_refused_while_another_thread_disables_or_enables_the_adapter(read, step, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    model, refusals, original = network(saved=True), [], getattr(inject_module, step)
-
-    def meanwhile(*args: Any) -> Any:
-        with pytest.raises(LoRAError, match=f"{read}: disable_adapter is under way|{STATE_DICT}") as refusal:
-            elsewhere(lambda: READS[read](model))
-        refusals.append(refusal)
-        return original(*args)
-
-    monkeypatch.setattr(inject_module, step, meanwhile)
-    with disable_adapter(model):
-        pass
-    assert refusals
-
-
-def test_what_reads_inside_a_change_of_its_own_thread_is_not_refused():
-    model, states = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), []
-    inject(model, LoRAConfig(r=2, init_lora_weights="eva"))
-
-    def forward(net: nn.Module, batch: torch.Tensor) -> None:
-        states.append(adapter_state_dict(net))
-        net(batch)
-
-    initialize_from_data(model, [torch.randn(9, 8)] * 3, forward)
-    assert states
 
 
 @pytest.mark.parametrize(("read", "body"), covering([*READS], [merged, disable_adapter], meet=1))
@@ -328,9 +283,7 @@ def in_forward(model: nn.Sequential, call: Callable[[], Any], *, same_thread: bo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [0, 2**26])
-def test_merge_beside_a_forward_on_w_plus_delta_waits_for_it_and_merges_w(monkeypatch, budget):
-    monkeypatch.setattr("lightning_lora.model.merging.COPY_BUDGET", budget)
+def test_merge_beside_a_forward_on_w_plus_delta_waits_for_it_and_merges_w():
     model = network()
     expected = copy.deepcopy(model)
     merge(expected)
@@ -349,18 +302,6 @@ def test_state_dict_beside_a_forward_on_w_plus_delta_holds_w():
     assert seen == before
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:lightning_lora. unload cannot bring back")  # W' needs a gradient
-def test_unload_beside_a_forward_on_w_plus_delta_leaves_w():
-    model = nn.Sequential(nn.Linear(8, 8), Softplus(8, 8))  # no layer runs after the one that is waited for
-    inject(model, LoRAConfig(r=2))
-    randomise_(model)
-    weight = bits(model[1].weight)
-    in_forward(model, lambda: unload(model))
-    assert type(model[1]) is Softplus
-    assert bits(model[1].weight) == weight
-
-
 def test_merge_inside_a_forward_on_w_plus_delta_is_refused_and_says_so():
     model = network()
     before = values(model)
@@ -371,16 +312,6 @@ def test_merge_inside_a_forward_on_w_plus_delta_is_refused_and_says_so():
     with merged(model):
         pass
     assert values(model) == before
-
-
-@pytest.mark.slow
-def test_a_tie_is_seen_beside_a_forward_that_runs_on_w_plus_delta():
-    model = network()
-    model[0].weight = model[1].weight
-    before = values(model[:2])
-    in_forward(model, lambda: merge(model))
-    assert values(model[:2]) == before  # both stay factored
-    assert is_merged(model)
 
 
 # --- nesting, generators, copies ---
@@ -420,18 +351,6 @@ def test_a_generator_that_ends_in_another_thread_brings_the_model_back(body):
     assert values(model) == before
 
 
-def test_a_generator_whose_thread_has_ended_locks_nobody_out():
-    model = network()
-    before = values(model)
-
-    generator = stream(merged, model)
-    elsewhere(lambda: next(generator))
-    assert is_merged(model)
-    unmerge(model)
-    generator.close()
-    assert values(model) == before
-
-
 def test_a_generator_cannot_end_beside_a_call_of_another_thread():
     model = network()
     before = values(model)
@@ -452,12 +371,6 @@ def test_a_copy_made_inside_has_claims_of_its_own():
     for other in copies:
         assert not is_merged(other)
         assert values(other) == values(model)
-
-
-def test_a_part_of_a_model_shares_its_claims():
-    model = network()
-    with thread_inside(lambda: merged(model[:1])), pytest.raises(LoRAError, match="merge: merged is under way"):
-        merge(model)
 
 
 def test_a_model_of_two_injected_models_waits_for_neither():

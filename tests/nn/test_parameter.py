@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from threading import Thread
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import nn
 from lightning_lora import (
     LoRAConfig,
     LoRAError,
-    adapter_state_dict,
     disable_adapter,
     inject,
     merge,
@@ -22,13 +20,11 @@ from lightning_lora import (
     merged,
     merged_state_dict,
     unload,
-    unmerge,
 )
-from lightning_lora.model import merging
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.covering import covering
 from support.layers import same_bits
-from support.parameters import CASES, Experts, Model, Projected, Recurrent, fill_factors_, make_subject
+from support.parameters import CASES, Experts, Model, Projected, Recurrent, make_subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -80,24 +76,6 @@ def test_a_merged_model_shows_w_and_takes_a_new_base(name: str):
     assert all(same_bits(model.state_dict()[key], value + 1) for key, value in base.items())
 
 
-@pytest.mark.parametrize(("name", "is_merged"), [("lstm", True), ("experts", False), ("one of two stacks", True)])
-def test_copies_and_pickles_are_adapted_alike(name: str, is_merged: bool, monkeypatch):
-    monkeypatch.setattr(merging, "COPY_BUDGET", 0)  # so that values are kept for restoring
-    subject = make_subject(name)
-    output = subject.model(subject.x)
-    if is_merged:
-        merge(subject.model)
-    for twin in (copy.deepcopy(subject.model), pickle.loads(pickle.dumps(subject.model))):
-        records = [r for layer in adapted_layers(twin).values() if (r := layer.lora.undo) is not None]
-        assert len(records) == is_merged * CASES[name].adapted
-        unmerge(twin)
-        assert torch.equal(twin(subject.x), output)
-        fill_factors_(twin)
-        assert not torch.equal(twin(subject.x), output)
-    unmerge(subject.model)
-    assert torch.equal(subject.model(subject.x), output)
-
-
 @pytest.mark.parametrize("name", ["lstm, packed", "experts", "weight of a linear layer"])
 def test_what_leaves_the_adapter_out_is_the_plain_model(name: str):
     subject = make_subject(name)
@@ -113,15 +91,6 @@ def test_what_leaves_the_adapter_out_is_the_plain_model(name: str):
         assert list(plain.state_dict()) == list(subject.plain.state_dict())
         assert not any(key.startswith("lora") for module in plain.modules() for key in vars(module))
     assert torch.equal(model(x), subject.plain(x))
-
-
-@pytest.mark.parametrize("name", ["gru", "transposed experts"])
-def test_an_adapter_starts_as_zero_and_is_drawn_by_name(name: str):
-    first, second = (make_subject(name, fill=False) for _ in range(2))
-    torch.testing.assert_close(first.model(first.x), first.plain(first.x), rtol=1e-6, atol=1e-6)
-    for key, value in adapter_state_dict(first.model).items():
-        assert torch.equal(value, adapter_state_dict(second.model)[key])
-        assert ("lora_A" in key) == bool(value.any())
 
 
 def test_names_and_objects_of_the_base_stay():

@@ -207,17 +207,6 @@ def test_factors_of_a_16_bit_base_are_float32_and_outputs_close(kind, keep):
     assert all(layer.lora_B.grad.isfinite().all() for layer in (model[0], model[2], model[4]))
 
 
-@each_different
-def test_autocast_runs_forward_and_backward(kind):
-    model = adapted(kind)
-    exact = run_reference(reference(model), inputs().double())
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(inputs())
-    assert float(((output.double() - exact).norm() / exact.norm()).detach()) < 2e-2
-    output.float().sum().backward()
-    assert all(float(layer.lora_A.grad.norm()) > 0 for layer in (model[0], model[2], model[4]))
-
-
 @pytest.mark.parametrize(("kind", "reentrant"), covering(DIFFERENT, [True, False], meet=1))
 def test_gradient_checkpointing_gives_the_same_gradients(kind, reentrant):
     grads = []
@@ -256,24 +245,6 @@ def test_evaluation_cycles_change_no_bit_of_the_base_while_adapters_change(kind,
     said = [record.getMessage() for record in caplog.records if "stay factored" in record.getMessage()]
     assert len(said) == 1
     assert f"3 layers have quantised weights ({NAMES[kind]})" in said[0]
-
-
-@each_different
-def test_unload_leaves_no_trace(kind):
-    model = quantised(kind)
-    bits = packed_bits(model)
-    classes = [(name, type(module), set(vars(module))) for name, module in model.named_modules()]
-    weights = list(model.parameters())
-    flags = [parameter.requires_grad for parameter in weights]
-    inject(model, LoRAConfig(r=2, bias="all"))
-    randomise_(model)
-    model(inputs()).sum().backward()
-    model.zero_grad()
-    unload(model)
-    assert packed_bits(model) == bits
-    assert [(name, type(module), set(vars(module))) for name, module in model.named_modules()] == classes
-    assert all(one is other for one, other in zip(model.parameters(), weights, strict=True))
-    assert [parameter.requires_grad for parameter in model.parameters()] == flags
 
 
 def test_a_subclass_with_its_own_forward_keeps_it_and_gets_the_adapter():

@@ -28,7 +28,6 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.exchange.take import fingerprint
-from support import sharded
 from support.covering import covering
 from support.processes import world
 from support.quantised import (
@@ -45,7 +44,7 @@ from support.quantised import (
     packed_bits,
     quantised,
 )
-from support.sharded import DEVICE, WAYS, make_trainer, model_parallel, whole
+from support.sharded import DEVICE, make_trainer, model_parallel, whole
 
 KINDS = [NF4, "nf4", "nf4 nested", "nf4 in bfloat16", "fp4"]
 OF_BOTH_PACKAGES = [NF4, "nf4 in bfloat16"]
@@ -133,38 +132,6 @@ def sharded_step(way: str, kind: str) -> None:
 @pytest.mark.parametrize(("way", "kind"), covering([*STEPS], KINDS, meet=1))
 def test_outputs_and_gradients_have_the_bits_of_one_device(way, kind):
     world().run(sharded_step, way, kind)
-
-
-def steps_in_ways() -> None:
-    """Of torchao's class alone: bitsandbytes has no cast of its own."""
-    expected = step("plain", build("plain"))
-    for name in ("layers", "root only", "not resharded", "resharded", "offloaded", "mixed precision"):
-        model: Any = sharded.shard_(build("plain"), **WAYS[name])
-        found, tolerance = step("plain", model), 3e-2 if name == "mixed precision" else 0
-        model.reshard()
-        for layer in (model[0], model[2], model[4]):
-            if name != "root only":
-                layer.reshard()
-        assert {type(model[position].weight.to_local()).__name__ for position in (0, 2, 4)} == {NF4}
-        for key, value in expected.items():
-            assert float((found[key].float() - value).norm() / value.norm()) <= tolerance, (name, key)
-
-
-@pytest.mark.slow
-def test_every_way_to_shard_by_rows_gives_the_step_of_one_device():
-    world().run(steps_in_ways)
-
-
-def step_of_two_groups() -> dict[str, torch.Tensor]:
-    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
-    return step("plain", shard_(build("plain"), mesh))
-
-
-@pytest.mark.slow
-def test_shards_that_two_groups_hold_give_the_step_of_one_device():
-    expected = step("plain", build("plain"))
-    for found in world(4).run(step_of_two_groups):
-        assert_close(found, expected)
 
 
 # --- what is read and written ---
@@ -363,26 +330,3 @@ def test_values_that_are_not_finite_on_one_rank_are_an_error_on_all(tmp_path):
     for messages in world().run(one_bad_rank, tmp_path / "merged"):
         assert all("'2.weight'" in message for message in messages)
     assert not (tmp_path / "merged").exists()
-
-
-def swapped(path: Path, kind: str) -> bool:
-    model = ShardedNet(kind)
-    trainer = model_parallel(path, lora(init_lora_weights=False), max_epochs=1)
-    trainer.fit(model, data(), data())
-    save_adapter(model, path / "first")
-    before = adapter_of(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.mul_(2)
-    changed = adapter_of(model)
-    load_adapter(model, path / "first")
-    back = adapter_of(model)
-    differed = not any(torch.equal(changed[name], value) for name, value in before.items())
-    return differed and all(torch.equal(back[name], value) for name, value in before.items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", OF_BOTH_PACKAGES)
-def test_an_adapter_is_swapped_in(tmp_path, kind):
-    assert world().run(swapped, tmp_path, kind) == [True] * 2

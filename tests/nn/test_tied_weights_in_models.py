@@ -19,11 +19,7 @@ from lightning_lora import (
     adapter_state_dict,
     inject,
     load_adapter,
-    merge,
-    merge_and_unload,
     merged,
-    merged_state_dict,
-    unmerge,
 )
 from support.covering import covering
 from support.models import bits, randomise_
@@ -136,54 +132,6 @@ def test_tied_owners_with_adapters_of_their_own_agree_with_float64(kind, choice)
             assert len(changed) == 1
             assert tied not in changed
         assert base_bits(model) == before
-
-
-@pytest.mark.parametrize(("kind", "choice"), covering([*MODELS], CHOICES, meet=1))
-def test_merged_weights_of_tied_owners_are_written_only_where_they_are_right(kind, choice):
-    model = build(kind)
-    inject(model, LoRAConfig(r=2, target_modules=targets(kind, choice)))
-    randomise_(model, 0.5)
-    with torch.no_grad():
-        expected = logits(model(tokens()))
-    if choice == "neither":
-        plain = build(kind)
-        plain.load_state_dict(merged_state_dict(model))
-        torch.testing.assert_close(logits(plain(tokens())), expected, rtol=1e-4, atol=1e-4)
-        merge_and_unload(model)
-        torch.testing.assert_close(logits(model(tokens())), expected, rtol=1e-4, atol=1e-4)
-        assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
-        return
-    before = base_bits(model)
-    named = targets(kind, choice)[1:]
-    for function in (merged_state_dict, merge_and_unload):
-        with pytest.raises(LoRAError, match="its weight is also") as caught:
-            function(model)
-        assert f"exclude_modules=[{named[0]!r}]" in str(caught.value)
-        assert "save the adapter instead" in str(caught.value)
-    assert base_bits(model) == before
-    assert torch.equal(logits(model(tokens())).detach(), expected)
-
-
-def test_weights_tied_after_injection_stay_factored_when_merged():
-    """As transformers does when a configuration is changed and tie_weights() called."""
-    model = llama(tie=False)
-    inject(model, LoRAConfig(r=2, target_modules=["lm_head", "embed_tokens", "v_proj"]))
-    randomise_(model, 0.5)
-    with merged(model):
-        pass
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    before = base_bits(model)
-    with torch.no_grad():
-        expected = logits(model(tokens()))
-        for _ in range(2):
-            merge(model)
-            torch.testing.assert_close(logits(model(tokens())), expected, rtol=1e-4, atol=1e-4)
-            changed = {name for name, value in base_bits(model).items() if value != before[name]}
-            assert changed == {"model.layers.0.self_attn.v_proj.weight"}
-            unmerge(model)
-            assert base_bits(model) == before
 
 
 # --- in a Trainer ---

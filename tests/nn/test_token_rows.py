@@ -24,17 +24,13 @@ from lightning_lora import (
     merged,
     merged_state_dict,
     save_adapter,
-    save_merged,
     unload,
     unmerge,
 )
-from lightning_lora import load_adapter as apply_adapter
 from lightning_lora import take_adapter as adapter_of_model
 from lightning_lora.exchange import apply
-from lightning_lora.matching import Unmatched
 from lightning_lora.model import merging
 from lightning_lora.model.adapted_model import open_model
-from lightning_lora.model.token_tables import token_tables
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.covering import covering
 from support.expected_weights import merge_and_check
@@ -158,7 +154,7 @@ def test_many_rows_neighbours_and_strided_are_merged_bit_for_bit(dtype: torch.dt
         assert_same_weights(model, before)
 
 
-@pytest.mark.parametrize("name", ["embedding", "both, untied", "scaled, tied", "reader"])
+@pytest.mark.parametrize("name", ["scaled, tied", "reader"])
 def test_what_leaves_the_rows_out_is_the_plain_model(name: str):
     subject = make_subject(name)
     model, tokens, expected = subject.model, subject.tokens, subject.plain(subject.tokens)
@@ -176,17 +172,15 @@ def test_what_leaves_the_rows_out_is_the_plain_model(name: str):
         assert (plain.head.weight is plain.emb.weight) == (subject.plain.head.weight is subject.plain.emb.weight)
 
 
-@pytest.mark.parametrize(("name", "is_merged"), covering(["tied", "both, untied"], [True, False], meet=1))
-def test_copies_and_pickles_are_adapted_and_tied_alike(name: str, is_merged: bool, monkeypatch):
+def test_copies_and_pickles_are_adapted_and_tied_alike(monkeypatch):
     monkeypatch.setattr(merging, "COPY_BUDGET", 0)  # so that values are kept for restoring
-    subject = make_subject(name)
+    subject = make_subject("tied")
     model, before = subject.model, weights(subject.model)
     output = model(subject.tokens)
-    if is_merged:
-        merge(model)
+    merge(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         records = [record for layer in adapted_layers(twin).values() if (record := layer.lora.undo) is not None]
-        assert len(records) == is_merged * len(adapted_layers(model))
+        assert len(records) == len(adapted_layers(model))
         unmerge(twin)
         assert_same_weights(twin, before)
         assert torch.equal(twin(subject.tokens), output)
@@ -236,13 +230,6 @@ def test_a_module_of_another_kind_that_shares_the_weight_is_left_alone():
     assert "norms.weight" in adapted_layers(model)["emb"].why_not_merge()
 
 
-def test_tied_tables_are_listed_in_the_order_of_the_model_whichever_end_is_named():
-    model = Net(tied=True)
-    modules = list(model.named_modules())
-    for end in ("emb", "head"):
-        assert list(token_tables(modules, {end: ROWS}, Unmatched())) == ["emb", "head"]
-
-
 @pytest.mark.parametrize(("name", "is_merged"), [("embedding", False), ("tied", True)])
 def test_rows_that_are_the_bases_follow_a_new_base_and_trained_ones_stay(name: str, is_merged: bool):
     for trained in (False, True):
@@ -274,36 +261,6 @@ def test_rows_of_a_model_on_the_meta_device_are_those_of_the_base_that_is_loaded
     plain.load_state_dict(base)
     tokens = torch.arange(NUMBER)[None]
     torch.testing.assert_close(model(tokens), plain(tokens))
-
-
-def test_save_merged_writes_the_rows_of_both_ends(tmp_path):
-    from safetensors.torch import load_file
-
-    subject = make_subject("tied")
-    save_merged(subject.model, tmp_path / "folder")
-    found = load_file(tmp_path / "folder" / "model.safetensors")
-    for name, table in subject.tables().items():
-        assert torch.equal(found[name], table.float())
-
-
-def test_a_compiled_model_computes_the_same_in_one_graph():
-    subject = make_subject("tied")
-    compiled = torch.compile(subject.model, backend="eager", fullgraph=True)
-    assert_near(compiled(subject.tokens), subject)
-    fill_rows_(subject.model)
-    assert_near(compiled(subject.tokens), subject)
-
-
-def test_a_view_of_the_weight_elsewhere_keeps_the_table_factored():
-    subject = make_subject("embedding")
-    model = subject.model
-    model.head.weight = nn.Parameter(model.emb.weight.detach()[:], requires_grad=False)
-    expected, before = model(subject.tokens), weights(model)
-    with merged(model):
-        assert_same_weights(model, before)
-        torch.testing.assert_close(model(subject.tokens), expected)
-    with pytest.raises(LoRAError, match=r"'emb': its weight is also head\.weight"):
-        merged_state_dict(model)
 
 
 @pytest.mark.parametrize(
@@ -385,18 +342,6 @@ def test_other_rows_than_the_options_name_are_swapped_and_a_trainer_refuses_them
     assert torch.equal(other.emb.lora_rows, one.emb.lora_rows)
 
 
-def test_an_adapter_of_a_module_around_it_fits_the_network_inside():
-    outer = nn.ModuleDict({"net": Net()})
-    inject(outer, LoRAConfig(target_modules=["body"], trainable_token_indices={"net.emb": ROWS}))
-    fill_rows_(outer)
-    inner = Net()
-    inner.load_state_dict(
-        {name.removeprefix("net."): value for name, value in outer.state_dict().items() if "lora" not in name}
-    )
-    apply_adapter(inner, adapter_of_model(outer))
-    assert torch.equal(inner.emb.lora_rows, outer["net"].emb.lora_rows)
-
-
 class Sub(nn.Module):
     def __init__(self, table: nn.Module) -> None:
         super().__init__()
@@ -405,7 +350,6 @@ class Sub(nn.Module):
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "names nothing": (Net, {"trainable_token_indices": {"embb": [1]}}, "'embb' names no table; did you mean 'emb'"),
-    "a list without an embed_tokens": (Net, {"trainable_token_indices": [1]}, "'embed_tokens' names no table"),
     "no table": (lambda: Sub(nn.LayerNorm(3)), {"trainable_token_indices": {"table": [1]}}, "a LayerNorm is no table"),
     "beyond the table": (
         Net,
@@ -427,21 +371,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"modules_to_save": ["emb"], "trainable_token_indices": {"emb": [1]}},
         "'emb': it is in modules_to_save too",
     ),
-    "the other end in modules_to_save": (
-        lambda: Net(tied=True),
-        {"modules_to_save": ["head"], "trainable_token_indices": {"emb": [1]}},
-        "'head': it is in modules_to_save too",
-    ),
-    "inside of what modules_to_save names": (
-        lambda: nn.ModuleDict({"net": Net(), "body": nn.Linear(3, 3)}),
-        {"modules_to_save": ["net"], "trainable_token_indices": {"emb": [1]}},
-        r"'net\.emb': it is in modules_to_save too",
-    ),
-    "in target_parameters too": (
-        Net,
-        {"target_parameters": ["emb.weight"], "trainable_token_indices": {"emb": [1]}},
-        "'emb': it is in target_parameters too",
-    ),
     "max_norm": (lambda: Net(max_norm=1.0), {"trainable_token_indices": {"emb": [1]}}, "max_norm renormalises"),
     "by frequency": (
         lambda: Net(scale_grad_by_freq=True),
@@ -452,11 +381,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         lambda: Net(tied=True),
         {"trainable_token_indices": {"emb": [1], "head": [1, 2]}},
         r"gives 'head' the rows \[1, 2\], and \[1\] by 'emb', with which it shares its weight",
-    ),
-    "two lists for one table": (
-        lambda: nn.ModuleDict({"net": Net(), "body": nn.Linear(3, 3)}),
-        {"trainable_token_indices": {"emb": [1], "net.emb": [2]}},
-        r"gives 'net\.emb' the rows \[1\], and \[2\] by 'net\.emb'",
     ),
 }
 
@@ -469,18 +393,6 @@ def test_what_cannot_be_trained_by_rows_is_refused_and_nothing_is_changed(case: 
     with pytest.raises(LoRAError, match=message):
         inject(model, LoRAConfig(**{"target_modules": ["body"]} | options))
     assert ([type(module) for module in model.modules()], list(model.state_dict())) == before
-
-
-def test_a_replaced_forward_and_a_layer_of_another_library_are_refused():
-    options = LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": [1]})
-    model = Net()
-    model.emb.forward = lambda x: x  # type: ignore[method-assign, assignment]
-    with pytest.raises(LoRAError, match="'emb': its forward is replaced on the instance"):
-        inject(model, options)
-    model = Net()
-    model.emb.lora_A = nn.Linear(1, 1)
-    with pytest.raises(LoRAError, match="'emb': the Embedding has a lora_A of another library"):
-        inject(model, options)
 
 
 def test_all_linear_leaves_a_head_with_trained_rows_alone():

@@ -192,17 +192,6 @@ def test_derivatives_in_the_direction_of_an_adapter_are_differences_of_outputs(n
     torch.testing.assert_close(jvp(output, (adapter,), (direction,))[1], dual(adapter))
 
 
-@pytest.mark.parametrize("name", ["linear", "convolution, DoRA"])
-def test_dropout_in_a_map_over_adapters_is_drawn_as_the_map_says(name: str) -> None:
-    case = CASES[name]
-    model, x = case.model(lora_dropout=0.5), case.x()
-    one = several(model, 1)
-    alike = {name: each.expand(2, *each.shape[1:]) for name, each in one.items()}
-    for randomness in ("same", "different"):
-        first, second = vmap(lambda each: functional_call(model, each, (x,)), randomness=randomness)(alike)
-        assert torch.equal(first, second) is (randomness == "same")
-
-
 # traces ---------------------------------------------------------------------------------------------------------------
 
 
@@ -243,13 +232,6 @@ def test_a_nested_tensor_gives_outputs_and_gradients_of_its_parts(name: str, lay
     if name in ("linear", "linear, DoRA"):
         model, x = CASES[name].model(lora_dropout=0.5), torch.nested.nested_tensor(parts, layout=layout)
         assert not torch.equal(flat(model(x)), flat(model(x)))
-
-
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.x is tokens])
-def test_a_nested_tensor_of_tokens_gives_the_outputs_of_its_parts(name: str) -> None:
-    model, parts = CASES[name].model(), [torch.randint(0, 10, (length,)) for length in (3, 2)]
-    output = model(torch.nested.nested_tensor(parts, layout=torch.jagged))
-    torch.testing.assert_close(flat(output), torch.cat([model(part).flatten() for part in parts]))
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
