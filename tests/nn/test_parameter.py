@@ -20,11 +20,14 @@ from lightning_lora import (
     merged,
     merged_state_dict,
     unload,
+    unmerge,
 )
+from lightning_lora.model import merging
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.covering import covering
 from support.layers import same_bits
-from support.parameters import CASES, Experts, Model, Projected, Recurrent, make_subject
+from support.pair_checks import by_pickle
+from support.parameters import CASES, Experts, Model, Projected, Recurrent, fill_factors_, make_subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -74,6 +77,20 @@ def test_a_merged_model_shows_w_and_takes_a_new_base(name: str):
         assert all(same_bits(state[key], value) for key, value in base.items())
         model.load_state_dict({key: value + 1 for key, value in base.items()})
     assert all(same_bits(model.state_dict()[key], value + 1) for key, value in base.items())
+
+
+def test_a_copy_of_a_merged_recurrent_layer_runs_on_its_own_weights(monkeypatch):
+    monkeypatch.setattr(merging, "COPY_BUDGET", 0)  # so that values are kept for restoring
+    subject = make_subject("lstm")
+    output = subject.model(subject.x)
+    merge(subject.model)
+    for twin in (copy.deepcopy(subject.model), by_pickle(subject.model)):
+        unmerge(twin)
+        assert torch.equal(twin(subject.x), output)
+        fill_factors_(twin)
+        assert not torch.equal(twin(subject.x), output)
+    unmerge(subject.model)
+    assert torch.equal(subject.model(subject.x), output)
 
 
 @pytest.mark.parametrize("name", ["lstm, packed", "experts", "weight of a linear layer"])

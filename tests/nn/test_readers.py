@@ -383,8 +383,8 @@ def test_an_adapter_whose_weight_is_read_out_of_reach_is_named():
 
 
 def test_a_class_without_source_keeps_its_class():
-    namespace: dict[str, Any] = {"Reads": Reads}
-    exec("class Typed(Reads):\n    def forward(self, x):\n        return x @ self.proj.weight.T", namespace)
+    namespace: dict[str, Any] = {"ByVariable": ByVariable}
+    exec("class Typed(ByVariable):\n    def forward(self, x):\n        return x @ self.proj.weight.T", namespace)
     inject(model := namespace["Typed"](), LoRAConfig(r=R))
     assert not isinstance(model, LoRAReader)
 

@@ -125,6 +125,17 @@ def test_untying_makes_merging_work():
     torch.testing.assert_close(model(tokens()).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_that_was_untied_while_merged_is_merged_when_adapters_are_taken_out():
+    model = Tied()
+    inject(model, LoRAConfig(r=2, target_modules=["out", "mid"]))
+    randomise_(model)
+    expected = reference(model)
+    merge(model)
+    model.out.weight = nn.Parameter(model.out.weight.detach().clone(), requires_grad=False)
+    merge_and_unload(model)
+    torch.testing.assert_close(model(tokens()).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_merging_a_part_does_not_forget_an_owner_outside_it():
     model = Tied()
     inject(model, LoRAConfig(r=2, target_modules=["out"]))
