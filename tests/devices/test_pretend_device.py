@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from support.covering import covering
 from support.devices import Count, count
 from support.pretend_device import DEVICE, pretend_device
 
@@ -43,13 +42,13 @@ MADE: dict[str, Callable[[], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", MADE)
-def test_what_is_made_there_is_there(name: str):
-    made = MADE[name]()
-    assert made.device.type == DEVICE
-    assert not made.is_cpu
-    assert made.cpu().device.type == "cpu"
-    assert type(made.cpu()) is torch.Tensor
+def test_what_is_made_there_is_there():
+    for name, make in MADE.items():
+        made = make()
+        assert made.device.type == DEVICE, name
+        assert not made.is_cpu
+        assert made.cpu().device.type == "cpu"
+        assert type(made.cpu()) is torch.Tensor
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
@@ -67,13 +66,10 @@ REFUSED: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_a_gpu_refuses_is_refused(name: str):
-    with pytest.raises((RuntimeError, TypeError)):
-        REFUSED[name]()
-
-
-def test_numbers_without_a_dimension_may_come_from_the_cpu():
+def test_what_a_gpu_refuses_is_refused_and_numbers_without_a_dimension_may_come_from_the_cpu():
+    for work in REFUSED.values():
+        with pytest.raises((RuntimeError, TypeError)):
+            work()
     assert torch.equal((there(3) * torch.tensor(0.0)).cpu(), torch.zeros(3))
 
 
@@ -82,8 +78,10 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 2))
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
-@pytest.mark.parametrize("saving", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
+OPTIMIZERS = (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad)
+
+
+@pytest.mark.parametrize(("make", "saving"), covering(OPTIMIZERS, [None, True, False], meet=1))  # by checkpointing
 def test_training_there_is_training_here(make: Any, saving: bool | None):
     found = []
     for device in ("cpu", DEVICE):
@@ -100,80 +98,6 @@ def test_training_there_is_training_here(make: Any, saving: bool | None):
             assert x.grad is not None
             assert x.grad.device.type == device
         found.append([parameter.detach().cpu() for parameter in model.parameters()])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_autocast_casts_there_alone():
-    model, x = net().to(DEVICE), there(3, 4)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        assert model[0](x).dtype == torch.bfloat16
-        assert model[:2](x).dtype == torch.float32  # a norm is computed in float32, as on a GPU
-        assert nn.functional.linear(torch.ones(1, 4), torch.ones(2, 4)).dtype == torch.float32
-        with torch.autocast(DEVICE, enabled=False):
-            assert model[0](x).dtype == torch.float32
-    assert model[0](x).dtype == torch.float32
-
-
-@pytest.mark.parametrize("location", [None, "cpu", DEVICE, {f"{DEVICE}:0": "cpu"}, lambda storage, place: storage])
-@pytest.mark.parametrize("weights_only", [True, False])
-def test_a_file_says_where_its_tensors_were(location: Any, weights_only: bool):
-    model, file = net().to(DEVICE), io.BytesIO()
-    tensors = dict(model.state_dict()) | {"view": model[0].weight.detach().t(), "here": torch.ones(2)}
-    torch.save(tensors, file)
-    file.seek(0)
-    found = torch.load(file, map_location=location, weights_only=weights_only)
-    assert found["here"].device.type == (DEVICE if location == DEVICE else "cpu")
-    for name, value in tensors.items():
-        assert torch.equal(found[name].cpu(), value.cpu()), name
-        assert found[name].stride() == value.stride()
-    stays = location in (None, DEVICE)
-    assert {found[name].device.type for name in model.state_dict()} == {DEVICE if stays else "cpu"}
-
-
-def test_a_copy_of_a_model_is_apart_from_it_and_casts_and_moves():
-    model = net().to(DEVICE)
-    model[0].weight.grad = there(6, 4)
-    other = copy.deepcopy(model)
-    assert torch.equal(other[0].weight.grad.cpu(), model[0].weight.grad.cpu())
-    with torch.no_grad():
-        other[0].weight.zero_()
-    assert model[0].weight.cpu().all()
-    other.to(torch.bfloat16)
-    assert other(there(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    other.cpu()
-    assert {type(parameter) for parameter in other.parameters()} == {nn.Parameter}
-
-
-def test_views_share_values_and_versions_and_sizes_change_in_place():
-    x = there(3, 4)
-    before, view = x._version, x.view(-1)
-    view.zero_()
-    assert x._version == before + 1
-    assert not x.cpu().any()
-    assert (x.t_().shape, x.resize_(2, 6).shape) == ((4, 3), (2, 6))
-
-
-def test_inference_mode_is_that_of_a_device():
-    model, x = net().to(DEVICE).eval(), there(2, 4)
-    with torch.inference_mode():
-        out = model(x)
-        assert out.is_inference()
-        assert out.cpu().device.type == "cpu"
-        assert not model[0].weight.detach().is_inference()
-    assert not x.is_inference()
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_cells_there_are_those_here(kind: Any):
-    torch.manual_seed(1)
-    model, found = kind(3, 4, num_layers=2, bidirectional=True, batch_first=True), []
-    x = torch.randn(2, 5, 3)
-    for device in ("cpu", DEVICE):
-        there = copy.deepcopy(model).to(device)
-        out = there(x.to(device))[0]
-        (out * torch.linspace(-1, 1, out.numel()).view(out.shape).to(device)).sum().backward()
-        found.append([out.detach().cpu(), *(parameter.grad.cpu() for parameter in there.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -199,17 +123,13 @@ COUNTED: dict[str, tuple[Callable[[torch.Tensor], object], Count]] = {  # of a s
 }
 
 
-@pytest.mark.parametrize("name", COUNTED)
-def test_each_operator_is_counted_and_views_are_not(name: str):
-    work, expected = COUNTED[name]
-    x = torch.ones(4, 4).to(DEVICE)
-    found = count(lambda: work(x))
-    assert found == expected, found
+def test_each_operator_is_counted_of_the_backward_too_and_views_are_not():
+    for name, (work, expected) in COUNTED.items():
+        x = torch.ones(4, 4).to(DEVICE)
+        found = count(lambda work=work, x=x: work(x))
+        assert found == expected, name
+        assert (found - found, sum(found.operators.values())) == (Count(), found.launches)
     assert count(lambda: None) == Count()
-    assert (found - found, sum(found.operators.values())) == (Count(), found.launches)
-
-
-def test_the_backward_is_counted_too():
     layer, x = nn.Linear(4, 4).to(DEVICE), there(3, 4)
     forward = count(lambda: layer(x))
     assert count(lambda: layer(x).sum().backward()).launches > forward.launches + 2

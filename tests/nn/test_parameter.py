@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from threading import Thread
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import nn
 from lightning_lora import (
     LoRAConfig,
     LoRAError,
-    adapter_state_dict,
     disable_adapter,
     inject,
     merge,
@@ -28,38 +26,34 @@ from lightning_lora.model import merging
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.covering import covering
 from support.layers import same_bits
+from support.pair_checks import by_pickle
 from support.parameters import CASES, Experts, Model, Projected, Recurrent, fill_factors_, make_subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_output_is_that_of_w_plus_delta_merged_or_not(name: str, dtype: torch.dtype):
+@pytest.mark.parametrize(("name", "dtype"), covering([*CASES], [torch.float64, torch.float32], meet=1))
+def test_output_and_gradients_are_those_of_w_plus_delta_merged_or_not(name: str, dtype: torch.dtype):
     subject = make_subject(name, dtype)
     assert len(adapted_layers(subject.model)) == CASES[name].adapted
-    reference = subject.reference()
-    tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype] * float(reference.abs().max())}
-    assert not torch.allclose(subject.plain(subject.x).double(), reference, **tolerance)
-    torch.testing.assert_close(subject.model(subject.x).double(), reference, **tolerance)
-    with merged(subject.model):
-        torch.testing.assert_close(subject.model(subject.x).double(), reference, **tolerance)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_of_the_factors_are_those_of_the_reference(name: str):
-    subject = make_subject(name, torch.float64)
-    factors = {key: value.clone().requires_grad_() for key, value in subject.factors().items()}
-    subject.reference(factors).square().sum().backward()
-    subject.model(subject.x).square().sum().backward()
+    factors = {key: value.double().clone().requires_grad_() for key, value in subject.factors().items()}
+    reference, found = subject.reference(factors), subject.model(subject.x)
+    digits = 1e-12 if dtype == torch.float64 else 1e-5
+    close = {"rtol": digits, "atol": digits * float(reference.detach().abs().max())}
+    assert not torch.allclose(subject.plain(subject.x).double(), reference, **close)
+    torch.testing.assert_close(found.double(), reference, **close)
+    reference.square().sum().backward()
+    found.square().sum().backward()
     for key, factor in factors.items():
-        torch.testing.assert_close(subject.model.get_parameter(key).grad, factor.grad)
+        gradient = subject.model.get_parameter(key).grad
+        torch.testing.assert_close(gradient.double(), factor.grad, rtol=digits, atol=digits * float(factor.grad.norm()))
     base = [p for key, p in subject.model.named_parameters() if "lora_" not in key]
     assert not any(p.requires_grad or p.grad is not None for p in base)
+    with merged(subject.model):
+        torch.testing.assert_close(subject.model(subject.x).double(), reference, **close)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["lstm, projected, both ways", "transposed experts"])
 def test_merged_weights_are_rounded_once(name: str):
     subject = make_subject(name, torch.bfloat16)
     plain = {key: value.double() for key, value in subject.plain.named_parameters()}
@@ -73,7 +67,7 @@ def test_merged_weights_are_rounded_once(name: str):
             assert error > 0.01
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["lstm", "experts"])
 def test_a_merged_model_shows_w_and_takes_a_new_base(name: str):
     subject = make_subject(name)
     model = subject.model
@@ -85,16 +79,12 @@ def test_a_merged_model_shows_w_and_takes_a_new_base(name: str):
     assert all(same_bits(model.state_dict()[key], value + 1) for key, value in base.items())
 
 
-@pytest.mark.parametrize(("name", "is_merged"), covering([*CASES], [False, True], meet=1))
-def test_copies_and_pickles_are_adapted_alike(name: str, is_merged: bool, monkeypatch):
+def test_a_copy_of_a_merged_recurrent_layer_runs_on_its_own_weights(monkeypatch):
     monkeypatch.setattr(merging, "COPY_BUDGET", 0)  # so that values are kept for restoring
-    subject = make_subject(name)
+    subject = make_subject("lstm")
     output = subject.model(subject.x)
-    if is_merged:
-        merge(subject.model)
-    for twin in (copy.deepcopy(subject.model), pickle.loads(pickle.dumps(subject.model))):
-        records = [r for layer in adapted_layers(twin).values() if (r := layer.lora.undo) is not None]
-        assert len(records) == is_merged * CASES[name].adapted
+    merge(subject.model)
+    for twin in (copy.deepcopy(subject.model), by_pickle(subject.model)):
         unmerge(twin)
         assert torch.equal(twin(subject.x), output)
         fill_factors_(twin)
@@ -103,7 +93,7 @@ def test_copies_and_pickles_are_adapted_alike(name: str, is_merged: bool, monkey
     assert torch.equal(subject.model(subject.x), output)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["lstm, packed", "experts", "weight of a linear layer"])
 def test_what_leaves_the_adapter_out_is_the_plain_model(name: str):
     subject = make_subject(name)
     model, x = subject.model, subject.x
@@ -118,15 +108,6 @@ def test_what_leaves_the_adapter_out_is_the_plain_model(name: str):
         assert list(plain.state_dict()) == list(subject.plain.state_dict())
         assert not any(key.startswith("lora") for module in plain.modules() for key in vars(module))
     assert torch.equal(model(x), subject.plain(x))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_an_adapter_starts_as_zero_and_is_drawn_by_name(name: str):
-    first, second = (make_subject(name, fill=False) for _ in range(2))
-    torch.testing.assert_close(first.model(first.x), first.plain(first.x), rtol=1e-6, atol=1e-6)
-    for key, value in adapter_state_dict(first.model).items():
-        assert torch.equal(value, adapter_state_dict(second.model)[key])
-        assert ("lora_A" in key) == bool(value.any())
 
 
 def test_names_and_objects_of_the_base_stay():
@@ -177,17 +158,6 @@ def test_another_thread_runs_after_one_whose_adapter_failed(monkeypatch):
     assert len(outputs) == 1
 
 
-@pytest.mark.parametrize("name", ["lstm", "experts"])
-def test_factors_stay_float32_where_the_model_is_cast_to_16_bits(name: str):
-    subject = make_subject(name)
-    subject.model.bfloat16()
-    assert {p.dtype for key, p in subject.model.named_parameters() if "lora_" in key} == {torch.float32}
-    assert subject.model(subject.x.bfloat16()).dtype == torch.bfloat16
-    kept = Model(Experts()).bfloat16()
-    inject(kept, LoRAConfig(target_modules=[], target_parameters=["down_proj"], autocast_adapter_dtype=False))
-    assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
-
-
 def test_layers_and_parameters_are_adapted_side_by_side():
     model = nn.ModuleDict({"rnn": nn.GRU(5, 6, batch_first=True), "head": nn.Linear(6, 2)})
     names = inject(model, LoRAConfig(target_modules=["head"], target_parameters=["rnn.weight_hh_l0"]))
@@ -216,16 +186,6 @@ def test_a_tied_parameter_stays_factored_and_changes_nobody_else():
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no such parameter": (Projected, {"target_parameters": ["projecton"]}, "did you mean 'projection'"),
     "a vector": (lambda: nn.LSTM(5, 6), {"target_parameters": ["bias_ih_l0"]}, "no parameter of two or three"),
-    "a pattern that fits nothing": (
-        Projected,
-        {"target_parameters": ["projection"], "rank_pattern": {"other": 2}},
-        "rank_pattern: 'other' names no adapted layer",
-    ),
-    "excluded": (
-        Projected,
-        {"target_parameters": ["projection"], "exclude_modules": ["projection"]},
-        "leaves no layer to adapt",
-    ),
     "a layer that is adapted": (
         lambda: nn.Linear(5, 6),
         {"target_modules": ["inner"], "target_parameters": ["inner.weight"]},

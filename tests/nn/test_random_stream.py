@@ -15,6 +15,7 @@ import lightning_lora
 from lightning_lora import LoRAConfig, combine, initialize_from_data, inject
 from lightning_lora.adapter.products import truncated_svd
 from lightning_lora.nn.random_stream import svd_lowrank
+from support.covering import covering
 from support.models import checkpoint
 
 
@@ -63,8 +64,9 @@ def test_one_file_makes_generators() -> None:
     assert [path.name for path in package.rglob("*.py") if seeding.search(path.read_text())] == ["random_stream.py"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (5, 5)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), covering([(30, 20), (20, 30), (5, 5)], [torch.float32, torch.float64], meet=1)
+)
 def test_svd_is_torchs_after_the_same_seed_bit_for_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
     matrix = torch.randn(shape, dtype=dtype)
     with torch.random.fork_rng(devices=[]):

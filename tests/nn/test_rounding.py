@@ -121,8 +121,7 @@ def test_dequantised_weights_are_warned_of_once_in_16_bits_alone(caplog, dtype):
     assert not warned or float(warned[0].partition("costs ")[2].partition("%")[0]) > 5
 
 
-@pytest.mark.parametrize("write", ["save_merged", "the command"])
-@pytest.mark.parametrize("share", [0.01, 0.2])
+@pytest.mark.parametrize(("write", "share"), [("save_merged", 0.01), ("the command", 0.2)])
 def test_a_file_of_merged_16_bit_weights_tells_what_it_lost(tmp_path, caplog, write, share):
     caplog.set_level(logging.INFO, logger="lightning_lora")
     model = with_adapter_of(share, torch.bfloat16)

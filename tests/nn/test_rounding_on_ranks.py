@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,7 +16,6 @@ from support.models import randomise_
 from support.processes import BACKEND, world
 
 DEVICE = "cpu" if BACKEND == "gloo" else "cuda"
-WAYS = ["layers", "root only"]
 
 
 def adapted(share: float) -> nn.Sequential:
@@ -56,24 +54,26 @@ def reports(net: nn.Module) -> list[str]:
     return [*said, *(f"warning: {warning.message}" for warning in caught)]
 
 
-def sharded_reports(way: str, share: float) -> list[str]:
-    net = adapted(share)
-    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
-    for layer in [] if way == "root only" else net if way == "layers" else [net[0]]:
-        fully_shard(layer, mesh=mesh)
-    if way != "one layer":
-        fully_shard(net, mesh=mesh)
-    return reports(net)
+CASES = (("layers", 0.01), ("layers", 0.5), ("root only", 0.01), ("one layer", 0.01))
 
 
-@pytest.mark.parametrize("share", [0.01, 0.5])
-@pytest.mark.parametrize("way", WAYS)
-def test_the_16_bit_report_of_a_sharded_model_equals_that_of_one_device(way: str, share: float):
-    expected = reports(adapted(share))
-    assert ["rounding costs" in line for line in expected] == [True]
-    others = expected if share == 0.01 else []  # every rank warns, and the first one logs
-    assert world().run(sharded_reports, way, share) == [expected, others]
+def sharded_reports() -> list[list[str]]:
+    found = []
+    for way, share in CASES:
+        net, mesh = adapted(share), init_device_mesh(DEVICE, (dist.get_world_size(),))
+        for layer in {"layers": [*net], "root only": [], "one layer": [net[0]]}[way]:
+            fully_shard(layer, mesh=mesh)
+        if way != "one layer":  # the other one is whole on every rank, and counted once
+            fully_shard(net, mesh=mesh)
+        found.append(reports(net))
+    return found
 
 
-def test_the_16_bit_report_counts_a_layer_that_is_whole_on_every_rank_once():
-    assert world().run(sharded_reports, "one layer", 0.01) == [reports(adapted(0.01))] * 2
+def test_the_16_bit_report_of_a_sharded_model_equals_that_of_one_device():
+    first, other = world().run(sharded_reports)
+    expected = [reports(adapted(share)) for _, share in CASES]
+    assert all(["rounding costs" in line for line in each] == [True] for each in expected)
+    assert first == expected
+    assert other == [
+        each if share == 0.01 else [] for each, (_, share) in zip(expected, CASES, strict=True)
+    ]  # warnings

@@ -10,6 +10,7 @@ import torch
 
 from lightning_lora import LoRAConfig, LoRAError, names
 from lightning_lora.nn.variant import EffectiveFactors, LayerInfo, Variant, known_variants, variant_of
+from support.covering import covering
 from support.variants import variants_forgotten
 
 
@@ -60,8 +61,10 @@ def test_options_say_the_variant():
     assert not variant_of(LoRAConfig(init_lora_weights="eva")).frozen
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Conv"])
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    covering([{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ["Linear", "Conv1D", "Conv"], meet=1),
+)
 def test_what_a_variant_starts_as_has_its_shapes_and_adds_nothing(options: dict[str, Any], kind: str):
     variant, shape = variant_of(LoRAConfig(**options)), (6, 4, 3) if kind == "Conv" else (6, 4)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))

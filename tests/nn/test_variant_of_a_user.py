@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-import lightning_lora
 from lightning_lora import (
     LoRACallback,
     LoRAConfig,
@@ -34,8 +33,9 @@ from lightning_lora import (
     unload,
     unmerge,
 )
+from support.covering import covering
 from support.models import state_bits
-from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
+from support.pretend_device import CAN_PRETEND, pretend_device
 from support.processes import DONE, run_in_forks
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
@@ -119,11 +119,11 @@ def reference(layer: Any, name: str) -> torch.Tensor:
 # --- a model ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=on_device)])
-def test_a_scale_of_one_changes_no_bit_of_the_outputs(device: str, dtype: torch.dtype):
-    with pretend_device() if device == DEVICE else nullcontext():
-        model, x = nn.Sequential(nn.Linear(64, 32)).to(device, dtype), torch.randn(40, 64).to(device, dtype)
+@pytest.mark.parametrize("place", [nullcontext, pytest.param(pretend_device, marks=on_device)])
+def test_a_scale_of_one_changes_no_bit_of_the_outputs(place: Any):
+    with place() as device:
+        model = nn.Sequential(nn.Linear(64, 32)).to(device, torch.bfloat16)
+        x = torch.randn(40, 64).to(device, torch.bfloat16)
         with torch.no_grad():
             model[0].bias.mul_(30)
         plain = model(x).cpu()
@@ -131,28 +131,7 @@ def test_a_scale_of_one_changes_no_bit_of_the_outputs(device: str, dtype: torch.
         assert torch.equal(model(x).cpu(), plain)
 
 
-@on_device
-@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Linear(6, 4, bias=False), nn.Conv1d(6, 4, 1)], ids=repr)
-def test_on_a_device_a_scale_has_the_outputs_and_gradients_of_the_cpu(layer: nn.Module):
-    torch.manual_seed(0)
-    model = nn.Sequential(copy.deepcopy(layer))
-    inject(model, LoRAConfig(variant="own-gates", r=2, target_modules=["0"]))
-    with torch.no_grad():
-        for stored in model[0].factors():
-            stored.normal_()
-    x = torch.randn(5, 6, 1) if isinstance(layer, nn.Conv1d) else torch.randn(5, 6)
-    (wanted := model(x)).square().sum().backward()
-    with pretend_device():
-        there = copy.deepcopy(model).to(DEVICE)
-        there.zero_grad()
-        (found := there(x.to(DEVICE))).square().sum().backward()
-        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
-        for one, other in zip(there[0].factors(), model[0].factors(), strict=True):
-            torch.testing.assert_close(one.grad.cpu(), other.grad, rtol=1e-5, atol=1e-4)
-
-
-@each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), covering(NAMES, [torch.float32, torch.bfloat16]))
 def test_it_answers_by_its_definition_merges_exactly_and_is_taken_out(name, dtype):
     model = filled(name, Net().to(dtype)).eval()
     plain = Net().to(dtype).eval()
@@ -187,14 +166,14 @@ RESULTS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", RESULTS)
-def test_autocast_rounds_nothing_outside_a_forward(what):
-    model, other = (filled("own-squares") for _ in range(2))
-    with torch.autocast("cpu", torch.bfloat16):
-        found = RESULTS[what](model)
-    for each_found, expected in zip(found, RESULTS[what](other), strict=True):
-        assert each_found.dtype == expected.dtype
-        assert torch.equal(each_found, expected)
+def test_autocast_rounds_nothing_outside_a_forward():
+    for what, result in RESULTS.items():
+        model, other = (filled("own-squares") for _ in range(2))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = result(model)
+        for each_found, expected in zip(found, result(other), strict=True):
+            assert each_found.dtype == expected.dtype
+            assert torch.equal(each_found, expected), what
 
 
 @each
@@ -213,11 +192,9 @@ def test_gradients_reach_all_that_it_trains_and_nothing_else(name):
     model(torch.randn(8, 6)).square().sum().backward()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert trained == {f"{layer}.{leaf}" for layer in TARGETS for leaf in lightning_lora_variant(name).trained}
-
-
-def lightning_lora_variant(name: str) -> Any:
-    return {"own-squares": Squares, "own-gates": Gates}[name]
+    assert trained == {
+        f"{layer}.{leaf}" for layer in TARGETS for leaf in {"own-squares": Squares, "own-gates": Gates}[name].trained
+    }
 
 
 def test_an_option_of_its_own_reaches_its_start():
@@ -241,17 +218,11 @@ def test_a_base_loaded_later_is_what_an_untrained_one_starts_from_and_a_trained_
     assert_same_tensors(adapter_state_dict(model), trained)
 
 
-@each
-def test_the_summary_names_it(name):
-    assert lightning_lora_variant(name).title in str(summary(filled(name)))
-
-
 # --- a Trainer ---
 
 
 @pytest.mark.slow
-@each
-@pytest.mark.parametrize("save", ["adapter", "merged", "full"])
+@pytest.mark.parametrize(("save", "name"), covering(["adapter", "merged", "full"], NAMES, meet=1))
 def test_a_run_resumed_from_each_kind_of_checkpoint_equals_the_uninterrupted_one(tmp_path, name, save):
     def fit(path: str | None, epochs: int) -> tuple[Net, Any]:
         torch.manual_seed(0)
@@ -274,10 +245,11 @@ def test_a_run_resumed_from_each_kind_of_checkpoint_equals_the_uninterrupted_one
 # --- files ---
 
 
-@each
-def test_pefts_folder_is_refused_by_name_as_peft_does_not_have_it(tmp_path, name):
-    with pytest.raises(LoRAError, match=f"save_adapter: .*{lightning_lora_variant(name).title}.*PEFT does not have"):
-        save_adapter(filled(name), tmp_path)
+def test_pefts_folder_is_refused_by_name_as_peft_does_not_have_it(tmp_path):
+    model = filled("own-gates")
+    assert Gates.title in str(summary(model))
+    with pytest.raises(LoRAError, match=f"save_adapter: .*{Gates.title}.*PEFT does not have"):
+        save_adapter(model, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -319,8 +291,3 @@ def test_an_unknown_name_is_an_error_with_near_misses_and_the_remedy():
 def test_a_leaf_of_another_prefix_is_refused():
     with pytest.raises(ValueError, match="'other_leaf' must begin with 'lora_'"):
         type("Other", (Variant,), {"name": "own-other", "trained": ("other_leaf",)})
-
-
-def test_the_class_is_public():
-    assert lightning_lora.Variant is Variant
-    assert "Variant" in lightning_lora.__all__

@@ -17,10 +17,6 @@ from lightning_lora import (
     adapter_state_dict,
     initialize_from_data,
     inject,
-    load_adapter,
-    merged,
-    save_adapter,
-    unload,
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.start import lora_ga
@@ -153,43 +149,6 @@ def test_everything_but_the_factors_is_as_before():
     assert changed == factors
 
 
-@pytest.mark.slow
-def test_base_is_exact_again_after_unload_and_merging(tmp_path):
-    net, plain = injected("llama"), peer("llama")
-    initialize_from_data(net, batches())
-    for layer in adapted_layers(net).values():
-        layer.lora_B.data += 0.1 * torch.randn_like(layer.lora_B)
-    factored = logits(net)
-    with merged(net):
-        torch.testing.assert_close(logits(net), factored, rtol=0, atol=1e-4)
-    save_adapter(net, tmp_path)
-    read = peft.PeftModel.from_pretrained(peer("llama"), tmp_path)
-    torch.testing.assert_close(logits(read), factored, rtol=0, atol=1e-4)
-    load_adapter(again := peer("llama"), tmp_path)
-    assert torch.equal(logits(again), logits(net))
-    assert torch.equal(
-        adapted_layers(again)["model.layers.0.self_attn.q_proj"].lora_start_A,
-        adapted_layers(net)["model.layers.0.self_attn.q_proj"].lora_start_A,
-    )
-    unload(net)
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in net.state_dict().items())
-
-
-def test_base_that_is_loaded_afterwards_keeps_the_start():
-    net = injected("llama")
-    initialize_from_data(net, batches())
-    before = {name: value.clone() for name, value in adapter_state_dict(net).items()}
-    net.load_state_dict(peer("llama").state_dict(), strict=False)
-    assert all(torch.equal(value, before[name]) for name, value in adapter_state_dict(net).items())
-
-
-def test_rank_beyond_the_number_of_directions_is_not_used():
-    inject(net := nn.Sequential(nn.Linear(4, 3)), LoRAConfig(r=2, target_modules=["0"], init_lora_weights="lora_ga"))
-    initialize_from_data(net, [torch.randn(5, 4)], lambda model, x: model(x).square().mean())
-    assert net[0].lora_B[:, 0].norm() > 0
-    assert not net[0].lora_B[:, 1].any()
-
-
 class Quiet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -229,8 +188,3 @@ def test_quantised_weight_is_refused_by_name():
     inject(net, LoRAConfig(r=2, target_modules=["0"], init_lora_weights="lora_ga"))
     with pytest.raises(LoRAError, match="the weight of '0' is quantised"):
         initialize_from_data(net, [torch.ones(2, 64)], lambda model, x: model(x).sum())
-
-
-def test_magnitudes_beside_it_are_refused():
-    with pytest.raises(LoRAError, match="one that does not start from the weight, with use_dora"):
-        LoRAConfig(use_dora=True, init_lora_weights="lora_ga")
