@@ -67,7 +67,9 @@ def assert_equal(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("swapping")
-@pytest.mark.parametrize(("options", "state", "dtype"), covering([*OPTIONS], [*STATES], [torch.float64, torch.float16]))
+@pytest.mark.parametrize(
+    ("options", "state", "dtype"), covering([*OPTIONS], [*STATES], [torch.float64, torch.float16], meet=1)
+)
 def test_a_cast_that_swaps_is_the_cast_that_does_not(options: str, state: str, dtype: torch.dtype):
     model, other, _stats = pair(options, state)
     parameters = list(model.parameters())
@@ -78,7 +80,7 @@ def test_a_cast_that_swaps_is_the_cast_that_does_not(options: str, state: str, d
 
 
 @pytest.mark.usefixtures("swapping")
-@pytest.mark.parametrize(("options", "state", "assign"), covering([*OPTIONS], [*STATES], [False, True]))
+@pytest.mark.parametrize(("options", "state", "assign"), covering([*OPTIONS], [*STATES], [False, True], meet=1))
 def test_a_load_that_swaps_gives_the_values_of_the_state_dict(options: str, state: str, assign: bool):
     (model, other, _stats), source = pair(options, state), pair(options, "injected")[0]
     train(source.requires_grad_(), 1)

@@ -19,23 +19,7 @@ from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merg
 from support.covering import covering
 from support.layers import DTYPES, Holder, Subject, fill_factors_, make_subject, same_bits
 
-# One of each kind, and own forwards.
-KINDS = [
-    "linear",
-    "user's linear",
-    "activated linear",
-    "transformers Conv1D",
-    "fused, outer parts",
-    "fused Conv1D",
-    "embedding",
-    "conv1d",
-    "conv2d, groups",
-    "conv2d, depthwise",
-    "conv3d",
-    "conv that pads",
-]
-
-
+KINDS = ["linear", "fused Conv1D", "embedding", "conv2d, groups", "conv that pads"]
 WAYS = ["kept values", "plain copies"]
 
 
@@ -69,27 +53,8 @@ def kept_subject(name: str, dtype: torch.dtype = torch.float32) -> Subject:
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize(("name", "dtype", "way"), covering(KINDS, DTYPES, WAYS), indirect=["way"])
-def test_cycles_of_changing_adapters_bring_back_the_very_weight(name: str, dtype: torch.dtype) -> None:
-    subject = kept_subject(name, dtype)
-    weight = subject.layer.weight
-    with torch.no_grad():
-        for module in (subject.layer, subject.plain.layer):
-            module.weight.view(-1)[:2] = torch.tensor([-0.0, torch.finfo(dtype).smallest_normal / 4])
-    address = weight.data_ptr()
-    for share in (1.0, 0.1, 0.01, 0.001) * 5:  # large first, because what rounding costs is reported once
-        fill_factors_(subject, share)
-        merge(subject.model)
-        assert not same_bits(weight, subject.plain.layer.weight)
-        unmerge(subject.model)
-        assert same_bits(weight, subject.plain.layer.weight)
-    assert subject.layer.weight is weight
-    assert weight.data_ptr() == address
-
-
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
-    ("name", "copied", "found", "way"), covering(KINDS, [*COPIES], [merge, unmerge], WAYS), indirect=["way"]
+    ("name", "copied", "found", "way"), covering(KINDS[:3], [*COPIES], [merge, unmerge], WAYS), indirect=["way"]
 )
 def test_copy_of_a_layer_is_equal_and_independent(name: str, copied: str, found: Callable[..., None]) -> None:
     subject = kept_subject(name)
@@ -152,7 +117,7 @@ def test_a_class_of_main_pickles_into_another_process(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "way"), covering(KINDS, WAYS, meet=1), indirect=["way"])
 def test_state_dict_of_a_merged_layer_holds_the_base_weight(name: str) -> None:
     subject = kept_subject(name, torch.bfloat16)
     before = {key: value.clone() for key, value in subject.model.state_dict().items()}
@@ -165,7 +130,7 @@ def test_state_dict_of_a_merged_layer_holds_the_base_weight(name: str) -> None:
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize(("name", "assign", "way"), covering(KINDS, [False, True], WAYS), indirect=["way"])
+@pytest.mark.parametrize(("name", "assign", "way"), covering(KINDS, [False, True], WAYS, meet=1), indirect=["way"])
 def test_loading_while_merged_equals_loading_and_then_merging(name: str, assign: bool) -> None:
     subject, other = kept_subject(name), kept_subject(name)
     factored = other.model(subject.x)
@@ -183,7 +148,7 @@ def test_loading_while_merged_equals_loading_and_then_merging(name: str, assign:
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("name", "dtype", "target", "way"),
-    covering(["linear", "embedding", "conv2d, groups", "fused Conv1D"], DTYPES, DTYPES, WAYS),
+    covering(KINDS, DTYPES, [*reversed(DTYPES)], WAYS, meet=1),
     indirect=["way"],
 )
 def test_casting_while_merged_equals_casting_and_then_merging(
@@ -200,14 +165,6 @@ def test_casting_while_merged_equals_casting_and_then_merging(
     assert same_bits(subject.layer.weight, subject.plain.layer.weight.to(target))
 
 
-def test_half_bfloat16_double_and_float_cast_a_merged_layer_too() -> None:
-    for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, nn.Module.float):
-        subject = kept_subject("linear")
-        merge(subject.model)
-        unmerge(cast(subject.model))
-        assert same_bits(subject.layer.weight, cast(subject.plain).layer.weight)
-
-
 EDITS: dict[str, Callable[[Holder], Any]] = {
     "in place": lambda model: [p.data.mul_(-2) for p in (model.layer.lora_A, model.layer.lora_B)],
     "new data": lambda model: setattr(model.layer.lora_A, "data", torch.randn(model.layer.lora_A.shape)),
@@ -219,7 +176,7 @@ EDITS: dict[str, Callable[[Holder], Any]] = {
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize(("name", "edit", "way"), covering(KINDS, [*EDITS], WAYS), indirect=["way"])
+@pytest.mark.parametrize(("name", "edit", "way"), covering(KINDS, [*EDITS], WAYS, meet=1), indirect=["way"])
 def test_editing_the_factors_while_merged_cannot_touch_the_base(name: str, edit: str) -> None:
     subject = kept_subject(name)
     subject.model(subject.x).sum().backward()

@@ -12,13 +12,25 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, merge, merge_and_unload, unmerge
-from support.layers import CASES, make_subject, rounding
+from support.covering import covering
+from support.layers import make_subject, rounding
 from support.models import randomise_
 
-pytestmark = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+DTYPES = [torch.float16, torch.bfloat16]
+KINDS = [
+    *(
+        "linear, one vector",
+        "activated linear",
+        "linear of another library",
+        "transformers Conv1D",
+        "fused, outer parts",
+    ),
+    *("embedding, padding", "conv1d, groups", "conv2d, circular", "conv2d, depthwise", "conv that pads"),
+    *("dora, linear", "dora, embedding, padding", "dora, conv2d", "linear, three axes"),
+]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), covering(KINDS, DTYPES, meet=1))
 def test_layer_under_autocast_gives_outputs_and_gradients_of_float64(name: str, dtype: torch.dtype) -> None:
     subject = make_subject(name)
     factors = [subject.layer.lora_A, subject.layer.lora_B]
@@ -47,6 +59,7 @@ def test_layer_under_autocast_gives_outputs_and_gradients_of_float64(name: str, 
         assert ((factor.grad.double() - reference.grad).abs() <= rounding(dtype, bound.grad)).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_multihead_attention_agrees_with_float64_in_every_mode(dtype: torch.dtype) -> None:
     """torch reads the weights of its encoder layer; those of the adapter are in what it reads."""
     torch.manual_seed(0)
@@ -70,6 +83,7 @@ def test_multihead_attention_agrees_with_float64_in_every_mode(dtype: torch.dtyp
     assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_" in name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_training_with_gradient_scaler_loses_no_small_step(dtype: torch.dtype) -> None:
     """What mixed precision is: scaled losses, float32 factors and steps, and nothing lost that is small."""
     results = []
