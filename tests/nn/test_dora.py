@@ -11,24 +11,17 @@ import peft
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import (
     LoRAConfig,
     LoRAError,
     inject,
     merge,
-    merge_and_unload,
     merged,
-    merged_state_dict,
     save_adapter,
     summary,
-    unload,
-    unmerge,
 )
 from lightning_lora.distributed.flat import Window
-from lightning_lora.model import merging
-from lightning_lora.nn import dora as dora_layers
 from lightning_lora.nn import low_rank
 from lightning_lora.nn import output_norms as output_norms_file
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, unmerge_weight_
@@ -37,12 +30,10 @@ from lightning_lora.nn.output_norms import norms_of_weight, squares_of_windows
 from support.covering import covering
 from support.devices import count
 from support.layers import (
-    CASES,
     DTYPES,
     Conv1D,
     as_bits,
     make_pieces,
-    make_subject,
     same_bits,
     scaling_for,
 )
@@ -51,8 +42,8 @@ from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
 from support.quantised import network, quantise_
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
-NAMES = [name for name in CASES if name.startswith("dora")]
 P = 0.5
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
     "Linear": (lambda: nn.Linear(8, 6), lambda: torch.randn(3, 5, 8)),
@@ -122,19 +113,7 @@ def test_outputs_and_gradients_are_pefts(kind: str) -> None:
         torch.testing.assert_close(getattr(ours[0], name).grad.view(value.shape), value.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["dora, linear", "dora, transformers Conv1D", "dora, conv2d, depthwise", "dora, conv2d"]
-)
-def test_gradients_of_the_magnitudes_pass_gradcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = make_subject(name, torch.float64)
-    layer = subject.layer
-    fixed = (layer.lora_magnitude / layer.effective_factors().scale).detach()
-    monkeypatch.setattr(dora_layers, "output_norms", lambda *args: fixed)
-    torch.autograd.gradcheck(lambda *factors: subject.model(subject.x), layer.factors())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), covering([*KINDS], [torch.bfloat16, torch.float16], meet=1))
 def test_before_the_first_step_sixteen_bits_are_exact_where_pefts_are_not(kind: str, dtype: torch.dtype) -> None:
     plain = build(kind).to(dtype)
     x = KINDS[kind][1]()
@@ -162,7 +141,7 @@ def parts_of(stored: torch.Tensor, rows: int) -> Iterator[Window]:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("left", [1.0, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize("left", [1.0, 0.001])
 def test_norm_is_right_where_the_adapter_nearly_removes_an_output(left: float, transposed: bool) -> None:
     a, b = torch.randn(4, 300), torch.randn(50, 4)
     noise = torch.randn(50, 300)
@@ -177,23 +156,16 @@ def test_norm_is_right_where_the_adapter_nearly_removes_an_output(left: float, t
     torch.testing.assert_close(squares.sqrt(), wanted, rtol=1e-6 if left >= 0.1 else 2e-5, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_output_without_weights_is_that_of_the_base_before_the_first_step(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_output_without_weights_is_that_of_the_base_and_then_trains(dtype: torch.dtype) -> None:
     """PEFT's is NaN. The magnitudes have the dtype of W here."""
-    plain, x = nn.Sequential(nn.Linear(8, 6)).to(dtype), torch.randn(5, 8).to(dtype)
-    with torch.no_grad():
-        plain[0].weight[2] = 0
-    inject(model := copy.deepcopy(plain), dora(autocast_adapter_dtype=False))
-    assert model[0].lora_magnitude.dtype == dtype
-    assert same_bits(model(x), plain(x))
-
-
-def test_an_output_without_weights_is_finite_and_trains() -> None:
-    model = nn.Sequential(nn.Linear(8, 6))
+    model = nn.Sequential(nn.Linear(8, 6)).to(dtype)
     with torch.no_grad():
         model[0].weight[2] = 0
-    plain, x = copy.deepcopy(model), torch.randn(5, 8)
-    inject(model, dora())
+    plain, x = copy.deepcopy(model), torch.randn(5, 8).to(dtype)
+    inject(model, dora(autocast_adapter_dtype=False))
+    assert model[0].lora_magnitude.dtype == dtype
+    assert same_bits(model(x), plain(x))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -203,75 +175,7 @@ def test_an_output_without_weights_is_finite_and_trains() -> None:
     assert torch.isfinite(output).all()
     assert (output[:, 2] - plain(x)[:, 2]).abs().max() > 1e-3
     with merged(model):
-        torch.testing.assert_close(model(x), output)
-
-
-def test_norm_of_the_base_is_taken_anew_where_the_base_changes() -> None:
-    """By a load, a write in place, a cast, a training step of W; and a merge changes nothing."""
-
-    def check(model: Any) -> None:
-        layer, like = model[0], copy.deepcopy(model)
-        assert torch.equal(model(x.to(layer.weight.dtype)), like(x.to(layer.weight.dtype)))
-
-    model, x = build("Linear"), torch.randn(3, 8)
-    inject(model, dora())
-    spread_(model)
-    check(model)
-    with torch.no_grad():
-        model[0].weight[1] *= 2
-    check(model)
-    model.load_state_dict({"0.weight": torch.randn(6, 8), "0.bias": torch.zeros(6)})
-    check(model)
-    model.to(torch.float64).to(torch.float32)
-    check(model)
-    model[0].weight.data = torch.randn(6, 8)
-    check(model)
-    model[0].weight = nn.Parameter(torch.randn(6, 8), requires_grad=False)
-    check(model)
-    merge(model)
-    unmerge(model)
-    check(model)
-    model[0].weight.requires_grad_()
-    model(x).sum().backward()
-    with torch.no_grad():
-        model[0].weight -= model[0].weight.grad
-    check(model)
-    with torch.inference_mode():
-        model(x)
-    model(x).sum().backward()
-
-
-def scaled(weight: torch.Tensor) -> None:
-    weight.data.mul_(2)
-
-
-def pruned(weight: torch.Tensor) -> None:
-    size = weight.detach().abs()
-    weight.data.masked_fill_(size < size.median(), 0.0)
-
-
-def one_value_by_numpy(weight: torch.Tensor) -> None:
-    weight.detach().numpy().reshape(-1)[3] += 5
-
-
-def outputs_exchanged(weight: torch.Tensor) -> None:
-    array = weight.detach().numpy()
-    array[...] = array[:, ::-1].copy() if weight.shape[1:] == (6,) else array[::-1].copy()
-
-
-def counted_as_no_write(weight: torch.Tensor) -> None:
-    """As FSDP2 gathers shards into a weight."""
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
-        weight.add_(0.3)
-
-
-def fused_step(weight: torch.Tensor) -> None:
-    weight.requires_grad_().grad = torch.ones_like(weight)
-    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
-    weight.requires_grad_(False).grad = None
-
-
-UNCOUNTED = [scaled, pruned, one_value_by_numpy, outputs_exchanged, counted_as_no_write, fused_step]
+        torch.testing.assert_close(model(x), output, rtol=4 * EPS[dtype], atol=32 * EPS[dtype])
 
 
 def naive_weight(layer: Any) -> torch.Tensor:
@@ -284,47 +188,12 @@ def naive_weight(layer: Any) -> torch.Tensor:
     return v.T if transposed else v.view(weight.shape)
 
 
-def outputs_with(model: Any, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    plain = copy.deepcopy(model)
-    unload(plain)
-    with torch.no_grad():
-        plain[0].weight.copy_(weight)
-        return plain(x)
-
-
-@pytest.mark.parametrize(("kind", "write"), covering(["Linear", "Conv1D", "Conv2d", "Embedding"], UNCOUNTED, meet=1))
-def test_norm_of_the_base_is_taken_anew_after_writes_that_torch_does_not_count(kind: str, write: Any) -> None:
-    inject(model := build(kind), dora())
-    spread_(model)
-    x = KINDS[kind][1]()
-    model(x)
-    version = model[0].weight._version
-    write(model[0].weight)
-    assert write is fused_step or model[0].weight._version == version
-    wanted = naive_weight(model[0])
-    torch.testing.assert_close(model(x), outputs_with(model, wanted, x), rtol=1e-4, atol=1e-5)
-    write(model[0].weight)
-    wanted = naive_weight(model[0])
-    with merged(model):
-        torch.testing.assert_close(model[0].weight.detach(), wanted.float(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model(x), outputs_with(model, wanted, x), rtol=1e-4, atol=1e-5)
-
-
-def test_a_weight_in_the_place_of_one_that_is_gone_has_a_norm_of_its_own() -> None:
-    inject(model := build("Linear"), dora())
-    spread_(model)
-    x = torch.randn(3, 8)
-    for scale in range(1, 20):  # the memory and the identity of the last one are given to the next
-        del model[0]._parameters["weight"]
-        model[0]._parameters["weight"] = nn.Parameter(torch.full((6, 8), float(scale)), requires_grad=False)
-        torch.testing.assert_close(model(x), outputs_with(model, naive_weight(model[0]), x), rtol=1e-4, atol=1e-5)
-
-
 # --- merging ---
 
 
-@pytest.mark.parametrize("columns", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "columns"), covering([torch.float32, torch.bfloat16, torch.float16], [False, True], meet=1)
+)
 def test_a_scaled_merge_keeps_a_small_part_of_the_weight(dtype: torch.dtype, columns: bool) -> None:
     weight = (0.02 * torch.randn(512, 512)).to(dtype)
     before, pieces = weight.clone(), make_pieces(weight, r=8)
@@ -332,32 +201,12 @@ def test_a_scaled_merge_keeps_a_small_part_of_the_weight(dtype: torch.dtype, col
     blocks = [LowRankBlock(0, 0, pieces[0].left, pieces[0].right, scale)]
     scaling = scaling_for(before, pieces, 0.01)
     kept = merge_weight_(weight, blocks, scaling)
-    print("kept:", kept.nbytes() / weight.nbytes)
     assert 0.005 < kept.nbytes() / weight.nbytes < (0.1 if dtype == torch.float32 else 0.15)
     exact = (before.double() + scaling * pieces[0].left.double() @ pieces[0].right.double()) * scale.double()
     assert (as_bits(weight) == as_bits(exact.to(dtype))).double().mean() > 0.9999
     assert same_bits(weight, merged_weight(before, blocks, scaling))
     unmerge_weight_(weight, kept)
     assert same_bits(weight, before)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_merged_outputs_are_the_factored_ones_without_plain_copies(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(merging, "COPY_BUDGET", 0)
-    subject = make_subject(name, dtype)
-    before, factored = subject.layer.weight.detach().clone(), subject.model(subject.x)
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
-    for _ in range(3):
-        merge(subject.model)
-        torch.testing.assert_close(subject.model(subject.x), factored, rtol=tolerance, atol=tolerance)
-        unmerge(subject.model)
-        assert same_bits(subject.layer.weight, before)
-    state = merged_state_dict(subject.model)
-    assert list(state) == list(subject.plain.state_dict())
-    assert same_bits(merge_and_unload(subject.model).layer.weight, state["layer.weight"])
 
 
 def test_magnitudes_that_are_not_finite_are_an_error_and_nothing_is_merged() -> None:
@@ -396,8 +245,7 @@ def test_a_model_built_without_memory_gets_its_magnitudes_from_the_base() -> Non
     assert same_bits(model(x), plain(x))
 
 
-@pytest.mark.parametrize("init", [False, "orthogonal", "gaussian"])
-@pytest.mark.parametrize("kind", ["Linear", "Embedding"])
+@pytest.mark.parametrize(("kind", "init"), [("Linear", "orthogonal"), ("Embedding", False)])
 def test_magnitudes_begin_as_the_norm_with_the_initial_adapter(kind: str, init: Any) -> None:
     inject(model := build(kind), dora(r=2, init_lora_weights=init))
     inject(plainly := build(kind), dora(r=2, init_lora_weights=init, use_dora=False))
@@ -408,45 +256,9 @@ def test_magnitudes_begin_as_the_norm_with_the_initial_adapter(kind: str, init: 
 # --- with other things of torch ---
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
-def test_gradients_with_activation_checkpointing_are_the_same(kind: str, reentrant: bool) -> None:
-    inject(model := build(kind), dora())
-    spread_(model)
-    x = KINDS[kind][1]().requires_grad_()
-    model(x).square().sum().backward()
-    wanted = [p.grad.clone() for p in model[0].factors()]
-    model.zero_grad()
-    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
-    for factor, gradient in zip(model[0].factors(), wanted, strict=True):
-        torch.testing.assert_close(factor.grad, gradient)
-
-
-@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d"])
-def test_a_compiled_layer_is_one_graph_with_the_same_numbers(kind: str) -> None:
-    torch.compiler.reset()
-    inject(model := build(kind), dora())
-    spread_(model)
-    x = KINDS[kind][1]()
-    wanted = model(x)
-    wanted.square().sum().backward()
-    gradients = [p.grad.clone() for p in model[0].factors()]
-    model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = compiled(x)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    found.square().sum().backward()
-    for factor, gradient in zip(model[0].factors(), gradients, strict=True):
-        torch.testing.assert_close(factor.grad, gradient, rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        model[0].weight.mul_(1.5)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
-
-
 # --- on a device that is not the CPU ---
 
 on_device = pytest.mark.skipif(not CAN_PRETEND, reason="this version of torch cannot pretend a device")
-EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 WIDE = {name: kind for name, kind in KINDS.items() if name != "Conv3d"}
 
 
@@ -483,7 +295,7 @@ def is_a_way(kind: str, how: str, dtype: torch.dtype) -> bool:
 
 @on_device
 @pytest.mark.parametrize(
-    ("kind", "how", "dtype"), covering([*WIDE], ["plain", "dropout", "autocast"], DTYPES, fits=is_a_way)
+    ("kind", "how", "dtype"), covering([*WIDE], ["plain", "dropout", "autocast"], DTYPES, meet=1, fits=is_a_way)
 )
 def test_on_a_device_outputs_and_gradients_are_those_in_float64_and_on_the_cpu(
     kind: str, how: str, dtype: torch.dtype
@@ -514,8 +326,7 @@ def test_on_a_device_outputs_and_gradients_are_those_in_float64_and_on_the_cpu(
 
 
 @on_device
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize(("kind", "dtype"), covering([*WIDE], [torch.float32, torch.bfloat16, torch.float16], meet=1))
 def test_on_a_device_nothing_is_changed_before_the_first_step_and_nothing_by_a_merge(
     kind: str, dtype: torch.dtype
 ) -> None:
@@ -537,8 +348,8 @@ def test_on_a_device_nothing_is_changed_before_the_first_step_and_nothing_by_a_m
 
 
 @on_device
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_on_a_device_sixteen_bits_are_rounded_once(dtype: torch.dtype) -> None:
+def test_on_a_device_sixteen_bits_are_rounded_once() -> None:
+    dtype = torch.bfloat16
     inject(model := nn.Sequential(nn.Linear(512, 256)).to(dtype), dora())
     with torch.no_grad():
         model[0].lora_B.normal_(std=0.02)
@@ -548,17 +359,6 @@ def test_on_a_device_sixteen_bits_are_rounded_once(dtype: torch.dtype) -> None:
         model.to(DEVICE)
         merge(model)
         assert (as_bits(model[0].weight.cpu()) == as_bits(wanted)).double().mean() > 0.9998
-
-
-@on_device
-@pytest.mark.parametrize("init", [False, "orthogonal"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_device_the_scale_is_one_before_the_first_step_also_where_the_adapter_is_not_zero(
-    dtype: torch.dtype, init: Any
-) -> None:
-    with pretend_device():
-        inject(model := moved(build("Linear").to(dtype)), dora(init_lora_weights=init, r=2))
-        assert torch.all(model[0].effective_factors().scale == 1)
 
 
 @on_device
@@ -618,7 +418,7 @@ CANCELLING = {  # allowed relative error of the norm: of V in float32 or wider
 @on_device
 @pytest.mark.parametrize(
     ("kind", "dtype", "left", "piece"),
-    covering(["Linear", "Conv1D", "Conv1d", "Embedding"], DTYPES, [1e-3, 1e-6], [2**24, 600]),
+    covering(["Linear", "Conv1D", "Conv1d", "Embedding"], DTYPES, [1e-3, 1e-6], [2**24, 600], meet=1),
 )
 def test_on_a_device_the_norm_is_right_where_the_adapter_nearly_removes_an_output(
     kind: str, dtype: torch.dtype, left: float, piece: int, monkeypatch: pytest.MonkeyPatch
@@ -641,7 +441,7 @@ LAUNCHES = {torch.float32: 20, torch.bfloat16: 26}  # at most so many over the f
 
 
 @on_device
-@pytest.mark.parametrize(("kind", "dtype", "dropout"), covering([*WIDE], [*LAUNCHES], [0.0, P]))
+@pytest.mark.parametrize(("kind", "dtype", "dropout"), covering([*WIDE], [*LAUNCHES], [0.0, P], meet=1))
 def test_on_a_device_a_step_has_few_launches_no_float64_and_no_wait(
     kind: str, dtype: torch.dtype, dropout: float
 ) -> None:
@@ -667,25 +467,10 @@ def test_on_a_device_a_step_has_few_launches_no_float64_and_no_wait(
             assert more.launches <= LAUNCHES[dtype] + (12 if dropout else 0), more
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is not supported in Python 3.14")
-@pytest.mark.filterwarnings("error:.*might cause the trace to be incorrect")
-@pytest.mark.parametrize("kind", ["Linear", "Embedding"])
-def test_a_trace_is_right_where_the_base_later_nearly_cancels(kind: str) -> None:
-    model, _ = nearly_cancelled(torch.float32, 1e-3, kind)
-    x = torch.randint(256, (5,)) if kind == "Embedding" else torch.randn(5, 256)
-    later = model[0].weight.detach().clone()
-    with torch.no_grad():
-        model[0].weight.normal_()
-    traced = torch.jit.trace(model, (x,))
-    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        model[0].weight.copy_(later)
-    torch.testing.assert_close(traced(x), model(x), rtol=1e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("kind", ["Linear", "Embedding"])
-@pytest.mark.parametrize(("dtype", "left", "tolerance"), [(torch.float32, 1e-3, 1e-3), (torch.bfloat16, 1.0, 1e-2)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "left", "tolerance"),
+    [("Linear", torch.float32, 1e-3, 1e-3), ("Embedding", torch.bfloat16, 1.0, 1e-2)],
+)
 def test_an_exported_graph_has_no_float64_and_is_right_where_the_adapter_nearly_removes_an_output(
     kind: str, dtype: torch.dtype, left: float, tolerance: float
 ) -> None:
@@ -702,24 +487,22 @@ def test_an_exported_graph_has_no_float64_and_is_right_where_the_adapter_nearly_
 
 
 @pytest.mark.parametrize(
-    ("layer", "problem"),
+    ("options", "named"),
     [
-        (nn.MultiheadAttention(8, 2), "use_dora cannot adapt a MultiheadAttention"),
+        ({"target_modules": ["attention"]}, r"'attention': use_dora.*exclude_modules=\['attention'\]"),
+        ({"target_modules": ["packed"]}, "'packed': use_dora.*Linear4bit"),
+        ({"enable_lora": {"linear": [True, False]}}, "enable_lora must be left out with use_dora"),
+        ({"target_parameters": ["weight"]}, "target_parameters must be left out with use_dora"),
     ],
 )
-def test_a_layer_that_cannot_have_magnitudes_is_refused_by_name(layer: nn.Module, problem: str) -> None:
-    model = nn.Sequential(layer)
-    before = type(layer)
-    with pytest.raises(LoRAError, match=rf"inject: '0': {problem}.*exclude_modules=\['0'\]"):
-        inject(model, dora())
-    assert type(model[0]) is before
-
-
-def test_a_quantised_layer_is_refused_by_name() -> None:
-    pytest.importorskip("bitsandbytes")
-    model = quantise_(network(), "nf4")
-    with pytest.raises(LoRAError, match=r"'0': use_dora cannot adapt a Linear4bit whose weight is quantised \(nf4\)"):
-        inject(model, dora())
+def test_what_cannot_have_magnitudes_is_refused_by_name(options: dict[str, Any], named: str) -> None:
+    if "packed" in named:
+        pytest.importorskip("bitsandbytes")
+    packed = quantise_(network(), "nf4")[0] if "packed" in named else nn.Identity()
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "packed": packed, "linear": nn.Linear(8, 6)})
+    with pytest.raises(LoRAError, match=named):
+        inject(model, dora(**options))
+    assert type(model["attention"]) is nn.MultiheadAttention
 
 
 def test_the_out_proj_of_attention_merges_and_has_no_file_of_pefts(tmp_path: Path) -> None:
@@ -733,20 +516,12 @@ def test_the_out_proj_of_attention_merges_and_has_no_file_of_pefts(tmp_path: Pat
     factored = model(x)
     with merged(model):
         torch.testing.assert_close(model(x), factored)
-    with pytest.raises(
-        LoRAError, match=r"'self_attn\.out_proj' belongs to attention, which PEFT does not adapt with use_"
-    ):
+    with pytest.raises(LoRAError, match=r"'self_attn\.out_proj' belongs to attention"):
         save_adapter(model, tmp_path)
 
 
 def test_all_linear_leaves_the_out_proj_of_attention_out_and_says_so(tmp_path: Path) -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     assert inject(model, LoRAConfig(r=2, target_modules="all-linear", use_dora=True)) == ["linear1", "linear2"]
-    assert summary(model).left_out[0].reason == "PEFT cannot adapt the out_proj of attention with use_dora"
+    assert "out_proj" in summary(model).left_out[0].reason
     save_adapter(model, tmp_path)
-
-
-@pytest.mark.parametrize("options", [{"enable_lora": {"0": [True, False]}}, {"target_parameters": ["weight"]}])
-def test_an_option_that_does_not_go_with_magnitudes_is_refused_by_name(options: dict[str, Any]) -> None:
-    with pytest.raises(LoRAError, match=f"{next(iter(options))} must be left out with use_dora"):
-        dora(**options)
