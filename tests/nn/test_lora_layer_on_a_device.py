@@ -66,7 +66,7 @@ def is_one(name: str, situation: Any) -> bool:
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed")
 @pytest.mark.parametrize(
     ("name", "situation"),
-    covering([*SOME, "conv2d, groups", *EMBEDDINGS, BY_FREQUENCY], OF_THESE, fits=is_one),
+    covering([*SOME, "conv2d, groups", *EMBEDDINGS, BY_FREQUENCY], OF_THESE, meet=1, fits=is_one),
 )
 def test_layer_on_a_device_does_what_it_does_on_the_cpu(device, name, situation):
     found = []
@@ -83,7 +83,7 @@ def test_layer_on_a_device_does_what_it_does_on_the_cpu(device, name, situation)
             torch.testing.assert_close(there, here)
 
 
-@pytest.mark.parametrize("name", EMBEDDINGS)
+@pytest.mark.parametrize("name", EMBEDDINGS[1:])
 def test_rows_of_a_device_may_be_changed_in_place_and_looked_up_by_a_single_number(device, name):
     subject = make_subject(name, torch.float64)
     single = torch.tensor(5)
@@ -112,8 +112,7 @@ def test_a_padded_place_gives_the_factors_no_gradient_that_is_not_finite(device)
     assert not subject.layer.lora_A.grad.cpu()[:, padding].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d", "embedding, padding"])
+@pytest.mark.parametrize(("name", "dtype"), covering(["conv2d", "embedding, padding"], [torch.bfloat16, torch.float16]))
 def test_layer_on_a_device_under_autocast_agrees_with_float64(device, name, dtype):
     subject = make_subject(name)
     wide_ones = [f.detach().double().requires_grad_() for f in (subject.layer.lora_A, subject.layer.lora_B)]
@@ -152,7 +151,7 @@ def packed(width: int = 6, **options: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6), (0, 6)])
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 6), (0, 6)])
 def test_quantised_layer_on_a_device_adds_the_product_to_the_forward_of_its_own_class(device, shape):
     found = []
     for where in ("cpu", device):
@@ -208,19 +207,6 @@ def test_factors_in_float32_are_cast_once_and_their_gradients_are_cast_back(coun
     assert found == plain
 
 
-def test_an_embedding_casts_the_rows_that_are_looked_up_and_not_the_table(counted_device):
-    wide: Any = nn.Sequential(nn.Embedding(5000, 8)).bfloat16()
-    inject(wide, LoRAConfig(r=2, target_modules=["0"]))
-    tokens = torch.tensor([1, 2], device=counted_device)
-    wide.to(counted_device)
-    moved = [
-        count(lambda adapted=adapted: wide(tokens) if adapted else wide[0].base_forward(tokens)).bytes
-        for adapted in (True, False)
-    ]
-    table = wide[0].lora_A.numel() * wide[0].lora_A.element_size()
-    assert moved[0] - moved[1] < 1.1 * table  # the counter says that a lookup reads the whole table
-
-
 class Experts(nn.Module):
     def __init__(self, experts: int) -> None:
         super().__init__()
@@ -240,34 +226,27 @@ class Experts(nn.Module):
 @pytest.mark.transformers_5
 def test_gradients_of_single_experts_are_joined_once(counted_device):
     """Indexing a stack gives each expert a gradient of the whole stack's size."""
-    for experts in (2, 5):
-        model = Experts(experts)
-        inject(model, LoRAConfig(r=2, target_modules=[], target_parameters=["gate_up_proj", "down_proj"]))
-        model.to(counted_device)
-        found = step_of(model, torch.randn(experts, 4).to(counted_device)).operators
-        assert found["stack"] == 4  # of both factors of both stacks
-        assert found["select_backward"] == 0
+    model = Experts(5)
+    inject(model, LoRAConfig(r=2, target_modules=[], target_parameters=["gate_up_proj", "down_proj"]))
+    model.to(counted_device)
+    found = step_of(model, torch.randn(5, 4).to(counted_device)).operators
+    assert found["stack"] == 4  # of both factors of both stacks
+    assert found["select_backward"] == 0
 
 
 # Graphs ---------------------------------------------------------------------------------------------------------------
-
-
-LAYERS: dict[Callable[[], nn.Module], torch.Tensor] = {
-    lambda: nn.Conv2d(3, 4, 3): torch.ones(2, 3, 5, 5),
-    lambda: nn.Embedding(7, 4): torch.arange(6).view(2, 3),
-}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is not supported in Python 3.14")
 @pytest.mark.parametrize(
     ("layer", "x", "written"),
-    [
-        pytest.param(layer, x, written, id=f"{layer()}, {written.__name__}")
-        for layer, x in LAYERS.items()
-        for written in (as_compiled, as_exported, as_traced)
-        if written is not as_traced or not x.is_floating_point()  # torch cannot trace a convolution without values
+    [  # torch cannot trace a convolution without values
+        (lambda: nn.Conv2d(3, 4, 3), torch.ones(2, 3, 5, 5), as_exported),
+        (lambda: nn.Embedding(7, 4), torch.arange(6).view(2, 3), as_compiled),
+        (lambda: nn.Embedding(7, 4), torch.arange(6).view(2, 3), as_traced),
     ],
+    ids=["convolution", "embedding", "embedding, traced"],
 )
 def test_a_graph_of_a_layer_on_a_device_is_that_of_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
