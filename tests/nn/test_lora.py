@@ -74,7 +74,7 @@ def test_default_init_is_distributed_as_that_of_loralib(kind):
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_orthogonal_init_equals_that_of_peft_and_starts_without_effect(kind):
     found = ours(kind, "orthogonal")
-    if kind == "linear":  # PEFT has it for no other layer
+    if kind == "linear":  # whose sizes are those of the factors in PEFT
         for one, other in zip(found, pefts(kind, "orthogonal"), strict=True):
             assert_same_distribution(one, other)
     a, b = found
