@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merged, unmerge
+from lightning_lora import LoRAError, is_merged, merge, merged, unmerge
 from support.covering import covering
 from support.layers import DTYPES, Holder, Subject, fill_factors_, make_subject, same_bits
 
@@ -72,48 +70,6 @@ def test_copy_of_a_layer_is_equal_and_independent(name: str, copied: str, found:
     unmerge(subject.model)
     assert same_bits(subject.layer.weight, subject.plain.layer.weight)
     assert torch.equal(twin(subject.x), subject.plain(subject.x))
-
-
-# A program whose own class is adapted; its second half runs in another process than the one that saved.
-DEFINITIONS = """
-import sys, torch
-from torch import nn
-
-class Mine(nn.Linear):
-    def forward(self, x):
-        return super().forward(x).relu()
-"""
-LOADING = """
-from lightning_lora import is_merged, unmerge
-
-for state in ("unmerged", "merged"):
-    model, x, wanted, weight = torch.load(f"{sys.argv[1]}/{state}.pt", weights_only=False)
-    assert isinstance(model[0], Mine) and type(model[0]) is not Mine
-    assert is_merged(model) == (state == "merged")
-    assert torch.equal(model(x), wanted)
-    unmerge(model)
-    assert torch.equal(model[0].weight, weight)
-print("loaded")
-"""
-
-
-@pytest.mark.slow
-def test_a_class_of_main_pickles_into_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program: dict[str, Any] = {"__name__": "__main__"}
-    exec(DEFINITIONS, program)
-    monkeypatch.setattr(sys.modules["__main__"], "Mine", program["Mine"], raising=False)
-    model = nn.Sequential(program["Mine"](4, 4), nn.Linear(4, 4))
-    weight = model[0].weight.detach().clone()
-    inject(model, LoRAConfig(r=2, init_lora_weights=False))
-    x = torch.ones(1, 4)
-    for verb, state in ((unmerge, "unmerged"), (merge, "merged")):
-        verb(model)
-        torch.save((model, x, model(x).detach(), weight), tmp_path / f"{state}.pt")
-    script = tmp_path / "program.py"
-    script.write_text(DEFINITIONS + LOADING)
-    command = [sys.executable, str(script), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert run.stdout == "loaded\n", run.stderr
 
 
 @pytest.mark.usefixtures("way")

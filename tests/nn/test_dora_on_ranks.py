@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import (
-    LoRACallback,
     LoRAConfig,
     LoRAError,
     inject,
-    load_adapter,
     merge,
     merged,
     merged_state_dict,
@@ -31,7 +28,7 @@ from lightning_lora import (
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.output_norms import norms_of_weight
 from support.processes import world
-from support.sharded import TARGETS, Plain, Sharded, data, model_parallel, optimizer_state, whole_state
+from support.sharded import whole_state
 from support.sharded_adapters import assert_same_bits
 
 STEPS = 3
@@ -164,24 +161,3 @@ def split() -> None:
 
 def test_a_tensor_parallel_split_is_refused():
     world().run(split)
-
-
-def fit(path: Path, epochs: int, source: Path | None = None) -> Any:
-    callback = LoRACallback(seed=1, r=2, target_modules=TARGETS, use_dora=True)
-    trainer = model_parallel(path, callback, max_epochs=epochs)
-    trainer.fit(model := Sharded(), *data(), ckpt_path=source)
-    trainer.save_checkpoint(path / "a.ckpt")
-    return whole_state(model), optimizer_state(trainer), model.losses
-
-
-@pytest.mark.slow
-def test_a_resumed_sharded_run_equals_the_uninterrupted_one(tmp_path):
-    state, optimizer, losses = world().run(fit, tmp_path, 3)[0]
-    world().run(fit, tmp_path / "first", 1)
-    for found in world().run(fit, tmp_path / "second", 3, tmp_path / "first" / "a.ckpt"):
-        assert_same_bits(found[0], state)
-        assert_same_bits(found[1], optimizer)
-        assert found[2] == losses[-len(found[2]) :]
-    load_adapter(alone := Plain(), tmp_path / "a.ckpt")
-    found = dict(alone.state_dict())
-    assert_same_bits({name: found[name] for name in state}, state)

@@ -44,7 +44,6 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "medium": lambda: set_to(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"),
     "all backends": lambda: backend_precision("", "tf32"),
-    "mkldnn": lambda: backend_precision("mkldnn", "bf16"),
     "mkldnn.matmul": lambda: backend_precision("mkldnn.matmul", "bf16"),
     "two threads": lambda: threads(2),
     "inference mode": torch.inference_mode,
