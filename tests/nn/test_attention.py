@@ -209,8 +209,8 @@ def test_a_new_adapter_changes_nothing_but_the_path(name: str) -> None:
             unmerge(subject.model)
 
 
-@pytest.mark.parametrize("part", ["q", "k", "v"])
-def test_a_part_that_is_not_finite_leaves_every_weight_as_it_was(part: str) -> None:
+def test_a_part_that_is_not_finite_leaves_every_weight_as_it_was() -> None:
+    part = "v"  # the last one that is merged
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 4, kdim=6, vdim=5)})
     inject(model, LoRAConfig(r=R, target_modules=["attention"], init_lora_weights=False))
     before = {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" not in name}

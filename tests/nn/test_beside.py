@@ -269,12 +269,10 @@ def encoder() -> nn.Module:
 
 
 USERS: dict[str, tuple[Any, list[str], list[str]]] = {  # model, what is trained, what is attached
-    "attention": (Attention, ["attention"], ["attention"]),
     "attention, output trained": (Attention, ["attention.out_proj"], ["attention"]),
     "attention, output attached": (Attention, ["attention"], ["attention.out_proj"]),
     "attention, three weights": (lambda: Attention(kdim=6, vdim=5), ["attention"], ["attention"]),
     "transformer": (encoder, ["linear1"], ["self_attn", "linear2", "linear1"]),
-    "reader": (Reading, ["called"], ["linear"]),
     "reader, trained": (Reading, ["linear"], ["linear", "called"]),
     "shared": (Tied, ["one"], ["one", "head"]),
 }

@@ -265,32 +265,6 @@ def test_extra_state_that_is_none_or_bytes_is_carried(tmp_path: Path) -> None:
     assert torch.equal(again[0].history, model[0].history)
 
 
-@pytest.mark.slow
-def test_an_adapter_moves_between_layers_of_transformer_engine_and_of_torch(tmp_path: Path) -> None:
-    """Their weights have the same names, and torch's layers have no extra state."""
-
-    class Torch(Net):
-        def __init__(self, **options: Any) -> None:
-            super().__init__("TE")
-            for position in (0, 2):
-                layer, made = self.net[position], nn.Linear(*self.net[position].weight.T.shape)
-                made.weight, made.bias = layer.weight, layer.bias
-                self.net[position] = made
-
-    x = inputs()
-    for name, one, other in (("te", Net, Torch), ("torch", Torch, Net)):
-        model = fitted(tmp_path / name, model=one(kind="TE")).eval()
-        save_adapter(model, tmp_path / name / "folder")
-        for source in (tmp_path / name / "last.ckpt", take_adapter(model), tmp_path / name / "folder"):
-            load_adapter(loaded := other(kind="TE"), source)
-            loaded.norm.load_state_dict(model.norm.state_dict())
-            torch.testing.assert_close(loaded.eval()(x), model(x))
-        fresh = other(kind="TE")
-        trainer = make_trainer(tmp_path, LoRACallback())
-        trainer.test(fresh, data(), ckpt_path=tmp_path / name / "last.ckpt", verbose=False)
-        torch.testing.assert_close(fresh.eval()(x), model(x))
-
-
 def test_packed_weights_cannot_be_trained_whole() -> None:
     config = LoRAConfig(target_modules=["1"], modules_to_save=["0"])
     packed, plain = (nn.Sequential(network(kind), nn.Linear(3, 3)) for kind in ("HQQ", "TE"))

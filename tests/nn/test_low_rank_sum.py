@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.nn.low_rank_sum import compute_dtype, fits, low_rank_sum
 from support.covering import covering
@@ -164,15 +163,6 @@ def test_no_more_is_kept_for_the_backward_than_it_needs(trained: tuple[str, ...]
     assert found == [tuple(shapes[name]) for name in kept]
 
 
-def test_without_gradients_nothing_is_kept() -> None:
-    case = Case()
-    for quiet in (torch.no_grad(), torch.inference_mode()):
-        with quiet:
-            output = case.as_one(*case.given())
-        assert output.grad_fn is None
-        torch.testing.assert_close(output, case.by_operators(*case.given()).detach())
-
-
 def test_output_is_no_view_and_may_be_changed_in_place_with_a_hook_on_it() -> None:
     """fully_shard puts hooks on outputs, and an activation may then overwrite them."""
     found = []
@@ -193,23 +183,6 @@ def test_input_changed_in_place_after_the_forward_is_noticed_as_torch_does() -> 
     case.tensors["x"].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
-
-
-@pytest.mark.parametrize(("name", "how"), [("rows", "hooks"), ("dropped", "reentrant"), ("dropped", "not reentrant")])
-def test_checkpointing_and_hooks_on_what_is_kept_change_no_gradient(name: str, how: str) -> None:
-    case = Case(**CASES[name])
-
-    def function(*tensors: torch.Tensor) -> torch.Tensor:
-        if how == "hooks":
-            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().numpy(), torch.from_numpy):
-                return case.as_one(*tensors)
-        return checkpoint(case.as_one, *tensors, use_reentrant=how == "reentrant")
-
-    (output, found), (wanted, expected) = gradients(function, case), gradients(case.as_one, case)
-    assert torch.equal(output, wanted)
-    for each, gradient in expected.items():
-        assert (found[each] is None) == (gradient is None)
-        assert gradient is None or torch.equal(found[each], gradient)
 
 
 # Dtypes ---------------------------------------------------------------------------------------------------------------
