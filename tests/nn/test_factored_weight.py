@@ -252,33 +252,6 @@ def test_grouped_mm_of_a_frozen_base_takes_gradients_in_any_layout(n):
             torch.testing.assert_close(one, other)
 
 
-class Addresses(TorchDispatchMode):
-    """Where the matrices begin that grouped_mm multiplies with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "grouped_mm" in str(func):
-            self.seen.append(args[1].data_ptr())
-        return func(*args, **(kwargs or {}))
-
-
-@NATIVE
-def test_grouped_mm_gets_copies_of_factors_that_begin_at_an_odd_address():
-    """torch 2.10 and older wants all of them to begin at multiples of 16 bytes on the CPU."""
-    weight, left, right = parts(E, M, 16, dtype=torch.float32, rank=4)
-    shifted = [torch.cat([torch.ones(1), part.flatten()])[1:].view_as(part) for part in (left, right.mT)]
-    assert all(part.data_ptr() % 16 for part in shifted)
-    x = torch.randn(5, M)
-    with Addresses() as addresses:
-        found = grouped(x, FactoredWeight(weight, shifted[0], shifted[1].mT))
-    assert len(addresses.seen) == 3
-    assert not any(address % 16 for address in addresses.seen)
-    torch.testing.assert_close(found, grouped(x, plain(weight, left, right)), rtol=1e-4, atol=1e-4)
-
-
 @NATIVE
 @pytest.mark.parametrize("options", [{"bias": torch.ones(5, 16)}, {"out_dtype": torch.float32}])
 def test_grouped_mm_with_other_options_gets_the_sum(options, sums, monkeypatch):

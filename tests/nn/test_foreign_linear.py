@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import (
     LoRAConfig,
@@ -136,31 +135,7 @@ def test_the_base_is_there_while_the_adapter_is_off_and_after_unload_and_copies_
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize(("kind", "reentrant"), covering([*FOREIGN], [False, True], meet=1))
-def test_gradients_are_the_same_under_gradient_checkpointing(kind: str, reentrant: bool) -> None:
-    model, x = adapted(kind).train(), inputs().requires_grad_()
-    found = []
-    for run in (model, lambda value: checkpoint(model, value, use_reentrant=reentrant)):
-        model.zero_grad()
-        run(x).square().sum().backward()
-        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("kind", ["GPTQ", "TE"])
-def test_outputs_under_autocast_are_those_of_the_base_and_the_product(kind: str) -> None:
-    model, x = adapted(kind), inputs()
-    a, b = model[0].lora_A, model[0].lora_B
-    with torch.autocast("cpu", torch.bfloat16):
-        found = model[0](x)
-        with disable_adapter(model):
-            base = model[0](x)
-        product = F.linear(F.linear(x, a), b * (ALPHA / R))
-    assert found.dtype == base.dtype
-    torch.testing.assert_close(found, base + product.to(base.dtype))
-
-
+@pytest.mark.slow
 def test_a_compiled_model_computes_the_same_in_one_graph() -> None:
     model, x = adapted().eval(), inputs()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -13,14 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lora_layer_on_a_device import Packed
 from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, disable_adapter, inject
-from lightning_lora.nn.adapted_module import swapped_class
-from lightning_lora.nn.linear import LoRAQuantisedLinear
 from lightning_lora.nn.lora_layer import drop
 from support.covering import covering
 from support.devices import Place
@@ -43,7 +40,6 @@ SOME = (
 )
 KINDS = {name: CASES[name] for name in SOME}
 KINDS["pissa"] = replace(CASES["linear, three axes"], options={"init_lora_weights": "pissa"})
-KINDS["quantised"] = CASES["linear, three axes"]
 # These build W' without the input, so a mask is of whole features of it.
 DENSE = [name for name in KINDS if any(each in name for each in ("activated", "that pads"))]
 
@@ -70,11 +66,7 @@ class Made(NamedTuple):
 def make(kind: str, dtype: torch.dtype) -> Made:
     """Factors are about as large as W, so that a product with another mask is another output."""
     case = KINDS[kind]
-    quantised = kind == "quantised"
-    linear = case.build()
-    if quantised:  # stands for a layer with packed bytes: its forward is its own
-        linear.__class__ = Packed
-    plain = Holder(linear).to(dtype)
+    plain = Holder(case.build()).to(dtype)
     model = copy.deepcopy(plain)
     plain.requires_grad_(False)
     options: dict[str, Any] = {"r": R, "lora_alpha": ALPHA, "target_modules": ["layer"], "lora_dropout": P}
@@ -82,9 +74,6 @@ def make(kind: str, dtype: torch.dtype) -> Made:
         options["enable_lora"] = {"layer": list(case.parts)}
     inject(model, LoRAConfig(**options | case.options))
     layer: Any = model.layer
-    if quantised:
-        layer.__class__ = swapped_class(LoRAQuantisedLinear, Packed)
-        layer.lora.custom_forward = False
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if parameter.requires_grad and name != "lora_magnitude":
@@ -131,9 +120,7 @@ def expected(made: Made, case: Case, mask: torch.Tensor, *, dense: bool) -> dict
     if dense:
         output = run(weight + delta if scale is None else scale * (weight + delta), x, biased=True)
     else:
-        dropped = x * mask.double()
-        # Packed doubles what its weight gives, and no product of factors is doubled.
-        product = run(delta / 2 if isinstance(wide.layer, Packed) else delta, dropped)
+        product = run(delta, x * mask.double())
         output = run(weight, x, biased=True) + product
         if scale is not None:
             per_output = scale.view(-1, *[1] * (weight.dim() - 2)) if weight.dim() > 2 else scale.flatten()
