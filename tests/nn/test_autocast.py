@@ -18,15 +18,9 @@ from support.models import randomise_
 
 DTYPES = [torch.float16, torch.bfloat16]
 KINDS = [
-    *(
-        "linear, one vector",
-        "activated linear",
-        "linear of another library",
-        "transformers Conv1D",
-        "fused, outer parts",
-    ),
-    *("embedding, padding", "conv1d, groups", "conv2d, circular", "conv2d, depthwise", "conv that pads"),
-    *("dora, linear", "dora, embedding, padding", "dora, conv2d", "linear, three axes"),
+    *("linear, one vector", "linear, three axes", "activated linear", "linear of another library"),
+    *("transformers Conv1D", "fused, outer parts", "embedding, padding", "conv1d, groups", "conv2d, circular"),
+    *("conv2d, depthwise", "conv that pads", "dora, linear", "dora, embedding, padding", "dora, conv2d"),
 ]
 
 

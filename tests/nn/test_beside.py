@@ -19,15 +19,9 @@ from support.covering import covering
 from support.layers import ALPHA, CASES, DTYPES, R, Subject, as_bits, make_subject, matrix, rounding
 
 KINDS = [
-    *(
-        "linear, one vector",
-        "activated linear",
-        "linear of another library",
-        "transformers Conv1D",
-        "fused, outer parts",
-    ),
-    *("embedding, padding", "conv1d, unbatched", "conv2d, circular", "conv2d, depthwise", "conv3d, groups"),
-    *("conv that pads", "dora, linear", "dora, embedding, padding", "dora, conv2d", "linear"),
+    *("linear", "linear, one vector", "activated linear", "linear of another library", "transformers Conv1D"),
+    *("fused, outer parts", "embedding, padding", "conv1d, unbatched", "conv2d, circular", "conv2d, depthwise"),
+    *("conv3d, groups", "conv that pads", "dora, linear", "dora, embedding, padding", "dora, conv2d"),
 ]
 OTHERS = {"first": (2, 0.8), "second": (4, -0.5)}  # rank and weight
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

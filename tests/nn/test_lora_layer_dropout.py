@@ -25,18 +25,13 @@ from support.layers import ALPHA, CASES, Case, Holder, R, make_subject, matrix
 from support.quantised import QUANTISED, adapted, inputs
 
 P = 0.5  # a value that is kept is doubled, exactly in every dtype
+
 # The table: kinds of layers, ways to run them, precisions -----------------------------------------------------------
 
 SOME = (
-    *(
-        "linear, one vector",
-        "linear, three axes",
-        "activated linear",
-        "linear of another library",
-        "transformers Conv1D",
-    ),
-    *("fused, outer parts", "conv1d, unbatched", "conv2d, circular", "conv2d, depthwise", "conv that pads"),
-    *("dora, linear, three axes", "dora, transformers Conv1D", "dora, conv2d"),
+    *("linear, one vector", "linear, three axes", "activated linear", "linear of another library"),
+    *("transformers Conv1D", "fused, outer parts", "conv1d, unbatched", "conv2d, circular", "conv2d, depthwise"),
+    *("conv that pads", "dora, linear, three axes", "dora, transformers Conv1D", "dora, conv2d"),
 )
 KINDS = {name: CASES[name] for name in SOME}
 KINDS["pissa"] = replace(CASES["linear, three axes"], options={"init_lora_weights": "pissa"})
