@@ -10,20 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAError, adapter_stats, disable_adapter, inject, is_merged, merge, unmerge
-from lightning_lora.report.statistics import AdapterStats
+from lightning_lora import LoRAError, disable_adapter, inject, is_merged, merge, unmerge
 from support.covering import covering
-from support.models import Zoo, randomise_, state_bits, tokens, train, zoo_config
+from support.models import Zoo, state_bits, tokens, train, zoo_config
 
 MODULES = ["conv", "body.0", "body.3"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "embeddings and modules_to_save": {},
     "dora": {"use_dora": True},
-    "pissa": {"init_lora_weights": "pissa", "target_modules": ["body.0", "body.3"]},
-    "loha": {"variant": "loha", "target_modules": MODULES, "bias": "none"},
     "trained rows": {"trainable_token_indices": {"embed": [2, 5]}, "target_modules": MODULES},
 }
-STATES = ["injected", "merged", "measured"]
+STATES = ["injected", "merged"]
 
 
 @pytest.fixture
@@ -33,15 +30,14 @@ def swapping() -> Iterator[None]:
     torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-def pair(options: str, state: str) -> tuple[Zoo, Zoo, AdapterStats | None]:
-    """A trained model in this state, a copy of it, and what was measured of the model."""
+def pair(options: str, state: str) -> tuple[Zoo, Zoo]:
+    """A trained model in this state, and a copy of it."""
     torch.manual_seed(1)
     inject(model := Zoo(), zoo_config(**OPTIONS[options]))
     train(model)
     if state == "merged":
         merge(model.eval())
-    other = copy.deepcopy(model.eval())
-    return model, other, adapter_stats(model) if state == "measured" else None
+    return model.eval(), copy.deepcopy(model)
 
 
 def converted_without_swaps(model: nn.Module, dtype: torch.dtype) -> None:
@@ -67,9 +63,11 @@ def assert_equal(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("swapping")
-@pytest.mark.parametrize(("options", "state", "dtype"), covering([*OPTIONS], [*STATES], [torch.float64, torch.float16]))
+@pytest.mark.parametrize(
+    ("options", "state", "dtype"), covering([*OPTIONS], [*STATES], [torch.float64, torch.float16], meet=1)
+)
 def test_a_cast_that_swaps_is_the_cast_that_does_not(options: str, state: str, dtype: torch.dtype):
-    model, other, _stats = pair(options, state)
+    model, other = pair(options, state)
     parameters = list(model.parameters())
     converted_without_swaps(other, dtype)
     model.to(dtype)
@@ -78,9 +76,9 @@ def test_a_cast_that_swaps_is_the_cast_that_does_not(options: str, state: str, d
 
 
 @pytest.mark.usefixtures("swapping")
-@pytest.mark.parametrize(("options", "state", "assign"), covering([*OPTIONS], [*STATES], [False, True]))
+@pytest.mark.parametrize(("options", "state", "assign"), covering([*OPTIONS], [*STATES], [False, True], meet=1))
 def test_a_load_that_swaps_gives_the_values_of_the_state_dict(options: str, state: str, assign: bool):
-    (model, other, _stats), source = pair(options, state), pair(options, "injected")[0]
+    (model, other), source = pair(options, state), pair(options, "injected")[0]
     train(source.requires_grad_(), 1)
     for each in (model, other):
         torch.__future__.set_swap_module_params_on_conversion(each is model)
@@ -90,20 +88,14 @@ def test_a_load_that_swaps_gives_the_values_of_the_state_dict(options: str, stat
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_weight_swapped_by_hand_is_the_new_base(options: str):
-    model, other, stats = pair(options, "measured")
+def test_a_weight_swapped_by_hand_is_the_new_base_and_refused_by_name_while_merged(options: str):
+    model, other = pair(options, "injected")
     for name in ("embed", *MODULES):
         new = torch.randn_like(weight := model.get_submodule(name).weight)
         other.get_submodule(name).weight.data.copy_(new)
         torch.utils.swap_tensors(weight, nn.Parameter(new, requires_grad=weight.requires_grad))
     assert_equal(model, other)
-    assert adapter_stats(model, stats).groups["body"].norm == adapter_stats(other).groups["body"].norm
-
-
-def test_a_merged_weight_swapped_by_hand_is_refused_by_name():
-    inject(model := Zoo(), zoo_config())
-    randomise_(model)
     merge(model)
     torch.utils.swap_tensors(model.conv.weight, nn.Parameter(torch.randn(8, 8, 3), requires_grad=False))
-    with pytest.raises(LoRAError, match=r"^unmerge: layer 'conv': the weight was changed while it was merged"):
+    with pytest.raises(LoRAError, match="'conv': the weight was changed while it was merged"):
         unmerge(model)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
 
 import pytest
 import torch
@@ -19,46 +18,19 @@ from support.models import randomise_, state_bits
 
 
 class Meeting:
-    """Where two threads stand inside one layer's forward at a time: the second comes, the first leaves, it goes on.
+    """Both threads are in the layer's forward, then the first leaves it, then the second goes on.
 
     Each waits for a moment only, so that a layer which lets one thread in at a time passes too.
     """
 
-    PATIENCE = 0.3
-
     def __init__(self) -> None:
-        self.inside, self.both_inside, self.first_left = threading.Event(), threading.Event(), threading.Event()
+        self.both_inside, self.first_left = threading.Barrier(2), threading.Event()
 
     def __call__(self) -> None:
-        if threading.current_thread().name == "first":
-            self.inside.set()
-            self.both_inside.wait(self.PATIENCE)
-        elif threading.current_thread().name == "second":
-            self.both_inside.set()
-            self.first_left.wait(self.PATIENCE)
-
-    def run(self, first: Callable[[], Any], second: Callable[[], Any]) -> list[Any]:
-        """What the two give."""
-        results: list[Any] = [None, None]
-
-        def keep(place: int, step: Callable[[], Any], done: threading.Event | None) -> None:
-            try:
-                results[place] = step()
-            finally:
-                if done is not None:
-                    done.set()
-
-        threads = [
-            threading.Thread(target=keep, args=(0, first, self.first_left), name="first", daemon=True),
-            threading.Thread(target=keep, args=(1, second, None), name="second", daemon=True),
-        ]
-        threads[0].start()
-        assert self.inside.wait(10)
-        threads[1].start()
-        for thread in threads:
-            thread.join(10)
-            assert not thread.is_alive()
-        return results
+        with suppress(threading.BrokenBarrierError):
+            self.both_inside.wait(0.3)
+        if threading.current_thread().name == "second":
+            self.first_left.wait(0.3)
 
 
 class MeetingLinear(nn.Linear):
@@ -78,23 +50,30 @@ class MeetingAttention(nn.MultiheadAttention):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "build", [lambda: MeetingLinear(8, 8), lambda: MeetingAttention(8, 2)], ids=["linear", "attention"]
-)
-def test_two_threads_in_a_layer_that_runs_on_the_sum_are_both_right_and_leave_its_weight_alone(build):
-    model = nn.ModuleDict({"layer": build()}).eval()
+@pytest.mark.parametrize(("kind", "size"), [(MeetingLinear, 8), (MeetingAttention, 2)])
+def test_two_threads_in_a_layer_that_runs_on_the_sum_are_both_right_and_leave_its_weight_alone(kind, size):
+    model = nn.ModuleDict({"layer": kind(8, size)}).eval()
     inject(model, LoRAConfig(r=2, target_modules=["layer"]))
     randomise_(model, 0.5)
-    layer = model["layer"]
-    inputs = [torch.randn(3, 8), torch.randn(3, 8)]
-    expected = [layer(x).detach() for x in inputs]
+    layer, found = model["layer"], {}
+    inputs = {"first": torch.randn(3, 8), "second": torch.randn(3, 8)}
+    expected = {name: layer(x).detach() for name, x in inputs.items()}
     parameters, before = dict(layer.named_parameters()), state_bits(layer)
     layer.meet = meeting = Meeting()
-    found = meeting.run(*(functools.partial(layer, x) for x in inputs))
+
+    def run(name: str) -> None:
+        found[name] = layer(inputs[name]).detach()
+        meeting.first_left.set()
+
+    threads = [threading.Thread(target=run, args=(name,), name=name, daemon=True) for name in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
     left = dict(layer.named_parameters())
     assert {name for name in parameters if left.get(name) is not parameters[name]} == set()
     assert state_bits(layer) == before
-    for output, wanted in zip(found, expected, strict=True):
-        assert torch.equal(output.detach(), wanted)
     layer.meet = lambda: None
-    assert all(torch.equal(layer(x).detach(), wanted) for x, wanted in zip(inputs, expected, strict=True))
+    for name, wanted in expected.items():
+        assert torch.equal(found[name], wanted)
+        assert torch.equal(layer(inputs[name]).detach(), wanted)

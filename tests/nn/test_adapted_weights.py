@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merged, unmerge
+from lightning_lora import LoRAError, is_merged, merge, unmerge
 from support.covering import covering
 from support.layers import DTYPES, Holder, Subject, fill_factors_, make_subject, same_bits
 
-# One of each kind, and own forwards.
-KINDS = [
-    "linear",
-    "user's linear",
-    "activated linear",
-    "transformers Conv1D",
-    "fused, outer parts",
-    "fused Conv1D",
-    "embedding",
-    "conv1d",
-    "conv2d, groups",
-    "conv2d, depthwise",
-    "conv3d",
-    "conv that pads",
-]
-
-
+KINDS = ["linear", "fused Conv1D", "embedding", "conv2d, groups", "conv that pads"]
 WAYS = ["kept values", "plain copies"]
 
 
@@ -46,18 +27,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", 0)
 
 
-def saved_and_loaded(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded: nn.Module = torch.load(buffer, weights_only=False)
-    return loaded
-
-
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": saved_and_loaded,
 }
 
 
@@ -69,27 +41,8 @@ def kept_subject(name: str, dtype: torch.dtype = torch.float32) -> Subject:
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize(("name", "dtype", "way"), covering(KINDS, DTYPES, WAYS), indirect=["way"])
-def test_cycles_of_changing_adapters_bring_back_the_very_weight(name: str, dtype: torch.dtype) -> None:
-    subject = kept_subject(name, dtype)
-    weight = subject.layer.weight
-    with torch.no_grad():
-        for module in (subject.layer, subject.plain.layer):
-            module.weight.view(-1)[:2] = torch.tensor([-0.0, torch.finfo(dtype).smallest_normal / 4])
-    address = weight.data_ptr()
-    for share in (1.0, 0.1, 0.01, 0.001) * 5:  # large first, because what rounding costs is reported once
-        fill_factors_(subject, share)
-        merge(subject.model)
-        assert not same_bits(weight, subject.plain.layer.weight)
-        unmerge(subject.model)
-        assert same_bits(weight, subject.plain.layer.weight)
-    assert subject.layer.weight is weight
-    assert weight.data_ptr() == address
-
-
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
-    ("name", "copied", "found", "way"), covering(KINDS, [*COPIES], [merge, unmerge], WAYS), indirect=["way"]
+    ("name", "copied", "found", "way"), covering(KINDS, [*COPIES], [merge, unmerge], WAYS, meet=1), indirect=["way"]
 )
 def test_copy_of_a_layer_is_equal_and_independent(name: str, copied: str, found: Callable[..., None]) -> None:
     subject = kept_subject(name)
@@ -109,81 +62,10 @@ def test_copy_of_a_layer_is_equal_and_independent(name: str, copied: str, found:
     assert torch.equal(twin(subject.x), subject.plain(subject.x))
 
 
-# A program whose own class is adapted; its second half runs in another process than the one that saved.
-DEFINITIONS = """
-import sys, torch
-from torch import nn
-
-class Mine(nn.Linear):
-    def forward(self, x):
-        return super().forward(x).relu()
-"""
-LOADING = """
-from lightning_lora import is_merged, unmerge
-
-for state in ("unmerged", "merged"):
-    model, x, wanted, weight = torch.load(f"{sys.argv[1]}/{state}.pt", weights_only=False)
-    assert isinstance(model[0], Mine) and type(model[0]) is not Mine
-    assert is_merged(model) == (state == "merged")
-    assert torch.equal(model(x), wanted)
-    unmerge(model)
-    assert torch.equal(model[0].weight, weight)
-print("loaded")
-"""
-
-
-@pytest.mark.slow
-def test_a_class_of_main_pickles_into_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program: dict[str, Any] = {"__name__": "__main__"}
-    exec(DEFINITIONS, program)
-    monkeypatch.setattr(sys.modules["__main__"], "Mine", program["Mine"], raising=False)
-    model = nn.Sequential(program["Mine"](4, 4), nn.Linear(4, 4))
-    weight = model[0].weight.detach().clone()
-    inject(model, LoRAConfig(r=2, init_lora_weights=False))
-    x = torch.ones(1, 4)
-    for verb, state in ((unmerge, "unmerged"), (merge, "merged")):
-        verb(model)
-        torch.save((model, x, model(x).detach(), weight), tmp_path / f"{state}.pt")
-    script = tmp_path / "program.py"
-    script.write_text(DEFINITIONS + LOADING)
-    command = [sys.executable, str(script), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert run.stdout == "loaded\n", run.stderr
-
-
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("name", KINDS)
-def test_state_dict_of_a_merged_layer_holds_the_base_weight(name: str) -> None:
-    subject = kept_subject(name, torch.bfloat16)
-    before = {key: value.clone() for key, value in subject.model.state_dict().items()}
-    with merged(subject.model):
-        for keep_vars in (False, True):
-            state = subject.model.state_dict(keep_vars=keep_vars)
-            assert list(state) == list(before)
-            assert all(same_bits(state[key], before[key]) for key in before)
-        assert not same_bits(subject.layer.weight, before["layer.weight"])
-
-
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize(("name", "assign", "way"), covering(KINDS, [False, True], WAYS), indirect=["way"])
-def test_loading_while_merged_equals_loading_and_then_merging(name: str, assign: bool) -> None:
-    subject, other = kept_subject(name), kept_subject(name)
-    factored = other.model(subject.x)
-    merge(subject.model)
-    subject.model.load_state_dict(copy.deepcopy(other.model.state_dict()), assign=assign)
-    assert is_merged(subject.model)
-    merge(other.model)
-    assert same_bits(subject.layer.weight, other.layer.weight)
-    assert torch.equal(subject.model(subject.x), other.model(subject.x))
-    unmerge(subject.model)
-    assert same_bits(subject.layer.weight, other.plain.layer.weight)
-    assert torch.equal(subject.model(subject.x), factored)
-
-
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("name", "dtype", "target", "way"),
-    covering(["linear", "embedding", "conv2d, groups", "fused Conv1D"], DTYPES, DTYPES, WAYS),
+    covering(KINDS, DTYPES, [*reversed(DTYPES)], WAYS, meet=1),
     indirect=["way"],
 )
 def test_casting_while_merged_equals_casting_and_then_merging(
@@ -200,14 +82,6 @@ def test_casting_while_merged_equals_casting_and_then_merging(
     assert same_bits(subject.layer.weight, subject.plain.layer.weight.to(target))
 
 
-def test_half_bfloat16_double_and_float_cast_a_merged_layer_too() -> None:
-    for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, nn.Module.float):
-        subject = kept_subject("linear")
-        merge(subject.model)
-        unmerge(cast(subject.model))
-        assert same_bits(subject.layer.weight, cast(subject.plain).layer.weight)
-
-
 EDITS: dict[str, Callable[[Holder], Any]] = {
     "in place": lambda model: [p.data.mul_(-2) for p in (model.layer.lora_A, model.layer.lora_B)],
     "new data": lambda model: setattr(model.layer.lora_A, "data", torch.randn(model.layer.lora_A.shape)),
@@ -219,7 +93,7 @@ EDITS: dict[str, Callable[[Holder], Any]] = {
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize(("name", "edit", "way"), covering(KINDS, [*EDITS], WAYS), indirect=["way"])
+@pytest.mark.parametrize(("name", "edit", "way"), covering(KINDS, [*EDITS], WAYS, meet=1), indirect=["way"])
 def test_editing_the_factors_while_merged_cannot_touch_the_base(name: str, edit: str) -> None:
     subject = kept_subject(name)
     subject.model(subject.x).sum().backward()
@@ -235,9 +109,7 @@ def test_editing_the_factors_while_merged_cannot_touch_the_base(name: str, edit:
 
 
 def test_a_damaged_layer_is_not_saved_until_its_base_is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", 0
-    )  # a copy would bring it back anyhow
+    monkeypatch.setattr(sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", 0)  # a copy would bring it back
     subject = kept_subject("linear")
     base = subject.plain.state_dict()
     merge(subject.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +11,28 @@ import peft
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import (
     LoRAConfig,
     LoRAError,
     inject,
-    merge,
-    merge_and_unload,
     merged,
-    merged_state_dict,
     save_adapter,
     summary,
-    unload,
-    unmerge,
 )
 from lightning_lora.distributed.flat import Window
-from lightning_lora.model import merging
-from lightning_lora.nn import dora as dora_layers
 from lightning_lora.nn import low_rank
 from lightning_lora.nn import output_norms as output_norms_file
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock
-from lightning_lora.nn.output_norms import norms_of_weight, squares_of_windows
+from lightning_lora.nn.output_norms import squares_of_windows
 from support.covering import covering
 from support.devices import count
 from support.layers import (
-    CASES,
     DTYPES,
     Conv1D,
     as_bits,
     make_pieces,
-    make_subject,
     same_bits,
     scaling_for,
 )
@@ -51,8 +41,8 @@ from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
 from support.quantised import network, quantise_
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
-NAMES = [name for name in CASES if name.startswith("dora")]
 P = 0.5
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
     "Linear": (lambda: nn.Linear(8, 6), lambda: torch.randn(3, 5, 8)),
@@ -104,10 +94,6 @@ def factors_of(theirs: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def magnitude_of(theirs: Any) -> torch.Tensor:
-    return factors_of(theirs)["lora_magnitude"].detach()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients_are_pefts(kind: str) -> None:
     ours, theirs = with_peft(kind)
@@ -122,19 +108,7 @@ def test_outputs_and_gradients_are_pefts(kind: str) -> None:
         torch.testing.assert_close(getattr(ours[0], name).grad.view(value.shape), value.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["dora, linear", "dora, transformers Conv1D", "dora, conv2d, depthwise", "dora, conv2d"]
-)
-def test_gradients_of_the_magnitudes_pass_gradcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = make_subject(name, torch.float64)
-    layer = subject.layer
-    fixed = (layer.lora_magnitude / layer.effective_factors().scale).detach()
-    monkeypatch.setattr(dora_layers, "output_norms", lambda *args: fixed)
-    torch.autograd.gradcheck(lambda *factors: subject.model(subject.x), layer.factors())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), covering([*KINDS], [torch.bfloat16, torch.float16], meet=1))
 def test_before_the_first_step_sixteen_bits_are_exact_where_pefts_are_not(kind: str, dtype: torch.dtype) -> None:
     plain = build(kind).to(dtype)
     x = KINDS[kind][1]()
@@ -149,51 +123,23 @@ def test_before_the_first_step_sixteen_bits_are_exact_where_pefts_are_not(kind: 
     exact = plain.base_model.model[0] if hasattr(plain, "base_model") else plain[0]
     weight = exact.base_layer.weight.detach().double().flatten(1)
     norms = weight.norm(dim=0 if kind in ("Conv1D", "Embedding") else 1)
-    off = [(m.flatten().double() / norms - 1).abs().max() for m in (ours[0].lora_magnitude, magnitude_of(theirs))]
+    off = [
+        (m.detach().flatten().double() / norms - 1).abs().max()
+        for m in (ours[0].lora_magnitude, factors_of(theirs)["lora_magnitude"])
+    ]
     assert off[0] < 1e-6 < 1e-4 < off[1]
 
 
-# --- the norm ---
-
-
-def parts_of(stored: torch.Tensor, rows: int) -> Iterator[Window]:
-    for i in range(0, len(stored), rows):
-        yield Window(stored[i : i + rows], slice(i, i + rows), slice(0, stored.shape[1]))
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("left", [1.0, 0.1, 0.01, 0.001])
-def test_norm_is_right_where_the_adapter_nearly_removes_an_output(left: float, transposed: bool) -> None:
-    a, b = torch.randn(4, 300), torch.randn(50, 4)
-    noise = torch.randn(50, 300)
-    weight = noise.clone()
-    weight[7] = -0.5 * (b[7] @ a)
-    weight[7] += left * weight[7].norm() * noise[7] / noise[7].norm()
-    stored = weight.T.contiguous() if transposed else weight
-    wanted = (weight.double() + 0.5 * b.double() @ a.double()).norm(dim=1)
-    found = norms_of_weight(stored, a, b, 0.5, transposed=transposed)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-6 if left >= 0.1 else 2e-5, atol=0)
-    squares = squares_of_windows(parts_of(stored, 7), a, b, 0.5, transposed=transposed)
-    torch.testing.assert_close(squares.sqrt(), wanted, rtol=1e-6 if left >= 0.1 else 2e-5, atol=0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_output_without_weights_is_that_of_the_base_before_the_first_step(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_output_without_weights_is_that_of_the_base_and_then_trains(dtype: torch.dtype) -> None:
     """PEFT's is NaN. The magnitudes have the dtype of W here."""
-    plain, x = nn.Sequential(nn.Linear(8, 6)).to(dtype), torch.randn(5, 8).to(dtype)
-    with torch.no_grad():
-        plain[0].weight[2] = 0
-    inject(model := copy.deepcopy(plain), dora(autocast_adapter_dtype=False))
-    assert model[0].lora_magnitude.dtype == dtype
-    assert same_bits(model(x), plain(x))
-
-
-def test_an_output_without_weights_is_finite_and_trains() -> None:
-    model = nn.Sequential(nn.Linear(8, 6))
+    model = nn.Sequential(nn.Linear(8, 6)).to(dtype)
     with torch.no_grad():
         model[0].weight[2] = 0
-    plain, x = copy.deepcopy(model), torch.randn(5, 8)
-    inject(model, dora())
+    plain, x = copy.deepcopy(model), torch.randn(5, 8).to(dtype)
+    inject(model, dora(autocast_adapter_dtype=False))
+    assert model[0].lora_magnitude.dtype == dtype
+    assert same_bits(model(x), plain(x))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -203,128 +149,15 @@ def test_an_output_without_weights_is_finite_and_trains() -> None:
     assert torch.isfinite(output).all()
     assert (output[:, 2] - plain(x)[:, 2]).abs().max() > 1e-3
     with merged(model):
-        torch.testing.assert_close(model(x), output)
-
-
-def test_norm_of_the_base_is_taken_anew_where_the_base_changes() -> None:
-    """By a load, a write in place, a cast, a training step of W; and a merge changes nothing."""
-
-    def check(model: Any) -> None:
-        layer, like = model[0], copy.deepcopy(model)
-        assert torch.equal(model(x.to(layer.weight.dtype)), like(x.to(layer.weight.dtype)))
-
-    model, x = build("Linear"), torch.randn(3, 8)
-    inject(model, dora())
-    spread_(model)
-    check(model)
-    with torch.no_grad():
-        model[0].weight[1] *= 2
-    check(model)
-    model.load_state_dict({"0.weight": torch.randn(6, 8), "0.bias": torch.zeros(6)})
-    check(model)
-    model.to(torch.float64).to(torch.float32)
-    check(model)
-    model[0].weight.data = torch.randn(6, 8)
-    check(model)
-    model[0].weight = nn.Parameter(torch.randn(6, 8), requires_grad=False)
-    check(model)
-    merge(model)
-    unmerge(model)
-    check(model)
-    model[0].weight.requires_grad_()
-    model(x).sum().backward()
-    with torch.no_grad():
-        model[0].weight -= model[0].weight.grad
-    check(model)
-    with torch.inference_mode():
-        model(x)
-    model(x).sum().backward()
-
-
-def scaled(weight: torch.Tensor) -> None:
-    weight.data.mul_(2)
-
-
-def pruned(weight: torch.Tensor) -> None:
-    size = weight.detach().abs()
-    weight.data.masked_fill_(size < size.median(), 0.0)
-
-
-def one_value_by_numpy(weight: torch.Tensor) -> None:
-    weight.detach().numpy().reshape(-1)[3] += 5
-
-
-def outputs_exchanged(weight: torch.Tensor) -> None:
-    array = weight.detach().numpy()
-    array[...] = array[:, ::-1].copy() if weight.shape[1:] == (6,) else array[::-1].copy()
-
-
-def counted_as_no_write(weight: torch.Tensor) -> None:
-    """As FSDP2 gathers shards into a weight."""
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
-        weight.add_(0.3)
-
-
-def fused_step(weight: torch.Tensor) -> None:
-    weight.requires_grad_().grad = torch.ones_like(weight)
-    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
-    weight.requires_grad_(False).grad = None
-
-
-UNCOUNTED = [scaled, pruned, one_value_by_numpy, outputs_exchanged, counted_as_no_write, fused_step]
-
-
-def naive_weight(layer: Any) -> torch.Tensor:
-    """W' = m * V / norm(V) in float64."""
-    weight, a, b = (t.detach().double() for t in (layer.weight, layer.lora_A, layer.lora_B))
-    transposed = layer.layer_info().is_transposed
-    matrix = weight.T if transposed else weight.flatten(1)
-    v = matrix + layer.lora.spec.scaling * b.flatten(1) @ a.flatten(1)
-    v = layer.lora_magnitude.detach().double()[:, None] * v / v.norm(dim=1, keepdim=True)
-    return v.T if transposed else v.view(weight.shape)
-
-
-def outputs_with(model: Any, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    plain = copy.deepcopy(model)
-    unload(plain)
-    with torch.no_grad():
-        plain[0].weight.copy_(weight)
-        return plain(x)
-
-
-@pytest.mark.parametrize(("kind", "write"), covering(["Linear", "Conv1D", "Conv2d", "Embedding"], UNCOUNTED, meet=1))
-def test_norm_of_the_base_is_taken_anew_after_writes_that_torch_does_not_count(kind: str, write: Any) -> None:
-    inject(model := build(kind), dora())
-    spread_(model)
-    x = KINDS[kind][1]()
-    model(x)
-    version = model[0].weight._version
-    write(model[0].weight)
-    assert write is fused_step or model[0].weight._version == version
-    wanted = naive_weight(model[0])
-    torch.testing.assert_close(model(x), outputs_with(model, wanted, x), rtol=1e-4, atol=1e-5)
-    write(model[0].weight)
-    wanted = naive_weight(model[0])
-    with merged(model):
-        torch.testing.assert_close(model[0].weight.detach(), wanted.float(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model(x), outputs_with(model, wanted, x), rtol=1e-4, atol=1e-5)
-
-
-def test_a_weight_in_the_place_of_one_that_is_gone_has_a_norm_of_its_own() -> None:
-    inject(model := build("Linear"), dora())
-    spread_(model)
-    x = torch.randn(3, 8)
-    for scale in range(1, 20):  # the memory and the identity of the last one are given to the next
-        del model[0]._parameters["weight"]
-        model[0]._parameters["weight"] = nn.Parameter(torch.full((6, 8), float(scale)), requires_grad=False)
-        torch.testing.assert_close(model(x), outputs_with(model, naive_weight(model[0]), x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x), output, rtol=4 * EPS[dtype], atol=32 * EPS[dtype])
 
 
 # --- merging ---
 
 
-@pytest.mark.parametrize("columns", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "columns"), covering([torch.float32, torch.bfloat16, torch.float16], [False, True], meet=1)
+)
 def test_a_scaled_merge_keeps_a_small_part_of_the_weight(dtype: torch.dtype, columns: bool) -> None:
     weight = (0.02 * torch.randn(512, 512)).to(dtype)
     before, pieces = weight.clone(), make_pieces(weight, r=8)
@@ -332,7 +165,6 @@ def test_a_scaled_merge_keeps_a_small_part_of_the_weight(dtype: torch.dtype, col
     blocks = [LowRankBlock(0, 0, pieces[0].left, pieces[0].right, scale)]
     scaling = scaling_for(before, pieces, 0.01)
     kept = merge_weight_(weight, blocks, scaling)
-    print("kept:", kept.nbytes() / weight.nbytes)
     assert 0.005 < kept.nbytes() / weight.nbytes < (0.1 if dtype == torch.float32 else 0.15)
     exact = (before.double() + scaling * pieces[0].left.double() @ pieces[0].right.double()) * scale.double()
     assert (as_bits(weight) == as_bits(exact.to(dtype))).double().mean() > 0.9999
@@ -341,39 +173,10 @@ def test_a_scaled_merge_keeps_a_small_part_of_the_weight(dtype: torch.dtype, col
     assert same_bits(weight, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_merged_outputs_are_the_factored_ones_without_plain_copies(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(merging, "COPY_BUDGET", 0)
-    subject = make_subject(name, dtype)
-    before, factored = subject.layer.weight.detach().clone(), subject.model(subject.x)
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
-    for _ in range(3):
-        merge(subject.model)
-        torch.testing.assert_close(subject.model(subject.x), factored, rtol=tolerance, atol=tolerance)
-        unmerge(subject.model)
-        assert same_bits(subject.layer.weight, before)
-    state = merged_state_dict(subject.model)
-    assert list(state) == list(subject.plain.state_dict())
-    assert same_bits(merge_and_unload(subject.model).layer.weight, state["layer.weight"])
-
-
-def test_magnitudes_that_are_not_finite_are_an_error_and_nothing_is_merged() -> None:
-    inject(model := build("Linear"), dora())
-    before = model[0].weight.detach().clone()
-    with torch.no_grad():
-        model[0].lora_magnitude[1] = float("nan")
-    with pytest.raises(LoRAError, match=r"'0'.* is not finite"):
-        merge(model)
-    assert same_bits(model[0].weight, before)
-
-
 # --- states ---
 
 
-def test_initial_magnitudes_follow_a_new_base_and_trained_ones_stay() -> None:
+def test_initial_magnitudes_follow_a_new_base_also_without_memory_before_and_trained_ones_stay() -> None:
     base = {"0.weight": torch.randn(6, 8), "0.bias": torch.randn(6)}
     inject(model := build("Linear"), dora())
     with merged(model):
@@ -383,21 +186,15 @@ def test_initial_magnitudes_follow_a_new_base_and_trained_ones_stay() -> None:
     trained = model[0].lora_magnitude.detach().clone()
     model.load_state_dict({name: value + 1 for name, value in base.items()})
     assert torch.equal(model[0].lora_magnitude, trained)
-
-
-def test_a_model_built_without_memory_gets_its_magnitudes_from_the_base() -> None:
-    x = torch.randn(3, 8)
-    plain = build("Linear")
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 6))
     inject(model, dora())
-    model.to_empty(device="cpu")
-    model.load_state_dict(plain.state_dict())
-    assert same_bits(model(x), plain(x))
+    model.to_empty(device="cpu").load_state_dict(base)
+    x = torch.randn(3, 8)
+    assert same_bits(model(x), nn.functional.linear(x, base["0.weight"], base["0.bias"]))
 
 
-@pytest.mark.parametrize("init", [False, "orthogonal", "gaussian"])
-@pytest.mark.parametrize("kind", ["Linear", "Embedding"])
+@pytest.mark.parametrize(("kind", "init"), [("Linear", "orthogonal"), ("Embedding", False)])
 def test_magnitudes_begin_as_the_norm_with_the_initial_adapter(kind: str, init: Any) -> None:
     inject(model := build(kind), dora(r=2, init_lora_weights=init))
     inject(plainly := build(kind), dora(r=2, init_lora_weights=init, use_dora=False))
@@ -405,160 +202,10 @@ def test_magnitudes_begin_as_the_norm_with_the_initial_adapter(kind: str, init: 
     torch.testing.assert_close(model(x), plainly(x))
 
 
-# --- with other things of torch ---
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
-def test_gradients_with_activation_checkpointing_are_the_same(kind: str, reentrant: bool) -> None:
-    inject(model := build(kind), dora())
-    spread_(model)
-    x = KINDS[kind][1]().requires_grad_()
-    model(x).square().sum().backward()
-    wanted = [p.grad.clone() for p in model[0].factors()]
-    model.zero_grad()
-    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
-    for factor, gradient in zip(model[0].factors(), wanted, strict=True):
-        torch.testing.assert_close(factor.grad, gradient)
-
-
-@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d"])
-def test_a_compiled_layer_is_one_graph_with_the_same_numbers(kind: str) -> None:
-    torch.compiler.reset()
-    inject(model := build(kind), dora())
-    spread_(model)
-    x = KINDS[kind][1]()
-    wanted = model(x)
-    wanted.square().sum().backward()
-    gradients = [p.grad.clone() for p in model[0].factors()]
-    model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = compiled(x)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    found.square().sum().backward()
-    for factor, gradient in zip(model[0].factors(), gradients, strict=True):
-        torch.testing.assert_close(factor.grad, gradient, rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        model[0].weight.mul_(1.5)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
-
-
 # --- on a device that is not the CPU ---
 
 on_device = pytest.mark.skipif(not CAN_PRETEND, reason="this version of torch cannot pretend a device")
-EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 WIDE = {name: kind for name, kind in KINDS.items() if name != "Conv3d"}
-
-
-def moved(model: Any) -> Any:
-    return copy.deepcopy(model).to(DEVICE)
-
-
-def reference(model: Any, x: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Outputs and gradients in float64. A and B are rounded to the dtype of the products, as they are for these."""
-    layer = model[0]
-    wide = copy.deepcopy(model).double()
-    with torch.no_grad():
-        for name in ("lora_A", "lora_B"):
-            getattr(wide[0], name).copy_(getattr(layer, name).to(dtype))
-    if mask is not None:
-        wide[0].dropped = lambda x: (x * mask.to(x.dtype).view(x.shape), wide[0].lora.spec.scaling / (1 - P))
-    return run(wide, x.double() if x.is_floating_point() else x, x_needs=True)
-
-
-def run(model: Any, x: torch.Tensor, *, x_needs: bool, autocast: torch.dtype | None = None) -> tuple[Any, ...]:
-    """Outputs, and the gradients of the factors and of the input."""
-    x = x.detach().clone().requires_grad_(x_needs and x.is_floating_point())
-    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
-        output = model(x)
-    weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view(output.shape)
-    (output * weights.to(output.device)).sum().backward()
-    gradients = [p.grad for p in (*model[0].factors(), x) if p.requires_grad]
-    return tuple(each.detach().cpu() for each in (output, *gradients))
-
-
-def is_a_way(kind: str, how: str, dtype: torch.dtype) -> bool:
-    return (how, kind) != ("dropout", "Embedding") and (how != "autocast" or dtype == torch.float32)
-
-
-@on_device
-@pytest.mark.parametrize(
-    ("kind", "how", "dtype"), covering([*WIDE], ["plain", "dropout", "autocast"], DTYPES, fits=is_a_way)
-)
-def test_on_a_device_outputs_and_gradients_are_those_in_float64_and_on_the_cpu(
-    kind: str, how: str, dtype: torch.dtype
-) -> None:
-    model = build(kind).to(dtype)
-    inject(model, dora(lora_dropout=P if how == "dropout" else 0.0))
-    spread_(model)
-    x = KINDS[kind][1]()
-    x = x.to(dtype) if x.is_floating_point() else x
-    mask = (torch.rand(x.shape) > P).to(dtype) if how == "dropout" else None
-    autocast = torch.bfloat16 if how == "autocast" and kind != "Embedding" else None
-    products = autocast or dtype
-    wanted = reference(model, x, mask, products)
-    with pretend_device():
-        there, masks = moved(model), None if mask is None else mask.to(DEVICE)
-        for each, each_mask in ((model, mask), (there, masks)):
-            if mask is not None:
-                factor = each[0].lora.spec.scaling / (1 - P)
-                each[0].dropped = lambda x, mask=each_mask, factor=factor: (x * mask.view(x.shape), factor)
-        on_cpu = run(model, x, x_needs=True, autocast=autocast)
-        found = run(there, x.to(DEVICE), x_needs=True, autocast=autocast)
-    assert len(found) == len(wanted)
-    for one, cpus, exact in zip(found, on_cpu, wanted, strict=True):
-        assert one.dtype == cpus.dtype
-        off = [(each.double() - exact).norm() / exact.norm() for each in (one, cpus)]
-        own = EPS[torch.float64 if dtype == torch.float64 else torch.float32]
-        assert off[0] < 3 * off[1] + 8 * own, off
-
-
-@on_device
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", WIDE)
-def test_on_a_device_nothing_is_changed_before_the_first_step_and_nothing_by_a_merge(
-    kind: str, dtype: torch.dtype
-) -> None:
-    plain = build(kind).to(dtype)
-    with torch.no_grad():
-        low_rank.matrix_view("Conv1D" if kind in ("Conv1D", "Embedding") else "Linear", plain[0].weight)[1] = 0
-    x = KINDS[kind][1]()
-    x = x.to(dtype) if x.is_floating_point() else x
-    with pretend_device():
-        there, x = moved(plain), x.to(DEVICE)
-        inject(ours := moved(plain), dora())
-        assert torch.all(ours[0].effective_factors().scale == 1)
-        assert same_bits(ours(x).cpu(), there(x).cpu())
-        with merged(ours):
-            assert same_bits(ours[0].weight.cpu(), plain[0].weight)
-        inject(on_cpu := copy.deepcopy(plain), dora())
-        scale = on_cpu.to(DEVICE)[0].effective_factors().scale.detach().cpu()
-        assert (scale - 1).abs().max() <= 2 * EPS[torch.float32]  # another device rounds norms another way
-
-
-@on_device
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_on_a_device_sixteen_bits_are_rounded_once(dtype: torch.dtype) -> None:
-    inject(model := nn.Sequential(nn.Linear(512, 256)).to(dtype), dora())
-    with torch.no_grad():
-        model[0].lora_B.normal_(std=0.02)
-        model[0].lora_magnitude.mul_(1 + 0.1 * torch.randn(256))
-    wanted = naive_weight(model[0]).to(dtype)
-    with pretend_device():
-        model.to(DEVICE)
-        merge(model)
-        assert (as_bits(model[0].weight.cpu()) == as_bits(wanted)).double().mean() > 0.9998
-
-
-@on_device
-@pytest.mark.parametrize("init", [False, "orthogonal"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_device_the_scale_is_one_before_the_first_step_also_where_the_adapter_is_not_zero(
-    dtype: torch.dtype, init: Any
-) -> None:
-    with pretend_device():
-        inject(model := moved(build("Linear").to(dtype)), dora(init_lora_weights=init, r=2))
-        assert torch.all(model[0].effective_factors().scale == 1)
 
 
 @on_device
@@ -579,15 +226,17 @@ def test_initial_magnitudes_follow_a_new_base_on_a_device_that_the_model_has_mov
         assert torch.equal(model[0].lora_magnitude, trained)
 
 
+CANCELS: dict[str, Callable[[], nn.Module]] = {
+    "Linear": lambda: nn.Linear(256, 8),
+    "Conv1D": lambda: Conv1D(8, 256),
+    "Conv1d": lambda: nn.Conv1d(64, 8, 4),
+    "Embedding": lambda: nn.Embedding(256, 8),
+}
+
+
 def nearly_cancelled(dtype: torch.dtype, left: float, kind: str) -> tuple[Any, torch.Tensor]:
     """A layer whose norm(V) is `left` of norm(W), as far as the dtype of W can say, and its scale in float64."""
-    layers = {
-        "Linear": lambda: nn.Linear(256, 8),
-        "Conv1D": lambda: Conv1D(8, 256),
-        "Conv1d": lambda: nn.Conv1d(64, 8, 4),
-        "Embedding": lambda: nn.Embedding(256, 8),
-    }
-    inject(model := nn.Sequential(layers[kind]().to(dtype)), dora())
+    inject(model := nn.Sequential(CANCELS[kind]().to(dtype)), dora())
     layer = model[0]
     with torch.no_grad():
         for factor in (layer.lora_A, layer.lora_B):
@@ -617,23 +266,30 @@ CANCELLING = {  # allowed relative error of the norm: of V in float32 or wider
 
 @on_device
 @pytest.mark.parametrize(
-    ("kind", "dtype", "left", "piece"),
-    covering(["Linear", "Conv1D", "Conv1d", "Embedding"], DTYPES, [1e-3, 1e-6], [2**24, 600]),
+    ("kind", "dtype", "left", "piece", "place"),
+    [
+        *covering([*CANCELS], DTYPES, [1e-3, 1e-6], [2**24, 600], ["cpu", DEVICE], meet=1),
+        ("Embedding", torch.float32, 1e-3, 2**24, "cpu"),
+        ("Linear", torch.bfloat16, 1e-6, 600, DEVICE),
+    ],
 )
-def test_on_a_device_the_norm_is_right_where_the_adapter_nearly_removes_an_output(
-    kind: str, dtype: torch.dtype, left: float, piece: int, monkeypatch: pytest.MonkeyPatch
+def test_the_norm_is_right_where_the_adapter_nearly_removes_an_output(
+    kind: str, dtype: torch.dtype, left: float, piece: int, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_norms_file, "PIECE", piece)
+    for name in ("PIECE", "PIECE_ON_CPU"):
+        monkeypatch.setattr(output_norms_file, name, piece)
     model, wanted = nearly_cancelled(dtype, left, kind)
     with pretend_device():
-        layer = moved(model)[0]
+        layer = model.to(place)[0]
         found = layer.effective_factors().scale.detach().cpu().double()
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(place, torch.bfloat16):
             assert torch.equal(layer.effective_factors().scale.detach().cpu().double(), found)
         torch.testing.assert_close(found, wanted, rtol=CANCELLING[dtype, left], atol=0)
-        factors = [each.detach().flatten(1) for each in layer.factors()[:2]]
-        stored, transposed = layer.weight.detach().flatten(1), layer.layer_info().is_transposed
-        squares = squares_of_windows(parts_of(stored, 7), *factors, layer.lora.spec.scaling, transposed=transposed)
+        (a, b), stored = (each.detach().flatten(1) for each in layer.factors()[:2]), layer.weight.detach().flatten(1)
+        parts = [
+            Window(stored[i : i + 7], slice(i, i + 7), slice(0, stored.shape[1])) for i in range(0, len(stored), 7)
+        ]
+        squares = squares_of_windows(parts, a, b, layer.lora.spec.scaling, transposed=layer.layer_info().is_transposed)
         torch.testing.assert_close(1 / squares.cpu().sqrt(), wanted, rtol=CANCELLING[dtype, left], atol=0)
 
 
@@ -641,14 +297,14 @@ LAUNCHES = {torch.float32: 20, torch.bfloat16: 26}  # at most so many over the f
 
 
 @on_device
-@pytest.mark.parametrize(("kind", "dtype", "dropout"), covering([*WIDE], [*LAUNCHES], [0.0, P]))
+@pytest.mark.parametrize(("kind", "dtype", "dropout"), covering([*WIDE], [*LAUNCHES], [0.0, P], meet=1))
 def test_on_a_device_a_step_has_few_launches_no_float64_and_no_wait(
     kind: str, dtype: torch.dtype, dropout: float
 ) -> None:
     x = KINDS[kind][1]()
     x = x.to(dtype).requires_grad_() if x.is_floating_point() else x
     with pretend_device():
-        model, x = moved(build(kind).to(dtype).requires_grad_(False)), x.to(DEVICE)
+        model, x = build(kind).to(DEVICE, dtype).requires_grad_(False), x.to(DEVICE)
 
         def step() -> None:
             model.zero_grad()
@@ -667,25 +323,10 @@ def test_on_a_device_a_step_has_few_launches_no_float64_and_no_wait(
             assert more.launches <= LAUNCHES[dtype] + (12 if dropout else 0), more
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is not supported in Python 3.14")
-@pytest.mark.filterwarnings("error:.*might cause the trace to be incorrect")
-@pytest.mark.parametrize("kind", ["Linear", "Embedding"])
-def test_a_trace_is_right_where_the_base_later_nearly_cancels(kind: str) -> None:
-    model, _ = nearly_cancelled(torch.float32, 1e-3, kind)
-    x = torch.randint(256, (5,)) if kind == "Embedding" else torch.randn(5, 256)
-    later = model[0].weight.detach().clone()
-    with torch.no_grad():
-        model[0].weight.normal_()
-    traced = torch.jit.trace(model, (x,))
-    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        model[0].weight.copy_(later)
-    torch.testing.assert_close(traced(x), model(x), rtol=1e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("kind", ["Linear", "Embedding"])
-@pytest.mark.parametrize(("dtype", "left", "tolerance"), [(torch.float32, 1e-3, 1e-3), (torch.bfloat16, 1.0, 1e-2)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "left", "tolerance"),
+    [("Linear", torch.float32, 1e-3, 1e-3), ("Embedding", torch.bfloat16, 1.0, 1e-2)],
+)
 def test_an_exported_graph_has_no_float64_and_is_right_where_the_adapter_nearly_removes_an_output(
     kind: str, dtype: torch.dtype, left: float, tolerance: float
 ) -> None:
@@ -702,24 +343,22 @@ def test_an_exported_graph_has_no_float64_and_is_right_where_the_adapter_nearly_
 
 
 @pytest.mark.parametrize(
-    ("layer", "problem"),
+    ("options", "named"),
     [
-        (nn.MultiheadAttention(8, 2), "use_dora cannot adapt a MultiheadAttention"),
+        ({"target_modules": ["attention"]}, r"'attention': use_dora.*exclude_modules=\['attention'\]"),
+        ({"target_modules": ["packed"]}, "'packed': use_dora.*Linear4bit"),
+        ({"enable_lora": {"linear": [True, False]}}, "enable_lora must be left out with use_dora"),
+        ({"target_parameters": ["weight"]}, "target_parameters must be left out with use_dora"),
     ],
 )
-def test_a_layer_that_cannot_have_magnitudes_is_refused_by_name(layer: nn.Module, problem: str) -> None:
-    model = nn.Sequential(layer)
-    before = type(layer)
-    with pytest.raises(LoRAError, match=rf"inject: '0': {problem}.*exclude_modules=\['0'\]"):
-        inject(model, dora())
-    assert type(model[0]) is before
-
-
-def test_a_quantised_layer_is_refused_by_name() -> None:
-    pytest.importorskip("bitsandbytes")
-    model = quantise_(network(), "nf4")
-    with pytest.raises(LoRAError, match=r"'0': use_dora cannot adapt a Linear4bit whose weight is quantised \(nf4\)"):
-        inject(model, dora())
+def test_what_cannot_have_magnitudes_is_refused_by_name(options: dict[str, Any], named: str) -> None:
+    if "packed" in named:
+        pytest.importorskip("bitsandbytes")
+    packed = quantise_(network(), "nf4")[0] if "packed" in named else nn.Identity()
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "packed": packed, "linear": nn.Linear(8, 6)})
+    with pytest.raises(LoRAError, match=named):
+        inject(model, dora(**options))
+    assert type(model["attention"]) is nn.MultiheadAttention
 
 
 def test_the_out_proj_of_attention_merges_and_has_no_file_of_pefts(tmp_path: Path) -> None:
@@ -733,20 +372,12 @@ def test_the_out_proj_of_attention_merges_and_has_no_file_of_pefts(tmp_path: Pat
     factored = model(x)
     with merged(model):
         torch.testing.assert_close(model(x), factored)
-    with pytest.raises(
-        LoRAError, match=r"'self_attn\.out_proj' belongs to attention, which PEFT does not adapt with use_"
-    ):
+    with pytest.raises(LoRAError, match=r"'self_attn\.out_proj' belongs to attention"):
         save_adapter(model, tmp_path)
 
 
 def test_all_linear_leaves_the_out_proj_of_attention_out_and_says_so(tmp_path: Path) -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     assert inject(model, LoRAConfig(r=2, target_modules="all-linear", use_dora=True)) == ["linear1", "linear2"]
-    assert summary(model).left_out[0].reason == "PEFT cannot adapt the out_proj of attention with use_dora"
+    assert "out_proj" in summary(model).left_out[0].reason
     save_adapter(model, tmp_path)
-
-
-@pytest.mark.parametrize("options", [{"enable_lora": {"0": [True, False]}}, {"target_parameters": ["weight"]}])
-def test_an_option_that_does_not_go_with_magnitudes_is_refused_by_name(options: dict[str, Any]) -> None:
-    with pytest.raises(LoRAError, match=f"{next(iter(options))} must be left out with use_dora"):
-        dora(**options)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -33,7 +30,6 @@ from support.layers import (
     exact_delta,
     make_pieces,
     make_weight,
-    nearest,
     same_bits,
     scaling_for,
 )
@@ -42,10 +38,14 @@ from support.layers import (
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_hundred_cycles_with_changing_factors_restore_every_bit(dtype: torch.dtype, share: float) -> None:
+def test_cycles_with_changing_factors_restore_every_bit_where_subtracting_drifts(
+    dtype: torch.dtype, share: float
+) -> None:
     weight = torch.nn.Parameter(make_weight((30, 40), dtype))
-    before, address = weight.detach().clone(), weight.data_ptr()
-    for _ in range(200):
+    before, address, pieces = weight.detach().clone(), weight.data_ptr(), make_pieces(weight)
+    delta = exact_delta(pieces, scaling_for(before, pieces, share), before.shape).to(dtype)
+    assert not same_bits(before.clone().add_(delta).sub_(delta), before)
+    for _ in range(20):
         pieces = make_pieces(weight)
         kept = merge_weight_(weight, pieces, scaling_for(before, pieces, share))
         assert not same_bits(weight, before)
@@ -58,39 +58,19 @@ def test_two_hundred_cycles_with_changing_factors_restore_every_bit(dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_naive_adding_and_subtracting_drifts_on_the_same_weights(dtype: torch.dtype) -> None:
-    """The weights of the test above are ones on which a naive unmerge fails, at every size of adapter."""
-    for share in SHARES:
-        before = make_weight((30, 40), dtype)
-        pieces = make_pieces(before)
-        delta = exact_delta(pieces, scaling_for(before, pieces, share), before.shape).to(dtype)
-        assert not same_bits(before.clone().add_(delta).sub_(delta), before)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_plain_copy_restores_every_bit_too(dtype: torch.dtype) -> None:
-    weight = make_weight((30, 40), dtype)
+def test_a_change_of_one_bit_of_a_copied_weight_is_an_error_and_undone(dtype: torch.dtype) -> None:
+    weight = make_weight((300, 40), dtype)
     before, pieces = weight.clone(), make_pieces(weight)
     kept = merge_weight_(weight, pieces, 0.01, copies=Buffers())
-    assert same_bits(weight, merged_weight(before, pieces, 0.01))
-    weight.zero_()  # a copy needs nothing of what is there, but a change is an error as for kept values
+    weight.view(torch.uint8)[299, 0] ^= 1  # the lowest bit of one value, which no sum of the values would show
     with pytest.raises(LoRAError, match="was changed while it was merged; the change was undone"):
         unmerge_weight_(weight, kept)
     assert same_bits(weight, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_change_of_one_bit_is_an_edit(dtype: torch.dtype) -> None:
-    weight = make_weight((300, 40), dtype)
-    before, pieces = weight.clone(), make_pieces(weight)
-    kept = merge_weight_(weight, pieces, 0.01, copies=Buffers())
-    weight.view(torch.uint8)[299, 0] ^= 1  # the lowest bit of one value, which no sum of the values would show
-    with pytest.raises(LoRAError, match="was changed while it was merged"):
-        unmerge_weight_(weight, kept)
-    assert same_bits(weight, before)
-
-
-@pytest.mark.parametrize(("moved", "dtype", "copy"), covering(["unaligned", "transposed"], DTYPES, [False, True]))
+@pytest.mark.parametrize(
+    ("moved", "dtype", "copy"), covering(["unaligned", "transposed"], DTYPES, [False, True], meet=1)
+)
 def test_memory_that_was_exchanged_with_the_same_values_is_no_edit(moved: str, dtype: torch.dtype, copy: bool) -> None:
     """A strategy may put a weight into other memory meanwhile, which whole words do not fit."""
     weight = make_weight((30, 40), dtype)
@@ -120,9 +100,8 @@ def test_restored_weight_is_the_base_and_leaves_the_merge_alone(copy: bool) -> N
     assert same_bits(weight, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_weight_of_which_few_rows_change_is_not_copied(dtype: torch.dtype) -> None:
-    weight = make_weight((100, 40), dtype)
+def test_a_weight_of_which_few_rows_change_is_not_copied() -> None:
+    weight = make_weight((100, 40), torch.bfloat16)
     before = weight.clone()
     pieces = [LowRankBlock(row, 0, torch.randn(rows, 3), torch.randn(3, 40)) for row, rows in ((20, 10), (90, 10))]
     kept = merge_weight_(weight, pieces, 1.0, copies=Buffers())
@@ -177,7 +156,7 @@ def test_a_slice_of_a_bigger_tensor_leaves_the_rest_alone() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_pieces_change_their_own_parts_only(dtype: torch.dtype) -> None:
     weight = make_weight((30, 50), dtype)
     before = weight.clone()
@@ -213,7 +192,7 @@ def merges(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(merges())
 def test_any_merge_is_nearest_and_comes_back(case: dict[str, Any]) -> None:
     weight, pieces = case["weight"].clone(), [LowRankBlock(0, 0, case["left"], case["right"])]
@@ -227,7 +206,7 @@ def test_any_merge_is_nearest_and_comes_back(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.sampled_from(DTYPES), st.integers(0, 1199), st.floats(-2, 2), st.integers(0, 2**16))
 def test_a_weight_changed_while_merged_is_noticed(dtype: torch.dtype, place: int, change: float, seed: int) -> None:
     """Whatever one value became in the meantime: the restored weight is right, or there is an error."""
@@ -244,7 +223,7 @@ def test_a_weight_changed_while_merged_is_noticed(dtype: torch.dtype, place: int
         assert same_bits(weight, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_optimizer_step_while_merged_is_an_error(dtype: torch.dtype) -> None:
     weight = make_weight((30, 40), dtype)
     before, pieces = weight.clone(), make_pieces(weight)
@@ -259,9 +238,11 @@ def test_an_optimizer_step_while_merged_is_an_error(dtype: torch.dtype) -> None:
 
 
 def poisoned(kind: str, weight: torch.Tensor) -> list[LowRankBlock]:
-    """An adapter whose last row, far from the first block, makes a sum that is not finite."""
+    """An adapter or a weight whose last row, far from the first block, makes a sum that is not finite."""
     pieces = make_pieces(weight)
-    if kind == "overflow":
+    if kind == "weight":
+        weight[-1, 3] = math.inf
+    elif kind == "overflow":
         large = 1e4 if weight.dtype == torch.float16 else 1e30  # finite, but its square is not in the weight's dtype
         pieces[0].left[-1, 0] = pieces[0].right[0, -1] = large
     else:
@@ -272,25 +253,21 @@ def poisoned(kind: str, weight: torch.Tensor) -> list[LowRankBlock]:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("dtype", "kind", "copy"),
-    covering([torch.float32, torch.bfloat16, torch.float16], ["nan", "inf", "-inf", "overflow"], [False, True]),
+    covering(
+        [torch.float32, torch.bfloat16, torch.float16],
+        ["nan", "inf", "-inf", "overflow", "weight"],
+        [False, True],
+        meet=1,
+    ),
 )
 def test_what_is_not_finite_is_refused_and_leaves_every_bit(dtype: torch.dtype, kind: str, copy: bool) -> None:
     weight = make_weight((30, 40), dtype)
-    before, pieces = weight.clone(), poisoned(kind, weight)
+    pieces, before = poisoned(kind, weight), weight.clone()
     with pytest.raises(LoRAError, match="not finite"):
         merge_weight_(weight, pieces, 0.5, copies=Buffers() if copy else None)
     assert same_bits(weight, before)
     with pytest.raises(LoRAError, match="not finite"):
         merged_weight(weight, pieces, 0.5)
-    assert same_bits(weight, before)
-
-
-def test_a_weight_that_is_not_finite_is_refused() -> None:
-    weight = make_weight((30, 40), torch.float32)
-    weight[3, 3] = math.inf
-    before = weight.clone()
-    with pytest.raises(LoRAError, match="not finite"):
-        merge_weight_(weight, make_pieces(weight), 0.01)
     assert same_bits(weight, before)
 
 
@@ -318,22 +295,6 @@ def test_merge_that_fails_in_the_middle_leaves_every_bit(copy: bool, monkeypatch
         merge_weight_(weight, make_pieces(weight), 0.01, copies=Buffers() if copy else None)
     assert calls[2]  # something was written
     assert same_bits(weight, before)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "share", "r"), covering([torch.float32, torch.bfloat16, torch.float16], SHARES, [4, 64])
-)
-def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float, r: int) -> None:
-    weight = make_weight((300, 400), dtype)
-    pieces = make_pieces(weight, r)
-    scaling = scaling_for(weight, pieces, share)
-    delta = exact_delta(pieces, scaling, weight.shape)
-    merged = merged_weight(weight, pieces, scaling)
-    assert nearest(merged, weight.double() + delta).double().mean() >= 0.9999
-    if dtype == torch.float32:
-        larger = torch.maximum(weight.double().abs(), delta.abs())
-        ulp = torch.exp2(torch.frexp(larger)[1].double() - 24)
-        assert ((merged.double() - weight.double() - delta).abs() <= 2 * ulp).all()
 
 
 def test_float64_agrees_with_rational_arithmetic() -> None:
@@ -366,79 +327,11 @@ def test_the_cost_of_rounding_is_that_of_float64(way: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merge_of_a_one_per_cent_adapter_keeps_less_than_a_tenth_of_the_weight(dtype: torch.dtype) -> None:
-    weight = (0.02 * torch.randn(512, 512)).to(dtype)
-    pieces = make_pieces(weight, r=8)
-    kept = merge_weight_(weight, pieces, scaling_for(weight, pieces, 0.01))
-    assert 0 < kept.nbytes() < 0.1 * weight.nbytes
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_merge_never_keeps_more_than_a_plain_copy(dtype: torch.dtype) -> None:
-    for share in (0.1, 0.3, 1.0, 30.0):
-        weight = (0.02 * torch.randn(256, 256)).to(dtype)
+def test_merge_of_a_one_per_cent_adapter_keeps_less_than_a_tenth_and_none_keeps_more_than_a_copy(
+    dtype: torch.dtype,
+) -> None:
+    for share, most in ((0.01, 0.1), (0.3, 1.0), (30.0, 1.0)):
+        weight = (0.02 * torch.randn(512, 512)).to(dtype)
         pieces = make_pieces(weight, r=8)
-        assert merge_weight_(weight, pieces, scaling_for(weight, pieces, share)).nbytes() <= weight.nbytes
-
-
-# One bfloat16 layer of 8192 x 8192 weights: what merging holds, counted as tensors and as the process's memory.
-BIG_LAYER = """
-import gc, hashlib, json, sys, torch
-from lightning_lora.nn.exact_merge import merge_weight_, unmerge_weight_
-from lightning_lora.nn.low_rank import LowRankBlock
-
-torch.set_num_threads(1)
-N, R = 8192, 8
-
-def live():
-    tensors = {}
-    for item in gc.get_objects():
-        if type(item) in (torch.Tensor, torch.nn.Parameter):
-            storage = item.untyped_storage()
-            tensors[storage.data_ptr()] = storage.nbytes()
-    return sum(tensors.values())
-
-def memory(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
-
-def digest(tensor):
-    return hashlib.sha256(tensor.detach().view(torch.int16).numpy()).hexdigest()
-
-layer = torch.nn.Linear(N, N, bias=False, dtype=torch.bfloat16)
-small = torch.zeros(512, 512, dtype=torch.bfloat16)  # a first, small merge loads the libraries
-unmerge_weight_(small, merge_weight_(small, [LowRankBlock(0, 0, torch.randn(512, R), torch.randn(R, 512))], 0.1))
-pieces = [LowRankBlock(0, 0, torch.randn(N, R), torch.randn(R, N))]
-scaling = 0.01 * (1 / N / 3) ** 0.5 / R**0.5  # a Linear's weights are uniform with this deviation
-before, start = digest(layer.weight), live()
-with open("/proc/self/clear_refs", "w") as clear:
-    clear.write("5")  # the peak starts here
-resident = memory("VmRSS")
-kept = merge_weight_(layer.weight, pieces, scaling)
-merged = digest(layer.weight)
-held = {"tensors": live() - start, "resident": memory("VmRSS") - resident, "peak": memory("VmHWM") - resident}
-nbytes = kept.nbytes()
-unmerge_weight_(layer.weight, kept)
-del kept
-print(held, nbytes, file=sys.stderr)
-print(json.dumps(held | {
-    "weight": layer.weight.nbytes, "factors": pieces[0].left.nbytes + pieces[0].right.nbytes, "kept": nbytes,
-    "left": live() - start, "moved": merged != before, "back": digest(layer.weight) == before,
-}))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory from /proc")
-def test_a_big_layer_is_merged_without_a_second_copy_of_it() -> None:
-    run = subprocess.run([sys.executable, "-c", BIG_LAYER], capture_output=True, text=True, check=True, timeout=120)
-    found = json.loads(run.stdout)
-    assert found["moved"]
-    assert found["back"]
-    assert found["weight"] == 2 * 8192 * 8192
-    assert found["tensors"] == found["kept"] + found["factors"]
-    assert 0 < found["kept"] < 0.1 * found["weight"]
-    assert found["resident"] < 0.1 * found["weight"] + found["factors"]
-    scratch = 16 * 2**20  # a few temporaries of one block, A and B in float64
-    assert found["peak"] < 0.1 * found["weight"] + found["factors"] + scratch
-    assert found["left"] == 0
+        kept = merge_weight_(weight, pieces, scaling_for(weight, pieces, share))
+        assert 0 < kept.nbytes() <= most * weight.nbytes

@@ -73,17 +73,3 @@ def test_two_models_never_share_the_memory_that_each_takes_again():
     assert taken[0] == taken[1]
     assert not taken[0][0] & taken[0][1]
     assert all(map(torch.equal, before, [model[0].weight for model in (one, two)]))
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_a_weight_made_in_inference_mode_and_one_that_was_not_have_copies_of_their_own(first):
-    model = one_layer(1)
-    before, memory = model[0].weight.clone(), set()
-    for inference in (first, not first):
-        with torch.inference_mode(inference):
-            model[0].weight = nn.Parameter(before.clone(), requires_grad=False)
-        merge(model)
-        memory |= copies(model)
-        unmerge(model)
-        assert torch.equal(before, model[0].weight)
-    assert len(memory) == 2

@@ -12,26 +12,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.errors import LoRAError
 from lightning_lora.nn import factored_weight
 from lightning_lora.nn.factored_weight import FactoredWeight
-from support.families import EXPERTS, LLAMA, QWEN, Family, causal
-from support.recorders import Operators
+from support.covering import covering
+from support.families import LLAMA, QWEN, Family, causal
 
 E, M, N, R = 3, 8, 12, 2
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # with the relative error that is allowed
 OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)  # no row for the second expert
 NATIVE = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has no grouped_mm")
 
-NATIVE_ONLY = ("grouped", "grouped, transposed")
+SPECIAL = ("grouped", "grouped, transposed", "grouped fallback", "grouped fallback, transposed")  # not in each release
 
 Operator = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -167,33 +165,35 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return found
 
 
-def named(table: dict[str, Any]) -> list[Any]:
-    """The table's names, with what has to be installed for each."""
-    marks = {name: [pytest.mark.transformers_5] if "fallback" in name else [] for name in table}
-    return [pytest.param(name, marks=[*marks[name], *([NATIVE] if name in NATIVE_ONLY else [])]) for name in table]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", named(FACTORED))
-def test_operator_that_stays_factored_gives_result_and_gradients_of_the_sum(name, dtype, sums):
+def assert_stays_factored(name: str, dtype: torch.dtype, sums: list[torch.Tensor]) -> None:
     x_shape, shape, run = FACTORED[name]
     assert_like_the_sum(run, (leaf(*x_shape, dtype=dtype), *parts(*shape, dtype=dtype)), DTYPES[dtype])
     assert not sums
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(("name", "dtype"), covering([n for n in FACTORED if n not in SPECIAL], [*DTYPES], meet=1))
+def test_operator_that_stays_factored_gives_result_and_gradients_of_the_sum(name, dtype, sums):
+    assert_stays_factored(name, dtype, sums)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param("grouped fallback", torch.float64, marks=pytest.mark.transformers_5),
+        pytest.param("grouped fallback, transposed", torch.bfloat16, marks=pytest.mark.transformers_5),
+        pytest.param("grouped", torch.float32, marks=NATIVE),
+        pytest.param("grouped, transposed", torch.bfloat16, marks=NATIVE),
+    ],
+)
+def test_grouped_product_stays_factored_and_gives_result_and_gradients_of_the_sum(name, dtype, sums):
+    assert_stays_factored(name, dtype, sums)
+
+
+@pytest.mark.parametrize(("name", "dtype"), covering([*DENSE], [*DTYPES], meet=1))
 def test_any_other_operator_gives_result_and_gradients_of_the_sum(name, dtype, sums):
     x_shape, shape, run = DENSE[name]
     assert_like_the_sum(run, (leaf(*x_shape, dtype=dtype), *parts(*shape, dtype=dtype)), DTYPES[dtype])
     assert len(sums) == 1
-
-
-@pytest.mark.parametrize("name", named(FACTORED))
-def test_gradients_of_factored_operators_are_their_numerical_derivatives(name):
-    x_shape, shape, run = FACTORED[name]
-    inputs = (leaf(*x_shape), *parts(*shape))
-    assert torch.autograd.gradcheck(lambda x, *rest: run(x, FactoredWeight(*rest)), inputs, fast_mode=True)
 
 
 # --- grouped_mm's own conditions ---
@@ -202,6 +202,7 @@ MULTIPLES = st.sampled_from([8, 16, 24])
 
 
 @NATIVE
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=5),
     st.integers(0, 3),
@@ -247,33 +248,6 @@ def test_grouped_mm_of_a_frozen_base_takes_gradients_in_any_layout(n):
         expected = torch.autograd.grad(reference, (left, right), gradient.double())
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
-
-
-class Addresses(TorchDispatchMode):
-    """Where the matrices begin that grouped_mm multiplies with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "grouped_mm" in str(func):
-            self.seen.append(args[1].data_ptr())
-        return func(*args, **(kwargs or {}))
-
-
-@NATIVE
-def test_grouped_mm_gets_copies_of_factors_that_begin_at_an_odd_address():
-    """torch 2.10 and older wants all of them to begin at multiples of 16 bytes on the CPU."""
-    weight, left, right = parts(E, M, 16, dtype=torch.float32, rank=4)
-    shifted = [torch.cat([torch.ones(1), part.flatten()])[1:].view_as(part) for part in (left, right.mT)]
-    assert all(part.data_ptr() % 16 for part in shifted)
-    x = torch.randn(5, M)
-    with Addresses() as addresses:
-        found = grouped(x, FactoredWeight(weight, shifted[0], shifted[1].mT))
-    assert len(addresses.seen) == 3
-    assert not any(address % 16 for address in addresses.seen)
-    torch.testing.assert_close(found, grouped(x, plain(weight, left, right)), rtol=1e-4, atol=1e-4)
 
 
 @NATIVE
@@ -330,25 +304,14 @@ def test_the_sum_is_computed_once_and_again_only_where_it_has_to_have_a_gradient
 
 def test_the_sum_is_rounded_once_and_autocast_does_not_round_it_more():
     weight, left, right = parts(64, 64, dtype=torch.bfloat16)
+    expected = (weight.float() + left @ right).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         found = FactoredWeight(weight, left, right).clone()
-    assert torch.equal(found, (weight.float() + left @ right).bfloat16())
+    assert torch.equal(found, expected)
+    assert torch.equal(FactoredWeight(weight, left, right).to(torch.int32), expected.to(torch.int32))
 
 
-def test_whole_numbers_are_those_of_the_sum():
-    inputs = parts(M, N)
-    assert torch.equal(FactoredWeight(*inputs).to(torch.int32), plain(*inputs).to(torch.int32))
-
-
-def test_the_number_of_an_expert_is_fetched_from_the_device_once():
-    number, inputs = torch.tensor(1), parts(E, M, N)
-    recorder = Operators()
-    with recorder:
-        FactoredWeight(*inputs)[number]
-    assert sum("_local_scalar_dense" in name for name in recorder.seen) == 1
-
-
-@pytest.mark.parametrize("name", ["linear", "x @ stack", "one expert", "experts by number"])
+@pytest.mark.parametrize("name", ["linear", "experts by number"])
 def test_operator_under_autocast_has_its_dtype(name):
     x_shape, shape, run = FACTORED[name]
     x, weights = leaf(*x_shape, dtype=torch.float32), parts(*shape, dtype=torch.float32)
@@ -384,8 +347,7 @@ UNASKED: dict[str, Operator] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", UNASKED)
+@pytest.mark.parametrize(("name", "dtype"), covering([*UNASKED], [*DTYPES], meet=1))
 def test_where_no_operator_is_asked_result_and_gradients_are_those_of_the_sum(name, dtype):
     assert_like_the_sum(UNASKED[name], (leaf(E, 5, M, dtype=dtype), *parts(E, M, N, dtype=dtype)), DTYPES[dtype])
 
@@ -403,27 +365,25 @@ def test_reentrant_checkpoint_gives_the_gradients_of_the_sum():
     torch.testing.assert_close([tensor.grad for tensor in (x, *weights)], list(expected))
 
 
+def add_without_torch_function(w: torch.Tensor) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        w.add_(1)
+
+
 WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
     "add_": lambda w: w.add_(1),
-    "+=": lambda w: w.__iadd__(1),
     "w[0] =": lambda w: w.__setitem__(0, 1.0),
     "data =": lambda w: setattr(w, "data", torch.zeros(M, N)),
     "out": lambda w: torch.add(torch.ones(M, N), 1, out=w),
-    "init": lambda w: nn.init.zeros_(w),
+    "not asked for": add_without_torch_function,
 }
 
 
 @pytest.mark.parametrize("name", WRITES)
 def test_a_write_is_refused_by_its_name(name):
     stand_in = FactoredWeight(*(part.detach() for part in parts(M, N)))
-    with pytest.raises(LoRAError, match=r"writes into an adapted weight of shape \(8, 12\)"):
+    with pytest.raises(LoRAError, match=r"writes into an adapted weight"):
         WRITES[name](stand_in)
-
-
-def test_a_write_that_is_not_asked_for_is_refused_too():
-    stand_in = FactoredWeight(*(part.detach() for part in parts(M, N)))
-    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(LoRAError, match="add_: a forward writes"):
-        stand_in.add_(1)
 
 
 def test_a_stand_in_is_freed_without_the_garbage_collector():
@@ -438,80 +398,31 @@ def test_a_stand_in_is_freed_without_the_garbage_collector():
 
 # --- transformers' experts ---
 
-DEEPSEEK = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 0,
-}
-DBRX = {
-    "d_model": 32,
-    "n_heads": 4,
-    "n_layers": 2,
-    "max_seq_len": 64,
-    "vocab_size": LLAMA["vocab_size"],
-    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-    "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-}
 SPARSE: dict[str, Family] = {
     "mixtral": causal("Mixtral", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": causal("Qwen3Moe", {**QWEN, **EXPERTS, "num_experts": 4}),
-    "olmoe": causal("Olmoe", {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2}),
-    "granitemoe": causal("GraniteMoe", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": causal("GptOss", {**QWEN, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "deepseek_v3": causal("DeepseekV3", {**LLAMA, **EXPERTS, **DEEPSEEK}),
     "llama4": causal("Llama4", {**QWEN, "num_local_experts": 4, "intermediate_size_mlp": 48}),
-    "dbrx": causal("Dbrx", DBRX),
 }
-OWN_FORWARD_ONLY = ("llama4", "dbrx")
-RUNS = [
-    (name, way, dtype)
-    for name in SPARSE
-    for way in ("eager", "batched_mm", "grouped_mm")
-    for dtype in (torch.float32, torch.float64)
-    if (way == "eager" or name not in OWN_FORWARD_ONLY) and (way, dtype) != ("grouped_mm", torch.float64)
-]
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    last = ("gate_up_proj", "down_proj", "mlp.w1", "mlp.v1", "mlp.w2")
-    return {name: weight for name, weight in model.named_parameters() if name.endswith(last)}
-
-
-class Stacks(TorchDispatchMode):
-    """The tensors of a stack's size that operators return, but for views of the parameters."""
-
-    def __init__(self, weights: dict[str, nn.Parameter]) -> None:
-        super().__init__()
-        self.sizes = {weight.numel() for weight in weights.values()}
-        self.storages = {weight.untyped_storage().data_ptr() for weight in weights.values()}
-        self.built: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            sized = type(made) is torch.Tensor and made.numel() in self.sizes
-            if sized and made.untyped_storage().data_ptr() not in self.storages:
-                self.built.append(f"{func} {tuple(made.shape)}")
-        return result
+    return {name: weight for name, weight in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))}
 
 
 @pytest.mark.transformers_5
-@pytest.mark.parametrize(("name", "way", "dtype"), RUNS, ids=str)
-def test_experts_of_transformers_stay_factored_and_give_output_and_gradients_of_the_sum(name, way, dtype, sums):
-    model = SPARSE[name].build().to(dtype).requires_grad_(False)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, "eager") for name in SPARSE]
+    + [(name, way) for name in ("mixtral", "gpt_oss") for way in ("batched_mm", "grouped_mm")],
+)
+def test_experts_of_transformers_stay_factored_and_give_output_and_gradients_of_the_sum(name, way, sums):
+    model = SPARSE[name].build().requires_grad_(False)
     model.config._experts_implementation = way
     inputs = SPARSE[name].inputs()
     weights = expert_parameters(model)
     factors = {}
     for weight_name, weight in weights.items():
-        _, left, right = parts(*weight.shape, dtype=dtype)
+        _, left, right = parts(*weight.shape, dtype=torch.float32)
         factors[weight_name] = [(0.1 * left).detach().requires_grad_(), (0.1 * right).detach().requires_grad_()]
     leaves = [factor for pair in factors.values() for factor in pair]
 
@@ -523,13 +434,10 @@ def test_experts_of_transformers_stay_factored_and_give_output_and_gradients_of_
     for weight_name, weight in weights.items():
         path, _, attribute = weight_name.rpartition(".")
         vars(model.get_submodule(path))[attribute] = FactoredWeight(weight, *factors[weight_name])
-    with Stacks(weights) as stacks:
-        found = model(**inputs).logits
-        gradients = torch.autograd.grad(found.square().sum(), leaves)
+    found = model(**inputs).logits
+    gradients = torch.autograd.grad(found.square().sum(), leaves)
     assert not sums
-    if way != "grouped_mm" or hasattr(torch, "_grouped_mm"):  # transformers' fallback forms the weight's gradient
-        assert not stacks.built
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    tolerance = 1e-5
     assert (base - expected).norm() > 1e-3 * expected.norm()
     assert (found - expected).norm() <= tolerance * expected.norm()
     for one, other in zip(gradients, expected_gradients, strict=True):

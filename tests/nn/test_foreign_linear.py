@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import (
     LoRAConfig,
@@ -25,7 +24,6 @@ from lightning_lora import (
     merged_state_dict,
     summary,
     unload,
-    unmerge,
 )
 from support.covering import covering
 from support.foreign import FOREIGN, INPUTS, WIDTH, QuantLinear, TELinear, WQLinear, inputs, network
@@ -74,7 +72,7 @@ def held(layer: Any, targets: tuple[str, ...] = ("layer",), **options: Any) -> A
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "shape", "rslora"),
-    covering([*FOREIGN], DTYPES, [(INPUTS,), (5, INPUTS), (2, 3, INPUTS)], [False, True]),
+    covering([*FOREIGN], DTYPES, [(INPUTS,), (5, INPUTS), (2, 3, INPUTS)], [False, True], meet=1),
 )
 def test_outputs_and_gradients_agree_with_float64(kind: str, dtype: torch.dtype, shape: Any, rslora: bool) -> None:
     torch.manual_seed(2)
@@ -106,11 +104,8 @@ def test_outputs_and_gradients_agree_with_float64(kind: str, dtype: torch.dtype,
     torch.testing.assert_close(x.grad.double(), wide.grad, rtol=of_input, atol=100 * of_input)
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_a_merged_model_keeps_such_layers_factored_and_says_so_once(
-    kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, x = adapted(kind, target_modules=[*TARGETS, "4"]), inputs()
+def test_a_merged_model_keeps_such_layers_factored_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = adapted(target_modules=[*TARGETS, "4"]), inputs()
     wanted, weight = model(x), model[4].weight.clone()
     with caplog.at_level(logging.INFO, logger="lightning_lora"):
         for _ in range(2):
@@ -119,89 +114,34 @@ def test_a_merged_model_keeps_such_layers_factored_and_says_so_once(
                 assert not torch.equal(model[4].weight, weight)
             assert same_bits(model[4].weight, weight)
             assert torch.equal(model(x), wanted)
-    name = type(network(kind)[0]).__name__
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1
-    assert f"2 layers of other libraries ({name}) stay factored" in said[0]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "QuantLinear" in said
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_the_base_is_there_while_the_adapter_is_off_and_after_unload(kind: str) -> None:
+def test_the_base_is_there_while_the_adapter_is_off_and_after_unload_and_copies_are_equal(kind: str) -> None:
     plain, model, x = network(kind).train(), adapted(kind).train(), inputs()
-    wanted, classes = plain(x), [type(layer) for layer in plain]
+    wanted, classes, found = plain(x), [type(layer) for layer in plain], model(x)
     with disable_adapter(model):
         assert torch.equal(model(x), wanted)
-    assert not torch.equal(model(x), wanted)
+    assert not torch.equal(found, wanted)
     merge(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(x), found)
+        assert type(again[0]) is type(model[0])
     unload(model)
     assert [type(layer) for layer in model] == classes
     assert torch.equal(model(x), wanted)
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_copies_and_pickles_compute_the_same(kind: str) -> None:
-    model, x = adapted(kind), inputs()
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(again(x), model(x))
-        assert type(again[0]) is type(model[0])
-
-
 @pytest.mark.slow
-def test_dropout_drops_inputs_of_the_adapter_alone_in_training() -> None:
-    model, x = adapted(lora_dropout=0.5).train(), inputs(2000)
-    with disable_adapter(model):
-        base = model[0](x)
-    a, b = model[0].lora_A, model[0].lora_B
-    whole = ALPHA / R * F.linear(F.linear(x, a), b)
-    mean = torch.stack([model[0](x) - base for _ in range(400)]).mean(0)
-    assert not torch.equal(model[0](x) - base, model[0](x) - base)
-    torch.testing.assert_close(mean.mean(0), whole.mean(0), rtol=0.1, atol=0.1)
-    torch.testing.assert_close(model.eval()[0](x) - base, whole, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("kind", "reentrant"), covering([*FOREIGN], [False, True]))
-def test_gradients_are_the_same_under_gradient_checkpointing(kind: str, reentrant: bool) -> None:
-    model, x = adapted(kind).train(), inputs().requires_grad_()
-    found = []
-    for run in (model, lambda value: checkpoint(model, value, use_reentrant=reentrant)):
-        model.zero_grad()
-        run(x).square().sum().backward()
-        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_outputs_under_autocast_are_those_of_the_base_and_the_product(kind: str) -> None:
-    model, x = adapted(kind), inputs()
-    a, b = model[0].lora_A, model[0].lora_B
-    with torch.autocast("cpu", torch.bfloat16):
-        found = model[0](x)
-        with disable_adapter(model):
-            base = model[0](x)
-        product = F.linear(F.linear(x, a), b * (ALPHA / R))
-    assert found.dtype == base.dtype
-    torch.testing.assert_close(found, base + product.to(base.dtype))
-
-
-@pytest.mark.parametrize("kind", ["GPTQ", "TE"])
-def test_a_compiled_model_computes_the_same_in_one_graph(kind: str) -> None:
-    model, x = adapted(kind).eval(), inputs()
+def test_a_compiled_model_computes_the_same_in_one_graph() -> None:
+    model, x = adapted().eval(), inputs()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
     compiled(x).sum().backward()
     assert model[0].lora_A.grad is not None
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore:torch.jit.trace is")
-@pytest.mark.parametrize("kind", ["GPTQ", "TE"])
-def test_a_traced_or_exported_model_computes_the_same(kind: str) -> None:
-    model, x = adapted(kind).eval(), inputs()
-    traced: Any = torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
-    for run in (traced, torch.export.export(model, (x,)).module(), torch.func.vmap(model)):
-        torch.testing.assert_close(run(x), model(x))
 
 
 def test_a_cast_model_keeps_float32_factors_and_a_double_one_gets_double_factors() -> None:
@@ -227,7 +167,7 @@ def test_statistics_and_summary_know_no_norm_of_the_weight() -> None:
     assert group.gradients["A"] > 0
     report = summary(model)
     assert (report.layers, report.groups[0].kind) == (2, "QuantLinear")
-    assert "whose weight only its own forward reads" in report.unmerged[0].reason
+    assert len(report.unmerged) == 1
     assert not report.also_saved
 
 
@@ -240,12 +180,11 @@ def test_plain_merged_weights_are_refused_by_name(verb: Any) -> None:
     assert torch.equal(model(x), wanted)
 
 
-@pytest.mark.parametrize("target", ["all-linear", "all-layers"])
-def test_all_linear_lists_such_layers_to_copy(target: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_linear_lists_such_layers_to_copy(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.ModuleDict({"q": network()[0], "k": network()[2]}), nn.ModuleDict({"q": network()[0]}))
     model.append(nn.Linear(3, 3))
     with caplog.at_level(logging.INFO, logger="lightning_lora"):
-        assert inject(model, LoRAConfig(target_modules=target)) == ["2"]
+        assert inject(model, LoRAConfig(target_modules="all-linear")) == ["2"]
     assert sum("target_modules=['q', 'k']" in record.getMessage() for record in caplog.records) == 1
     unload(model)
     assert inject(model, LoRAConfig(target_modules=["q", "k"])) == ["0.q", "0.k", "1.q"]
@@ -254,9 +193,7 @@ def test_all_linear_lists_such_layers_to_copy(target: str, caplog: pytest.LogCap
 @pytest.mark.parametrize(
     ("options", "listed"),
     [
-        ({}, "target_modules=['0', '2']"),
         ({"exclude_modules": ["0"]}, "target_modules=['2']"),
-        ({"modules_to_save": ["2"]}, "target_modules=['0']"),
         ({"use_dora": True}, ""),
     ],
 )
@@ -269,37 +206,29 @@ def test_the_list_holds_what_can_be_adapted_and_no_more(options: Any, listed: st
     assert all(listed in line for line in said)
 
 
-def test_whole_names_are_listed_where_last_segments_would_name_others() -> None:
-    model = nn.Sequential(nn.Sequential(network()[0]), nn.Sequential(nn.ReLU()))
-    with pytest.raises(LoRAError, match=r"target_modules=\['0\.0'\]"):
-        inject(model, LoRAConfig())
-
-
 # --- what is refused ---
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("kind", "options"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-        ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga'"),
-        ({"variant": "loha"}, "variant='loha'"),
-        ({"enable_lora": {"2": [True, False]}}, "enable_lora"),
+        ("GPTQ", {"use_dora": True}),
+        ("AWQ", {"init_lora_weights": "pissa"}),
+        ("HQQ", {"init_lora_weights": "lora_ga"}),
+        ("TE", {"variant": "loha"}),
+        ("GPTQ", {"enable_lora": {"2": [True, False]}}),
     ],
 )
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_what_reads_the_weight_is_refused_by_name(kind: str, options: Any, said: str) -> None:
+def test_what_reads_the_weight_is_refused_by_name(kind: str, options: Any) -> None:
     model = network(kind)
-    with pytest.raises(LoRAError, match=f"'2': {said}.* a (Quant|WQ|HQQ|TE)Linear.*exclude_modules=\\['2'\\]"):
+    with pytest.raises(LoRAError, match=rf"'2': {next(iter(options))}.*Linear.*exclude_modules=\['2'\]"):
         inject(model, LoRAConfig(r=R, target_modules=["2"], **options))
     assert not any("lora" in name for name in model.state_dict())
 
 
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_a_bias_that_is_no_parameter_cannot_be_trained_and_one_that_is_can(bias: Any) -> None:
-    with pytest.raises(LoRAError, match=r"'0': the bias of the QuantLinear is no parameter.*bias='none'"):
+def test_a_bias_that_is_no_parameter_cannot_be_trained_and_one_that_is_can() -> None:
+    bias: Any = "all"
+    with pytest.raises(LoRAError, match=r"'0': the bias of the QuantLinear.*bias='none'"):
         inject(network(), LoRAConfig(target_modules=["0"], bias=bias))
     model = network("TE")
     inject(model, LoRAConfig(target_modules=["0"], bias=bias))
@@ -323,25 +252,20 @@ def gathering() -> TELinear:
 
 
 @pytest.mark.parametrize(
-    ("layer", "found"),
+    ("layer", "options", "found"),
     [
-        (lambda: TELinear(INPUTS, WIDTH, return_bias=True), "a tuple"),
-        (lambda: Halving(nn.Linear(INPUTS, WIDTH)), r"\(5, 12\)"),
-        (gathering, r"maps \(5, 16\) to"),
+        (lambda: TELinear(INPUTS, WIDTH, return_bias=True), {}, "a tuple"),
+        (lambda: Halving(nn.Linear(INPUTS, WIDTH)), {}, r"\(5, 12\)"),
+        (gathering, {}, r"maps \(5, 16\) to"),
+        (lambda: TELinear(INPUTS, WIDTH), {"is_first_microbatch": True}, "one input"),
     ],
 )
-def test_two_outputs_and_other_shapes_are_refused_by_name(layer: Any, found: str) -> None:
+def test_two_inputs_two_outputs_and_other_shapes_are_refused_by_name(layer: Any, options: Any, found: str) -> None:
     model = held(layer())
-    with pytest.raises(LoRAError, match=rf"'layer': the .*{found}.*exclude_modules=\['layer'\]"):
-        model(inputs())
+    with pytest.raises(LoRAError, match=rf"'layer': .*{found}"):
+        model(inputs(), **options)
     with disable_adapter(model):
-        model(inputs())
-
-
-def test_two_inputs_are_refused_by_name() -> None:
-    model = held(TELinear(INPUTS, WIDTH))
-    with pytest.raises(LoRAError, match=r"'layer': a TELinear is adapted as a layer of one input.*with 2"):
-        model(inputs(), is_first_microbatch=True)
+        model(inputs(), **options)
 
 
 def test_a_layer_that_gives_its_input_no_gradient_is_refused_in_training() -> None:
@@ -363,11 +287,3 @@ def test_a_layer_that_gives_its_input_no_gradient_is_refused_in_training() -> No
     alone = held(Blind(nn.Linear(INPUTS, WIDTH)))  # nothing before it is trained
     alone.train()(inputs()).sum().backward()
     assert alone.layer.lora_A.grad is not None
-
-
-def test_merging_and_unmerging_such_a_model_is_harmless() -> None:
-    model, x = adapted(), inputs()
-    wanted = model(x)
-    for verb in (merge, merge, unmerge, unmerge):
-        verb(model)
-        assert torch.equal(model(x), wanted)

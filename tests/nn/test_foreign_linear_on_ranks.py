@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_lora import LoRACallback, adapter_state_dict
+from support.covering import covering
 from support.foreign import FOREIGN, INPUTS, network
 from support.processes import BACKEND, world
 from support.sharded import make_trainer, model_parallel
@@ -67,8 +68,7 @@ def fit(path: Path, kind: str, sharded: bool) -> tuple[dict[str, Any], dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize(("kind", "sharded"), covering([*FOREIGN], [True, False], meet=1))
 def test_ranks_train_as_one_process_does(tmp_path: Path, kind: str, sharded: bool) -> None:
     alone, _ = fit(tmp_path / "alone", kind, sharded=False)
     for saved, buffers in world().run(fit, tmp_path / "both", kind, sharded):

@@ -142,8 +142,10 @@ def test_a_part_of_loralibs_state_dict_is_an_error() -> None:
     assert all(torch.equal(ours.state_dict()[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("parts", [[True, True], [False, True], [True, False, False], [False, True, True, False]])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("parts", "turned"),
+    [([True, True], True), ([True, False, False], False), ([False, True, True, False], False), ([False, True], True)],
+)
 def test_fused_projection_equals_that_of_loralib(parts: list[bool], turned: bool) -> None:
     """Turned, loralib stores the weight as transformers' Conv1D does."""
     theirs = loralib.MergedLinear(8, 12, r=R, lora_alpha=ALPHA, enable_lora=parts, fan_in_fan_out=turned).double()
@@ -251,7 +253,7 @@ def test_the_same_outputs_as_peft_before_and_after_merging(name: str) -> None:
     torch.testing.assert_close(pair.ours(pair.x), pair.theirs(pair.x))
 
 
-@pytest.mark.parametrize("name", PEFT_LAYERS)
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
 def test_bfloat16_weights_drift_with_peft_and_stay_here(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: the same cycles, where subtracting the delta does not bring the weights back."""
     monkeypatch.setattr(sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", 0)  # not by plain copies
@@ -265,16 +267,3 @@ def test_bfloat16_weights_drift_with_peft_and_stay_here(name: str, monkeypatch: 
         unmerge(pair.ours)
     assert not same_bits(pair.their_layer.base_layer.weight, weight)
     assert same_bits(pair.ours[0].weight, weight)
-
-
-def test_bfloat16_weights_drift_with_loralib_and_stay_here() -> None:
-    theirs = Theirs().bfloat16()
-    ours = adapted_plain(theirs, merge_weights=True)
-    load_adapter(ours, loralib.lora_state_dict(theirs))
-    before = ours.out.weight.clone()
-    for _ in range(5):
-        for model in (theirs, ours):
-            model.eval()
-            model.train()
-    assert not same_bits(theirs.out.weight, before)
-    assert same_bits(ours.out.weight, before)

@@ -10,11 +10,17 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, merge, unload, unmerge
 from lightning_lora.nn import layer_kinds, lora_layer, low_rank
-from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lora_layer import LoRALayer
 from support.covering import covering
-from support.layers import ALPHA, CASES, DTYPES, Conv1D, R, Subject, UserLinear, make_subject, rounding, same_bits
+from support.layers import ALPHA, CASES, DTYPES, R, Subject, UserLinear, make_subject, rounding, same_bits
 from support.recorders import operators
+
+SOME = [  # one of each kind of layer and forward
+    *("linear, one vector", "user's linear", "activated linear", "linear of another library", "transformers Conv1D"),
+    *("fused, outer parts", "fused Conv1D", "embedding, padding", "embedding, by frequency", "conv1d, unbatched"),
+    *("conv2d, circular", "conv2d, depthwise", "conv3d, groups", "conv that pads", "conv with an inner forward"),
+    *("dora, linear", "dora, embedding, padding", "dora, conv2d"),
+]
 
 
 def assert_agrees(found: torch.Tensor, subject: Subject) -> None:
@@ -27,8 +33,7 @@ def assert_agrees(found: torch.Tensor, subject: Subject) -> None:
     assert not ((subject.plain(subject.x).double() - wanted).abs() <= tolerance).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), covering([*CASES], DTYPES, meet=1))
 def test_layer_outputs_unmerged_and_merged_agree_with_float64(name: str, dtype: torch.dtype) -> None:
     subject = make_subject(name, dtype)
     output = subject.model(subject.x)
@@ -44,8 +49,7 @@ def test_layer_outputs_unmerged_and_merged_agree_with_float64(name: str, dtype: 
         assert same_bits(subject.model(subject.x), subject.plain(subject.x))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), covering([*CASES], [*reversed(DTYPES)], meet=1))
 def test_layer_gradients_agree_with_float64(name: str, dtype: torch.dtype) -> None:
     """Those of the plain layer with W + s * B @ A for its weight."""
     subject = make_subject(name, dtype)
@@ -63,7 +67,7 @@ def test_layer_gradients_agree_with_float64(name: str, dtype: torch.dtype) -> No
     assert all(p.grad is None for name, p in subject.model.named_parameters() if "lora_" not in name)
 
 
-@pytest.mark.parametrize(("name", "dtype", "training"), covering(CASES, DTYPES, [False, True]))
+@pytest.mark.parametrize(("name", "dtype", "training"), covering(SOME, DTYPES, [False, True], meet=1))
 def test_new_adapter_on_a_layer_changes_no_bit_of_the_output(name: str, dtype: torch.dtype, training: bool) -> None:
     subject = make_subject(name, dtype, fill=False)
     wanted = subject.plain(subject.x)
@@ -72,8 +76,8 @@ def test_new_adapter_on_a_layer_changes_no_bit_of_the_output(name: str, dtype: t
     assert torch.equal(subject.model(subject.x), wanted)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_adapted_layer_keeps_class_and_parameter_names_and_shows_its_rank(name: str) -> None:
+@pytest.mark.parametrize("name", SOME)
+def test_adapted_layer_keeps_class_and_names_shows_its_rank_and_takes_its_input_by_keyword(name: str) -> None:
     subject = make_subject(name)
     assert isinstance(subject.layer, type(subject.plain.layer))
     shown = [subject.plain.layer.extra_repr(), f"r={R}, alpha={ALPHA:g}"]
@@ -81,24 +85,16 @@ def test_adapted_layer_keeps_class_and_parameter_names_and_shows_its_rank(name: 
     base = {name: p for name, p in subject.model.named_parameters() if "lora_" not in name}
     assert list(base) == [name for name, _ in subject.plain.named_parameters()]
     assert [name for name, _ in subject.model.named_modules()] == ["", "layer"]
-
-
-def test_methods_of_a_users_class_see_the_adapter() -> None:
-    subject = make_subject("user's linear")
-    assert isinstance(subject.layer, UserLinear)
-    assert torch.equal(subject.layer.twice(subject.x), 2 * subject.layer(subject.x))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_adapted_layer_takes_its_input_by_keyword(name: str) -> None:
-    subject = make_subject(name)
-    for merged in (False, True):
-        (merge if merged else unmerge)(subject.model)
+    for verb in (unmerge, merge):
+        verb(subject.model)
         wanted = subject.layer(subject.x)
         assert torch.equal(subject.layer(**{subject.case.keyword: subject.x}), wanted)
 
 
-def test_adapted_layer_with_its_own_forward_gets_all_arguments() -> None:
+def test_methods_and_own_forwards_of_a_users_class_see_the_adapter_and_get_all_arguments() -> None:
+    subject = make_subject("user's linear")
+    assert isinstance(subject.layer, UserLinear)
+    assert torch.equal(subject.layer.twice(subject.x), 2 * subject.layer(subject.x))
     subject = make_subject("conv that pads")
     for side in (0, 1):
         assert subject.layer(subject.x, side=side).shape[-1] == 4 + side
@@ -124,7 +120,7 @@ def test_a_layer_of_torch_whose_forward_has_several_arguments_gets_them_all(monk
     assert all(tensor.grad.any() for tensor in layer.stored().values())
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.merges])
+@pytest.mark.parametrize("name", [name for name in SOME if CASES[name].merges])
 def test_a_merged_layer_runs_just_the_operators_of_the_plain_one(name: str) -> None:
     subject = make_subject(name)
     wanted = operators(subject.plain, subject.x)
@@ -136,31 +132,23 @@ def test_a_merged_layer_runs_just_the_operators_of_the_plain_one(name: str) -> N
     assert not subject.layer._forward_pre_hooks
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
-def test_embedding_whose_forward_writes_into_its_weight_is_refused_by_name(options: dict[str, Any]) -> None:
-    model = nn.Sequential(nn.Embedding(11, 6, max_norm=1.5))
-    with pytest.raises(LoRAError, match=r"^inject: '0': max_norm .*set it to None, or leave it out with"):
+@pytest.mark.parametrize(
+    ("layer", "options", "named"),
+    [
+        (nn.Embedding(11, 6, max_norm=1.5), {}, "'0': max_norm"),
+        (nn.Linear(8, 12), {"enable_lora": {"0": [True, False, True, True, False]}}, "5 parts"),
+    ],
+)
+def test_a_layer_that_cannot_have_such_factors_is_refused_by_name(
+    layer: nn.Module, options: dict[str, Any], named: str
+) -> None:
+    model, before = nn.Sequential(layer), type(layer)
+    with pytest.raises(LoRAError, match=named):
         inject(model, LoRAConfig(r=R, target_modules=["0"], **options))
-    assert type(model[0]) is nn.Embedding
+    assert type(model[0]) is before
 
 
 # Which way a layer goes -----------------------------------------------------------------------------------------------
-
-
-def test_conv1d_is_recognised_without_importing_transformers() -> None:
-    layer = Conv1D(6, 8)
-    model = nn.Sequential(layer)
-    inject(model, LoRAConfig(r=2))
-    assert isinstance(layer, LoRALinear)
-    assert tuple(layer.lora_A.shape) == (2, 8)
-    assert tuple(layer.lora_B.shape) == (6, 2)
-
-
-def test_enable_lora_with_parts_that_do_not_divide_the_outputs_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(8, 12))
-    with pytest.raises(LoRAError, match="5 parts, which do not divide its 12 outputs"):
-        inject(model, LoRAConfig(target_modules=["0"], enable_lora={"0": [True, False, True, True, False]}))
-    assert type(model[0]) is nn.Linear
 
 
 class Gated(nn.Module):
@@ -174,7 +162,7 @@ class Gated(nn.Module):
         return torch.sigmoid(x.mean(-1, keepdim=True)) * (x @ self.weight.T)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
 def test_a_kind_of_layer_is_one_class(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_layer, "LAYER_CLASSES", list(lora_layer.LAYER_CLASSES))
     monkeypatch.setattr(layer_kinds, "LAYER_CLASSES", lora_layer.LAYER_CLASSES)
@@ -200,41 +188,3 @@ def test_a_kind_of_layer_is_one_class(options: dict[str, Any], monkeypatch: pyte
     assert torch.equal(model[0].weight, weight)
     unload(model)
     assert type(model[0]) is Gated
-
-
-class Transposed(nn.Module):
-    """A linear layer of a class of its own, with the weight stored (in, out)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 5))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight
-
-
-def test_a_kind_of_a_users_class_runs_on_its_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_layer, "LAYER_CLASSES", list(lora_layer.LAYER_CLASSES))
-    monkeypatch.setattr(layer_kinds, "LAYER_CLASSES", lora_layer.LAYER_CLASSES)
-    products = []
-
-    class LoRATransposed(LoRALayer):
-        KIND = low_rank.CONV1D
-        MODULES = (Transposed,)
-
-        def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            products.append(x @ a.T @ b.T)
-            return products[-1]
-
-    class OfAUser(Transposed):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
-
-    for build, runs_on_factors in ((Transposed, True), (OfAUser, False)):
-        model, x = nn.Sequential(build()), torch.randn(3, 4)
-        inject(model, LoRAConfig(r=2, target_modules=["0"], init_lora_weights=False))
-        products.clear()
-        expected = model(x)
-        assert len(products) == runs_on_factors
-        merge(model)
-        torch.testing.assert_close(model(x), expected)

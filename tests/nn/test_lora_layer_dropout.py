@@ -13,14 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lora_layer_on_a_device import Packed
 from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject
-from lightning_lora.nn.adapted_module import swapped_class
-from lightning_lora.nn.linear import LoRAQuantisedLinear
+from lightning_lora import LoRAConfig, disable_adapter, inject
 from lightning_lora.nn.lora_layer import drop
 from support.covering import covering
 from support.devices import Place
@@ -28,36 +25,26 @@ from support.layers import ALPHA, CASES, Case, Holder, R, make_subject, matrix
 from support.quantised import QUANTISED, adapted, inputs
 
 P = 0.5  # a value that is kept is doubled, exactly in every dtype
-LOOKED_UP = [name for name in CASES if "embedding" in name]  # no dropout, as in PEFT and loralib
 
 # The table: kinds of layers, ways to run them, precisions -----------------------------------------------------------
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "pissa": {"init_lora_weights": "pissa"},
-    "quantised": {},
-}
-WITH_OPTIONS = {
-    "pissa": ("linear", "linear, three axes", "transformers Conv1D"),
-    "quantised": ("linear", "linear, one vector", "linear, three axes", "fused, outer parts"),
-}
-KINDS = {name: case for name, case in CASES.items() if name not in LOOKED_UP and "embedding" not in name}
-KINDS |= {
-    f"{option}, {name}": replace(CASES[name], options=OPTIONS[option])
-    for option, names in WITH_OPTIONS.items()
-    for name in names
-}
+SOME = (
+    *("linear, one vector", "linear, three axes", "activated linear", "linear of another library"),
+    *("transformers Conv1D", "fused, outer parts", "conv1d, unbatched", "conv2d, circular", "conv2d, depthwise"),
+    *("conv that pads", "dora, linear, three axes", "dora, transformers Conv1D", "dora, conv2d"),
+)
+KINDS = {name: CASES[name] for name in SOME}
+KINDS["pissa"] = replace(CASES["linear, three axes"], options={"init_lora_weights": "pissa"})
 # These build W' without the input, so a mask is of whole features of it.
-DENSE = [name for name in KINDS if any(each in name for each in ("activated", "that pads", "an inner forward"))]
+DENSE = [name for name in KINDS if any(each in name for each in ("activated", "that pads"))]
 
 WAYS = ("cpu", "device", "transformed", "without gradients", "not contiguous")
 PRECISIONS = {"float32": (torch.float32, 4e-6), "bfloat16": (torch.bfloat16, 3e-2)}
 
 
 def is_a_row(kind: str, way: str, precision: str) -> bool:
-    if way == "not contiguous":  # only nn.Linear takes such an input by a way of its own
-        return len(KINDS[kind].shape) == 3 and "conv" not in kind.lower()
-    # the weight of this stand-in is a plain one, which then runs as one operation on a device
-    return (way, kind) != ("device", "quantised, fused, outer parts")
+    """Only nn.Linear takes an input that is not contiguous by a way of its own."""
+    return way != "not contiguous" or (len(KINDS[kind].shape) == 3 and "conv" not in kind.lower())
 
 
 # What is expected: in float64, from the definitions -----------------------------------------------------------------
@@ -74,11 +61,7 @@ class Made(NamedTuple):
 def make(kind: str, dtype: torch.dtype) -> Made:
     """Factors are about as large as W, so that a product with another mask is another output."""
     case = KINDS[kind]
-    quantised = kind.startswith("quantised")
-    linear = case.build()
-    if quantised:  # stands for a layer with packed bytes: its forward is its own
-        linear.__class__ = Packed
-    plain = Holder(linear).to(dtype)
+    plain = Holder(case.build()).to(dtype)
     model = copy.deepcopy(plain)
     plain.requires_grad_(False)
     options: dict[str, Any] = {"r": R, "lora_alpha": ALPHA, "target_modules": ["layer"], "lora_dropout": P}
@@ -86,9 +69,6 @@ def make(kind: str, dtype: torch.dtype) -> Made:
         options["enable_lora"] = {"layer": list(case.parts)}
     inject(model, LoRAConfig(**options | case.options))
     layer: Any = model.layer
-    if quantised:
-        layer.__class__ = swapped_class(LoRAQuantisedLinear, Packed)
-        layer.lora.custom_forward = False
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if parameter.requires_grad and name != "lora_magnitude":
@@ -135,9 +115,7 @@ def expected(made: Made, case: Case, mask: torch.Tensor, *, dense: bool) -> dict
     if dense:
         output = run(weight + delta if scale is None else scale * (weight + delta), x, biased=True)
     else:
-        dropped = x * mask.double()
-        # Packed doubles what its weight gives, and no product of factors is doubled.
-        product = run(delta / 2 if isinstance(wide.layer, Packed) else delta, dropped)
+        product = run(delta, x * mask.double())
         output = run(weight, x, biased=True) + product
         if scale is not None:
             per_output = scale.view(-1, *[1] * (weight.dim() - 2)) if weight.dim() > 2 else scale.flatten()
@@ -212,9 +190,15 @@ def test_the_mask_is_on_what_the_adapter_gets_on_every_path(
     assert len(found) == (1 if way == "without gradients" else len(wanted))
 
 
-@pytest.mark.parametrize("way", ["cpu", "device"])
-@pytest.mark.parametrize("targets", [["layer"], ["layer", "layer.out_proj"]], ids=["alone", "with out_proj"])
-@pytest.mark.parametrize("apart", [False, True], ids=["one weight", "q, k and v apart"])
+@pytest.mark.parametrize(
+    ("apart", "targets", "way"),
+    [
+        (False, ["layer", "layer.out_proj"], "cpu"),
+        (True, ["layer"], "cpu"),
+        (False, ["layer"], "device"),
+        (True, ["layer", "layer.out_proj"], "device"),
+    ],
+)
 def test_attention_runs_on_weights_with_a_mask_of_features(apart: bool, targets: list[str], way: str, a_device: Place):
     sizes = {"kdim": 6, "vdim": 4} if apart else {}
     plain: Any = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
@@ -285,15 +269,17 @@ def outputs_and_gradient(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, tor
 # What a mask is, and where there is none ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_dropout_does_nothing_in_evaluation(name: str) -> None:
+@pytest.mark.parametrize("name", [*SOME, "embedding, padding"])
+def test_dropout_does_nothing_in_evaluation_and_where_the_adapter_is_off(name: str) -> None:
     subject, same = make_subject(name, lora_dropout=P), make_subject(name)
     same.model.load_state_dict(subject.model.state_dict())
     for model in (subject.model, subject.model.train().eval()):
         assert torch.equal(model(subject.x), same.model(subject.x))
+    with disable_adapter(subject.model.train()):
+        assert torch.equal(subject.model(subject.x), subject.plain(subject.x))
 
 
-@pytest.mark.parametrize("name", ["linear", "transformers Conv1D", "conv2d, pointwise", "fused, all parts"])
+@pytest.mark.parametrize("name", ["linear", "conv2d, pointwise"])
 def test_the_share_of_dropped_features_is_p(name: str) -> None:
     """Where only one input feature is not zero, the adapter's output is there, scaled, or it is not."""
     subject = make_subject(name, torch.float64, lora_dropout=P)
@@ -311,33 +297,10 @@ def test_the_share_of_dropped_features_is_p(name: str) -> None:
     assert abs(kept.double().mean() - (1 - P)) < 0.1
 
 
-@pytest.mark.parametrize("name", LOOKED_UP)
+@pytest.mark.parametrize("name", ["embedding, padding", "dora, embedding, padding"])
 def test_dropout_on_an_embedding_drops_nothing(name: str) -> None:
     subject = make_subject(name, lora_dropout=P)
     assert torch.equal(subject.model.train()(subject.x), subject.model.eval()(subject.x))
-
-
-@pytest.mark.parametrize("name", ["linear", "conv2d", "conv that pads", "fused, outer parts"])
-def test_disabled_adapter_in_training_drops_nothing(name: str) -> None:
-    subject = make_subject(name, lora_dropout=P)
-    subject.model.train()
-    with disable_adapter(subject.model):
-        assert torch.equal(subject.model(subject.x), subject.plain(subject.x))
-
-
-def test_dropout_leaves_the_input_of_the_base_whole() -> None:
-    model: Any = nn.Sequential(nn.Linear(8, 6))
-    plain = nn.Linear(8, 6)
-    plain.load_state_dict(model[0].state_dict())
-    inject(model, LoRAConfig(r=2, lora_dropout=0.9))
-    x = torch.randn(4, 8)
-    assert torch.equal(model.train()(x), plain.requires_grad_(False)(x))  # B is zero
-
-
-@pytest.mark.parametrize("value", [1.0, -0.1, 1.5, True, "0.1"])
-def test_dropout_that_is_no_probability_is_refused(value: Any) -> None:
-    with pytest.raises(LoRAError, match="lora_dropout must be a probability"):
-        LoRAConfig(lora_dropout=value)
 
 
 @pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])

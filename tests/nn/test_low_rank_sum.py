@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.nn.low_rank_sum import compute_dtype, fits, low_rank_sum
 from support.covering import covering
@@ -119,11 +118,10 @@ def upstream(output: torch.Tensor) -> torch.Tensor:
     return torch.randn(output.shape).to(output.dtype)
 
 
-def trains(name: str, trained: str) -> bool:
-    return any(tensor.requires_grad for tensor in Case(**CASES[name], trained=TRAINED[trained]).given())
-
-
-@pytest.mark.parametrize(("name", "trained"), [(name, t) for name in CASES for t in TRAINED if trains(name, t)])
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [("dropped", trained) for trained in TRAINED] + [(name, "everything") for name in CASES if name != "dropped"],
+)
 def test_output_and_gradients_are_those_of_plain_operators(name: str, trained: str) -> None:
     case = Case(**CASES[name], trained=TRAINED[trained])
     (output, found), (wanted, expected) = gradients(case.as_one, case), gradients(case.by_operators, case)
@@ -133,12 +131,12 @@ def test_output_and_gradients_are_those_of_plain_operators(name: str, trained: s
         torch.testing.assert_close(found[each], gradient)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["rows", "dropped"])
 def test_numerical_gradients_agree_twice_and_in_batches(name: str) -> None:
     case = Case(**CASES[name])
     tensors = tuple(case.given())
     assert gradcheck(case.as_one, tensors, fast_mode=True, check_batched_grad=True)
-    assert gradgradcheck(case.as_one, tensors, fast_mode=True)
+    assert gradgradcheck(lambda *each: case.as_one(*each).square(), tensors, fast_mode=True)  # by h and by the output
 
 
 # What the operation keeps and gives -----------------------------------------------------------------------------------
@@ -165,15 +163,6 @@ def test_no_more_is_kept_for_the_backward_than_it_needs(trained: tuple[str, ...]
     assert found == [tuple(shapes[name]) for name in kept]
 
 
-def test_without_gradients_nothing_is_kept() -> None:
-    case = Case()
-    for quiet in (torch.no_grad(), torch.inference_mode()):
-        with quiet:
-            output = case.as_one(*case.given())
-        assert output.grad_fn is None
-        torch.testing.assert_close(output, case.by_operators(*case.given()).detach())
-
-
 def test_output_is_no_view_and_may_be_changed_in_place_with_a_hook_on_it() -> None:
     """fully_shard puts hooks on outputs, and an activation may then overwrite them."""
     found = []
@@ -196,24 +185,6 @@ def test_input_changed_in_place_after_the_forward_is_noticed_as_torch_does() -> 
         output.sum().backward()
 
 
-@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "hooks"])
-@pytest.mark.parametrize("name", ["rows", "dropped"])
-def test_checkpointing_and_hooks_on_what_is_kept_change_no_gradient(name: str, how: str) -> None:
-    case = Case(**CASES[name])
-
-    def function(*tensors: torch.Tensor) -> torch.Tensor:
-        if how == "hooks":
-            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().numpy(), torch.from_numpy):
-                return case.as_one(*tensors)
-        return checkpoint(case.as_one, *tensors, use_reentrant=how == "reentrant")
-
-    (output, found), (wanted, expected) = gradients(function, case), gradients(case.as_one, case)
-    assert torch.equal(output, wanted)
-    for each, gradient in expected.items():
-        assert (found[each] is None) == (gradient is None)
-        assert gradient is None or torch.equal(found[each], gradient)
-
-
 # Dtypes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +200,9 @@ def wide(case: Case, size: Callable[[torch.Tensor], torch.Tensor]) -> Case:
 
 @pytest.mark.parametrize(
     ("name", "dtype", "factors"),
-    covering(["rows", "dropped", "no rows"], [torch.float32, torch.bfloat16, torch.float16], [None, torch.float32]),
+    covering(
+        ["rows", "dropped", "no rows"], [torch.float32, torch.bfloat16, torch.float16], [None, torch.float32], meet=1
+    ),
 )
 def test_each_dtype_gives_the_outputs_and_gradients_of_float64(
     name: str, dtype: torch.dtype, factors: torch.dtype | None
@@ -254,8 +227,7 @@ def assert_rounded(case: Case, output: torch.Tensor, found: dict[str, Any], dtyp
             assert ((found[each].double() - gradient).abs() <= rounding(dtype, bounds[each])).all()
 
 
-@pytest.mark.parametrize("name", ["rows", "dropped"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "dtype"), [("rows", torch.bfloat16), ("dropped", torch.float16)])
 def test_autocast_casts_each_tensor_once_and_gradients_arrive_in_the_dtypes_of_the_tensors(
     dtype: torch.dtype, name: str
 ) -> None:
@@ -276,36 +248,6 @@ def test_autocast_leaves_float64_and_integers_alone() -> None:
         case = Case()
         assert case.as_one(*case.given()).dtype == torch.float64
     assert compute_dtype(torch.ones(2, device="meta")) == torch.float32
-
-
-@pytest.mark.parametrize("name", ["x", "weight", "bias"])
-def test_base_with_two_dtypes_is_refused_as_torch_refuses_it(name: str) -> None:
-    case = Case(dtype=torch.float32)
-    case.tensors[name] = case.tensors[name].detach().bfloat16()
-    for function in (case.as_one, case.by_operators):
-        with pytest.raises(RuntimeError, match="dtype"):
-            function(*case.given())
-
-
-def test_scaled_losses_in_float16_train_as_float32_does() -> None:
-    results = []
-    for mixed in (True, False):
-        case = Case(dtype=torch.float32, trained=("a", "b"))
-        factors = [case.tensors["a"], case.tensors["b"]]
-        optimizer, scaler = torch.optim.SGD(factors, lr=5e3), torch.amp.GradScaler("cpu", 2.0**14, enabled=mixed)
-        for _ in range(3):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.float16, enabled=mixed):
-                loss = 1e-6 * case.as_one(*case.given()).float().square().mean()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        assert scaler.get_scale() == (2.0**14 if mixed else 1.0)
-        results.append(torch.cat([factor.detach().flatten() for factor in factors]))
-    start = torch.cat([Case(dtype=torch.float32).tensors[each].detach().flatten() for each in ("a", "b")])
-    moved = (results[1] - start).norm()
-    assert moved > 0
-    assert (results[0] - results[1]).norm() < 16 * torch.finfo(torch.float16).eps * moved
 
 
 # Where plain operators stay -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_lora import LoRACallback
 from lightning_lora.nn.linear import LoRALinear
+from support.covering import covering
 from support.processes import BACKEND, world
 from support.sharded import Plain, Sharded, data, make_trainer, model_parallel, whole_state
 from support.sharded_adapters import lora
@@ -64,8 +65,7 @@ def fit(path: Path, strategy: str, options: dict[str, Any], one: bool) -> tuple[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("option", "strategy"), covering([*OPTIONS], [*STRATEGIES], meet=1))
 def test_fit_as_one_operation_equals_the_cpus_own_way(tmp_path, strategy, option):
     expected_losses, expected = world().run(fit, tmp_path / "plain", strategy, OPTIONS[option], False)[0]
     for losses, state in world().run(fit, tmp_path / "one", strategy, OPTIONS[option], True):
