@@ -1,4 +1,4 @@
-"""The groups of measurements; each yields rows (group, what, value, unit, target or None)."""
+"""The groups of measurements; each yields rows."""
 
 from __future__ import annotations
 
@@ -13,41 +13,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import (
-    interleaved,
-    milliseconds,
-    overhead,
-    peak_bytes,
-    ratio,
-    resident_bytes,
-    saved_bytes,
-)
+from measure import interleaved, milliseconds, peak_bytes, ratio
 from stack import CANDIDATES, fill, lora_lib, narrow_peft, ours, peft_model, stack, step
 from torch import nn
 
-from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_adapter, merge, merged, save_adapter, unmerge
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora import LoRAConfig, inject, load_adapter, merge, merged, save_adapter, unmerge
 
 
 @dataclass
 class Row:
-    """`figure` of `what` at some size, as: / peft, training step fp32, d=128."""
+    """`figure` of `what` at some size, as: / peft, training step fp32, d=128; "ours" has a unit, others are ratios."""
 
-    group: str
     what: str
     at: str
     figure: str
     value: float
     unit: str = ""
-    target: float | None = None  # at most
-
-    @property
-    def verdict(self) -> str:
-        return "" if self.target is None else "reached" if self.value <= self.target else "not reached"
 
 
 @dataclass
@@ -56,10 +40,9 @@ class Options:
     seconds: float  # for each timing
     widths: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
-    layers: tuple[int, ...]
     sides: tuple[int, ...]  # of the square weights that are merged
-    compiled: tuple[bool, ...]  # as group a runs
-    hooks: dict[int, float | None]  # numbers of layers, each with the milliseconds wanted
+    layers: int  # of a model with many
+    hooks: tuple[int, ...]  # numbers of layers
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -72,23 +55,19 @@ def inputs(d: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 
 def a_training_step(options: Options) -> Iterator[Row]:
-    for compiled, dtype, d, dropout in product(options.compiled, options.dtypes, options.widths, (0.0, 0.05)):
+    for dtype, d, dropout in product(options.dtypes, options.widths, (0.0, 0.05)):
         x = inputs(d, dtype, options.device)
         makers = CANDIDATES if dtype == torch.float32 else {**CANDIDATES, "narrow peft": narrow_peft}
         models = {name: make(stack(d, dtype, options.device), dropout) for name, make in makers.items()}
-        if compiled:
-            models = {name: torch.compile(model) for name, model in models.items()}
         calls = {name: lambda model=model, x=x: step(model.train(), x) for name, model in models.items()}
         times = interleaved(calls, options.seconds, options.device)
-        what = f"training step{' compiled' * compiled} {name_of(dtype)}{', dropout 0.05' * bool(dropout)}"
-        row = partial(Row, "a", what, f"d={d}")
+        what = f"training step {name_of(dtype)}{', dropout 0.05' * bool(dropout)}"
+        row = partial(Row, what, f"d={d}")
         yield row("ours", milliseconds(times, "ours"), "ms")
-        yield row("/ peft", ratio(times, ["ours"], ["peft"]), "", 1.0)
-        if "narrow peft" in times:
-            yield row("/ peft with bf16 adapters", ratio(times, ["ours"], ["narrow peft"]))
-        yield row("/ loralib", ratio(times, ["ours"], ["loralib"]), "", 1.0)
-        yield row("/ floor", ratio(times, ["ours"], ["floor"]))
-        yield row("overhead / peft's", overhead(times, "ours", "peft", "floor"), "", 0.75)
+        for other in ("peft", "loralib", "floor"):
+            yield row(f"/ {other}", ratio(times, ["ours"], [other]))
+        if "narrow peft" in times and not dropout:
+            yield Row(f"{what}, peft with bf16 factors", f"d={d}", "/ peft", ratio(times, ["ours"], ["narrow peft"]))
 
 
 def b_forward(options: Options) -> Iterator[Row]:
@@ -104,47 +83,39 @@ def b_forward(options: Options) -> Iterator[Row]:
             calls = {name: lambda m=m: m(x) for name, m in (("base", base), ("unmerged", adapted), ("merged", live))}
             with torch.no_grad():
                 times = interleaved(calls, options.seconds, options.device)
-            for state, target in (("unmerged", None), ("merged", 1.01 if d >= 512 else None)):
+            for state in ("unmerged", "merged"):
                 what = f"{state} forward {name_of(dtype)}"
-                yield Row("b", what, f"d={d}", "/ untouched base", ratio(times, [state], ["base"]), "", target)
+                yield Row(what, f"d={d}", "/ untouched base", ratio(times, [state], ["base"]))
 
 
 def c_merge(options: Options) -> Iterator[Row]:
-    goals = {torch.float32: (0.5, 0.5), torch.bfloat16: (0.4, 1.0)}
     for dtype in options.dtypes:
         for d in options.sides:
-            peft_goal, loralib_goal = goals[dtype] if d >= 4096 else (1.0, None)
             makers = [partial(make, targets=["0"]) for make in (ours, peft_model, lora_lib)]
             models = [make(_one_layer(d, dtype, options.device)) for make in makers]
-            row = partial(Row, "c", f"merge and unmerge {name_of(dtype)}, one layer", f"d={d}")
-            yield from _merge_rows(row, models, options, (peft_goal, loralib_goal))
+            row = partial(Row, f"merge and unmerge {name_of(dtype)}, one layer", f"d={d}")
+            yield from _merge_rows(row, models, options)
         for d in options.widths[:-1]:
             models = [make(stack(d, dtype, options.device)) for make in (ours, peft_model, lora_lib)]
-            row = partial(Row, "c", f"merge and unmerge {name_of(dtype)}, 24 layers", f"d={d}")
-            yield from _merge_rows(row, models, options, (1.0, None))
+            row = partial(Row, f"merge and unmerge {name_of(dtype)}, 24 layers", f"d={d}")
+            yield from _merge_rows(row, models, options)
 
 
-def _merge_rows(
-    row: Callable[..., Row], models: list[Any], options: Options, goals: tuple[float, float | None]
-) -> Iterator[Row]:
-    """A cycle of merging and unmerging by us, peft and loralib, and one copy of the weights."""
+def _merge_rows(row: Callable[..., Row], models: list[Any], options: Options) -> Iterator[Row]:
+    """A cycle of merging and unmerging by us, peft and loralib."""
     for model in models:
         fill(model)
     mine, theirs, lib = models
-    weights = [layer.weight.detach() for layer in adapted_layers(mine).values()]
-    copies = [torch.empty_like(weight) for weight in weights]
     calls = {
         "ours": lambda: (merge(mine), unmerge(mine)),
         "peft": lambda: (theirs.merge_adapter(), theirs.unmerge_adapter()),
         "loralib": lambda: (lib.eval(), lib.train()),
-        "copy": lambda: [copy.copy_(weight) for copy, weight in zip(copies, weights, strict=True)],
     }
     with quiet_fidelity():
         times = interleaved(calls, options.seconds, options.device)
     yield row("ours", milliseconds(times, "ours"), "ms")
-    yield row("/ one copy of the weights", ratio(times, ["ours"], ["copy"]))
-    for name, goal in zip(("peft", "loralib"), goals, strict=True):
-        yield row(f"/ {name}", ratio(times, ["ours"], [name]), "", goal)
+    for other in ("peft", "loralib"):
+        yield row(f"/ {other}", ratio(times, ["ours"], [other]))
 
 
 def _one_layer(d: int, dtype: torch.dtype, device: str) -> nn.Module:
@@ -159,17 +130,12 @@ def d_memory(options: Options) -> Iterator[Row]:
             x = inputs(d, dtype, options.device)
             models = {n: make(stack(d, dtype, options.device), dropout).train() for n, make in CANDIDATES.items()}
             peaks = {n: peak_bytes(lambda m=m: step(m, x), options.device) for n, m in models.items()}
-            saved = {n: saved_bytes(m, x) for n, m in models.items()}
-            resident = {n: 0 if dropout else resident_bytes(n, d, dtype, dropout) for n in ("ours", "peft")}
-            dropping = ", dropout 0.05" * bool(dropout)
-            row = partial(Row, "d", f"peak memory of a training step {name_of(dtype)}{dropping}", f"d={d}")
+            row = partial(
+                Row, f"peak memory of a training step {name_of(dtype)}{', dropout 0.05' * bool(dropout)}", f"d={d}"
+            )
             yield row("ours", peaks["ours"] / 2**20, "MiB")
-            yield row("/ peft", peaks["ours"] / peaks["peft"], "", 0.9)
-            yield row("/ loralib", peaks["ours"] / peaks["loralib"])
-            yield row("/ floor", peaks["ours"] / peaks["floor"])
-            yield row("saved for backward / peft's", saved["ours"] / saved["peft"])
-            if resident["peft"]:
-                yield row("resident / peft's", resident["ours"] / resident["peft"])
+            for other in ("peft", "loralib", "floor"):
+                yield row(f"/ {other}", peaks["ours"] / peaks[other])
     yield from _merging_memory(options)
 
 
@@ -188,36 +154,25 @@ def _merging_memory(options: Options) -> Iterator[Row]:
 
         with quiet_fidelity():
             peak = peak_bytes(cycle, options.device, partial(cycle, other))
-        yield Row("d", f"peak memory of merging {name_of(dtype)}", f"d={d}", "/ the weight", peak / weight)
+        yield Row(f"peak memory of merging {name_of(dtype)}", f"d={d}", "/ the weight", peak / weight)
 
 
 def e_many_layers(options: Options) -> Iterator[Row]:
-    costs: dict[str, list[float]] = {}
-    for count in options.layers:
-        model = _many_layers(count, 256, options.device)
-        with tempfile.TemporaryDirectory() as folder:
-            for what, call in {
-                "inject": lambda m=model: inject(m, LoRAConfig(r=8)),
-                "adapter_state_dict": lambda m=model: adapter_state_dict(m),
-                "save_adapter": lambda m=model, f=folder: save_adapter(m, f),
-                "load_adapter": lambda m=model, f=folder: load_adapter(m, f),
-            }.items():
-                costs.setdefault(what, []).append(_best(call, 1 if what == "inject" else 3))
-            size = sum(file.stat().st_size for file in Path(folder).iterdir())
-            raw = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        if count == 1000 or count == options.layers[-1]:
-            yield Row("e", "adapter folder", f"{count} layers", "/ its tensors' bytes", size / raw, "", 1.02)
-        # 64 wide, so that all are merged in one way: plain copies of larger ones would exceed their 64 MB
-        small = _many_layers(count, 64, options.device)
-        inject(small, LoRAConfig(r=8))
-        costs.setdefault("merge and unmerge", []).append(_best(lambda m=small: (merge(m), unmerge(m)), 5))
-    for what, seconds in costs.items():
-        at = options.layers.index(1000) if 1000 in options.layers else -1
-        target = 500 if what == "inject" else None
-        yield Row("e", what, f"{options.layers[at]} layers", "ours", 1e3 * seconds[at], "ms", target)
-        sizes = "/".join(map(str, options.layers))
-        yield Row("e", what, f"{sizes} layers", "grows with the power", _power(options.layers, seconds))
-    yield Row("e", "import", "", "over lightning's", _import_ms(), "ms", 50)
+    model = _many_layers(options.layers, 256, options.device)
+    # 64 wide, so that all are merged in one way: plain copies of larger ones would exceed their 64 MB
+    small = _many_layers(options.layers, 64, options.device)
+    inject(small, LoRAConfig(r=8))
+    with tempfile.TemporaryDirectory() as folder:
+        calls: list[tuple[str, int, Callable[[], Any], int]] = [
+            ("inject", 256, lambda: inject(model, LoRAConfig(r=8)), 1),
+            ("save_adapter", 256, lambda: save_adapter(model, folder), 3),
+            ("load_adapter", 256, lambda: load_adapter(model, folder), 3),
+            ("merge and unmerge", 64, lambda: (merge(small), unmerge(small)), 5),
+        ]
+        for what, width, call, times in calls:
+            seconds = _best(call, times)
+            yield Row(what, f"{options.layers} layers of {width}", "ours", 1e3 * seconds, "ms")
+    yield Row("import, beyond Lightning's", "", "ours", _import_ms(), "ms")
 
 
 def _many_layers(count: int, width: int, device: str) -> nn.Module:
@@ -232,12 +187,6 @@ def _best(call: Callable[[], Any], times: int) -> float:
         call()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
-
-
-def _power(counts: tuple[int, ...], seconds: list[float]) -> float:
-    """Slope of log(time) over log(layers), by least squares: 1 is linear."""
-    x, y = torch.tensor(counts).double().log(), torch.tensor(seconds).double().log()
-    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 
 def _import_ms() -> float:

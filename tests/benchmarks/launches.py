@@ -1,7 +1,6 @@
 """What a GPU is asked to do in a step and in a merge cycle: counted on a pretended device, beside peft.
 
-    python tests/benchmarks/run.py launches            # print the table and write it into README.md beside this file
-    python tests/benchmarks/run.py launches --time     # on a GPU: milliseconds by CUDA events instead
+    python tests/benchmarks/run.py launches   # print the table and write it into README.md beside this file
 
 Per layer, over the frozen network with a backward to its input (the "floor").
 """
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from measure import against
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import report
 from lightning_lora import LoRAConfig, inject, merge, unmerge
@@ -27,7 +26,6 @@ from lightning_lora import LoRAConfig, inject, merge, unmerge
 sys.path.append(str(Path(__file__).parents[1]))
 from support.devices import Count, count
 from support.pretend_device import pretend_device
-from support.variants import define_gated, variants_forgotten
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- launches: written by tests/benchmarks/launches.py -->\n", "<!-- end of launches -->"
@@ -47,17 +45,6 @@ class Tables(nn.Module):
         return torch.stack([table(tokens) for table in self.tables]).sum(0)
 
 
-class Fused(nn.Module):
-    """A projection to queries, keys and values, of which the next layer takes the queries."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.qkv(x)[:, :WIDTH]  # type: ignore[no-any-return]
-
-
 def chain(layer: Build) -> Callable[[int], nn.Module]:
     return lambda layers: nn.Sequential(*(layer() for _ in range(layers)))
 
@@ -65,9 +52,7 @@ def chain(layer: Build) -> Callable[[int], nn.Module]:
 LINEAR = chain(lambda: nn.Linear(WIDTH, WIDTH))
 
 
-def convolutions(channels_last: bool = False, **options: Any) -> Callable[[int], nn.Module]:
-    order: Any = torch.channels_last if channels_last else torch.preserve_format
-    return chain(lambda: nn.Conv2d(32, 32, 3, padding=1, **options).to(memory_format=order))
+CONVOLUTIONS = chain(lambda: nn.Conv2d(32, 32, 3, padding=1))
 
 
 def features() -> torch.Tensor:
@@ -78,42 +63,31 @@ def images() -> torch.Tensor:
     return torch.randn(4, 32, 8, 8)
 
 
-def images_with_channels_last() -> torch.Tensor:
-    return images().to(memory_format=torch.channels_last)
-
-
 @dataclass(frozen=True)
 class Row:
     """A line of the table.
 
     Attributes:
         options: of LoRAConfig.
-        peft: makes peft's config for these layers; None where peft has no such thing.
+        peft: makes peft's config for these layers.
         network: makes the network with this number of layers.
         x: makes an input of it.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
-    peft: Callable[..., Any] | None = LoraConfig
+    peft: Callable[..., Any] = LoraConfig
     network: Callable[[int], nn.Module] = LINEAR
     x: Callable[[], torch.Tensor] = features
 
 
-KINDS = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
+KINDS = (nn.Linear, nn.Embedding, nn.Conv2d)
 TABLE = {
     "LoRA": Row(),
     "LoRA, dropout": Row({"lora_dropout": 0.1}, partial(LoraConfig, lora_dropout=0.1)),
     "DoRA": Row({"use_dora": True}, partial(LoraConfig, use_dora=True)),
     "PiSSA (peft: plain)": Row({"init_lora_weights": "pissa"}),
-    "LoHa": Row({"variant": "loha"}, LoHaConfig),
-    "a variant of your own": Row({"variant": "gated"}, None),
-    "LoRA, Conv1D": Row(network=chain(lambda: Conv1D(WIDTH, WIDTH)), peft=partial(LoraConfig, fan_in_fan_out=True)),
-    "LoRA, Conv2d": Row(network=convolutions(), x=images),
-    "LoRA, Conv2d, channels last": Row(network=convolutions(channels_last=True), x=images_with_channels_last),
-    "LoRA, Conv2d, groups": Row(network=convolutions(groups=4), x=images, peft=None),  # peft cannot merge it
-    "LoRA, Embedding": Row(network=Tables, x=lambda: torch.arange(ROWS)),
+    "LoRA, Conv2d": Row(network=CONVOLUTIONS, x=images),
     "LoRA, Embedding, padding": Row(network=partial(Tables, padding_idx=0), x=lambda: torch.arange(ROWS)),
-    "LoRA, fused projection": Row(network=chain(Fused), peft=None),
 }
 
 
@@ -133,9 +107,8 @@ def adapted(row: Row, base: Build, ours: bool) -> nn.Module:
     model: Any = base()
     names = targets(model)
     if ours:
-        fused = {name: [True, False, True] for name in names if name.endswith("qkv")}
-        inject(model, LoRAConfig(r=RANK, target_modules=names, enable_lora=fused or None, **row.options))
-    elif row.peft is not None:
+        inject(model, LoRAConfig(r=RANK, target_modules=names, **row.options))
+    else:
         model = get_peft_model(model, row.peft(r=RANK, target_modules=names))
     fill_(model)
     return model.train()  # type: ignore[no-any-return]
@@ -166,8 +139,8 @@ class Counts:
 
     step: Count
     cycle: Count
-    peft_step: Count | None = None
-    peft_cycle: Count | None = None
+    peft_step: Count
+    peft_cycle: Count
 
 
 def counted(work: Callable[[], None]) -> Count:
@@ -177,8 +150,7 @@ def counted(work: Callable[[], None]) -> Count:
 
 def counts(row: Row, dtype: torch.dtype, layers: int = LAYERS) -> Counts:
     """Count for one line, on the pretended device."""
-    with pretend_device() as device, variants_forgotten():
-        define_gated()
+    with pretend_device() as device:
         torch.manual_seed(0)
         x = row.x().to(device)
         x = x.to(dtype) if x.is_floating_point() else x
@@ -188,12 +160,10 @@ def counts(row: Row, dtype: torch.dtype, layers: int = LAYERS) -> Counts:
 
         frozen = base().requires_grad_(False)
         floor = counted(lambda: step(frozen, x, to_input=True))
-        ours = adapted(row, base, ours=True)
-        found = [counted(lambda: step(ours, x)) - floor, counted(lambda: cycle(ours, ours=True))]
-        if row.peft is not None:
-            theirs = adapted(row, base, ours=False)
-            found += [counted(lambda: step(theirs, x)) - floor, counted(lambda: cycle(theirs, ours=False))]
-    return Counts(*found)
+        ours, theirs = (adapted(row, base, ours=is_ours) for is_ours in (True, False))
+        steps = [counted(lambda model=model: step(model, x)) - floor for model in (ours, theirs)]
+        cycles = [counted(lambda: cycle(ours, ours=True)), counted(lambda: cycle(theirs, ours=False))]
+    return Counts(steps[0], cycles[0], steps[1], cycles[1])
 
 
 def all_counts() -> dict[tuple[str, str], Counts]:
@@ -201,16 +171,14 @@ def all_counts() -> dict[tuple[str, str], Counts]:
 
 
 HEADER = (
-    "| variant | dtype | step: launches | peft's | bytes / peft's | float64 | waits "
-    "| merge cycle: launches | peft's | bytes / peft's | float64 | waits, all layers |",
-    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    "| variant | dtype | step: launches | peft's | bytes / peft's | merge cycle: launches | peft's | bytes / peft's |",
+    "|---|---|---|---|---|---|---|---|",
 )
 
 
-def cells(ours: Count, peft: Count | None) -> list[str]:
-    """Launches of a layer, peft's, the ratio of bytes, float64 operators of a layer, and waits of all layers."""
-    theirs = ["", ""] if peft is None else [f"{peft.launches / LAYERS:g}", f"{ours.bytes / peft.bytes:.2f}"]
-    return [f"{ours.launches / LAYERS:g}", *theirs, f"{ours.float64 / LAYERS:g}", f"{ours.waits}"]
+def cells(ours: Count, peft: Count) -> list[str]:
+    """Launches of a layer, peft's, and the ratio of bytes."""
+    return [f"{ours.launches / LAYERS:g}", f"{peft.launches / LAYERS:g}", against(ours.bytes / peft.bytes)]
 
 
 def markdown(found: dict[tuple[str, str], Counts]) -> str:
@@ -226,64 +194,11 @@ def shown() -> str:
     return README.read_text().split(BEGIN)[1].split(END)[0].strip()
 
 
-def write(table: str) -> None:
-    README.write_text(report.between(README.read_text(), BEGIN, END, table))
-
-
-# --- on a GPU ---
-
-
-def milliseconds(work: Callable[[], None], repeats: int = 50) -> float:
-    """The median of one run of `work` by CUDA events, which do not count what the host does meanwhile."""
-    times = []
-    for _ in range(10 + repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times[10:])[repeats // 2]
-
-
-def print_times() -> None:
-    """Milliseconds of a step and of a merge cycle; not run on a GPU yet."""
-    print("| variant | dtype | floor | step | peft's | merge cycle | peft's |\n|---|---|---|---|---|---|---|")
-    with variants_forgotten():
-        define_gated()
-        for name, row in TABLE.items():
-            for dtype_name, dtype in DTYPES.items():
-                print(f"| {name} | {dtype_name} | {' | '.join(times(row, dtype))} |", flush=True)
-
-
-def times(row: Row, dtype: torch.dtype) -> list[str]:
-    torch.manual_seed(0)
-    x = row.x().cuda()
-    x = x.to(dtype) if x.is_floating_point() else x
-
-    def base() -> nn.Module:
-        return row.network(LAYERS).to(dtype).cuda()
-
-    frozen = base().requires_grad_(False)
-    ours, theirs = adapted(row, base, ours=True), adapted(row, base, ours=False) if row.peft else None
-    works: list[Callable[[], None] | None] = [
-        lambda: step(frozen, x, to_input=True),
-        lambda: step(ours, x),
-        None if theirs is None else lambda: step(theirs, x),
-        lambda: cycle(ours, ours=True),
-        None if theirs is None else lambda: cycle(theirs, ours=False),
-    ]
-    return ["" if work is None else f"{milliseconds(work):.3f}" for work in works]
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--time", action="store_true", help="milliseconds by CUDA events, on a GPU")
-    if parser.parse_args(arguments).time:
-        print_times()
-        return
+    parser.parse_args(arguments)
     table = markdown(all_counts())
-    write(table)
+    README.write_text(report.between(README.read_text(), BEGIN, END, table))
     print(table)
 
 

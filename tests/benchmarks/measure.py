@@ -1,17 +1,13 @@
-"""Timing and memory: paired rounds, medians of the rounds' ratios, live and resident bytes."""
+"""Paired rounds, medians of their ratios, peaks of the bytes that are held, and tables in Markdown."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import random
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -65,12 +61,17 @@ def ratio(times: Times, over: list[str], under: list[str]) -> float:
     return statistics.median(sum(top) / sum(bottom) for top, bottom in rounds)
 
 
-def overhead(times: Times, mine: str, other: str, floor: str) -> float:
-    """What mine costs over the floor, as a share of what other costs over it; medians of the rounds."""
-    extra = {
-        name: statistics.median(a - b for a, b in zip(times[name], times[floor], strict=True)) for name in (mine, other)
-    }
-    return extra[mine] / extra[other]
+def table(header: str, rows: Iterable[list[str]]) -> None:
+    """Print a table in Markdown, row by row as they are measured."""
+    print(f"{header}\n|{'---|' * (header.count('|') - 1)}")
+    for cells in rows:
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def against(value: float) -> str:
+    """A ratio to another package as a cell, bold where that one is faster or leaner."""
+    text = f"{value:.2f}"
+    return f"**{text}**" if float(text) > 1 else text
 
 
 def peak_bytes(function: Callable[[], Any], device: str, warm_up: Callable[[], Any] | None = None) -> int:
@@ -101,32 +102,3 @@ def held_bytes(function: Callable[[], Any]) -> list[int]:
         gc.enable()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     return list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-
-
-def resident_bytes(name: str, d: int, dtype: torch.dtype, dropout: float) -> int:
-    """How far three steps raise the resident memory of a process of their own at its peak (Linux; 0 elsewhere)."""
-    command = [sys.executable, str(Path(__file__).parent / "resident.py"), name, str(d), str(dtype), str(dropout)]
-    run = subprocess.run([*command, str(torch.get_num_threads())], capture_output=True, text=True, check=True)
-    return int(run.stdout.split()[-1])
-
-
-@contextlib.contextmanager
-def _saving(sizes: dict[int, int]) -> Iterator[None]:
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield
-
-
-def saved_bytes(model: torch.nn.Module, x: torch.Tensor) -> int:
-    """Bytes that a forward keeps for backward, beside parameters; each storage counts once."""
-    sizes: dict[int, int] = {}
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    with _saving(sizes):
-        output = model(x.detach().requires_grad_())
-    kept = sum(size for key, size in sizes.items() if key not in parameters)
-    del output
-    return kept

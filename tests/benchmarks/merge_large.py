@@ -3,8 +3,8 @@
     python tests/benchmarks/run.py large --gigabytes 8 --folder /somewhere/with/space
 
 Every weight matrix but the embeddings has an adapter of rank 16. Copying and merging end with the data on disk (fsync);
-merging runs as a program of its own, which reports its peak private
-memory, without pages of files (Linux). Everything is deleted at the end.
+merging runs as a program of its own, which reports its peak private memory, without pages of files (Linux). Everything
+is deleted at the end.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import table
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -114,16 +115,16 @@ def write_adapter(path: Path, adapted: Shapes) -> None:
     (path / "adapter_config.json").write_text(json.dumps(config))
 
 
-def copy(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds, by the clock and of the processors, for copying a folder until it is on disk."""
-    before, start = os.times(), time.perf_counter()
+def copy(source: Path, target: Path) -> float:
+    """Seconds for copying a folder until it is on disk."""
+    start = time.perf_counter()
     shutil.copytree(source, target)
     for file in target.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
-    seconds, after = time.perf_counter() - start, os.times()
+    seconds = time.perf_counter() - start
     shutil.rmtree(target)
-    return seconds, after.user + after.system - before.user - before.system
+    return seconds
 
 
 # Pages of a mapped file are the system's, which takes them back when others need them.
@@ -151,10 +152,9 @@ sys.exit(status)
 
 @dataclass
 class Run:
-    """Seconds by the clock, seconds of all processors, and peak private bytes."""
+    """Seconds and peak private bytes."""
 
     seconds: float
-    processor_seconds: float
     peak: int
 
 
@@ -165,13 +165,12 @@ def merge(folder: Path) -> Run:
 
 def command(*args: object) -> Run:
     """Run the lightning-lora command as a program of its own; without arguments, only its imports."""
-    before, start = os.times(), time.perf_counter()
+    start = time.perf_counter()
     run = subprocess.run([sys.executable, "-c", PROGRAM, *map(str, args)], capture_output=True, text=True)
-    seconds, after = time.perf_counter() - start, os.times()
+    seconds = time.perf_counter() - start
     if run.returncode:
         raise RuntimeError(run.stderr)
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    return Run(seconds, used, int(run.stderr.split()[-1]) * 1024)
+    return Run(seconds, int(run.stderr.split()[-1]) * 1024)
 
 
 def check_samples(folder: Path, adapted: Shapes, rows: int) -> dict[str, float]:
@@ -221,52 +220,39 @@ def measure(folder: Path, gigabytes: float, width: int = 4096, vocabulary: int =
         copies.append(copy(folder / "base", folder / "copy"))
         shutil.rmtree(folder / "out", ignore_errors=True)
         merges.append(merge(folder))
-    imports = min((command() for _ in range(rounds)), key=lambda run: run.seconds)
+    imports = min(command().peak for _ in range(rounds))
     return {
         "base_bytes": size,
-        "adapted_matrices": len(adapted),
-        "copy_seconds": [seconds for seconds, _ in copies],
-        "copy_processor_seconds": [used for _, used in copies],
+        "copy_seconds": copies,
         "merge_seconds": [run.seconds for run in merges],
-        "merge_processor_seconds": [run.processor_seconds for run in merges],
-        "imports_seconds": imports.seconds,
-        "imports_processor_seconds": imports.processor_seconds,
         "peak_bytes": max(run.peak for run in merges),
-        "peak_of_the_imports_alone": imports.peak,
+        "peak_of_the_imports_alone": imports,
         **check_samples(folder, adapted, rows=2),
     }
 
 
-def line(found: Any) -> str:
-    """The row of a base: means of the rounds."""
+def cells(found: Any) -> list[str]:
+    """The cells of a base: means of the rounds."""
     merges, copies = (sum(found[f"{name}_seconds"]) / len(found[f"{name}_seconds"]) for name in ("merge", "copy"))
     imports = found["peak_of_the_imports_alone"] / 1e6
     peak = f"{found['peak_bytes'] / 1e6:.0f} MB ({imports:.0f} MB of it imports)"
     size = f"{found['base_bytes'] / 1e9:.2f} GB"
-    return (
-        f"| {size} | {merges:.1f} s | {copies:.1f} s | {peak} | {found['elements']:,} | {found['not_nearest']:,.0f} |"
-    )
+    return [size, f"{merges:.1f} s", f"{copies:.1f} s", peak, f"{found['elements']:,}", f"{found['not_nearest']:,.0f}"]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[8.0])
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[2.0, 8.0])
     parser.add_argument("--folder", type=Path, default=None, help="needs three times the size")
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--json", type=Path, default=None, help="also add all figures to this file, a line for each size"
-    )
     options = parser.parse_args(arguments)
-    print(HEADER)
-    print("|" + "---|" * (HEADER.count("|") - 1))
-    for gigabytes in options.gigabytes:
-        with tempfile.TemporaryDirectory(dir=options.folder) as name:
-            found = measure(Path(name) / "run", gigabytes, options.width, rounds=options.rounds)
-        print(line(found), flush=True)
-        if options.json:
-            with open(options.json, "a") as file:
-                file.write(json.dumps({"gigabytes": gigabytes, **found}) + "\n")
+    table(HEADER, (row(gigabytes, options) for gigabytes in options.gigabytes))
+
+
+def row(gigabytes: float, options: argparse.Namespace) -> list[str]:
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        return cells(measure(Path(name) / "run", gigabytes, options.width, rounds=options.rounds))
 
 
 if __name__ == "__main__":

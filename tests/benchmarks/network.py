@@ -7,12 +7,10 @@ machine that does nothing else.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +39,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=",".join(GROUPS), help="groups, as a,c")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--compile", action="store_true", help="compile the models of group a (on CUDA: both)")
     parser.add_argument("--runs", type=int, default=1, help="of everything, one after another; medians are kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="also write rows and machine there")
@@ -51,14 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--keep needs all groups at their full sizes")
     torch.set_num_threads(options.threads)
     print(machine := describe(options.threads))
-    sizes = options_for(options.quick, options.compile)
+    sizes = options_for(options.quick)
     runs = []
     for number in range(options.runs):
         print(f"run {number + 1} of {options.runs}")
         runs.append(list(_measured(options.only.split(","), sizes)))
     rows = [_median(rows) for rows in zip(*runs, strict=True)]
     content = {"machine": machine, "date": date.today().isoformat(), "runs": options.runs, "rows": rows}
-    text = json.dumps(content, indent=1) + "\n"
+    text = report.as_json(content)
     if options.json:
         options.json.write_text(text)
     if options.keep:
@@ -76,18 +73,15 @@ def _measured(keys: list[str], options: Options) -> Iterator[Row]:
 def _median(rows: tuple[Row, ...]) -> dict[str, Any]:
     """One row of every run as one, with the lowest and the highest value."""
     values = [row.value for row in rows]
-    row = replace(rows[0], value=statistics.median(values))
-    return {**vars(row), "verdict": row.verdict, "lowest": min(values), "highest": max(values)}
+    return {**vars(rows[0]), "value": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def options_for(quick: bool, compiled: bool) -> Options:
+def options_for(quick: bool) -> Options:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    both = (False, True) if device == "cuda" else (compiled,)
     if quick:
-        return Options(device, 0.01, (32, 64), (torch.bfloat16,), (10, 20), (64,), (compiled,), {20: None})
+        return Options(device, 0.01, (32, 64), (torch.bfloat16,), (64,), 20, (20,))
     dtypes = (torch.float32, torch.bfloat16)
-    hooks = {20: None, 200: 0.1, 2000: 0.5}
-    return Options(device, 3.0, (128, 256, 512, 768), dtypes, (100, 300, 1000, 3000), (1024, 4096), both, hooks)
+    return Options(device, 3.0, (128, 256, 512, 768), dtypes, (1024, 4096), 1000, (20, 200, 2000))
 
 
 def describe(threads: int) -> str:
@@ -106,9 +100,8 @@ def _processor() -> str:
 
 
 def line(row: Row) -> str:
-    goal = "" if row.target is None else f"  (at most {row.target:g}: {row.verdict})"
     what = f"{', '.join(filter(None, (row.what, row.at)))}: {row.figure}"
-    return f"{row.group}  {what:<72} {row.value:10.3f} {row.unit:<4}{goal}"
+    return f"{what:<72} {row.value:10.3f} {row.unit}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Every table of README.md by one command: python tests/benchmarks/run.py NAME...
 
-Without a name it measures the network, whose table and plot come first. `all` measures every table, with the options
-that README.md's figures were measured with. For one name, the program's own options may follow:
+Without a name it measures the network, whose table and plot come first. `all` measures every table. For one name, the
+program's own options may follow:
 
-    python tests/benchmarks/run.py dora --seconds 5
-    python tests/benchmarks/run.py dora --help
+    python tests/benchmarks/run.py swap --seconds 5
+    python tests/benchmarks/run.py swap --help
 """
 
 from __future__ import annotations
@@ -12,56 +12,36 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Program:
-    """A file beside this one that prints tables."""
+    """A file beside this one that prints tables; its defaults are what README.md's figures were measured with."""
 
     file: str
     about: str
-    tables: tuple[str, ...]  # the names of the constants that hold the tables' headers
-    options: str = ""  # that README.md's figures were measured with
+
+    @property
+    def module(self) -> Any:
+        return importlib.import_module(self.file)
 
     def headers(self) -> list[str]:
         """Return the first line of each of its tables."""
-        module = importlib.import_module(self.file)
-        found = (getattr(module, name) for name in self.tables)
-        return [header if isinstance(header, str) else header[0] for header in found]
-
-    def run(self, options: list[str]) -> None:
-        importlib.import_module(self.file).main(options)
+        if hasattr(self.module, "HEADERS"):
+            return [*self.module.HEADERS]
+        header = self.module.HEADER
+        return [header if isinstance(header, str) else header[0]]
 
 
-ONE_THREAD = "--seconds 5 --threads 1"
 PROGRAMS = {
-    "network": Program(
-        "network",
-        "steps, forwards, merges, memory, many layers and Trainer.fit, against peft, loralib and the floor",
-        ("HEADER",),
-    ),
-    "drift": Program("drift", "what merging and unmerging leave behind in frozen weights", ("HEADER",)),
-    "launches": Program("launches", "what a device is asked to do, counted; no GPU is needed", ("HEADER",)),
-    "quantised": Program("quantised", "steps on bases of bitsandbytes", ("HEADER",), "--width 512"),
-    "parameters": Program("parameters", "LSTM, GRU and Mixtral by target_parameters", ("HEADER",), ONE_THREAD),
-    "blocks": Program("blocks", "merges with other sizes of blocks", ("HEADER",), "--threads 1"),
-    "experts": Program("experts", "one stack of experts, in four ways", ("HEADER",)),
-    "rows": Program("rows", "trained rows of tables", ("HEADER",), ONE_THREAD),
-    "dora": Program("dora", "DoRA", ("HEADER",), ONE_THREAD),
-    "swap": Program("swap", "one adapter in the place of another", ("HEADER",), "--seconds 10 --threads 1"),
-    "starts": Program(
-        "starts",
-        "starts from the weight",
-        ("START_HEADER", "STEP_HEADER"),
-        "--threads 1 --rounds 2 --width 256 768 --seconds 5 --hidden",
-    ),
-    "data": Program(
-        "starts",
-        "starts from data",
-        ("DATA_HEADER",),
-        "--sides --width --hidden 256 --data-rounds 3 --threads 1",
-    ),
-    "large": Program("merge_large", "lightning-lora merge of a big model", ("HEADER",), "--gigabytes 2 8"),
+    "network": Program("network", "the network: steps, forwards, merges, memory, many layers, Trainer.fit"),
+    "drift": Program("drift", "drift of frozen weights that are merged and unmerged"),
+    "variants": Program("variants", "DoRA, quantised bases, single parameters and rows, a step of PiSSA"),
+    "starts": Program("starts", "starting from the weight"),
+    "swap": Program("swap", "swapping adapters"),
+    "large": Program("merge_large", "merging a big model; needs 24 GB of disk"),
+    "launches": Program("launches", "what a GPU is asked to do, counted without one"),
 }
 ALL = "all"
 
@@ -82,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"Options are for one table, not for {len(names)}.")
     for name in names:
         print(f"{name}: {PROGRAMS[name].about}", flush=True)
-        PROGRAMS[name].run(options or PROGRAMS[name].options.split())
+        PROGRAMS[name].module.main(options)
 
 
 def usage() -> str:

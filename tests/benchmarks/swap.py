@@ -15,12 +15,12 @@ import argparse
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleaved, milliseconds, ratio
+from measure import against, interleaved, milliseconds, ratio, table
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from peft.utils.save_and_load import _insert_adapter_name_into_state_dict, load_peft_weights
@@ -112,9 +112,19 @@ def measured(base: nn.Module, paths: list[str], is_merged: bool, seconds: float)
         "peft memory": hotswap_from_memory,
     }
     times = interleaved(functions, seconds, "cpu")
-    ratios = [f"{ratio(times, ['ours'], [name]):.2f}" for name in ("peft", "anew", "peft anew")]
-    memory = [f"{milliseconds(times, 'memory'):.1f} ms", f"{ratio(times, ['memory'], ['peft memory']):.2f}"]
+    ratios = [against(ratio(times, ["ours"], [name])) for name in ("peft", "anew", "peft anew")]
+    memory = [f"{milliseconds(times, 'memory'):.1f} ms", against(ratio(times, ["memory"], ["peft memory"]))]
     return [f"{milliseconds(times, 'ours'):.1f} ms", *ratios, *memory]
+
+
+def rows(layers: int, width: int, seconds: float) -> Iterator[list[str]]:
+    torch.manual_seed(0)
+    base = Layers(layers, width).requires_grad_(False)
+    for ranks, is_merged in itertools.product(((16, 16), (16, 8)), (False, True)):
+        with tempfile.TemporaryDirectory() as folder:
+            paths = adapters(Path(folder), base, *ranks)
+            state = "merged" if is_merged else "factored"
+            yield [" and ".join(map(str, ranks)), state, *measured(base, paths, is_merged, seconds)]
 
 
 HEADER = (
@@ -128,20 +138,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each row")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    base = Layers(options.layers, options.width).requires_grad_(False)
-    print(HEADER)
-    print("|" + "---|" * (HEADER.count("|") - 1))
-    for ranks in ((16, 16), (16, 8)):
-        with tempfile.TemporaryDirectory() as folder:
-            paths = adapters(Path(folder), base, *ranks)
-            for is_merged in (False, True):
-                state = "merged" if is_merged else "factored"
-                cells = measured(base, paths, is_merged, options.seconds)
-                print("| " + " | ".join([" and ".join(map(str, ranks)), state, *cells]) + " |", flush=True)
+    table(HEADER, rows(options.layers, options.width, options.seconds))
 
 
 if __name__ == "__main__":

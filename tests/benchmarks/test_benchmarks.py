@@ -20,11 +20,13 @@ def test_merging_and_memory_give_finite_rows(tmp_path):
     command = [sys.executable, str(RUN), "--quick", "--threads", "1", "--only", "c,d,g", "--json", str(file)]
     subprocess.run(command, check=True, timeout=240, capture_output=True)
     rows = json.loads(file.read_text())["rows"]
-    assert {row["group"] for row in rows} == set("cdg")
+    assert {row["what"].split(" bf16")[0] for row in rows} == {
+        "merge and unmerge",
+        "peak memory of a training step",
+        "peak memory of merging",
+        "hooks of a training step",
+    }
     assert all(math.isfinite(row["value"]) for row in rows)
-    judged = [row for row in rows if row["target"] is not None]
-    assert judged
-    assert all(row["verdict"] == ("reached" if row["value"] <= row["target"] else "not reached") for row in judged)
 
 
 def test_the_readme_shows_the_results_that_are_kept():

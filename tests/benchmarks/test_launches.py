@@ -65,8 +65,15 @@ def test_what_is_counted_is_what_the_readme_shows_and_keeps_its_limits(name: str
         assert found.step.bytes <= BYTES_LIMITS[dtype] * found.peft_step.bytes
 
 
+@pytest.mark.parametrize(("name", "float64"), [("LoRA", 6), ("DoRA", 7)])
+def test_a_merge_cycle_waits_and_computes_in_float64_as_the_page_says(name: str, float64: int):
+    cycle = counts(name, "bf16").cycle
+    assert (cycle.waits, cycle.float64 / LAYERS) == (12, float64), cycle.operators
+    assert "waits 12 times" in " ".join(launches.README.read_text().split())
+
+
 def test_without_a_release_of_peft_on_the_page_our_own_cells_are_compared(monkeypatch: pytest.MonkeyPatch):
-    line = "| LoRA | bf16 | 9.5 | 13.75 | 0.21 | 0 | 0 | 6 | 7 | 0.78 | 0 | 2 |"
+    line = "| LoRA | bf16 | 9.5 | 13.75 | 0.21 | 6 | 7 | 0.78 |"
     assert of_one_release(line) == as_cells(line)
     monkeypatch.setattr(f"{__name__}.version", lambda package: "99.0")
-    assert of_one_release(line) == ["LoRA", "bf16", "9.5", "0", "0", "6", "0", "2"]
+    assert of_one_release(line) == ["LoRA", "bf16", "9.5", "6"]

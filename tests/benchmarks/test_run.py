@@ -1,58 +1,57 @@
-"""run.py measures every table of README.md by its name, and README.md says in each section which name that is."""
+"""run.py measures every table of README.md, and README.md shows in bold where another package is faster or leaner."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import blocks
 import merge_large
 import pytest
 import run
 
-import report
-
 PAGE = Path(__file__).with_name("README.md").read_text()
 
 
-def sections() -> dict[str, str]:
-    """The text of each section by its heading."""
-    parts = re.split(r"^## (.*)\n", PAGE, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+def read_tables() -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return each table of the page: the heading above it, its header, and its rows."""
+    tables: list[tuple[str, list[str], list[list[str]]]] = []
+    heading, lines = "", PAGE.splitlines()
+    for before, line in itertools.pairwise(lines):
+        heading = line.removeprefix("## ") if line.startswith("## ") else heading
+        if line.startswith("|---"):
+            tables.append((heading, cells_of(before), []))
+        elif line.startswith("|") and before.startswith("|"):
+            tables[-1][2].append(cells_of(line))
+    return tables
 
 
-@pytest.fixture(scope="module")
-def header_of() -> dict[str, list[str]]:
-    pytest.importorskip("bitsandbytes")
-    return {name: program.headers() for name, program in run.PROGRAMS.items()}
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_every_table_of_the_page_is_of_a_program_that_its_section_names(header_of: dict[str, list[str]]):
-    tables = report.read_tables(PAGE)
-    assert len(tables) >= 12
-    for heading, header, rows in tables:
-        line = f"| {' | '.join(header)} |"
-        programs = [name for name, headers in header_of.items() if line in headers]
-        assert any(f"`run.py {name}`" in sections()[heading] for name in programs), (heading, programs)
+def test_every_table_of_the_page_is_of_a_program():
+    tables = read_tables()
+    headers = {header for program in run.PROGRAMS.values() for header in program.headers()}
+    assert {f"| {' | '.join(header)} |" for _, header, _ in tables} == headers
+    for _, header, rows in tables:
         assert rows
         assert all(len(row) == len(header) for row in rows)
 
 
-def test_every_program_is_named_on_the_page_and_the_command_lists_it(capsys: pytest.CaptureFixture[str]):
+def test_every_program_is_listed_and_the_page_names_no_other(capsys: pytest.CaptureFixture[str]):
     run.main(["--help"])
     listed = capsys.readouterr().out
-    for name in run.PROGRAMS:
-        assert f"`run.py {name}`" in PAGE
-        assert f"\n  {name} " in listed
-    assert set(re.findall(r"run\.py (\w+)", PAGE)) <= {*run.PROGRAMS, run.ALL}
+    assert all(f"\n  {name} " in listed for name in run.PROGRAMS)
+    assert set(re.findall(r"run\.py (\w+)", PAGE)) <= {*run.PROGRAMS}
 
 
 def test_programs_that_measure_are_no_others():
     """A new file that prints a table gets a name."""
     files = {file.stem for file in Path(__file__).parent.glob("*.py") if "\ndef main(" in file.read_text()}
-    assert files == {program.file for program in run.PROGRAMS.values()} | {"run", "report", "resident"}
+    assert files == {program.file for program in run.PROGRAMS.values()} | {"run", "report"}
 
 
 @pytest.fixture
@@ -69,24 +68,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     [
         ([], [("network", [])]),
         (["--quick", "--only", "c"], [("network", ["--quick", "--only", "c"])]),
-        (["dora"], [("dora", ["--seconds", "5", "--threads", "1"])]),
-        (["dora", "--seconds", "9"], [("dora", ["--seconds", "9"])]),
-        (["launches", "large"], [("launches", []), ("merge_large", ["--gigabytes", "2", "8"])]),
+        (["swap"], [("swap", [])]),
+        (["swap", "--seconds", "9"], [("swap", ["--seconds", "9"])]),
+        (["launches", "large"], [("launches", []), ("merge_large", [])]),
+        (["all"], [(program.file, []) for program in run.PROGRAMS.values()]),
     ],
 )
-def test_names_choose_programs_and_options_are_the_pages_unless_given(given: list[str], expected: Any, calls: Any):
+def test_names_choose_programs_and_options_are_passed_on(given: list[str], expected: Any, calls: Any):
     run.main(given)
     assert calls == expected
 
 
-def test_all_is_every_program_with_the_options_of_the_page(calls: Any):
-    run.main(["all"])
-    assert calls == [(program.file, program.options.split()) for program in run.PROGRAMS.values()]
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
-    [(["lora"], "'lora' is no table"), (["dora", "swap", "--seconds", "1"], "Options are for one table, not for 2")],
+    [(["lora"], "'lora' is no table"), (["drift", "swap", "--seconds", "1"], "Options are for one table, not for 2")],
 )
 def test_an_unknown_name_and_options_for_several_are_refused(given: list[str], message: str, calls: Any):
     with pytest.raises(SystemExit, match=message):
@@ -97,55 +92,24 @@ def test_an_unknown_name_and_options_for_several_are_refused(given: list[str], m
 # --- what the page says of the figures ---
 
 
-def test_the_page_lists_each_ratio_to_peft_above_one():
-    shown = PAGE.split(report.BEGIN_SLOWER)[1].split(report.END_SLOWER)[0].strip()
-    assert shown == report.slower(PAGE)
-    assert re.search(r"\[DoRA\]\(#dora\), merge cycle: 1\.\d\d \(d 256, float32\)", shown)
+RATIOS = ("of peft", "of peft's", "against peft", "against loralib", "bytes / peft's", "of our loading anew")
 
 
-def test_only_ratios_to_peft_above_one_are_listed():
-    page = (
-        "## One thing\n\n| model | dtype | step | of peft | of the floor | peak | of peft |\n"
-        "|---|---|---|---|---|---|---|\n"
-        "| a | float32 | 3 ms | 1.00 | 2.00 | 4 MiB | 1.20 |\n| b | float32 | 3 ms | 1.30 | 2.00 | 4 MiB | 0.90 |\n"
-    )
-    assert report.slower(page) == (
-        "- [One thing](#one-thing), peak: 1.20 (a, float32)\n- [One thing](#one-thing), step: 1.30 (b, float32)"
-    )
-
-
-def test_every_ratio_to_peft_is_in_a_column_that_is_looked_at():
-    known = {
-        *report.TO_PEFT,
-        "peft's of peft's LoRA",
-        "against peft",
-        "bytes / peft's",
-        "peft's",
-        "peft",
-        "peft's sums alone",
-    }
-    assert {name for _, header, _ in report.read_tables(PAGE) for name in header if "peft" in name} <= known
-
-
-def test_merges_in_words_have_the_milliseconds_that_were_measured():
-    row = {"what": "merge and unmerge fp32, 24 layers", "at": "d=64", "lowest": 2.0, "highest": 16.0}
-    found = report._merges_in_words(
-        [{**row, "figure": "ours", "value": 12.0}, {**row, "figure": "/ peft", "value": 1.5}]
-    )
-    assert found.endswith("that takes 12 ms at d=64 (2 to 16; peft about 8).")
-
-
-def test_blocks_prints_a_row_of_figures(capsys: pytest.CaptureFixture[str]):
-    size = blocks.exact_merge.CPU_CHUNK
-    blocks.main(["--shape", "32", "16", "--rounds", "2"])
-    header, _, row = capsys.readouterr().out.splitlines()
-    assert header == blocks.HEADER
-    assert re.fullmatch(r"(\| merge \d+, unmerge \d+ ){4}\|", row)
-    assert size == blocks.exact_merge.CPU_CHUNK
+def test_a_ratio_is_bold_where_the_other_one_is_faster_or_leaner():
+    found = []
+    for heading, header, rows in read_tables():
+        columns = [column for column, name in enumerate(header) if name.startswith(RATIOS)]
+        texts = [text for row in rows for column in columns for text in row[column].split(", ") if text]
+        for text in texts:
+            assert text.startswith("**") == (float(text.strip("*")) > 1), (heading, text)
+        found += texts
+    assert len(found) > 100
 
 
 def test_the_row_of_a_large_merge_has_the_means_of_the_rounds():
     found = {"merge_seconds": [1.0, 3.0], "copy_seconds": [2.0, 2.0], "peak_bytes": 3.4e8, "base_bytes": 2.14e9}
     found |= {"peak_of_the_imports_alone": 2.8e8, "elements": 1234, "not_nearest": 0}
-    assert merge_large.line(found) == "| 2.14 GB | 2.0 s | 2.0 s | 340 MB (280 MB of it imports) | 1,234 | 0 |"
-    assert merge_large.HEADER.count("|") == merge_large.line(found).count("|")
+    cells = ["2.14 GB", "2.0 s", "2.0 s", "340 MB (280 MB of it imports)", "1,234", "0"]
+    assert merge_large.cells(found) == cells
+    assert cells_of(merge_large.HEADER)[0] == "base"
+    assert len(cells_of(merge_large.HEADER)) == len(cells)
