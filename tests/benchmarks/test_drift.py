@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -29,13 +30,12 @@ def test_no_value_changes_here_in_any_dtype(small: list[dict[str, Any]]):
     assert [row[figure] for row in rows for figure in drift.FIGURES] == 3 * len(rows) * [[0, 0]]
 
 
-@pytest.mark.parametrize("package", ["peft", "loralib"])
-@pytest.mark.parametrize("dtype", drift.DTYPES)
-def test_the_same_cycles_change_weights_elsewhere(small: list[dict[str, Any]], package: str, dtype: str):
-    changing, same = (row for row in small if (row["package"], row["dtype"]) == (package, dtype))
-    assert 0 < changing["changed"][0] < changing["changed"][1] < 1
-    assert same["changed"][1] < changing["changed"][1]
-    assert all(0 < value < 1 for figure in drift.FIGURES for value in (*changing[figure], *same[figure]))
+def test_the_same_cycles_change_weights_elsewhere(small: list[dict[str, Any]]):
+    for package, dtype in itertools.product(["peft", "loralib"], drift.DTYPES):
+        changing, same = (row for row in small if (row["package"], row["dtype"]) == (package, dtype))
+        assert 0 < changing["changed"][0] < changing["changed"][1] < 1
+        assert same["changed"][1] < changing["changed"][1]
+        assert all(0 < value < 1 for figure in drift.FIGURES for value in (*changing[figure], *same[figure]))
 
 
 def test_the_readme_shows_the_results_that_are_kept(kept: dict[str, Any]):

@@ -20,19 +20,3 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert found["elements"] > 50_000
     assert found["not_nearest"] <= 1e-4 * found["elements"]
     assert found["worst_in_last_places"] < 0.501
-
-
-def test_transformers_loads_a_folder_merged_on_disk(tmp_path):
-    import torch
-    import transformers
-
-    folder = tmp_path / "run"
-    adapted = merge_large.generate(folder, 0.004, 128, 100)
-    merge_large.merge(folder)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "out")
-    assert loaded.dtype == torch.bfloat16
-    assert len(adapted) > 6
-    assert torch.isfinite(loaded(torch.arange(5)[None]).logits).all()
-    before = transformers.AutoModelForCausalLM.from_pretrained(folder / "base").state_dict()
-    changed = {name for name, value in loaded.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {f"{name}.weight" for name in adapted}
