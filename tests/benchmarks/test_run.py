@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import merge_large
 import pytest
 import run
 
@@ -67,7 +66,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     ("given", "expected"),
     [
         ([], [("network", [])]),
-        (["--quick", "--only", "c"], [("network", ["--quick", "--only", "c"])]),
         (["swap"], [("swap", [])]),
         (["swap", "--seconds", "9"], [("swap", ["--seconds", "9"])]),
         (["launches", "large"], [("launches", []), ("merge_large", [])]),
@@ -104,12 +102,3 @@ def test_a_ratio_is_bold_where_the_other_one_is_faster_or_leaner():
             assert text.startswith("**") == (float(text.strip("*")) > 1), (heading, text)
         found += texts
     assert len(found) > 100
-
-
-def test_the_row_of_a_large_merge_has_the_means_of_the_rounds():
-    found = {"merge_seconds": [1.0, 3.0], "copy_seconds": [2.0, 2.0], "peak_bytes": 3.4e8, "base_bytes": 2.14e9}
-    found |= {"peak_of_the_imports_alone": 2.8e8, "elements": 1234, "not_nearest": 0}
-    cells = ["2.14 GB", "2.0 s", "2.0 s", "340 MB (280 MB of it imports)", "1,234", "0"]
-    assert merge_large.cells(found) == cells
-    assert cells_of(merge_large.HEADER)[0] == "base"
-    assert len(cells_of(merge_large.HEADER)) == len(cells)

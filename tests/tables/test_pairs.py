@@ -235,14 +235,13 @@ HEAD = """# Pairs of features
 
 <!-- written by tests/tables/test_pairs.py -->
 
-Each variant of LoRA (a row) meets each precision, change and way to keep it (a column), on a small model. A test runs
-pairs and compares this page with what came of it: each of the variants that differ most, and some of the others, which
-begin with other values. With `LORA_FULL=1` it runs every pair, in less than a minute of one core.
+Each variant of LoRA (a row) meets each precision, change and way to keep it (a column), on a small model. Tests compare
+this page with what they see: every day in some pairs, and with `LORA_FULL=1` in all.
 
 "right" means what [the check of the column](support/pair_checks.py) asks for, by [a few lines in
-float64](support/pairs.py) that are written from the definitions: outputs, the gradient of every trained parameter, W'
-rounded once, and every bit where bits must come back. "refused" shows how the error begins. "-" stands where there is
-no such pair: nf4 has no float64, packed weights have no gradient, and a state dict of them is their library's matter.
+float64](support/pairs.py): outputs, gradients, W' rounded once, and every bit where bits must come back. "refused"
+shows how the error begins. "-" stands where there is no such pair: nf4 has no float64, and packed weights have no
+gradient.
 """
 
 
