@@ -472,21 +472,3 @@ def test_a_combination_is_complete_where_all_are(tmp_path: Path):
     assert not combine(given, [1, 1]).complete
     assert not combine(given[::-1], [1, 1]).complete
     assert combine(given[:1] * 2, [1, 1]).complete
-
-
-def test_numbers_of_numpy_are_taken_and_stored_as_pythons_own(tmp_path: Path):
-    both = states(small(2), small(3))
-    for number, expected in (
-        (
-            combine(both, np.array([1, 2], np.float32), method="svd", rank=np.int64(2), seed=np.int32(0)),  # type: ignore[arg-type]
-            combine(both, [1, 2], method="svd", rank=2),
-        ),
-        (
-            combine(both, [np.int64(1), np.float16(2)], method="ties", density=np.float32(0.5)),
-            combine(both, [1, 2], method="ties", density=0.5),
-        ),
-    ):
-        assert same_tensors(number, expected)
-        save_adapter(number, tmp_path / "found")
-        save_adapter(expected, tmp_path / "expected")
-        assert config_of(tmp_path / "found") == config_of(tmp_path / "expected")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import pytest
 from torch import nn
 
-from lightning_lora.formats.hyper_parameters import class_path_in, flat, plain_arguments
+from lightning_lora.formats.hyper_parameters import flat, plain_arguments
 
 OF_A_CLI: dict[str, Any] = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
 
@@ -48,11 +48,3 @@ def test_a_class_path_of_the_users_own_beside_other_names_is_no_form_of_a_comman
     assert flat(saved) == saved
     form = OF_A_CLI | {"class_path": "some.Net", "init_args": {"width": 3}, "dict_kwargs": {"more": 4}}
     assert flat(form) == {"_instantiator": None, "width": 3, "more": 4}
-
-
-def test_containers_that_hold_themselves_are_searched_once():
-    held: dict[str, Any] = {"a": 1}
-    held["again"] = [held]
-    assert class_path_in(held) is None
-    held["last"] = {"class_path": "some.Loss"}
-    assert class_path_in(held) == "'some.Loss'"

@@ -39,11 +39,6 @@ def small(**options: Any) -> nn.Module:
     return net
 
 
-def saved(path: Path, **options: Any) -> str:
-    save_adapter(small(**options), path)
-    return (path / "README.md").read_text()
-
-
 def test_card_of_an_adapter_tells_its_base_and_how_to_load_it(tmp_path):
     ours("llama", tmp_path, task_type="CAUSAL_LM")
     edit(tmp_path, base_model_name_or_path="meta-llama/Llama-3.2-1B")
@@ -63,16 +58,6 @@ def test_card_of_an_adapter_tells_its_base_and_how_to_load_it(tmp_path):
     assert 'AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")' in first
     assert "PeftModel.from_pretrained(base, folder)" in first
     assert "load_adapter(base, folder)" in second
-
-
-def test_the_card_of_a_quantised_base_says_so(tmp_path):
-    bnb = pytest.importorskip("bitsandbytes").nn
-    net = nn.Sequential(bnb.Linear4bit(64, 64, quant_type="nf4"), nn.Linear(64, 8)).to("cpu")
-    inject(net, LoRAConfig(r=2, target_modules=["0"]))
-    save_adapter(net, tmp_path / "quantised")
-    said = "It belongs to a base that is quantised (nf4): load that in the same way."
-    assert said in (tmp_path / "quantised" / "README.md").read_text()
-    assert "quantised" not in saved(tmp_path / "plain")
 
 
 class Around(L.LightningModule):

@@ -230,17 +230,6 @@ def test_peft_feature_that_cannot_be_applied_is_refused_by_name(tmp_path, featur
             load_adapter(fresh, tmp_path)
 
 
-def test_an_unknown_option_is_refused_where_it_is_in_use(tmp_path):
-    other = theirs("llama", tmp_path)
-    edit(tmp_path, use_something_new=False)
-    fresh = model("llama")
-    load_adapter(fresh, tmp_path)
-    close(logits(fresh), logits(other))
-    edit(tmp_path, use_something_new={"a": 1})
-    with pytest.raises(LoRAError, match=r"use_something_new=\{'a': 1\} cannot be applied"):
-        load_adapter(model("llama"), tmp_path)
-
-
 def test_a_transposed_layer_of_the_same_shape_is_another_layer(tmp_path):
     net = nn.ModuleDict({"square": nn.Linear(4, 4)})
     inject(net, LoRAConfig(r=2, target_modules=["square"]))
