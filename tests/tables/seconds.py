@@ -3,7 +3,7 @@
     python tests/tables/seconds.py     # measure, print the table and write it into large_models.md
 
 Models have the names and the number of layers of Llama 3. Injection sees the true shapes, on the meta device. For the
-rest widths are tiny, so that no time depends on a weight's size. test_seconds.py counts calls instead.
+rest widths are tiny, so that no time depends on a weight's size. test_many_layers.py counts calls instead.
 """
 
 from __future__ import annotations
@@ -73,33 +73,11 @@ class Model(L.LightningModule):
         return torch.optim.AdamW(p for p in self.parameters() if p.requires_grad)
 
 
-class Steps:
-    """The four works on one model, each a function to time or to count."""
-
-    def __init__(self, config: LlamaConfig, path: Path) -> None:
-        self.config, self.path = config, path
-
-    def injecting(self) -> tuple[Callable[[], list[str]], int]:
-        """On the meta device, and how many layers it adapts."""
-        with torch.device("meta"):
-            model, again = LlamaForCausalLM(self.config), LlamaForCausalLM(self.config)
-        return lambda: inject(model, LoRAConfig(**OPTIONS)), len(inject(again, LoRAConfig(**OPTIONS)))
-
-    def fitting(self, *callbacks: L.Callback) -> tuple[Callable[[], None], Model, L.Trainer]:
-        """A fit of one batch."""
-        model, trainer = Model(self.config), make_trainer(self.path, *callbacks, max_steps=1)
-        rows = DataLoader(torch.arange(4).view(1, 4))
-        return lambda: trainer.fit(model, rows), model, trainer
-
-    def saving(self) -> Callable[[], None]:
-        fit, _, trainer = self.fitting(LoRACallback(**OPTIONS))
-        fit()
-        return lambda: trainer.save_checkpoint(self.path / "adapter.ckpt")
-
-    def loading(self) -> Callable[[], None]:
-        """What saving has saved, onto a plain model."""
-        model = Model(self.config)
-        return lambda: load_adapter(model, self.path / "adapter.ckpt")
+def fitting(config: LlamaConfig, path: Path, *callbacks: L.Callback) -> tuple[Callable[[], None], Model, L.Trainer]:
+    """A fit of one batch."""
+    model, trainer = Model(config), make_trainer(path, *callbacks, max_steps=1)
+    rows = DataLoader(torch.arange(4).view(1, 4))
+    return lambda: trainer.fit(model, rows), model, trainer
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -110,9 +88,17 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - begin
 
 
-def until_first_batch(steps: Steps, *callbacks: L.Callback) -> float:
+def injecting(config: LlamaConfig) -> tuple[float, int]:
+    """On the meta device; and how many layers it adapts."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    taken = seconds(lambda: inject(model, LoRAConfig(**OPTIONS)))
+    return taken, len(inject(model, LoRAConfig(**OPTIONS)))
+
+
+def until_first_batch(config: LlamaConfig, path: Path, *callbacks: L.Callback) -> float:
     """Seconds from the call of fit to the first batch."""
-    fit, model, _ = steps.fitting(*callbacks)
+    fit, model, _ = fitting(config, path, *callbacks)
     came: list[float] = []
     gc.collect()
     model.on_first_batch = lambda: came.append(time.process_time())
@@ -121,28 +107,34 @@ def until_first_batch(steps: Steps, *callbacks: L.Callback) -> float:
     return came[0] - begin
 
 
+def saving(config: LlamaConfig, path: Path) -> float:
+    fit, _, trainer = fitting(config, path, LoRACallback(**OPTIONS))
+    fit()
+    return seconds(lambda: trainer.save_checkpoint(path / "adapter.ckpt"))
+
+
+def loading(config: LlamaConfig, path: Path) -> float:
+    """What saving has saved, onto a plain model."""
+    model = Model(config)
+    return seconds(lambda: load_adapter(model, path / "adapter.ckpt"))
+
+
 def median(measure: Callable[[], float]) -> str:
     return f"{statistics.median(measure() for _ in range(REPEATS)):.2f} s"
 
 
 def line(model: Llama, path: Path) -> list[str]:
     """What the table has of one model."""
-    layers = Steps(large(model), path).injecting()[1]
-    steps = Steps(small(model.blocks), path)
+    config = small(model.blocks)
     return [
         model.name,
-        str(layers),
-        median(lambda: seconds(Steps(large(model), path).injecting()[0])),
-        median(lambda: until_first_batch(steps, LoRACallback(**OPTIONS))),
-        median(lambda: until_first_batch(steps)),
-        median(lambda: seconds(steps.saving())),
-        median(lambda: seconds(steps.loading())),
+        str(injecting(large(model))[1]),
+        median(lambda: injecting(large(model))[0]),
+        median(lambda: until_first_batch(config, path, LoRACallback(**OPTIONS))),
+        median(lambda: until_first_batch(config, path)),
+        median(lambda: saving(config, path)),
+        median(lambda: loading(config, path)),
     ]
-
-
-def shown() -> str:
-    """The table that large_models.md has."""
-    return PAGE.read_text().split(BEGIN)[1].split(END)[0].strip()
 
 
 def main() -> None:
