@@ -7,8 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import blocks
-import merge_large
 import pytest
 import run
 
@@ -68,20 +66,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     ("given", "expected"),
     [
         ([], [("network", [])]),
-        (["--quick", "--only", "c"], [("network", ["--quick", "--only", "c"])]),
         (["dora"], [("dora", ["--seconds", "5", "--threads", "1"])]),
         (["dora", "--seconds", "9"], [("dora", ["--seconds", "9"])]),
         (["launches", "large"], [("launches", []), ("merge_large", ["--gigabytes", "2", "8"])]),
+        (["all"], [(program.file, program.options.split()) for program in run.PROGRAMS.values()]),
     ],
 )
 def test_names_choose_programs_and_options_are_the_pages_unless_given(given: list[str], expected: Any, calls: Any):
     run.main(given)
     assert calls == expected
-
-
-def test_all_is_every_program_with_the_options_of_the_page(calls: Any):
-    run.main(["all"])
-    assert calls == [(program.file, program.options.split()) for program in run.PROGRAMS.values()]
 
 
 @pytest.mark.parametrize(
@@ -125,27 +118,3 @@ def test_every_ratio_to_peft_is_in_a_column_that_is_looked_at():
         "peft's sums alone",
     }
     assert {name for _, header, _ in report.read_tables(PAGE) for name in header if "peft" in name} <= known
-
-
-def test_merges_in_words_have_the_milliseconds_that_were_measured():
-    row = {"what": "merge and unmerge fp32, 24 layers", "at": "d=64", "lowest": 2.0, "highest": 16.0}
-    found = report._merges_in_words(
-        [{**row, "figure": "ours", "value": 12.0}, {**row, "figure": "/ peft", "value": 1.5}]
-    )
-    assert found.endswith("that takes 12 ms at d=64 (2 to 16; peft about 8).")
-
-
-def test_blocks_prints_a_row_of_figures(capsys: pytest.CaptureFixture[str]):
-    size = blocks.exact_merge.CPU_CHUNK
-    blocks.main(["--shape", "32", "16", "--rounds", "2"])
-    header, _, row = capsys.readouterr().out.splitlines()
-    assert header == blocks.HEADER
-    assert re.fullmatch(r"(\| merge \d+, unmerge \d+ ){4}\|", row)
-    assert size == blocks.exact_merge.CPU_CHUNK
-
-
-def test_the_row_of_a_large_merge_has_the_means_of_the_rounds():
-    found = {"merge_seconds": [1.0, 3.0], "copy_seconds": [2.0, 2.0], "peak_bytes": 3.4e8, "base_bytes": 2.14e9}
-    found |= {"peak_of_the_imports_alone": 2.8e8, "elements": 1234, "not_nearest": 0}
-    assert merge_large.line(found) == "| 2.14 GB | 2.0 s | 2.0 s | 340 MB (280 MB of it imports) | 1,234 | 0 |"
-    assert merge_large.HEADER.count("|") == merge_large.line(found).count("|")
