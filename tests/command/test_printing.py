@@ -22,7 +22,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.command import main as command
 from lightning_lora.command.main import VERBS, main
-from lightning_lora.command.printing import one_line, printable
+from lightning_lora.command.printing import json_text, one_line, printable
 from support.peers import call
 
 CASES = {  # where a result is written to, and by what
@@ -273,6 +273,7 @@ def strict(text: str) -> Any:
 
 
 def test_json_has_null_for_what_is_no_finite_number(tmp_path: Path, capsys: Any):
+    assert strict("".join(json_text({"a": [float("nan"), 1.0]}))) == {"a": [None, 1.0]}
     shapes = {"one.lora_A": (2, 4), "one.lora_B": (4, 2)}
     for name, size, norms in (("none", 0.0, [0.0]), ("square", 1e100, [8e200, None]), ("product", 1e160, [None])):
         factors = {key: torch.full(shape, size, dtype=torch.float64) for key, shape in shapes.items()}
