@@ -32,6 +32,7 @@ from support.processes import world
 from support.quantised import OF_BITSANDBYTES, OUTPUTS, QuantisedNet, factors, inputs, packed_bits
 from support.sharded import TARGETS, Plain, base_of, data, loader, make_trainer
 from support.sharded_adapters import Plus, Scheduled, assert_same_bits
+from support.strategies import import_package
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,14 +40,10 @@ pytestmark = [
 ]
 
 
-def start_deepspeed() -> None:
-    import deepspeed  # noqa: F401
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _started() -> None:
     """Its import takes a while, which is no part of a test's time."""
-    world().run(start_deepspeed, timeout=240)
+    world().run(import_package, "deepspeed", timeout=240)
 
 
 State = dict[str, torch.Tensor]

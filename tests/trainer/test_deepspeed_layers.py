@@ -25,6 +25,7 @@ from support.deepspeed import zero
 from support.processes import world
 from support.sharded import make_trainer
 from support.sharded_adapters import assert_same_bits
+from support.strategies import import_package
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,14 +36,10 @@ State = dict[str, torch.Tensor]
 WIDTH, TOKENS = 6, 9
 
 
-def start_deepspeed() -> None:
-    import deepspeed  # noqa: F401
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _started() -> None:
     """Its import takes a while, which is no part of a test's time."""
-    world().run(start_deepspeed, timeout=240)
+    world().run(import_package, "deepspeed", timeout=240)
 
 
 def whole_state(model: nn.Module) -> State:

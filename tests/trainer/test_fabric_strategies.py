@@ -37,6 +37,7 @@ from support.deepspeed import NOTICES
 from support.fsdp1 import on_cpu
 from support.processes import world
 from support.sharded import FEATURES, TARGETS, loader, network
+from support.strategies import import_package
 
 CONFIG = LoRAConfig(r=2, target_modules=TARGETS)
 X = torch.linspace(-1, 1, 4 * FEATURES).view(4, FEATURES)
@@ -131,10 +132,6 @@ def test_fsdp1_is_refused_by_each_function(tmp_path):
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra `deepspeed`")
 
 
-def start_deepspeed() -> None:
-    import deepspeed  # noqa: F401
-
-
 def with_deepspeed(path: Path, stage: int) -> tuple[list[str], torch.Tensor, Any]:
     options = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
@@ -152,7 +149,7 @@ def with_deepspeed(path: Path, stage: int) -> tuple[list[str], torch.Tensor, Any
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_is_refused_where_it_would_be_wrong(tmp_path, stage):
-    world().run(start_deepspeed, timeout=240)  # its import takes a while
+    world().run(import_package, "deepspeed", timeout=240)  # its import takes a while
     for said, trained, adapter in world().run(with_deepspeed, tmp_path, stage):
         torch.testing.assert_close(trained, alone(2)(X).detach(), atol=1e-6, rtol=1e-5)
         expected = "Call load_adapter before fabric.setup" if stage == 2 else "DeepSpeed's stage 3 has divided"

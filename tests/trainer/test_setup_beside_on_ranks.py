@@ -1,4 +1,4 @@
-"""LoRACallback(beside=...) in every strategy: the run of one device, in training, merged evaluation and resume."""
+"""LoRACallback(beside=...) under strategies that divide a model: it trains, evaluates and resumes as on one device."""
 
 from __future__ import annotations
 
@@ -24,11 +24,9 @@ from support.strategies import (
     LAST,
     OPTIONS,
     OfFSDP2,
-    OfTensorParallel,
     Run,
     Watched,
     WithTrainer,
-    by_tensor,
     fsdp1_by_layers,
     gathered_by_deepspeed,
     gathered_by_fsdp1,
@@ -77,14 +75,8 @@ class ComparesUnderFSDP2(Compares, OfFSDP2):
     """The same, sharded."""
 
 
-class ComparesInTensorParallel(Compares, OfTensorParallel):
-    """The same, split over ranks."""
-
-
 STRATEGIES: dict[str, Any] = {
-    "ddp": (Compares, on_one_device, {}),
     "FSDP2": (ComparesUnderFSDP2, model_parallel, {}),
-    "tensor parallel": (ComparesInTensorParallel, by_tensor, {"tensor": 2}),
     "FSDP1": (Compares, fsdp1_by_layers, {"state": gathered_by_fsdp1, "restores": False}),
     "DeepSpeed, stage 2": (Compares, stage_2, {"package": "deepspeed"}),
     "DeepSpeed, stage 3": (Compares, stage_3, {"package": "deepspeed", "state": gathered_by_deepspeed}),
