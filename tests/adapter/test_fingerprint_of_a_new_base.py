@@ -45,6 +45,7 @@ def test_load_from_checkpoint_onto_a_fresh_base_says_the_call_that_loads_it(tmp_
     assert torch.equal(loaded.head.weight, Net(width=7).head.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "stage"), [("adapter", "fit"), ("merged", "validate")])
 def test_trainer_with_a_fresh_base_says_what_can_be_done_there(tmp_path, kind: str, stage: str):
     tuned(tmp_path, kind)
