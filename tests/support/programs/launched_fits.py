@@ -82,14 +82,6 @@ def injected(folder: Path, strategy: str, devices: int, save: Any) -> dict[str, 
     }
 
 
-def refused(folder: Path, strategy: str) -> str:
-    try:
-        trainer_for(folder, strategy, 1, LoRACallback(r=2)).fit(Synced(), Data())
-    except Exception as error:
-        return str(error)
-    return "it was not refused"
-
-
 def validated(folder: Path, strategy: str) -> dict[str, float]:
     """Nothing comes back from an evaluation but its numbers, so that it needs no adapter here."""
     numbers = {}
@@ -110,7 +102,6 @@ if __name__ == "__main__":
         "ddp_fork": injected(root / "fork", "ddp_fork", 2, "adapter"),
         "ddp_notebook": injected(root / "notebook", "ddp_notebook", 1, "merged"),
         "ddp_spawn": injected(root / "spawn", "ddp_spawn", 1, "full"),
-        "refused": {strategy: refused(root, strategy) for strategy in ("ddp_fork", "ddp_notebook")},
         "validated": validated(root, "ddp_fork"),
     }
     (root / "results.json").write_text(json.dumps(results))
