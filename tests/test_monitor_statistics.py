@@ -185,6 +185,27 @@ def test_a_trial_of_a_few_batches_computes_statistics_though_nothing_is_written(
     assert len(calls) == 2
 
 
+class OptimizerOfB(TwoOptimizers):
+    """One of every A and one of every B."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            self.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        factors = {f: [p for n, p in self.named_parameters() if n.endswith(f"lora_{f}")] for f in "AB"}
+        return [torch.optim.SGD(each, lr=0.05) for each in factors.values()]
+
+
+def test_layers_are_logged_where_a_and_b_are_in_two_optimizers(tmp_path: Path):
+    fit(tmp_path, OptimizerOfB(), lora(), monitor(1))
+    rows = read(tmp_path)
+    assert list(rows) == [0, 1, 2]
+    assert all(row[f"lora/{group}/grad_B"] > 0 for row in rows.values() for group in GROUPS)
+
+
 class Lbfgs(Net):
     """An optimizer that evaluates its closure several times a step."""
 
