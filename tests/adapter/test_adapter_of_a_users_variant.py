@@ -81,6 +81,16 @@ def test_a_folder_of_a_variant_that_is_not_known_is_refused_by_its_name(tmp_path
         read_adapter(tmp_path / "own" / "adapter_model.safetensors")
 
 
+def test_tensors_of_a_variant_that_is_not_known_are_refused_by_name():
+    with variants_forgotten():
+        tensors = dict(adapter_of(define_gated()()).tensors)
+        assert read_adapter(tensors).variant.name == "gated"
+    with pytest.raises(
+        LoRAError, match=r"'one.lora_gated_a', a tensor of no variant that is known here.*import the file"
+    ):
+        load_adapter(small(), tensors)
+
+
 def test_a_tensor_of_a_variant_that_is_missing_is_named():
     source = as_checkpoint(adapter_of(define_gated()()))
     del source["state_dict"]["two.lora_gated_b"]
