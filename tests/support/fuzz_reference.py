@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from support.models import ZOO_LAYERS
+from support.models import ZOO_LAYERS, bits
 
 Tensors = Mapping[str, torch.Tensor]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -96,7 +96,7 @@ def assert_loaded(net: nn.Module, base: Tensors, source: Source) -> None:
     state, expected = net.state_dict(), {**base, **source.tensors}
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
-        assert same_bits(tensor, expected[name].to(tensor.dtype)), name
+        assert bits(tensor) == bits(expected[name].to(tensor.dtype)), name
     layers = {name: module for name, module in net.named_modules() if "lora_A" in module._parameters}
     assert set(layers) == set(ZOO_LAYERS)
     for name, layer in layers.items():
@@ -135,17 +135,12 @@ def assert_merged(before: Tensors, source: Source, after: Tensors) -> None:
         new, (layer, _, leaf) = after[name], name.rpartition(".")
         assert (new.dtype, new.shape) == (old.dtype, source.tensors.get(name, old).shape), name
         if leaf != "weight" or layer not in ZOO_LAYERS:
-            assert same_bits(new, source.tensors.get(name, old).to(old.dtype)), name
+            assert bits(new) == bits(source.tensors.get(name, old).to(old.dtype)), name
             continue
         exact, size = old.double() + source.delta(layer), old.double().abs() + source.delta(layer, size=True)
         info = torch.finfo(new.dtype)
         close = (new.double() - exact).abs() <= size * (info.eps + 1e-6) + info.tiny
         assert (close | (new.double() == exact) | (new.isnan() & exact.isnan())).all(), name
-
-
-def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    one, other = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (found, expected))
-    return torch.equal(one, other)
 
 
 def assert_others_kept(base: Path, out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, inject
+from support.peers import config_of as config_of
+from support.peers import edit as edit
 
 SAME: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -171,16 +172,6 @@ def steps(model: nn.Module, count: int) -> list[float]:
         loss.backward()
         optimizer.step()
     return losses
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    return result
-
-
-def edit(folder: Path, **options: Any) -> None:
-    """Change options in a folder."""
-    (folder / "adapter_config.json").write_text(json.dumps(config_of(folder) | options))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from support.fsdp1 import fsdp1
 from support.processes import World
 from support.sharded import TARGETS, Plain, Sharded, data, loader, make_trainer, model_parallel
 from support.sharded_adapters import assert_same_bits
-from support.strategies import stage_2, stage_3
+from support.strategies import import_package, stage_2, stage_3
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +38,6 @@ CLASSES = (
     *(FullyShardedDataParallel, L.Trainer, L.LightningModule, L.Callback),
     *(FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy),
 )
-
-
-def start_deepspeed() -> None:
-    import deepspeed  # noqa: F401
 
 
 def ours(value: Any) -> bool:
@@ -112,7 +108,7 @@ def test_plain_model_after_fits_under_strategies_is_used_as_in_a_fresh_process(t
     expected, ranks = used_on_one_device(tmp_path / "fresh"), World(2)
     try:
         if find_spec("deepspeed") is not None:
-            ranks.run(start_deepspeed, timeout=240)  # its import takes a while
+            ranks.run(import_package, "deepspeed", timeout=240)  # its import takes a while
         for found in ranks.run(used_after_strategies, tmp_path, timeout=240):
             assert_same_bits(found, expected)
     finally:

@@ -270,15 +270,7 @@ ROWS = [
             ("experts, a stack of your own", Experts, floats(2, 4, 5), parameters("gate_up_proj", "down_proj")),
         )
     ),
-    *(
-        Row(layer, inner(build), x, variant=PLUS, theirs=theirs)
-        for layer, build, x, theirs in (
-            ("nn.Linear", lambda: nn.Linear(8, 6), floats(3, 8), {}),
-            ("transformers' Conv1D", lambda: Conv1D(6, 8), floats(3, 8), {"fan_in_fan_out": True}),
-            ("nn.Embedding", lambda: nn.Embedding(11, 6), rows(3, 5), {}),
-            ("nn.Conv2d", lambda: nn.Conv2d(8, 6, 3, padding=1), floats(2, 8, 5, 5), {}),
-        )
-    ),
+    Row("nn.Linear", inner(lambda: nn.Linear(8, 6)), floats(3, 8), variant=PLUS),
     Row("nn.Linear, fused", inner(lambda: nn.Linear(8, 12)), floats(3, 8), PARTS, "enable_lora", theirs=None),
     Row("nn.Linear, whose weight is read", inner(Readers), floats(3, 8), {"target_modules": ["linear"]}, theirs=None),
     Row("transformers' Conv1D", inner(lambda: Conv1D(6, 8)), floats(3, 8), theirs={"fan_in_fan_out": True}),
@@ -347,7 +339,6 @@ ROWS = [
             ({"target_modules": ["inner"]}, "LoRA"),
             (RSLORA | {"target_modules": ["inner"]}, "rsLoRA"),
             (EVA, "EVA"),
-            ({"target_modules": ["inner"]}, PLUS),
         )
     ),
     *(
@@ -364,7 +355,6 @@ ROWS = [
             ({}, "LoRA", list(QUANTISED)),
             ({"init_lora_weights": "eva"}, "EVA", OF_EACH),
             ({"init_lora_weights": "lora_ga"}, "LoRA-GA", OF_EACH),
-            ({}, PLUS, OF_EACH),
         )
         for label, kind in QUANTISED.items()
         if label in labels

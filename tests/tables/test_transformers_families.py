@@ -45,8 +45,8 @@ BEGIN, END = (
     "<!-- families: written by tests/tables/test_transformers_families.py -->\n",
     "<!-- end of families -->",
 )
-EVERYDAY = ("llama", "bert", "mixtral", "vit", "whisper", "clip")
-DIFFERENT = ("gpt2", "mamba", "albert", "convnextv2", "detr", "wav2vec2", "blip")
+EVERYDAY = ("llama", "mixtral", "vit", "whisper")
+DIFFERENT = ("bert", "clip", "gpt2", "mamba", "albert", "convnextv2", "detr", "wav2vec2", "blip")
 # The table is of transformers 5. In these columns older versions are others, and refused is less there.
 IS_OLD = int(transformers.__version__.partition(".")[0]) < 5
 OF_VERSION = ("attention", "reentrant", "reentrant, late")
