@@ -91,6 +91,7 @@ def check_same(net: nn.Module, other: nn.Module) -> None:
     assert torch.equal(net(x), other(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_own_pattern_comes_back_from_a_saved_adapter_and_peft_reads_it_as_it_is_here(tmp_path: Path, name: str):
     save_adapter(net := adapted(name), tmp_path / "adapter")

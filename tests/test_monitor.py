@@ -47,6 +47,7 @@ def test_wrong_options_are_refused_at_once(options: dict[str, Any], said: str):
     assert repr(LoRAMonitor(10, False)) == "LoRAMonitor(every_n_steps=10, plots=False)"
 
 
+@pytest.mark.slow
 def test_model_that_was_injected_by_hand_is_monitored_alone_and_before_or_after_the_callback(tmp_path: Path):
     alone = fit(tmp_path / "alone", injected(), LoRAMonitor(1), max_epochs=2)
     beside = fit(tmp_path / "beside", injected(), lora(), LoRAMonitor(1), max_epochs=2)

@@ -79,6 +79,7 @@ def test_extract_keeps_a_change_of_the_rank_whole(tmp_path, capsys, name: str):
         torch.testing.assert_close(logits(peer), logits(after), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_extract_of_conv1d_with_fan_in_fan_out_gives_the_tuned_outputs(tmp_path, capsys):
     after = tuned("gpt2", 3)
     after.tie_weights()

@@ -210,6 +210,7 @@ def test_combine_takes_the_options_of_the_function(tmp_path: Path, capsys: Any):
     assert printed.endswith(f"wrote {tmp_path / 'c'}\n")
 
 
+@pytest.mark.slow
 def test_plot_writes_a_picture_says_what_is_in_it_and_is_refused_in_one_line(tmp_path: Path, capsys: Any):
     inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
     save_adapter(net, tmp_path / "a")

@@ -78,6 +78,7 @@ def fit(path: Path, model: Net, *, epochs: int, resume: Path | None = None, **op
 each = pytest.mark.parametrize(("cls", "kind"), covering(CLASSES, KINDS, meet=1))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the checkpoint")
 @each
 def test_a_checkpoint_leaves_out_what_the_class_does_and_resumes_tests_and_loads(
@@ -103,6 +104,7 @@ def test_a_checkpoint_leaves_out_what_the_class_does_and_resumes_tests_and_loads
         fit(tmp_path, cls(seed=2), epochs=2, resume=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps", ["nothing", "lora_"])
 @pytest.mark.parametrize(("cls", "kind"), [(InStateDict, "full"), (Deletes, "adapter")])
 def test_factors_that_the_class_leaves_out_are_saved_all_the_same(

@@ -134,6 +134,7 @@ def test_of_two_transformers_models_the_adapted_one_is_written(tmp_path):
     torch.testing.assert_close(answer(again), answer(module), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_second_name_of_the_body_is_no_other_model(tmp_path):
     module = L.LightningModule()
     network = bert()

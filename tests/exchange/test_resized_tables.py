@@ -59,6 +59,7 @@ def outputs(net: nn.Module) -> torch.Tensor:
         return net(torch.tensor([[1, ROWS - 1, 2, ROWS - 5]])).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "targets"),
     [(True, ["q_proj", "embed_tokens"]), (False, ["q_proj"])],  # PEFT stores no untied head beside an adapted table
@@ -125,6 +126,7 @@ def test_rows_resized_before_injection_are_saved_for_peft_and_come_back(tmp_path
     assert torch.equal(outputs(fresh), before)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_a_resized_model_loads_and_resumes_with_rows_drawn_anew(tmp_path: Path, base: Path):
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(66, 70)[None]))
     trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=["q_proj"]), max_epochs=1)

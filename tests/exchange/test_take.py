@@ -190,6 +190,7 @@ IMPOSSIBLE = {  # for reasons that their own tests show
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_door_gives_the_trained_values_of_a_weight_that_was_unfrozen_later(tmp_path, case: str):
     names, options = CASES[case]

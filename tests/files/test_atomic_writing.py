@@ -180,6 +180,7 @@ def _umask() -> Iterator[None]:
     os.umask(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_umask")
 @pytest.mark.parametrize("name", ["save_adapter", "merge of safetensors", "plot"])
 def test_what_is_written_has_the_modes_of_the_umask_and_keeps_those_it_is_given(inputs: Path, name: str):

@@ -158,6 +158,7 @@ def test_class_path_without_an_instantiator_and_under_other_keys_is_refused_too(
             load_from_checkpoint(Net, with_hyper_parameters(file, key, _instantiator=CLI_FORM, loss=NAMED))
 
 
+@pytest.mark.slow
 def test_plain_values_build_the_given_class_whatever_the_instantiator_is(file: Path):
     for instantiator in (CLI_FORM, "trap.build", 3):
         loaded = load_from_checkpoint(Net, with_hyper_parameters(file, _instantiator=instantiator, width=5))

@@ -242,6 +242,7 @@ def refuse(*args: Any) -> Any:
     raise AssertionError("computed what is loaded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "merged", "full"])
 def test_loading_computes_nothing_from_the_weights(tmp_path, monkeypatch, kind):
     trainer = make_trainer(tmp_path / "fit", lora(init_lora_weights="pissa", save=kind if kind != "folder" else "full"))

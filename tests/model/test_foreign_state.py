@@ -317,6 +317,7 @@ def test_foreign_entries_come_to_a_module_inside_a_wrapper(saved, pair: Any, kin
         assert load(load_as, kind, saved(save_as, kind)).marked() == SAVED
 
 
+@pytest.mark.slow
 def test_save_merged_writes_foreign_tensors_under_their_names_and_refuses_what_is_no_tensor(saved, tmp_path):
     model = load_from_checkpoint(Hooks, saved(Hooks, "adapter"))
     save_merged(model, tmp_path / "merged")

@@ -116,6 +116,7 @@ def test_a_new_part_of_the_body_is_not_called_a_head_and_an_adapter_on_it_is_nam
         warn_of_new_heads(list(model.named_modules()))
 
 
+@pytest.mark.slow
 def test_a_model_whose_head_came_with_it_is_not_warned_of(tmp_path, body):
     classifier(body).save_pretrained(tmp_path / "tuned")
     transformers.BertForPreTraining(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path / "lm")

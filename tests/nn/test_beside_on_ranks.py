@@ -115,6 +115,7 @@ def tensor_parallel(plan: str) -> Any:
     return sent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["even", "sequence"])
 def test_tensor_parallelism_equals_one_device_and_sends_no_more_than_without(plan: str):
     for without, beside in world().run(tensor_parallel, plan):

@@ -172,6 +172,7 @@ def test_merged_checkpoints_of_such_a_model_are_refused_at_fit_start(tmp_path: P
             fitted(tmp_path, lora(**options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "targets"), covering([*FOREIGN], [["0", "2"], ["4"]], meet=1))
 def test_another_quantised_base_is_refused(tmp_path: Path, kind: str, targets: Any) -> None:
     def built(seed: int = 1) -> Any:

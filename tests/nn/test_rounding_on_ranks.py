@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -69,6 +70,7 @@ def sharded_reports() -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_16_bit_report_of_a_sharded_model_equals_that_of_one_device():
     first, other = world().run(sharded_reports)
     expected = [reports(adapted(share)) for _, share in CASES]

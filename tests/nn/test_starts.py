@@ -83,6 +83,7 @@ def test_a_weight_that_cannot_be_decomposed_is_refused_by_the_option(weight, sai
         start_factors(weight, 5, 1.0, "pissa", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(512, 600), (600, 512)], ids=str)
 def test_exact_pissa_of_a_large_weight_is_searched_and_as_exact(shape, monkeypatch):
     """Without all eigenvectors of its smaller side, of which few are wanted."""

@@ -69,6 +69,7 @@ def fit(model: Net, path: Path, *callbacks: Any, epochs: int, resume: Path | Non
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("save", "tied"), covering(["adapter", "merged", "full"], [False, True], meet=1))
 def test_a_run_is_resumed_and_loaded_from_a_checkpoint_of_each_kind(tmp_path: Path, save: str, tied: bool):
     fit(whole := Net(tied), tmp_path, epochs=2, save=save)

@@ -253,6 +253,7 @@ def load_new_base() -> None:
                 torch.testing.assert_close(model(batch(1)), new(batch(1)), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_starts_from_the_weight_follows_a_new_base_on_shards():
     world().run(load_new_base)
 
@@ -321,6 +322,7 @@ def parallel() -> None:
     assert_same_bits(after, before)
 
 
+@pytest.mark.slow
 def test_a_split_layer_that_starts_from_the_weight_trains_as_on_one_device():
     world().run(parallel)
 

@@ -91,6 +91,7 @@ def trained_rows(shard: bool) -> Any:
     return two_stats(model, torch.arange(36).view(4, 9) % tables.NUMBER)
 
 
+@pytest.mark.slow
 def test_statistics_of_sharded_experts_rows_and_of_layers_that_are_whole_on_every_rank_are_those_of_one_device():
     assert set(trained_rows(False)[1]["emb"]) == {"norm", "grad_rows"}
     for found in world().run(one_layer_sharded):

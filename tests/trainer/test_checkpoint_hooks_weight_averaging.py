@@ -77,6 +77,7 @@ class CompiledBody(Net):
         self.body = torch.compile(self.body, backend="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), EACH_ONCE)
 def test_resumed_run_with_averaging_and_a_compiled_submodule_equals_the_whole(tmp_path, name: str, kind: str):
     """Its wrapper is in the names of "current_model_state" and of the averaged model."""

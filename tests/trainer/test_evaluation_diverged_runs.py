@@ -95,6 +95,7 @@ def test_an_overflow_of_the_weights_dtype_is_evaluated_unmerged_with_finite_loss
     assert torch.isfinite(trainer.callback_metrics["val_loss"])
 
 
+@pytest.mark.slow
 @diverges
 def test_checkpoints_of_the_best_epochs_are_saved_and_the_run_ends_cleanly(tmp_path):
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")

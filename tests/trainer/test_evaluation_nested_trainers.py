@@ -52,6 +52,7 @@ def test_inner_validation_of_the_same_model_leaves_the_outer_run_right(tmp_path,
     compare(tmp_path, run, always=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "hook"),
     [("its own", "on_train_batch_start"), ("the same", "on_train_batch_end"), ("the same", "on_validation_batch_end")],

@@ -75,6 +75,7 @@ def test_validation_is_factored_and_changes_no_bit_of_base_or_adapter(tmp_path, 
     assert first == [loss for stage, _, loss in unmerged.seen if stage == "validation"][:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("save", "kind"), covering([*SAVES], KINDS, meet=1))
 def test_resuming_equals_the_uninterrupted_run(tmp_path, kind, save):
     whole = fitted(tmp_path / "whole", kind, lora(), max_epochs=3)

@@ -321,6 +321,7 @@ def test_checkpoint_holds_the_trained_one_alone_and_resumes_bit_for_bit(tmp_path
     assert torch.equal(outputs(resumed), outputs(model))
 
 
+@pytest.mark.slow
 def test_merged_checkpoint_holds_all_for_programs_without_this_package(tmp_path: Path):
     model, _ = fit(tmp_path, lora(save="merged", beside={"sft": trained_adapter(1)}), 1)
     close(outputs(Net.load_from_checkpoint(tmp_path / "epoch=0.ckpt", **PLAIN_TYPES_ONLY)), outputs(model))

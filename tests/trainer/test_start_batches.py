@@ -263,6 +263,7 @@ def start_on_ranks(path: Path, way: str, start: str) -> None:
         assert all(torch.equal(other, others[0]) for other in others), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "start"), [("DDP", "eva"), ("FSDP2", "eva"), ("DDP", "lora_ga")])
 def test_ranks_start_alike(tmp_path, way: str, start: str):
     world(2).run(start_on_ranks, tmp_path, way, start)

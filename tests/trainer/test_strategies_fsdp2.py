@@ -135,6 +135,7 @@ def materialised(path: Path) -> dict[str, torch.Tensor]:
     return whole_state(model)
 
 
+@pytest.mark.slow
 def test_factors_of_meta_layers_start_as_others(tmp_path):
     torch.manual_seed(0)
     here = Plain()
