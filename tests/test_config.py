@@ -197,7 +197,7 @@ PATTERNS = NAMES | st.sampled_from([r"a|b", r"layers\.\d+\..*", r"^a", r".*", r"
 
 
 @given(patterns=st.lists(PATTERNS, max_size=4, unique=True), name=NAMES, rslora=st.booleans())
-def test_config_looks_patterns_up_and_scales_as_peft_does(patterns, name, rslora):
+def test_config_looks_patterns_up_and_scales_as_peft_does_with_and_without_rslora(patterns, name, rslora):
     ranks = {pattern: 10 + i for i, pattern in enumerate(patterns)}
     alphas = {pattern: 0.5 + i for i, pattern in enumerate(reversed(patterns))}
     config = LoRAConfig(r=3, lora_alpha=7, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora)
