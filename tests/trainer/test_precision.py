@@ -145,8 +145,9 @@ def test_factors_stay_in_float32(tmp_path, precision: str, make: type[Net]):
             assert torch.equal(saved[name], model.state_dict()[name])
         if kind != "adapter":
             assert checkpoint["state_dict"]["head.weight"].dtype == half
-        loaded = load_from_checkpoint(Stable, tmp_path / f"{kind}.ckpt")  # whose base the class builds in float32
-        assert torch.equal(loaded.head.lora_B, model.head.lora_B)
+        if make is Stable:  # whose base the class builds in float32
+            loaded = load_from_checkpoint(Stable, tmp_path / f"{kind}.ckpt")
+            assert torch.equal(loaded.head.lora_B, model.head.lora_B)
 
 
 @pytest.mark.parametrize("precision", TRUE)
