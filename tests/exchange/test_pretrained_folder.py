@@ -23,6 +23,7 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
+from lightning_lora.exchange import pretrained_folder
 from lightning_lora.exchange.pretrained_folder import parts_in_files
 from support.notices import TORCH_NOTICES, quiet_peers
 from support.peers import fill_, model
@@ -152,3 +153,43 @@ def test_a_folder_with_an_adapter_is_refused_and_stays(tmp_path):
     with pytest.raises(LoRAError, match=r"holds adapter_config\.json, .* give another folder"):
         save_merged(module, tmp_path)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def _halves(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As transformers undoes a conversion: one tensor renamed, one made of two of a layer, one of two layers."""
+    stored = {name.replace("norm", "ln"): value for name, value in state.items() if "norm" in name}
+    for layer in {name.split(".")[0] for name in state if name.endswith((".q", ".k"))}:  # of what is there
+        stored[f"{layer}.qk"] = torch.cat([state[name] for name in (f"{layer}.q", f"{layer}.k") if name in state])
+    if "0.first" in state:
+        stored["both"] = torch.cat([state["0.first"], state["1.second"]])
+    return stored
+
+
+def _numbered(*names: str) -> dict[str, torch.Tensor]:
+    return {name: torch.full((2, 3), float(i)) for i, name in enumerate(names)}
+
+
+LAYERS = ["0.norm", "0.q", "0.k", "1.norm", "1.q", "1.k"]
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (LAYERS, [["0.norm"], ["0.q", "0.k"], ["1.norm"], ["1.q", "1.k"]]),
+        ([*LAYERS, "0.first", "1.second"], [[*LAYERS, "0.first", "1.second"]]),
+    ],
+    ids=["within layers", "across layers"],
+)
+def test_tensors_are_converted_in_groups_of_which_all_is_made(names: list[str], groups: list[list[str]], monkeypatch):
+    monkeypatch.setattr(pretrained_folder, "_conversion", lambda network: _halves)
+    state = _numbered(*names)
+    parts = parts_in_files(nn.Module(), state)
+    assert [part.names for part in parts] == groups
+    expected, found = _halves(state), {}
+    for part in parts:
+        made = part.convert({name: state[name] for name in part.names})
+        assert made.keys() == part.stored.keys()
+        found |= made
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)

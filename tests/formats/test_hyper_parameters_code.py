@@ -257,3 +257,8 @@ def test_command_line_builds_what_a_checkpoint_names_where_it_is_trusted(trust: 
     run(LoRACLI, "fit", "--model.loss=torch.nn.CrossEntropyLoss").trainer.save_checkpoint("cli.ckpt")
     tested = run(LoRACLI, "test", "--ckpt_path=cli.ckpt", trust).model
     assert type(tested.got["loss"]) is nn.CrossEntropyLoss
+
+
+def test_instantiator_in_a_file_of_hyper_parameters_is_not_called(file: Path):
+    Path("h.yaml").write_text("_instantiator: trap.build\nwidth: 5\n")
+    assert load_from_checkpoint(Net, file, hparams_file="h.yaml").got["width"] == 5

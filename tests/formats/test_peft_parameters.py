@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -233,3 +234,17 @@ def test_the_command_merges_single_parameters(tmp_path, name: str, capsys, monke
     with merged(ours):
         for key, value in result.items():
             assert torch.equal(value, ours.get_parameter(key)), key
+
+
+@pytest.mark.parametrize("damage", [[], {"inner.rnn": [1]}])
+def test_a_damaged_description_is_refused(tmp_path, damage: Any):
+    ours = model("lstm")
+    inject(ours, LoRAConfig(target_modules=[], target_parameters=["weight_ih_l0", "weight_hh_l0"]))
+    save_adapter(ours, tmp_path)
+    with safe_open(tmp_path / TENSORS, "pt") as file:
+        metadata = file.metadata()
+    description = json.loads(metadata["lightning_lora"])
+    description["parameters"] = damage
+    save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS, metadata | {"lightning_lora": json.dumps(description)})
+    with pytest.raises(LoRAError, match=r"description is damaged|target_parameters|missing|no place"):
+        load_adapter(model("lstm"), tmp_path)

@@ -11,6 +11,7 @@ import lightning as L
 import peft
 import pytest
 import torch
+import torchmetrics
 import transformers
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -165,3 +166,18 @@ def test_the_state_of_a_live_model_of_another_variant_is_read():
     load_adapter(ours, {"state_dict": {f"net.{name}": value for name, value in theirs.state_dict().items()}})
     x = torch.randn(4, 6)
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
+
+
+def test_a_persistent_metric_beside_the_peft_model_comes_along(lit):
+    class Plain(L.LightningModule):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.model, self.total = net, torchmetrics.SumMetric()
+            self.total.persistent(True)
+
+    saved, plain = Plain(lit.model), Plain(network())
+    saved.total.update(5)
+    inject(plain, LoRAConfig(**OURS))
+    load_adapter(plain, saved.state_dict())
+    assert plain.total.sum_value == 5
+    close(logits(plain.model), logits(lit.model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -288,3 +290,15 @@ def test_rows_that_are_missing_or_no_matrix_or_do_not_say_which_they_are_are_ref
         save_file(changed if rows is None else changed | {key: rows}, tmp_path / TENSORS)
         with pytest.raises(LoRAError, match=message):
             load_adapter(llama(False), tmp_path)
+
+
+@pytest.mark.parametrize("damage", [{"emb": [2, 1]}, {"emb": "12"}, []])
+def test_a_damaged_description_is_refused(tmp_path, damage: Any):
+    saved(Net(), tmp_path, trainable_token_indices={"emb": [1, 2]})
+    with safe_open(tmp_path / TENSORS, "pt") as file:
+        metadata = file.metadata()
+    description = json.loads(metadata["lightning_lora"])
+    description["tables"] = damage
+    save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS, metadata | {"lightning_lora": json.dumps(description)})
+    with pytest.raises(LoRAError, match=r"description is damaged|it was cut"):
+        load_adapter(Net(), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,28 @@ def test_an_entry_that_peft_would_take_for_an_adapted_layer_is_refused(tmp_path)
     with pytest.raises(LoRAError, match="so that 'q_proj', which is adapted, would be trained whole too"):
         save_adapter(net, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+class Packed(nn.Module):
+    """A quantised layer: its weight is of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(16, dtype=torch.uint8).view(4, 4), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.float()
+
+
+def packed() -> nn.Module:
+    return seeded(lambda: nn.Sequential(OrderedDict(body=nn.Linear(4, 4), pre_head=Packed(), head=nn.Linear(4, 2))))
+
+
+def test_a_frozen_module_that_is_quantised_is_stored_and_compared_by_its_shape(tmp_path):
+    inject(net := packed(), LoRAConfig(r=2, target_modules=["body"], modules_to_save=["head"]))
+    spread_(net)
+    save_adapter(net, tmp_path)
+    assert "base_model.model.pre_head.weight" in load_file(tmp_path / TENSORS)
+    load_adapter(again := packed(), tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(again(x), net(x))

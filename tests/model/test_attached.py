@@ -480,3 +480,15 @@ def test_a_state_dict_says_what_it_lacks_also_after_a_file():
     filled().load_state_dict(dict(state))
     with pytest.raises(LoRAError, match="'one', 'two'"):
         filled().load_state_dict(adapter_state_dict(model), strict=False)
+
+
+def test_a_part_of_what_adapters_were_attached_to_is_not_injected():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = net(), net()
+
+    model = Two()
+    attach(model, take_adapter(filled(model=Two())), name="one")
+    with pytest.raises(LoRAError, match="is a part of the Two to which 'one' was attached"):
+        inject(model.a, LoRAConfig())

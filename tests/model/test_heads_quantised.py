@@ -8,16 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject
 from lightning_lora.model.heads import warn_of_new_heads
 from support.notices import quiet_peers
 from support.peers import SMALL
 from support.pretrained import LABELS, tokens
+from support.training import make_trainer
 
 pytestmark = quiet_peers
 
@@ -86,3 +88,37 @@ def test_layers_that_bitsandbytes_never_quantised_are_trained_once_both_lists_of
     assert model.bert.pooler.dense.weight.grad.norm() > 0
     with pytest.raises(LoRAError, match=r"llm_int8_skip_modules=\['bert.pooler', 'classifier'\]"):
         adapted(["classifier"], whole)  # what is plain already is named too, so that the list can be copied
+
+
+@pytest.mark.transformers_5
+def test_a_fit_with_a_new_pooler_in_4_bits_runs_once_both_lists_of_the_error_are_copied(tmp_path: Path):
+    skipped, options, plain = ["classifier"], {"task_type": "SEQ_CLS"}, ["classifier", "bert.pooler"]
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=False).save_pretrained(tmp_path)
+
+    class Tuned(L.LightningModule):
+        def __init__(self, skipped: list[str]) -> None:
+            super().__init__()
+            quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped or None)
+            self.net = transformers.AutoModelForSequenceClassification.from_pretrained(
+                tmp_path, num_labels=LABELS, quantization_config=quantisation
+            )
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.net(input_ids=batch, labels=torch.zeros(len(batch), dtype=torch.long)).loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    def fit(skipped: list[str], options: dict[str, Any]) -> None:
+        trainer = make_trainer(tmp_path / "fit", LoRACallback(r=1, target_modules=["query"], **options))
+        trainer.fit(Tuned(skipped).train(), torch.utils.data.DataLoader(tokens()))
+
+    with pytest.raises(LoRAError, match="llm_int8_skip_modules=") as refused:
+        fit(skipped, options)
+    found = re.findall(r"(\w+_modules|modules_to_save)=(\[.*?\])", str(refused.value))
+    lists = {name: ast.literal_eval(names) for name, names in found}
+    assert lists.pop("llm_int8_skip_modules") == plain
+    assert lists.get("modules_to_save") == ["bert.pooler"]
+    fit(plain, {**options, **lists})  # warnings are errors

@@ -274,3 +274,11 @@ def test_packed_weights_cannot_be_trained_whole() -> None:
     with pytest.raises(LoRAError, match=r"'0' is to be trained whole, but '0\.0' in it is a HQQLinear"):
         inject(packed, config)
     assert "1.lora_A" not in packed.state_dict()
+
+
+def test_the_callback_lists_such_layers_to_copy(tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level("INFO", logger="lightning_lora"):
+        fitted(tmp_path, LoRACallback(r=2))
+    lines = [record.getMessage() for record in caplog.records if "target_modules=['0', '2']" in record.getMessage()]
+    assert len(lines) == 1
+    assert "\n" not in lines[0]

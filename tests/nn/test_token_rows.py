@@ -453,3 +453,15 @@ def test_a_base_that_is_not_finite_beside_the_rows_is_still_refused():
     with pytest.raises(LoRAError, match="'body'"), merged(net):
         pass
     assert not is_merged(net)
+
+
+def test_an_adapter_of_a_module_around_it_fits_the_network_inside():
+    outer = nn.ModuleDict({"net": Net()})
+    inject(outer, LoRAConfig(target_modules=["body"], trainable_token_indices={"net.emb": ROWS}))
+    fill_rows_(outer)
+    inner = Net()
+    inner.load_state_dict(
+        {name.removeprefix("net."): value for name, value in outer.state_dict().items() if "lora" not in name}
+    )
+    load_adapter(inner, adapter_of_model(outer))
+    assert torch.equal(inner.emb.lora_rows, outer["net"].emb.lora_rows)

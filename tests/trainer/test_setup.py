@@ -270,3 +270,19 @@ def test_a_base_that_setup_builds_anew_has_its_own_fingerprint_in_the_next_fit(t
     model.hparams["seed"] += 1
     make_trainer(tmp_path, callback).fit(model, Data(BATCHES))
     assert model.lora_injection.fingerprint == fingerprint(model) != first
+
+
+class WithoutOptimizer(Net):
+    def configure_optimizers(self) -> None:
+        return None
+
+
+def test_a_fit_without_an_optimizer_is_warned_of_by_lightning_alone(tmp_path):
+    model = WithoutOptimizer()
+    with pytest.warns(UserWarning, match="no optimizer") as caught:
+        make_trainer(tmp_path, lora(), enable_checkpointing=True).fit(model, Data())
+    about_optimizers = [str(warning.message) for warning in caught if "ptimizer" in str(warning.message)]
+    assert about_optimizers == [
+        "`LightningModule.configure_optimizers` returned `None`, this fit will run with no optimizer"
+    ]
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
