@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,7 +29,7 @@ from lightning_lora.nn.adapted_weights import adapted_layers
 from support.expected_weights import check_merge_command
 from support.notices import quiet_peers
 from support.parameters import CASES, Experts, Model, Projected, fill_factors_
-from support.peers import CONFIG, TENSORS, close, edit
+from support.peers import CONFIG, TENSORS, close, edit, redescribe
 
 pytestmark = [
     *quiet_peers,
@@ -241,10 +240,6 @@ def test_a_damaged_description_is_refused(tmp_path, damage: Any):
     ours = model("lstm")
     inject(ours, LoRAConfig(target_modules=[], target_parameters=["weight_ih_l0", "weight_hh_l0"]))
     save_adapter(ours, tmp_path)
-    with safe_open(tmp_path / TENSORS, "pt") as file:
-        metadata = file.metadata()
-    description = json.loads(metadata["lightning_lora"])
-    description["parameters"] = damage
-    save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS, metadata | {"lightning_lora": json.dumps(description)})
+    redescribe(tmp_path, parameters=damage)
     with pytest.raises(LoRAError, match=r"description is damaged|target_parameters|missing|no place"):
         load_adapter(model("lstm"), tmp_path)

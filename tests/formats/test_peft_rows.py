@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged, save_adapter
 from support.notices import quiet_peers
-from support.peers import SMALL, TENSORS, close, config_of, edit, seeded
+from support.peers import SMALL, TENSORS, close, config_of, edit, redescribe, seeded
 from support.tables import Net, assert_same_logits, fill_rows_
 
 pytestmark = [
@@ -295,10 +293,6 @@ def test_rows_that_are_missing_or_no_matrix_or_do_not_say_which_they_are_are_ref
 @pytest.mark.parametrize("damage", [{"emb": [2, 1]}, {"emb": "12"}, []])
 def test_a_damaged_description_is_refused(tmp_path, damage: Any):
     saved(Net(), tmp_path, trainable_token_indices={"emb": [1, 2]})
-    with safe_open(tmp_path / TENSORS, "pt") as file:
-        metadata = file.metadata()
-    description = json.loads(metadata["lightning_lora"])
-    description["tables"] = damage
-    save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS, metadata | {"lightning_lora": json.dumps(description)})
+    redescribe(tmp_path, tables=damage)
     with pytest.raises(LoRAError, match=r"description is damaged|it was cut"):
         load_adapter(Net(), tmp_path)

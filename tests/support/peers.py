@@ -16,7 +16,8 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, merged_state_dict, save_adapter
@@ -179,6 +180,14 @@ def config_of(path: Path) -> dict[str, Any]:
 
 def edit(path: Path, **options: Any) -> None:
     (path / CONFIG).write_text(json.dumps(config_of(path) | options))
+
+
+def redescribe(path: Path, **values: Any) -> None:
+    """Change what the header of our folder says."""
+    with safe_open(path / TENSORS, "pt") as file:
+        metadata = file.metadata()
+    described = json.dumps(json.loads(metadata["lightning_lora"]) | values)
+    save_file(load_file(path / TENSORS), path / TENSORS, metadata | {"lightning_lora": described})
 
 
 class Fused(nn.Module):
