@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, is_merged, load_from_checkpoint, merge_and_unload
 from lightning_lora.model.injection import Injection
+from lightning_lora.names import MERGED_FOR_GOOD
 from lightning_lora.nn.lora_layer import LoRALayer
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
 from lightning_lora.trainer.run_hooks import close_fit
@@ -239,3 +241,9 @@ def test_a_library_that_loads_the_best_state_dict_after_fit_gets_its_outputs_or_
         assert model.load_state_dict(state)
         plain = Net.load_from_checkpoint if save == "merged" else partial(load_from_checkpoint, Net)
         assert torch.equal(outputs(model), outputs(plain(trainer.checkpoint_callback.best_model_path)))
+
+
+def test_the_mark_of_a_merged_model_says_what_it_is(tmp_path):
+    model = fit(tmp_path, lora_with_effect(merge_after_fit=True))
+    assert vars(model)[MERGED_FOR_GOOD] is True
+    assert vars(copy.deepcopy(model))[MERGED_FOR_GOOD] is True
