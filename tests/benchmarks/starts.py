@@ -59,7 +59,7 @@ def started(
 
 
 def start_rows(side: int, rounds: int) -> Iterator[list[str]]:
-    """Yield a row for each start: seconds, and the distance from what it should be, over the norm of that."""
+    """Yield a row for each start: seconds, and its relative distance from the exact start."""
     weight = make_weight(side)
     u, s, vh = torch.linalg.svd(weight.double())
     best = {"pissa": (u[:, :R] * s[:R]) @ vh[:R]}

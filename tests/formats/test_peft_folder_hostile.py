@@ -23,7 +23,7 @@ from lightning_lora.formats.peft_names import read_names
 from support.covering import covering
 from support.models import Zoo, trace, zoo_config
 from support.notices import quiet_peers
-from support.peers import edit, model, ours
+from support.peers import edit, model, ours, redescribe
 
 pytestmark = quiet_peers
 
@@ -197,7 +197,7 @@ def refusal(path: Path, form: str, key: str, value: Any) -> str:
     value = value(description[key]) if callable(value) else value
     source = path / "folder"
     if form == "folder":
-        save_file(tensors, source / TENSORS, {"lightning_lora": json.dumps(description | {key: value})})
+        redescribe(source, **{key: value})
     else:
         source = path / "a.ckpt"
         meta = {"format_version": 1, "kind": "adapter", **description, key: value}

@@ -14,8 +14,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, inject
-from support.peers import config_of as config_of
-from support.peers import edit as edit
 
 SAME: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 

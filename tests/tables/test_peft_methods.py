@@ -19,9 +19,10 @@ from lightning_lora import (
 )
 from lightning_lora.command.main import main
 from support.expected_weights import check_merge_command
-from support.methods import METHODS, SAME, TOKENS, base, config_of, edit, moved, ours, theirs
+from support.methods import METHODS, SAME, TOKENS, base, moved, ours, theirs
 from support.models import bits, state_bits
 from support.notices import quiet_peers
+from support.peers import config_of, edit
 
 pytestmark = quiet_peers
 

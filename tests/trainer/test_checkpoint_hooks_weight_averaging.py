@@ -29,7 +29,7 @@ NAMES = [*averaging(["mean", "ema"]), "swa"]
 
 
 def marked(cases: list[Any]) -> list[Any]:
-    """Cases whose first value is a name in ALL, of which Lightning's first versions have "swa" alone."""
+    """Mark cases by their first value, a name in ALL: old versions of Lightning have "swa" alone."""
     return [
         pytest.param(*case.values, id=case.id, marks=[] if case.values[0] == "swa" else weight_averaging)
         for case in cases

@@ -34,7 +34,7 @@ from support.quantised import (
 )
 from support.training import make_trainer
 
-# What a Trainer does is the same for all of them, whose layers nn/test_quantised.py tests.
+# A Trainer does the same for every kind. nn/test_quantised.py tests the layers of each.
 KINDS = QUANTISED if os.environ.get("LORA_FULL") else ["nf4 nested", "int8", "Int8WeightOnlyConfig"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 SAVES: dict[str, dict[str, Any]] = {
