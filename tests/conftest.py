@@ -20,15 +20,15 @@ import torch
 
 pytest.register_assert_rewrite("support")  # its assertions show their values
 
-from support import shortcuts  # noqa: E402
+from support.runs import shortcuts  # noqa: E402
 
 shortcuts.read_entry_points_once()
 shortcuts.seed_without_stack_traces()
 
-from support.devices import DEVICE, NO_GPUS, PLACES, Place  # noqa: E402
-from support.launched import launched  # noqa: E402, F401
-from support.lightning_versions import HAS_WEIGHT_AVERAGING  # noqa: E402
-from support.notices import ALL_ARE_ERRORS, HYPOTHESIS_NOTICE, LIGHTNING_NOTICES  # noqa: E402
+from support.devices.places import DEVICE, NO_GPUS, PLACES, Place  # noqa: E402
+from support.runs.launched import launched  # noqa: E402, F401
+from support.runs.lightning_versions import HAS_WEIGHT_AVERAGING  # noqa: E402
+from support.runs.notices import ALL_ARE_ERRORS, HYPOTHESIS_NOTICE, LIGHTNING_NOTICES  # noqa: E402
 
 # A busy machine is no failure, and what fails here fails everywhere, each time.
 hypothesis.settings.register_profile("same everywhere", deadline=None, derandomize=True)

@@ -30,7 +30,7 @@ from lightning_lora import (
     unload,
 )
 from lightning_lora.nn.lora_layer import LoRALayer
-from support.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, make_trainer, outputs, weights
+from support.runs.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, make_trainer, outputs, weights
 
 TARGETS = ["body.0", "body.3", "head"]
 

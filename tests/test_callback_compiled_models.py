@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.compile import to_uncompiled
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, load_from_checkpoint
-from support.notices import TORCH_NOTICES
-from support.recorders import Recorder, start_anew
-from support.training import Data, Net, assert_same_tensors, make_trainer, outputs
+from support.runs.notices import TORCH_NOTICES
+from support.runs.recorders import Recorder, start_anew
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs
 
 pytestmark = TORCH_NOTICES
 

@@ -17,8 +17,8 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_lora import LoRACallback, LoRACLI, LoRAConfig, LoRAError, inject
 from lightning_lora.nn.lora_layer import LoRALayer
 from lightning_lora.trainer.lightning_packages import PACKAGES
-from support.runs import TARGETS
-from support.training import Data, Net
+from support.runs.training import Data, Net
+from support.runs.with_callback import TARGETS
 
 TRAINER = """
 trainer:

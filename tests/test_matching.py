@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject
-from support.models import Zoo, zoo_config
+from support.models.networks import Zoo, zoo_config
 
 
 @pytest.mark.parametrize(

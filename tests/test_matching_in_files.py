@@ -22,8 +22,8 @@ from lightning_lora import (
 )
 from lightning_lora.command.main import main
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.models import randomise_
-from support.peers import call
+from support.models.networks import randomise_
+from support.models.peers import call
 
 
 class Block(nn.Module):

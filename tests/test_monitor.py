@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import LoRACLI, LoRAConfig, LoRAError, LoRAMonitor, inject
-from support.runs import TARGETS, BrokenError, lora
-from support.training import Data, Net, make_trainer
+from support.runs.training import Data, Net, make_trainer
+from support.runs.with_callback import TARGETS, BrokenError, lora
 
 
 def fit(path: Path, model: L.LightningModule, *callbacks: L.Callback, **options: Any) -> list[dict[str, float]]:

@@ -14,8 +14,8 @@ from lightning_lora import (
     LoRAMonitor,
 )
 from lightning_lora.report import figures
-from support.runs import lora
-from support.training import Data, Net, make_trainer
+from support.runs.training import Data, Net, make_trainer
+from support.runs.with_callback import lora
 
 
 class Board:

@@ -15,9 +15,9 @@ from torch import nn
 
 import lightning_lora.monitor
 from lightning_lora import LoRAMonitor, adapter_stats
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs import lora
-from support.training import Data, Net, make_trainer, weights
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.training import Data, Net, make_trainer, weights
+from support.runs.with_callback import lora
 
 GROUPS = {"body": ["body.0", "body.3"], "head": ["head"]}
 OF_GROUP = ("norm", "rank", "grad_A", "grad_B", "cosine")

@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, combine, inject, merge, merged_state_dict, take_adapter
 from lightning_lora.notices import tell
-from support.processes import DONE, run_in_forks
-from support.quantised import quantised
+from support.models.quantised import quantised
+from support.ranks.processes import DONE, run_in_forks
 
 LINE = "lightning_lora: a line of 100%."
 

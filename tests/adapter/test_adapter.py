@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, read_adapter, take_adapter
 from lightning_lora.adapter.adapter import Adapter
-from support.models import state_bits
-from support.notices import TORCH_NOTICES
+from support.models.networks import state_bits
+from support.runs.notices import TORCH_NOTICES
 
 pytestmark = TORCH_NOTICES
 

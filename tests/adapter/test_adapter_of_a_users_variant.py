@@ -21,9 +21,9 @@ from lightning_lora.nn.dora import DoRA
 from lightning_lora.nn.lora import LoRA
 from lightning_lora.nn.starts import Started
 from lightning_lora.nn.variant import Variant
-from support.expected_weights import merge_and_check
-from support.models import WIDTH, small
-from support.variants import define_gated, define_halved, variants_forgotten
+from support.files.expected_weights import merge_and_check
+from support.models.networks import WIDTH, small
+from support.models.variants import define_gated, define_halved, variants_forgotten
 
 SCALING = 1.5  # lora_alpha over r
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, combine, inject
 from lightning_lora.adapter.combined_layer import PRUNING, combined_change
-from support.models import checkpoint
-from support.notices import quiet_peers
+from support.models.networks import checkpoint
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

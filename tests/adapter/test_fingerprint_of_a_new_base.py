@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_lora import LoRAError, load_adapter, load_from_checkpoint
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs import lora
-from support.training import Data, Net, make_trainer, outputs
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.training import Data, Net, make_trainer, outputs
+from support.runs.with_callback import lora
 
 
 def tuned(path: Path, kind: str) -> Net:

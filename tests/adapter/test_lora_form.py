@@ -12,7 +12,7 @@ from lightning_lora import LoRAConfig, inject, merged_state_dict, take_adapter
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.adapter.lora_form import as_lora, padded
 from lightning_lora.nn.lora import LoRA
-from support.variants import define_gated, variants_forgotten
+from support.models.variants import define_gated, variants_forgotten
 
 
 def build() -> nn.ModuleDict:

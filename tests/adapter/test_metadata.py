@@ -20,7 +20,7 @@ from lightning_lora.adapter.metadata import decode_layers as read_layers
 from lightning_lora.adapter.metadata import encode_fingerprint as shorten_prints
 from lightning_lora.adapter.metadata import encode_layers as shorten_layers
 from lightning_lora.exchange.take import copied
-from support.models import checkpoint
+from support.models.networks import checkpoint
 
 DTYPES = (torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.bool)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter, take_adapter, unload
 from support.covering import covering
-from support.models import (
+from support.models.networks import (
     ZOO_LAYERS,
     base_zoo,
     checkpoint,
@@ -27,7 +27,7 @@ from support.models import (
     trained_zoo,
     zoo_config,
 )
-from support.training import own_random_stream
+from support.runs.training import own_random_stream
 
 
 class Around(nn.Module):

@@ -24,8 +24,8 @@ import report
 from lightning_lora import LoRAConfig, inject, merge, unmerge
 
 sys.path.append(str(Path(__file__).parents[1]))
-from support.devices import Count, count
-from support.pretend_device import pretend_device
+from support.devices.places import Count, count
+from support.devices.pretend_device import pretend_device
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- launches: written by tests/benchmarks/launches.py -->\n", "<!-- end of launches -->"

@@ -16,9 +16,9 @@ from lightning_lora.command.extract import _factors, extract
 from lightning_lora.command.main import main
 from lightning_lora.files.weights import open_weights
 from lightning_lora.formats.peft_folder import write_folder
-from support.expected_weights import merge_and_check
-from support.notices import quiet_peers
-from support.peers import logits, model, read_by_peft, seeded
+from support.files.expected_weights import merge_and_check
+from support.models.peers import logits, model, read_by_peft, seeded
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

@@ -16,11 +16,11 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.models import checkpoint as checkpoint_of
-from support.notices import quiet_peers
-from support.peers import call, model, ours, refused, theirs
-from support.runs import TARGETS, lora, run
-from support.training import Net, make_trainer
+from support.models.networks import checkpoint as checkpoint_of
+from support.models.peers import call, model, ours, refused, theirs
+from support.runs.notices import quiet_peers
+from support.runs.training import Net, make_trainer
+from support.runs.with_callback import TARGETS, lora, run
 
 pytestmark = quiet_peers
 

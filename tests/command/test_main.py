@@ -26,11 +26,11 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.command.main import VERBS, main
-from support.expected_weights import check_merge_command
-from support.notices import quiet_peers
-from support.peers import call, logits, model, ours, read_by_peft, refused, tensors_of
-from support.runs import TARGETS
-from support.training import Net, assert_same_tensors, make_trainer
+from support.files.expected_weights import check_merge_command
+from support.models.peers import call, logits, model, ours, read_by_peft, refused, tensors_of
+from support.runs.notices import quiet_peers
+from support.runs.training import Net, assert_same_tensors, make_trainer
+from support.runs.with_callback import TARGETS
 
 pytestmark = quiet_peers
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lightning_lora.command.main import main
-from support.models import TENSORS, WIDTH, merging, small, write_small_adapter
-from support.peers import call, refused
+from support.models.networks import TENSORS, WIDTH, merging, small, write_small_adapter
+from support.models.peers import call, refused
 
 Change = Callable[[dict[str, torch.Tensor]], object]
 

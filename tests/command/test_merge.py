@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_lora.command.merge import merge_on_disk
-from support.expected_weights import merge_and_check
-from support.notices import quiet_peers
-from support.peers import base_folder, in_memory, model, ours, tensors_of, theirs
+from support.files.expected_weights import merge_and_check
+from support.models.peers import base_folder, in_memory, model, ours, tensors_of, theirs
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

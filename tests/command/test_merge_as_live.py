@@ -15,12 +15,12 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_merged
 from lightning_lora.files.model_folder import index_of
-from support.expected_weights import merge_and_check
-from support.models import checkpoint
-from support.notices import quiet_peers
-from support.peers import ConvNet, Fused, seeded, spread_, tensors_of
-from support.tables import ROWS
-from support.tables import Net as Tables
+from support.files.expected_weights import merge_and_check
+from support.models.networks import checkpoint
+from support.models.peers import ConvNet, Fused, seeded, spread_, tensors_of
+from support.models.token_rows import ROWS
+from support.models.token_rows import Net as Tables
+from support.runs.notices import quiet_peers
 
 pytestmark = [
     *quiet_peers,

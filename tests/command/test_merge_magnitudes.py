@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from lightning_lora import LoRAConfig, inject, merged_state_dict
 from lightning_lora.formats.peft_folder import read_folder
 from lightning_lora.formats.sources import adapter_with_options
-from support.expected_weights import check_merge_command
-from support.models import checkpoint
-from support.notices import quiet_peers
-from support.peers import (
+from support.files.expected_weights import check_merge_command
+from support.models.networks import checkpoint
+from support.models.peers import (
     TENSORS,
     Fused,
     base_folder,
@@ -28,6 +27,7 @@ from support.peers import (
     seeded,
     tensors_of,
 )
+from support.runs.notices import quiet_peers
 
 pytestmark = [*quiet_peers, pytest.mark.filterwarnings("ignore:merged 16-bit weights")]
 

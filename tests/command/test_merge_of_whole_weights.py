@@ -23,10 +23,10 @@ from lightning_lora import (
 )
 from lightning_lora.command import merge
 from lightning_lora.command.merge import merge_on_disk
-from support.expected_weights import merge_and_check
-from support.notices import quiet_peers
-from support.peers import SMALL, close, seeded, spread_
-from support.pretrained import classifier, save_body, tokens
+from support.files.expected_weights import merge_and_check
+from support.models.peers import SMALL, close, seeded, spread_
+from support.models.pretrained import classifier, save_body, tokens
+from support.runs.notices import quiet_peers
 
 pytestmark = [
     *quiet_peers,

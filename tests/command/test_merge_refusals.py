@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +13,32 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAError
+from lightning_lora import LoRAConfig, LoRAError, inject, merged_state_dict, save_adapter
 from lightning_lora.command.merge import merge_on_disk
-from support.expected_weights import merge_and_check
-from support.notices import quiet_peers
-from support.peers import base_folder, edit, in_memory, model, ours, tensors_of, theirs
-from support.pretrained import assert_loads_as, base_and_adapter
+from support.files.expected_weights import merge_and_check
+from support.models.peers import base_folder, edit, fill_, in_memory, model, ours, seeded, tensors_of, theirs
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
+
+
+def base_and_adapter(path: Path, build: Callable[[], Any], **options: Any) -> Any:
+    """Save a model, adapt it, save the adapter, and return the adapted model."""
+    network = seeded(build)
+    network.save_pretrained(path / "base")
+    inject(network, LoRAConfig(r=2, **{"target_modules": "all-linear"} | options))
+    fill_(network)
+    save_adapter(network, path / "adapter")
+    return network
+
+
+def assert_loads_as(folder: Path, network: Any) -> None:
+    """Check that from_pretrained gives the merged model and misses no tensor."""
+    loaded, report = type(network).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    found, expected = loaded.state_dict(), merged_state_dict(network)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_values_beyond_the_range_of_another_dtype_are_an_error(tmp_path):

@@ -13,11 +13,11 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict, save_adapter
 from lightning_lora.command.merge import merge_on_disk
-from support.expected_weights import merge_and_check
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.models import checkpoint
-from support.runs import TARGETS, lora, run
-from support.training import Data, Net, assert_same_tensors, make_trainer, outputs
+from support.files.expected_weights import merge_and_check
+from support.models.networks import checkpoint
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs
+from support.runs.with_callback import TARGETS, lora, run
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict, save_adapter
-from support.expected_weights import check_merge_command
-from support.models import checkpoint
-from support.notices import quiet_peers
-from support.peers import SMALL, call, fill_, refused, seeded
-from support.tables import NUMBER, ROWS, Net, fill_rows_
+from support.files.expected_weights import check_merge_command
+from support.models.networks import checkpoint
+from support.models.peers import SMALL, call, fill_, refused, seeded
+from support.models.token_rows import NUMBER, ROWS, Net, fill_rows_
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.command.main import main
-from support.models import checkpoint
-from support.peers import call, refused
+from support.models.networks import checkpoint
+from support.models.peers import call, refused
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from lightning_lora.command.extract import extract
 from lightning_lora.command.info import diff, info
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.weights import open_weights
-from support.expected_weights import merge_and_check
-from support.models import randomise_, same
-from support.peers import call
-from support.quantised import network, quantised
+from support.files.expected_weights import merge_and_check
+from support.models.networks import randomise_, same
+from support.models.peers import call
+from support.models.quantised import network, quantised
 
 REMEDY = r"the weight of '0' is quantised, as '0\.(SCB|weight\.absmax)' shows.*save_merged\(model, path, dequantize="
 

@@ -23,7 +23,7 @@ from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.command import main as command
 from lightning_lora.command.main import VERBS, main
 from lightning_lora.command.printing import json_text, one_line, printable
-from support.peers import call
+from support.models.peers import call
 
 CASES = {  # where a result is written to, and by what
     "info": ("", "info IN/adapter"),

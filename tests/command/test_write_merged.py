@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.models import small, write_small_adapter
-from support.peers import call
+from support.models.networks import small, write_small_adapter
+from support.models.peers import call
 
 
 @pytest.fixture

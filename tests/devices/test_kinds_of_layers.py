@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, is_merged, merge, unmerge
-from support import parameters as of_parameters
 from support.covering import covering
-from support.devices import Place
-from support.layers import CASES, Holder, same_bits
-from support.variants import define_gated, variants_forgotten
+from support.devices.places import Place
+from support.models import parameters as of_parameters
+from support.models.layers import CASES, Holder, same_bits
+from support.models.variants import define_gated, variants_forgotten
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from support.covering import covering
-from support.devices import Count, count
-from support.pretend_device import DEVICE, pretend_device
+from support.devices.places import Count, count
+from support.devices.pretend_device import DEVICE, pretend_device
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import nn
 
-from support.pretend_device import DEVICE, pretend_device
+from support.devices.pretend_device import DEVICE, pretend_device
 
 
 def train_there() -> None:

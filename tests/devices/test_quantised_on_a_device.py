@@ -9,8 +9,8 @@ import torch
 
 from lightning_lora import LoRAConfig, inject, is_merged, load_adapter, merge, save_adapter, unmerge
 from support.covering import covering
-from support.pairs import assert_near
-from support.quantised import (
+from support.models.pairs import assert_near
+from support.models.quantised import (
     NF4,
     inputs,
     network,

@@ -13,10 +13,10 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import LoRACallback, LoRAMonitor, is_merged, load_from_checkpoint
 from support.covering import covering
-from support.devices import Place, on_the_device
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs import Watched, base_weights, lora
-from support.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.devices.places import Place, on_the_device
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.with_callback import Watched, base_weights, lora
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),

@@ -23,7 +23,7 @@ from lightning_lora import (
     unmerge,
 )
 from support.covering import covering
-from support.models import Zoo, state_bits, tokens, zoo_config
+from support.models.networks import Zoo, state_bits, tokens, zoo_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),

@@ -26,12 +26,12 @@ from lightning_lora import (
     unmerge,
 )
 from support.covering import covering
-from support.devices import captured, finish, pinned, streams, waits
-from support.layers import nearest
-from support.models import bits, state_bits
-from support.notices import TORCH_NOTICES
-from support.recorders import start_anew
-from support.variants import define_gated, variants_forgotten
+from support.devices.places import captured, finish, pinned, streams, waits
+from support.models.layers import nearest
+from support.models.networks import bits, state_bits
+from support.models.variants import define_gated, variants_forgotten
+from support.runs.notices import TORCH_NOTICES
+from support.runs.recorders import start_anew
 
 pytestmark = [
     *TORCH_NOTICES,

@@ -27,9 +27,9 @@ from lightning_lora.exchange.take import fingerprint
 from lightning_lora.nn.exact_merge import Buffers, merge_weight_, merged_weight, restored_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock, crop_to_window
 from support.covering import covering
-from support.processes import world
-from support.recorders import Traffic
-from support.sharded_adapters import assert_same_bits
+from support.ranks.processes import world
+from support.ranks.sharded_adapters import assert_same_bits
+from support.runs.recorders import Traffic
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -16,14 +16,14 @@ from lightning_lora import (
 )
 from lightning_lora.distributed.rank_sync import RankSync
 from lightning_lora.errors import NonFiniteError
-from support import sharded
-from support.processes import world
-from support.sharded import (
+from support.ranks import sharded
+from support.ranks.processes import world
+from support.ranks.sharded import (
     base_of,
     shard_,
     whole_state,
 )
-from support.sharded_adapters import assert_same_bits, injected
+from support.ranks.sharded_adapters import assert_same_bits, injected
 
 
 def one_bad_rank(bad: int) -> str:

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_lora import is_merged
-from support.processes import BACKEND, LOST_CONNECTION, World, world
-from support.sharded import (
+from support.ranks.processes import BACKEND, LOST_CONNECTION, World, world
+from support.ranks.sharded import (
     BATCHES,
     Plain,
     Sharded,
@@ -26,7 +26,7 @@ from support.sharded import (
     optimizer_state,
     whole_state,
 )
-from support.sharded_adapters import assert_same_run, lora
+from support.ranks.sharded_adapters import assert_same_run, lora
 
 EPOCHS, DIES_IN = 4, 2
 

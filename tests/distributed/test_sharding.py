@@ -22,10 +22,9 @@ from lightning_lora import (
     merged_state_dict,
     unmerge,
 )
-from support.models import Zoo, randomise_, tokens, zoo_config
-from support.processes import world
-from support.recorders import Traffic
-from support.sharded import (
+from support.models.networks import Zoo, randomise_, tokens, zoo_config
+from support.ranks.processes import world
+from support.ranks.sharded import (
     DEVICE,
     WAYS,
     X,
@@ -33,7 +32,8 @@ from support.sharded import (
     shard_,
     whole_state,
 )
-from support.sharded_adapters import adapters, assert_same_bits, injected
+from support.ranks.sharded_adapters import adapters, assert_same_bits, injected
+from support.runs.recorders import Traffic
 
 # --- every way of sharding, against the same network on one device ---
 

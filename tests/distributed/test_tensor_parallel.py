@@ -29,11 +29,10 @@ from lightning_lora import (
 from lightning_lora.distributed.tensor_parallel import low_rank_product, place_like_weight
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.inject import adapt_new_layers
-from support.models import randomise_
-from support.processes import world
-from support.recorders import Traffic
-from support.sharded import DEVICE, base_of, whole_state
-from support.sharded_adapters import (
+from support.models.networks import randomise_
+from support.ranks.processes import world
+from support.ranks.sharded import DEVICE, base_of, whole_state
+from support.ranks.sharded_adapters import (
     ALL_LINEAR,
     PLAN,
     PLANS,
@@ -44,6 +43,7 @@ from support.sharded_adapters import (
     block,
     mesh,
 )
+from support.runs.recorders import Traffic
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

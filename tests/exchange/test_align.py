@@ -21,7 +21,7 @@ from lightning_lora import (
 )
 from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
-from support.models import (
+from support.models.networks import (
     base_zoo,
     checkpoint,
     randomise_,
@@ -29,7 +29,7 @@ from support.models import (
     train,
     zoo_config,
 )
-from support.training import own_random_stream
+from support.runs.training import own_random_stream
 
 
 def test_options_are_the_words_of_the_run_whatever_they_name_without_the_prefix():

@@ -23,8 +23,8 @@ from lightning_lora import (
 )
 from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
-from support.models import checkpoint
-from support.training import Net, inputs, outputs
+from support.models.networks import checkpoint
+from support.runs.training import Net, inputs, outputs
 
 HEAD = LoRAConfig(target_modules=[], modules_to_save=["head"])
 

@@ -27,7 +27,7 @@ from lightning_lora import (
 )
 from lightning_lora.exchange import apply
 from support.covering import covering
-from support.models import (
+from support.models.networks import (
     ZOO_LAYERS,
     Zoo,
     base_zoo,

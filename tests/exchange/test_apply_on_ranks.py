@@ -9,9 +9,9 @@ import torch
 
 from lightning_lora import LoRAConfig, LoRAError, is_merged, load_adapter, merge, save_adapter, take_adapter
 from lightning_lora.distributed.sharding import holds_shards, is_fully_sharded, is_sharded
-from support.processes import world
-from support.sharded import X, shard_, whole_state
-from support.sharded_adapters import assert_same_bits, injected
+from support.ranks.processes import world
+from support.ranks.sharded import X, shard_, whole_state
+from support.ranks.sharded_adapters import assert_same_bits, injected
 
 
 def swapped(path: Path) -> None:

@@ -24,7 +24,7 @@ from lightning_lora import (
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.covering import covering
-from support.models import (
+from support.models.networks import (
     ZOO_LAYERS,
     base_zoo,
     checkpoint,
@@ -35,8 +35,8 @@ from support.models import (
     trained_zoo,
     zoo_config,
 )
-from support.notices import TORCH_NOTICES
-from support.recorders import Recorder
+from support.runs.notices import TORCH_NOTICES
+from support.runs.recorders import Recorder
 
 pytestmark = TORCH_NOTICES
 

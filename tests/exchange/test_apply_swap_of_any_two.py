@@ -31,9 +31,9 @@ from lightning_lora import (
 )
 from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
-from support.models import checkpoint, state_bits
-from support.training import Data, make_trainer
-from support.training import Net as Module
+from support.models.networks import checkpoint, state_bits
+from support.runs.training import Data, make_trainer
+from support.runs.training import Net as Module
 
 
 class Net(nn.Module):

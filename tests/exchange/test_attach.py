@@ -27,8 +27,8 @@ from lightning_lora import (
 )
 from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
-from support.models import checkpoint
-from support.notices import quiet_peers
+from support.models.networks import checkpoint
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 X = torch.linspace(-1, 1, 24).view(3, 8)

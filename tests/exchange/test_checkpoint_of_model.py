@@ -28,11 +28,11 @@ from lightning_lora import (
     unload,
 )
 from support.covering import covering
-from support.expected_weights import merge_and_check
-from support.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
-from support.recorders import Recorder
-from support.runs import At, lora, trained
-from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, seen, weights
+from support.files.expected_weights import merge_and_check
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
+from support.runs.recorders import Recorder
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, seen, weights
+from support.runs.with_callback import At, lora, trained
 
 
 class AllInOne(Net):

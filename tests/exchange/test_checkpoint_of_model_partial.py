@@ -24,9 +24,9 @@ from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.live_state import open_state
 from lightning_lora.model.state_dict import base_keys
 from support.covering import covering
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs import lora
-from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+from support.runs.with_callback import lora
 
 KINDS = ["adapter", "merged", "full"]
 HEAD = {"head.weight", "head.bias"}

@@ -26,10 +26,10 @@ from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.adapter.combined_layer import PRUNING
 from lightning_lora.exchange.combine import combine_adapters
 from support.covering import covering
-from support.models import bits, checkpoint
-from support.notices import quiet_peers
-from support.parameters import Experts
-from support.peers import close, config_of, edit, logits, ours, read_by_peft, theirs
+from support.models.networks import bits, checkpoint
+from support.models.parameters import Experts
+from support.models.peers import close, config_of, edit, logits, ours, read_by_peft, theirs
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

@@ -25,11 +25,11 @@ from lightning_lora import (
 )
 from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
-from support.expected_weights import merge_and_check
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.models import checkpoint
-from support.peers import fill_, seeded
-from support.training import make_trainer
+from support.files.expected_weights import merge_and_check
+from support.models.networks import checkpoint
+from support.models.peers import fill_, seeded
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.training import make_trainer
 
 
 class Twice(nn.Module):

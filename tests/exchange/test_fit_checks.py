@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lora import LoRAError, inject, load_adapter, merge
 from support.covering import covering
-from support.models import base_zoo, checkpoint, randomise_, trace, trained_zoo, zoo_config
+from support.models.networks import base_zoo, checkpoint, randomise_, trace, trained_zoo, zoo_config
 
 
 def _without(name: str) -> Callable[[dict[str, Any]], None]:

@@ -17,8 +17,8 @@ from lightning_lora import (
     save_merged,
 )
 from lightning_lora.exchange.merged_folder import INDEX
-from support.models import Zoo, randomise_, zoo_config
-from support.sharded_adapters import assert_same_bits
+from support.models.networks import Zoo, randomise_, zoo_config
+from support.ranks.sharded_adapters import assert_same_bits
 
 FILE = "model.safetensors"
 

@@ -33,11 +33,11 @@ from lightning_lora.exchange.merged_folder import INDEX
 from lightning_lora.files.safetensors import write_values
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
-from support.peers import fill_, model
-from support.pretrained import Lit
-from support.processes import world
-from support.sharded import DEVICE, shard_
-from support.sharded_adapters import PLAN, assert_same_bits, block, injected
+from support.models.peers import fill_, model
+from support.models.pretrained import Lit
+from support.ranks.processes import world
+from support.ranks.sharded import DEVICE, shard_
+from support.ranks.sharded_adapters import PLAN, assert_same_bits, block, injected
 
 FILE = "model.safetensors"
 

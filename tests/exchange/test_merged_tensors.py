@@ -34,9 +34,9 @@ from lightning_lora import (
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.model.inject import adapted_layers
 from support.covering import covering
-from support.models import Zoo, bits, randomise_, zoo_config
-from support.quantised import adapted, packed_bits, quantised
-from support.training import own_random_stream
+from support.models.networks import Zoo, bits, randomise_, zoo_config
+from support.models.quantised import adapted, packed_bits, quantised
+from support.runs.training import own_random_stream
 
 
 def plain() -> Zoo:

@@ -14,9 +14,9 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from lightning_lora import LoRAError, is_merged, merge, merge_and_unload, merged_tensors
 from lightning_lora.exchange import merged_folder
-from support.processes import world
-from support.sharded import X, shard_, whole_state
-from support.sharded_adapters import PLAN, assert_same_bits, block, injected, mesh
+from support.ranks.processes import world
+from support.ranks.sharded import X, shard_, whole_state
+from support.ranks.sharded_adapters import PLAN, assert_same_bits, block, injected, mesh
 
 KINDS = ["root alone", "offloaded", "tensor parallel"]
 

@@ -25,9 +25,9 @@ from lightning_lora import (
 )
 from lightning_lora.exchange import pretrained_folder
 from lightning_lora.exchange.pretrained_folder import parts_in_files
-from support.notices import TORCH_NOTICES, quiet_peers
-from support.peers import fill_, model
-from support.pretrained import Lit, answer, bert, dinov2, llava, tied_llama
+from support.models.peers import fill_, model
+from support.models.pretrained import Lit, answer, bert, dinov2, llava, tied_llama
+from support.runs.notices import TORCH_NOTICES, quiet_peers
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
 FAMILIES: dict[str, Callable[[], Any]] = {

@@ -23,9 +23,9 @@ from lightning_lora import (
     save_adapter,
     unload,
 )
-from support.notices import quiet_peers
-from support.peers import SMALL, close, fill_, seeded, spread_
-from support.training import make_trainer
+from support.models.peers import SMALL, close, fill_, seeded, spread_
+from support.runs.notices import quiet_peers
+from support.runs.training import make_trainer
 
 pytestmark = [
     *quiet_peers,

@@ -23,8 +23,8 @@ from lightning_lora import (
     take_adapter,
 )
 from lightning_lora.adapter.adapter import Adapter
-from support.models import base_zoo, bits, state_bits, train, trained_zoo
-from support.notices import TORCH_NOTICES
+from support.models.networks import base_zoo, bits, state_bits, train, trained_zoo
+from support.runs.notices import TORCH_NOTICES
 
 pytestmark = TORCH_NOTICES
 

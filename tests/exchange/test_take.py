@@ -24,11 +24,11 @@ from lightning_lora import (
 )
 from lightning_lora.adapter.renaming import by_network_names
 from lightning_lora.exchange.save_load import read_adapter
-from support.expected_weights import merge_and_check
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.notices import quiet_peers
-from support.peers import TENSORS
-from support.training import make_trainer, own_random_stream
+from support.files.expected_weights import merge_and_check
+from support.models.peers import TENSORS
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.notices import quiet_peers
+from support.runs.training import make_trainer, own_random_stream
 
 pytestmark = [
     *quiet_peers,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, take_adapter
-from support.quantised import inputs, network
+from support.models.quantised import inputs, network
 
 bnb = pytest.importorskip("bitsandbytes")
 

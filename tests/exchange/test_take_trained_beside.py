@@ -34,8 +34,8 @@ from lightning_lora import (
 )
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.adapter.metadata import from_metadata, to_metadata
-from support.models import ZOO_LAYERS, base_zoo, checkpoint, merging, tokens, train, zoo_config
-from support.peers import call, refused
+from support.models.networks import ZOO_LAYERS, base_zoo, checkpoint, merging, tokens, train, zoo_config
+from support.models.peers import call, refused
 
 FORMS = ("folder", "merged", "full")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[1] / "support" / "programs" / "killed_writers.py"
+TESTS = Path(__file__).parents[1] / "support" / "runs" / "programs" / "killed_writers.py"
 
 
 @pytest.mark.slow

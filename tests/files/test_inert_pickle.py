@@ -28,10 +28,19 @@ from lightning_lora import (
 from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.torch_archive import read_torch_file
-from support.expected_weights import merge_and_check
-from support.lightning_versions import ANY_OBJECTS
-from support.models import bits
-from support.training import CLASSES, FEATURES, Data, Net, assert_same_tensors, make_trainer, outputs, own_random_stream
+from support.files.expected_weights import merge_and_check
+from support.models.networks import bits
+from support.runs.lightning_versions import ANY_OBJECTS
+from support.runs.training import (
+    CLASSES,
+    FEATURES,
+    Data,
+    Net,
+    assert_same_tensors,
+    make_trainer,
+    outputs,
+    own_random_stream,
+)
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 unpickled: list[str] = []

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from lightning_lora import LoRAError, save_adapter
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.model_folder import is_plain_name
-from support.expected_weights import merge_and_check
-from support.notices import quiet_peers
-from support.peers import model, ours, theirs
+from support.files.expected_weights import merge_and_check
+from support.models.peers import model, ours, theirs
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

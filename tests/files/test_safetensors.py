@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from lightning_lora import LoRAError
 from lightning_lora.files.safetensors import build_header, open_safetensors, read_safetensors
-from support.models import bits, same
-from support.notices import quiet_peers
+from support.models.networks import bits, same
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter, unload
 from lightning_lora.files.torch_archive import read_torch_file
-from support.expected_weights import check_merge_command
-from support.peers import call, refused
+from support.files.expected_weights import check_merge_command
+from support.models.peers import call, refused
 
 ROWS, COLUMNS, RANK, ALPHA = 5, 7, 2, 4.0
 

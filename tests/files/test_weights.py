@@ -14,10 +14,10 @@ import torch
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict, save_adapter
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.weights import Weights
-from support.expected_weights import merge_and_check
-from support.notices import quiet_peers
-from support.runs import TARGETS
-from support.training import Net, assert_same_tensors
+from support.files.expected_weights import merge_and_check
+from support.runs.notices import quiet_peers
+from support.runs.training import Net, assert_same_tensors
+from support.runs.with_callback import TARGETS
 
 pytestmark = quiet_peers
 

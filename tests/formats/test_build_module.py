@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAError, load_adapter, load_from_checkpoint, unload
-from support.training import CLASSES, Data, Net, assert_same_tensors, make_trainer, outputs
+from support.runs.training import CLASSES, Data, Net, assert_same_tensors, make_trainer, outputs
 
 
 class Weighted(nn.Module):

@@ -21,9 +21,9 @@ from lightning_lora import (
     read_adapter,
     save_adapter,
 )
-from support.expected_weights import check_merge_command
-from support.notices import quiet_peers
-from support.peers import call, fill_, refused, seeded
+from support.files.expected_weights import check_merge_command
+from support.models.peers import call, fill_, refused, seeded
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 NAME, COMMIT = "somebody/small-adapter", "0123456789abcdef0123456789abcdef01234567"

@@ -21,8 +21,8 @@ from lightning_lora import LoRACallback, LoRACLI, LoRAError, export_adapter, loa
 from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
 from support.covering import covering
-from support.lightning_versions import ANY_OBJECTS
-from support.training import CLASSES, FEATURES, Data, make_trainer, own_random_stream
+from support.runs.lightning_versions import ANY_OBJECTS
+from support.runs.training import CLASSES, FEATURES, Data, make_trainer, own_random_stream
 
 # Lightning advises against a loss among the hyper-parameters, which is how published packages are built.
 pytestmark = pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`")

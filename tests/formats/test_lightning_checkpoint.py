@@ -15,9 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRAConfig, disable_adapter, inject, load_adapter, load_from_checkpoint, merged, unload
 from support.covering import covering
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs import TARGETS, lora, run, trained
-from support.training import (
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.training import (
     BuiltInConfigureModel,
     Data,
     Net,
@@ -28,6 +27,7 @@ from support.training import (
     tensors,
     weights,
 )
+from support.runs.with_callback import TARGETS, lora, run, trained
 
 KINDS = ("adapter", "merged", "full")
 FACTORS = {f"{name}.{factor}" for name in TARGETS for factor in ("lora_A", "lora_B")}

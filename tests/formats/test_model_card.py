@@ -21,9 +21,9 @@ from lightning_lora import (
     load_adapter,
     save_adapter,
 )
-from support.models import checkpoint
-from support.notices import quiet_peers
-from support.peers import edit, model, ours, seeded
+from support.models.networks import checkpoint
+from support.models.peers import edit, model, ours, seeded
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

@@ -28,9 +28,9 @@ from lightning_lora import (
     take_adapter,
 )
 from support.covering import covering
-from support.models import checkpoint
-from support.notices import quiet_peers
-from support.peers import close, fill_, refused, seeded
+from support.models.networks import checkpoint
+from support.models.peers import close, fill_, refused, seeded
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 X = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(6))

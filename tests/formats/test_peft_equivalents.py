@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, read_adapter, save_adapter
 from support.covering import covering
-from support.notices import quiet_peers
-from support.peers import CONFIG, TENSORS, Fused, close, edit, fill_, logits, model, seeded, theirs
+from support.models.peers import CONFIG, TENSORS, Fused, close, edit, fill_, logits, model, seeded, theirs
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

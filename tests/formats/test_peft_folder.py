@@ -30,9 +30,8 @@ from lightning_lora import (
 from lightning_lora.formats.peft_folder import read_folder
 from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
-from support.models import checkpoint
-from support.notices import quiet_peers
-from support.peers import (
+from support.models.networks import checkpoint
+from support.models.peers import (
     TENSORS,
     close,
     config_of,
@@ -47,6 +46,7 @@ from support.peers import (
     seeded,
     theirs,
 )
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

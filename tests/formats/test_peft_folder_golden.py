@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import load_adapter, merge_and_unload, save_adapter, save_merged
-from support.training import assert_same_tensors
+from support.runs.training import assert_same_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 

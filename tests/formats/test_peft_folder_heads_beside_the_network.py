@@ -16,9 +16,9 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, export_adapter, inject, load_adapter, save_adapter, take_adapter
 from lightning_lora.formats import peft_folder
-from support.notices import TORCH_NOTICES, quiet_peers
-from support.peers import SMALL, config_of, fill_, seeded
-from support.pretrained import Lit, tokens
+from support.models.peers import SMALL, config_of, fill_, seeded
+from support.models.pretrained import Lit, tokens
+from support.runs.notices import TORCH_NOTICES, quiet_peers
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
 

@@ -21,9 +21,9 @@ from lightning_lora import LoRAError, inject, load_adapter, save_adapter
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.formats.peft_names import read_names
 from support.covering import covering
-from support.models import Zoo, trace, zoo_config
-from support.notices import quiet_peers
-from support.peers import edit, model, ours, redescribe
+from support.models.networks import Zoo, trace, zoo_config
+from support.models.peers import edit, model, ours, redescribe
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

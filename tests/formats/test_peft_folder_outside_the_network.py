@@ -13,9 +13,18 @@ import torch
 from torch import nn
 
 from lightning_lora import export_adapter, load_adapter, save_adapter, unload
-from support.expected_weights import merge_and_check
-from support.runs import lora
-from support.training import CLASSES, FEATURES, Data, Net, assert_same_tensors, inputs, make_trainer, own_random_stream
+from support.files.expected_weights import merge_and_check
+from support.runs.training import (
+    CLASSES,
+    FEATURES,
+    Data,
+    Net,
+    assert_same_tensors,
+    inputs,
+    make_trainer,
+    own_random_stream,
+)
+from support.runs.with_callback import lora
 
 TARGETS = r"(.*\.)?encoder\.[03]"
 SEEN = {f"momentum.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")} | {"criterion.weight"}

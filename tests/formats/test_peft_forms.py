@@ -28,11 +28,11 @@ from lightning_lora.exchange.save_load import read_adapter
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.nn import starts
 from support.covering import covering
-from support.models import checkpoint
-from support.notices import quiet_peers
-from support.parameters import Experts
-from support.runs import lora, run
-from support.training import Net, make_trainer
+from support.models.networks import checkpoint
+from support.models.parameters import Experts
+from support.runs.notices import quiet_peers
+from support.runs.training import Net, make_trainer
+from support.runs.with_callback import lora, run
 
 pytestmark = [
     *quiet_peers,

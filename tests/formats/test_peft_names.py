@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, merged, save_adapter
-from support.notices import quiet_peers
-from support.peers import TENSORS, close, seeded
+from support.models.peers import TENSORS, close, seeded
+from support.runs.notices import quiet_peers
 
 pytestmark = [
     *quiet_peers,

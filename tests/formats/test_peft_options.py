@@ -15,9 +15,9 @@ from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_ada
 from lightning_lora.exchange.save_load import read_adapter
 from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
-from support.models import Zoo
-from support.notices import quiet_peers
-from support.peers import Fused, close, edit, fill_, logits, model, ours, read_by_peft, seeded
+from support.models.networks import Zoo
+from support.models.peers import Fused, close, edit, fill_, logits, model, ours, read_by_peft, seeded
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 EDITED: list[dict[str, Any]] = [

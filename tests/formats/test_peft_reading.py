@@ -25,9 +25,9 @@ from lightning_lora import (
     inject,
     load_adapter,
 )
-from support.notices import quiet_peers
-from support.peers import call, close, logits, refused, seeded, spread_, tokens
-from support.training import make_trainer
+from support.models.peers import call, close, logits, refused, seeded, spread_, tokens
+from support.runs.notices import quiet_peers
+from support.runs.training import make_trainer
 
 pytestmark = quiet_peers
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged, save_adapter
-from support.notices import quiet_peers
-from support.peers import SMALL, TENSORS, close, config_of, edit, redescribe, seeded
-from support.tables import Net, assert_same_logits, fill_rows_
+from support.models.peers import SMALL, TENSORS, close, config_of, edit, redescribe, seeded
+from support.models.token_rows import Net, assert_same_logits, fill_rows_
+from support.runs.notices import quiet_peers
 
 pytestmark = [
     *quiet_peers,

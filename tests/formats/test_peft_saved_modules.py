@@ -26,9 +26,9 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.model.adapted_model import open_model
-from support.models import checkpoint
-from support.notices import quiet_peers
-from support.peers import SMALL, TENSORS, close, logits, seeded, spread_
+from support.models.networks import checkpoint
+from support.models.peers import SMALL, TENSORS, close, logits, seeded, spread_
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

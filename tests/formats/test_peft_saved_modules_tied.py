@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged, save_adapter
-from support.notices import quiet_peers
-from support.peers import SMALL, close, config_of, logits, seeded, spread_
+from support.models.peers import SMALL, close, config_of, logits, seeded, spread_
+from support.runs.notices import quiet_peers
 
 pytestmark = [
     *quiet_peers,

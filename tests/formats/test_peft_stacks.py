@@ -29,10 +29,10 @@ from lightning_lora import (
 )
 from lightning_lora.command.main import main
 from support.covering import covering
-from support.expected_weights import check_merge_command
-from support.notices import quiet_peers
-from support.parameters import fill_factors_
-from support.peers import TENSORS, edit, refused
+from support.files.expected_weights import check_merge_command
+from support.models.parameters import fill_factors_
+from support.models.peers import TENSORS, edit, refused
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 GOLDEN = Path(__file__).parent / "golden" / "experts"

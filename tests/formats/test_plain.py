@@ -25,9 +25,9 @@ from lightning_lora import (
     take_adapter,
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.models import checkpoint
-from support.notices import quiet_peers
-from support.peers import TENSORS, Fused, close, config_of, fill_, logits, ours, read_by_peft, seeded, theirs
+from support.models.networks import checkpoint
+from support.models.peers import TENSORS, Fused, close, config_of, fill_, logits, ours, read_by_peft, seeded, theirs
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-6}

@@ -17,10 +17,10 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lightning_lora.formats.pretrained_names import _renaming
 from support.covering import covering
-from support.notices import TORCH_NOTICES, quiet_peers
-from support.peers import TENSORS, close, fill_, seeded
-from support.peers import model as peer_model
-from support.pretrained import gemma3, llava, qwen2_vl
+from support.models.peers import TENSORS, close, fill_, seeded
+from support.models.peers import model as peer_model
+from support.models.pretrained import gemma3, llava, qwen2_vl
+from support.runs.notices import TORCH_NOTICES, quiet_peers
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES, pytest.mark.transformers_5]  # older ones have the earlier names
 

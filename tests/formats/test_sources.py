@@ -17,7 +17,7 @@ from lightning_lora.command.info import info
 from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint
 from lightning_lora.formats.sources import adapter_with_options
 from support.covering import covering
-from support.models import base_zoo, checkpoint, state_bits, trace, trained_zoo
+from support.models.networks import base_zoo, checkpoint, state_bits, trace, trained_zoo
 
 
 class Hostile:

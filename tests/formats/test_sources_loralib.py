@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter
-from support.peers import call, refused
+from support.models.peers import call, refused
 
 
 class Loralib(nn.Module):

@@ -13,7 +13,7 @@ from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, unloa
 from lightning_lora.model.adapted_model import find_model, open_model
 from lightning_lora.model.injection import Chosen
 from lightning_lora.model.live_state import LiveState, open_state
-from support.models import base_zoo, zoo_config
+from support.models.networks import base_zoo, zoo_config
 
 
 def test_a_handle_opened_before_layers_were_adapted_looks_again():

@@ -41,7 +41,7 @@ from lightning_lora import (
 )
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.model.adapted_model import open_model
-from support.models import bits
+from support.models.networks import bits
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 

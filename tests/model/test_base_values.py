@@ -30,10 +30,10 @@ from lightning_lora import (
     take_adapter,
 )
 from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint
-from support.broken_off import break_off
 from support.covering import covering
-from support.models import Zoo, bits, randomise_, state_bits, tokens, train, zoo_config
-from support.training import Data, Net, make_trainer
+from support.models.networks import Zoo, bits, randomise_, state_bits, tokens, train, zoo_config
+from support.runs.broken_off import break_off
+from support.runs.training import Data, Net, make_trainer
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -26,9 +26,9 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
-from support.models import randomise_, same
-from support.notices import quiet_peers
-from support.quantised import adapted, inputs, packed_bits, reference, run_reference, values_of
+from support.models.networks import randomise_, same
+from support.models.quantised import adapted, inputs, packed_bits, reference, run_reference, values_of
+from support.runs.notices import quiet_peers
 
 pytestmark = [*quiet_peers, pytest.mark.transformers_5]
 

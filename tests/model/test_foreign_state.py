@@ -27,8 +27,8 @@ from lightning_lora import (
     take_adapter,
 )
 from support.covering import covering
-from support.runs import lora, trained
-from support.training import FEATURES, Data, Net, assert_same_tensors, make_trainer
+from support.runs.training import FEATURES, Data, Net, assert_same_tensors, make_trainer
+from support.runs.with_callback import lora, trained
 
 SAVED, BUILT = 7, 3  # what is marked in the model that is saved, and in each new one
 

@@ -9,10 +9,10 @@ import pytest
 import torchmetrics
 
 from lightning_lora import load_adapter, load_from_checkpoint
-from support.fsdp1 import fsdp1
-from support.processes import world
-from support.sharded import Plain, Sharded, data, model_parallel
-from support.sharded_adapters import lora
+from support.ranks.fsdp1 import fsdp1
+from support.ranks.processes import world
+from support.ranks.sharded import Plain, Sharded, data, model_parallel
+from support.ranks.sharded_adapters import lora
 
 SAVED, BUILT = 7, 3
 

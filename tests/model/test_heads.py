@@ -14,9 +14,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_lora import LoRAConfig, inject, summary
 from lightning_lora.model.heads import warn_of_new_heads
-from support.notices import quiet_peers
-from support.peers import SMALL
-from support.training import CLASSES, FEATURES
+from support.models.peers import SMALL
+from support.runs.notices import quiet_peers
+from support.runs.training import CLASSES, FEATURES
 
 pytestmark = quiet_peers
 Build = Callable[[], nn.Module]

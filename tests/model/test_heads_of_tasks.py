@@ -23,10 +23,10 @@ from lightning_lora import (
 from lightning_lora.config import Task
 from lightning_lora.model.heads import new_heads, warn_of_new_heads
 from lightning_lora.model.pretrained import base_name
-from support.notices import quiet_peers
-from support.peers import SMALL, fill_
-from support.pretrained import LABELS, Lit, answer, bert, classifier, save_body, token_loader
-from support.training import make_trainer
+from support.models.peers import SMALL, fill_
+from support.models.pretrained import LABELS, Lit, answer, bert, classifier, save_body, token_loader
+from support.runs.notices import quiet_peers
+from support.runs.training import make_trainer
 
 pytestmark = quiet_peers
 TARGETS = ["query", "value"]

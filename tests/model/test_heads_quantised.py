@@ -16,10 +16,10 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject
 from lightning_lora.model.heads import warn_of_new_heads
-from support.notices import quiet_peers
-from support.peers import SMALL
-from support.pretrained import LABELS, tokens
-from support.training import make_trainer
+from support.models.peers import SMALL
+from support.models.pretrained import LABELS, tokens
+from support.runs.notices import quiet_peers
+from support.runs.training import make_trainer
 
 pytestmark = quiet_peers
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject
-from support.models import Zoo, bits, randomise_, tokens, zoo_config
+from support.models.networks import Zoo, bits, randomise_, tokens, zoo_config
 
 # --- first values ---
 

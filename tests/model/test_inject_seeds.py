@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject
-from support.models import base_zoo, bits, zoo_config
-from support.runs import TARGETS, lora
-from support.training import BuiltInConfigureModel, Data, Net, make_trainer
+from support.models.networks import base_zoo, bits, zoo_config
+from support.runs.training import BuiltInConfigureModel, Data, Net, make_trainer
+from support.runs.with_callback import TARGETS, lora
 
 
 def drawn(model: nn.Module) -> dict[str, bytes]:

@@ -26,7 +26,18 @@ from lightning_lora import (
 )
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.initial_values import snapshot_materialised
-from support.models import ZOO_LAYERS, Stubborn, Zoo, bits, randomise_, state_bits, tokens, trace, train, zoo_config
+from support.models.networks import (
+    ZOO_LAYERS,
+    Stubborn,
+    Zoo,
+    bits,
+    randomise_,
+    state_bits,
+    tokens,
+    trace,
+    train,
+    zoo_config,
+)
 
 TRAINED = ["head.weight", "head.bias", "conv.bias", "body.0.bias", "body.1.running_mean", "body.1.num_batches_tracked"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_lora import LoRAConfig, inject, merge, unload, unmerge
 from lightning_lora.trainer.record import record_of
-from support.training import Net
+from support.runs.training import Net
 
 
 def test_a_model_that_is_injected_anew_has_the_new_record():

@@ -22,8 +22,8 @@ from lightning_lora import (
     save_adapter,
     summary,
 )
-from support.notices import PEER_NOTICES
-from support.training import own_random_stream
+from support.runs.notices import PEER_NOTICES
+from support.runs.training import own_random_stream
 
 pytestmark = [pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES]
 

@@ -29,7 +29,7 @@ from lightning_lora import (
 )
 from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
-from support.models import (
+from support.models.networks import (
     ZOO_LAYERS,
     Zoo,
     base_zoo,

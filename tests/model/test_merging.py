@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merged, unmerge
 from support.covering import covering
-from support.models import ZOO_LAYERS, Zoo, bits, randomise_, same, tokens, trace, zoo_config
+from support.models.networks import ZOO_LAYERS, Zoo, bits, randomise_, same, tokens, trace, zoo_config
 
 MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, merged, unmerge
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.broken_off import break_off
 from support.covering import covering
-from support.models import bits, randomise_
+from support.models.networks import bits, randomise_
+from support.runs.broken_off import break_off
 
 MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merged, unmerge
 from support.covering import covering
-from support.models import bits, randomise_, state_bits
+from support.models.networks import bits, randomise_, state_bits
 
 
 def stack(seed: int = 1, width: int = 24) -> nn.Sequential:

@@ -15,8 +15,8 @@ from lightning_lora import LoRAConfig, LoRAError, inject, merge, unmerge
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.exact_merge import Buffers, merge_weight_, merged_weight, restored_weight, unmerge_weight_
 from support.covering import covering
-from support.layers import exact_delta, make_pieces, make_weight, nearest, same_bits, scaling_for
-from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
+from support.devices.pretend_device import CAN_PRETEND, DEVICE, pretend_device
+from support.models.layers import exact_delta, make_pieces, make_weight, nearest, same_bits, scaling_for
 
 pytestmark = [
     pytest.mark.skipif(not CAN_PRETEND, reason="this torch takes no device in Python"),

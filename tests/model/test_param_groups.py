@@ -13,10 +13,10 @@ from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 
 from lightning_lora import LoRAConfig, LoRAError, inject, lora_param_groups
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.models import Zoo, zoo_config
-from support.notices import PEER_NOTICES, TORCH_NOTICES
-from support.peers import PEERS, model
-from support.variants import define_gated, variants_forgotten
+from support.models.networks import Zoo, zoo_config
+from support.models.peers import PEERS, model
+from support.models.variants import define_gated, variants_forgotten
+from support.runs.notices import PEER_NOTICES, TORCH_NOTICES
 
 pytestmark = TORCH_NOTICES
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_lora import lora_param_groups
-from support.processes import world
-from support.sharded import X, shard_, whole_state
-from support.sharded_adapters import injected
+from support.ranks.processes import world
+from support.ranks.sharded import X, shard_, whole_state
+from support.ranks.sharded_adapters import injected
 
 
 def three_steps(net: nn.Module) -> list[tuple[str, int]]:

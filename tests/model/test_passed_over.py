@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, summary
-from support.peers import model as peers_model
-from support.training import Data, make_trainer, own_random_stream
-from support.training import Net as Trained
+from support.models.peers import model as peers_model
+from support.runs.training import Data, make_trainer, own_random_stream
+from support.runs.training import Net as Trained
 
 
 class Linear(nn.Module):

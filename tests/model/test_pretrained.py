@@ -11,9 +11,9 @@ import transformers
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, merge_and_unload, merged, merged_state_dict, unload
-from support.notices import TORCH_NOTICES, quiet_peers
-from support.peers import fill_
-from support.pretrained import Lit, answer, bert
+from support.models.peers import fill_
+from support.models.pretrained import Lit, answer, bert
+from support.runs.notices import TORCH_NOTICES, quiet_peers
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
 

@@ -24,8 +24,8 @@ from lightning_lora import (
 )
 from lightning_lora.nn.nf4 import group_size
 from lightning_lora.nn.quantised import dequantize, quantised_as
-from support.quantised import NF4, PlainNet, batches, factors, inputs, network, packed_bits, quantised
-from support.training import make_trainer
+from support.models.quantised import NF4, PlainNet, batches, factors, inputs, network, packed_bits, quantised
+from support.runs.training import make_trainer
 
 torchao = pytest.importorskip("torchao.quantization")
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject
-from support.models import Stubborn, Zoo, trace, zoo_config
+from support.models.networks import Stubborn, Zoo, trace, zoo_config
 
 
 def _patched() -> nn.Module:

@@ -25,7 +25,7 @@ from lightning_lora import (
     unload,
 )
 from support.covering import covering
-from support.models import Zoo, base_zoo, checkpoint, same, trained_zoo
+from support.models.networks import Zoo, base_zoo, checkpoint, same, trained_zoo
 
 USES: dict[str, Callable[[nn.Module, Path], Any]] = {
     "merge": lambda model, path: merge(model),

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_lora import LoRAError
 from support.covering import covering
-from support.runs import At, lora
-from support.training import Data, Net, make_trainer
+from support.runs.training import Data, Net, make_trainer
+from support.runs.with_callback import At, lora
 
 
 class Converted(nn.Module):

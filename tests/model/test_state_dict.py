@@ -16,7 +16,7 @@ from lightning_lora.exchange.take import fingerprint
 from lightning_lora.model.adapted_model import Listing, open_model
 from lightning_lora.model.live_state import open_state
 from lightning_lora.model.state_dict import merge_state_dict
-from support.models import (
+from support.models.networks import (
     ZOO_LAYERS,
     Zoo,
     bits,

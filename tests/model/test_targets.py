@@ -17,7 +17,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter
 from lightning_lora.model.targets import select
 from lightning_lora.nn.tied_weights import tied_weights
-from support.notices import PEER_NOTICES
+from support.runs.notices import PEER_NOTICES
 
 SEGMENTS = ["a", "b", "ab", "0", "1", "q"]
 NAMES = st.lists(st.sampled_from(SEGMENTS), min_size=1, max_size=4).map(".".join)

@@ -25,7 +25,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from support.models import Zoo
+from support.models.networks import Zoo
 
 HEAD = LoRAConfig(target_modules=[], modules_to_save=["head"])
 TOKENS = torch.tensor([[1, 2, 3, 4, 5], [5, 0, 7, 8, 9]])

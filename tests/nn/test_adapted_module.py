@@ -18,7 +18,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, inject, merged, unload
 from lightning_lora.nn.adapted_module import Swapped
 from support.covering import covering
-from support.layers import same_bits
+from support.models.layers import same_bits
 
 R, D = 2, 4
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora import LoRAError, disable_adapter, inject, is_merged, merge, unmerge
 from support.covering import covering
-from support.models import Zoo, state_bits, tokens, train, zoo_config
+from support.models.networks import Zoo, state_bits, tokens, train, zoo_config
 
 MODULES = ["conv", "body.0", "body.3"]
 OPTIONS: dict[str, dict[str, Any]] = {

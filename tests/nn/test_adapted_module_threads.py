@@ -14,7 +14,7 @@ from lightning_lora import (
     LoRAConfig,
     inject,
 )
-from support.models import randomise_, state_bits
+from support.models.networks import randomise_, state_bits
 
 
 class Meeting:

@@ -25,7 +25,7 @@ from lightning_lora import (
     merged,
     merged_state_dict,
 )
-from support.models import randomise_
+from support.models.networks import randomise_
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated"),

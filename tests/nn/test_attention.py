@@ -27,7 +27,7 @@ from lightning_lora import (
     unmerge,
 )
 from support.covering import covering
-from support.layers import DTYPES, same_bits
+from support.models.layers import DTYPES, same_bits
 
 # torch says so whenever its encoder takes its fast path with a padding mask.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")

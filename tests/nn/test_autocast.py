@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, merge, merge_and_unload, unmerge
 from support.covering import covering
-from support.layers import make_subject, rounding
-from support.models import randomise_
+from support.models.layers import make_subject, rounding
+from support.models.networks import randomise_
 
 DTYPES = [torch.float16, torch.bfloat16]
 KINDS = [

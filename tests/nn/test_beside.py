@@ -14,9 +14,9 @@ from torch.func import functional_call
 from lightning_lora import LoRAConfig, attach, detach, inject, merge, merged_state_dict, take_adapter, unmerge
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.nn.beside import Attached, Packed
-from support import parameters
 from support.covering import covering
-from support.layers import ALPHA, CASES, DTYPES, R, Subject, as_bits, make_subject, matrix, rounding
+from support.models import parameters
+from support.models.layers import ALPHA, CASES, DTYPES, R, Subject, as_bits, make_subject, matrix, rounding
 
 KINDS = [
     *("linear", "linear, one vector", "activated linear", "linear of another library", "transformers Conv1D"),

@@ -26,11 +26,11 @@ from lightning_lora import (
     set_weight,
     take_adapter,
 )
-from support.models import randomise_
-from support.processes import world
-from support.recorders import Traffic
-from support.sharded import WAYS, X, base_of, network, shard_, whole, whole_state
-from support.sharded_adapters import PLANS, TENSOR_X, adapters, assert_same_bits, block, injected, mesh
+from support.models.networks import randomise_
+from support.ranks.processes import world
+from support.ranks.sharded import WAYS, X, base_of, network, shard_, whole, whole_state
+from support.ranks.sharded_adapters import PLANS, TENSOR_X, adapters, assert_same_bits, block, injected, mesh
+from support.runs.recorders import Traffic
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

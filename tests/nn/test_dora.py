@@ -27,8 +27,9 @@ from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, unmerge_
 from lightning_lora.nn.low_rank import LowRankBlock
 from lightning_lora.nn.output_norms import squares_of_windows
 from support.covering import covering
-from support.devices import count
-from support.layers import (
+from support.devices.places import count
+from support.devices.pretend_device import CAN_PRETEND, DEVICE, pretend_device
+from support.models.layers import (
     DTYPES,
     Conv1D,
     as_bits,
@@ -36,9 +37,8 @@ from support.layers import (
     same_bits,
     scaling_for,
 )
-from support.notices import TORCH_NOTICES, quiet_peers
-from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
-from support.quantised import network, quantise_
+from support.models.quantised import network, quantise_
+from support.runs.notices import TORCH_NOTICES, quiet_peers
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
 P = 0.5

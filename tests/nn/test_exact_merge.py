@@ -23,7 +23,7 @@ from lightning_lora.nn.exact_merge import (
 )
 from lightning_lora.nn.low_rank import LowRankBlock
 from support.covering import covering
-from support.layers import (
+from support.models.layers import (
     DTYPES,
     SHARES,
     assert_rounded_sum,

@@ -16,8 +16,8 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.models import randomise_
-from support.shortcuts import let_collections_pass_over_what_is_there
+from support.models.networks import randomise_
+from support.runs.shortcuts import let_collections_pass_over_what_is_there
 
 WIDTH = 37
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, restored_weight, unmerge_weight_
-from support.layers import make_pieces, make_weight, same_bits, scaling_for
+from support.models.layers import make_pieces, make_weight, same_bits, scaling_for
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from lightning_lora.errors import LoRAError
 from lightning_lora.nn import factored_weight
 from lightning_lora.nn.factored_weight import FactoredWeight
 from support.covering import covering
-from support.families import LLAMA, QWEN, Family, causal
+from support.models.families import LLAMA, QWEN, Family, causal
 
 E, M, N, R = 3, 8, 12, 2
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # with the relative error that is allowed

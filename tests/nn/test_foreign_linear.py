@@ -26,8 +26,8 @@ from lightning_lora import (
     unload,
 )
 from support.covering import covering
-from support.foreign import FOREIGN, INPUTS, WIDTH, QuantLinear, TELinear, WQLinear, inputs, network
-from support.layers import same_bits
+from support.models.foreign import FOREIGN, INPUTS, WIDTH, QuantLinear, TELinear, WQLinear, inputs, network
+from support.models.layers import same_bits
 
 R, ALPHA = 2, 3.0
 TARGETS = ["0", "2"]

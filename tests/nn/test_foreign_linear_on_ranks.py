@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_lora import LoRACallback, adapter_state_dict
 from support.covering import covering
-from support.foreign import FOREIGN, INPUTS, network
-from support.processes import BACKEND, world
-from support.sharded import make_trainer, model_parallel
+from support.models.foreign import FOREIGN, INPUTS, network
+from support.ranks.processes import BACKEND, world
+from support.ranks.sharded import make_trainer, model_parallel
 
 
 class Net(L.LightningModule):

@@ -29,9 +29,9 @@ from lightning_lora import (
 )
 from lightning_lora.nn.foreign_weights import is_foreign_linear, is_of_base
 from support.covering import covering
-from support.foreign import FOREIGN, INPUTS, QuantLinear, TELinear, inputs, network
-from support.lightning_versions import EMAWeightAveraging
-from support.training import make_trainer
+from support.models.foreign import FOREIGN, INPUTS, QuantLinear, TELinear, inputs, network
+from support.runs.lightning_versions import EMAWeightAveraging
+from support.runs.training import make_trainer
 
 TARGETS = ["0", "2"]
 

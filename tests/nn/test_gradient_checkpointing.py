@@ -19,8 +19,8 @@ from transformers import (
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, merge, unload
 from lightning_lora.nn.gradient_checkpointing import enable_input_require_grads
-from support.models import Zoo, randomise_, trace, zoo_config
-from support.training import Data, Net, assert_same_tensors, make_trainer
+from support.models.networks import Zoo, randomise_, trace, zoo_config
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT")  # torch 2.6
 REENTRANT, NOT_REENTRANT = CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT

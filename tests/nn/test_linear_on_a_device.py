@@ -13,9 +13,9 @@ from torch.func import functional_call
 
 from lightning_lora import LoRAConfig, inject
 from support.covering import covering
-from support.devices import count
-from support.layers import CASES, make_subject
-from support.recorders import Recorder, start_anew
+from support.devices.places import count
+from support.models.layers import CASES, make_subject
+from support.runs.recorders import Recorder, start_anew
 
 LINEAR = ("linear", "linear, one vector", "linear, three axes", "user's linear", "transformers Conv1D")
 FUSED = ("fused, outer parts", "fused, inner parts", "fused, all parts", "fused Conv1D")

@@ -19,7 +19,7 @@ from lightning_lora import (
     merge,
     save_adapter,
 )
-from support.methods import (
+from support.models.methods import (
     LOHA,
     SAME,
     TOKENS,
@@ -33,8 +33,8 @@ from support.methods import (
     theirs,
     trained_names,
 )
-from support.notices import quiet_peers
-from support.quantised import quantise_, values_of
+from support.models.quantised import quantise_, values_of
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

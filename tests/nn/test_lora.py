@@ -12,8 +12,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject
 from support.covering import covering
-from support.models import Zoo, randomise_, tokens, zoo_config
-from support.variants import define_gated, variants_forgotten
+from support.models.networks import Zoo, randomise_, tokens, zoo_config
+from support.models.variants import define_gated, variants_forgotten
 
 R = 32
 BUILDERS = {

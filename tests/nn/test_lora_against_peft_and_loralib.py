@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, merge, unmerge
-from support.layers import same_bits
+from support.models.layers import same_bits
 
 R, ALPHA = 4, 6
 PARTS = {"qkv": [True, False, True]}

@@ -12,8 +12,8 @@ from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, merge
 from lightning_lora.nn import layer_kinds, lora_layer, low_rank
 from lightning_lora.nn.lora_layer import LoRALayer
 from support.covering import covering
-from support.layers import ALPHA, CASES, DTYPES, R, Subject, UserLinear, make_subject, rounding, same_bits
-from support.recorders import operators
+from support.models.layers import ALPHA, CASES, DTYPES, R, Subject, UserLinear, make_subject, rounding, same_bits
+from support.runs.recorders import operators
 
 SOME = [  # one of each kind of layer and forward
     *("linear, one vector", "user's linear", "activated linear", "linear of another library", "transformers Conv1D"),

@@ -19,9 +19,9 @@ from lightning_lora import (
     unmerge,
 )
 from support.covering import covering
-from support.models import randomise_
-from support.notices import TORCH_NOTICES
-from support.recorders import Recorder, start_anew
+from support.models.networks import randomise_
+from support.runs.notices import TORCH_NOTICES
+from support.runs.recorders import Recorder, start_anew
 
 pytestmark = TORCH_NOTICES
 

@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import LoRAConfig, disable_adapter, inject
 from lightning_lora.nn.lora_layer import drop
 from support.covering import covering
-from support.devices import Place
-from support.layers import ALPHA, CASES, Case, Holder, R, make_subject, matrix
-from support.quantised import QUANTISED, adapted, inputs
+from support.devices.places import Place
+from support.models.layers import ALPHA, CASES, Case, Holder, R, make_subject, matrix
+from support.models.quantised import QUANTISED, adapted, inputs
 
 P = 0.5  # a value that is kept is doubled, exactly in every dtype
 

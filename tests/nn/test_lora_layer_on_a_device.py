@@ -14,8 +14,8 @@ from transformers.models.mixtral import modeling_mixtral
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.nn.adapted_module import swapped_class
 from lightning_lora.nn.linear import LoRAQuantisedLinear
-from support.devices import Count, count
-from support.layers import make_subject
+from support.devices.places import Count, count
+from support.models.layers import make_subject
 
 
 def test_a_padded_place_gives_the_factors_no_gradient_that_is_not_finite(device):

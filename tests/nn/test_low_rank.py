@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_lora.nn.lora_layer import LoRALayer
-from support.layers import CASES, make_subject
+from support.models.layers import CASES, make_subject
 
 
 def test_only_where_it_must_a_layer_builds_the_whole_delta(monkeypatch: pytest.MonkeyPatch) -> None:

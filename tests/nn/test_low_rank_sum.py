@@ -17,7 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from lightning_lora.nn.low_rank_sum import compute_dtype, fits, low_rank_sum
 from support.covering import covering
-from support.layers import rounding
+from support.models.layers import rounding
 
 IN, OUT, R, S = 5, 6, 2, 1.5
 DOUBLE = torch.float64

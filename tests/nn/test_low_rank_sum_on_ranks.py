@@ -15,9 +15,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_lora import LoRACallback
 from lightning_lora.nn.linear import LoRALinear
 from support.covering import covering
-from support.processes import BACKEND, world
-from support.sharded import Plain, Sharded, data, make_trainer, model_parallel, whole_state
-from support.sharded_adapters import lora
+from support.ranks.processes import BACKEND, world
+from support.ranks.sharded import Plain, Sharded, data, make_trainer, model_parallel, whole_state
+from support.ranks.sharded_adapters import lora
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -19,8 +19,8 @@ from lightning_lora import (
 from lightning_lora.nn.nf4 import group_size
 from lightning_lora.nn.quantised import dequantize, quantised_as
 from support.covering import covering
-from support.pair_checks import by_pickle
-from support.quantised import NF4, inputs, network, packed_bits, quantised, values_of
+from support.models.pair_checks import by_pickle
+from support.models.quantised import NF4, inputs, network, packed_bits, quantised, values_of
 
 torchao = pytest.importorskip("torchao.quantization")
 

@@ -40,7 +40,7 @@ from lightning_lora.formats.lightning_checkpoint import Kind
 from lightning_lora.model import inject as inject_module
 from lightning_lora.model import state_dict as state_dict_module
 from support.covering import covering
-from support.models import bits, randomise_
+from support.models.networks import bits, randomise_
 
 WAIT = 20  # seconds that no test needs
 

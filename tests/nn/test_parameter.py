@@ -25,9 +25,9 @@ from lightning_lora import (
 from lightning_lora.model import merging
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.covering import covering
-from support.layers import same_bits
-from support.pair_checks import by_pickle
-from support.parameters import CASES, Experts, Model, Projected, Recurrent, fill_factors_, make_subject
+from support.models.layers import same_bits
+from support.models.pair_checks import by_pickle
+from support.models.parameters import CASES, Experts, Model, Projected, Recurrent, fill_factors_, make_subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 

@@ -30,8 +30,8 @@ from lightning_lora import (
 )
 from lightning_lora.nn.quantised import dequantize, dtype_of, quantised_as, shape_of
 from support.covering import covering
-from support.models import randomise_
-from support.quantised import (
+from support.models.networks import randomise_
+from support.models.quantised import (
     FEATURES,
     NAMES,
     NF4,

@@ -31,8 +31,7 @@ from lightning_lora import (
 )
 from lightning_lora.exchange.take import fingerprint
 from support.covering import covering
-from support.processes import BACKEND, world
-from support.quantised import (
+from support.models.quantised import (
     FEATURES,
     NAMES,
     NF4,
@@ -47,7 +46,8 @@ from support.quantised import (
     packed_bits,
     quantised,
 )
-from support.sharded import DEVICE, make_trainer, model_parallel, whole
+from support.ranks.processes import BACKEND, world
+from support.ranks.sharded import DEVICE, make_trainer, model_parallel, whole
 
 KINDS = [NF4, "nf4", "nf4 nested", "nf4 in bfloat16", "fp4"]
 EIGHT_BITS = ["int8", OF_TORCHAO[0]]

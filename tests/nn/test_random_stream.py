@@ -16,7 +16,7 @@ from lightning_lora import LoRAConfig, combine, initialize_from_data, inject
 from lightning_lora.adapter.products import truncated_svd
 from lightning_lora.nn.random_stream import svd_lowrank
 from support.covering import covering
-from support.models import checkpoint
+from support.models.networks import checkpoint
 
 
 def started(init: Any) -> Any:

@@ -26,10 +26,10 @@ from lightning_lora import LoRAConfig, disable_adapter, inject, merge, merge_and
 from lightning_lora.nn.adapted_module import Swapped
 from lightning_lora.nn.readers import LayerView, LoRAReader
 from support.covering import covering
-from support.models import trace
-from support.notices import TORCH_NOTICES
-from support.pair_checks import by_pickle
-from support.recorders import Recorder, operators, start_anew
+from support.models.networks import trace
+from support.models.pair_checks import by_pickle
+from support.runs.notices import TORCH_NOTICES
+from support.runs.recorders import Recorder, operators, start_anew
 
 pytestmark = TORCH_NOTICES
 

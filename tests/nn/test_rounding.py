@@ -23,8 +23,8 @@ from lightning_lora import (
 )
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.nn.rounding import IN_FILES
-from support.models import randomise_, state_bits
-from support.quantised import adapted
+from support.models.networks import randomise_, state_bits
+from support.models.quantised import adapted
 
 
 def with_adapter_of(share: float, dtype: torch.dtype) -> nn.Sequential:

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_lora import LoRAConfig, inject, merged
-from support.models import randomise_
-from support.processes import BACKEND, world
+from support.models.networks import randomise_
+from support.ranks.processes import BACKEND, world
 
 DEVICE = "cpu" if BACKEND == "gloo" else "cuda"
 

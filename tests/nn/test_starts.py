@@ -19,9 +19,9 @@ from lightning_lora import (
 from lightning_lora.nn import linear
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.starts import start_factors
-from support import layers, parameters
 from support.covering import covering
-from support.layers import same_bits
+from support.models import layers, parameters
+from support.models.layers import same_bits
 
 STARTS = ("pissa", "pissa_niter_4", "olora")
 KINDS = (

@@ -31,7 +31,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from support.models import bits, randomise_, tokens
+from support.models.networks import bits, randomise_, tokens
 
 
 def weights(model: nn.Module) -> dict[str, bytes]:

@@ -22,8 +22,8 @@ from lightning_lora import (
     merged,
 )
 from support.covering import covering
-from support.models import bits, randomise_
-from support.training import assert_same_tensors, make_trainer, own_random_stream
+from support.models.networks import bits, randomise_
+from support.runs.training import assert_same_tensors, make_trainer, own_random_stream
 
 VOCABULARY, WIDTH = 20, 16
 

@@ -33,10 +33,10 @@ from lightning_lora.model import merging
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.covering import covering
-from support.expected_weights import merge_and_check
-from support.layers import same_bits
-from support.models import checkpoint
-from support.tables import (
+from support.files.expected_weights import merge_and_check
+from support.models.layers import same_bits
+from support.models.networks import checkpoint
+from support.models.token_rows import (
     CASES,
     NUMBER,
     ROWS,

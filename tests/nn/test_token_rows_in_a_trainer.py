@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lora import LoRACallback, LoRAError, load_adapter, load_from_checkpoint, merged, save_adapter
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.covering import covering
-from support.parameters import Experts
-from support.tables import NUMBER, ROWS
-from support.training import assert_same_tensors, make_trainer, own_random_stream, weights
+from support.models.parameters import Experts
+from support.models.token_rows import NUMBER, ROWS
+from support.runs.training import assert_same_tensors, make_trainer, own_random_stream, weights
 
 OPTIONS: dict[str, Any] = {
     "r": 2,

@@ -11,7 +11,7 @@ import torch
 from lightning_lora import LoRAConfig, LoRAError, names
 from lightning_lora.nn.variant import EffectiveFactors, LayerInfo, Variant, known_variants, variant_of
 from support.covering import covering
-from support.variants import variants_forgotten
+from support.models.variants import variants_forgotten
 
 
 @pytest.fixture

@@ -34,10 +34,10 @@ from lightning_lora import (
     unmerge,
 )
 from support.covering import covering
-from support.models import state_bits
-from support.pretend_device import CAN_PRETEND, pretend_device
-from support.processes import DONE, run_in_forks
-from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+from support.devices.pretend_device import CAN_PRETEND, pretend_device
+from support.models.networks import state_bits
+from support.ranks.processes import DONE, run_in_forks
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
 on_device = pytest.mark.skipif(not CAN_PRETEND, reason="this version of torch cannot pretend a device")
 TARGETS = ["body.0", "body.3", "head"]

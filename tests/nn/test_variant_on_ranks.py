@@ -37,12 +37,12 @@ from lightning_lora.distributed.sharding import rows_of
 from lightning_lora.exchange.take import fingerprint
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.output_norms import norms_of_weight
-from support.parameters import Experts, Projected
-from support.processes import world
-from support.sharded import RootSharded, base_of, model_parallel, optimizer_state, whole, whole_state
-from support.sharded_adapters import PLAN, TENSOR_X, assert_same_bits, block, mesh
-from support.tables import NUMBER, ROWS
-from support.tables import Net as Tables
+from support.models.parameters import Experts, Projected
+from support.models.token_rows import NUMBER, ROWS
+from support.models.token_rows import Net as Tables
+from support.ranks.processes import world
+from support.ranks.sharded import RootSharded, base_of, model_parallel, optimizer_state, whole, whole_state
+from support.ranks.sharded_adapters import PLAN, TENSOR_X, assert_same_bits, block, mesh
 
 STEPS = 3
 WAYS = ("DDP", "FSDP2", "FSDP2, a unit for each", "FSDP2, by columns")

@@ -16,8 +16,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, merged, save_adapter, summary, unload
 from lightning_lora.model.heads import warn_of_new_heads
-from support.notices import PEER_NOTICES
-from support.training import own_random_stream
+from support.runs.notices import PEER_NOTICES
+from support.runs.training import own_random_stream
 
 pytestmark = [pytest.mark.packages, *(pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES)]
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, export_adapter, inject, merged_state_dict, save_adapter, take_adapter
-from support.notices import quiet_peers
-from support.peers import SMALL, TENSORS, edit, seeded, spread_
+from support.models.peers import SMALL, TENSORS, edit, seeded, spread_
+from support.runs.notices import quiet_peers
 
 PLACE = os.environ.get("LLAMA_CPP", "")
 pytestmark = [

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, disable_adapter, is_merged, load_adapter, load_from_checkpoint
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.training import assert_same_tensors, own_random_stream, weights
+from support.runs.training import assert_same_tensors, own_random_stream, weights
 
 EPOCHS = 2
 QUIET: dict[str, Any] = {

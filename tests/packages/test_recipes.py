@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig, load_adapter
-from support.notices import PEER_NOTICES
+from support.runs.notices import PEER_NOTICES
 
 PAGE = Path(__file__).parents[2] / "examples" / "migrating.md"
 SECTIONS = {section.split("\n")[0]: section for section in re.split(r"^#{2,3} ", PAGE.read_text(), flags=re.M)[1:]}

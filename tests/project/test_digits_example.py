@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from lightning_lora import load_from_checkpoint
-from support.examples import SHOWN, checkout, numbers, run
+from support.runs.examples import SHOWN, checkout, numbers, run
 
 pytestmark = pytest.mark.slow
 

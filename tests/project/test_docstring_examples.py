@@ -18,8 +18,8 @@ from torch import nn
 
 import lightning_lora
 from lightning_lora.metrics import MergeError, MergeFidelity
-from support.notices import PEER_NOTICES
-from support.variants import variants_forgotten
+from support.models.variants import variants_forgotten
+from support.runs.notices import PEER_NOTICES
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
 

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from support.examples import COMMANDS, ROOT, SHOWN, assert_alike, checkout, numbers, run
+from support.runs.examples import COMMANDS, ROOT, SHOWN, assert_alike, checkout, numbers, run
 
 BESIDE = "small_models"  # what the examples import: models and texts that stand in for those of a hub
 FILES = {path.stem: path.read_text() for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != BESIDE}

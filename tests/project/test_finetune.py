@@ -23,7 +23,7 @@ import pytest
 import torch
 from test_examples import check_finetune
 
-from support.examples import INSTALL, ROOT, SHOWN, checkout, notebook, repository_of
+from support.runs.examples import INSTALL, ROOT, SHOWN, checkout, notebook, repository_of
 
 PROGRAM, SMALL_MODELS, NOTEBOOK = (ROOT / "examples" / n for n in ("finetune.py", "small_models.py", "finetune.ipynb"))
 QUIET = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from support.notices import OUR_WARNINGS
+from support.runs.notices import OUR_WARNINGS
 
 HERE = Path(__file__)
 TESTS = HERE.parents[1]

@@ -43,8 +43,8 @@ from lightning_lora import (
     merge_and_unload,
 )
 from lightning_lora.command.main import VERBS, main
-from support.notices import PEER_NOTICES
-from support.variants import variants_forgotten
+from support.models.variants import variants_forgotten
+from support.runs.notices import PEER_NOTICES
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lightning_lora
-from support.processes import DONE, run_in_forks
+from support.ranks.processes import DONE, run_in_forks
 
 PACKAGE = Path(lightning_lora.__file__).parent
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}

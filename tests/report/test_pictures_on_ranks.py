@@ -9,9 +9,9 @@ import pytest
 from lightning.pytorch.loggers import Logger
 
 from lightning_lora import LoRACallback, LoRAMonitor
-from support.fsdp1 import fsdp1
-from support.processes import world
-from support.sharded import TARGETS, Plain, Sharded, data, loader, make_trainer, model_parallel
+from support.ranks.fsdp1 import fsdp1
+from support.ranks.processes import world
+from support.ranks.sharded import TARGETS, Plain, Sharded, data, loader, make_trainer, model_parallel
 
 pytestmark = pytest.mark.slow
 

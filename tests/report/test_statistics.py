@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-import support.parameters as single
-import support.tables as tables
+import support.models.parameters as single
+import support.models.token_rows as tables
 from lightning_lora import LoRAConfig, adapter_stats, inject, merged, summary
 from lightning_lora.names import group_of
 from lightning_lora.nn import linear
 from lightning_lora.nn.adapted_weights import AdaptedWeights
 from lightning_lora.report.statistics import GroupStats
-from support.layers import ALPHA, R, make_subject, matrix
-from support.models import ZOO_LAYERS, Zoo, randomise_, state_bits, zoo_config
-from support.quantised import adapted, values_of
+from support.models.layers import ALPHA, R, make_subject, matrix
+from support.models.networks import ZOO_LAYERS, Zoo, randomise_, state_bits, zoo_config
+from support.models.quantised import adapted, values_of
 
 LAYERS = [
     *("linear", "transformers Conv1D", "fused, outer parts", "fused Conv1D", "embedding", "conv2d, groups", "conv3d"),

@@ -17,14 +17,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import parallelize_module
 
-import support.parameters as single
-import support.tables as tables
+import support.models.parameters as single
+import support.models.token_rows as tables
 from lightning_lora import LoRAConfig, LoRAMonitor, adapter_stats, inject
 from lightning_lora.report.statistics import AdapterStats
-from support.models import randomise_
-from support.processes import BACKEND, world
-from support.sharded import DEVICE, WAYS, Plain, Sharded, X, data, loader, make_trainer, shard_
-from support.sharded_adapters import PLANS, TENSOR_X, adapters, block, injected, lora, mesh
+from support.models.networks import randomise_
+from support.ranks.processes import BACKEND, world
+from support.ranks.sharded import DEVICE, WAYS, Plain, Sharded, X, data, loader, make_trainer, shard_
+from support.ranks.sharded_adapters import PLANS, TENSOR_X, adapters, block, injected, lora, mesh
 
 FIELDS = ("norm", "rank", "grad_A", "grad_B", "cosine")
 

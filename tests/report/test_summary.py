@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_lora import LoRAConfig, inject, is_merged, merge, summary, unload
 from lightning_lora.names import group_of
 from lightning_lora.report.summary import Memory, Summary
-from support.models import Zoo, zoo_config
-from support.quantised import NAMES, quantised
+from support.models.networks import Zoo, zoo_config
+from support.models.quantised import NAMES, quantised
 
 LONG = "a_name_that_is_so_long_that_it_has_no_room_in_a_table_beside_the_other_columns"
 

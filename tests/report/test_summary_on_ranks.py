@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from lightning_lora import LoRAConfig, inject, summary
 from lightning_lora.report.summary import Memory, Summary
-from support.processes import world
-from support.sharded import network, shard_
+from support.ranks.processes import world
+from support.ranks.sharded import network, shard_
 
 CONFIG = LoRAConfig(r=2, target_modules=["0", "2"], modules_to_save=["4"])
 

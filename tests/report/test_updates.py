@@ -25,10 +25,10 @@ from lightning_lora import (
 )
 from lightning_lora.names import group_of
 from lightning_lora.report.updates import Update, measure
-from support.models import Zoo
-from support.parameters import Experts, Recurrent
-from support.processes import world
-from support.sharded import network, shard_
+from support.models.networks import Zoo
+from support.models.parameters import Experts, Recurrent
+from support.ranks.processes import world
+from support.ranks.sharded import network, shard_
 
 R = 2
 

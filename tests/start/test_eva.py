@@ -23,9 +23,9 @@ from lightning_lora import (
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.start.eva import PrincipalComponents
-from support.notices import PEER_NOTICES
-from support.peers import logits
-from support.peers import model as peer
+from support.models.peers import logits
+from support.models.peers import model as peer
+from support.runs.notices import PEER_NOTICES
 
 EVA_NOTICE = "ignore:lora with eva initialization used with low_cpu_mem_usage=False"
 

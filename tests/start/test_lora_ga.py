@@ -20,9 +20,9 @@ from lightning_lora import (
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.start import lora_ga
-from support.notices import PEER_NOTICES
-from support.peers import logits
-from support.peers import model as peer
+from support.models.peers import logits
+from support.models.peers import model as peer
+from support.runs.notices import PEER_NOTICES
 
 HOOK_NOTICE = "ignore:Full backward hook is firing when gradients are computed"  # of peft's own hook
 

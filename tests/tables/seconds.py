@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_lora import LoRACallback, LoRAConfig, inject, load_adapter
 
 sys.path.append(str(Path(__file__).parents[1]))
-from support.scale import MODELS, Llama, markdown
-from support.training import make_trainer
+from support.ranks.scale import MODELS, Llama, markdown
+from support.runs.training import make_trainer
 
 PAGE = Path(__file__).parents[1] / "distributed" / "large_models.md"
 BEGIN, END = "<!-- seconds: written by tests/tables/seconds.py -->\n", "<!-- end of seconds -->"

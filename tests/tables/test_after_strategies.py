@@ -21,11 +21,11 @@ from torch.nn.modules import module as global_hooks
 from torch.optim import optimizer as optimizer_hooks
 
 from lightning_lora import LoRACallback, merge, merged_state_dict, save_adapter, unmerge
-from support.fsdp1 import fsdp1
-from support.processes import World
-from support.sharded import TARGETS, Plain, Sharded, data, loader, make_trainer, model_parallel
-from support.sharded_adapters import assert_same_bits
-from support.strategies import import_package, stage_2, stage_3
+from support.ranks.fsdp1 import fsdp1
+from support.ranks.processes import World
+from support.ranks.sharded import TARGETS, Plain, Sharded, data, loader, make_trainer, model_parallel
+from support.ranks.sharded_adapters import assert_same_bits
+from support.ranks.strategies import import_package, stage_2, stage_3
 
 pytestmark = pytest.mark.slow
 

@@ -1,8 +1,8 @@
 """The table of compositions: each row is run in small, and its outcome is what came of it.
 
-"right" is said by support.runs.compare: evaluated merged and unmerged, the same numbers and the same training
-bit for bit, the base untouched and the model unmerged after. With WRITE_TABLE=1 in the environment the first test
-writes the table.
+"right" is said by `compare` in support/runs/with_callback.py: evaluated merged and unmerged, the same numbers and the
+same training bit for bit, the base untouched and the model unmerged after. With WRITE_TABLE=1 in the environment the
+first test writes the table.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_lora import LoRACallback, LoRAError
-from support.lightning_versions import HAS_WEIGHT_AVERAGING, EMAWeightAveraging, WeightAveraging
-from support.runs import At, Backboned, Manual, Watched, compare
-from support.shortcuts import let_collections_pass_over_what_is_there
-from support.training import BuiltInConfigureModel, Data, Net, SizedData, TwoLoaders, make_trainer
+from support.runs.lightning_versions import HAS_WEIGHT_AVERAGING, EMAWeightAveraging, WeightAveraging
+from support.runs.shortcuts import let_collections_pass_over_what_is_there
+from support.runs.training import BuiltInConfigureModel, Data, Net, SizedData, TwoLoaders, make_trainer
+from support.runs.with_callback import At, Backboned, Manual, Watched, compare
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:lightning_lora. base parameters were unfrozen",

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
 from lightning_lora.command.info import diff, info
-from support.expected_weights import merge_and_check
-from support.fuzz_reference import (
+from support.files.expected_weights import merge_and_check
+from support.files.fuzz_reference import (
     Source,
     assert_changes,
     assert_loaded,
@@ -36,7 +36,7 @@ from support.fuzz_reference import (
     assert_others_kept,
     weights_in,
 )
-from support.models import Zoo, checkpoint, trace, zoo_config
+from support.models.networks import Zoo, checkpoint, trace, zoo_config
 
 INPUTS = int(os.environ.get("LORA_FUZZ_INPUTS", "40"))  # of each kind; always the same ones, of which more are more
 INDEX = "model.safetensors.index.json"

@@ -38,10 +38,10 @@ from lightning_lora import (
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.quantised import PACKS_FOR_CPU
-from support.foreign import OtherLinear
-from support.notices import quiet_peers
-from support.parameters import Experts, Model, Projected, Recurrent
-from support.quantised import inputs, network, packed_bits, quantise_
+from support.models.foreign import OtherLinear
+from support.models.parameters import Experts, Model, Projected, Recurrent
+from support.models.quantised import inputs, network, packed_bits, quantise_
+from support.runs.notices import quiet_peers
 
 pytestmark = [
     *quiet_peers,

@@ -27,11 +27,11 @@ from lightning_lora import (
     save_adapter,
     unload,
 )
-from support.models import randomise_
-from support.processes import world
-from support.sharded import BATCHES, Plain, X, base_of, model_parallel, whole_state
-from support.sharded_adapters import assert_same_bits
-from support.strategies import (
+from support.models.networks import randomise_
+from support.ranks.processes import world
+from support.ranks.sharded import BATCHES, Plain, X, base_of, model_parallel, whole_state
+from support.ranks.sharded_adapters import assert_same_bits
+from support.ranks.strategies import (
     OPTIONS,
     OfFSDP2,
     OfTensorParallel,

@@ -29,10 +29,10 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.command.info import diff, info
-from support.expected_weights import merge_and_check
-from support.models import checkpoint
-from support.shortcuts import without_collections
-from support.training import make_trainer
+from support.files.expected_weights import merge_and_check
+from support.models.networks import checkpoint
+from support.runs.shortcuts import without_collections
+from support.runs.training import make_trainer
 
 FEW, MORE, MANY = 4, 8, 16
 MOST = 2.02  # MANY - MORE is twice as much as MORE - FEW; what grows with the square shows, and what is constant not

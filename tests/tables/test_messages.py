@@ -12,10 +12,10 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, load_from_checkpoint, merge, merged_state_dict
 from lightning_lora.command.merge import merge_on_disk
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.peers import model
-from support.runs import lora
-from support.training import Data, Net, make_trainer
+from support.models.peers import model
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.training import Data, Net, make_trainer
+from support.runs.with_callback import lora
 
 
 def saved(path: Path, *callbacks: Any, base: Path | None = None) -> Path:

@@ -2,7 +2,8 @@
 
 A pair is run, and its outcome compared with tests/pairs.md: right, or refused with how the message begins.
 LORA_FULL=1 in the environment runs all of them, WRITE_TABLE=1 writes that page. Rows of what is not installed stay.
-What is right is said by support/pair_checks.py, by what support/pairs.py computes in float64 from the definitions.
+What is right is said by pair_checks.py in support/models, by what pairs.py there computes in float64 from the
+definitions.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import pytest
 import torch
 
 from lightning_lora import LoRAError
-from support.beside import attached_first, beside, trained_beside
 from support.covering import covering
-from support.devices import Place
-from support.pair_checks import (
+from support.devices.places import Place
+from support.models.beside import attached_first, beside, trained_beside
+from support.models.pair_checks import (
     another_base,
     by_pickle,
     cast_later,
@@ -46,7 +47,7 @@ from support.pair_checks import (
     unfrozen_in_half,
     unloaded,
 )
-from support.pairs import Variant, placed
+from support.models.pairs import Variant, placed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
@@ -238,10 +239,10 @@ HEAD = """# Pairs of features
 Each variant of LoRA (a row) meets each precision, change and way to keep it (a column), on a small model. Tests compare
 this page with what they see: every day in some pairs, and with `LORA_FULL=1` in all.
 
-"right" means what [the check of the column](support/pair_checks.py) asks for, by [a few lines in
-float64](support/pairs.py): outputs, gradients, W' rounded once, and every bit where bits must come back. "refused"
-shows how the error begins. "-" stands where there is no such pair: nf4 has no float64, and packed weights have no
-gradient.
+"right" means what [the check of the column](support/models/pair_checks.py) asks for, by [a few lines in
+float64](support/models/pairs.py): outputs, gradients, W' rounded once, and every bit where bits must come back.
+"refused" shows how the error begins. "-" stands where there is no such pair: nf4 has no float64, and packed weights
+have no gradient.
 """
 
 

@@ -18,11 +18,11 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.command.main import main
-from support.expected_weights import check_merge_command
-from support.methods import METHODS, SAME, TOKENS, base, moved, ours, theirs
-from support.models import bits, state_bits
-from support.notices import quiet_peers
-from support.peers import config_of, edit
+from support.files.expected_weights import check_merge_command
+from support.models.methods import METHODS, SAME, TOKENS, base, moved, ours, theirs
+from support.models.networks import bits, state_bits
+from support.models.peers import config_of, edit
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 

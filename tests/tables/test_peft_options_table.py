@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAError, load_adapter, save_adapter
 from lightning_lora.model.adapted_model import open_model
-from support.notices import quiet_peers
-from support.peers import close, config_of, edit, fill_, seeded
+from support.models.peers import close, config_of, edit, fill_, seeded
+from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 TARGETS = ["first", "second"]

@@ -1,4 +1,4 @@
-"""The formulas of support/scale.py against memory and traffic of small models."""
+"""The formulas of support/ranks/scale.py against memory and traffic of small models."""
 
 from __future__ import annotations
 
@@ -24,11 +24,21 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, merge, merged, save_merged, unmerge
 from lightning_lora.nn.lora_layer import LoRALayer
-from support.llama import LINEAR, RANK, TINY, Network, network, stored
-from support.processes import world
-from support.recorders import Traffic
-from support.scale import MODELS, NANOSECONDS, Costs, Llama, markdown, size, table, table_of_files, table_of_strategies
-from support.sharded import DEVICE, make_trainer
+from support.models.llama import LINEAR, RANK, TINY, Network, network, stored
+from support.ranks.processes import world
+from support.ranks.scale import (
+    MODELS,
+    NANOSECONDS,
+    Costs,
+    Llama,
+    markdown,
+    size,
+    table,
+    table_of_files,
+    table_of_strategies,
+)
+from support.ranks.sharded import DEVICE, make_trainer
+from support.runs.recorders import Traffic
 
 
 def save_folder(model: torch.nn.Module, path: Path) -> None:

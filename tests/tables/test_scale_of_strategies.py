@@ -1,4 +1,4 @@
-"""What each strategy costs a rank: the formulas of support/scale.py against memory and traffic of small models."""
+"""What each strategy costs a rank: formulas of support/ranks/scale.py against memory and traffic of small models."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, merge, unmerge
-from support.deepspeed import zero
-from support.fsdp1 import fsdp1
-from support.llama import RANK, TINY, Block, network
-from support.processes import world
-from support.recorders import Traffic
-from support.scale import Costs, Share, by_ddp, by_deepspeed, by_fsdp1, by_hsdp
-from support.sharded import DEVICE
-from support.strategies import import_package, on_one_device
+from support.models.llama import RANK, TINY, Block, network
+from support.ranks.deepspeed import zero
+from support.ranks.fsdp1 import fsdp1
+from support.ranks.processes import world
+from support.ranks.scale import Costs, Share, by_ddp, by_deepspeed, by_fsdp1, by_hsdp
+from support.ranks.sharded import DEVICE
+from support.ranks.strategies import import_package, on_one_device
+from support.runs.recorders import Traffic
 
 pytestmark = pytest.mark.slow
 FLAGS = 256  # bytes that ranks agree with

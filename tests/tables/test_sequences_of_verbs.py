@@ -24,7 +24,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from support.models import ZOO_LAYERS, Zoo, bits, state_bits, tokens, train, zoo_config
+from support.models.networks import ZOO_LAYERS, Zoo, bits, state_bits, tokens, train, zoo_config
 
 MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
 BUDGET = MERGE.COPY_BUDGET

@@ -1,7 +1,7 @@
 """The table of strategies: each is trained, saved, resumed, read and broken, and compared with one device.
 
 The outcomes are compared with tests/distributed/strategies.md. WRITE_TABLE=1 in the environment writes that page; lines
-of what is not installed stay as they are there. support/strategies.py has the runs.
+of what is not installed stay as they are there. support/ranks/strategies.py has the runs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_lora import load_adapter
-from support.fsdp1 import fsdp1
-from support.processes import world
-from support.sharded import BATCHES, Plain, base_of, model_parallel, whole_state
-from support.sharded_adapters import assert_same_bits
-from support.strategies import (
+from support.ranks.fsdp1 import fsdp1
+from support.ranks.processes import world
+from support.ranks.sharded import BATCHES, Plain, base_of, model_parallel, whole_state
+from support.ranks.sharded_adapters import assert_same_bits
+from support.ranks.strategies import (
     BREAKS_IN,
     EPOCHS,
     LAST,

@@ -26,9 +26,9 @@ from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged, 
 from lightning_lora.command.main import main
 from lightning_lora.model.targets import select
 from lightning_lora.names import A, B
-from support.expected_weights import check_merge_command
-from support.families import FAMILIES, Family
-from support.notices import quiet_peers
+from support.files.expected_weights import check_merge_command
+from support.models.families import FAMILIES, Family
+from support.runs.notices import quiet_peers
 
 pytestmark = [
     *quiet_peers,

@@ -30,9 +30,9 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from support.models import base_zoo, trained_zoo, zoo_config
-from support.recorders import counted_walks
-from support.shortcuts import without_collections
+from support.models.networks import base_zoo, trained_zoo, zoo_config
+from support.runs.recorders import counted_walks
+from support.runs.shortcuts import without_collections
 
 
 class Around(nn.Module):

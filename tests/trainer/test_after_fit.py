@@ -23,10 +23,10 @@ from lightning_lora.nn.lora_layer import LoRALayer
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
 from lightning_lora.trainer.run_hooks import close_fit
 from support.covering import covering
-from support.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
-from support.pretrained import Lit, answer, save_body, token_loader
-from support.runs import At, BrokenError, lora_with_effect
-from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+from support.models.pretrained import Lit, answer, save_body, token_loader
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+from support.runs.with_callback import At, BrokenError, lora_with_effect
 
 
 def fit(path: Path, *callbacks: L.Callback, model: Net | None = None, **options: Any) -> Net:

@@ -20,8 +20,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_lora import is_merged
 from support.covering import covering
-from support.runs import At, Watched, assert_as_found, base_weights, lora_with_effect
-from support.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.with_callback import At, Watched, assert_as_found, base_weights, lora_with_effect
 
 KINDS = ["adapter", "merged", "full"]
 ELSEWHERE = ("on_save_checkpoint", "on_load_checkpoint", "on_exception", "on_gpu")

@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 
-from support.training import assert_same_tensors
+from support.runs.training import assert_same_tensors
 
 
 @pytest.mark.slow
 def test_run_killed_and_resumed_ends_as_the_uninterrupted_one(tmp_path):
-    command = [sys.executable, "-m", "support.programs.killed_runs", str(tmp_path), "8"]
+    command = [sys.executable, "-m", "support.runs.programs.killed_runs", str(tmp_path), "8"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr

@@ -24,9 +24,9 @@ from lightning_lora import (
     unload,
 )
 from support.covering import covering
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs import BATCHES, TARGETS, lora, run, trained
-from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+from support.runs.with_callback import BATCHES, TARGETS, lora, run, trained
 
 KINDS = ("adapter", "merged", "full")
 Make = Callable[[], tuple[Net, list[L.Callback]]]

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint, merged
 from support.covering import covering
-from support.lightning_versions import EMAWeightAveraging, averaging, weight_averaging
-from support.runs import SWAPPERS, assert_as_found, base_weights, lora_with_effect, reference_loss, swa
-from support.training import Data, Net, assert_same_tensors, make_trainer, tensors, weights
+from support.runs.lightning_versions import EMAWeightAveraging, averaging, weight_averaging
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, tensors, weights
+from support.runs.with_callback import SWAPPERS, assert_as_found, base_weights, lora_with_effect, reference_loss, swa
 
 # A fresh Trainer that only tests needs none of them.
 pytestmark = pytest.mark.filterwarnings(

@@ -30,9 +30,8 @@ from lightning_lora import (
     unload,
 )
 from support.covering import covering
-from support.lightning_versions import ANY_OBJECTS, PLAIN_TYPES_ONLY
-from support.runs import BATCHES, TARGETS
-from support.training import (
+from support.runs.lightning_versions import ANY_OBJECTS, PLAIN_TYPES_ONLY
+from support.runs.training import (
     FEATURES,
     BuiltInConfigureModel,
     BuiltInSetup,
@@ -43,6 +42,7 @@ from support.training import (
     outputs,
     own_random_stream,
 )
+from support.runs.with_callback import BATCHES, TARGETS
 
 KINDS = ("adapter", "merged", "full")
 STAGES = ("fit", "validate", "test", "predict")

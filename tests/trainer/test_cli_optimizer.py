@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from lightning_lora import LoRACallback, LoRACLI, unload
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.runs import BATCHES, TARGETS
-from support.training import Data, Net, assert_same_tensors, make_trainer
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer
+from support.runs.with_callback import BATCHES, TARGETS
 
 LORA: dict[str, Any] = {"r": 2, "target_modules": TARGETS, "seed": 3}
 OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {

@@ -11,9 +11,9 @@ import pytest
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_lora import LoRAError
-from support.models import trace
-from support.sharded import Plain
-from support.sharded_adapters import lora
+from support.models.networks import trace
+from support.ranks.sharded import Plain
+from support.ranks.sharded_adapters import lora
 
 
 def deepspeed(stage: int = 2, **options: Any) -> Callable[[], Any]:

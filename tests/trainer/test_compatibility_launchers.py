@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject
-from support.training import Data, Net, assert_same_tensors, make_trainer
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import disable_adapter, is_merged
-from support.runs import (
+from support.runs.training import Data, Net, assert_same_tensors, outputs, weights
+from support.runs.with_callback import (
     At,
     Backboned,
     Logs,
@@ -32,7 +33,6 @@ from support.runs import (
     base_weights,
     lora_with_effect,
 )
-from support.training import Data, Net, assert_same_tensors, outputs, weights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need",

@@ -4,15 +4,63 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from lightning_lora import is_merged
 from support.covering import covering
-from support.lightning_versions import averaging, weight_averaging
-from support.runs import SWAPPERS, TARGETS, At, OwnAverage, base_weights, lora_with_effect, reference_loss, swa
-from support.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.lightning_versions import WeightAveraging, averaging, weight_averaging
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.with_callback import (
+    SWAPPERS,
+    TARGETS,
+    At,
+    base_weights,
+    lora_with_effect,
+    reference_loss,
+    swa,
+)
+
+
+class OwnAverage(L.Callback):
+    """Averages a whole state dict in float64 whenever the swapper does, and notes the loss of each validation."""
+
+    def __init__(self, swapper: WeightAveraging, decay: float | None) -> None:
+        self.swapper, self.decay = swapper, decay
+        self.average: dict[str, torch.Tensor] = {}
+        self.count, self.step = 0, 0
+        self.expected: list[float] = []
+        self.logged: list[float] = []
+        self.unaveraged: list[float] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.average = {name: value.double() for name, value in weights(pl_module).items()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step > self.step and self.swapper.should_update(step_idx=trainer.global_step - 1):
+            self.update(pl_module)
+            self.step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.swapper.should_update(epoch_idx=trainer.current_epoch):
+            self.update(pl_module)
+
+    def update(self, module: nn.Module) -> None:
+        for name, value in weights(module).items():
+            share = 1.0 if self.count == 0 else 1 / (self.count + 1) if self.decay is None else 1 - self.decay
+            self.average[name] = (1 - share) * self.average[name] + share * value.double()
+        self.count += 1
+        if not self.swapper._use_buffers:  # then they are copied
+            self.average |= {name: buffer.detach().double() for name, buffer in module.named_buffers()}
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.expected.append(reference_loss(self.average))
+        self.unaveraged.append(reference_loss(weights(pl_module)))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.logged.append(trainer.callback_metrics["val_loss"].item())
 
 
 @weight_averaging

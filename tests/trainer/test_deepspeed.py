@@ -27,12 +27,12 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.command.info import info
-from support.deepspeed import zero
-from support.processes import world
-from support.quantised import OF_BITSANDBYTES, OUTPUTS, QuantisedNet, factors, inputs, packed_bits
-from support.sharded import TARGETS, Plain, base_of, data, loader, make_trainer
-from support.sharded_adapters import Plus, Scheduled, assert_same_bits
-from support.strategies import import_package
+from support.models.quantised import OF_BITSANDBYTES, OUTPUTS, QuantisedNet, factors, inputs, packed_bits
+from support.ranks.deepspeed import zero
+from support.ranks.processes import world
+from support.ranks.sharded import TARGETS, Plain, base_of, data, loader, make_trainer
+from support.ranks.sharded_adapters import Plus, Scheduled, assert_same_bits
+from support.ranks.strategies import import_package
 
 pytestmark = [
     pytest.mark.slow,

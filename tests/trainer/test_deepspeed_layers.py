@@ -21,11 +21,11 @@ from lightning_lora import (
     LoRAError,
     inject,
 )
-from support.deepspeed import zero
-from support.processes import world
-from support.sharded import make_trainer
-from support.sharded_adapters import assert_same_bits
-from support.strategies import import_package
+from support.ranks.deepspeed import zero
+from support.ranks.processes import world
+from support.ranks.sharded import make_trainer
+from support.ranks.sharded_adapters import assert_same_bits
+from support.ranks.strategies import import_package
 
 pytestmark = [
     pytest.mark.slow,

@@ -15,8 +15,7 @@ from torch import nn
 from lightning_lora import LoRACallback, LoRAConfig, disable_adapter, inject, is_merged
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lora_layer import LoRALayer
-from support.runs import BATCHES, TARGETS, Steps, lora, run, trained
-from support.training import (
+from support.runs.training import (
     BuiltInConfigureModel,
     Data,
     Net,
@@ -25,6 +24,7 @@ from support.training import (
     make_trainer,
     outputs,
 )
+from support.runs.with_callback import BATCHES, TARGETS, Steps, lora, run, trained
 
 HOOKS = [
     name

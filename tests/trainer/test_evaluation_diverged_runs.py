@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_lora import LoRAError, is_merged, load_from_checkpoint
-from support.runs import At, Steps, assert_as_found, base_weights, lora, lora_with_effect, run
-from support.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.with_callback import At, Steps, assert_as_found, base_weights, lora, lora_with_effect, run
 
 UNMERGED = r"unmerged.*merge: layer 'body\.[03]': W \+ s \* B @ A is not finite"
 diverges = pytest.mark.filterwarnings("ignore:LoRACallback. this validation runs unmerged")

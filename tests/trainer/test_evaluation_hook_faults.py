@@ -10,8 +10,16 @@ import pytest
 import torch
 
 from lightning_lora import is_merged
-from support.runs import At, BrokenError, Watched, assert_as_found, assert_same_numbers, base_weights, lora_with_effect
-from support.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.with_callback import (
+    At,
+    BrokenError,
+    Watched,
+    assert_as_found,
+    assert_same_numbers,
+    base_weights,
+    lora_with_effect,
+)
 
 STAGES = {"fit": "validation", "validate": "validation", "test": "test", "predict": "predict"}
 EVERYDAY = {"last": "on_{}_batch_end", "module": "{}_step"}  # the others are slow

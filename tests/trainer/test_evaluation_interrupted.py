@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lightning_lora import is_merged, merge, unmerge
-from support.runs import Steps, lora, run, trained
-from support.training import Net, assert_same_tensors, make_trainer
+from support.runs.training import Net, assert_same_tensors, make_trainer
+from support.runs.with_callback import Steps, lora, run, trained
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from support.runs import At, Watched, assert_as_found, base_weights, lora_with_effect
-from support.training import Data, make_trainer
+from support.runs.training import Data, make_trainer
+from support.runs.with_callback import At, Watched, assert_as_found, base_weights, lora_with_effect
 
 EPOCHS = 1000
 

@@ -14,9 +14,9 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_lora import LoRACallback
-from support.runs import At, Watched, assert_as_found, base_weights, compare, lora_with_effect
-from support.shortcuts import let_collections_pass_over_what_is_there
-from support.training import Data, Net, SizedData, TwoLoaders, make_trainer
+from support.runs.shortcuts import let_collections_pass_over_what_is_there
+from support.runs.training import Data, Net, SizedData, TwoLoaders, make_trainer
+from support.runs.with_callback import At, Watched, assert_as_found, base_weights, compare, lora_with_effect
 
 
 @pytest.fixture(scope="module", autouse=True)

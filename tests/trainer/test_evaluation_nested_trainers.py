@@ -12,8 +12,16 @@ from torch import nn
 
 from lightning_lora import LoRACallback
 from support.covering import covering
-from support.runs import At, Watched, assert_as_found, assert_same_numbers, base_weights, compare, lora_with_effect
-from support.training import Data, Net, assert_same_tensors, make_trainer
+from support.runs.training import Data, Net, assert_same_tensors, make_trainer
+from support.runs.with_callback import (
+    At,
+    Watched,
+    assert_as_found,
+    assert_same_numbers,
+    base_weights,
+    compare,
+    lora_with_effect,
+)
 
 TRAINING_HOOKS = ["on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"]
 VALIDATION_HOOKS = [

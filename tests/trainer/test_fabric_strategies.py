@@ -33,11 +33,11 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from support.deepspeed import NOTICES
-from support.fsdp1 import on_cpu
-from support.processes import world
-from support.sharded import FEATURES, TARGETS, loader, network
-from support.strategies import import_package
+from support.ranks.deepspeed import NOTICES
+from support.ranks.fsdp1 import on_cpu
+from support.ranks.processes import world
+from support.ranks.sharded import FEATURES, TARGETS, loader, network
+from support.ranks.strategies import import_package
 
 CONFIG = LoRAConfig(r=2, target_modules=TARGETS)
 X = torch.linspace(-1, 1, 4 * FEATURES).view(4, FEATURES)

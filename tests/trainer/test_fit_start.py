@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import attach, inject, take_adapter
 from lightning_lora.adapter.adapter import Adapter
-from support.runs import lora, run
-from support.training import Net, make_trainer
+from support.runs.training import Net, make_trainer
+from support.runs.with_callback import lora, run
 
 
 def trained_adapter(seed: int) -> Adapter:

@@ -41,9 +41,9 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.trainer import fsdp1 as fsdp1_file
-from support.fsdp1 import fsdp1
-from support.processes import world
-from support.sharded import (
+from support.ranks.fsdp1 import fsdp1
+from support.ranks.processes import world
+from support.ranks.sharded import (
     CLASSES,
     HIDDEN,
     TARGETS,
@@ -54,7 +54,7 @@ from support.sharded import (
     loader,
     make_trainer,
 )
-from support.sharded_adapters import Plus, Scheduled, assert_same_bits
+from support.ranks.sharded_adapters import Plus, Scheduled, assert_same_bits
 
 slow = pytest.mark.slow
 

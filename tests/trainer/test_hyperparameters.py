@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_lora import LoRACallback, LoRAConfig, inject
 from lightning_lora.trainer.hyperparameters import as_hyperparameters
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.training import Data, Net, make_trainer
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.training import Data, Net, make_trainer
 
 OPTIONS: dict[str, Any] = {
     "r": 2,

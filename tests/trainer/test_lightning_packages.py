@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from lightning_lora.trainer.lightning_packages import PACKAGES, is_overridden, package_of
-from support.processes import DONE, run_in_forks
+from support.ranks.processes import DONE, run_in_forks
 
 THERE_FIRST = """
 import sys

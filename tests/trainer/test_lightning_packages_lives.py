@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning
 
-from support.other_name import under_pytorch_lightning
+from support.runs.other_name import under_pytorch_lightning
 
 LIVES = {
     "test_callback": [

@@ -14,9 +14,8 @@ from lightning_lora import (
     LoRAError,
     load_adapter,
 )
-from support.processes import world
-from support.recorders import Traffic
-from support.sharded import (
+from support.ranks.processes import world
+from support.ranks.sharded import (
     FEATURES,
     Plain,
     Sharded,
@@ -28,7 +27,8 @@ from support.sharded import (
     optimizer_state,
     whole_state,
 )
-from support.sharded_adapters import assert_same_bits, lora
+from support.ranks.sharded_adapters import assert_same_bits, lora
+from support.runs.recorders import Traffic
 
 FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
 

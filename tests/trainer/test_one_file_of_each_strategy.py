@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback, lora_param_groups
-from support.fsdp1 import fsdp1
-from support.processes import world
-from support.sharded import model_parallel
-from support.strategies import (
+from support.ranks.fsdp1 import fsdp1
+from support.ranks.processes import world
+from support.ranks.sharded import model_parallel
+from support.ranks.strategies import (
     FIRST,
     OPTIONS,
     OfFSDP2,

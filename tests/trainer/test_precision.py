@@ -27,11 +27,11 @@ from lightning_lora import (
     load_from_checkpoint,
 )
 from support.covering import covering
-from support.foreign import TELinear
-from support.lightning_versions import EMAWeightAveraging, weight_averaging
-from support.runs import TARGETS, At, Watched, assert_as_found, base_weights
-from support.runs import lora_with_effect as small_lora
-from support.training import BuiltInConfigureModel, Data, Net, assert_same_tensors, make_trainer, weights
+from support.models.foreign import TELinear
+from support.runs.lightning_versions import EMAWeightAveraging, weight_averaging
+from support.runs.training import BuiltInConfigureModel, Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.with_callback import TARGETS, At, Watched, assert_as_found, base_weights
+from support.runs.with_callback import lora_with_effect as small_lora
 
 # Trainer precision: dtype of the base, dtype of the factors, relative tolerance of a merged loss against a factored one
 PRECISIONS = {

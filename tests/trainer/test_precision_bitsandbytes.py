@@ -16,8 +16,8 @@ from lightning_lora import LoRACallback, LoRAError, inject
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.adapted_model import Listing
 from lightning_lora.trainer.precision import LEFT_OUT_OF_DDP, leave_out_of_ddp_
-from support.quantised import PlainNet, batches, factors, inputs, network, packed_bits, quantise_
-from support.training import make_trainer
+from support.models.quantised import PlainNet, batches, factors, inputs, network, packed_bits, quantise_
+from support.runs.training import make_trainer
 
 pytest.importorskip("bitsandbytes")
 MODES = ["nf4-dq", "fp4"]

@@ -17,9 +17,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.adapted_model import Listing
 from lightning_lora.model.state_dict import merge_state_dict
 from support.covering import covering
-from support.lightning_versions import EMAWeightAveraging
-from support.models import same
-from support.quantised import (
+from support.models.networks import same
+from support.models.quantised import (
     NAMES,
     QUANTISED,
     PlainNet,
@@ -32,7 +31,8 @@ from support.quantised import (
     reference,
     run_reference,
 )
-from support.training import make_trainer
+from support.runs.lightning_versions import EMAWeightAveraging
+from support.runs.training import make_trainer
 
 # A Trainer does the same for every kind. nn/test_quantised.py tests the layers of each.
 KINDS = QUANTISED if os.environ.get("LORA_FULL") else ["nf4 nested", "int8", "Int8WeightOnlyConfig"]

@@ -12,8 +12,8 @@ import pytest
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged
 from lightning_lora.model.injection import Injection, Run
 from lightning_lora.trainer.record import INSIDE, record_of
-from support.runs import At, BrokenError, lora_with_effect
-from support.training import Data, Net, make_trainer
+from support.runs.training import Data, Net, make_trainer
+from support.runs.with_callback import At, BrokenError, lora_with_effect
 
 COPIES = pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
 

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, is_merged, merge, unload
 from lightning_lora.model import adapted_model
 from lightning_lora.nn.adapted_weights import LayerState, adapted_layers
-from support.training import Data, Net, make_trainer
+from support.runs.training import Data, Net, make_trainer
 
 BATCHES = 3
 EVERY_BATCH = [

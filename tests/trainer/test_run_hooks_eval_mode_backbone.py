@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject
-from support.training import assert_same_tensors, make_trainer, own_random_stream
+from support.runs.training import assert_same_tensors, make_trainer, own_random_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training")
 

@@ -14,8 +14,7 @@ import torch
 from lightning_lora import LoRAError, disable_adapter, unload
 from lightning_lora.exchange.take import fingerprint
 from support.covering import covering
-from support.runs import BATCHES, lora, trained
-from support.training import (
+from support.runs.training import (
     BuiltInConfigureModel,
     BuiltInSetup,
     Data,
@@ -27,6 +26,7 @@ from support.training import (
     seen,
     weights,
 )
+from support.runs.with_callback import BATCHES, lora, trained
 
 # --- first values of what setup and configure_model build ---
 

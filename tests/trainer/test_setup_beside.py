@@ -32,9 +32,8 @@ from lightning_lora import (
     take_adapter,
 )
 from lightning_lora.adapter.adapter import Adapter
-from support.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs import BATCHES, TARGETS, Watched, lora, run
-from support.training import (
+from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.training import (
     BuiltInConfigureModel,
     Data,
     Net,
@@ -43,6 +42,7 @@ from support.training import (
     make_trainer,
     outputs,
 )
+from support.runs.with_callback import BATCHES, TARGETS, Watched, lora, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, save_adapter, scaled
-from support.models import randomise_
-from support.processes import world
-from support.sharded import BATCHES, TARGETS, Plain, model_parallel
-from support.strategies import (
+from support.models.networks import randomise_
+from support.ranks.processes import world
+from support.ranks.sharded import BATCHES, TARGETS, Plain, model_parallel
+from support.ranks.strategies import (
     EPOCHS,
     FIRST,
     LAST,

@@ -23,7 +23,7 @@ from lightning_lora import (
     summary,
     take_adapter,
 )
-from support.training import Data, Net, make_trainer, outputs
+from support.runs.training import Data, Net, make_trainer, outputs
 
 HEAD = ["head.weight", "head.bias"]
 

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, initialize_from_data, inject, load_from_checkpoint
-from support.processes import world
-from support.runs import TARGETS, lora, trained
-from support.sharded import RootSharded, model_parallel, whole_state
-from support.sharded import loader as shard_loader
-from support.sharded import make_trainer as sharded_trainer
-from support.training import BATCH, CLASSES, FEATURES, Data, Net, assert_same_tensors, make_trainer, weights
+from support.ranks.processes import world
+from support.ranks.sharded import RootSharded, model_parallel, whole_state
+from support.ranks.sharded import loader as shard_loader
+from support.ranks.sharded import make_trainer as sharded_trainer
+from support.runs.training import BATCH, CLASSES, FEATURES, Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.with_callback import TARGETS, lora, trained
 
 
 class Seen(Net):

@@ -12,10 +12,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged, load_adapter, save_adapter
-from support.models import randomise_
-from support.processes import BACKEND, world
-from support.sharded import BATCHES, TARGETS, Plain, base_of, data, loader, make_trainer, whole_state
-from support.sharded_adapters import assert_same_bits, lora
+from support.models.networks import randomise_
+from support.ranks.processes import BACKEND, world
+from support.ranks.sharded import BATCHES, TARGETS, Plain, base_of, data, loader, make_trainer, whole_state
+from support.ranks.sharded_adapters import assert_same_bits, lora
 
 pytestmark = pytest.mark.usefixtures("devices_of_ranks")
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -28,8 +28,8 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from support.processes import world
-from support.sharded import (
+from support.ranks.processes import world
+from support.ranks.sharded import (
     DEVICE,
     TARGETS,
     Plain,
@@ -45,7 +45,7 @@ from support.sharded import (
     shard_,
     whole_state,
 )
-from support.sharded_adapters import LINEAR, adapters, assert_same_bits, injected, lora
+from support.ranks.sharded_adapters import LINEAR, adapters, assert_same_bits, injected, lora
 
 FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
 CONFIG = LoRAConfig(r=2, target_modules=TARGETS)

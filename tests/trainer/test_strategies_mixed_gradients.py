@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_lora import LoRACallback, LoRAError, disable_adapter
-from support.processes import BACKEND, world
-from support.sharded import Plain, Sharded, data, loader, make_trainer, model_parallel, whole, whole_state
-from support.sharded_adapters import assert_same_bits
-from support.training import seen
+from support.ranks.processes import BACKEND, world
+from support.ranks.sharded import Plain, Sharded, data, loader, make_trainer, model_parallel, whole, whole_state
+from support.ranks.sharded_adapters import assert_same_bits
+from support.runs.training import seen
 
 FROZEN = ["net.0.weight", "net.2.weight"]
 TRAINED = {"net.0.bias", "net.2.bias", "net.4.weight", "net.4.bias"}

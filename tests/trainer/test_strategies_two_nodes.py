@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.processes import free_port, world
-from support.programs.two_nodes import fit
-from support.sharded_adapters import assert_same_run
+from support.ranks.processes import free_port, world
+from support.ranks.sharded_adapters import assert_same_run
+from support.runs.programs.two_nodes import fit
 
 
 def launch(folder: Path, kind: str, port: int, node: int) -> subprocess.Popen[str]:
@@ -21,7 +21,7 @@ def launch(folder: Path, kind: str, port: int, node: int) -> subprocess.Popen[st
         f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=2 --max-restarts=3 "
         f"--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=two-nodes --local-addr=127.0.0.1 "
         "--rdzv-conf=keep_alive_max_attempt=20,heartbeat_timeout=60 "  # a busy machine is no dead node
-        f"-m support.programs.two_nodes {folder} {kind}"
+        f"-m support.runs.programs.two_nodes {folder} {kind}"
     )
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),

@@ -13,7 +13,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_lora import LoRACallback, load_from_checkpoint, merge, merged, unload
-from support.training import FEATURES, Data, Net, make_trainer, outputs, own_random_stream
+from support.runs.training import FEATURES, Data, Net, make_trainer, outputs, own_random_stream
 
 
 class Reads(Net):

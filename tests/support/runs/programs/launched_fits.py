@@ -1,6 +1,6 @@
 """Fits through launchers that start processes from this one; writes what the main process finds afterwards.
 
-python -m support.programs.launched_fits FOLDER
+python -m support.runs.programs.launched_fits FOLDER
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged, load_adapter
-from support.training import Data, Net, assert_same_tensors
+from support.runs.training import Data, Net, assert_same_tensors
 
 CONFIG = LoRAConfig(r=2, lora_alpha=4, target_modules=["body.0", "body.3", "head"], init_lora_weights=False)
 

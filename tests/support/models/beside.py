@@ -1,4 +1,4 @@
-"""What is checked where a variant is trained beside two attached adapters of other ranks, against support/pairs.py."""
+"""What is checked where a variant is trained beside two attached adapters of other ranks, against pairs.py."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.adapter.adapter import Adapter
-from support.pair_checks import STEPS, TOLERANCE, assert_as_defined, assert_merges, assert_same, loose
-from support.pairs import (
+from support.models.pair_checks import STEPS, TOLERANCE, assert_as_defined, assert_merges, assert_same, loose
+from support.models.pairs import (
     Naive,
     Tensors,
     Variant,

@@ -1,6 +1,6 @@
 """Formulas for what LoRA under FSDP2 costs each rank. test_scale.py compares each with a small measurement.
 
-`python tests/support/scale.py` prints the README's tables.
+`python tests/support/ranks/scale.py` prints the README's tables.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Kills a training process at random moments and resumes it, until it has finished.
 
-    python -m support.programs.killed_runs FOLDER KILLS
+    python -m support.runs.programs.killed_runs FOLDER KILLS
 
 Prints as JSON, for each kind of checkpoint, how often it killed, in how many of these a file was being written, and
 the epochs it resumed at. The state at the end is in FOLDER/KIND/final.ckpt, that of the same run without kills in
@@ -25,7 +25,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback
-from support.training import Data, Net, make_trainer
+from support.runs.training import Data, Net, make_trainer
 
 EPOCHS = 40
 

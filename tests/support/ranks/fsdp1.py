@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from support.sharded import make_trainer
+from support.ranks.sharded import make_trainer
 
 
 class OnCPU(FSDPStrategy):

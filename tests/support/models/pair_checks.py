@@ -33,7 +33,7 @@ from lightning_lora import (
 )
 from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint, prepare_for_load
 from lightning_lora.model.adapted_model import open_model
-from support.pairs import (
+from support.models.pairs import (
     DELTAS,
     FROM_DATA,
     Naive,

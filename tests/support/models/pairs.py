@@ -15,8 +15,8 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_lora import LoRAConfig, initialize_from_data, inject, lora_param_groups
-from support.models import bits
-from support.quantised import packed_bits, quantise_, values_of
+from support.models.networks import bits
+from support.models.quantised import packed_bits, quantise_, values_of
 
 TOKENS, OUTPUTS = 11, 5
 RATE, MOMENTUM = 0.1, 0.9

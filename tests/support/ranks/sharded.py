@@ -20,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from support.processes import BACKEND
+from support.ranks.processes import BACKEND
 
 FEATURES, HIDDEN, CLASSES, BATCH, BATCHES = 6, 7, 3, 4, 3  # 7 and 3 rows are uneven shards
 TARGETS = ["0", "2", "4"]

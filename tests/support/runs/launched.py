@@ -28,7 +28,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def launch(folder: Path) -> None:
-    command = [sys.executable, "-m", "support.programs.launched_fits", str(folder)]
+    command = [sys.executable, "-m", "support.runs.programs.launched_fits", str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

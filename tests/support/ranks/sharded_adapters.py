@@ -12,8 +12,8 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, lora_param_groups
-from support.models import bits, randomise_
-from support.sharded import DEVICE, TARGETS, Plain, network
+from support.models.networks import bits, randomise_
+from support.ranks.sharded import DEVICE, TARGETS, Plain, network
 
 LINEAR = LoRAConfig(r=3, lora_alpha=6)
 

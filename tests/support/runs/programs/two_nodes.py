@@ -1,6 +1,6 @@
 """A fit of four processes, which torchrun starts on two nodes of two; one process is killed once.
 
-torchrun --nnodes=2 --nproc-per-node=2 ... -m support.programs.two_nodes FOLDER KIND
+torchrun --nnodes=2 --nproc-per-node=2 ... -m support.runs.programs.two_nodes FOLDER KIND
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from support.processes import BACKEND
-from support.sharded import BATCHES, DEVICE, Plain, data, make_trainer, optimizer_state, whole_state
-from support.sharded_adapters import lora
+from support.ranks.processes import BACKEND
+from support.ranks.sharded import BATCHES, DEVICE, Plain, data, make_trainer, optimizer_state, whole_state
+from support.ranks.sharded_adapters import lora
 
 EPOCHS, DIES_IN, DYING_RANK = 4, 2, 3
 

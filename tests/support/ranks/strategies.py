@@ -41,9 +41,19 @@ from lightning_lora import (
     save_merged,
     unmerge,
 )
-from support.deepspeed import zero
-from support.fsdp1 import fsdp1
-from support.sharded import BATCHES, DEVICE, TARGETS, Plain, Sharded, loader, make_trainer, model_parallel, whole_state
+from support.ranks.deepspeed import zero
+from support.ranks.fsdp1 import fsdp1
+from support.ranks.sharded import (
+    BATCHES,
+    DEVICE,
+    TARGETS,
+    Plain,
+    Sharded,
+    loader,
+    make_trainer,
+    model_parallel,
+    whole_state,
+)
 
 EPOCHS = 3
 FIRST, LAST = "epoch=1.ckpt", "epoch=2.ckpt"  # what is resumed, and what is read

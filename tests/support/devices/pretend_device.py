@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support.pretend_operators import CELLS, register_casts
+from support.devices.pretend_operators import CELLS, register_casts
 
 DEVICE = "pretend"
 CAN_PRETEND = hasattr(

@@ -22,7 +22,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, merged_state_dict, save_adapter
 from lightning_lora.command.main import main
-from support.notices import PEER_NOTICES
+from support.runs.notices import PEER_NOTICES
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,

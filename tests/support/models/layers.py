@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.nn.low_rank import LowRankBlock
-from support.foreign import OtherLinear
+from support.models.foreign import OtherLinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 R, ALPHA = 3, 4.5

@@ -1,4 +1,4 @@
-"""A small network with the layers of a Llama, adapted, for what support/scale.py says of costs."""
+"""A small network with the layers of a Llama, adapted, for what ranks/scale.py says of costs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject
-from support.models import randomise_
-from support.scale import Llama
+from support.models.networks import randomise_
+from support.ranks.scale import Llama
 
 TINY = Llama("tiny", blocks=2, hidden=64, intermediate=96, keys=16, vocabulary=40)
 RANK = 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRAConfig, inject, merged_state_dict, save_adapter
-from support.peers import SMALL, fill_, seeded
-from support.training import own_random_stream
+from support.models.peers import SMALL
+from support.runs.training import own_random_stream
 
 LABELS = 3
 VISION = {name: size for name, size in SMALL.items() if name != "vocab_size"} | {"image_size": 16, "patch_size": 8}
@@ -126,22 +124,3 @@ def answer(model: Any) -> torch.Tensor:
         result: torch.Tensor = network.eval()(tokens())[0]
     network.train(training)
     return result
-
-
-def base_and_adapter(path: Path, build: Callable[[], Any], **options: Any) -> Any:
-    """Save a model, adapt it, save the adapter, and return the adapted model."""
-    network = seeded(build)
-    network.save_pretrained(path / "base")
-    inject(network, LoRAConfig(r=2, **{"target_modules": "all-linear"} | options))
-    fill_(network)
-    save_adapter(network, path / "adapter")
-    return network
-
-
-def assert_loads_as(folder: Path, network: Any) -> None:
-    """Check that from_pretrained gives the merged model and misses no tensor."""
-    loaded, report = type(network).from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
-    found, expected = loaded.state_dict(), merged_state_dict(network)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())

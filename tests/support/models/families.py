@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from support.training import own_random_stream
+from support.runs.training import own_random_stream
 
 WORDS = 60
 Inputs = Callable[[], dict[str, torch.Tensor]]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from support.sharded import make_trainer
+from support.ranks.sharded import make_trainer
 
 # What DeepSpeed's use of torch is warned of.
 NOTICES = ("`torch.distributed.[a-z_]+` is deprecated", "`torch.jit.script_method` is deprecated")

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils import _pytree as pytree
 
-from support.pretend_device import DEVICE, OBSERVERS, Pretend, pretend_device
+from support.devices.pretend_device import DEVICE, OBSERVERS, Pretend, pretend_device
 
 Place = Callable[[], AbstractContextManager[str]]
 NO_GPUS = "there are no two GPUs: torch.cuda.device_count() is below 2"

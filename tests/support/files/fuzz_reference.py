@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from support.models import ZOO_LAYERS, bits
+from support.models.networks import ZOO_LAYERS, bits
 
 Tensors = Mapping[str, torch.Tensor]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

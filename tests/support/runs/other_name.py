@@ -12,6 +12,7 @@ from pytorch_lightning.cli import LightningCLI
 
 import lightning_lora
 
+SUPPORT = Path(__file__).parents[1]
 HELPERS = "support_under_pytorch_lightning"
 NAMES = {
     "import lightning as L": "import pytorch_lightning as L",
@@ -43,9 +44,12 @@ def under_pytorch_lightning(path: Path, name: str) -> ModuleType:
         source = source.replace(lightning, other)
     sys.modules.setdefault(HELPERS, ModuleType(HELPERS))
     sys.modules.setdefault(PUBLIC.__name__, PUBLIC)
-    for helper in re.findall(rf"^from ({HELPERS}\.\w+) import", source, re.MULTILINE):
+    for helper in re.findall(rf"^from ({HELPERS}\.[\w.]+) import", source, re.MULTILINE):
         if helper not in sys.modules:
-            under_pytorch_lightning(Path(__file__).with_name(f"{helper.rpartition('.')[2]}.py"), helper)
+            room = helper.rpartition(".")[0]
+            sys.modules.setdefault(room, ModuleType(room))
+            file = helper.removeprefix(f"{HELPERS}.").replace(".", "/")
+            under_pytorch_lightning(SUPPORT / f"{file}.py", helper)
     module = sys.modules[name] = ModuleType(name)
     module.__file__ = str(path)
     exec(compile(source, path, "exec"), vars(module))

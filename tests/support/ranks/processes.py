@@ -189,8 +189,8 @@ def quiet() -> None:
 
     import lightning.pytorch  # noqa: F401  (resets its own logger on import)
 
-    from support.notices import DISTRIBUTED_NOTICES, LIGHTNING_NOTICES, let_warnings_be_errors
-    from support.shortcuts import seed_without_stack_traces
+    from support.runs.notices import DISTRIBUTED_NOTICES, LIGHTNING_NOTICES, let_warnings_be_errors
+    from support.runs.shortcuts import seed_without_stack_traces
 
     seed_without_stack_traces()
     let_warnings_be_errors()

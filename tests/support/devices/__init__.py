@@ -1,0 +1,1 @@
+"""Devices that are not the CPU: a pretended one, or a GPU."""

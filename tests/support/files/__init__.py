@@ -1,0 +1,1 @@
+"""What a file must hold, read and computed by nothing of the package."""

@@ -1,0 +1,1 @@
+"""Models, their layers and inputs, adapters on them, and what is right for them in float64."""

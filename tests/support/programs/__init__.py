@@ -1,3 +1,0 @@
-"""Programs that tests start as processes of their own: python -m support.programs.NAME"""
-
-from __future__ import annotations
