@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_lora import load_adapter
-from support.ranks.fsdp1 import fsdp1
+from support.ranks.deepspeed import gathered_by_deepspeed
+from support.ranks.fsdp1 import fsdp1, gathered_by_fsdp1
 from support.ranks.processes import world
 from support.ranks.sharded import BATCHES, Plain, base_of, model_parallel, whole_state
 from support.ranks.sharded_adapters import assert_same_bits
@@ -42,8 +43,6 @@ from support.ranks.strategies import (
     by_tensor,
     columns_on_ranks,
     fsdp1_by_layers,
-    gathered_by_deepspeed,
-    gathered_by_fsdp1,
     import_package,
     on_one_device,
     resume,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     inject,
-    is_merged,
     load_adapter,
     load_from_checkpoint,
     save_adapter,
 )
 from lightning_lora.command.info import info
 from support.models.quantised import OF_BITSANDBYTES, OUTPUTS, QuantisedNet, factors, inputs, packed_bits
-from support.ranks.deepspeed import zero
+from support.ranks.deepspeed import gathered_by_deepspeed, zero
+from support.ranks.fits import Case, Run, State, alone, assert_close, assert_run_equals_one_device_and_is_resumed, fit
 from support.ranks.processes import world
 from support.ranks.sharded import TARGETS, Plain, base_of, data, loader, make_trainer
 from support.ranks.sharded_adapters import Plus, Scheduled, assert_same_bits
@@ -44,9 +44,6 @@ pytestmark = [
 def _started() -> None:
     """Its import takes a while, which is no part of a test's time."""
     world().run(import_package, "deepspeed", timeout=240)
-
-
-State = dict[str, torch.Tensor]
 
 
 class GroupWithoutParameters(Plain):
@@ -71,8 +68,6 @@ class Normalised(Plain):
         return super().forward(self.norm(x))
 
 
-CLASSES = (Plain, Plus, Scheduled, GroupWithoutParameters, TrainedAlone, Normalised)
-MODELS = {cls.__name__: cls for cls in CLASSES}
 UNTESTED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
@@ -82,77 +77,27 @@ def config(stage: int, **zero_options: Any) -> dict[str, Any]:
 
 
 @dataclass
-class Case:
+class OfDeepSpeed(Case):
     stage: int = 2
-    model: str = "Plain"
-    lora: dict[str, Any] = field(default_factory=dict)
-    trainer: dict[str, Any] = field(default_factory=dict)
-    strategy: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, seed: int) -> tuple[Any, LoRACallback]:
-        torch.manual_seed(seed)
-        return MODELS[self.model](), LoRACallback(**{"r": 2, "target_modules": TARGETS} | self.lora)
+    def on_ranks(self, path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+        return zero(path, *callbacks, stage=self.stage, options=self.strategy, **options)
 
+    def gathered(self, trainer: Any) -> State:
+        return gathered_by_deepspeed(trainer)
 
-@dataclass
-class Run:
-    """What a fit gave."""
-
-    state: State
-    losses: list[float]
-    file: Path
-    frozen: list[str]
-
-
-def whole_state(model: Any) -> State:
-    """A state dict, gathered by DeepSpeed where it divides the parameters."""
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([*model.parameters()]):
-        return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def finish(trainer: L.Trainer, model: Any, path: Path) -> Run:
-    """Save after the fit, and look at the model."""
-    assert not is_merged(model)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # as after a fit on a GPU, when Lightning moves them to the CPU
-    trainer.save_checkpoint(path / "all.ckpt")
-    trainer.save_checkpoint(path / "weights.ckpt", weights_only=True)
-    state = whole_state(model)
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and "lora_" not in name]
-    return Run(state, list(model.losses), path / "all.ckpt", frozen)
-
-
-def on_ranks(case: Case, path: Path, epochs: int, source: Path | None = None, seed: int = 0) -> Run:
-    model, callback = case.build(seed)
-    trainer = zero(path, callback, stage=case.stage, options=case.strategy, max_epochs=epochs, **case.trainer)
-    trainer.fit(model, *data(), ckpt_path=source)
-    return finish(trainer, model, path)
-
-
-def alone(case: Case, path: Path, epochs: int, source: Path | None = None, seed: int = 0) -> Run:
-    model, callback = case.build(seed)
-    trainer = make_trainer(path, callback, max_epochs=epochs, **case.trainer)
-    trainer.fit(model, loader(), loader(seed=6), ckpt_path=source)
-    return finish(trainer, model, path)
-
-
-def assert_close(found: Run, expected: Run, epochs: int) -> None:
-    """The last epochs, merged in validation, and all values at the end."""
-    assert found.losses == pytest.approx(expected.losses[-epochs:], abs=1e-6)
-    assert found.state.keys() == expected.state.keys()
-    for name, value in expected.state.items():
-        torch.testing.assert_close(found.state[name], value, atol=2e-6, rtol=0)
+    def after_fit(self, model: Plain) -> None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # Lightning moves them to the CPU after a fit on a GPU
 
 
 ALL_DIVIDED = {"stage3_param_persistence_threshold": 0}  # else small parameters stay gathered
 CASES = {
-    "stage 1, optimizer on the CPU": Case(stage=1, strategy=config(1, offload_optimizer={"device": "cpu"})),
-    "stage 1, SGD, a scheduler": Case(stage=1, model="Scheduled"),
-    "stage 2, a group without parameters": Case(model="GroupWithoutParameters"),
-    "stage 2, an optimizer of DeepSpeed's config": Case(
-        model="TrainedAlone",
+    "stage 1, optimizer on the CPU": OfDeepSpeed(stage=1, strategy=config(1, offload_optimizer={"device": "cpu"})),
+    "stage 1, SGD, a scheduler": OfDeepSpeed(stage=1, model=Scheduled),
+    "stage 2, a group without parameters": OfDeepSpeed(model=GroupWithoutParameters),
+    "stage 2, an optimizer of DeepSpeed's config": OfDeepSpeed(
+        model=TrainedAlone,
         strategy={
             "config": {
                 "zero_optimization": {"stage": 2},
@@ -160,14 +105,16 @@ CASES = {
             }
         },
     ),
-    "stage 2, modules_to_save": Case(lora={"target_modules": ["0", "2"], "modules_to_save": ["4"]}),
-    "stage 2, LoRA-GA": Case(lora={"init_lora_weights": "lora_ga"}),
-    "stage 3, LoRA+, groups cut": Case(stage=3, model="Plus", strategy=config(3, sub_group_size=20, **ALL_DIVIDED)),
-    "stage 3, all on the CPU": Case(
+    "stage 2, modules_to_save": OfDeepSpeed(lora={"target_modules": ["0", "2"], "modules_to_save": ["4"]}),
+    "stage 2, LoRA-GA": OfDeepSpeed(lora={"init_lora_weights": "lora_ga"}),
+    "stage 3, LoRA+, groups cut": OfDeepSpeed(
+        stage=3, model=Plus, strategy=config(3, sub_group_size=20, **ALL_DIVIDED)
+    ),
+    "stage 3, all on the CPU": OfDeepSpeed(
         stage=3, strategy=config(3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
     ),
-    "stage 3, SGD, a scheduler, clipped": Case(stage=3, model="Scheduled", trainer={"gradient_clip_val": 0.1}),
-    "stage 3, DoRA, modules_to_save": Case(
+    "stage 3, SGD, a scheduler, clipped": OfDeepSpeed(stage=3, model=Scheduled, trainer={"gradient_clip_val": 0.1}),
+    "stage 3, DoRA, modules_to_save": OfDeepSpeed(
         stage=3, lora={"use_dora": True, "target_modules": ["0", "2"], "modules_to_save": ["4"]}
     ),
 }
@@ -175,18 +122,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_run_equals_one_device_and_is_resumed_exactly_by_ranks_and_by_one_device(tmp_path, name):
-    case = CASES[name]
-    expected, base = alone(case, tmp_path / "alone", 3), case.build(0)[0].state_dict()
-    whole = world().run(on_ranks, case, tmp_path / "whole", 3)
-    for found in whole:
-        assert_close(found, expected, 3)
-        assert len(found.frozen) >= 3
-        assert_same_bits(*({name: state[name] for name in found.frozen} for state in (found.state, base)))
-    first = world().run(on_ranks, case, tmp_path / "first", 2)[0].file
-    for found in world().run(on_ranks, case, tmp_path / "second", 3, first, 5):
-        assert_same_bits(found.state, whole[0].state)
-        assert found.losses == whole[0].losses[2:]
-    assert_close(alone(case, tmp_path / "one", 3, first, 5), expected, 1)
+    assert_run_equals_one_device_and_is_resumed(CASES[name], tmp_path)
 
 
 # --- files ---
@@ -210,7 +146,7 @@ def evaluate(path: Path, stage: int, save: str, source: Path, precision: str = "
     trainer = zero(path, callback, stage=stage, precision=precision)
     trainer.test(model, data()[1], ckpt_path=source, verbose=False)
     if save != "full":
-        assert_same_bits(base_of(whole_state(model)), base)
+        assert_same_bits(base_of(gathered_by_deepspeed(trainer)), base)
     return model.losses[-1]
 
 
@@ -219,8 +155,8 @@ FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
 
 
 def test_full_checkpoint_of_stage_2_is_read_in_every_door(tmp_path):
-    case = Case(lora={"save": "full"})
-    run = world().run(on_ranks, case, tmp_path / "fit", 2)[0]
+    case = OfDeepSpeed(lora={"save": "full"})
+    run = world().run(fit, case, tmp_path / "fit", 2)[0]
     for name in ("all.ckpt", "weights.ckpt"):
         file = tmp_path / "fit" / name
         content = torch.load(file, weights_only=True)
@@ -231,14 +167,14 @@ def test_full_checkpoint_of_stage_2_is_read_in_every_door(tmp_path):
         assert_same_bits(dict(loaded.state_dict()), run.state)
         assert info(file)["kind"] == "Lightning checkpoint of kind 'full'"
     expected = alone(case, tmp_path / "alone", 3)
-    for found in world().run(on_ranks, case, tmp_path / "second", 3, run.file, 5):
+    for found in world().run(fit, case, tmp_path / "second", 3, run.file, 5):
         assert_close(found, expected, 1)
 
 
 # --- what cannot be resumed ---
 
 
-BFLOAT16_OPTIMIZER = Case(
+BFLOAT16_OPTIMIZER = OfDeepSpeed(
     stage=1,
     trainer={"precision": "bf16-true"},
     strategy={"config": {**UNTESTED, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}},
@@ -247,19 +183,19 @@ BFLOAT16_OPTIMIZER = Case(
 
 def error_of(case: Case, path: Path, source: Path | None = None) -> str:
     try:
-        on_ranks(case, path, 2, source)
+        fit(case, path, 2, source)
     except LoRAError as error:
         return str(error)
     return ""
 
 
 def test_what_cannot_be_resumed_is_an_error_with_the_remedy(tmp_path):
-    run = world().run(on_ranks, Case(), tmp_path, 1)[0]
+    run = world().run(fit, OfDeepSpeed(), tmp_path, 1)[0]
     for case, source, said in (
         (BFLOAT16_OPTIMIZER, None, "DeepSpeed made a BF16_Optimizer, whose states cannot be put together"),
-        (Case(), tmp_path / "weights.ckpt", "holds weights only, without the optimizer's state"),
+        (OfDeepSpeed(), tmp_path / "weights.ckpt", "holds weights only, without the optimizer's state"),
         (
-            Case(model="Plus"),
+            OfDeepSpeed(model=Plus),
             run.file,
             "have groups of [[12]] parameters, and configure_optimizers built groups of [[3, 3]]",
         ),
@@ -334,8 +270,8 @@ def test_value_that_something_else_wrote_into_a_checkpoint_stays(tmp_path):
 def in_16_bits(
     path: Path, precision: str, lora: dict[str, Any], epochs: int, source: Path | None = None, stage: int = 2
 ) -> Run:
-    case = Case(stage=stage, lora=lora, trainer={"precision": precision})
-    return on_ranks(case, path, epochs, source, seed=5 if source else 0)
+    case = OfDeepSpeed(stage=stage, lora=lora, trainer={"precision": precision})
+    return fit(case, path, epochs, source, seed=5 if source else 0)
 
 
 @pytest.mark.parametrize(
@@ -375,8 +311,8 @@ def in_float16(path: Path, epochs: int, source: Path | None = None, stage: int =
 
     type(get_accelerator()).is_fp16_supported = lambda self: True
     scale = {"loss_scale": 0, "initial_scale_power": 8, "loss_scale_window": 2}
-    case = Case(stage=stage, trainer={"precision": "16-mixed"}, strategy=scale)
-    return on_ranks(case, path, epochs, source, seed=5 if source else 0)
+    case = OfDeepSpeed(stage=stage, trainer={"precision": "16-mixed"}, strategy=scale)
+    return fit(case, path, epochs, source, seed=5 if source else 0)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -395,13 +331,13 @@ def test_scale_of_the_loss_is_resumed(tmp_path, stage):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_statistics_of_normalisation_are_those_of_rank_zero_in_a_checkpoint(tmp_path, stage):
     """DeepSpeed lets each rank have its own; a checkpoint of its own holds rank 0's too."""
-    case = Case(stage=stage, model="Normalised")
-    first = world().run(on_ranks, case, tmp_path, 1)
+    case = OfDeepSpeed(stage=stage, model=Normalised)
+    first = world().run(fit, case, tmp_path, 1)
     saved = torch.load(first[0].file, weights_only=True)["state_dict"]
     buffers = {name: value for name, value in first[0].state.items() if "running" in name}
     assert_same_bits({name: saved[name] for name in buffers}, buffers)
     assert not torch.equal(first[1].state["norm.running_mean"], buffers["norm.running_mean"])
-    again = world().run(on_ranks, case, tmp_path / "again", 1, first[0].file)
+    again = world().run(fit, case, tmp_path / "again", 1, first[0].file)
     for found in again:  # nothing is left to train
         assert_same_bits({name: found.state[name] for name in buffers}, buffers)
 
@@ -424,10 +360,10 @@ def swapped(path: Path, source: Path, stage: int | None) -> Run:
     callback = LoRACallback(r=2, target_modules=TARGETS)
     if stage is None:
         make_trainer(path, callback, max_epochs=2).fit(model, loader(), loader(seed=6))
-        return Run(dict(model.state_dict()), model.losses, path, [])
+        return Run(dict(model.state_dict()), model.losses, path)
     (trainer := zero(path, callback, stage=stage, max_epochs=2)).fit(model, *data())
     trainer.save_checkpoint(path / "all.ckpt")
-    return Run(whole_state(model), model.losses, path / "all.ckpt", [])
+    return Run(gathered_by_deepspeed(trainer), model.losses, path / "all.ckpt")
 
 
 def adapter_of_rank(rank: int, path: Path) -> Path:
@@ -467,12 +403,12 @@ def refused_swap(path: Path, source: Path, stage: int) -> tuple[str, State, Stat
     class Trying(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
             if not found:
-                found.append(whole_state(module))
+                found.append(gathered_by_deepspeed(trainer))
                 with pytest.raises(LoRAError) as error:
                     load_adapter(module, source)
-                found.extend([str(error.value), whole_state(module)])
+                found.extend([str(error.value), gathered_by_deepspeed(trainer)])
 
-    model, callback = Case(lora={"r": 2}).build(0)
+    model, callback = OfDeepSpeed(lora={"r": 2}).build(0)
     zero(path, callback, Trying(), stage=stage, max_epochs=1).fit(model, *data())
     before, said, after = found
     return said, before, after
@@ -493,7 +429,7 @@ def unfrozen_later(path: Path, stage: int) -> bool:
         pytest.warns(UserWarning, match=r"^lightning_lora: DeepSpeed trains what .* and 1 parameters were unfrozen"),
     ):
         trainer.fit(model, *data())
-    return torch.equal(whole_state(model)["net.2.weight"], before)
+    return torch.equal(gathered_by_deepspeed(trainer)["net.2.weight"], before)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -502,7 +438,7 @@ def test_weight_that_is_unfrozen_during_the_fit_stays_and_a_warning_says_so(tmp_
 
 
 def averaged(path: Path, stage: int) -> str:
-    model, callback = Case().build(0)
+    model, callback = OfDeepSpeed().build(0)
     with pytest.raises(LoRAError) as error:
         zero(path, callback, EMAWeightAveraging(), stage=stage, max_epochs=1).fit(model, *data())
     return str(error.value)

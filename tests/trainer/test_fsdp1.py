@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp import MixedPrecision
 from torch.distributed.fsdp.wrap import wrap
 
 from lightning_lora import (
@@ -41,7 +41,8 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.trainer import fsdp1 as fsdp1_file
-from support.ranks.fsdp1 import fsdp1
+from support.ranks.fits import Case, Run, State, alone, assert_close, assert_run_equals_one_device_and_is_resumed, fit
+from support.ranks.fsdp1 import fsdp1, gathered_by_fsdp1
 from support.ranks.processes import world
 from support.ranks.sharded import (
     CLASSES,
@@ -58,7 +59,6 @@ from support.ranks.sharded_adapters import Plus, Scheduled, assert_same_bits
 
 slow = pytest.mark.slow
 
-State = dict[str, torch.Tensor]
 LAYERS = {"auto_wrap_policy": {nn.Linear}}  # a unit for each layer; otherwise one for the whole model
 
 
@@ -123,103 +123,39 @@ class Various(Plain):
         return torch.einsum("bi,eij->bj", super().forward(hidden.transpose(1, 2)).mean(-1), self.experts)
 
 
-CLASSES_HERE = (Plain, Plus, Scheduled, Manual, Referring, Wrapping, Various)
-MODELS = {cls.__name__: cls for cls in CLASSES_HERE}
-
-
 @dataclass
-class Case:
-    strategy: dict[str, Any] = field(default_factory=dict)
-    model: str = "Plain"
-    lora: dict[str, Any] = field(default_factory=dict)
-    trainer: dict[str, Any] = field(default_factory=dict)
+class OfFSDP1(Case):
+    def on_ranks(self, path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+        return fsdp1(path, *callbacks, options=self.strategy, **options)
 
-    def build(self, seed: int) -> tuple[Any, LoRACallback]:
-        torch.manual_seed(seed)
-        return MODELS[self.model](), LoRACallback(**{"r": 2, "target_modules": TARGETS} | self.lora)
-
-
-@dataclass
-class Run:
-    """What a fit gave."""
-
-    state: State
-    losses: list[float]
-    path: Path
-
-
-def gathered(root: nn.Module) -> State:
-    """The state of a model, gathered by torch alone."""
-    whole = root.sharding_strategy is ShardingStrategy.NO_SHARD
-    with contextlib.nullcontext() if whole else FullyShardedDataParallel.summon_full_params(root, writeback=False):
-        named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]
-        return {name.replace("_fsdp_wrapped_module.", ""): value.detach().clone() for name, value in named}
-
-
-def on_ranks(case: Case, path: Path, epochs: int, source: Path | None = None, seed: int = 0) -> Run:
-    model, callback = case.build(seed)
-    warnings.filterwarnings("ignore", "lightning_lora: the components of net.0")
-    trainer = fsdp1(path, callback, options=case.strategy, max_epochs=epochs, **case.trainer)
-    trainer.fit(model, *data(), ckpt_path=source)
-    assert not is_merged(model)
-    trainer.save_checkpoint(path / "all.ckpt")
-    trainer.save_checkpoint(path / "weights.ckpt", weights_only=True)
-    return Run(gathered(trainer.model), list(model.losses), path / "all.ckpt")
-
-
-def alone(case: Case, path: Path, epochs: int, source: Path | None = None, seed: int = 0) -> Run:
-    model, callback = case.build(seed)
-    warnings.filterwarnings("ignore", "lightning_lora: the components of net.0")
-    trainer = make_trainer(path, callback, max_epochs=epochs, **case.trainer)
-    trainer.fit(model, loader(), loader(seed=6), ckpt_path=source)
-    trainer.save_checkpoint(path / "all.ckpt")
-    return Run({n: value.detach().clone() for n, value in model.state_dict().items()}, model.losses, path / "all.ckpt")
-
-
-def assert_close(found: Run, expected: Run, epochs: int) -> None:
-    """The last epochs, merged in validation, and all values at the end."""
-    assert found.losses == pytest.approx(expected.losses[-epochs:], abs=1e-6)
-    assert found.state.keys() == expected.state.keys()
-    for name, value in expected.state.items():
-        torch.testing.assert_close(found.state[name], value, atol=2e-6, rtol=0)
+    def gathered(self, trainer: Any) -> State:
+        return gathered_by_fsdp1(trainer)
 
 
 CASES = {
-    "SHARD_GRAD_OP, LoRA+, modules_to_save, accumulated": Case(
+    "SHARD_GRAD_OP, LoRA+, modules_to_save, accumulated": OfFSDP1(
         {"sharding_strategy": "SHARD_GRAD_OP"},
-        "Plus",
+        Plus,
         {"target_modules": ["0", "2"], "modules_to_save": ["4"]},
         {"accumulate_grad_batches": 2},
     ),
-    "SHARD_GRAD_OP, layers, SGD, a scheduler, DoRA": Case(
-        {"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS, "Scheduled", {"use_dora": True}
+    "SHARD_GRAD_OP, layers, SGD, a scheduler, DoRA": OfFSDP1(
+        {"sharding_strategy": "SHARD_GRAD_OP"} | LAYERS, Scheduled, {"use_dora": True}
     ),
-    "NO_SHARD, bias, rank pattern, clipped": Case(
+    "NO_SHARD, bias, rank pattern, clipped": OfFSDP1(
         {"sharding_strategy": "NO_SHARD"},
         lora={"bias": "all", "rank_pattern": {"2": 3}},
         trainer={"gradient_clip_val": 0.1},
     ),
-    "CPU offload, PiSSA": Case({"cpu_offload": True} | LAYERS, lora={"init_lora_weights": "pissa"}),
-    "LoHa": Case(lora={"variant": "loha", "r": 1}),
+    "CPU offload, PiSSA": OfFSDP1({"cpu_offload": True} | LAYERS, lora={"init_lora_weights": "pissa"}),
+    "LoHa": OfFSDP1(lora={"variant": "loha", "r": 1}),
 }
 
 
 @slow
 @pytest.mark.parametrize("name", CASES)
 def test_run_equals_one_device_and_is_resumed_exactly_by_ranks_and_by_one_device(tmp_path, name):
-    case = CASES[name]
-    expected, base = alone(case, tmp_path / "alone", 3), case.build(0)[0].state_dict()
-    whole = world().run(on_ranks, case, tmp_path / "whole", 3)
-    for found in whole:
-        assert_close(found, expected, 3)
-        frozen = [n for n in base if torch.equal(expected.state[n], base[n])]
-        assert len(frozen) >= 3
-        assert_same_bits(*({n: state[n] for n in frozen} for state in (found.state, base)))
-    first = world().run(on_ranks, case, tmp_path / "first", 2)[0].path
-    for found in world().run(on_ranks, case, tmp_path / "second", 3, first, 5):
-        assert_same_bits(found.state, whole[0].state)
-        assert found.losses == whole[0].losses[2:]
-    assert_close(alone(case, tmp_path / "one", 3, first, 5), expected, 1)
+    assert_run_equals_one_device_and_is_resumed(CASES[name], tmp_path)
 
 
 VARIOUS: dict[str, Any] = {
@@ -229,12 +165,12 @@ VARIOUS: dict[str, Any] = {
     "rank_pattern": {"experts": 1},
 }
 OTHERS = {
-    "steps by hand": Case(LAYERS, model="Manual"),
-    "a reference pass": Case(model="Referring"),
-    "configure_model wraps": Case(model="Wrapping"),
-    "recomputed activations": Case(LAYERS | {"activation_checkpointing_policy": {nn.Linear}}),
-    "units of several kinds": Case({"auto_wrap_policy": {nn.LSTM, nn.Embedding}}, model="Various", lora=VARIOUS),
-    "embedding, DoRA": Case(model="Various", lora={"target_modules": ["table", "net.0", "net.2"], "use_dora": True}),
+    "steps by hand": OfFSDP1(LAYERS, model=Manual),
+    "a reference pass": OfFSDP1(model=Referring),
+    "configure_model wraps": OfFSDP1(model=Wrapping),
+    "recomputed activations": OfFSDP1(LAYERS | {"activation_checkpointing_policy": {nn.Linear}}),
+    "units of several kinds": OfFSDP1({"auto_wrap_policy": {nn.LSTM, nn.Embedding}}, model=Various, lora=VARIOUS),
+    "embedding, DoRA": OfFSDP1(model=Various, lora={"target_modules": ["table", "net.0", "net.2"], "use_dora": True}),
 }
 
 
@@ -292,7 +228,7 @@ def saved_inside(path: Path, strategy: dict[str, Any], save: str) -> tuple[list[
     model = SavingInside()
     trainer = fsdp1(path, LoRACallback(r=2, target_modules=TARGETS, save=save), options=strategy, max_epochs=2)
     trainer.fit(model, *data())
-    return model.names, gathered(trainer.model)
+    return model.names, gathered_by_fsdp1(trainer)
 
 
 @slow
@@ -399,7 +335,7 @@ class Faulty(Plain):
 
 
 def broken(path: Path, strategy: dict[str, Any], fault: str) -> tuple[Faulty, list[str], Any]:
-    """The model after a fit, what was said, and its wrapper."""
+    """The model after a fit, what was said, and the Trainer."""
     if strategy.get("sharding_strategy") == "HYBRID_SHARD":
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         strategy = strategy | {"device_mesh": mesh}
@@ -411,7 +347,7 @@ def broken(path: Path, strategy: dict[str, Any], fault: str) -> tuple[Faulty, li
         warnings.simplefilter("always")
         with pytest.raises(ZeroDivisionError) if fault == "exception" else contextlib.nullcontext():
             trainer.fit(model, *data())
-    return model, [text for each in caught if (text := str(each.message)).startswith("LoRACallback")], trainer.model
+    return model, [text for each in caught if (text := str(each.message)).startswith("LoRACallback")], trainer
 
 
 def broken_in_a_forward(path: Path, strategy: dict[str, Any]) -> State:
@@ -445,9 +381,9 @@ def test_exception_in_a_forward_ends_the_fit_as_itself_and_leaves_the_adapter_to
 
 
 def broken_by_a_value(path: Path, strategy: dict[str, Any]) -> tuple[list[str], State]:
-    model, messages, root = broken(path, strategy, "nan")
+    model, messages, trainer = broken(path, strategy, "nan")
     assert not is_merged(model)
-    return messages, base_of(gathered(root))
+    return messages, base_of(gathered_by_fsdp1(trainer))
 
 
 @slow
@@ -470,18 +406,18 @@ def test_slice_of_one_rank_that_is_not_finite_is_evaluated_unmerged_and_leaves_t
 def hybrid(path: Path, source: Path | None) -> Run:
     """Two groups of ranks have the same slices."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    case = Case({"sharding_strategy": "HYBRID_SHARD", "device_mesh": mesh} | LAYERS)
+    case = OfFSDP1({"sharding_strategy": "HYBRID_SHARD", "device_mesh": mesh} | LAYERS)
     case.lora = {"save": "merged"}
-    return on_ranks(case, path, 3 if source else 2, source, seed=5 if source else 0)
+    return fit(case, path, 3 if source else 2, source, seed=5 if source else 0)
 
 
 @slow
 def test_replicated_slices_train_save_and_resume_as_one_device(tmp_path):
-    expected = alone(Case(), tmp_path / "alone", 3)
+    expected = alone(OfFSDP1(), tmp_path / "alone", 3)
     first = world(4).run(hybrid, tmp_path / "first", None)
-    for found in world(4).run(hybrid, tmp_path / "second", first[0].path):
+    for found in world(4).run(hybrid, tmp_path / "second", first[0].file):
         assert_close(found, expected, 1)
-    assert_same_bits(dict(load_from_checkpoint(Plain, first[0].path).state_dict()), first[0].state)
+    assert_same_bits(dict(load_from_checkpoint(Plain, first[0].file).state_dict()), first[0].state)
 
 
 class WithHead(Plain):
@@ -514,7 +450,7 @@ HEAD: dict[str, Any] = {"target_modules": ["0", "2"], "modules_to_save": ["4"], 
 def trained_head(path: Path) -> State:
     trainer = fsdp1(path, LoRACallback(r=2, **HEAD), max_epochs=1)
     trainer.fit(WithHead(), *data())
-    return gathered(trainer.model)
+    return gathered_by_fsdp1(trainer)
 
 
 @slow
@@ -556,7 +492,7 @@ def test_gradients_are_means_over_all_ranks_and_count_as_zero_where_one_lacks_th
 
 
 def used_by_functions(path: Path, strategy: dict[str, Any]) -> None:
-    model, callback = Case().build(0)
+    model, callback = OfFSDP1().build(0)
     trainer = fsdp1(path, callback, options=strategy, max_epochs=2)
     trainer.fit(model, *data())
     torch.manual_seed(4)
@@ -567,7 +503,7 @@ def used_by_functions(path: Path, strategy: dict[str, Any]) -> None:
     save_merged(model, path / "merged")
     written = load_file(path / "merged" / "model.safetensors")
     assert_same_bits({name: value.contiguous() for name, value in state.items()}, written)
-    before, wrapped = gathered(trainer.model), trainer.model
+    before, wrapped = gathered_by_fsdp1(trainer), trainer.model
     with torch.no_grad():
         factored = wrapped(X)
         with merged(wrapped):
@@ -575,13 +511,13 @@ def used_by_functions(path: Path, strategy: dict[str, Any]) -> None:
         assert torch.equal(wrapped(X), factored)
         with disable_adapter(model):
             torch.testing.assert_close(wrapped(X), Plain()(X))
-        assert_same_bits(gathered(trainer.model), before)
+        assert_same_bits(gathered_by_fsdp1(trainer), before)
         load_adapter(model, take_adapter(other))  # of another rank
         torch.testing.assert_close(wrapped(X), other(X))
         merge(model)
         load_adapter(wrapped, path / "all.ckpt")
         unmerge(model)
-        assert_same_bits(base_of(gathered(trainer.model)), dict(Plain().state_dict()))
+        assert_same_bits(base_of(gathered_by_fsdp1(trainer)), dict(Plain().state_dict()))
         unload(model)
         torch.testing.assert_close(wrapped(X), Plain()(X))
 
@@ -630,7 +566,7 @@ def test_what_cannot_be_right_is_an_error_with_the_remedy(tmp_path):
 
 def saved_merged_for_good(path: Path, ranks: bool) -> tuple[State, float]:
     """What a checkpoint holds that is saved when the fit has merged the adapter for good."""
-    model, callback = Case(lora={"merge_after_fit": True}).build(0)
+    model, callback = OfFSDP1(lora={"merge_after_fit": True}).build(0)
     options: Any = {"max_epochs": 1}
     trainer = fsdp1(path, callback, options=LAYERS, **options) if ranks else make_trainer(path, callback, **options)
     training, validation = data() if ranks else (loader(), loader(seed=6))

@@ -44,3 +44,12 @@ def zero(path: Path, *callbacks: L.Callback, stage: int, options: Any = None, **
         warnings.filterwarnings("ignore", message)
     strategy = OnCPU(stage=stage, **{"logging_level": 30} | (options or {}))
     return make_trainer(path, *callbacks, devices=dist.get_world_size(), strategy=strategy, **trainer)
+
+
+def gathered_by_deepspeed(trainer: Any) -> dict[str, torch.Tensor]:
+    """The state of a Trainer's model, gathered by DeepSpeed where each rank has a slice."""
+    import deepspeed
+
+    model = trainer.lightning_module
+    with deepspeed.zero.GatheredParameters([*model.parameters()]):
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from support.ranks.sharded import make_trainer
 
@@ -47,3 +47,12 @@ def fsdp1(path: Path, *callbacks: L.Callback, options: Any = None, **trainer: An
     torch.cpu.Stream.synchronize = lambda self: None  # type: ignore[attr-defined]  # which torch forgot
     torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[method-assign]  # of offloaded slices
     return make_trainer(path, *callbacks, devices=dist.get_world_size(), strategy=OnCPU(**options or {}), **trainer)
+
+
+def gathered_by_fsdp1(trainer: Any) -> dict[str, torch.Tensor]:
+    """The state of a Trainer's model, gathered by torch alone."""
+    root = trainer.model
+    whole = root.sharding_strategy is ShardingStrategy.NO_SHARD
+    with nullcontext() if whole else FullyShardedDataParallel.summon_full_params(root, writeback=False):
+        named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]
+        return {name.replace("_fsdp_wrapped_module.", ""): value.detach().clone() for name, value in named}

@@ -23,7 +23,7 @@ from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -305,24 +305,9 @@ def stage_3(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     return zero(path, *callbacks, stage=3, options={"config": config | more}, **options)
 
 
-def gathered_by_deepspeed(trainer: Any) -> State:
-    """The state of stage 3, where each rank has a slice."""
-    import deepspeed
-
-    model = trainer.lightning_module
-    with deepspeed.zero.GatheredParameters([*model.parameters()]):
-        return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
 def fsdp1_by_layers(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     """A unit for each layer, and one for the rest."""
     return fsdp1(path, *callbacks, options={"auto_wrap_policy": {nn.Linear}}, **options)
-
-
-def gathered_by_fsdp1(trainer: Any) -> State:
-    with FullyShardedDataParallel.summon_full_params(trainer.model, writeback=False):
-        named = [*trainer.model.named_parameters(remove_duplicate=False)]
-        return {name.replace("_fsdp_wrapped_module.", ""): value.detach().clone() for name, value in named}
 
 
 def tensors_in(path: Path) -> State:
