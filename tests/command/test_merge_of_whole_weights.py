@@ -25,7 +25,7 @@ from lightning_lora.command import merge
 from lightning_lora.command.merge import merge_on_disk
 from support.files.expected_weights import merge_and_check
 from support.models.peers import SMALL, close, seeded, spread_
-from support.models.pretrained import classifier, save_body, tokens
+from support.models.pretrained import classifier, of_new_rows, resized, save_body, tokens
 from support.runs.notices import quiet_peers
 
 pytestmark = [
@@ -34,49 +34,38 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen"),
     pytest.mark.filterwarnings("ignore:merged 16-bit weights"),
 ]
-ROWS = 70  # of 64
 
 
-def resized(tied: bool, seed: int, path: Path) -> Any:
-    """Each time with other values in the new rows; the folder at `path` is of the model before."""
+def resized_llama(tied: bool, seed: int, path: Path) -> Any:
+    """The folder at `path` is of the model before."""
     if not path.exists():
         config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=tied)
         seeded(lambda: transformers.LlamaForCausalLM(config)).save_pretrained(path)
-    net = transformers.LlamaForCausalLM.from_pretrained(path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net.resize_token_embeddings(ROWS, mean_resizing=False)
-    return net.eval()
-
-
-def outputs(net: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = net(torch.tensor([[1, ROWS - 1, 2, ROWS - 5]])).logits
-    return result
+    return resized(path, seed)
 
 
 @pytest.mark.slow
 def test_adapted_tables_that_were_resized_are_merged_into_a_sharded_folder_as_in_memory(tmp_path):
-    net = resized(False, 1, tmp_path / "small")
+    net = resized_llama(False, 1, tmp_path / "small")
     inject(net, LoRAConfig(r=4, target_modules=["embed_tokens", "lm_head"], bias="all"))
     spread_(net)
     save_adapter(net, tmp_path / "a")
-    resized(False, 2, tmp_path / "small").save_pretrained(tmp_path / "base", max_shard_size="8KB")
+    resized_llama(False, 2, tmp_path / "small").save_pretrained(tmp_path / "base", max_shard_size="8KB")
     merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
     found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "o").eval()
-    close(outputs(found), outputs(net))
+    close(of_new_rows(found), of_new_rows(net))
     combined = combine([tmp_path / "a", tmp_path / "a"], [0.25, 0.75])
-    load_adapter(both := resized(False, 3, tmp_path / "small"), combined)
-    close(outputs(both), outputs(net))
+    load_adapter(both := resized_llama(False, 3, tmp_path / "small"), combined)
+    close(of_new_rows(both), of_new_rows(net))
 
 
 def test_a_resized_and_adapted_table_that_is_tied_is_refused(tmp_path):
     """Its update is of one end alone, which the file holds for both."""
-    net = resized(True, 1, tmp_path / "small")
+    net = resized_llama(True, 1, tmp_path / "small")
     inject(net, LoRAConfig(r=4, target_modules=["embed_tokens"]))
     spread_(net)
     save_adapter(net, tmp_path / "a")
-    resized(True, 2, tmp_path / "small").save_pretrained(tmp_path / "base")
+    resized_llama(True, 2, tmp_path / "small").save_pretrained(tmp_path / "base")
     with pytest.raises(LoRAError, match=r"'model.embed_tokens.weight' is also tied to the other end of the model"):
         merge_and_check(tmp_path / "base", tmp_path / "a", tmp_path / "o")
     assert not (tmp_path / "o").exists()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import (
@@ -16,21 +12,9 @@ from lightning_lora import (
     merge_and_unload,
     save_merged,
 )
-from lightning_lora.exchange.merged_folder import INDEX
+from support.files.merged_folder import FILE, read
 from support.models.networks import Zoo, randomise_, zoo_config
 from support.ranks.sharded_adapters import assert_same_bits
-
-FILE = "model.safetensors"
-
-
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    """As transformers reads it: one file, or an index that says which file holds a name."""
-    if (folder / FILE).exists():
-        assert [path.name for path in folder.glob("model*")] == [FILE]
-        return load_file(folder / FILE)
-    places = json.loads((folder / INDEX).read_text())["weight_map"]
-    assert {path.name for path in folder.glob("model*")} == {INDEX, *places.values()}
-    return {name: load_file(folder / file)[name] for name, file in places.items()}
 
 
 def test_save_merged_on_one_device_writes_every_layer_and_name(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,27 +28,15 @@ from lightning_lora import (
     save_merged,
 )
 from lightning_lora.exchange import merged_folder
-from lightning_lora.exchange.merged_folder import INDEX
 from lightning_lora.files.safetensors import write_values
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
+from support.files.merged_folder import FILE, read
 from support.models.peers import fill_, model
 from support.models.pretrained import Lit
 from support.ranks.processes import world
 from support.ranks.sharded import DEVICE, shard_
 from support.ranks.sharded_adapters import PLAN, assert_same_bits, block, injected
-
-FILE = "model.safetensors"
-
-
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    """As transformers reads it: one file, or an index that says which file holds a name."""
-    if (folder / FILE).exists():
-        assert [path.name for path in folder.glob("model*")] == [FILE]
-        return load_file(folder / FILE)
-    places = json.loads((folder / INDEX).read_text())["weight_map"]
-    assert {path.name for path in folder.glob("model*")} == {INDEX, *places.values()}
-    return {name: load_file(folder / file)[name] for name, file in places.items()}
 
 
 class Live:

@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from lightning_lora import (
     LoRACallback,
@@ -24,6 +23,7 @@ from lightning_lora import (
     unload,
 )
 from support.models.peers import SMALL, close, fill_, seeded, spread_
+from support.models.pretrained import of_new_rows, resized
 from support.runs.notices import quiet_peers
 from support.runs.training import make_trainer
 
@@ -31,8 +31,6 @@ pytestmark = [
     *quiet_peers,
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
 ]
-
-ROWS = 70  # of 64
 
 
 each_tie = pytest.mark.parametrize("base", [False, True], indirect=True, ids=["untied", "tied"])
@@ -43,20 +41,6 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=getattr(request, "param", True))
     seeded(lambda: transformers.LlamaForCausalLM(config)).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
-
-
-def resized(base: Path, seed: int) -> nn.Module:
-    """Each time with other values in the new rows."""
-    net = transformers.LlamaForCausalLM.from_pretrained(base)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net.resize_token_embeddings(ROWS, mean_resizing=False)
-    return net.eval()
-
-
-def outputs(net: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return net(torch.tensor([[1, ROWS - 1, 2, ROWS - 5]])).logits
 
 
 @pytest.mark.slow
@@ -74,17 +58,17 @@ def test_rows_that_peft_stored_come_back_and_are_stored_again(tmp_path, caplog, 
     with pytest.raises(LoRAError, match=r"has 70 rows, in the model 64.*model\.resize_token_embeddings\(70\)"):
         load_adapter(transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter")
     net = resized(base, 2)
-    before = outputs(net)
+    before = of_new_rows(net)
     with caplog.at_level(logging.INFO, "lightning_lora"):
         load_adapter(net, tmp_path / "adapter")
     assert "model.embed_tokens.weight comes with the adapter: its last rows are not the base's" in caplog.text
-    close(outputs(net), outputs(other.eval()))
+    close(of_new_rows(net), of_new_rows(other.eval()))
     save_adapter(net, tmp_path / "again")
     load_adapter(again := resized(base, 3), tmp_path / "again")
-    assert torch.equal(outputs(again), outputs(net))
-    close(outputs(peft.PeftModel.from_pretrained(resized(base, 4), tmp_path / "again").eval()), outputs(other))
+    assert torch.equal(of_new_rows(again), of_new_rows(net))
+    close(of_new_rows(peft.PeftModel.from_pretrained(resized(base, 4), tmp_path / "again").eval()), of_new_rows(other))
     unload(net)
-    assert torch.equal(outputs(net), before)
+    assert torch.equal(of_new_rows(net), before)
     with torch.no_grad():
         net.model.embed_tokens.weight[:40].mul_(1.1)
     with pytest.raises(LoRAError, match=r"another base: values of 'model\.embed_tokens\.weight'"):
@@ -114,16 +98,16 @@ def test_rows_resized_before_injection_are_saved_for_peft_and_come_back(tmp_path
     fill_(net)
     save_adapter(net, tmp_path / "adapter")
     read = peft.PeftModel.from_pretrained(resized(base, 2), tmp_path / "adapter").eval()
-    close(outputs(read), outputs(net))
+    close(of_new_rows(read), of_new_rows(net))
     load_adapter(other := resized(base, 3), tmp_path / "adapter")
-    assert torch.equal(outputs(other), outputs(net))
+    assert torch.equal(of_new_rows(other), of_new_rows(net))
     assert not other.model.embed_tokens.weight.requires_grad
     with pytest.raises(LoRAError, match=r"has 70 rows, in the model 64.*model\.resize_token_embeddings\(70\)"):
         load_adapter(transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter")
-    before = outputs(fresh := resized(base, 4))
+    before = of_new_rows(fresh := resized(base, 4))
     load_adapter(fresh, tmp_path / "adapter")
     unload(fresh)
-    assert torch.equal(outputs(fresh), before)
+    assert torch.equal(of_new_rows(fresh), before)
 
 
 @pytest.mark.slow
@@ -133,10 +117,10 @@ def test_checkpoint_of_a_resized_model_loads_and_resumes_with_rows_drawn_anew(tm
     trainer.fit(module := Resized(str(base), 1), data)
     trainer.save_checkpoint(path := tmp_path / "last.ckpt")
     loaded = load_from_checkpoint(Resized, path, seed=2)
-    assert torch.equal(outputs(loaded.net.eval()), outputs(module.net.eval()))
+    assert torch.equal(of_new_rows(loaded.net.eval()), of_new_rows(module.net.eval()))
     again = make_trainer(tmp_path, LoRACallback(r=2, target_modules=["q_proj"]), max_epochs=1)
     again.fit(resumed := Resized(str(base), 3), data, ckpt_path=path)
-    assert torch.equal(outputs(resumed.net.eval()), outputs(module.net))
+    assert torch.equal(of_new_rows(resumed.net.eval()), of_new_rows(module.net))
 
 
 def test_an_adapter_from_before_the_resizing_loads_onto_the_resized_model(tmp_path: Path, base: Path):

@@ -16,7 +16,7 @@ from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.nn.beside import Attached, Packed
 from support.covering import covering
 from support.models import parameters
-from support.models.layers import ALPHA, CASES, DTYPES, R, Subject, as_bits, make_subject, matrix, rounding
+from support.models.layers import ALPHA, CASES, DTYPES, Attention, R, Subject, as_bits, make_subject, matrix, rounding
 
 KINDS = [
     *("linear", "linear, one vector", "activated linear", "linear of another library", "transformers Conv1D"),
@@ -212,17 +212,6 @@ def test_moves_keep_values_and_dtype():
     assert torch.equal(packed.a, a)
     assert packed.factors(torch.device("meta"))[0].is_meta
     assert not packed.copies
-
-
-class Attention(nn.Module):
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        key, value = x[..., : self.attention.kdim], x[..., : self.attention.vdim]
-        result: torch.Tensor = self.attention(x, key, value, need_weights=False)[0]
-        return result
 
 
 class Reading(nn.Module):

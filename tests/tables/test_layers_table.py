@@ -39,6 +39,7 @@ from lightning_lora import (
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.quantised import PACKS_FOR_CPU
 from support.models.foreign import OtherLinear
+from support.models.layers import Attention
 from support.models.parameters import Experts, Model, Projected, Recurrent
 from support.models.quantised import inputs, network, packed_bits, quantise_
 from support.runs.notices import quiet_peers
@@ -110,17 +111,6 @@ def floats(*shape: int) -> Callable[[], torch.Tensor]:
 
 def rows(*shape: int, of: int = 11) -> Callable[[], torch.Tensor]:
     return lambda: torch.arange(torch.Size(shape).numel()).remainder(of).view(shape)
-
-
-class Attention(nn.Module):
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        key, value = x[..., : self.attention.kdim], x[..., : self.attention.vdim]
-        result: torch.Tensor = self.attention(x, key, value, need_weights=False)[0]
-        return result
 
 
 class Table(nn.Module):

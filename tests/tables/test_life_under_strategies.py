@@ -28,6 +28,8 @@ from lightning_lora import (
     unload,
 )
 from support.models.networks import randomise_
+from support.ranks.deepspeed import gathered_by_deepspeed
+from support.ranks.fsdp1 import gathered_by_fsdp1
 from support.ranks.processes import world
 from support.ranks.sharded import BATCHES, Plain, X, base_of, model_parallel, whole_state
 from support.ranks.sharded_adapters import assert_same_bits
@@ -40,8 +42,6 @@ from support.ranks.strategies import (
     WithTrainer,
     by_tensor,
     fsdp1_by_layers,
-    gathered_by_deepspeed,
-    gathered_by_fsdp1,
     import_package,
     on_one_device,
     stage_2,

@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback, lora_param_groups
-from support.ranks.fsdp1 import fsdp1
+from support.ranks.deepspeed import gathered_by_deepspeed
+from support.ranks.fsdp1 import fsdp1, gathered_by_fsdp1
 from support.ranks.processes import world
 from support.ranks.sharded import model_parallel
 from support.ranks.strategies import (
@@ -26,8 +27,6 @@ from support.ranks.strategies import (
     Watched,
     WithTrainer,
     by_tensor,
-    gathered_by_deepspeed,
-    gathered_by_fsdp1,
     import_package,
     on_one_device,
     stage_1,

@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, save_adapter, scaled
 from support.models.networks import randomise_
+from support.ranks.deepspeed import gathered_by_deepspeed
+from support.ranks.fsdp1 import gathered_by_fsdp1
 from support.ranks.processes import world
 from support.ranks.sharded import BATCHES, TARGETS, Plain, model_parallel
 from support.ranks.strategies import (
@@ -28,8 +30,6 @@ from support.ranks.strategies import (
     Watched,
     WithTrainer,
     fsdp1_by_layers,
-    gathered_by_deepspeed,
-    gathered_by_fsdp1,
     import_package,
     on_one_device,
     stage_2,

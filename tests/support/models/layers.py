@@ -55,6 +55,19 @@ class OwnConvForward(nn.Conv2d):
         return result
 
 
+class Attention(nn.Module):
+    """Whose keys and values are parts of the queries."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key, value = x[..., : self.attention.kdim], x[..., : self.attention.vdim]
+        result: torch.Tensor = self.attention(x, key, value, need_weights=False)[0]
+        return result
+
+
 class Holder(nn.Module):
     """A model with one layer to adapt."""
 

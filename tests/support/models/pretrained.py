@@ -124,3 +124,21 @@ def answer(model: Any) -> torch.Tensor:
         result: torch.Tensor = network.eval()(tokens())[0]
     network.train(training)
     return result
+
+
+ROWS = 70  # of 64
+
+
+def resized(base: Path, seed: int) -> Any:
+    """A Llama with larger embeddings, each time with other values in the new rows."""
+    net: Any = transformers.LlamaForCausalLM.from_pretrained(base)
+    with own_random_stream(seed):
+        net.resize_token_embeddings(ROWS, mean_resizing=False)
+    return net.eval()
+
+
+def of_new_rows(net: nn.Module) -> torch.Tensor:
+    """Return the outputs for old and new tokens."""
+    with torch.no_grad():
+        result: torch.Tensor = net(torch.tensor([[1, ROWS - 1, 2, ROWS - 5]])).logits
+    return result
