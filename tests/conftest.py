@@ -6,9 +6,11 @@ import importlib
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -101,9 +103,17 @@ def _one_thread_and_seed():
 def _handlers_of_signals() -> Iterator[None]:
     """Lightning ignores Ctrl-C after the first one, and leaves its handler of SIGTERM where a run raises."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def as_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A program in the test's folder, without arguments of its own: LightningCLI warns where these are passed over."""
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

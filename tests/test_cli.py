@@ -20,6 +20,8 @@ from lightning_lora.trainer.lightning_packages import PACKAGES
 from support.runs.training import Data, Net
 from support.runs.with_callback import TARGETS
 
+pytestmark = pytest.mark.usefixtures("as_program")
+
 TRAINER = """
 trainer:
   accelerator: cpu
@@ -30,13 +32,6 @@ trainer:
   enable_checkpointing: false
   num_sanity_val_steps: 0
 """
-
-
-@pytest.fixture(autouse=True)
-def _no_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """LightningCLI warns where a program's own arguments would be passed over."""
-    monkeypatch.setattr(sys, "argv", ["program"])
-    monkeypatch.chdir(tmp_path)
 
 
 def parse(*args: str, cli: type[LightningCLI] = LoRACLI) -> LightningCLI:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +106,8 @@ trainer:
 
 
 @pytest.mark.slow
-def test_yaml_has_it_beside_the_lora_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "argv", ["program"])
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("as_program")
+def test_yaml_has_it_beside_the_lora_block():
     Path("c.yaml").write_text(YAML + "lora: {r: 2, target_modules: [head]}\n")
     run = LoRACLI(Net, Data, args=["fit", "--config", "c.yaml"], save_config_callback=None, seed_everything_default=1)
     (monitor,) = (each for each in run.trainer.callbacks if isinstance(each, LoRAMonitor))

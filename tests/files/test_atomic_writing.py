@@ -240,15 +240,6 @@ def test_each_file_of_a_replaced_result_is_at_every_moment_the_old_or_the_new_on
 # --- Ctrl-C ---
 
 
-@pytest.fixture
-def _ctrl_c_works() -> Iterator[None]:
-    """A job in the background starts without it."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-@pytest.mark.usefixtures("_ctrl_c_works")
 @pytest.mark.parametrize(
     ("name", "moment"),
     [("merge of a folder", "first byte"), ("merge of a state dict", "first byte"), ("export", "last sync")],

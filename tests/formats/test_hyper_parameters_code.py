@@ -84,11 +84,9 @@ class Net(L.LightningModule):
 
 
 @pytest.fixture(autouse=True)
-def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def trap(as_program: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A module that no test may import."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["program"])
     lines = [
         "import torch",
         "class Loss(torch.nn.ReLU): pass",

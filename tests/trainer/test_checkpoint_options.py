@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
@@ -302,13 +301,12 @@ def test_run_without_a_checkpoint_does_not_take_the_options_of_the_run_before(tm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("as_program")
 @pytest.mark.parametrize(("cli", "r"), [(LoRACLI, 8), (LightningCLI, 8), (LoRACLI, 3)])  # 8 is the default
 def test_option_at_its_default_in_a_cli_counts_as_left_out_and_it_is_said(
-    tmp_path, monkeypatch, caplog, cli: type[LightningCLI], r: int
+    tmp_path, caplog, cli: type[LightningCLI], r: int
 ):
     caplog.set_level("INFO", "lightning_lora")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["program"])
     block = f"lora: {{r: {r}, bias: none}}"
     if cli is LightningCLI:
         block = f"trainer: {{callbacks: [{{class_path: lightning_lora.LoRACallback, init_args: {{r: {r}}}}}]}}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_lora import LoRACallback, LoRACLI, unload
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer
+from support.runs.training import BuiltInSetup, Data, Net, assert_same_tensors, make_trainer
 from support.runs.with_callback import BATCHES, TARGETS
+
+pytestmark = pytest.mark.usefixtures("as_program")
 
 LORA: dict[str, Any] = {"r": 2, "target_modules": TARGETS, "seed": 3}
 OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
@@ -38,13 +39,8 @@ class NoOptimizer(Net):
     configure_optimizers = L.LightningModule.configure_optimizers
 
 
-class HeadInSetup(NoOptimizer):
-    def prepare(self) -> None:
-        self.build_body()
-
-    def setup(self, stage: str) -> None:
-        if not hasattr(self, "head"):
-            self.build_head()
+class HeadInSetup(NoOptimizer, BuiltInSetup):
+    pass
 
 
 class HeadInConfigureModel(HeadInSetup):
@@ -53,13 +49,6 @@ class HeadInConfigureModel(HeadInSetup):
     def configure_model(self) -> None:
         if not hasattr(self, "head"):
             self.build_head()
-
-
-@pytest.fixture(autouse=True)
-def _no_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """LightningCLI warns where a program's own arguments would be passed over."""
-    monkeypatch.setattr(sys, "argv", ["program"])
-    monkeypatch.chdir(tmp_path)
 
 
 def from_command_line(

@@ -15,15 +15,6 @@ from support.runs.training import Net, assert_same_tensors, make_trainer
 from support.runs.with_callback import Steps, lora, run, trained
 
 
-@pytest.fixture
-def _keeps_ctrl_c():
-    """Lightning switches Ctrl-C off for the rest of the process once it was pressed."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-@pytest.mark.usefixtures("_keeps_ctrl_c")
 @pytest.mark.parametrize(("stage", "fault"), [("fit", KeyboardInterrupt), ("test", RuntimeError)])
 def test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right(
     tmp_path, stage: str, fault: type[BaseException]
@@ -38,7 +29,7 @@ def test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right(
             run(make_trainer(tmp_path, lora(merged_eval=merged_eval)), stage, model)
         assert model.seen[-1] == (step, merged_eval)
         assert not is_merged(model)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning switches Ctrl-C off once it was pressed
         return trained(tmp_path, model, lora(merged_eval=merged_eval), max_epochs=2)
 
     model = faulty(merged_eval=True)
@@ -46,7 +37,6 @@ def test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right(
     assert_same_tensors(model.state_dict(), faulty(merged_eval=False).state_dict())
 
 
-@pytest.mark.usefixtures("_keeps_ctrl_c")
 def test_ctrl_c_while_the_trainer_merges_leaves_the_model_unmerged(tmp_path, monkeypatch):
     """The signal is held back until every layer is merged, and reaches the Trainer before merge returns."""
 

@@ -9,13 +9,14 @@ import pytorch_lightning
 
 from support.runs.other_name import under_pytorch_lightning
 
+pytestmark = pytest.mark.usefixtures("as_program")
+
 LIVES = {
     "test_callback": [
         "test_adapts_and_trains_layers_wherever_they_are_built",
         "test_inject_inside_configure_model_is_seen",
     ],
     "test_cli": [
-        "_no_arguments",
         "test_every_option_from_the_lora_block",
         "test_cli_fits_from_yaml",
     ],
@@ -27,7 +28,6 @@ LIVES = {
         "test_run_equals_that_of_the_same_optimizer_made_in_configure_optimizers",
     ],
     "trainer/test_evaluation_interrupted": [
-        "_keeps_ctrl_c",
         "test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right",
         "test_ctrl_c_while_the_trainer_merges_leaves_the_model_unmerged",
     ],

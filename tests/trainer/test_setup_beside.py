@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -383,12 +382,6 @@ def test_processes_that_would_attach_alone_are_refused(tmp_path: Path):
 # --- configuration and words ---
 
 
-@pytest.fixture
-def _in_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["program"])
-    monkeypatch.chdir(tmp_path)
-
-
 QUIET = """
 trainer:
   accelerator: cpu
@@ -402,7 +395,7 @@ LORA = QUIET + "lora: {r: 2, beside: {sft: sft, style: {source: style, weight: 0
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_in_folder")
+@pytest.mark.usefixtures("as_program")
 def test_yaml_names_them(tmp_path: Path):
     folder(tmp_path / "sft", 1)
     folder(tmp_path / "style", 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +126,8 @@ def test_nothing_to_train_is_refused_in_setup(tmp_path: Path):
         make_trainer(tmp_path, LoRACallback(target_modules=[])).fit(Net(), Data())
 
 
-def test_the_block_of_yaml_takes_an_empty_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "argv", ["program"])
+@pytest.mark.usefixtures("as_program")
+def test_the_block_of_yaml_takes_an_empty_list(tmp_path: Path):
     config = tmp_path / "c.yaml"
     config.write_text("lora:\n  target_modules: []\n  modules_to_save: [head]\n")
     arguments = ["--config", str(config), "--trainer.accelerator=cpu"]
