@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from lightning_lora import LoRAError
 from lightning_lora.nn import exact_merge
 from lightning_lora.nn.exact_merge import (
     Buffers,
+    Undo,
     merge_weight_,
     merged_weight,
     restored_weight,
@@ -33,6 +35,7 @@ from support.models.layers import (
     same_bits,
     scaling_for,
 )
+from support.runs.broken_off import break_off
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -295,6 +298,28 @@ def test_merge_that_fails_in_the_middle_leaves_every_bit(copy: bool, monkeypatch
         merge_weight_(weight, make_pieces(weight), 0.01, copies=Buffers() if copy else None)
     assert calls[2]  # something was written
     assert same_bits(weight, before)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.filterwarnings("ignore:Exception ignored in")  # a generator that was broken off
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_call_broken_off_before_any_line_is_completed_by_unmerging(dtype: torch.dtype, copy: bool) -> None:
+    """A second exception, one line later, breaks off what a merge does after the first."""
+    weight = make_weight((16, 40), dtype)
+    before, pieces, copies = weight.clone(), make_pieces(weight), Buffers() if copy else None
+    for line in range(1000):
+        merging, unmerging = Undo(), Undo()
+        reached = break_off(partial(merge_weight_, weight, pieces, 1e-5, copies=copies, undo=merging), line, line + 1)
+        unmerge_weight_(weight, merging)
+        assert same_bits(weight, before), line
+        merge_weight_(weight, pieces, 1e-5, copies=copies, undo=unmerging)
+        reached |= break_off(partial(unmerge_weight_, weight, unmerging), line)
+        unmerge_weight_(weight, unmerging)
+        assert same_bits(weight, before), line
+        if not reached:
+            break
+    assert 50 < line < 999
 
 
 def test_float64_agrees_with_rational_arithmetic() -> None:
