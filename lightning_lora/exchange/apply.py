@@ -145,9 +145,9 @@ def apply_adapter(
     _tell_of_options(handle, adapter)
     with claimed("load_adapter", handle.record.owner):
         was_merged = holds_merged(handle.layers.values())
-        if was_merged:
-            unmerge_listed(handle)  # at once: reading W out of W' takes as long
         try:
+            if was_merged:
+                unmerge_listed(handle)  # at once: reading W out of W' takes as long
             live = open_state(handle)
             if not swap or has_place_for(live, adapter):
                 specs = specs_for(handle, adapter) if swap else {}

@@ -95,9 +95,9 @@ def _attach(handle: AdaptedModel, adapter: Adapter, name: str, weight: float, st
         if name in handle.record.beside:
             raise LoRAError(f"attach: an adapter {name!r} is attached already; call detach(model, {name!r}) first.")
         found = FoundState(handle)
-        if holds_merged(handle.all_layers.values()):
-            unmerge_listed(handle)
         try:
+            if holds_merged(handle.all_layers.values()):
+                unmerge_listed(handle)
             pairs = _pairs(handle, adapter, name, weight, strict_base)
             attach_to_layers_(handle, name, pairs, Beside(float(weight), digest_of(adapter)), dict(handle.modules))
             found.bring_back(handle)

@@ -113,9 +113,9 @@ def set_weight(model: nn.Module, weight: float | Weights, name: str = "") -> Non
         )
     with claimed("set_weight", handle.record.owner):
         found, before = FoundState(handle), attached(handle.model)
-        if holds_merged(handle.all_layers.values()):
-            unmerge_listed(handle)
         try:
+            if holds_merged(handle.all_layers.values()):
+                unmerge_listed(handle)
             _write_(handle, weights)
             found.bring_back(handle)
         except BaseException:
