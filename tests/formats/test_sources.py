@@ -140,7 +140,7 @@ def goes_with(odd: str, which: str) -> bool:
 
 
 @QUIET
-@pytest.mark.parametrize(("odd", "which"), covering(ODD_TENSORS, WHICH, meet=1, fits=goes_with))
+@pytest.mark.parametrize(("odd", "which"), covering(ODD_TENSORS, WHICH, fits=goes_with))
 def test_odd_tensor_is_refused_at_every_door(tmp_path: Path, odd: str, which: str):
     names, options = WHICH[which]
     for source in odd_sources(tmp_path, odd, names, options).values():

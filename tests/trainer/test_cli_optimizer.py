@@ -155,6 +155,20 @@ def test_optimizer_goes_on_with_its_state_in_a_second_fit(tmp_path):
     assert steps == {p: (4 + 1) * BATCHES for p in program.model.parameters() if p.requires_grad}
 
 
+class NewHeadInSetup(HeadInSetup):
+    def setup(self, stage: str) -> None:
+        self.build_head()
+
+
+def test_optimizer_forgets_parameters_that_a_second_fit_builds_anew(tmp_path):
+    program = from_command_line(tmp_path, "AdamW", "none", LoRACLI, NewHeadInSetup)
+    program.trainer.fit(program.model, Data(BATCHES))
+    again = make_trainer(tmp_path, LoRACallback(), max_epochs=2)
+    again.fit(program.model, Data(BATCHES))
+    assert set(again.optimizers[0].state) == {p for p in program.model.parameters() if p.requires_grad}
+    assert program.model.head.lora_B.abs().sum() > 0
+
+
 class FasterB(LoRACLI):
     """Puts every B into a group of its own, as LoRA+ does."""
 
