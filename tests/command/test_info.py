@@ -152,8 +152,10 @@ def test_diff_tells_changes_of_masks_and_complex_numbers_and_reads_what_is_store
         "mask": torch.tensor([0.0, -inf, nan]),
         "moved": torch.tensor([0.0, inf]),
         "freqs": torch.tensor([3j, 4 + 0j]),
+        "longer": torch.zeros(2),
     }
     other = {"mask": one["mask"].clone(), "moved": torch.tensor([-inf, inf]), "freqs": torch.tensor([3j, 4 + 2j])}
+    other["longer"] = torch.zeros(3)
     for name, state, row in (("one.pt", one, 1.0), ("other.pt", other, 2.0)):
         torch.save({**state, "rows": torch.full((1, 2), row).expand(3, 2)}, tmp_path / name)
     rows = json.loads(call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.pt", "--json"))["changes"]
@@ -161,7 +163,8 @@ def test_diff_tells_changes_of_masks_and_complex_numbers_and_reads_what_is_store
     assert rows["moved"]["change"] is None  # JSON has no infinity
     assert rows["freqs"] == {"change": 2.0, "relative": 0.4, "largest": 2.0}
     assert rows["rows"]["change"] == pytest.approx(6**0.5)
-    assert "3 of 4 differ" in call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.pt")
+    assert rows["longer"] == {"problem": "shape (2,) and (3,)"}
+    assert "4 of 5 differ" in call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.pt")
     net = nn.ModuleDict({"body": nn.Linear(3, 3)})
     net.register_buffer("mask", one["mask"][:2])
     inject(net, LoRAConfig(r=1))
