@@ -177,6 +177,25 @@ def pair(rank: int, seed: int, weight: float = 1.0) -> Attached:
     return Attached(a, b, 2.0 / rank, weight)
 
 
+def test_transforms_of_torch_take_it_as_a_forward_does():
+    def filled(seed: int, targets: list[str]) -> nn.Module:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+        inject(model, LoRAConfig(r=2, target_modules=targets, init_lora_weights=False), seed=seed)
+        return model
+
+    model, x = filled(1, ["0"]), torch.randn(3, 8)
+    attach(model, take_adapter(filled(2, ["0", "2"])), name="x")
+    expected = model(x)
+    torch.testing.assert_close(torch.func.vmap(model)(x), expected)
+    tangent = torch.randn(3, 8)
+    _, found = torch.func.jvp(model, (x,), (tangent,))
+    leaf = x.clone().requires_grad_()
+    wanted = torch.autograd.functional.jvp(model, leaf, tangent)[1]
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(expected, filled(1, ["0"])(x))
+
+
 def test_packed_pairs_have_the_order_of_their_names_and_are_taken_apart_bit_for_bit():
     pairs = {"b": pair(2, 1), "a": pair(3, 2, 0.5)}
     packed, turned = Packed(pairs), Packed(dict(reversed(pairs.items())))
