@@ -28,6 +28,7 @@ from lightning_lora.model.targets import select
 from lightning_lora.names import A, B
 from support.files.expected_weights import check_merge_command
 from support.models.families import FAMILIES, Family
+from support.models.peers import fill_
 from support.runs.notices import quiet_peers
 
 pytestmark = [
@@ -52,24 +53,18 @@ IS_OLD = int(transformers.__version__.partition(".")[0]) < 5
 OF_VERSION = ("attention", "reentrant", "reentrant, late")
 
 
-def fill_(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
+FILL: dict[str, Any] = {"scale": 0.1, "seed": 3}
 
 
 def ours(family: Family, attention: Any = None) -> Any:
     model = family.build(attention)
     inject(model, LoRAConfig(**OPTIONS))
-    return fill_(model)
+    return fill_(model, **FILL)
 
 
 def theirs(family: Family, targets: str = "all-linear") -> Any:
     options = {**OPTIONS, "target_modules": targets}
-    return fill_(peft.get_peft_model(family.build(), peft.LoraConfig(**options))).eval()
+    return fill_(peft.get_peft_model(family.build(), peft.LoraConfig(**options)), **FILL).eval()
 
 
 def floats(output: Any) -> list[torch.Tensor]:
@@ -278,7 +273,7 @@ def checkpointing(models: Models, use_reentrant: bool, late: bool = False) -> st
     if not late:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     inject(model, LoRAConfig(**OPTIONS))
-    fill_(model)
+    fill_(model, **FILL)
     if late:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     try:

@@ -207,12 +207,12 @@ def seeded(build: Any, seed: int = 5) -> Any:
         return build().eval()
 
 
-def fill_(net: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(4)
+def fill_(net: nn.Module, scale: float = 0.3, seed: int = 4) -> Any:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in net.named_parameters():
             if "lora_" in key:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return net
 
 

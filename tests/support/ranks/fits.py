@@ -13,7 +13,7 @@ import torch
 
 from lightning_lora import LoRACallback, is_merged
 from support.ranks.processes import world
-from support.ranks.sharded import TARGETS, Plain, data, loader, make_trainer
+from support.ranks.sharded import TARGETS, Plain, data, loader, make_trainer, whole_state
 from support.ranks.sharded_adapters import assert_same_bits
 
 State = dict[str, torch.Tensor]
@@ -72,10 +72,10 @@ def fit(case: Case, path: Path, epochs: int, source: Path | None = None, seed: i
     case.after_fit(model)
     trainer.save_checkpoint(path / "all.ckpt")
     trainer.save_checkpoint(path / "weights.ckpt", weights_only=True)
-    whole = {name: value.detach().clone() for name, value in model.state_dict().items()} if alone else None
+    state = whole_state(model) if alone else case.gathered(trainer)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     frozen = [name.replace("_fsdp_wrapped_module.", "") for name in frozen if "lora_" not in name]
-    return Run(case.gathered(trainer) if whole is None else whole, list(model.losses), path / "all.ckpt", frozen)
+    return Run(state, list(model.losses), path / "all.ckpt", frozen)
 
 
 def alone(case: Case, path: Path, epochs: int, source: Path | None = None, seed: int = 0) -> Run:
