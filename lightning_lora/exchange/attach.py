@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,9 +19,8 @@ from ..formats.peft_parameters import order_in
 from ..formats.sources import read_source
 from ..matching import near_misses
 from ..model.adapted_model import AdaptedModel, Listing, find_model
-from ..model.attached import attach_to_layers_, begin_attached, check_weight, take_out_attached_
+from ..model.attached import attach_to_layers_, begin_attached, change_unmerged_, check_weight, take_out_attached_
 from ..model.live_state import LiveState, open_state, original_value
-from ..model.merging import FoundState, holds_merged, unmerge_listed
 from ..model.reasons import LAYER, PARAMETER, Candidate
 from ..model.wrappers import unwrapped
 from ..nn.adapted_weights import AdaptedWeights
@@ -29,7 +29,6 @@ from ..nn.beside import Attached
 from ..nn.foreign_weights import is_foreign_linear, weight_stand_in
 from ..nn.layer_kinds import layer_class
 from ..nn.low_rank import ATTENTION_OUTPUT, CONV, GROUPED_CONV, IN_PROJ, factor_shapes, to_block_diagonal
-from ..nn.owner import claimed
 from ..nn.parameter import parameter_kind, weights_of
 from ..nn.quantised import shape_of
 from ..nn.variant import LayerInfo
@@ -91,24 +90,15 @@ def attach(
 
 
 def _attach(handle: AdaptedModel, adapter: Adapter, name: str, weight: float, strict_base: bool) -> list[str]:
-    with claimed("attach", handle.record.owner):
-        if name in handle.record.beside:
-            raise LoRAError(f"attach: an adapter {name!r} is attached already; call detach(model, {name!r}) first.")
-        found = FoundState(handle)
-        try:
-            if holds_merged(handle.all_layers.values()):
-                unmerge_listed(handle)
-            pairs = _pairs(handle, adapter, name, weight, strict_base)
-            attach_to_layers_(handle, name, pairs, Beside(float(weight), digest_of(adapter)), dict(handle.modules))
-            found.bring_back(handle)
-        except BaseException:
-            if name in handle.record.beside:  # merging failed
-                take_out_attached_(handle, name)
-            elif not handle.record.is_injection and not handle.record.beside:  # nothing was ever attached
-                handle.record.end(handle.root)
-            if handle.all_layers:
-                found.bring_back(handle)
-            raise
+    if name in handle.record.beside:
+        raise LoRAError(f"attach: an adapter {name!r} is attached already; call detach(model, {name!r}) first.")
+
+    def put_in() -> None:
+        pairs.update(_pairs(handle, adapter, name, weight, strict_base))
+        attach_to_layers_(handle, name, pairs, Beside(float(weight), digest_of(adapter)), dict(handle.modules))
+
+    pairs: dict[str, Attached] = {}
+    change_unmerged_(handle, "attach", put_in, partial(take_out_attached_, handle, name))
     return [layer for layer in handle.all_layers if layer in pairs]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -71,13 +71,13 @@ def detach(model: nn.Module, name: str) -> None:
     """
     handle = open_model(model, "detach", attached=True)
     require_attached(handle, name, "detach")
-    with claimed("detach", handle.record.owner):
-        found = FoundState(handle)
-        if holds_merged(handle.all_layers.values()):
-            unmerge_listed(handle)
-        take_out_attached_(handle, name)
-        if handle.all_layers:
-            found.bring_back(handle)
+
+    def finish() -> None:
+        """Take it out of the other layers, where that was broken off."""
+        if name not in handle.record.beside:
+            take_out_attached_(handle, name)
+
+    change_unmerged_(handle, "detach", partial(take_out_attached_, handle, name), finish)
 
 
 def set_weight(model: nn.Module, weight: float | Weights, name: str = "") -> None:
@@ -111,17 +111,8 @@ def set_weight(model: nn.Module, weight: float | Weights, name: str = "") -> Non
             "`with scaled(model, weight):` for that, or name an attached adapter "
             f"({listed([repr(each) for each in handle.record.beside]) or 'there is none'})."
         )
-    with claimed("set_weight", handle.record.owner):
-        found, before = FoundState(handle), attached(handle.model)
-        try:
-            if holds_merged(handle.all_layers.values()):
-                unmerge_listed(handle)
-            _write_(handle, weights)
-            found.bring_back(handle)
-        except BaseException:
-            _write_(handle, {each: before[each] for each in weights})
-            found.bring_back(handle)
-            raise
+    before = {each: handle.record.beside[each].weight for each in weights}
+    change_unmerged_(handle, "set_weight", partial(_write_, handle, weights), partial(_write_, handle, before))
 
 
 @contextmanager
@@ -173,8 +164,7 @@ def _acting_with(handle: AdaptedModel, weights: Weights) -> Iterator[None]:
         end = Ending(claim, partial(_scale_back, handle, FoundState(handle), before, found, modules))
         try:
             try:
-                if holds_merged(handle.all_layers.values()):
-                    unmerge_listed(handle)
+                _unmerge(handle)
                 put_in_(found, modules)
                 _write_(handle, weights)
                 yield
@@ -200,8 +190,7 @@ def _scale_back(
     now = find_model(Listing(handle.model), attached=True)
     if now is None:
         return
-    if holds_merged(now.all_layers.values()):
-        unmerge_listed(now)
+    _unmerge(now)
     _write_(now, {name: weight for name, weight in before.items() if not name or name in now.record.beside})
     if not now.record.run.merged_here:
         state.bring_back(now)
@@ -282,10 +271,38 @@ def _refuse_between(handle: AdaptedModel, weight: float) -> None:
 # --- put in, taken out and taken over ---
 
 
+def change_unmerged_(handle: AdaptedModel, verb: str, change: Callable[[], None], settle: Callable[[], None]) -> None:
+    """Unmerge a model, change it, and merge it again where it was merged. In place.
+
+    Args:
+        handle: of the model.
+        verb: the public function, for messages.
+        change: the change.
+        settle: takes the change back, or completes it, where an exception broke off any part of this call.
+    """
+    with claimed(verb, handle.record.owner):
+        found = FoundState(handle)
+        try:
+            _unmerge(handle)
+            change()
+            found.bring_back(handle)
+        except BaseException:
+            handle.look_for_layers_again()
+            _unmerge(handle)
+            settle()
+            found.bring_back(handle)
+            raise
+
+
+def _unmerge(handle: AdaptedModel) -> None:
+    if holds_merged(handle.all_layers.values()):
+        unmerge_listed(handle)
+
+
 def attach_to_layers_(
     handle: AdaptedModel, name: str, pairs: Mapping[str, Attached], beside: Beside, plain: Mapping[str, nn.Module]
 ) -> None:
-    """Put an adapter beside the trained one, into every layer or into none. In place.
+    """Put an adapter beside the trained one, into every layer that it has. In place.
 
     Args:
         handle: of the model, unmerged.
@@ -295,22 +312,17 @@ def attach_to_layers_(
         plain: the model's modules by name.
     """
     record = handle.record
-    try:
-        undo_readers(module for _, module in handle.root_modules)
-        parameters = weights_of(plain)
-        for layer_name in pairs.keys() - handle.all_layers.keys():
-            _begin_layer_(handle, layer_name, plain, parameters)
-        handle.look_for_layers_again()
-        for layer_name, pair in pairs.items():
-            layer = handle.all_layers[layer_name]
-            before = layer.lora.beside
-            layer.lora.beside = Packed({**(before.unpacked() if before is not None else {}), name: pair})
-        record.beside = dict(sorted({**record.beside, name: beside}.items()))
-        note_layers(handle)
-    except BaseException:
-        handle.look_for_layers_again()
-        take_out_attached_(handle, name)
-        raise
+    undo_readers(module for _, module in handle.root_modules)
+    parameters = weights_of(plain)
+    for layer_name in pairs.keys() - handle.all_layers.keys():
+        _begin_layer_(handle, layer_name, plain, parameters)
+    handle.look_for_layers_again()
+    for layer_name, pair in pairs.items():
+        layer = handle.all_layers[layer_name]
+        before = layer.lora.beside
+        layer.lora.beside = Packed({**(before.unpacked() if before is not None else {}), name: pair})
+    record.beside = dict(sorted({**record.beside, name: beside}.items()))
+    note_layers(handle)
 
 
 def _begin_layer_(
@@ -384,8 +396,7 @@ def find_attached_alone(listing: Listing) -> AdaptedModel | None:
             f"inject: {type(listing.model).__name__} is a part of the {type(handle.record.holder()).__name__} to which "
             f"{listed([repr(name) for name in handle.record.beside])} was attached; inject that, or detach first."
         )
-    if holds_merged(handle.all_layers.values()):
-        unmerge_listed(handle)
+    _unmerge(handle)
     return handle
 
 

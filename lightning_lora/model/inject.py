@@ -36,7 +36,7 @@ from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Chosen, Injection
 from .load_state_dict import stop_checking_loads
-from .merging import Ending, FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
+from .merging import Ending, FoundState, all_or_nothing, holds_merged, merge, merge_listed, unmerge, unmerge_listed
 from .passed_over import experts, passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import forget_quantisation, resized_embeddings
@@ -176,10 +176,14 @@ def unload(model: nn.Module) -> None:
     with claimed("unload", handle.record.owner):
         if holds_merged(handle.layers.values()):
             unmerge_listed(handle)
-        restore_initial_(handle)
-        strip_adapters(handle)
-        unpatch(modules)
-        hold_attached(handle.root, handle.record)
+
+        def take_out() -> None:
+            restore_initial_(handle)
+            strip_adapters(handle)
+            unpatch(modules)
+            hold_attached(handle.root, handle.record)
+
+        all_or_nothing(take_out, restore=take_out)
 
 
 def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> nn.Module:
@@ -215,14 +219,19 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
         handle.record.marks.add("quantised")  # no layer stays factored, so nothing is said of that
         merge_listed(handle)
-        for layer in handle.all_layers.values():
-            layer.lora.undo = None
-            layer.lora.beside = None
-        strip_adapters(handle)
-        if plain:
-            replace_quantised_(modules, plain)
-            forget_quantisation(modules)
-        unpatch(modules)
+
+        def leave_merged() -> None:
+            handle.look_for_layers_again()
+            for layer in handle.all_layers.values():
+                layer.lora.undo = None
+                layer.lora.beside = None
+            strip_adapters(handle)
+            if plain:
+                replace_quantised_(modules, plain)
+                forget_quantisation(modules)
+            unpatch(modules)
+
+        all_or_nothing(leave_merged, restore=leave_merged)  # a second merge of what is merged would be wrong
     return model
 
 

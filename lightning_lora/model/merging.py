@@ -141,8 +141,9 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
 
 
 def all_or_nothing(step: Callable[[], None], restore: Callable[[], None]) -> None:
-    """Run a step. If an exception breaks it off, restore what it changed. If another one breaks that off, too, the next
-    call on the model restores it.
+    """Run a step. If an exception breaks it off, restore what it changed, or complete it where nothing can be restored.
+
+    If another exception breaks that off, too, the next call on the model does it.
     """
     try:
         step()
@@ -275,7 +276,7 @@ class FoundState:
             listing: of the model; made anew where it is left out, because the block may have replaced layers.
         """
         listing = listing or Listing(self.model)
-        if holds_merged(listing.all_layers.values()) != self.is_to_be_merged():
+        if listing.all_layers and holds_merged(listing.all_layers.values()) != self.is_to_be_merged():
             (merge_listed if self.is_to_be_merged() else unmerge_listed)(listing)
 
 

@@ -34,11 +34,10 @@ def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> 
         return cast(LoRALayer, train_(module, spec))
     adapting = cast(type[LoRALayer], layer_class(module, spec.variant))
     custom_forward = not all(_is_known(adapting, type(module), method) for method in adapting.KNOWN_FORWARD)
+    # Before the class, so that an exception between them leaves no layer that lacks them.
+    vars(module).update(lora=LayerState(spec, name, injection, custom_forward), lora_active=True)
     module.__class__ = swapped_class(adapting, type(module))
-    layer = cast(LoRALayer, module)
-    layer.lora = LayerState(spec, name, injection, custom_forward)
-    layer.lora_active = True
-    return layer
+    return cast(LoRALayer, module)
 
 
 def _is_known(adapting: type[LoRALayer], cls: type[nn.Module], method: str) -> bool:

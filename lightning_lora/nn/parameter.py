@@ -108,8 +108,9 @@ class LoRAParameterHolder(AdaptedModule):
         return self.lora_parameters
 
     def lora_take_out(self, adapter: Adapter) -> None:
-        self.lora_parameters.pop(cast(LoRAParameter, adapter).parameter)
-        if not self.lora_parameters:
+        if len(self.lora_parameters) > 1:
+            self.lora_parameters.pop(cast(LoRAParameter, adapter).parameter)
+        else:
             super().lora_take_out(adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,8 +160,10 @@ def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSp
     """
     if not isinstance(module, LoRAParameterHolder):
         mixin = next((each for each in HOLDERS if isinstance(module, each.MODULES)), LoRAParameterHolder)
+        vars(module)[
+            "lora_parameters"
+        ] = {}  # before the class, so that an exception between them leaves no holder without
         module.__class__ = swapped_class(mixin, type(module))
-        vars(module)["lora_parameters"] = {}
     holder = cast(LoRAParameterHolder, module)
     if parameter in holder.lora_parameters:  # adapters are attached to it
         return cast(LoRAParameter, train_(holder.lora_parameters[parameter], spec))

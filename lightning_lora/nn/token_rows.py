@@ -239,10 +239,14 @@ def share_table_(module: nn.Module, adapter: TokenRows) -> None:
     """Add a module to the tables of an adapter. All of them are tied. In place."""
     mixin = next(mixin for kind, mixin in TABLES.items() if isinstance(module, kind))
     custom_forward = not type(module).forward.__module__.startswith(LoRATable.FORWARDS)
+    attributes = {
+        "lora_table": adapter,
+        "lora_custom_forward": custom_forward,
+        "lora_row_ids": torch.tensor(adapter.lora.spec.rows),
+    }
+    vars(module).update(attributes)  # before the class, so that an exception between them leaves none without
     module.__class__ = swapped_class(mixin, type(module))
     table = cast(LoRATable, module)
-    table.lora_table, table.lora_custom_forward = adapter, custom_forward
-    table.lora_row_ids = torch.tensor(adapter.lora.spec.rows)
     adapter.tables.append(table)
     if ROWS in adapter.tables[0]._parameters:
         table.register_parameter(ROWS, adapter.rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from abc import ABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import new_class
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -16,12 +16,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, merged, unload
-from lightning_lora.nn.adapted_module import Swapped
+from lightning_lora.nn.adapted_module import AdaptedModule, Swapped
+from lightning_lora.nn.adapted_weights import NOTHING, LayerSpec
+from lightning_lora.nn.layer_kinds import adapt_
+from lightning_lora.nn.parameter import adapt_parameter_
+from lightning_lora.nn.token_rows import adapt_table_
 from support.covering import covering
 from support.models.layers import same_bits
+from support.runs.broken_off import break_off
 
 R, D = 2, 4
 T = TypeVar("T")
+NOTHING_TRAINED = LayerSpec(r=0, alpha=0, scaling=1, variant=NOTHING)
 
 
 class Empty:
@@ -134,3 +140,32 @@ def test_a_subclass_of_a_swapped_class_with_a_first_base_is_put_back_too():
     unload(model)
     assert not isinstance(layer, Swapped)
     assert isinstance(layer, type(plain))
+
+
+def adapt_layer(model: nn.Module) -> None:
+    adapt_(model[0], "0", NOTHING_TRAINED, None)
+
+
+def adapt_weight(model: nn.Module) -> None:
+    adapt_parameter_(model[0], "weight", "0.weight", NOTHING_TRAINED, None)
+
+
+def adapt_rows(model: nn.Module) -> None:
+    adapt_table_(model[1], "1", replace(NOTHING_TRAINED, rows=(1, 2)), None)
+
+
+@pytest.mark.parametrize("adapt", [adapt_layer, adapt_weight, adapt_rows])
+def test_a_module_whose_class_was_replaced_has_its_adapter_whatever_breaks_that_off(adapt: Any):
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4))
+
+    adapt(build())  # makes the class, so that each later call runs the same lines
+    for line in range(1000):
+        model = build()
+        reached = break_off(lambda model=model: adapt(model), line)
+        swapped = [module for module in model if isinstance(module, AdaptedModule)]
+        assert all(adapter.lora for module in swapped for adapter in module.lora_adapters().values()), line
+        if not reached:
+            assert swapped
+            assert line > 10
+            return
