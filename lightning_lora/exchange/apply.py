@@ -20,7 +20,8 @@ from ..distributed.zero import update_copies_
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.foreign_state import foreign_entries, load_foreign_
-from ..model.inject import inject_layers, replace_layers, unload
+from ..model.inject import inject_layers, replace_layers, stored_parameters, take_out_adapter
+from ..model.injection import Injection
 from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.quantise import quantise_named_
@@ -64,6 +65,8 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         if merge_after:
             merge_listed(handle, warns_of_untrained=False)
     except BaseException:
+        if holds_merged(handle.all_layers.values()):
+            unmerge_listed(handle)
         record.restore(recorded)
         record.config, record.chosen = words_before
         for layer, spec in specs_before.items():
@@ -134,13 +137,15 @@ def apply_adapter(
     adapter = by_first_names(names, align_names(listing, names, adapter))
     check_beside(listing, adapter)
     if not isinstance(listing, AdaptedModel):
-        handle = inject_adapter(listing, adapter)
-        with claimed("load_adapter", handle.record.owner):
-            try:
+        record = injection_of(adapter)
+        try:
+            handle = inject_layers(listing, record)
+            with claimed("load_adapter", record.owner):
                 return _fill_(open_state(handle), names, adapter, strict_base=strict_base, remedy=remedy)
-            except BaseException:
-                unload(handle.model)
-                raise
+        except BaseException:
+            if record.holder() is not None:
+                take_out_adapter(cast(AdaptedModel, find_model(listing.model)))
+            raise
     handle = listing
     _tell_of_options(handle, adapter)
     with claimed("load_adapter", handle.record.owner):
@@ -197,11 +202,13 @@ def _replaced(handle: AdaptedModel, adapter: Adapter) -> Iterator[LiveState]:
             "holds these parameters. Load it before the fit."
         )
     refuse_fully_sharded(handle.root, [module for _, module in handle.root_modules], "load_adapter")
-    model, before = handle.model, adapter_here(handle)
+    before, earlier = adapter_here(handle), stored_parameters(handle)
     try:
-        yield LiveState(replace_layers(handle, cast(LoRAConfig, adapter.config), chosen_by(adapter)))
+        config = cast(LoRAConfig, adapter.config)
+        yield LiveState(replace_layers(handle, earlier, config, chosen_by(adapter)))
     except BaseException:
-        here = replace_layers(cast(AdaptedModel, find_model(model)), cast(LoRAConfig, before.config), chosen_by(before))
+        config = cast(LoRAConfig, before.config)
+        here = replace_layers(handle, earlier, config, chosen_by(before))
         _fill_(LiveState(here), Names(here.places), before, strict_base=False)
         raise
 
@@ -270,11 +277,10 @@ def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
         tell(f"lightning_lora: the source stores no options; those of the injected model hold: {scale}")
 
 
-def inject_adapter(listing: Listing, adapter: Adapter) -> AdaptedModel:
-    """Inject a model with the layers, rows and whole modules that an adapter has. In place. Its values come later.
+def injection_of(adapter: Adapter) -> Injection:
+    """Return a new record for a model with the layers, rows and whole modules that an adapter has.
 
     Args:
-        listing: of the model.
         adapter: under the model's first names.
 
     Raises:
@@ -289,7 +295,7 @@ def inject_adapter(listing: Listing, adapter: Adapter) -> AdaptedModel:
             f"Call inject(model, LoRAConfig(r={stored[0]}, lora_alpha=..., target_modules=[{_leaves(adapter.layers)}]"
             f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
         )
-    return inject_layers(listing, adapter.config, chosen_by(adapter))
+    return Injection(adapter.config, chosen=chosen_by(adapter))
 
 
 def _leaves(modules: Iterable[str]) -> str:

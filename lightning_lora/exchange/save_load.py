@@ -25,10 +25,11 @@ from ..formats.plain import served_form
 from ..formats.sources import apart_from_models, read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
 from ..model.attached import require_attached
+from ..model.inject import inject_layers
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
 from ..nn.attachment import Beside
 from ..nn.owner import claimed
-from .apply import apply_adapter, inject_adapter, quantise_as_trained_
+from .apply import apply_adapter, injection_of, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, attached_adapter, frozen_values
@@ -268,6 +269,6 @@ def _load_full(model: nn.Module, checkpoint: dict[str, Any], adapter: Adapter) -
     """Inject a newly built model, and load base and adapter of a full checkpoint into it. In place."""
     if find_model(model) is None:
         listing = Listing(model)
-        inject_adapter(listing, by_first_names(Names(listing.places), adapter))
+        inject_layers(listing, injection_of(by_first_names(Names(listing.places), adapter)))
     prepare_for_load(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])

@@ -20,7 +20,7 @@ from ..nn.attachment import Beside
 from ..nn.beside import Attached, Packed
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..nn.layer_kinds import adapt_
-from ..nn.owner import DISABLED, OFF, claimed
+from ..nn.owner import DISABLED, OFF, Owner, claimed
 from ..nn.parameter import adapt_parameter_, weights_of
 from ..nn.quantised import keep_gradients_
 from ..nn.readers import patch_readers, undo_readers, update_fast_paths
@@ -375,9 +375,9 @@ def note_layers(handle: AdaptedModel) -> None:
     warn_before_save_pretrained(modules)
 
 
-def begin_attached(model: nn.Module) -> AdaptedModel:
+def begin_attached(model: nn.Module, owner: Owner | None = None) -> AdaptedModel:
     """Give a plain model a record of attached adapters. In place."""
-    record = Injection(LoRAConfig(), chosen=Chosen({}), marks={"attached alone"})
+    record = Injection(LoRAConfig(), chosen=Chosen({}), marks={"attached alone"}, owner=owner or Owner())
     record.begin(model)
     return AdaptedModel(model, model, record)
 
@@ -409,9 +409,10 @@ def take_over_attached(listing: Listing, old: Injection, new: Injection) -> None
 
 
 def hold_attached(root: nn.Module, old: Injection) -> None:
-    """Let attached adapters stay in a model from which the trained one was taken out. In place."""
+    """Let attached adapters stay in a model from which the trained one was taken out. In place. Can be repeated."""
     if old.beside:
-        record = Injection(LoRAConfig(), chosen=Chosen({}), marks={"attached alone"}, owner=old.owner)
-        record.begin(root)
-        take_over_attached(Listing(root), old, record)
-        note_layers(AdaptedModel(root, root, record))
+        handle = find_model(Listing(root), attached=True)
+        if handle is None or handle.record is old:
+            handle = begin_attached(root, old.owner)
+        take_over_attached(handle, old, handle.record)
+        note_layers(handle)

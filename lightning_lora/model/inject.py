@@ -46,6 +46,8 @@ from .state_dict import refuse_unmergeable
 from .targets import TRAINED_WHOLE, Selection, selected, warn_of_unused
 from .wrappers import unwrapped, warn_of_late_adapters
 
+StoredParameters = list[tuple[nn.Module, str, nn.Parameter]]  # each with its module and its name there
+
 
 def inject(
     model: nn.Module, config: LoRAConfig | PeftConfig, *, merge_weights: bool = False, seed: int | None = None
@@ -99,42 +101,53 @@ def inject(
     return list(handle.layers)
 
 
-def inject_layers(listing: Listing, config: LoRAConfig, chosen: Chosen) -> AdaptedModel:
+def inject_layers(listing: Listing, record: Injection) -> AdaptedModel:
     """Adapt exactly the layers of an adapter whose values are loaded next. In place. No option selects anything.
 
     Initial values of A and B are not computed from the weights, which can take minutes.
 
     Args:
         listing: of the model.
-        config: the adapter's options: its variant, dropout and dtype. The rest of them is only shown.
-        chosen: what the adapter adapts and trains whole.
+        record: of the new injection, with what the adapter adapts and trains whole.
     """
-    return _inject(listing, Injection(config, chosen=chosen), values_follow=True)
+    return _inject(listing, record, values_follow=True)
 
 
-def replace_layers(handle: AdaptedModel, config: LoRAConfig, chosen: Chosen) -> AdaptedModel:
-    """Take the adapters out of a model, and put in the layers of another adapter, whose values are loaded next.
-
-    In place. What the earlier adapter trained whole has its first values again. A parameter with a successor of the
-    same name stays the same object, because an optimizer may hold it; it loses its gradient.
-
-    Args:
-        handle: of the model, unmerged.
-        config: as in inject_layers.
-        chosen: what the other adapter adapts and trains whole.
-
-    Returns:
-        The new handle.
-    """
-    model, old, marks = handle.model, handle.record, set(handle.record.marks)
-    earlier = [
+def stored_parameters(handle: AdaptedModel) -> StoredParameters:
+    """Return the parameters of the trained adapter, for replace_layers."""
+    return [
         (holder, layer.stored_name(leaf), parameter)
         for layer in handle.layers.values()
         for holder in layer.lora_holders()
         for leaf, parameter in layer.stored().items()
     ]
-    restore_initial_(handle)
-    strip_adapters(handle)
+
+
+def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRAConfig, chosen: Chosen) -> AdaptedModel:
+    """Take the adapters out of a model, and put in the layers of another adapter, whose values are loaded next.
+
+    In place. What the earlier adapter trained whole has its first values again. A parameter with a successor of the
+    same name stays the same object, because an optimizer may hold it; it loses its gradient. Where an exception broke
+    a call off, another one with the same handle can follow.
+
+    Args:
+        handle: of the model. It is unmerged then.
+        earlier: the parameters of the handle's adapter.
+        config: the other adapter's options: its variant, dropout and dtype. The rest of them is only shown.
+        chosen: what the other adapter adapts and trains whole.
+
+    Returns:
+        The new handle.
+    """
+    model, old = handle.model, handle.record
+    marks = old.marks - {"merged", "ended"}
+    begun = find_model(Listing(model))
+    for each in [begun, handle] if begun is not None and begun.record is not old else [handle]:
+        each.look_for_layers_again()
+        if holds_merged(each.all_layers.values()):
+            unmerge_listed(each)
+        restore_initial_(each)
+        strip_adapters(each)
     record = Injection(config, seed=old.seed, chosen=chosen, run=old.run, owner=old.owner)
     record.begin(model)
     take_over_attached(Listing(model), old, record)
@@ -147,7 +160,7 @@ def replace_layers(handle: AdaptedModel, config: LoRAConfig, chosen: Chosen) -> 
             parameter.requires_grad_(successor.requires_grad)
             holder.register_parameter(name, parameter)
     snapshot_initial(new)
-    record.marks |= marks - {"merged"}
+    record.marks |= marks
     return new
 
 
@@ -176,14 +189,19 @@ def unload(model: nn.Module) -> None:
     with claimed("unload", handle.record.owner):
         if holds_merged(handle.layers.values()):
             unmerge_listed(handle)
-
-        def take_out() -> None:
-            restore_initial_(handle)
-            strip_adapters(handle)
-            unpatch(modules)
-            hold_attached(handle.root, handle.record)
-
+        take_out = partial(take_out_adapter, handle)
         all_or_nothing(take_out, restore=take_out)
+
+
+def take_out_adapter(handle: AdaptedModel) -> None:
+    """Take the trained adapter and all patches out of an unmerged model. In place. Can be repeated.
+
+    What was trained whole has its first values again, and what is attached stays.
+    """
+    restore_initial_(handle)
+    strip_adapters(handle)
+    unpatch(_all_modules(handle))
+    hold_attached(handle.root, handle.record)
 
 
 def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> nn.Module:

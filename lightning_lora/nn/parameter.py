@@ -158,17 +158,16 @@ def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSp
 
     Its stored tensors are created later.
     """
-    if not isinstance(module, LoRAParameterHolder):
-        mixin = next((each for each in HOLDERS if isinstance(module, each.MODULES)), LoRAParameterHolder)
-        vars(module)[
-            "lora_parameters"
-        ] = {}  # before the class, so that an exception between them leaves no holder without
-        module.__class__ = swapped_class(mixin, type(module))
-    holder = cast(LoRAParameterHolder, module)
-    if parameter in holder.lora_parameters:  # adapters are attached to it
+    holder, is_holder = cast(LoRAParameterHolder, module), isinstance(module, LoRAParameterHolder)
+    if is_holder and parameter in holder.lora_parameters:  # adapters are attached to it
         return cast(LoRAParameter, train_(holder.lora_parameters[parameter], spec))
     adapter = LoRAParameter(holder, parameter, LayerState(spec, name, injection))
-    holder.lora_parameters[parameter] = adapter
+    if is_holder:
+        holder.lora_parameters[parameter] = adapter
+    else:
+        mixin = next((each for each in HOLDERS if isinstance(module, each.MODULES)), LoRAParameterHolder)
+        vars(module)["lora_parameters"] = {parameter: adapter}  # before the class, as in adapt_
+        module.__class__ = swapped_class(mixin, type(module))
     return adapter
 
 

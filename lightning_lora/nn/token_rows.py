@@ -239,15 +239,11 @@ def share_table_(module: nn.Module, adapter: TokenRows) -> None:
     """Add a module to the tables of an adapter. All of them are tied. In place."""
     mixin = next(mixin for kind, mixin in TABLES.items() if isinstance(module, kind))
     custom_forward = not type(module).forward.__module__.startswith(LoRATable.FORWARDS)
-    attributes = {
-        "lora_table": adapter,
-        "lora_custom_forward": custom_forward,
-        "lora_row_ids": torch.tensor(adapter.lora.spec.rows),
-    }
-    vars(module).update(attributes)  # before the class, so that an exception between them leaves none without
-    module.__class__ = swapped_class(mixin, type(module))
+    ids = torch.tensor(adapter.lora.spec.rows)
+    vars(module).update(lora_table=adapter, lora_custom_forward=custom_forward, lora_row_ids=ids)  # first, as in adapt_
     table = cast(LoRATable, module)
     adapter.tables.append(table)
+    module.__class__ = swapped_class(mixin, type(module))
     if ROWS in adapter.tables[0]._parameters:
         table.register_parameter(ROWS, adapter.rows)
 

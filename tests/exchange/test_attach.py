@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,8 @@ from lightning_lora import (
     adapter_state_dict,
     attach,
     attached,
-    detach,
     inject,
-    is_merged,
     load_adapter,
-    merge,
     merged_state_dict,
     save_adapter,
     scaled,
@@ -32,7 +28,6 @@ from lightning_lora import (
 from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
 from support.models.networks import checkpoint
-from support.runs.broken_off import break_off
 from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
@@ -203,48 +198,6 @@ def test_layers_that_cannot_be_adapted_say_why():
     model.fc1 = nn.Linear(8, 15)
     with pytest.raises(LoRAError, match=r"'fc1' needs A \(2, 8\) and B \(15, 2\), found \(2, 8\) and \(16, 2\)"):
         attach(model, take_adapter(filled()), name="x", strict_base=False)
-
-
-@cache
-def adapter(r: int = 2) -> Any:
-    return take_adapter(filled(5, r=r))
-
-
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "attach": lambda model: attach(model, adapter(), name="x"),
-    "detach": lambda model: detach(model, "y"),
-    "set_weight": lambda model: set_weight(model, 0.5, "y"),
-    "load_adapter": lambda model: load_adapter(model, adapter()),
-    "load_adapter, of another rank": lambda model: load_adapter(model, adapter(3)),
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "state"),
-    [("attach", "plain"), ("attach", "injected"), *((change, "merged") for change in CHANGES)],
-)
-def test_a_change_broken_off_anywhere_is_done_or_not_and_a_merged_model_stays_merged(change: str, state: str):
-    def build() -> Any:
-        model = Model() if state == "plain" else filled()
-        if state == "merged":
-            attach(model, take_adapter(filled(4)), name="y")
-            merge(model)
-        return model
-
-    before, after, steps = build(), build(), 0
-    CHANGES[change](after)
-    for line in range(0, 100_000, 101):
-        model = build()
-        reached = break_off(partial(CHANGES[change], model), line)
-        assert state == "plain" or is_merged(model) == (state == "merged"), line
-        assert any(torch.equal(model(X), each(X)) for each in (before, after)), line
-        if change not in ("attach", "detach") or attached(model).keys() != attached(after).keys():
-            CHANGES[change](model)
-        assert torch.equal(model(X), after(X)), line
-        if not reached:
-            break
-        steps += 1
-    assert steps > 3
 
 
 def test_peft_with_several_active_adapters_computes_the_same(tmp_path: Path):

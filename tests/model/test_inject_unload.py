@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -38,7 +38,6 @@ from support.models.networks import (
     train,
     zoo_config,
 )
-from support.runs.broken_off import break_off
 
 TRAINED = ["head.weight", "head.bias", "conv.bias", "body.0.bias", "body.1.running_mean", "body.1.num_batches_tracked"]
 
@@ -75,35 +74,6 @@ def test_unload_restores_classes_flags_and_every_bit(state):
     assert trace(model) == before
     with pytest.raises(LoRAError, match=r"unload: Stubborn was not injected; call inject\(model"):
         unload(model)
-
-
-@pytest.mark.parametrize("call", [unload, merge_and_unload])
-def test_what_breaks_it_off_leaves_the_model_injected_or_wholly_unloaded(call):
-    def build() -> Zoo:
-        torch.manual_seed(0)
-        model = Zoo().eval()
-        inject(model, zoo_config(target_modules=[*ZOO_LAYERS], init_lora_weights=False), seed=1)
-        return model
-
-    def finish(model: Zoo) -> None:
-        with suppress(LoRAError):  # it was unloaded already
-            call(model)
-
-    def shown(model: Zoo) -> object:
-        classes = [type(module) for module in model.modules()]
-        return classes, state_bits(model), [parameter.requires_grad for parameter in model.parameters()]
-
-    expected, ends = build(), set()
-    call(expected)
-    for line in range(0, 100_000, 61):
-        model = build()
-        reached = break_off(lambda model=model: call(model), line)
-        ends.add("lora" in str(list(model.state_dict())))
-        finish(model)
-        assert shown(model) == shown(expected), line
-        if not reached:
-            break
-    assert ends == {True, False}
 
 
 def train_part(model: Stubborn) -> None:
