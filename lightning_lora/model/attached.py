@@ -206,7 +206,7 @@ def _scale_back(
 def _strength(handle: AdaptedModel, name: str) -> float:
     if name:
         return handle.record.beside[name].weight
-    return next(layer.lora.strength for layer in handle.layers.values())
+    return next((layer.lora.strength for layer in handle.layers.values()), 1.0)  # a head alone has no layer
 
 
 def _write_(handle: AdaptedModel, weights: Weights) -> None:
@@ -230,7 +230,7 @@ def _asked(handle: AdaptedModel, weight: float | Weights, name: str, verb: str) 
     weights = dict(weight) if isinstance(weight, Mapping) else {name: weight}
     for each, value in weights.items():
         check_weight(value, verb)
-        if each or not handle.layers:
+        if each or not handle.record.is_injection:
             require_attached(handle, each, verb)
     return weights
 

@@ -20,7 +20,9 @@ from lightning_lora import (
     merge_and_unload,
     merged,
     merged_state_dict,
+    merged_tensors,
     save_merged,
+    scaled,
     summary,
     unload,
     unmerge,
@@ -106,5 +108,11 @@ def test_the_base_is_there_while_the_head_is_off_and_after_unload(tmp_path):
         assert torch.equal(model(TOKENS), before(TOKENS))
         with pytest.raises(LoRAError, match="refused inside `with disable_adapter"):
             save_merged(model, tmp_path)
+    with scaled(model, 0.0):
+        assert torch.equal(model(TOKENS), before(TOKENS))
+        assert all(torch.equal(value, before.state_dict()[name]) for name, value in merged_tensors(model))
+    assert not torch.equal(model(TOKENS), before(TOKENS))
+    with pytest.raises(LoRAError, match="is trained whole, which has no strength"), scaled(model, 0.5):
+        pass
     unload(model)
     assert torch.equal(model(TOKENS), before(TOKENS))
