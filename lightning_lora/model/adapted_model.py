@@ -374,7 +374,7 @@ def find_model(model: nn.Module | Listing, *, part: bool = False, attached: bool
 def _find(listing: Listing, part: bool) -> AdaptedModel | None:
     model = listing.model
     if ATTRIBUTE in vars(model):
-        return _with_lists(AdaptedModel(model, model, vars(model)[ATTRIBUTE]), listing)
+        return with_lists(AdaptedModel(model, model, vars(model)[ATTRIBUTE]), listing)
     roots = {name: module for name, module in listing.modules if ATTRIBUTE in vars(module)}
     layers = listing.all_layers
     records = [vars(root)[ATTRIBUTE] for root in roots.values()] + [layer.lora.injection for layer in layers.values()]
@@ -383,7 +383,7 @@ def _find(listing: Listing, part: bool) -> AdaptedModel | None:
         raise LoRAError(f"{type(model).__name__}: holds several injected models ({names}); handle each by itself.")
     if roots:
         name, root = next(iter(roots.items()))
-        return _with_lists(AdaptedModel(model, root, records[0], prefix=f"{name}." if name else ""), listing)
+        return with_lists(AdaptedModel(model, root, records[0], prefix=f"{name}." if name else ""), listing)
     return _find_by_layers(listing, records[0], part) if layers else None
 
 
@@ -402,8 +402,8 @@ def _find_by_layers(listing: Listing, record: Injection, part: bool) -> AdaptedM
         if names:
             handle = AdaptedModel(model, root, record, inside=f"{names[0]}." if names[0] else "")
             handle.root_places = outer.places
-            return _with_lists(handle, listing)
-    return _with_lists(AdaptedModel(model, model, record, moved=moved_names(listing, record)), listing)
+            return with_lists(handle, listing)
+    return with_lists(AdaptedModel(model, model, record, moved=moved_names(listing, record)), listing)
 
 
 def moved_names(listing: Listing, record: Injection) -> tuple[str, str]:
@@ -425,7 +425,7 @@ def _without_common_end(now: str, then: str) -> tuple[str, str]:
     return now.removesuffix(common).removesuffix("."), then.removesuffix(common).removesuffix(".")
 
 
-def _with_lists(handle: AdaptedModel, listing: Listing) -> AdaptedModel:
+def with_lists(handle: AdaptedModel, listing: Listing) -> AdaptedModel:
     """Give a handle the lists that were made to find it, and return it."""
     vars(handle).update({name: value for name, value in vars(listing).items() if name != "model"})
     return handle

@@ -13,7 +13,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..matching import near_misses
-from ..names import listed
+from ..names import ATTRIBUTE, listed
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import NOTHING, AdaptedWeights, LayerSpec, adapted_places
 from ..nn.attachment import Beside
@@ -411,8 +411,7 @@ def take_over_attached(listing: Listing, old: Injection, new: Injection) -> None
 def hold_attached(root: nn.Module, old: Injection) -> None:
     """Let attached adapters stay in a model from which the trained one was taken out. In place. Can be repeated."""
     if old.beside:
-        handle = find_model(Listing(root), attached=True)
-        if handle is None or handle.record is old:
-            handle = begin_attached(root, old.owner)
+        begun = vars(root).get(ATTRIBUTE)  # by a call that was broken off
+        handle = begin_attached(root, old.owner) if begun is None else AdaptedModel(root, root, begun)
         take_over_attached(handle, old, handle.record)
         note_layers(handle)

@@ -29,7 +29,7 @@ from ..nn.token_rows import LoRATable, TrainedRows, adapt_table_, share_table_, 
 from ..nn.variant import variant_of
 from ..notices import tell
 from ..progress import progress_bar
-from .adapted_model import AdaptedModel, Listing, find_model, open_model
+from .adapted_model import AdaptedModel, Listing, find_model, open_model, with_lists
 from .attached import find_attached_alone, hold_attached, note_layers, take_over_attached
 from .base_values import StandIn, put_in_, stand_ins, take_out_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
@@ -376,12 +376,13 @@ def begin_injection(
     check_unadapted(listing.modules)
     with claimed("inject", record.owner):
         if earlier is not None:
+            record.beside = dict(earlier.record.beside)
             earlier.record.end(earlier.root)
         record.begin(listing.model)
-        if earlier is not None:
-            take_over_attached(listing, earlier.record, record)
-        handle = cast(AdaptedModel, find_model(listing))
+        handle = with_lists(AdaptedModel(listing.model, listing.model, record), listing)
         with _leaving_no_trace(handle):
+            if earlier is not None:
+                take_over_attached(listing, earlier.record, record)
             selection = adapt_new_layers(handle, values_follow=values_follow)
             snapshot_initial(handle)
             if "merges by mode" in record.marks:

@@ -136,12 +136,12 @@ class Injection:
         Raises:
             LoRAError: another thread has injected the module meanwhile.
         """
+        self.root = weakref.ref(root)
         if vars(root).setdefault(ATTRIBUTE, self) is not self:
             raise LoRAError(
                 f"inject: another thread has injected this {type(root).__name__} meanwhile. One thread at a time "
                 "changes a model: hold one threading.Lock of your own around such calls."
             )
-        self.root = weakref.ref(root)
 
     def end(self, root: nn.Module) -> None:
         """Take the record out of the module that a handle has as its root, and out of the injected one. In place."""
