@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.identity import digest_of
-from ..config import LoRAConfig
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..formats.peft_parameters import order_in
 from ..formats.sources import read_source
-from ..matching import near_misses
 from ..model.adapted_model import AdaptedModel, Listing, find_model
-from ..model.attached import attach_to_layers_, begin_attached, change_unmerged_, check_weight, take_out_attached_
+from ..model.attached import (
+    attach_to_layers_,
+    begin_attached,
+    begin_layers_,
+    change_unmerged_,
+    check_weight,
+    take_out_attached_,
+)
 from ..model.live_state import LiveState, open_state, original_value
-from ..model.reasons import LAYER, PARAMETER, Candidate
 from ..model.wrappers import unwrapped
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.attachment import Beside
 from ..nn.beside import Attached
-from ..nn.foreign_weights import is_foreign_linear, weight_stand_in
-from ..nn.layer_kinds import layer_class
-from ..nn.low_rank import ATTENTION_OUTPUT, CONV, GROUPED_CONV, IN_PROJ, factor_shapes, to_block_diagonal
-from ..nn.parameter import parameter_kind, weights_of
-from ..nn.quantised import shape_of
+from ..nn.low_rank import factor_shapes, to_block_diagonal
 from ..nn.variant import LayerInfo
 from .align import align_names, as_in_model, split_off_base
 from .first_names import Names, by_first_names
@@ -86,39 +86,33 @@ def attach(
     listing = Listing(unwrapped(model, "attach"))
     adapter = read_source(source, order_in(listing.model), "attach")
     handle = find_model(listing, attached=True) or begin_attached(listing.model)
-    return _attach(handle, adapter, name, weight, strict_base)
-
-
-def _attach(handle: AdaptedModel, adapter: Adapter, name: str, weight: float, strict_base: bool) -> list[str]:
     if name in handle.record.beside:
         raise LoRAError(f"attach: an adapter {name!r} is attached already; call detach(model, {name!r}) first.")
-
-    def put_in() -> None:
-        pairs.update(_pairs(handle, adapter, name, weight, strict_base))
-        attach_to_layers_(handle, name, pairs, Beside(float(weight), digest_of(adapter)), dict(handle.modules))
-
-    pairs: dict[str, Attached] = {}
+    put_in = partial(_put_in_, handle, adapter, name, float(weight), strict_base)
     change_unmerged_(handle, "attach", put_in, partial(take_out_attached_, handle, name))
-    return [layer for layer in handle.all_layers if layer in pairs]
+    return [layer for layer, adapted in handle.all_layers.items() if name in adapted.attached()]
 
 
-def _pairs(
-    handle: AdaptedModel, adapter: Adapter, called: str, weight: float, strict_base: bool
-) -> dict[str, Attached]:
-    """Return the factors of an adapter for each of its layers in a model, after all checks."""
+def _put_in_(handle: AdaptedModel, source: Adapter, called: str, weight: float, strict_base: bool) -> None:
+    """Put an adapter into every layer that it has. In place. After an error some layers are changed."""
     names = Names(handle.places)
-    adapter = by_first_names(names, align_names(handle, names, adapter))
+    adapter = by_first_names(names, align_names(handle, names, source))
     _refuse_kinds_of_adapters(adapter, called)
-    modules = dict(handle.modules)
-    parameters = weights_of(modules) if adapter.parameters else {}
-    kinds = {name: _kind(name, modules, parameters) for name in adapter.layers}
+    begin_layers_(handle, adapter.layers)
+    layers = {name: handle.all_layers[name] for name in adapter.layers}
+    if rows := next((name for name, layer in layers.items() if layer.replaced_rows()), None):
+        raise LoRAError(
+            f"attach: {called!r} adapts {rows!r}, of which rows are trained here; leave one of the two out."
+        )
+    kinds = handle.kinds_of(layers)
     adapter = as_in_model(adapter, kinds)
     live = open_state(handle)
     adapter = split_off_base(live, adapter)
     _refuse_other_values(live, adapter, called)
     check_fingerprint(live, adapter.fingerprint, strict=strict_base, why=())  # what is trained here was the base's
     with torch.inference_mode(False), torch.no_grad():
-        return {n: _pair(handle, adapter, n, k, called, weight, modules, parameters) for n, k in kinds.items()}
+        pairs = {name: _pair(layer, kinds[name], adapter, name, called, weight) for name, layer in layers.items()}
+    attach_to_layers_(handle, called, pairs, Beside(weight, digest_of(source)))
 
 
 def _refuse_kinds_of_adapters(adapter: Adapter, called: str) -> None:
@@ -136,82 +130,36 @@ def _refuse_kinds_of_adapters(adapter: Adapter, called: str) -> None:
         )
 
 
-def _kind(name: str, modules: Modules, parameters: Parameters) -> str:
-    """Return the kind of a layer or parameter, as the handle of an injected model knows it."""
-    if name in parameters:
-        return parameter_kind(*parameters[name])
-    module = modules.get(name)
-    if module is None:
-        raise LoRAError(f"attach: {name!r} has no place in the model{near_misses(name, modules)}.")
-    cls = layer_class(module)
-    why_not = "" if isinstance(module, AdaptedWeights) else Candidate(LAYER, name, module, LoRAConfig()).why_not()
-    if cls is None or why_not:
-        raise LoRAError(f"attach: {name!r}: {why_not}.")
-    if cls.KIND == CONV and cast(nn.Conv2d, module).groups > 1:
-        return GROUPED_CONV
-    around = modules.get(name.rpartition(".")[0])
-    return ATTENTION_OUTPUT if isinstance(around, nn.MultiheadAttention) else cls.KIND
-
-
-def _pair(
-    handle: AdaptedModel,
-    adapter: Adapter,
-    name: str,
-    kind: str,
-    called: str,
-    weight: float,
-    modules: Modules,
-    parameters: Parameters,
-) -> Attached:
+def _pair(layer: AdaptedWeights, kind: str, adapter: Adapter, name: str, called: str, weight: float) -> Attached:
     """Return A, B, s and w of one layer, as a pair of the whole layer."""
-    given, layer = adapter.layers[name], handle.all_layers.get(name)
-    if layer is not None and layer.replaced_rows():
+    given, tensor = adapter.layers[name], layer.adapted_weight()
+    if is_spread(tensor):
         raise LoRAError(
-            f"attach: {called!r} adapts {name!r}, of which rows are trained here; leave one of the two out."
+            f"attach: the weight of {name!r} is sharded already. Call attach before fully_shard, parallelize_module or "
+            "the wrapper of the strategy."
         )
     if given.kind not in ("", kind):
         raise LoRAError(f"attach: {called!r}: {name!r} was a {given.kind} layer in training, here it is {kind}.")
     scaling, parts = given.scaling, given.parts
     if scaling is None:
-        if layer is None or not layer.is_trained():
+        if not layer.is_trained():
             raise LoRAError(
                 f"attach: {called!r}: the source stores no options, so the scaling of {name!r} is not known. Attach a "
                 "folder, a checkpoint or what take_adapter returns."
             )
         scaling, parts = layer.lora.spec.scaling, layer.lora.spec.enabled
-    owner, leaf = parameters[name] if name in parameters else (modules[name], "")
-    tensor = _weight(owner, leaf, name)
-    info = LayerInfo(name, kind, shape_of(tensor), given.r, scaling, parts)
+    info = LayerInfo(name, kind, layer.weight_shape(), given.r, scaling, parts)
     a, b, _ = info.shaped(adapter.variant.effective_factors_exactly(adapter.stored(name), None, scaling))
     b = b if parts is None else to_block_diagonal(b, parts)
-    shapes = factor_shapes(kind, shape_of(tensor), b.shape[1])
+    shapes = factor_shapes(kind, info.shape, b.shape[1])
     if (tuple(a.shape), tuple(b.shape)) != shapes:
         raise LoRAError(
             f"attach: {called!r}: {name!r} needs A {shapes[0]} and B {shapes[1]}, found {tuple(a.shape)} and "
             f"{tuple(b.shape)}."
         )
     device = torch.device("cpu") if tensor.is_meta else tensor.device
-    dtype = torch.float64 if tensor.dtype == torch.float64 else None
-    return Attached(a.detach().to(device, dtype), b.detach().to(device, dtype), float(scaling), float(weight))
-
-
-def _weight(owner: nn.Module, leaf: str, name: str) -> torch.Tensor:
-    """Return the weight of a layer, a parameter, or what stands for a weight that only its layer reads.
-
-    Raises:
-        LoRAError: it is sharded, or cannot be adapted.
-    """
-    if leaf and (why_not := Candidate(PARAMETER, name, owner, LoRAConfig(), leaf).why_not()):
-        raise LoRAError(f"attach: {name!r}: {why_not}.")
-    if not leaf and is_foreign_linear(owner):
-        return weight_stand_in(owner)
-    weight = getattr(owner, leaf or (IN_PROJ if isinstance(owner, nn.MultiheadAttention) else "weight"))
-    if is_spread(weight):
-        raise LoRAError(
-            f"attach: the weight of {name!r} is sharded already. Call attach before fully_shard, parallelize_module or "
-            "the wrapper of the strategy."
-        )
-    return cast(torch.Tensor, weight)
+    dtype = torch.float64 if layer.weight_dtype() == torch.float64 else None
+    return Attached(a.detach().to(device, dtype), b.detach().to(device, dtype), float(scaling), weight)
 
 
 def _refuse_other_values(live: LiveState, adapter: Adapter, called: str) -> None:

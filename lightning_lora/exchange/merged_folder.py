@@ -22,11 +22,10 @@ from ..model.adapted_model import Listing, find_model, open_model
 from ..model.dequantize import dequantize_dtype, plain_weight
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
-from ..model.merging import records_of
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
-from ..nn.adapted_module import is_factor
+from ..nn.adapted_module import is_factor, records_of
 from ..nn.adapted_weights import adapter_of
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.owner import claimed
@@ -88,9 +87,9 @@ def save_merged(
         ['0.bias', '0.weight', '2.bias', '2.weight']
     """
     listing = Listing(unwrapped(model, "save_merged"))
-    owners = [record.owner for record in records_of(listing)] or [open_model(model, "save_merged").record.owner]
+    records = records_of(listing.all_layers.values()) or [open_model(model, "save_merged").record]
     dtype = dequantize_dtype(dequantize, "save_merged")
-    with claimed("save_merged", *owners):
+    with claimed("save_merged", *[record.owner for record in records]):
         refuse_replaced_layers(listing, "save_merged")
         warn_of_untrained(listing)
         refuse_unmergeable(listing, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +36,6 @@ from ..model.wrappers import prefix_inside
 from ..names import A, B, canonical, is_lightning_module, join_names
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import adapted_places
-from ..nn.beside import Packed
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import dtype_of, how_quantised, shape_of, with_options
@@ -106,16 +105,15 @@ def attached_adapter(handle: AdaptedModel, name: str) -> Adapter:
         handle: of the model.
         name: of the adapter.
     """
-    packed = {n: layer.lora.beside for n, layer in handle.all_layers.items()}
-    layers = {n: handle.all_layers[n] for n, each in packed.items() if each is not None and name in each.shares}
+    layers = {n: layer for n, layer in handle.all_layers.items() if name in layer.attached()}
     kinds, tensors, described = handle.kinds_of(layers), dict[str, torch.Tensor](), dict[str, Layer]()
     for layer_name, layer in layers.items():
-        pair = cast(Packed, packed[layer_name]).unpacked()[name]
+        pair = layer.attached()[name]
         described[layer_name] = Layer(pair.b.shape[1], pair.scaling, kinds[layer_name])
         for leaf, value in ((A, pair.a), (B, pair.b)):
             stored = layer.stored_name(leaf)
             owner = layer_name if stored == leaf else layer_name.rpartition(".")[0]  # of a single parameter
-            tensors[join_names(owner, stored)] = value
+            tensors[join_names(owner, stored)] = value.clone()
     return replace(
         _described(open_state(handle)),
         tensors=tensors,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -33,6 +33,7 @@ from .load_state_dict import check_loads, stop_checking_loads
 from .merging import Ending, FoundState, holds_merged, unmerge_listed
 from .patches import unpatch
 from .pretrained import follow_gradient_checkpointing, warn_before_save_pretrained
+from .reasons import LAYER, PARAMETER, Candidate
 from .wrappers import unwrapped
 
 Weights = Mapping[str, float]  # by name; "" is the trained adapter
@@ -299,43 +300,45 @@ def _unmerge(handle: AdaptedModel) -> None:
         unmerge_listed(handle)
 
 
-def attach_to_layers_(
-    handle: AdaptedModel, name: str, pairs: Mapping[str, Attached], beside: Beside, plain: Mapping[str, nn.Module]
-) -> None:
+def begin_layers_(handle: AdaptedModel, names: Iterable[str]) -> None:
+    """Adapt layers and parameters in which attached adapters act alone, where none acts yet. In place.
+
+    Raises:
+        LoRAError: one of them cannot be adapted. Those before it are adapted then.
+    """
+    undo_readers(module for _, module in handle.root_modules)
+    modules, spec = dict(handle.modules), LayerSpec(r=0, alpha=0, scaling=1, variant=NOTHING)
+    new = [name for name in names if name not in handle.all_layers]
+    parameters = weights_of(modules) if not all(name in modules for name in new) else {}
+    for name in new:
+        owner, leaf = (modules[name], "weight") if name in modules else parameters[name]
+        candidate = Candidate(LAYER if name in modules else PARAMETER, name, owner, LoRAConfig(), leaf)
+        if why_not := candidate.why_not():
+            raise LoRAError(f"attach: {name!r}: {why_not}.")
+        recorded = handle.name_at_injection(name) or name
+        layer: AdaptedWeights
+        if name in modules:
+            layer = adapt_(owner, recorded, spec, handle.record)
+        else:
+            layer = adapt_parameter_(owner, leaf, recorded, spec, handle.record)
+        layer.lora.strength = 0.0
+    handle.look_for_layers_again()
+
+
+def attach_to_layers_(handle: AdaptedModel, name: str, pairs: Mapping[str, Attached], beside: Beside) -> None:
     """Put an adapter beside the trained one, into every layer that it has. In place.
 
     Args:
         handle: of the model, unmerged.
         name: of the adapter.
-        pairs: its factors, by layer.
+        pairs: its factors, by layer, after begin_layers_.
         beside: what the record says of it.
-        plain: the model's modules by name.
     """
-    record = handle.record
-    undo_readers(module for _, module in handle.root_modules)
-    parameters = weights_of(plain)
-    for layer_name in pairs.keys() - handle.all_layers.keys():
-        _begin_layer_(handle, layer_name, plain, parameters)
-    handle.look_for_layers_again()
     for layer_name, pair in pairs.items():
         layer = handle.all_layers[layer_name]
-        before = layer.lora.beside
-        layer.lora.beside = Packed({**(before.unpacked() if before is not None else {}), name: pair})
-    record.beside = dict(sorted({**record.beside, name: beside}.items()))
+        layer.lora.beside = Packed({**layer.attached(), name: pair})
+    handle.record.beside = dict(sorted({**handle.record.beside, name: beside}.items()))
     note_layers(handle)
-
-
-def _begin_layer_(
-    handle: AdaptedModel, name: str, modules: Mapping[str, nn.Module], parameters: Mapping[str, tuple[nn.Module, str]]
-) -> None:
-    """Adapt a layer or parameter in which attached adapters act alone. In place."""
-    spec, recorded = LayerSpec(r=0, alpha=0, scaling=1, variant=NOTHING), handle.name_at_injection(name) or name
-    layer: AdaptedWeights
-    if name in parameters:
-        layer = adapt_parameter_(*parameters[name], recorded, spec, handle.record)
-    else:
-        layer = adapt_(modules[name], recorded, spec, handle.record)
-    layer.lora.strength = 0.0
 
 
 def take_out_attached_(handle: AdaptedModel, name: str) -> None:
@@ -344,8 +347,8 @@ def take_out_attached_(handle: AdaptedModel, name: str) -> None:
     record.beside = {each: facts for each, facts in record.beside.items() if each != name}
     undo_readers(module for _, module in handle.root_modules)
     for layer in handle.all_layers.values():
-        if layer.lora.beside is not None and name in layer.lora.beside.shares:
-            rest = {each: pair for each, pair in layer.lora.beside.unpacked().items() if each != name}
+        rest = layer.attached()
+        if rest.pop(name, None) is not None:
             layer.lora.beside = Packed(rest) if rest else None
         if layer.lora.beside is None and not layer.is_trained():
             layer.strip_()

@@ -12,6 +12,7 @@ from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import from_local_like, local
 from ..errors import LoRAError
 from ..names import join_names
+from ..nn.adapted_module import records_of
 from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of
 from ..nn.exact_merge import merged_weight
 from ..nn.foreign_weights import is_foreign_linear
@@ -43,8 +44,8 @@ def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
 def report_factored(layers: Iterable[AdaptedWeights]) -> None:
     """Log once a model how many layers stay factored because their weights are quantised, or of another library."""
     stay = [layer for layer in layers if layer.quantised() or is_foreign_linear(layer.lora_holder)]
-    reported = {id(layer.lora.injection) for layer in stay if "quantised" in layer.lora.injection.marks}
-    stay = [layer for layer in stay if id(layer.lora.injection) not in reported]
+    reported = [record for record in records_of(stay) if "quantised" in record.marks]
+    stay = [layer for layer in stay if layer.lora.injection not in reported]
     for layer in stay:
         layer.lora.injection.marks.add("quantised")
     if foreign := [layer for layer in stay if not layer.quantised()]:

@@ -27,8 +27,7 @@ def mark_merged(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[s
 
 
 def _attached_in(module: nn.Module) -> set[str]:
-    packed = [layer.lora.beside for layer in adapted_layers(module).values()]
-    return {name for each in packed if each is not None for name in each.shares}
+    return {name for layer in adapted_layers(module).values() for name in layer.attached()}
 
 
 def check_loads(places: NamedModules) -> None:

@@ -13,7 +13,7 @@ from ..distributed.flat import begin_writing, free_gathered
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import dimensions_of_ranks, is_spread, local, reshard_
 from ..errors import LoRAError, NonFiniteError
-from ..nn.adapted_module import claimed_with
+from ..nn.adapted_module import claimed_with, records_of
 from ..nn.adapted_weights import AdaptedWeights, Blocks
 from ..nn.exact_merge import Buffers
 from ..nn.low_rank import HALF
@@ -25,7 +25,6 @@ from ..progress import progress_bar
 from .adapted_model import Listing, find_model
 from .dequantize import report_factored
 from .gradients import warn_of_untrained
-from .injection import Injection
 from .recorded_layers import refuse_replaced_layers
 from .wrappers import unwrapped
 
@@ -90,18 +89,12 @@ def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rou
     with claimed_with(listing.all_layers.values(), "merge"):
         pending = {name: each for name, each in listing.all_layers.items() if _is_pending(each)}
         if pending:
-            for record in records_of(listing):
+            for record in records_of(listing.all_layers.values()):
                 record.marks.add("merged")  # first, because an exception may break off what follows
             if warns_of_untrained:
                 warn_of_untrained(listing, stacklevel=4)
             with shards_in_place(listing, "merge"):
                 _merge_pending(listing, pending, tells_rounding)
-
-
-def records_of(listing: Listing) -> list[Injection]:
-    """Return the records of the injections that the adapters of a listed model belong to, each once."""
-    records = (layer.lora.injection for layer in listing.all_layers.values())
-    return list({id(record): record for record in records if record is not None}.values())
 
 
 def _is_pending(layer: AdaptedWeights) -> bool:
@@ -258,10 +251,8 @@ class FoundState:
         """Note the state of a model that was listed before the block."""
         layers = listing.all_layers.values()
         self.model, self.merged = listing.model, any(each.lora.merged for each in layers)
-        records = {id(each.lora.injection): each.lora.injection for each in layers}
-        roots = (
-            record.root() for record in records.values() if "merges by mode" in record.marks and record.root is not None
-        )
+        by_mode = [record for record in records_of(layers) if "merges by mode" in record.marks]
+        roots = (record.root() for record in by_mode if record.root is not None)
         self.modes = {root: root.training for root in roots if root is not None}  # of roots injected with merge_weights
 
     def is_to_be_merged(self) -> bool:
@@ -336,7 +327,7 @@ def _restore_all(listing: Listing) -> None:
     """Unmerge every layer. Another call completes the work where an exception broke it off. In place."""
     try:
         _unmerge_all(listing.all_layers)
-        for record in records_of(listing):
+        for record in records_of(listing.all_layers.values()):
             if len(listing.all_layers) >= len(record.layers):  # else a part was unmerged
                 record.marks.discard("merged")
     finally:

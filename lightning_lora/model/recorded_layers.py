@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, listed
+from ..nn.adapted_module import records_of
 from .adapted_model import AdaptedModel, Listing, moved_names
 from .injection import Injection
 
@@ -19,11 +20,11 @@ def refuse_replaced_layers(listing: Listing, verb: str) -> None:
         listing: of any module. A module without an injected model is accepted, and so is a part of one.
         verb: the beginning of the message.
     """
-    records = {id(layer.lora.injection): layer.lora.injection for layer in listing.all_layers.values()}
-    live = {(id(layer.lora.injection), layer.lora.name) for layer in listing.all_layers.values()}
-    if records and all((number, name) in live for number, record in records.items() for name in record.layers):
+    layers = listing.all_layers.values()
+    records, live = records_of(layers), {(layer.lora.injection, layer.lora.name) for layer in layers}
+    if records and all((record, name) in live for record in records for name in record.layers):
         return
-    for handle in _injected_models(listing, records.values()):
+    for handle in _injected_models(listing, records):
         gone, expected = handle.gone()
         if gone:
             name, modules = handle.name_here(gone[0]), dict(handle.places)

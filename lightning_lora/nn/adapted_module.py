@@ -263,8 +263,12 @@ class StandIns:
 
 def claimed_with(adapters: Iterable[Adapter], verb: str) -> AbstractContextManager[Claim]:
     """Claim the models that hold these adapters inside the block; see owner.claimed."""
-    records = {id(record): record for record in [each.lora.injection for each in adapters]}
-    return claimed(verb, *[record.owner for record in records.values()])
+    return claimed(verb, *[record.owner for record in records_of(adapters)])
+
+
+def records_of(adapters: Iterable[Adapter]) -> list[Any]:
+    """Return the records of the injections that adapters belong to, each once."""
+    return list(dict.fromkeys(each.lora.injection for each in adapters))
 
 
 def is_factor(name: str, module: nn.Module) -> bool:

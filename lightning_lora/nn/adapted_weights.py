@@ -23,7 +23,7 @@ from ..names import canonical, join_names
 from . import low_rank
 from .adapted_module import AdaptedModule
 from .autocast import without_autocast
-from .beside import Packed, add_beside
+from .beside import Attached, Packed, add_beside
 from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, parts_of, restored_weight, unmerge_weight_
 from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop_to_window, dense_delta
@@ -139,6 +139,10 @@ class StoredTensors:
     def replaced_rows(self) -> tuple[int, ...]:
         """Return the numbers of the weight's rows that the adapter replaces, whatever values they had."""
         return self.lora.spec.rows
+
+    def attached(self) -> dict[str, Attached]:
+        """Return the adapters that are attached to the layer, by name; see Packed.unpacked."""
+        return {} if self.lora.beside is None else self.lora.beside.unpacked()
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """Return the trained parameters. The last one gets a gradient from the first step on."""

@@ -85,12 +85,12 @@ class Packed:
         return self.b.shape[1]
 
     def unpacked(self) -> dict[str, Attached]:
-        """Return each adapter by itself, with copies of its tensors."""
+        """Return each adapter by itself. Its tensors may share memory with the pair."""
         ranks = [share.rank for share in self.shares.values()]
         parts = self.a.reshape(-1, self.rank, *self.a.shape[1:]).split_with_sizes(ranks, 1)  # the experts of a stack
         pairs = zip(parts, self.b.split_with_sizes(ranks, 1), strict=True)
         return {
-            name: Attached(a.flatten(0, 1).clone(), b.clone(), share.scaling, share.weight)
+            name: Attached(a.flatten(0, 1), b, share.scaling, share.weight)
             for (name, share), (a, b) in zip(self.shares.items(), pairs, strict=True)
         }
 

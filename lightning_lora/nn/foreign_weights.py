@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-import torch
 from torch import nn
 
 from ..names import names_factor
@@ -24,12 +21,6 @@ def is_foreign_linear(module: nn.Module) -> bool:
         return False
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return all(type(size) is int and size > 0 for size in sizes)
-
-
-def weight_stand_in(module: nn.Module) -> torch.Tensor:
-    """Return a tensor of the shape that the weight of a foreign linear layer has, on the layer's device."""
-    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
-    return torch.empty((), device=device).expand(cast(int, module.out_features), cast(int, module.in_features))
 
 
 def is_of_base(module: nn.Module) -> bool:

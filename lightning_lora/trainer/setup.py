@@ -239,7 +239,7 @@ def _has_layers(listing: Listing, adapter: Adapter) -> bool:
 def _attached_in(module: nn.Module) -> Counter[str]:
     """Return in how many layers each attached adapter acts, by name."""
     layers = Listing(module).all_layers.values()
-    return Counter(name for layer in layers if layer.lora.beside is not None for name in layer.lora.beside.shares)
+    return Counter(name for layer in layers for name in layer.attached())
 
 
 def _take_out_of_rebuilt(module: nn.Module, options: Options, before: Counter[str]) -> None:
