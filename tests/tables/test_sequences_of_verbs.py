@@ -5,14 +5,21 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+from collections.abc import Mapping
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import nn
 
 from lightning_lora import (
+    LoRAError,
     adapter_state_dict,
+    attach,
+    attached,
+    detach,
     disable_adapter,
     inject,
     is_merged,
@@ -21,6 +28,9 @@ from lightning_lora import (
     merge_and_unload,
     merged,
     merged_state_dict,
+    scaled,
+    set_weight,
+    take_adapter,
     unload,
     unmerge,
 )
@@ -28,16 +38,33 @@ from support.models.networks import ZOO_LAYERS, Zoo, bits, state_bits, tokens, t
 
 MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
 BUDGET = MERGE.COPY_BUDGET
+NAMES, WEIGHTS = st.sampled_from(["x", "y", "z"]), st.sampled_from([0.0, 0.5, 1.0, -2.0])
+Deltas = dict[str, torch.Tensor]  # by layer, in float64
+
+
+def deltas(tensors: Mapping[str, torch.Tensor]) -> Deltas:
+    """What an adapter adds to each weight: s * B @ A, with s = 4 as of rank 2."""
+    found = {}
+    for layer in ZOO_LAYERS:
+        a, b = (tensors[f"{layer}.{leaf}"].detach().double() for leaf in ("lora_A", "lora_B"))
+        product = (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
+        found[layer] = 4 * (product.T if layer == "embed" else product)
+    return found
 
 
 class Verbs(RuleBasedStateMachine):
-    """`base` is a plain model with what unload has to bring back; `merged` says what is_merged has to say."""
+    """`base` is a plain model with what unload has to bring back; `merged` says what is_merged has to say.
+
+    `beside` has the weight and the deltas of each attached adapter.
+    """
+
+    beside: dict[str, tuple[float, Deltas]]
 
     @initialize(by_mode=st.booleans(), seed=st.integers(0, 9), copies=st.booleans())
     def start(self, by_mode: bool, seed: int, copies: bool) -> None:
         torch.manual_seed(seed)
         MERGE.COPY_BUDGET = BUDGET if copies else 0
-        self.model, self.by_mode, self.merged = Zoo().eval(), by_mode, False
+        self.model, self.by_mode, self.merged, self.beside = Zoo().eval(), by_mode, False, {}
         self.base = copy.deepcopy(self.model)
         inject(self.model, zoo_config(), merge_weights=by_mode)
 
@@ -80,8 +107,12 @@ class Verbs(RuleBasedStateMachine):
         fresh = copy.deepcopy(self.base)
         inject(fresh, zoo_config(), merge_weights=self.by_mode)
         state = adapter_state_dict(self.model)
+        if self.beside:
+            with pytest.raises(LoRAError, match="not attached here"):
+                fresh.load_state_dict(state, strict=False)
+            state = dict(state)  # does not say what was attached
         fresh.load_state_dict(state, strict=False) if by_torch else load_adapter(fresh, state)
-        self.model, self.merged = fresh, False
+        self.model, self.merged, self.beside = fresh, False, {}
 
     @rule()
     def inject_again(self) -> None:
@@ -91,6 +122,7 @@ class Verbs(RuleBasedStateMachine):
     def unload(self) -> None:
         unload(self.model)
         assert state_bits(self.model) == state_bits(self.base)
+        self.weights_are_right(self.model, {})
         inject(self.model, zoo_config(), merge_weights=self.by_mode)
         self.merged = False
 
@@ -99,8 +131,44 @@ class Verbs(RuleBasedStateMachine):
         expected = {name: bits(tensor) for name, tensor in merged_state_dict(self.model).items()}
         self.base = merge_and_unload(self.model)
         assert state_bits(self.base) == expected
-        self.model, self.merged = copy.deepcopy(self.base), False
+        self.model, self.merged, self.beside = copy.deepcopy(self.base), False, {}
         inject(self.model, zoo_config(), merge_weights=self.by_mode)
+
+    @rule(name=NAMES, weight=WEIGHTS, seed=st.integers(20, 29))
+    def attach(self, name: str, weight: float, seed: int) -> None:
+        other = copy.deepcopy(self.base)
+        inject(other, zoo_config(modules_to_save=None, bias="none", init_lora_weights=False), seed=seed)
+        adapter = take_adapter(other)
+        if name in self.beside:
+            with pytest.raises(LoRAError, match="is attached already"):
+                attach(self.model, adapter, name=name)
+            return
+        assert attach(self.model, adapter, name=name, weight=weight) == ZOO_LAYERS
+        self.beside[name] = weight, deltas(adapter.tensors)
+
+    @precondition(lambda self: self.beside)
+    @rule(data=st.data(), weight=WEIGHTS)
+    def set_weight(self, data: st.DataObject, weight: float) -> None:
+        name = data.draw(st.sampled_from(sorted(self.beside)))
+        set_weight(self.model, weight, name)
+        self.beside[name] = weight, self.beside[name][1]
+
+    @precondition(lambda self: self.beside)
+    @rule(data=st.data())
+    def detach(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.beside)))
+        detach(self.model, name)
+        del self.beside[name]
+
+    def weights_are_right(self, model: nn.Module, trained: Deltas) -> None:
+        """Compare merged weights with sums in float64, and what is attached with what should be."""
+        assert attached(model) == {name: weight for name, (weight, _) in sorted(self.beside.items())}
+        state = merged_state_dict(model) if trained or self.beside else model.state_dict()
+        for layer in ZOO_LAYERS:
+            expected = self.base.state_dict()[f"{layer}.weight"].double() + trained.get(layer, 0)
+            for weight, found in self.beside.values():
+                expected = expected + weight * found[layer]
+            torch.testing.assert_close(state[f"{layer}.weight"].double(), expected, rtol=1e-6, atol=1e-6)
 
     @precondition(lambda self: hasattr(self, "model"))
     @invariant()
@@ -109,12 +177,15 @@ class Verbs(RuleBasedStateMachine):
         state, base = state_bits(self.model), state_bits(self.base)
         for layer in ZOO_LAYERS:
             assert state[f"{layer}.weight"] == base[f"{layer}.weight"]
+        self.weights_are_right(self.model, deltas(self.model.state_dict()))
         plain = Zoo().eval()
         plain.load_state_dict(merged_state_dict(self.model))
         output = plain(tokens())
         torch.testing.assert_close(self.model(tokens()), output, rtol=1e-4, atol=1e-5)
         with merged(self.model):
             assert torch.equal(self.model(tokens()), output)
+        with scaled(self.model, 0.0):
+            self.weights_are_right(self.model, dict.fromkeys(ZOO_LAYERS, torch.zeros(())))
         with disable_adapter(self.model):
             assert torch.equal(self.model(tokens()), self.base(tokens()))
         assert state_bits(self.model) == state
