@@ -530,9 +530,7 @@ def _leaving_no_trace(handle: AdaptedModel) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        strip_adapters(handle)
-        unpatch(module for _, module in handle.root_modules)
-        hold_attached(handle.root, handle.record)
+        take_out_adapter(handle)
         raise
 
 
