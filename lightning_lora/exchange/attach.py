@@ -66,8 +66,8 @@ def attach(
 
     Raises:
         LoRAError: an adapter of this name is attached; the source is damaged or does not fit; the adapter is one of
-            DoRA, or holds trained rows or whole modules with other values than the model's, which are no sums; or the
-            model is sharded already. The model is then as it was.
+            DoRA, or holds trained rows or whole modules with other values than the model has, or had before training,
+            which are no sums; or the model is sharded already. The model is then as it was.
 
     Example::
 
@@ -163,17 +163,23 @@ def _pair(layer: AdaptedWeights, kind: str, adapter: Adapter, name: str, called:
 
 
 def _refuse_other_values(live: LiveState, adapter: Adapter, called: str) -> None:
-    """Refuse an adapter that holds whole tensors with other values than the model's."""
+    """Refuse an adapter that holds whole tensors with other values than the model has, or had before training."""
+    initial = live.handle.initial()
     for name, value in adapter.beside_factors().items():
         present = live.tensors.get(name)
         if name in live.tensors and present is None:
             continue  # extra state, which cannot be compared
-        if present is not None and isinstance(value, torch.Tensor) and value.shape == present.shape:
-            here = original_value(name, present, live.owners[name])
-            if torch.equal(here.cpu(), value.detach().to("cpu", here.dtype)):
-                continue
-        raise LoRAError(
-            f"attach: {called!r} also holds {name!r} (modules_to_save, a bias or a statistic), with other values than "
-            "the model's, and only products can lie beside each other. Merge it into the base (save_merged) and load "
-            "that, or load it as the trained one (load_adapter)."
-        )
+        known = [] if present is None else [original_value(name, present, live.owners[name])]
+        known += [initial[name]] if name in initial else []
+        if not any(_is_equal(value, each) for each in known):
+            raise LoRAError(
+                f"attach: {called!r} also holds {name!r} (modules_to_save, a bias or a statistic), with other values "
+                "than the model's, and only products can lie beside each other. Merge it into the base (save_merged) "
+                "and load that, or load it as the trained one (load_adapter)."
+            )
+
+
+def _is_equal(value: object, known: torch.Tensor) -> bool:
+    if not isinstance(value, torch.Tensor) or value.shape != known.shape:
+        return False
+    return torch.equal(known.cpu(), value.detach().to("cpu", known.dtype))

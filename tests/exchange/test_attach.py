@@ -168,6 +168,15 @@ def test_what_is_no_sum_or_does_not_fit_leaves_the_model_as_it_was(source: Any, 
     assert {type(module) for module in model.modules()} == {type(module) for module in filled().modules()}
 
 
+def test_what_the_trained_adapter_changed_whole_is_no_hindrance_in_either_order():
+    other, trained = take_adapter(filled(4)), take_adapter(moved_statistics())
+    attach(first := Model(), other, name="x")
+    load_adapter(first, trained)
+    load_adapter(then := Model(), trained)
+    attach(then, other, name="x")
+    assert torch.equal(first(X), then(X))
+
+
 def test_whole_tensors_with_the_values_of_the_model_are_no_hindrance_and_another_base_may_be_a_warning():
     model = Model()
     attach(model, take_adapter(with_head()), name="x")
