@@ -36,9 +36,6 @@ from .align import align_names, as_in_model, split_off_base
 from .first_names import Names, by_first_names
 from .take import check_fingerprint
 
-Modules = Mapping[str, nn.Module]
-Parameters = Mapping[str, tuple[nn.Module, str]]
-
 
 def attach(
     model: nn.Module,
@@ -50,9 +47,9 @@ def attach(
 ) -> list[str]:
     """Put a frozen adapter beside the trained one, in place: W' = c * (W + s * B @ A) + sum of w_i * s_i * B_i @ A_i.
 
-    It acts in forwards, in merge and in merged weights, and is never trained: its tensors are no parameters, no buffers
-    and no part of state_dict(). Any number may be attached, to an injected model or a plain one, before inject or
-    LoRACallback or after; layers without a trained adapter get it alone. disable_adapter turns all off.
+    It acts in forwards and in merged weights, and is never trained: its tensors are no part of state_dict(). Any number
+    may be attached, to an injected model or a plain one, before inject or LoRACallback or after; layers without a
+    trained adapter get it alone. disable_adapter turns all off. After an error the model is as it was.
 
     Args:
         model: with the base that the adapter was trained on.
@@ -65,9 +62,8 @@ def attach(
         The names of the layers in which it acts.
 
     Raises:
-        LoRAError: an adapter of this name is attached; the source is damaged or does not fit; the adapter is one of
-            DoRA, or holds trained rows or whole modules with other values than the model has, or had before training,
-            which are no sums; or the model is sharded already. The model is then as it was.
+        LoRAError: an adapter of this name is attached; the source is damaged or does not fit; it is no sum, as DoRA,
+            trained rows and whole modules with other values than the model has or had; or the model is sharded already.
 
     Example::
 

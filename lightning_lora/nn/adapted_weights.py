@@ -140,10 +140,6 @@ class StoredTensors:
         """Return the numbers of the weight's rows that the adapter replaces, whatever values they had."""
         return self.lora.spec.rows
 
-    def attached(self) -> dict[str, Attached]:
-        """Return the adapters that are attached to the layer, by name; see Packed.unpacked."""
-        return {} if self.lora.beside is None else self.lora.beside.unpacked()
-
     def factors(self) -> tuple[nn.Parameter, ...]:
         """Return the trained parameters. The last one gets a gradient from the first step on."""
         return tuple(self.stored(self.lora.spec.variant.trained).values())
@@ -282,6 +278,10 @@ class AdaptedWeights(StoredTensors):
     def scaling(self) -> float:
         """s of the trained adapter, times its present strength."""
         return self.lora.spec.scaling * self.lora.strength
+
+    def attached(self) -> dict[str, Attached]:
+        """Return the adapters that are attached to the layer, by name; see Packed.unpacked."""
+        return {} if self.lora.beside is None else self.lora.beside.unpacked()
 
     def let_nothing_train_(self) -> None:
         """Remove the stored tensors of the trained adapter. In place."""
