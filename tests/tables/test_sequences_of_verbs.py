@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,19 @@ class Verbs(RuleBasedStateMachine):
             return
         assert attach(self.model, adapter, name=name, weight=weight) == ZOO_LAYERS
         self.beside[name] = weight, deltas(adapter.tensors)
+
+    @rule(seed=st.integers(30, 39), use_dora=st.booleans(), modules_to_save=st.sampled_from([["head"], ["norm"], None]))
+    def swap_the_adapter_and_swap_back(self, seed: int, **options: Any) -> None:
+        other, kept, output = copy.deepcopy(self.base), take_adapter(self.model), self.model(tokens())
+        inject(other, zoo_config(r=3, init_lora_weights=False, **options), seed=seed)
+        load_adapter(self.model, take_adapter(other))
+        assert is_merged(self.model) == self.merged
+        if not self.beside:
+            torch.testing.assert_close(self.model(tokens()), other(tokens()), rtol=1e-4, atol=1e-5)
+        with disable_adapter(self.model):
+            assert torch.equal(self.model(tokens()), self.base(tokens()))
+        load_adapter(self.model, kept)
+        assert torch.equal(self.model(tokens()), output)
 
     @precondition(lambda self: self.beside)
     @rule(data=st.data(), weight=WEIGHTS)
