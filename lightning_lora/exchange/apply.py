@@ -23,7 +23,7 @@ from ..model.foreign_state import foreign_entries, load_foreign_
 from ..model.inject import inject_layers, replace_layers, stored_parameters, take_out_adapter
 from ..model.injection import Injection
 from ..model.live_state import LiveState, open_state
-from ..model.merging import holds_merged, merge_listed, unmerge_listed
+from ..model.merging import holds_merged, merge_listed, unmerge_if_merged, unmerge_listed
 from ..model.quantise import quantise_named_
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.owner import claimed
@@ -65,8 +65,7 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         if merge_after:
             merge_listed(handle, warns_of_untrained=False)
     except BaseException:
-        if holds_merged(handle.all_layers.values()):
-            unmerge_listed(handle)
+        unmerge_if_merged(handle)
         record.restore(recorded)
         record.config, record.chosen = words_before
         for layer, spec in specs_before.items():

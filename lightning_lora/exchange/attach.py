@@ -31,6 +31,7 @@ from ..nn.adapted_weights import AdaptedWeights
 from ..nn.attachment import Beside
 from ..nn.beside import Attached
 from ..nn.low_rank import factor_shapes, to_block_diagonal
+from ..nn.owner import claimed
 from ..nn.variant import LayerInfo
 from .align import align_names, as_in_model, split_off_base
 from .first_names import Names, by_first_names
@@ -47,9 +48,8 @@ def attach(
 ) -> list[str]:
     """Put a frozen adapter beside the trained one, in place: W' = c * (W + s * B @ A) + sum of w_i * s_i * B_i @ A_i.
 
-    It acts in forwards and in merged weights, and is never trained: its tensors are no part of state_dict(). Any number
-    may be attached, to an injected model or a plain one, before inject or LoRACallback or after; layers without a
-    trained adapter get it alone. disable_adapter turns all off. After an error the model is as it was.
+    It acts in forwards and in merged weights, is never trained, and is no part of state_dict(). Any number may be
+    attached, also to a plain model and before inject. disable_adapter turns all off. An error changes nothing.
 
     Args:
         model: with the base that the adapter was trained on.
@@ -82,10 +82,11 @@ def attach(
     listing = Listing(unwrapped(model, "attach"))
     adapter = read_source(source, order_in(listing.model), "attach")
     handle = find_model(listing, attached=True) or begin_attached(listing.model)
-    if name in handle.record.beside:
-        raise LoRAError(f"attach: an adapter {name!r} is attached already; call detach(model, {name!r}) first.")
     put_in = partial(_put_in_, handle, adapter, name, float(weight), strict_base)
-    change_unmerged_(handle, "attach", put_in, partial(take_out_attached_, handle, name))
+    with claimed("attach", handle.record.owner):
+        if name in handle.record.beside:
+            raise LoRAError(f"attach: an adapter {name!r} is attached already; call detach(model, {name!r}) first.")
+        change_unmerged_(handle, "attach", put_in, partial(take_out_attached_, handle, name))
     return [layer for layer, adapted in handle.all_layers.items() if name in adapted.attached()]
 
 

@@ -30,7 +30,7 @@ from .adapted_model import AdaptedModel, Listing, find_model, open_model
 from .base_values import StandIn, put_in_, stand_ins, take_out_
 from .injection import Chosen, Injection
 from .load_state_dict import check_loads, stop_checking_loads
-from .merging import Ending, FoundState, holds_merged, unmerge_listed
+from .merging import Ending, FoundState, unmerge_if_merged
 from .patches import unpatch
 from .pretrained import follow_gradient_checkpointing, warn_before_save_pretrained
 from .reasons import LAYER, PARAMETER, Candidate
@@ -165,7 +165,7 @@ def _acting_with(handle: AdaptedModel, weights: Weights) -> Iterator[None]:
         end = Ending(claim, partial(_scale_back, handle, FoundState(handle), before, found, modules))
         try:
             try:
-                _unmerge(handle)
+                unmerge_if_merged(handle)
                 put_in_(found, modules)
                 _write_(handle, weights)
                 yield
@@ -191,7 +191,7 @@ def _scale_back(
     now = find_model(Listing(handle.model), attached=True)
     if now is None:
         return
-    _unmerge(now)
+    unmerge_if_merged(now)
     _write_(now, {name: weight for name, weight in before.items() if not name or name in now.record.beside})
     if not now.record.run.merged_here:
         state.bring_back(now)
@@ -284,20 +284,15 @@ def change_unmerged_(handle: AdaptedModel, verb: str, change: Callable[[], None]
     with claimed(verb, handle.record.owner):
         found = FoundState(handle)
         try:
-            _unmerge(handle)
+            unmerge_if_merged(handle)
             change()
             found.bring_back(handle)
         except BaseException:
             handle.look_for_layers_again()
-            _unmerge(handle)
+            unmerge_if_merged(handle)
             settle()
             found.bring_back(handle)
             raise
-
-
-def _unmerge(handle: AdaptedModel) -> None:
-    if holds_merged(handle.all_layers.values()):
-        unmerge_listed(handle)
 
 
 def begin_layers_(handle: AdaptedModel, names: Iterable[str]) -> None:
@@ -399,7 +394,7 @@ def find_attached_alone(listing: Listing) -> AdaptedModel | None:
             f"inject: {type(listing.model).__name__} is a part of the {type(handle.record.holder()).__name__} to which "
             f"{listed([repr(name) for name in handle.record.beside])} was attached; inject that, or detach first."
         )
-    _unmerge(handle)
+    unmerge_if_merged(handle)
     return handle
 
 

@@ -36,7 +36,17 @@ from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Chosen, Injection
 from .load_state_dict import stop_checking_loads
-from .merging import Ending, FoundState, all_or_nothing, holds_merged, merge, merge_listed, unmerge, unmerge_listed
+from .merging import (
+    Ending,
+    FoundState,
+    all_or_nothing,
+    holds_merged,
+    merge,
+    merge_listed,
+    unmerge,
+    unmerge_if_merged,
+    unmerge_listed,
+)
 from .passed_over import experts, passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import forget_quantisation, resized_embeddings
@@ -144,8 +154,7 @@ def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRA
     begun = find_model(Listing(model))
     for each in [begun, handle] if begun is not None and begun.record is not old else [handle]:
         each.look_for_layers_again()
-        if holds_merged(each.all_layers.values()):
-            unmerge_listed(each)
+        unmerge_if_merged(each)
         restore_initial_(each)
         strip_adapters(each)
     record = Injection(config, seed=old.seed, chosen=chosen, run=old.run, owner=old.owner)
@@ -331,8 +340,7 @@ def _enable_again(
         modules: that torch does not save inside the block.
     """
     take_out_(found, modules)
-    if holds_merged(handle.all_layers.values()):
-        unmerge_listed(handle)
+    unmerge_if_merged(handle)
     _set_active(handle, were_active)
     state.bring_back(handle)
 

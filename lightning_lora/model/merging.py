@@ -180,6 +180,12 @@ def unmerge_listed(listing: Listing) -> None:
         all_or_nothing(restore, restore)
 
 
+def unmerge_if_merged(listing: Listing) -> None:
+    """Unmerge a listed model that is merged. In place."""
+    if holds_merged(listing.all_layers.values()):
+        unmerge_listed(listing)
+
+
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """Merge the model inside; afterwards it is merged or not as it was found, even after an exception.
