@@ -20,6 +20,7 @@ from ..distributed.zero import update_copies_
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.foreign_state import foreign_entries, load_foreign_
+from ..model.initial_values import facts_before, take_back_facts_
 from ..model.inject import inject_layers, replace_layers, stored_parameters, take_out_adapter
 from ..model.injection import Injection
 from ..model.live_state import LiveState, open_state
@@ -49,7 +50,8 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         merge_after: whether the model is merged then. If that fails, the old values are put back.
     """
     handle = live.handle
-    record, recorded = handle.record, handle.record.snapshot()
+    record = handle.record
+    recorded = facts_before(handle)
     words_before = record.config, record.chosen
     specs_before = {layer: layer.lora.spec for layer in specs or {}}
     factors = [factor for layer in specs_before for factor in layer.stored().values()]
@@ -66,7 +68,7 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
             merge_listed(handle, warns_of_untrained=False)
     except BaseException:
         unmerge_if_merged(handle)
-        record.restore(recorded)
+        take_back_facts_(handle, recorded)
         record.config, record.chosen = words_before
         for layer, spec in specs_before.items():
             layer.lora.spec = spec

@@ -185,7 +185,7 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
     here = handle.initial_of().items()
     frozen = {name: state.get(name, value) for name, value in here if id(live.tensors[name]) not in trained}
     handle.set_initial(frozen | initial)  # where it was trained, the first value is in the file, or nothing knows it
-    record.fingerprint = {}
+    handle.set_fingerprint({})
     record.origin = dict(adapter.origin)
     for name in missing:  # left out by the class that saved
         tensor, owner = live.tensors[name], live.owners[name]

@@ -26,9 +26,9 @@ from ..distributed.sharding import copies_of, gather_all
 from ..formats.peft_saved_modules import from_peft_entries
 from ..matching import NameEnd, naming_some
 from ..model.adapted_model import AdaptedModel, open_model
+from ..model.facts import Why
 from ..model.foreign_state import foreign_entries, without_base
 from ..model.gradients import warn_of_untrained
-from ..model.injection import Why
 from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.pretrained import base_name, pretrained_models, tied_to_input
 from ..model.recorded_layers import refuse_replaced_layers
@@ -143,7 +143,7 @@ def _described(live: LiveState) -> Adapter:
     """
     handle, record = live.handle, live.handle.record
     trained = live.keys
-    at_fit_start = record.fingerprint and record.fingerprint.keys() <= live.tensors.keys()
+    at_fit_start = handle.fingerprint()
     first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them
     kinds = {first[name]: kind for name, kind in handle.kinds.items()}
     tables = {name: layer for name, layer in layers.items() if layer.replaced_rows()}
@@ -160,7 +160,7 @@ def _described(live: LiveState) -> Adapter:
             if layer in kinds
         },
         config=_options_here(handle),
-        fingerprint=without(record.fingerprint, trained) if at_fit_start else fingerprint_of(live),
+        fingerprint=without(at_fit_start, trained) if at_fit_start else fingerprint_of(live),
         complete=True,
         network=network,
         pretrained=_pretrained_prefix(live, trained),

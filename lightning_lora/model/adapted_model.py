@@ -1,16 +1,15 @@
 """The handle of an injected model: each public function and each hook opens it once and passes it inward.
 
 A handle lists the model's modules and adapters when they are first asked for, and keeps the lists. It is thrown away at
-the end of the call. It also translates between names in the caller's module and the names in the record.
+the end of the call.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -18,18 +17,19 @@ from torch import nn
 from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_of
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, WRAPPERS, join_names, names_factor, suffixes
-from ..nn.adapted_weights import AdaptedWeights, adapted_layers, adapted_places
+from ..names import ATTRIBUTE, WRAPPERS
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.low_rank import ATTENTION_OUTPUT
-from .injection import Injection, Why
-from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, own_state, state_of
+from .facts import Fact, Known, ModuleFacts, Why, facts_of, known_tensors, memory_of
+from .injection import Injection
+from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, state_of
 from .wrappers import inside_known_wrappers, unwrapped
-
-NEW = "new:"  # before the record's names of what a new module around the layers has beside them
 
 
 class Listing:
     """The modules and adapters in a model, adapted or not. Each list is made at first use and kept."""
+
+    copies: tuple[str, ...] = ()  # the names, with a dot, of modules that are left out: see AdaptedModel
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -76,7 +76,7 @@ class Listing:
 
     def look_again(self) -> None:
         """Forget the lists, after layers were adapted, replaced or taken out."""
-        for name in ("places", "modules", "root_places", "root_modules", "recorded_modules"):
+        for name in ("places", "modules", "root_places", "root_modules"):
             vars(self).pop(name, None)
         self.look_for_layers_again()
 
@@ -93,6 +93,9 @@ class Listing:
 class AdaptedModel(Listing):
     """An injected model, seen from the module that a caller gave.
 
+    A frozen copy of an adapted network in the model, such as the baseline of a policy, is no part of what is trained:
+    it is left out of the lists, of adapters and of checkpoints. A copy that is trained counts.
+
     Attributes:
         model: the caller's module without wrappers around it. It holds all adapted layers.
         root: the injected module: `model`, a module inside `model`, or a module that holds `model`. Where a new module
@@ -100,7 +103,6 @@ class AdaptedModel(Listing):
         record: the record of the injection.
         prefix: the root's name in `model` with a dot at the end, where the root lies inside `model`; else "".
         inside: the name of `model` in the root with a dot at the end, where `model` lies inside the root; else "".
-        moved: what the names of a new module around the layers begin with, and what they began with at injection.
     """
 
     def __init__(
@@ -111,10 +113,23 @@ class AdaptedModel(Listing):
         *,
         prefix: str = "",
         inside: str = "",
-        moved: tuple[str, str] = ("", ""),
     ) -> None:
         super().__init__(model)
-        self.root, self.record, self.prefix, self.inside, self.moved = root, record, prefix, inside, moved
+        self.root = root
+        self.record = record
+        self.prefix = prefix
+        self.inside = inside
+
+    @cached_property
+    def places(self) -> Places:
+        """Every module under each of its names, without frozen copies and the segments of wrappers."""
+        places = list_places(self.model)
+        others = _frozen_injections(places) - {self.record}
+        if not others:
+            return places
+        is_copy = {module: facts is not None and facts.injection in others for module, facts in _with_facts(places)}
+        self.copies = tuple(f"{name}." for name, module in places if is_copy[module])
+        return [(name, module) for name, module in places if not is_copy[module]]
 
     @cached_property
     def root_places(self) -> Places:
@@ -122,7 +137,7 @@ class AdaptedModel(Listing):
         if self.root is self.model:
             return self.places
         if self.inside:
-            return Listing(self.root).places
+            return AdaptedModel(self.root, self.root, self.record).places
         name = self.prefix.removesuffix(".")
         return [(n.removeprefix(self.prefix) if n != name else "", m) for n, m in self.places if is_inside(n, name)]
 
@@ -130,36 +145,6 @@ class AdaptedModel(Listing):
     def root_modules(self) -> Places:
         """Every module of the root once, under its first name in the root."""
         return self.modules if self.root is self.model else _each_once(self.root_places)
-
-    @cached_property
-    def recorded_modules(self) -> dict[str, nn.Module]:
-        """The root's modules by the names that the record has for them."""
-        return {self.recorded_name(name): module for name, module in self.root_places}
-
-    def recorded_name(self, name: str) -> str:
-        """Return the record's name for a name in the root: that at injection, or one with NEW before it."""
-        now, then = self.moved
-        if not now and not then:
-            return name
-        if not is_inside(name, now):
-            return NEW + name
-        rest = name[len(now) :].removeprefix(".") if now else name
-        return join_names(then, rest)
-
-    def name_at_injection(self, name: str) -> str | None:
-        """Return the record's name for a name in `model`, or None where it lies outside of the root."""
-        if self.prefix and not name.startswith(self.prefix):
-            return None
-        return self.recorded_name(name.removeprefix(self.prefix) if self.prefix else self.inside + name)
-
-    def name_here(self, recorded: str) -> str | None:
-        """Return the name in `model` for a name at injection, or None where it lies outside of `model`."""
-        now, then = self.moved
-        if not is_inside(recorded, then) or not f"{recorded}.".startswith(self.inside):
-            return None
-        rest = recorded[len(then) :].removeprefix(".") if then else recorded
-        name = join_names(now, rest)
-        return (self.prefix + name).removesuffix(".") if self.prefix else f"{name}.".removeprefix(self.inside)[:-1]
 
     def base(self) -> list[BaseParameter]:
         """Return the root's parameters without adapters, each once, with its first name in the root."""
@@ -169,32 +154,51 @@ class AdaptedModel(Listing):
         """Return the root's parameters without adapters, each once, by its first name in the root."""
         return {each.name: each.parameter for each in self.base()}
 
-    def recorded_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each of these names at injection that a tensor of the root still has, with the live tensor."""
-        own: dict[str, dict[str, torch.Tensor]] = {}
-        for name in names:
-            path, _, leaf = name.rpartition(".")
-            if path not in own:
-                module = self.recorded_modules.get(path)
-                own[path] = own_state(module) if module is not None else {}
-            if leaf in own[path]:
-                yield name, own[path][leaf]
+    def all_modules(self) -> list[nn.Module]:
+        """Return the modules of the model and of the injected module that holds it, each once."""
+        return list(dict.fromkeys(module for _, module in (*self.root_modules, *self.modules)))
+
+    def known(self) -> dict[int, Known]:
+        """Return each live tensor of which something is known, with what it is, by the tensor's id; see facts.py."""
+        return known_tensors(self.all_modules(), self.record.facts)
+
+    def fact(self, module: nn.Module, leaf: str, tensor: torch.Tensor, known: dict[int, Known]) -> Fact:
+        """Return what is known of a tensor, to add to it: a new fact where nothing is.
+
+        Args:
+            module: that has the tensor.
+            leaf: its name there.
+            tensor: the live tensor.
+            known: what known() returned before. A new fact is added to it.
+        """
+        if id(tensor) not in known:
+            fact = Fact(memory=memory_of(tensor))
+            self.record.facts.append(fact)
+            if (facts := facts_of(module)) is not None:
+                facts.tensors[leaf] = fact
+            known[id(tensor)] = Known(tensor, fact)
+        return known[id(tensor)].fact
 
     def trained(self, *why: Why) -> set[int]:
-        """Return the id of each of the root's base parameters that is recorded as trained, for any of these reasons."""
-        names = (name for name, reason in self.record.trained.items() if not why or reason in why)
-        return {id(tensor) for _, tensor in self.recorded_tensors(names)}
+        """Return the id of each base parameter that is recorded as trained, for any of these reasons."""
+        return {
+            key
+            for key, (_, fact) in self.known().items()
+            if fact.trained is not None and (not why or fact.trained in why)
+        }
 
     def scope(self) -> str:
         """Return the beginning of the names in `model` for which the options count, "" or ending in a dot."""
-        scope = self.record.chosen.scope if self.record.chosen is not None else ""
-        name = self.name_here(scope.removesuffix(".")) if scope else None
-        return self.prefix if name is None else f"{name}." if name else ""
+        for name, module in self.places:
+            facts = facts_of(module)
+            if facts is not None and facts.is_scope:
+                return f"{name}." if name else ""
+        return self.prefix
 
     def left_out(self) -> dict[str, str]:
         """Return why "all-linear" or "all-layers" leaves a layer out, by the layer's name."""
-        named = ((self.name_here(name), reason) for name, reason in self.record.left_out.items())
-        return {name: reason for name, reason in named if name is not None}
+        known = ((name, facts_of(module)) for name, module in self.places)
+        return {name: facts.left_out for name, facts in known if facts is not None and facts.left_out}
 
     def initial(self) -> dict[str, torch.Tensor]:
         """Return the recorded values from before training of trained base parameters and persistent buffers, by name.
@@ -216,36 +220,46 @@ class AdaptedModel(Listing):
         values = {key: value for key, value in self._initial_by_id().items() if key in wanted} if wanted else {}
         return {name: values[id(tensor)] for name, tensor, _ in self.state() if id(tensor) in values} if values else {}
 
-    def forget_modules(self, modules: Collection[nn.Module]) -> None:
-        """Forget what is recorded of the tensors of modules, which were built in the place of others. In place."""
-        record = self.record
-        for path, module in self.recorded_modules.items() if modules else ():
-            for leaf in (*module._parameters, *module._buffers) if module in modules else ():
-                for facts in (record.requires_grad, record.trained, record.initial):
-                    facts.pop(join_names(path, leaf), None)
-
     def first_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield each live tensor of the root that has a recorded value from before training, and this value.
+        """Yield each live tensor that has a recorded value from before training, and this value.
 
         A tensor of another shape came in the place of the one that was recorded, and has none.
         """
-        initial = self.record.initial
-        for name, tensor in self.recorded_tensors(initial):
-            if unsharded_shape(tensor) == unsharded_shape(initial[name]):
-                yield tensor, initial[name]
+        for tensor, fact in self.known().values():
+            if fact.initial is not None and unsharded_shape(tensor) == unsharded_shape(fact.initial):
+                yield tensor, fact.initial
 
     def _initial_by_id(self) -> dict[int, torch.Tensor]:
         return {id(tensor): value for tensor, value in self.first_values()}
 
     def set_initial(self, values: Mapping[str, torch.Tensor]) -> None:
         """Replace all recorded values from before training by these, given by name in `model`."""
-        tensors = {name: tensor for name, tensor, _ in self.state() if name in values}
-        by_id = {id(tensor): values[name] for name, tensor in reversed(tensors.items())}
-        self.record.initial = {}
-        for path, module in self.recorded_modules.items():
-            for leaf, tensor in own_state(module).items():
-                if id(tensor) in by_id:
-                    self.record.initial[join_names(path, leaf)] = by_id.pop(id(tensor))
+        known = self.known()
+        for _, fact in known.values():
+            fact.initial = None
+        for name, tensor, module in self.state():
+            if name in values and tensor is not None:
+                self.fact(module, name.rpartition(".")[2], tensor, known).initial = values[name]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the entries of the base's fingerprint that were recorded at fit start, by name in `model`.
+
+        It is empty where `model` is a part of what they were recorded of: each part has a fingerprint of its own.
+        """
+        entries = {key: fact.entry for key, (_, fact) in self.known().items() if fact.entry is not None}
+        found = {name: id(tensor) for name, tensor, _ in self.state() if id(tensor) in entries} if entries else {}
+        if entries.keys() > set(found.values()):
+            return {}
+        return {name: entries[key] for name, key in found.items()}
+
+    def set_fingerprint(self, entries: Mapping[str, Any]) -> None:
+        """Replace the recorded fingerprint of the base by these entries, given by name in `model`."""
+        known = self.known()
+        for _, fact in known.values():
+            fact.entry = None
+        for name, tensor, module in self.state() if entries else ():
+            if name in entries and tensor is not None:
+                self.fact(module, name.rpartition(".")[2], tensor, known).entry = entries[name]
 
     def record_trainable(self, *, expected: bool = False, untouched: bool = False) -> list[nn.Parameter]:
         """Record every base parameter that has become trainable, and return these parameters.
@@ -256,10 +270,11 @@ class AdaptedModel(Listing):
         """
         if not self.record.is_injection:
             return []
-        trained = self.trained()
+        known = self.known()
+        trained = {key for key, (_, fact) in known.items() if fact.trained is not None}
         new = [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
         for each in new:
-            self.add_trained(each, "asked" if expected else "unfrozen", keep=expected or untouched)
+            self.add_trained(each, "asked" if expected else "unfrozen", known, keep=expected or untouched)
         if new and not expected:
             shown = ", ".join(each.name for each in new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
             warnings.warn(
@@ -269,56 +284,36 @@ class AdaptedModel(Listing):
             )
         return [each.parameter for each in new]
 
-    def add_trained(self, each: BaseParameter, why: Why, *, keep: bool) -> None:
+    def add_trained(self, each: BaseParameter, why: Why, known: dict[int, Known], *, keep: bool) -> None:
         """Record that a base parameter of the root is trained; `keep` its present value as that from before."""
-        name = self.recorded_name(each.name)
-        self.record.trained[name] = why
+        fact = self.fact(each.module, each.leaf, each.parameter, known)
+        fact.trained = why
         if keep:
-            self.record.initial[name] = copy_of(each.parameter)
+            fact.initial = copy_of(each.parameter)
 
     def without_first_values(self) -> list[str]:
         """Return the names of base parameters that may have been trained and whose values from before are not known."""
         if not self.record.is_injection:
             return []
-        are_known = self.record.initial.keys() >= self.record.trained.keys()
-        if are_known and not any(self.moved) and not self._trains_unknown():
-            return []
-        trained, known = self.trained(), set(self._initial_by_id())
+        trained = self.trained()
+        initial = set(self._initial_by_id())
         base = ((each.name, id(each.parameter), each.parameter.requires_grad) for each in self.base())
-        return [name for name, key, trains in base if (trains or key in trained) and key not in known]
-
-    def _trains_unknown(self) -> bool:
-        """Return whether a trainable parameter has no recorded value: at once, where base() lists them all."""
-        for path, module in self.root_modules:
-            for leaf, live in module._parameters.items():
-                if live is not None and live.requires_grad and not names_factor(leaf):
-                    name = join_names(path, leaf)
-                    value = self.record.initial.get(name)
-                    if value is None or unsharded_shape(value) != unsharded_shape(live):
-                        return True
-        return False
+        return [name for name, key, trains in base if (trains or key in trained) and key not in initial]
 
     def record_unfrozen(self, names: Collection[str]) -> None:
         """Record base parameters that another run had unfrozen, with their present values as those before training.
 
         Parameters that are recorded already are passed over, and so are names that are no base parameter's.
         """
-        trained, names_here = self.trained(), dict[int, str]()
+        known = self.known()
+        names_here: dict[int, str] = {}
         for name, tensor, _ in self.state():
             names_here.setdefault(id(tensor), name)
         for each in self.base():
-            if names_here.get(id(each.parameter), "") in names and id(each.parameter) not in trained:
-                self.add_trained(each, "unfrozen", keep=True)
-
-    def gone(self) -> tuple[list[str], int]:
-        """Return the names at injection of adapted layers that are not there any more, and how many there were."""
-        (_, then), holder = self.moved, self.record.holder()
-        elsewhere = {} if holder in (None, self.root) else adapted_layers(holder)  # a new module is around a part
-        layers = [*self.all_layers.values(), *elsewhere.values()]
-        live = {layer.lora.name for layer in layers if layer.lora.injection is self.record}
-        live |= {self.name_at_injection(name) or "" for name, _, _ in adapted_places(self.model, modules=self.modules)}
-        expected = [name for name in self.record.layers if is_inside(name, then)]
-        return [name for name in expected if name not in live], len(expected)
+            key = id(each.parameter)
+            is_trained = key in known and known[key].fact.trained is not None
+            if names_here.get(key, "") in names and not is_trained:
+                self.add_trained(each, "unfrozen", known, keep=True)
 
 
 def open_model(model: nn.Module, verb: str, *, attached: bool = False) -> AdaptedModel:
@@ -373,18 +368,49 @@ def find_model(model: nn.Module | Listing, *, part: bool = False, attached: bool
 
 def _find(listing: Listing, part: bool) -> AdaptedModel | None:
     model = listing.model
-    if ATTRIBUTE in vars(model):
-        return with_lists(AdaptedModel(model, model, vars(model)[ATTRIBUTE]), listing)
-    roots = {name: module for name, module in listing.modules if ATTRIBUTE in vars(module)}
+    record = record_of_root(model)
+    if record is not None:
+        return with_lists(AdaptedModel(model, model, record), listing)
+    roots = {name: module for name, module in listing.modules if record_of_root(module) is not None}
     layers = listing.all_layers
     records = [vars(root)[ATTRIBUTE] for root in roots.values()] + [layer.lora.injection for layer in layers.values()]
-    if len({id(record) for record in records}) > 1:
+    if len(set(records)) > 1:
+        frozen = _frozen_injections(listing.places)
+        roots = {name: root for name, root in roots.items() if vars(root)[ATTRIBUTE] not in frozen}
+        records = [record for record in records if record not in frozen]
+    if len(set(records)) > 1 or (layers and not records):
         names = ", ".join(map(repr, roots or layers))
         raise LoRAError(f"{type(model).__name__}: holds several injected models ({names}); handle each by itself.")
     if roots:
         name, root = next(iter(roots.items()))
         return with_lists(AdaptedModel(model, root, records[0], prefix=f"{name}." if name else ""), listing)
     return _find_by_layers(listing, records[0], part) if layers else None
+
+
+def record_of_root(module: nn.Module) -> Injection | None:
+    """Return the record that a module holds as the injected one, or None.
+
+    A record that has ended stays in a copy of the injected module where a part of the copy got another adapter: the
+    copy of a record does not know which module holds it.
+    """
+    record: Injection | None = vars(module).get(ATTRIBUTE)
+    return record if record is not None and "ended" not in record.marks else None
+
+
+def _with_facts(places: Places) -> list[tuple[nn.Module, ModuleFacts | None]]:
+    return [(module, facts_of(module)) for _, module in places]
+
+
+def _frozen_injections(places: Places) -> set[Injection]:
+    """Return the injections, of several that modules belong to, whose adapters are all frozen."""
+    injections = {facts.injection for _, facts in _with_facts(places) if facts is not None}
+    if len(injections) < 2:
+        return set()
+    layers = adapted_layers(places[0][1], modules=places).values()
+    trained = {
+        layer.lora.injection for layer in layers if any(tensor.requires_grad for tensor in layer.stored().values())
+    }
+    return injections - trained
 
 
 def _find_by_layers(listing: Listing, record: Injection, part: bool) -> AdaptedModel | None:
@@ -403,31 +429,13 @@ def _find_by_layers(listing: Listing, record: Injection, part: bool) -> AdaptedM
             handle = AdaptedModel(model, root, record, inside=f"{names[0]}." if names[0] else "")
             handle.root_places = outer.places
             return with_lists(handle, listing)
-    return with_lists(AdaptedModel(model, model, record, moved=moved_names(listing, record)), listing)
-
-
-def moved_names(listing: Listing, record: Injection) -> tuple[str, str]:
-    """Return what the names of most of a record's layers begin with now, and what they began with at injection.
-
-    A copy of a part of a model and a new module around its network have other names for the same layers.
-    """
-    names = ((name, layer.lora.name) for name, layer in listing.all_layers.items() if layer.lora.injection is record)
-    ways = Counter(_without_common_end(now, then) for now, then in names)
-    return ways.most_common(1)[0][0]
-
-
-def _without_common_end(now: str, then: str) -> tuple[str, str]:
-    """Return two names without the segments in which both end: "net.a.b" and "model.net2.a.b" give net, model.net2."""
-    ends = suffixes(then)
-    common = next((end for end in suffixes(now) if end in ends), "")
-    if not common:
-        return now, then
-    return now.removesuffix(common).removesuffix("."), then.removesuffix(common).removesuffix(".")
+    return with_lists(AdaptedModel(model, model, record), listing)
 
 
 def with_lists(handle: AdaptedModel, listing: Listing) -> AdaptedModel:
     """Give a handle the lists that were made to find it, and return it."""
-    vars(handle).update({name: value for name, value in vars(listing).items() if name != "model"})
+    if not _frozen_injections(listing.places) - {handle.record}:
+        vars(handle).update({name: value for name, value in vars(listing).items() if name != "model"})
     return handle
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..matching import near_misses
-from ..names import ATTRIBUTE, listed
+from ..names import listed
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import NOTHING, AdaptedWeights, LayerSpec, adapted_places
 from ..nn.attachment import Beside
@@ -26,8 +26,9 @@ from ..nn.quantised import keep_gradients_
 from ..nn.readers import patch_readers, undo_readers, update_fast_paths
 from ..nn.tied_weights import record_ties
 from ..notices import tell
-from .adapted_model import AdaptedModel, Listing, find_model, open_model
+from .adapted_model import AdaptedModel, Listing, find_model, open_model, record_of_root
 from .base_values import StandIn, put_in_, stand_ins, take_out_
+from .facts import begin_facts, end_facts, note_adapted_children
 from .injection import Chosen, Injection
 from .load_state_dict import check_loads, stop_checking_loads
 from .merging import Ending, FoundState, unmerge_if_merged
@@ -153,7 +154,7 @@ def _acting_with(handle: AdaptedModel, weights: Weights) -> Iterator[None]:
     record = handle.record
     if "" in weights:
         _refuse_between(handle, weights[""])
-    is_off = weights.get("") == 0 and bool(record.initial)
+    is_off = weights.get("") == 0 and any(True for _ in handle.first_values())
     with claimed(OFF if is_off else "scaled", record.owner) as claim:
         around = [verb for verb in (DISABLED, OFF) if record.owner.holds(verb, beside=claim)]
         if around and weights.get(""):
@@ -310,12 +311,11 @@ def begin_layers_(handle: AdaptedModel, names: Iterable[str]) -> None:
         candidate = Candidate(LAYER if name in modules else PARAMETER, name, owner, LoRAConfig(), leaf)
         if why_not := candidate.why_not():
             raise LoRAError(f"attach: {name!r}: {why_not}.")
-        recorded = handle.name_at_injection(name) or name
         layer: AdaptedWeights
         if name in modules:
-            layer = adapt_(owner, recorded, spec, handle.record)
+            layer = adapt_(owner, name, spec, handle.record)
         else:
-            layer = adapt_parameter_(owner, leaf, recorded, spec, handle.record)
+            layer = adapt_parameter_(owner, leaf, name, spec, handle.record)
         layer.lora.strength = 0.0
     handle.look_for_layers_again()
 
@@ -353,6 +353,7 @@ def take_out_attached_(handle: AdaptedModel, name: str) -> None:
         modules = [module for _, module in handle.root_modules]
         stop_checking_loads(modules)
         unpatch(modules)
+        end_facts(modules, record)
         record.end(handle.root)
 
 
@@ -362,7 +363,9 @@ def note_layers(handle: AdaptedModel) -> None:
     These are readers of weights, fast paths, checkpointing, loading and save_pretrained. Harmless when repeated.
     """
     places, modules = handle.root_modules, [module for _, module in handle.root_modules]
-    handle.record.layers = [handle.recorded_name(name) for name, _, _ in adapted_places(handle.root, modules=places)]
+    handle.record.layers = [name for name, _, _ in adapted_places(handle.root, modules=places)]
+    begin_facts(handle.root_places, handle.record)
+    note_adapted_children(handle.root)
     record_ties(places)
     keep_gradients_(modules)
     patch_readers(modules)
@@ -409,7 +412,7 @@ def take_over_attached(listing: Listing, old: Injection, new: Injection) -> None
 def hold_attached(root: nn.Module, old: Injection) -> None:
     """Let attached adapters stay in a model from which the trained one was taken out. In place. Can be repeated."""
     if old.beside:
-        begun = vars(root).get(ATTRIBUTE)  # by a call that was broken off
+        begun = record_of_root(root)  # by a call that was broken off
         handle = begin_attached(root, old.owner) if begun is None else AdaptedModel(root, root, begun)
         take_over_attached(handle, old, handle.record)
         note_layers(handle)

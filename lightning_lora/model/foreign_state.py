@@ -33,7 +33,7 @@ def foreign_names(listing: Listing, state: Mapping[str, Any], known: Collection[
         known: the names of listing.state().
     """
     names = {name: canonical(name) for name in state}
-    unknown = [name for name, plain in names.items() if plain not in known]
+    unknown = [name for name, plain in names.items() if plain not in known and not plain.startswith(listing.copies)]
     if not unknown:
         return []
     described = quantisation_entries(map(canonical, unknown), quantised_weights(listing.places))

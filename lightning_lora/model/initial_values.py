@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_, copy_of, reshard_
-from ..names import join_names, names_factor
+from ..names import names_factor
 from ..nn.adapted_module import AdaptedModule
 from ..nn.foreign_weights import is_of_base
 from .adapted_model import AdaptedModel
+from .facts import Fact
 from .named_state import own_state
 
 
@@ -21,30 +23,31 @@ def snapshot_initial(handle: AdaptedModel) -> None:
 
     After finish_injection only buffers without a recorded value are added: a parameter has been trained since.
     """
-    record, is_validated = handle.record, "validated" in handle.record.marks
+    is_validated = "validated" in handle.record.marks
     reshard_(module for _, module in handle.root_modules)
-    trained = handle.trained()
-    initial = dict(record.initial) if is_validated else {}
-    for name, module in handle.root_modules:
+    known = handle.known()
+    met: set[int] = set()  # a tied tensor lies in several modules
+    for _, module in handle.root_modules:
         for leaf, tensor in own_state(module).items():
             is_parameter = isinstance(tensor, nn.Parameter)
             if (isinstance(module, AdaptedModule) and names_factor(leaf)) or (is_parameter and is_validated):
                 continue
             if not is_parameter and is_of_base(module):
                 continue
-            recorded = handle.recorded_name(join_names(name, leaf))
-            if recorded not in initial and (not is_parameter or id(tensor) in trained):
-                initial[recorded] = copy_of(tensor)
-                trained.discard(id(tensor))  # once for tied modules
-    record.initial = initial
+            if is_parameter and (id(tensor) not in known or known[id(tensor)].fact.trained is None):
+                continue
+            fact = handle.fact(module, leaf, tensor, known)
+            if id(tensor) not in met and (fact.initial is None or not is_validated):
+                fact.initial = copy_of(tensor)
+            met.add(id(tensor))
 
 
 def snapshot_materialised(handle: AdaptedModel) -> None:
     """Replace recorded values on the meta device by present values. Call it before training or loading."""
     reshard_(module for _, module in handle.root_modules)
-    initial = handle.record.initial
-    on_meta = [name for name, value in initial.items() if value.is_meta]
-    initial.update({name: copy_of(tensor) for name, tensor in handle.recorded_tensors(on_meta)})
+    for tensor, fact in handle.known().values():
+        if fact.initial is not None and fact.initial.is_meta:
+            fact.initial = copy_of(tensor)
 
 
 def record_loaded(handle: AdaptedModel, values: Mapping[str, object]) -> None:
@@ -54,13 +57,27 @@ def record_loaded(handle: AdaptedModel, values: Mapping[str, object]) -> None:
         handle: of the model.
         values: what is loaded, by the names in the model.
     """
-    record = handle.record
-    record.fingerprint = {}
-    for name, value in ((handle.name_at_injection(name) or "", value) for name, value in values.items()):
-        before = record.initial.get(name)
+    handle.set_fingerprint({})
+    known = handle.known()
+    for name, tensor, _ in handle.state():
+        value = values.get(name)
+        before = known[id(tensor)].fact.initial if id(tensor) in known else None
         if before is not None and isinstance(value, torch.Tensor) and unsharded_shape(before) == unsharded_shape(value):
             device = value.device if before.is_meta else before.device
-            record.initial[name] = value.detach().clone().to(device, before.dtype)
+            known[id(tensor)].fact.initial = value.detach().clone().to(device, before.dtype)
+
+
+def facts_before(handle: AdaptedModel) -> dict[Fact, Fact]:
+    """Return each recorded fact with a copy of it, for take_back_facts_."""
+    return {fact: replace(fact) for _, fact in handle.known().values()}
+
+
+def take_back_facts_(handle: AdaptedModel, before: Mapping[Fact, Fact]) -> None:
+    """Take back what was recorded since facts_before. In place; harmless when repeated."""
+    for _, fact in handle.known().values():
+        earlier = before.get(fact, Fact())
+        fact.initial = earlier.initial
+        fact.trained = earlier.trained
 
 
 def restore_initial_(handle: AdaptedModel) -> None:

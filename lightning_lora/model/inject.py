@@ -33,6 +33,7 @@ from .adapted_model import AdaptedModel, Listing, find_model, open_model, with_l
 from .attached import find_attached_alone, hold_attached, note_layers, take_over_attached
 from .base_values import StandIn, put_in_, stand_ins, take_out_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
+from .facts import begin_facts, end_facts, facts_of
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Chosen, Injection
 from .load_state_dict import stop_checking_loads
@@ -47,6 +48,7 @@ from .merging import (
     unmerge_if_merged,
     unmerge_listed,
 )
+from .named_state import state_of
 from .passed_over import experts, passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import forget_quantisation, resized_embeddings
@@ -193,7 +195,7 @@ def unload(model: nn.Module) -> None:
     """
     handle = open_model(model, "unload")
     _warn_of_unknown_values(handle, "unload", stacklevel=3)
-    modules = _all_modules(handle)
+    modules = handle.all_modules()
     refuse_fully_sharded(handle.root, modules, "unload")
     with claimed("unload", handle.record.owner):
         if holds_merged(handle.layers.values()):
@@ -209,7 +211,7 @@ def take_out_adapter(handle: AdaptedModel) -> None:
     """
     restore_initial_(handle)
     strip_adapters(handle)
-    unpatch(_all_modules(handle))
+    unpatch(handle.all_modules())
     hold_attached(handle.root, handle.record)
 
 
@@ -238,7 +240,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
     dtype = dequantize_dtype(dequantize, "merge_and_unload")
     handle = open_model(model, "merge_and_unload", attached=True)
     refuse_replaced_layers(handle, "merge_and_unload")
-    modules = _all_modules(handle)
+    modules = handle.all_modules()
     refuse_fully_sharded(handle.root, modules, "merge_and_unload")
     with claimed("merge_and_unload", handle.record.owner):
         refuse_unmergeable(handle, dtype)
@@ -271,11 +273,6 @@ def _warn_of_unknown_values(handle: AdaptedModel, verb: str, stacklevel: int) ->
             f"injection ({listed(names)}), and leaves it as it is. Name such modules in modules_to_save instead.",
             stacklevel=stacklevel,
         )
-
-
-def _all_modules(handle: AdaptedModel) -> list[nn.Module]:
-    """Return the modules of the model and of the injected module that holds it, each once."""
-    return list(dict.fromkeys(module for _, module in (*handle.root_modules, *handle.modules)))
 
 
 @contextmanager
@@ -415,7 +412,9 @@ def finish_injection(handle: AdaptedModel, selection: Selection) -> None:
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
     if "validated" not in record.marks:
         warn_of_unused(selection, stacklevel=4)
-        record.left_out = dict(selection.left_out)
+        for name, module in handle.root_places:
+            if name in selection.left_out and (facts := facts_of(module)) is not None:
+                facts.left_out = selection.left_out[name]
         for name in selection.saved_instead:
             tell(f"lightning_lora: {name} {TRAINED_WHOLE}")
     record.marks.add("validated")
@@ -429,6 +428,7 @@ def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Se
 
 def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
     root, record = handle.root, handle.record
+    begin_facts(handle.root_places, record, scope=record.chosen.scope.removesuffix(".") if record.chosen else "")
     check_shapes(handle.root_modules)
     selection = selected(handle.root_modules, record)
     live = {name: each for name, each in adapted_layers(root, modules=handle.root_modules).items() if each.is_trained()}
@@ -469,8 +469,9 @@ def strip_adapters(handle: AdaptedModel) -> None:
     """Take the trained adapter out; patched methods and attached adapters stay. In place."""
     record, modules = handle.record, [module for _, module in handle.root_modules]
     allow_packing_(modules)
-    for name, tensor in handle.recorded_tensors(record.requires_grad):
-        tensor.requires_grad_(record.requires_grad[name])
+    for tensor, fact in handle.known().values():
+        if fact.requires_grad is not None:
+            tensor.requires_grad_(fact.requires_grad)
     for layer in adapted_layers(handle.root, modules=handle.root_modules).values():
         with layer.lora.lock:  # another thread's forward may have W' in the weight's place
             (layer.strip_ if layer.lora.beside is None else layer.let_nothing_train_)()
@@ -479,6 +480,7 @@ def strip_adapters(handle: AdaptedModel) -> None:
     update_fast_paths(modules)
     disable_input_require_grads(modules)
     stop_checking_loads(modules)
+    end_facts(handle.all_modules(), record)
     record.end(handle.root)
 
 
@@ -518,10 +520,11 @@ def _refuse_other(earlier: AdaptedModel, config: LoRAConfig, merge_weights: bool
 def _record_resized(handle: AdaptedModel) -> None:
     """Record resized embeddings as trained, as PEFT does, because each program fills their new rows differently."""
     resized = {id(weight) for weight in resized_embeddings(handle.root_modules) if not weight.is_meta}
-    trained = handle.trained()
+    known = handle.known() if resized else {}
     for each in handle.base() if resized else ():
-        if id(each.parameter) in resized - trained:
-            handle.add_trained(each, "resized", keep=True)
+        key = id(each.parameter)
+        if key in resized and (key not in known or known[key].fact.trained is None):
+            handle.add_trained(each, "resized", known, keep=True)
             tell(f"lightning_lora: {each.name} was resized to {len(each.parameter)} rows: saved with the adapter.")
 
 
@@ -554,20 +557,25 @@ def _freeze(handle: AdaptedModel, new: Mapping[str, nn.Module], saved: Mapping[s
     bias = record.config.bias if record.chosen is None else "none"
     trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
     if record.chosen is not None:
-        trainable |= {id(tensor) for _, tensor in handle.recorded_tensors(record.chosen.whole)}
+        whole = record.chosen.whole
+        trainable |= {id(tensor) for name, tensor, _ in state_of(handle.root_places) if name in whole}
     if bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
-    known = record.requires_grad
+    known = handle.known()
+    is_new_base = False
     for each in handle.base():
-        name, parameter = each.name, each.parameter
+        parameter = each.parameter
+        fact = handle.fact(each.module, each.leaf, parameter, known)
         rebuilt = new or is_sharded(parameter)  # a parameter that was frozen may have been replaced by a trainable one
-        if name in known and (not rebuilt or name in record.trained):
+        if fact.requires_grad is not None and (not rebuilt or fact.trained is not None):
             continue
-        if name not in known:
-            known[name] = parameter.requires_grad
-            record.fingerprint = {}  # it was taken of a base without this parameter
+        if fact.requires_grad is None:
+            fact.requires_grad = parameter.requires_grad
+            is_new_base = True
         everywhere = bias == "all" and each.leaf == "bias"  # PEFT's rule: no in_proj_bias
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
+    if is_new_base:  # a fingerprint was taken of a base without these parameters
+        handle.set_fingerprint({})
 
 
 def _spec(name: str, record: Injection, seed: str, in_patterns: str) -> LayerSpec:

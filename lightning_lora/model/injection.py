@@ -4,8 +4,7 @@ An injected model has one record. The injected module and each adapted layer hol
 module that holds the layers: the injected module, a module around it, a network inside it, or a new module around the
 same network.
 
-Facts about tensors go by the names that these had at injection. A handle translates them (see adapted_model.py), so a
-new module of the same name, such as a SyncBatchNorm for a BatchNorm, and a copy of the model have them too.
+What is known of single tensors and modules goes with these, see facts.py.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from ..config import LoRAConfig
@@ -23,9 +21,7 @@ from ..errors import LoRAError
 from ..names import ATTRIBUTE
 from ..nn.attachment import Beside
 from ..nn.owner import Owner
-
-# Why a base parameter is trained: the options ask, something unfroze it after injection, or it was resized before.
-Why = Literal["asked", "unfrozen", "resized"]
+from .facts import Fact
 
 # What holds of an injection. "validated": finish_injection has checked that each entry of the options names something.
 # "merged": merge was called, and since then unmerge was not called for all layers. "merges by mode": eval() merges and
@@ -101,17 +97,13 @@ class Chosen:
 
 @dataclass(eq=False)
 class Injection:
-    """The record of one injection. All names are those in the injected module, at injection."""
+    """The record of one injection."""
 
     config: LoRAConfig
     seed: str = ""  # the text that adapters are drawn from; "" means the state of the random stream
     chosen: Chosen | None = None  # what a loaded adapter adapts and trains; None: what the options select
-    layers: list[str] = field(default_factory=list)  # of the adapted layers
-    left_out: dict[str, str] = field(default_factory=dict)  # why "all-linear" or "all-layers" leaves a layer out
-    requires_grad: dict[str, bool] = field(default_factory=dict)  # of base parameters, before injection
-    trained: dict[str, Why] = field(default_factory=dict)  # base parameters that were trainable at some time
-    initial: dict[str, torch.Tensor] = field(default_factory=dict)  # values from before training, buffers' too
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
+    layers: list[str] = field(default_factory=list)  # the names of the adapted layers, when they were last listed
+    facts: list[Fact] = field(default_factory=list)  # of tensors of the model. A copy's are in its modules
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
     marks: set[Mark] = field(default_factory=set)
     beside: dict[str, Beside] = field(default_factory=dict)  # the attached adapters, in the order of their names
@@ -120,7 +112,8 @@ class Injection:
     owner: Owner = field(default_factory=Owner)  # the thread that changes or saves the model; a copy has its own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "owner"} | {"root": None}
+        # A copy of a part of the model would bring along values of the whole model; its modules have their facts.
+        return {name: value for name, value in vars(self).items() if name != "owner"} | {"root": None, "facts": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, owner=Owner())
@@ -137,6 +130,9 @@ class Injection:
             LoRAError: another thread has injected the module meanwhile.
         """
         self.root = weakref.ref(root)
+        earlier = vars(root).get(ATTRIBUTE)
+        if earlier is not None and "ended" in earlier.marks:  # in a copy, of which a part got another adapter
+            delattr(root, ATTRIBUTE)
         if vars(root).setdefault(ATTRIBUTE, self) is not self:
             raise LoRAError(
                 f"inject: another thread has injected this {type(root).__name__} meanwhile. One thread at a time "
@@ -154,11 +150,3 @@ class Injection:
         """Return the injected module, or None where it is gone or holds another record."""
         root = self.root() if self.root is not None else None
         return root if root is not None and vars(root).get(ATTRIBUTE) is self else None
-
-    def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Why]]:
-        """Return copies of what is recorded of trained tensors, for restore."""
-        return dict(self.initial), dict(self.trained)
-
-    def restore(self, earlier: tuple[dict[str, torch.Tensor], dict[str, Why]]) -> None:
-        """Take back what was recorded of trained tensors since snapshot. In place."""
-        self.initial, self.trained = earlier

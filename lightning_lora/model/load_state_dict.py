@@ -9,21 +9,23 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, canonical, listed, parent_names
-from ..nn.adapted_module import AdaptedModule, is_factor
+from ..nn.adapted_module import MERGED, AdaptedModule, is_factor
 from ..nn.adapted_weights import NamedModules, adapted_layers, adapters_by_path
 from ..nn.beside import LACKING
 from ..nn.foreign_entries import with_metadata
 from .adapted_model import Listing, find_model
 from .initial_values import record_loaded
 
-# Key in the metadata of a state dict, which torch pickles with the dictionary and hands to load_state_dict's hooks.
-_MERGED = "lora_merged"
-
 
 def mark_merged(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict of merged weights whose metadata says so: a model with an adapter refuses to load it."""
-    of_modules = {name: {key: v for key, v in entry.items() if key != LACKING} for name, entry in metadata.items()}
-    return with_metadata(state, {**of_modules, "": {**of_modules.get("", {}), _MERGED: True}})
+    """Return a state dict of merged weights whose metadata says so: a layer with an adapter refuses to load it.
+
+    Each module's metadata says it, because torch shows a module its own alone: the layer may lie under a parent that
+    knows nothing of adapters.
+    """
+    modules = {"", *metadata, *(name.rpartition(".")[0] for name in state)}
+    entries = {name: {key: v for key, v in metadata.get(name, {}).items() if key != LACKING} for name in modules}
+    return with_metadata(state, {name: {**entry, MERGED: True} for name, entry in entries.items()})
 
 
 def _attached_in(module: nn.Module) -> set[str]:
@@ -71,16 +73,13 @@ def _check_load(
     missing; without any, each adapter keeps its tensors.
 
     Raises:
-        LoRAError: the state dict says that its weights are merged, and training has reached the adapter; or that
-            adapters were attached which are not here.
+        LoRAError: the state dict says that adapters were attached which are not here.
     """
     if missing_here := sorted(set(metadata.get(LACKING, ())) - _attached_in(module)):
         _refuse_without(missing_here)
     if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return
     listing = Listing(module)
-    if metadata.get(_MERGED) and not all(layer.is_initial() for layer in listing.layers.values()):
-        _refuse_merged(module)
     kept = {id(tensor) for layer in listing.layers.values() for tensor in layer.stored().values()}
     given = {canonical(key.removeprefix(prefix)): v for key, v in state_dict.items() if id(v) not in kept}
     factors = [(each, path + name) for path, each in adapters_by_path(listing.places) for name in each.stored_names()]
@@ -96,16 +95,6 @@ def _refuse_without(names: list[str]) -> NoReturn:
         f"load_state_dict: the state dict is of a model with attached adapters, which no state dict holds, and "
         f"{listed(list(map(repr, names)))} {'is' if len(names) == 1 else 'are'} not attached here. Call attach(model, "
         f"source, name={names[0]!r}) first; dict(state_dict) does not say it, and is loaded without."
-    )
-
-
-def _refuse_merged(module: nn.Module) -> NoReturn:
-    raise LoRAError(
-        'load_state_dict: the state dict holds merged weights, as save="merged" and merged_state_dict write them, and '
-        f"the {type(module).__name__} to load it into has an adapter, which would be added to them a second time. "
-        "Load the checkpoint with load_adapter(model, path), or its weights into a model without an adapter. Where a "
-        'library loads the best checkpoint when fit ends, pass merge_after_fit=True beside save="merged", or '
-        'save="full".'
     )
 
 

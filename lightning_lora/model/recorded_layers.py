@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
-from torch import nn
-
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, listed
-from ..nn.adapted_module import records_of
-from .adapted_model import AdaptedModel, Listing, moved_names
-from .injection import Injection
+from ..names import join_names, listed
+from .adapted_model import Listing, is_inside, record_of_root
+from .facts import facts_of, lost_children
 
 
 def refuse_replaced_layers(listing: Listing, verb: str) -> None:
     """Raise LoRAError where an adapted layer was replaced by a layer without an adapter, or removed.
 
+    Each module knows which of its children held adapted layers, so that blocks may be wrapped, and put into new
+    containers in any order and number.
+
     Args:
         listing: of any module. A module without an injected model is accepted, and so is a part of one.
         verb: the beginning of the message.
     """
-    layers = listing.all_layers.values()
-    records, live = records_of(layers), {(layer.lora.injection, layer.lora.name) for layer in layers}
-    if records and all((record, name) in live for record in records for name in record.layers):
+    root = next((module for _, module in listing.modules if record_of_root(module) is not None), listing.model)
+    modules = listing.modules if root is listing.model else Listing(root).modules
+    gone = {join_names(path, child): module for path, module in modules for child in lost_children(module)}
+    gone = {name: module for name, module in gone.items() if not any(other.startswith(f"{name}.") for other in gone)}
+    if not gone:
         return
-    for handle in _injected_models(listing, records):
-        gone, expected = handle.gone()
-        if gone:
-            name, modules = handle.name_here(gone[0]), dict(handle.places)
-            now = f"now a {describe_class(modules[name])}" if name in modules else "no longer there,"
-            raise LoRAError(
-                f"{verb}: {name!r} in {type(handle.model).__name__} was adapted, but is {now} without an adapter "
-                f"({len(gone)} of {expected} adapted layers are gone). Replace or convert layers before they are "
-                "adapted, in __init__, setup or configure_model, or leave them out with "
-                f"exclude_modules=[{listed(list(map(repr, gone)))}]."
-            )
+    layers = next(facts.injection.layers for module in gone.values() if (facts := facts_of(module)) is not None)
+    names = sorted(gone, key=lambda name: next((i for i, layer in enumerate(layers) if is_inside(layer, name)), 0))
+    present = gone[names[0]]._modules.get(names[0].rpartition(".")[2])
+    now = f"now a {describe_class(present)}" if present is not None else "no longer there,"
+    raise LoRAError(
+        f"{verb}: {names[0]!r} in {type(root).__name__} was adapted, but is {now} without an adapter "
+        f"({len(gone)} of {len(layers)} adapted layers are gone). Replace or convert layers before they are adapted, "
+        "in __init__, setup or configure_model, or leave them out with "
+        f"exclude_modules=[{listed(list(map(repr, names)))}]."
+    )
 
 
-def _injected_models(listing: Listing, records: Iterable[Injection]) -> Iterator[AdaptedModel]:
-    """Yield the injected modules inside a model, else those that hold it, else the model itself, as new handles."""
-    inside = [module for _, module in listing.modules if ATTRIBUTE in vars(module)]
-    for module in inside:
-        yield AdaptedModel(module, module, vars(module)[ATTRIBUTE])
-    for record in () if inside else records:
-        holder = record.holder()
-        if holder is not None and any(module is listing.model for module in holder.modules()):
-            yield AdaptedModel(holder, holder, record)
-        else:
-            yield AdaptedModel(listing.model, listing.model, record, moved=moved_names(listing, record))
-
-
-def describe_class(module: nn.Module) -> str:
+def describe_class(module: object) -> str:
     """Return the class of a module with its module path."""
     return f"{type(module).__module__}.{type(module).__qualname__}"

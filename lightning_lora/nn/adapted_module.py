@@ -22,6 +22,9 @@ from ..names import names_factor
 from .low_rank import HALF
 from .owner import Claim, claimed
 
+# Key in the metadata of a state dict, which torch pickles with it: the module's weights in it are merged.
+MERGED = "lora_merged"
+
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 _CLASSES: dict[tuple[type, type], type[Swapped]] = {}  # results of swapped_class, by mixin and base class
@@ -57,6 +60,9 @@ class Adapter(Protocol):
 
     def briefly_unmerged(self) -> AbstractContextManager[None]:
         """Unmerge inside the block, so that code which changes a weight there changes W."""
+
+    def changes_weight(self) -> bool:
+        """Return whether W' differs from W: training has reached the adapter, or an attached one acts."""
 
     def starts_again(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
         """Return whether the tensors must be drawn again from the new weight of a state dict."""
@@ -182,12 +188,26 @@ class AdaptedModule(Swapped):
                 if adapter.lora.beside is not None:
                     adapter.lora.beside.mark_as_lacking(destination, prefix)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *args: Any
+    ) -> None:
         """Load a state dict, in which a merged weight's entry is W. An adapter without an entry keeps its tensors.
 
         Untrained tensors that started from the old weight start again from the new one.
+
+        Raises:
+            LoRAError: the state dict says that its weights are merged, and the adapter would be added to them again.
         """
         adapters = self.lora_adapters().values()
+        if metadata.get(MERGED) and any(adapter.changes_weight() for adapter in adapters):
+            here = prefix.rstrip(".") or type(self).__name__
+            raise LoRAError(
+                'load_state_dict: the state dict holds merged weights, as save="merged" and merged_state_dict write '
+                f"them, and {here!r} has an adapter, which would be added to them "
+                "a second time. Load the checkpoint with load_adapter(model, path), or its weights into a model "
+                "without an adapter. Where a library loads the best checkpoint when fit ends, pass "
+                'merge_after_fit=True beside save="merged", or save="full".'
+            )
         with self._lora_briefly_unmerged():
             for adapter in adapters:
                 own = {adapter.stored_name(leaf): tensor for leaf, tensor in adapter.stored().items()}
@@ -196,7 +216,7 @@ class AdaptedModule(Swapped):
                     state_dict.update(entries)
             again = [adapter for adapter in adapters if adapter.starts_again(state_dict, prefix)]
             before = dict(self._parameters)
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(state_dict, prefix, metadata, *args)
             for adapter in adapters:
                 adapter.tie_again_(self, before, loaded=True)
                 if adapter in again:

@@ -283,6 +283,11 @@ class AdaptedWeights(StoredTensors):
         """Return the adapters that are attached to the layer, by name; see Packed.unpacked."""
         return {} if self.lora.beside is None else self.lora.beside.unpacked()
 
+    def changes_weight(self) -> bool:
+        """Return whether W' differs from W: training has reached the adapter, or an attached one acts."""
+        is_changed = self.is_trained() and not self.is_initial()
+        return is_changed or any(each.weight for each in self.attached().values())
+
     def let_nothing_train_(self) -> None:
         """Remove the stored tensors of the trained adapter. In place."""
         for holder in self.lora_holders():

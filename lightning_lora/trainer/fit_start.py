@@ -57,8 +57,8 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     record = handle.record
     record.run.looked_at, record.run.merged_in_fit = frozenset(), False
     handle.record_trainable(untouched=True)  # what setup and configure_optimizers unfroze
-    if not record.fingerprint:
-        record.fingerprint = fingerprint_of(open_state(handle))
+    if not handle.fingerprint():
+        handle.set_fingerprint(fingerprint_of(open_state(handle)))
     record.run.merged_eval = options.merged_eval
     if trainer.loggers:
         own = {name: getattr(options, name) for name in LOGGED}

@@ -137,10 +137,8 @@ def _build_and_adapt(
 ) -> None:
     """Adapt what was built before, call the method of this name, which may shard it, and adapt what that built."""
     _adapt_built(module, options, record, is_complete=False)
-    before, attached_before = set(module.modules()), _attached_in(module)
+    attached_before = _attached_in(module)
     call_previous(module, previous, name, *args, **kwargs)
-    if (handle := find_model(module)) is not None:
-        handle.forget_modules(set(module.modules()) - before)
     _take_out_of_rebuilt(module, options, attached_before)
     _adapt_built(module, options, record, is_complete=True)
 

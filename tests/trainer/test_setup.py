@@ -13,6 +13,7 @@ import torch
 
 from lightning_lora import LoRAError, disable_adapter, unload
 from lightning_lora.exchange.take import fingerprint
+from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
 from support.runs.training import (
     BuiltInConfigureModel,
@@ -265,11 +266,11 @@ def test_an_optimizer_of_one_part_is_refused_with_the_layers_to_exclude(tmp_path
 def test_a_base_that_setup_builds_anew_has_its_own_fingerprint_in_the_next_fit(tmp_path):
     callback = lora()
     make_trainer(tmp_path, callback).fit(model := RebuiltInSetup(), Data(BATCHES))
-    first = model.lora_injection.fingerprint
+    first = open_model(model, "test").fingerprint()
     assert first == fingerprint(model)
     model.hparams["seed"] += 1
     make_trainer(tmp_path, callback).fit(model, Data(BATCHES))
-    assert model.lora_injection.fingerprint == fingerprint(model) != first
+    assert open_model(model, "test").fingerprint() == fingerprint(model) != first
 
 
 class WithoutOptimizer(Net):
