@@ -154,9 +154,14 @@ class AdaptedModel(Listing):
         """Return the root's parameters without adapters, each once, by its first name in the root."""
         return {each.name: each.parameter for each in self.base()}
 
+    @property
+    def outer_places(self) -> Places:
+        """Every module of the model or of the root, whichever holds the other, under each of its names there."""
+        return self.places if self.prefix else self.root_places
+
     def all_modules(self) -> list[nn.Module]:
-        """Return the modules of the model and of the injected module that holds it, each once."""
-        return list(dict.fromkeys(module for _, module in (*self.root_modules, *self.modules)))
+        """Return the modules of the model or of the root, whichever holds the other, each once."""
+        return list(dict.fromkeys(module for _, module in self.outer_places))
 
     def known(self) -> dict[int, Known]:
         """Return each live tensor of which something is known, with what it is, by the tensor's id; see facts.py."""
@@ -403,14 +408,13 @@ def _with_facts(places: Places) -> list[tuple[nn.Module, ModuleFacts | None]]:
 
 def _frozen_injections(places: Places) -> set[Injection]:
     """Return the injections, of several that modules belong to, whose adapters are all frozen."""
-    injections = {facts.injection for _, facts in _with_facts(places) if facts is not None}
-    if len(injections) < 2:
+    if len({facts.injection for _, facts in _with_facts(places) if facts is not None}) < 2:
         return set()
     layers = adapted_layers(places[0][1], modules=places).values()
     trained = {
         layer.lora.injection for layer in layers if any(tensor.requires_grad for tensor in layer.stored().values())
     }
-    return injections - trained
+    return {layer.lora.injection for layer in layers} - trained
 
 
 def _find_by_layers(listing: Listing, record: Injection, part: bool) -> AdaptedModel | None:
@@ -421,7 +425,7 @@ def _find_by_layers(listing: Listing, record: Injection, part: bool) -> AdaptedM
     """
     model, root = listing.model, record.holder()
     if root is not None:
-        outer = Listing(root)
+        outer = AdaptedModel(root, root, record)
         if not part and set(outer.all_layers.values()) - set(listing.all_layers.values()):
             return None
         names = [name for name, module in outer.places if module is model]

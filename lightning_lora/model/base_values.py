@@ -63,7 +63,7 @@ def stand_ins(handle: AdaptedModel) -> list[StandIn]:
     with torch.inference_mode(False):
         values = {id(live): _like(live) for live, _ in recorded}
     found = []
-    for path, live, module in state_of(handle.root_places) if values else ():
+    for path, live, module in state_of(handle.outer_places) if values else ():
         if live is not None and id(live) in values:
             _refuse_sharded(path, live, module)
             leaf = path.rpartition(".")[2]

@@ -52,7 +52,8 @@ def memory_of(tensor: torch.Tensor) -> Memory | None:
     if not tensor.numel():
         return None
     try:
-        return Memory(StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset()))
+        storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        return Memory(storage, int(tensor.storage_offset()))
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -18,9 +18,14 @@ def refuse_replaced_layers(listing: Listing, verb: str) -> None:
         listing: of any module. A module without an injected model is accepted, and so is a part of one.
         verb: the beginning of the message.
     """
-    root = next((module for _, module in listing.modules if record_of_root(module) is not None), listing.model)
-    modules = listing.modules if root is listing.model else Listing(root).modules
-    gone = {join_names(path, child): module for path, module in modules for child in lost_children(module)}
+    roots = (place for place in listing.modules if record_of_root(place[1]) is not None)
+    outer, root = next(roots, ("", listing.model))  # names are those that the options count for
+    inside = ((path, module) for path, module in listing.modules if is_inside(path, outer))
+    gone = {
+        join_names(path[len(outer) :].removeprefix("."), child): module
+        for path, module in inside
+        for child in lost_children(module)
+    }
     gone = {name: module for name, module in gone.items() if not any(other.startswith(f"{name}.") for other in gone)}
     if not gone:
         return
