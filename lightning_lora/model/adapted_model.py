@@ -76,7 +76,7 @@ class Listing:
 
     def look_again(self) -> None:
         """Forget the lists, after layers were adapted, replaced or taken out."""
-        for name in ("places", "modules", "root_places", "root_modules"):
+        for name in ("places", "modules", "root_places", "root_modules", "known"):
             vars(self).pop(name, None)
         self.look_for_layers_again()
 
@@ -163,32 +163,32 @@ class AdaptedModel(Listing):
         """Return the modules of the model or of the root, whichever holds the other, each once."""
         return list(dict.fromkeys(module for _, module in self.outer_places))
 
+    @cached_property
     def known(self) -> dict[int, Known]:
-        """Return each live tensor of which something is known, with what it is, by the tensor's id; see facts.py."""
+        """Each live tensor of which something is known, with what it is, by the tensor's id; see facts.py."""
         return known_tensors(self.all_modules(), self.record.facts)
 
-    def fact(self, module: nn.Module, leaf: str, tensor: torch.Tensor, known: dict[int, Known]) -> Fact:
+    def fact(self, module: nn.Module, leaf: str, tensor: torch.Tensor) -> Fact:
         """Return what is known of a tensor, to add to it: a new fact where nothing is.
 
         Args:
             module: that has the tensor.
             leaf: its name there.
             tensor: the live tensor.
-            known: what known() returned before. A new fact is added to it.
         """
-        if id(tensor) not in known:
+        if id(tensor) not in self.known:
             fact = Fact(memory=memory_of(tensor))
             self.record.facts.append(fact)
             if (facts := facts_of(module)) is not None:
                 facts.tensors[leaf] = fact
-            known[id(tensor)] = Known(tensor, fact)
-        return known[id(tensor)].fact
+            self.known[id(tensor)] = Known(tensor, fact)
+        return self.known[id(tensor)].fact
 
     def trained(self, *why: Why) -> set[int]:
         """Return the id of each base parameter that is recorded as trained, for any of these reasons."""
         return {
             key
-            for key, (_, fact) in self.known().items()
+            for key, (_, fact) in self.known.items()
             if fact.trained is not None and (not why or fact.trained in why)
         }
 
@@ -230,7 +230,7 @@ class AdaptedModel(Listing):
 
         A tensor of another shape came in the place of the one that was recorded, and has none.
         """
-        for tensor, fact in self.known().values():
+        for tensor, fact in self.known.values():
             if fact.initial is not None and unsharded_shape(tensor) == unsharded_shape(fact.initial):
                 yield tensor, fact.initial
 
@@ -239,19 +239,18 @@ class AdaptedModel(Listing):
 
     def set_initial(self, values: Mapping[str, torch.Tensor]) -> None:
         """Replace all recorded values from before training by these, given by name in `model`."""
-        known = self.known()
-        for _, fact in known.values():
+        for _, fact in self.known.values():
             fact.initial = None
         for name, tensor, module in self.state():
             if name in values and tensor is not None:
-                self.fact(module, name.rpartition(".")[2], tensor, known).initial = values[name]
+                self.fact(module, name.rpartition(".")[2], tensor).initial = values[name]
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the entries of the base's fingerprint that were recorded at fit start, by name in `model`.
 
         It is empty where `model` is a part of what they were recorded of: each part has a fingerprint of its own.
         """
-        entries = {key: fact.entry for key, (_, fact) in self.known().items() if fact.entry is not None}
+        entries = {key: fact.entry for key, (_, fact) in self.known.items() if fact.entry is not None}
         found = {name: id(tensor) for name, tensor, _ in self.state() if id(tensor) in entries} if entries else {}
         if entries.keys() > set(found.values()):
             return {}
@@ -259,12 +258,11 @@ class AdaptedModel(Listing):
 
     def set_fingerprint(self, entries: Mapping[str, Any]) -> None:
         """Replace the recorded fingerprint of the base by these entries, given by name in `model`."""
-        known = self.known()
-        for _, fact in known.values():
+        for _, fact in self.known.values():
             fact.entry = None
         for name, tensor, module in self.state() if entries else ():
             if name in entries and tensor is not None:
-                self.fact(module, name.rpartition(".")[2], tensor, known).entry = entries[name]
+                self.fact(module, name.rpartition(".")[2], tensor).entry = entries[name]
 
     def record_trainable(self, *, expected: bool = False, untouched: bool = False) -> list[nn.Parameter]:
         """Record every base parameter that has become trainable, and return these parameters.
@@ -275,11 +273,10 @@ class AdaptedModel(Listing):
         """
         if not self.record.is_injection:
             return []
-        known = self.known()
-        trained = {key for key, (_, fact) in known.items() if fact.trained is not None}
+        trained = self.trained()
         new = [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
         for each in new:
-            self.add_trained(each, "asked" if expected else "unfrozen", known, keep=expected or untouched)
+            self.add_trained(each, "asked" if expected else "unfrozen", keep=expected or untouched)
         if new and not expected:
             shown = ", ".join(each.name for each in new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
             warnings.warn(
@@ -289,9 +286,9 @@ class AdaptedModel(Listing):
             )
         return [each.parameter for each in new]
 
-    def add_trained(self, each: BaseParameter, why: Why, known: dict[int, Known], *, keep: bool) -> None:
+    def add_trained(self, each: BaseParameter, why: Why, *, keep: bool) -> None:
         """Record that a base parameter of the root is trained; `keep` its present value as that from before."""
-        fact = self.fact(each.module, each.leaf, each.parameter, known)
+        fact = self.fact(each.module, each.leaf, each.parameter)
         fact.trained = why
         if keep:
             fact.initial = copy_of(each.parameter)
@@ -310,15 +307,13 @@ class AdaptedModel(Listing):
 
         Parameters that are recorded already are passed over, and so are names that are no base parameter's.
         """
-        known = self.known()
+        trained = self.trained()
         names_here: dict[int, str] = {}
         for name, tensor, _ in self.state():
             names_here.setdefault(id(tensor), name)
         for each in self.base():
-            key = id(each.parameter)
-            is_trained = key in known and known[key].fact.trained is not None
-            if names_here.get(key, "") in names and not is_trained:
-                self.add_trained(each, "unfrozen", known, keep=True)
+            if names_here.get(id(each.parameter), "") in names and id(each.parameter) not in trained:
+                self.add_trained(each, "unfrozen", keep=True)
 
 
 def open_model(model: nn.Module, verb: str, *, attached: bool = False) -> AdaptedModel:

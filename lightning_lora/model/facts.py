@@ -36,26 +36,28 @@ Why = Literal["asked", "unfrozen", "resized"]
 
 
 class Memory(NamedTuple):
-    """Where a tensor lies. While this is held, no other memory gets the same address."""
+    """Where a tensor lies. While `held` is there, no other memory gets the same address."""
 
-    storage: StorageWeakRef
-    offset: int
-
-    @property
-    def address(self) -> tuple[int, int]:
-        """A key by which the memory is found."""
-        return self.storage.cdata, self.offset
+    address: tuple[int, int]
+    held: StorageWeakRef
 
 
-def memory_of(tensor: torch.Tensor) -> Memory | None:
+def address_of(tensor: torch.Tensor) -> tuple[int, int] | None:
     """Return where a tensor lies, or None for an empty one, and one of a class that has no memory of its own."""
     if not tensor.numel():
         return None
     try:
-        storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        return Memory(storage, int(tensor.storage_offset()))
+        return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
     except (NotImplementedError, RuntimeError):
         return None
+
+
+def memory_of(tensor: torch.Tensor) -> Memory | None:
+    """Return where a tensor lies and a weak reference that keeps the address from being used again, or None."""
+    address = address_of(tensor)
+    if address is None:
+        return None
+    return Memory(address, StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
 
 
 @dataclass(eq=False)
@@ -132,24 +134,27 @@ def known_tensors(modules: Collection[nn.Module], recorded: Iterable[Fact]) -> d
     """
     held = {module: facts.tensors for module in modules if (facts := facts_of(module)) is not None}
     everywhere = (*recorded, *(fact for tensors in held.values() for fact in tensors.values()))
-    by_memory = {fact.memory.address: fact for fact in everywhere if fact.memory is not None}
+    by_memory: dict[tuple[int, int] | None, Fact] = {}
+    for fact in everywhere:
+        if fact.memory is not None:
+            by_memory[fact.memory.address] = fact
     found: dict[int, Known] = {}
-    replaced: list[tuple[torch.Tensor, Memory | None, Fact]] = []
+    replaced: list[tuple[torch.Tensor, Fact]] = []
     for module in modules:
         own = held.get(module)
         for leaf, tensor in own_state(module).items():
-            memory = memory_of(tensor) if by_memory or own else None
-            if memory is not None and memory.address in by_memory:
-                found[id(tensor)] = Known(tensor, by_memory[memory.address])
+            address = address_of(tensor)
+            if address in by_memory:
+                found[id(tensor)] = Known(tensor, by_memory[address])
                 if own is not None:
                     own[leaf] = found[id(tensor)].fact
             elif own is not None and leaf in own:
-                replaced.append((tensor, memory, own[leaf]))
+                replaced.append((tensor, own[leaf]))
     used = {known.fact for known in found.values()}
-    for tensor, memory, fact in replaced:
+    for tensor, fact in replaced:
         # A fact whose own tensor is still in the model was left behind by a tensor that moved.
         if fact not in used:
-            fact.memory = memory
+            fact.memory = memory_of(tensor)
             found[id(tensor)] = Known(tensor, fact)
     return found
 

@@ -25,7 +25,7 @@ def snapshot_initial(handle: AdaptedModel) -> None:
     """
     is_validated = "validated" in handle.record.marks
     reshard_(module for _, module in handle.root_modules)
-    known = handle.known()
+    known = handle.known
     met: set[int] = set()  # a tied tensor lies in several modules
     for _, module in handle.root_modules:
         for leaf, tensor in own_state(module).items():
@@ -36,7 +36,7 @@ def snapshot_initial(handle: AdaptedModel) -> None:
                 continue
             if is_parameter and (id(tensor) not in known or known[id(tensor)].fact.trained is None):
                 continue
-            fact = handle.fact(module, leaf, tensor, known)
+            fact = handle.fact(module, leaf, tensor)
             if id(tensor) not in met and (fact.initial is None or not is_validated):
                 fact.initial = copy_of(tensor)
             met.add(id(tensor))
@@ -45,7 +45,7 @@ def snapshot_initial(handle: AdaptedModel) -> None:
 def snapshot_materialised(handle: AdaptedModel) -> None:
     """Replace recorded values on the meta device by present values. Call it before training or loading."""
     reshard_(module for _, module in handle.root_modules)
-    for tensor, fact in handle.known().values():
+    for tensor, fact in handle.known.values():
         if fact.initial is not None and fact.initial.is_meta:
             fact.initial = copy_of(tensor)
 
@@ -58,7 +58,7 @@ def record_loaded(handle: AdaptedModel, values: Mapping[str, object]) -> None:
         values: what is loaded, by the names in the model.
     """
     handle.set_fingerprint({})
-    known = handle.known()
+    known = handle.known
     for name, tensor, _ in handle.state():
         value = values.get(name)
         before = known[id(tensor)].fact.initial if id(tensor) in known else None
@@ -69,12 +69,12 @@ def record_loaded(handle: AdaptedModel, values: Mapping[str, object]) -> None:
 
 def facts_before(handle: AdaptedModel) -> dict[Fact, Fact]:
     """Return each recorded fact with a copy of it, for take_back_facts_."""
-    return {fact: replace(fact) for _, fact in handle.known().values()}
+    return {fact: replace(fact) for _, fact in handle.known.values()}
 
 
 def take_back_facts_(handle: AdaptedModel, before: Mapping[Fact, Fact]) -> None:
     """Take back what was recorded since facts_before. In place; harmless when repeated."""
-    for _, fact in handle.known().values():
+    for _, fact in handle.known.values():
         earlier = before.get(fact, Fact())
         fact.initial = earlier.initial
         fact.trained = earlier.trained

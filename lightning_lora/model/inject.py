@@ -469,7 +469,7 @@ def strip_adapters(handle: AdaptedModel) -> None:
     """Take the trained adapter out; patched methods and attached adapters stay. In place."""
     record, modules = handle.record, [module for _, module in handle.root_modules]
     allow_packing_(modules)
-    for tensor, fact in handle.known().values():
+    for tensor, fact in handle.known.values():
         if fact.requires_grad is not None:
             tensor.requires_grad_(fact.requires_grad)
     for layer in adapted_layers(handle.root, modules=handle.root_modules).values():
@@ -520,11 +520,11 @@ def _refuse_other(earlier: AdaptedModel, config: LoRAConfig, merge_weights: bool
 def _record_resized(handle: AdaptedModel) -> None:
     """Record resized embeddings as trained, as PEFT does, because each program fills their new rows differently."""
     resized = {id(weight) for weight in resized_embeddings(handle.root_modules) if not weight.is_meta}
-    known = handle.known() if resized else {}
+    known = handle.known if resized else {}
     for each in handle.base() if resized else ():
         key = id(each.parameter)
         if key in resized and (key not in known or known[key].fact.trained is None):
-            handle.add_trained(each, "resized", known, keep=True)
+            handle.add_trained(each, "resized", keep=True)
             tell(f"lightning_lora: {each.name} was resized to {len(each.parameter)} rows: saved with the adapter.")
 
 
@@ -561,11 +561,10 @@ def _freeze(handle: AdaptedModel, new: Mapping[str, nn.Module], saved: Mapping[s
         trainable |= {id(tensor) for name, tensor, _ in state_of(handle.root_places) if name in whole}
     if bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
-    known = handle.known()
     is_new_base = False
     for each in handle.base():
         parameter = each.parameter
-        fact = handle.fact(each.module, each.leaf, parameter, known)
+        fact = handle.fact(each.module, each.leaf, parameter)
         rebuilt = new or is_sharded(parameter)  # a parameter that was frozen may have been replaced by a trainable one
         if fact.requires_grad is not None and (not rebuilt or fact.trained is not None):
             continue
