@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 
 from ..nn.adapted_module import AdaptedModule
 from .named_state import Places, own_state
@@ -43,8 +44,8 @@ class Memory(NamedTuple):
 
 
 def address_of(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """Return where a tensor lies, or None for an empty one, and one of a class that has no memory of its own."""
-    if not tensor.numel():
+    """Return where a tensor lies, or None for one that is empty, lazy, or of a class without memory of its own."""
+    if is_lazy(tensor) or not tensor.numel():
         return None
     try:
         return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
