@@ -143,7 +143,7 @@ def _write_plain_networks(checkpoint: Mapping[str, Any], *, divided: bool) -> No
 def _without_adapters(network: nn.Module) -> nn.Module:
     for name in attached(network):
         detach(network, name)
-    if handle := find_model(network):
+    if handle := find_model(network, part=True):
         unmerge_if_merged(handle)
         take_out_adapter(handle)
     return network

@@ -58,11 +58,12 @@ def network() -> Network:
     return Network()
 
 
-def fitted(path: Path, net: nn.Module | None = None, **options: Any) -> tuple[Around, Path]:
+def fitted(path: Path, model: Around | None = None, **options: Any) -> tuple[Around, Path]:
     """A trained model, and its checkpoint that was saved while a validation had it merged."""
-    model = Around(network() if net is None else net)
+    model = Around(network()) if model is None else model
     torch.manual_seed(0)
-    callback = LoRACallback(r=2, target_modules=TARGETS, save="merged", init_lora_weights=False, **options)
+    defaults: dict[str, Any] = {"r": 2, "target_modules": TARGETS, "init_lora_weights": False}
+    callback = LoRACallback(save="merged", **defaults | options)
     saves = ModelCheckpoint(path, "merged", monitor="val_loss", save_top_k=1, enable_version_counter=False)
     make_trainer(path, callback, saves, max_epochs=1).fit(model, Data())
     return model, path / "merged.ckpt"
@@ -122,5 +123,30 @@ class Uncopied(Network):
 def test_a_network_that_cannot_be_copied_stays_and_is_named_with_a_way_out(tmp_path):
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match=r"'net' is the adapted network.*holds a lock.*save_hyperparameters\(ignore"):
-        _, file = fitted(tmp_path, Uncopied())
+        _, file = fitted(tmp_path, Around(Uncopied()))
     assert "lora_A" in dict(torch.load(file, weights_only=False)["hyper_parameters"]["net"].head.named_parameters())
+
+
+class AroundTwo(Around):
+    def __init__(self, net: nn.Module, after: nn.Module, unused: int = 0, lr: float = 0.1) -> None:
+        super().__init__(net, lr)
+        self.save_hyperparameters()
+        self.after = after
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.after(self.net(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["after.1"]}], ids=["factors", "a head"])
+def test_each_of_two_networks_is_written_without_its_adapter(tmp_path, options):
+    def after() -> nn.Sequential:
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+    model, file = fitted(tmp_path, AroundTwo(network(), after()), target_modules=[*TARGETS, "after.0"], **options)
+    saved = torch.load(file, weights_only=False)["hyper_parameters"]
+    for name, first in (("net", network()), ("after", after())):
+        assert not any("lora" in str(each) for each in saved[name].modules())
+        assert_same_tensors(saved[name].state_dict(), first.state_dict())
+    plain = AroundTwo.load_from_checkpoint(file, **ANY_OBJECTS)
+    torch.testing.assert_close(answers(plain), answers(model), rtol=1e-5, atol=1e-6)
