@@ -171,7 +171,7 @@ class Adapter:
         return {leaf: self.tensors[names[leaf]] for leaf in self.variant.leaves if leaf in names}
 
     def effective_factors(self, layer: str) -> EffectiveFactors:
-        """Return the factors that a layer's tensors act as, without a scale of the sum with W."""
+        """Return the factors that a layer's tensors act as. A scale that is computed from W is left out."""
         return self.variant.effective_factors_exactly(self.stored(layer), None, self.scaling(layer))
 
     def weight_names(self, layer: str) -> list[str]:

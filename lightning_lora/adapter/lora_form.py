@@ -22,7 +22,7 @@ def as_lora(adapter: Adapter) -> Adapter:
     the options stay as they were written.
 
     Args:
-        adapter: of a variant that does not read the weight.
+        adapter: of a variant without a scale.
     """
     tensors = dict(adapter.tensors)
     for layer in adapter.layers:

@@ -1,5 +1,6 @@
 """The description of an adapter as plain types, in checkpoint["lora"] and in the header of a tensor file.
 
+format_version  of the description; FORMAT_VERSION grows with every change that an earlier reader would misread
 layers       [[kind or None, scaling, [names]], ...]
 fingerprint  {name: [dtype, shape, values], ...}; a quantised weight has no values, and its kind as a fourth item
 beside       {name: [weight, digest], ...} of the frozen adapters that it was trained beside
@@ -23,10 +24,31 @@ from ..nn.low_rank import KINDS
 from .adapter import Adapter, Layer
 from .fingerprint import Entry, sample_positions
 
+FORMAT_VERSION = 2
+
+
+def check_format(metadata: Mapping[str, Any], where: object) -> None:
+    """Raise LoRAError, with the remedy, where a description is of another format than this package's."""
+    found = metadata.get("format_version", 0)
+    if found == FORMAT_VERSION:
+        return
+    if type(found) is not int:
+        raise LoRAError(f"{where}: the format is {shown(found)} and no number; the file is damaged.")
+    if found > FORMAT_VERSION:
+        raise LoRAError(
+            f"{where}: is of format {found}, and this lightning_lora reads {FORMAT_VERSION}; update lightning_lora."
+        )
+    raise LoRAError(
+        f"{where}: is of format {found}, which an earlier lightning_lora wrote; this one reads {FORMAT_VERSION}. Load "
+        "it with the version that wrote it, and save the tensors alone: torch.save(adapter_state_dict(model), path). "
+        "load_adapter takes that file onto a model that was injected with the same options."
+    )
+
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
     """Describe an adapter as plain types, without its tensors."""
     return {
+        "format_version": FORMAT_VERSION,
         "config": _with_parts(adapter).to_dict(),
         "layers": encode_layers(adapter.layers),
         "fingerprint": encode_fingerprint(adapter.fingerprint),
@@ -49,7 +71,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
 
     Args:
         tensors: by name.
-        metadata: the description, from a file.
+        metadata: the description, from a file; check_format has seen it.
         where: for messages.
 
     Raises:

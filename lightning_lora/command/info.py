@@ -174,7 +174,7 @@ def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
 
 def _scales_by_tensor(adapter: Adapter) -> dict[str, Any]:
     """Return the vectors of layers whose change is more than a product, by their names: the norms leave them out."""
-    if not adapter.variant.reads_weight:
+    if not adapter.variant.has_scale:
         return {}
     return {
         adapter.factor_name(layer, leaf): value

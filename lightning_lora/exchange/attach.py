@@ -115,9 +115,9 @@ def _put_in_(handle: AdaptedModel, source: Adapter, called: str, weight: float, 
 def _refuse_kinds_of_adapters(adapter: Adapter, called: str) -> None:
     if not adapter.layers:
         raise LoRAError(f"attach: {called!r} adapts no layer.")
-    if adapter.variant.reads_weight:
+    if adapter.variant.has_scale:
         raise LoRAError(
-            f"attach: {called!r} is an adapter of {adapter.variant.title}, whose scale depends on the weight, so it is "
+            f"attach: {called!r} is an adapter of {adapter.variant.title}, which scales the weight's outputs, so it is "
             "no sum. Merge it into the base (save_merged) and load that."
         )
     if rows := adapter.rows():

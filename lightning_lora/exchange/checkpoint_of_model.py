@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, MutableMapping, Set
 from dataclasses import replace
@@ -16,6 +17,7 @@ from ..distributed.flat import owns_flat, unsharded_shape
 from ..distributed.sharding import copy_all_, gather_all, holds_shards, whole_on_cpu
 from ..distributed.zero import update_copies_
 from ..errors import LoRAError, NonFiniteError
+from ..formats.hyper_parameters import HYPER_PARAMETERS
 from ..formats.lightning_checkpoint import (
     CURRENT,
     Kind,
@@ -23,8 +25,8 @@ from ..formats.lightning_checkpoint import (
     by_canonical_names,
     checkpoint_metadata,
 )
-from ..model.adapted_model import AdaptedModel, open_model
-from ..model.attached import set_weight
+from ..model.adapted_model import AdaptedModel, find_model, open_model
+from ..model.attached import attached, detach, set_weight
 from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.foreign_state import (
     foreign_entries,
@@ -35,11 +37,14 @@ from ..model.foreign_state import (
     without_base,
 )
 from ..model.initial_values import record_loaded
+from ..model.inject import take_out_adapter
 from ..model.live_state import LiveState, open_state, original_value, original_values
 from ..model.load_state_dict import mark_merged
+from ..model.merging import unmerge_if_merged
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import base_keys, merge_state_dict
 from ..names import META, canonical, names_factor, parent_names
+from ..nn.adapted_weights import adapted_layers
 from ..nn.foreign_entries import ForeignEntries, foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed
 from ..nn.rounding import NEVER
@@ -94,12 +99,54 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
         # A layer whose factors the class left out is not in its merged weights.
         state |= {name: value for name, value in adapter.tensors.items() if not names_factor(name)}
         state = state if divided else _merge_state(handle, state)
+        _write_plain_networks(checkpoint, divided=divided)
     if kind == "adapter":
         checkpoint["state_dict"] = {**adapter.tensors, **adapter.foreign.values}
     else:
         own_names = {canonical(name): name for name in whole}
         named = {own_names.get(name, name): value for name, value in state.items()}
         checkpoint["state_dict"] = (mark_merged if kind == "merged" else with_metadata)(named, metadata_of(whole))
+
+
+def _write_plain_networks(checkpoint: Mapping[str, Any], *, divided: bool) -> None:
+    """Put copies without an adapter in the place of adapted networks among the hyper-parameters. In place.
+
+    save_hyperparameters() keeps the network that a class is built around, and Lightning pickles it. Around the adapted
+    one, a class would be built with an adapter, to which W' is added once more. A copy has the values from before
+    training: W' comes with the state dict, and load_from_checkpoint finds the base that the adapter was trained on.
+
+    Args:
+        checkpoint: its mapping of hyper-parameters is its own, and not the module's.
+        divided: whether ranks hold parts of the weights, which are not copied.
+    """
+    saved = checkpoint.get(HYPER_PARAMETERS)
+    if not isinstance(saved, dict):
+        return
+    networks = {name: value for name, value in saved.items() if isinstance(value, nn.Module) and adapted_layers(value)}
+    for name, network in networks.items():
+        reason = "its weights are divided over ranks" if divided else ""
+        try:
+            if not divided:
+                saved[name] = _without_adapters(copy.deepcopy(network))
+        except Exception as error:  # of a user's class, or no memory: it must not break off a fit
+            reason = repr(error)
+        if reason:
+            warnings.warn(
+                f"lightning_lora: checkpoint: the hyper-parameter {name!r} is the adapted network, and cannot be "
+                f"copied without the adapter ({reason}). So the merged checkpoint needs lightning_lora to be read. "
+                f"Leave it out with save_hyperparameters(ignore=[{name!r}]), or save the model after a fit with "
+                "merge_after_fit=True.",
+                stacklevel=2,
+            )
+
+
+def _without_adapters(network: nn.Module) -> nn.Module:
+    for name in attached(network):
+        detach(network, name)
+    if handle := find_model(network, part=True):
+        unmerge_if_merged(handle)
+        take_out_adapter(handle)
+    return network
 
 
 def _warn_of_moved(live: LiveState, state: Mapping[str, Any], adapter: Adapter, kind: Kind) -> None:

@@ -224,7 +224,7 @@ def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: b
 
 def _lora(adapter: Adapter, where: str) -> Adapter:
     """Return an adapter as plain LoRA. LoRAError says why that is not possible."""
-    if adapter.variant.reads_weight:
+    if adapter.variant.has_scale:
         raise LoRAError(
             f"{where}: {adapter.variant.title} adapters cannot be combined: what they change depends on the base's "
             "weights, and no sum of products equals it."

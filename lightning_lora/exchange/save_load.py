@@ -15,9 +15,9 @@ from ..distributed.rank_sync import RankSync, writes_files
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
-from ..formats.build_module import build_module
+from ..formats.build_module import build_module, lines_by_hand
 from ..formats.forms import refuse_peft_folder
-from ..formats.lightning_checkpoint import adapter_of
+from ..formats.lightning_checkpoint import Kind, adapter_of
 from ..formats.peft_folder import write_folder
 from ..formats.peft_parameters import order_in
 from ..formats.peft_saved_modules import frozen_in_saved
@@ -232,7 +232,7 @@ def load_from_checkpoint(
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, _without_strict(kwargs))
     listing = find_model(model) or Listing(model)
-    refuse_missing(beside_in(listing), adapter, partial(_by_hand, cls.__name__, path))
+    refuse_missing(beside_in(listing), adapter, partial(_by_hand, cls.__name__, path, kind))
     if kind != "full":
         quantise_as_trained_(listing, adapter)
         apply_adapter(listing, adapter, strict_base=strict_base, remedy=_other_base(cls.__name__, path))
@@ -251,9 +251,12 @@ def _without_strict(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "strict"}
 
 
-def _by_hand(name: str, path: PathLike, missing: Mapping[str, Beside]) -> str:
+def _by_hand(name: str, path: PathLike, kind: Kind, missing: Mapping[str, Beside]) -> str:
     """Return the advice where an adapter was trained beside others, whose sources no checkpoint holds."""
-    return f'Load it by hand: model = {name}(...); {by_attach(missing)}; load_adapter(model, "{path}").'
+    # The base of a full checkpoint is loaded after that: what was trained whole comes with it, and attach compares with
+    # the values from before training.
+    attaching = by_attach(missing, strict_base=kind != "full")
+    return f"Load it by hand: {lines_by_hand(name, path, kind, attaching)}."
 
 
 def _other_base(name: str, path: PathLike) -> str:

@@ -14,9 +14,11 @@ Attached = Mapping[str, Beside]  # to a model, by name
 Remedy = Callable[[Attached], str]  # makes the advice for adapters that are not attached
 
 
-def by_attach(missing: Mapping[str, Beside]) -> str:
+def by_attach(missing: Mapping[str, Beside], *, strict_base: bool = True) -> str:
     """Return the calls that attach adapters, each from a source that the user must know."""
-    return "; ".join(f"attach(model, source, name={name!r}, weight={each.weight:g})" for name, each in missing.items())
+    more = "" if strict_base else ", strict_base=False"
+    calls = (f"attach(model, source, name={name!r}, weight={each.weight:g}{more})" for name, each in missing.items())
+    return "; ".join(calls)
 
 
 def by_load_adapter(missing: Mapping[str, Beside]) -> str:

@@ -18,6 +18,7 @@ from ..files.inert_pickle import find_placeholder
 from ..files.paths import PathLike
 from ..names import META
 from .hyper_parameters import HYPER_PARAMETERS, INSTANTIATOR, class_named_by, flat, plain_arguments
+from .lightning_checkpoint import Kind
 
 EARLIER_KEYS = ("hparams", "module_arguments")  # of Lightning before 0.8, which it still reads
 KIND = "hparams_type"  # its key of a class that the hyper-parameters are put into
@@ -50,7 +51,8 @@ def build_module(
             without the file's tensors.
     """
     content, saved = _content_for_class(checkpoint, kwargs), checkpoint.get(HYPER_PARAMETERS)
-    _refuse_objects(cls, path, content)
+    kind: Kind = checkpoint[META]["kind"]
+    _refuse_objects(cls, path, content, kind)
     if not isinstance(content.get(HYPER_PARAMETERS, {}), Mapping):
         found = type(saved).__name__
         raise LoRAError(f"{path}: checkpoint['{HYPER_PARAMETERS}'] must be a mapping, found {found}; it is damaged.")
@@ -58,17 +60,36 @@ def build_module(
     if weights_only is not False:
         if content.get(KIND) is not type(saved):
             content.pop(KIND, None)
-        options = {**_take_plain_arguments(cls, path, content, kwargs), **options}
+        options = {**_take_plain_arguments(cls, path, content, kwargs, kind), **options}
         if "hparams_file" in options:
             options[INSTANTIATOR] = None  # goes before what that file says
     definitions = [getattr(base, READERS[0]) for base in cls.__mro__ if READERS[0] in vars(base)]
     if any("weights_only" in inspect.signature(each).parameters for each in definitions):
         options["weights_only"] = weights_only  # which older versions of Lightning do not have
+    by_hand = lines_by_hand(cls.__name__, path, kind, trusted=weights_only is False)
     torch.save(content, buffer := io.BytesIO())
     buffer.seek(0)
-    with warnings.catch_warnings(), _loading_nothing(cls), _naming_checkpoint(cls, path):
+    with warnings.catch_warnings(), _loading_nothing(cls), _naming_checkpoint(cls, path, by_hand):
         warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
         return cls.load_from_checkpoint(buffer, strict=False, **options)
+
+
+def lines_by_hand(name: str, path: PathLike, kind: Kind, *first: str, trusted: bool = False) -> str:
+    """Return the lines that load a checkpoint onto a module that the user builds.
+
+    A full checkpoint brings its base, without which load_adapter refuses another one.
+
+    Args:
+        name: of the module's class.
+        path: of the checkpoint.
+        kind: of the checkpoint.
+        first: lines that come before anything is loaded.
+        trusted: the file may hold objects, and the user trusts it.
+    """
+    unpickled = ", weights_only=False" if trusted else ""
+    base = f'model.load_state_dict(torch.load("{path}", "cpu"{unpickled})["state_dict"], strict=False)'
+    loading = [*([base] if kind == "full" else []), f'load_adapter(model, "{path}")']
+    return "; ".join([f"model = {name}(...)", *first, *loading])
 
 
 def _content_for_class(checkpoint: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,10 +126,15 @@ def _loading_nothing(cls: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _naming_checkpoint(cls: Any, path: PathLike) -> Iterator[None]:
+def _naming_checkpoint(cls: Any, path: PathLike, by_hand: str) -> Iterator[None]:
     """Raise LoRAError in place of an error of Lightning, or of a class that reads the file by itself.
 
     Another error of the class stays.
+
+    Args:
+        cls: the class that is built.
+        path: of the checkpoint.
+        by_hand: the lines that load it onto a module that the user builds.
     """
     try:
         yield
@@ -122,12 +148,12 @@ def _naming_checkpoint(cls: Any, path: PathLike) -> Iterator[None]:
         raise LoRAError(
             f"load_from_checkpoint: {cls.__name__} cannot be built from {path}: {type(error).__name__}: "
             f"{sentence(error)} Pass what is missing or does not fit as keyword arguments, or build the module "
-            f'yourself: load_adapter(model := {cls.__name__}(...), "{path}").'
+            f"yourself: {by_hand}."
         ) from error
 
 
 def _take_plain_arguments(
-    cls: Any, path: PathLike, content: dict[str, Any], kwargs: Mapping[str, Any]
+    cls: Any, path: PathLike, content: dict[str, Any], kwargs: Mapping[str, Any], kind: Kind
 ) -> dict[str, Any]:
     """Leave in a checkpoint's hyper-parameters the arguments of the class, and nothing that Lightning calls. In place.
 
@@ -153,7 +179,7 @@ def _take_plain_arguments(
         for name, value in refused.items():
             raise LoRAError(
                 f"{path}: checkpoint[{key!r}][{name!r}] names {value}, and nothing that a file names is imported or "
-                f"called. {_remedies(cls, path, refused)}"
+                f"called. {_remedies(refused, lines_by_hand(cls.__name__, path, kind))}"
             )
         before, arguments = flat(saved), content[key]
         converted |= {name: value for name, value in arguments.items() if value is not before[name]}
@@ -161,7 +187,7 @@ def _take_plain_arguments(
     return converted
 
 
-def _refuse_objects(cls: Any, path: PathLike, checkpoint: Mapping[str, Any]) -> None:
+def _refuse_objects(cls: Any, path: PathLike, checkpoint: Mapping[str, Any], kind: Kind) -> None:
     """Raise LoRAError where hyper-parameters hold objects that were not unpickled."""
     found = find_placeholder(checkpoint)
     if found is None:
@@ -169,17 +195,18 @@ def _refuse_objects(cls: Any, path: PathLike, checkpoint: Mapping[str, Any]) -> 
     place, name = found
     saved = checkpoint.get(HYPER_PARAMETERS)
     objects = [key for key, value in saved.items() if find_placeholder(value)] if isinstance(saved, Mapping) else []
+    # The base of a full checkpoint is read by torch.load, which refuses the objects too.
+    by_hand = "" if kind == "full" else lines_by_hand(cls.__name__, path, kind)
     raise LoRAError(
         f"{path}: checkpoint{place} is of {name}, and objects are not unpickled, because that may run any code. "
-        f"{_remedies(cls, path, objects)}"
+        f"{_remedies(objects, by_hand)}"
     )
 
 
-def _remedies(cls: Any, path: PathLike, objects: Iterable[str]) -> str:
+def _remedies(objects: Iterable[str], by_hand: str) -> str:
     """Return advice for hyper-parameters that are not taken from a file."""
     arguments = ", ".join(f"{key}=..." for key in objects)
-    as_arguments = f"pass what they are as keyword arguments ({arguments}), or " if arguments else ""
-    return (
-        f"If you trust the file, pass weights_only=False; otherwise {as_arguments}build the module yourself: "
-        f'load_adapter(model := {cls.__name__}(...), "{path}").'
-    )
+    ways = [f"pass what they are as keyword arguments ({arguments})"] if arguments else []
+    ways += [f"build the module yourself: {by_hand}"] if by_hand else []
+    otherwise = f"; otherwise {', or '.join(ways)}" if ways else ""
+    return f"If you trust the file, pass weights_only=False{otherwise}."

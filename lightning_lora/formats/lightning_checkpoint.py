@@ -16,14 +16,13 @@ from typing import Any, Literal, get_args
 
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
-from ..adapter.metadata import from_metadata, to_metadata, without
-from ..errors import LoRAError, shown
+from ..adapter.metadata import check_format, from_metadata, to_metadata, without
+from ..errors import LoRAError
 from ..files.paths import reading
 from ..names import META, canonical
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.quantised_state import quantisation_entries
 
-FORMAT_VERSION = 1
 CURRENT = "current_model_state"  # where WeightAveraging keeps the weights beside their average in state_dict
 FOREIGN = "foreign"  # in the metadata: the names of foreign entries in state_dict, and the versions of their modules
 
@@ -46,10 +45,9 @@ def _is_kind(value: object) -> bool:
 
 
 def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
-    """Return what checkpoint["lora"] holds in each kind: the format's version, the kind, the adapter's metadata."""
+    """Return what checkpoint["lora"] holds in each kind: the kind and the adapter's metadata."""
     foreign = {"names": list(adapter.foreign.values), "versions": dict(adapter.foreign.versions)}
     return {
-        "format_version": FORMAT_VERSION,
         "kind": kind,
         **({FOREIGN: foreign} if adapter.foreign.values else {}),
         **to_metadata(adapter),
@@ -68,11 +66,7 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
             'checkpoint["lora"]: is missing or damaged; this is not a checkpoint of lightning_lora. One of plain '
             "Lightning, without an adapter, is loaded by its class's own load_from_checkpoint."
         )
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise LoRAError(
-            f'checkpoint["lora"]: has format {shown(meta.get("format_version"))}, this lightning_lora reads '
-            f"{FORMAT_VERSION}; install the version that wrote it."
-        )
+    check_format(meta, 'checkpoint["lora"]')
     kind: Kind = meta["kind"]
     tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
     if not isinstance(tensors, Mapping):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..adapter.adapter import Adapter, is_head_only, weights_text
-from ..adapter.metadata import to_metadata
+from ..adapter.metadata import check_format, to_metadata
 from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, shown
 from ..files.atomic import new_folder
@@ -289,7 +289,7 @@ def description_in(header: Mapping[str, str], where: Path) -> dict[str, Any] | N
     """Return what this package wrote into a file's header, or None in a file of others.
 
     Raises:
-        LoRAError: it is not JSON, or of another form.
+        LoRAError: it is not JSON, or of another form or format.
     """
     text = header.get(HEADER_KEY)
     if text is None:
@@ -298,4 +298,5 @@ def description_in(header: Mapping[str, str], where: Path) -> dict[str, Any] | N
         description = json.loads(text)
     if not isinstance(description, dict):
         raise LoRAError(f"{where}: the adapter's description is damaged: it is {shown(description, 80)}.")
+    check_format(description, where)
     return description

@@ -61,7 +61,7 @@ def served_form(adapter: Adapter, source: PathLike | None, verb: str = "export_a
 
 def _problem(adapter: Adapter) -> str:
     """Return what an adapter holds beside factors of layers, or ""."""
-    if adapter.variant.reads_weight:
+    if adapter.variant.has_scale:
         return (
             f"is a {adapter.variant.title} adapter: what it changes depends on the base's weights, and no product of "
             "factors equals it"

@@ -257,7 +257,7 @@ def _refuse_between(handle: AdaptedModel, weight: float) -> None:
     """Refuse a strength of the trained adapter between off and on where there is none."""
     if weight in (0, 1):
         return
-    reading = [name for name, layer in handle.layers.items() if layer.lora.spec.variant.reads_weight]
+    reading = [name for name, layer in handle.layers.items() if layer.lora.spec.variant.has_scale]
     rows = [name for name, layer in handle.layers.items() if layer.replaced_rows()]
     whole = handle.trained("asked", "unfrozen")
     trained = [each.name for each in handle.base() if id(each.parameter) in whole]

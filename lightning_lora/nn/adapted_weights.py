@@ -313,8 +313,7 @@ class AdaptedWeights(StoredTensors):
         """Return the factors and scale that the stored tensors act as now, differentiable."""
         spec = self.lora.spec
         weight = low_rank.matrix_view(self.KIND, self.adapted_weight()) if spec.variant.reads_weight else None
-        factors = spec.variant.effective_factors(self.stored(), weight, spec.scaling)
-        return factors if type(factors) is EffectiveFactors else EffectiveFactors(*factors)
+        return spec.variant.checked_factors(self.stored(), weight, spec.scaling)
 
     def stand_in(self, weight: torch.Tensor) -> Any:
         """Return what a forward reads in place of the weight W: here W'."""

@@ -47,7 +47,7 @@ class DoRA(LoRA):
     }
     split_like: ClassVar[Mapping[str, str]] = {}
     kinds = (low_rank.LINEAR, low_rank.CONV1D, low_rank.CONV, low_rank.EMBEDDING)
-    reads_weight = follows_weight = True
+    has_scale = reads_weight = follows_weight = True
 
     def shapes(self, info: LayerInfo) -> dict[str, tuple[int, ...]]:
         shapes = super().shapes(info)

@@ -31,8 +31,9 @@ class LoRAForeignLinear(LoRALinear):
 
     @classmethod
     def takes(cls, variant: Variant) -> bool:
-        """Return whether a variant is plain LoRA in what it stores: others read W, or PEFT lacks them here."""
-        return variant.leaves in ((A, B), ())  # nothing is stored where attached adapters act alone
+        """Return whether a variant is plain LoRA in what it stores: others scale W, or PEFT lacks them here."""
+        plain = variant.leaves in ((A, B), ())  # nothing is stored where attached adapters act alone
+        return plain and not variant.has_scale
 
     @property
     def weight_leaf(self) -> str:

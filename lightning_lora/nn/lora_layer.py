@@ -93,7 +93,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
         Nested tensors have no operator that scales outputs.
         """
-        return not (self.lora.custom_forward or (self.lora.spec.variant.reads_weight and x.is_nested))
+        return not (self.lora.custom_forward or (self.lora.spec.variant.has_scale and x.is_nested))
 
     def factored_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y = c * (W x + s * B(A(dropout(x)))) + bias without building B @ A, and what is beside added to it.

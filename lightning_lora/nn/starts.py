@@ -33,6 +33,14 @@ PISSA, STEPS, OLORA = "pissa", "pissa_niter_", "olora"
 
 START_A, START_B = "lora_start_A", "lora_start_B"  # leaf names of A0 and B0
 
+# Kinds of layers whose A and B are the factors of the matrices of low_rank.adapted_parts, one below the other, and
+# reshaped. A kind that is added is none of them until a test of starts shows it: in another order of their values the
+# factors would be scrambled, and no output would show it, because A0 and B0 are subtracted again.
+MATRICES = (
+    *(low_rank.LINEAR, low_rank.CONV1D, low_rank.EMBEDDING, *low_rank.CONVOLUTIONS),
+    *(low_rank.ATTENTION, low_rank.ATTENTION_OUTPUT, low_rank.PARAMETER, *low_rank.STACKS),
+)
+
 
 class Started(LoRA):
     """LoRA whose A and B start from the weight or from data. The weight gets s * (B @ A - B0 @ A0) added."""
@@ -51,6 +59,12 @@ class Started(LoRA):
         return {**plain, START_A: plain[A], START_B: plain[B]}
 
     def _from_weight(self, info: LayerInfo, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        if info.kind not in MATRICES:
+            raise LoRAError(
+                f"{info.name!r}: init_lora_weights={info.init!r} cannot start a layer of the kind {info.kind!r}: its A "
+                f"and B are no factors of a matrix. Leave it out with exclude_modules=[{info.name!r}], or choose "
+                "another init_lora_weights."
+            )
         try:
             pairs = [
                 start_factors(part, info.rank, info.scaling, str(info.init), info.seed)

@@ -119,8 +119,10 @@ class Variant:
         trained: leaf names of the trained tensors. Each begins with "lora_". The last of the tensors must get a
             gradient from the first step on.
         frozen: leaf names of the tensors that are stored but not trained.
-        reads_weight: whether `effective_factors` returns a scale that it computes from W. Such adapters cannot be
-            combined.
+        has_scale: whether `effective_factors` returns a scale. Such adapters are no sums of products: they cannot be
+            combined, attached or put into the served form.
+        reads_weight: whether the scale is computed from W. Such adapters cannot adapt quantised layers, and a sharded
+            W is gathered to merge them.
         follows_weight: whether `start` reads W. Tensors that were not trained yet are then drawn again where another W
             is loaded.
         own_options: options that only this variant has (LoRAConfig's variant_options), with their defaults.
@@ -156,6 +158,7 @@ class Variant:
     frozen: ClassVar[tuple[str, ...]] = ()
     leaves: ClassVar[tuple[str, ...]] = ()  # trained and frozen leaf names; set for each subclass
     kinds: ClassVar[tuple[str, ...]] = low_rank.KINDS
+    has_scale: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     follows_weight: ClassVar[bool] = False
     own_options: ClassVar[Mapping[str, Any]] = {}
@@ -178,6 +181,11 @@ class Variant:
         for leaf in cls.leaves:
             if not leaf.startswith(PREFIX):
                 raise LoRAError(f"Variant: {cls.__qualname__}: the leaf name {leaf!r} must begin with {PREFIX!r}.")
+        if cls.reads_weight and not cls.has_scale:
+            raise LoRAError(
+                f"Variant: {cls.__qualname__}: reads_weight is for a scale that is computed from W, and the class "
+                "declares no scale. Set has_scale = True too, or leave reads_weight out."
+            )
         LEAVES.update(cls.leaves)
         if own.get("name"):
             KNOWN_VARIANTS[cls.name] = cls()
@@ -210,23 +218,38 @@ class Variant:
     def effective_factors(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> EffectiveFactors:
         """Return the factors and the scale that stored tensors act as, differentiable in the trained ones.
 
-        A forward calls it under the user's autocast. All else goes through
-        `effective_factors_exactly`, where autocast is off.
+        A forward calls it under the user's autocast. All else goes through `effective_factors_exactly`, where autocast
+        is off.
 
         Args:
             stored: by leaf name.
-            weight: W as a matrix (out, in); a convolution's kernel is flattened. None if reads_weight is false, or if
-                the caller wants no scale. Return no scale then.
+            weight: W as a matrix (out, in); a convolution's kernel is flattened. None if reads_weight is false. Also
+                None if the caller wants no scale; a variant that computes it from W leaves it out then.
             scaling: s.
         """
         raise NotImplementedError
 
+    def checked_factors(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> EffectiveFactors:
+        """Return `effective_factors`. A scale that the class does not declare would be lost where sums are formed.
+
+        Raises:
+            LoRAError: there is such a scale.
+        """
+        factors = self.effective_factors(stored, weight, scaling)
+        factors = factors if type(factors) is EffectiveFactors else EffectiveFactors(*factors)
+        if factors.scale is not None and not self.has_scale:
+            raise LoRAError(
+                f"Variant: effective_factors of {type(self).__qualname__} returns a scale, and the class declares "
+                "none. Set has_scale = True in the class, and reads_weight = True if the scale is computed from W."
+            )
+        return factors
+
     def effective_factors_exactly(
         self, stored: Stored, weight: torch.Tensor | None, scaling: float
     ) -> EffectiveFactors:
-        """Return `effective_factors` without the user's autocast, which would round its products to 16 bits."""
+        """Return `checked_factors` without the user's autocast, which would round its products to 16 bits."""
         with without_autocast(next(iter(stored.values())).device.type):
-            return EffectiveFactors(*self.effective_factors(stored, weight, scaling))
+            return self.checked_factors(stored, weight, scaling)
 
     def blocks(self, stored: Stored, info: LayerInfo, read: Reader) -> list[LowRankBlock]:
         """Return the blocks that merging adds to the weight, without s, with the scale of the sum.
@@ -264,7 +287,7 @@ class Variant:
         """Return why the variant does not go with options, as "<option> must be <what it must be>", or ""."""
         if config.has_start:
             return f"init_lora_weights must be one that does not start from the weight, with {self.option}"
-        for option in ("enable_lora", "target_parameters") if self.reads_weight else ():
+        for option in ("enable_lora", "target_parameters") if self.has_scale else ():
             if getattr(config, option):
                 return f"{option} must be left out with {self.option}, which adapts whole layers"
         return ""
@@ -275,7 +298,7 @@ class Variant:
         inject puts the text between the name of the module and the advice to leave it out. A remedy in it begins with
         "; ".
         """
-        if self.reads_weight and kind == low_rank.ATTENTION and getattr(module, low_rank.IN_PROJ, None) is None:
+        if self.has_scale and kind == low_rank.ATTENTION and getattr(module, low_rank.IN_PROJ, None) is None:
             return f"{self.option} cannot adapt attention with separate weights for q, k and v"
         return ""
 

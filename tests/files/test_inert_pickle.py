@@ -147,7 +147,7 @@ def test_a_checkpoint_with_objects_is_read_without_them_and_by_each_remedy_as_a_
     assert f"checkpoint['hyper_parameters']['loss'] is of {__name__}.WeightedLoss" in message
     assert "weights_only=False" in message
     assert "(loss=..., shade=..., optimizer=..., names=..., choices=...)" in message
-    assert f'load_adapter(model := WithObjects(...), "{file}")' in message
+    assert f'model = WithObjects(...); load_adapter(model, "{file}")' in message
     objects = {"shade": None, "optimizer": None, "names": None, "choices": None}
     given = load_from_checkpoint(WithObjects, file, loss=WeightedLoss(3.0), **objects)
     assert given.hparams["loss"].weight.tolist() == [3.0] * CLASSES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,15 @@ def saved(path: Path, model: Net, kind: Any = "adapter") -> Path:
     return path / "saved.ckpt"
 
 
+def followed(error: LoRAError, cls: type[Net], module: Net) -> Any:
+    """The model after the lines in an error, with a module in the place of the call that builds one."""
+    lines = re.search(r"build the module yourself: (.*)\.$", str(error))
+    assert lines is not None
+    names: dict[str, Any] = {"module": module, "torch": torch, "load_adapter": load_adapter}
+    exec(lines[1].replace(f"{cls.__name__}(...)", "module"), names)
+    return names["model"]
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a Net."""
@@ -113,12 +123,10 @@ def test_class_that_reads_the_files_tensors_is_refused_with_the_call_that_loads_
     file = saved(tmp_path, model := make(), kind)
     cls = type(model)
     own = Sized.on_load_checkpoint
-    said = rf"{cls.__name__} cannot be built from .*load_adapter\(model := {cls.__name__}\(\.\.\.\), \"{file}\"\)"
-    with pytest.raises(LoRAError, match=said):
+    with pytest.raises(LoRAError, match=f"{cls.__name__} cannot be built from") as told:
         load_from_checkpoint(cls, file, weights_only=False)
     assert Sized.on_load_checkpoint is own
-    load_adapter(again := make(), file)
-    assert torch.equal(outputs(again), outputs(model))
+    assert torch.equal(outputs(followed(told.value, cls, make())), outputs(model))
 
 
 def test_derived_class_that_a_command_lines_checkpoint_names_is_built_where_the_file_is_trusted(tmp_path):
@@ -161,6 +169,29 @@ def test_error_of_lightning_names_the_checkpoint_and_the_remedy(tmp_path: Path, 
     with pytest.raises(LoRAError, match=r"NeedsWidth cannot be built from .*b\.ckpt: .* keyword arguments") as told:
         load_from_checkpoint(NeedsWidth, with_entries(file, tmp_path, **entries))
     assert not isinstance(told.value.__cause__, LoRAError | None)
+
+
+@pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`")
+def test_the_advice_for_a_full_checkpoint_with_objects_is_what_reads_none(tmp_path: Path):
+    file = saved(tmp_path, model := WithLoss(loss := Weighted(torch.ones(CLASSES))), "full")
+    with pytest.raises(LoRAError, match=r"weights_only=False; otherwise .*\(loss=...\)\.$"):
+        load_from_checkpoint(WithLoss, file)
+    assert torch.equal(outputs(load_from_checkpoint(WithLoss, file, loss=loss)), outputs(model))
+
+
+class NeedsSeed(Net):
+    def __init__(self, seed: int, lr: float = 0.05) -> None:
+        super().__init__(8, seed, lr)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
+def test_the_advice_where_a_class_cannot_be_built_loads_a_checkpoint_of_each_kind(tmp_path: Path, kind: str):
+    """A full one brings its base, which load_adapter alone refuses as another than the new module's."""
+    path = with_entries(saved(tmp_path, model := Net(), kind), tmp_path, hyper_parameters={})
+    with pytest.raises(LoRAError, match="NeedsSeed cannot be built from") as told:
+        load_from_checkpoint(NeedsSeed, path)
+    loaded = followed(told.value, NeedsSeed, NeedsSeed(9 if kind == "full" else 1))
+    assert torch.equal(outputs(loaded), outputs(model))
 
 
 class Raises(Net):

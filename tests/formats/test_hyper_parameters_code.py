@@ -141,7 +141,7 @@ def test_hyper_parameters_that_name_code_are_refused_by_name_with_each_remedy(fi
     with pytest.raises(LoRAError, match="nothing that a file names is imported or called") as refused:
         load_from_checkpoint(Net, path)
     name = list(HOSTILE[case])[-1]
-    for part in (f"['{name}'] names", "weights_only=False", f"({name}=...)", "load_adapter(model := Net(...), "):
+    for part in (f"['{name}'] names", "weights_only=False", f"({name}=...)", "model = Net(...); load_adapter(model, "):
         assert part in str(refused.value)
     given = load_from_checkpoint(Net, path, **{name: None})
     assert given.got[name] is None

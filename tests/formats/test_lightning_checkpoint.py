@@ -123,7 +123,7 @@ def test_checkpoint_describes_its_kind_config_and_layers_in_plain_types(tmp_path
     _, file = saved(tmp_path, kind, "after fit", False, rank_pattern={"head": 1}, **TRAINABLE)
     meta = torch.load(file, weights_only=True)["lora"]
     check_plain(meta)
-    assert (meta["format_version"], meta["kind"]) == (1, kind)
+    assert (meta["format_version"], meta["kind"]) == (2, kind)
     assert LoRAConfig.from_dict(meta["config"]) == lora(rank_pattern={"head": 1}, **TRAINABLE).config
     assert meta["layers"] == [["Linear", 4, ["body.0", "body.3"]], ["Linear", 8, ["head"]]]
     assert meta["fingerprint"].keys() == {f"{name}.weight" for name in TARGETS}

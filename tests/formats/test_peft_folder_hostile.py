@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_lora import LoRAError, inject, load_adapter, save_adapter
+from lightning_lora import LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.formats.peft_names import read_names
 from support.covering import covering
-from support.models.networks import Zoo, trace, zoo_config
+from support.models.networks import Zoo, state_bits, trace, zoo_config
 from support.models.peers import edit, model, ours, redescribe
 from support.runs.notices import quiet_peers
 
@@ -200,7 +200,7 @@ def refusal(path: Path, form: str, key: str, value: Any) -> str:
         redescribe(source, **{key: value})
     else:
         source = path / "a.ckpt"
-        meta = {"format_version": 1, "kind": "adapter", **description, key: value}
+        meta = {"kind": "adapter", **description, key: value}
         names = read_names(list(tensors), source).ours
         torch.save({"state_dict": {names[n]: t for n, t in tensors.items()}, "lora": meta}, source)
     fresh = zoo()
@@ -217,3 +217,20 @@ def test_damaged_description_beside_the_tensors_is_refused(tmp_path, number: int
     assert number or "values of 'norm.weight'" in refusal(tmp_path / "whole", form, "fingerprint", prints())
     reasons = r"description is damaged|it was cut|the options say|LoRAConfig: |was a Linear layer"
     assert re.search(reasons, refusal(tmp_path, form, *DESCRIPTIONS[number]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("number", "remedy"), [(1, "adapter_state_dict"), (99, "update"), ("x", "damaged")])
+def test_a_file_of_another_format_is_refused_by_its_number_with_the_way(tmp_path, form: str, number: Any, remedy: str):
+    """An earlier form once was a damaged file with an AttributeError."""
+    said = refusal(tmp_path, form, "format_version", number)
+    assert re.search(rf"format (is )?{number!r}", said)
+    assert remedy in said
+
+
+def test_the_tensors_alone_of_an_earlier_format_are_loaded_onto_an_injected_model(tmp_path):
+    inject(net := zoo(), zoo_config(init_lora_weights=False))
+    torch.save(adapter_state_dict(net), tmp_path / "tensors.pt")
+    inject(fresh := zoo(), zoo_config())
+    load_adapter(fresh, tmp_path / "tensors.pt")
+    assert state_bits(fresh) == state_bits(net)

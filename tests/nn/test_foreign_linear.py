@@ -25,6 +25,8 @@ from lightning_lora import (
     summary,
     unload,
 )
+from lightning_lora.nn.foreign_linear import LoRAForeignLinear
+from lightning_lora.nn.lora import LoRA
 from support.covering import covering
 from support.models.foreign import FOREIGN, INPUTS, WIDTH, QuantLinear, TELinear, WQLinear, inputs, network
 from support.models.layers import same_bits
@@ -287,3 +289,13 @@ def test_a_layer_that_gives_its_input_no_gradient_is_refused_in_training() -> No
     alone = held(Blind(nn.Linear(INPUTS, WIDTH)))  # nothing before it is trained
     alone.train()(inputs()).sum().backward()
     assert alone.layer.lora_A.grad is not None
+
+
+def test_a_variant_that_scales_the_weights_outputs_is_refused_by_name() -> None:
+    """Also one that stores A and B alone."""
+
+    class Scaled(LoRA):
+        has_scale = True
+
+    assert LoRAForeignLinear.takes(LoRA())
+    assert not LoRAForeignLinear.takes(Scaled())

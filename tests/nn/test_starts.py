@@ -16,9 +16,10 @@ from lightning_lora import (
     inject,
     merged,
 )
-from lightning_lora.nn import linear
+from lightning_lora.nn import linear, low_rank
 from lightning_lora.nn.adapted_weights import adapted_layers
-from lightning_lora.nn.starts import start_factors
+from lightning_lora.nn.starts import MATRICES, Started, start_factors
+from lightning_lora.nn.variant import LayerInfo
 from support.covering import covering
 from support.models import layers, parameters
 from support.models.layers import same_bits
@@ -134,6 +135,40 @@ def test_starts_do_not_advance_the_random_stream_and_repeat():
         one, other = (start_factors(weight, R, S, init, 3) for _ in range(2))
         assert all(map(torch.equal, one, other))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- every kind ---
+
+SHAPES = {"Conv": (8, 2, 2, 1), "GroupedConv": (8, 2, 2), "Experts": (3, 8, 4), "TransposedExperts": (3, 8, 4)}
+
+
+def started(kind: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    info = LayerInfo("net.up", kind, weight.shape, 4, S, init="pissa")
+    stored = Started().start(info, lambda: weight)
+    return {leaf: stored[leaf] for leaf in ("lora_A", "lora_B")}
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_at_full_rank_the_factors_of_every_kind_that_can_be_started_are_the_weight(kind):
+    weight = torch.randn(SHAPES.get(kind, (8, 4)))
+    a, b = started(kind, weight).values()
+    matrix = weight.reshape(-1, low_rank.columns_of(kind, weight.shape))
+    found = S * low_rank.dense_delta(low_rank.low_rank_blocks(kind, weight.shape, a, b), matrix.shape)
+    torch.testing.assert_close(found, matrix, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kind_whose_factors_are_in_another_order_is_refused(monkeypatch):
+    """A transposed convolution: W (in, out, k, k), A (r, in, 1, 1), B (out, r, k, k)."""
+    before, kind = low_rank.factor_shapes, "ConvTranspose"
+
+    def factor_shapes(of: str, shape: torch.Size, rank: int, *others: Any) -> Any:
+        inputs, out, *kernel = shape if of == kind else (0, 0)
+        return ((rank, inputs, 1, 1), (out, rank, *kernel)) if of == kind else before(of, shape, rank, *others)
+
+    monkeypatch.setattr(low_rank, "TRANSPOSED", (*low_rank.TRANSPOSED, kind))
+    monkeypatch.setattr(low_rank, "factor_shapes", factor_shapes)
+    with pytest.raises(LoRAError, match=r"'net.up': init_lora_weights='pissa'.*'ConvTranspose'.*exclude_modules"):
+        started(kind, torch.randn(4, 6, 2, 2))
 
 
 # --- every layer ---

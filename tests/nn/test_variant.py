@@ -53,6 +53,12 @@ def test_the_last_class_of_a_name_is_the_variant():
     assert type(variant_of(LoRAConfig(variant="own"))) is again
 
 
+@pytest.mark.usefixtures("registry")
+def test_a_class_that_reads_the_weight_and_has_no_scale_is_refused():
+    with pytest.raises(LoRAError, match=r"reads_weight.*has_scale = True"):
+        own_variant(reads_weight=True)
+
+
 def test_options_say_the_variant():
     assert variant_of(LoRAConfig()).title == variant_of(LoRAConfig(init_lora_weights="pissa")).title == "LoRA"
     assert variant_of(LoRAConfig(use_dora=True)).trained == ("lora_A", "lora_B", "lora_magnitude")
@@ -79,7 +85,7 @@ def test_what_a_variant_starts_as_has_its_shapes_and_adds_nothing(options: dict[
     assert all(not (block.left @ block.right).any() for block in blocks)
     assert isinstance(factors, EffectiveFactors)
     for scale in (factors.scale, blocks[0].scale):
-        assert (scale is not None) == variant.reads_weight
+        assert (scale is not None) == variant.has_scale
         assert scale is None or torch.equal(scale, torch.ones_like(scale))
     stored["lora_B"] = stored["lora_B"] + 1
     assert not variant.is_initial(stored, where)

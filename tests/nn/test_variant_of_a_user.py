@@ -20,7 +20,10 @@ from lightning_lora import (
     LoRAError,
     Variant,
     adapter_state_dict,
+    attach,
+    combine,
     disable_adapter,
+    export_adapter,
     inject,
     load_adapter,
     load_from_checkpoint,
@@ -28,6 +31,7 @@ from lightning_lora import (
     merge_and_unload,
     merged_state_dict,
     save_adapter,
+    scaled,
     summary,
     take_adapter,
     unload,
@@ -36,6 +40,7 @@ from lightning_lora import (
 from support.covering import covering
 from support.devices.pretend_device import CAN_PRETEND, pretend_device
 from support.models.networks import state_bits
+from support.models.quantised import NF4, OF_BITSANDBYTES, inputs, network, quantised, values_of
 from support.ranks.processes import DONE, run_in_forks
 from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
@@ -74,7 +79,7 @@ class Gates(Variant):
 
     name, title = "own-gates", "gates"
     trained = ("lora_own_a", "lora_own_b", "lora_own_gate")
-    reads_weight = True
+    has_scale = True
 
     def shapes(self, info: Any) -> dict[str, tuple[int, ...]]:
         a, b = info.factor_shapes()
@@ -87,8 +92,16 @@ class Gates(Variant):
         return dict(zip(self.trained, values, strict=True))
 
     def effective_factors(self, stored: Any, weight: Any, scaling: float) -> Any:
-        a, b, gate = (stored[leaf] for leaf in self.trained)
-        return a, b, None if weight is None else gate
+        assert weight is None
+        return tuple(stored[leaf] for leaf in self.trained)
+
+
+class Undeclared(Gates):
+    """The same, by a class that does not say that it has a scale."""
+
+    name = "own-undeclared"
+    trained = ("lora_undeclared_a", "lora_undeclared_b", "lora_undeclared_gate")
+    has_scale = False
 
 
 NAMES = ("own-squares", "own-gates")
@@ -99,6 +112,10 @@ def filled(name: str, model: nn.Module | None = None, **options: Any) -> Any:
     """A model with an adapter that is away from where it starts."""
     model = Net() if model is None else model
     inject(model, LoRAConfig(variant=name, r=2, lora_alpha=3, target_modules=TARGETS, **options))
+    return filled_with(model)
+
+
+def filled_with(model: Any) -> Any:
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -216,6 +233,69 @@ def test_a_base_loaded_later_is_what_an_untrained_one_starts_from_and_a_trained_
     trained = {name: value.clone() for name, value in adapter_state_dict(model).items()}
     model.load_state_dict({name: value + 1 for name, value in base.items()})
     assert_same_tensors(adapter_state_dict(model), trained)
+
+
+# --- a scale ---
+
+
+def in_scaled(model: Any) -> None:
+    with scaled(model, 0.5):
+        model(torch.randn(1, 6))
+
+
+PLACES: dict[str, Callable[[Any, Path], object]] = {
+    "forward": lambda model, _: outputs(model),
+    "merge": lambda model, _: merge(model),
+    "scaled": lambda model, _: in_scaled(model),
+    "combine": lambda model, _: combine([take_adapter(model)], [1.0]),
+    "served form": lambda model, path: export_adapter(take_adapter(model), path, plain=True),
+    "attach": lambda model, _: attach(Net(), take_adapter(model), name="own"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_scale_that_the_class_does_not_declare_is_an_error_and_not_lost(place, tmp_path):
+    with pytest.raises(LoRAError, match=r"Undeclared returns a scale.*has_scale = True"):
+        PLACES[place](filled("own-undeclared"), tmp_path / "served")
+
+
+@pytest.mark.parametrize("place", ["combine", "served form", "attach", "scaled"])
+def test_a_declared_scale_is_refused_where_only_sums_of_products_go(place, tmp_path):
+    with pytest.raises(LoRAError, match=f"{Gates.title}.*(cannot be combined|no product|no sum|no strength between)"):
+        PLACES[place](filled("own-gates"), tmp_path / "served")
+
+
+@pytest.mark.parametrize("kind", [*OF_BITSANDBYTES[::4], NF4])
+def test_a_scale_that_needs_no_weight_trains_on_a_quantised_layer(kind):
+    model = quantised(kind)
+    before = model(inputs())
+    inject(model, LoRAConfig(variant="own-gates", r=2, lora_alpha=3))
+    torch.testing.assert_close(model(inputs()), before)
+    filled_with(model)
+    x, expected = inputs(), inputs().double()
+    for layer in model:
+        if isinstance(layer, nn.ReLU):
+            expected = expected.relu()
+        else:
+            a, b, gate = (getattr(layer, leaf).detach().double() for leaf in Gates.trained)
+            expected = expected @ (gate[:, None] * (values_of(layer) + 1.5 * b @ a)).T + layer.bias.double()
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-3, atol=1e-3)
+    model(x).square().sum().backward()
+    assert all(getattr(model[0], leaf).grad.any() for leaf in Gates.trained)
+    dense = network()
+    dense.load_state_dict(merged_state_dict(model, dequantize=torch.float32))
+    torch.testing.assert_close(dense(x).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_scale_that_needs_no_weight_is_merged_without_reading_it():
+    """Reading it gathers a sharded one."""
+    model = filled("own-gates")
+
+    def read() -> Any:
+        raise AssertionError("the weight was read")
+
+    (block,) = Gates().blocks(model.head.stored(), model.head.layer_info(), read)
+    assert torch.equal(block.scale.flatten(), model.head.lora_own_gate)
 
 
 # --- a Trainer ---

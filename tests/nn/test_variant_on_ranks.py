@@ -65,6 +65,25 @@ class Own(Variant):
         return square @ a, b, None
 
 
+class Scaled(Variant):
+    """W' = c * (W + s * B @ A) with a trained c, which needs no W."""
+
+    name, trained = "scaled-across", ("lora_across_a", "lora_across_b", "lora_across_c")
+    has_scale = True
+
+    def shapes(self, info: Any) -> dict[str, tuple[int, ...]]:
+        a, b = info.factor_shapes()
+        return dict(zip(self.trained, (a, b, b[:1]), strict=True))
+
+    def start(self, info: Any, weight: Any) -> dict[str, torch.Tensor]:
+        draw, (a, b, c) = torch.Generator().manual_seed(info.seed), self.shapes(info).values()
+        return dict(zip(self.trained, (torch.randn(a, generator=draw), torch.zeros(b), torch.ones(c)), strict=True))
+
+    def effective_factors(self, stored: Any, weight: Any, scaling: float) -> Any:
+        assert weight is None, "which would be gathered"
+        return tuple(stored[leaf] for leaf in self.trained)
+
+
 class Layers(nn.Module):
     """A layer of each way in which a weight is stored; 7 outputs are uneven shards."""
 
@@ -110,6 +129,7 @@ SUBJECTS = {
     "olora": Subject(Layers, {"target_modules": ["up", "down"], "init_lora_weights": "olora"}),
     "loha": Subject(Layers, {"target_modules": ["up", "conv"], "variant": "loha"}),
     "own": Subject(Layers, {"target_modules": ["up"], "variant": "own-across"}),
+    "own scale": Subject(Layers, {"target_modules": ["up", "down", "conv"], "variant": "scaled-across"}),
     "parameters": Subject(
         Parts,
         {
@@ -208,7 +228,7 @@ def compare(name: str, way: str, path: Path) -> None:
         torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-5)
     if "rows" in name:
         assert torch.equal(weights["emb.weight"][list(ROWS)], state["emb.lora_rows"])
-    if name in ("own", "tied rows"):  # which PEFT's folders cannot hold
+    if name in ("own", "own scale", "tied rows"):  # which PEFT's folders cannot hold
         again = adapted(name)
         again.load_state_dict(whole(adapter_state_dict(model)), strict=False)
     else:

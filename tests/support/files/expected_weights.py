@@ -198,7 +198,7 @@ class ExpectedWeights:
             expected.factors.append((left * scaling, right))
         expected.arithmetic = torch.float32 if meant.rounded else torch.float64
         expected.lengths = meant.lengths
-        if variant.reads_weight and meant.lengths is None:
+        if variant.has_scale and meant.lengths is None:
             double = {name: value.detach().double() for name, value in stored.items()}
             expected.scale_of = lambda weight: variant.effective_factors_exactly(double, weight, scaling)[2]
 

@@ -58,5 +58,6 @@ def define_halved(**attributes: Any) -> type[Variant]:
         scale = None if weight is None else torch.where(weight.norm(dim=1) > 0.5, 0.5, 1.0)
         return EffectiveFactors(a, b, scale)
 
-    own = {"name": "halved", "trained": ("lora_halved_a", "lora_halved_b"), "reads_weight": True}
+    reads = {"has_scale": True, "reads_weight": True}
+    own = {"name": "halved", "trained": ("lora_halved_a", "lora_halved_b"), **reads}
     return type("Halved", (Variant,), own | {"shapes": shapes, "effective_factors": effective_factors} | attributes)
