@@ -60,11 +60,11 @@ FRONT, REFERENCE, CONTRIBUTING = "README.md", "lightning_lora/README.md", ".gith
 COMMAND, EXCHANGE = "lightning_lora/command/README.md", "lightning_lora/exchange/README.md"
 ERRORS = "lightning_lora/errors.md"
 REFERENCE_PAGES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lightning_lora").rglob("*.md"))]
-OTHER_PAGES = [str(path.relative_to(ROOT)) for room in ("examples", "tests") for path in (ROOT / room).rglob(FRONT)]
+OTHER_PAGES = [str(path.relative_to(ROOT)) for folder in ("examples", "tests") for path in (ROOT / folder).rglob(FRONT)]
 TEXTS = {name: (ROOT / name).read_text() for name in (FRONT, CONTRIBUTING, *REFERENCE_PAGES, *sorted(OTHER_PAGES))}
 EVERY_PAGE = [  # those without blocks of code too
     str(path.relative_to(ROOT))
-    for pages in (ROOT.glob("*.md"), *((ROOT / room).rglob("*.md") for room in (".github", "examples", "tests")))
+    for pages in (ROOT.glob("*.md"), *((ROOT / folder).rglob("*.md") for folder in (".github", "examples", "tests")))
     for path in sorted(pages)
 ] + REFERENCE_PAGES
 
