@@ -41,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = report.HERE / "peft_in_module.json"
 BEGIN, END = "<!-- module: written by tests/benchmarks/peft_in_module.py -->\n", "<!-- end of module -->"
 HEADER = "| what | PEFT alone | PEFT and a hook that saves | PEFT and both hooks | LoRACallback |"
-SAME, OTHER = "the uninterrupted run, in every bit", "another model, without a message"  # that resuming gives
+SAME, OTHER = "the same run", "another model, silently"  # than one that was not interrupted: every bit, or not
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
@@ -287,9 +287,9 @@ def markdown(content: dict[str, Any]) -> str:
         line("lines of glue", lambda row: row["lines"]),
         line("bytes of the checkpoint", lambda row: f"{row['bytes']:,}"),
         line("names of the base that stay", lambda row: f"{row['names kept']} of {row['names']}"),
-        line("resuming with `ckpt_path` gives", lambda row: row["resumed"]),
+        line("resuming gives", lambda row: row["resumed"]),
         line("resuming on another base gives", lambda row: row["on another base"]),
-        line("outputs of a CNN with BatchNorm, loaded again", lambda row: _difference(row["BatchNorm"])),
+        line("a CNN with BatchNorm, loaded again, gives", lambda row: _difference(row["BatchNorm"])),
         line(f"time of a validation, over the plain model's ({dtypes})", ratios),
     ]
     return "\n".join([f"{content['machine']}, {content['date']}:", "", HEADER, "|---|---|---|---|---|", *lines])
@@ -298,7 +298,7 @@ def markdown(content: dict[str, Any]) -> str:
 def _difference(found: float | str) -> str:
     if isinstance(found, str):
         return found
-    return f"{100 * found:.0f} % off" if found else "the same in every bit"
+    return f"{100 * found:.0f} % off" if found else "the same"
 
 
 def main(arguments: list[str] | None = None) -> None:

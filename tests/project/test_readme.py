@@ -544,9 +544,9 @@ def test_figures_of_the_first_screen_are_those_of_the_benchmark():
     times = [
         f"{float32[f'{name} / plain']:.2f}; {bf16[f'{name} / plain']:.2f} in bf16" for name in ("PEFT", "LoRACallback")
     ]
-    shown = {what: cells for what, *cells in table(FRONT, "| | PEFT, the red lines | the callback |")}
+    shown = {what: cells for what, *cells in table(FRONT, "| | Hugging Face's PEFT, in red | the callback, in green |")}
     assert shown.pop("lines you write") == [f"{peft_['lines']}", f"{ours['lines']}"]
-    assert shown.pop("checkpoint") == [
+    assert shown.pop("a small Llama's checkpoint") == [
         f"{size['PEFT and both hooks']}; {size['PEFT alone']} without the hooks",
         size["LoRACallback"],
     ]
@@ -554,7 +554,7 @@ def test_figures_of_the_first_screen_are_those_of_the_benchmark():
     assert (peft_["names kept"], ours["names kept"]) == (0, ours["names"])
     assert shown.pop("time of validation, plain model = 1") == times
     assert shown.pop("resuming on another base by mistake") == ["no message", "an error"]
-    assert (peft_["on another base"], ours["on another base"]) == ("another model, without a message", "LoRAError")
+    assert (peft_["on another base"], ours["on another base"]) == ("another model, silently", "LoRAError")
     assert shown.pop("BatchNorm's statistics") == ["lost", "saved"]
     assert peft_["BatchNorm"] > ours["BatchNorm"] == 0
     assert not shown

@@ -225,8 +225,9 @@ COLUMNS = [
     Column(
         "exception",
         broken_off,
-        "raised inside a merged forward, it reaches the caller unchanged. The model is unmerged, the base keeps every bit. "
-        "Under FSDP1, and where FSDP2 gathers adapted layers in its outermost module, it stays merged, with a warning",
+        "raised inside a merged forward, it reaches the caller unchanged. The model is unmerged, the base keeps every "
+        "bit. Under FSDP1, and where FSDP2 gathers adapted layers in its outermost module, it stays merged, with a "
+        "warning",
     ),
     Column(
         "NaN",
