@@ -15,8 +15,8 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)\s]+)")
 PICTURE = re.compile(r'(!\[[^\]]*\]\(|src=")(?!https?:)([^)"\s]+)')
-INSTALL = re.compile(r'\bpip install (?:\.(?= |$)|"\.(?=\[))', re.MULTILINE)
-NOT_YET = "No package index has it yet; commands run in a checkout."
+INSTALL = re.compile(r'\bpip install (?:\.(?= |`|$)|"\.(?=\[))', re.MULTILINE)
+NOT_YET = " (it is not on PyPI yet)"
 ON_GITHUB = "../../"  # beside the files of a branch
 
 

@@ -68,7 +68,7 @@ class LoRACallback(Callback):
         lora_alpha: numerator of the scaling s = lora_alpha / r.
         lora_dropout: probability of dropping a feature of the adapter's input in training mode.
         target_modules: the layers to adapt: a list of names, a regular expression, "all-linear" or "all-layers".
-        exclude_modules: layers to leave alone although target_modules names them.
+        exclude_modules: layers to leave alone even if target_modules names them.
         modules_to_save: modules that are trained and saved whole, such as a new head.
         merged_eval: merge for validation, test and prediction, and unmerge after.
         save: what a checkpoint holds: "adapter", "merged" or "full".
@@ -78,7 +78,7 @@ class LoRACallback(Callback):
         use_rslora: scale by s = lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
         use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude.
         variant: what an adapter stores and adds to the weight: "lora", "dora", "loha" or one of your own.
-        variant_options: options that a variant of your own has, by name.
+        variant_options: options of your own variant, by name.
         init_lora_weights: how A and B start: True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga".
         task_type: what the model is for, as in PEFT's files, such as "SEQ_CLS" or "CAUSAL_LM".
         target_parameters: single parameters to adapt, by name or dotted suffix, such as weights of nn.LSTM.
@@ -87,9 +87,9 @@ class LoRACallback(Callback):
         layers_pattern: the name segment that the layer's number follows, such as "layers".
         enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
-        seed: a whole number that the adapters are drawn from.
-        beside: frozen adapters that act beside the trained one, by name, such as {"sft": "folder"}.
-        merge_after_fit: leave plain layers with merged weights behind when fit ends.
+        seed: an integer that seeds the adapters' initial values.
+        beside: frozen adapters to attach, by name, such as {"sft": "folder"}.
+        merge_after_fit: leave plain layers with merged weights when fit ends.
         quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4".
         dequantize: dtype of the plain weights that replace quantised ones, for save="merged" and merge_after_fit.
         verbose: show the summary at fit start.

@@ -93,7 +93,7 @@ class LoRAConfig:
         lora_alpha: numerator of the scaling s = lora_alpha / r.
         lora_dropout: probability of dropping a feature of the adapter's input in training mode.
         target_modules: the layers to adapt: a list of names, a regular expression, "all-linear" or "all-layers".
-        exclude_modules: layers to leave alone although target_modules names them.
+        exclude_modules: layers to leave alone even if target_modules names them.
         modules_to_save: modules that are trained and saved whole, such as a new head.
         rank_pattern: another r for some layers, such as {"q_proj": 16}.
         alpha_pattern: another lora_alpha for some layers, with keys as in rank_pattern.
@@ -101,7 +101,7 @@ class LoRAConfig:
         use_rslora: scale by s = lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
         use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude.
         variant: what an adapter stores and adds to the weight: "lora", "dora", "loha" or one of your own.
-        variant_options: options that a variant of your own has, by name.
+        variant_options: options of your own variant, by name.
         init_lora_weights: how A and B start: True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga".
         task_type: what the model is for, as in PEFT's files, such as "SEQ_CLS" or "CAUSAL_LM".
         target_parameters: single parameters to adapt, by name or dotted suffix, such as weights of nn.LSTM.

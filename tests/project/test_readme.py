@@ -15,7 +15,6 @@ import inspect
 import io
 import itertools
 import json
-import logging
 import re
 import runpy
 import shlex
@@ -44,6 +43,8 @@ from lightning_lora import (
 )
 from lightning_lora.command.main import VERBS, main
 from support.models.variants import variants_forgotten
+from support.runs.examples import COMMANDS as COMMANDS_OF_EXAMPLES
+from support.runs.examples import SHOWN
 from support.runs.notices import PEER_NOTICES
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
@@ -59,11 +60,11 @@ FRONT, REFERENCE, CONTRIBUTING = "README.md", "lightning_lora/README.md", ".gith
 COMMAND, EXCHANGE = "lightning_lora/command/README.md", "lightning_lora/exchange/README.md"
 ERRORS = "lightning_lora/errors.md"
 REFERENCE_PAGES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lightning_lora").rglob("*.md"))]
-OTHER_PAGES = [str(path.relative_to(ROOT)) for room in ("examples", "tests") for path in (ROOT / room).rglob(FRONT)]
+OTHER_PAGES = [str(path.relative_to(ROOT)) for folder in ("examples", "tests") for path in (ROOT / folder).rglob(FRONT)]
 TEXTS = {name: (ROOT / name).read_text() for name in (FRONT, CONTRIBUTING, *REFERENCE_PAGES, *sorted(OTHER_PAGES))}
 EVERY_PAGE = [  # those without blocks of code too
     str(path.relative_to(ROOT))
-    for pages in (ROOT.glob("*.md"), *((ROOT / room).rglob("*.md") for room in (".github", "examples", "tests")))
+    for pages in (ROOT.glob("*.md"), *((ROOT / folder).rglob("*.md") for folder in (".github", "examples", "tests")))
     for path in sorted(pages)
 ] + REFERENCE_PAGES
 
@@ -262,29 +263,71 @@ def test_the_first_screen_is_what_it_is_a_diff_and_numbers_and_the_page_is_short
     screen = TEXTS[FRONT].partition("## Quick start")[0]
     assert screen.count("\n") < 40
     (diff,) = re.findall(r"^```diff\n(.*?)^```$", screen, re.MULTILINE | re.DOTALL)
-    assert diff.count("\n") <= 7
+    assert diff.count("\n") <= 9  # all that PEFT needs to resume, see tests/benchmarks/test_peft_in_module.py
     assert TEXTS[FRONT].count("\n") < 130
     assert len(TEXTS[FRONT].split()) < 700
 
 
 def test_the_front_page_has_one_program_that_is_loaded_and_served_in_a_few_lines():
-    install, program, serving, output = BLOCKS[FRONT][1:5]
-    assert [install.language, program.language, serving.language, output.language] == [
-        "bash",
-        "python",
-        "python",
-        "text",
-    ]
-    assert install.code == "pip install . transformers\n"
+    start, shown, vision, program, serving, output = BLOCKS[FRONT][1:7]
+    languages = [block.language for block in (start, shown, vision, program, serving, output)]
+    assert languages == ["bash", "text", "yaml", "python", "python", "text"]
     assert len([line for line in program.code.splitlines() if line]) <= 20
     assert len([line for line in serving.code.splitlines() if line]) <= 6
+    assert len(vision.code.splitlines()) <= 5
     assert [block for block in BLOCKS[FRONT] if block.is_statements] == [program, serving]
+
+
+def test_the_commands_of_the_front_page_set_up_what_they_need_and_show_what_the_examples_page_shows():
+    start, *_, tests = (block for block in BLOCKS[FRONT] if block.language == "bash")
+    assert start.code == f'pip install -e ".[examples]" && python {COMMANDS_OF_EXAMPLES["digits"]}\n'
+    assert BLOCKS[FRONT][2].code == SHOWN["digits"]
+    assert tests.code == 'pip install -e ".[test]" && pytest\n'
+
+
+@pytest.mark.packages
+def test_the_vision_block_of_the_front_page_trains_the_adapter_and_the_head_of_a_timm_model(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    from lightning.pytorch.cli import LightningCLI
+
+    class Net(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+
+        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+            return torch.utils.data.DataLoader([(torch.randn(3, 32, 32), label) for label in range(3)], batch_size=3)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    monkeypatch.chdir(tmp_path)
+    write_files(FRONT, tmp_path)
+    cli = LightningCLI(Net, args=["fit", "--config", "vit.yaml", "--trainer.max_epochs=1", "--trainer.logger=false"])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    layers = {name.partition(".lora_")[0] for name in saved if ".lora_" in name}
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert layers == {f"model.blocks.{number}.{part}" for number in range(2) for part in parts}
+    assert {name for name in saved if ".lora_" not in name} == {"model.head.weight", "model.head.bias"}
+    assert cli.model.model.head.weight.requires_grad
 
 
 def test_the_lines_of_the_diff_are_those_of_the_program_and_of_peft():
     removed, added = (re.findall(rf"^{re.escape(sign)} *(.*)$", BLOCKS[FRONT][0].code, re.MULTILINE) for sign in "-+")
-    assert added[-1].partition("(")[2].rstrip(")") in BLOCKS[FRONT][2].code.replace("max_epochs=10, ", "")
+    assert added[-1].partition("(")[2].rstrip(")") in BLOCKS[FRONT][4].code.replace("max_epochs=10, ", "")
     assert set(re.findall(r"\w*[pP]eft\w*|LoraConfig", " ".join(removed))) <= {*vars(peft)}
+
+
+def test_the_front_page_says_the_version_and_the_defaults():
+    assert f"Version {lightning_lora.__version__}, " in TEXTS[FRONT]
+    config = LoRAConfig()
+    assert f"with `r={config.r}` and `lora_alpha={config.lora_alpha}`" in TEXTS[FRONT].replace("\n", " ")
+    assert '(`save="adapter"`)' in TEXTS[FRONT]
+    assert inspect.signature(LoRACallback).parameters["save"].default == "adapter"
 
 
 def test_the_badges_say_what_the_project_says():
@@ -339,35 +382,20 @@ def front(ran: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 @pytest.mark.slow
-def test_the_figures_of_the_summary_at_fit_start_are_those_that_are_quoted(front, caplog):
-    with caplog.at_level(logging.INFO, "lightning_lora"):
-        make_trainer(front).fit(front["Net"](), front["data"], front["data"])
-    (shown,) = {record.message for record in caplog.records if record.message.startswith("LoRA: ")}
-    (quoted,) = re.findall(r"here `([^`]+ parameters)`", TEXTS[FRONT])
-    assert quoted in shown
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`", *OTHER_CALLBACKS)
 def test_calls_of_the_front_pages_table_run(front):
     exec("from lightning_lora import *", front)
-    front["Net"]().model.save_pretrained("base")
-    rows = {want: spans(call) for want, call in table(FRONT, "| I want | call |")}
-    calls = {want: found[0] for want, found in rows.items() if found[0].endswith(")")}
-    assert len(calls) == len(rows) - 1  # YAML
+    calls = {want: spans(call)[0] for want, call in table(FRONT, "| I want | call |")}
     front["trainer"] = make_trainer(front, epochs=front["epochs"] + 1)
     with contextlib.redirect_stdout(io.StringIO()):
         for want, call in calls.items():
             front["model"] = front["Net"]()
-            if "classifier" in call:
-                front["model"].classifier = torch.nn.Linear(2, 2)
             front["result"] = eval(call, front)
             if "test" in want:
                 assert front["result"][0]["loss"] < 0.1
-            if "such a folder" in want:
-                check_tuned(front, front["model"].model, call)
             if "resume" in want:
                 assert front["trainer"].callbacks[0].batches == len(front["data"])
+    assert len(calls) == 3
     check_tuned(front, type(front["tuned"].model).from_pretrained("weights"), "weights")
 
 
@@ -506,30 +534,31 @@ def test_common_errors_are_messages_that_come(front):
         assert spans(message)[0] in " ".join(str(error.value).split())
 
 
-def test_numbers_of_the_first_screen_are_those_that_commands_measure():
-    benchmarks = ROOT / "tests" / "benchmarks"
-    rows = json.loads((benchmarks / "results.json").read_text())["rows"]
-    (step,) = (
-        row["value"]
-        for row in rows
-        if (row["what"], row["at"], row["figure"]) == ("training step bf16", "d=768", "/ peft")
-    )
-    scale = (ROOT / "tests" / "distributed" / "large_models.md").read_text()  # written by test_scale.py, with r = 16
-    (numbers,) = re.findall(r"^\| 8B \| ([\d,]+) \| ([\d,]+) \| (\d+ MB) \| \S+ MB \| ([\d.]+ GB) \|$", scale, re.M)
-    base, adapter = (f"{round(int(number.replace(',', '')) / 1e6):,} million" for number in numbers[:2])
-    without, with_it = zip(*(row[1:] for row in table(FRONT, "| | without | with the callback |")), strict=True)
-    assert without[:2] == (f"full fine-tuning: {base}", f"full fine-tuning: {numbers[3]}")
-    assert with_it[:2] == (adapter, numbers[2])
-    assert with_it[3].startswith(f"[{step:.2f}]")
-    drift = json.loads((benchmarks / "drift.json").read_text())
-    (left, ours) = (
-        row["moved"][drift["cycles"].index(1000)]
-        for package in ("peft", "ours")
-        for row in drift["rows"]
-        if (row["adapter"], row["dtype"], row["package"]) == ("changes", "bf16", package)
-    )
-    assert ours == 0
-    assert without[2].startswith(f"PEFT: {left:.0%} ".replace("%", " %"))
+def test_figures_of_the_first_screen_are_those_of_the_benchmark():
+    content = json.loads((ROOT / "tests" / "benchmarks" / "peft_in_module.json").read_text())
+    rows = {row["candidate"]: row for row in content["rows"]}
+    alone, peft_, ours = (rows[name] for name in ("PEFT alone", "PEFT and both hooks", "LoRACallback"))
+    size = {name: f"{row['bytes'] / 1e6:.1f} MB" for name, row in rows.items()}
+    float32, bf16 = content["validation"]
+    assert (float32["dtype"], bf16["dtype"]) == ("float32", "bf16")
+    times = [
+        f"{float32[f'{name} / plain']:.2f}; {bf16[f'{name} / plain']:.2f} in bf16" for name in ("PEFT", "LoRACallback")
+    ]
+    shown = {what: cells for what, *cells in table(FRONT, "| | Hugging Face's PEFT, in red | the callback, in green |")}
+    assert shown.pop("lines you write") == [f"{peft_['lines']}", f"{ours['lines']}"]
+    assert shown.pop("a small Llama's checkpoint") == [
+        f"{size['PEFT and both hooks']}; {size['PEFT alone']} without the hooks",
+        size["LoRACallback"],
+    ]
+    assert shown.pop("names of weights") == ["`base_model.model.…base_layer.weight`", "yours"]
+    assert (peft_["names kept"], ours["names kept"]) == (0, ours["names"])
+    assert shown.pop("time of validation, plain model = 1") == times
+    assert shown.pop("resuming on another base by mistake") == ["no message", "an error"]
+    assert (peft_["on another base"], ours["on another base"]) == ("another model, silently", "LoRAError")
+    assert shown.pop("BatchNorm's statistics") == ["lost", "saved"]
+    assert peft_["BatchNorm"] > ours["BatchNorm"] == 0
+    assert not shown
+    assert alone["names kept"] == 0
 
 
 # --- the reference ---

@@ -150,13 +150,15 @@ def test_index_page_of_a_release_has_addresses_of_its_tag_and_its_own_way_to_ins
     metadata = {"version": "1.2.0"}
     hook.update(metadata)
     text = metadata["readme"]["text"]
-    assert "\npip install lightning-lora transformers\n" in text
+    assert "`pip install lightning-lora`" in text
     assert index_page.for_index('`pip install ".[cli]"`', "", "") == '`pip install "lightning-lora[cli]"`'
     assert '\npip install -e ".[test]" && pytest\n' in text  # in a checkout
-    assert "package index" not in text
+    assert "not on PyPI" not in text
     at = "https://github.com/somebody/name"
-    assert f"]({at}/blob/v1.2.0/lightning_lora/trainer/README.md#yaml)" in text
-    assert f'src="{at}/raw/v1.2.0/tests/benchmarks/drift.png"' in text
+    assert f"]({at}/blob/v1.2.0/lightning_lora/nn/variants.md)" in text
+    assert f"]({at}/blob/v1.2.0/tests/benchmarks/README.md#peft-inside-a-lightningmodule)" in text
+    picture = index_page.for_index('<img src="tests/a.png">', at, "v1.2.0")
+    assert picture == f'<img src="{at}/raw/v1.2.0/tests/a.png">'
     assert text.count(f"({at}/actions/workflows/ci.yml") == 2
     assert metadata["urls"]["Source"] == at
     whole = Message()

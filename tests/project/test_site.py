@@ -45,7 +45,8 @@ def test_every_public_name_gets_a_page(pages: ModuleType):
 def test_sources_and_pictures_that_a_page_links_are_part_of_the_site(pages: ModuleType):
     linked = set(pages.linked_files("examples/README.md"))
     assert {"examples/digits.py", "examples/digits.yaml", "lightning_lora/nn/variant.py"} <= linked
-    assert {"tests/benchmarks/drift.png", "examples/finetune.ipynb"} <= set(pages.linked_files("README.md"))
+    assert "examples/finetune.ipynb" in pages.linked_files("README.md")
+    assert "tests/benchmarks/drift.png" in pages.linked_files("tests/benchmarks/README.md")
     assert [name for name in linked if name.endswith(".md")] == []
 
 

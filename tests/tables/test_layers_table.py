@@ -242,7 +242,7 @@ ROWS = [
     ),
     *(
         Row(
-            "nn.Embedding, beside nn.Linear",
+            "nn.Embedding, with nn.Linear",
             inner(Table),
             rows(3, 5),
             options | {"target_modules": ["embedding", "linear"]},
@@ -479,7 +479,7 @@ def to_peft(row: Row, folder: Path) -> str:
         return "refused"
     read = peft.PeftModel.from_pretrained(fresh(row, at_peft=True), folder).eval()
     if torch.equal(read(row.x()), fresh(row)(row.x())):
-        return "written; peft passes over it"
+        return "written; peft ignores it"
     torch.testing.assert_close(read(row.x()), model(row.x()), **CLOSE)
     return RIGHT
 

@@ -132,7 +132,7 @@ OPTIONS = [
     Option("arrow_config", {"top_k": 2}),
     Option("kasa_config", {"beta": 0.1}),
 ]
-READ, WRITTEN, PASSED_OVER, NOT_WRITTEN = "read", "written", "passed over", "not written"
+READ, WRITTEN, PASSED_OVER, NOT_WRITTEN = "read", "written", "ignored", "not written"
 
 
 def net(option: Option) -> Any:

@@ -212,8 +212,8 @@ COLUMNS = [
     Column(
         "fit",
         fitted,
-        "three epochs with AdamW. Every validation runs merged. Losses and adapters are those of one device up to "
-        "1e-6, and the base has its first bits",
+        "three epochs with AdamW. Every validation runs merged. Losses and adapters equal those of one device up to "
+        "1e-6, and the base keeps every bit",
     ),
     Column("save", saved, "a checkpoint has the adapter's tensors, with the bits of the run, and no other weight"),
     Column("resume", resumed, "from the second epoch's checkpoint, by as many ranks: as `fit`"),
@@ -225,15 +225,16 @@ COLUMNS = [
     Column(
         "exception",
         broken_off,
-        "raised inside a merged forward, it ends the run as itself. The model is unmerged, the base has its bits. "
-        "Under FSDP1, and where FSDP2 gathers adapted layers in its outermost module, it stays merged, which is said",
+        "raised inside a merged forward, it reaches the caller unchanged. The model is unmerged, the base keeps every "
+        "bit. Under FSDP1, and where FSDP2 gathers adapted layers in its outermost module, it stays merged, with a "
+        "warning",
     ),
     Column(
         "NaN",
         unmerged_where_not_finite,
         "in a loss of one rank, and in one rank's shard of a factor (in all of it where it is not sharded): all ranks "
-        "validate unmerged, which is said, and the base has its bits. Of such a loss DeepSpeed itself leaves out the "
-        "steps, so that validation stays merged",
+        "validate unmerged, with a warning, and the base keeps every bit. DeepSpeed itself skips the steps of such a "
+        "loss, so that validation stays merged",
     ),
 ]
 HEAD = """# Strategies
@@ -241,9 +242,9 @@ HEAD = """# Strategies
 <!-- written by tests/tables/test_strategies_table.py -->
 
 Each strategy (a row) does everything that a user may ask of it (a column), with a small network on CPU processes. A
-test runs every row and compares this page with what came of it.
+test runs every row and compares this page with the outcome.
 
-"right" means what the list says. "refused" shows how the error begins, before training.
+"right" means as listed. "refused" shows how the error begins, before training.
 
 """
 

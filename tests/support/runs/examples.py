@@ -64,7 +64,7 @@ def assert_alike(printed: str, shown: str, rel: float, tolerance: float) -> None
 
 
 INSTALL = """%pip install -q "lightning-lora[examples]"
-# No package index has it yet: in a checkout, run pip install -e ".[examples]" before this"""
+# It is not on PyPI yet: in a clone of the repository, run pip install -e ".[examples]" before this"""
 COLAB = "https://colab.research.google.com"
 BADGE = re.compile(r"\[!\[Open in Colab\]\(\S+\)\]\(\S+/github/([\w.-]+/[\w.-]+)/blob/main/examples/finetune\.ipynb\)")
 
