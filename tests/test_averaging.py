@@ -51,7 +51,13 @@ LIGHTNINGS = SWAPPERS | {
     "function of many": lambda: WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=False),
 }
 KINDS = ["adapter", "merged", "full"]
-pytestmark = weight_averaging
+pytestmark = [
+    weight_averaging,
+    pytest.mark.filterwarnings(
+        "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need",
+        "ignore:The dirpath has changed from",
+    ),
+]
 
 
 class Losses(Net):
@@ -131,16 +137,43 @@ def test_a_checkpoint_of_lightnings_own_average_is_gone_on_with_and_the_other_wa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_best_checkpoint_gives_the_logged_metric_in_the_trainer_that_fitted_and_elsewhere(
-    tmp_path: Path, kind: str
-):
-    trainer = fit(tmp_path, model := Net(), lora_with_effect(save=kind), LoRAWeightAveraging(0.8))
-    keep = trainer.checkpoint_callback
-    expected = pytest.approx(keep.best_model_score.item(), rel=1e-5)
+def test_a_checkpoint_gives_its_logged_metric_in_the_trainer_that_fitted_and_elsewhere(tmp_path: Path, kind: str):
+    trainer = fit(tmp_path, model := Losses(), lora_with_effect(save=kind), LoRAWeightAveraging(0.8))
+    file, expected = tmp_path / "epoch=1.ckpt", pytest.approx(model.seen[1], rel=1e-5)
+    assert model.seen[3] != expected
+    assert reference_loss(load_from_checkpoint(Net, file).state_dict()) == expected
     for each in (trainer, make_trainer(tmp_path, lora_with_effect(save=kind), LoRAWeightAveraging(0.8))):
-        assert each.test(model, Data(), ckpt_path=keep.best_model_path, verbose=False)[0]["test_loss"] == expected
-        assert each.validate(model, Data(), ckpt_path=keep.best_model_path, verbose=False)[0]["val_loss"] == expected
-    assert reference_loss(load_from_checkpoint(Net, keep.best_model_path).state_dict()) == expected
+        assert each.validate(model, Data(), ckpt_path=file, verbose=False)[0]["val_loss"] == expected
+        assert each.test(model, Data(), ckpt_path=file, verbose=False)[0]["test_loss"] == expected
+
+
+class Counts(Net):
+    """Has a buffer that it replaces, a mask, and a trained parameter under two names."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.scale = self.same = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.count = self.count + 1
+        return super().training_step(batch, batch_idx) * self.scale(self.count)
+
+
+def test_buffers_that_are_replaced_masks_and_tied_parameters_are_averaged_as_they_can_be(tmp_path: Path):
+    model, alone = Counts(), Counts()
+    fit(tmp_path, model, lora_with_effect(modules_to_save=["scale"]), LoRAWeightAveraging(), epochs=2)
+    fit(tmp_path / "alone", alone, lora_with_effect(modules_to_save=["scale"]), epochs=2)
+    assert model.count.item() == 3.5  # the mean of 1 to 6
+    assert model.mask.all()
+    checkpoint = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    current, end = checkpoint["current_model_state"], alone.state_dict()
+    assert_same_tensors(current, {name: end[name] for name in current})
+    assert torch.equal(checkpoint["state_dict"]["same.weight"], checkpoint["state_dict"]["scale.weight"])
+    assert not torch.equal(checkpoint["state_dict"]["same.weight"], current["same.weight"])
 
 
 def test_one_base_is_in_memory_and_frozen_weights_are_not_touched(tmp_path: Path):
