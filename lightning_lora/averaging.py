@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -219,7 +219,7 @@ class LoRAWeightAveraging(EMAWeightAveraging):
             if name in known:
                 average.copy_(known[name])
             elif name in self._loaded:
-                part = copy_of(live.tensors[name])
+                part = copy_of(cast(torch.Tensor, live.tensors[name]))
                 copy_(part, self._loaded[name])
                 average.copy_(local(part))
         self._loaded = {}
@@ -229,17 +229,16 @@ class LoRAWeightAveraging(EMAWeightAveraging):
 
         Of divided tensors it has this rank's parts: an average is by element.
         """
-        buffers = {name: owner._buffers[name.rpartition(".")[2]] for name, owner in self._buffers.items()}
         module = nn.Module()
         for n, parameter in enumerate(self._parameters.values()):
             module.register_parameter(str(n), nn.Parameter(local(parameter), requires_grad=False))
-        for n, buffer in enumerate(buffers.values(), start=len(self._parameters)):
-            module.register_buffer(str(n), local(buffer))
+        for n, (name, owner) in enumerate(self._buffers.items(), start=len(self._parameters)):
+            module.register_buffer(str(n), local(owner.get_buffer(name.rpartition(".")[2])))
         return module
 
     def _named(self) -> dict[str, torch.Tensor]:
         """Return the averaged tensors by the names of the model's."""
-        module = self._average_model.module
+        module = cast(AveragedModel, self._average_model).module
         return dict(zip([*self._parameters, *self._buffers], [*module.parameters(), *module.buffers()], strict=True))
 
     def _exchange(self) -> None:
