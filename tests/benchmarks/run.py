@@ -39,6 +39,7 @@ PROGRAMS = {
     "drift": Program("drift", "drift of frozen weights that are merged and unmerged"),
     "variants": Program("variants", "DoRA, quantised bases, single parameters and rows, a step of PiSSA"),
     "starts": Program("starts", "starting from the weight"),
+    "shrink": Program("shrink", "shrinking an adapter; a minute or two"),
     "swap": Program("swap", "swapping adapters"),
     "large": Program("merge_large", "merging a big model; needs 24 GB of disk"),
     "launches": Program("launches", "what a GPU is asked to do, counted without one"),
