@@ -76,8 +76,8 @@ class LanguageModel(L.LightningModule):
             adapter = take_adapter(self.model)  # a copy, with its options; A and B alone are adapter.tensors
             self.wire_of_adapters.send(adapter)
             loss, sent = self.wire_of_adapters.recv(), sum(tensor.nbytes for tensor in adapter.tensors.values())
-            share = sent / sum(tensor.nbytes for tensor in self.model.state_dict().values())
-            print(f"step {self.global_step}: an adapter, {share:.0%} of the bytes, loss with it {loss:.2f}")
+            whole = sum(tensor.nbytes for tensor in self.model.state_dict().values()) - sent
+            print(f"step {self.global_step}: {sent / whole:.0%} of the bytes, loss with the adapter {loss:.2f}")
 
     def on_train_epoch_end(self) -> None:
         count = 0
