@@ -635,7 +635,8 @@ def averaged(variant: Variant) -> None:
     """An average over steps is that of the definition; a model that has it merges, and gets its bits back."""
     if not HAS_WEIGHT_AVERAGING:
         pytest.skip("needs Lightning 2.6")
-    model, naive, trainer = filled(variant), Naive(variant), SimpleNamespace(global_step=0)
+    model, naive = filled(variant), Naive(variant)
+    trainer: Any = SimpleNamespace(global_step=0)
     optimizer, average = optimizer_for(variant, model), LoRAWeightAveraging(0.75)
     average.on_train_start(trainer, model)
     values = {name: parameter.detach().cpu().double() for name, parameter in trainable(model).items()}
