@@ -18,6 +18,7 @@ from .report.summary import summary
 from .start.from_data import initialize_from_data
 
 if TYPE_CHECKING:
+    from .averaging import LoRAWeightAveraging
     from .callback import LoRACallback
     from .cli import LoRACLI as LoRACLI
     from .exchange.attach import attach
@@ -35,6 +36,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "LoRAConfig",
     "LoRAError",
     "LoRAMonitor",
+    "LoRAWeightAveraging",
     "Variant",
     "adapter_state_dict",
     "adapter_stats",
@@ -71,6 +73,7 @@ LAZY = {  # imported at first use: lightning, the rooms of files, and the extra 
     "LoRACallback": ".callback",
     "LoRACLI": ".cli",
     "LoRAMonitor": ".monitor",
+    "LoRAWeightAveraging": ".averaging",
     "attach": ".exchange.attach",
     "combine": ".exchange.combine",
     "export_adapter": ".exchange.export",

@@ -34,7 +34,7 @@ def combine_layer(
     layer: str,
     holders: Sequence[tuple[str, Adapter, float]],
     how: str,
-    rank: int | None,
+    rank: float | None,
     density: float,
     draw: torch.Generator,
 ) -> tuple[dict[str, torch.Tensor], float]:
@@ -44,7 +44,8 @@ def combine_layer(
         layer: its name.
         holders: the adapters of the layer as plain LoRA, each with its name and weight.
         how: a method without peft's ending "_svd".
-        rank: of the result, or None for the largest of the adapters.
+        rank: of the result, or None for the largest of the adapters. Below 1 it is the share of the squared singular
+            values that the rank keeps at least, of a stack in each matrix.
         density: the share of values that the methods that prune keep.
         draw: what the dare methods draw from.
 
@@ -83,7 +84,7 @@ def combine_layer(
 def _combine_matrix(
     weighted: Sequence[tuple[Pair, float]],
     how: str,
-    rank: int,
+    rank: float,
     density: float,
     draw: torch.Generator,
     dtype: torch.dtype,
@@ -99,13 +100,16 @@ def _combine_matrix(
     if how in PRUNING:
         changes = [(left @ right).to(dtype) for (left, right), _ in weighted]
         change = combined_change(changes, [weight for _, weight in weighted], how, density, draw)
-        u, values, vh = (tensor.double() for tensor in truncated_svd(change, rank))
+        u, values, vh = (tensor.double() for tensor in truncated_svd(change, int(rank)))
         whole = change.double().square().sum()
     else:
         u, values, vh = product_svd(left, right)
         whole = values.square().sum()
         if how == "linear":  # no lower than an adapter's, so that training can go on
             rank = max(int((values > ROUNDING * values[0]).sum()), rank)
+    if rank < 1:
+        rank = int((values.square().cumsum(0) < rank * whole).sum()) + 1
+    rank = int(rank)
     u, values, vh = u[:, :rank], values[:rank], vh[:rank]
     return (u * values, vh), (float(values.square().sum()), float(whole))
 

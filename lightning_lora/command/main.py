@@ -166,38 +166,41 @@ def extract(
 def combine(
     adapters: Sequence[str],
     *,
-    weights: Sequence[float],
     output: str,
-    method: str = "linear",
-    rank: int | None = None,
+    weights: Sequence[float] = (),
+    method: str | None = None,
+    rank: float | None = None,
     density: float | None = None,
     seed: int = 0,
     overwrite: bool = False,
     strict_base: bool = True,
 ) -> dict[str, Any]:
-    """Combine several adapters of one base into one.
+    """Combine several adapters of one base into one, or shrink one with --rank.
 
     Args:
         adapters: of one base, in any form.
-        weights: a number for each, of any sign.
         output: PEFT folder to write.
-        method: linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune.
-        rank: of the result, for methods that cut; without it the adapters' largest.
+        weights: a number for each, of any sign; 1 for one adapter.
+        method: linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune; by default svd with a rank, else
+            linear.
+        rank: of the result, for methods that cut, or for svd a share such as 0.95: each layer's lowest rank that keeps
+            this share of its squared singular values; without it the adapters' largest.
         density: share of values that ties, dare and prune keep; without it 0.5.
         seed: of what dare draws.
         overwrite: replace an earlier result.
         strict_base: false makes adapters of different bases a warning.
     """
     check_output("combine", "folder", output, adapters, overwrite)
+    rank = int(rank) if rank is not None and rank.is_integer() else rank  # the parser makes a float of each
     combined = combine_adapters(
-        adapters, weights, method=method, rank=rank, density=density, seed=seed, strict_base=strict_base
+        adapters, weights or None, method=method, rank=rank, density=density, seed=seed, strict_base=strict_base
     )
     write_folder(combined.adapter, output)
     ranks = {name: layer.r for name, layer in combined.adapter.layers.items()}
     return {
         "output": output,
         "layers": {name: {"rank": ranks[name], "kept": share} for name, share in combined.kept.items()},
-        "weighted_means": list(combined.averaged),
+        "weighted_means": list(combined.averaged) if len(adapters) > 1 else [],
     }
 
 

@@ -98,7 +98,10 @@ def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) 
         meta["adapter"] = adapter.tensors
         # A layer whose factors the class left out is not in its merged weights.
         state |= {name: value for name, value in adapter.tensors.items() if not names_factor(name)}
-        state = state if divided else _merge_state(handle, state)
+        if divided:  # gathered_state has merged it
+            state = {name: value for name, value in state.items() if not names_factor(name)}
+        else:
+            state = _merge_state(handle, state)
         _write_plain_networks(checkpoint, divided=divided)
     if kind == "adapter":
         checkpoint["state_dict"] = {**adapter.tensors, **adapter.foreign.values}
@@ -266,8 +269,8 @@ def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
     live, kind, foreign = open_state(handle), handle.record.run.save, foreign_entries(handle)
     state = live.values() if kind == "adapter" else original_values(live.entries)
     state = with_metadata({**state, **foreign.values}, foreign.versions)
-    if kind == "merged":
-        state = _merge_state(handle, state)
+    if kind == "merged":  # the adapter stays beside: a callback may put an average in the place of all of it
+        state |= _merge_state(handle, state)
     changing = set(live.keys)
     whole = {
         name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value

@@ -71,23 +71,27 @@ class Combined:
 
 def combine(
     adapters: Sequence[PathLike | Mapping[str, Any] | Adapter],
-    weights: Sequence[float],
+    weights: Sequence[float] | None = None,
     *,
-    method: str = "linear",
-    rank: int | None = None,
+    method: str | None = None,
+    rank: float | None = None,
     density: float | None = None,
     seed: int = 0,
     output: PathLike | None = None,
     strict_base: bool = True,
 ) -> Adapter:
-    """Combine several adapters of one base into one.
+    """Combine several adapters of one base into one, or shrink one.
 
     Args:
         adapters: in any form that load_adapter takes and that stores its options. Ranks and layers may differ.
-        weights: a number for each adapter, of any sign. "ties" averages weight * D over the adapters that agree.
+        weights: a number for each adapter, of any sign; 1 for one adapter, if left out. "ties" averages weight * D over
+            the adapters that agree.
         method: "linear" (the weighted sum of the changes s * B @ A, exactly), "cat" (the same, factors side by side),
-            "svd" (the same, cut to a rank), "ties", "dare_linear" (or "dare"), "dare_ties" or "magnitude_prune".
-        rank: of the result, for all methods but linear and cat; by default the adapters' largest, layer by layer.
+            "svd" (the same, cut to a rank), "ties", "dare_linear" (or "dare"), "dare_ties" or "magnitude_prune". By
+            default it is "svd" where a rank is given, else "linear".
+        rank: of the result, for all methods but linear and cat; by default the adapters' largest, layer by layer. A
+            share above 0 and below 1 is for svd: each layer gets the lowest rank that keeps this share of its squared
+            singular values.
         density: the share of each change that is kept, for the methods that prune; 0.5 by default.
         seed: of the random choice in the dare methods.
         output: a folder to write the result to, in PEFT's format. An adapter that is in it is replaced without asking.
@@ -107,6 +111,8 @@ def combine(
         >>> save_adapter(model, "second")
         >>> load_adapter(model, combine(["first", "second"], [0.7, 0.3]))
         ['0', '2']
+        >>> combine(["first"], rank=1)
+        Adapter(r=1, 2 layers, 26 values)
     """
     combined = combine_adapters(
         adapters, weights, method=method, rank=rank, density=density, seed=seed, strict_base=strict_base
@@ -123,20 +129,22 @@ def combine(
 
 def combine_adapters(
     sources: Sequence[PathLike | Mapping[str, Any] | Adapter],
-    weights: Sequence[float],
+    weights: Sequence[float] | None = None,
     *,
-    method: str = "linear",
-    rank: int | None = None,
+    method: str | None = None,
+    rank: float | None = None,
     density: float | None = None,
     seed: int = 0,
     strict_base: bool = True,
 ) -> Combined:
     """Combine adapters, with the arguments and errors of combine."""
+    if weights is None and isinstance(sources, Sequence) and len(sources) == 1:
+        weights = [1.0]
     weights = [plain_number(weight) for weight in weights] if isinstance(weights, Iterable) else weights
     rank, density, seed = map(plain_number, (rank, density, seed))
-    how = _checked_method(method, rank, density)
+    how = _checked_method(method or ("linear" if rank is None else "svd"), rank, density)
     density = DENSITY if density is None else density
-    _check_weights(sources, weights)
+    weights = _checked_weights(sources, weights)
     names = [str(s) if isinstance(s, (str, os.PathLike)) else f"adapters[{i}]" for i, s in enumerate(sources)]
     read = [
         by_network_names(adapter_with_options(source, where=name, verb=f"combine: {name}"))
@@ -166,15 +174,21 @@ def combine_adapters(
     return Combined(with_ranks_in_words(adapter), kept, means)
 
 
-def _checked_method(method: str, rank: int | None, density: float | None) -> str:
+def _checked_method(method: str, rank: float | None, density: float | None) -> str:
     how = method if method == "svd" else method.removesuffix("_svd")  # as peft calls them
     how = OTHER_NAMES.get(how, how)
     if how not in get_args(Method):
         raise LoRAError(f"combine: method must be one of {', '.join(get_args(Method))}, but it is {method!r}.")
     if rank is not None and how not in CUT:
         raise LoRAError(f"combine: {how} has no rank to choose; give rank with {', '.join(CUT)}.")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise LoRAError(f"combine: rank must be a whole number of at least 1, but it is {rank!r}.")
+    is_share = isinstance(rank, float) and 0 < rank < 1
+    if rank is not None and not is_share and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise LoRAError(
+            "combine: rank must be a whole number of at least 1, or a share of the squared singular values above 0 and "
+            f"below 1, but it is {rank!r}."
+        )
+    if is_share and how != "svd":
+        raise LoRAError(f"combine: a rank that is a share ({rank!r}) is for svd; give {how} a whole number.")
     if density is not None and how not in PRUNING:
         raise LoRAError(f"combine: density, the share of values to keep, is only for {', '.join(PRUNING)}.")
     if density is not None and not (is_number(density) and 0 < density <= 1):
@@ -182,7 +196,7 @@ def _checked_method(method: str, rank: int | None, density: float | None) -> str
     return how
 
 
-def _check_weights(sources: Sequence[Any], weights: Sequence[float]) -> None:
+def _checked_weights(sources: Sequence[Any], weights: Sequence[float] | None) -> Sequence[float]:
     if isinstance(sources, (str, Mapping)) or not isinstance(sources, Collection) or not sources:
         raise LoRAError("combine: expected a list of one adapter or more, as combine([adapter], [0.7]).")
     if not isinstance(weights, Collection):
@@ -194,6 +208,7 @@ def _check_weights(sources: Sequence[Any], weights: Sequence[float]) -> None:
             raise LoRAError(f"combine: a weight must be a finite number, but it is {weight!r}.")
     if not any(weights):
         raise LoRAError("combine: all weights are 0, which leaves no adapter.")
+    return weights
 
 
 def _seed_of(seed: int, layer: str) -> int:

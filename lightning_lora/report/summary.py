@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import LoRAConfig
 from ..distributed.sharding import local
 from ..matching import BY_KIND
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.heads import describe_frozen_head
+from ..model.injection import Injection
 from ..model.named_state import base_parameters_of
 from ..model.passed_over import experts, passed_over
 from ..names import group_of, listed
@@ -31,7 +33,8 @@ LINES, MOST_ROWS = 10, 4  # of the short form, and of its table
 ON_REQUEST = ("also saved", "checkpoints", "memory")  # facts that the short form leaves out
 QUANTISED = "its weight is quantised"  # the beginning of a reason
 SAVED = {"adapter": "the adapter", "merged": "merged weights, and the adapter", "full": "base and adapter"}
-HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
+HEAD = ("layers", "class", "count", "r", "alpha", "s", "parameters")
+SMALL = 0.5  # an s below is small: an adapter with it hardly acts, and learns as with a smaller rate
 BESIDE_NUMBER, GLUE = re.compile(r"(?<=\w) (?=\d)|(?<=\d) (?=\w)"), "\xa0"  # a line breaks at no such blank
 OF_SEVERAL = {
     "its weight is ": "their weights are ",
@@ -49,6 +52,7 @@ class LayerGroup:
     count: int
     r: int  # 0 for a table with trained rows
     alpha: float  # 0 for a table with trained rows
+    scaling: float  # s; 0 for a table with trained rows
     parameters: int  # of A and B, in all layers of the group
 
 
@@ -94,6 +98,7 @@ class Summary:
     groups: tuple[LayerGroup, ...]  # of the adapted layers, in the model's order
     trainable: int  # the number of trainable parameters, A and B included
     total: int  # the number of parameters, A and B included, but not the A0 and B0 of a start that is subtracted
+    small_scaling: str  # the s of groups in which it is small because lora_alpha is the default; "" where none is
     adapter_parameters: int  # the number of parameters of A and B
     adapter_bytes: int  # of A, B, A0 and B0, on all ranks together
     adapter_dtypes: tuple[str, ...]
@@ -136,7 +141,7 @@ class Summary:
         """Return a line of heads and at most so many lines of groups, of which the last one may count the rest."""
         shown = len(self.groups) if len(self.groups) <= most else most - 1
         rows = [
-            (group.name, group.kind, str(group.count), *_rank_and_alpha(group), f"{group.parameters:,}")
+            (group.name, group.kind, str(group.count), *_rank_and_scaling(group), f"{group.parameters:,}")
             for group in self.groups[:shown]
         ]
         rest = self.groups[shown:]
@@ -159,6 +164,7 @@ class Summary:
             quantised, evaluation = "; ".join([quantised, *said]), ""
         facts = {
             "trainable": f"{self.trainable:,} of {self.total:,} parameters ({share})",
+            "scaling": self.small_scaling,
             "adapter": f"{size_text(self.adapter_bytes)} in {' and '.join(self.adapter_dtypes)}" if self.layers else "",
             "beside": ", ".join(f"{name} (weight {weight:g})" for name, weight in self.beside.items()),
             "also trained": _sizes(self.also_trained),
@@ -231,13 +237,15 @@ def summarise(handle: AdaptedModel) -> Summary:
     also_trained = {name: shape_of(parameter).numel() for name, parameter in base.items() if parameter.requires_grad}
     saved = {name: shape_of(value).numel() for name, value in handle.initial().items()}
     variant = variant_of(record.config).title + (" with use_rslora" if record.config.use_rslora else "")
+    groups = _group(layers)
     return Summary(
         variant=variant if record.is_injection else "",
         start=_start(record.config.init_lora_weights),
         layers=len(layers),
-        groups=_group(layers),
+        groups=groups,
         trainable=sum(shape_of(parameter).numel() for parameter in trainable),
         total=total,
+        small_scaling=_small_scaling(record, groups),
         adapter_parameters=sum(shape_of(factor).numel() for factor in factors),
         adapter_bytes=sum(shape_of(factor).numel() * factor.itemsize for factor in stored),
         adapter_dtypes=tuple(dict.fromkeys(str(factor.dtype).removeprefix("torch.") for factor in factors)),
@@ -289,22 +297,32 @@ def _unmerged(layers: Mapping[str, AdaptedWeights]) -> tuple[Unmerged, ...]:
 
 
 def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
-    sizes: dict[tuple[str, str, int, float], list[int]] = {}
+    sizes: dict[tuple[str, str, int, float, float], list[int]] = {}
     for name, layer in layers.items():
         spec, holder = layer.lora.spec, layer.lora_holder
         kind = holder.lora_base.__name__ if isinstance(holder, Swapped) else type(holder).__name__
-        key = (group_of(name), kind, spec.r, spec.alpha)
+        key = (group_of(name), kind, spec.r, spec.alpha, spec.scaling)
         if spec.rows:
-            key = (group_of(name), f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0)
+            key = (group_of(name), f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0, 0.0)
         sizes.setdefault(key, []).append(sum(shape_of(factor).numel() for factor in layer.factors()))
     return tuple(
-        LayerGroup(name, kind, len(of_group), r, alpha, sum(of_group))
-        for (name, kind, r, alpha), of_group in sizes.items()
+        LayerGroup(name, kind, len(of_group), r, alpha, scaling, sum(of_group))
+        for (name, kind, r, alpha, scaling), of_group in sizes.items()
     )
 
 
-def _rank_and_alpha(group: LayerGroup) -> tuple[str, str]:
-    return (str(group.r), f"{group.alpha:g}") if group.r else ("", "")
+def _rank_and_scaling(group: LayerGroup) -> tuple[str, str, str]:
+    return (str(group.r), f"{group.alpha:g}", f"{group.scaling:.3g}") if group.r else ("", "", "")
+
+
+def _small_scaling(record: Injection, groups: Iterable[LayerGroup]) -> str:
+    """Say where s is small because lora_alpha is the default, which goes with r = 8. A loaded adapter's is its own."""
+    default = LoRAConfig().lora_alpha
+    if record.chosen is not None or record.config.lora_alpha != default:
+        return ""
+    small = sorted({group.scaling for group in groups if group.alpha == default and 0 < group.scaling < SMALL})
+    shown = " and ".join(dict.fromkeys(f"{each:.3g}" for each in (small[:1] + small[-1:])))
+    return f"s = {shown}: lora_alpha is {default:g}, its default; 32 is usual" if small else ""
 
 
 def _left_out(reasons: Mapping[str, str], base: Mapping[str, nn.Parameter], total: int) -> tuple[LeftOut, ...]:

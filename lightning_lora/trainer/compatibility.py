@@ -24,6 +24,7 @@ TARGETS = ("target_modules", "exclude_modules", "target_parameters", "layers_to_
 RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 BY_LAYER = (*TARGETS, *RANKS, "enable_lora")  # options that say which layers are adapted, and how
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+OF_THE_ADAPTER = "LoRAWeightAveraging"  # which is a WeightAveraging that leaves frozen weights alone
 
 
 def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
@@ -43,15 +44,16 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
                 "with the options under lora, so trainer.callbacks needs none beside it."
             )
         sliced_by = slicing(trainer.strategy)
-        if fitting and _is_a(neighbour, *AVERAGING) and sliced_by:
+        if fitting and averages_frozen(neighbour) and sliced_by:
             raise LoRAError(
                 f"LoRACallback: {name} copies whole weights, and {sliced_by} has slices of them. "
-                "Leave it out, or use strategy='ddp' where the base fits on one device."
+                f"Use {OF_THE_ADAPTER}, which averages the adapter alone, or strategy='ddp' where the base fits on one "
+                "device."
             )
         if fitting and _is_a(neighbour, *AVERAGING) and position < order.index(callback):
             raise LoRAError(
-                f"LoRACallback: {name} copies the model in setup and swaps weights around validation, so it must come "
-                f"after LoRACallback: callbacks=[LoRACallback(...), {name}(...)]."
+                f"LoRACallback: {name} copies weights before training and swaps them around validation, so it must "
+                f"come after LoRACallback: callbacks=[LoRACallback(...), {name}(...)]."
             )
     if fitting and not injected and launches(trainer):
         raise LoRAError(
@@ -59,6 +61,11 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
             "only, so the main process needs the adapters too. Call inject(model, LoRAConfig(...)) before fit, or use "
             "strategy='ddp'."
         )
+
+
+def averages_frozen(callback: Any) -> bool:
+    """Return whether a callback averages all weights of a model, those of the frozen base too."""
+    return _is_a(callback, *AVERAGING) and not _is_a(callback, OF_THE_ADAPTER)
 
 
 def slicing(strategy: Any) -> str:

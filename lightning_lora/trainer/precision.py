@@ -19,7 +19,7 @@ from ..nn.foreign_weights import is_packed
 from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_modules, quantised_parameters
 from ..nn.quantised_state import is_of_lightning
-from .compatibility import AVERAGING
+from .compatibility import OF_THE_ADAPTER, averages_frozen
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 IN_4_BITS = (NF4, "nf4", "fp4")
@@ -130,10 +130,10 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
 def _refuse_averaging(trainer: Any, weight: str) -> None:
     """Raise LoRAError where a callback averages weights. The text says of a weight that its bytes are no values."""
     for callback in trainer.callbacks:
-        if any(derives_from(callback, average, LIGHTNING) for average in AVERAGING):
+        if averages_frozen(callback):
             raise LoRAError(
                 f"LoRACallback: {weight}, and {type(callback).__name__} averages frozen weights too, which would "
-                "change its bytes. Leave the averaging out, or train on the base that is not quantised."
+                f"change its bytes. Use {OF_THE_ADAPTER}, which averages the adapter alone."
             )
 
 

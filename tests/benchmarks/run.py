@@ -40,6 +40,7 @@ PROGRAMS = {
     "module": Program("peft_in_module", "PEFT inside a LightningModule: lines, checkpoints, resuming, validation"),
     "variants": Program("variants", "DoRA, quantised bases, single parameters and rows, a step of PiSSA"),
     "starts": Program("starts", "starting from the weight"),
+    "shrink": Program("shrink", "shrinking an adapter; a minute or two"),
     "swap": Program("swap", "swapping adapters"),
     "large": Program("merge_large", "merging a big model; needs 24 GB of disk"),
     "launches": Program("launches", "what a GPU is asked to do, counted without one"),

@@ -23,6 +23,7 @@ from lightning_lora import (
     LoRAConfig,
     combine,
     inject,
+    read_adapter,
     save_adapter,
 )
 from lightning_lora.command.main import VERBS, main
@@ -208,6 +209,17 @@ def test_combine_takes_the_options_of_the_function(tmp_path: Path, capsys: Any):
     combine(given, [1, -1], method="dare_ties", density=0.5, rank=3, seed=7, output=tmp_path / "d")
     assert_same_tensors(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("c", "d")))
     assert printed.endswith(f"wrote {tmp_path / 'c'}\n")
+
+
+@pytest.mark.parametrize("rank", ["0.8", "2"])
+def test_combine_of_one_adapter_with_a_rank_shrinks_it(tmp_path: Path, capsys: Any, rank: str):
+    inject(net := Net(), LoRAConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    save_adapter(net, tmp_path / "a")
+    printed = call(capsys, "combine", tmp_path / "a", "--rank", rank, "--output", tmp_path / "b")
+    found = combine([tmp_path / "a"], rank=float(rank) if "." in rank else int(rank))
+    assert [line.split()[1] for line in printed.splitlines()[1:-1]] == [str(each.r) for each in found.layers.values()]
+    assert max(each.r for each in found.layers.values()) < 4
+    assert read_adapter(tmp_path / "b").layers == found.layers
 
 
 @pytest.mark.slow

@@ -201,6 +201,37 @@ def test_svd_is_the_best_of_its_rank(rank: int | None):
         assert combined.kept[layer] == pytest.approx(share)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999999])
+def test_a_rank_that_is_a_share_is_each_layers_lowest_that_keeps_it_and_the_options_say_which(share: float):
+    net = small(6, r=5)
+    found = combine(states(net), rank=share)
+    ranks = {}
+    for layer in ("linear", "conv", "embed"):
+        energy = torch.linalg.svdvals(deltas_of(net)[f"{layer}.weight"].flatten(1)).square()
+        ranks[layer] = next(r for r in range(1, 6) if energy[:r].sum() >= share * energy.sum())
+    assert {name: layer.r for name, layer in found.layers.items()} == ranks
+    assert share != 0.9 or len(set(ranks.values())) > 1
+    assert {name: found.config.rank(name) for name in ranks} == ranks
+    whole = combine_adapters(states(net), [1.0], method="svd", rank=share)
+    assert all(kept >= share for kept in whole.kept.values())
+
+
+def test_a_stack_keeps_the_share_in_each_matrix_and_an_empty_change_has_rank_1():
+    experts = [name for name, p in Experts().named_parameters() if p.dim() == 3]
+    stack = adapted(3, r=3, target_modules=[], target_parameters=experts)
+    for share in (0.5, 0.9):
+        shrunk = combine(states(stack), rank=share)
+        before, after = deltas_of(stack), deltas_of(loaded(shrunk))
+        for name in (f"mix.{expert}" for expert in experts):
+            for matrix, kept in zip(before[name], after[name], strict=True):
+                assert kept.square().sum() >= share * matrix.square().sum() - 1e-6
+            assert shrunk.layers[name].r <= 3
+    nothing = small(2)
+    for name, factor in nothing.named_parameters():
+        factor.data *= 0 if name.endswith("lora_B") else 1
+    assert {layer.r for layer in combine(states(nothing), rank=0.5).layers.values()} == {1}
+
+
 PEFT_METHODS = {
     "cat": {},
     "svd": {},
@@ -398,8 +429,11 @@ def test_adapters_that_do_not_go_together_are_refused_by_what_differs(case: str)
         ([1.0, float("nan")], {}, "a weight must be a finite number, but it is nan"),
         ([0, 0.0], {}, "all weights are 0"),
         ([1, 1], {"method": "slerp"}, "method must be one of linear, cat, svd, .* but it is 'slerp'"),
-        ([1, 1], {"rank": 4}, "linear has no rank to choose"),
+        ([1, 1], {"method": "linear", "rank": 4}, "linear has no rank to choose"),
         ([1, 1], {"method": "svd", "rank": 0}, "rank must be a whole number of at least 1"),
+        ([1, 1], {"rank": 1.0}, "or a share of the squared singular values above 0 and below 1, but it is 1.0"),
+        ([1, 1], {"method": "ties", "rank": 0.9}, r"a rank that is a share \(0\.9\) is for svd; give ties a whole"),
+        (None, {}, "weights must be a list with a number for each adapter"),
         ([1, 1], {"method": "svd", "density": 0.5}, "density, the share of values to keep, is only for"),
         ([1, 1], {"method": "ties", "density": 0}, "density must be above 0 and at most 1"),
         ([1.0, np.bool_(True)], {}, "a weight must be a finite number"),

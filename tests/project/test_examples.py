@@ -95,6 +95,8 @@ def check_engine(printed: str) -> None:
     assert len(losses) == 6
     assert losses[-1] < losses[0] - 1.5
     assert printed.count(": 21 tensors, ") == 5
+    with_adapter = [float(loss) for loss in re.findall(r"with the adapter (\d\.\d\d)", printed)]
+    assert with_adapter == pytest.approx([losses[2], losses[4]], abs=0.011)  # after the same steps, merged
     assert "the engine has the weights of save_merged in every bit: True" in printed
 
 

@@ -57,6 +57,7 @@ PUBLIC = {
     "LoRACallback",
     "LoRACLI",
     "LoRAMonitor",
+    "LoRAWeightAveraging",
     "inject",
     "initialize_from_data",
     "unload",
@@ -189,7 +190,7 @@ def test_a_variants_words_are_in_its_own_file_the_list_and_the_options():
 
 def test_only_the_callbacks_and_the_command_line_import_lightning():
     users = {name for name, found in IMPORTS.items() if any(i.split(".")[0] == "lightning" for i in found)}
-    assert users == {"callback", "monitor", "cli"}
+    assert users == {"averaging", "callback", "monitor", "cli"}
 
 
 def test_public_names_are_those_of_the_contract():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, inject, is_merged, merge, summary, unload
+from lightning_lora import LoRAConfig, inject, is_merged, load_adapter, merge, save_adapter, summary, unload
 from lightning_lora.names import group_of
 from lightning_lora.report.summary import Memory, Summary
 from support.models.networks import Zoo, zoo_config
@@ -117,11 +119,11 @@ def test_plain_text_is_this():
 
 PLAIN = """\
 LoRA: 4 adapted layers
-  layers  class      count  r  alpha  parameters
-  embed   Embedding      1  4    2.5          76
-  conv    Conv1d         1  4    2.5         128
-  body    OwnLinear      1  4    2.5          64
-  body    Linear         1  4    2.5          64
+  layers  class      count  r  alpha      s  parameters
+  embed   Embedding      1  4    2.5  0.625          76
+  conv    Conv1d         1  4    2.5  0.625         128
+  body    OwnLinear      1  4    2.5  0.625          64
+  body    Linear         1  4    2.5  0.625          64
   trainable     383 of 823 parameters (46.54%)
   adapter       1.33 kB in float32
   also trained  5 tensors, 51 values: conv.bias, body.0.bias, body.3.bias, ...
@@ -129,6 +131,36 @@ LoRA: 4 adapted layers
                 body.1.num_batches_tracked
   memory        7.96 kB and activations: weights 2.04 kB, adapter 1.33 kB,
                 gradients 1.53 kB, optimizer 3.06 kB (two states, as AdamW's)"""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"r": 64}, "s = 0.125: lora_alpha is 8, its default; 32 is usual"),
+        ({"rank_pattern": {"up_proj": 32, "down_proj": 64}}, "s = 0.125 and 0.25: lora_alpha is 8"),
+        ({"r": 16}, ""),  # s = 0.5
+        ({"r": 64, "use_rslora": True}, ""),  # s = 1
+        ({"r": 64, "lora_alpha": 16}, ""),  # somebody chose it
+        ({"r": 64, "trainable_token_indices": [1]}, "s = 0.125:"),
+    ],
+)
+def test_a_small_s_that_comes_from_the_default_alpha_is_told(options: dict[str, Any], said: str):
+    inject(model := llama(), LoRAConfig(**options))
+    found = summary(model)
+    assert found.small_scaling.startswith(said)
+    assert bool(found.small_scaling) == bool(said)
+    assert ("scaling s = " in words(found)) == bool(said)
+    assert found.small_scaling in found.short()
+
+
+def test_the_s_of_a_loaded_adapter_is_its_own(tmp_path: Path):
+    model = llama()
+    other = copy.deepcopy(model)
+    inject(model, LoRAConfig(r=64, init_lora_weights=False))
+    save_adapter(model, tmp_path)
+    load_adapter(other, tmp_path)
+    assert summary(other).groups[0].scaling == 0.125
+    assert not summary(other).small_scaling
 
 
 def with_all_there_is_to_say() -> nn.Module:
@@ -157,9 +189,9 @@ def test_the_short_form_says_all_that_there_is_in_one_line_each():
 
 SHORTENED = """\
 LoRA with use_rslora: 21 adapted layers
-  layers                                     class   count  r  alpha  parameters
-  ..._in_a_table_beside_the_other_columns_6  Linear      1  2      8          64
-  ..._in_a_table_beside_the_other_columns_7  Linear      1  2      8          64
+  layers                               class   count  r  alpha     s  parameters
+  ...table_beside_the_other_columns_6  Linear      1  2      8  5.66          64
+  ...table_beside_the_other_columns_7  Linear      1  2      8  5.66          64
   and 12 more of these, 19 layers
   trainable     4,288 of 45,344 parameters (9.46%)
   adapter       11 kB in float32

@@ -36,7 +36,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from lightning_lora import LoRACallback, LoRAError
+from lightning_lora import LoRACallback, LoRAError, LoRAWeightAveraging
 from support.runs.lightning_versions import HAS_WEIGHT_AVERAGING, EMAWeightAveraging, WeightAveraging
 from support.runs.shortcuts import let_collections_pass_over_what_is_there
 from support.runs.training import BuiltInConfigureModel, Data, Net, SizedData, TwoLoaders, make_trainer
@@ -224,6 +224,8 @@ ROWS: dict[str, Case] = {
     "WeightAveraging before LoRACallback": with_(mean, first=False),
     "EMAWeightAveraging after LoRACallback": with_(ema),
     "EMAWeightAveraging before LoRACallback": with_(ema, first=False),
+    "LoRAWeightAveraging after LoRACallback": fitted(lambda path: [LoRAWeightAveraging(0.8)]),
+    "LoRAWeightAveraging before LoRACallback": with_(LoRAWeightAveraging, first=False),
     "StochasticWeightAveraging after LoRACallback": with_(swa),
     "StochasticWeightAveraging before LoRACallback": with_(swa, first=False),
     "two LoRACallbacks": set_up(launching("auto"), LoRACallback(r=4)),
@@ -267,7 +269,11 @@ BEGIN, END = (
     "<!-- compositions: written by tests/tables/test_compositions_table.py -->\n",
     "<!-- end of compositions -->",
 )
-ADDED = ("WeightAveraging ", "EMAWeightAveraging ")  # rows of what the oldest supported Lightning does not have
+ADDED = (
+    "WeightAveraging ",
+    "EMAWeightAveraging ",
+    "LoRAWeightAveraging ",
+)  # rows of what the oldest supported Lightning does not have
 LAUNCHED = {f"{strategy} after inject()": strategy for strategy in ("ddp_spawn", "ddp_fork", "ddp_notebook")}
 
 

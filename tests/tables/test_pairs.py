@@ -24,6 +24,7 @@ from support.devices.places import Place
 from support.models.beside import attached_first, beside, trained_beside
 from support.models.pair_checks import (
     another_base,
+    averaged,
     by_pickle,
     cast_later,
     changed_by_hand,
@@ -155,6 +156,7 @@ CONDITIONS = [
         with_quantised=False,
     ),
     Condition(TRAINING, "lora_dropout", dropout, "acts in training alone"),
+    Condition(TRAINING, "average", averaged, "LoRAWeightAveraging over four steps, merged; then the bits come back"),
     Condition(
         CHECKPOINTS, "adapter", resume("adapter"), "an adapter checkpoint: two steps more are the uninterrupted ones"
     ),

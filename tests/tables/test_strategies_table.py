@@ -19,17 +19,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_lora import load_adapter
+from lightning_lora import load_adapter, merged_state_dict
 from support.ranks.deepspeed import gathered_by_deepspeed
 from support.ranks.fsdp1 import fsdp1, gathered_by_fsdp1
 from support.ranks.processes import world
-from support.ranks.sharded import BATCHES, Plain, base_of, model_parallel, whole_state
+from support.ranks.sharded import BATCHES, base_of, model_parallel, whole_state
 from support.ranks.sharded_adapters import assert_same_bits
 from support.ranks.strategies import (
     BREAKS_IN,
     EPOCHS,
     LAST,
     SCALING,
+    ExpertsOfFSDP2,
+    OfExperts,
     OfFSDP2,
     OfHSDP,
     OfTensorParallel,
@@ -58,7 +60,6 @@ pytestmark = [
 PAGE = Path(__file__).parents[1] / "distributed" / "strategies.md"
 HOW_TO_WRITE = "write the page with WRITE_TABLE=1 pytest -n 0 -m slow tests/tables/test_strategies_table.py"
 CLOSE = 1e-6
-FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
 
 OF_FSDP1: Any = {"state": gathered_by_fsdp1, "restores": False}
 
@@ -68,6 +69,7 @@ STRATEGIES: list[Strategy] = [
     WithTrainer("`ddp`", 2, 4, Watched, on_one_device),
     WithTrainer("FSDP2", 2, 4, OfFSDP2, model_parallel),
     WithTrainer("FSDP2", 4, 2, OfFSDP2, model_parallel),
+    WithTrainer("FSDP2, a stack of experts", 2, 4, ExpertsOfFSDP2, model_parallel, experts=True),
     WithTrainer("HSDP", 4, 2, OfHSDP, model_parallel),
     WithTrainer("tensor parallel", 2, 4, OfTensorParallel, by_tensor, tensor=2),
     WithTrainer("tensor parallel and FSDP2", 4, 2, OfTensorParallel, by_tensor, tensor=2, restores=False),
@@ -102,18 +104,21 @@ class Done:
 
 
 @functools.cache
-def alone() -> Run:
-    """The run of one device that all others are compared with."""
+def alone(experts: bool) -> tuple[Run, State]:
+    """The run of one device that all others are compared with, and its merged weights."""
+    row = WithTrainer("", 1, 2, OfExperts, on_one_device, experts=True) if experts else STRATEGIES[0]
     with tempfile.TemporaryDirectory() as path:
-        return STRATEGIES[0].fit(Path(path), None, 0, "")[1]
+        model, run = row.fit(Path(path), None, 0, "")
+    return run, merged_state_dict(model)
 
 
-def assert_run(run: Run, epochs: int) -> None:
+def assert_run(row: Strategy, run: Run, epochs: int) -> None:
     """Check the last epochs: merged in each batch of validation, the numbers of one device, the bits of the base."""
     assert run.merged == [True] * (epochs * BATCHES)
-    assert run.losses == pytest.approx(alone().losses[-epochs:], abs=CLOSE)
-    assert_close(run.state, alone().state)
-    assert_same_bits(base_of(run.state), whole_state(Plain()))
+    expected = alone(row.experts)[0]
+    assert run.losses == pytest.approx(expected.losses[-epochs:], abs=CLOSE)
+    assert_close(run.state, expected.state)
+    assert_same_bits(base_of(run.state), whole_state(row.plain()))
 
 
 def assert_close(found: State, expected: State) -> None:
@@ -122,10 +127,13 @@ def assert_close(found: State, expected: State) -> None:
         torch.testing.assert_close(found[name], value, atol=CLOSE, rtol=0)
 
 
-def merged_by_hand(state: State) -> State:
-    """W + s * B @ A in float64."""
-    whole = {name: value.double() for name, value in base_of(state).items()}
-    for name in FACTORS[::2]:
+def merged_by_hand(run: Run, merged: State) -> State:
+    """W + s * B @ A in float64, and of experts what one device gives: test_layers_table.py has their formula."""
+    state = run.state
+    whole = {
+        name: merged[name].double() if "stack" in name else value.double() for name, value in base_of(state).items()
+    }
+    for name in sorted(name for name in state if name.endswith(".lora_A")):
         layer = name.removesuffix(".lora_A")
         whole[f"{layer}.weight"] += SCALING * state[f"{layer}.lora_B"].double() @ state[name].double()
     return {name: value.float() for name, value in whole.items()}
@@ -133,29 +141,32 @@ def merged_by_hand(state: State) -> State:
 
 def fitted(done: Done) -> None:
     for run in done.runs("fit"):
-        assert_run(run, EPOCHS)
+        assert_run(done.row, run, EPOCHS)
 
 
 def saved(done: Done) -> None:
     found = done.row.content(done.path / "run" / LAST)
-    assert sorted(found) == FACTORS
-    assert_same_bits(found, {name: done.runs("fit")[0].state[name] for name in FACTORS})
+    state = done.runs("fit")[0].state
+    factors = sorted(name for name in state if "lora_" in name)
+    assert len(factors) == 6
+    assert sorted(found) == factors
+    assert_same_bits(found, {name: state[name] for name in factors})
 
 
 def resumed(done: Done) -> None:
     for run in done.runs("resume"):
-        assert_run(run, 1)
+        assert_run(done.row, run, 1)
 
 
 def resumed_elsewhere(done: Done) -> None:
     assert len(done.elsewhere) == done.row.others
     for run in done.elsewhere:
-        assert_run(run, 1)
+        assert_run(done.row, run, 1)
 
 
 def evaluated(done: Done) -> None:
     for run in done.runs("evaluate"):
-        assert_run(run, 1)
+        assert_run(done.row, run, 1)
 
 
 def loaded(done: Done) -> None:
@@ -163,12 +174,12 @@ def loaded(done: Done) -> None:
 
 
 def adapter_saved(done: Done) -> None:
-    load_adapter(model := Plain(), done.path / "adapter")
+    load_adapter(model := done.row.plain(), done.path / "adapter")
     assert_same_bits(whole_state(model), done.runs("fit")[0].state)
 
 
 def merged_saved(done: Done) -> None:
-    assert_close(load_file(done.path / "merged" / "model.safetensors"), merged_by_hand(alone().state))
+    assert_close(load_file(done.path / "merged" / "model.safetensors"), merged_by_hand(*alone(done.row.experts)))
 
 
 def broken_off(done: Done) -> None:
@@ -177,7 +188,7 @@ def broken_off(done: Done) -> None:
         assert run.merged == [True] * (BREAKS_IN * BATCHES + 1)
         if done.row.restores:
             assert run.said == []
-            assert_same_bits(base_of(run.state), whole_state(Plain()))
+            assert_same_bits(base_of(run.state), whole_state(done.row.plain()))
         else:
             assert all("the model stays merged: " in each for each in run.said)
 
@@ -188,7 +199,7 @@ def unmerged_where_not_finite(done: Done) -> None:
         skipped = fault == "a loss" and done.row.package == "deepspeed"
         for run in runs:
             assert run.merged == [True] * (BREAKS_IN * BATCHES) + [skipped] * BATCHES
-            assert_same_bits(base_of(run.state), whole_state(Plain()))
+            assert_same_bits(base_of(run.state), whole_state(done.row.plain()))
             assert len(set(run.losses)) == 1 or not skipped
         if not skipped:
             assert "merge: layer 'net.0': W + s * B @ A is not finite" in runs[0].said[0]

@@ -47,6 +47,7 @@ LIVES = {
     "test_monitor_statistics": [
         "test_csv_columns_have_the_numbers_of_every_nth_step",
     ],
+    "test_averaging": ["test_resumed_run_equals_the_uninterrupted_one"],
     "trainer/test_compatibility_weight_averaging": ["test_validation_sees_the_averaged_adapter"],
 }
 SLOW = {  # they take longest; hooks and stages have shorter ones above
@@ -59,6 +60,7 @@ SLOW = {  # they take longest; hooks and stages have shorter ones above
     "test_run_resumed_with_another_kind_equals_the_uninterrupted_one",
     "test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run",
     "test_validation_sees_the_averaged_adapter",
+    "test_resumed_run_equals_the_uninterrupted_one",
 }
 HERE = Path(__file__)
 MODULES = {

@@ -12,6 +12,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from lightning_lora import (
+    LoRAWeightAveraging,
     adapter_state_dict,
     disable_adapter,
     is_merged,
@@ -57,6 +59,7 @@ from support.models.pairs import (
     trainable,
     wide,
 )
+from support.runs.lightning_versions import HAS_WEIGHT_AVERAGING
 
 HALF = (torch.float16, torch.bfloat16)
 RANKED = {"loha": "lora_hada_w1_a"}  # the tensor whose second dimension is the rank
@@ -626,6 +629,33 @@ def copied(make: Callable[[nn.Module], nn.Module]) -> Callable[[Variant], None]:
 def by_pickle(model: nn.Module) -> nn.Module:
     result: nn.Module = pickle.loads(pickle.dumps(model))
     return result
+
+
+def averaged(variant: Variant) -> None:
+    """An average over steps is that of the definition; a model that has it merges, and gets its bits back."""
+    if not HAS_WEIGHT_AVERAGING:
+        pytest.skip("needs Lightning 2.6")
+    model, naive = filled(variant), Naive(variant)
+    trainer: Any = SimpleNamespace(global_step=0)
+    optimizer, average = optimizer_for(variant, model), LoRAWeightAveraging(0.75)
+    average.on_train_start(trainer, model)
+    values = {name: parameter.detach().cpu().double() for name, parameter in trainable(model).items()}
+    for number in STEPS:
+        train_(model, optimizer, [number])
+        trainer.global_step += 1
+        average.on_train_batch_end(trainer, model, None, None, number)
+        share = 0.25 if trainer.global_step > 1 else 1.0  # the first update copies
+        for name, parameter in trainable(model).items():
+            values[name] += share * (parameter.detach().cpu().double() - values[name])
+    before, tolerance = all_bits(model), loose(variant, 1e-5)
+    average.on_validation_epoch_start(trainer, model)
+    assert all_bits(model) != before
+    for name, parameter in trainable(model).items():
+        assert_near(parameter, values[name], tolerance, name)
+    assert_as_defined(model, naive, tolerance)
+    assert_merges(model, naive, tolerance)
+    average.on_validation_epoch_end(trainer, model)
+    assert all_bits(model) == before
 
 
 # --- merging and taking out ---

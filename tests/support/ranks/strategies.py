@@ -46,6 +46,7 @@ from support.ranks.fsdp1 import fsdp1
 from support.ranks.sharded import (
     BATCHES,
     DEVICE,
+    HIDDEN,
     TARGETS,
     Plain,
     Sharded,
@@ -61,6 +62,7 @@ BREAKS_IN = 1  # the epoch of a fault
 FAULTS = ("exception", "a loss", "a weight")
 SCALING = 2.0
 OPTIONS: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": TARGETS}
+OF_EXPERTS: dict[str, Any] = OPTIONS | {"target_modules": ["0", "4"], "target_parameters": ["stack"]}
 State = dict[str, torch.Tensor]
 
 
@@ -132,6 +134,29 @@ class OfFSDP2(Watched, Sharded):
     """Each layer and the rest by fully_shard."""
 
 
+class Experts(nn.Module):
+    """The weights of four experts in one parameter, which fully_shard divides by experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(4, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(3)) / 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,eoi->beo", x, self.stack).tanh().sum(1)
+
+
+class OfExperts(Watched):
+    """Has experts in the place of a layer."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.net[2] = Experts()
+
+
+class ExpertsOfFSDP2(OfExperts, Sharded):
+    """The same by fully_shard."""
+
+
 class OfHSDP(Watched):
     """The same in two groups of ranks, which hold the same shards."""
 
@@ -192,6 +217,7 @@ class Strategy(ABC):
         ranks: how many processes train.
         others: how many processes resume what these have saved.
         package: which must be installed.
+        experts: a stack of experts is adapted, too.
         restores: an exception inside a forward leaves a model that can be unmerged, and not one inside that forward.
     """
 
@@ -199,7 +225,12 @@ class Strategy(ABC):
     ranks: int
     others: int
     package: str = field(default="", kw_only=True)
+    experts: bool = field(default=False, kw_only=True)
     restores: bool = field(default=True, kw_only=True)
+
+    def plain(self) -> Plain:
+        """Return the model as it is before it is adapted, in one process."""
+        return OfExperts() if self.experts else Plain()
 
     @abstractmethod
     def fit(self, path: Path, source: Path | None, seed: int, fault: str) -> tuple[nn.Module, Run]:
@@ -251,7 +282,7 @@ class WithTrainer(Strategy):
     def start(self, path: Path, source: Path | None, **options: Any) -> L.Trainer:
         """A Trainer; one that loads a checkpoint has the options from there."""
         saves = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)
-        lora = LoRACallback(**({} if source else OPTIONS))
+        lora = LoRACallback(**({} if source else OF_EXPERTS if self.experts else OPTIONS))
         return self.trainer(path, lora, saves, enable_checkpointing=True, **options)
 
     def fit(self, path: Path, source: Path | None, seed: int, fault: str) -> tuple[nn.Module, Run]:
@@ -274,7 +305,7 @@ class WithTrainer(Strategy):
         return Run(model.losses, model.merged, self.state(trainer))
 
     def load(self, source: Path) -> State:
-        return whole_state(load_from_checkpoint(Plain, source))
+        return whole_state(load_from_checkpoint(type(self.plain()), source))
 
     def content(self, source: Path) -> State:
         return tensors_in(source)
