@@ -19,7 +19,7 @@ from .model.adapted_model import Listing, find_model
 from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.checkpoint_hooks import save_as_where_unpatched
-from .trainer.evaluation import end_evaluation, merge_to_evaluate, tell_rounding
+from .trainer.evaluation import end_evaluation, merge_to_evaluate
 from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit
 from .trainer.lightning_packages import become_callback, first_package
@@ -221,10 +221,8 @@ class LoRACallback(Callback):
         save_as_where_unpatched(pl_module, self.save, self.dequantize)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the fit came to its end, and log what rounding merged weights to 16 bits costs."""
+        """Note that the fit came to its end."""
         end_fit(pl_module)
-        if not self.merge_after_fit:  # which merges later, and tells it then
-            tell_rounding(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""

@@ -65,7 +65,7 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         load_foreign_(live, adapter.foreign)
         handle.record_trainable(expected=True)
         if merge_after:
-            merge_listed(handle, warns_of_untrained=False)
+            merge_listed(handle, warns=False)
     except BaseException:
         unmerge_if_merged(handle)
         take_back_facts_(handle, recorded)

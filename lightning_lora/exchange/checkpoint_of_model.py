@@ -47,7 +47,6 @@ from ..names import META, canonical, names_factor, parent_names
 from ..nn.adapted_weights import adapted_layers
 from ..nn.foreign_entries import ForeignEntries, foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed
-from ..nn.rounding import NEVER
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
@@ -171,7 +170,7 @@ def _warn_of_moved(live: LiveState, state: Mapping[str, Any], adapter: Adapter, 
 def _merge_state(handle: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
     try:
         dtype = dequantize_dtype(handle.record.run.dequantize, "checkpoint")
-        return merge_state_dict(handle, state, dtype, tells=NEVER)  # the fit's end tells it
+        return merge_state_dict(handle, state, dtype)
     except NonFiniteError as error:
         raise NonFiniteError(
             f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'

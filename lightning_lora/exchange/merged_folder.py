@@ -115,7 +115,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
     parts = one_part_each(stored) if network is None else parts_in_files(network, stored)
     writes = writes_files(module for _, module in listing.modules)
     sync = RankSync(tensor for tensor, _ in state.values())
-    rounding = Rounding(sync)
+    rounding = Rounding(sync, again=True)
 
     def merged(name: str) -> torch.Tensor:
         return merged_tensor("save_merged", name, *state[name], rounding, plain.get(name)).cpu()

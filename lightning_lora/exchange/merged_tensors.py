@@ -25,7 +25,7 @@ from ..model.state_dict import refuse_unmergeable
 from ..nn.adapted_module import is_factor
 from ..nn.owner import claimed
 from ..nn.quantised_state import quantisation_entries
-from ..nn.rounding import IN_FILES, ONCE, Rounding
+from ..nn.rounding import IN_FILES, Rounding
 from .merged_folder import merged_tensor
 
 VERB = "merged_tensors"
@@ -79,7 +79,7 @@ def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[
     quantised = quantised_weights(handle.places)
     modules = [module for _, module in handle.modules]
     sync = RankSync(tensor for _, tensor, _ in live.entries if tensor is not None)
-    rounding = Rounding(sync, ONCE)
+    rounding = Rounding(sync)
 
     def take(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
         with claimed(VERB, handle.record.owner):

@@ -19,7 +19,7 @@ from ..nn.foreign_weights import is_foreign_linear
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.nf4 import NF4Linear
 from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
-from ..nn.rounding import ONCE, Rounding
+from ..nn.rounding import Rounding
 from ..nn.variant import Stored
 from ..notices import tell
 
@@ -112,33 +112,13 @@ def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, t
         NonFiniteError: W' is not finite, or beyond the dtype's range.
     """
     names = quantised_weights(places)
-    rounding, plain = Rounding(RankSync(()), ONCE), dict[nn.Module, torch.Tensor]()  # nothing is sharded
+    rounding, plain = Rounding(RankSync(())), dict[nn.Module, torch.Tensor]()  # nothing is sharded
     for name, module in names.items():
         if module not in plain:
             plain[module] = plain_weight(name, module, dtype, rounding)
     rounding.sync.raise_on_any_rank()
     rounding.tell(DEQUANTISED, IN_FLOAT32, stacklevel=3)
     return plain
-
-
-def tell_dequantised(places: NamedModules, dtype: torch.dtype) -> None:
-    """Log what rounding plain weights of a dtype costs the adapters of quantised ones, once a model. Collective.
-
-    Args:
-        places: every module of the model, under each of its names.
-        dtype: of the plain weights, which are computed one at a time and not kept.
-
-    Raises:
-        NonFiniteError: W' is not finite, or beyond the dtype's range.
-    """
-    weights = quantised_weights(places) if dtype in HALF else {}
-    adapted = {name: module for name, module in weights.items() if adapter_of(module, name.rpartition(".")[2])}
-    rounding = Rounding(RankSync(weight for m in adapted.values() for weight in quantised_parameters(m).values()), ONCE)
-    with torch.no_grad():
-        for name, module in adapted.items():
-            plain_weight(name, module, dtype, rounding)
-    rounding.sync.raise_on_any_rank()
-    rounding.tell(DEQUANTISED, IN_FLOAT32, stacklevel=3)
 
 
 def replace_quantised_(modules: Iterable[nn.Module], plain: Mapping[nn.Module, torch.Tensor]) -> None:

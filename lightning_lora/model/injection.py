@@ -53,7 +53,6 @@ class Run:
         dequantize: the dtype of quantised weights in merged checkpoints.
         dropping: a training batch runs, in which dropout acts in layers that are kept in eval mode too.
         merged_here: LoRACallback has merged the model, and is to unmerge it.
-        merged_in_fit: an evaluation of this fit ran merged.
         stays_unmerged: this evaluation runs unmerged: merging found a value that is not finite, or `scaled` was called.
         epoch_begins: no training batch of the epoch has begun.
         looked_at: ids of the fit's optimizers whose adapters were looked at for gradients.
@@ -67,7 +66,6 @@ class Run:
     dequantize: Any = None
     dropping: bool = False
     merged_here: bool = False
-    merged_in_fit: bool = False
     stays_unmerged: bool = False
     epoch_begins: bool = False
     looked_at: frozenset[int] = frozenset()

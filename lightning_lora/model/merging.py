@@ -19,7 +19,7 @@ from ..nn.exact_merge import Buffers
 from ..nn.low_rank import HALF
 from ..nn.owner import Claim
 from ..nn.readers import update_fast_paths
-from ..nn.rounding import NEVER, ONCE, Rounding
+from ..nn.rounding import Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
 from .adapted_model import Listing, find_model
@@ -62,8 +62,7 @@ def merge(model: nn.Module) -> None:
     """Write W' = W + s * B @ A into every adapted layer's weight; unmerge restores W bit for bit. In place.
 
     Harmless when repeated, and inside disable_adapter. A layer stays factored where another module shares its weight,
-    and where its weight is quantised. The first merge of 16-bit layers logs the cost of rounding W'; in a Trainer's
-    fit its end does.
+    and where its weight is quantised. The first merge of 16-bit layers logs the cost of rounding W'.
 
     Collective: every rank of a sharded model calls this. The factors are gathered, the weights are not.
 
@@ -82,8 +81,14 @@ def merge(model: nn.Module) -> None:
     merge_listed(Listing(unwrapped(model, "merge")))
 
 
-def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rounding: bool = True) -> None:
-    """Do what merge does for a listed model. In place. The options are for a fit, which says both itself."""
+def merge_listed(listing: Listing, *, warns: bool = True) -> None:
+    """Do what merge does for a listed model. In place.
+
+    Args:
+        listing: of the model.
+        warns: of untrained layers, and of what rounding costs; else that is a line without a warning. A fit warns of
+            untrained layers itself, and an adapter that has just begun to grow loses most of itself.
+    """
     refuse_replaced_layers(listing, "merge")
     _require_layers(listing, "merge")
     with claimed_with(listing.all_layers.values(), "merge"):
@@ -91,10 +96,10 @@ def merge_listed(listing: Listing, *, warns_of_untrained: bool = True, tells_rou
         if pending:
             for record in records_of(listing.all_layers.values()):
                 record.marks.add("merged")  # first, because an exception may break off what follows
-            if warns_of_untrained:
+            if warns:
                 warn_of_untrained(listing, stacklevel=4)
             with shards_in_place(listing, "merge"):
-                _merge_pending(listing, pending, tells_rounding)
+                _merge_pending(listing, pending, UNROUNDED if warns else "")
 
 
 def _is_pending(layer: AdaptedWeights) -> bool:
@@ -102,8 +107,8 @@ def _is_pending(layer: AdaptedWeights) -> bool:
     return (layer.lora_active and not layer.lora.merged) or layer.lora.unfinished
 
 
-def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tells_rounding: bool) -> None:
-    """Merge the pending layers of a model, all of them or none. In place."""
+def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], remedy: str) -> None:
+    """Merge the pending layers of a model, all of them or none. In place. `remedy` is that of tell_rounding."""
     weights = {layer: layer.own_weight() for layer in listing.all_layers.values()}
     sizes = [_local_nbytes(weight) for layer, weight in weights.items() if not layer.why_not_merge()]
     copy = sum(sizes) <= COPY_BUDGET
@@ -111,7 +116,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
     def write() -> None:
         record_ties(listing.modules)
         sync, buffers = RankSync(weights[layer] for layer in pending.values()), Buffers()
-        rounding = Rounding(sync, ONCE if tells_rounding else NEVER)
+        rounding = Rounding(sync)
         for layer in pending.values():
             if layer.lora.unfinished:  # an exception broke off what took another exception's merge back
                 layer.unmerge_(buffers)
@@ -125,7 +130,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], tell
                     sync.run(f"merge: layer {name!r}", _merge_layer, layer, *arguments)
                 advance(1)
         sync.raise_on_any_rank()
-        rounding.tell("merged 16-bit weights", UNROUNDED, stacklevel=6)
+        rounding.tell("merged 16-bit weights", remedy, stacklevel=6)
         report_factored(pending.values())
         update_fast_paths(module for _, module in listing.modules)
 
@@ -143,12 +148,6 @@ def all_or_nothing(step: Callable[[], None], restore: Callable[[], None]) -> Non
     except BaseException:
         restore()
         raise
-
-
-def has_rounding_to_tell(layers: Iterable[AdaptedWeights]) -> bool:
-    """Return whether a merge of these layers would log what rounding W' to 16 bits costs."""
-    mergeable = [layer for layer in layers if not layer.why_not_merge()]
-    return any(layer.adapted_weight().dtype in HALF and not layer.lora.rounding_reported for layer in mergeable)
 
 
 def unmerge(model: nn.Module) -> None:

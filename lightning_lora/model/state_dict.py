@@ -19,7 +19,7 @@ from ..nn.beside import LACKING
 from ..nn.foreign_entries import metadata_of, with_metadata
 from ..nn.owner import OFF, claimed
 from ..nn.quantised_state import quantisation_entries
-from ..nn.rounding import ONCE, Rounding
+from ..nn.rounding import Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, open_model
@@ -112,9 +112,7 @@ def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:
     return with_metadata({canonical(name): value for name, value in state.items()} | spread, metadata)
 
 
-def merge_state_dict(
-    listing: Listing, state: Mapping[str, Any], dtype: torch.dtype | None = None, tells: str = ONCE
-) -> dict[str, Any]:
+def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Return a state dict of the plain model: each adapter is merged into a copy of its weight and left out.
 
     Args:
@@ -123,7 +121,6 @@ def merge_state_dict(
         state: the full state dict, under names without the segments of wrappers. Its values may differ from the
             model's.
         dtype: of plain weights in place of quantised weights, or None where these stay.
-        tells: when to tell what rounding these costs, see Rounding.
 
     Raises:
         LoRAError: an adapter cannot be merged, or `state` leaves out one of its tensors or its weight.
@@ -138,7 +135,7 @@ def merge_state_dict(
     if dtype is None:
         plain |= {name: state[name] for name in quantisation_entries(state, quantised)}
     else:
-        plain |= _dequantize_state(quantised, state, dtype, Rounding(sync, tells))
+        plain |= _dequantize_state(quantised, state, dtype, Rounding(sync))
 
     copies: dict[AdaptedWeights, torch.Tensor] = {}
 

@@ -490,7 +490,7 @@ class AdaptedWeights(StoredTensors):
                 try:
                     unmerge_weight_(self.as_matrix(local(weight)), state.undo, buffers)
                 except LoRAError as error:
-                    failure, state.restore_failed = error, state.restore_failed or not state.undo.copied
+                    failure, state.restore_failed = error, state.restore_failed or state.undo.lost
                 state.undo = None
             vars(self)["lora_active"], state.merged = True, False
             state.unfinished = False
@@ -507,7 +507,7 @@ class AdaptedWeights(StoredTensors):
         if self.lora.undo is None:
             yield
             return
-        copy, was_merged = self.lora.undo.copied, self.lora.merged
+        copy, was_merged = self.lora.undo.is_copied(), self.lora.merged
         self.unmerge_()
         yield
         if not was_merged:  # an exception had broken a merge off

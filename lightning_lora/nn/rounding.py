@@ -13,7 +13,6 @@ from ..notices import tell
 from .adapted_weights import AdaptedWeights
 
 WORST = 0.05  # a larger share is a warning
-ALWAYS, ONCE, NEVER = "always", "once a layer", "never"  # when it is told
 # The remedy where rounding a file of merged weights costs much.
 IN_FILES = "Merge into a float32 base, or keep the adapter as it is beside the base (save_adapter)."
 
@@ -23,17 +22,17 @@ class Rounding:
 
     Args:
         sync: of the layers.
-        tells: ALWAYS, ONCE or NEVER; what is not told is not counted.
+        again: count layers, too, of which it was told before.
     """
 
-    def __init__(self, sync: RankSync, tells: str = ALWAYS) -> None:
-        self.sync, self.tells = sync, tells
+    def __init__(self, sync: RankSync, *, again: bool = False) -> None:
+        self.sync, self.again = sync, again
         self.shares: dict[AdaptedWeights, float] = {}
         self.costs: dict[AdaptedWeights, list[float]] = {}
 
     def of(self, layer: AdaptedWeights, weight: torch.Tensor) -> list[float] | None:
         """Return the two sums of a layer, to be passed to merge_weight_ as `cost`. `weight` may be sharded."""
-        if self.tells == NEVER or (self.tells == ONCE and layer.lora.rounding_reported):
+        if layer.lora.rounding_reported and not self.again:
             return None
         self.shares[layer] = self.sync.share(weight)
         return self.costs.setdefault(layer, [0.0, 0.0])

@@ -55,7 +55,7 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
 def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     """Record the base's fingerprint and whether evaluations merge; log the options and show the summary. In place."""
     record = handle.record
-    record.run.looked_at, record.run.merged_in_fit = frozenset(), False
+    record.run.looked_at = frozenset()
     handle.record_trainable(untouched=True)  # what setup and configure_optimizers unfroze
     if not handle.fingerprint():
         handle.set_fingerprint(fingerprint_of(open_state(handle)))

@@ -69,7 +69,7 @@ def end_fit(module: nn.Module) -> None:
 
 def close_fit(record: Injection) -> bool:
     """Leave the innermost fit. Tell whether it came to its end and no other fit is under way."""
-    ended, record.run.fit_ended, record.run.merged_in_fit = record.run.fit_ended, False, False
+    ended, record.run.fit_ended = record.run.fit_ended, False
     record.run.fits = max(record.run.fits - 1, 0)
     if ended:
         record.marks.add("trained")
@@ -90,5 +90,5 @@ def break_off(module: nn.Module, exception: BaseException) -> None:
     explain_missing_gradients(exception, module)
     record = record_of(module)
     if record is not None:
-        record.run.fits, record.run.fit_ended, record.run.merged_in_fit = 0, False, False
+        record.run.fits, record.run.fit_ended = 0, False
     leave(module)

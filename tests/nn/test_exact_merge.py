@@ -210,20 +210,32 @@ def test_any_merge_is_nearest_and_comes_back(case: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 @settings(max_examples=60)
-@given(st.sampled_from(DTYPES), st.integers(0, 1199), st.floats(-2, 2), st.integers(0, 2**16))
-def test_a_weight_changed_while_merged_is_noticed(dtype: torch.dtype, place: int, change: float, seed: int) -> None:
-    """Whatever one value became in the meantime: the restored weight is right, or there is an error."""
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from(["values", "copies", "a chunk copied whole"]),
+    st.integers(0, 1199),
+    st.floats(-2, 2),
+    st.integers(0, 2**16),
+)
+def test_a_weight_changed_while_merged_is_an_error_however_it_is_kept(
+    dtype: torch.dtype, way: str, place: int, change: float, seed: int
+) -> None:
+    """Whatever bits one value got in the meantime, also where unmerging writes over them."""
     torch.manual_seed(seed)
     weight = make_weight((30, 40), dtype)
     before, pieces = weight.clone(), make_pieces(weight)
-    kept = merge_weight_(weight, pieces, scaling_for(weight, pieces, 0.01))
+    scaling = scaling_for(weight, pieces, 30.0 if way == "a chunk copied whole" else 0.01)
+    kept = merge_weight_(weight, pieces, scaling, copies=Buffers() if way == "copies" else None)
+    merged = weight.clone()
     weight.view(-1)[place] += change
-    try:
+    if same_bits(weight, merged):
         unmerge_weight_(weight, kept)
-    except LoRAError:
-        assert not same_bits(weight, before)
-    else:
         assert same_bits(weight, before)
+        return
+    with pytest.raises(LoRAError, match="changed while it was merged"):
+        unmerge_weight_(weight, kept)
+    assert kept.lost != same_bits(weight, before)
+    assert not (kept.lost and way != "values")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
