@@ -122,7 +122,7 @@ class LoRAWeightAveraging(EMAWeightAveraging):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Average what was unfrozen since, too. LoRACallback has recorded it in an epoch's first batch."""
         record = record_of(pl_module)
-        if record is not None and len(record.trained) != self._unfrozen:
+        if record is not None and record.trained_count != self._unfrozen:
             self._begin(pl_module)
 
     def on_train_batch_end(
@@ -200,7 +200,7 @@ class LoRAWeightAveraging(EMAWeightAveraging):
         count = self._average_model.n_averaged if self._average_model is not None else self._loaded.get("n_averaged")
         live, seen = open_state(handle), set[int]()
         self._handle, self._parameters, self._buffers = handle, {}, {}
-        self._unfrozen = len(handle.record.trained)
+        self._unfrozen = handle.record.trained_count
         for name in live.keys:
             tensor = live.tensors[name]
             if tensor is None or id(tensor) in seen or tensor.dtype == torch.bool:  # which has no mean

@@ -290,6 +290,7 @@ class AdaptedModel(Listing):
         """Record that a base parameter of the root is trained; `keep` its present value as that from before."""
         fact = self.fact(each.module, each.leaf, each.parameter)
         fact.trained = why
+        self.record.trained_count += 1
         if keep:
             fact.initial = copy_of(each.parameter)
 

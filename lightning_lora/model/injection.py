@@ -101,6 +101,7 @@ class Injection:
     seed: str = ""  # the text that adapters are drawn from; "" means the state of the random stream
     chosen: Chosen | None = None  # what a loaded adapter adapts and trains; None: what the options select
     layers: list[str] = field(default_factory=list)  # the names of the adapted layers, when they were last listed
+    trained_count: int = 0  # how many base parameters were recorded as trained, so that a hook sees a change at once
     facts: list[Fact] = field(default_factory=list)  # of tensors of the model. A copy's are in its modules
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
     marks: set[Mark] = field(default_factory=set)
