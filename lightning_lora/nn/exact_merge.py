@@ -386,10 +386,10 @@ def _descaled(merged: torch.Tensor, part: LowRankBlock, wide: torch.dtype, buffe
 
     Torch adds two dtypes much more slowly than it casts and adds, and casts float16 to float64 faster by two steps.
     """
-    narrow = buffers.cast("narrow", merged, torch.float32)
     if part.scale is None and merged.dtype != torch.float16:
-        return narrow
-    values = buffers.cast("wide", narrow, wide)
+        return buffers.cast("narrow", merged, torch.float32)
+    narrow = buffers.cast("narrow", merged, torch.float32) if merged.dtype == torch.float16 else merged
+    values = buffers.take("wide", merged, wide).copy_(narrow)
     if part.scale is not None:
         _as_matrix(values, part).div_(part.scale)
     return values

@@ -25,7 +25,7 @@ SCALES = ["none", "rows", "wild rows", "negative rows", "columns"]
 RANKS = [1, 2, 3, 8, 16, 33, 256]
 SHARES = [1e-3, 1e-2, 1e-1, 1.0, 30.0]
 SHAPES = [(256, 1024), (1024, 512), (301, 777)]
-EVERY_DAY, SLOW, FULL = 6e7, 5e8, 1e9  # elements that are restored
+EVERY_DAY, SLOW, FULL = 6e7, 4e8, 1e9  # elements that are restored
 if os.environ.get("LORA_FULL") == "1":
     SLOW = FULL
 
