@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import nn
 
-from ..config import LoRAConfig
-from ..errors import LoRAError
+from ..config import LoRAConfig, is_number, plain_number
+from ..errors import LoRAError, shown
 from ..matching import near_misses
 from ..names import listed
 from ..nn.adapted_module import AdaptedModule
@@ -213,12 +213,11 @@ def _inside(handle: AdaptedModel) -> dict[str, float]:
 
 def _act_with_(handle: AdaptedModel, inside: Weights) -> None:
     """Let the adapters of an unmerged model act with these strengths, and the others with their own. In place."""
-    numbers = {name: float(weight) for name, weight in inside.items()}
     for layer in handle.all_layers.values():
         if layer.is_trained():
-            layer.lora.strength = numbers.get("", 1.0)
+            layer.lora.strength = inside.get("", 1.0)
         if layer.lora.beside is not None:
-            layer.lora.beside.act_with_(numbers)
+            layer.lora.beside.act_with_(inside)
 
 
 def _set_(handle: AdaptedModel, weights: Weights) -> None:
@@ -227,8 +226,8 @@ def _set_(handle: AdaptedModel, weights: Weights) -> None:
     for layer in handle.all_layers.values():
         packed = layer.lora.beside
         for name in packed.shares.keys() & weights.keys() if packed is not None else ():
-            packed.set_weight_(name, float(weights[name]))  # type: ignore[union-attr]
-    beside.update({name: replace(beside[name], weight=float(weight)) for name, weight in weights.items()})
+            packed.set_weight_(name, weights[name])  # type: ignore[union-attr]
+    beside.update({name: replace(beside[name], weight=weight) for name, weight in weights.items()})
 
 
 def _asked(handle: AdaptedModel, weight: float | Weights, name: str, verb: str) -> dict[str, float]:
@@ -237,18 +236,24 @@ def _asked(handle: AdaptedModel, weight: float | Weights, name: str, verb: str) 
     Raises:
         LoRAError: there is no such adapter, or a weight is no finite number.
     """
-    weights = dict(weight) if isinstance(weight, Mapping) else {name: weight}
-    for each, value in weights.items():
-        check_weight(value, verb)
+    given = weight if isinstance(weight, Mapping) else {name: weight}
+    weights = {each: checked_weight(value, verb) for each, value in given.items()}
+    for each in weights:
         if each or not handle.record.is_injection:
             require_attached(handle, each, verb)
     return weights
 
 
-def check_weight(weight: object, verb: str) -> None:
-    """Raise LoRAError where a weight is no finite number. The message begins with the verb."""
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise LoRAError(f"{verb}: a weight must be a finite number, but it is {weight!r}.")
+def checked_weight(weight: object, verb: str) -> float:
+    """Return a weight as a float, also one of numpy.
+
+    Raises:
+        LoRAError: it is no finite number in float32, in which forwards multiply. The message begins with the verb.
+    """
+    number = plain_number(weight)
+    if not is_number(number) or abs(number) > torch.finfo(torch.float32).max:
+        raise LoRAError(f"{verb}: a weight must be a finite number in float32, but it is {shown(weight)}.")
+    return float(number)
 
 
 def require_attached(handle: AdaptedModel, name: str, verb: str) -> None:
