@@ -51,7 +51,8 @@ def refuse_lacking(here: Attached, source: object, verb: str) -> None:
         calls = "; ".join(f"attach(model, source, name={name!r})" for name in missing)
         raise LoRAError(
             f"{verb}: the state dict is of a model with attached adapters, which no state dict holds, and "
-            f"{missing[0]!r} is not attached here. Attach it first: {calls}; dict(state_dict) does not say it, and is loaded without."
+            f"{missing[0]!r} is not attached here. Attach it first: {calls}; "
+            "dict(state_dict) does not say it, and is loaded without."
         )
 
 
