@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
+from ..adapter.checks import check_factors
 from ..adapter.identity import digest_of
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError
@@ -22,7 +23,7 @@ from ..model.attached import (
     begin_attached,
     begin_layers_,
     change_unmerged_,
-    check_weight,
+    checked_weight,
     take_out_attached_,
 )
 from ..model.live_state import LiveState, open_state, original_value
@@ -36,6 +37,7 @@ from ..nn.variant import LayerInfo
 from .align import align_names, as_in_model, split_off_base
 from .first_names import Names, by_first_names
 from .take import check_fingerprint
+from .trained_beside import beside_in, refuse_lacking, refuse_missing
 
 
 def attach(
@@ -78,11 +80,12 @@ def attach(
     """
     if not isinstance(name, str) or not name or "." in name:
         raise LoRAError(f"attach: a name must be a text without dots, and not empty, but it is {name!r}.")
-    check_weight(weight, "attach")
+    weight = checked_weight(weight, "attach")
     listing = Listing(unwrapped(model, "attach"))
     adapter = read_source(source, order_in(listing.model), "attach")
+    refuse_lacking(beside_in(listing), source, "attach")
     handle = find_model(listing, attached=True) or begin_attached(listing.model)
-    put_in = partial(_put_in_, handle, adapter, name, float(weight), strict_base)
+    put_in = partial(_put_in_, handle, adapter, name, weight, strict_base)
     with claimed("attach", handle.record.owner):
         if name in handle.record.beside:
             raise LoRAError(f"attach: an adapter {name!r} is attached already; call detach(model, {name!r}) first.")
@@ -93,6 +96,8 @@ def attach(
 def _put_in_(handle: AdaptedModel, source: Adapter, called: str, weight: float, strict_base: bool) -> None:
     """Put an adapter into every layer that it has. In place. After an error some layers are changed."""
     names = Names(handle.places)
+    check_factors(source, "attach")
+    refuse_missing(handle.record.beside, source)
     adapter = by_first_names(names, align_names(handle, names, source))
     _refuse_kinds_of_adapters(adapter, called)
     begin_layers_(handle, adapter.layers)

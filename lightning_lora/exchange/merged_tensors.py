@@ -150,7 +150,8 @@ class Trained:
 
 def _strengths(handle: AdaptedModel) -> tuple[object, ...]:
     """Return what is attached, and the strength of the trained adapter, which all layers share."""
-    return dict(handle.record.beside), next((layer.lora.strength for layer in handle.layers.values()), None)
+    inside = [layer.lora.beside.inside for layer in handle.all_layers.values() if layer.lora.beside is not None]
+    return dict(handle.record.beside), inside, next((layer.lora.strength for layer in handle.layers.values()), None)
 
 
 def _refuse(what: str) -> NoReturn:

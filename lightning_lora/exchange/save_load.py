@@ -33,7 +33,7 @@ from .apply import apply_adapter, injection_of, quantise_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, attached_adapter, frozen_values
-from .trained_beside import beside_in, by_attach, refuse_missing
+from .trained_beside import beside_in, by_attach, refuse_lacking, refuse_missing
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -183,6 +183,7 @@ def load_adapter(
     listing = Listing(unwrapped(model, "load_adapter"))
     refuse_trained_copies(model, "load_adapter")
     adapter = read_source(source, order_in(listing.model))
+    refuse_lacking(beside_in(listing), source, "load_adapter")
     handle = find_model(listing)
     if handle is None:
         warn_of_late_adapters(model, "load_adapter")

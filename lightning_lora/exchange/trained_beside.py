@@ -9,6 +9,7 @@ from ..adapter.adapter import Adapter, weights_text
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..nn.attachment import Beside
+from ..nn.beside import LACKING
 
 Attached = Mapping[str, Beside]  # to a model, by name
 Remedy = Callable[[Attached], str]  # makes the advice for adapters that are not attached
@@ -39,6 +40,19 @@ def refuse_missing(here: Attached, adapter: Adapter, remedy: Remedy = by_load_ad
         raise LoRAError(
             f"adapter: it was trained beside {weights_text(missing)}, which is not attached to this model, and not in "
             f"the source. {remedy(missing)}"
+        )
+
+
+def refuse_lacking(here: Attached, source: object, verb: str) -> None:
+    """Raise LoRAError where a state dict says that it is of a model with attached adapters which are not here."""
+    metadata = getattr(source, "_metadata", None) or {}
+    missing = sorted({name for entry in metadata.values() for name in entry.get(LACKING, ())} - here.keys())
+    if missing:
+        calls = "; ".join(f"attach(model, source, name={name!r})" for name in missing)
+        raise LoRAError(
+            f"{verb}: the state dict is of a model with attached adapters, which no state dict holds, and "
+            f"{missing[0]!r} is not attached here. Attach it first: {calls}; "
+            "dict(state_dict) does not say it, and is loaded without."
         )
 
 

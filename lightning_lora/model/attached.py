@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import nn
 
-from ..config import LoRAConfig
-from ..errors import LoRAError
+from ..config import LoRAConfig, is_number, plain_number
+from ..errors import LoRAError, shown
 from ..matching import near_misses
 from ..names import listed
 from ..nn.adapted_module import AdaptedModule
@@ -114,7 +114,7 @@ def set_weight(model: nn.Module, weight: float | Weights, name: str = "") -> Non
             f"({listed([repr(each) for each in handle.record.beside]) or 'there is none'})."
         )
     before = {each: handle.record.beside[each].weight for each in weights}
-    change_unmerged_(handle, "set_weight", partial(_write_, handle, weights), partial(_write_, handle, before))
+    change_unmerged_(handle, "set_weight", partial(_set_, handle, weights), partial(_set_, handle, before))
 
 
 @contextmanager
@@ -162,13 +162,13 @@ def _acting_with(handle: AdaptedModel, weights: Weights) -> Iterator[None]:
         found = stand_ins(handle) if is_off and not around else []
         modules = [each.module for each in found]
         modules += [module for _, module in handle.modules if found and isinstance(module, AdaptedModule)]
-        before = {each: _strength(handle, each) for each in weights}
+        before = _inside(handle)
         end = Ending(claim, partial(_scale_back, handle, FoundState(handle), before, found, modules))
         try:
             try:
                 unmerge_if_merged(handle)
                 put_in_(found, modules)
-                _write_(handle, weights)
+                _act_with_(handle, {**before, **weights})
                 yield
             finally:
                 end()
@@ -184,43 +184,50 @@ def _scale_back(
     Args:
         handle: of the model before the block.
         state: whether it was merged before the block.
-        before: the strengths.
+        before: the strengths that another `scaled` around this one has set.
         found: the stand-ins of what was trained whole.
         modules: that torch does not save inside the block.
     """
     take_out_(found, modules)
-    now = find_model(Listing(handle.model), attached=True)
-    if now is None:
+    unmerge_if_merged(handle)
+    _act_with_(handle, before)
+    if not handle.record.run.merged_here:
+        state.bring_back(handle)
         return
-    unmerge_if_merged(now)
-    _write_(now, {name: weight for name, weight in before.items() if not name or name in now.record.beside})
-    if not now.record.run.merged_here:
-        state.bring_back(now)
-        return
-    if "factored" not in now.record.marks:
-        now.record.marks.add("factored")
+    if "factored" not in handle.record.marks:
+        handle.record.marks.add("factored")
         tell(
             "lightning_lora: scaled was called in a merged evaluation, which runs factored from there on; "
             "merged_eval=False saves the merge."
         )
 
 
-def _strength(handle: AdaptedModel, name: str) -> float:
-    if name:
-        return handle.record.beside[name].weight
-    return next((layer.lora.strength for layer in handle.layers.values()), 1.0)  # a head alone has no layer
+def _inside(handle: AdaptedModel) -> dict[str, float]:
+    """Return the strengths that `scaled` has set, by name; they are no fact of the model, and end with the block."""
+    found: dict[str, float] = {}
+    for layer in handle.all_layers.values():
+        found |= {"": layer.lora.strength} if layer.is_trained() else {}
+        found |= layer.lora.beside.inside if layer.lora.beside is not None else {}
+    return found
 
 
-def _write_(handle: AdaptedModel, weights: Weights) -> None:
-    """Give adapters of an unmerged model other weights. In place."""
+def _act_with_(handle: AdaptedModel, inside: Weights) -> None:
+    """Let the adapters of an unmerged model act with these strengths, and the others with their own. In place."""
+    for layer in handle.all_layers.values():
+        if layer.is_trained():
+            layer.lora.strength = inside.get("", 1.0)
+        if layer.lora.beside is not None:
+            layer.lora.beside.act_with_(inside)
+
+
+def _set_(handle: AdaptedModel, weights: Weights) -> None:
+    """Give attached adapters of an unmerged model other weights, for good. In place."""
     beside = handle.record.beside
     for layer in handle.all_layers.values():
-        if "" in weights and layer.is_trained():
-            layer.lora.strength = float(weights[""])
         packed = layer.lora.beside
         for name in packed.shares.keys() & weights.keys() if packed is not None else ():
-            packed.set_weight_(name, float(weights[name]))  # type: ignore[union-attr]
-    beside.update({name: replace(beside[name], weight=float(weight)) for name, weight in weights.items() if name})
+            packed.set_weight_(name, weights[name])  # type: ignore[union-attr]
+    beside.update({name: replace(beside[name], weight=weight) for name, weight in weights.items()})
 
 
 def _asked(handle: AdaptedModel, weight: float | Weights, name: str, verb: str) -> dict[str, float]:
@@ -229,18 +236,24 @@ def _asked(handle: AdaptedModel, weight: float | Weights, name: str, verb: str) 
     Raises:
         LoRAError: there is no such adapter, or a weight is no finite number.
     """
-    weights = dict(weight) if isinstance(weight, Mapping) else {name: weight}
-    for each, value in weights.items():
-        check_weight(value, verb)
+    given = weight if isinstance(weight, Mapping) else {name: weight}
+    weights = {each: checked_weight(value, verb) for each, value in given.items()}
+    for each in weights:
         if each or not handle.record.is_injection:
             require_attached(handle, each, verb)
     return weights
 
 
-def check_weight(weight: object, verb: str) -> None:
-    """Raise LoRAError where a weight is no finite number. The message begins with the verb."""
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise LoRAError(f"{verb}: a weight must be a finite number, but it is {weight!r}.")
+def checked_weight(weight: object, verb: str) -> float:
+    """Return a weight as a float, also one of numpy.
+
+    Raises:
+        LoRAError: it is no finite number in float32, in which forwards multiply. The message begins with the verb.
+    """
+    number = plain_number(weight)
+    if not is_number(number) or abs(number) > torch.finfo(torch.float32).max:
+        raise LoRAError(f"{verb}: a weight must be a finite number in float32, but it is {shown(weight)}.")
+    return float(number)
 
 
 def require_attached(handle: AdaptedModel, name: str, verb: str) -> None:

@@ -379,7 +379,8 @@ def begin_injection(
     """
     earlier = find_attached_alone(listing)
     check_unadapted(listing.modules)
-    with claimed("inject", record.owner):
+    owners = [record.owner] if earlier is None else [record.owner, earlier.record.owner]
+    with claimed("inject", *owners):
         if earlier is not None:
             record.beside = dict(earlier.record.beside)
             earlier.record.end(earlier.root)
@@ -406,7 +407,7 @@ def finish_injection(handle: AdaptedModel, selection: Selection) -> None:
         LoRAError: an entry names nothing. The adapters are then taken out.
     """
     root, record = handle.root, handle.record
-    with claimed("inject", record.owner), _leaving_no_trace(handle):
+    with claimed("adopt", record.owner), _leaving_no_trace(handle):
         if errors := selection.unmatched.errors:
             sentences = "\n".join(map(sentence, errors))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
@@ -422,7 +423,7 @@ def finish_injection(handle: AdaptedModel, selection: Selection) -> None:
 
 def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Selection:
     """Adapt the named layers that are not adapted yet, freeze new parameters, and return what the options name."""
-    with claimed("inject", handle.record.owner):
+    with claimed("adopt", handle.record.owner):
         return _adapt_new_layers(handle, values_follow)
 
 
@@ -443,6 +444,9 @@ def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
     tables = {name: rows for name, rows in selection.tables.items() if not isinstance(modules[name], LoRATable)}
     selection.refuse(modules, record.config, {*new, *apart, *parameters, *tables})
     check_trainable(handle.root_modules, selection.saved, record.config)
+    if new or apart or parameters or tables:
+        with claimed("inject", record.owner):  # refused inside of a block, where adopting what is there is not
+            pass
     _freeze(handle, new, selection.saved)
     if record.beside:
         undo_readers(module for _, module in handle.root_modules)

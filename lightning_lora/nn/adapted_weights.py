@@ -80,7 +80,8 @@ class LayerState:
     lock: Any = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("copies", "lock", "known_info")}
+        kept = {name: value for name, value in vars(self).items() if name not in ("copies", "lock", "known_info")}
+        return kept | {"strength": float(bool(self.spec.variant.leaves))}  # a copy made inside `scaled` is not in it
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, copies=Buffers(), lock=threading.RLock(), known_info=None)

@@ -59,6 +59,7 @@ class Packed:
         b: B (out, R).
         scales: w_i * s_i of each rank (R,), for forwards.
         exact_scales: the same in float64 on the CPU, for merging.
+        inside: the weights that `scaled` has set until its block ends, by name.
     """
 
     def __init__(self, attached: Mapping[str, Attached]) -> None:
@@ -74,10 +75,15 @@ class Packed:
             self.scales = torch.empty(self.rank, dtype=torch.promote_types(b.dtype, torch.float32), device=device)
             self.exact_scales = torch.empty(self.rank, dtype=torch.float64, device="cpu")
         self.copies: dict[torch.device, Tensors] = {}
+        self.inside: dict[str, float] = {}
         self._write_scales_()
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"copies": {}}
+        state = vars(self) | {"copies": {}, "inside": {}}
+        if self.inside:  # a copy made inside `scaled` is the model as it is outside of the block
+            exact = self._scales_of({})
+            state |= {"exact_scales": exact, "scales": exact.to(self.scales.device, self.scales.dtype)}
+        return state
 
     @property
     def rank(self) -> int:
@@ -99,10 +105,19 @@ class Packed:
         self.shares[name] = self.shares[name]._replace(weight=weight)
         self._write_scales_()
 
+    def act_with_(self, inside: Mapping[str, float]) -> None:
+        """Let adapters act with other weights inside of `scaled`, which no copy has. In place."""
+        self.inside = {name: weight for name, weight in inside.items() if name in self.shares}
+        self._write_scales_()
+
+    def _scales_of(self, inside: Mapping[str, float]) -> torch.Tensor:
+        named = self.shares.items()
+        values = [inside.get(name, each.weight) * each.scaling for name, each in named for _ in range(each.rank)]
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+
     def _write_scales_(self) -> None:
-        values = [share.weight * share.scaling for share in self.shares.values() for _ in range(share.rank)]
         with torch.inference_mode(False), torch.no_grad():
-            self.exact_scales.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
+            self.exact_scales.copy_(self._scales_of(self.inside))
             for scales in (self.scales, *(copy[2] for copy in self.copies.values())):
                 scales.copy_(self.exact_scales)
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
 from ..names import A, B
+from .beside import Packed
 from .foreign_weights import is_foreign_linear
 from .linear import LoRALinear
 from .low_rank import MERGEABLE_DTYPES
@@ -58,10 +59,19 @@ class LoRAForeignLinear(LoRALinear):
     def why_not_merge(self) -> str:
         return f"it is a {self.lora_base.__name__}, whose weight only its own forward reads"
 
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = super().base_forward(*args, **kwargs)
+        if not is_tracing():  # which would keep sizes
+            self._refuse_other_map(args[0], y)
+        return y
+
+    def with_beside(self, y: torch.Tensor, x: torch.Tensor, beside: Packed) -> torch.Tensor:
+        """Return the sum in new memory: the layer may have returned its input, or keep y for its backward."""
+        product = self.low_rank_product(x, *beside.factors_like(x, self.KIND, self.adapted_weight()))
+        return y + product.to(y.dtype)
+
     def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         y = self.base_forward(x)
-        if not is_tracing():  # which would keep sizes
-            self._refuse_other_map(x, y)
         dropped, scaling = self.dropped(x)
         return cast(torch.Tensor, y + self.low_rank_product(dropped, a, b * scaling).to(y.dtype))
 

@@ -18,12 +18,23 @@ from contextlib import contextmanager
 from ..errors import LoRAError
 
 DISABLED, OFF = "disable_adapter", "scaled(model, 0)"
-# Verbs that are right where values from before training stand in for trained ones.
-RIGHT_INSIDE = (DISABLED, OFF, "scaled", "merged", "merge", "unmerge", "cast or move", "inject")
-RIGHT_INSIDE_OFF = (*RIGHT_INSIDE, "merged_state_dict", "merged_tensors", "save_merged")
+# Which verbs are refused inside of which blocks. OFF is `scaled` with values from before training in place of trained
+# ones. Inside of `merged` every verb is right. A verb that no row names is an error at its first call.
+ALWAYS: frozenset[str] = frozenset()
+CHANGES = frozenset({"scaled", OFF, DISABLED})  # puts in, takes out, loads or sets for good
+READS = frozenset({OFF, DISABLED})  # reads trained tensors, in whose places others stand
+ACTS = frozenset({DISABLED})  # writes what acts now, and nothing does
+REFUSED: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("merged", "scaled", OFF, DISABLED, "merge", "unmerge", "cast or move", "adopt"), ALWAYS),
+    **dict.fromkeys(("inject", "load_adapter", "attach", "detach", "set_weight", "unload"), CHANGES),
+    **dict.fromkeys(("merge_and_unload", "load_state_dict", "initialize_from_data"), CHANGES),
+    **dict.fromkeys(("take_adapter", "save_adapter", "adapter_state_dict", "save_checkpoint"), READS),
+    **dict.fromkeys(("lora_param_groups",), READS),
+    **dict.fromkeys(("merged_state_dict", "merged_tensors", "save_merged"), ACTS),
+}
 REFUSED_INSIDE = (
-    "refused inside `with disable_adapter(model)` and `with scaled(model, 0)`, where values from before training stand "
-    "in for trained ones. Do it before or after the block."
+    "refused inside `with disable_adapter(model)` and `with scaled(model, ...)`, which last for forwards alone. Do it "
+    "before or after the block."
 )
 
 
@@ -52,10 +63,7 @@ class Owner:
                         "Only one thread at a time may change or save a model: hold one threading.Lock around each "
                         "such call, including its whole `with` block, and around the forwards of other threads."
                     )
-            if any(
-                claim.verb not in right and self.holds(verb, beside=claim)
-                for verb, right in ((DISABLED, RIGHT_INSIDE), (OFF, RIGHT_INSIDE_OFF))
-            ):
+            if any(self.holds(block, beside=claim) for block in REFUSED[claim.verb]):
                 raise LoRAError(f"{claim.verb}: {REFUSED_INSIDE}")
             self.claims[claim] = None
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..config import LoRAConfig, is_number
+from ..config import LoRAConfig
 from ..errors import LoRAError, shown
 from ..formats.lightning_checkpoint import Kind, check_kind
+from ..model.attached import checked_weight
 from ..model.dequantize import dequantize_dtype
 from ..model.inject import fixed_seed
 from ..model.quantise import check_kind_of_quantisation
@@ -51,7 +52,7 @@ class Source(NamedTuple):
     """An adapter of LoRACallback(beside=...): any source that load_adapter takes, and its strength."""
 
     source: Any
-    weight: float
+    weight: float | None  # None: none was given, 1 where the adapter is not attached yet
 
 
 def sources_of(beside: Mapping[str, Any] | None) -> dict[str, Source]:
@@ -67,14 +68,15 @@ def sources_of(beside: Mapping[str, Any] | None) -> dict[str, Source]:
 def _source_of(name: str, given: Any) -> Source:
     """Return a source that was given by itself, or with a weight."""
     if not (isinstance(given, Mapping) and ("source" in given or given.keys() <= {"weight"})):
-        return Source(given, 1.0)
-    weight = given.get("weight", 1.0)
-    if "source" not in given or given.keys() - {"source", "weight"} or not is_number(weight):
+        return Source(given, None)
+    weight = given.get("weight")
+    if "source" not in given or given.keys() - {"source", "weight"}:
         raise LoRAError(
             f"LoRACallback: beside[{name!r}] must be a source or {{'source': ..., 'weight': a number}}, but it is "
             f"{shown(dict(given))}."
         )
-    return Source(given["source"], float(weight))
+    what = f"LoRACallback: beside[{name!r}]"
+    return Source(given["source"], checked_weight(weight, what) if "weight" in given else None)
 
 
 def seed_text(options: Options) -> str:

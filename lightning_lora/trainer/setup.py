@@ -221,8 +221,13 @@ def _attach_sources(module: nn.Module, options: Options, *, is_complete: bool) -
                     f"LoRACallback: beside names another adapter {name!r} than the one that is attached to the model. "
                     f"Call detach(model, {name!r}) first, or give it another name."
                 )
+            if each.weight not in (None, here := handle.record.beside[name].weight):
+                raise LoRAError(
+                    f"LoRACallback: beside gives {name!r} the weight {each.weight:g}, and it is attached to the model "
+                    f"with {here:g}. Call set_weight(model, {each.weight:g}, {name!r}) first, or leave the weight out."
+                )
         elif is_complete or _has_layers(Listing(module), adapter):
-            attach(module, adapter, name=name, weight=each.weight)
+            attach(module, adapter, name=name, weight=1.0 if each.weight is None else each.weight)
 
 
 def _has_layers(listing: Listing, adapter: Adapter) -> bool:

@@ -1,0 +1,226 @@
+"""Every verb inside of every block: refused and nothing changed, or what it gives outside of the block."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    attach,
+    attached,
+    detach,
+    disable_adapter,
+    inject,
+    load_adapter,
+    merge_and_unload,
+    merged,
+    merged_state_dict,
+    save_adapter,
+    scaled,
+    set_weight,
+    take_adapter,
+    unload,
+)
+from lightning_lora.adapter.adapter import Adapter
+from lightning_lora.nn.owner import REFUSED
+
+X = torch.linspace(-1, 1, 24).view(3, 8)
+MODELS = ("trained", "attached", "both")
+
+
+def net() -> Any:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def filled(seed: int, **options: Any) -> Any:
+    inject(model := net(), LoRAConfig(**{"r": 2, "init_lora_weights": False} | options), seed=seed)
+    return model
+
+
+def other(seed: int, **options: Any) -> Adapter:
+    return take_adapter(filled(seed, **options))
+
+
+def model_with(which: str) -> Any:
+    model = net() if which == "attached" else filled(3)
+    if which != "trained":
+        attach(model, other(1), name="b", weight=0.5)
+    return model
+
+
+def at(strength: float) -> Callable[[Any], AbstractContextManager[Any]]:
+    return lambda model: scaled(model, strength, "b" if attached(model) else "")
+
+
+BLOCKS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
+    "merged": merged,
+    "scaled": at(3.0),
+    "off": at(0.0),
+    "disable_adapter": disable_adapter,
+}
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "inject": lambda m: inject(m, LoRAConfig(r=2)),
+    "load_adapter": lambda m: load_adapter(m, other(7)),
+    "load_adapter of other layers": lambda m: load_adapter(m, other(7, target_modules=["0"])),
+    "attach": lambda m: attach(m, other(8), name="c"),
+    "detach": lambda m: detach(m, "b"),
+    "set_weight": lambda m: set_weight(m, 0.25, "b"),
+    "unload": unload,
+    "merge_and_unload": merge_and_unload,
+    "load_state_dict": lambda m: m.load_state_dict(m.state_dict()),
+}
+
+
+def fits(verb: str, which: str) -> bool:
+    """Whether the verb has something to do outside of any block."""
+    if verb == "inject":
+        return which == "attached"
+    if verb == "unload":
+        return which != "attached"
+    return which != "trained" if verb in ("detach", "set_weight") else True
+
+
+@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize("verb", CHANGES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_what_changes_a_model_is_refused_inside_of_scaled_and_disable_adapter(block: str, verb: str, which: str):
+    if not fits(verb, which):
+        return
+    model, twin = model_with(which), model_with(which)
+    before = model(X)
+    with BLOCKS[block](model):
+        inside = model(X)
+        if block == "merged":
+            CHANGES[verb](model)
+        else:
+            with pytest.raises(LoRAError, match="refused inside"):
+                CHANGES[verb](model)
+            assert torch.equal(model(X), inside)
+    if block == "merged":
+        CHANGES[verb](twin)
+        before = twin(X)
+    assert attached(model) == attached(twin)
+    torch.testing.assert_close(model(X), before)
+    assert block == "merged" or torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize("block", ["scaled", "off"])
+def test_what_is_taken_saved_or_copied_inside_of_scaled_is_the_model_outside_of_it(
+    block: str, which: str, tmp_path: Path
+):
+    model = model_with(which)
+    before, state = model(X), model.state_dict()
+    with BLOCKS[block](model):
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(again(X), before)
+            assert attached(again) == attached(model)
+            outside, inside = merged_state_dict(again), merged_state_dict(model)
+            assert not torch.equal(outside["0.weight"], inside["0.weight"])
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        if which != "attached":
+            taken = take_adapter(model)
+            save_adapter(model, tmp_path / "saved")
+        if which != "trained":
+            save_adapter(model, tmp_path / "b", name="b")
+    if which != "attached":
+        assert {name: each.weight for name, each in taken.beside.items()} == attached(model)
+        load_adapter(model, taken)
+        load_adapter(model, tmp_path / "saved")
+    assert torch.equal(model(X), before)
+    if which != "trained":
+        attach(again := net(), tmp_path / "b", name="b", weight=0.5)
+        attach(one := net(), other(1), name="b", weight=0.5)
+        torch.testing.assert_close(again(X), one(X))
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_saves_and_copies_inside_of_disable_adapter_are_refused(which: str, tmp_path: Path):
+    model = model_with(which)
+    calls: list[Callable[[], object]] = [lambda: copy.deepcopy(model), lambda: pickle.dumps(model), model.state_dict]
+    calls += [lambda: take_adapter(model, name="b" if which == "attached" else ""), lambda: merged_state_dict(model)]
+    calls += [lambda: save_adapter(model, tmp_path, name="b" if which == "attached" else "")]
+    with disable_adapter(model):
+        for call in calls:
+            with pytest.raises(LoRAError, match="refused inside"):
+                call()
+
+
+def test_every_verb_of_the_table_is_right_inside_of_merged():
+    assert all("merged" not in blocks for blocks in REFUSED.values())
+
+
+@pytest.mark.parametrize("weight", [1e39, 10**400, float("nan"), float("inf"), True, "1"])
+def test_one_rule_says_what_a_strength_is(weight: Any):
+    model = model_with("both")
+    before = model(X)
+    for call in (
+        lambda: set_weight(model, weight, "b"),
+        lambda: scaled(model, weight).__enter__(),
+        lambda: attach(model, other(9), name="c", weight=weight),
+    ):
+        with pytest.raises(LoRAError, match="finite number"):
+            call()
+    assert torch.equal(model(X), before)
+
+
+def test_a_number_of_numpy_is_a_strength():
+    numpy = pytest.importorskip("numpy")
+    model = model_with("both")
+    set_weight(model, numpy.float32(0.25), "b")
+    assert attached(model) == {"b": 0.25}
+
+
+def test_an_attached_adapter_needs_what_it_was_trained_beside():
+    both = model_with("both")
+    for source in (take_adapter(both), both.state_dict()):
+        with pytest.raises(LoRAError, match=r"attach\(model, source, name='b'"):
+            attach(filled(3), source, name="c")
+        with pytest.raises(LoRAError, match=r"attach\(model, source, name='b'"):
+            load_adapter(filled(3), source)
+
+
+def test_factors_that_are_not_finite_are_not_attached():
+    adapter = other(1)
+    adapter.tensors["0.lora_B"][0, 0] = torch.nan
+    with pytest.raises(LoRAError, match=r"0\.lora_B"):
+        attach(net(), adapter, name="c")
+
+
+class Foreign(nn.Module):
+    in_features = out_features = 8
+
+    def __init__(self, how: str = "same") -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> Any:
+        made = {"same": x, "tanh": x.tanh(), "strided": x[:1].expand_as(x), "two": (x, x), "swapped": x.T}
+        return made[self.how]
+
+
+@pytest.mark.parametrize("kind", ["same", "tanh", "strided", "two", "swapped"])
+def test_the_output_of_a_foreign_layer_is_never_added_to_in_place_and_its_map_is_checked(kind: str):
+    inject(trained := nn.ModuleDict({"a": Foreign()}), LoRAConfig(r=2, target_modules=["a"], init_lora_weights=False))
+    attach(model := nn.ModuleDict({"a": Foreign(kind)}), take_adapter(trained), name="b")
+    x = X.clone().requires_grad_()
+    if kind in ("two", "swapped"):
+        with pytest.raises(LoRAError, match="maps"):
+            model["a"](x)
+        return
+    y = model["a"](x)
+    y.sum().backward()
+    assert torch.equal(x, X)
+    expected = Foreign(kind)(X) + trained["a"](X) - X
+    torch.testing.assert_close(y, expected)
