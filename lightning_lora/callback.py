@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from .config import PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
+from .config import PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config, refuse_unknown_option
 from .errors import LoRAError, sentence
 from .formats.lightning_checkpoint import Kind
 from .matching import ALL_LINEAR
@@ -48,6 +48,7 @@ def _noting_options(init: Method) -> Method:
 
     @functools.wraps(init)
     def noting(self: LoRACallback, *config: LoRAConfig | PeftConfig, **options: Any) -> None:
+        refuse_unknown_option("LoRACallback: an option", options, defaults)
         filled_in = options.keys() >= defaults.keys()
         self.given = frozenset(name for name in options if not filled_in or options[name] != defaults[name])
         init(self, *config, **options)
