@@ -86,7 +86,7 @@ def check_adapter(
         _check_tables(live.handle, adapter)
         _check_tensors(live, names, adapter, specs)
         _check_trained(live, adapter)
-    except _OtherShape as error:  # no option explains it
+    except _OtherShapeError as error:  # no option explains it
         raise LoRAError(str(error)) from None
     except LoRAError as error:
         config = live.handle.record.config
@@ -169,7 +169,7 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
             check_finite(name, value)  # factors have been checked where they were read
 
 
-class _OtherShape(LoRAError):
+class _OtherShapeError(LoRAError):
     """A tensor has another shape in the model, and no option of the adapter is the reason."""
 
 
@@ -183,19 +183,19 @@ def _refuse_shape(live: LiveState, adapter: Adapter, name: str, shape: torch.Siz
         if layer is None or trained is None or trained.r != specs.get(layer, layer.lora.spec).r:
             return
         base = adapter.origin.get("base_model_name_or_path")
-        raise _OtherShape(
+        raise _OtherShapeError(
             f"adapter: belongs to another base, of another width: {found}. Load it onto the base that it was trained "
             f"on{f', {base!r}' if base else ''}."
         )
     if adapter.config is not None and _trains_whole(adapter.config, name, adapter.layers):
-        raise _OtherShape(
+        raise _OtherShapeError(
             f"adapter: {owner!r} was trained whole with another size: {found}. "
             f"{_new_module(live, adapter, owner)}, and then load the adapter."
         )
 
 
 def _new_module(live: LiveState, adapter: Adapter, owner: str) -> str:
-    """Return the advice to put a module of the adapter's size into a model, with the line to write where it is known."""
+    """Return the advice to put a module of the adapter's size into a model, with the line where it is known."""
     module = dict(live.handle.places).get(owner)
     weight = adapter.tensors.get(f"{owner}.weight")
     if isinstance(module, nn.Linear) and isinstance(weight, torch.Tensor) and weight.dim() == 2:
