@@ -271,8 +271,8 @@ def _refuse_between(handle: AdaptedModel, weight: float) -> None:
         ""
         if reading
         else (
-            ". For one in between, load_adapter(model, combine([adapter], [0.5])): it scales A and B, and leaves what is "
-            "trained whole, such as a head, as it is"
+            ". For one in between, load_adapter(model, combine([adapter], [0.5])): it scales A and B, and leaves what "
+            "is trained whole, such as a head, as it is"
         )
     )
     raise LoRAError(f"scaled: {what}, which has no strength between off and on: use 0 or 1{between}.")
