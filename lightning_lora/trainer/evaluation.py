@@ -41,7 +41,7 @@ def warn_of_untrained_adapter(trainer: Any, module: nn.Module) -> None:
     layers = handle.layers.values()
     if layers and not any(is_spread(layer.factors()[-1]) or not layer.is_initial() for layer in layers):
         rank_zero_warn(
-            f"LoRACallback: {trainer.state.fn} runs with an adapter that was neither trained nor loaded, and so "
+            f"LoRACallback: {trainer.state.fn.value} runs with an adapter that was neither trained nor loaded, and so "
             'computes what the base does. For a trained one pass ckpt_path="adapter.ckpt", or call '
             "load_adapter(model, path) first."
         )
