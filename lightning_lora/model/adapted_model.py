@@ -306,23 +306,15 @@ class AdaptedModel(Listing):
     def record_unfrozen(self, names: Collection[str]) -> None:
         """Record base parameters that another run had unfrozen, with their present values as those before training.
 
-        Parameters that are recorded already are passed over, and so are names that are no base parameter's. What came
-        in the place of a parameter of another shape, as a head of another task, is recorded anew.
+        Parameters that are recorded already are passed over, and so are names that are no base parameter's.
         """
         trained = self.trained()
         names_here: dict[int, str] = {}
         for name, tensor, _ in self.state():
             names_here.setdefault(id(tensor), name)
         for each in self.base():
-            if names_here.get(id(each.parameter), "") not in names:
-                continue
-            if id(each.parameter) not in trained:
+            if names_here.get(id(each.parameter), "") in names and id(each.parameter) not in trained:
                 self.add_trained(each, "unfrozen", keep=True)
-                continue
-            name = self.recorded_name(each.name)
-            known = self.record.initial.get(name)
-            if known is not None and unsharded_shape(known) != unsharded_shape(each.parameter):
-                self.add_trained(each, self.record.trained[name], keep=True)
 
 
 def open_model(model: nn.Module, verb: str, *, attached: bool = False) -> AdaptedModel:

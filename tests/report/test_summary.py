@@ -189,9 +189,9 @@ def test_the_short_form_says_all_that_there_is_in_one_line_each():
 
 SHORTENED = """\
 LoRA with use_rslora: 21 adapted layers
-  layers                                     class   count  r  alpha  parameters
-  ..._in_a_table_beside_the_other_columns_6  Linear      1  2      8          64
-  ..._in_a_table_beside_the_other_columns_7  Linear      1  2      8          64
+  layers                               class   count  r  alpha     s  parameters
+  ...table_beside_the_other_columns_6  Linear      1  2      8  5.66          64
+  ...table_beside_the_other_columns_7  Linear      1  2      8  5.66          64
   and 12 more groups of layers (19 layers)
   trainable     4,288 of 45,344 parameters (9.46%)
   adapter       11 kB in float32
