@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from .config import PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
+from .config import PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config, refuse_unknown_option
 from .errors import LoRAError, sentence
 from .formats.lightning_checkpoint import Kind
 from .matching import ALL_LINEAR
@@ -19,7 +19,7 @@ from .model.adapted_model import Listing, find_model
 from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.checkpoint_hooks import save_as_where_unpatched
-from .trainer.evaluation import end_evaluation, merge_to_evaluate
+from .trainer.evaluation import end_evaluation, merge_to_evaluate, warn_of_untrained_adapter
 from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit
 from .trainer.lightning_packages import become_callback, first_package
@@ -48,6 +48,7 @@ def _noting_options(init: Method) -> Method:
 
     @functools.wraps(init)
     def noting(self: LoRACallback, *config: LoRAConfig | PeftConfig, **options: Any) -> None:
+        refuse_unknown_option("LoRACallback: an option", options, defaults)
         filled_in = options.keys() >= defaults.keys()
         self.given = frozenset(name for name in options if not filled_in or options[name] != defaults[name])
         init(self, *config, **options)
@@ -186,8 +187,9 @@ class LoRACallback(Callback):
         begin_epoch(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the strategy's setup, or a hook, has not replaced adapted layers."""
+        """Check that the strategy's setup, or a hook, has not replaced adapted layers; warn of an untrained adapter."""
         refuse_replaced_layers(Listing(pl_module), "LoRACallback")
+        warn_of_untrained_adapter(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""

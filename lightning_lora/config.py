@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import numbers
 import re
@@ -10,7 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
-from typing import Any, Literal, NoReturn, Protocol, cast, get_args
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast, get_args
 
 from .errors import LoRAError, sentence, shown
 from .matching import (
@@ -20,12 +22,21 @@ from .matching import (
     layer_number,
     layer_pattern,
     matcher,
+    near_miss,
     near_misses,
     pattern_matches,
     suffix_pattern,
 )
 from .names import KNOWN_VARIANTS, listed
 
+Config = TypeVar("Config")
+# Options as other libraries and papers call them, with what they are called here.
+OTHER_NAMES = {
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r"),
+    **dict.fromkeys(("alpha", "scaling", "lora_scale"), "lora_alpha"),
+    "dropout": "lora_dropout",
+    "targets": "target_modules",
+}
 VARIANTS = ("use_dora",)  # options that ask for a variant, as `variant` does
 PLAIN = "lora"  # the default of `variant`
 BY_OPTION = "dora"  # the `variant` that use_dora=True means
@@ -64,6 +75,8 @@ MAPPINGS = (*PATTERNS, "enable_lora", "variant_options")  # options
 SWITCHES = ("use_rslora", *VARIANTS, "autocast_adapter_dtype")  # options
 EVEN = "an even rank for init_lora_weights='orthogonal'"
 
+LONGEST = 80  # characters of a value in a list of differences: a combined adapter names each layer
+
 LITERAL = re.compile(r"\^?(\w|\\\W)*")  # an expression that is certainly valid, such as a name in rank_pattern
 
 LEFT_OUT_AT_DEFAULT = {  # options that files leave out at their default, with that default
@@ -81,6 +94,21 @@ class PeftConfig(Protocol):
     peft_type: Any
 
 
+def _naming_unknown_options(cls: type[Config]) -> type[Config]:
+    """Let a config's __init__ name the option that an unknown one is likely to be, where Python's names none."""
+    init = cls.__init__
+    known = [name for name in inspect.signature(init).parameters if name != "self"]
+
+    @functools.wraps(init)
+    def checked(self: Config, *args: Any, **options: Any) -> None:
+        refuse_unknown_option(f"{cls.__name__}: an option", options, known)
+        init(self, *args, **options)
+
+    cast(Any, cls).__init__ = checked
+    return cls
+
+
+@_naming_unknown_options
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LoRAConfig:
     """Options of a low-rank adapter, W' = W + s * B @ A with s = lora_alpha / r (arXiv:2106.09685).
@@ -222,7 +250,7 @@ class LoRAConfig:
         """
         if not isinstance(options, Mapping):
             _refuse("the options", "a mapping", options)
-        _refuse_unknown("an option", options, [field.name for field in fields(cls)])
+        refuse_unknown_option("LoRAConfig: an option", options, [field.name for field in fields(cls)])
         return cls(**options)
 
     @classmethod
@@ -279,7 +307,10 @@ class LoRAConfig:
 
     def differences(self, now: LoRAConfig) -> list[str]:
         """Describe each option that differs in another config: its value here, and its value in `now`."""
-        return [f"{name} was {getattr(self, name)!r}, now {getattr(now, name)!r}" for name in self.differing(now)]
+        return [
+            f"{name} was {shown(getattr(self, name), LONGEST)}, now {shown(getattr(now, name), LONGEST)}"
+            for name in self.differing(now)
+        ]
 
     def _normalise(self) -> None:
         """Copy values into immutable ones, because the caller may change them; an empty collection becomes None."""
@@ -338,7 +369,7 @@ class LoRAConfig:
             defaults: the variant's own options, at their defaults.
         """
         given = self.variant_options or {}
-        _refuse_unknown("variant_options: an option", given, defaults)
+        refuse_unknown_option("LoRAConfig: variant_options: an option", given, defaults)
         for name, value in given.items():
             if not _is_like(value, defaults[name]):
                 kind = "a finite number" if isinstance(defaults[name], float) else type(defaults[name]).__name__
@@ -414,10 +445,20 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _refuse_unknown(what: str, given: Iterable[Any], known: Iterable[str]) -> None:
+def refuse_unknown_option(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise LoRAError for the first option that is unknown, with the name that it is likely to have.
+
+    Args:
+        where: what the options were given to, for the message.
+        given: the names of the options that were given.
+        known: those that there are.
+    """
+    known = list(known)
     unknown = [name for name in map(str, given) if name not in known]
     if unknown:
-        raise LoRAError(f"LoRAConfig: {what} is unknown: {unknown[0]!r}; there are {', '.join(known)}.")
+        called = OTHER_NAMES.get(unknown[0])
+        hint = f" (did you mean {called!r}?)" if called in known else near_miss(unknown[0], known)
+        raise LoRAError(f"{where} is unknown: {unknown[0]!r}{hint}; there are {', '.join(known)}.")
 
 
 def _refuse(option: str, expected: str, value: object) -> NoReturn:

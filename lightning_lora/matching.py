@@ -15,6 +15,7 @@ PATTERNS = ("rank_pattern", "alpha_pattern")  # options whose keys are regular e
 
 ALL_LINEAR = "all-linear"  # a value of target_modules
 ALL_LAYERS = "all-layers"  # another
+CLOSE = 0.8  # how similar an entry must be to a name for a hint beside entries that do name something
 BY_KIND = (ALL_LINEAR, ALL_LAYERS)  # which select layers by their kind; model/layers_by_kind.py says what they mean
 
 
@@ -133,7 +134,10 @@ class Unmatched:
             found = naming_some(value, names)
         missing = [entry for entry in dict.fromkeys([value] if isinstance(value, str) else value) if entry not in found]
         if found and missing:
-            self.unused.append(f"{option}: {', '.join(map(repr, missing))}")
+            # One list may serve many models, so an entry that only resembles a name is no slip: only a close one is.
+            others = [name for name in (names if hints is None else hints) if not matcher(found)(name)]
+            hinted = (repr(entry) + near_miss(entry, others, CLOSE) for entry in missing)
+            self.unused.append(f"{option}: {', '.join(hinted)}")
         else:
             shown = _instead_of_expression if isinstance(value, str) else repr
             for entry in missing:
@@ -155,12 +159,21 @@ def near_misses(entry: str, names: Iterable[str], shown: Callable[[str], str] = 
         shown: writes such a name.
     """
     names = list(names)
-    known = {suffix for name in names for suffix in suffixes(name)}
-    close = difflib.get_close_matches(entry, sorted(known), n=3, cutoff=0.6)
-    if close:
+    if close := _close(entry, names, 0.6):
         return f"; did you mean {', '.join(map(shown, close))}?"
     endings = [repr(ending) for ending in dict.fromkeys(map(_ending, names))]
     return f"; there are {listed(endings, 10)}" if endings else "; there are none"
+
+
+def near_miss(entry: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return a hint in brackets: the most similar name, or "" where none is similar enough."""
+    return "".join(f" (did you mean {name!r}?)" for name in _close(entry, names, cutoff)[:1])
+
+
+def _close(entry: str, names: Iterable[str], cutoff: float) -> list[str]:
+    """Return the names, or dotted suffixes of names, that are most similar to an entry."""
+    known = {suffix for name in names for suffix in suffixes(name)}
+    return difflib.get_close_matches(entry, sorted(known), n=3, cutoff=cutoff)
 
 
 def _ending(name: str) -> str:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import warnings
 from logging import INFO, NOTSET, StreamHandler, getLogger
+from pathlib import Path
 
 import torch.distributed as dist
 
+INSIDE = (
+    f"{Path(__file__).parent}{os.sep}",
+    contextlib.__file__,
+)  # the files of this package, and of its `with` blocks
 RANK_ZERO = "lightning_utilities.core.rank_zero"  # where Lightning is imported, it knows the rank of this process
 
 
@@ -19,6 +27,14 @@ def tell(message: object) -> None:
         log.propagate = False
     if process_rank() == 0:
         log.info(str(message))
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of this package that called it, however deep inside the warning comes up."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def process_rank() -> int:

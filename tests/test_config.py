@@ -174,7 +174,7 @@ def test_what_a_config_from_peft_cannot_express_is_refused_by_name(option: str, 
 
 
 def test_an_unknown_option_or_variant_is_named_with_what_there_is():
-    with pytest.raises(LoRAError, match=r"an option is unknown: 'rank'; there are r, lora_alpha, "):
+    with pytest.raises(LoRAError, match=r"an option is unknown: 'rank' .*; there are r, lora_alpha, "):
         LoRAConfig.from_dict({"rank": 8})
     with pytest.raises(LoRAError, match=r"variant must be one of .*did you mean 'dora'.*but it is 'dorra'"):
         LoRAConfig(variant="dorra")
@@ -338,3 +338,21 @@ def test_variant_dora_is_use_dora():
     assert repr(by_name) == repr(by_option) == "LoRAConfig(use_dora=True)"
     assert LoRACallback(variant="dora").config == by_option
     assert LoRAConfig(variant="lora") == LoRAConfig()
+
+
+@pytest.mark.parametrize("of", [LoRAConfig, LoRACallback])
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("target_module", "target_modules")],
+)
+def test_an_option_as_others_call_it_is_refused_with_the_name_that_it_has_here(of: type, option: str, meant: str):
+    with pytest.raises(LoRAError, match=rf"^{of.__name__}: .*'{option}' \(did you mean '{meant}'\?\)"):
+        of(**{option: 8})
+    with pytest.raises(LoRAError, match=r"'colour'; there are r, ") as caught:
+        of(colour=8)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_an_unknown_option_of_a_file_is_refused_with_the_name_that_it_has_here():
+    with pytest.raises(LoRAError, match=r"'rank' \(did you mean 'r'\?\)"):
+        LoRAConfig.from_dict({"rank": 8})

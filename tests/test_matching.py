@@ -34,6 +34,15 @@ def test_an_entry_that_names_nothing_is_an_error_with_near_misses(options, compl
     assert complaint in str(caught.value)
 
 
+def test_a_slip_among_entries_that_fit_gets_its_near_miss_and_an_entry_for_another_model_none():
+    options = {"target_modules": ["conv", "bdy.0", "gate_proj"], "rank_pattern": {"conv": 2, "bdoy.0": 3}}
+    with pytest.warns(UserWarning, match="passed over") as caught:
+        inject(Zoo(), zoo_config(**options))
+    said = str(caught[0].message)
+    assert "'bdy.0' (did you mean 'body.0'?), 'gate_proj'; rank_pattern" in said
+    assert said.count("did you mean") == 1  # body.0 is not adapted then, and so no pattern can mean it
+
+
 @pytest.mark.parametrize(
     ("options", "unused"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import samples_of_all
 from ..errors import LoRAError
 from ..names import listed
+from ..notices import warn
 
 SAMPLES = 8  # values of a frozen parameter that its fingerprint holds
 MOST_SAMPLED = 512  # parameters of which a fingerprint holds values
@@ -107,7 +107,7 @@ def compare_fingerprints(
         message += f" {OF_HEADS}"
     if strict:
         raise LoRAError(f"{message} {remedy}")
-    warnings.warn(f"lightning_lora: {message}", stacklevel=3)
+    warn(f"lightning_lora: {message}")
 
 
 def _difference(name: str, before: Entry, now: Entry | None) -> str:

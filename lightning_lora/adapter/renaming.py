@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from ..config import LoRAConfig
 from ..errors import LoRAError, sentence
 from ..matching import near_misses
 from ..names import parent_names, suffixes
+from ..notices import warn
 from .adapter import Adapter, NewName, is_head_only, nothing_adapted
 
 
@@ -53,7 +53,9 @@ def _with_names_of_saved(adapter: Adapter) -> LoRAConfig | None:
     return replace(config, modules_to_save=saved)
 
 
-def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Callable[[str], str] = str) -> Adapter:
+def align_to_modules(
+    adapter: Adapter, modules: Set[str], where: str, first: Callable[[str], str] = str, *, of_files: str = ""
+) -> Adapter:
     """Return the adapter under the one prefix at which its layers, or else its tensors' modules, are among the modules.
 
     Args:
@@ -61,6 +63,8 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Cal
         modules: names of the model's modules.
         where: for messages.
         first: gives the first name of a module that has several. Prefixes that lead to the same modules are one.
+        of_files: for weights on disk, the advice where tensors of the adapter lie outside of them, which is an error
+            then. A model in memory leaves them out, with a warning.
 
     Raises:
         LoRAError: there is no such prefix, or there are several.
@@ -74,27 +78,28 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str, first: Cal
         return adapter
     prefixes = _fitting_prefixes(layers, modules, first)
     if len(prefixes) != 1 and adapter.network:
-        return align_to_modules(by_network_names(adapter), modules, where, first)
+        return align_to_modules(by_network_names(adapter), modules, where, first, of_files=of_files)
     once = _without_second_name(adapter) if not prefixes else adapter
     if once is not adapter:
-        return align_to_modules(once, modules, where, first)
+        return align_to_modules(once, modules, where, first, of_files=of_files)
     if len(prefixes) != 1:
         fitting = ", ".join(repr(add or f"without {strip}") for strip, add in prefixes) or "none"
         unplaced = next(layer for layer in layers if layer not in modules)
         found = sentence(f"found {fitting}{near_misses(unplaced, sorted(modules - {''}))}")
         raise LoRAError(
-            f"adapter: its layers ({unplaced!r}, ...) must fit {where} under exactly one prefix; {found} Pass the "
-            "submodule that the adapter is for."
+            f"adapter: its layers ({unplaced!r}, ...) must fit {where} under exactly one prefix; {found}"
+            + ("" if of_files else " Pass the submodule that the adapter is for.")
         )
     strip, add = prefixes[0]
     told = (*adapter.tensors, *(adapter.base if adapter.peft_version is not None else ()))  # ours says what is frozen
     outside = [name for name in told if not name.startswith(strip)]
     if outside and strip != adapter.network:  # a network alone needs no tensors of the module around it
-        warnings.warn(
-            f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "
-            f"first {outside[0]!r}. To keep them, load it into the whole model that was trained; for the command, "
-            "save_pretrained that model with its new head, not quantised, and give the folder as --base.",
-            stacklevel=4,
+        lie_outside = f"{len(outside)} of the adapter's tensors lie outside {where}"
+        if of_files:
+            raise LoRAError(f"adapter: {lie_outside}, first {outside[0]!r}. {of_files}")
+        warn(
+            f"lightning_lora: {lie_outside} and are left out, first {outside[0]!r}. To keep them, load it into the "
+            "whole model that was trained."
         )
     return renamed(adapter, strip, add)
 

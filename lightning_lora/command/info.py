@@ -126,7 +126,8 @@ def diff(first: PathLike, second: PathLike) -> dict[str, Any]:
     Returns:
         Plain types. `change` is the Frobenius norm of the difference, `relative` that over the norm in the first. Of
         adapters, `options` has both values of each option that differs, and `without_scaling` lists the paths that
-        store no scaling; if there are any, B @ A is compared.
+        store no scaling; if there are any, B @ A is compared. Of weights that differ by a prefix of all names,
+        `without_prefix` has the prefix that is taken off in each.
 
     Raises:
         LoRAError: only one of the two is an adapter, or a file is damaged.
@@ -212,9 +213,31 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _diff_weights(first: Weights, second: Weights) -> dict[str, Any]:
-    names = [name for name in first.tensors if name in second.tensors]
-    rows = _each("comparing", names, lambda name: _tensor_row(first.tensors[name], second.tensors[name]), "tensors")
-    return {"kind": "weights", **_only_in_one(set(first.tensors), set(second.tensors)), "changes": rows}
+    one, other = dict(first.tensors), dict(second.tensors)
+    prefixes = _prefixes(one, other)
+    one, other = (
+        {name.removeprefix(prefix): tensor for name, tensor in each.items()}
+        for each, prefix in zip((one, other), prefixes, strict=True)
+    )
+    names = [name for name in one if name in other]
+    rows = _each("comparing", names, lambda name: _tensor_row(one[name], other[name]), "tensors")
+    without = {"without_prefix": list(prefixes)} if any(prefixes) else {}
+    return {"kind": "weights", **without, **_only_in_one(set(one), set(other)), "changes": rows}
+
+
+def _prefixes(first: Collection[str], second: Collection[str]) -> tuple[str, str]:
+    """Return what the names of one of two models begin with, and those of the other do not; else two empty texts.
+
+    Only where the two have no name in common, as a network and the LightningModule around it.
+    """
+    if not set(first).isdisjoint(second):
+        return "", ""
+    for shorter, longer, is_first in ((first, second, False), (second, first, True)):
+        found = Counter(other.removesuffix(name) for name in shorter for other in longer if other.endswith(f".{name}"))
+        for prefix, count in found.most_common(1):
+            if 2 * count > len(shorter):
+                return (prefix, "") if is_first else ("", prefix)
+    return "", ""
 
 
 def _tensor_row(first: torch.Tensor, second: torch.Tensor) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def merge(
         output: file or folder to write, in the base's form; it appears whole, at the end.
         dtype: of the result; without it that of the base.
         overwrite: replace an earlier result.
-        strict_base: false makes another base than the adapter's a warning.
+        strict_base: false makes another base than the adapter's a warning, and leaves out a head that it lacks.
         lora_alpha: for adapters that do not store it, as loralib's.
     """
     left_out = merge_on_disk(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -29,7 +29,7 @@ from ..formats.peft_attention import refuse_conv1d_of_model
 from ..formats.peft_rows import NO_BIAS
 from ..formats.sources import adapter_with_options
 from ..matching import matcher
-from ..names import META, canonical, factor_role, parent_names
+from ..names import META, canonical, factor_role, listed, parent_names
 from ..nn.exact_merge import parts_of
 from ..nn.low_rank import (
     ATTENTION,
@@ -45,7 +45,7 @@ from ..nn.low_rank import (
 )
 from ..nn.rounding import IN_FILES, tell_rounding
 from ..nn.variant import LayerInfo, Parts
-from ..notices import tell
+from ..notices import tell, warn
 from ..progress import progress_bar
 from .output import IN_PYTHON, check_output, refuse_quantised
 from .write_merged import Job, WeightUpdate, write_file_of, write_folder_of
@@ -54,6 +54,10 @@ OF_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # how names of file
 INSTEAD = "Load the model in Python and use load_adapter and save_merged instead"
 OTHER_END = "tied to the other end of the model (tie_word_embeddings in config.json)"
 OTHER_NAMES = f"Some models have other names in their files than in memory. {INSTEAD}."
+LEFT_OUT = (
+    "The result would lack them: give the whole model with a head of this size as --base, unquantised, by "
+    "save_pretrained or torch.save of its state dict, or pass --strict-base=false, which leaves them out."
+)
 OTHER_FILES = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
 OF_QUANTISATION = f"{IN_PYTHON}; or pass --strict-base=false, which merges into these unquantised weights."
 
@@ -76,7 +80,8 @@ def merge_on_disk(
         output: appears whole, at the end.
         lora_alpha: for an adapter that does not store it.
         dtype: of the floating point tensors of the result, or None for the base's own.
-        strict_base: whether another base than the adapter's is an error or a warning.
+        strict_base: whether another base than the adapter's, or one without a head that it trained, is an error or a
+            warning.
         overwrite: replace an earlier result at `output`.
 
     Returns:
@@ -133,11 +138,12 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True) ->
     base = replace(base, tensors={name: base.tensors[in_file] for name, in_file in files.items()})
     try:
         parameters = set(base.tensors) if adapter.parameters else set()
-        adapter = align_to_modules(adapter, base.modules() | parameters, str(base.path))
+        advice = LEFT_OUT if strict_base else ""
+        adapter = align_to_modules(adapter, base.modules() | parameters, str(base.path), of_files=advice)
     except LoRAError as error:
         raise LoRAError(f"{error} {OTHER_NAMES}") from error
     refuse_quantised("merge", base, {*adapter.layers, *(name.rpartition(".")[0] for name in adapter.beside_factors())})
-    _refuse_unplaced(adapter, base)
+    adapter = _only_placed(adapter, base, strict=strict_base)
     compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES, of_quantisation=OF_QUANTISATION)
     return Fitted(adapter, base, files)
 
@@ -229,11 +235,18 @@ def _row_updates(adapter: Adapter, base: Weights) -> dict[str, WeightUpdate]:
     return updates
 
 
-def _refuse_unplaced(adapter: Adapter, base: Weights) -> None:
-    """Raise LoRAError for the first whole tensor in the adapter's source that the base has not, or has resized.
+def _only_placed(adapter: Adapter, base: Weights, *, strict: bool) -> Adapter:
+    """Return the adapter without the whole tensors in its source that the base has not, such as a trained head.
 
-    It may have been trained, and the result could not hold it. A table may be there under the name of the other end of
-    a tie.
+    A table may be there under the name of the other end of a tie.
+
+    Args:
+        adapter: under the names of the base's modules.
+        base: the weights.
+        strict: whether such a tensor is an error or left out with a warning.
+
+    Raises:
+        LoRAError: the base lacks such a tensor, or has a table with another number of rows.
     """
     here = adapter.base.keys() & base.tensors.keys()
     for name in sorted(here):
@@ -242,17 +255,20 @@ def _refuse_unplaced(adapter: Adapter, base: Weights) -> None:
         except LoRAError as error:
             raise LoRAError(f"{base.path}: {error} Then call load_adapter and save_merged.") from error
     tables = [adapter.fingerprint[name] for name in sorted(here) if len(base.tensors[name].shape) > 1]
-    for name in sorted(adapter.base.keys() - here):
-        if not any(entries_match(adapter.fingerprint[name], table) for table in tables):
-            _refuse_absent(name, base)
+    absent = [
+        name
+        for name in sorted(adapter.base.keys() - here)
+        if not any(entries_match(adapter.fingerprint[name], table) for table in tables)
+    ]
     whole = adapter.beside_factors()
-    for name in sorted(whole.keys() - base.tensors.keys() - set().union(*equal_tables(whole))):
-        _refuse_absent(name, base)
-
-
-def _refuse_absent(name: str, base: Weights) -> NoReturn:
-    """Raise LoRAError for a whole tensor in an adapter that is no tensor of the base."""
-    raise LoRAError(f"{base.path}: the adapter comes with {name!r} whole, and the base has no such tensor. {INSTEAD}.")
+    absent += sorted(whole.keys() - base.tensors.keys() - set().union(*equal_tables(whole)))
+    if not absent:
+        return adapter
+    what = f"the adapter comes with {absent[0]!r} whole, and the base has no such tensor"
+    if strict:
+        raise LoRAError(f"{base.path}: {what}. {LEFT_OUT} {INSTEAD}.")
+    warn(f"lightning_lora: merge: {what}: {listed(absent)} {'is' if len(absent) == 1 else 'are'} left out.")
+    return adapter.with_names(lambda name: None if name in absent else name)
 
 
 def _check_form(base: Weights, output: Path) -> None:

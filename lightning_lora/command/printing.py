@@ -113,6 +113,8 @@ def diff_text(result: Mapping[str, Any]) -> list[str]:
     """Write the result of diff for people."""
     options = [f"{name} ({one}, {other})" for name, (one, other) in result.get("options", {}).items()]
     lines = [f"options that differ: {', '.join(options)}"] if options else []
+    for which, prefix in zip(("first", "second"), result.get("without_prefix", ()), strict=False):
+        lines += [f"names in the {which} begin with {prefix!r}, and are compared without it"] if prefix else []
     for key in ("only_in_first", "only_in_second"):
         lines += [f"{key.replace('_', ' ')}: {name}" for name in result[key]]
     if result.get("without_scaling"):

@@ -154,6 +154,9 @@ def apply_adapter(
         try:
             if was_merged:
                 unmerge_listed(handle)  # at once: reading W out of W' takes as long
+            if swap and adapter.config is not None:  # a head that was put in for this adapter is no surprise
+                trains = {name for name, tensor, _ in handle.state() if getattr(tensor, "requires_grad", False)}
+                handle.record_unfrozen(chosen_by(adapter).whole & trains)
             live = open_state(handle)
             if not swap or has_place_for(live, adapter):
                 specs = specs_for(handle, adapter) if swap else {}

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -43,7 +42,7 @@ from ..formats.sources import adapter_with_options
 from ..names import PREFIX, A, B, listed, names_factor
 from ..nn.attachment import Beside
 from ..nn.random_stream import stream
-from ..notices import tell
+from ..notices import tell, warn
 from ..progress import progress_bar
 
 DENSITY = 0.5  # of the methods that prune, where none is given
@@ -231,9 +230,8 @@ def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: b
             continue
         bases_named = [each.origin.get("base_model_name_or_path") for each in (first, other)]
         if all(bases_named) and bases_named[0] != bases_named[1]:
-            warnings.warn(
-                f"lightning_lora: combine: {names[0]} is of the base {bases_named[0]!r}, {name} of {bases_named[1]!r}.",
-                stacklevel=4,
+            warn(
+                f"lightning_lora: combine: {names[0]} is of the base {bases_named[0]!r}, {name} of {bases_named[1]!r}."
             )
 
 

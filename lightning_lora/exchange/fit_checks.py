@@ -86,6 +86,8 @@ def check_adapter(
         _check_tables(live.handle, adapter)
         _check_tensors(live, names, adapter, specs)
         _check_trained(live, adapter)
+    except _OtherShapeError as error:  # no option explains it
+        raise LoRAError(str(error)) from None
     except LoRAError as error:
         config = live.handle.record.config
         differences = (adapter.config or config).differences(config)  # may explain the error
@@ -156,6 +158,8 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
         if id(tensor) in tables and isinstance(value, torch.Tensor):
             refuse_other_rows(name, value.shape, unsharded_shape(tensor))
         shape = shapes.get(id(tensor), unsharded_shape(tensor))
+        if isinstance(value, torch.Tensor) and value.shape != shape:
+            _refuse_shape(live, adapter, name, shape, specs)
         if not isinstance(value, torch.Tensor) or value.shape != shape:
             shown = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise LoRAError(f"adapter: {name!r} must have shape {tuple(shape)}, but has {shown}.")
@@ -163,6 +167,45 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
             raise LoRAError(f"adapter: {name!r} must be {tensor.dtype}, but is {value.dtype}.")
         if value.is_floating_point() and isinstance(tensor, nn.Parameter) and not names_factor(name):
             check_finite(name, value)  # factors have been checked where they were read
+
+
+class _OtherShapeError(LoRAError):
+    """A tensor has another shape in the model, and no option of the adapter is the reason."""
+
+
+def _refuse_shape(live: LiveState, adapter: Adapter, name: str, shape: torch.Size, specs: Specs) -> None:
+    """Raise LoRAError where a tensor's shape tells another base or another head, and not another rank."""
+    value, owner = adapter.tensors[name], name.rpartition(".")[0]
+    found = f"{name!r} must have shape {tuple(shape)}, but has {tuple(value.shape)}"
+    if names_factor(name):
+        layer = live.handle.layers_by_every_name.get(owner)
+        trained = adapter.layers.get(owner)
+        if layer is None or trained is None or trained.r != specs.get(layer, layer.lora.spec).r:
+            return
+        base = adapter.origin.get("base_model_name_or_path")
+        raise _OtherShapeError(
+            f"adapter: belongs to another base, of another width: {found}. Load it onto the base that it was trained "
+            f"on{f', {base!r}' if base else ''}."
+        )
+    if adapter.config is not None and _trains_whole(adapter.config, name, adapter.layers):
+        raise _OtherShapeError(
+            f"adapter: {owner!r} was trained whole with another size: {found}. "
+            f"{_new_module(live, adapter, owner)}, and then load the adapter."
+        )
+
+
+def _new_module(live: LiveState, adapter: Adapter, owner: str) -> str:
+    """Return the advice to put a module of the adapter's size into a model, with the line where it is known."""
+    module = dict(live.handle.places).get(owner)
+    weight = adapter.tensors.get(f"{owner}.weight")
+    if isinstance(module, nn.Linear) and isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        rows, columns = weight.shape
+        bias = "" if f"{owner}.bias" in adapter.tensors else ", bias=False"
+        new = f"nn.Linear({columns}, {rows}{bias})"
+        is_path = all(map(str.isidentifier, owner.split(".")))
+        line = f"model.{owner} = {new}" if is_path else f"model.set_submodule({owner!r}, {new})"
+        return f"Put a new one there first, {line}"
+    return f"Put a module of that size at {owner!r} first, built as where the adapter was trained"
 
 
 def _check_trained(live: LiveState, adapter: Adapter) -> None:

@@ -78,7 +78,24 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, network: str = "") 
             f"It was trained beside {weights_text(adapter.beside)}, which is not in these files. Alone it computes "
             "something else.\n"
         )
+    if heads := _heads(adapter):
+        parts.append(
+            f"It holds what was trained whole: {', '.join(heads)}. Build the base with these sizes, a classifier of "
+            f"transformers with `num_labels={list(heads.values())[-1]}`.\n"
+            if _labels(adapter)
+            else f"It holds what was trained whole: {', '.join(heads)}. Build the base with these sizes.\n"
+        )
     return "\n".join([*parts, _loading(base, task, adapter, network)])
+
+
+def _heads(adapter: Adapter) -> dict[str, int]:
+    """Return the linear layers that were trained whole, as text with their size, and the number of their outputs."""
+    found = {}
+    for name, value in adapter.beside_factors().items():
+        owner, _, leaf = name.removeprefix(adapter.network).rpartition(".")
+        if leaf == "weight" and getattr(value, "ndim", 0) == 2:
+            found[f"{_code(owner)} ({value.shape[1]} to {value.shape[0]})"] = value.shape[0]
+    return found
 
 
 def _front_matter(base: str, task: Task | None) -> str:

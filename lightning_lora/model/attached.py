@@ -280,7 +280,15 @@ def _refuse_between(handle: AdaptedModel, weight: float) -> None:
         what = f"{(rows or trained)[0]!r} is trained whole" if trained else f"rows of {rows[0]!r} are trained"
     else:
         return
-    raise LoRAError(f"scaled: {what}, which has no strength between off and on: use 0 or 1.")
+    between = (
+        ""
+        if reading
+        else (
+            ". For one in between, load_adapter(model, combine([adapter], [0.5])): it scales A and B, and leaves what "
+            "is trained whole, such as a head, as it is"
+        )
+    )
+    raise LoRAError(f"scaled: {what}, which has no strength between off and on: use 0 or 1{between}.")
 
 
 # --- put in, taken out and taken over ---

@@ -22,7 +22,6 @@ from ..nn.quantised_state import is_of_lightning
 from .pretrained import checkpoint_name, pretrained_models
 
 HEADS = ("head", "heads", "fc", "classifier")  # torchvision's names of heads
-IMAGENET, KINETICS = 1000, 400  # the numbers of classes of torchvision's own weights
 LOADED = "_is_hf_initialized"  # of transformers 5: on each parameter that was in the checkpoint, or is tied to one
 FITS_NO_OTHER = "an adapter that is trained with it fits no other random values. Train it whole, with modules_to_save"
 
@@ -82,15 +81,6 @@ def _beside_the_body(pretrained: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in pretrained.named_children() if child is not body}
 
 
-def new_classifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the heads of a model of timm that has another number of classes than its weights to load, by name."""
-    classes, stored = getattr(model, "num_classes", None), _stored_classes(model)
-    if classes == stored or None in (classes, stored):
-        return {}
-    heads = _classifiers(model)
-    return {name: module for name, module in model.named_modules() if any(module is head for head in heads)}
-
-
 def to_train_whole(modules: NamedModules, entries: Iterable[str]) -> list[str]:
     """Return the names of modules to be trained whole, which no quantisation may have: those of the options, new ones.
 
@@ -121,7 +111,7 @@ def _in_pretrained(name: str, modules: NamedModules) -> str:
 
 
 def warn_of_new_heads(modules: NamedModules, saved: Collection[str] = ()) -> None:
-    """Warn of heads of transformers' and timm's models that have random values and are not trained whole.
+    """Warn of heads of transformers' models that have random values and are not trained whole.
 
     Args:
         modules: every module of a model under its first name, the model first.
@@ -143,15 +133,6 @@ def warn_of_new_heads(modules: NamedModules, saved: Collection[str] = ()) -> Non
                 f"because {checkpoint} does not hold it, {_stays_frozen(heads)}={[*saved, *frozen]}"
                 + task
                 + (f", and leave it out of the quantisation, with which it may not run: {plain}." if plain else "."),
-                stacklevel=2,
-            )
-    for name, model in timm_models(modules).items():
-        frozen = _frozen(heads := new_classifiers(model))
-        if frozen and not _is_in(name, pretrained):
-            warnings.warn(
-                f"lightning_lora: the head of {type(model).__name__} ({', '.join(frozen)}) has {model.num_classes} "
-                f"classes where timm's weights have {_stored_classes(model)}, so it starts from random values unless "
-                f"you loaded others, {_stays_frozen(heads)}={[*saved, *frozen]}.",
                 stacklevel=2,
             )
 
@@ -193,12 +174,6 @@ def _left_out(modules: NamedModules) -> list[str]:
     return sorted(found)
 
 
-def _stored_classes(model: nn.Module) -> int | None:
-    """Return how many classes the weights have that timm loads for a model, or None where it does not say."""
-    weights = getattr(model, "pretrained_cfg", None)
-    return weights.get("num_classes") if isinstance(weights, Mapping) else None
-
-
 def _frozen(heads: Mapping[str, nn.Module]) -> list[str]:
     """Return the names of the heads that are not trained whole."""
     return [
@@ -215,26 +190,32 @@ def _stays_frozen(heads: Mapping[str, nn.Module]) -> str:
 
 
 def describe_frozen_head(modules: NamedModules) -> str:
-    """Say what looks like the frozen head of a model that does not tell whether it is new, or return "".
+    """Say which head of a model that does not tell whether it is new is frozen, and how to train it, or return "".
 
-    It is the last linear layer outside of transformers' and timm's models. The last part of its name that is no number
-    is one of HEADS. It has fewer outputs than ImageNet has classes, and not as many as Kinetics.
+    It is a head that a model of timm tells, or else the last linear layer outside of transformers' models, where the
+    last part of its name that is no number is one of HEADS. Whether it is new nobody knows here: weights may have been
+    loaded into it, and any number of classes may be the one that it was trained with.
 
     Args:
         modules: every module of a model under its first name, the model first.
     """
-    telling = (*pretrained_models(modules), *timm_models(modules))
+    pretrained, of_timm = pretrained_models(modules), timm_models(modules)
+    classifiers = [
+        head for name, model in of_timm.items() if not _is_in(name, pretrained) for head in _classifiers(model)
+    ]
+    heads = {name: module for name, module in modules if any(module is head for head in classifiers)}
+    telling = (*pretrained, *of_timm)
     linear = [(name, module) for name, module in modules if isinstance(module, nn.Linear) and not _is_in(name, telling)]
-    if not linear:
+    for name, module in linear[-1:]:
+        title = next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
+        if title in HEADS and own_weight(module) is not None:
+            heads[name] = module
+    frozen = _frozen(heads)
+    if not frozen:
         return ""
-    name, last = linear[-1]
-    title = next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
-    weight = own_weight(last)
-    few = last.out_features < IMAGENET and last.out_features != KINETICS
-    if title not in HEADS or not few or weight is None or weight.requires_grad:
-        return ""
-    # The option first: a line of the summary is cut at its end.
-    return f"modules_to_save=[{name!r}], if it is new: it is frozen{' under its adapter' if adapters_in(last) else ''}"
+    adapted = any(adapters_in(layer) for name in frozen for layer in heads[name].modules())
+    is_frozen = f"{', '.join(frozen)} {'is' if len(frozen) == 1 else 'are'} frozen{' under an adapter' * adapted}"
+    return f"{is_frozen}; if new: modules_to_save={frozen}"
 
 
 def _is_in(name: str, models: Collection[str]) -> bool:

@@ -108,7 +108,7 @@ class Summary:
     by_kind: str  # "all-linear" or "all-layers", if that is target_modules, else ""
     passed_over: str  # the weights that `by_kind` passes over beside `left_out`: their share, and the largest kinds
     experts: str  # the option that adapts stacks of experts which `by_kind` passes over, to copy; "" for none
-    frozen_head: str  # what looks like a frozen head, and how to train it if it is new; "" where nothing does
+    frozen_head: str  # which head is frozen, and how to train it if it is new; "" where none is known to be
     quantised: Mapping[str, int]  # the number of the base's quantised weights, by kind of quantisation
     unmerged: tuple[Unmerged, ...]
     beside: Mapping[str, float]  # the weights of the frozen adapters that are attached, by name
@@ -122,12 +122,20 @@ class Summary:
     def short(self) -> str:
         """Return at most ten lines of at most 80 columns, as LoRACallback shows them at fit start."""
         facts = [(label, text) for label, text in self._facts(short=True) if label not in ON_REQUEST]
-        return self._text(self._table(min(MOST_ROWS, LINES - 2 - len(facts))), facts, _cut)
+        rows = min(MOST_ROWS, LINES - 2 - len(self._lines(facts, _cut)))
+        return self._text(self._table(rows), facts, _cut)
 
     def _text(self, table: list[str], facts: list[tuple[str, str]], fit: Callable[[str, str], list[str]]) -> str:
+        return "\n".join([*fit("", self._title()), *table, *self._lines(facts, fit)])
+
+    def _lines(self, facts: list[tuple[str, str]], fit: Callable[[str, str], list[str]]) -> list[str]:
         width = max(len(label) for label, _ in facts) + 2
-        lines = [line for label, text in facts for line in fit(f"  {label.ljust(width)}", text)]
-        return "\n".join([*fit("", self._title()), *table, *lines])
+        return [
+            # A line that is cut would lose the option to copy, or that the head is frozen.
+            line
+            for label, text in facts
+            for line in (_wrapped if label == "head" else fit)(f"  {label.ljust(width)}", text)
+        ]
 
     def _title(self) -> str:
         if not self.variant:
@@ -148,7 +156,10 @@ class Summary:
         if not self.groups:
             return []
         layers = _counted(sum(group.count for group in rest), "layer")
-        return [*_lines_of(rows), *([f"  and {len(rest)} more of these, {layers}"] if rest else [])]
+        return [
+            *_lines_of(rows),
+            *([f"  and {_counted(len(rest), 'more group')} of layers ({layers})"] if rest else []),
+        ]
 
     def _facts(self, *, short: bool = False) -> list[tuple[str, str]]:
         share = f"{self.trainable / max(self.total, 1):.2%}"

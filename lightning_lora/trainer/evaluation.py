@@ -7,8 +7,9 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
+from ..distributed.sharding import is_spread
 from ..errors import NonFiniteError, sentence
-from ..model.adapted_model import Listing
+from ..model.adapted_model import Listing, find_model
 from ..model.merging import merge_listed, unmerge
 from .record import record_of
 
@@ -27,6 +28,23 @@ def merge_to_evaluate(trainer: Any, module: nn.Module) -> None:
             raise
         record.run.stays_unmerged = True  # EarlyStopping and others judge the loss
         rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
+
+
+def warn_of_untrained_adapter(trainer: Any, module: nn.Module) -> None:
+    """Warn where a run that is no fit evaluates an adapter that nothing has trained or loaded, which is the base.
+
+    A sharded adapter is not looked at: this rank's part of it may be empty.
+    """
+    handle = find_model(module)
+    if handle is None or trainer.state.fn == "fit" or trainer.ckpt_path or "trained" in handle.record.marks:
+        return
+    layers = handle.layers.values()
+    if layers and not any(is_spread(layer.factors()[-1]) or not layer.is_initial() for layer in layers):
+        rank_zero_warn(
+            f"LoRACallback: {trainer.state.fn.value} runs with an adapter that was neither trained nor loaded, and so "
+            'computes what the base does. For a trained one pass ckpt_path="adapter.ckpt", or call '
+            "load_adapter(model, path) first."
+        )
 
 
 def end_evaluation(module: nn.Module) -> None:

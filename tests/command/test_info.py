@@ -180,3 +180,18 @@ def test_diff_tells_which_weights_differ_in_dtype_alone(tmp_path, capsys):
     )
     text = call(capsys, "diff", tmp_path / "one.pt", tmp_path / "two.pt")
     assert "2 of 3 differ, 1 in dtype alone (float32 and bfloat16)\n" in text
+
+
+def test_diff_of_models_whose_names_differ_by_a_prefix_compares_them_and_says_so_in_one_line(tmp_path, capsys):
+    inner = {f"layers.{number}.{leaf}": torch.ones(2) for number in range(3) for leaf in ("weight", "bias")}
+    around = {f"net.{name}": value.clone() for name, value in inner.items()} | {"head.weight": torch.ones(1)}
+    around["net.layers.1.bias"] += 1
+    torch.save(inner, tmp_path / "inner.pt")
+    torch.save(around, tmp_path / "around.pt")
+    text = call(capsys, "diff", tmp_path / "inner.pt", tmp_path / "around.pt").split("\n")
+    assert text[:3] == [
+        "names in the second begin with 'net.', and are compared without it",
+        "only in second: head.weight",
+        "1 of 6 differ",
+    ]
+    assert "names in the first begin with 'net.'" in call(capsys, "diff", tmp_path / "around.pt", tmp_path / "inner.pt")

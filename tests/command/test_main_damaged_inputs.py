@@ -77,8 +77,10 @@ def test_a_file_of_another_form_is_told_so_and_no_advice_of_torch_is_passed_on(t
     assert "weights_only" not in said
 
 
-def test_a_whole_tensor_outside_of_the_base_that_no_option_names_is_warned_of(tmp_path: Path, adapter: Path):
-    """As load_adapter warns of it."""
+def test_a_whole_tensor_outside_of_the_base_is_warned_of_in_memory_and_refused_on_disk(
+    tmp_path: Path, adapter: Path, capsys: Any
+):
+    """A result on disk lacks it, and nothing says so later."""
 
     def put_into_net(tensors: dict[str, Any]) -> None:
         moved = {name.replace(".model.", ".model.net."): value for name, value in tensors.items()}
@@ -89,8 +91,12 @@ def test_a_whole_tensor_outside_of_the_base_that_no_option_names_is_warned_of(tm
     with pytest.warns(UserWarning, match="1 of the adapter's tensors lie outside .*, first 'other.weight'"):
         load_adapter(small(), adapter)
     verb, *arguments = merging(tmp_path, adapter)
+    said = refused(capsys, verb, *arguments)
+    assert "1 of the adapter's tensors lie outside" in said
+    for named in ("'other.weight'", "--strict-base=false", "save_merged"):
+        assert named in said
     with pytest.warns(UserWarning, match="1 of the adapter's tensors lie outside .*, first 'other.weight'"):
-        main([verb, *map(str, arguments)])
+        assert main([verb, *map(str, arguments), "--strict-base=false"]) == 0
 
 
 @pytest.mark.parametrize("shape", [(WIDTH, 2, 3), (0, 2, 2)])

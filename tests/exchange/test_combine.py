@@ -361,8 +361,9 @@ def test_adapters_of_other_bases_are_refused_or_warned_of():
         LoRAError, match=r"another base: values of 'conv.weight' .*adapters\[0\] and adapters\[1\] differ"
     ):
         combine(given, [1, 1])
-    with pytest.warns(UserWarning, match="another base: values of 'conv.weight'"):
+    with pytest.warns(UserWarning, match="another base: values of 'conv.weight'") as caught:
         combine(given, [1, 1], strict_base=False)
+    assert caught[0].filename == __file__
 
 
 def test_adapters_whose_folders_name_other_bases_are_combined_with_a_warning(tmp_path: Path):
@@ -371,8 +372,9 @@ def test_adapters_whose_folders_name_other_bases_are_combined_with_a_warning(tmp
     for folder, base in names.items():
         theirs("llama", tmp_path / folder)
         edit(tmp_path / folder, base_model_name_or_path=base)
-    with pytest.warns(UserWarning, match=r"combine: .*a is of the base 'some/base', .*b of 'other/base'\."):
+    with pytest.warns(UserWarning, match=r"combine: .*a is of the base 'some/base', .*b of 'other/base'\.") as caught:
         combine([tmp_path / "a", tmp_path / "b"], [1, 1])
+    assert caught[0].filename == __file__
     for other in ("c", "d"):
         combine([tmp_path / "a", tmp_path / other], [1, 1])
 

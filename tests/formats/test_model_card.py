@@ -121,3 +121,15 @@ def test_readme_that_is_there_stays(tmp_path, case: str):
     assert card.is_dir() == (case == "a folder")
     assert card.is_symlink() == (case == "a link")
     assert (card.read_bytes() if card.is_file() else None) == before
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_the_card_tells_the_size_of_a_head_that_was_trained_whole(tmp_path, classes: int):
+    net = nn.ModuleDict({"body": nn.Linear(8, 8), "classifier": nn.Linear(8, classes)})
+    inject(net, LoRAConfig(r=2, target_modules=["body"], modules_to_save=["classifier"]))
+    save_adapter(net, tmp_path / "a")
+    text = " ".join((tmp_path / "a" / "README.md").read_text().split())
+    assert f"trained whole: `classifier` (8 to {classes})" in text
+    assert f"num_labels={classes}" in text
+    save_adapter(small(), tmp_path / "b")
+    assert "trained whole" not in (tmp_path / "b" / "README.md").read_text()

@@ -56,10 +56,9 @@ for each in (OfTimm, WithTwoHeads):
     each.__module__ = "timm.models.net"  # by which they are recognised
 
 
-def test_both_new_heads_of_timm_are_named():
+def test_both_heads_of_timm_are_named_where_they_are_frozen():
     inject(model := WithTwoHeads(), LoRAConfig(r=2))
-    with pytest.warns(UserWarning, match=r"\(fc, head\).*modules_to_save=\['fc', 'head'\]"):
-        warn_of_new_heads(list(model.named_modules()))
+    assert summary(model).frozen_head == "fc, head are frozen; if new: modules_to_save=['fc', 'head']"
 
 
 def bert() -> nn.Module:
@@ -74,18 +73,26 @@ def in_transformers() -> nn.Module:
 
 
 SILENT = {
-    "as many classes": (lambda: OfTimm(1000), {}),
     "trained whole": (OfTimm, {"modules_to_save": ["fc"]}),
     "no head": (lambda: OfTimm(0), {}),
-    "nothing told": (lambda: OfTimm(stored=None), {}),
     "in transformers": (in_transformers, {}),
 }
 
 
 @pytest.mark.parametrize(("build", "options"), SILENT.values(), ids=SILENT)
-def test_a_head_of_timm_that_is_not_known_to_be_new_is_not_named(build: Build, options: dict[str, Any]):
+def test_a_head_of_timm_that_is_trained_or_not_there_is_not_named(build: Build, options: dict[str, Any]):
     inject(model := build(), LoRAConfig(r=2, **options))
+    assert summary(model).frozen_head == ""
+
+
+@pytest.mark.parametrize("stored", [1000, CLASSES, None])
+def test_a_frozen_head_of_timm_is_no_warning_as_weights_may_have_been_loaded_into_it(stored: int | None):
+    """timm's pretrained_cfg has the number of classes of timm's weights, whatever the user loaded since."""
+    model = OfTimm(stored=stored)
+    model.load_state_dict(OfTimm().state_dict())
+    inject(model, LoRAConfig(r=2))
     warn_of_new_heads(list(model.named_modules()))  # warnings are errors
+    assert "fc is frozen; if new: modules_to_save=['fc']" in summary(model).short()
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "all-layers"])
@@ -118,27 +125,31 @@ FROZEN_HEADS = {  # each with the name that is said, or ""
     "in a module": (partial(classifier, "network.head", 200), "network.head"),
     "beside transformers": (lambda: nn.ModuleDict({"head": nn.Linear(8, 2), "body": bert()}), "head"),
     "another name": (partial(classifier, "overhead", 5), ""),
-    "of ImageNet": (partial(classifier, "fc", 1000), ""),
-    "of Kinetics": (partial(classifier, "fc", 400), ""),
-    "of many tokens": (partial(classifier, "head", 32000), ""),
+    "of ImageNet": (partial(classifier, "fc", 1000), "fc"),
+    "of Kinetics": (partial(classifier, "fc", 400), "fc"),
+    "of many tokens": (partial(classifier, "head", 32000), "head"),
     "not last": (partial(classifier, "fc", 5, after=5), ""),
     "of transformers": (bert, ""),
-    "of timm": (OfTimm, ""),
+    "of timm": (OfTimm, "fc"),
 }
 
 
 @pytest.mark.parametrize(("build", "name"), FROZEN_HEADS.values(), ids=FROZEN_HEADS)
 def test_the_summary_names_what_looks_like_a_frozen_head_of_a_model_that_tells_nothing(build: Build, name: str):
     inject(model := build(), LoRAConfig(r=1))
-    said = f"modules_to_save=['{name}'], if it is new: it is frozen under its adapter" if name else ""
-    assert summary(model).frozen_head == said
-    assert said in " ".join(str(summary(model)).split())
-    assert said.partition(",")[0] in summary(model).short()  # whatever its line is cut to
+    found = summary(model)
+    assert found.frozen_head.startswith(f"{name} is frozen" if name else "")
+    assert bool(found.frozen_head) == bool(name)
+    assert found.frozen_head.endswith(f"modules_to_save=['{name}']" if name else "")
+    for text in (str(found), found.short()):
+        assert found.frozen_head in " ".join(text.split())  # never cut
+        assert max(map(len, text.split("\n"))) <= 80
+    assert len(found.short().split("\n")) <= 10
 
 
 def test_a_head_without_an_adapter_is_named_and_one_that_is_trained_whole_is_not():
     inject(frozen := classifier("fc", 5), LoRAConfig(r=1, target_modules=["body"]))
-    assert summary(frozen).frozen_head == "modules_to_save=['fc'], if it is new: it is frozen"
+    assert summary(frozen).frozen_head == "fc is frozen; if new: modules_to_save=['fc']"
     assert "modules_to_save=['fc']" in summary(frozen).short()
     inject(trained := classifier("fc", 5), LoRAConfig(r=1, modules_to_save=["fc"]))
     assert summary(trained).frozen_head == ""

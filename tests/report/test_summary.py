@@ -192,7 +192,7 @@ LoRA with use_rslora: 21 adapted layers
   layers                               class   count  r  alpha     s  parameters
   ...table_beside_the_other_columns_6  Linear      1  2      8  5.66          64
   ...table_beside_the_other_columns_7  Linear      1  2      8  5.66          64
-  and 12 more of these, 19 layers
+  and 12 more groups of layers (19 layers)
   trainable     4,288 of 45,344 parameters (9.46%)
   adapter       11 kB in float32
   also trained  6 tensors, 1,536 values: ...

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_lora import LoRACallback, LoRAConfig, disable_adapter, inject, is_merged
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lora_layer import LoRALayer
+from support.runs.notices import UNTRAINED_NOTICE
 from support.runs.training import (
     BuiltInConfigureModel,
     Data,
@@ -25,6 +26,8 @@ from support.runs.training import (
     outputs,
 )
 from support.runs.with_callback import BATCHES, TARGETS, Steps, lora, run, trained
+
+pytestmark = UNTRAINED_NOTICE
 
 HOOKS = [
     name

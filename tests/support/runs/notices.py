@@ -66,3 +66,7 @@ def let_warnings_be_errors() -> None:
         warnings.simplefilter("error")
     else:
         warnings.filterwarnings("error", OUR_WARNINGS)
+
+
+# A run that evaluates an adapter with its first values, which is no matter of a test about something else.
+UNTRAINED_NOTICE = pytest.mark.filterwarnings("ignore:LoRACallback. .* was neither trained nor loaded")
