@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.compile import to_uncompiled
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, load_from_checkpoint
-from support.runs.notices import TORCH_NOTICES
+from support.runs.notices import TORCH_NOTICES, UNTRAINED_NOTICE
 from support.runs.recorders import Recorder, start_anew
 from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs
 
@@ -100,6 +100,7 @@ def test_fit_of_a_model_injected_before_compiling_equals_the_eager_fit(tmp_path)
     assert_same_tensors(dict(adapter_state_dict(model)), dict(adapter_state_dict(eager)))
 
 
+@UNTRAINED_NOTICE
 @pytest.mark.parametrize("how", ["in place", "whole"])
 def test_validation_runs_the_graph_of_a_model_without_adapters(tmp_path, how):
     codes = []

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import LoRACLI, LoRAConfig, LoRAError, LoRAMonitor, inject
+from support.runs.notices import UNTRAINED_NOTICE
 from support.runs.training import Data, Net, make_trainer
 from support.runs.with_callback import TARGETS, BrokenError, lora
 
@@ -62,6 +63,7 @@ def test_network_injected_inside_the_module_is_monitored(tmp_path: Path):
     }
 
 
+@UNTRAINED_NOTICE
 def test_fit_without_a_logger_is_refused_and_an_evaluation_is_not(tmp_path: Path):
     trainer = make_trainer(tmp_path, lora(), LoRAMonitor())
     with pytest.raises(LoRAError, match=r"^LoRAMonitor: this Trainer has no logger, so there is nowhere to log to\."):

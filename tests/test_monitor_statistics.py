@@ -16,6 +16,7 @@ from torch import nn
 import lightning_lora.monitor
 from lightning_lora import LoRAMonitor, adapter_stats
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs.notices import UNTRAINED_NOTICE
 from support.runs.training import Data, Net, make_trainer, weights
 from support.runs.with_callback import lora
 
@@ -269,6 +270,7 @@ class Validates(L.Callback):
         assert twin is not pl_module
 
 
+@UNTRAINED_NOTICE
 def test_a_trainer_in_a_hook_leaves_what_the_outer_one_logs(tmp_path: Path):
     callbacks = lora(), monitor(2)
     fit(tmp_path, Net(), *callbacks, Validates(tmp_path / "inner", *callbacks), max_epochs=2)

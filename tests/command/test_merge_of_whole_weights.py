@@ -147,11 +147,9 @@ def test_a_base_without_the_trained_head_is_answered_with_how_to_make_one_that_h
     inject(tuned, LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
     spread_(tuned)
     save_adapter(tuned, tmp_path / "adapter")
-    with pytest.warns(
-        UserWarning, match=r"'classifier\.\w+'.* save_pretrained that model .* give the folder as --base"
-    ):
+    with pytest.raises(LoRAError, match=r"'classifier\.\w+'.* the whole model .* as --base.* save_pretrained"):
         merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "without")
-    classifier(tmp_path / "base").save_pretrained(tmp_path / "with")  # as the warning says
+    classifier(tmp_path / "base").save_pretrained(tmp_path / "with")  # as the error says
     merge_on_disk(tmp_path / "with", tmp_path / "adapter", tmp_path / "merged")
     loaded = classifier(tmp_path / "merged").eval()
     with torch.no_grad():

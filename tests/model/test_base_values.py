@@ -33,6 +33,7 @@ from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint
 from support.covering import covering
 from support.models.networks import Zoo, bits, randomise_, state_bits, tokens, train, zoo_config
 from support.runs.broken_off import break_off
+from support.runs.notices import UNTRAINED_NOTICE
 from support.runs.training import Data, Net, make_trainer
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -142,6 +143,7 @@ def test_a_cast_inside_is_there_outside():
     assert optimizer.param_groups[0]["params"][0] is model.head.weight
 
 
+@UNTRAINED_NOTICE
 def test_a_trainer_evaluates_the_base_inside(tmp_path):
     """It moves the model to its device, merges and unmerges."""
     config = LoRAConfig(r=2, target_modules=["body.0", "body.3"], modules_to_save=["body.1", "head"])

@@ -30,6 +30,7 @@ from lightning_lora import (
 )
 from support.covering import covering
 from support.runs.lightning_versions import ANY_OBJECTS, PLAIN_TYPES_ONLY
+from support.runs.notices import UNTRAINED_NOTICE
 from support.runs.training import (
     FEATURES,
     BuiltInConfigureModel,
@@ -201,6 +202,7 @@ def test_given_option_that_differs_from_the_checkpoints_is_an_error_that_names_i
             door(Net(), Data(BATCHES), ckpt_path=file, **PLAIN_TYPES_ONLY)
 
 
+@UNTRAINED_NOTICE
 def test_a_peft_folder_for_a_checkpoint_is_an_error_with_the_call_that_loads_it(tmp_path):
     folder = tmp_path / "folder"
     inject(model := Net(), LoRAConfig(r=2))
@@ -292,6 +294,7 @@ def test_checkpoint_is_found_however_the_trainer_is_told(tmp_path, way: Callable
     assert torch.equal(outputs(model), loaded_outputs(file))
 
 
+@UNTRAINED_NOTICE
 def test_run_without_a_checkpoint_does_not_take_the_options_of_the_run_before(tmp_path):
     """trainer.ckpt_path still is that run's when the next setup begins."""
     trainer = make_trainer(tmp_path, LoRACallback())

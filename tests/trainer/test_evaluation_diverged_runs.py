@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_lora import LoRAError, is_merged, load_from_checkpoint
+from support.runs.notices import UNTRAINED_NOTICE
 from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
 from support.runs.with_callback import At, Steps, assert_as_found, base_weights, lora, lora_with_effect, run
 
@@ -71,6 +72,7 @@ def test_a_sanity_check_that_cannot_merge_runs_unmerged(tmp_path):
     assert model.seen == [("validation_step", False)] * 2
 
 
+@UNTRAINED_NOTICE
 def test_an_evaluation_outside_of_fit_is_refused(tmp_path):
     model = Net()
     with torch.no_grad():

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import pytorch_lightning
 
+from support.runs.notices import UNTRAINED_NOTICE
 from support.runs.other_name import under_pytorch_lightning
 
 pytestmark = pytest.mark.usefixtures("as_program")
+
+pytestmark = UNTRAINED_NOTICE
 
 LIVES = {
     "test_callback": [

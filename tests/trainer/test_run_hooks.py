@@ -12,6 +12,7 @@ import pytest
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged
 from lightning_lora.model.injection import Injection, Run
 from lightning_lora.trainer.record import INSIDE, record_of
+from support.runs.notices import UNTRAINED_NOTICE
 from support.runs.training import Data, Net, make_trainer
 from support.runs.with_callback import At, BrokenError, lora_with_effect
 
@@ -31,6 +32,7 @@ class Breaks(Net):
         raise BrokenError
 
 
+@UNTRAINED_NOTICE
 @pytest.mark.parametrize(("stage", "inside"), [("fit", False), ("fit", True), ("validate", True), ("predict", False)])
 def test_nothing_of_a_run_is_left_after_it(tmp_path: Path, stage: str, inside: bool):
     seen: list[dict[str, Any]] = []
