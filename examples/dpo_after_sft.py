@@ -108,7 +108,7 @@ if __name__ == "__main__":
     taught, held_out = preferences(), preferences(held_out=True)
     model, data = DPO(), DataLoader(held_out, batch_size=64)
     # Merged, each step of a validation would be unmerged by `scaled`.
-    dpo = trainer(3, LoRACallback(r=8, lora_alpha=16, beside={"sft": SFT_ADAPTER}, merged_eval=False))
+    dpo = trainer(3, LoRACallback(r=8, lora_alpha=16, attach={"sft": SFT_ADAPTER}, merged_eval=False))
     before = dpo.validate(model, data, verbose=False)[0]
     dpo.fit(model, DataLoader(taught, batch_size=16, shuffle=True))
     after = dpo.validate(model, data, verbose=False)[0]

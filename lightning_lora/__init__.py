@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import LoRAConfig
 from .errors import LoRAError
-from .model.attached import attached, detach, scaled, set_weight
+from .model.attached import attached, detach, scaled, set_strength
 from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.param_groups import lora_param_groups
@@ -63,7 +63,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "save_adapter",
     "save_merged",
     "scaled",
-    "set_weight",
+    "set_strength",
     "summary",
     "take_adapter",
     "unload",

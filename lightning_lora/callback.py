@@ -89,7 +89,7 @@ class LoRACallback(Callback):
         enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
         seed: an integer that seeds the adapters' initial values.
-        beside: frozen adapters to attach, by name, such as {"sft": "folder"}.
+        attach: frozen adapters to attach, by name, such as {"sft": "folder"}.
         merge_after_fit: leave plain layers with merged weights when fit ends.
         quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4".
         dequantize: dtype of the plain weights that replace quantised ones, for save="merged" and merge_after_fit.
@@ -138,7 +138,7 @@ class LoRACallback(Callback):
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,
         seed: int | None = None,
-        beside: Mapping[str, Any] | None = None,
+        attach: Mapping[str, Any] | None = None,
         merge_after_fit: bool = False,
         quantize: str | None = None,
         dequantize: str | torch.dtype | None = None,
@@ -149,7 +149,7 @@ class LoRACallback(Callback):
         self.merged_eval = merged_eval
         self.save = save
         self.seed = seed
-        self.beside = beside
+        self.attach = attach
         self.merge_after_fit = merge_after_fit
         self.quantize = quantize
         self.dequantize = dequantize

@@ -73,8 +73,8 @@ class Adapter:
         weightless: the names of modules without weights that end like an adapted layer's name, so far as known.
             target_modules that name layers by their ends must not take these.
         foreign: what modules wrote into state_dict() beside parameters, buffers and extra state.
-        beside: by name, weight and fingerprint of each frozen adapter that it was trained beside. Their tensors are not
-            in it, and the model that it belongs to has them attached.
+        attached: by name, strength and fingerprint of each frozen adapter that it was trained beside. Their tensors are
+            not in it, and the model that it belongs to has them attached.
     """
 
     tensors: Mapping[str, Any]
@@ -94,7 +94,7 @@ class Adapter:
     peft_version: str | None = None
     weightless: frozenset[str] = frozenset()
     foreign: ForeignEntries = field(default_factory=ForeignEntries)
-    beside: Mapping[str, Beside] = field(default_factory=dict)
+    attached: Mapping[str, Beside] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -108,7 +108,7 @@ class Adapter:
         parts = [f"r={' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"] if ranks else []
         parts += [f"{len(layers)} layer{'s' * (len(layers) != 1)}", f"{values:,} values"]
         parts += [f"base {origin!r}"] if origin else []
-        parts += [f"beside {weights_text(self.beside)}"] if self.beside else []
+        parts += [f"beside {strengths_text(self.attached)}"] if self.attached else []
         return f"{type(self).__name__}({', '.join(parts)}{'' if self.config else ', without options'})"
 
     @cached_property
@@ -292,9 +292,9 @@ def _stored_rank(adapter: Adapter, layer: str) -> int:
         return 0
 
 
-def weights_text(beside: Mapping[str, Beside]) -> str:
+def strengths_text(beside: Mapping[str, Beside]) -> str:
     """Return the names and weights of adapters beside a trained one, for messages."""
-    return ", ".join(f"{name!r} (weight {each.weight:g})" for name, each in sorted(beside.items()))
+    return ", ".join(f"{name!r} (strength {each.strength:g})" for name, each in sorted(beside.items()))
 
 
 def is_head_only(adapter: Adapter) -> bool:

@@ -3,7 +3,7 @@
 format_version  of the description; FORMAT_VERSION grows with every change that an earlier reader would misread
 layers       [[kind or None, scaling, [names]], ...]
 fingerprint  {name: [dtype, shape, values], ...}; a quantised weight has no values, and its kind as a fourth item
-beside       {name: [weight, digest], ...} of the frozen adapters that it was trained beside
+beside       {name: [strength, digest], ...} of the frozen adapters that it was trained beside
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         **({"weightless": sorted(adapter.weightless)} if adapter.weightless else {}),
         **({"scope": adapter.scope} if adapter.scope else {}),
         **({"tables": {name: list(rows) for name, rows in adapter.tables.items()}} if adapter.tables else {}),
-        **({"beside": encode_beside(adapter.beside)} if adapter.beside else {}),
+        **({"beside": encode_beside(adapter.attached)} if adapter.attached else {}),
         **({"tied": dict(adapter.tied), "tied_by_peft": adapter.tied_by_peft} if adapter.tied else {}),
     }
 
@@ -95,7 +95,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
             tied={_text(name): _text(first) for name, first in metadata.get("tied", {}).items()},
             tied_by_peft=metadata.get("tied_by_peft") is True,
             weightless=frozenset(map(_text, _list(metadata.get("weightless", [])))),
-            beside=decode_beside(metadata.get("beside", {})),
+            attached=decode_beside(metadata.get("beside", {})),
             peft_version=_text(metadata["peft_version"]) if "peft_version" in metadata else None,
         )
     except LoRAError:
@@ -170,17 +170,17 @@ def decode_fingerprint(rows: Mapping[str, Any]) -> dict[str, Entry]:
 
 def encode_beside(beside: Mapping[str, Beside]) -> dict[str, Any]:
     """Return plain types for each adapter beside the trained one, in the order of their names."""
-    return {name: [each.weight, each.fingerprint] for name, each in sorted(beside.items())}
+    return {name: [each.strength, each.fingerprint] for name, each in sorted(beside.items())}
 
 
 def decode_beside(rows: Mapping[str, Any]) -> dict[str, Beside]:
     """Return the adapters beside the trained one: the inverse of encode_beside. Raises TypeError or ValueError."""
     beside = {}
     for name, row in rows.items():
-        weight, fingerprint = _list(row)
-        if not is_number(weight):
-            raise ValueError(f"no weight: {shown(weight)}")
-        beside[_text(name)] = Beside(float(weight), _text(fingerprint))
+        strength, fingerprint = _list(row)
+        if not is_number(strength):
+            raise ValueError(f"no strength: {shown(strength)}")
+        beside[_text(name)] = Beside(float(strength), _text(fingerprint))
     return beside
 
 

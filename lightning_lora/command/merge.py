@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter, weights_text
+from ..adapter.adapter import Adapter, strengths_text
 from ..adapter.base_files import compare_with_files
 from ..adapter.fingerprint import entries_match
 from ..adapter.renaming import align_to_modules
@@ -103,12 +103,12 @@ def merge_on_disk(
 
 def _refuse_beside(adapter: Adapter, path: PathLike) -> None:
     """Raise LoRAError where an adapter was trained beside others: merged alone it is another model."""
-    if adapter.beside:
-        weights = " ".join(f"{each.weight:g}" for _, each in sorted(adapter.beside.items()))
+    if adapter.attached:
+        weights = " ".join(f"{each.strength:g}" for _, each in sorted(adapter.attached.items()))
         raise LoRAError(
-            f"merge: {path}: was trained beside {weights_text(adapter.beside)}, which is not in it. Combine them: "
-            f"lightning-lora combine {path} {' '.join(sorted(adapter.beside)).upper()} --weights 1 {weights} --output "
-            "COMBINED, or attach them in Python and call save_merged."
+            f"merge: {path}: was trained beside {strengths_text(adapter.attached)}, which is not in it. Combine them: "
+            f"lightning-lora combine {path} {' '.join(sorted(adapter.attached)).upper()} --weights 1 {weights} "
+            "--output COMBINED, or attach them in Python and call save_merged."
         )
 
 

@@ -23,7 +23,7 @@ from ..model.attached import (
     begin_attached,
     begin_layers_,
     change_unmerged_,
-    checked_weight,
+    checked_strength,
     take_out_attached_,
 )
 from ..model.live_state import LiveState, open_state, original_value
@@ -45,7 +45,7 @@ def attach(
     source: PathLike | Mapping[str, Any] | Adapter,
     *,
     name: str,
-    weight: float = 1.0,
+    strength: float = 1.0,
     strict_base: bool = True,
 ) -> list[str]:
     """Put a frozen adapter beside the trained one, in place: W' = c * (W + s * B @ A) + sum of w_i * s_i * B_i @ A_i.
@@ -56,8 +56,8 @@ def attach(
     Args:
         model: with the base that the adapter was trained on.
         source: any form of adapter that load_adapter takes.
-        name: by which detach, scaled and set_weight call it: a text without dots.
-        weight: w, 1 as trained.
+        name: by which detach, scaled and set_strength call it: a text without dots.
+        strength: w, 1 as trained.
         strict_base: whether another base than the adapter's is an error or a warning.
 
     Returns:
@@ -73,19 +73,19 @@ def attach(
         >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
         >>> save_adapter(model, "sft")
         >>> unload(model)
-        >>> attach(model, "sft", name="sft", weight=0.5)
+        >>> attach(model, "sft", name="sft", strength=0.5)
         ['0', '2']
         >>> inject(model, LoRAConfig(r=4, target_modules=["0"]))  # a new adapter is trained beside it
         ['0']
     """
     if not isinstance(name, str) or not name or "." in name:
         raise LoRAError(f"attach: a name must be a text without dots, and not empty, but it is {name!r}.")
-    weight = checked_weight(weight, "attach")
+    strength = checked_strength(strength, "attach")
     listing = Listing(unwrapped(model, "attach"))
     adapter = read_source(source, order_in(listing.model), "attach")
     refuse_lacking(beside_in(listing), source, "attach")
     handle = find_model(listing, attached=True) or begin_attached(listing.model)
-    put_in = partial(_put_in_, handle, adapter, name, weight, strict_base)
+    put_in = partial(_put_in_, handle, adapter, name, strength, strict_base)
     with claimed("attach", handle.record.owner):
         if name in handle.record.beside:
             raise LoRAError(f"attach: an adapter {name!r} is attached already; call detach(model, {name!r}) first.")
@@ -93,7 +93,7 @@ def attach(
     return [layer for layer, adapted in handle.all_layers.items() if name in adapted.attached()]
 
 
-def _put_in_(handle: AdaptedModel, source: Adapter, called: str, weight: float, strict_base: bool) -> None:
+def _put_in_(handle: AdaptedModel, source: Adapter, called: str, strength: float, strict_base: bool) -> None:
     """Put an adapter into every layer that it has. In place. After an error some layers are changed."""
     names = Names(handle.places)
     check_factors(source, "attach")
@@ -113,8 +113,8 @@ def _put_in_(handle: AdaptedModel, source: Adapter, called: str, weight: float, 
     _refuse_other_values(live, adapter, called)
     check_fingerprint(live, adapter.fingerprint, strict=strict_base, why=())  # what is trained here was the base's
     with torch.inference_mode(False), torch.no_grad():
-        pairs = {name: _pair(layer, kinds[name], adapter, name, called, weight) for name, layer in layers.items()}
-    attach_to_layers_(handle, called, pairs, Beside(weight, digest_of(source)))
+        pairs = {name: _pair(layer, kinds[name], adapter, name, called, strength) for name, layer in layers.items()}
+    attach_to_layers_(handle, called, pairs, Beside(strength, digest_of(source)))
 
 
 def _refuse_kinds_of_adapters(adapter: Adapter, called: str) -> None:
@@ -132,7 +132,7 @@ def _refuse_kinds_of_adapters(adapter: Adapter, called: str) -> None:
         )
 
 
-def _pair(layer: AdaptedWeights, kind: str, adapter: Adapter, name: str, called: str, weight: float) -> Attached:
+def _pair(layer: AdaptedWeights, kind: str, adapter: Adapter, name: str, called: str, strength: float) -> Attached:
     """Return A, B, s and w of one layer, as a pair of the whole layer."""
     given, tensor = adapter.layers[name], layer.adapted_weight()
     if is_spread(tensor):
@@ -161,7 +161,7 @@ def _pair(layer: AdaptedWeights, kind: str, adapter: Adapter, name: str, called:
         )
     device = torch.device("cpu") if tensor.is_meta else tensor.device
     dtype = torch.float64 if layer.weight_dtype() == torch.float64 else None
-    return Attached(a.detach().to(device, dtype), b.detach().to(device, dtype), float(scaling), weight)
+    return Attached(a.detach().to(device, dtype), b.detach().to(device, dtype), float(scaling), strength)
 
 
 def _refuse_other_values(live: LiveState, adapter: Adapter, called: str) -> None:

@@ -26,7 +26,7 @@ from ..formats.lightning_checkpoint import (
     checkpoint_metadata,
 )
 from ..model.adapted_model import AdaptedModel, find_model, open_model
-from ..model.attached import attached, detach, set_weight
+from ..model.attached import attached, detach, set_strength
 from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.foreign_state import (
     foreign_entries,
@@ -246,7 +246,7 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
 def _take_strengths_(handle: AdaptedModel, strengths: Mapping[str, float]) -> None:
     """Give attached adapters the weights that they have in a checkpoint. In place."""
     if strengths:
-        set_weight(handle.model, strengths)
+        set_strength(handle.model, strengths)
 
 
 def is_divided(handle: AdaptedModel) -> bool:

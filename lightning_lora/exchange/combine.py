@@ -26,7 +26,7 @@ from typing import Any, get_args
 
 import torch
 
-from ..adapter.adapter import Adapter, Layer, weights_text
+from ..adapter.adapter import Adapter, Layer, strengths_text
 from ..adapter.combined_layer import CUT, OTHER_NAMES, PRUNING, Method, combine_layer, same_in_all
 from ..adapter.fingerprint import compare_fingerprints
 from ..adapter.lora_form import as_lora, padded
@@ -204,7 +204,7 @@ def _checked_weights(sources: Sequence[Any], weights: Sequence[float] | None) ->
         raise LoRAError(f"combine: {len(sources)} adapters need as many weights, found {len(weights)}.")
     for weight in weights:
         if not is_number(weight):
-            raise LoRAError(f"combine: a weight must be a finite number, but it is {weight!r}.")
+            raise LoRAError(f"combine: a strength must be a finite number, but it is {weight!r}.")
     if not any(weights):
         raise LoRAError("combine: all weights are 0, which leaves no adapter.")
     return weights
@@ -269,18 +269,18 @@ def _assemble(tensors: Mapping[str, Any], adapters: Sequence[Adapter]) -> Adapte
         tables=_own_tables(first),
         tied=first.tied,
         tied_by_peft=first.tied_by_peft,
-        beside=_beside_all(adapters),
+        attached=_beside_all(adapters),
     ).with_layers({name: Layer(scaling=1.0, kind=kinds.get(name, "")) for each in adapters for name in each.layers})
 
 
 def _beside_all(adapters: Sequence[Adapter]) -> Mapping[str, Beside]:
     """Return what all adapters were trained beside. What only some were is perhaps one of the others, and is told."""
-    first, *others = (each.beside for each in adapters)
+    first, *others = (each.attached for each in adapters)
     if all(other == first for other in others):
         return first
     some = {name: each for beside in (first, *others) for name, each in beside.items()}
     tell(
-        f"lightning_lora: combine: not all were trained beside {weights_text(some)}, so the result is taken to be "
+        f"lightning_lora: combine: not all were trained beside {strengths_text(some)}, so the result is taken to be "
         "complete: combine it with them, by these weights."
     )
     return {}

@@ -122,7 +122,7 @@ def attached_adapter(handle: AdaptedModel, name: str) -> Adapter:
         complete=False,
         tables={},
         tied={},
-        beside={},
+        attached={},
     )
 
 
@@ -170,7 +170,7 @@ def _described(live: LiveState) -> Adapter:
         tables={name: layer.replaced_rows() for name, layer in tables.items()},
         tied=tied,
         tied_by_peft=tied.items() <= by_peft.items(),
-        beside=dict(record.beside),
+        attached=dict(record.beside),
     )
 
 

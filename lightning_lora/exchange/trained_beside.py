@@ -1,11 +1,11 @@
-"""Whether a model has the adapters attached that another adapter was trained beside. A file holds their names, weights
-and fingerprints, and not their tensors."""
+"""Whether a model has the adapters attached that another adapter was trained beside. A file holds their names,
+strengths and fingerprints, and not their tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ..adapter.adapter import Adapter, weights_text
+from ..adapter.adapter import Adapter, strengths_text
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..nn.attachment import Beside
@@ -18,7 +18,9 @@ Remedy = Callable[[Attached], str]  # makes the advice for adapters that are not
 def by_attach(missing: Mapping[str, Beside], *, strict_base: bool = True) -> str:
     """Return the calls that attach adapters, each from a source that the user must know."""
     more = "" if strict_base else ", strict_base=False"
-    calls = (f"attach(model, source, name={name!r}, weight={each.weight:g}{more})" for name, each in missing.items())
+    calls = (
+        f"attach(model, source, name={name!r}, strength={each.strength:g}{more})" for name, each in missing.items()
+    )
     return "; ".join(calls)
 
 
@@ -29,17 +31,19 @@ def by_load_adapter(missing: Mapping[str, Beside]) -> str:
 
 def by_callback(missing: Mapping[str, Beside]) -> str:
     """Return the advice where a Trainer loads the checkpoint."""
-    beside = ", ".join(f"{name!r}: {{'source': source, 'weight': {each.weight:g}}}" for name, each in missing.items())
-    return f"Give it to the callback: LoRACallback(beside={{{beside}}}), or call attach before."
+    beside = ", ".join(
+        f"{name!r}: {{'source': source, 'strength': {each.strength:g}}}" for name, each in missing.items()
+    )
+    return f"Give it to the callback: LoRACallback(attach={{{beside}}}), or call attach before."
 
 
 def refuse_missing(here: Attached, adapter: Adapter, remedy: Remedy = by_load_adapter) -> None:
     """Raise LoRAError where an adapter was trained beside one that is not attached to the model."""
-    missing = {name: each for name, each in sorted(adapter.beside.items()) if name not in here}
+    missing = {name: each for name, each in sorted(adapter.attached.items()) if name not in here}
     if missing:
         raise LoRAError(
-            f"adapter: it was trained beside {weights_text(missing)}, which is not attached to this model, and not in "
-            f"the source. {remedy(missing)}"
+            f"adapter: it was trained beside {strengths_text(missing)}, which is not attached to this model, and not "
+            f"in the source. {remedy(missing)}"
         )
 
 
@@ -68,11 +72,11 @@ def check_beside(listing: Listing, adapter: Adapter) -> None:
     here = beside_in(listing)
     refuse_missing(here, adapter)
     refuse_others(here, adapter)
-    for name, each in sorted(adapter.beside.items()):
-        if here[name].weight != each.weight:
+    for name, each in sorted(adapter.attached.items()):
+        if here[name].strength != each.strength:
             raise LoRAError(
-                f"adapter: it was trained beside {name!r} with the weight {each.weight:g}, and here the weight is "
-                f"{here[name].weight:g}. Call set_weight(model, {each.weight:g}, {name!r}) first."
+                f"adapter: it was trained beside {name!r} with the strength {each.strength:g}, and here the strength "
+                f"is {here[name].strength:g}. Call set_strength(model, {each.strength:g}, {name!r}) first."
             )
 
 
@@ -80,23 +84,23 @@ def check_beside_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, flo
     """Raise LoRAError unless exactly those adapters are attached that a Trainer's checkpoint was trained beside.
 
     Returns:
-        The weights of the checkpoint that differ from the model's, by name: a run goes on with those it had.
+        The strengths of the checkpoint that differ from the model's, by name: a run goes on with those it had.
     """
     here = handle.record.beside
     refuse_missing(here, adapter, by_callback)
     refuse_others(here, adapter)
-    more = sorted(here.keys() - adapter.beside.keys())
+    more = sorted(here.keys() - adapter.attached.keys())
     if more:
         raise LoRAError(
             f"adapter: it was trained without {more[0]!r}, which is attached to this model. Leave it out of "
-            f"LoRACallback(beside=...), or call detach(model, {more[0]!r}) first."
+            f"LoRACallback(attach=...), or call detach(model, {more[0]!r}) first."
         )
-    return {name: each.weight for name, each in adapter.beside.items() if each.weight != here[name].weight}
+    return {name: each.strength for name, each in adapter.attached.items() if each.strength != here[name].strength}
 
 
 def refuse_others(here: Attached, adapter: Adapter) -> None:
     """Raise LoRAError where the adapter that is attached under a name is another than it was in the training."""
-    for name, each in sorted(adapter.beside.items()):
+    for name, each in sorted(adapter.attached.items()):
         if each.fingerprint != here[name].fingerprint:
             raise LoRAError(
                 f"adapter: it was trained beside another adapter {name!r} than the one that is attached here. Call "

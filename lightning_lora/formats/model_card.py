@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..adapter.adapter import Adapter, weights_text
+from ..adapter.adapter import Adapter, strengths_text
 from ..config import TASK_HEADS
 from ..errors import MOST
 
@@ -73,9 +73,9 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, network: str = "") 
     parts = [_front_matter(base, task), f"# {title}\n"]
     if quantised:
         parts.append(f"It belongs to a base that is quantised ({', '.join(quantised)}): load that in the same way.\n")
-    if adapter.beside:
+    if adapter.attached:
         parts.append(
-            f"It was trained beside {weights_text(adapter.beside)}, which is not in these files. Alone it computes "
+            f"It was trained beside {strengths_text(adapter.attached)}, which is not in these files. Alone it computes "
             "something else.\n"
         )
     if heads := _heads(adapter):

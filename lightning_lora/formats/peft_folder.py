@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..adapter.adapter import Adapter, is_head_only, weights_text
+from ..adapter.adapter import Adapter, is_head_only, strengths_text
 from ..adapter.metadata import check_format, to_metadata
 from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, shown
@@ -109,10 +109,10 @@ def _tell_what_differs(adapter: Adapter, path: PathLike) -> None:
             f"lightning_lora: {path}: {listed(list(adapter.foreign.values))} is left out: a module wrote it into "
             "state_dict() of its own, which PEFT's format has no place for. A checkpoint holds it."
         )
-    if adapter.beside:
+    if adapter.attached:
         tell(
             f"lightning_lora: {path}: holds the trained adapter alone. It was trained beside "
-            f"{weights_text(adapter.beside)}; alone it computes something else."
+            f"{strengths_text(adapter.attached)}; alone it computes something else."
         )
     if adapter.pretrained:
         tell(_names_of_whole(adapter, path))

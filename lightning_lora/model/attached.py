@@ -37,23 +37,23 @@ from .pretrained import follow_gradient_checkpointing, warn_before_save_pretrain
 from .reasons import LAYER, PARAMETER, Candidate
 from .wrappers import unwrapped
 
-Weights = Mapping[str, float]  # by name; "" is the trained adapter
+Strengths = Mapping[str, float]  # by name; "" is the trained adapter
 
 
 def attached(model: nn.Module) -> dict[str, float]:
-    """Return the weight of each attached adapter by name, in the order of names; nothing where none is attached.
+    """Return the strength of each attached adapter by name, in the order of names; nothing where none is attached.
 
     Example::
 
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> names = inject(model, LoRAConfig(r=2))
         >>> save_adapter(model, "sft")
-        >>> names = attach(model, "sft", name="sft", weight=0.5)
+        >>> names = attach(model, "sft", name="sft", strength=0.5)
         >>> attached(model)
         {'sft': 0.5}
     """
     handle = find_model(Listing(unwrapped(model, "attached")), attached=True)
-    return {} if handle is None else {name: each.weight for name, each in handle.record.beside.items()}
+    return {} if handle is None else {name: each.strength for name, each in handle.record.beside.items()}
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -82,43 +82,43 @@ def detach(model: nn.Module, name: str) -> None:
     change_unmerged_(handle, "detach", partial(take_out_attached_, handle, name), finish)
 
 
-def set_weight(model: nn.Module, weight: float | Weights, name: str = "") -> None:
-    """Change the weight of an attached adapter. In place, and exact: with the weight of before, each bit is as before.
+def set_strength(model: nn.Module, strength: float | Strengths, name: str = "") -> None:
+    """Change the strength of an attached adapter. In place, and exact: the strength of before gives each bit of before.
 
-    What peft calls rescale_adapter_scale. Nothing is compiled anew. A merged model is merged with the new weight.
+    What peft calls rescale_adapter_scale. Nothing is compiled anew. A merged model is merged with the new strength.
 
     Args:
         model: with the adapter.
-        weight: the new weight, 1 as trained and 0 off; or a mapping of several, by name.
+        strength: the new strength, 1 as trained and 0 off; or a mapping of several, by name.
         name: of the adapter. The trained one keeps its strength, because files would not tell another; see scaled.
 
     Raises:
-        LoRAError: there is no such adapter, a weight is no finite number, or W' would not be finite in a merged model,
-            which is then as it was.
+        LoRAError: there is no such adapter, a strength is no finite number, or W' would not be finite in a merged
+            model, which is then as it was.
 
     Example::
 
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
         >>> names = attach(model, take_adapter(model), name="style")
-        >>> set_weight(model, 0.3, "style")
+        >>> set_strength(model, 0.3, "style")
         >>> attached(model)
         {'style': 0.3}
     """
-    handle = open_model(model, "set_weight", attached=True)
-    weights = _asked(handle, weight, name, "set_weight")
-    if "" in weights:
+    handle = open_model(model, "set_strength", attached=True)
+    strengths = _asked(handle, strength, name, "set_strength")
+    if "" in strengths:
         raise LoRAError(
-            "set_weight: changes attached adapters, and no file would tell another strength of the trained one. Use "
-            "`with scaled(model, weight):` for that, or name an attached adapter "
+            "set_strength: changes attached adapters, and no file would tell another strength of the trained one. Use "
+            "`with scaled(model, strength):` for that, or name an attached adapter "
             f"({listed([repr(each) for each in handle.record.beside]) or 'there is none'})."
         )
-    before = {each: handle.record.beside[each].weight for each in weights}
-    change_unmerged_(handle, "set_weight", partial(_set_, handle, weights), partial(_set_, handle, before))
+    before = {each: handle.record.beside[each].strength for each in strengths}
+    change_unmerged_(handle, "set_strength", partial(_set_, handle, strengths), partial(_set_, handle, before))
 
 
 @contextmanager
-def scaled(model: nn.Module, weight: float | Weights, name: str = "") -> Iterator[nn.Module]:
+def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Iterator[nn.Module]:
     """Let the trained adapter, or one beside it, act with another strength inside the block; 0 is off.
 
     With the trained one off, heads and biases that were trained have their initial values inside, as in
@@ -128,7 +128,7 @@ def scaled(model: nn.Module, weight: float | Weights, name: str = "") -> Iterato
 
     Args:
         model: injected, or with attached adapters.
-        weight: the strength, 1 as trained; or a mapping of several, by name.
+        strength: the strength, 1 as trained; or a mapping of several, by name.
         name: of an attached adapter; "" is the trained one.
 
     Raises:
@@ -145,19 +145,19 @@ def scaled(model: nn.Module, weight: float | Weights, name: str = "") -> Iterato
         True
     """
     handle = open_model(model, "scaled", attached=True)
-    with _acting_with(handle, _asked(handle, weight, name, "scaled")):
+    with _acting_with(handle, _asked(handle, strength, name, "scaled")):
         yield model
 
 
 @contextmanager
-def _acting_with(handle: AdaptedModel, weights: Weights) -> Iterator[None]:
+def _acting_with(handle: AdaptedModel, strengths: Strengths) -> Iterator[None]:
     record = handle.record
-    if "" in weights:
-        _refuse_between(handle, weights[""])
-    is_off = weights.get("") == 0 and any(True for _ in handle.first_values())
+    if "" in strengths:
+        _refuse_between(handle, strengths[""])
+    is_off = strengths.get("") == 0 and any(True for _ in handle.first_values())
     with claimed(OFF if is_off else "scaled", record.owner) as claim:
         around = [verb for verb in (DISABLED, OFF) if record.owner.holds(verb, beside=claim)]
-        if around and weights.get(""):
+        if around and strengths.get(""):
             raise LoRAError(f"scaled: inside `with {around[0]}` the trained adapter stays off; leave its strength out.")
         found = stand_ins(handle) if is_off and not around else []
         modules = [each.module for each in found]
@@ -168,7 +168,7 @@ def _acting_with(handle: AdaptedModel, weights: Weights) -> Iterator[None]:
             try:
                 unmerge_if_merged(handle)
                 put_in_(found, modules)
-                _act_with_(handle, {**before, **weights})
+                _act_with_(handle, {**before, **strengths})
                 yield
             finally:
                 end()
@@ -177,7 +177,7 @@ def _acting_with(handle: AdaptedModel, weights: Weights) -> Iterator[None]:
 
 
 def _scale_back(
-    handle: AdaptedModel, state: FoundState, before: Weights, found: Sequence[StandIn], modules: Sequence[nn.Module]
+    handle: AdaptedModel, state: FoundState, before: Strengths, found: Sequence[StandIn], modules: Sequence[nn.Module]
 ) -> None:
     """Give the adapters the strength that they had before `scaled`. In place; can be called again after any part.
 
@@ -211,7 +211,7 @@ def _inside(handle: AdaptedModel) -> dict[str, float]:
     return found
 
 
-def _act_with_(handle: AdaptedModel, inside: Weights) -> None:
+def _act_with_(handle: AdaptedModel, inside: Strengths) -> None:
     """Let the adapters of an unmerged model act with these strengths, and the others with their own. In place."""
     for layer in handle.all_layers.values():
         if layer.is_trained():
@@ -220,39 +220,39 @@ def _act_with_(handle: AdaptedModel, inside: Weights) -> None:
             layer.lora.beside.act_with_(inside)
 
 
-def _set_(handle: AdaptedModel, weights: Weights) -> None:
-    """Give attached adapters of an unmerged model other weights, for good. In place."""
+def _set_(handle: AdaptedModel, strengths: Strengths) -> None:
+    """Give attached adapters of an unmerged model other strengths, for good. In place."""
     beside = handle.record.beside
     for layer in handle.all_layers.values():
         packed = layer.lora.beside
-        for name in packed.shares.keys() & weights.keys() if packed is not None else ():
-            packed.set_weight_(name, weights[name])  # type: ignore[union-attr]
-    beside.update({name: replace(beside[name], weight=weight) for name, weight in weights.items()})
+        for name in packed.shares.keys() & strengths.keys() if packed is not None else ():
+            packed.set_strength_(name, strengths[name])  # type: ignore[union-attr]
+    beside.update({name: replace(beside[name], strength=strength) for name, strength in strengths.items()})
 
 
-def _asked(handle: AdaptedModel, weight: float | Weights, name: str, verb: str) -> dict[str, float]:
-    """Return the weights that a call asks for, by name.
+def _asked(handle: AdaptedModel, strength: float | Strengths, name: str, verb: str) -> dict[str, float]:
+    """Return the strengths that a call asks for, by name.
 
     Raises:
-        LoRAError: there is no such adapter, or a weight is no finite number.
+        LoRAError: there is no such adapter, or a strength is no finite number.
     """
-    given = weight if isinstance(weight, Mapping) else {name: weight}
-    weights = {each: checked_weight(value, verb) for each, value in given.items()}
-    for each in weights:
+    given = strength if isinstance(strength, Mapping) else {name: strength}
+    strengths = {each: checked_strength(value, verb) for each, value in given.items()}
+    for each in strengths:
         if each or not handle.record.is_injection:
             require_attached(handle, each, verb)
-    return weights
+    return strengths
 
 
-def checked_weight(weight: object, verb: str) -> float:
-    """Return a weight as a float, also one of numpy.
+def checked_strength(strength: object, verb: str) -> float:
+    """Return a strength as a float, also one of numpy.
 
     Raises:
         LoRAError: it is no finite number in float32, in which forwards multiply. The message begins with the verb.
     """
-    number = plain_number(weight)
+    number = plain_number(strength)
     if not is_number(number) or abs(number) > torch.finfo(torch.float32).max:
-        raise LoRAError(f"{verb}: a weight must be a finite number in float32, but it is {shown(weight)}.")
+        raise LoRAError(f"{verb}: a strength must be a finite number in float32, but it is {shown(strength)}.")
     return float(number)
 
 
@@ -266,9 +266,9 @@ def require_attached(handle: AdaptedModel, name: str, verb: str) -> None:
     raise LoRAError(f"{verb}: {what}{near_misses(str(name), known) if known else there}.")
 
 
-def _refuse_between(handle: AdaptedModel, weight: float) -> None:
+def _refuse_between(handle: AdaptedModel, strength: float) -> None:
     """Refuse a strength of the trained adapter between off and on where there is none."""
-    if weight in (0, 1):
+    if strength in (0, 1):
         return
     reading = [name for name, layer in handle.layers.items() if layer.lora.spec.variant.has_scale]
     rows = [name for name, layer in handle.layers.items() if layer.replaced_rows()]

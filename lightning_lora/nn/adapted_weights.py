@@ -109,7 +109,7 @@ class StoredTensors:
         """Return r and alpha as text, for the module's repr."""
         spec, beside = self.lora.spec, self.lora.beside
         trained = [f"r={spec.r}, alpha={spec.alpha:g}"] if self.is_trained() else []
-        return ", ".join([*trained, *([f"beside={[*beside.shares]}"] if beside is not None else [])])
+        return ", ".join([*trained, *([f"attached={[*beside.shares]}"] if beside is not None else [])])
 
     def is_trained(self) -> bool:
         """Return whether the layer has an adapter that is trained, and not attached ones alone."""
@@ -287,7 +287,7 @@ class AdaptedWeights(StoredTensors):
     def changes_weight(self) -> bool:
         """Return whether W' differs from W: training has reached the adapter, or an attached one acts."""
         is_changed = self.is_trained() and not self.is_initial()
-        return is_changed or any(each.weight for each in self.attached().values())
+        return is_changed or any(each.strength for each in self.attached().values())
 
     def let_nothing_train_(self) -> None:
         """Remove the stored tensors of the trained adapter. In place."""

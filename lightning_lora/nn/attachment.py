@@ -10,9 +10,9 @@ class Beside:
     """An adapter that is attached beside the trained one.
 
     Attributes:
-        weight: by which it is multiplied.
+        strength: by which it is multiplied.
         fingerprint: a digest of its factors and scalings, which tells it from another adapter of the same name.
     """
 
-    weight: float
+    strength: float
     fingerprint: str

@@ -1,8 +1,9 @@
 """Frozen adapters attached beside the trained one: W' = c * (W + s * B @ A) + the sum of w_i * s_i * B_i @ A_i.
 
 A layer has all of them as one packed pair, the ranks side by side in the order of their names, and w_i * s_i of each
-rank as a vector. A new weight is written into that vector, so nothing is compiled anew. The tensors are plain ones: as
-parameters they would be in state_dict(), and as buffers DDP would send them at each forward and an average change them.
+rank as a vector. A new strength is written into that vector, so nothing is compiled anew. The tensors are plain ones:
+as parameters they would be in state_dict(), and as buffers DDP would send them at each forward and an average would
+change them.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class Attached:
         a: A, in the shape that low_rank.py states for the kind of layer, of the layer as a whole.
         b: B, likewise.
         scaling: s.
-        weight: w, by which the user weakens or strengthens it.
+        strength: w, by which the user weakens or strengthens it.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
-    weight: float
+    strength: float
 
 
 class Share(NamedTuple):
@@ -47,7 +48,7 @@ class Share(NamedTuple):
 
     rank: int
     scaling: float
-    weight: float
+    strength: float
 
 
 class Packed:
@@ -59,13 +60,13 @@ class Packed:
         b: B (out, R).
         scales: w_i * s_i of each rank (R,), for forwards.
         exact_scales: the same in float64 on the CPU, for merging.
-        inside: the weights that `scaled` has set until its block ends, by name.
+        inside: the strengths that `scaled` has set until its block ends, by name.
     """
 
     def __init__(self, attached: Mapping[str, Attached]) -> None:
         """Pack at least one adapter. The tensors are copied."""
         named = dict(sorted(attached.items()))
-        self.shares = {name: Share(each.b.shape[1], each.scaling, each.weight) for name, each in named.items()}
+        self.shares = {name: Share(each.b.shape[1], each.scaling, each.strength) for name, each in named.items()}
         (first, *others), device = named.values(), next(iter(named.values())).a.device
         with torch.inference_mode(False), torch.no_grad():
             a, b = first.a.clone(), first.b.clone()
@@ -96,23 +97,23 @@ class Packed:
         parts = self.a.reshape(-1, self.rank, *self.a.shape[1:]).split_with_sizes(ranks, 1)  # the experts of a stack
         pairs = zip(parts, self.b.split_with_sizes(ranks, 1), strict=True)
         return {
-            name: Attached(a.flatten(0, 1), b, share.scaling, share.weight)
+            name: Attached(a.flatten(0, 1), b, share.scaling, share.strength)
             for (name, share), (a, b) in zip(self.shares.items(), pairs, strict=True)
         }
 
-    def set_weight_(self, name: str, weight: float) -> None:
-        """Give an adapter another weight. In place."""
-        self.shares[name] = self.shares[name]._replace(weight=weight)
+    def set_strength_(self, name: str, strength: float) -> None:
+        """Give an adapter another strength. In place."""
+        self.shares[name] = self.shares[name]._replace(strength=strength)
         self._write_scales_()
 
     def act_with_(self, inside: Mapping[str, float]) -> None:
-        """Let adapters act with other weights inside of `scaled`, which no copy has. In place."""
-        self.inside = {name: weight for name, weight in inside.items() if name in self.shares}
+        """Let adapters act with other strengths inside of `scaled`, which no copy has. In place."""
+        self.inside = {name: strength for name, strength in inside.items() if name in self.shares}
         self._write_scales_()
 
     def _scales_of(self, inside: Mapping[str, float]) -> torch.Tensor:
         named = self.shares.items()
-        values = [inside.get(name, each.weight) * each.scaling for name, each in named for _ in range(each.rank)]
+        values = [inside.get(name, each.strength) * each.scaling for name, each in named for _ in range(each.rank)]
         return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def _write_scales_(self) -> None:

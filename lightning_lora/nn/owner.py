@@ -26,7 +26,7 @@ READS = frozenset({OFF, DISABLED})  # reads trained tensors, in whose places oth
 ACTS = frozenset({DISABLED})  # writes what acts now, and nothing does
 REFUSED: dict[str, frozenset[str]] = {
     **dict.fromkeys(("merged", "scaled", OFF, DISABLED, "merge", "unmerge", "cast or move", "adopt"), ALWAYS),
-    **dict.fromkeys(("inject", "load_adapter", "attach", "detach", "set_weight", "unload"), CHANGES),
+    **dict.fromkeys(("inject", "load_adapter", "attach", "detach", "set_strength", "unload"), CHANGES),
     **dict.fromkeys(("merge_and_unload", "load_state_dict", "initialize_from_data"), CHANGES),
     **dict.fromkeys(("take_adapter", "save_adapter", "adapter_state_dict", "save_checkpoint"), READS),
     **dict.fromkeys(("lora_param_groups",), READS),

@@ -111,7 +111,7 @@ class Summary:
     frozen_head: str  # which head is frozen, and how to train it if it is new; "" where none is known to be
     quantised: Mapping[str, int]  # the number of the base's quantised weights, by kind of quantisation
     unmerged: tuple[Unmerged, ...]
-    beside: Mapping[str, float]  # the weights of the frozen adapters that are attached, by name
+    attached: Mapping[str, float]  # the strengths of the frozen adapters that are attached, by name
     merged_eval: bool | None  # LoRACallback's option; None without a callback
     save: str | None  # LoRACallback's option; None without a callback
     memory: Memory
@@ -177,7 +177,7 @@ class Summary:
             "trainable": f"{self.trainable:,} of {self.total:,} parameters ({share})",
             "scaling": self.small_scaling,
             "adapter": f"{size_text(self.adapter_bytes)} in {' and '.join(self.adapter_dtypes)}" if self.layers else "",
-            "beside": ", ".join(f"{name} (weight {weight:g})" for name, weight in self.beside.items()),
+            "attached": ", ".join(f"{name} (strength {strength:g})" for name, strength in self.attached.items()),
             "also trained": _sizes(self.also_trained),
             "also saved": _sizes(self.also_saved),
             self.by_kind or "left out": "; ".join((*passed_over, *map(_left_out_text, self.left_out))),
@@ -269,7 +269,7 @@ def summarise(handle: AdaptedModel) -> Summary:
         frozen_head=describe_frozen_head(handle.root_modules),
         quantised=_quantised(handle),
         unmerged=_unmerged(layers),
-        beside={name: each.weight for name, each in sorted(record.beside.items())},
+        attached={name: each.strength for name, each in sorted(record.beside.items())},
         merged_eval=record.run.merged_eval,
         save=record.run.save,
         memory=Memory(

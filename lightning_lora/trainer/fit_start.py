@@ -63,7 +63,7 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     if trainer.loggers:
         own = {name: getattr(options, name) for name in LOGGED}
         if record.beside:
-            own["beside"] = {name: each.weight for name, each in sorted(record.beside.items())}
+            own["attach"] = {name: each.strength for name, each in sorted(record.beside.items())}
         log_options(handle.model, as_hyperparameters(record.config, **own))
     if options.verbose:
         found = summarise(handle)

@@ -10,7 +10,7 @@ import torch
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
 from ..formats.lightning_checkpoint import Kind, check_kind
-from ..model.attached import checked_weight
+from ..model.attached import checked_strength
 from ..model.dequantize import dequantize_dtype
 from ..model.inject import fixed_seed
 from ..model.quantise import check_kind_of_quantisation
@@ -27,7 +27,7 @@ class Options(Protocol):
     merged_eval: bool
     save: Kind
     seed: int | None
-    beside: Mapping[str, Any] | None
+    attach: Mapping[str, Any] | None
     merge_after_fit: bool
     quantize: str | None
     dequantize: str | torch.dtype | None
@@ -45,38 +45,38 @@ def check_own_options(options: Options) -> None:
         if not isinstance(value, bool):
             raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {value!r}.")
     seed_text(options)
-    sources_of(options.beside)
+    sources_of(options.attach)
 
 
 class Source(NamedTuple):
-    """An adapter of LoRACallback(beside=...): any source that load_adapter takes, and its strength."""
+    """An adapter of LoRACallback(attach=...): any source that load_adapter takes, and its strength."""
 
     source: Any
-    weight: float | None  # None: none was given, 1 where the adapter is not attached yet
+    strength: float | None  # None: none was given, 1 where the adapter is not attached yet
 
 
-def sources_of(beside: Mapping[str, Any] | None) -> dict[str, Source]:
-    """Return the adapters of LoRACallback(beside=...), in the order of names. LoRAError: a value is not allowed."""
-    if not isinstance(beside, Mapping | None):
+def sources_of(attach: Mapping[str, Any] | None) -> dict[str, Source]:
+    """Return the adapters of LoRACallback(attach=...), in the order of names. LoRAError: a value is not allowed."""
+    if not isinstance(attach, Mapping | None):
         raise LoRAError(
-            "LoRACallback: beside must be a mapping of a name to a source, as {'sft': 'folder'}, but it is "
-            f"{shown(beside)}."
+            "LoRACallback: attach must be a mapping of a name to a source, as {'sft': 'folder'}, but it is "
+            f"{shown(attach)}."
         )
-    return {name: _source_of(name, each) for name, each in sorted((beside or {}).items())}
+    return {name: _source_of(name, each) for name, each in sorted((attach or {}).items())}
 
 
 def _source_of(name: str, given: Any) -> Source:
-    """Return a source that was given by itself, or with a weight."""
-    if not (isinstance(given, Mapping) and ("source" in given or given.keys() <= {"weight"})):
+    """Return a source that was given by itself, or with a strength."""
+    if not (isinstance(given, Mapping) and ("source" in given or given.keys() <= {"strength"})):
         return Source(given, None)
-    weight = given.get("weight")
-    if "source" not in given or given.keys() - {"source", "weight"}:
+    strength = given.get("strength")
+    if "source" not in given or given.keys() - {"source", "strength"}:
         raise LoRAError(
-            f"LoRACallback: beside[{name!r}] must be a source or {{'source': ..., 'weight': a number}}, but it is "
+            f"LoRACallback: attach[{name!r}] must be a source or {{'source': ..., 'strength': a number}}, but it is "
             f"{shown(dict(given))}."
         )
-    what = f"LoRACallback: beside[{name!r}]"
-    return Source(given["source"], checked_weight(weight, what) if "weight" in given else None)
+    what = f"LoRACallback: attach[{name!r}]"
+    return Source(given["source"], checked_strength(strength, what) if "strength" in given else None)
 
 
 def seed_text(options: Options) -> str:

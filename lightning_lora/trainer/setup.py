@@ -202,7 +202,7 @@ def _prepare_copies(handle: AdaptedModel | None, options: Options) -> None:
 
 
 def _attach_sources(module: nn.Module, options: Options, *, is_complete: bool) -> None:
-    """Attach the adapters of LoRACallback(beside=...) that are not attached yet. In place.
+    """Attach the adapters of LoRACallback(attach=...) that are not attached yet. In place.
 
     Args:
         module: the LightningModule.
@@ -212,22 +212,23 @@ def _attach_sources(module: nn.Module, options: Options, *, is_complete: bool) -
     Raises:
         LoRAError: an adapter does not go with the model.
     """
-    for name, each in sources_of(options.beside).items():
+    for name, each in sources_of(options.attach).items():
         adapter = read_source(each.source, order_in(module), "LoRACallback")
         handle = find_model(module, attached=True)
         if handle is not None and name in handle.record.beside:
             if handle.record.beside[name].fingerprint != digest_of(adapter):
                 raise LoRAError(
-                    f"LoRACallback: beside names another adapter {name!r} than the one that is attached to the model. "
+                    f"LoRACallback: attach names another adapter {name!r} than the one that is attached to the model. "
                     f"Call detach(model, {name!r}) first, or give it another name."
                 )
-            if each.weight not in (None, here := handle.record.beside[name].weight):
+            if each.strength not in (None, here := handle.record.beside[name].strength):
                 raise LoRAError(
-                    f"LoRACallback: beside gives {name!r} the weight {each.weight:g}, and it is attached to the model "
-                    f"with {here:g}. Call set_weight(model, {each.weight:g}, {name!r}) first, or leave the weight out."
+                    f"LoRACallback: attach gives {name!r} the strength {each.strength:g}, and it is attached to the "
+                    f"model with {here:g}. Call set_strength(model, {each.strength:g}, {name!r}) first, or leave the "
+                    "strength out."
                 )
         elif is_complete or _has_layers(Listing(module), adapter):
-            attach(module, adapter, name=name, weight=1.0 if each.weight is None else each.weight)
+            attach(module, adapter, name=name, strength=1.0 if each.strength is None else each.strength)
 
 
 def _has_layers(listing: Listing, adapter: Adapter) -> bool:
@@ -255,17 +256,17 @@ def _take_out_of_rebuilt(module: nn.Module, options: Options, before: Counter[st
     for name, layers in before.items():
         if handle is None or now[name] == layers:
             continue
-        if name not in sources_of(options.beside):
+        if name not in sources_of(options.attach):
             raise LoRAError(
                 f"LoRACallback: {type(module).__name__} built layers anew to which {name!r} was attached. Let the "
-                f"callback attach it: LoRACallback(beside={{{name!r}: source}})."
+                f"callback attach it: LoRACallback(attach={{{name!r}: source}})."
             )
         take_out_attached_(handle, name)
 
 
 def _refuse_attaching_in_workers(trainer: Any, module: nn.Module, options: Options) -> None:
     """Raise LoRAError where processes that the strategy starts would attach adapters, and this one would not."""
-    missing = sorted(sources_of(options.beside).keys() - _attached_in(module).keys())
+    missing = sorted(sources_of(options.attach).keys() - _attached_in(module).keys())
     if missing and trainer.state.fn == "fit" and launches(trainer):
         raise LoRAError(
             f"LoRACallback: {type(trainer.strategy).__name__} starts processes from this one and brings back weights "

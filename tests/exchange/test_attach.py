@@ -22,7 +22,7 @@ from lightning_lora import (
     merged_state_dict,
     save_adapter,
     scaled,
-    set_weight,
+    set_strength,
     take_adapter,
 )
 from lightning_lora.model.adapted_model import open_model
@@ -79,7 +79,7 @@ SOURCES: dict[str, Callable[[Any, Path], Any]] = {
 def test_every_source_acts_as_it_was_trained(tmp_path: Path, source: str, onto: str):
     other = filled(5, r=3, lora_alpha=2)
     model = Model() if onto == "plain" else filled()
-    assert attach(model, SOURCES[source](other, tmp_path), name="x", weight=0.5) == ["fc1", "fc2"]
+    assert attach(model, SOURCES[source](other, tmp_path), name="x", strength=0.5) == ["fc1", "fc2"]
     parts = [(other, 0.5)] + ([(filled(), 1.0)] if onto == "injected" else [])
     torch.testing.assert_close(model(X), wanted(*parts), rtol=1e-4, atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_each_variant_but_dora_is_attached(options: dict[str, Any]):
 
 def test_the_same_adapter_has_the_same_fingerprint_from_any_source(tmp_path: Path):
     def fingerprint(model: Any, source: Any, weight: float = 1.0) -> str:
-        attach(model, source, name="x", weight=weight)
+        attach(model, source, name="x", strength=weight)
         found: str = open_model(model, "test", attached=True).record.beside["x"].fingerprint
         return found
 
@@ -191,7 +191,7 @@ def test_a_name_is_a_text_without_dots_and_a_weight_a_finite_number():
             attach(Model(), take_adapter(filled()), name=name)  # type: ignore[arg-type]
     for weight in (float("inf"), "1", True):
         with pytest.raises(LoRAError, match="a weight must be"):
-            attach(Model(), take_adapter(filled()), name="x", weight=weight)  # type: ignore[arg-type]
+            attach(Model(), take_adapter(filled()), name="x", strength=weight)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:lightning_lora. adapter. belongs to another base")
@@ -233,5 +233,5 @@ def test_peft_with_several_active_adapters_computes_the_same(tmp_path: Path):
         torch.testing.assert_close(ours(X), active("default", "sft"), **close)
     theirs.add_weighted_adapter(["default", "sft", "style"], [1.0, 0.7, -0.3], "mixed", combination_type="cat")
     theirs.set_adapter("mixed")
-    set_weight(ours, {"sft": 0.7, "style": -0.3})
+    set_strength(ours, {"sft": 0.7, "style": -0.3})
     torch.testing.assert_close(ours(X), theirs(X), **close)

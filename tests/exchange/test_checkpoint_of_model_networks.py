@@ -107,7 +107,7 @@ def test_a_checkpoint_that_a_merged_validation_saved_is_the_same(tmp_path):
 
 def test_attached_adapters_are_in_the_weights_and_not_in_the_network(tmp_path):
     inject(other := Around(network()), LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
-    model, file = fitted(tmp_path, beside={"style": take_adapter(other)})
+    model, file = fitted(tmp_path, attach={"style": take_adapter(other)})
     plain = Around.load_from_checkpoint(file, **ANY_OBJECTS)
     assert type(plain.net.head) is nn.Linear
     torch.testing.assert_close(answers(plain), answers(model), rtol=1e-5, atol=1e-6)

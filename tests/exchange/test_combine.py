@@ -428,7 +428,7 @@ def test_adapters_that_do_not_go_together_are_refused_by_what_differs(case: str)
     ("weights", "options", "complaint"),
     [
         ([1.0], {}, "2 adapters need as many weights, found 1"),
-        ([1.0, float("nan")], {}, "a weight must be a finite number, but it is nan"),
+        ([1.0, float("nan")], {}, "a strength must be a finite number, but it is nan"),
         ([0, 0.0], {}, "all weights are 0"),
         ([1, 1], {"method": "slerp"}, "method must be one of linear, cat, svd, .* but it is 'slerp'"),
         ([1, 1], {"method": "linear", "rank": 4}, "linear has no rank to choose"),
@@ -438,7 +438,7 @@ def test_adapters_that_do_not_go_together_are_refused_by_what_differs(case: str)
         (None, {}, "weights must be a list with a number for each adapter"),
         ([1, 1], {"method": "svd", "density": 0.5}, "density, the share of values to keep, is only for"),
         ([1, 1], {"method": "ties", "density": 0}, "density must be above 0 and at most 1"),
-        ([1.0, np.bool_(True)], {}, "a weight must be a finite number"),
+        ([1.0, np.bool_(True)], {}, "a strength must be a finite number"),
         (0.7, {}, "weights must be a list"),
     ],
 )

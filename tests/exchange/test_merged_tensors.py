@@ -76,7 +76,7 @@ def other(r: int) -> Adapter:
 
 
 def with_other(model: nn.Module) -> nn.Module:
-    attach(model, other(3), name="other", weight=0.5)
+    attach(model, other(3), name="other", strength=0.5)
     return model
 
 

@@ -28,7 +28,7 @@ from lightning_lora import (
     read_adapter,
     save_adapter,
     save_merged,
-    set_weight,
+    set_strength,
     summary,
     take_adapter,
 )
@@ -52,7 +52,7 @@ def both(weight: float = 0.5) -> nn.Module:
     """A model that was trained beside an adapter."""
     model = base_zoo()
     inject(model, zoo_config(init_lora_weights=False), seed=3)
-    attach(model, adapter(1), name="sft", weight=weight)
+    attach(model, adapter(1), name="sft", strength=weight)
     train(model)
     return model.eval()
 
@@ -77,18 +77,18 @@ def test_every_form_is_refused_without_what_it_was_trained_beside_and_loads_with
     trained = source(model, form, tmp_path)
     plain = base_zoo()
     before = logits(plain)
-    remedy = re.escape("attach(model, source, name='sft', weight=0.5)")
-    with pytest.raises(LoRAError, match=rf"trained beside 'sft' \(weight 0\.5\).*{remedy}"):
+    remedy = re.escape("attach(model, source, name='sft', strength=0.5)")
+    with pytest.raises(LoRAError, match=rf"trained beside 'sft' \(strength 0\.5\).*{remedy}"):
         load_adapter(plain, trained)
     assert torch.equal(logits(plain), before)
-    attach(plain, adapter(1), name="sft", weight=0.5)
+    attach(plain, adapter(1), name="sft", strength=0.5)
     if form != "full":
         load_adapter(plain, trained)
         assert torch.equal(logits(plain), logits(model))
-    attach(more := base_zoo(), adapter(1), name="sft", weight=0.5)
+    attach(more := base_zoo(), adapter(1), name="sft", strength=0.5)
     attach(more, adapter(2), name="more")
     load_adapter(more, trained)  # what is attached beside that is the user's business
-    set_weight(more, 0.0, "more")
+    set_strength(more, 0.0, "more")
     torch.testing.assert_close(logits(more), logits(model), rtol=1e-4, atol=1e-3)
 
 
@@ -96,10 +96,10 @@ def test_another_weight_and_another_adapter_are_refused_by_name():
     trained = take_adapter(both())
     model = base_zoo()
     attach(model, adapter(1), name="sft")
-    with pytest.raises(LoRAError, match=re.escape("set_weight(model, 0.5, 'sft')")):
+    with pytest.raises(LoRAError, match=re.escape("set_strength(model, 0.5, 'sft')")):
         load_adapter(model, trained)
     detach(model, "sft")
-    attach(model, adapter(2), name="sft", weight=0.5)
+    attach(model, adapter(2), name="sft", strength=0.5)
     with pytest.raises(LoRAError, match=r"another adapter 'sft'.*detach\(model, 'sft'\)"):
         load_adapter(model, trained)
 
@@ -121,7 +121,7 @@ def test_names_of_a_network_inside_a_module_are_compared_by_layer(tmp_path: Path
 def test_description_comes_back_as_it_was_and_a_damaged_one_is_refused():
     taken = take_adapter(both())
     again = from_metadata(taken.tensors, json.loads(json.dumps(to_metadata(taken))), "here")
-    assert again.beside == taken.beside
+    assert again.attached == taken.attached
     assert "beside 'sft' (weight 0.5)" in repr(again)
     assert "beside" not in to_metadata(adapter(1))
     for rows in ({"sft": ["1", "digest"]}, {"sft": 1.0}, {"sft": [1.0, 3]}, []):
@@ -140,7 +140,7 @@ def test_folder_says_in_a_line_and_on_its_card_that_it_holds_the_trained_one_alo
         assert "'sft' (weight 0.5)" in (tmp_path / name / "README.md").read_text()
         held = read_adapter(tmp_path / name)
         assert held.layers.keys() == adapter(1).layers.keys()
-        assert held.beside.keys() == {"sft"}
+        assert held.attached.keys() == {"sft"}
 
 
 def test_merged_weights_hold_all(tmp_path: Path):
@@ -168,7 +168,7 @@ def test_one_that_is_beside_is_taken_and_saved_by_name(tmp_path: Path):
         torch.testing.assert_close(logits(found), logits(expected))
     assert (taken.config.r, taken.config.lora_alpha) == (3, 3)
     assert {(layer.r, layer.scaling) for layer in taken.layers.values()} == {(3, 1.0)}
-    assert not taken.beside
+    assert not taken.attached
     with pytest.raises(LoRAError, match=r"'stf'.*'sft'"):
         take_adapter(model, name="stf")
     with pytest.raises(LoRAError, match="name"):
@@ -181,14 +181,14 @@ def test_one_that_is_beside_is_taken_and_saved_by_name(tmp_path: Path):
 def test_combining_with_what_it_was_trained_beside_gives_the_whole(caplog):
     model = base_zoo()
     inject(model, zoo_config(init_lora_weights=False, modules_to_save=None, bias="none"), seed=3)
-    attach(model, adapter(1), name="sft", weight=0.5)
+    attach(model, adapter(1), name="sft", strength=0.5)
     trained = take_adapter(model)
     with caplog.at_level("INFO", "lightning_lora"):
         whole = combine([trained, adapter(1)], [1.0, 0.5])
     assert "'sft' (weight 0.5)" in caplog.text
     load_adapter(found := base_zoo(), whole)
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-5, atol=1e-5)
-    assert combine([trained, trained], [0.5, 0.5]).beside == trained.beside
+    assert combine([trained, trained], [0.5, 0.5]).attached == trained.attached
 
 
 def test_command_shows_it_and_merges_nothing_without_it(tmp_path: Path, capsys):
@@ -205,12 +205,12 @@ def test_command_shows_it_and_merges_nothing_without_it(tmp_path: Path, capsys):
 def test_summary_and_statistics_are_of_the_trained_one_and_name_what_is_beside():
     model = both()
     report = summary(model)
-    assert report.beside == {"sft": 0.5}
+    assert report.attached == {"sft": 0.5}
     assert "sft (weight 0.5)" in str(report)
     inject(alone := base_zoo(), zoo_config(init_lora_weights=False), seed=3)
-    load_adapter(alone, replace(take_adapter(model), beside={}))
+    load_adapter(alone, replace(take_adapter(model), attached={}))
     assert summary(alone).trainable == report.trainable
     assert adapter_stats(alone).groups == adapter_stats(model).groups
-    attach(plain := base_zoo(), adapter(1), name="sft", weight=0.5)
-    assert (summary(plain).layers, summary(plain).beside) == (0, {"sft": 0.5})
+    attach(plain := base_zoo(), adapter(1), name="sft", strength=0.5)
+    assert (summary(plain).layers, summary(plain).attached) == (0, {"sft": 0.5})
     assert "sft (weight 0.5)" in summary(plain).short()

@@ -34,7 +34,7 @@ from lightning_lora import (
     save_adapter,
     save_merged,
     scaled,
-    set_weight,
+    set_strength,
     take_adapter,
     unload,
     unmerge,
@@ -62,7 +62,7 @@ def other(seed: int, rank: int = 3) -> Adapter:
 
 
 def with_two(model: nn.Module) -> Any:
-    attach(model, other(1), name="one", weight=0.5)
+    attach(model, other(1), name="one", strength=0.5)
     attach(model, other(2, 1), name="two")
     return model
 
@@ -86,7 +86,7 @@ def test_it_is_no_parameter_no_buffer_and_in_no_state_dict():
         assert [n for n, _ in getattr(model, f"named_{names}")()] == [n for n, _ in getattr(alone, f"named_{names}")()]
     assert model.state_dict().keys() == alone.state_dict().keys()
     assert adapter_state_dict(model).keys() == adapter_state_dict(alone).keys()
-    assert "beside=['one', 'two']" in repr(model)
+    assert "attached=['one', 'two']" in repr(model)
 
 
 def test_another_order_of_attaching_gives_the_same_names_and_bits():
@@ -94,7 +94,7 @@ def test_another_order_of_attaching_gives_the_same_names_and_bits():
     for model, names in ((one, "ab"), (two, "ba")):
         assert attached(model) == {}
         for name in names:
-            attach(model, other(ord(name)), name=name, weight=2 if name == "b" else 1)
+            attach(model, other(ord(name)), name=name, strength=2 if name == "b" else 1)
     assert [*attached(one).items()] == [*attached(two).items()] == [("a", 1.0), ("b", 2.0)]
     assert torch.equal(one(X), two(X))
     merge(one)
@@ -109,7 +109,7 @@ def test_copies_have_their_own(copied: Callable[[Any], Any], alone: bool):
     model = with_two(net() if alone else filled())
     again = copied(model)
     assert torch.equal(again(X), model(X))
-    set_weight(again, 0.0, "one")
+    set_strength(again, 0.0, "one")
     assert attached(model) == {"one": 0.5, "two": 1.0}
     assert not torch.equal(again(X), model(X))
     detach(again, "one")
@@ -147,13 +147,13 @@ def test_dropout_is_of_the_trained_adapter_alone():
 def test_set_weight_is_exact_and_takes_several():
     model = with_two(filled())
     before, state = model(X), update(model)
-    set_weight(model, {"one": 0.0, "two": 0.25})
+    set_strength(model, {"one": 0.0, "two": 0.25})
     assert attached(model) == {"one": 0.0, "two": 0.25}
     own, two = update(filled()), update(with_two(net()))
-    set_weight(changed := with_two(net()), 0.0, "two")
+    set_strength(changed := with_two(net()), 0.0, "two")
     for now, trained, both, one in zip(update(model), own, two, update(changed), strict=True):
         torch.testing.assert_close(now, trained + 0.25 * (both - one), rtol=1e-4, atol=1e-6)
-    set_weight(model, {"one": 0.5, "two": 1.0})
+    set_strength(model, {"one": 0.5, "two": 1.0})
     assert torch.equal(model(X), before)
     assert all(torch.equal(*each) for each in zip(update(model), state, strict=True))
 
@@ -161,12 +161,12 @@ def test_set_weight_is_exact_and_takes_several():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: set_weight(m, 0.5, "on"), "no adapter 'on' is attached.*'one'"),
+        (lambda m: set_strength(m, 0.5, "on"), "no adapter 'on' is attached.*'one'"),
         (lambda m: detach(m, "three"), "no adapter 'three' is attached"),
         (lambda m: scaled(m, {"one": 1, "three": 1}).__enter__(), "no adapter 'three' is attached"),
-        (lambda m: set_weight(m, 0.5), "set_weight: changes attached adapters.*scaled"),
-        (lambda m: set_weight(m, float("nan"), "one"), "a weight must be a finite number"),
-        (lambda m: scaled(m, "much").__enter__(), "a weight must be a finite number"),
+        (lambda m: set_strength(m, 0.5), "set_strength: changes attached adapters.*scaled"),
+        (lambda m: set_strength(m, float("nan"), "one"), "a strength must be a finite number"),
+        (lambda m: scaled(m, "much").__enter__(), "a strength must be a finite number"),
         (lambda m: attach(m, other(1), name="one"), "'one' is attached already; call detach"),
         (lambda m: detach(net(), "one"), "Sequential was not injected"),
     ],
@@ -298,7 +298,7 @@ def test_trained_rows_are_off_and_on():
 # --- merged ---
 
 
-@pytest.mark.parametrize("change", ["attach", "detach", "set_weight", "scaled"])
+@pytest.mark.parametrize("change", ["attach", "detach", "set_strength", "scaled"])
 def test_a_merged_model_is_merged_again(change: str):
     model, twin = with_two(filled()), with_two(filled())
     plain = weight_bits(model)
@@ -314,8 +314,8 @@ def test_a_merged_model_is_merged_again(change: str):
             attach(each, other(9), name="new")
         elif change == "detach":
             detach(each, "one")
-        elif change == "set_weight":
-            set_weight(each, -1.0, "two")
+        elif change == "set_strength":
+            set_strength(each, -1.0, "two")
     assert is_merged(model)
     merge(twin)
     assert weight_bits(model) == weight_bits(twin)
@@ -328,12 +328,12 @@ def test_a_failed_change_of_a_merged_model_is_taken_back():
     merge(model)
     before = weight_bits(model)
     with pytest.raises(LoRAError, match="not finite"):
-        set_weight(model, 1e6, "one")
+        set_strength(model, 1e6, "one")
     assert attached(model) == {"one": 0.5, "two": 1.0}
     assert is_merged(model)
     assert weight_bits(model) == before
     with pytest.raises(LoRAError, match="not finite"):
-        attach(model, other(5), name="much", weight=1e6)
+        attach(model, other(5), name="much", strength=1e6)
     assert attached(model) == {"one": 0.5, "two": 1.0}
     assert weight_bits(model) == before
 
@@ -437,7 +437,7 @@ def test_the_network_inside_and_the_module_around_it_are_both_handles():
     inject(module, LoRAConfig(r=2, init_lora_weights=False), seed=3)
     assert [*open_model(module, "test").record.beside] == ["one", "two"]
     assert attached(module.net) == {"one": 0.5, "two": 1.0}
-    set_weight(module.net, 0.25, "one")
+    set_strength(module.net, 0.25, "one")
     assert attached(module) == {"one": 0.25, "two": 1.0}
     unload(module)
     detach(module, "one")

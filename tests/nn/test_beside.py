@@ -76,7 +76,7 @@ def subject_of(name: str, dtype: torch.dtype) -> Wide:
 
 def attach_(model: nn.Module, others: dict[str, Adapter]) -> None:
     for name, adapter in others.items():
-        assert attach(model, adapter, name=name, weight=OTHERS[name][1]) == ["layer"]
+        assert attach(model, adapter, name=name, strength=OTHERS[name][1]) == ["layer"]
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
@@ -212,10 +212,10 @@ def test_a_weight_is_written_into_copies_on_other_devices_too_which_a_pickle_lea
     packed, other = Packed({"a": pair(3, 2), "b": pair(2, 1)}), torch.device("cuda:7")
     memory, before = packed.scales.data_ptr(), packed.factors(torch.device("cpu"))[1].clone()
     packed.copies[other] = (packed.a.clone(), packed.b.clone(), packed.scales.clone())
-    packed.set_weight_("b", 0.0)
+    packed.set_strength_("b", 0.0)
     assert packed.scales.data_ptr() == memory
     assert packed.scales.tolist() == packed.copies[other][2].tolist() == pytest.approx([2 / 3] * 3 + [0, 0])
-    packed.set_weight_("b", 1.0)
+    packed.set_strength_("b", 1.0)
     assert torch.equal(packed.factors(torch.device("cpu"))[1], before)
     again = pickle.loads(pickle.dumps(packed))
     assert torch.equal(again.a, packed.a)

@@ -23,7 +23,7 @@ from lightning_lora import (
     merged,
     merged_state_dict,
     scaled,
-    set_weight,
+    set_strength,
     take_adapter,
 )
 from support.models.networks import randomise_
@@ -45,7 +45,7 @@ def other(make: Any, rank: int) -> Any:
 
 def attach_(model: nn.Module, make: Any) -> nn.Module:
     for rank, name in ((1, "one"), (2, "two")):
-        attach(model, other(make, rank), name=name, weight=0.5)
+        attach(model, other(make, rank), name=name, strength=0.5)
     return model
 
 
@@ -74,7 +74,7 @@ def assert_as_alone(model: nn.Module, alone: nn.Module, x: torch.Tensor, x_alone
         for name, value in merged_state_dict(alone).items():
             torch.testing.assert_close(state[name], value, **CLOSE)
     for each in (model, alone):
-        set_weight(each, -0.3, "one")
+        set_strength(each, -0.3, "one")
     compare()
     with scaled(model, {"": 0.0, "two": 2.0}), scaled(alone, {"": 0.0, "two": 2.0}):
         compare()

@@ -70,7 +70,7 @@ PUBLIC = {
     "detach",
     "attached",
     "scaled",
-    "set_weight",
+    "set_strength",
     "merge_and_unload",
     "quantize_base",
     "adapter_state_dict",

@@ -27,7 +27,7 @@ from lightning_lora import (
     merged_state_dict,
     save_adapter,
     scaled,
-    set_weight,
+    set_strength,
     take_adapter,
     unload,
 )
@@ -55,7 +55,7 @@ def other(seed: int, **options: Any) -> Adapter:
 def model_with(which: str) -> Any:
     model = net() if which == "attached" else filled(3)
     if which != "trained":
-        attach(model, other(1), name="b", weight=0.5)
+        attach(model, other(1), name="b", strength=0.5)
     return model
 
 
@@ -75,7 +75,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "load_adapter of other layers": lambda m: load_adapter(m, other(7, target_modules=["0"])),
     "attach": lambda m: attach(m, other(8), name="c"),
     "detach": lambda m: detach(m, "b"),
-    "set_weight": lambda m: set_weight(m, 0.25, "b"),
+    "set_strength": lambda m: set_strength(m, 0.25, "b"),
     "unload": unload,
     "merge_and_unload": merge_and_unload,
     "load_state_dict": lambda m: m.load_state_dict(m.state_dict()),
@@ -88,7 +88,7 @@ def fits(verb: str, which: str) -> bool:
         return which == "attached"
     if verb == "unload":
         return which != "attached"
-    return which != "trained" if verb in ("detach", "set_weight") else True
+    return which != "trained" if verb in ("detach", "set_strength") else True
 
 
 @pytest.mark.parametrize("which", MODELS)
@@ -135,13 +135,13 @@ def test_what_is_taken_saved_or_copied_inside_of_scaled_is_the_model_outside_of_
         if which != "trained":
             save_adapter(model, tmp_path / "b", name="b")
     if which != "attached":
-        assert {name: each.weight for name, each in taken.beside.items()} == attached(model)
+        assert {name: each.weight for name, each in taken.attached.items()} == attached(model)
         load_adapter(model, taken)
         load_adapter(model, tmp_path / "saved")
     assert torch.equal(model(X), before)
     if which != "trained":
-        attach(again := net(), tmp_path / "b", name="b", weight=0.5)
-        attach(one := net(), other(1), name="b", weight=0.5)
+        attach(again := net(), tmp_path / "b", name="b", strength=0.5)
+        attach(one := net(), other(1), name="b", strength=0.5)
         torch.testing.assert_close(again(X), one(X))
 
 
@@ -166,9 +166,9 @@ def test_one_rule_says_what_a_strength_is(weight: Any):
     model = model_with("both")
     before = model(X)
     for call in (
-        lambda: set_weight(model, weight, "b"),
+        lambda: set_strength(model, weight, "b"),
         lambda: scaled(model, weight).__enter__(),
-        lambda: attach(model, other(9), name="c", weight=weight),
+        lambda: attach(model, other(9), name="c", strength=weight),
     ):
         with pytest.raises(LoRAError, match="finite number"):
             call()
@@ -178,7 +178,7 @@ def test_one_rule_says_what_a_strength_is(weight: Any):
 def test_a_number_of_numpy_is_a_strength():
     numpy = pytest.importorskip("numpy")
     model = model_with("both")
-    set_weight(model, numpy.float32(0.25), "b")
+    set_strength(model, numpy.float32(0.25), "b")
     assert attached(model) == {"b": 0.25}
 
 

@@ -26,7 +26,7 @@ from lightning_lora import (
     merge,
     merge_and_unload,
     scaled,
-    set_weight,
+    set_strength,
     take_adapter,
     unload,
     unmerge,
@@ -92,7 +92,7 @@ def merged(model: Model) -> Model:
 
 def with_adapters(model: Model) -> Model:
     for name in ("x", "y"):
-        attach(model, adapter("beside"), name=name, weight=0.5)
+        attach(model, adapter("beside"), name=name, strength=0.5)
     return model
 
 
@@ -122,7 +122,7 @@ CALLS: dict[str, Callable[[Model], Any]] = {
     "scaled": lambda model: block(lambda: scaled(model, 0.0)),
     "attach": lambda model: attach(model, adapter("beside"), name="z"),
     "detach": lambda model: detach(model, "x"),
-    "set_weight": lambda model: set_weight(model, 2.0, "y"),
+    "set_strength": lambda model: set_strength(model, 2.0, "y"),
     "unload": unload,
     "merge_and_unload": merge_and_unload,
 }
@@ -138,8 +138,8 @@ ROWS = [
     *((call, "with two attached") for call in ("unload", "merge_and_unload")),
     ("attach", "plain"),
     ("attach", "injected"),
-    *((call, "with two attached, merged") for call in ("attach", "detach", "set_weight")),
-    *((call, "two attached alone, merged") for call in ("attach", "detach", "set_weight")),
+    *((call, "with two attached, merged") for call in ("attach", "detach", "set_strength")),
+    *((call, "two attached alone, merged") for call in ("attach", "detach", "set_strength")),
 ]
 BETWEEN = {"inject": [unmerge], "unload": [unmerge], "merge_and_unload": [unmerge, merge]}  # which are done first
 # A second call after the first is an error, or nothing.

@@ -27,7 +27,7 @@ from lightning_lora import (
     merged_state_dict,
     save_adapter,
     scaled,
-    set_weight,
+    set_strength,
     take_adapter,
     unload,
     unmerge,
@@ -213,13 +213,13 @@ def what_is_trained_is_saved(net: Net, move: Callable[[Net], nn.Module], path: s
 def strengths_stay(net: Net, move: Callable[[Net], nn.Module]) -> None:
     style = base()
     inject(style, LoRAConfig(r=1, target_modules=["fc"], init_lora_weights=False))
-    attach(net, take_adapter(style), name="style", weight=0.5)
+    attach(net, take_adapter(style), name="style", strength=0.5)
     before = net(X)
     moved = move(net)
     assert attached(moved) == {"style": 0.5}
     if move in (rename, synchronise, new_parent, copied, pickled, cast, replaced_by_assign, wrap):
         close(moved(X), before)
-    set_weight(moved, 0.0, "style")
+    set_strength(moved, 0.0, "style")
     without = moved(X)
     with scaled(moved, 0.0, "style"):
         close(moved(X), without)

@@ -30,7 +30,7 @@ from lightning_lora import (
     merged,
     merged_state_dict,
     scaled,
-    set_weight,
+    set_strength,
     take_adapter,
     unload,
     unmerge,
@@ -147,7 +147,7 @@ class Verbs(RuleBasedStateMachine):
             with pytest.raises(LoRAError, match="is attached already"):
                 attach(self.model, adapter, name=name)
             return
-        assert attach(self.model, adapter, name=name, weight=weight) == ZOO_LAYERS
+        assert attach(self.model, adapter, name=name, strength=weight) == ZOO_LAYERS
         self.beside[name] = weight, deltas(adapter.tensors)
 
     @rule(seed=st.integers(30, 39), use_dora=st.booleans(), modules_to_save=st.sampled_from([["head"], ["norm"], None]))
@@ -165,9 +165,9 @@ class Verbs(RuleBasedStateMachine):
 
     @precondition(lambda self: self.beside)
     @rule(data=st.data(), weight=WEIGHTS)
-    def set_weight(self, data: st.DataObject, weight: float) -> None:
+    def set_strength(self, data: st.DataObject, weight: float) -> None:
         name = data.draw(st.sampled_from(sorted(self.beside)))
-        set_weight(self.model, weight, name)
+        set_strength(self.model, weight, name)
         self.beside[name] = weight, self.beside[name][1]
 
     @precondition(lambda self: self.beside)

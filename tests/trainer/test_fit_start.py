@@ -21,16 +21,16 @@ def trained_adapter(seed: int) -> Adapter:
 
 
 def test_loggers_get_names_and_weights_of_all_that_is_attached(tmp_path: Path):
-    attach(model := Net(), trained_adapter(2), name="style", weight=0.5)
+    attach(model := Net(), trained_adapter(2), name="style", strength=0.5)
     logger = CSVLogger(tmp_path)
-    run(make_trainer(tmp_path, lora(beside={"sft": trained_adapter(1)}), logger=logger), "fit", model)
+    run(make_trainer(tmp_path, lora(attach={"sft": trained_adapter(1)}), logger=logger), "fit", model)
     text = (Path(logger.log_dir) / "hparams.yaml").read_text()
-    assert """lora/beside: '{"sft": 1.0, "style": 0.5}'""" in text
+    assert """lora/attach: '{"sft": 1.0, "style": 0.5}'""" in text
 
 
 def test_summary_at_fit_start_names_them(tmp_path: Path, caplog):
     with caplog.at_level(logging.INFO, "lightning_lora"):
-        run(make_trainer(tmp_path, lora(beside={"sft": {"source": trained_adapter(1), "weight": 0.5}})), "fit", Net())
+        run(make_trainer(tmp_path, lora(attach={"sft": {"source": trained_adapter(1), "strength": 0.5}})), "fit", Net())
     (shown,) = (record.message for record in caplog.records if "adapted layers" in record.message)
-    assert re.search(r"beside +sft \(weight 0\.5\)", shown)
+    assert re.search(r"beside +sft \(strength 0\.5\)", shown)
     assert len(shown.splitlines()) <= 10

@@ -1,4 +1,4 @@
-"""LoRACallback(beside=...): frozen adapters beside the trained one, through the life of a Trainer."""
+"""LoRACallback(attach=...): frozen adapters beside the trained one, through the life of a Trainer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lightning_lora import (
     read_adapter,
     save_adapter,
     scaled,
-    set_weight,
+    set_strength,
     take_adapter,
 )
 from lightning_lora.adapter.adapter import Adapter
@@ -87,7 +87,7 @@ class Sees(L.Callback):
 SOURCES = {
     "text": lambda path: str(folder(path / "sft")),
     "adapter in memory": lambda path: read_adapter(folder(path / "sft")),
-    "with a weight": lambda path: {"source": folder(path / "sft"), "weight": 0.5},
+    "with a weight": lambda path: {"source": folder(path / "sft"), "strength": 0.5},
 }
 
 
@@ -95,7 +95,7 @@ SOURCES = {
 def test_adapter_is_attached_before_the_fit_and_frozen(tmp_path: Path, form: str):
     sees, model = Sees(), Net()
     weight = 0.5 if form == "with a weight" else 1.0
-    run(make_trainer(tmp_path, lora(beside={"sft": SOURCES[form](tmp_path)}), sees), "fit", model)
+    run(make_trainer(tmp_path, lora(attach={"sft": SOURCES[form](tmp_path)}), sees), "fit", model)
     assert sees.weights["sft"] == weight
     close(sees.outputs, outputs(with_products(Net(), (trained_adapter(1), weight))))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -106,7 +106,7 @@ def test_adapter_is_attached_before_the_fit_and_frozen(tmp_path: Path, form: str
 
 def test_what_is_beside_stays_as_it_is_and_the_model_computes_both(tmp_path: Path):
     sft = trained_adapter(1)
-    run(make_trainer(tmp_path, lora(beside={"sft": sft}), max_epochs=2), "fit", model := Net())
+    run(make_trainer(tmp_path, lora(attach={"sft": sft}), max_epochs=2), "fit", model := Net())
     close(outputs(model), outputs(with_products(Net_of(model), (take_adapter(model), 1.0), (sft, 1.0))))
     with merged(model):
         close(outputs(model), outputs(with_products(Net_of(model), (take_adapter(model), 1.0), (sft, 1.0))))
@@ -128,8 +128,8 @@ def test_it_goes_with_a_model_that_was_injected_or_attached_to_before(tmp_path: 
         if verb == "inject":
             inject(model, lora().config)
         else:
-            attach(model, sft, name="sft", weight=0.5)
-    callback = lora(beside={"sft": {"source": sft, "weight": 0.5}})
+            attach(model, sft, name="sft", strength=0.5)
+    callback = lora(attach={"sft": {"source": sft, "strength": 0.5}})
     run(make_trainer(tmp_path, callback, sees), "fit", model)
     close(sees.outputs, outputs(with_products(Net(), (sft, 0.5))))
     factors = {id(p) for p in model.parameters() if p.requires_grad}
@@ -141,12 +141,12 @@ def test_it_goes_with_a_model_that_was_injected_or_attached_to_before(tmp_path: 
 @pytest.mark.parametrize("make", [BuiltInConfigureModel, RebuiltInSetup])
 def test_layers_that_are_built_in_setup_get_it_too(tmp_path: Path, make: type[Net]):
     sft, sees = trained_adapter(1), Sees()
-    trainer = make_trainer(tmp_path, lora(beside={"sft": sft}), sees)
+    trainer = make_trainer(tmp_path, lora(attach={"sft": sft}), sees)
     run(trainer, "fit", model := make())
     close(sees.outputs, outputs(with_products(Net(), (sft, 1.0))))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     trained = outputs(model)
-    other = make_trainer(tmp_path, lora(beside={"sft": sft}))
+    other = make_trainer(tmp_path, lora(attach={"sft": sft}))
     other.test(model, Data(), ckpt_path=tmp_path / "a.ckpt", verbose=False, **PLAIN_TYPES_ONLY)
     close(outputs(model), trained)
 
@@ -160,10 +160,10 @@ class RebuiltByFits(Net):
 
 def test_layers_built_anew_lose_what_only_the_user_can_attach(tmp_path: Path):
     attach(model := RebuiltByFits(), trained_adapter(1), name="sft")
-    with pytest.raises(LoRAError, match=r"built layers anew.*LoRACallback\(beside=\{'sft': source\}\)"):
+    with pytest.raises(LoRAError, match=r"built layers anew.*LoRACallback\(attach=\{'sft': source\}\)"):
         run(make_trainer(tmp_path, lora()), "fit", model)
     sees = Sees()
-    run(make_trainer(tmp_path, lora(beside={"sft": trained_adapter(1)}), sees), "fit", RebuiltByFits())
+    run(make_trainer(tmp_path, lora(attach={"sft": trained_adapter(1)}), sees), "fit", RebuiltByFits())
     close(sees.outputs, outputs(with_products(Net(), (trained_adapter(1), 1.0))))
 
 
@@ -172,7 +172,7 @@ class Attaching(Net):
 
     def __init__(self, width: int = 8, seed: int = 1, lr: float = 0.05) -> None:
         super().__init__(width, seed, lr)
-        attach(self, trained_adapter(1), name="sft", weight=0.5)
+        attach(self, trained_adapter(1), name="sft", strength=0.5)
 
 
 def test_module_that_attaches_by_itself_loads_from_its_checkpoint(tmp_path: Path):
@@ -188,7 +188,7 @@ def test_merge_after_fit_leaves_all_in_the_weights(tmp_path: Path):
     models = []
     for merge_after_fit in (True, False):
         torch.manual_seed(0)
-        callback = lora(beside={"sft": trained_adapter(1)}, merge_after_fit=merge_after_fit)
+        callback = lora(attach={"sft": trained_adapter(1)}, merge_after_fit=merge_after_fit)
         run(make_trainer(tmp_path, callback), "fit", model := Net())
         models.append(model)
     assert models[0].state_dict().keys() == Net().state_dict().keys()
@@ -197,15 +197,15 @@ def test_merge_after_fit_leaves_all_in_the_weights(tmp_path: Path):
 
 def test_later_stage_keeps_the_weight_that_was_set_since(tmp_path: Path):
     sft, model = trained_adapter(1), Net()
-    trainer = make_trainer(tmp_path, lora(beside={"sft": sft}))
+    trainer = make_trainer(tmp_path, lora(attach={"sft": sft}))
     run(trainer, "fit", model)
-    set_weight(model, 0.25, "sft")
+    set_strength(model, 0.25, "sft")
     expected = outputs(model)
     run(trainer, "test", model)
     assert attached(model)["sft"] == 0.25
     assert torch.equal(outputs(model), expected)
     with pytest.raises(LoRAError, match=re.escape("detach(model, 'sft')")):
-        run(make_trainer(tmp_path, lora(beside={"sft": trained_adapter(2)})), "test", model)
+        run(make_trainer(tmp_path, lora(attach={"sft": trained_adapter(2)})), "test", model)
 
 
 @pytest.mark.parametrize(
@@ -214,13 +214,13 @@ def test_later_stage_keeps_the_weight_that_was_set_since(tmp_path: Path):
         ["folder"],
         {"sft": {"weight": 0.5}},
         {"sft": {"source": "folder", "wieght": 0.5}},
-        {"sft": {"source": "folder", "weight": "strong"}},
+        {"sft": {"source": "folder", "strength": "strong"}},
     ],
     ids=["a list", "no source", "another key", "no number"],
 )
 def test_wrong_value_is_refused_at_once(given: Any):
-    with pytest.raises(LoRAError, match="LoRACallback: beside"):
-        LoRACallback(beside=given)
+    with pytest.raises(LoRAError, match="LoRACallback: attach"):
+        LoRACallback(attach=given)
 
 
 # --- evaluation ---
@@ -254,7 +254,7 @@ def test_evaluations_that_call_scaled_stop_merging_and_say_so_once(tmp_path: Pat
     for merged_eval in (False, True):
         torch.manual_seed(0)
         with caplog.at_level(logging.INFO, "lightning_lora"):
-            trainer = make_trainer(tmp_path, lora(beside={"sft": sft}, merged_eval=merged_eval), max_epochs=3)
+            trainer = make_trainer(tmp_path, lora(attach={"sft": sft}, merged_eval=merged_eval), max_epochs=3)
             run(trainer, "fit", model := Preferring())
         seen_by[merged_eval] = model.seen
     assert len(merges) == 1
@@ -271,7 +271,7 @@ def test_merged_evaluation_equals_the_factored_one(tmp_path: Path, precision: st
     sft, losses = trained_adapter(1), {}
     for merged_eval in (True, False):
         torch.manual_seed(0)
-        callback = lora(beside={"sft": sft}, merged_eval=merged_eval)
+        callback = lora(attach={"sft": sft}, merged_eval=merged_eval)
         trainer = make_trainer(tmp_path, callback, max_epochs=2, precision=precision)
         model = Watched()
         for stage in ("fit", "test"):
@@ -298,7 +298,7 @@ class Weakens(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch == 1:
-            set_weight(pl_module, 0.25, "sft")
+            set_strength(pl_module, 0.25, "sft")
 
 
 @pytest.mark.slow
@@ -306,7 +306,7 @@ class Weakens(L.Callback):
 def test_checkpoint_holds_the_trained_one_alone_and_resumes_bit_for_bit(tmp_path: Path, kind: str):
     beside = {"sft": trained_adapter(1), "style": trained_adapter(2, r=1)}
     torch.manual_seed(0)
-    model, whole = fit(tmp_path, lora(save=kind, beside=beside), 4, None, Weakens())
+    model, whole = fit(tmp_path, lora(save=kind, attach=beside), 4, None, Weakens())
     file = tmp_path / "epoch=1.ckpt"
     saved = torch.load(file, weights_only=True)
     stated = {name: row[0] for name, row in saved["lora"]["beside"].items()}
@@ -314,7 +314,7 @@ def test_checkpoint_holds_the_trained_one_alone_and_resumes_bit_for_bit(tmp_path
     tensors = saved["lora"]["adapter"] if kind == "merged" else saved["state_dict"]
     assert {name for name in tensors if "lora" in name} == {f"{n}.lora_{leaf}" for n in TARGETS for leaf in "AB"}
     torch.manual_seed(1)
-    again = lora(save=kind, beside=dict(reversed(beside.items())))
+    again = lora(save=kind, attach=dict(reversed(beside.items())))
     resumed, state = fit(tmp_path, again, 4, file)
     assert_same_tensors(state, whole)
     assert attached(resumed)["sft"] == 0.25
@@ -323,31 +323,31 @@ def test_checkpoint_holds_the_trained_one_alone_and_resumes_bit_for_bit(tmp_path
 
 @pytest.mark.slow
 def test_merged_checkpoint_holds_all_for_programs_without_this_package(tmp_path: Path):
-    model, _ = fit(tmp_path, lora(save="merged", beside={"sft": trained_adapter(1)}), 1)
+    model, _ = fit(tmp_path, lora(save="merged", attach={"sft": trained_adapter(1)}), 1)
     close(outputs(Net.load_from_checkpoint(tmp_path / "epoch=0.ckpt", **PLAIN_TYPES_ONLY)), outputs(model))
 
 
 @pytest.mark.slow
 def test_options_that_are_left_out_are_the_checkpoints_and_beside_is_named(tmp_path: Path):
     sft = trained_adapter(1)
-    model, _ = fit(tmp_path, lora(beside={"sft": {"source": sft, "weight": 0.5}}), 1)
+    model, _ = fit(tmp_path, lora(attach={"sft": {"source": sft, "strength": 0.5}}), 1)
     file = tmp_path / "epoch=0.ckpt"
-    missing = r"trained beside 'sft' \(weight 0\.5\).*beside=\{'sft': \{'source': source, 'weight': 0\.5\}\}"
+    missing = r"trained beside 'sft' \(strength 0\.5\).*attach=\{'sft': \{'source': source, 'strength': 0\.5\}\}"
     for stage in ("fit", "test"):
         with pytest.raises(LoRAError, match=missing):
             getattr(make_trainer(tmp_path, LoRACallback(), max_epochs=2), stage)(
                 Net(), Data(), ckpt_path=file, **PLAIN_TYPES_ONLY
             )
     with pytest.raises(LoRAError, match="another adapter 'sft'"):
-        make_trainer(tmp_path, LoRACallback(beside={"sft": trained_adapter(2)})).test(
+        make_trainer(tmp_path, LoRACallback(attach={"sft": trained_adapter(2)})).test(
             Net(), Data(), ckpt_path=file, verbose=False, **PLAIN_TYPES_ONLY
         )
     more = {"sft": sft, "more": trained_adapter(2)}
     with pytest.raises(LoRAError, match="without 'more'"):
-        make_trainer(tmp_path, LoRACallback(beside=more)).test(
+        make_trainer(tmp_path, LoRACallback(attach=more)).test(
             Net(), Data(), ckpt_path=file, verbose=False, **PLAIN_TYPES_ONLY
         )
-    make_trainer(tmp_path, LoRACallback(beside={"sft": sft})).test(
+    make_trainer(tmp_path, LoRACallback(attach={"sft": sft})).test(
         read := Net(), Data(), ckpt_path=file, verbose=False, **PLAIN_TYPES_ONLY
     )
     assert attached(read)["sft"] == 0.5
@@ -358,7 +358,7 @@ def test_options_that_are_left_out_are_the_checkpoints_and_beside_is_named(tmp_p
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
 def test_load_from_checkpoint_says_the_lines_to_write_and_they_work(tmp_path: Path, kind: str):
     source = folder(tmp_path / "sft")
-    model, _ = fit(tmp_path, lora(save=kind, beside={"sft": {"source": source, "weight": 0.5}}), 1)
+    model, _ = fit(tmp_path, lora(save=kind, attach={"sft": {"source": source, "strength": 0.5}}), 1)
     with pytest.raises(LoRAError, match="trained beside 'sft'") as refused:
         load_from_checkpoint(Net, tmp_path / "epoch=0.ckpt")
     built = "Net(seed=5)" if kind == "full" else "Net()"  # a full one brings its base
@@ -373,7 +373,7 @@ def test_load_from_checkpoint_says_the_lines_to_write_and_they_work(tmp_path: Pa
 
 def test_processes_that_would_attach_alone_are_refused(tmp_path: Path):
     inject(model := Net(), lora().config)
-    callback = lora(beside={"sft": trained_adapter(1)})
+    callback = lora(attach={"sft": trained_adapter(1)})
     trainer = make_trainer(tmp_path, callback, strategy="ddp_spawn", devices=2)
     trainer.state.fn = "fit"
     with pytest.raises(LoRAError, match=re.escape("attach(model, source, name='sft') before fit")):
@@ -394,7 +394,7 @@ trainer:
   enable_model_summary: false
   enable_checkpointing: false
 """
-LORA = QUIET + "lora: {r: 2, beside: {sft: sft, style: {source: style, weight: 0.5}}}"
+LORA = QUIET + "lora: {r: 2, attach: {sft: sft, style: {source: style, strength: 0.5}}}"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""LoRACallback(beside=...) under strategies that divide a model: it trains, evaluates and resumes as on one device."""
+"""LoRACallback(attach=...) under strategies that divide a model: it trains, evaluates and resumes as on one device."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Beside(WithTrainer):
 
     def start(self, path: Path, source: Path | None, **options: Any) -> L.Trainer:
         saves = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)
-        beside = {"sft": {"source": self.folder, "weight": 0.5}}
-        lora = LoRACallback(**({} if source else OPTIONS), beside=beside)
+        beside = {"sft": {"source": self.folder, "strength": 0.5}}
+        lora = LoRACallback(**({} if source else OPTIONS), attach=beside)
         return self.trainer(path, lora, saves, enable_checkpointing=True, **options)
 
 

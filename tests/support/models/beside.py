@@ -20,7 +20,7 @@ from lightning_lora import (
     merge,
     merged_state_dict,
     scaled,
-    set_weight,
+    set_strength,
     take_adapter,
     unload,
     unmerge,
@@ -91,7 +91,7 @@ def others(variant: Variant, dtype: torch.dtype) -> dict[str, Adapter]:
 
 def attach_(model: nn.Module, those: dict[str, Adapter]) -> nn.Module:
     for name in reversed(those):  # in another order than that of names
-        layers = attach(model, those[name], name=name, weight=WEIGHTS[name])
+        layers = attach(model, those[name], name=name, strength=WEIGHTS[name])
         assert layers == sorted(pairs_in(those[name]), key=["stack.weights", "inner", "other"].index)
     return model
 
@@ -108,10 +108,10 @@ def beside(dtype: torch.dtype) -> Callable[[Variant], None]:
             assert_near(model(batch(3)[0]), naive.run(wide(model), batch(3)[0]), tolerance, "without gradients")
         assert_merges(model, naive, tolerance)
         for name in WEIGHTS:
-            set_weight(model, 0.3, name)
+            set_strength(model, 0.3, name)
             naive.beside[name] = 0.3
         assert_as_defined(model, naive, tolerance)
-        set_weight(model, WEIGHTS)
+        set_strength(model, WEIGHTS)
         naive.beside = dict(WEIGHTS)
         assert_as_defined(model, naive, tolerance)
         with scaled(model, 0.0):
