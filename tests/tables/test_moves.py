@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from lightning_lora import (
     LoRAConfig,
@@ -32,10 +33,12 @@ from lightning_lora import (
     unload,
     unmerge,
 )
+from lightning_lora.distributed.sharding import full_tensor
 from lightning_lora.exchange.take import fingerprint_of
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.live_state import open_state
 from support.models.networks import randomise_, same
+from support.ranks.processes import world
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 
@@ -269,3 +272,43 @@ def test_what_is_known_goes_with_the_tensors(move: Callable[[Net], nn.Module], f
 @pytest.mark.parametrize("move", MOVES)
 def test_what_was_trained_whole_is_saved_after(move: Callable[[Net], nn.Module], tmp_path):
     what_is_trained_is_saved(trained(), move, str(tmp_path / "adapter"))
+
+
+# --- FSDP2, which replaces tensors by shards ---
+
+
+def shard_(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, Block):
+            fully_shard(module)
+
+
+def knows_what_one_device_knows(move: Callable[[Net], nn.Module], when: str) -> None:
+    net, expected = trained(), move(base())
+    alone = move(trained())
+    if when == "sharded, then moved":
+        shard_(net)
+    moved = move(net)
+    if when == "moved, then sharded":
+        shard_(moved)
+    handle = open_model(moved, "test")
+    parameters = dict(expected.named_parameters())
+    buffers = dict(expected.named_buffers())
+    first = handle.initial()
+    assert first.keys() == open_model(alone, "test").initial().keys()
+    assert all(same(full_tensor(value), {**parameters, **buffers}[name].detach()) for name, value in first.items())
+    assert adapter_state_dict(moved).keys() == adapter_state_dict(alone).keys()
+    assert handle.fingerprint() == open_model(alone, "test").fingerprint()
+    before = {name: full_tensor(p.detach()).clone() for name, p in moved.named_parameters()}
+    merge(moved)
+    unmerge(moved)
+    assert all(same(full_tensor(p.detach()), before[name]) for name, p in moved.named_parameters())
+    with pytest.raises(LoRAError, match="is trained and sharded"), disable_adapter(moved):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["sharded, then moved", "moved, then sharded"])
+def test_facts_under_fsdp2(when: str):
+    for move in (reorder, rename, slice_, wrap):
+        world().run(knows_what_one_device_knows, move, when)
