@@ -48,7 +48,7 @@ def test_options_by_name_are_those_of_the_config_and_eight_of_its_own():
         "merged_eval": True,
         "save": "adapter",
         "seed": None,
-        "beside": None,
+        "attach": None,
         "merge_after_fit": False,
         "quantize": None,
         "dequantize": None,

@@ -84,7 +84,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
         "bytes": sum(factor.nbytes for factor in factors),
         "norm": math.hypot(*(layer["norm_delta"] for layer in layers_info.values())),
         **({"tables": {table: _table_info(adapter, table) for table in adapter.rows()}} if adapter.rows() else {}),
-        **({"beside": {name: each.strength for name, each in adapter.attached.items()}} if adapter.attached else {}),
+        **({"attached": {name: each.strength for name, each in adapter.attached.items()}} if adapter.attached else {}),
         "also_trained": {name: list(tensor.shape) for name, tensor in whole.items()},
         "base": {
             **adapter.origin,

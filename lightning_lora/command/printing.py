@@ -96,9 +96,9 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
     head.append(f"base: {base.get('base_model_name_or_path', 'no name')}; frozen tensors known: {dtypes}")
     for table, trained in result.get("tables", {}).items():
         head.append(f"trained rows of {table}: {listed(list(map(str, trained['rows'])), 10)}")
-    if "beside" in result:
-        beside = ", ".join(f"{name} (weight {_number(weight)})" for name, weight in result["beside"].items())
-        head.append(f"trained beside, and not in it: {beside}")
+    if "attached" in result:
+        attached = ", ".join(f"{name} (strength {_number(value)})" for name, value in result["attached"].items())
+        head.append(f"trained beside, and not in it: {attached}")
     if result["also_trained"]:
         also = list(result["also_trained"])
         head.append(f"also in it, whole: {listed(also, 3)}" + (f" ({len(also)} in all)" if len(also) > 3 else ""))

@@ -190,7 +190,7 @@ def test_a_name_is_a_text_without_dots_and_a_weight_a_finite_number():
         with pytest.raises(LoRAError, match="a name must be"):
             attach(Model(), take_adapter(filled()), name=name)  # type: ignore[arg-type]
     for weight in (float("inf"), "1", True):
-        with pytest.raises(LoRAError, match="a weight must be"):
+        with pytest.raises(LoRAError, match="a strength must be"):
             attach(Model(), take_adapter(filled()), name="x", strength=weight)  # type: ignore[arg-type]
 
 

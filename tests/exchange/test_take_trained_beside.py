@@ -122,7 +122,7 @@ def test_description_comes_back_as_it_was_and_a_damaged_one_is_refused():
     taken = take_adapter(both())
     again = from_metadata(taken.tensors, json.loads(json.dumps(to_metadata(taken))), "here")
     assert again.attached == taken.attached
-    assert "beside 'sft' (weight 0.5)" in repr(again)
+    assert "beside 'sft' (strength 0.5)" in repr(again)
     assert "beside" not in to_metadata(adapter(1))
     for rows in ({"sft": ["1", "digest"]}, {"sft": 1.0}, {"sft": [1.0, 3]}, []):
         with pytest.raises(LoRAError, match="description is damaged"):
@@ -134,10 +134,10 @@ def test_folder_says_in_a_line_and_on_its_card_that_it_holds_the_trained_one_alo
     with caplog.at_level("INFO", "lightning_lora"):
         save_adapter(model, tmp_path / "saved")
         export_adapter(checkpoint(model, "adapter"), tmp_path / "exported")
-    said = [record.message for record in caplog.records if "'sft' (weight 0.5)" in record.message]
+    said = [record.message for record in caplog.records if "'sft' (strength 0.5)" in record.message]
     assert len(said) == 2
     for name in ("saved", "exported"):
-        assert "'sft' (weight 0.5)" in (tmp_path / name / "README.md").read_text()
+        assert "'sft' (strength 0.5)" in (tmp_path / name / "README.md").read_text()
         held = read_adapter(tmp_path / name)
         assert held.layers.keys() == adapter(1).layers.keys()
         assert held.attached.keys() == {"sft"}
@@ -185,7 +185,7 @@ def test_combining_with_what_it_was_trained_beside_gives_the_whole(caplog):
     trained = take_adapter(model)
     with caplog.at_level("INFO", "lightning_lora"):
         whole = combine([trained, adapter(1)], [1.0, 0.5])
-    assert "'sft' (weight 0.5)" in caplog.text
+    assert "'sft' (strength 0.5)" in caplog.text
     load_adapter(found := base_zoo(), whole)
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-5, atol=1e-5)
     assert combine([trained, trained], [0.5, 0.5]).attached == trained.attached
@@ -194,10 +194,10 @@ def test_combining_with_what_it_was_trained_beside_gives_the_whole(caplog):
 def test_command_shows_it_and_merges_nothing_without_it(tmp_path: Path, capsys):
     save_adapter(both(), tmp_path / "a")
     torch.save(base_zoo().state_dict(), tmp_path / "base.pt")
-    assert "trained beside, and not in it: sft (weight 0.5)" in call(capsys, "info", tmp_path / "a")
-    assert json.loads(call(capsys, "info", tmp_path / "a", "--json"))["beside"] == {"sft": 0.5}
+    assert "trained beside, and not in it: sft (strength 0.5)" in call(capsys, "info", tmp_path / "a")
+    assert json.loads(call(capsys, "info", tmp_path / "a", "--json"))["attached"] == {"sft": 0.5}
     said = refused(capsys, *merging(tmp_path, tmp_path / "a"))
-    assert "trained beside 'sft' (weight 0.5)" in said
+    assert "trained beside 'sft' (strength 0.5)" in said
     assert "lightning-lora combine" in said
     assert not (tmp_path / "out.pt").exists()
 
@@ -206,11 +206,11 @@ def test_summary_and_statistics_are_of_the_trained_one_and_name_what_is_beside()
     model = both()
     report = summary(model)
     assert report.attached == {"sft": 0.5}
-    assert "sft (weight 0.5)" in str(report)
+    assert "sft (strength 0.5)" in str(report)
     inject(alone := base_zoo(), zoo_config(init_lora_weights=False), seed=3)
     load_adapter(alone, replace(take_adapter(model), attached={}))
     assert summary(alone).trainable == report.trainable
     assert adapter_stats(alone).groups == adapter_stats(model).groups
     attach(plain := base_zoo(), adapter(1), name="sft", strength=0.5)
     assert (summary(plain).layers, summary(plain).attached) == (0, {"sft": 0.5})
-    assert "sft (weight 0.5)" in summary(plain).short()
+    assert "sft (strength 0.5)" in summary(plain).short()

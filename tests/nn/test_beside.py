@@ -205,7 +205,7 @@ def test_packed_pairs_have_the_order_of_their_names_and_are_taken_apart_bit_for_
     for name, each in packed.unpacked().items():
         assert torch.equal(each.a, pairs[name].a)
         assert torch.equal(each.b, pairs[name].b)
-        assert (each.scaling, each.weight) == (pairs[name].scaling, pairs[name].weight)
+        assert (each.scaling, each.strength) == (pairs[name].scaling, pairs[name].strength)
 
 
 def test_a_weight_is_written_into_copies_on_other_devices_too_which_a_pickle_leaves_out():

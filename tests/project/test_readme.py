@@ -326,7 +326,7 @@ def test_the_front_page_says_the_version_and_the_defaults():
     assert f"Version {lightning_lora.__version__}, " in TEXTS[FRONT]
     config = LoRAConfig()
     assert f"with `r={config.r}` and `lora_alpha={config.lora_alpha}`" in TEXTS[FRONT].replace("\n", " ")
-    assert '(`save="adapter"`)' in TEXTS[FRONT]
+    assert '(`save="adapter"` is the default)' in TEXTS[FRONT]
     assert inspect.signature(LoRACallback).parameters["save"].default == "adapter"
 
 
@@ -547,7 +547,7 @@ def test_figures_of_the_first_screen_are_those_of_the_benchmark():
     shown = {what: cells for what, *cells in table(FRONT, "| | Hugging Face's PEFT, in red | the callback, in green |")}
     assert shown.pop("lines you write") == [f"{peft_['lines']}", f"{ours['lines']}"]
     assert shown.pop("a small Llama's checkpoint") == [
-        f"{size['PEFT and both hooks']}; {size['PEFT alone']} without the hooks",
+        f"{size['PEFT and both hooks']} with the hooks, {size['PEFT alone']} without",
         size["LoRACallback"],
     ]
     assert shown.pop("names of weights") == ["`base_model.model.…base_layer.weight`", "yours"]

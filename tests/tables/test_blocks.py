@@ -135,7 +135,7 @@ def test_what_is_taken_saved_or_copied_inside_of_scaled_is_the_model_outside_of_
         if which != "trained":
             save_adapter(model, tmp_path / "b", name="b")
     if which != "attached":
-        assert {name: each.weight for name, each in taken.attached.items()} == attached(model)
+        assert {name: each.strength for name, each in taken.attached.items()} == attached(model)
         load_adapter(model, taken)
         load_adapter(model, tmp_path / "saved")
     assert torch.equal(model(X), before)

@@ -32,5 +32,5 @@ def test_summary_at_fit_start_names_them(tmp_path: Path, caplog):
     with caplog.at_level(logging.INFO, "lightning_lora"):
         run(make_trainer(tmp_path, lora(attach={"sft": {"source": trained_adapter(1), "strength": 0.5}})), "fit", Net())
     (shown,) = (record.message for record in caplog.records if "adapted layers" in record.message)
-    assert re.search(r"beside +sft \(strength 0\.5\)", shown)
+    assert re.search(r"attached +sft \(strength 0\.5\)", shown)
     assert len(shown.splitlines()) <= 10

@@ -212,7 +212,7 @@ def test_later_stage_keeps_the_weight_that_was_set_since(tmp_path: Path):
     "given",
     [
         ["folder"],
-        {"sft": {"weight": 0.5}},
+        {"sft": {"strength": 0.5}},
         {"sft": {"source": "folder", "wieght": 0.5}},
         {"sft": {"source": "folder", "strength": "strong"}},
     ],

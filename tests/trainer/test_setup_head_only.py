@@ -74,7 +74,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path: Path, build
 
 def test_a_head_is_trained_and_resumed_on_a_frozen_adapter(tmp_path: Path):
     inject(other := Net(), LoRAConfig(r=2, target_modules=["body.0"], init_lora_weights=False), seed=1)
-    options: dict[str, Any] = {"beside": {"sft": take_adapter(other)}}
+    options: dict[str, Any] = {"attach": {"sft": take_adapter(other)}}
     whole = Net()
     make_trainer(tmp_path, lora(**options), max_epochs=2).fit(whole, Data())
     trainer, path = make_trainer(tmp_path, lora(**options)), tmp_path / "half.ckpt"
