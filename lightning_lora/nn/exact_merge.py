@@ -117,10 +117,14 @@ def merge_weight_(
         try:
             elements = sum(block.left.shape[0] * block.right.shape[1] for block in blocks)
             base = None if copies is not None and elements == weight.numel() else checksum(weight)
-            # Without copies the factors are needed once more, and training may change them meanwhile.
-            mine = blocks if copies is not None else [_copied(block) for block in blocks]
-            for number, part in enumerate(_chunks(weight, mine)):
-                _merge_chunk_(weight, part, undo, buffers, cost, copies, number)
+            for block in blocks:
+                # Without copies the factors are needed once more, and training may change them meanwhile.
+                mine = block if copies is not None else _copied(block)
+                # Trained rows have no D. A weight as wide as D is copied: rounding leaves no room between the two ends.
+                computed = copies is None and block.values is None and weight.dtype != _wide(weight)
+                largest = block.right.abs().amax() if computed else None
+                for part in _chunks(weight, [mine]):
+                    _merge_chunk_(weight, part, undo, buffers, cost, copies, largest)
             undo.base, undo.merged = base, checksum(weight)
         except BaseException:
             unmerge_weight_(weight, undo)
@@ -299,9 +303,13 @@ def _window(weight: torch.Tensor, part: LowRankBlock) -> torch.Tensor:
     return window if columns * weight.shape[0] == weight.numel() else window.narrow(1, part.col, columns)
 
 
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype of D."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64  # mps has no float64
+
+
 def _factors(part: LowRankBlock, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = torch.float32 if part.left.device.type == "mps" else torch.float64  # mps has no float64
-    return part.left.to(wide) * scaling, part.right.to(wide)
+    return part.left.to(_wide(part.left)) * scaling, part.right.to(_wide(part.right))
 
 
 def _merge_chunk_(
@@ -311,18 +319,20 @@ def _merge_chunk_(
     buffers: Buffers,
     cost: list[float] | None,
     copies: Buffers | None,
-    number: int,
+    largest: torch.Tensor | None,
 ) -> None:
-    """Write W' into a chunk, and keep what unmerging cannot compute. In place. `copies` may be in use for others."""
+    """Write W' into a chunk, and keep what unmerging cannot compute. In place. `copies` may be in use for others.
+
+    `largest` is the largest absolute value of the block's right factor; None if the chunk is copied.
+    """
     window, factors = _window(weight, part), _factors(part, undo.scaling)
-    # Trained rows have no D. A weight as wide as D is copied: rounding leaves no room between the two ends.
-    if copies is not None or part.values is not None or window.dtype == factors[0].dtype:
+    if largest is None:
         memory = Buffers() if copies is None else copies
-        undo.chunks.append(Chunk(part, memory.take(number, window, window.dtype).copy_(window)))
+        undo.chunks.append(Chunk(part, memory.take(len(undo.chunks), window, window.dtype).copy_(window)))
         _write_sum_(window, window, part, factors, buffers, cost)
         return
     new = _write_sum_(buffers.take("new", window, window.dtype), window, part, factors, buffers, cost)
-    kept = _uncertain(window, new, part, factors, buffers)
+    kept = _uncertain(window, new, part, factors, largest, buffers)
     undo.chunks.append(Chunk(part, kept, new))
     window.copy_(new)
     undo.chunks[-1] = Chunk(part, kept)
@@ -361,13 +371,13 @@ def _write_sum_(
     return out
 
 
-def _error_bound(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _error_bound(left: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """Return e (m, 1): in each row of left @ right, two products differ by less, whatever the order of their sums.
 
     The error of a sum of r products is at most r * eps / 2 times the sum of their absolute values; e is twice the
     difference of two such sums. In float64 no product of float32 factors underflows.
     """
-    terms = left.abs().sum(1, keepdim=True) * right.abs().amax()
+    terms = left.abs().sum(1, keepdim=True) * largest  # of abs(right)
     return terms * (2 * (left.shape[1] + 4) * torch.finfo(left.dtype).eps)
 
 
@@ -382,22 +392,20 @@ def _negated(
 
 
 def _descaled(merged: torch.Tensor, part: LowRankBlock, wide: torch.dtype, buffers: Buffers) -> torch.Tensor:
-    """Return W' / c in the dtype in which -D is added: float32 where that is near enough, which takes half the time.
+    """Return W' / c in the dtype in which -D is added: float32, which takes half the time, unless W' / c needs more.
 
-    Torch adds two dtypes much more slowly than it casts and adds, and casts float16 to float64 faster by two steps.
+    Torch adds two dtypes much more slowly than it casts and adds.
     """
-    if part.scale is None and merged.dtype != torch.float16:
-        return buffers.cast("narrow", merged, torch.float32)
-    narrow = buffers.cast("narrow", merged, torch.float32) if merged.dtype == torch.float16 else merged
-    values = buffers.take("wide", merged, wide).copy_(narrow)
-    if part.scale is not None:
-        _as_matrix(values, part).div_(part.scale)
+    if part.scale is None:
+        return buffers.cast("values", merged, torch.float32)
+    values = buffers.take("values", merged, wide if merged.dtype == torch.float32 else torch.float32).copy_(merged)
+    _as_matrix(values, part).div_(part.scale)
     return values
 
 
 def _rounded_sum(values: torch.Tensor, change: torch.Tensor, dtype: torch.dtype, buffers: Buffers) -> torch.Tensor:
     """Return round(values + change), contiguous, in a buffer. It is monotonic in `change`, which stays."""
-    change = buffers.cast("change", change, values.dtype)
+    change = buffers.cast("sum", change, values.dtype)  # the sum is written over it where that is a copy
     return buffers.cast("back", torch.add(values, change, out=buffers.take("sum", values, values.dtype)), dtype)
 
 
@@ -410,11 +418,12 @@ def _uncertain(
     merged: torch.Tensor,
     part: LowRankBlock,
     factors: tuple[torch.Tensor, torch.Tensor],
+    largest: torch.Tensor,
     buffers: Buffers,
 ) -> Kept:
     """Return where -D - e or -D + e does not give back W's bits, and W there; a copy of W if that is in many places."""
     bits = BITS[window.element_size()]
-    change, bound = _negated(window, part, factors, buffers), _error_bound(*factors)
+    change, bound = _negated(window, part, factors, buffers), _error_bound(factors[0], largest)
     values = _descaled(merged, part, change.dtype, buffers)
     _as_matrix(change, part).sub_(bound)
     low = _rounded_sum(values, change, window.dtype, buffers).view(bits)
