@@ -221,7 +221,7 @@ def batch_norm(name: str, folder: Path) -> float | str:
     except RuntimeError as error:
         return type(error).__name__
     x = next(iter(images(8)))[0]
-    before, after = (each.eval().model(x) for each in (module, loaded))
+    before, after = (each.eval().model(x).detach() for each in (module, loaded))  # a fit leaves gradients enabled
     return float((after - before).norm() / before.norm())
 
 

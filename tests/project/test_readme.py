@@ -37,11 +37,15 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     inject,
+    load_adapter,
     load_from_checkpoint,
     merge,
     merge_and_unload,
+    save_adapter,
+    scaled,
 )
 from lightning_lora.command.main import VERBS, main
+from lightning_lora.command.merge import merge_on_disk
 from support.models.variants import variants_forgotten
 from support.runs.examples import COMMANDS as COMMANDS_OF_EXAMPLES
 from support.runs.examples import SHOWN
@@ -516,6 +520,21 @@ def test_common_errors_are_messages_that_come(front):
     with_object.fit(WithObject(loss=object()), data, data)
     with_object.save_checkpoint("object.ckpt")
 
+    def with_head(size: int, width: int = 8) -> torch.nn.ModuleDict:
+        body = torch.nn.ModuleDict({"fc": torch.nn.Linear(width, width)})
+        return torch.nn.ModuleDict({"body": body, "head": torch.nn.Linear(width, size)})
+
+    inject(tuned := with_head(3), LoRAConfig(r=2, target_modules=["fc"], modules_to_save=["head"]))
+    save_adapter(tuned, "with_head")
+
+    class Validated(net):
+        def validation_step(self, tokens: torch.Tensor) -> None:
+            self.training_step(tokens)
+
+    def merged_without_its_head() -> None:
+        torch.save(with_head(3)["body"].state_dict(), "body.pt")
+        merge_on_disk("body.pt", "with_head", "merged.pt")
+
     mistakes = [
         lambda: inject(net(), LoRAConfig(target_modules=["q_prj"])),
         lambda: make_trainer(front).fit(Early(), data, data),
@@ -524,12 +543,18 @@ def test_common_errors_are_messages_that_come(front):
         lambda: load_from_checkpoint(WithObject, "object.ckpt"),
         lambda: load_from_checkpoint(Other, "adapter.ckpt"),
         lambda: make_trainer(front, lora_alpha=16).fit(net(), data, data, ckpt_path="adapter.ckpt"),
+        lambda: load_adapter(with_head(10), "with_head"),
+        lambda: load_adapter(with_head(3, width=16), "with_head"),
+        lambda: scaled(tuned, 0.5).__enter__(),
+        lambda: LoRAConfig(rank=4),
+        lambda: make_trainer(front).validate(Validated(), data),
+        merged_without_its_head,
         tied,
         trained_while_merged,
     ]
     rows = table(ERRORS, "| message | what to do |")
     for (message, _), mistake in zip(rows, mistakes, strict=True):
-        with pytest.raises((LoRAError, RuntimeError)) as error:
+        with pytest.raises((LoRAError, RuntimeError, UserWarning)) as error:
             mistake()
         assert spans(message)[0] in " ".join(str(error.value).split())
 

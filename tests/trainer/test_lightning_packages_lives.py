@@ -12,7 +12,7 @@ from support.runs.other_name import under_pytorch_lightning
 
 pytestmark = pytest.mark.usefixtures("as_program")
 
-pytestmark = UNTRAINED_NOTICE
+pytestmark = [UNTRAINED_NOTICE, pytest.mark.filterwarnings("ignore:The dirpath has changed from")]
 
 LIVES = {
     "test_callback": [

@@ -9,7 +9,7 @@ import pytest
 
 # A warning of this package is an error in every test. One of another package is an error in .ci/run alone: a newer
 # release must not turn a user's run red.
-OUR_WARNINGS = "(lightning_lora|LoRACallback|LoRAMonitor)"
+OUR_WARNINGS = "(lightning_lora|LoRACallback|LoRAMonitor|LoRAWeightAveraging)"
 ALL_ARE_ERRORS = os.environ.get("ALL_WARNINGS_ARE_ERRORS") == "1"
 
 # Lightning's advice about the machine or the run, which says nothing about this package: how it begins.
