@@ -73,6 +73,8 @@ MODULES = {
 for file, names in LIVES.items():
     for name in names:
         life = vars(MODULES[file])[name]
+        if file == "test_cli":  # which writes its configuration into the present folder
+            life = pytest.mark.usefixtures("as_program")(life)
         globals()[name] = pytest.mark.slow(life) if name in SLOW else life
 
 
