@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -102,6 +103,9 @@ def facts_of(module: nn.Module) -> ModuleFacts | None:
 def begin_facts(places: Places, injection: Any, *, scope: str = "") -> None:
     """Let each module of an injected model have facts of this injection. In place; harmless when repeated.
 
+    A module without tensors and modules, such as a loss, gets none: it may be one object for many models, as a default
+    argument is, and what lies in it is pickled with all of them.
+
     A module that belongs to another injection keeps its facts: it is of a copy of a part of this model, or of another
     model.
 
@@ -111,6 +115,9 @@ def begin_facts(places: Places, injection: Any, *, scope: str = "") -> None:
         scope: the name of the module that a loaded adapter is for, or "".
     """
     for name, module in places:
+        held = chain(module._parameters.values(), module._buffers.values(), module._modules.values())
+        if all(each is None for each in held):
+            continue
         facts = facts_of(module)
         if facts is None or "ended" in facts.injection.marks or facts.injection.marks >= {"attached alone"}:
             vars(module)[ATTRIBUTE] = ModuleFacts(injection, is_scope=bool(scope) and name == scope)

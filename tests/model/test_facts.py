@@ -125,3 +125,13 @@ def test_a_frozen_copy_of_an_adapted_network_is_no_part_of_what_is_trained(where
 def test_a_copy_that_is_trained_counts():
     model = policy("outside", frozen=False)
     assert {"baseline.0.lora_A", "baseline.2.weight"} <= adapter_state_dict(model).keys()
+
+
+def test_a_loss_that_several_models_share_keeps_nothing_of_them():
+    loss = nn.CrossEntropyLoss()
+    before = dict(vars(loss))
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "loss": loss, "act": nn.ReLU()})
+    inject(model, LoRAConfig(r=2, target_modules=["fc"]))
+    assert vars(loss) == before
+    assert facts_of(model["act"]) is None
+    assert facts_of(model["fc"]) is not None

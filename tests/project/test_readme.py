@@ -290,6 +290,7 @@ def test_the_commands_of_the_front_page_set_up_what_they_need_and_show_what_the_
 
 
 @pytest.mark.packages
+@pytest.mark.usefixtures("as_program")
 def test_the_vision_block_of_the_front_page_trains_the_adapter_and_the_head_of_a_timm_model(tmp_path, monkeypatch):
     timm = pytest.importorskip("timm")
     from lightning.pytorch.cli import LightningCLI
