@@ -124,7 +124,8 @@ def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Ite
     With the trained one off, heads and biases that were trained have their initial values inside, as in
     disable_adapter. Forwards, merge, merged_state_dict, merged_tensors and save_merged go by it; save_adapter writes
     tensors as they are. A merged model runs factored inside. In a merged evaluation of a Trainer it stays so for
-    the rest of the run, so that nothing is merged again for each batch.
+    the rest of the run, so that nothing is merged again for each batch. With torch's activation checkpointing, call
+    backward() inside of the block too: after it adapted layers are computed again with another strength, an error.
 
     Args:
         model: injected, or with attached adapters.
@@ -163,12 +164,14 @@ def _acting_with(handle: AdaptedModel, strengths: Strengths) -> Iterator[None]:
         modules = [each.module for each in found]
         modules += [module for _, module in handle.modules if found and isinstance(module, AdaptedModule)]
         before = _inside(handle)
-        end = Ending(claim, partial(_scale_back, handle, FoundState(handle), before, found, modules))
+        noted = record.strength_log.now
+        end = Ending(claim, partial(_scale_back, handle, FoundState(handle), before, noted, found, modules))
         try:
             try:
                 unmerge_if_merged(handle)
                 put_in_(found, modules)
                 _act_with_(handle, {**before, **strengths})
+                record.strength_log.change(_differing(handle, {**noted, **strengths}))
                 yield
             finally:
                 end()
@@ -177,7 +180,12 @@ def _acting_with(handle: AdaptedModel, strengths: Strengths) -> Iterator[None]:
 
 
 def _scale_back(
-    handle: AdaptedModel, state: FoundState, before: Strengths, found: Sequence[StandIn], modules: Sequence[nn.Module]
+    handle: AdaptedModel,
+    state: FoundState,
+    before: Strengths,
+    noted: Strengths,
+    found: Sequence[StandIn],
+    modules: Sequence[nn.Module],
 ) -> None:
     """Give the adapters the strength that they had before `scaled`. In place; can be called again after any part.
 
@@ -185,12 +193,14 @@ def _scale_back(
         handle: of the model before the block.
         state: whether it was merged before the block.
         before: the strengths that another `scaled` around this one has set.
+        noted: what a block around this one has in the log of strengths.
         found: the stand-ins of what was trained whole.
         modules: that torch does not save inside the block.
     """
     take_out_(found, modules)
     unmerge_if_merged(handle)
     _act_with_(handle, before)
+    handle.record.strength_log.change(noted)
     if not handle.record.run.merged_here:
         state.bring_back(handle)
         return
@@ -209,6 +219,12 @@ def _inside(handle: AdaptedModel) -> dict[str, float]:
         found |= {"": layer.lora.strength} if layer.is_trained() else {}
         found |= layer.lora.beside.inside if layer.lora.beside is not None else {}
     return found
+
+
+def _differing(handle: AdaptedModel, inside: Strengths) -> dict[str, float]:
+    """Return those of the strengths that differ from the model's own, by name."""
+    own = {"": 1.0, **{name: each.strength for name, each in handle.record.beside.items()}}
+    return {name: strength for name, strength in inside.items() if strength != own.get(name)}
 
 
 def _act_with_(handle: AdaptedModel, inside: Strengths) -> None:

@@ -306,13 +306,15 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         adapted = [module for _, module in handle.modules if isinstance(module, AdaptedModule)]
         modules = [] if is_inside else [*adapted, *(each.module for each in found)]
         were_active = {layer: layer.lora_active or layer.lora.merged for layer in handle.all_layers.values()}
-        end = Ending(claim, partial(_enable_again, handle, FoundState(handle), were_active, found, modules))
+        noted = handle.record.strength_log.now
+        end = Ending(claim, partial(_enable_again, handle, FoundState(handle), were_active, noted, found, modules))
         try:
             try:
                 if holds_merged(handle.all_layers.values()):
                     unmerge_listed(handle)
                 put_in_(found, modules)
                 _set_active(handle, dict.fromkeys(were_active, False))
+                handle.record.strength_log.change({**noted, DISABLED: 0.0})
                 yield model
             finally:
                 end()
@@ -324,6 +326,7 @@ def _enable_again(
     handle: AdaptedModel,
     state: FoundState,
     were_active: Mapping[AdaptedWeights, bool],
+    noted: Mapping[str, float],
     found: Sequence[StandIn],
     modules: Sequence[nn.Module],
 ) -> None:
@@ -333,12 +336,14 @@ def _enable_again(
         handle: of the model before the block.
         state: whether it was merged before the block.
         were_active: whether each adapter acted before the block.
+        noted: the strengths that a block around this one has set.
         found: the stand-ins; none where another disable_adapter around this one takes them out.
         modules: that torch does not save inside the block.
     """
     take_out_(found, modules)
     unmerge_if_merged(handle)
     _set_active(handle, were_active)
+    handle.record.strength_log.change(noted)
     state.bring_back(handle)
 
 

@@ -20,6 +20,7 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import ATTRIBUTE
 from ..nn.attachment import Beside
+from ..nn.gradient_checkpointing import StrengthLog
 from ..nn.owner import Owner
 from .facts import Fact
 
@@ -109,13 +110,17 @@ class Injection:
     run: Run = field(default_factory=Run)
     root: weakref.ref[nn.Module] | None = None  # the injected module; None in a copy of the record
     owner: Owner = field(default_factory=Owner)  # the thread that changes or saves the model; a copy has its own
+    strength_log: StrengthLog = field(default_factory=StrengthLog)  # of blocks; a copy is in none
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a part of the model would bring along values of the whole model; its modules have their facts.
-        return {name: value for name, value in vars(self).items() if name != "owner"} | {"root": None, "facts": []}
+        return {name: value for name, value in vars(self).items() if name not in ("owner", "strength_log")} | {
+            "root": None,
+            "facts": [],
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, owner=Owner())
+        vars(self).update(state, owner=Owner(), strength_log=StrengthLog())
 
     @property
     def is_injection(self) -> bool:

@@ -307,8 +307,15 @@ class AdaptedWeights(StoredTensors):
 
     def note_segment(self) -> None:
         """Note that the layer runs in a reentrant segment; the warning about missing gradients names this cause."""
+        self.check_strengths()
         if not torch.is_grad_enabled() and self.lora_holder.training and in_first_pass():
             self.lora.in_segment = True
+
+    def check_strengths(self) -> None:
+        """Raise LoRAError where checkpointing computes the layer again with other strengths than in its forward."""
+        injection = self.lora.injection
+        if not torch.compiler.is_compiling() and injection is not None and injection.strength_log.since:
+            injection.strength_log.check(self.lora.name)
 
     def effective_factors(self) -> EffectiveFactors:
         """Return the factors and scale that the stored tensors act as now, differentiable."""

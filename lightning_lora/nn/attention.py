@@ -32,6 +32,7 @@ class LoRAMultiheadAttention(LoRALayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_active:
+            self.check_strengths()
             return super().forward(*args, **kwargs)
         with dense_output(self):
             return self.dense_forward(*args, **kwargs)

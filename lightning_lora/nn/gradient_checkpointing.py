@@ -5,15 +5,23 @@ base is frozen, possibly no input does, and the adapters inside are not trained.
 
 In transformers' models and in torch's checkpoint_wrapper the segments can be found, and their input is made to require
 a gradient. Elsewhere adapted layers note that they ran in a segment, and the warning about missing gradients says so.
+
+A segment of either kind that is computed again for its backward must run with the strengths of its forward; see
+StrengthLog.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
+
+from ..errors import LoRAError
 
 CHECKPOINT = "_gradient_checkpointing_func"  # attribute in which transformers keeps its checkpointing function
 
@@ -22,6 +30,8 @@ REENTRANT = "torch.utils.checkpoint with use_reentrant=True, which trains nothin
 REENTRANT_REMEDY = (
     "Use use_reentrant=False, which needs none, or call requires_grad_() on a floating-point input of the segment"
 )
+
+RECOMPUTING = ("backward", "unpack_hook")  # functions of torch.utils.checkpoint that compute a segment again
 
 
 class CheckpointWithInputGrads:
@@ -75,6 +85,74 @@ def in_first_pass() -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
     return not torch._C._is_fwd_grad_enabled()
+
+
+class StrengthLog:
+    """Which strengths `scaled` and `disable_adapter` have set, and from which autograd node on.
+
+    torch numbers the nodes of graphs in the order in which a thread makes them. While a segment is computed again, the
+    node that runs tells by its number which strengths its forward had. Blocks in which no node is made leave nothing
+    behind. Checkpointing of other libraries (DeepSpeed's own) is not followed.
+    """
+
+    KEPT = 1000  # of the latest changes; graphs from before them are not checked
+
+    def __init__(self) -> None:
+        self.since: list[int] = []  # ascending numbers of the first node with each of the following
+        self.states: list[dict[str, float]] = []  # the strengths that differ from those of the model, by name
+
+    @property
+    def now(self) -> dict[str, float]:
+        """The strengths that the innermost block outside of segments has set."""
+        return self.states[-1] if self.states else {}
+
+    def change(self, state: Mapping[str, float]) -> None:
+        """Note that other strengths act from here on. In place.
+
+        A block inside of a segment is entered again when the segment is computed again, so it is not noted.
+        """
+        if self.now == state or _segments_around():
+            return
+        number = torch._C._autograd._get_sequence_nr()
+        if not self.states:
+            self.since, self.states = [-1], [{}]
+        while self.since and self.since[-1] >= number:  # no node was made since
+            del self.since[-1], self.states[-1]
+        if self.now != state:
+            self.since.append(number)
+            self.states.append(dict(state))
+        if self.states == [{}]:
+            self.since, self.states = [], []
+        del self.since[: -self.KEPT], self.states[: -self.KEPT]
+
+    def check(self, name: str) -> None:
+        """Raise LoRAError where a layer is computed again with other strengths than it had in its forward."""
+        # Where segments lie inside of one another the outer was checked. On a GPU the nodes of the inner one are made
+        # by another thread, which has numbers of its own.
+        if torch._C._current_graph_task_id() == -1 or _segments_around(RECOMPUTING) != 1:
+            return
+        node = torch._C._current_autograd_node()
+        place = bisect_right(self.since, node._sequence_nr()) if node is not None else 0
+        if place and self.states[place - 1] != self.now:
+            raise LoRAError(
+                f"{name!r}: activation checkpointing computes the layer again for its backward, and the forward ran "
+                f"{_where(self.states[place - 1])} and the backward runs {_where(self.now)}, so that gradients would "
+                "be wrong. Call backward() where the forward ran: inside of the same block, or outside of any."
+            )
+
+
+def _where(state: Mapping[str, float]) -> str:
+    return f"inside of a block with the strengths {dict(state)}" if state else "outside of scaled and disable_adapter"
+
+
+def _segments_around(functions: Collection[str] = ()) -> int:
+    """Return how many calls of torch.utils.checkpoint the present one is inside of; by default of any function."""
+    found, frame = 0, sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        found += code.co_filename == torch.utils.checkpoint.__file__ and (not functions or code.co_name in functions)
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
 
 
 def _hooks(module: nn.Module) -> list[int]:

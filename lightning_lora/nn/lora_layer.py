@@ -77,6 +77,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_active:
+            self.check_strengths()
             return super().forward(*args, **kwargs)
         inputs = (*args, *kwargs.values())
         if len(inputs) != 1 or not self.runs_on_factors(inputs[0]):

@@ -115,6 +115,7 @@ class LoRAParameterHolder(AdaptedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         active = [adapter for adapter in self.lora_parameters.values() if adapter.lora_active]
+        next(iter(self.lora_parameters.values())).check_strengths()
         if not active:
             return super().forward(*args, **kwargs)
         with StandIns(self, active):

@@ -158,6 +158,7 @@ class LoRATable(AdaptedModule):
         return self.lora_row_ids
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.lora_table.check_strengths()
         if not self.lora_table.lora_active or not self.lora_table.lora.strength:
             return super().forward(*args, **kwargs)
         nested = any(getattr(each, "is_nested", False) for each in (*args, *kwargs.values()))  # they have few operators
