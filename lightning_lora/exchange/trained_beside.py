@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from ..adapter.adapter import Adapter, strengths_text
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_model
+from ..model.attached import checked_strength
 from ..nn.attachment import Beside
 from ..nn.beside import LACKING
 
@@ -83,6 +84,8 @@ def check_beside(listing: Listing, adapter: Adapter) -> None:
 def check_beside_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, float]:
     """Raise LoRAError unless exactly those adapters are attached that a Trainer's checkpoint was trained beside.
 
+    Strengths of a file that no forward could use are refused here, before anything of the checkpoint is taken.
+
     Returns:
         The strengths of the checkpoint that differ from the model's, by name: a run goes on with those it had.
     """
@@ -95,7 +98,8 @@ def check_beside_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, flo
             f"adapter: it was trained without {more[0]!r}, which is attached to this model. Leave it out of "
             f"LoRACallback(attach=...), or call detach(model, {more[0]!r}) first."
         )
-    return {name: each.strength for name, each in adapter.attached.items() if each.strength != here[name].strength}
+    strengths = {name: checked_strength(each.strength, "adapter") for name, each in adapter.attached.items()}
+    return {name: strength for name, strength in strengths.items() if strength != here[name].strength}
 
 
 def refuse_others(here: Attached, adapter: Adapter) -> None:

@@ -224,3 +224,27 @@ def test_the_output_of_a_foreign_layer_is_never_added_to_in_place_and_its_map_is
     assert torch.equal(x, X)
     expected = Foreign(kind)(X) + trained["a"](X) - X
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("kind", ["same", "tanh", "strided", "two", "swapped"])
+def test_a_foreign_layer_with_strength_0_keeps_its_input_and_its_map_is_checked(kind: str):
+    inject(model := nn.ModuleDict({"a": Foreign()}), LoRAConfig(r=2, target_modules=["a"], init_lora_weights=False))
+    attach(model, take_adapter(model), name="b")
+    model["a"].how = kind
+    x = X.clone().requires_grad_()
+    for strengths in ({"": 0.0}, {"": 0.0, "b": 0.0}):
+        with scaled(model, strengths):
+            if kind in ("two", "swapped"):
+                with pytest.raises(LoRAError, match="maps"):
+                    model["a"](x)
+                continue
+            y = model["a"](x)
+            y.sum().backward()
+        assert torch.equal(x, X)
+        product = 0 if strengths.get("b") == 0 else low_rank_product(model["a"])
+        torch.testing.assert_close(y, Foreign(kind)(X) + product)
+
+
+def low_rank_product(layer: Any) -> torch.Tensor:
+    a, b = (layer.stored()[leaf].detach() for leaf in ("lora_A", "lora_B"))
+    return layer.lora.spec.scaling * X @ a.T @ b.T
