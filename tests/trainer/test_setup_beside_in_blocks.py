@@ -13,7 +13,7 @@ from lightning_lora import LoRAConfig, LoRAError, attach, attached, inject, scal
 from lightning_lora.adapter.adapter import Adapter
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs
-from support.runs.with_callback import BATCHES, TARGETS, Watched, lora, run
+from support.runs.with_callback import BATCHES, TARGETS, Watched, lora, lora_with_effect, run
 
 
 def sft() -> Adapter:
@@ -50,22 +50,21 @@ def test_checkpoint_made_inside_of_scaled_equals_the_one_outside(tmp_path: Path,
     assert_same_tensors(dict(inside["state_dict"]), dict(outside["state_dict"]))
 
 
+def injected(strength: float) -> Watched:
+    inject(model := Watched(), lora_with_effect().config, seed=2)
+    attach(model, sft(), name="sft", strength=strength)
+    return model
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.5])
-def test_validate_inside_of_scaled_acts_with_its_strength(tmp_path: Path, strength: float):
-    trainer = make_trainer(tmp_path, lora(attach={"sft": sft()}))
-    run(trainer, "fit", model := Watched())
+def test_validate_inside_of_scaled_takes_the_model_over_and_acts_with_its_strength(tmp_path: Path, strength: float):
+    model, twin = injected(1.0), injected(strength)
     before = outputs(model)
     with scaled(model, strength, "sft"):
-        model.eval()
-        expected = [model(batch[0]) for batch in Data(BATCHES).val_dataloader()]
-        losses = [
-            torch.nn.functional.cross_entropy(output, batch[1]).item()
-            for output, batch in zip(expected, Data(BATCHES).val_dataloader(), strict=True)
-        ]
-        model.seen.clear()
-        run(trainer, "validate", model)
-        assert [loss for _, _, loss in model.seen] == pytest.approx(losses[: len(model.seen)], rel=1e-5)
-        assert model.seen
+        run(make_trainer(tmp_path, lora_with_effect()), "validate", model)
+    run(make_trainer(tmp_path, lora_with_effect()), "validate", twin)
+    assert model.seen
+    assert [loss for _, _, loss in model.seen] == pytest.approx([loss for _, _, loss in twin.seen], rel=1e-5)
     assert torch.equal(outputs(model), before)
     assert attached(model) == {"sft": 1.0}
 
