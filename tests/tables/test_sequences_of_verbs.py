@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -176,6 +176,49 @@ class Verbs(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.beside)))
         detach(self.model, name)
         del self.beside[name]
+
+    @rule(strength=WEIGHTS, name=st.sampled_from(["", "x", "y", "z"]), seed=st.integers(0, 9))
+    def verbs_inside_of_scaled(self, strength: float, name: str, seed: int) -> None:
+        if name not in ("", *self.beside):
+            with pytest.raises(LoRAError), scaled(self.model, strength, name):
+                pass
+            return
+        if not name and strength not in (0.0, 1.0):  # of a trained head there is none in between
+            with pytest.raises(LoRAError, match="no strength between"), scaled(self.model, strength):
+                pass
+            return
+        with scaled(self.model, strength, name):
+            self.changes_are_refused()
+            if name or strength:
+                kept = take_adapter(self.model)
+                again = copy.deepcopy(self.model)
+            elif not name:
+                with pytest.raises(LoRAError, match="refused inside"):
+                    take_adapter(self.model)
+                return
+            with scaled(self.model, 0.0), disable_adapter(self.model):
+                assert torch.equal(self.model(tokens()), self.base(tokens()))
+            merge(self.model) if seed % 2 else unmerge(self.model)
+        assert attached(again) == attached(self.model)
+        assert {each: value.strength for each, value in kept.attached.items()} == attached(self.model)
+        unmerge(again)
+        self.model(tokens())
+
+    @rule()
+    def verbs_inside_of_disable_adapter(self) -> None:
+        with disable_adapter(self.model):
+            self.changes_are_refused()
+            with pytest.raises(LoRAError, match="refused inside"):
+                copy.deepcopy(self.model)
+
+    def changes_are_refused(self) -> None:
+        calls: list[Callable[[], object]] = [lambda: unload(self.model), lambda: merge_and_unload(self.model)]
+        calls += [lambda: self.model.load_state_dict(self.base.state_dict())]
+        calls += [lambda name=name: detach(self.model, name) for name in self.beside]
+        for call in calls:
+            with pytest.raises(LoRAError, match="refused inside"):
+                call()
+        assert inject(self.model, zoo_config(), merge_weights=self.by_mode) == ZOO_LAYERS  # nothing is new
 
     def weights_are_right(self, model: nn.Module, trained: Deltas) -> None:
         """Compare merged weights with sums in float64, and what is attached with what should be."""
