@@ -311,7 +311,8 @@ def test_the_vision_block_of_the_front_page_trains_the_adapter_and_the_head_of_a
 
     monkeypatch.chdir(tmp_path)
     write_files(FRONT, tmp_path)
-    cli = LightningCLI(Net, args=["fit", "--config", "vit.yaml", "--trainer.max_epochs=1", "--trainer.logger=false"])
+    arguments = ["fit", "--config", "vit.yaml", "--trainer.max_epochs=1", "--trainer.logger=false"]
+    cli = LightningCLI(Net, args=arguments, seed_everything_default=1)
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     layers = {name.partition(".lora_")[0] for name in saved if ".lora_" in name}
