@@ -9,7 +9,7 @@ from .model.attached import attached, detach, scaled, set_strength
 from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.param_groups import lora_param_groups
-from .model.quantise import quantize_base
+from .model.quantize import quantize_base
 from .model.state_dict import adapter_state_dict, merged_state_dict
 from .nn import variants as variants
 from .nn.variant import Variant

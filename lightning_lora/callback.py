@@ -91,8 +91,8 @@ class LoRACallback(Callback):
         seed: an integer that seeds the adapters' initial values.
         attach: frozen adapters to attach, by name, such as {"sft": "folder"}.
         merge_after_fit: leave plain layers with merged weights when fit ends.
-        quantize: quantise the base's linear layers in setup, before they are adapted (QLoRA): "nf4".
-        dequantize: dtype of the plain weights that replace quantised ones, for save="merged" and merge_after_fit.
+        quantize: quantize the base's linear layers in setup, before they are adapted (QLoRA): "nf4".
+        dequantize: dtype of the plain weights that replace quantized ones, for save="merged" and merge_after_fit.
         verbose: show the summary at fit start.
 
     Raises:

@@ -22,7 +22,7 @@ from lightning_lora import (
     load_from_checkpoint,
 )
 from support.covering import covering
-from support.models.quantised import QuantisedNet, batches, factors, packed_bits
+from support.models.quantized import QuantizedNet, batches, factors, packed_bits
 from support.runs.lightning_versions import EMAWeightAveraging, WeightAveraging, weight_averaging
 from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
 from support.runs.with_callback import (
@@ -187,12 +187,12 @@ def test_one_base_is_in_memory_and_frozen_weights_are_not_touched(tmp_path: Path
     assert {n: p._version for n, p in model.named_parameters() if n in versions} == versions
 
 
-def test_a_quantised_base_is_averaged_beside(tmp_path: Path):
+def test_a_quantized_base_is_averaged_beside(tmp_path: Path):
     """Lightning's own is refused, because it would average packed bytes."""
-    model, ends = QuantisedNet("nf4"), []
+    model, ends = QuantizedNet("nf4"), []
     lora, watch = LoRACallback(r=2), At("on_train_batch_end", lambda trainer, module: ends.append(factors(module)))
     make_trainer(tmp_path, lora, LoRAWeightAveraging(), watch, max_epochs=1).fit(model, batches(), batches(2))
-    assert packed_bits(model) == packed_bits(QuantisedNet("nf4"))
+    assert packed_bits(model) == packed_bits(QuantizedNet("nf4"))
     for name, value in factors(model).items():
         assert torch.allclose(value, torch.stack([end[name] for end in ends]).mean(0), atol=1e-6)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, combine, inject, merge, merged_state_dict, take_adapter
 from lightning_lora.notices import tell
-from support.models.quantised import quantised
+from support.models.quantized import quantized
 from support.ranks.processes import DONE, run_in_forks
 
 LINE = "lightning_lora: a line of 100%."
@@ -25,8 +25,8 @@ def in_16_bits(**options: object) -> nn.Module:
     return model
 
 
-def quantised_base() -> nn.Module:
-    inject(model := quantised("nf4"), LoRAConfig(r=2, init_lora_weights=False))
+def quantized_base() -> nn.Module:
+    inject(model := quantized("nf4"), LoRAConfig(r=2, init_lora_weights=False))
     return model
 
 
@@ -42,14 +42,14 @@ def linear(r: int) -> nn.Module:
 
 
 PROMISED: dict[str, tuple[Callable[[], object], str]] = {
-    "quantised weights stay factored": (
-        lambda: merge(quantised_base()),
-        "lightning_lora: 3 layers have quantised weights (nf4) and stay factored, also in merged evaluation",
+    "quantized weights stay factored": (
+        lambda: merge(quantized_base()),
+        "lightning_lora: 3 layers have quantized weights (nf4) and stay factored, also in merged evaluation",
     ),
     "what rounding costs": (lambda: merge(in_16_bits()), "lightning_lora: merged 16-bit weights: rounding costs"),
-    "what rounding dequantised weights costs": (
-        lambda: merged_state_dict(quantised_base(), dequantize="bfloat16"),
-        "lightning_lora: merged 16-bit weights, dequantised: rounding costs",
+    "what rounding dequantized weights costs": (
+        lambda: merged_state_dict(quantized_base(), dequantize="bfloat16"),
+        "lightning_lora: merged 16-bit weights, dequantized: rounding costs",
     ),
     "what all-linear leaves out": (
         lambda: inject(llama(), LoRAConfig(r=2)),

@@ -18,7 +18,7 @@ def fingerprint_of_files(tensors: Mapping[str, torch.Tensor], chosen: Set[str] |
     return {name: values.get(name) or entry_of(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool, remedy: str, of_quantisation: str) -> None:
+def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool, remedy: str, of_quantization: str) -> None:
     """Raise LoRAError, or warn, where weights on disk are not the adapter's base.
 
     A name that only one of the two has is ignored, because a file may hold tied weights once. So is a table whose rows
@@ -29,10 +29,10 @@ def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool, remedy:
         base: the weights.
         strict: whether another base is an error or a warning.
         remedy: the advice at the end of the error.
-        of_quantisation: the advice instead where the adapter's base was quantised, which no weights on disk can be.
+        of_quantization: the advice instead where the adapter's base was quantized, which no weights on disk can be.
     """
-    ignored = {f"{module}.weight" for module in (*base.quantised(), *adapter.tables, *adapter.tied)}
+    ignored = {f"{module}.weight" for module in (*base.quantized(), *adapter.tables, *adapter.tied)}
     expected = {name: e for name, e in adapter.fingerprint.items() if name not in ignored and name in base.tensors}
     with_values = {name for name, entry in expected.items() if entry.values}
     present = fingerprint_of_files({name: base.tensors[name] for name in expected}, with_values)
-    compare_fingerprints(present, expected, strict=strict, remedy=remedy, of_quantisation=of_quantisation)
+    compare_fingerprints(present, expected, strict=strict, remedy=remedy, of_quantization=of_quantization)

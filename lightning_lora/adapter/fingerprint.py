@@ -21,8 +21,8 @@ RELATIVE, ABSOLUTE = 1e-2, 1e-6  # bfloat16, float16 and moving averages round b
 REMEDY = "Load the adapter on the base that it was trained on, or pass strict_base=False, which makes this a warning."
 OF_A_HEAD = 4  # weights and biases of a head and what stands before it
 OF_HEADS = "A new head has other random values in each program: train and save it whole with modules_to_save."
-OF_QUANTISATION = (
-    "Quantise the base as in training before it is adapted, NF4Tensor by quantize_base with the options of that run, "
+OF_QUANTIZATION = (
+    "Quantize the base as in training before it is adapted, NF4Tensor by quantize_base with the options of that run, "
     "others as transformers loads them."
 )
 
@@ -32,14 +32,14 @@ class Entry(NamedTuple):
 
     dtype: str
     shape: list[int]
-    values: list[float]  # none of a quantised weight, and none where something else decides the values
-    quantised: str = ""  # how
+    values: list[float]  # none of a quantized weight, and none where something else decides the values
+    quantized: str = ""  # how
 
 
-def entry_of(shape: Iterable[int], dtype: torch.dtype, values: Iterable[float] = (), *, quantised: str = "") -> Entry:
+def entry_of(shape: Iterable[int], dtype: torch.dtype, values: Iterable[float] = (), *, quantized: str = "") -> Entry:
     """Return an entry of a fingerprint; six digits of a value tell enough."""
     digits = [float(f"{value:.6g}") for value in values]
-    return Entry(str(dtype).removeprefix("torch."), list(shape), digits, quantised)
+    return Entry(str(dtype).removeprefix("torch."), list(shape), digits, quantized)
 
 
 def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Entry]:
@@ -77,7 +77,7 @@ def compare_fingerprints(
     *,
     strict: bool = True,
     remedy: str = REMEDY,
-    of_quantisation: str = "",
+    of_quantization: str = "",
 ) -> None:
     """Raise LoRAError, or warn, where entries differ. Names that only `present` has are ignored.
 
@@ -86,23 +86,23 @@ def compare_fingerprints(
         expected: of the adapter's base.
         strict: whether another base is an error or a warning.
         remedy: the advice at the end of the error.
-        of_quantisation: the advice instead where weights were quantised in another way.
+        of_quantization: the advice instead where weights were quantized in another way.
     """
     order = {name: position for position, name in enumerate(present)}
     names = sorted(expected, key=lambda name: order.get(name, -1))
     found = {name: said for name in names if (said := _difference(name, expected[name], present.get(name)))}
     if not found:
         return
-    otherwise = [name for name in found if name in present and expected[name].quantised != present[name].quantised]
-    first = next(iter((*otherwise, *found)))  # the quantisation comes first: without it values cannot be compared
+    otherwise = [name for name in found if name in present and expected[name].quantized != present[name].quantized]
+    first = next(iter((*otherwise, *found)))  # the quantization comes first: without it values cannot be compared
     message = (
         f"adapter: belongs to another base: {found[first]}. {len(found)} of {len(expected)} frozen tensors differ "
         f"({listed([repr(name) for name in found])})."
     )
-    if otherwise and not expected[first].quantised:
-        message += " Load the base without quantising it, as in training."
+    if otherwise and not expected[first].quantized:
+        message += " Load the base without quantizing it, as in training."
     elif otherwise:
-        remedy = of_quantisation or f"{OF_QUANTISATION} {remedy}"
+        remedy = of_quantization or f"{OF_QUANTIZATION} {remedy}"
     elif len(found) <= OF_A_HEAD and 2 * len(found) < sum(bool(entry.values) for entry in expected.values()):
         message += f" {OF_HEADS}"
     if strict:
@@ -116,8 +116,8 @@ def _difference(name: str, before: Entry, now: Entry | None) -> str:
         return f"its frozen parameter {name!r} is not here"
     if list(now.shape) != list(before.shape):
         return f"{name!r} had shape {before.shape}, here {now.shape}"
-    if now.quantised != before.quantised:
-        was, is_now = (f"quantised ({how})" if how else "not quantised" for how in (before.quantised, now.quantised))
+    if now.quantized != before.quantized:
+        was, is_now = (f"quantized ({how})" if how else "not quantized" for how in (before.quantized, now.quantized))
         return f"at {name!r} the base was {was}, here it is {is_now}"
     if entries_match(before, now):
         return ""

@@ -2,7 +2,7 @@
 
 format_version  of the description; FORMAT_VERSION grows with every change that an earlier reader would misread
 layers       [[kind or None, scaling, [names]], ...]
-fingerprint  {name: [dtype, shape, values], ...}; a quantised weight has no values, and its kind as a fourth item
+fingerprint  {name: [dtype, shape, values], ...}; a quantized weight has no values, and its kind as a fourth item
 beside       {name: [strength, digest], ...} of the frozen adapters that it was trained beside
 """
 
@@ -160,7 +160,7 @@ def decode_layers(groups: Any, config: LoRAConfig) -> dict[str, Layer]:
 
 def encode_fingerprint(entries: Mapping[str, Entry]) -> dict[str, Any]:
     """Return a row of plain types for each entry."""
-    return {name: list(entry if entry.quantised else entry[:3]) for name, entry in entries.items()}
+    return {name: list(entry if entry.quantized else entry[:3]) for name, entry in entries.items()}
 
 
 def decode_fingerprint(rows: Mapping[str, Any]) -> dict[str, Entry]:
@@ -184,7 +184,7 @@ def decode_beside(rows: Mapping[str, Any]) -> dict[str, Beside]:
     return beside
 
 
-def _entry(dtype: Any, shape: Any, values: Any, quantised: Any = "") -> Entry:
+def _entry(dtype: Any, shape: Any, values: Any, quantized: Any = "") -> Entry:
     if not isinstance(getattr(torch, _text(dtype), None), torch.dtype):
         raise ValueError(f"unknown dtype {shown(dtype)}")
     if not all(type(size) is int and size >= 0 for size in _list(shape)):
@@ -193,7 +193,7 @@ def _entry(dtype: Any, shape: Any, values: Any, quantised: Any = "") -> Entry:
         raise ValueError(f"no values: {shown(values)}")
     if values and len(values) != len(sample_positions(math.prod(shape))):
         raise ValueError(f"{len(values)} values of a tensor of shape {shown(shape)}")
-    return Entry(dtype, list(shape), list(values), _text(quantised))
+    return Entry(dtype, list(shape), list(values), _text(quantized))
 
 
 def _ascending(value: Any) -> tuple[int, ...]:

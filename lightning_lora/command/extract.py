@@ -30,7 +30,7 @@ from ..nn.low_rank import (
     matrix_view,
 )
 from ..progress import progress_bar
-from .output import refuse_quantised
+from .output import refuse_quantized
 
 EMBEDDING_NAMES = re.compile(r"(?!embed_out$)(.*emb.*|wte|wpe|shared)", re.IGNORECASE)
 TRANSPOSED_NAMES = re.compile(r"deconv|conv_?transpose|transposed?_?conv", re.IGNORECASE)
@@ -108,7 +108,7 @@ def extract(
 
 def _refuse_other_model(base: Weights, tuned: Weights) -> None:
     for weights in (base, tuned):
-        refuse_quantised("extract", weights)
+        refuse_quantized("extract", weights)
         weights.compare_check_sums()
     for name in sorted({*base.tensors, *tuned.tensors}):
         shapes = [tuple(each.tensors[name].shape) if name in each.tensors else None for each in (base, tuned)]

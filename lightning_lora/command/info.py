@@ -24,7 +24,7 @@ from ..formats.peft_names import are_peft_names
 from ..formats.sources import holds_adapter_state, read_source
 from ..names import META, factor_role
 from ..progress import Unit, progress_bar
-from .output import refuse_quantised
+from .output import refuse_quantized
 
 CHUNK = 2**21  # elements that are compared at once: more are not faster
 
@@ -89,7 +89,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
         "base": {
             **adapter.origin,
             "frozen_tensors": len(adapter.fingerprint),
-            "dtypes": dict(Counter(entry.quantised or entry.dtype for entry in adapter.fingerprint.values())),
+            "dtypes": dict(Counter(entry.quantized or entry.dtype for entry in adapter.fingerprint.values())),
         },
     }
 
@@ -140,7 +140,7 @@ def diff(first: PathLike, second: PathLike) -> dict[str, Any]:
     if not adapters:
         both = open_weights(paths[0]), open_weights(paths[1])
         for each in both:
-            refuse_quantised("diff", each)
+            refuse_quantized("diff", each)
             each.compare_check_sums()
         return _diff_weights(*both)
     one, other = (by_network_names(read_source(path)) for path in paths)

@@ -47,7 +47,7 @@ from ..nn.rounding import IN_FILES, tell_rounding
 from ..nn.variant import LayerInfo, Parts
 from ..notices import tell, warn
 from ..progress import progress_bar
-from .output import IN_PYTHON, check_output, refuse_quantised
+from .output import IN_PYTHON, check_output, refuse_quantized
 from .write_merged import Job, WeightUpdate, write_file_of, write_folder_of
 
 OF_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # how names of files of weights end
@@ -55,11 +55,11 @@ INSTEAD = "Load the model in Python and use load_adapter and save_merged instead
 OTHER_END = "tied to the other end of the model (tie_word_embeddings in config.json)"
 OTHER_NAMES = f"Some models have other names in their files than in memory. {INSTEAD}."
 LEFT_OUT = (
-    "The result would lack them: give the whole model with a head of this size as --base, unquantised, by "
+    "The result would lack them: give the whole model with a head of this size as --base, unquantized, by "
     "save_pretrained or torch.save of its state dict, or pass --strict-base=false, which leaves them out."
 )
 OTHER_FILES = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
-OF_QUANTISATION = f"{IN_PYTHON}; or pass --strict-base=false, which merges into these unquantised weights."
+OF_QUANTIZATION = f"{IN_PYTHON}; or pass --strict-base=false, which merges into these unquantized weights."
 
 
 def merge_on_disk(
@@ -142,9 +142,9 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True) ->
         adapter = align_to_modules(adapter, base.modules() | parameters, str(base.path), of_files=advice)
     except LoRAError as error:
         raise LoRAError(f"{error} {OTHER_NAMES}") from error
-    refuse_quantised("merge", base, {*adapter.layers, *(name.rpartition(".")[0] for name in adapter.beside_factors())})
+    refuse_quantized("merge", base, {*adapter.layers, *(name.rpartition(".")[0] for name in adapter.beside_factors())})
     adapter = _only_placed(adapter, base, strict=strict_base)
-    compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES, of_quantisation=OF_QUANTISATION)
+    compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES, of_quantization=OF_QUANTIZATION)
     return Fitted(adapter, base, files)
 
 

@@ -12,14 +12,14 @@ from ..files.atomic import check_output_path
 from ..files.paths import PathLike
 from ..files.weights import Weights
 
-IN_PYTHON = (  # what merges into quantised weights
-    "Load the quantised model in Python, then load_adapter(model, adapter) and save_merged(model, path, "
+IN_PYTHON = (  # what merges into quantized weights
+    "Load the quantized model in Python, then load_adapter(model, adapter) and save_merged(model, path, "
     'dequantize="bfloat16")'
 )
 
 
-def refuse_quantised(verb: str, weights: Weights, modules: Collection[str] | None = None) -> None:
-    """Refuse quantised weights: their bytes are no values.
+def refuse_quantized(verb: str, weights: Weights, modules: Collection[str] | None = None) -> None:
+    """Refuse quantized weights: their bytes are no values.
 
     Args:
         verb: what the message begins with.
@@ -27,14 +27,14 @@ def refuse_quantised(verb: str, weights: Weights, modules: Collection[str] | Non
         modules: the modules whose weights are needed, or None for all.
 
     Raises:
-        LoRAError: a needed weight is quantised. The message names it and a way that works.
+        LoRAError: a needed weight is quantized. The message names it and a way that works.
     """
-    for module, name in weights.quantised().items():
+    for module, name in weights.quantized().items():
         if modules is None or module in modules:
             raise LoRAError(
-                f"{verb}: {weights.path}: the weight of {module!r} is quantised, as {name!r} shows, and files are "
-                f"compared and merged by value. {IN_PYTHON}; or give the base that it was quantised from, with "
-                "--strict-base=false where the adapter was trained on the quantised one."
+                f"{verb}: {weights.path}: the weight of {module!r} is quantized, as {name!r} shows, and files are "
+                f"compared and merged by value. {IN_PYTHON}; or give the base that it was quantized from, with "
+                "--strict-base=false where the adapter was trained on the quantized one."
             )
 
 

@@ -25,10 +25,10 @@ from ..model.inject import inject_layers, replace_layers, stored_parameters, tak
 from ..model.injection import Injection
 from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_if_merged, unmerge_listed
-from ..model.quantise import quantise_named_
+from ..model.quantize import quantize_named_
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.owner import claimed
-from ..nn.quantised import NF4, quantised_parameters
+from ..nn.quantized import NF4, quantized_parameters
 from ..notices import tell
 from .align import add_frozen_weights, align_names, as_in_model, record_trained, split_off_base, split_off_foreign
 from .first_names import Names, by_first_names
@@ -255,22 +255,22 @@ def _tell_of_narrower(live: LiveState, adapter: Adapter) -> None:
             return
 
 
-def quantise_as_trained_(listing: Listing, adapter: Adapter) -> None:
-    """Quantise the layers of a new model that quantize_base had quantised where an adapter was trained. In place.
+def quantize_as_trained_(listing: Listing, adapter: Adapter) -> None:
+    """Quantize the layers of a new model that quantize_base had quantized where an adapter was trained. In place.
 
     Args:
-        listing: of the model. Layers that are quantised or adapted already stay as they are.
+        listing: of the model. Layers that are quantized or adapted already stay as they are.
         adapter: under any prefix.
 
     Raises:
-        LoRAError: torchao is missing, or a weight cannot be quantised.
+        LoRAError: torchao is missing, or a weight cannot be quantized.
     """
-    if any(entry.quantised == NF4 for entry in adapter.fingerprint.values()):
+    if any(entry.quantized == NF4 for entry in adapter.fingerprint.values()):
         names = Names(listing.places)
         adapter = by_first_names(names, align_names(listing, names, adapter))
-        quantised = {name for name, entry in adapter.fingerprint.items() if entry.quantised == NF4}
-        layers = [(name, module) for name, module in listing.modules if f"{name}.weight" in quantised]
-        quantise_named_(listing, [name for name, module in layers if not quantised_parameters(module)])
+        quantized = {name for name, entry in adapter.fingerprint.items() if entry.quantized == NF4}
+        layers = [(name, module) for name, module in listing.modules if f"{name}.weight" in quantized]
+        quantize_named_(listing, [name for name, module in layers if not quantized_parameters(module)])
 
 
 def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:

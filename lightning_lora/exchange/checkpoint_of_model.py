@@ -27,7 +27,7 @@ from ..formats.lightning_checkpoint import (
 )
 from ..model.adapted_model import AdaptedModel, find_model, open_model
 from ..model.attached import attached, detach, set_strength
-from ..model.dequantize import dequantize_dtype, quantised_weights
+from ..model.dequantize import dequantize_dtype, quantized_weights
 from ..model.foreign_state import (
     foreign_entries,
     foreign_names,
@@ -347,10 +347,10 @@ def check_complete(handle: AdaptedModel, names: Set[str], source: object) -> Non
 
 def _check_values(live: LiveState, state: Mapping[str, Any]) -> None:
     """Raise LoRAError where whole tensors cannot be written into the divided tensors of a model."""
-    for name in quantised_weights(live.handle.places):
+    for name in quantized_weights(live.handle.places):
         if name in state:
             raise LoRAError(
-                f"checkpoint: holds the base, but {name!r} is quantised and sharded here. Load the base before "
+                f"checkpoint: holds the base, but {name!r} is quantized and sharded here. Load the base before "
                 "quantize_base and fully_shard, and after them only an adapter or a merged checkpoint."
             )
     for name, tensor in live.tensors.items():

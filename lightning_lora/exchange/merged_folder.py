@@ -23,13 +23,13 @@ from ..model.dequantize import dequantize_dtype, plain_weight
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
 from ..model.recorded_layers import refuse_replaced_layers
-from ..model.state_dict import refuse_quantised, refuse_unmergeable
+from ..model.state_dict import refuse_quantized, refuse_unmergeable
 from ..model.wrappers import unwrapped
 from ..nn.adapted_module import is_factor, records_of
 from ..nn.adapted_weights import adapter_of
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.owner import claimed
-from ..nn.quantised import how_quantised, shape_of
+from ..nn.quantized import how_quantized, shape_of
 from ..nn.rounding import IN_FILES, Rounding
 from ..progress import progress_bar
 from .pretrained_folder import (
@@ -68,11 +68,11 @@ def save_merged(
         path: the folder. A new one appears when it is complete. In one that exists the weights are replaced, and other
             files stay.
         max_shard_bytes: what does not fit into one `model.safetensors` of this size goes into several and an index.
-        dequantize: the dtype of plain weights in place of quantised ones, adapted or not; one is dequantised at a
+        dequantize: the dtype of plain weights in place of quantized ones, adapted or not; one is dequantized at a
             time. What rounding W' costs is logged, as for 16-bit weights.
 
     Raises:
-        LoRAError: the model was not injected, a layer cannot be merged, a weight is quantised and `dequantize` is not
+        LoRAError: the model was not injected, a layer cannot be merged, a weight is quantized and `dequantize` is not
             given, the folder holds an adapter that from_pretrained would load instead, or another rank failed. Nothing
             is written.
         OSError: on the rank whose writing failed.
@@ -101,16 +101,16 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
 
     Args:
         listing: of the model.
-        dtype: of plain weights in place of quantised ones, or None.
+        dtype: of plain weights in place of quantized ones, or None.
         path: the folder.
         max_shard_bytes: the size of a file.
     """
     prefix, network = find_network(find_model(listing, attached=True) or listing) or ("", None)  # of transformers
     state = _base_tensors(listing, prefix)
-    quantised = {name: kind for name, entry in state.items() if (kind := how_quantised(*entry))}
-    if quantised and dtype is None:
-        refuse_quantised(*next(iter(quantised.items())))
-    plain = dict.fromkeys(quantised, dtype)
+    quantized = {name: kind for name, entry in state.items() if (kind := how_quantized(*entry))}
+    if quantized and dtype is None:
+        refuse_quantized(*next(iter(quantized.items())))
+    plain = dict.fromkeys(quantized, dtype)
     stored = {name: _stored(tensor, plain.get(name)) for name, (tensor, _) in state.items()}
     parts = one_part_each(stored) if network is None else parts_in_files(network, stored)
     writes = writes_files(module for _, module in listing.modules)
@@ -132,7 +132,7 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         here = folder[0] if writes else Path()
         if network is not None:
             step(path, partial(refuse_adapter_beside, path))
-            step(CONFIG, partial(write_configuration, network, here, _widest(parts) if quantised else None))
+            step(CONFIG, partial(write_configuration, network, here, _widest(parts) if quantized else None))
         advance = moves_on_leaving.enter_context(progress_bar("saving", sum(part.nbytes for part in parts), "bytes"))
         files = plan_shards(parts, lambda part: part.nbytes, max_shard_bytes)
         for file, in_file in files.items():
@@ -193,7 +193,7 @@ def _base_tensors(listing: Listing, prefix: str) -> dict[str, tuple[torch.Tensor
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Return a tensor with the shape and dtype that will be written; the dtype is given for a quantised one."""
+    """Return a tensor with the shape and dtype that will be written; the dtype is given for a quantized one."""
     if dtype is None and tensor.shape == shape_of(tensor):  # a slice of a weight has another shape
         return tensor
     return torch.empty(shape_of(tensor), dtype=dtype or tensor.dtype, device="meta")
@@ -210,7 +210,7 @@ def merged_tensor(
         tensor: the live tensor; a merged weight is taken as it is.
         module: its owner.
         rounding: counts what rounding costs. Its `sync` keeps the error of a weight that cannot be merged.
-        dtype: for a quantised weight, of the plain weight in its place; else None.
+        dtype: for a quantized weight, of the plain weight in its place; else None.
     """
     if dtype is not None:
         return full_tensor(plain_weight(name, module, dtype, rounding))

@@ -16,7 +16,7 @@ from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import PLAIN, local, reshard_
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, open_model
-from ..model.dequantize import dequantize_dtype, quantised_weights
+from ..model.dequantize import dequantize_dtype, quantized_weights
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState, open_state
@@ -24,7 +24,7 @@ from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
 from ..nn.adapted_module import is_factor
 from ..nn.owner import claimed
-from ..nn.quantised_state import quantisation_entries
+from ..nn.quantized_state import quantization_entries
 from ..nn.rounding import IN_FILES, Rounding
 from .merged_folder import merged_tensor
 
@@ -38,14 +38,14 @@ def merged_tensors(
     """Return an iterator of (name, tensor) over the plain model's state dict, with merged weights, in its order.
 
     The values are those of merged_state_dict. One whole tensor is made at a time, in memory of its own (but for weights
-    that stay quantised), on the device of its weight. The live weights stay as they are, merged or not. Entries of the
+    that stay quantized), on the device of its weight. The live weights stay as they are, merged or not. Entries of the
     state dict that are no tensors are left out.
 
     Collective where the model is sharded: every rank takes all of them, in step.
 
     Args:
         model: injected, or with attached adapters.
-        dequantize: the dtype of plain weights in place of quantised weights, adapted or not.
+        dequantize: the dtype of plain weights in place of quantized weights, adapted or not.
 
     Raises:
         LoRAError: as merged_state_dict; and in the loop, where the adapter has changed since the first tensor, as by an
@@ -76,7 +76,7 @@ def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[
         live = open_state(handle)
         trained = Trained(handle, live)
         others = _other_entries(handle, live, dtype)
-    quantised = quantised_weights(handle.places)
+    quantized = quantized_weights(handle.places)
     modules = [module for _, module in handle.modules]
     sync = RankSync(tensor for _, tensor, _ in live.entries if tensor is not None)
     rounding = Rounding(sync)
@@ -85,7 +85,7 @@ def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[
         with claimed(VERB, handle.record.owner):
             reshard_(modules)
             sync.run(VERB, trained.refuse_written)
-            whole = merged_tensor(VERB, name, tensor, module, rounding, dtype if name in quantised else None)
+            whole = merged_tensor(VERB, name, tensor, module, rounding, dtype if name in quantized else None)
             sync.raise_on_any_rank()
             return _own(whole, tensor)
 
@@ -99,7 +99,7 @@ def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[
 
 
 def _own(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a whole tensor in memory of its own, but for a quantised one, whose class may have no exact copy."""
+    """Return a whole tensor in memory of its own, but for a quantized one, whose class may have no exact copy."""
     shares = type(whole) in PLAIN and whole.data_ptr() == local(tensor).data_ptr()
     return whole.clone() if shares else whole
 
@@ -107,10 +107,10 @@ def _own(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def _other_entries(handle: AdaptedModel, live: LiveState, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Return copies of the tensors that modules write into a state dict of their own, as bitsandbytes writes scales."""
     written = dict(foreign_entries(handle).values)
-    quantised = {} if dtype is not None else quantised_weights(handle.places)
-    for name, module in quantised.items():
+    quantized = {} if dtype is not None else quantized_weights(handle.places)
+    for name, module in quantized.items():
         state = module.state_dict(prefix=name.removesuffix(name.rpartition(".")[2]))
-        written |= {entry: state[entry] for entry in state if entry in quantisation_entries(state, [name])}
+        written |= {entry: state[entry] for entry in state if entry in quantization_entries(state, [name])}
     tensors = {name: value for name, value in written.items() if isinstance(value, torch.Tensor)}
     return {name: value.detach().clone() for name, value in tensors.items() if name not in live.tensors}
 

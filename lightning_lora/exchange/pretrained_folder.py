@@ -26,7 +26,7 @@ from ..model.adapted_model import AdaptedModel, Listing
 from ..model.live_state import open_state
 from ..model.pretrained import (
     CONVERSIONS,
-    QUANTISATION_CONFIG,
+    QUANTIZATION_CONFIG,
     is_pretrained_model,
     plain_conversions,
     pretrained_models,
@@ -115,14 +115,14 @@ def write_configuration(network: Any, folder: Path, dtype: torch.dtype | None = 
     Args:
         network: the model.
         folder: where to.
-        dtype: in which to load the folder, where quantised weights of the model are plain there.
+        dtype: in which to load the folder, where quantized weights of the model are plain there.
     """
     config = copy.deepcopy(network.config)
     config.architectures = [type(network).__name__.removeprefix("FSDP")]
     stored = str(dtype or network.dtype).removeprefix("torch.")
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", stored)
     if dtype is not None:
-        vars(config).pop(QUANTISATION_CONFIG, None)
+        vars(config).pop(QUANTIZATION_CONFIG, None)
     if getattr(network, "_auto_class", None) is not None:  # a class that is in no package travels as its source
         importlib.import_module("transformers.dynamic_module_utils").custom_object_save(network, folder, config=config)
     config.save_pretrained(folder)

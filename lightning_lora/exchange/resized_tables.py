@@ -22,7 +22,7 @@ def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
     if stored.shape != unsharded_shape(live) or not stored.dim() or is_spread(live) or live.is_meta:
         return False  # the fingerprint is compared instead
     if not (stored.is_floating_point() and live.is_floating_point()):
-        return False  # a quantised weight
+        return False  # a quantized weight
     relative = max(1e-5, *(torch.finfo(tensor.dtype).eps for tensor in (stored, live)))
     rows = torch.isclose(stored.float(), live.float().cpu(), rtol=relative).reshape(len(stored), -1).all(1)
     same = int(rows.long().cumprod(0).sum())

@@ -29,7 +29,7 @@ from ..model.inject import inject_layers
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
 from ..nn.attachment import Beside
 from ..nn.owner import claimed
-from .apply import apply_adapter, injection_of, quantise_as_trained_
+from .apply import apply_adapter, injection_of, quantize_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, attached_adapter, frozen_values
@@ -196,7 +196,7 @@ def load_from_checkpoint(
     """Build a LightningModule from a checkpoint's hyperparameters, as Lightning does, and load its adapter.
 
     The base weights are those that the class builds; for a full checkpoint, those in the file. Layers that were
-    quantised by quantize_base or LoRACallback(quantize="nf4") are quantised here too.
+    quantized by quantize_base or LoRACallback(quantize="nf4") are quantized here too.
 
     Args:
         cls: the LightningModule's class.
@@ -235,7 +235,7 @@ def load_from_checkpoint(
     listing = find_model(model) or Listing(model)
     refuse_missing(beside_in(listing), adapter, partial(_by_hand, cls.__name__, path, kind))
     if kind != "full":
-        quantise_as_trained_(listing, adapter)
+        quantize_as_trained_(listing, adapter)
         apply_adapter(listing, adapter, strict_base=strict_base, remedy=_other_base(cls.__name__, path))
     else:
         _load_full(model, checkpoint, adapter)

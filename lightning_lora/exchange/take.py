@@ -38,7 +38,7 @@ from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import adapted_places
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.lora_layer import LoRALayer
-from ..nn.quantised import dtype_of, how_quantised, shape_of, with_options
+from ..nn.quantized import dtype_of, how_quantized, shape_of, with_options
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 
@@ -253,7 +253,7 @@ def fingerprint_of(live: LiveState, expected: Mapping[str, Entry] | None = None)
         for name, tensor, owner in live.entries
         if name not in trained and tensor is not None and tensor.device.type != "meta"
     }
-    how = {name: _how_quantised(tensor, owner) for name, (tensor, owner) in frozen.items()}
+    how = {name: _how_quantized(tensor, owner) for name, (tensor, owner) in frozen.items()}
     moving = _tables_that_move(live)
     telling = [name for name in frozen if not how[name] and name not in moving]
     if expected is None:
@@ -264,7 +264,7 @@ def fingerprint_of(live: LiveState, expected: Mapping[str, Entry] | None = None)
     values = fingerprint_entries((name, original_value(name, *frozen[name])) for name in telling if name in chosen)
     for name, (tensor, _) in frozen.items():
         dtype = dtype_of(tensor) if how[name] else tensor.dtype
-        entries[name] = values.get(name) or entry_of(shape_of(tensor), dtype, quantised=how[name])
+        entries[name] = values.get(name) or entry_of(shape_of(tensor), dtype, quantized=how[name])
     return entries
 
 
@@ -284,10 +284,10 @@ def _tables_that_move(live: LiveState) -> set[str]:
     return {join_names(table, "weight") for table in (*renormalised, *replaced)}
 
 
-def _how_quantised(tensor: torch.Tensor, module: nn.Module) -> str:
+def _how_quantized(tensor: torch.Tensor, module: nn.Module) -> str:
     if isinstance(module, LoRALayer) and tensor is module.adapted_weight():
-        return with_options(module.quantised(), tensor)
-    return with_options(how_quantised(tensor, module), tensor)
+        return with_options(module.quantized(), tensor)
+    return with_options(how_quantized(tensor, module), tensor)
 
 
 def check_fingerprint(

@@ -17,8 +17,8 @@ from .paths import PathLike, kind_of
 from .safetensors import SUFFIX, TensorFile, open_safetensors
 from .torch_archive import compare_check_sums, is_archive, read_torch_file
 
-# Entries that show a quantised weight: bitsandbytes' layers save them beside it, transformers in place of torchao's.
-QUANTISED = re.compile(r"(?P<module>.*)\.(SCB|weight\.absmax|_weight_qdata)")
+# Entries that show a quantized weight: bitsandbytes' layers save them beside it, transformers in place of torchao's.
+QUANTIZED = re.compile(r"(?P<module>.*)\.(SCB|weight\.absmax|_weight_qdata)")
 
 Form = Literal["folder", "safetensors", "torch"]
 
@@ -56,13 +56,13 @@ class Weights:
         """Return whether a tensor has the name of an adapter's, ours or PEFT's."""
         return any(part.startswith("lora_") for name in self.tensors for part in name.split("."))
 
-    def quantised(self) -> dict[str, str]:
-        """Find the modules whose weight is quantised by bitsandbytes or torchao.
+    def quantized(self) -> dict[str, str]:
+        """Find the modules whose weight is quantized by bitsandbytes or torchao.
 
         Returns:
             By module, the name of the entry that shows it.
         """
-        found = {name: QUANTISED.fullmatch(name) for name in self.tensors}
+        found = {name: QUANTIZED.fullmatch(name) for name in self.tensors}
         return {match["module"]: name for name, match in found.items() if match}
 
     def tied(self) -> dict[str, set[str]]:
@@ -142,6 +142,6 @@ def _state(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             continue
         if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_meta:
-            raise LoRAError(f"{path}: {name!r} is sparse, quantised or without values; give a dense tensor.")
+            raise LoRAError(f"{path}: {name!r} is sparse, quantized or without values; give a dense tensor.")
         tensors[name] = value.detach()
     return tensors

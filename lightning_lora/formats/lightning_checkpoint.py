@@ -21,7 +21,7 @@ from ..errors import LoRAError
 from ..files.paths import reading
 from ..names import META, canonical
 from ..nn.foreign_entries import ForeignEntries
-from ..nn.quantised_state import quantisation_entries
+from ..nn.quantized_state import quantization_entries
 
 CURRENT = "current_model_state"  # where WeightAveraging keeps the weights beside their average in state_dict
 FOREIGN = "foreign"  # in the metadata: the names of foreign entries in state_dict, and the versions of their modules
@@ -75,7 +75,7 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     tensors = without(by_canonical_names(tensors), foreign.values)
     adapter = replace(from_metadata(tensors, meta, 'checkpoint["lora"]'), foreign=foreign)
     if kind == "full":
-        base = adapter.fingerprint.keys() | quantisation_entries(tensors, adapter.fingerprint)
+        base = adapter.fingerprint.keys() | quantization_entries(tensors, adapter.fingerprint)
         adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in base})
     check_factors(adapter, 'checkpoint["lora"]')
     return adapter, kind

@@ -69,10 +69,10 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, network: str = "") 
     base = options.get("base_model_name_or_path")
     base = base if isinstance(base, str) else ""
     title = f"{adapter.variant.title} adapter" + (f" of {_code(base)}" if _is_hub_id(base) else "")
-    quantised = sorted({entry.quantised.partition(" ")[0] for entry in adapter.fingerprint.values()} - {""})
+    quantized = sorted({entry.quantized.partition(" ")[0] for entry in adapter.fingerprint.values()} - {""})
     parts = [_front_matter(base, task), f"# {title}\n"]
-    if quantised:
-        parts.append(f"It belongs to a base that is quantised ({', '.join(quantised)}): load that in the same way.\n")
+    if quantized:
+        parts.append(f"It belongs to a base that is quantized ({', '.join(quantized)}): load that in the same way.\n")
     if adapter.attached:
         parts.append(
             f"It was trained beside {strengths_text(adapter.attached)}, which is not in these files. Alone it computes "

@@ -22,7 +22,7 @@ from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..nn.layer_kinds import adapt_
 from ..nn.owner import DISABLED, OFF, Owner, claimed
 from ..nn.parameter import adapt_parameter_, weights_of
-from ..nn.quantised import keep_gradients_
+from ..nn.quantized import keep_gradients_
 from ..nn.readers import patch_readers, undo_readers, update_fast_paths
 from ..nn.tied_weights import record_ties
 from ..notices import tell

@@ -1,4 +1,4 @@
-"""Turn a model's quantised weights into plain weights with the adapters merged, for files and for merge_and_unload."""
+"""Turn a model's quantized weights into plain weights with the adapters merged, for files and for merge_and_unload."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..nn.exact_merge import merged_weight
 from ..nn.foreign_weights import is_foreign_linear
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.nf4 import NF4Linear
-from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
+from ..nn.quantized import BITSANDBYTES, dequantize, quantized_modules, quantized_parameters
 from ..nn.rounding import Rounding
 from ..nn.variant import Stored
 from ..notices import tell
 
 # What is told of rounding, and the remedy where it costs much.
-DEQUANTISED = "merged 16-bit weights, dequantised"
+DEQUANTIZED = "merged 16-bit weights, dequantized"
 IN_FLOAT32 = 'dequantize="float32" takes twice the space and loses next to nothing.'
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGEABLE_DTYPES}
 
@@ -42,43 +42,43 @@ def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
 
 
 def report_factored(layers: Iterable[AdaptedWeights]) -> None:
-    """Log once a model how many layers stay factored because their weights are quantised, or of another library."""
-    stay = [layer for layer in layers if layer.quantised() or is_foreign_linear(layer.lora_holder)]
-    reported = [record for record in records_of(stay) if "quantised" in record.marks]
+    """Log once a model how many layers stay factored because their weights are quantized, or of another library."""
+    stay = [layer for layer in layers if layer.quantized() or is_foreign_linear(layer.lora_holder)]
+    reported = [record for record in records_of(stay) if "quantized" in record.marks]
     stay = [layer for layer in stay if layer.lora.injection not in reported]
     for layer in stay:
-        layer.lora.injection.marks.add("quantised")
-    if foreign := [layer for layer in stay if not layer.quantised()]:
+        layer.lora.injection.marks.add("quantized")
+    if foreign := [layer for layer in stay if not layer.quantized()]:
         kinds = ", ".join(sorted({type(layer.lora_holder).__name__ for layer in foreign}))
         tell(
             f"lightning_lora: {len(foreign)} layers of other libraries ({kinds}) stay factored, also in merged "
             "evaluation: nothing but their own forward reads their weights."
         )
-    if quantised := [layer for layer in stay if layer.quantised()]:
-        kinds = ", ".join(sorted({layer.quantised() for layer in quantised}))
+    if quantized := [layer for layer in stay if layer.quantized()]:
+        kinds = ", ".join(sorted({layer.quantized() for layer in quantized}))
         tell(
-            f"lightning_lora: {len(quantised)} layers have quantised weights ({kinds}) and stay factored, also in "
-            "merged evaluation: rounding W' to quantised values again would lose much of the adapter."
+            f"lightning_lora: {len(quantized)} layers have quantized weights ({kinds}) and stay factored, also in "
+            "merged evaluation: rounding W' to quantized values again would lose much of the adapter."
         )
 
 
-def quantised_weights(places: NamedModules) -> dict[str, nn.Module]:
-    """Return the module of each quantised weight, by the weight's name in the model's state dict.
+def quantized_weights(places: NamedModules) -> dict[str, nn.Module]:
+    """Return the module of each quantized weight, by the weight's name in the model's state dict.
 
     Args:
         places: every module of the model, under each of its names.
     """
     return {
         join_names(path, name): module
-        for path, module in quantised_modules(places).items()
-        for name in quantised_parameters(module)
+        for path, module in quantized_modules(places).items()
+        for name in quantized_parameters(module)
     }
 
 
 def plain_weight(
     name: str, module: nn.Module, dtype: torch.dtype, rounding: Rounding, stored: Stored | None = None
 ) -> torch.Tensor:
-    """Return a quantised parameter as a new plain tensor of its shape, with its adapter merged; rounded once.
+    """Return a quantized parameter as a new plain tensor of its shape, with its adapter merged; rounded once.
 
     It is sharded like the parameter. Collective where the parameter or the adapter is sharded.
 
@@ -106,23 +106,23 @@ def plain_weight(
 
 
 def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, torch.Tensor]:
-    """Return a plain merged weight for each module with a quantised weight.
+    """Return a plain merged weight for each module with a quantized weight.
 
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype's range.
     """
-    names = quantised_weights(places)
+    names = quantized_weights(places)
     rounding, plain = Rounding(RankSync(())), dict[nn.Module, torch.Tensor]()  # nothing is sharded
     for name, module in names.items():
         if module not in plain:
             plain[module] = plain_weight(name, module, dtype, rounding)
     rounding.sync.raise_on_any_rank()
-    rounding.tell(DEQUANTISED, IN_FLOAT32, stacklevel=3)
+    rounding.tell(DEQUANTIZED, IN_FLOAT32, stacklevel=3)
     return plain
 
 
-def replace_quantised_(modules: Iterable[nn.Module], plain: Mapping[nn.Module, torch.Tensor]) -> None:
-    """Replace quantised weights by plain weights; layers of bitsandbytes and NF4Linear become nn.Linear. In place.
+def replace_quantized_(modules: Iterable[nn.Module], plain: Mapping[nn.Module, torch.Tensor]) -> None:
+    """Replace quantized weights by plain weights; layers of bitsandbytes and NF4Linear become nn.Linear. In place.
 
     Args:
         modules: all modules of the model.

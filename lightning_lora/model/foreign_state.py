@@ -16,9 +16,9 @@ from ..names import CHECKPOINTED, canonical, parent_names
 from ..nn.adapted_module import AdaptedModule
 from ..nn.foreign_entries import METADATA, ForeignEntries, foreign_of, metadata_of, with_metadata
 from ..nn.foreign_weights import is_of_base
-from ..nn.quantised_state import quantisation_entries, unchanged_weight
+from ..nn.quantized_state import quantization_entries, unchanged_weight
 from .adapted_model import AdaptedModel, Listing, is_inside
-from .dequantize import quantised_weights
+from .dequantize import quantized_weights
 from .live_state import LiveState
 
 WRITERS = ("state_dict", "_save_to_state_dict")  # nn.Module's methods by which a module writes its entries
@@ -29,14 +29,14 @@ def foreign_names(listing: Listing, state: Mapping[str, Any], known: Collection[
 
     Args:
         listing: of the model.
-        state: its state dict. Entries that describe quantised weights are passed over.
+        state: its state dict. Entries that describe quantized weights are passed over.
         known: the names of listing.state().
     """
     names = {name: canonical(name) for name in state}
     unknown = [name for name, plain in names.items() if plain not in known and not plain.startswith(listing.copies)]
     if not unknown:
         return []
-    described = quantisation_entries(map(canonical, unknown), quantised_weights(listing.places))
+    described = quantization_entries(map(canonical, unknown), quantized_weights(listing.places))
     return [name for name in unknown if names[name] not in described]
 
 
@@ -90,7 +90,7 @@ def _redefines(cls: type, method: str) -> bool:
 
 
 def unchanged_state(handle: AdaptedModel) -> dict[str, Any]:
-    """Return the model's state dict with its metadata; loading it leaves quantised weights untouched.
+    """Return the model's state dict with its metadata; loading it leaves quantized weights untouched.
 
     It is empty where weights are flat. A strategy with flat weights loads what a checkpoint holds, and state_dict would
     gather the whole model.
@@ -98,10 +98,10 @@ def unchanged_state(handle: AdaptedModel) -> dict[str, Any]:
     if any(owns_flat(module) for _, module in handle.modules):
         return {}
     whole = handle.model.state_dict()
-    state, quantised = {canonical(name): value for name, value in whole.items()}, quantised_weights(handle.places)
-    for name in quantisation_entries(state, quantised):
+    state, quantized = {canonical(name): value for name, value in whole.items()}, quantized_weights(handle.places)
+    for name in quantization_entries(state, quantized):
         del state[name]
-    for name, owner in quantised.items():
+    for name, owner in quantized.items():
         state[name] = unchanged_weight(owner, owner._parameters[name.rpartition(".")[2]])
     return with_metadata(state, metadata_of(whole))
 

@@ -17,8 +17,8 @@ from ..distributed.flat import own_weight
 from ..matching import matcher
 from ..names import join_names, names_factor, parent_names
 from ..nn.adapted_weights import NamedModules, adapters_in
-from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_parameters, was_never_quantised
-from ..nn.quantised_state import is_of_lightning
+from ..nn.quantized import NF4, is_of_torchao, quantized_as, quantized_parameters, was_never_quantized
+from ..nn.quantized_state import is_of_lightning
 from .pretrained import checkpoint_name, pretrained_models
 
 HEADS = ("head", "heads", "fc", "classifier")  # torchvision's names of heads
@@ -50,7 +50,7 @@ def _classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
 def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
     """Return the outermost modules of a transformers model of which its checkpoint holds no weight, by name.
 
-    They are children of the model or of its body: deeper ones may have lost transformers' mark by dequantisation. Where
+    They are children of the model or of its body: deeper ones may have lost transformers' mark by dequantization. Where
     nothing is marked, the names tell, as far as they can. Language models have none: their output head is often tied,
     or resized.
     """
@@ -63,7 +63,7 @@ def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
     held = {
         name
         for name, weight in weights.items()
-        # A weight that was quantised or distributed since then is of another type, and has no mark.
+        # A weight that was quantized or distributed since then is of another type, and has no mark.
         if hasattr(weight, LOADED) or type(weight) is not nn.Parameter or any(re.search(c, name) for c in computed)
     }
     with_held = {module for name in held for module in parent_names(name)}
@@ -82,9 +82,9 @@ def _beside_the_body(pretrained: nn.Module) -> dict[str, nn.Module]:
 
 
 def to_train_whole(modules: NamedModules, entries: Iterable[str]) -> list[str]:
-    """Return the names of modules to be trained whole, which no quantisation may have: those of the options, new ones.
+    """Return the names of modules to be trained whole, which no quantization may have: those of the options, new ones.
 
-    New are the heads of `new_heads`, and layers of bitsandbytes that were never quantised.
+    New are the heads of `new_heads`, and layers of bitsandbytes that were never quantized.
 
     Args:
         modules: every module of a model under its first name, the model first.
@@ -94,7 +94,7 @@ def to_train_whole(modules: NamedModules, entries: Iterable[str]) -> list[str]:
     for path, model in pretrained_models(modules).items():
         heads = new_heads(model).items()
         names += [join_names(path, name) for name, head in heads if any(True for _ in head.parameters())]
-    names += [name for name, module in modules if was_never_quantised(module)]
+    names += [name for name, module in modules if was_never_quantized(module)]
     return [name for name in dict.fromkeys(names) if not set(names).intersection(parent_names(name))]
 
 
@@ -132,29 +132,29 @@ def warn_of_new_heads(modules: NamedModules, saved: Collection[str] = ()) -> Non
                 f"lightning_lora: {what} of {type(model).__name__} ({', '.join(frozen)}) starts from random values, "
                 f"because {checkpoint} does not hold it, {_stays_frozen(heads)}={[*saved, *frozen]}"
                 + task
-                + (f", and leave it out of the quantisation, with which it may not run: {plain}." if plain else "."),
+                + (f", and leave it out of the quantization, with which it may not run: {plain}." if plain else "."),
                 stacklevel=2,
             )
 
 
 def _option_for(modules: NamedModules, saved: Collection[str], heads: Mapping[str, nn.Module]) -> str:
-    """Return the option that leaves heads out of the quantisation, or "" where none of their layers is quantised."""
+    """Return the option that leaves heads out of the quantization, or "" where none of their layers is quantized."""
     layers = (layer for head in heads.values() for layer in head.modules())
-    found = next((layer for layer in layers if quantised_parameters(layer) or was_never_quantised(layer)), None)
+    found = next((layer for layer in layers if quantized_parameters(layer) or was_never_quantized(layer)), None)
     return "" if found is None else option_that_leaves_plain(modules, to_train_whole(modules, saved), found)
 
 
 def option_that_leaves_plain(modules: NamedModules, names: Sequence[str], layer: nn.Module) -> str:
-    """Return the option that leaves modules out of the quantisation, by what has quantised one of their layers.
+    """Return the option that leaves modules out of the quantization, by what has quantized one of their layers.
 
     What transformers has left out already is named too, so that the option can be copied.
 
     Args:
         modules: every module of a model under its first name, the model first.
         names: of the modules.
-        layer: of bitsandbytes, or with a quantised weight.
+        layer: of bitsandbytes, or with a quantized weight.
     """
-    if NF4 in map(quantised_as, quantised_parameters(layer).values()):
+    if NF4 in map(quantized_as, quantized_parameters(layer).values()):
         return f"quantize_base(model, modules_to_save={names})"
     if is_of_lightning(layer):
         return f"BitsandbytesPrecision(..., ignore_modules={{{', '.join(map(repr, names))}}})"
@@ -166,7 +166,7 @@ def option_that_leaves_plain(modules: NamedModules, names: Sequence[str], layer:
 
 
 def _left_out(modules: NamedModules) -> list[str]:
-    """Return what transformers left out of the quantisation: what the user named, or else what it chose itself."""
+    """Return what transformers left out of the quantization: what the user named, or else what it chose itself."""
     found: set[str] = set()
     for model in pretrained_models(modules).values():
         entries = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()

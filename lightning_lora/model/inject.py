@@ -23,7 +23,7 @@ from ..nn.layer_kinds import adapt_
 from ..nn.low_rank import HALF
 from ..nn.owner import DISABLED, OFF, claimed
 from ..nn.parameter import adapt_parameter_
-from ..nn.quantised import allow_packing_
+from ..nn.quantized import allow_packing_
 from ..nn.readers import patch_readers, undo_readers, update_fast_paths
 from ..nn.token_rows import LoRATable, TrainedRows, adapt_table_, share_table_, table_adapters
 from ..nn.variant import variant_of
@@ -32,7 +32,7 @@ from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, find_model, open_model, with_lists
 from .attached import find_attached_alone, hold_attached, note_layers, take_over_attached
 from .base_values import StandIn, put_in_, stand_ins, take_out_
-from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
+from .dequantize import dequantize_dtype, plain_weights, replace_quantized_
 from .facts import begin_facts, end_facts, facts_of
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Chosen, Injection
@@ -51,7 +51,7 @@ from .merging import (
 from .named_state import state_of
 from .passed_over import experts, passed_over
 from .patches import call_previous, patch, unpatch
-from .pretrained import forget_quantisation, resized_embeddings
+from .pretrained import forget_quantization, resized_embeddings
 from .reasons import check_shapes, check_trainable, check_unadapted
 from .recorded_layers import refuse_replaced_layers
 from .state_dict import refuse_unmergeable
@@ -220,12 +220,12 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
 
     Args:
         model: an injected model.
-        dequantize: the dtype of the plain weights that replace quantised weights, adapted or not. Layers of
-            bitsandbytes become nn.Linear, and a transformers model forgets how it was quantised.
+        dequantize: the dtype of the plain weights that replace quantized weights, adapted or not. Layers of
+            bitsandbytes become nn.Linear, and a transformers model forgets how it was quantized.
 
     Raises:
         LoRAError: the model was not injected; a layer was replaced since; W' is not finite; a layer shares its weight
-            with another module; or a layer is quantised and `dequantize` is not given.
+            with another module; or a layer is quantized and `dequantize` is not given.
 
     Example::
 
@@ -246,7 +246,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         refuse_unmergeable(handle, dtype)
         unmerge_listed(handle)  # a layer that could not be merged earlier may be mergeable now
         plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
-        handle.record.marks.add("quantised")  # no layer stays factored, so nothing is said of that
+        handle.record.marks.add("quantized")  # no layer stays factored, so nothing is said of that
         merge_listed(handle)
 
         def leave_merged() -> None:
@@ -256,8 +256,8 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
                 layer.lora.beside = None
             strip_adapters(handle)
             if plain:
-                replace_quantised_(modules, plain)
-                forget_quantisation(modules)
+                replace_quantized_(modules, plain)
+                forget_quantization(modules)
             unpatch(modules)
 
         all_or_nothing(leave_merged, restore=leave_merged)  # a second merge of what is merged would be wrong

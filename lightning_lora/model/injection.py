@@ -26,8 +26,8 @@ from .facts import Fact
 
 # What holds of an injection. "validated": finish_injection has checked that each entry of the options names something.
 # "merged": merge was called, and since then unmerge was not called for all layers. "merges by mode": eval() merges and
-# train() unmerges. "started": initialize_from_data was called, so a fit does not start from its own data. "quantised":
-# a message said that layers with quantised weights stay factored. "trained": a fit came to its end. "ended": the
+# train() unmerges. "started": initialize_from_data was called, so a fit does not start from its own data. "quantized":
+# a message said that layers with quantized weights stay factored. "trained": a fit came to its end. "ended": the
 # adapters were taken out. "attached alone": there is no injection, and the record is of attached adapters.
 # "factored": a merged evaluation called `scaled`, so evaluations of the run stay factored, and a message said so.
 Mark = Literal[
@@ -35,7 +35,7 @@ Mark = Literal[
     "merged",
     "merges by mode",
     "started",
-    "quantised",
+    "quantized",
     "trained",
     "ended",
     "attached alone",
@@ -50,8 +50,8 @@ class Run:
     Attributes:
         merged_eval: the option; None without a callback.
         save: the kind of Lightning checkpoint; None without a callback, which leaves checkpoints unfiltered.
-        quantize: how layers that are built later are quantised.
-        dequantize: the dtype of quantised weights in merged checkpoints.
+        quantize: how layers that are built later are quantized.
+        dequantize: the dtype of quantized weights in merged checkpoints.
         dropping: a training batch runs, in which dropout acts in layers that are kept in eval mode too.
         merged_here: LoRACallback has merged the model, and is to unmerge it.
         stays_unmerged: this evaluation runs unmerged: merging found a value that is not finite, or `scaled` was called.

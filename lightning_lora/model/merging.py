@@ -62,7 +62,7 @@ def merge(model: nn.Module) -> None:
     """Write W' = W + s * B @ A into every adapted layer's weight; unmerge restores W bit for bit. In place.
 
     Harmless when repeated, and inside disable_adapter. A layer stays factored where another module shares its weight,
-    and where its weight is quantised. The first merge of 16-bit layers logs the cost of rounding W'.
+    and where its weight is quantized. The first merge of 16-bit layers logs the cost of rounding W'.
 
     Collective: every rank of a sharded model calls this. The factors are gathered, the weights are not.
 

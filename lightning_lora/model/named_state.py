@@ -11,7 +11,7 @@ from torch import nn
 from ..distributed.flat import own_parameters
 from ..distributed.sharding import reshard_
 from ..names import canonical, join_names, names_factor
-from ..nn.quantised import describe_shard
+from ..nn.quantized import describe_shard
 
 EXTRA_STATE = "_extra_state"  # torch's name of what get_extra_state returns
 Places = Sequence[tuple[str, nn.Module]]  # modules of a model with their names

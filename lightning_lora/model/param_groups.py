@@ -12,7 +12,7 @@ from ..errors import LoRAError
 from ..names import factor_role
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.owner import claimed
-from ..nn.quantised import shape_of
+from ..nn.quantized import shape_of
 from ..nn.variant import rows_leaf
 from .adapted_model import AdaptedModel, open_model
 

@@ -14,7 +14,7 @@ from ..names import parent_names, suffixes
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import adapters_in
 from ..nn.parameter import weights_of
-from ..nn.quantised import shape_of
+from ..nn.quantized import shape_of
 from .adapted_model import AdaptedModel
 from .layers_by_kind import MORE_KINDS
 

@@ -21,8 +21,8 @@ from .patches import call_previous, patch
 
 SET_CHECKPOINTING = "_set_gradient_checkpointing"  # called by both of transformers' public methods for checkpointing
 CONVERSIONS = "_weight_conversions"  # of a transformers 5 model: the conversions of its tensors at loading
-QUANTISATION_CONFIG = "quantization_config"  # attribute of a model's config
-QUANTISATION = {  # attributes that transformers sets on a model that it has quantised
+QUANTIZATION_CONFIG = "quantization_config"  # attribute of a model's config
+QUANTIZATION = {  # attributes that transformers sets on a model that it has quantized
     *("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"),
     *("is_4bit_serializable", "is_8bit_serializable"),
 }
@@ -133,28 +133,28 @@ def warn_before_save_pretrained(modules: Collection[nn.Module]) -> None:
         patch(module, "save_pretrained", _save_pretrained)
 
 
-def forget_quantisation(modules: Iterable[nn.Module]) -> None:
-    """Remove the marks of quantisation from transformers models whose weights are plain now. In place.
+def forget_quantization(modules: Iterable[nn.Module]) -> None:
+    """Remove the marks of quantization from transformers models whose weights are plain now. In place.
 
-    transformers refuses to move a model with such marks, and saves it as a quantised one.
+    transformers refuses to move a model with such marks, and saves it as a quantized one.
     """
     for module in modules:
         if is_pretrained_model(module):
             if CONVERSIONS in vars(module):
                 vars(module)[CONVERSIONS] = plain_conversions(module)
-            for name in QUANTISATION & vars(module).keys():
+            for name in QUANTIZATION & vars(module).keys():
                 delattr(module, name)
-            vars(module.config).pop(QUANTISATION_CONFIG, None)
+            vars(module.config).pop(QUANTIZATION_CONFIG, None)
 
 
 def plain_conversions(pretrained: nn.Module) -> list[Any] | None:
-    """Return a transformers 5 model's conversions at loading without those for quantisation."""
+    """Return a transformers 5 model's conversions at loading without those for quantization."""
     conversions = vars(pretrained)[CONVERSIONS]
     return conversions and [each for each in conversions if not _dequantizes(each)]
 
 
 def _dequantizes(conversion: Any) -> bool:
-    """Return whether a conversion reads quantised weights: its operation is defined in transformers.integrations."""
+    """Return whether a conversion reads quantized weights: its operation is defined in transformers.integrations."""
     operations = getattr(conversion, "operations", None) or ()
     return any(type(operation).__module__.startswith("transformers.integrations") for operation in operations)
 

@@ -24,7 +24,7 @@ from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.parameter import LoRAParameterHolder, weights_of
-from ..nn.quantised import quantised_as, quantised_parameters, shape_of, was_never_quantised
+from ..nn.quantized import quantized_as, quantized_parameters, shape_of, was_never_quantized
 from ..nn.token_rows import is_table
 from ..nn.variant import variant_of
 from .heads import option_that_leaves_plain, short_name, to_train_whole
@@ -85,9 +85,9 @@ class Candidate:
         return [weight for leaf in leaves if (weight := own.get(leaf)) is not None]
 
     @cached_property
-    def quantised(self) -> str:
-        """How a weight is quantised, or ""."""
-        return next(filter(None, map(quantised_as, self.weights)), "")
+    def quantized(self) -> str:
+        """How a weight is quantized, or ""."""
+        return next(filter(None, map(quantized_as, self.weights)), "")
 
     def why_not(self) -> str:
         """Return why it cannot be adapted, or ""."""
@@ -136,10 +136,10 @@ def _why_not_with_variant(c: Candidate) -> str:
     variant = variant_of(c.config)
     adapting = layer_class(c.module, variant)
     if adapting is None:
-        quantised = f" whose weight is quantised ({c.quantised})" if c.quantised else ""
+        quantized = f" whose weight is quantized ({c.quantized})" if c.quantized else ""
         unread = ", whose weight only its own forward reads" if c.is_foreign else ""
         option = f"init_lora_weights={c.config.init_lora_weights!r}" if c.config.has_start else variant.option
-        return f"{option} cannot adapt a {c.kind}{quantised}{unread}"
+        return f"{option} cannot adapt a {c.kind}{quantized}{unread}"
     return variant.why_not_on(c.module, adapting.KIND, c.config)
 
 
@@ -196,19 +196,19 @@ REASONS: tuple[Reason, ...] = (  # which candidates it concerns, a test, and wor
     ),
     (
         EVERY,
-        lambda c: (c.option == PARAMETER or not isinstance(c.module, nn.Linear)) and c.quantised,
-        "its weight is quantised ({found}), and a quantised weight is adapted in linear layers only",
+        lambda c: (c.option == PARAMETER or not isinstance(c.module, nn.Linear)) and c.quantized,
+        "its weight is quantized ({found}), and a quantized weight is adapted in linear layers only",
     ),
     (
         EVERY,
-        lambda c: not c.quantised and any(is_sharded(w) or getattr(w, "_fsdp_flattened", False) for w in c.weights),
+        lambda c: not c.quantized and any(is_sharded(w) or getattr(w, "_fsdp_flattened", False) for w in c.weights),
         "the weight of the {c.kind} is sharded already; call inject(model, LoRAConfig(...)) in configure_model, after "
         "the layers are built and before fully_shard, parallelize_module or wrap",
     ),
     (
         EVERY,
         lambda c: (
-            not (c.quantised or c.is_foreign)
+            not (c.quantized or c.is_foreign)
             and next((w.dtype for w in c.weights if w.dtype not in MERGEABLE_DTYPES), None)
         ),
         "its weight is {found}, and adapters need float16, bfloat16, float32 or float64",
@@ -266,8 +266,8 @@ def check_shapes(modules: NamedModules) -> None:
             )
 
 
-def refuse_never_quantised(modules: NamedModules, config: LoRAConfig) -> None:
-    """Refuse a model with layers of bitsandbytes that have no quantised weight when a fit starts: they cannot run.
+def refuse_never_quantized(modules: NamedModules, config: LoRAConfig) -> None:
+    """Refuse a model with layers of bitsandbytes that have no quantized weight when a fit starts: they cannot run.
 
     Args:
         modules: every module of the model under its first name, the model first.
@@ -276,15 +276,15 @@ def refuse_never_quantised(modules: NamedModules, config: LoRAConfig) -> None:
     Raises:
         LoRAError: there is such a layer. The message has both options to copy.
     """
-    name, layer = next(((name, module) for name, module in modules if was_never_quantised(module)), ("", None))
+    name, layer = next(((name, module) for name, module in modules if was_never_quantized(module)), ("", None))
     if layer is not None:
         raise LoRAError(f"LoRACallback: the weight of {name!r} {_never(layer)}. {_remedy(modules, config, layer)}")
 
 
 def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module], config: LoRAConfig) -> None:
-    """Refuse to train a module whole that holds a quantised weight, because that takes no gradient.
+    """Refuse to train a module whole that holds a quantized weight, because that takes no gradient.
 
-    A layer of bitsandbytes whose weight was never quantised is refused too, because it cannot run. transformers makes
+    A layer of bitsandbytes whose weight was never quantized is refused too, because it cannot run. transformers makes
     such a layer of a head that the checkpoint lacks.
 
     Args:
@@ -301,12 +301,12 @@ def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module], confi
                 raise LoRAError(
                     f"inject: {name!r} is to be trained whole, but {canonical(join_names(name, inside))!r} in it is a "
                     f"{type(layer).__name__} with packed weights, which take no gradient. Leave it out of "
-                    "modules_to_save and adapt it, or build it unquantised."
+                    "modules_to_save and adapt it, or build it unquantized."
                 )
-            kind = next(map(quantised_as, quantised_parameters(layer).values()), "")
-            if not kind and not was_never_quantised(layer):
+            kind = next(map(quantized_as, quantized_parameters(layer).values()), "")
+            if not kind and not was_never_quantized(layer):
                 continue
-            problem = f"is quantised ({kind}) and cannot be trained" if kind else _never(layer)
+            problem = f"is quantized ({kind}) and cannot be trained" if kind else _never(layer)
             by_name = matcher(config.modules_to_save)(name)
             asked = "modules_to_save names" if by_name else f"task_type={config.task_type!r} asks for"
             where = canonical(join_names(name, inside))
@@ -316,7 +316,7 @@ def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module], confi
 
 
 def _never(layer: nn.Module) -> str:
-    return f"is not quantised, as the checkpoint lacks it, and a {type(layer).__name__} cannot run with it"
+    return f"is not quantized, as the checkpoint lacks it, and a {type(layer).__name__} cannot run with it"
 
 
 def _remedy(modules: NamedModules, config: LoRAConfig, layer: nn.Module) -> str:
@@ -326,4 +326,4 @@ def _remedy(modules: NamedModules, config: LoRAConfig, layer: nn.Module) -> str:
     lacking = [short_name(name, modules) for name in names if not matcher(entries)(name)]
     whole = [*(config.modules_to_save or ()), *lacking]
     train = f"Train what is new whole, with modules_to_save={whole}, and leave" if lacking else "Leave"
-    return f"{train} it out of the quantisation: {option_that_leaves_plain(modules, names, layer)}."
+    return f"{train} it out of the quantization: {option_that_leaves_plain(modules, names, layer)}."

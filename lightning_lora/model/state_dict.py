@@ -18,12 +18,12 @@ from ..nn.adapted_weights import AdaptedWeights, Blocks, adapters_by_path, layer
 from ..nn.beside import LACKING
 from ..nn.foreign_entries import metadata_of, with_metadata
 from ..nn.owner import OFF, claimed
-from ..nn.quantised_state import quantisation_entries
+from ..nn.quantized_state import quantization_entries
 from ..nn.rounding import Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, open_model
-from .dequantize import DEQUANTISED, IN_FLOAT32, dequantize_dtype, plain_weight, quantised_weights
+from .dequantize import DEQUANTIZED, IN_FLOAT32, dequantize_dtype, plain_weight, quantized_weights
 from .foreign_state import foreign_entries, foreign_names, without_base
 from .gradients import warn_of_untrained
 from .live_state import open_state, original_values
@@ -73,11 +73,11 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
 
     Args:
         model: an injected model.
-        dequantize: the dtype of plain weights in place of quantised weights, adapted or not.
+        dequantize: the dtype of plain weights in place of quantized weights, adapted or not.
 
     Raises:
         LoRAError: the model was not injected, a layer was replaced since, or an adapter cannot be expressed by a merged
-            weight, such as that of a quantised weight without `dequantize`.
+            weight, such as that of a quantized weight without `dequantize`.
 
     Example::
 
@@ -116,26 +116,26 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
     """Return a state dict of the plain model: each adapter is merged into a copy of its weight and left out.
 
     Args:
-        listing: of the model. It says which names belong to adapted layers; live values are used of quantised weights
+        listing: of the model. It says which names belong to adapted layers; live values are used of quantized weights
             alone.
         state: the full state dict, under names without the segments of wrappers. Its values may differ from the
             model's.
-        dtype: of plain weights in place of quantised weights, or None where these stay.
+        dtype: of plain weights in place of quantized weights, or None where these stay.
 
     Raises:
         LoRAError: an adapter cannot be merged, or `state` leaves out one of its tensors or its weight.
         NonFiniteError: a merged weight is not finite, on any rank.
     """
     refuse_unmergeable(listing, dtype)
-    quantised = {name: module for name, module in quantised_weights(listing.places).items() if name in state}
+    quantized = {name: module for name, module in quantized_weights(listing.places).items() if name in state}
     owners = {name: module for name, _, module in listing.state()}
     plain = {name: state[name] for name, module in owners.items() if name in state and not is_factor(name, module)}
     plain |= {name: state[name] for name in foreign_names(listing, state, owners)}
     sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
     if dtype is None:
-        plain |= {name: state[name] for name in quantisation_entries(state, quantised)}
+        plain |= {name: state[name] for name in quantization_entries(state, quantized)}
     else:
-        plain |= _dequantize_state(quantised, state, dtype, Rounding(sync))
+        plain |= _dequantize_state(quantized, state, dtype, Rounding(sync))
 
     copies: dict[AdaptedWeights, torch.Tensor] = {}
 
@@ -158,16 +158,16 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
 
 
 def _dequantize_state(
-    quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype, rounding: Rounding
+    quantized: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype, rounding: Rounding
 ) -> dict[str, torch.Tensor]:
-    """Return plain weights in place of quantised weights, merged with the adapters in a state dict."""
+    """Return plain weights in place of quantized weights, merged with the adapters in a state dict."""
     plain = {}
-    for name, module in quantised.items():
+    for name, module in quantized.items():
         path, adapter = name.removesuffix("weight"), layer_adapter(module)
         in_state = adapter is not None and all(path + leaf in state for leaf in adapter.stored_names())
         stored = adapter.stored_in(state, path) if adapter is not None and in_state else None
         plain[name] = plain_weight(name, module, dtype, rounding, stored)
-    rounding.tell(DEQUANTISED, IN_FLOAT32, stacklevel=4)
+    rounding.tell(DEQUANTIZED, IN_FLOAT32, stacklevel=4)
     return plain
 
 
@@ -177,7 +177,7 @@ def _layers_to_merge(listing: Listing, state: Mapping[str, Any]) -> list[tuple[s
     Raises:
         LoRAError: the state dict leaves out a weight to merge into, or a tensor of an adapter.
     """
-    layers = [(path, adapter) for path, adapter in adapters_by_path(listing.places) if not adapter.quantised()]
+    layers = [(path, adapter) for path, adapter in adapters_by_path(listing.places) if not adapter.quantized()]
     names = [[path + leaf for leaf in (layer.weight_leaf, *layer.stored_names())] for path, layer in layers]
     whole = {layer for (_, layer), own in zip(layers, names, strict=True) if state.keys() >= set(own)}
     there = [
@@ -202,16 +202,16 @@ def refuse_unmergeable(listing: Listing, dtype: torch.dtype | None = None) -> No
 
     Args:
         listing: of any module.
-        dtype: of plain weights in place of quantised weights, or None where these stay.
+        dtype: of plain weights in place of quantized weights, or None where these stay.
 
     Raises:
-        LoRAError: another module shares a layer's weight, or the weight is quantised and stays quantised.
+        LoRAError: another module shares a layer's weight, or the weight is quantized and stays quantized.
     """
     record_ties(listing.modules)
     for name, layer in listing.all_layers.items():
-        if layer.quantised() and not layer.lora.why_not_merge:
+        if layer.quantized() and not layer.lora.why_not_merge:
             if dtype is None:
-                refuse_quantised(name, layer.quantised())
+                refuse_quantized(name, layer.quantized())
             continue
         reason = layer.why_not_merge()
         if reason:
@@ -221,14 +221,14 @@ def refuse_unmergeable(listing: Listing, dtype: torch.dtype | None = None) -> No
             )
 
 
-def refuse_quantised(name: str, quantised: str) -> NoReturn:
-    """Refuse to write merged weights because one weight is quantised, and say how to get plain weights.
+def refuse_quantized(name: str, quantized: str) -> NoReturn:
+    """Refuse to write merged weights because one weight is quantized, and say how to get plain weights.
 
     Raises:
         LoRAError: always.
     """
     raise LoRAError(
-        f"merged weights: the weight of {name!r} is quantised ({quantised}), and quantising W' would lose much of the "
+        f"merged weights: the weight of {name!r} is quantized ({quantized}), and quantizing W' would lose much of the "
         'adapter. Choose a dtype for plain weights in its place, such as dequantize="bfloat16" (save_merged, '
         "merged_state_dict, merge_and_unload, LoRACallback), or save the adapter instead."
     )

@@ -388,8 +388,8 @@ class AdaptedWeights(StoredTensors):
                 )
             return self.adapted_weight()
 
-    def quantised(self) -> str:
-        """Return how the weight is quantised, or "". A quantised layer stays factored when the model is merged."""
+    def quantized(self) -> str:
+        """Return how the weight is quantized, or "". A quantized layer stays factored when the model is merged."""
         return ""
 
     def why_not_merge(self) -> str:
@@ -552,7 +552,7 @@ class AdaptedWeights(StoredTensors):
             return from_local_like(restored_weight(self.as_matrix(shard), self.lora.undo).view(shard.shape), weight)
 
     def base_values(self) -> torch.Tensor:
-        """Return this rank's shard of W, detached; a quantised weight is dequantised."""
+        """Return this rank's shard of W, detached; a quantized weight is dequantized."""
         return local(self.original())
 
     def merged_copy(self, weight: torch.Tensor, blocks: Blocks, cost: list[float] | None = None) -> torch.Tensor:

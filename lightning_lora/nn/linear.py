@@ -1,4 +1,4 @@
-"""Linear layers: nn.Linear, also with a quantised weight, transformers' Conv1D and fused projections."""
+"""Linear layers: nn.Linear, also with a quantized weight, transformers' Conv1D and fused projections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .adapted_weights import Blocks
 from .beside import Packed
 from .lora_layer import LoRALayer
 from .low_rank_sum import compute_dtype, fits, low_rank_sum
-from .quantised import dequantize, dtype_of, quantised_as, quantised_parameters, refuse_bytes
+from .quantized import dequantize, dtype_of, quantized_as, quantized_parameters, refuse_bytes
 from .transforms import runs_by_formula
 from .variant import Variant
 
@@ -31,7 +31,7 @@ class LoRALinear(LoRALayer):
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and not quantised_parameters(module)
+        return isinstance(module, nn.Linear) and not quantized_parameters(module)
 
     def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return y = W x + bias + s * B A dropout(x): as the formula is written, or by a faster way to the same sum."""
@@ -95,43 +95,43 @@ class LoRAConv1D(LoRALinear):
         return is_conv1d(module)
 
 
-class LoRAQuantisedLinear(LoRALinear):
-    """A linear layer with a quantised weight: the forward of its own class, plus the factors' product.
+class LoRAQuantizedLinear(LoRALinear):
+    """A linear layer with a quantized weight: the forward of its own class, plus the factors' product.
 
-    The weight is never written to, and the forward dequantises no more than that class does.
+    The weight is never written to, and the forward dequantizes no more than that class does.
     """
 
     READS_VALUES = False
-    KNOWN_FORWARD = ()  # any forward counts as that of a linear layer, because W' would be a dequantised copy
+    KNOWN_FORWARD = ()  # any forward counts as that of a linear layer, because W' would be a dequantized copy
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and bool(quantised_parameters(module))
+        return isinstance(module, nn.Linear) and bool(quantized_parameters(module))
 
     @classmethod
     def takes(cls, variant: Variant) -> bool:
         return super().takes(variant) and not variant.reads_weight
 
-    def quantised(self) -> str:
-        weight = quantised_parameters(self).get("weight", self.weight)
+    def quantized(self) -> str:
+        weight = quantized_parameters(self).get("weight", self.weight)
         refuse_bytes(weight, self.lora.name)
-        return quantised_as(weight)
+        return quantized_as(weight)
 
     def weight_dtype(self) -> torch.dtype:
         return dtype_of(self.weight)
 
     def why_not_merge(self) -> str:
-        return super().why_not_merge() or f"its weight is quantised ({self.quantised()})"
+        return super().why_not_merge() or f"its weight is quantized ({self.quantized()})"
 
     def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W' in dequantised form, for code that reads the weight instead of calling the layer."""
+        """Return W' in dequantized form, for code that reads the weight instead of calling the layer."""
         return super().merged_values(dequantize(self))
 
     def base_values(self) -> torch.Tensor:
         return local(dequantize(self))
 
     def merged_copy(self, weight: torch.Tensor, blocks: Blocks, cost: list[float] | None = None) -> torch.Tensor:
-        """Return W' in the dtype of the dequantised weight."""
+        """Return W' in the dtype of the dequantized weight."""
         return super().merged_copy(dequantize(self), blocks, cost)
 
     def weight_values(self) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Linear layers with torchao's NF4Tensor: 4-bit values, one scale for 64 of them, and the scales in 8 bits.
 
-The weight consists of plain tensors, and each of its rows can be dequantised without the others. So fully_shard (FSDP2)
-shards it by rows. torchao is imported only where a layer is quantised.
+The weight consists of plain tensors, and each of its rows can be dequantized without the others. So fully_shard (FSDP2)
+shards it by rows. torchao is imported only where a layer is quantized.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import nn
 
 from ..distributed.sharding import from_local_like, is_sharded, local
 from ..errors import LoRAError
-from .quantised import NF4, is_nf4_tensor
+from .quantized import NF4, is_nf4_tensor
 
 PLACES = ("torchao.quantization", "torchao.dtypes", "torchao.dtypes.nf4tensor")  # in order of torchao's versions
 BLOCK = 64  # values that share a scale
-LARGEST_GROUP = 256  # scales that are quantised together
+LARGEST_GROUP = 256  # scales that are quantized together
 SMALLEST_GROUP = 4  # unless the number of scales is not divisible by it
 RANKS = 64  # that a weight can be sharded over, if it is large enough
 
@@ -28,8 +28,8 @@ RANKS = 64  # that a weight can be sharded over, if it is large enough
 class NF4Linear(nn.Linear):
     """nn.Linear whose weight is an NF4Tensor.
 
-    A cast of the layer leaves the weight quantised, because torchao casts it to the input's dtype in each forward. A
-    copy or a pickle has the weight's bits. torchao itself dequantises a weight that is cast, and quantises a copied one
+    A cast of the layer leaves the weight quantized, because torchao casts it to the input's dtype in each forward. A
+    copy or a pickle has the weight's bits. torchao itself dequantizes a weight that is cast, and quantizes a copied one
     again, with other values.
     """
 
@@ -80,8 +80,8 @@ class Parts:
         return unflatten(self.tensors, context, meta.original_shape, meta.original_strides)
 
 
-def quantise_linear_(layer: nn.Linear, name: str) -> None:
-    """Turn an nn.Linear into an NF4Linear with a quantised copy of its weight. In place.
+def quantize_linear_(layer: nn.Linear, name: str) -> None:
+    """Turn an nn.Linear into an NF4Linear with a quantized copy of its weight. In place.
 
     Args:
         layer: an nn.Linear that can_be_nf4.
@@ -93,23 +93,23 @@ def quantise_linear_(layer: nn.Linear, name: str) -> None:
     weight, tensor_class = layer.weight, nf4_tensor_class()
     with torch.inference_mode(False), torch.no_grad():
         values = weight.detach().contiguous()
-        quantised = tensor_class.from_tensor(values, BLOCK, group_size(values.numel() // BLOCK))
-        if not bool(torch.isfinite(quantised.scaler_mean)):
+        quantized = tensor_class.from_tensor(values, BLOCK, group_size(values.numel() // BLOCK))
+        if not bool(torch.isfinite(quantized.scaler_mean)):
             raise LoRAError(
-                f"quantize_base: a value of {name!r} is not finite, so its weight cannot be quantised. Load the base's "
+                f"quantize_base: a value of {name!r} is not finite, so its weight cannot be quantized. Load the base's "
                 f"weights again, or leave the layer out with exclude_modules=[{name!r}]."
             )
-        layer.weight = _parameter(quantised)
+        layer.weight = _parameter(quantized)
     layer.__class__ = NF4Linear
 
 
 def can_be_nf4(weight: torch.Tensor) -> bool:
-    """Return whether a weight consists of whole blocks of 64 values in a dtype that torchao quantises."""
+    """Return whether a weight consists of whole blocks of 64 values in a dtype that torchao quantizes."""
     return weight.is_floating_point() and weight.itemsize in (2, 4) and weight.numel() % BLOCK == 0
 
 
 def group_size(scales: int) -> int:
-    """Return how many scales are quantised together: as many as leave a group for each of 64 ranks."""
+    """Return how many scales are quantized together: as many as leave a group for each of 64 ranks."""
     size = LARGEST_GROUP
     while scales % size or (scales // size < RANKS and size > SMALLEST_GROUP):
         size //= 2

@@ -22,7 +22,7 @@ from .adapted_module import AdaptedModule, Adapter, StandIns, is_factor, swapped
 from .adapted_weights import AdaptedWeights, LayerSpec, LayerState, train_
 from .factored_weight import FactoredWeight
 from .low_rank import LowRankBlock, crop, stack_factors
-from .quantised import shape_of
+from .quantized import shape_of
 from .transforms import runs_by_formula
 
 HOLDERS: list[type[LoRAParameterHolder]] = []  # of modules whose forward needs more than W' in its place

@@ -121,7 +121,7 @@ class Variant:
         frozen: leaf names of the tensors that are stored but not trained.
         has_scale: whether `effective_factors` returns a scale. Such adapters are no sums of products: they cannot be
             combined, attached or put into the served form.
-        reads_weight: whether the scale is computed from W. Such adapters cannot adapt quantised layers, and a sharded
+        reads_weight: whether the scale is computed from W. Such adapters cannot adapt quantized layers, and a sharded
             W is gathered to merge them.
         follows_weight: whether `start` reads W. Tensors that were not trained yet are then drawn again where another W
             is loaded.

@@ -23,7 +23,7 @@ from ..model.passed_over import experts, passed_over
 from ..names import group_of, listed
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import AdaptedWeights
-from ..nn.quantised import quantised_as, quantised_parameters, shape_of
+from ..nn.quantized import quantized_as, quantized_parameters, shape_of
 from ..nn.variant import variant_of
 from ..units import size_text
 
@@ -31,7 +31,7 @@ WIDTH = 80  # columns of the plain text
 NARROWEST = 12  # columns for a long name or class at least
 LINES, MOST_ROWS = 10, 4  # of the short form, and of its table
 ON_REQUEST = ("also saved", "checkpoints", "memory")  # facts that the short form leaves out
-QUANTISED = "its weight is quantised"  # the beginning of a reason
+QUANTIZED = "its weight is quantized"  # the beginning of a reason
 SAVED = {"adapter": "the adapter", "merged": "merged weights, and the adapter", "full": "base and adapter"}
 HEAD = ("layers", "class", "count", "r", "alpha", "s", "parameters")
 SMALL = 0.5  # an s below is small: an adapter with it hardly acts, and learns as with a smaller rate
@@ -109,7 +109,7 @@ class Summary:
     passed_over: str  # the weights that `by_kind` passes over beside `left_out`: their share, and the largest kinds
     experts: str  # the option that adapts stacks of experts which `by_kind` passes over, to copy; "" for none
     frozen_head: str  # which head is frozen, and how to train it if it is new; "" where none is known to be
-    quantised: Mapping[str, int]  # the number of the base's quantised weights, by kind of quantisation
+    quantized: Mapping[str, int]  # the number of the base's quantized weights, by kind of quantization
     unmerged: tuple[Unmerged, ...]
     attached: Mapping[str, float]  # the strengths of the frozen adapters that are attached, by name
     merged_eval: bool | None  # LoRACallback's option; None without a callback
@@ -166,13 +166,13 @@ class Summary:
         memory = self.memory
         weights = self.passed_over.replace(" of the parameters", "") if short else self.passed_over
         passed_over = [f"passes over {weights}"] if weights else []
-        quantised = ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantised.items())
+        quantized = ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantized.items())
         evaluation = self._evaluation(short=short)
-        if short and quantised:  # both in one line
-            stays = self.merged_eval is not False and any(each.reason.startswith(QUANTISED) for each in self.unmerged)
+        if short and quantized:  # both in one line
+            stays = self.merged_eval is not False and any(each.reason.startswith(QUANTIZED) for each in self.unmerged)
             said = ["adapted ones stay factored"] if stays else []
             said += [f"evaluation {evaluation}"] if evaluation else []
-            quantised, evaluation = "; ".join([quantised, *said]), ""
+            quantized, evaluation = "; ".join([quantized, *said]), ""
         facts = {
             "trainable": f"{self.trainable:,} of {self.total:,} parameters ({share})",
             "scaling": self.small_scaling,
@@ -183,7 +183,7 @@ class Summary:
             self.by_kind or "left out": "; ".join((*passed_over, *map(_left_out_text, self.left_out))),
             "experts": f"{self.experts} adapts them" if self.experts else "",
             "head": self.frozen_head,
-            "quantised": quantised,
+            "quantized": quantized,
             "merging" if self.merged_eval is None else "evaluation": evaluation,
             "checkpoints": f'{self._saved()} (save="{self.save}")' if self.save else "",
             "memory": (
@@ -204,7 +204,7 @@ class Summary:
             return ""
         if self.merged_eval is False:
             return "factored (merged_eval=False)"
-        unmerged = [each for each in self.unmerged if not (short and each.reason.startswith(QUANTISED))]
+        unmerged = [each for each in self.unmerged if not (short and each.reason.startswith(QUANTIZED))]
         count = sum(len(each.names) for each in unmerged)
         which = "; ".join(f"{listed(each.names)}: {_reason_text(each)}" for each in unmerged)
         if count == self.layers:
@@ -267,7 +267,7 @@ def summarise(handle: AdaptedModel) -> Summary:
         passed_over=passed_over(handle),
         experts=experts(handle),
         frozen_head=describe_frozen_head(handle.root_modules),
-        quantised=_quantised(handle),
+        quantized=_quantized(handle),
         unmerged=_unmerged(layers),
         attached={name: each.strength for name, each in sorted(record.beside.items())},
         merged_eval=record.run.merged_eval,
@@ -295,9 +295,9 @@ def _buffers(handle: AdaptedModel) -> list[torch.Tensor]:
     return list({id(buffer): buffer for buffer in own}.values())
 
 
-def _quantised(handle: AdaptedModel) -> dict[str, int]:
-    weights = _each_once(quantised_parameters(module).values() for _, module in handle.modules)
-    return dict(Counter(map(quantised_as, weights)))
+def _quantized(handle: AdaptedModel) -> dict[str, int]:
+    weights = _each_once(quantized_parameters(module).values() for _, module in handle.modules)
+    return dict(Counter(map(quantized_as, weights)))
 
 
 def _unmerged(layers: Mapping[str, AdaptedWeights]) -> tuple[Unmerged, ...]:
@@ -359,7 +359,7 @@ def _local_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the plain tensors that a tensor subclass consists of, such as a quantised tensor; else the tensor."""
+    """Yield the plain tensors that a tensor subclass consists of, such as a quantized tensor; else the tensor."""
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor

@@ -37,13 +37,13 @@ def start_from_gradients(
     Collective, as initialize_from_data.
 
     Raises:
-        LoRAError: there are no batches, a weight is quantised or sharded or gets no gradient, or a gradient is not
+        LoRAError: there are no batches, a weight is quantized or sharded or gets no gradient, or a gradient is not
             finite.
     """
     for name, layer in layers.items():
-        if layer.quantised() or is_spread(layer.adapted_weight()):
+        if layer.quantized() or is_spread(layer.adapted_weight()):
             raise LoRAError(
-                f"initialize_from_data: the weight of {name!r} is {'quantised' if layer.quantised() else 'sharded'}, "
+                f"initialize_from_data: the weight of {name!r} is {'quantized' if layer.quantized() else 'sharded'}, "
                 "but this start needs gradients of whole weights; choose another init_lora_weights, or call "
                 "initialize_from_data before the model is sharded."
             )

@@ -39,7 +39,7 @@ def merge_for_good(module: nn.Module) -> None:
 
 
 def _dtype(handle: AdaptedModel) -> torch.dtype | None:
-    """Return the dtype of the plain weights that replace quantised ones, or None."""
+    """Return the dtype of the plain weights that replace quantized ones, or None."""
     return dequantize_dtype(handle.record.run.dequantize, "LoRACallback")
 
 

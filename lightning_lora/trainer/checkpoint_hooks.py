@@ -25,7 +25,7 @@ def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:
     Args:
         handle: of the module.
         kind: of its checkpoints.
-        dequantize: the dtype of plain weights in place of quantised ones in merged checkpoints.
+        dequantize: the dtype of plain weights in place of quantized ones in merged checkpoints.
     """
     check_kind(kind)
     handle.record.run.save, handle.record.run.dequantize = kind, dequantize

@@ -11,7 +11,7 @@ from ..model.heads import warn_of_new_heads
 from ..model.initial_values import snapshot_materialised
 from ..model.layers_by_kind import BY_NAME
 from ..model.live_state import open_state
-from ..model.reasons import refuse_never_quantised
+from ..model.reasons import refuse_never_quantized
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
 from ..nn.gradient_checkpointing import enable_input_require_grads
@@ -21,7 +21,7 @@ from .after_fit import refuse_merge_after_fit
 from .compatibility import refuse_unoptimized
 from .hyperparameters import as_hyperparameters, log_options
 from .options import LOGGED, Options
-from .precision import refuse_for_quantised, refuse_full_of_quantised, refuse_plain
+from .precision import refuse_for_quantized, refuse_full_of_quantized, refuse_plain
 
 
 def open_for_fit(module: Any) -> AdaptedModel:
@@ -39,13 +39,13 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     snapshot_materialised(handle)
     refuse_unoptimized(trainer.optimizers, handle)
     saved = handle.record.config.modules_to_save or ()
-    refuse_never_quantised(handle.modules, handle.record.config)
+    refuse_never_quantized(handle.modules, handle.record.config)
     warn_of_new_heads(handle.modules, saved)
     enable_input_require_grads([module for _, module in handle.modules])
-    refuse_for_quantised(handle, trainer)
+    refuse_for_quantized(handle, trainer)
     refuse_plain(handle, options.quantize)
     if options.save == "full":
-        refuse_full_of_quantised(handle)
+        refuse_full_of_quantized(handle)
     if options.save == "merged":
         refuse_unmergeable(handle, dequantize_dtype(options.dequantize, "LoRACallback"))
     if options.merge_after_fit:
@@ -77,4 +77,4 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
                 "first."
             )
         if found.unmerged:
-            record.marks.add("quantised")
+            record.marks.add("quantized")

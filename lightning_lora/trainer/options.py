@@ -13,7 +13,7 @@ from ..formats.lightning_checkpoint import Kind, check_kind
 from ..model.attached import checked_strength
 from ..model.dequantize import dequantize_dtype
 from ..model.inject import fixed_seed
-from ..model.quantise import check_kind_of_quantisation
+from ..model.quantize import check_kind_of_quantization
 
 BOOLEANS = ("merged_eval", "merge_after_fit", "verbose")
 LOGGED = ("save", "merged_eval", "quantize", "seed")  # those that tell runs apart, for loggers
@@ -38,7 +38,7 @@ def check_own_options(options: Options) -> None:
     """Raise LoRAError if an option of the callback has a value that is not allowed. LoRAConfig checks its own."""
     check_kind(options.save)
     if options.quantize is not None:
-        check_kind_of_quantisation(options.quantize, "LoRACallback")
+        check_kind_of_quantization(options.quantize, "LoRACallback")
     dequantize_dtype(options.dequantize, "LoRACallback")
     for name in BOOLEANS:
         value = getattr(options, name)

@@ -1,4 +1,4 @@
-"""Quantised weights in a Trainer: plugins that convert layers, DDP, and what Lightning cannot do with such weights.
+"""Quantized weights in a Trainer: plugins that convert layers, DDP, and what Lightning cannot do with such weights.
 
 BitsandbytesPrecision and TransformerEnginePrecision replace linear layers by their own in the setup of the strategy.
 That comes after injection and would drop the adapters. So the layers are converted before injection; to convert them
@@ -17,8 +17,8 @@ from ..model.adapted_model import Listing
 from ..names import LIGHTNING, derives_from, join_names
 from ..nn.foreign_weights import is_packed
 from ..nn.lora_layer import LoRALayer
-from ..nn.quantised import NF4, is_of_torchao, quantised_as, quantised_modules, quantised_parameters
-from ..nn.quantised_state import is_of_lightning
+from ..nn.quantized import NF4, is_of_torchao, quantized_as, quantized_modules, quantized_parameters
+from ..nn.quantized_state import is_of_lightning
 from .compatibility import OF_THE_ADAPTER, averages_frozen
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
@@ -29,12 +29,12 @@ LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a 
 
 def refuse_late_conversion(listing: Listing) -> None:
     """Raise LoRAError where BitsandbytesPrecision would replace layers that are adapted already."""
-    if _precision(listing.model, BITSANDBYTES) is None or quantised_modules(listing.places):
+    if _precision(listing.model, BITSANDBYTES) is None or quantized_modules(listing.places):
         return
     for name, layer in listing.layers.items():
         if isinstance(layer, nn.Linear):
             raise LoRAError(
-                f"LoRACallback: {name!r} was adapted by inject, and BitsandbytesPrecision replaces it by a quantised "
+                f"LoRACallback: {name!r} was adapted by inject, and BitsandbytesPrecision replaces it by a quantized "
                 "layer without an adapter. Leave inject out and give LoRACallback the options, or let the plugin "
                 "convert first: plugin.convert_module(model), then inject(model, LoRAConfig(...))."
             )
@@ -51,11 +51,11 @@ def convert_linear_layers_(listing: Listing) -> None:
     plugin = _precision(listing.model, BITSANDBYTES)
     if plugin is None:
         return
-    modules, quantised = listing.modules, quantised_modules(listing.places).values()
+    modules, quantized = listing.modules, quantized_modules(listing.places).values()
     listing.look_again()
-    if not quantised and any(isinstance(layer, nn.Linear) for _, layer in modules):
+    if not quantized and any(isinstance(layer, nn.Linear) for _, layer in modules):
         plugin.convert_module(listing.model)
-    elif any(map(is_of_lightning, quantised)):  # converted earlier; layers were built since
+    elif any(map(is_of_lightning, quantized)):  # converted earlier; layers were built since
         for path, parent in modules:
             for name, child in list(parent._modules.items()):
                 if _is_plain(child) and not join_names(path, name).startswith(tuple(plugin.ignore_modules)):
@@ -71,7 +71,7 @@ def _precision(module: nn.Module, name: str) -> Any:
 
 
 def leave_out_of_ddp_(listing: Listing) -> None:
-    """Exclude a module's torchao tensors from DDP, which cannot send them. Every process quantised the same base."""
+    """Exclude a module's torchao tensors from DDP, which cannot send them. Every process quantized the same base."""
     module = listing.model
     if _holds_torchao(listing):
         names = [name for name, parameter in module.named_parameters() if is_of_torchao(parameter)]
@@ -79,50 +79,50 @@ def leave_out_of_ddp_(listing: Listing) -> None:
         vars(module)[LEFT_OUT_OF_DDP] = list(dict.fromkeys([*earlier, *names]))
 
 
-def refuse_full_of_quantised(listing: Listing) -> None:
-    """Raise LoRAError where a full checkpoint would hold quantised weights, which Lightning cannot load again."""
-    for name in quantised_modules(listing.places):
+def refuse_full_of_quantized(listing: Listing) -> None:
+    """Raise LoRAError where a full checkpoint would hold quantized weights, which Lightning cannot load again."""
+    for name in quantized_modules(listing.places):
         raise LoRAError(
-            f"LoRACallback: save='full' would save the quantised weight of {name!r}, and a checkpoint that holds one "
+            f"LoRACallback: save='full' would save the quantized weight of {name!r}, and a checkpoint that holds one "
             "cannot be loaded again. Use save='adapter', which holds nothing of the base, or save='merged' with "
             "dequantize."
         )
 
 
 def refuse_plain(listing: Listing, quantize: str | None) -> None:
-    """Raise LoRAError where the callback was to quantise the base, and no weight of the model is quantised."""
-    if quantize is not None and not quantised_modules(listing.places):
+    """Raise LoRAError where the callback was to quantize the base, and no weight of the model is quantized."""
+    if quantize is not None and not quantized_modules(listing.places):
         raise LoRAError(
-            f"LoRACallback: quantize is {quantize!r}, but no weight of {type(listing.model).__name__} is quantised. "
+            f"LoRACallback: quantize is {quantize!r}, but no weight of {type(listing.model).__name__} is quantized. "
             "Where inject was called on the model already, call quantize_base(model) before it; else see "
             "exclude_modules and modules_to_save, which leave layers as they are."
         )
 
 
-def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
-    """Raise LoRAError where a Trainer would treat the bytes of quantised weights as values: shard or average them."""
+def refuse_for_quantized(listing: Listing, trainer: Any) -> None:
+    """Raise LoRAError where a Trainer would treat the bytes of quantized weights as values: shard or average them."""
     for name, module in listing.modules:
         if is_packed(module):
             _refuse_averaging(trainer, f"{name!r}, a {type(module).__name__}, holds packed weights")
-    name, layer = next(iter(quantised_modules(listing.places).items()), ("", listing.model))
+    name, layer = next(iter(quantized_modules(listing.places).items()), ("", listing.model))
     if not name:
         return
-    weight = f"the weight of {name!r} is quantised ({quantised_as(next(iter(quantised_parameters(layer).values())))})"
+    weight = f"the weight of {name!r} is quantized ({quantized_as(next(iter(quantized_parameters(layer).values())))})"
     _refuse_sharding(listing, trainer.strategy)
     if derives_from(trainer.strategy, "FSDPStrategy", LIGHTNING):
         raise LoRAError(
             f"LoRACallback: {weight}, which FSDPStrategy cannot lay into a flat tensor with others. Use "
-            "strategy='ddp', which holds the quantised base whole on each device."
+            "strategy='ddp', which holds the quantized base whole on each device."
         )
     if derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) and _holds_torchao(listing):
         raise LoRAError(
-            f"LoRACallback: {weight}, which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise the "
+            f"LoRACallback: {weight}, which DeepSpeed cannot move to its device. Use strategy='ddp', or quantize the "
             "base with bitsandbytes."
         )
     if getattr(trainer.strategy, "zero_stage_3", False):
         raise LoRAError(
             f"LoRACallback: {weight}, and DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2) "
-            "or strategy='ddp', which hold the quantised base whole on each device."
+            "or strategy='ddp', which hold the quantized base whole on each device."
         )
     _refuse_averaging(trainer, weight)
 
@@ -138,18 +138,18 @@ def _refuse_averaging(trainer: Any, weight: str) -> None:
 
 
 def _refuse_sharding(listing: Listing, strategy: Any) -> None:
-    """Raise LoRAError where a strategy would shard a weight that is quantised in a way that it cannot shard."""
+    """Raise LoRAError where a strategy would shard a weight that is quantized in a way that it cannot shard."""
     by_rows = derives_from(strategy, "ModelParallelStrategy", LIGHTNING)
     if not by_rows and not derives_from(strategy, "FSDPStrategy", LIGHTNING):
         return
     fitting = IN_4_BITS if by_rows and strategy._tensor_parallel_size == 1 else ()
-    for name, layer in quantised_modules(listing.places).items():
-        kind = quantised_as(next(iter(quantised_parameters(layer).values())))
+    for name, layer in quantized_modules(listing.places).items():
+        kind = quantized_as(next(iter(quantized_parameters(layer).values())))
         if kind not in fitting:
             raise LoRAError(
-                f"LoRACallback: the weight of {name!r} is quantised ({kind}), which {type(strategy).__name__} cannot "
+                f"LoRACallback: the weight of {name!r} is quantized ({kind}), which {type(strategy).__name__} cannot "
                 "shard here. ModelParallelStrategy with tensor_parallel_size=1 (FSDP2) shards bases in 4 bits, of "
-                "bitsandbytes and quantize_base; strategy='ddp' holds any quantised base whole on each device."
+                "bitsandbytes and quantize_base; strategy='ddp' holds any quantized base whole on each device."
             )
 
 
@@ -158,4 +158,4 @@ def _holds_torchao(listing: Listing) -> bool:
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
-    return isinstance(layer, nn.Linear) and not isinstance(layer, LoRALayer) and not quantised_parameters(layer)
+    return isinstance(layer, nn.Linear) and not isinstance(layer, LoRALayer) and not quantized_parameters(layer)

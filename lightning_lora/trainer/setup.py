@@ -27,7 +27,7 @@ from ..model.initial_values import snapshot_initial
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, random_seed
 from ..model.injection import Injection
 from ..model.patches import call_previous, patch, unpatch_method
-from ..model.quantise import quantise_
+from ..model.quantize import quantize_
 from ..model.targets import selected
 from ..notices import tell
 from .after_fit import forget_merging, load_plain_weights_only
@@ -46,7 +46,7 @@ from .options import Options, seed_text, sources_of
 from .precision import (
     convert_linear_layers_,
     leave_out_of_ddp_,
-    refuse_for_quantised,
+    refuse_for_quantized,
     refuse_late_conversion,
 )
 from .record import is_merged_for_good
@@ -87,7 +87,7 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
     adapt_cli_optimizer(module)
     _adapt_now(module, options, Injection(config, seed=seed_text(options) or seed, chosen=chosen))
     if (handle := find_model(module)) is not None:
-        refuse_for_quantised(handle, trainer)
+        refuse_for_quantized(handle, trainer)
 
 
 def _tell_of_taken(config: LoRAConfig, completed: LoRAConfig) -> None:
@@ -154,7 +154,7 @@ def _adapt_built(module: nn.Module, options: Options, record: Injection, *, is_c
                 _adopt(handle, options)
             convert_linear_layers_(handle)
             if handle.record.run.quantize is not None:
-                quantise_(handle, handle.record.run.quantize, handle.record.config)
+                quantize_(handle, handle.record.run.quantize, handle.record.config)
             selection = adapt_new_layers(handle)
             _prepare_copies(handle, options)
             if is_complete:
@@ -168,7 +168,7 @@ def _inject(module: nn.Module, options: Options, record: Injection, *, is_comple
     listing = Listing(module)
     convert_linear_layers_(listing)
     if options.quantize is not None:
-        quantise_(listing, options.quantize, record.config)
+        quantize_(listing, options.quantize, record.config)
     if not is_complete and selected(listing.modules, record).is_empty():
         return None
     record.run.quantize = options.quantize

@@ -123,11 +123,11 @@ def test_a_base_that_lacks_a_parameter_of_the_one_that_was_trained_on_is_named()
         load_adapter(here, checkpoint(saved, "adapter"))
 
 
-def entries(different: int, quantised: str = "", of: int = 4) -> dict[str, Entry]:
+def entries(different: int, quantized: str = "", of: int = 4) -> dict[str, Entry]:
     """The fingerprint of a base, of which the last tensors have other values."""
     values = [float(i < of - different) for i in range(of)]
     return {f"{i}": Entry("float32", [1], [each]) for i, each in enumerate(values)} | {
-        "9": Entry("float32", [8, 8], [], quantised)
+        "9": Entry("float32", [8, 8], [], quantized)
     }
 
 
@@ -139,8 +139,8 @@ def test_the_advice_of_another_base_is_of_a_new_head_only_where_few_tensors_diff
         assert str(refused.value).endswith(REMEDY)
 
 
-def test_where_base_and_quantisation_differ_the_quantisation_is_named_first():
-    with pytest.raises(LoRAError, match=r"base: at '9' the base was quantised.* Quantise the base .* Load the adapter"):
+def test_where_base_and_quantization_differ_the_quantization_is_named_first():
+    with pytest.raises(LoRAError, match=r"base: at '9' the base was quantized.* Quantize the base .* Load the adapter"):
         compare_fingerprints(entries(4), entries(0, "nf4"))
 
 

@@ -38,7 +38,7 @@ PROGRAMS = {
     "network": Program("network", "the network: steps, forwards, merges, memory, many layers, Trainer.fit"),
     "drift": Program("drift", "drift of frozen weights that are merged and unmerged"),
     "module": Program("peft_in_module", "PEFT inside a LightningModule: lines, checkpoints, resuming, validation"),
-    "variants": Program("variants", "DoRA, quantised bases, single parameters and rows, a step of PiSSA"),
+    "variants": Program("variants", "DoRA, quantized bases, single parameters and rows, a step of PiSSA"),
     "starts": Program("starts", "starting from the weight"),
     "shrink": Program("shrink", "shrinking an adapter; a minute or two"),
     "swap": Program("swap", "swapping adapters"),

@@ -121,20 +121,20 @@ def dora(width: int, dtype: torch.dtype, tokens: int = 256) -> Work:
     return adapted(base, plain, use_dora=True, **plain), squared(random(tokens, width).to(dtype))
 
 
-# --- quantised bases ---
+# --- quantized bases ---
 
 
-def quantised(kind: str, width: int, dtype: torch.dtype) -> Work:
-    """The network of stack.py, quantised by bitsandbytes."""
+def quantized(kind: str, width: int, dtype: torch.dtype) -> Work:
+    """The network of stack.py, quantized by bitsandbytes."""
     logging.disable(logging.WARNING)  # bitsandbytes warns of each 8-bit product
     x = inputs(width, dtype, "cpu")
     makers = {name: CANDIDATES[name] for name in ("ours", "peft", "floor")}
-    models = {name: make(quantise_(stack(width, dtype, "cpu"), kind)).train() for name, make in makers.items()}
+    models = {name: make(quantize_(stack(width, dtype, "cpu"), kind)).train() for name, make in makers.items()}
     return models, lambda model: step(model, x)
 
 
-def quantise_(model: nn.Module, kind: str) -> nn.Module:
-    """Put quantised layers in the place of all linear ones."""
+def quantize_(model: nn.Module, kind: str) -> nn.Module:
+    """Put quantized layers in the place of all linear ones."""
     import bitsandbytes as bnb
 
     for parent in list(model.modules()):
@@ -235,10 +235,10 @@ def families(scale: int = 1) -> dict[str, Family]:
             {f"4 layers of {d}": lambda dtype, d=d: dora(d // scale, dtype) for d in (256, 1024, 2048)},
             ("floor", "LoRA"),
         ),
-        "quantised": Family(
+        "quantized": Family(
             {
-                "bitsandbytes nf4, double quantisation": lambda dtype: quantised("nf4", width, dtype),
-                "bitsandbytes int8": lambda dtype: quantised("int8", width, dtype),
+                "bitsandbytes nf4, double quantization": lambda dtype: quantized("nf4", width, dtype),
+                "bitsandbytes int8": lambda dtype: quantized("int8", width, dtype),
             },
             merges=False,
         ),

@@ -35,7 +35,7 @@ from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.model.inject import adapted_layers
 from support.covering import covering
 from support.models.networks import Zoo, bits, randomise_, zoo_config
-from support.models.quantised import adapted, packed_bits, quantised
+from support.models.quantized import adapted, packed_bits, quantized
 from support.runs.training import own_random_stream
 
 
@@ -216,14 +216,14 @@ def test_what_cannot_be_merged_is_refused_at_the_call():
         merged_tensors(zoo(), dequantize="int8")
 
 
-# --- quantised bases ---
+# --- quantized bases ---
 
 
 @pytest.mark.parametrize("kind", ["nf4 nested", "int8", "Float8WeightOnlyConfig", "NF4Tensor"])
-def test_quantised_weights_are_dequantised_as_in_merged_state_dict(kind: str):
+def test_quantized_weights_are_dequantized_as_in_merged_state_dict(kind: str):
     model = adapted(kind)
     before = packed_bits(model)
-    with pytest.raises(LoRAError, match="is quantised"):
+    with pytest.raises(LoRAError, match="is quantized"):
         merged_tensors(model)
     expected = merged_state_dict(model, dequantize="float32")
     found = dict(merged_tensors(model, dequantize="float32"))
@@ -234,8 +234,8 @@ def test_quantised_weights_are_dequantised_as_in_merged_state_dict(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "Int8WeightOnlyConfig", "NF4Tensor"])
-def test_quantised_weights_that_are_not_adapted_stay_as_they_are(kind: str):
-    model = quantised(kind)
+def test_quantized_weights_that_are_not_adapted_stay_as_they_are(kind: str):
+    model = quantized(kind)
     model[0] = torch.nn.Linear(128, 64)
     inject(model, LoRAConfig(r=2, target_modules=["0"], init_lora_weights=False))
     expected = {name: value for name, value in merged_state_dict(model).items() if isinstance(value, torch.Tensor)}
@@ -246,7 +246,7 @@ def test_quantised_weights_that_are_not_adapted_stay_as_they_are(kind: str):
 
 
 def as_strided(tensor: Any) -> torch.Tensor:
-    """Return the values of a tensor; of torchao's classes the dequantised ones."""
+    """Return the values of a tensor; of torchao's classes the dequantized ones."""
     if not type(tensor).__module__.startswith("torchao"):
         return tensor
     values: torch.Tensor = (

@@ -115,7 +115,7 @@ def test_merge_that_overflows_a_float16_base_is_refused_by_name(tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_a_quantised_base_is_refused(tmp_path):
+def test_a_quantized_base_is_refused(tmp_path):
     state = {key: value.clone() for key, value in model("llama").state_dict().items()}
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, tmp_path / "base.safetensors")

@@ -181,8 +181,8 @@ DESCRIPTIONS: list[tuple[str, Any]] = [
     ("fingerprint", 3), ("fingerprint", {"norm.weight": 3}), ("fingerprint", {"norm.weight": ["float32", [8]]}),
     ("fingerprint", prints(dtype="nn")), ("fingerprint", prints(shape=[-8])), ("fingerprint", prints(shape=[4])),
     ("fingerprint", prints(values=3)), ("fingerprint", prints(values=7 * [0.5])),
-    ("fingerprint", prints(values=8 * ["0"])), ("fingerprint", prints(quantised=3)),
-    ("fingerprint", prints(quantised="nf4", more=1)), ("network", 3), ("origin", 3),
+    ("fingerprint", prints(values=8 * ["0"])), ("fingerprint", prints(quantized=3)),
+    ("fingerprint", prints(quantized="nf4", more=1)), ("network", 3), ("origin", 3),
 ]  # fmt: skip
 
 

@@ -163,7 +163,7 @@ def test_an_entry_that_peft_would_take_for_an_adapted_layer_is_refused(tmp_path)
 
 
 class Packed(nn.Module):
-    """A quantised layer: its weight is of whole numbers."""
+    """A quantized layer: its weight is of whole numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def packed() -> nn.Module:
     return seeded(lambda: nn.Sequential(OrderedDict(body=nn.Linear(4, 4), pre_head=Packed(), head=nn.Linear(4, 2))))
 
 
-def test_a_frozen_module_that_is_quantised_is_stored_and_compared_by_its_shape(tmp_path):
+def test_a_frozen_module_that_is_quantized_is_stored_and_compared_by_its_shape(tmp_path):
     inject(net := packed(), LoRAConfig(r=2, target_modules=["body"], modules_to_save=["head"]))
     spread_(net)
     save_adapter(net, tmp_path)

@@ -1,4 +1,4 @@
-"""Quantised transformers models: adapters to and from PEFT, and merged folders that load without quantisation."""
+"""Quantized transformers models: adapters to and from PEFT, and merged folders that load without quantization."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_lora import (
     save_merged,
 )
 from support.models.networks import randomise_, same
-from support.models.quantised import adapted, inputs, packed_bits, reference, run_reference, values_of
+from support.models.quantized import adapted, inputs, packed_bits, reference, run_reference, values_of
 from support.runs.notices import quiet_peers
 
 pytestmark = [*quiet_peers, pytest.mark.transformers_5]
@@ -102,14 +102,14 @@ def test_we_read_the_folder_of_peft_on_the_same_base_with_equal_outputs_and_grad
 def test_save_merged_writes_a_plain_folder_for_from_pretrained(tmp_path, folder, kind, stored, caplog):
     model = load(folder, kind, torch.bfloat16)
     if stored == "in files":
-        model.save_pretrained(tmp_path / "quantised")
-        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "quantised", device_map="cpu").train()
+        model.save_pretrained(tmp_path / "quantized")
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "quantized", device_map="cpu").train()
     inject(model, LoRAConfig(r=4, lora_alpha=16))
     randomise_(model)
     base = model.get_submodule(LAYER)
     expected = values_of(base) + 4 * base.lora_B.detach().double() @ base.lora_A.detach().double()
     live = packed_bits(model)
-    with pytest.raises(LoRAError, match=r"is quantised \(.*dequantize=\"bfloat16\" \(save_merged"):
+    with pytest.raises(LoRAError, match=r"is quantized \(.*dequantize=\"bfloat16\" \(save_merged"):
         save_merged(model, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     with caplog.at_level(logging.INFO, "lightning_lora"):
@@ -125,19 +125,19 @@ def test_save_merged_writes_a_plain_folder_for_from_pretrained(tmp_path, folder,
     assert float(difference.norm() / logits(model).norm()) < 2e-2
 
 
-def test_a_quantised_weight_without_an_adapter_is_written_plain_too_or_refused(tmp_path, folder):
+def test_a_quantized_weight_without_an_adapter_is_written_plain_too_or_refused(tmp_path, folder):
     model = load(folder, "nf4")
-    inject(model, LoRAConfig(r=2, target_modules=["lm_head"]))  # which transformers does not quantise
+    inject(model, LoRAConfig(r=2, target_modules=["lm_head"]))  # which transformers does not quantize
     randomise_(model)
     state = merged_state_dict(model)
     assert state[f"{LAYER}.weight"].dtype == torch.uint8
     assert f"{LAYER}.weight.absmax" in state
-    with pytest.raises(LoRAError, match=r"'model\.layers\.0\.self_attn\.q_proj\.weight' is quantised"):
+    with pytest.raises(LoRAError, match=r"'model\.layers\.0\.self_attn\.q_proj\.weight' is quantized"):
         save_merged(model, tmp_path / "merged")
     save_merged(model, tmp_path / "merged", dequantize=torch.float32)
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(plain.train()), logits(model), rtol=1e-4, atol=1e-4)
-    save_merged(model, tmp_path / "narrow", dequantize="bfloat16")  # what is not quantised stays float32
+    save_merged(model, tmp_path / "narrow", dequantize="bfloat16")  # what is not quantized stays float32
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "narrow")
     assert torch.equal(plain.lm_head.weight, state["lm_head.weight"])
     assert torch.equal(plain.get_submodule(LAYER).weight, values_of(model.get_submodule(LAYER)).bfloat16().float())
@@ -149,7 +149,7 @@ def test_merge_and_unload_leaves_a_model_whose_own_save_is_plain(tmp_path, folde
     inject(model, LoRAConfig(r=4, lora_alpha=16))
     randomise_(model)
     expected = logits(model)
-    with pytest.raises(LoRAError, match="is quantised"):
+    with pytest.raises(LoRAError, match="is quantized"):
         merge_and_unload(copy.deepcopy(model))
     assert merge_and_unload(model, dequantize="float32") is model
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)

@@ -37,7 +37,7 @@ from support.models.layers import (
     same_bits,
     scaling_for,
 )
-from support.models.quantised import network, quantise_
+from support.models.quantized import network, quantize_
 from support.runs.notices import TORCH_NOTICES, quiet_peers
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
@@ -354,7 +354,7 @@ def test_an_exported_graph_has_no_float64_and_is_right_where_the_adapter_nearly_
 def test_what_cannot_have_magnitudes_is_refused_by_name(options: dict[str, Any], named: str) -> None:
     if "packed" in named:
         pytest.importorskip("bitsandbytes")
-    packed = quantise_(network(), "nf4")[0] if "packed" in named else nn.Identity()
+    packed = quantize_(network(), "nf4")[0] if "packed" in named else nn.Identity()
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "packed": packed, "linear": nn.Linear(8, 6)})
     with pytest.raises(LoRAError, match=named):
         inject(model, dora(**options))

@@ -19,7 +19,7 @@ from support.models.layers import same_bits
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 mm = torch.mm  # the tests replace it in exact_merge
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-WEIGHTS = ["normal", "zeros", "denormal", "magnitudes", "quantised"]
+WEIGHTS = ["normal", "zeros", "denormal", "magnitudes", "quantized"]
 FACTORS = ["normal", "cancelling", "wide", "zero rows", "bfloat16", "integers"]
 SCALES = ["none", "rows", "wild rows", "negative rows", "columns"]
 RANKS = [1, 2, 3, 8, 16, 33, 256]
@@ -93,7 +93,7 @@ def draw_weight(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.
         weight *= 1e-5 if half else 1e-38
     elif kind == "magnitudes":
         weight *= 10 ** (torch.rand(shape, dtype=torch.float64) * (8 if half else 36) - (6 if half else 33))
-    elif kind == "quantised":
+    elif kind == "quantized":
         weight = (weight * 512).round() / 512  # many sums lie halfway between two values
     return weight.to(dtype)
 

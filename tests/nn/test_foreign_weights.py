@@ -174,11 +174,11 @@ def test_merged_checkpoints_of_such_a_model_are_refused_at_fit_start(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "targets"), covering([*FOREIGN], [["0", "2"], ["4"]], meet=1))
-def test_another_quantised_base_is_refused(tmp_path: Path, kind: str, targets: Any) -> None:
+def test_another_quantized_base_is_refused(tmp_path: Path, kind: str, targets: Any) -> None:
     def built(seed: int = 1) -> Any:
         model = Net(kind)
         other = network(kind, seed)
-        model.net[0], model.net[2] = other[0], other[2]  # the layers that are quantised alone
+        model.net[0], model.net[2] = other[0], other[2]  # the layers that are quantized alone
         return model
 
     model = fitted(tmp_path, lora(target_modules=targets), model=built())

@@ -33,7 +33,7 @@ from support.models.methods import (
     theirs,
     trained_names,
 )
-from support.models.quantised import quantise_, values_of
+from support.models.quantized import quantize_, values_of
 from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
@@ -102,9 +102,9 @@ def test_a_folder_that_was_cut_is_refused_by_name(tmp_path):
 # --- bases, swaps, several adapters ---
 
 
-def test_a_quantised_base_trains_and_stays_factored():
+def test_a_quantized_base_trains_and_stays_factored():
     pytest.importorskip("bitsandbytes")
-    model = quantise_(nn.Sequential(nn.Linear(64, 64)), "nf4")
+    model = quantize_(nn.Sequential(nn.Linear(64, 64)), "nf4")
     weight, x = values_of(model[0]), torch.randn(3, 64)
     inject(model, LoRAConfig(variant="loha", r=2, lora_alpha=3))
     moved(model)

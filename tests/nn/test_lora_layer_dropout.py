@@ -22,7 +22,7 @@ from lightning_lora.nn.lora_layer import drop
 from support.covering import covering
 from support.devices.places import Place
 from support.models.layers import ALPHA, CASES, Case, Holder, R, make_subject, matrix
-from support.models.quantised import QUANTISED, adapted, inputs
+from support.models.quantized import QUANTIZED, adapted, inputs
 
 P = 0.5  # a value that is kept is doubled, exactly in every dtype
 
@@ -233,8 +233,8 @@ def test_attention_runs_on_weights_with_a_mask_of_features(apart: bool, targets:
             torch.testing.assert_close(layer.get_parameter(name).grad.cpu().double(), each.grad, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_the_mask_is_on_what_the_adapter_of_a_quantised_layer_gets(kind: str) -> None:
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_the_mask_is_on_what_the_adapter_of_a_quantized_layer_gets(kind: str) -> None:
     """Beside the layer's own outputs and gradients, which its class computes."""
     model = adapted(kind, lora_dropout=P).train()
     layer = model[0]

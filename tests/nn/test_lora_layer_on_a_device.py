@@ -1,4 +1,4 @@
-"""Embeddings, quantised layers and stacks of experts on a device that is not the CPU, pretended here."""
+"""Embeddings, quantized layers and stacks of experts on a device that is not the CPU, pretended here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.models.mixtral import modeling_mixtral
 
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.nn.adapted_module import swapped_class
-from lightning_lora.nn.linear import LoRAQuantisedLinear
+from lightning_lora.nn.linear import LoRAQuantizedLinear
 from support.devices.places import Count, count
 from support.models.layers import make_subject
 
@@ -32,7 +32,7 @@ def test_a_padded_place_gives_the_factors_no_gradient_that_is_not_finite(device)
 
 
 class Packed(nn.Linear):
-    """Stands for a layer with a quantised weight, for which this device has no kernels: a forward of its own."""
+    """Stands for a layer with a quantized weight, for which this device has no kernels: a forward of its own."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight * 2, self.bias)
@@ -42,12 +42,12 @@ def packed() -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(Packed(6, 6)).double()
     inject(model, LoRAConfig(r=2, init_lora_weights=False))
-    model[0].__class__ = swapped_class(LoRAQuantisedLinear, Packed)
+    model[0].__class__ = swapped_class(LoRAQuantizedLinear, Packed)
     model[0].lora.custom_forward = False
     return model
 
 
-def test_quantised_layer_on_a_device_writes_its_product_into_the_bases_output(counted_device):
+def test_quantized_layer_on_a_device_writes_its_product_into_the_bases_output(counted_device):
     x = torch.randn(4, 6, dtype=torch.float64).to(counted_device)
     frozen = nn.Sequential(Packed(6, 6)).double().requires_grad_(False).to(counted_device)
     added = step_of(packed().to(counted_device), x) - step_of(frozen, x)

@@ -24,7 +24,7 @@ from lightning_lora import (
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.nn.rounding import IN_FILES
 from support.models.networks import randomise_, state_bits
-from support.models.quantised import adapted
+from support.models.quantized import adapted
 
 
 def with_adapter_of(share: float, dtype: torch.dtype) -> nn.Sequential:
@@ -105,7 +105,7 @@ def test_rounding_warning_raised_as_an_error_leaves_a_consistent_model():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_dequantised_weights_are_warned_of_once_in_16_bits_alone(caplog, dtype):
+def test_dequantized_weights_are_warned_of_once_in_16_bits_alone(caplog, dtype):
     caplog.set_level(logging.INFO, logger="lightning_lora")
     model = adapted("nf4")
     with torch.no_grad():

@@ -40,7 +40,7 @@ from lightning_lora import (
 from support.covering import covering
 from support.devices.pretend_device import CAN_PRETEND, pretend_device
 from support.models.networks import state_bits
-from support.models.quantised import NF4, OF_BITSANDBYTES, inputs, network, quantised, values_of
+from support.models.quantized import NF4, OF_BITSANDBYTES, inputs, network, quantized, values_of
 from support.ranks.processes import DONE, run_in_forks
 from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
@@ -266,8 +266,8 @@ def test_a_declared_scale_is_refused_where_only_sums_of_products_go(place, tmp_p
 
 
 @pytest.mark.parametrize("kind", [*OF_BITSANDBYTES[::4], NF4])
-def test_a_scale_that_needs_no_weight_trains_on_a_quantised_layer(kind):
-    model = quantised(kind)
+def test_a_scale_that_needs_no_weight_trains_on_a_quantized_layer(kind):
+    model = quantized(kind)
     before = model(inputs())
     inject(model, LoRAConfig(variant="own-gates", r=2, lora_alpha=3))
     torch.testing.assert_close(model(inputs()), before)

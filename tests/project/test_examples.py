@@ -78,7 +78,7 @@ def check_lstm(printed: str) -> None:
     assert "(HelpFormatter): raise ArgumentError(" in printed.splitlines()[2]
 
 
-def check_quantised(printed: str) -> None:
+def check_quantized(printed: str) -> None:
     before, after, plain = numbers(printed)[:3]
     assert after < before - 0.4
     assert plain == pytest.approx(after, abs=0.05)
@@ -157,7 +157,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
 }
 
 EXTRAS = {
-    "quantised": ("examples,quantised", "bitsandbytes"),
+    "quantized": ("examples,quantized", "bitsandbytes"),
     "ray_train": ("ray", "ray"),
     "deepspeed_zero": ("examples,deepspeed", "deepspeed"),
 }

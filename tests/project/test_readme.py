@@ -187,7 +187,7 @@ def spans(cell: str) -> list[str]:
 RUNNING = [name for name, blocks in BLOCKS.items() if any(b.is_statements or b.is_ours for b in blocks)]
 
 
-NEEDED = {"lightning_lora/nn/quantised.md": "torchao"}  # packages of extras that a page's blocks need
+NEEDED = {"lightning_lora/nn/quantized.md": "torchao"}  # packages of extras that a page's blocks need
 
 
 @pytest.mark.slow

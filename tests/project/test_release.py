@@ -231,7 +231,7 @@ def test_the_security_page_promises_every_door_and_names_the_checks():
 def test_extras_for_users_leave_out_what_the_tests_need():
     section = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     extras = dict(re.findall(r"^(\w+) = \[(.*?)\](?: *#[^\n]*)?$", section, re.MULTILINE | re.DOTALL))
-    needed, following = set(), ["cli", "plot", "examples", "deepspeed", "quantised", "ray"]
+    needed, following = set(), ["cli", "plot", "examples", "deepspeed", "quantized", "ray"]
     while following:
         needed.add(name := following.pop())
         for names in re.findall(r'"lightning-lora\[(.*?)\]"', extras[name]):

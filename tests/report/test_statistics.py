@@ -20,7 +20,7 @@ from lightning_lora.nn.adapted_weights import AdaptedWeights
 from lightning_lora.report.statistics import GroupStats
 from support.models.layers import ALPHA, R, make_subject, matrix
 from support.models.networks import ZOO_LAYERS, Zoo, randomise_, state_bits, zoo_config
-from support.models.quantised import adapted, values_of
+from support.models.quantized import adapted, values_of
 
 LAYERS = [
     *("linear", "transformers Conv1D", "fused, outer parts", "fused Conv1D", "embedding", "conv2d, groups", "conv3d"),
@@ -191,7 +191,7 @@ def test_merged_model_has_the_statistics_of_the_unmerged_one_and_neither_is_chan
     assert sum(group.layers for group in unmerged.groups.values()) == len(ZOO_LAYERS)
 
 
-def test_quantised_weight_is_dequantised_once(monkeypatch: pytest.MonkeyPatch):
+def test_quantized_weight_is_dequantized_once(monkeypatch: pytest.MonkeyPatch):
     model = adapted("nf4 nested")
     calls: list[Any] = []
     dequantize = linear.dequantize

@@ -15,7 +15,7 @@ from lightning_lora import LoRAConfig, inject, is_merged, load_adapter, merge, s
 from lightning_lora.names import group_of
 from lightning_lora.report.summary import Memory, Summary
 from support.models.networks import Zoo, zoo_config
-from support.models.quantised import NAMES, quantised
+from support.models.quantized import NAMES, quantized
 
 LONG = "a_name_that_is_so_long_that_it_has_no_room_in_a_table_beside_the_other_columns"
 
@@ -164,9 +164,9 @@ def test_the_s_of_a_loaded_adapter_is_its_own(tmp_path: Path):
 
 
 def with_all_there_is_to_say() -> nn.Module:
-    """Many groups; a quantised layer; layers left out for two reasons; long names; large tables."""
+    """Many groups; a quantized layer; layers left out for two reasons; long names; large tables."""
     model = nn.ModuleDict({f"{LONG}_{i}": nn.Linear(16, 16, bias=False) for i in range(12)})
-    model.update({"packed": quantised("nf4")[0], "net": llama(), "table": nn.Embedding(300, 32)})
+    model.update({"packed": quantized("nf4")[0], "net": llama(), "table": nn.Embedding(300, 32)})
     model["out"] = nn.Linear(32, 300, bias=False)
     model["out"].weight = model["table"].weight
     inject(model, LoRAConfig(r=2, modules_to_save=[f"{LONG}_{i}" for i in range(6)], use_rslora=True))
@@ -197,7 +197,7 @@ LoRA with use_rslora: 21 adapted layers
   adapter       11 kB in float32
   also trained  6 tensors, 1,536 values: ...
   all-linear    passes over 27.3% (Embedding 27.3%); ...
-  quantised     1 weight as nf4; adapted ones stay factored"""
+  quantized     1 weight as nf4; adapted ones stay factored"""
 
 
 def test_adapted_layers_show_r_and_alpha_until_they_are_unloaded():
@@ -274,15 +274,15 @@ def test_what_an_adapter_starts_from_is_memory_and_no_parameter(init: str):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_base_is_told_and_not_called_merged(kind: str):
-    inject(model := quantised(kind), LoRAConfig(r=2, target_modules=["0", "2"]))
+def test_a_quantized_base_is_told_and_not_called_merged(kind: str):
+    inject(model := quantized(kind), LoRAConfig(r=2, target_modules=["0", "2"]))
     found = summary(model)
-    assert found.quantised == {NAMES[kind]: 3}  # adapted or not
+    assert found.quantized == {NAMES[kind]: 3}  # adapted or not
     assert [(stays.names, stays.reason) for stays in found.unmerged] == [
-        (("0", "2"), f"its weight is quantised ({NAMES[kind]})")
+        (("0", "2"), f"its weight is quantized ({NAMES[kind]})")
     ]
-    shown = f"quantised 3 weights as {NAMES[kind]} merging factored, as no layer can be merged (0, 2: "
-    shown += f"their weights are quantised ({NAMES[kind]}))"
+    shown = f"quantized 3 weights as {NAMES[kind]} merging factored, as no layer can be merged (0, 2: "
+    shown += f"their weights are quantized ({NAMES[kind]}))"
     assert shown in words(found)
     for merged_eval, said in ((True, "factored, as no layer can be merged ("), (False, "factored (merged_eval=False)")):
         model.lora_injection.run.merged_eval = merged_eval

@@ -234,12 +234,12 @@ def test_own_forward_and_mask_choose_the_rows():
     assert not torch.allclose(net.a.lora_A, other.a.lora_A)
 
 
-def test_quantised_base_starts_from_its_inputs():
+def test_quantized_base_starts_from_its_inputs():
     bnb = pytest.importorskip("bitsandbytes")
     net = Net()
-    quantised = bnb.nn.Linear4bit(6, 5, quant_type="nf4", compute_dtype=torch.float32)
-    quantised.load_state_dict(net.a.state_dict())
-    net.a = quantised.to("cpu")
+    quantized = bnb.nn.Linear4bit(6, 5, quant_type="nf4", compute_dtype=torch.float32)
+    quantized.load_state_dict(net.a.state_dict())
+    net.a = quantized.to("cpu")
     inject(net, LoRAConfig(r=2, target_modules=["a"], init_lora_weights="eva"))
     plain = adapted(["a"])
     initialize_from_data(net, rows())

@@ -182,9 +182,9 @@ def test_what_has_no_gradients_is_refused_and_left_as_it_is(data: Any, forward: 
     assert net.training
 
 
-def test_quantised_weight_is_refused_by_name():
+def test_quantized_weight_is_refused_by_name():
     bnb = pytest.importorskip("bitsandbytes")
     net = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to("cpu"))
     inject(net, LoRAConfig(r=2, target_modules=["0"], init_lora_weights="lora_ga"))
-    with pytest.raises(LoRAError, match="the weight of '0' is quantised"):
+    with pytest.raises(LoRAError, match="the weight of '0' is quantized"):
         initialize_from_data(net, [torch.ones(2, 64)], lambda model, x: model(x).sum())

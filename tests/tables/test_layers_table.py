@@ -37,11 +37,11 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.nn.adapted_weights import adapted_layers
-from lightning_lora.nn.quantised import PACKS_FOR_CPU
+from lightning_lora.nn.quantized import PACKS_FOR_CPU
 from support.models.foreign import OtherLinear
 from support.models.layers import Attention
 from support.models.parameters import Experts, Model, Projected, Recurrent
-from support.models.quantised import inputs, network, packed_bits, quantise_
+from support.models.quantized import inputs, network, packed_bits, quantize_
 from support.runs.notices import quiet_peers
 
 pytestmark = [
@@ -69,7 +69,7 @@ FROM_DATA = ("eva", "lora_ga")
 REFUSALS = {  # what a start from data says of it, and how the table calls that
     "adapted layers is linear": "not linear",
     "did not run in the forward": "not called",
-    "is quantised, but this start": "quantised",
+    "is quantized, but this start": "quantized",
 }
 NO_CELL = "-"
 ALSO = "; "  # between layers, and between variants, that fare alike
@@ -84,7 +84,7 @@ class Row:
     """A model, an input for it, and options; of several values of init_lora_weights all must fare alike.
 
     Attributes:
-        plain: the same model with plain weights, where these are quantised.
+        plain: the same model with plain weights, where these are quantized.
         at_peft: the same model for peft, which knows its layers by their classes alone.
         theirs: peft's options where they are others; None where peft has no such adapter.
         method: peft's config of other adapters than LoRA, of which `theirs` are all options.
@@ -172,9 +172,9 @@ LOHA = {"target_modules": ["inner"], "variant": "loha"}
 OF_METHOD = {"r": 2, "target_modules": ["inner"], "init_weights": False}  # peft's options
 DORA = {"target_modules": ["inner"], "use_dora": True}
 PARTS = {"target_modules": ["inner"], "enable_lora": {"inner": [True, False, True]}}
-QUANTISED = {
+QUANTIZED = {
     "bitsandbytes nf4": "nf4",
-    "bitsandbytes nf4, double quantisation": "nf4 nested",
+    "bitsandbytes nf4, double quantization": "nf4 nested",
     "bitsandbytes fp4": "fp4",
     "bitsandbytes int8": "int8",
     "torchao int8": "Int8WeightOnlyConfig",
@@ -334,7 +334,7 @@ ROWS = [
     *(
         Row(
             f"linear, {label}",
-            lambda kind=kind: Model(quantise_(network(), kind)),
+            lambda kind=kind: Model(quantize_(network(), kind)),
             lambda: inputs(4).requires_grad_(),  # else bitsandbytes packs weights for an evaluation in bfloat16
             {"target_modules": ["0", "2", "4"], **others},
             variant,
@@ -342,11 +342,11 @@ ROWS = [
             theirs=None if variant == "LoRA-GA" else {},
         )
         for others, variant, labels in (
-            ({}, "LoRA", list(QUANTISED)),
+            ({}, "LoRA", list(QUANTIZED)),
             ({"init_lora_weights": "eva"}, "EVA", OF_EACH),
             ({"init_lora_weights": "lora_ga"}, "LoRA-GA", OF_EACH),
         )
-        for label, kind in QUANTISED.items()
+        for label, kind in QUANTIZED.items()
         if label in labels
     ),
 ]

@@ -93,8 +93,8 @@ VARIANTS = [
         | {"modules_to_save": ["other"], "bias": "all"},
         ("inner",),
     ),
-    Variant("nf4", quantised="nf4"),
-    Variant("int8", quantised="int8"),
+    Variant("nf4", quantized="nf4"),
+    Variant("int8", quantized="int8"),
 ]
 
 
@@ -105,14 +105,14 @@ class Condition:
     Attributes:
         check: raises where the pair is not right.
         meaning: what it checks, for the page.
-        with_quantised: whether there are such pairs with packed weights.
+        with_quantized: whether there are such pairs with packed weights.
     """
 
     table: str
     label: str
     check: Callable[[Variant], None]
     meaning: str
-    with_quantised: bool = True
+    with_quantized: bool = True
 
 
 PRECISION, TRAINING, CHECKPOINTS = "Precision", "Training", "Checkpoints"
@@ -131,7 +131,7 @@ CONDITIONS = [
         "W unfrozen, bfloat16",
         unfrozen_in_half,
         "the user trains an adapted weight in bfloat16",
-        with_quantised=False,
+        with_quantized=False,
     ),
     Condition(TRAINING, "start", start, "A and B begin as defined, W' as W, and torch's random stream stands still"),
     Condition(TRAINING, "steps", training, "four steps of SGD; then everything is saved, and taken out again"),
@@ -141,19 +141,19 @@ CONDITIONS = [
         "W unfrozen",
         unfreezing("W"),
         "the user trains an adapted weight from the first step on; it is saved, and goes back when the adapter does",
-        with_quantised=False,
+        with_quantized=False,
     ),
-    Condition(TRAINING, "W unfrozen later", unfreezing("W", after=2), "from the third step on", with_quantised=False),
-    Condition(TRAINING, "W frozen again", frozen_again, "after two steps, for two more", with_quantised=False),
+    Condition(TRAINING, "W unfrozen later", unfreezing("W", after=2), "from the third step on", with_quantized=False),
+    Condition(TRAINING, "W frozen again", frozen_again, "after two steps, for two more", with_quantized=False),
     Condition(TRAINING, "other weight unfrozen", unfreezing("embed.weight", after=2), "the table, from the third step"),
     Condition(TRAINING, "biases unfrozen", unfreezing("inner.bias", "other.bias", after=1), "from the second step"),
-    Condition(TRAINING, "base edited", changed_by_hand, "weights are changed in place", with_quantised=False),
+    Condition(TRAINING, "base edited", changed_by_hand, "weights are changed in place", with_quantized=False),
     Condition(
         TRAINING,
         "another base",
         another_base,
         "load_state_dict with another base, before and after training",
-        with_quantised=False,
+        with_quantized=False,
     ),
     Condition(TRAINING, "lora_dropout", dropout, "acts in training alone"),
     Condition(TRAINING, "average", averaged, "LoRAWeightAveraging over four steps, merged; then the bits come back"),
@@ -161,9 +161,9 @@ CONDITIONS = [
         CHECKPOINTS, "adapter", resume("adapter"), "an adapter checkpoint: two steps more are the uninterrupted ones"
     ),
     Condition(CHECKPOINTS, "merged", resume("merged"), "the same from a merged one, which a plain model loads too"),
-    Condition(CHECKPOINTS, "full", resume("full"), "the same from a full one, on another base", with_quantised=False),
+    Condition(CHECKPOINTS, "full", resume("full"), "the same from a full one, on another base", with_quantized=False),
     Condition(
-        CHECKPOINTS, "state_dict", resume("state"), "the same from the model's own state dict", with_quantised=False
+        CHECKPOINTS, "state_dict", resume("state"), "the same from the model's own state dict", with_quantized=False
     ),
     *(
         Condition(
@@ -171,7 +171,7 @@ CONDITIONS = [
             f"{kind}, W unfrozen",
             resume(kind, unfrozen=True),
             "the same where the user trains an adapted weight",
-            with_quantised=False,
+            with_quantized=False,
         )
         for kind in ("adapter", "merged", "full")
     ),
@@ -181,7 +181,7 @@ CONDITIONS = [
             f"{kind}, while merged",
             resume(kind, merged=True),
             "the same with merged models",
-            with_quantised=kind != "full",
+            with_quantized=kind != "full",
         )
         for kind in ("adapter", "merged", "full")
     ),
@@ -196,7 +196,7 @@ CONDITIONS = [
         "swap, W unfrozen",
         swap(unfrozen=True),
         "the same, the other adapter with an adapted weight that the user trained",
-        with_quantised=False,
+        with_quantized=False,
     ),
     Condition(FOLDERS, "taken", taken(), "take_adapter, then training, then load_adapter: every bit comes back"),
     Condition(FOLDERS, "taken while merged", taken(merged=True), "the same with a merged model"),
@@ -225,8 +225,8 @@ PAIRS = [
     (variant.label, condition.label)
     for condition in CONDITIONS
     for variant in VARIANTS
-    if not variant.quantised
-    or (condition.with_quantised and (variant.quantised, condition.label) != ("nf4", "float64"))
+    if not variant.quantized
+    or (condition.with_quantized and (variant.quantized, condition.label) != ("nf4", "float64"))
 ]
 OTHERS = [variant.label for variant in VARIANTS if variant.label not in DIFFERENT]
 TRIED = [
@@ -309,7 +309,7 @@ def test_a_pair_gives_the_outcome_in_the_page(variant: str, condition: str, comp
         assert outcome(ROW_OF[variant], COLUMN_OF[condition]) == said
 
 
-PLAIN = [row for row, variant in ROW_OF.items() if not variant.quantised]  # no pretended device has packed weights
+PLAIN = [row for row, variant in ROW_OF.items() if not variant.quantized]  # no pretended device has packed weights
 
 
 @pytest.mark.parametrize(("variant", "condition"), covering(PLAIN, [*COLUMN_OF], meet=1))

@@ -26,7 +26,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.command.info import info
-from support.models.quantised import OF_BITSANDBYTES, OUTPUTS, QuantisedNet, factors, inputs, packed_bits
+from support.models.quantized import OF_BITSANDBYTES, OUTPUTS, QuantizedNet, factors, inputs, packed_bits
 from support.ranks.deepspeed import gathered_by_deepspeed, zero
 from support.ranks.fits import Case, Run, State, alone, assert_close, assert_run_equals_one_device_and_is_resumed, fit
 from support.ranks.processes import world
@@ -205,7 +205,7 @@ def test_what_cannot_be_resumed_is_an_error_with_the_remedy(tmp_path):
             assert error.startswith(("LoRACallback:", str(tmp_path)))
 
 
-# --- quantised bases, 16 bits, buffers ---
+# --- quantized bases, 16 bits, buffers ---
 
 
 def batches(size: int, rank: int) -> DataLoader[Any]:
@@ -215,10 +215,10 @@ def batches(size: int, rank: int) -> DataLoader[Any]:
     return DataLoader(rows, batch_size=4 // size, sampler=sampler)
 
 
-def quantised(path: Path, kind: str, stage: int = 2) -> str:
+def quantized(path: Path, kind: str, stage: int = 2) -> str:
     """The error, if any; where there is none, the run is right."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    models = [QuantisedNet(kind) for _ in range(3)]
+    models = [QuantizedNet(kind) for _ in range(3)]
     for model, source in zip(models[:2], (None, path / "last.ckpt"), strict=True):
         trainer = zero(path, LoRACallback(r=2, lora_alpha=4, seed=1), stage=stage, max_epochs=2)
         try:
@@ -234,14 +234,14 @@ def quantised(path: Path, kind: str, stage: int = 2) -> str:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "Int8WeightOnlyConfig"])
 def test_base_of_bitsandbytes_is_right_and_one_of_torchao_is_refused(tmp_path, kind):
-    QuantisedNet(kind)  # skips where its package is missing
-    for error in world().run(quantised, tmp_path, kind):
+    QuantizedNet(kind)  # skips where its package is missing
+    for error in world().run(quantized, tmp_path, kind):
         if kind in OF_BITSANDBYTES:
             assert error == ""
         else:
-            assert "which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise" in error
+            assert "which DeepSpeed cannot move to its device. Use strategy='ddp', or quantize" in error
     if kind in OF_BITSANDBYTES:
-        for error in world().run(quantised, tmp_path, kind, 3):
+        for error in world().run(quantized, tmp_path, kind, 3):
             assert "DeepSpeed's stage 3 would divide its bytes. Use DeepSpeedStrategy(stage=2)" in error
 
 

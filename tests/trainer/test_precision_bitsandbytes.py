@@ -16,7 +16,7 @@ from lightning_lora import LoRACallback, LoRAError, inject
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.adapted_model import Listing
 from lightning_lora.trainer.precision import LEFT_OUT_OF_DDP, leave_out_of_ddp_
-from support.models.quantised import PlainNet, batches, factors, inputs, network, packed_bits, quantise_
+from support.models.quantized import PlainNet, batches, factors, inputs, network, packed_bits, quantize_
 from support.runs.training import make_trainer
 
 pytest.importorskip("bitsandbytes")
@@ -60,10 +60,10 @@ def lora(**options: Any) -> LoRACallback:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_layers_are_quantised_and_adapters_survive_and_train(tmp_path, precision, mode):
+def test_layers_are_quantized_and_adapters_survive_and_train(tmp_path, precision, mode):
     model = fitted(tmp_path, precision(mode), lora())
     assert [layer.weight.dtype for layer in model.network if isinstance(layer, nn.Linear)] == [torch.uint8] * 3
-    assert [layer.quantised() for layer in (model.network[0], model.network[4])] == [mode[:3]] * 2
+    assert [layer.quantized() for layer in (model.network[0], model.network[4])] == [mode[:3]] * 2
     assert len(factors(model)) == 6
     assert all(value.norm() > 0 for value in factors(model).values())
     x = inputs().requires_grad_()
@@ -71,8 +71,8 @@ def test_layers_are_quantised_and_adapters_survive_and_train(tmp_path, precision
     assert x.grad.norm() > 0
 
 
-def test_a_run_resumes_before_its_weights_are_quantised(tmp_path, precision):
-    """Lightning restores a checkpoint before the strategy moves the model, which quantises it."""
+def test_a_run_resumes_before_its_weights_are_quantized(tmp_path, precision):
+    """Lightning restores a checkpoint before the strategy moves the model, which quantizes it."""
     options = {"save": "merged", "dequantize": "float32"}
     whole = fitted(tmp_path / "whole", precision("nf4-dq"), lora(**options), max_epochs=2)
     fitted(tmp_path / "half", precision("nf4-dq"), lora(**options))
@@ -83,7 +83,7 @@ def test_a_run_resumes_before_its_weights_are_quantised(tmp_path, precision):
     assert all(torch.equal(value, factors(whole)[name]) for name, value in factors(resumed).items())
 
 
-def test_a_checkpoint_is_loaded_onto_a_model_that_is_quantised_by_now(tmp_path, precision):
+def test_a_checkpoint_is_loaded_onto_a_model_that_is_quantized_by_now(tmp_path, precision):
     model = fitted(tmp_path, precision("nf4"), lora())
     before = factors(model), packed_bits(model)
     with torch.no_grad():
@@ -125,13 +125,13 @@ def test_a_model_that_the_plugin_converted_before_it_was_injected_is_fitted(tmp_
     plugin.convert_module(model)
     inject(model, LoRAConfig(r=2))
     fitted(tmp_path, plugin, LoRACallback(), model)
-    assert model.network[0].quantised() == "nf4"
+    assert model.network[0].quantized() == "nf4"
     assert all(value.norm() > 0 for value in factors(model).values())
 
 
 def test_what_a_user_left_out_of_ddp_stays_left_out():
     pytest.importorskip("torchao")
-    model = quantise_(network(), "Int8WeightOnlyConfig")
+    model = quantize_(network(), "Int8WeightOnlyConfig")
     setattr(model, LEFT_OUT_OF_DDP, ["mine", "0.weight"])
     for _ in range(2):
         leave_out_of_ddp_(Listing(model))

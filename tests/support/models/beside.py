@@ -115,7 +115,7 @@ def beside(dtype: torch.dtype) -> Callable[[Variant], None]:
         naive.beside = dict(WEIGHTS)
         assert_as_defined(model, naive, tolerance)
         with scaled(model, 0.0):
-            own, naive.variant = naive.variant, Variant("nothing", adapted=(), quantised=variant.quantised)
+            own, naive.variant = naive.variant, Variant("nothing", adapted=(), quantized=variant.quantized)
             options, naive.options = naive.options, {}
             assert_near(model(batch(3)[0]), naive.run({}, batch(3)[0]), tolerance, "the trained one off")
             naive.variant, naive.options = own, options
@@ -149,7 +149,7 @@ def trained_beside(variant: Variant) -> None:
     assert_as_defined(model, naive, loose(variant, 1e-3))
     unload(model)
     assert attached(model) == WEIGHTS
-    naive.variant, naive.options = Variant("nothing", adapted=(), quantised=variant.quantised), {}
+    naive.variant, naive.options = Variant("nothing", adapted=(), quantized=variant.quantized), {}
     assert_near(model(batch(3)[0]), naive.run({}, batch(3)[0]), loose(variant, 1e-5), "what is beside alone")
 
 
@@ -159,7 +159,7 @@ def attached_first(variant: Variant) -> None:
     model = attach_(fresh(variant), those)
     before = all_bits(model)
     merge(model)
-    if not variant.quantised:
+    if not variant.quantized:
         state = merged_state_dict(model)
         assert torch.equal(state["inner.weight"], model.get_parameter("inner.weight"))
     unmerge(model)

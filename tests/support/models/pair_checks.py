@@ -69,7 +69,7 @@ STEPS = range(4)
 
 def loose(variant: Variant, tolerance: float) -> float:
     """Return the tolerance of a comparison: int8 rounds the inputs of a layer too."""
-    return max(tolerance, {"int8": 3e-2, "nf4": 1e-4}.get(variant.quantised, 0))
+    return max(tolerance, {"int8": 3e-2, "nf4": 1e-4}.get(variant.quantized, 0))
 
 
 def assert_as_defined(model: nn.Module, naive: Naive, tolerance: float) -> None:
@@ -92,7 +92,7 @@ def assert_merges(model: nn.Module, naive: Naive, tolerance: float) -> None:
     tokens, answer = batch(3)[0], naive.run(wide(model), batch(3)[0])
     merge(model)
     assert is_merged(model)
-    for name in expected if not naive.variant.quantised else ():
+    for name in expected if not naive.variant.quantized else ():
         found, rounded = model.get_parameter(name), expected[name].detach().to(dtype_of(model))
         if found.dtype in HALF and not naive.options.get("use_dora"):  # DoRA's c is rounded before
             assert (found.cpu() != rounded).double().mean() < 0.03, name
@@ -114,7 +114,7 @@ def assert_same(found: nn.Module, expected: nn.Module) -> None:
 def precision(dtype: torch.dtype, keep: bool = True) -> Callable[[Variant], None]:
     def check(variant: Variant) -> None:
         model = filled(variant, dtype, options={"autocast_adapter_dtype": keep})
-        kept = torch.float32 if (dtype in HALF and keep) or variant.quantised == "int8" else dtype  # int8 has no dtype
+        kept = torch.float32 if (dtype in HALF and keep) or variant.quantized == "int8" else dtype  # int8 has no dtype
         assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {kept}
         naive, tolerance = Naive(variant, dtype), loose(variant, TOLERANCE[dtype])
         assert_as_defined(model, naive, tolerance)
@@ -138,7 +138,7 @@ def cast_later(variant: Variant) -> None:
     assert tables.items() <= all_bits(model).items()
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
     naive = Naive(variant, torch.bfloat16)
-    if variant.quantised:  # what was packed stays as it is
+    if variant.quantized:  # what was packed stays as it is
         naive.base |= {name: value for name, value in Naive(variant).base.items() if value.dim() == 2}
     assert_as_defined(model, naive, TOLERANCE[torch.bfloat16])
     assert_merges(model, naive, TOLERANCE[torch.bfloat16])

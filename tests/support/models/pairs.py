@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from lightning_lora import LoRAConfig, initialize_from_data, inject, lora_param_groups
 from support.models.networks import bits
-from support.models.quantised import packed_bits, quantise_, values_of
+from support.models.quantized import packed_bits, quantize_, values_of
 
 TOKENS, OUTPUTS = 11, 5
 RATE, MOMENTUM = 0.1, 0.9
@@ -57,7 +57,7 @@ class Variant:
     Attributes:
         adapted: what has a product of factors, by the names in the model; a parameter under its own name.
         lr_ratio: of LoRA+.
-        quantised: how the linear layers are quantised.
+        quantized: how the linear layers are quantized.
         swapped: options of the adapter that takes its place.
     """
 
@@ -65,7 +65,7 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
     adapted: tuple[str, ...] = ("inner", "head")
     lr_ratio: float = 1
-    quantised: str = ""
+    quantized: str = ""
     swapped: dict[str, Any] = field(default_factory=lambda: {"r": 4, "lora_alpha": 9})
 
     def all_options(self, **others: Any) -> dict[str, Any]:
@@ -109,8 +109,8 @@ def loss_of(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> torch.
 def fresh(variant: Variant, dtype: torch.dtype = torch.float32, seed: int = 1) -> Any:
     """Return the model without an adapter."""
     torch.manual_seed(seed)
-    model = Small(64 if variant.quantised else 12).to(dtype)
-    return quantise_(model, variant.quantised, device=place()) if variant.quantised else model.to(place())
+    model = Small(64 if variant.quantized else 12).to(dtype)
+    return quantize_(model, variant.quantized, device=place()) if variant.quantized else model.to(place())
 
 
 def adapted(
@@ -160,7 +160,7 @@ class Naive:
         self.variant = variant
         model = fresh(variant, dtype, seed)
         self.base = {name: value.detach().cpu().double() for name, value in model.named_parameters()}
-        if variant.quantised:
+        if variant.quantized:
             self.base |= {f"{name}.weight": values_of(getattr(model, name)) for name in ("inner", "other", "head")}
         self.shell = Small(self.base["embed.weight"].shape[1]).double()
 

@@ -1,7 +1,7 @@
-"""A quantised base: QLoRA on a Llama in 4 bits, saved as an adapter and as plain weights.
+"""A quantized base: QLoRA on a Llama in 4 bits, saved as an adapter and as plain weights.
 
-pip install -e ".[examples,quantised]"
-python examples/quantised.py
+pip install -e ".[examples,quantized]"
+python examples/quantized.py
 """
 
 import argparse
@@ -20,8 +20,8 @@ from small_models import encode, manual_llama
 RUNS = Path(__file__).with_name("runs")
 
 
-class QuantisedModel(L.LightningModule):
-    """The base's linear layers are in nf4 with double quantisation; the adapter is in float32."""
+class QuantizedModel(L.LightningModule):
+    """The base's linear layers are in nf4 with double quantization; the adapter is in float32."""
 
     def __init__(self, learning_rate: float = 0.01) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def python_code() -> tuple[DataLoader[Tensor], DataLoader[Tensor]]:
 
 if __name__ == "__main__":
     L.seed_everything(0)
-    model, (train, validate) = QuantisedModel(), python_code()
+    model, (train, validate) = QuantizedModel(), python_code()
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -75,9 +75,9 @@ if __name__ == "__main__":
     after = trainer.validate(model, validate, verbose=False)[0]["loss"]
     print(f"loss on Python code: {before:.2f} before, {after:.2f} after")
 
-    save_adapter(model, RUNS / "quantised_adapter")  # for the base in 4 bits, here or in PEFT
-    save_merged(model, RUNS / "quantised_merged", dequantize="bfloat16")  # for transformers, without quantisation
-    plain = LlamaForCausalLM.from_pretrained(RUNS / "quantised_merged", dtype=torch.bfloat16)
+    save_adapter(model, RUNS / "quantized_adapter")  # for the base in 4 bits, here or in PEFT
+    save_merged(model, RUNS / "quantized_merged", dequantize="bfloat16")  # for transformers, without quantization
+    plain = LlamaForCausalLM.from_pretrained(RUNS / "quantized_merged", dtype=torch.bfloat16)
     tokens = next(iter(validate))
     with torch.no_grad():
         print(f"loss of the plain merged model: {plain(input_ids=tokens, labels=tokens).loss:.2f}")

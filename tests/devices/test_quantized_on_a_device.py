@@ -1,4 +1,4 @@
-"""Quantised bases on the real kernels of bitsandbytes and torchao: steps, merging, files, a Trainer."""
+"""Quantized bases on the real kernels of bitsandbytes and torchao: steps, merging, files, a Trainer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from lightning_lora import LoRAConfig, inject, is_merged, load_adapter, merge, save_adapter, unmerge
 from support.covering import covering
 from support.models.pairs import assert_near
-from support.models.quantised import (
+from support.models.quantized import (
     NF4,
     inputs,
     network,
     packed_bits,
-    quantise_,
+    quantize_,
     reference,
     run_reference,
 )
@@ -26,14 +26,14 @@ KINDS = ["nf4", "int8", "Float8WeightOnlyConfig", NF4]
 
 
 def adapted(kind: str, device: str, dtype: torch.dtype = torch.float32) -> torch.nn.Sequential:
-    """A quantised model whose factors A and B are both random."""
-    model = quantise_(network(dtype), kind, device=device)
+    """A quantized model whose factors A and B are both random."""
+    model = quantize_(network(dtype), kind, device=device)
     inject(model, LoRAConfig(r=4, lora_alpha=8, init_lora_weights=False))
     return model
 
 
 @pytest.mark.parametrize(("kind", "dtype"), covering(KINDS, [torch.float32, torch.bfloat16], meet=1))
-def test_a_quantised_model_steps_as_in_float64_is_evaluated_factored_saved_and_loaded(
+def test_a_quantized_model_steps_as_in_float64_is_evaluated_factored_saved_and_loaded(
     kind: str, dtype: torch.dtype, compiling_device: str, tmp_path: Path
 ):
     model, x = adapted(kind, compiling_device, dtype), inputs(dtype=dtype)
@@ -58,5 +58,5 @@ def test_a_quantised_model_steps_as_in_float64_is_evaluated_factored_saved_and_l
     unmerge(model)
     assert before == packed_bits(model) != []
     save_adapter(model, tmp_path)
-    load_adapter(other := quantise_(network(dtype), kind, device=compiling_device).eval(), tmp_path)
+    load_adapter(other := quantize_(network(dtype), kind, device=compiling_device).eval(), tmp_path)
     torch.testing.assert_close(other(x).detach(), answer)

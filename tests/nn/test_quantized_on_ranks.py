@@ -1,4 +1,4 @@
-"""Quantised bases on ranks: steps, runs and files under FSDP2 (4 bits alone) and DDP are those of one device."""
+"""Quantized bases on ranks: steps, runs and files under FSDP2 (4 bits alone) and DDP are those of one device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lightning_lora import (
 )
 from lightning_lora.exchange.take import fingerprint
 from support.covering import covering
-from support.models.quantised import (
+from support.models.quantized import (
     FEATURES,
     NAMES,
     NF4,
@@ -39,12 +39,12 @@ from support.models.quantised import (
     OUTPUTS,
     WIDTH,
     PlainNet,
-    QuantisedNet,
+    QuantizedNet,
     adapted,
     inputs,
     network,
     packed_bits,
-    quantised,
+    quantized,
 )
 from support.ranks.processes import BACKEND, world
 from support.ranks.sharded import DEVICE, make_trainer, model_parallel, whole
@@ -54,7 +54,7 @@ EIGHT_BITS = ["int8", OF_TORCHAO[0]]
 OF_BOTH_PACKAGES = [NF4, "nf4 in bfloat16"]
 
 
-class ShardedNet(QuantisedNet):
+class ShardedNet(QuantizedNet):
     """Shards itself in configure_model, as a program for FSDP2 does."""
 
     def configure_model(self) -> None:
@@ -149,7 +149,7 @@ def described(model: Any, folder: Path) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint(model),
         "merged": whole(merged_state_dict(model, dequantize="float32")),
-        "shown": (shown.trainable, shown.total, shown.quantised, len(shown.unmerged)),
+        "shown": (shown.trainable, shown.total, shown.quantized, len(shown.unmerged)),
     }
 
 
@@ -164,15 +164,15 @@ def sharded_description(folder: Path, kind: str) -> tuple[dict[str, Any], bool]:
     found = described(model, folder)
     unmerge(model)
     with disable_adapter(model):
-        assert torch.equal(model(inputs()), quantised(kind)(inputs()))
+        assert torch.equal(model(inputs()), quantized(kind)(inputs()))
     assert bits_of_whole(model, kind) == before
     assert counted == summary(model).total
-    return found, before == packed_bits(quantised(kind))
+    return found, before == packed_bits(quantized(kind))
 
 
 def bits_of_whole(model: Any, kind: str) -> list[bytes]:
     """The bytes of all weights, gathered."""
-    plain = quantised(kind)
+    plain = quantized(kind)
     for position in (0, 2, 4):
         whole_weight = model[position].weight.full_tensor()
         if kind == NF4:
@@ -195,7 +195,7 @@ def test_fingerprint_summary_and_files_are_those_of_one_device(tmp_path, kind):
     files = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors"]
     for file in files:
         assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
-    model = quantised(kind)
+    model = quantized(kind)
     load_adapter(model, tmp_path / "two/adapter")
     assert torch.equal(model(inputs()), build("plain", kind)(inputs()))
 
@@ -217,7 +217,7 @@ def adapter_of(model: Any) -> dict[str, torch.Tensor]:
 
 
 def fit_alone(path: Path, kind: str, epochs: int, source: Path | None = None, **options: Any) -> Any:
-    model = QuantisedNet(kind)
+    model = QuantizedNet(kind)
     trainer = make_trainer(path, lora(**options), max_epochs=epochs)
     trainer.fit(model, data(), data(), ckpt_path=source)
     trainer.save_checkpoint(path / f"{epochs}.ckpt")
@@ -233,7 +233,7 @@ def fit(
     trainer.fit(model, data(), data(), ckpt_path=source)
     trainer.save_checkpoint(path / f"{epochs}.ckpt")
     assert {merged for stage, merged, _ in model.seen if stage == "validation"} == {True}
-    assert bits_of_whole(model.network, kind) == packed_bits(quantised(kind))
+    assert bits_of_whole(model.network, kind) == packed_bits(quantized(kind))
     save_adapter(model, path / "peft")
     return adapter_of(model), [float(trainer.callback_metrics["val_loss"])]
 
@@ -256,19 +256,19 @@ def test_a_run_and_its_resumption_are_those_of_one_device_and_load_in_one_proces
     trained = uninterrupted[0][0]
     assert all(torch.equal(resumed[0][0][name], value) for name, value in trained.items())
 
-    loaded = [load_from_checkpoint(QuantisedNet, tmp_path / "whole/3.ckpt"), QuantisedNet(kind), QuantisedNet(kind)]
+    loaded = [load_from_checkpoint(QuantizedNet, tmp_path / "whole/3.ckpt"), QuantizedNet(kind), QuantizedNet(kind)]
     load_adapter(loaded[1], tmp_path / "whole/3.ckpt")
     load_adapter(loaded[2], tmp_path / "whole/peft")
     for model in loaded:
-        assert packed_bits(model) == packed_bits(quantised(kind))
+        assert packed_bits(model) == packed_bits(quantized(kind))
         found = adapter_of(model)
         assert all(torch.equal(found[name], value) for name, value in trained.items())
-    with pytest.raises(LoRAError, match=rf"the base was quantised \({NAMES[kind]}\), here it is not quantised"):
+    with pytest.raises(LoRAError, match=rf"the base was quantized \({NAMES[kind]}\), here it is not quantized"):
         load_adapter(network(), tmp_path / "whole/peft")
 
 
 class PlainSharded(PlainNet, ShardedNet):
-    """Is quantised by the callback, and shards itself in configure_model."""
+    """Is quantized by the callback, and shards itself in configure_model."""
 
 
 def fit_by_option(path: Path, precision: str) -> tuple[dict[str, torch.Tensor], set[str], bool]:
@@ -276,12 +276,12 @@ def fit_by_option(path: Path, precision: str) -> tuple[dict[str, torch.Tensor], 
     trainer = model_parallel(path, lora(quantize="nf4"), max_epochs=1, precision=precision)
     trainer.fit(model, data(), data())
     kinds = {type(model.network[position].weight.to_local()).__name__ for position in (0, 2, 4)}
-    return adapter_of(model), kinds, bits_of_whole(model.network, NF4) == packed_bits(quantised(NF4))
+    return adapter_of(model), kinds, bits_of_whole(model.network, NF4) == packed_bits(quantized(NF4))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_the_option_of_the_callback_quantises_what_is_sharded_next(tmp_path, precision):
+def test_the_option_of_the_callback_quantizes_what_is_sharded_next(tmp_path, precision):
     model = PlainNet()
     trainer = make_trainer(tmp_path, lora(quantize="nf4"), max_epochs=1, precision=precision)
     trainer.fit(model, data(), data())
@@ -309,22 +309,22 @@ def refused(path: Path) -> list[str]:
     by_hand = adapted("int8")
     fully_shard(by_hand, mesh=init_device_mesh(DEVICE, (2,)))
     for verb in (lambda: save_adapter(by_hand, path / "adapter"), lambda: merge(by_hand)):
-        with pytest.raises(LoRAError, match="'0': its quantised weight was sharded"):
+        with pytest.raises(LoRAError, match="'0': its quantized weight was sharded"):
             verb()
     return said
 
 
-def test_a_plain_base_over_sharded_quantised_weights_and_sharding_of_8_bits_are_refused_by_name(tmp_path):
-    quantised("int8")  # skips where its package is missing
+def test_a_plain_base_over_sharded_quantized_weights_and_sharding_of_8_bits_are_refused_by_name(tmp_path):
+    quantized("int8")  # skips where its package is missing
     trainer = make_trainer(tmp_path, max_epochs=1)
     trainer.fit(PlainNet(), data(), data())
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     for over, *eight_bits in world().run(refused, tmp_path):
         assert re.search(
-            r"'network\.0\.weight' is quantised and sharded here.*Load the base before quantize_base", over
+            r"'network\.0\.weight' is quantized and sharded here.*Load the base before quantize_base", over
         )
         for kind, said in zip(EIGHT_BITS, eight_bits, strict=True):
-            name = rf"'network\.0' is quantised \({NAMES[kind]}\), which ModelParallelStrategy cannot"
+            name = rf"'network\.0' is quantized \({NAMES[kind]}\), which ModelParallelStrategy cannot"
             assert re.search(rf"{name} .*strategy='ddp'", said)
 
 
@@ -356,11 +356,11 @@ def test_values_that_are_not_finite_on_one_rank_are_an_error_on_all(tmp_path):
 def fit_replicas(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], bool]:
     """The trained factors, and whether the base has the bits that it had."""
     torch.manual_seed(dist.get_rank())  # another stream on every rank
-    model, strategy = QuantisedNet(kind), DDPStrategy(process_group_backend=BACKEND)
+    model, strategy = QuantizedNet(kind), DDPStrategy(process_group_backend=BACKEND)
     trainer = make_trainer(path, lora(), devices=dist.get_world_size(), strategy=strategy, max_epochs=2)
     trainer.fit(model, data(), data())
     trainer.save_checkpoint(path / "last.ckpt")
-    return adapter_of(model), packed_bits(model.network) == packed_bits(quantised(kind))
+    return adapter_of(model), packed_bits(model.network) == packed_bits(quantized(kind))
 
 
 @pytest.mark.slow

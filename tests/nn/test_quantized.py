@@ -1,4 +1,4 @@
-"""Linear layers with quantised weights: outputs, gradients, evaluation cycles, and the weight that stays as it is."""
+"""Linear layers with quantized weights: outputs, gradients, evaluation cycles, and the weight that stays as it is."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.nn.quantised import dequantize, dtype_of, quantised_as, shape_of
+from lightning_lora.nn.quantized import dequantize, dtype_of, quantized_as, shape_of
 from support.covering import covering
 from support.models.networks import randomise_
-from support.models.quantised import (
+from support.models.quantized import (
     FEATURES,
     NAMES,
     NF4,
     OF_BITSANDBYTES,
     OF_TORCHAO,
-    QUANTISED,
+    QUANTIZED,
     WIDTH,
     adapted,
     inputs,
     network,
     packed_bits,
-    quantise_,
-    quantised,
+    quantize_,
+    quantized,
     reference,
     run_reference,
     values_of,
 )
 
-every_kind = pytest.mark.parametrize("kind", QUANTISED)
+every_kind = pytest.mark.parametrize("kind", QUANTIZED)
 DIFFERENT = ["nf4", "int8", "Float8WeightOnlyConfig", NF4]  # the others are as one of these, with other numbers
 each_different = pytest.mark.parametrize("kind", DIFFERENT)
 FOUR_BITS = [kind for kind in OF_BITSANDBYTES if kind != "int8"]
 
 
 @every_kind
-def test_a_weight_is_recognised_and_dequantised_as_its_own_package_does(kind):
-    layer = quantised(kind)[2]
-    assert quantised_as(layer.weight) == NAMES[kind]
+def test_a_weight_is_recognised_and_dequantized_as_its_own_package_does(kind):
+    layer = quantized(kind)[2]
+    assert quantized_as(layer.weight) == NAMES[kind]
     assert torch.equal(dequantize(layer).double(), values_of(layer))
     assert dequantize(layer).shape == shape_of(layer.weight) == (WIDTH, WIDTH)
     assert dequantize(layer).dtype == dtype_of(layer.weight) == torch.float32
@@ -71,11 +71,11 @@ def test_a_weight_is_recognised_and_dequantised_as_its_own_package_does(kind):
 
 
 @pytest.mark.parametrize("kind", OF_BITSANDBYTES)
-def test_a_weight_is_recognised_before_it_is_quantised_and_has_the_values_it_will_have(kind):
-    model = quantised(kind, moved=False)
-    assert quantised_as(model[0].weight) == NAMES[kind]
+def test_a_weight_is_recognised_before_it_is_quantized_and_has_the_values_it_will_have(kind):
+    model = quantized(kind, moved=False)
+    assert quantized_as(model[0].weight) == NAMES[kind]
     before = [dequantize(model[position]) for position in (0, 2)]
-    assert model[0].weight.dtype == torch.float32  # quantised in a copy alone
+    assert model[0].weight.dtype == torch.float32  # quantized in a copy alone
     assert getattr(model[0], "quant_state", None) is getattr(model[0].weight, "quant_state", None) is None
     assert inject(model, LoRAConfig(r=2)) == ["0", "2", "4"]
     model.to("cpu")
@@ -105,9 +105,9 @@ def test_training_outputs_and_gradients_are_those_of_float64(kind):
 
 
 @each_different
-def test_an_adapter_that_starts_from_the_weight_starts_from_its_dequantised_values(kind):
-    """PEFT refuses PiSSA on such a base, and quantises OLoRA's residual again."""
-    plain, bits, x = quantised(kind), packed_bits(quantised(kind)), inputs()
+def test_an_adapter_that_starts_from_the_weight_starts_from_its_dequantized_values(kind):
+    """PEFT refuses PiSSA on such a base, and quantizes OLoRA's residual again."""
+    plain, bits, x = quantized(kind), packed_bits(quantized(kind)), inputs()
     for init in ("pissa", "olora"):
         model = adapted(kind, init_lora_weights=init)
         assert torch.equal(model(x), plain(x))
@@ -144,8 +144,8 @@ def test_gradients_after_an_evaluation_are_those_of_before(kind):
 
 
 def packed(kind: str) -> Any:
-    """A quantised network that was evaluated before anything else, packed where this CPU is one of those that do it."""
-    model = quantised(kind).eval()
+    """A quantized network that was evaluated before anything else, packed where this CPU is one of those that do it."""
+    model = quantized(kind).eval()
     with torch.no_grad():
         model(inputs())
     if not getattr(model[0].weight.quant_state, "packing_format_for_cpu", False):
@@ -156,7 +156,7 @@ def packed(kind: str) -> Any:
 @pytest.mark.parametrize("kind", FOUR_BITS)
 def test_a_layer_packed_for_evaluation_is_unpacked_trains_and_is_packed_again(kind):
     model, x = packed(kind), inputs().requires_grad_()
-    values = values_of(quantised(kind)[2])
+    values = values_of(quantized(kind)[2])
     with torch.no_grad():
         before = model(inputs())
     found = dequantize(model[2]).double()
@@ -188,7 +188,7 @@ def test_a_layer_that_its_own_state_dict_unpacked_has_its_values_and_it_is_said_
         layer(torch.ones(2, 256, dtype=torch.bfloat16))
     if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
         pytest.skip("this CPU evaluates 4-bit layers as it trains them")
-    layer.state_dict()  # unpacks, with scales in another order where they are not quantised themselves
+    layer.state_dict()  # unpacks, with scales in another order where they are not quantized themselves
     with pytest.warns(match="1 4-bit layers") if nested or dtype != torch.bfloat16 else contextlib.nullcontext():
         inject(nn.Sequential(layer), LoRAConfig(r=2, target_modules=["0"]))
     assert float((dequantize(layer).float() - values).norm() / values.norm()) < 5e-3
@@ -223,7 +223,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, reentrant):
 
 @each_different
 def test_evaluation_cycles_change_no_bit_of_the_base_while_adapters_change(kind, caplog):
-    model, untouched = adapted(kind), quantised(kind)
+    model, untouched = adapted(kind), quantized(kind)
     model.eval()
     before = packed_bits(model)
     generator = torch.Generator().manual_seed(2)
@@ -244,7 +244,7 @@ def test_evaluation_cycles_change_no_bit_of_the_base_while_adapters_change(kind,
     assert packed_bits(model) == before == packed_bits(untouched)
     said = [record.getMessage() for record in caplog.records if "stay factored" in record.getMessage()]
     assert len(said) == 1
-    assert f"3 layers have quantised weights ({NAMES[kind]})" in said[0]
+    assert f"3 layers have quantized weights ({NAMES[kind]})" in said[0]
 
 
 def test_a_subclass_with_its_own_forward_keeps_it_and_gets_the_adapter():
@@ -256,7 +256,7 @@ def test_a_subclass_with_its_own_forward_keeps_it_and_gets_the_adapter():
 
     model = adapted("nf4")
     plain = model(inputs())
-    other = quantised("nf4")
+    other = quantized("nf4")
     other[4].__class__ = Doubling
     inject(other, LoRAConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["4"]))
     hidden = torch.relu(other[2](torch.relu(other[0](inputs()))))
@@ -279,8 +279,8 @@ class Reading(nn.Module):
         return F.linear(x, self.proj.weight, self.proj.bias)
 
 
-def test_code_that_reads_the_weight_reads_the_dequantised_sum():
-    model: Any = quantise_(Reading(), OF_TORCHAO[0])
+def test_code_that_reads_the_weight_reads_the_dequantized_sum():
+    model: Any = quantize_(Reading(), OF_TORCHAO[0])
     values, bias = values_of(model.proj), model.proj.bias.detach().double()
     inject(model, LoRAConfig(r=2, init_lora_weights=False))
     layer = model.proj
@@ -292,20 +292,20 @@ def test_code_that_reads_the_weight_reads_the_dequantised_sum():
     assert float(layer.lora_A.grad.norm()) > 0
 
 
-def test_a_quantised_embedding_is_refused_by_name():
+def test_a_quantized_embedding_is_refused_by_name():
     bnb = pytest.importorskip("bitsandbytes")
     model = nn.Sequential(bnb.nn.Embedding4bit(64, 64), nn.Linear(64, 3)).to("cpu")
-    with pytest.raises(LoRAError, match=r"'0': its weight is quantised \(fp4\)"):
+    with pytest.raises(LoRAError, match=r"'0': its weight is quantized \(fp4\)"):
         inject(model, LoRAConfig(target_modules=["0"]))
     assert not hasattr(model[0], "lora_A")
 
 
 @each_different
-def test_a_quantised_module_cannot_be_trained_whole(kind):
-    model = quantised(kind)
+def test_a_quantized_module_cannot_be_trained_whole(kind):
+    model = quantized(kind)
     option = "llm_int8_skip_modules" if kind in OF_BITSANDBYTES else "modules_to_not_convert"
     option = "modules_to_save" if kind == NF4 else option
-    said = rf"modules_to_save names '4', but the weight of '4' is quantised \({NAMES[kind]}.*{option}=\['4'\]"
+    said = rf"modules_to_save names '4', but the weight of '4' is quantized \({NAMES[kind]}.*{option}=\['4'\]"
     with pytest.raises(LoRAError, match=said):
         inject(model, LoRAConfig(target_modules=["0"], modules_to_save=["4"]))
     assert not hasattr(model[0], "lora_A")
@@ -314,16 +314,16 @@ def test_a_quantised_module_cannot_be_trained_whole(kind):
 def test_parameters_are_counted_as_what_they_stand_for():
     numbers = []
     for kind in ("nf4", None):
-        model = network() if kind is None else quantised(kind)
+        model = network() if kind is None else quantized(kind)
         inject(model, LoRAConfig(r=2))
         found = summary(model)
         numbers.append((found.trainable, found.total, found.adapter_bytes))
     assert numbers[0] == numbers[1]
 
 
-def test_no_dequantised_weight_outlives_the_forward_of_its_layer():
+def test_no_dequantized_weight_outlives_the_forward_of_its_layer():
     width, layers = 256, 6
-    model = quantise_(nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))), "nf4")
+    model = quantize_(nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))), "nf4")
     inject(model, LoRAConfig(r=4))
     x = torch.randn(4, width, requires_grad=True)
     model(x).sum().backward()  # what is made once
@@ -335,10 +335,10 @@ def test_no_dequantised_weight_outlives_the_forward_of_its_layer():
     assert outputs[0].requires_grad
 
 
-@pytest.mark.parametrize("moved", [False, True], ids=["not quantised yet", "quantised"])
+@pytest.mark.parametrize("moved", [False, True], ids=["not quantized yet", "quantized"])
 def test_8_bit_values_of_another_shape_are_refused(moved):
-    state = {name: value for name, value in quantised("int8")[2].state_dict().items() if name != "weight_format"}
-    layer = quantised("int8", moved=moved)[0]
+    state = {name: value for name, value in quantized("int8")[2].state_dict().items() if name != "weight_format"}
+    layer = quantized("int8", moved=moved)[0]
     inject(model := nn.ModuleDict({"layer": layer}), LoRAConfig(r=2))
     with pytest.raises(RuntimeError, match=r"size mismatch for layer\.weight|into non-quantized"):
         model.load_state_dict({f"layer.{name}": value for name, value in state.items()}, strict=False)

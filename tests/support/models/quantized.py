@@ -1,4 +1,4 @@
-"""Models with quantised weights, of bitsandbytes and torchao, and their float64 reference."""
+"""Models with quantized weights, of bitsandbytes and torchao, and their float64 reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_lora import LoRAConfig, inject, is_merged, quantize_base
 OF_BITSANDBYTES = ["nf4", "nf4 nested", "nf4 in bfloat16", "fp4", "int8"]
 OF_TORCHAO = ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"]
 NF4 = "NF4Tensor"  # torchao's class, made by quantize_base
-QUANTISED = [*OF_BITSANDBYTES, *OF_TORCHAO, NF4]
+QUANTIZED = [*OF_BITSANDBYTES, *OF_TORCHAO, NF4]
 NAMES = {  # how lightning_lora calls them
     "nf4": "nf4",
     "nf4 nested": "nf4",
@@ -38,8 +38,8 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     ).to(dtype)
 
 
-def quantise_(model: nn.Module, kind: str, *, moved: bool = True, device: str = "cpu") -> Any:
-    """Replace all linear layers, or their weights, by quantised ones. bitsandbytes quantises when a layer is moved."""
+def quantize_(model: nn.Module, kind: str, *, moved: bool = True, device: str = "cpu") -> Any:
+    """Replace all linear layers, or their weights, by quantized ones. bitsandbytes quantizes when a layer is moved."""
     if kind == NF4:
         pytest.importorskip("torchao.quantization")
         quantize_base(model, "nf4")
@@ -69,19 +69,19 @@ def layer_of_bitsandbytes(linear: nn.Linear, kind: str) -> Any:
     return layer
 
 
-def quantised(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return quantise_(network(dtype), kind, **options)
+def quantized(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return quantize_(network(dtype), kind, **options)
 
 
 def adapted(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """Adapt a model with factors A and B that are both random, so that the adapter has an effect."""
-    model = quantised(kind, dtype)
+    model = quantized(kind, dtype)
     inject(model, LoRAConfig(**{"r": 4, "lora_alpha": 8, "init_lora_weights": False} | options))
     return model
 
 
 def values_of(layer: Any) -> Any:
-    """The dequantised weight in float64, computed by the package that quantised it."""
+    """The dequantized weight in float64, computed by the package that quantized it."""
     weight = layer.weight
     if not hasattr(weight, "quant_type") and not hasattr(weight, "SCB"):
         assert type(weight) is not nn.Parameter
@@ -120,7 +120,7 @@ def run_reference(found: nn.Sequential, x: torch.Tensor, scaling: float = 2.0) -
 
 
 def packed_bits(model: nn.Module) -> list[bytes]:
-    """All bytes that determine the values of the quantised weights."""
+    """All bytes that determine the values of the quantized weights."""
     found = []
     layers: list[Any] = list(model.modules())
     for layer in layers:
@@ -142,8 +142,8 @@ def inputs(rows: int = 6, seed: int = 5, dtype: torch.dtype = torch.float32) -> 
     return torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-class QuantisedNet(L.LightningModule):
-    """A classifier around a quantised network. Its weights depend only on its arguments."""
+class QuantizedNet(L.LightningModule):
+    """A classifier around a quantized network. Its weights depend only on its arguments."""
 
     def __init__(self, kind: str = "nf4", lr: float = 0.05) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class QuantisedNet(L.LightningModule):
         self.seen: list[tuple[str, bool, float]] = []
 
     def build(self, kind: str) -> Any:
-        return quantised(kind)
+        return quantized(kind)
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.network(x)
@@ -176,8 +176,8 @@ class QuantisedNet(L.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
 
 
-class PlainNet(QuantisedNet):
-    """The same classifier without quantisation."""
+class PlainNet(QuantizedNet):
+    """The same classifier without quantization."""
 
     def build(self, kind: str) -> Any:
         return network()

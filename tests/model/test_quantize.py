@@ -1,4 +1,4 @@
-"""quantize_base: the layers that it quantises, loading and merging them, and the option of the callback."""
+"""quantize_base: the layers that it quantizes, loading and merging them, and the option of the callback."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lightning_lora import (
     unload,
 )
 from lightning_lora.nn.nf4 import group_size
-from lightning_lora.nn.quantised import dequantize, quantised_as
-from support.models.quantised import NF4, PlainNet, batches, factors, inputs, network, packed_bits, quantised
+from lightning_lora.nn.quantized import dequantize, quantized_as
+from support.models.quantized import NF4, PlainNet, batches, factors, inputs, network, packed_bits, quantized
 from support.runs.training import make_trainer
 
 torchao = pytest.importorskip("torchao.quantization")
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
-    """How each weight is quantised, of those that are."""
-    found = {name: quantised_as(parameter) for name, parameter in model.named_parameters()}
+    """How each weight is quantized, of those that are."""
+    found = {name: quantized_as(parameter) for name, parameter in model.named_parameters()}
     return {name: kind for name, kind in found.items() if kind}
 
 
@@ -46,7 +46,7 @@ def test_the_weights_are_those_of_torchao_itself():
         assert torch.equal(model[position].weight.get_original_weight(), theirs.get_original_weight())
         assert float((dequantize(model[position]) - weight).norm() / weight.norm()) < 0.1
         assert not model[position].weight.requires_grad
-    assert quantised_as(nn.Parameter(torchao.to_nf4(torch.randn(128, 256)), requires_grad=False)) == NF4
+    assert quantized_as(nn.Parameter(torchao.to_nf4(torch.randn(128, 256)), requires_grad=False)) == NF4
 
 
 class Layers(nn.Module):
@@ -75,7 +75,7 @@ def test_other_layers_stay_as_they_are(caplog):
     with caplog.at_level("INFO", "lightning_lora"):
         assert quantize_base(model) == ["body"]
     assert kinds(model) == {"body.weight": NF4}
-    assert "quantize_base: odd, double not quantised: the number of weights is no multiple of 64" in caplog.text
+    assert "quantize_base: odd, double not quantized: the number of weights is no multiple of 64" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"exclude_modules": "4"}, {"modules_to_save": ["4"]}], ids=str)
@@ -117,15 +117,15 @@ def injected() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (network, {"kind": "int4"}, r"quantize_base: a base can be quantised as nf4, not as 'int4'"),
+        (network, {"kind": "int4"}, r"quantize_base: a base can be quantized as nf4, not as 'int4'"),
         (network, {"exclude_modules": ["7"]}, r"quantize_base: exclude_modules: '7' names no"),
-        (network, {"exclude_modules": ["0", "2", "4"]}, r"quantize_base: Sequential has no layer to quantise"),
+        (network, {"exclude_modules": ["0", "2", "4"]}, r"quantize_base: Sequential has no layer to quantize"),
         (on_meta, {}, r"quantize_base: '0.weight' has no values yet \(it is on the meta device\)"),
         (not_finite, {}, r"quantize_base: a value of '2' is not finite"),
         (injected, {}, r"quantize_base: '0' is adapted already; call quantize_base before inject"),
     ],
 )
-def test_what_cannot_be_quantised_is_refused_by_name(build, options, message):
+def test_what_cannot_be_quantized_is_refused_by_name(build, options, message):
     with pytest.raises(LoRAError, match=message):
         quantize_base(build(), **options)
 
@@ -138,12 +138,12 @@ def test_without_torchao_the_error_names_it(monkeypatch):
         quantize_base(network())
 
 
-def test_a_plain_state_dict_is_quantised_as_it_is_loaded():
-    model, plain = quantised(NF4), network()
+def test_a_plain_state_dict_is_quantized_as_it_is_loaded():
+    model, plain = quantized(NF4), network()
     for layer in (model[0], model[2]):
         layer.weight.copy_(torch.ones(layer.weight.shape))
     model.load_state_dict(plain.state_dict())
-    assert packed_bits(model) == packed_bits(quantised(NF4))
+    assert packed_bits(model) == packed_bits(quantized(NF4))
 
 
 # --- the option of the callback ---
@@ -160,9 +160,9 @@ def lora(**options: Any) -> LoRACallback:
     return LoRACallback(**{"r": 2, "lora_alpha": 4, "seed": 1} | options)
 
 
-class QuantisedBefore(PlainNet):
+class QuantizedBefore(PlainNet):
     def build(self, kind: str) -> Any:
-        return quantised(NF4)
+        return quantized(NF4)
 
 
 class LastLayersLate(PlainNet):
@@ -177,7 +177,7 @@ class LastLayersLate(PlainNet):
 
 
 def test_the_option_trains_what_quantize_base_and_inject_do(tmp_path):
-    expected = fitted(tmp_path / "by hand", lora(), QuantisedBefore())
+    expected = fitted(tmp_path / "by hand", lora(), QuantizedBefore())
     found = fitted(tmp_path / "option", lora(quantize="nf4"), LastLayersLate())
     assert packed_bits(found) == packed_bits(expected)
     assert factors(found).keys() == factors(expected).keys()
@@ -190,13 +190,13 @@ def test_the_option_trains_what_quantize_base_and_inject_do(tmp_path):
 def test_the_option_on_a_model_that_was_injected_plain_is_refused(tmp_path):
     model = PlainNet()
     inject(model, LoRAConfig(r=2, lora_alpha=4), seed=1)
-    with pytest.raises(LoRAError, match=r"quantize is 'nf4', but no weight of PlainNet is quantised.*quantize_base"):
+    with pytest.raises(LoRAError, match=r"quantize is 'nf4', but no weight of PlainNet is quantized.*quantize_base"):
         fitted(tmp_path, lora(quantize="nf4"), model)
-    with pytest.raises(LoRAError, match=r"LoRACallback: a base can be quantised as nf4, not as 'nf3'"):
+    with pytest.raises(LoRAError, match=r"LoRACallback: a base can be quantized as nf4, not as 'nf3'"):
         lora(quantize="nf3")
 
 
-def test_a_run_in_16_bits_keeps_the_base_quantised_but_for_what_is_trained_whole(tmp_path):
+def test_a_run_in_16_bits_keeps_the_base_quantized_but_for_what_is_trained_whole(tmp_path):
     callback = lora(quantize="nf4", modules_to_save=["4"])
     model = fitted(tmp_path, callback, PlainNet(), precision="bf16-true")
     assert kinds(model) == {f"network.{i}.weight": NF4 for i in (0, 2)}
@@ -229,8 +229,8 @@ class BuiltLate(Net):
             self.network = super().build("")
 
 
-class SelfQuantised(Net):
-    """Quantises its own base."""
+class SelfQuantized(Net):
+    """Quantizes its own base."""
 
     def build(self, kind: str) -> Any:
         body = super().build(kind)
@@ -238,27 +238,27 @@ class SelfQuantised(Net):
         return body
 
 
-QUANTISE = r"Quantise the base as in training before it is adapted, .* by quantize_base"
+QUANTIZE = r"Quantize the base as in training before it is adapted, .* by quantize_base"
 
 
 @pytest.mark.parametrize(
     ("save", "options"), [("adapter", {"exclude_modules": ["0"], "modules_to_save": ["head"]}), ("merged", {})]
 )
-def test_load_from_checkpoint_quantises_the_layers_that_the_callback_did(tmp_path, options, save):
+def test_load_from_checkpoint_quantizes_the_layers_that_the_callback_did(tmp_path, options, save):
     trained = fitted(tmp_path, lora(quantize="nf4", save=save, dequantize="float32", **options), Net())
     loaded = load_from_checkpoint(Net, tmp_path / "adapter.ckpt").eval()
     assert packed_bits(loaded) == packed_bits(trained)
     assert torch.equal(loaded(inputs()), trained(inputs()))
 
 
-@pytest.mark.parametrize("cls", [BuiltLate, SelfQuantised])
-def test_load_from_checkpoint_quantises_what_the_class_builds_plain(tmp_path, cls):
+@pytest.mark.parametrize("cls", [BuiltLate, SelfQuantized])
+def test_load_from_checkpoint_quantizes_what_the_class_builds_plain(tmp_path, cls):
     trained = fitted(tmp_path, lora(quantize="nf4", modules_to_save=["head"]), Net())
     loaded = load_from_checkpoint(cls, tmp_path / "adapter.ckpt").eval()
     assert torch.equal(loaded(inputs()), trained(inputs()))
 
 
-def test_load_from_checkpoint_quantises_the_layers_that_quantize_base_did(tmp_path):
+def test_load_from_checkpoint_quantizes_the_layers_that_quantize_base_did(tmp_path):
     quantize_base(model := Net(), exclude_modules=["network.2", "head"])
     trained = fitted(tmp_path, lora(), model)
     loaded = load_from_checkpoint(Net, tmp_path / "adapter.ckpt").eval()
@@ -267,7 +267,7 @@ def test_load_from_checkpoint_quantises_the_layers_that_quantize_base_did(tmp_pa
 
 
 @pytest.mark.parametrize(("kind", "injected"), [("checkpoint", False), ("folder", True), ("memory", False)])
-def test_load_adapter_onto_a_plain_model_says_to_quantise_it_first(tmp_path, kind: str, injected: bool):
+def test_load_adapter_onto_a_plain_model_says_to_quantize_it_first(tmp_path, kind: str, injected: bool):
     quantize_base(model := Net(), exclude_modules=["network.2"])
     trained = fitted(tmp_path, lora(), model)
     save_adapter(trained, tmp_path / "folder")
@@ -275,7 +275,7 @@ def test_load_adapter_onto_a_plain_model_says_to_quantise_it_first(tmp_path, kin
     plain = Net().eval()
     if injected:
         inject(plain, LoRAConfig(r=2, lora_alpha=4))
-    with pytest.raises(LoRAError, match=QUANTISE) as error:
+    with pytest.raises(LoRAError, match=QUANTIZE) as error:
         load_adapter(plain, sources[kind])
     assert "('head.weight', 'network.0.weight')" in str(error.value)
     if injected:
@@ -285,16 +285,16 @@ def test_load_adapter_onto_a_plain_model_says_to_quantise_it_first(tmp_path, kin
     assert torch.equal(plain(inputs()), trained(inputs()))
 
 
-def test_load_adapter_onto_a_quantised_model_of_what_was_trained_plain_says_not_to_quantise_it(tmp_path):
+def test_load_adapter_onto_a_quantized_model_of_what_was_trained_plain_says_not_to_quantize_it(tmp_path):
     trained = fitted(tmp_path, lora(), Net())
-    quantize_base(quantised := Net().eval(), exclude_modules=["network.2"])
-    with pytest.raises(LoRAError, match="was not quantised, here it is quantised") as error:
-        load_adapter(quantised, take_adapter(trained))
-    assert "Load the base without quantising it, as in training." in str(error.value)
+    quantize_base(quantized := Net().eval(), exclude_modules=["network.2"])
+    with pytest.raises(LoRAError, match="was not quantized, here it is quantized") as error:
+        load_adapter(quantized, take_adapter(trained))
+    assert "Load the base without quantizing it, as in training." in str(error.value)
     assert "quantize_base" not in str(error.value)
 
 
-def test_a_trainer_without_quantize_says_to_quantise_first(tmp_path):
+def test_a_trainer_without_quantize_says_to_quantize_first(tmp_path):
     options: dict[str, Any] = {"modules_to_save": ["head"]}
     fitted(tmp_path, lora(quantize="nf4", **options), Net())
 
@@ -302,12 +302,12 @@ def test_a_trainer_without_quantize_says_to_quantise_first(tmp_path):
         trainer = make_trainer(tmp_path, callback, max_epochs=2)
         trainer.fit(Net(), batches(), batches(2), ckpt_path=tmp_path / "adapter.ckpt")
 
-    with pytest.raises(LoRAError, match=QUANTISE):
+    with pytest.raises(LoRAError, match=QUANTIZE):
         run(lora(**options))
     run(lora(quantize="nf4", **options))
 
 
-def test_a_quantised_module_to_save_is_refused_with_the_option_of_quantize_base():
+def test_a_quantized_module_to_save_is_refused_with_the_option_of_quantize_base():
     quantize_base(model := Net())
     with pytest.raises(LoRAError, match=r"quantize_base\(model, modules_to_save=\['head', 'network.2'\]\)\."):
         inject(model, LoRAConfig(r=2, modules_to_save=["head", "2"]))

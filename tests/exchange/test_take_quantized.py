@@ -1,4 +1,4 @@
-"""The fingerprint tells how a base was quantised: an adapter is not loaded onto one whose values are others."""
+"""The fingerprint tells how a base was quantized: an adapter is not loaded onto one whose values are others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, take_adapter
-from support.models.quantised import inputs, network
+from support.models.quantized import inputs, network
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def base(kind: str) -> Any:
-    """A base whose layers are quantised with these options."""
+    """A base whose layers are quantized with these options."""
     model = network()
     for i in (0, 2, 4):
         plain = model[i]
@@ -40,7 +40,7 @@ def trained(kind: str) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_options_of_4_bits_are_in_the_fingerprint_of_adapted_and_other_layers(kind: str):
     found = take_adapter(trained(kind)).fingerprint
-    assert {name: entry.quantised for name, entry in found.items() if entry.quantised} == {
+    assert {name: entry.quantized for name, entry in found.items() if entry.quantized} == {
         f"{i}.weight": kind for i in (0, 2, 4)
     }
 
@@ -49,12 +49,12 @@ def test_the_options_of_4_bits_are_in_the_fingerprint_of_adapted_and_other_layer
     ("there", "here"),
     [("fp4", "fp4"), ("fp4", "nf4"), ("nf4", "nf4 double"), ("nf4", "nf4 in blocks of 128")],
 )
-def test_an_adapter_goes_onto_a_base_that_was_quantised_alike(there: str, here: str):
+def test_an_adapter_goes_onto_a_base_that_was_quantized_alike(there: str, here: str):
     adapter, model = take_adapter(trained(there)), base(here)
     if there == here:
         load_adapter(model, adapter)
         return
-    with pytest.raises(LoRAError, match=rf"was quantised \({there}\), here it is quantised \({here}\)"):
+    with pytest.raises(LoRAError, match=rf"was quantized \({there}\), here it is quantized \({here}\)"):
         load_adapter(model, adapter)
     with pytest.warns(UserWarning, match="belongs to another base"):
         load_adapter(model, adapter, strict_base=False)

@@ -1,4 +1,4 @@
-"""Runs of models with quantised weights: evaluation, each kind of checkpoint, resuming, and what is refused."""
+"""Runs of models with quantized weights: evaluation, each kind of checkpoint, resuming, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_lora.model.adapted_model import Listing
 from lightning_lora.model.state_dict import merge_state_dict
 from support.covering import covering
 from support.models.networks import same
-from support.models.quantised import (
+from support.models.quantized import (
     NAMES,
-    QUANTISED,
+    QUANTIZED,
     PlainNet,
-    QuantisedNet,
+    QuantizedNet,
     batches,
     factors,
     inputs,
@@ -34,8 +34,8 @@ from support.models.quantised import (
 from support.runs.lightning_versions import EMAWeightAveraging
 from support.runs.training import make_trainer
 
-# A Trainer does the same for every kind. nn/test_quantised.py tests the layers of each.
-KINDS = QUANTISED if os.environ.get("LORA_FULL") else ["nf4 nested", "int8", "Int8WeightOnlyConfig"]
+# A Trainer does the same for every kind. nn/test_quantized.py tests the layers of each.
+KINDS = QUANTIZED if os.environ.get("LORA_FULL") else ["nf4 nested", "int8", "Int8WeightOnlyConfig"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 SAVES: dict[str, dict[str, Any]] = {
     "adapter": {"save": "adapter"},
@@ -47,9 +47,9 @@ def lora(**options: Any) -> LoRACallback:
     return LoRACallback(**{"r": 2, "lora_alpha": 4} | options)
 
 
-def fitted(path: Path, kind: str, *callbacks: Any, model: Any = None, **options: Any) -> QuantisedNet:
+def fitted(path: Path, kind: str, *callbacks: Any, model: Any = None, **options: Any) -> QuantizedNet:
     torch.manual_seed(0)
-    model = model or QuantisedNet(kind)
+    model = model or QuantizedNet(kind)
     ckpt_path = options.pop("ckpt_path", None)
     make_trainer(path, *callbacks, **options).fit(model.train(), batches(), batches(2), ckpt_path=ckpt_path)
     return model
@@ -67,7 +67,7 @@ def test_validation_is_factored_and_changes_no_bit_of_base_or_adapter(tmp_path, 
     without = fitted(tmp_path, kind, lora(), max_epochs=2, limit_val_batches=0)
     assert_same(factors(model), factors(without))
     assert all(value.norm() > 0 for value in factors(model).values())
-    assert packed_bits(model) == packed_bits(QuantisedNet(kind))
+    assert packed_bits(model) == packed_bits(QuantizedNet(kind))
     assert {stage for stage, merged, _ in model.seen if merged} == {"validation"}
     assert len([each for each in caplog.records if "stay factored" in each.getMessage()]) == 1
     first = [loss for stage, _, loss in model.seen if stage == "validation"][:3]
@@ -94,7 +94,7 @@ def test_resuming_equals_the_uninterrupted_run(tmp_path, kind, save):
 @every_kind
 def test_merged_checkpoints_are_plain_and_rounded_once(tmp_path, kind):
     trainer = make_trainer(tmp_path, lora(save="merged", dequantize=torch.bfloat16), max_epochs=1)
-    model = QuantisedNet(kind)
+    model = QuantizedNet(kind)
     trainer.fit(model, batches(), batches(2))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     state = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
@@ -142,12 +142,12 @@ def test_merged_checkpoints_tell_what_rounding_costs_once_of_the_first_one(tmp_p
 @pytest.mark.parametrize(
     ("save", "message"),
     [
-        ("merged", r"'network.0' is quantised \({name}\).*dequantize=\"bfloat16\""),
-        ("full", r"save='full' would save the quantised weight of 'network.0'.* save='adapter'"),
+        ("merged", r"'network.0' is quantized \({name}\).*dequantize=\"bfloat16\""),
+        ("full", r"save='full' would save the quantized weight of 'network.0'.* save='adapter'"),
     ],
 )
 def test_checkpoints_that_cannot_be_saved_are_refused_before_the_first_batch(tmp_path, kind, save, message):
-    model = QuantisedNet(kind)
+    model = QuantizedNet(kind)
     with pytest.raises(LoRAError, match=message.replace("{name}", NAMES[kind])):
         make_trainer(tmp_path, lora(save=save)).fit(model, batches(), batches(2))
     assert model.seen == []
@@ -162,18 +162,18 @@ def test_merge_after_fit_leaves_plain_layers(tmp_path, kind):
     with torch.no_grad():
         exact = run_reference(reference(twin.network), inputs().double())
         torch.testing.assert_close(model(inputs()).double(), exact, rtol=1e-5, atol=1e-5)
-    with pytest.raises(LoRAError, match="is quantised"):
+    with pytest.raises(LoRAError, match="is quantized"):
         fitted(tmp_path, kind, lora(merge_after_fit=True), max_epochs=1)
 
 
 @pytest.mark.parametrize(("trained", "here"), [("nf4", None), (None, "nf4"), ("nf4", "fp4")])
-def test_an_adapter_of_another_quantisation_is_refused_with_the_reason(tmp_path, trained, here):
-    source = PlainNet() if trained is None else QuantisedNet(trained)
+def test_an_adapter_of_another_quantization_is_refused_with_the_reason(tmp_path, trained, here):
+    source = PlainNet() if trained is None else QuantizedNet(trained)
     trainer = make_trainer(tmp_path, lora(), max_epochs=1)
     trainer.fit(source, batches(), batches(2))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    model = PlainNet() if here is None else QuantisedNet(here)
-    was, is_now = (f"quantised \\({kind}\\)" if kind else "not quantised" for kind in (trained, here))
+    model = PlainNet() if here is None else QuantizedNet(here)
+    was, is_now = (f"quantized \\({kind}\\)" if kind else "not quantized" for kind in (trained, here))
     with pytest.raises(LoRAError, match=rf"the base was {was}, here it is {is_now}.*strict_base=False"):
         load_adapter(model, tmp_path / "one.ckpt")
     with pytest.warns(UserWarning, match=f"the base was {was}, here it is {is_now}"):
@@ -183,9 +183,9 @@ def test_an_adapter_of_another_quantisation_is_refused_with_the_reason(tmp_path,
 
 def test_an_adapter_fits_a_base_that_was_packed_for_evaluation_first(tmp_path):
     trainer = make_trainer(tmp_path, lora(), max_epochs=1)
-    trainer.fit(QuantisedNet("nf4 nested"), batches(), batches(2))
+    trainer.fit(QuantizedNet("nf4 nested"), batches(), batches(2))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    model = QuantisedNet("nf4 nested").eval()
+    model = QuantizedNet("nf4 nested").eval()
     with torch.no_grad():
         model(inputs())
     packs = getattr(model.network[0].weight.quant_state, "packing_format_for_cpu", False)
@@ -196,19 +196,19 @@ def test_an_adapter_fits_a_base_that_was_packed_for_evaluation_first(tmp_path):
 
 @pytest.mark.weight_averaging
 @pytest.mark.parametrize("kind", ["nf4", "Int8WeightOnlyConfig"])
-def test_averaging_of_weights_which_would_change_quantised_bytes_is_refused(tmp_path, kind):
-    model = QuantisedNet(kind)
+def test_averaging_of_weights_which_would_change_quantized_bytes_is_refused(tmp_path, kind):
+    model = QuantizedNet(kind)
     for average in (EMAWeightAveraging(decay=0.9), StochasticWeightAveraging(0.01)):
-        expected = rf"'network\.0' is quantised .*{type(average).__name__} averages frozen weights"
+        expected = rf"'network\.0' is quantized .*{type(average).__name__} averages frozen weights"
         with pytest.raises(LoRAError, match=expected):
             make_trainer(tmp_path, lora(), average).fit(model, batches(), batches(2))
     assert model.seen == []
-    assert packed_bits(model) == packed_bits(QuantisedNet(kind))
+    assert packed_bits(model) == packed_bits(QuantizedNet(kind))
 
 
 def test_merged_weights_come_from_the_factors_in_the_state_dict_that_is_saved():
     """A module's own state_dict, or a callback's, may hold other values than the live ones."""
-    model = QuantisedNet("nf4")
+    model = QuantizedNet("nf4")
     inject(model, LoRAConfig(r=2, lora_alpha=4, init_lora_weights=False))
     state = model.state_dict()
     state |= {name: value * 2 for name, value in state.items() if name.endswith("lora_B")}
@@ -219,6 +219,6 @@ def test_merged_weights_come_from_the_factors_in_the_state_dict_that_is_saved():
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4 in bfloat16"])
 def test_a_cast_of_the_model_to_the_dtype_of_packed_values_leaves_them(tmp_path, kind):
-    model = QuantisedNet(kind)
+    model = QuantizedNet(kind)
     make_trainer(tmp_path, lora(), max_epochs=1, precision="bf16-true").fit(model, batches(), batches(2))
-    assert packed_bits(model)[0] == packed_bits(QuantisedNet(kind))[0]
+    assert packed_bits(model)[0] == packed_bits(QuantizedNet(kind))[0]

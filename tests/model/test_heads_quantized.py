@@ -1,4 +1,4 @@
-"""A head that is to be trained whole in a quantised model: refused with the option that leaves it plain."""
+"""A head that is to be trained whole in a quantized model: refused with the option that leaves it plain."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SKIP = "BitsAndBytesConfig(..., llm_int8_skip_modules=['classifier', 'bert.poole
     ],
     ids=["4 bits", "8 bits", "Lightning"],
 )
-def test_a_head_that_bitsandbytes_never_quantised_is_refused_with_the_option_by_the_name_it_has_there(
+def test_a_head_that_bitsandbytes_never_quantized_is_refused_with_the_option_by_the_name_it_has_there(
     kind: type, option: str, asked: dict[str, Any]
 ):
     network = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
@@ -61,16 +61,16 @@ def test_a_head_that_bitsandbytes_never_quantised_is_refused_with_the_option_by_
 
 
 @pytest.mark.transformers_5
-def test_layers_that_bitsandbytes_never_quantised_are_trained_once_both_lists_of_the_warning_are_copied(tmp_path: Path):
+def test_layers_that_bitsandbytes_never_quantized_are_trained_once_both_lists_of_the_warning_are_copied(tmp_path: Path):
     """The base has no pooler, and the head is left out already."""
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")
     transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=False).save_pretrained(tmp_path)
 
     def adapted(skipped: list[str], whole: list[str]) -> Any:
-        quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+        quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            tmp_path, num_labels=LABELS, quantization_config=quantisation
+            tmp_path, num_labels=LABELS, quantization_config=quantization
         )
         inject(model, LoRAConfig(r=1, target_modules=["query"], modules_to_save=whole))
         return model
@@ -100,9 +100,9 @@ def test_a_fit_with_a_new_pooler_in_4_bits_runs_once_both_lists_of_the_error_are
     class Tuned(L.LightningModule):
         def __init__(self, skipped: list[str]) -> None:
             super().__init__()
-            quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped or None)
+            quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped or None)
             self.net = transformers.AutoModelForSequenceClassification.from_pretrained(
-                tmp_path, num_labels=LABELS, quantization_config=quantisation
+                tmp_path, num_labels=LABELS, quantization_config=quantization
             )
 
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Quantised weights: those of bitsandbytes' Linear4bit and Linear8bitLt, and torchao's weight-only tensors.
+"""Quantized weights: those of bitsandbytes' Linear4bit and Linear8bitLt, and torchao's weight-only tensors.
 
 A weight may be sharded. Shards of an NF4Tensor have values. Shards of a 4-bit weight of bitsandbytes are bytes, and the
 layer on each rank keeps what describes the whole weight. Classes are recognised by name, so that neither package is
@@ -31,17 +31,17 @@ PACKS_FOR_CPU = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute of a 4-b
 PACKED_BEFORE = "lora_packs_for_cpu"  # our attribute: that attribute was True before injection
 
 
-def quantised_as(weight: object) -> str:
-    """Return how a parameter is quantised, or "".
+def quantized_as(weight: object) -> str:
+    """Return how a parameter is quantized, or "".
 
-    bitsandbytes' parameters give "nf4", "fp4" or "int8", also before their first move to a device quantises them.
-    torchao's give the name of their class. A sharded parameter is quantised as its shards are.
+    bitsandbytes' parameters give "nf4", "fp4" or "int8", also before their first move to a device quantizes them.
+    torchao's give the name of their class. A sharded parameter is quantized as its shards are.
     """
     if type(weight) in (torch.Tensor, nn.Parameter):
         return ""
     if is_sharded(weight):
         state = vars(weight).get(DESCRIPTION)
-        return quantised_as(weight._local_tensor) if state is None else str(state.quant_type)  # to_local takes long
+        return quantized_as(weight._local_tensor) if state is None else str(state.quant_type)  # to_local takes long
     if derives_from(weight, "Params4bit", (BITSANDBYTES,)):
         return str(cast(Any, weight).quant_type)
     if derives_from(weight, "Int8Params", (BITSANDBYTES,)):
@@ -50,21 +50,21 @@ def quantised_as(weight: object) -> str:
 
 
 def is_of_torchao(weight: object) -> bool:
-    """Return whether a parameter, or its shard on this rank, is a quantised tensor of torchao."""
+    """Return whether a parameter, or its shard on this rank, is a quantized tensor of torchao."""
     weight = weight._local_tensor if is_sharded(weight) else weight
     return any(derives_from(weight, name, (TORCHAO,)) for name in ("TorchAOBaseTensor", NF4))
 
 
 def is_nf4_tensor(weight: object) -> bool:
     """Return whether a parameter, or its shard on this rank, is torchao's NF4Tensor."""
-    return quantised_as(weight) == NF4
+    return quantized_as(weight) == NF4
 
 
 def refuse_bytes(weight: object, name: str) -> None:
     """Refuse a sharded weight whose values cannot be found, such as an 8-bit weight.
 
     Args:
-        weight: a quantised parameter.
+        weight: a quantized parameter.
         name: of its layer, for the message.
 
     Raises:
@@ -72,22 +72,22 @@ def refuse_bytes(weight: object, name: str) -> None:
     """
     if is_sharded(weight) and not is_nf4_tensor(weight) and DESCRIPTION not in vars(weight):
         raise LoRAError(
-            f"{name!r}: its quantised weight was sharded, and the shards are bytes without values. Quantise the base "
-            "in 4 bits instead, or keep the quantised base whole on each device, as DDP does."
+            f"{name!r}: its quantized weight was sharded, and the shards are bytes without values. Quantize the base "
+            "in 4 bits instead, or keep the quantized base whole on each device, as DDP does."
         )
 
 
-def quantised_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the quantised parameters among a module's own, by name."""
+def quantized_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the quantized parameters among a module's own, by name."""
     describe_shard(module)
     parameters = ((name, parameter) for name, parameter in module._parameters.items() if parameter is not None)
-    return {name: parameter for name, parameter in parameters if quantised_as(parameter)}
+    return {name: parameter for name, parameter in parameters if quantized_as(parameter)}
 
 
-def was_never_quantised(module: nn.Module) -> bool:
+def was_never_quantized(module: nn.Module) -> bool:
     """Return whether a layer of bitsandbytes has a plain weight, with which it cannot run."""
     weight = own_weight(module)
-    if weight is None or is_sharded(weight) or quantised_as(weight):
+    if weight is None or is_sharded(weight) or quantized_as(weight):
         return False
     return any(derives_from(module, name, (BITSANDBYTES,)) for name in ("Linear4bit", "Linear8bitLt"))
 
@@ -95,22 +95,22 @@ def was_never_quantised(module: nn.Module) -> bool:
 def describe_shard(module: nn.Module) -> None:
     """Let a sharded 4-bit weight hold what its layer keeps of the whole weight, because fully_shard leaves that out.
 
-    It must be called before shape_of, dtype_of or quantised_as looks at such a weight alone.
+    It must be called before shape_of, dtype_of or quantized_as looks at such a weight alone.
     """
     weight = own_weight(module)
     if is_sharded(weight) and derives_from(module, "Linear4bit", (BITSANDBYTES,)):
         vars(weight).setdefault(DESCRIPTION, cast(Any, module).quant_state)
 
 
-def how_quantised(tensor: object, module: nn.Module) -> str:
-    """Return quantised_as of a module's own tensor, also of a sharded 4-bit weight that only its layer describes."""
-    return quantised_as(tensor) if quantised_parameters(module) else ""
+def how_quantized(tensor: object, module: nn.Module) -> str:
+    """Return quantized_as of a module's own tensor, also of a sharded 4-bit weight that only its layer describes."""
+    return quantized_as(tensor) if quantized_parameters(module) else ""
 
 
 def with_options(kind: str, weight: Any) -> str:
-    """Return how a parameter is quantised, as quantised_as says, with the options of 4 bits that change its values.
+    """Return how a parameter is quantized, as quantized_as says, with the options of 4 bits that change its values.
 
-    These are the size of a block, if it is not bitsandbytes' usual 64, and double quantisation, that of the scales too.
+    These are the size of a block, if it is not bitsandbytes' usual 64, and double quantization, that of the scales too.
     """
     if kind not in FOUR_BITS:
         return kind
@@ -122,24 +122,24 @@ def with_options(kind: str, weight: Any) -> str:
     return f"{kind}{'' if size in (None, BLOCK) else f' in blocks of {size}'}{' double' if double else ''}"
 
 
-def quantised_modules(places: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
-    """Return the modules with a quantised weight, by name.
+def quantized_modules(places: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Return the modules with a quantized weight, by name.
 
     Args:
         places: every module of a model, a shared one under each of its names.
     """
-    return {canonical(name): module for name, module in places if quantised_parameters(module)}
+    return {canonical(name): module for name, module in places if quantized_parameters(module)}
 
 
 def dequantize(module: nn.Module, name: str = "weight") -> torch.Tensor:
-    """Return the values of a quantised parameter as a new plain tensor, in the dtype of `dtype_of`.
+    """Return the values of a quantized parameter as a new plain tensor, in the dtype of `dtype_of`.
 
     The values of a sharded parameter are sharded like it. For a 4-bit weight of bitsandbytes this is collective, as its
-    bytes are gathered. A parameter that is not quantised yet is quantised in a copy first, so that the result has
+    bytes are gathered. A parameter that is not quantized yet is quantized in a copy first, so that the result has
     its later values.
     """
-    weight: Any = quantised_parameters(module)[name]
-    quantised = quantised_as(weight)
+    weight: Any = quantized_parameters(module)[name]
+    quantized = quantized_as(weight)
     with torch.inference_mode(False), torch.no_grad():  # torchao's tensors cannot be detached in inference mode
         if weight.is_meta:
             return torch.empty(shape_of(weight), dtype=dtype_of(weight), device="meta")
@@ -147,15 +147,15 @@ def dequantize(module: nn.Module, name: str = "weight") -> torch.Tensor:
             state = state_of(weight)
             packed = full_tensor(weight).to(state.absmax.device)  # shards may be offloaded
             return shard_like(_dequantize_4bit(packed, state), weight)
-        if quantised == NF4:
+        if quantized == NF4:
             return from_local_like(cast(Any, local(weight)).get_original_weight(), weight)
-        if quantised == INT8:
+        if quantized == INT8:
             return _dequantize_8bit(module, weight)
         if not derives_from(weight, "Params4bit", (BITSANDBYTES,)):
             return cast(torch.Tensor, weight.detach().dequantize())
         if weight.quant_state is None:
             weight = copy.copy(weight)
-            weight.module = None  # otherwise quantising the copy would change the layer
+            weight.module = None  # otherwise quantizing the copy would change the layer
             weight = weight.to(weight.device)
         unpack_for_gradients_(module, weight)
         return _dequantize_4bit(weight.data, weight.quant_state)
@@ -181,17 +181,17 @@ def scales_of(module: nn.Module, weight: Any) -> torch.Tensor:
     """
     scales = weight.SCB if weight.SCB is not None else cast(Any, module).state.SCB
     if scales is None:
-        raise LoRAError(f"{type(module).__name__}: its 8-bit weight has no scales; quantise it again, by .to(device).")
+        raise LoRAError(f"{type(module).__name__}: its 8-bit weight has no scales; quantize it again, by .to(device).")
     return cast(torch.Tensor, scales)
 
 
 def state_of(weight: Any) -> Any:
-    """Return what bitsandbytes keeps of a quantised 4-bit weight, sharded or not; None for other weights."""
+    """Return what bitsandbytes keeps of a quantized 4-bit weight, sharded or not; None for other weights."""
     return vars(weight).get(DESCRIPTION) if is_sharded(weight) else getattr(weight, "quant_state", None)
 
 
 def dtype_of(weight: Any) -> torch.dtype:
-    """Return the dtype of a parameter's dequantised values; for 8-bit weights it is float32."""
+    """Return the dtype of a parameter's dequantized values; for 8-bit weights it is float32."""
     state = state_of(weight)
     if state is not None:  # its packed bytes may have a floating dtype too
         return cast(torch.dtype, getattr(state, "original_dtype", state.dtype))
@@ -199,7 +199,7 @@ def dtype_of(weight: Any) -> torch.dtype:
 
 
 def shape_of(weight: Any) -> torch.Size:
-    """Return the shape of a parameter's dequantised values; of a flat one that of the whole."""
+    """Return the shape of a parameter's dequantized values; of a flat one that of the whole."""
     state = state_of(weight)
     return torch.Size(unsharded_shape(weight) if state is None else state.shape)
 
@@ -208,8 +208,8 @@ def unpack_for_gradients_(module: nn.Module, weight: Any) -> bool:
     """Undo bitsandbytes' packing of a 4-bit weight for evaluation on a CPU with AVX512-BF16. In place.
 
     A packed weight gives its input no gradient. The values stay as packing has made them: the scales are rounded to
-    bfloat16 and not quantised any more. bitsandbytes' own inverse, which state_dict() calls too, rounds the scales a
-    second time, and returns scales that were not quantised in the wrong order; so the scales are restored here.
+    bfloat16 and not quantized any more. bitsandbytes' own inverse, which state_dict() calls too, rounds the scales a
+    second time, and returns scales that were not quantized in the wrong order; so the scales are restored here.
 
     Returns:
         Whether packing has changed the values, now or at an evaluation before.
@@ -239,7 +239,7 @@ def keep_gradients_(modules: Iterable[nn.Module]) -> None:
     rounded = 0
     for module in modules:
         if getattr(module, PACKS_FOR_CPU, False):
-            for weight in quantised_parameters(module).values():
+            for weight in quantized_parameters(module).values():
                 rounded += unpack_for_gradients_(module, weight)
             vars(module).update({PACKED_BEFORE: True, PACKS_FOR_CPU: False})
     if rounded:

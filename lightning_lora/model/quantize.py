@@ -1,4 +1,4 @@
-"""quantize_base: quantise the linear layers of a plain model, before it is adapted."""
+"""quantize_base: quantize the linear layers of a plain model, before it is adapted."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..errors import LoRAError
 from ..matching import ALL_LINEAR
 from ..names import listed
 from ..nn.adapted_module import Swapped
-from ..nn.nf4 import BLOCK, can_be_nf4, nf4_tensor_class, quantise_linear_
-from ..nn.quantised import quantised_parameters
+from ..nn.nf4 import BLOCK, can_be_nf4, nf4_tensor_class, quantize_linear_
+from ..nn.quantized import quantized_parameters
 from ..notices import tell
 from .adapted_model import Listing
 from .targets import Selection, select, warn_of_unused
@@ -32,24 +32,24 @@ def quantize_base(
     exclude_modules: str | Sequence[str] | None = None,
     modules_to_save: Sequence[str] | None = None,
 ) -> list[str]:
-    """Quantise the weights of a plain model's linear layers, in place, before inject: the base of QLoRA.
+    """Quantize the weights of a plain model's linear layers, in place, before inject: the base of QLoRA.
 
     The layers are those of target_modules="all-linear": every nn.Linear without the output head and without tied
     weights. "nf4" is torchao's NF4Tensor (4.1 bits a value), which fully_shard (FSDP2) shards. Layers that are
-    quantised already, subclasses of nn.Linear and the out_proj of nn.MultiheadAttention stay as they are.
+    quantized already, subclasses of nn.Linear and the out_proj of nn.MultiheadAttention stay as they are.
 
     Args:
         model: any module with its final weights. It is not adapted and not sharded yet.
         kind: "nf4".
         exclude_modules: layers to leave as they are, named as in LoRAConfig. A classifier of a model that is neither
             of transformers nor of timm is one that needs it, or modules_to_save.
-        modules_to_save: modules that will be trained whole, and so are not quantised.
+        modules_to_save: modules that will be trained whole, and so are not quantized.
 
     Returns:
-        The names of the quantised layers.
+        The names of the quantized layers.
 
     Raises:
-        LoRAError: torchao is missing, the kind is unknown, an entry names nothing, no layer can be quantised, a weight
+        LoRAError: torchao is missing, the kind is unknown, an entry names nothing, no layer can be quantized, a weight
             is not finite or has no values yet, or the model is adapted or sharded.
 
     Example::
@@ -61,23 +61,23 @@ def quantize_base(
         ['0', '2']
     """
     config = LoRAConfig(exclude_modules=exclude_modules, modules_to_save=modules_to_save)
-    check_kind_of_quantisation(kind, "quantize_base")
+    check_kind_of_quantization(kind, "quantize_base")
     listing = Listing(unwrapped(model, "quantize_base"))
     _refuse_late(listing)
     _refuse_unmatched(listing, config)
-    names = quantise_(listing, kind, config)
+    names = quantize_(listing, kind, config)
     if not names:
         raise LoRAError(
-            f"quantize_base: {type(listing.model).__name__} has no layer to quantise: expected an nn.Linear with a "
+            f"quantize_base: {type(listing.model).__name__} has no layer to quantize: expected an nn.Linear with a "
             f"multiple of {BLOCK} weights in float32 or 16 bits that is neither tied, excluded nor the output head."
         )
     return names
 
 
-def quantise_(listing: Listing, kind: str, config: LoRAConfig) -> list[str]:
-    """Quantise the layers of a model that "all-linear" and the options name, and return their names. In place.
+def quantize_(listing: Listing, kind: str, config: LoRAConfig) -> list[str]:
+    """Quantize the layers of a model that "all-linear" and the options name, and return their names. In place.
 
-    Layers that are adapted or quantised already stay as they are.
+    Layers that are adapted or quantized already stay as they are.
 
     Args:
         listing: of the model.
@@ -85,46 +85,46 @@ def quantise_(listing: Listing, kind: str, config: LoRAConfig) -> list[str]:
         config: its exclude_modules, modules_to_save, task_type and trainable_token_indices leave layers out.
 
     Raises:
-        LoRAError: torchao is missing, or a weight cannot be quantised.
+        LoRAError: torchao is missing, or a weight cannot be quantized.
     """
     nf4_tensor_class()
     chosen = {name: layer for name, layer in _layers(listing, config).items() if type(layer) is nn.Linear}
     layers = {name: layer for name, layer in chosen.items() if can_be_nf4(layer.weight)}
-    _quantise_each_(layers)
+    _quantize_each_(layers)
     if left_out := [name for name in chosen if name not in layers]:
         tell(
-            f"lightning_lora: quantize_base: {listed(left_out)} not quantised: the number of weights is no multiple of "
+            f"lightning_lora: quantize_base: {listed(left_out)} not quantized: the number of weights is no multiple of "
             f"{BLOCK}, or they are not in float32 or 16 bits."
         )
     listing.look_again()
     return list(layers)
 
 
-def quantise_named_(listing: Listing, names: Collection[str]) -> None:
-    """Quantise those of a model's plain linear layers that are named. Other modules stay as they are. In place.
+def quantize_named_(listing: Listing, names: Collection[str]) -> None:
+    """Quantize those of a model's plain linear layers that are named. Other modules stay as they are. In place.
 
     Raises:
-        LoRAError: torchao is missing, or a weight cannot be quantised.
+        LoRAError: torchao is missing, or a weight cannot be quantized.
     """
     named = ((name, module) for name, module in listing.modules if name in names and type(module) is nn.Linear)
     layers = {name: layer for name, layer in named if can_be_nf4(layer.weight)}
     if layers:
         nf4_tensor_class()
-        _quantise_each_(layers)
+        _quantize_each_(layers)
         listing.look_again()
 
 
-def _quantise_each_(layers: Mapping[str, nn.Linear]) -> None:
+def _quantize_each_(layers: Mapping[str, nn.Linear]) -> None:
     for name, layer in layers.items():
         _refuse_weight(f"{name}.weight", layer.weight)
     for name, layer in layers.items():
-        quantise_linear_(layer, name)
+        quantize_linear_(layer, name)
 
 
-def check_kind_of_quantisation(kind: object, verb: str) -> None:
+def check_kind_of_quantization(kind: object, verb: str) -> None:
     """Raise LoRAError unless quantize_base knows the kind. The message begins with the verb."""
     if kind not in KINDS:
-        raise LoRAError(f"{verb}: a base can be quantised as {' or '.join(KINDS)}, not as {kind!r}.")
+        raise LoRAError(f"{verb}: a base can be quantized as {' or '.join(KINDS)}, not as {kind!r}.")
 
 
 def _selection(listing: Listing, config: LoRAConfig) -> Selection:
@@ -145,7 +145,7 @@ def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
         name: cast(nn.Linear, module)
         for name, module in _selection(listing, config).layers.items()
         if (module.lora_base if isinstance(module, Swapped) else type(module)) is nn.Linear
-        and not quantised_parameters(module)
+        and not quantized_parameters(module)
         and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
     }
 
@@ -171,7 +171,7 @@ def _refuse_late(listing: Listing) -> None:
 def _refuse_weight(name: str, weight: torch.Tensor) -> None:
     """Raise LoRAError for a weight that is sharded already or has no values yet."""
     if is_sharded(weight):
-        raise LoRAError(f"quantize_base: {name!r} is sharded already; quantise the model before fully_shard.")
+        raise LoRAError(f"quantize_base: {name!r} is sharded already; quantize the model before fully_shard.")
     if weight.is_meta:
         raise LoRAError(
             f"quantize_base: {name!r} has no values yet (it is on the meta device); load the base's weights first."
