@@ -16,8 +16,8 @@ from .formats.lightning_checkpoint import CURRENT, by_canonical_names
 from .model.adapted_model import AdaptedModel, find_model, open_model
 from .model.live_state import open_state
 from .names import canonical
+from .trainer.current_injection import injection_of
 from .trainer.lightning_packages import become_callback, first_package
-from .trainer.record import record_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -121,8 +121,8 @@ class LoRAWeightAveraging(EMAWeightAveraging):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Average what was unfrozen since, too. LoRACallback has recorded it in an epoch's first batch."""
-        record = record_of(pl_module)
-        if record is not None and record.trained_count != self._unfrozen:
+        injection = injection_of(pl_module)
+        if injection is not None and injection.trained_count != self._unfrozen:
             self._begin(pl_module)
 
     def on_train_batch_end(
@@ -157,7 +157,7 @@ class LoRAWeightAveraging(EMAWeightAveraging):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the average into state_dict, and the current values beside it. Collective."""
-        if self._average_model is None or self._handle is None or record_of(pl_module) is None:
+        if self._average_model is None or self._handle is None or injection_of(pl_module) is None:
             rank_zero_info("LoRAWeightAveraging: there is no average outside of a fit; the model is saved as it is.")
             return
         changing = {*open_state(self._handle).keys}
@@ -200,7 +200,7 @@ class LoRAWeightAveraging(EMAWeightAveraging):
         count = self._average_model.n_averaged if self._average_model is not None else self._loaded.get("n_averaged")
         live, seen = open_state(handle), set[int]()
         self._handle, self._parameters, self._buffers = handle, {}, {}
-        self._unfrozen = handle.record.trained_count
+        self._unfrozen = handle.injection.trained_count
         for name in live.keys:
             tensor = live.tensors[name]
             if tensor is None or id(tensor) in seen or tensor.dtype == torch.bool:  # which has no mean

@@ -19,12 +19,12 @@ from .model.adapted_model import Listing, find_model
 from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.checkpoint_hooks import save_as_where_unpatched
+from .trainer.current_injection import injection_of
 from .trainer.evaluation import end_evaluation, merge_to_evaluate, warn_of_untrained_adapter
 from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.options import check_own_options
-from .trainer.record import record_of
 from .trainer.run_hooks import begin_batch, begin_epoch, break_off, close_fit, end_batch, end_fit, leave
 from .trainer.setup import set_up, stop_adapting
 from .trainer.start_batches import start_from_data
@@ -173,7 +173,7 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""
         handle = open_for_fit(pl_module)
-        handle.record.run.fits += 1
+        handle.injection.run.fits += 1
         check_fit(trainer, handle, self)
         record_fit(trainer, handle, self)
 
@@ -238,10 +238,10 @@ class LoRACallback(Callback):
 
         A merge for good comes last, when every checkpoint of the fit is written and averaged weights are in place.
         """
-        record = record_of(pl_module)
+        injection = injection_of(pl_module)
         leave(pl_module)
         stop_adapting(pl_module)
-        if stage == "fit" and record is not None and close_fit(record) and self.merge_after_fit:
+        if stage == "fit" and injection is not None and close_fit(injection) and self.merge_after_fit:
             merge_for_good(pl_module)
 
     def on_after_setup(self, *args: Any, **kwargs: Any) -> None:
@@ -261,9 +261,9 @@ def _one_config(
     if len(configs) > 1 or not is_config(configs[0]):
         types = ", ".join(type(config).__name__ for config in configs)
         raise LoRAError(f"LoRACallback: expected one LoRAConfig or options by their names, found {types}.")
-    beside = [name for name in options if name in given]
-    if beside:
-        raise LoRAError(f"LoRACallback: {', '.join(beside)} given beside a LoRAConfig; say it in the LoRAConfig.")
+    repeated = [name for name in options if name in given]
+    if repeated:
+        raise LoRAError(f"LoRACallback: {', '.join(repeated)} given beside a LoRAConfig; say it in the LoRAConfig.")
     return as_config(configs[0])
 
 

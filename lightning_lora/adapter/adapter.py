@@ -11,7 +11,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..names import PREFIX, factor_role, join_names, names_factor, parent_names, rename_keys, split_factor_name
-from ..nn.attachment import Beside
+from ..nn.attachment import Attachment
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import IN_PROJ
 from ..nn.variant import EffectiveFactors, LayerInfo, Variant, known_variants, rows_leaf, variant_of, variant_with
@@ -94,7 +94,7 @@ class Adapter:
     peft_version: str | None = None
     weightless: frozenset[str] = frozenset()
     foreign: ForeignEntries = field(default_factory=ForeignEntries)
-    attached: Mapping[str, Beside] = field(default_factory=dict)
+    attached: Mapping[str, Attachment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -103,7 +103,7 @@ class Adapter:
     def __repr__(self) -> str:
         layers, origin = self.layers, self.origin.get("base_model_name_or_path")
         ranks = sorted({layer.r for layer in layers.values() if layer.r})
-        tensors = (*self.factors(), *self.beside_factors().values())
+        tensors = (*self.factors(), *self.whole_tensors().values())
         values = sum(value.numel() for value in tensors if isinstance(value, torch.Tensor))
         parts = [f"r={' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"] if ranks else []
         parts += [f"{len(layers)} layer{'s' * (len(layers) != 1)}", f"{values:,} values"]
@@ -226,7 +226,7 @@ class Adapter:
         leaf = rows_leaf()
         return {table: self.tensors[names[leaf]] for table, names in self.own_names.items() if leaf in names and table}
 
-    def beside_factors(self) -> dict[str, Any]:
+    def whole_tensors(self) -> dict[str, Any]:
         """Return what was trained whole, and buffers."""
         return {name: self.tensors[name] for name in self._whole_names}
 
@@ -292,9 +292,9 @@ def _stored_rank(adapter: Adapter, layer: str) -> int:
         return 0
 
 
-def strengths_text(beside: Mapping[str, Beside]) -> str:
+def strengths_text(attached: Mapping[str, Attachment]) -> str:
     """Return the names and weights of adapters beside a trained one, for messages."""
-    return ", ".join(f"{name!r} (strength {each.strength:g})" for name, each in sorted(beside.items()))
+    return ", ".join(f"{name!r} (strength {each.strength:g})" for name, each in sorted(attached.items()))
 
 
 def is_head_only(adapter: Adapter) -> bool:
@@ -304,7 +304,7 @@ def is_head_only(adapter: Adapter) -> bool:
 
 def saved_modules(adapter: Adapter) -> list[str]:
     """Return the modules whose weights are in an adapter whole, for one without options."""
-    whole = sorted(adapter.beside_factors())
+    whole = sorted(adapter.whole_tensors())
     modules = dict.fromkeys(name.rpartition(".")[0] for name in whole if name.endswith(".weight"))
     return [module for module in modules if module not in adapter.layers]
 

@@ -19,7 +19,7 @@ def check_factors(adapter: Adapter, where: str) -> None:
         _refuse_fault(adapter, layer, where)
     for table, rows in adapter.rows().items():
         _check_rows(adapter, table, rows, where)
-    refuse_nested(adapter.beside_factors(), where)
+    refuse_nested(adapter.whole_tensors(), where)
 
 
 def _refuse_fault(adapter: Adapter, layer: str, where: str) -> None:

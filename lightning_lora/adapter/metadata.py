@@ -19,7 +19,7 @@ from ..config import LoRAConfig, is_number
 from ..errors import LoRAError, sentence, shown
 from ..matching import near_misses
 from ..names import KNOWN_VARIANTS
-from ..nn.attachment import Beside
+from ..nn.attachment import Attachment
 from ..nn.low_rank import KINDS
 from .adapter import Adapter, Layer
 from .fingerprint import Entry, sample_positions
@@ -61,7 +61,7 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         **({"weightless": sorted(adapter.weightless)} if adapter.weightless else {}),
         **({"scope": adapter.scope} if adapter.scope else {}),
         **({"tables": {name: list(rows) for name, rows in adapter.tables.items()}} if adapter.tables else {}),
-        **({"beside": encode_beside(adapter.attached)} if adapter.attached else {}),
+        **({"beside": encode_attached(adapter.attached)} if adapter.attached else {}),
         **({"tied": dict(adapter.tied), "tied_by_peft": adapter.tied_by_peft} if adapter.tied else {}),
     }
 
@@ -95,7 +95,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
             tied={_text(name): _text(first) for name, first in metadata.get("tied", {}).items()},
             tied_by_peft=metadata.get("tied_by_peft") is True,
             weightless=frozenset(map(_text, _list(metadata.get("weightless", [])))),
-            attached=decode_beside(metadata.get("beside", {})),
+            attached=decode_attached(metadata.get("beside", {})),
             peft_version=_text(metadata["peft_version"]) if "peft_version" in metadata else None,
         )
     except LoRAError:
@@ -168,20 +168,20 @@ def decode_fingerprint(rows: Mapping[str, Any]) -> dict[str, Entry]:
     return {_text(name): _entry(*_list(row)) for name, row in rows.items()}
 
 
-def encode_beside(beside: Mapping[str, Beside]) -> dict[str, Any]:
+def encode_attached(attached: Mapping[str, Attachment]) -> dict[str, Any]:
     """Return plain types for each adapter beside the trained one, in the order of their names."""
-    return {name: [each.strength, each.fingerprint] for name, each in sorted(beside.items())}
+    return {name: [each.strength, each.fingerprint] for name, each in sorted(attached.items())}
 
 
-def decode_beside(rows: Mapping[str, Any]) -> dict[str, Beside]:
+def decode_attached(rows: Mapping[str, Any]) -> dict[str, Attachment]:
     """Return the adapters beside the trained one: the inverse of encode_beside. Raises TypeError or ValueError."""
-    beside = {}
+    attached = {}
     for name, row in rows.items():
         strength, fingerprint = _list(row)
         if not is_number(strength):
             raise ValueError(f"no strength: {shown(strength)}")
-        beside[_text(name)] = Beside(float(strength), _text(fingerprint))
-    return beside
+        attached[_text(name)] = Attachment(float(strength), _text(fingerprint))
+    return attached
 
 
 def _entry(dtype: Any, shape: Any, values: Any, quantized: Any = "") -> Entry:

@@ -27,7 +27,7 @@ def with_options(adapter: Adapter, path: object, lora_alpha: float | None = None
     require_values(adapter, str(path))
     if not adapter.layers and not is_head_only(adapter):
         raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}; it is not an adapter of a known format.")
-    for name, value in adapter.beside_factors().items():
+    for name, value in adapter.whole_tensors().items():
         if isinstance(value, torch.Tensor) and not is_strided(value):
             raise LoRAError(f"{path}: {name!r} must be a dense tensor, found {describe_value(value)}.")
     if adapter.rows() and not adapter.tables:

@@ -21,7 +21,7 @@ def average_whole(used: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
     Raises:
         LoRAError: an adapter lacks a tensor that another has, or the values have no mean.
     """
-    values = [(name, {**each.beside_factors(), **_rows_of(each)}, weight) for name, each, weight in used]
+    values = [(name, {**each.whole_tensors(), **_rows_of(each)}, weight) for name, each, weight in used]
     names = dict.fromkeys(key for _, held, _ in values for key in held)
     for key in names:
         lacking = next((name for name, held, _ in values if key not in held), None)

@@ -75,7 +75,7 @@ def _adapter_kind(path: PathLike) -> str:
 
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:
     layers, factors = adapter.layers, adapter.factors()
-    whole = {name: value for name, value in adapter.beside_factors().items() if isinstance(value, torch.Tensor)}
+    whole = {name: value for name, value in adapter.whole_tensors().items() if isinstance(value, torch.Tensor)}
     layers_info = _each("measuring", layers, lambda name: _layer_info(adapter, name))
     return {
         "config": adapter.config.to_dict() if adapter.config is not None else None,
@@ -159,7 +159,7 @@ def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
     in_both = [name for name in first.layers if name in second.layers]
     rows = _each("comparing", in_both, lambda name: _layer_row(first, second, name))
     first_whole, second_whole = (
-        {**each.beside_factors(), **each.rows(), **_scales_by_tensor(each)} for each in (first, second)
+        {**each.whole_tensors(), **each.rows(), **_scales_by_tensor(each)} for each in (first, second)
     )
     for name in first_whole:
         if name in second_whole and first.tables.get(name) != second.tables.get(name):

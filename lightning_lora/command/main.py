@@ -158,7 +158,7 @@ def extract(
         "output": output,
         "layers": {name: {"kept": share} for name, share in extracted.kept.items()},
         "kept": extracted.total(),
-        "carried_whole": list(extracted.adapter.beside_factors()),
+        "carried_whole": list(extracted.adapter.whole_tensors()),
         "left_out": extracted.dropped,
     }
 

@@ -142,7 +142,7 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True) ->
         adapter = align_to_modules(adapter, base.modules() | parameters, str(base.path), of_files=advice)
     except LoRAError as error:
         raise LoRAError(f"{error} {OTHER_NAMES}") from error
-    refuse_quantized("merge", base, {*adapter.layers, *(name.rpartition(".")[0] for name in adapter.beside_factors())})
+    refuse_quantized("merge", base, {*adapter.layers, *(name.rpartition(".")[0] for name in adapter.whole_tensors())})
     adapter = _only_placed(adapter, base, strict=strict_base)
     compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES, of_quantization=OF_QUANTIZATION)
     return Fitted(adapter, base, files)
@@ -170,7 +170,7 @@ def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, 
         LoRAError: merged weights cannot express the adapter.
     """
     adapter, base = fitted.adapter, fitted.base
-    whole = adapter.beside_factors()
+    whole = adapter.whole_tensors()
     is_saved = matcher((adapter.config or LoRAConfig()).all_modules_to_save())
     tied = set().union(*equal_tables(whole))  # both ends of a tie
     updates = {  # a file may hold such a weight once
@@ -260,7 +260,7 @@ def _only_placed(adapter: Adapter, base: Weights, *, strict: bool) -> Adapter:
         for name in sorted(adapter.base.keys() - here)
         if not any(entries_match(adapter.fingerprint[name], table) for table in tables)
     ]
-    whole = adapter.beside_factors()
+    whole = adapter.whole_tensors()
     absent += sorted(whole.keys() - base.tensors.keys() - set().union(*equal_tables(whole)))
     if not absent:
         return adapter

@@ -34,7 +34,7 @@ from .align import add_frozen_weights, align_names, as_in_model, record_trained,
 from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, chosen_by, specs_for
 from .take import adapter_here, check_fingerprint
-from .trained_beside import check_beside
+from .trained_with import check_attached
 
 
 def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *, merge_after: bool = False) -> None:
@@ -50,9 +50,9 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         merge_after: whether the model is merged then. If that fails, the old values are put back.
     """
     handle = live.handle
-    record = handle.record
+    injection = handle.injection
     recorded = facts_before(handle)
-    words_before = record.config, record.chosen
+    words_before = injection.config, injection.chosen
     specs_before = {layer: layer.lora.spec for layer in specs or {}}
     factors = [factor for layer in specs_before for factor in layer.stored().values()]
     memory = [(factor, factor.data, factor.grad) for factor in factors]
@@ -69,7 +69,7 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
     except BaseException:
         unmerge_if_merged(handle)
         take_back_facts_(handle, recorded)
-        record.config, record.chosen = words_before
+        injection.config, injection.chosen = words_before
         for layer, spec in specs_before.items():
             layer.lora.spec = spec
         for factor, data, gradient in memory:
@@ -87,16 +87,16 @@ def _values_now(live: LiveState, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
-    """Give the layers the adapter's ranks and scalings, and the record its words. In place."""
+    """Give the layers the adapter's ranks and scalings, and the injection its options. In place."""
     if not specs or adapter.config is None:
         return
-    record = handle.record
+    injection = handle.injection
     resized = [layer.lora.name for layer, spec in specs.items() if spec.r != layer.lora.spec.r]
     in_training = any(factor.grad is not None for layer in specs for factor in layer.factors())
     for layer, spec in specs.items():
         layer.take_spec_(spec)
-    record.config = replace(adapter.config, lora_dropout=record.config.lora_dropout)
-    record.chosen = chosen_by(adapter)
+    injection.config = replace(adapter.config, lora_dropout=injection.config.lora_dropout)
+    injection.chosen = chosen_by(adapter)
     if resized and in_training:
         warnings.warn(
             f"lightning_lora: load_adapter: {len(resized)} layers that have gradients get another rank, first "
@@ -136,20 +136,20 @@ def apply_adapter(
     """
     names = Names(listing.places)
     adapter = by_first_names(names, align_names(listing, names, adapter))
-    check_beside(listing, adapter)
+    check_attached(listing, adapter)
     if not isinstance(listing, AdaptedModel):
-        record = injection_of(adapter)
+        injection = injection_of(adapter)
         try:
-            handle = inject_layers(listing, record)
-            with claimed("load_adapter", record.owner):
+            handle = inject_layers(listing, injection)
+            with claimed("load_adapter", injection.owner):
                 return _fill_(open_state(handle), names, adapter, strict_base=strict_base, remedy=remedy)
         except BaseException:
-            if record.holder() is not None:
+            if injection.holder() is not None:
                 take_out_adapter(cast(AdaptedModel, find_model(listing.model)))
             raise
     handle = listing
     _tell_of_options(handle, adapter)
-    with claimed("load_adapter", handle.record.owner):
+    with claimed("load_adapter", handle.injection.owner):
         was_merged = holds_merged(handle.layers.values())
         try:
             if was_merged:
@@ -186,7 +186,7 @@ def _fill_(
     check_adapter(live, names, adapter, specs=specs)
     check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
     copy_values(live, adapter, specs, merge_after=merge_after)
-    handle.record.origin = dict(adapter.origin)
+    handle.injection.origin = dict(adapter.origin)
     _tell_of_narrower(live, adapter)
     return list(handle.layers)
 
@@ -200,7 +200,7 @@ def _replaced(handle: AdaptedModel, adapter: Adapter) -> Iterator[LiveState]:
     Raises:
         LoRAError: a fit is under way, or the model is sharded.
     """
-    if handle.record.run.fits:
+    if handle.injection.run.fits:
         raise LoRAError(
             "load_adapter: inside a fit the adapter's layers and heads must be the model's, because the optimizer "
             "holds these parameters. Load it before the fit."
@@ -242,7 +242,7 @@ def has_place_for(live: LiveState, adapter: Adapter) -> bool:
 
 def _tell_of_narrower(live: LiveState, adapter: Adapter) -> None:
     """Say that what was trained whole, such as a head, has fewer digits in this model than in the adapter."""
-    for name, value in adapter.beside_factors().items():
+    for name, value in adapter.whole_tensors().items():
         here = live.tensors[name]
         if not isinstance(here, nn.Parameter) or not here.is_floating_point():
             continue
@@ -276,13 +276,13 @@ def quantize_as_trained_(listing: Listing, adapter: Adapter) -> None:
 def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
     """Log the model's options, which hold if the source has none."""
     if adapter.config is None and handle.layers:
-        options = handle.record.config
+        options = handle.injection.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
         tell(f"lightning_lora: the source stores no options; those of the injected model hold: {scale}")
 
 
 def injection_of(adapter: Adapter) -> Injection:
-    """Return a new record for a model with the layers, rows and whole modules that an adapter has.
+    """Return a new injection for a model with the layers, rows and whole modules that an adapter has.
 
     Args:
         adapter: under the model's first names.

@@ -29,15 +29,15 @@ from ..model.attached import (
 from ..model.live_state import LiveState, open_state, original_value
 from ..model.wrappers import unwrapped
 from ..nn.adapted_weights import AdaptedWeights
-from ..nn.attachment import Beside
-from ..nn.beside import Attached
+from ..nn.attached_factors import AttachedFactors
+from ..nn.attachment import Attachment
 from ..nn.low_rank import factor_shapes, to_block_diagonal
 from ..nn.owner import claimed
 from ..nn.variant import LayerInfo
 from .align import align_names, as_in_model, split_off_base
 from .first_names import Names, by_first_names
 from .take import check_fingerprint
-from .trained_beside import beside_in, refuse_lacking, refuse_missing
+from .trained_with import beside_in, refuse_lacking, refuse_missing
 
 
 def attach(
@@ -86,8 +86,8 @@ def attach(
     refuse_lacking(beside_in(listing), source, "attach")
     handle = find_model(listing, attached=True) or begin_attached(listing.model)
     put_in = partial(_put_in_, handle, adapter, name, strength, strict_base)
-    with claimed("attach", handle.record.owner):
-        if name in handle.record.beside:
+    with claimed("attach", handle.injection.owner):
+        if name in handle.injection.attached:
             raise LoRAError(f"attach: an adapter {name!r} is attached already; call detach(model, {name!r}) first.")
         change_unmerged_(handle, "attach", put_in, partial(take_out_attached_, handle, name))
     return [layer for layer, adapted in handle.all_layers.items() if name in adapted.attached()]
@@ -97,7 +97,7 @@ def _put_in_(handle: AdaptedModel, source: Adapter, called: str, strength: float
     """Put an adapter into every layer that it has. In place. After an error some layers are changed."""
     names = Names(handle.places)
     check_factors(source, "attach")
-    refuse_missing(handle.record.beside, source)
+    refuse_missing(handle.injection.attached, source)
     adapter = by_first_names(names, align_names(handle, names, source))
     _refuse_kinds_of_adapters(adapter, called)
     begin_layers_(handle, adapter.layers)
@@ -114,7 +114,7 @@ def _put_in_(handle: AdaptedModel, source: Adapter, called: str, strength: float
     check_fingerprint(live, adapter.fingerprint, strict=strict_base, why=())  # what is trained here was the base's
     with torch.inference_mode(False), torch.no_grad():
         pairs = {name: _pair(layer, kinds[name], adapter, name, called, strength) for name, layer in layers.items()}
-    attach_to_layers_(handle, called, pairs, Beside(strength, digest_of(source)))
+    attach_to_layers_(handle, called, pairs, Attachment(strength, digest_of(source)))
 
 
 def _refuse_kinds_of_adapters(adapter: Adapter, called: str) -> None:
@@ -132,7 +132,9 @@ def _refuse_kinds_of_adapters(adapter: Adapter, called: str) -> None:
         )
 
 
-def _pair(layer: AdaptedWeights, kind: str, adapter: Adapter, name: str, called: str, strength: float) -> Attached:
+def _pair(
+    layer: AdaptedWeights, kind: str, adapter: Adapter, name: str, called: str, strength: float
+) -> AttachedFactors:
     """Return A, B, s and w of one layer, as a pair of the whole layer."""
     given, tensor = adapter.layers[name], layer.adapted_weight()
     if is_spread(tensor):
@@ -161,13 +163,13 @@ def _pair(layer: AdaptedWeights, kind: str, adapter: Adapter, name: str, called:
         )
     device = torch.device("cpu") if tensor.is_meta else tensor.device
     dtype = torch.float64 if layer.weight_dtype() == torch.float64 else None
-    return Attached(a.detach().to(device, dtype), b.detach().to(device, dtype), float(scaling), strength)
+    return AttachedFactors(a.detach().to(device, dtype), b.detach().to(device, dtype), float(scaling), strength)
 
 
 def _refuse_other_values(live: LiveState, adapter: Adapter, called: str) -> None:
     """Refuse an adapter that holds whole tensors with other values than the model has, or had before training."""
     initial = live.handle.initial()
-    for name, value in adapter.beside_factors().items():
+    for name, value in adapter.whole_tensors().items():
         present = live.tensors.get(name)
         if name in live.tensors and present is None:
             continue  # extra state, which cannot be compared

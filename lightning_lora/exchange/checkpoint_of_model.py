@@ -51,7 +51,7 @@ from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
 from .take import adapter_in_state, check_fingerprint
-from .trained_beside import check_beside_of_run
+from .trained_with import check_attached_of_run
 
 REMEDY_IN_TRAINER = (
     "Build the module with the weights that it had in training. To use the adapter on this base all the same, in "
@@ -72,7 +72,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         LoRAError: the kind cannot express the adapter, or another thread changes or saves the model.
     """
     handle = open_model(module, "checkpoint")
-    with claimed("save_checkpoint", handle.record.owner):
+    with claimed("save_checkpoint", handle.injection.owner):
         refuse_replaced_layers(handle, "checkpoint")
         _convert(open_state(handle), checkpoint, kind)
 
@@ -169,7 +169,7 @@ def _warn_of_moved(live: LiveState, state: Mapping[str, Any], adapter: Adapter, 
 
 def _merge_state(handle: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        dtype = dequantize_dtype(handle.record.run.dequantize, "checkpoint")
+        dtype = dequantize_dtype(handle.injection.run.dequantize, "checkpoint")
         return merge_state_dict(handle, state, dtype)
     except NonFiniteError as error:
         raise NonFiniteError(
@@ -196,12 +196,12 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
         _prepare_full(live, module_names, checkpoint, adapter)
         return
     adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
-    strengths = check_beside_of_run(live.handle, adapter)
+    strengths = check_attached_of_run(live.handle, adapter)
     complete = add_frozen_weights(live, adapter)
     check_adapter(live, module_names, complete, remedy=OPTIONS_IN_TRAINER)
     check_fingerprint(live, complete.fingerprint, remedy=REMEDY_IN_TRAINER)
     record_trained(live, adapter)
-    live.handle.record.origin = dict(adapter.origin)
+    live.handle.injection.origin = dict(adapter.origin)
     here = {} if is_divided(live.handle) else unchanged_state(live.handle)  # write_whole_state_ needs no more
     whole = with_metadata({**here, **complete.tensors}, metadata_of(here))
     if CURRENT in checkpoint:
@@ -216,7 +216,7 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
     metadata = metadata_of(checkpoint["state_dict"])
     state = by_canonical_names(checkpoint["state_dict"])
     in_pieces = {outer for name in adapter.foreign.values for outer in parent_names(name)}  # weights of quanto's layers
-    strengths = check_beside_of_run(live.handle, adapter)
+    strengths = check_attached_of_run(live.handle, adapter)
     missing = [name for name in live.tensors if name not in state and name not in in_pieces]
     left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
     complete = replace(add_frozen_weights(live, adapter), fingerprint=left_out)
@@ -229,13 +229,13 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
         )
     initial = _read_initial(live, checkpoint[META].get("initial"))
     record_trained(live, adapter)
-    handle, record = live.handle, live.handle.record
+    handle, injection = live.handle, live.handle.injection
     trained = {id(live.tensors[name]) for name in adapter.tensors if name in live.tensors}
     here = handle.initial_of().items()
     frozen = {name: state.get(name, value) for name, value in here if id(live.tensors[name]) not in trained}
     handle.set_initial(frozen | initial)  # where it was trained, the first value is in the file, or nothing knows it
     handle.set_fingerprint({})
-    record.origin = dict(adapter.origin)
+    injection.origin = dict(adapter.origin)
     for name in missing:  # left out by the class that saved
         tensor, owner = live.tensors[name], live.owners[name]
         state[name] = cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
@@ -265,7 +265,7 @@ def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
     """
     if not is_divided(handle):
         return handle.model.state_dict()
-    live, kind, foreign = open_state(handle), handle.record.run.save, foreign_entries(handle)
+    live, kind, foreign = open_state(handle), handle.injection.run.save, foreign_entries(handle)
     state = live.values() if kind == "adapter" else original_values(live.entries)
     state = with_metadata({**state, **foreign.values}, foreign.versions)
     if kind == "merged":  # the adapter stays beside: a callback may put an average in the place of all of it

@@ -40,7 +40,7 @@ from ..formats.peft_options import with_ranks_in_words
 from ..formats.peft_stacks import TODAYS, refuse_without_model
 from ..formats.sources import adapter_with_options
 from ..names import PREFIX, A, B, listed, names_factor
-from ..nn.attachment import Beside
+from ..nn.attachment import Attachment
 from ..nn.random_stream import stream
 from ..notices import tell, warn
 from ..progress import progress_bar
@@ -273,12 +273,12 @@ def _assemble(tensors: Mapping[str, Any], adapters: Sequence[Adapter]) -> Adapte
     ).with_layers({name: Layer(scaling=1.0, kind=kinds.get(name, "")) for each in adapters for name in each.layers})
 
 
-def _beside_all(adapters: Sequence[Adapter]) -> Mapping[str, Beside]:
+def _beside_all(adapters: Sequence[Adapter]) -> Mapping[str, Attachment]:
     """Return what all adapters were trained beside. What only some were is perhaps one of the others, and is told."""
     first, *others = (each.attached for each in adapters)
     if all(other == first for other in others):
         return first
-    some = {name: each for beside in (first, *others) for name, each in beside.items()}
+    some = {name: each for attached in (first, *others) for name, each in attached.items()}
     tell(
         f"lightning_lora: combine: not all were trained beside {strengths_text(some)}, so the result is taken to be "
         "complete: combine it with them, by these weights."

@@ -89,7 +89,7 @@ def check_adapter(
     except _OtherShapeError as error:  # no option explains it
         raise LoRAError(str(error)) from None
     except LoRAError as error:
-        config = live.handle.record.config
+        config = live.handle.injection.config
         differences = (adapter.config or config).differences(config)  # may explain the error
         advice = f" The options differ: {'; '.join(differences)}. {remedy}" if differences else ""
         raise LoRAError(f"{error}{advice}") from None
@@ -216,7 +216,7 @@ def _check_trained(live: LiveState, adapter: Adapter) -> None:
     trained, config = set(live.keys), adapter.config
     if config is None:
         return
-    others = {name: live.tensors[name] for name in adapter.beside_factors() if name not in trained}
+    others = {name: live.tensors[name] for name in adapter.whole_tensors() if name not in trained}
     frozen = [name for name, p in others.items() if isinstance(p, nn.Parameter) and p.is_floating_point()]
     named = [name for name in frozen if _trains_whole(config, name, adapter.layers)]
     if named:  # check_adapter tells how the options differ
@@ -229,7 +229,7 @@ def chosen_by(adapter: Adapter) -> Chosen:
     Its words say that. What it holds beside that was unfrozen later, or belongs to a resized table, and stays frozen.
     """
     config = cast(LoRAConfig, adapter.config)
-    whole = frozenset(name for name in adapter.beside_factors() if _trains_whole(config, name, adapter.layers))
+    whole = frozenset(name for name in adapter.whole_tensors() if _trains_whole(config, name, adapter.layers))
     return Chosen(adapter.layers, adapter.tables, whole, adapter.scope)
 
 

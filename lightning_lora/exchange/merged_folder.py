@@ -25,7 +25,7 @@ from ..model.gradients import warn_of_untrained
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_quantized, refuse_unmergeable
 from ..model.wrappers import unwrapped
-from ..nn.adapted_module import is_factor, records_of
+from ..nn.adapted_module import injections_of, is_factor
 from ..nn.adapted_weights import adapter_of
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.owner import claimed
@@ -87,9 +87,9 @@ def save_merged(
         ['0.bias', '0.weight', '2.bias', '2.weight']
     """
     listing = Listing(unwrapped(model, "save_merged"))
-    records = records_of(listing.all_layers.values()) or [open_model(model, "save_merged").record]
+    injections = injections_of(listing.all_layers.values()) or [open_model(model, "save_merged").injection]
     dtype = dequantize_dtype(dequantize, "save_merged")
-    with claimed("save_merged", *[record.owner for record in records]):
+    with claimed("save_merged", *[injection.owner for injection in injections]):
         refuse_replaced_layers(listing, "save_merged")
         warn_of_untrained(listing)
         refuse_unmergeable(listing, dtype)

@@ -63,7 +63,7 @@ def merged_tensors(
         2.bias (2,)
     """
     handle, dtype = open_model(model, VERB, attached=True), dequantize_dtype(dequantize, VERB)
-    with claimed(VERB, handle.record.owner):
+    with claimed(VERB, handle.injection.owner):
         refuse_replaced_layers(handle, VERB)
         warn_of_untrained(handle)
         refuse_unmergeable(handle, dtype)
@@ -72,7 +72,7 @@ def merged_tensors(
 
 def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the merged tensors of a model. It belongs to nobody between two of them."""
-    with claimed(VERB, handle.record.owner):
+    with claimed(VERB, handle.injection.owner):
         live = open_state(handle)
         trained = Trained(handle, live)
         others = _other_entries(handle, live, dtype)
@@ -82,7 +82,7 @@ def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[
     rounding = Rounding(sync)
 
     def take(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
-        with claimed(VERB, handle.record.owner):
+        with claimed(VERB, handle.injection.owner):
             reshard_(modules)
             sync.run(VERB, trained.refuse_written)
             whole = merged_tensor(VERB, name, tensor, module, rounding, dtype if name in quantized else None)
@@ -132,7 +132,7 @@ class Trained:
 
     def refuse_written(self) -> None:
         """Raise LoRAError where an adapter was taken out, or a parameter or a strength is another."""
-        if "ended" in self.handle.record.marks:
+        if "ended" in self.handle.injection.marks:
             _refuse("the adapter was taken out")
         if _strengths(self.handle) != self.strengths:
             _refuse("what is attached, or a strength, has changed")
@@ -150,8 +150,12 @@ class Trained:
 
 def _strengths(handle: AdaptedModel) -> tuple[object, ...]:
     """Return what is attached, and the strength of the trained adapter, which all layers share."""
-    inside = [layer.lora.beside.inside for layer in handle.all_layers.values() if layer.lora.beside is not None]
-    return dict(handle.record.beside), inside, next((layer.lora.strength for layer in handle.layers.values()), None)
+    inside = [layer.lora.attached.inside for layer in handle.all_layers.values() if layer.lora.attached is not None]
+    return (
+        dict(handle.injection.attached),
+        inside,
+        next((layer.lora.strength for layer in handle.layers.values()), None),
+    )
 
 
 def _refuse(what: str) -> NoReturn:

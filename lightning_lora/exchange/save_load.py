@@ -27,13 +27,13 @@ from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
 from ..model.attached import require_attached
 from ..model.inject import inject_layers
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
-from ..nn.attachment import Beside
+from ..nn.attachment import Attachment
 from ..nn.owner import claimed
 from .apply import apply_adapter, injection_of, quantize_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, attached_adapter, frozen_values
-from .trained_beside import beside_in, by_attach, refuse_lacking, refuse_missing
+from .trained_with import beside_in, by_attach, refuse_lacking, refuse_missing
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -92,7 +92,7 @@ def take_adapter(model: nn.Module, *, name: str = "") -> Adapter:
         0
     """
     handle = open_model(model, "take_adapter", attached=bool(name))
-    with claimed("take_adapter", handle.record.owner):
+    with claimed("take_adapter", handle.injection.owner):
         return _adapter_called(handle, name, "take_adapter")
 
 
@@ -135,7 +135,7 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike, *, name: str = "") 
         write_folder(adapter, path)
         return
     handle = open_model(model, "save_adapter", attached=bool(name))
-    with claimed("save_adapter", handle.record.owner):
+    with claimed("save_adapter", handle.injection.owner):
         _write(handle, _adapter_called(handle, name, "save_adapter"), path, plain=bool(name))
 
 
@@ -252,7 +252,7 @@ def _without_strict(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "strict"}
 
 
-def _by_hand(name: str, path: PathLike, kind: Kind, missing: Mapping[str, Beside]) -> str:
+def _by_hand(name: str, path: PathLike, kind: Kind, missing: Mapping[str, Attachment]) -> str:
     """Return the advice where an adapter was trained beside others, whose sources no checkpoint holds."""
     # The base of a full checkpoint is loaded after that: what was trained whole comes with it, and attach compares with
     # the values from before training.

@@ -141,7 +141,7 @@ def _described(live: LiveState) -> Adapter:
     Args:
         live: the model, from open_state.
     """
-    handle, record = live.handle, live.handle.record
+    handle, injection = live.handle, live.handle.injection
     trained = live.keys
     at_fit_start = handle.fingerprint()
     first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them
@@ -165,12 +165,12 @@ def _described(live: LiveState) -> Adapter:
         network=network,
         pretrained=_pretrained_prefix(live, trained),
         weightless=_weightless(handle, layers),
-        origin={**({"base_model_name_or_path": base} if base else {}), **record.origin},
+        origin={**({"base_model_name_or_path": base} if base else {}), **injection.origin},
         scope=handle.scope(),
         tables={name: layer.replaced_rows() for name, layer in tables.items()},
         tied=tied,
         tied_by_peft=tied.items() <= by_peft.items(),
-        attached=dict(record.beside),
+        attached=dict(injection.attached),
     )
 
 
@@ -180,7 +180,7 @@ def _options_here(handle: AdaptedModel) -> LoRAConfig:
     That model may be a part of the injected one. A head that stays behind is not asked for where the adapter is loaded.
     What a peft.LoraConfig takes by the end of a name is named by the words that files have.
     """
-    config = handle.record.config
+    config = handle.injection.config
     saved = config.modules_to_save or ()
     here = naming_some(saved, names := [canonical(name) for name, _ in handle.places]) if saved else []
     if any(isinstance(entry, NameEnd) for entry in here):
@@ -210,7 +210,7 @@ def _network_prefix(live: LiveState, trained: Collection[str]) -> str:
     if len(children) != 1 or children & live.handle.layers.keys():
         return ""
     name = children.pop()
-    if live.handle.record.config.names_no_layer and not _holds_frozen(live, f"{name}.", set(trained)):
+    if live.handle.injection.config.names_no_layer and not _holds_frozen(live, f"{name}.", set(trained)):
         return ""  # the head itself
     return f"{name}.{prefix_inside(model.get_submodule(name))}"
 

@@ -91,7 +91,7 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, network: str = "") 
 def _heads(adapter: Adapter) -> dict[str, int]:
     """Return the linear layers that were trained whole, as text with their size, and the number of their outputs."""
     found = {}
-    for name, value in adapter.beside_factors().items():
+    for name, value in adapter.whole_tensors().items():
         owner, _, leaf = name.removeprefix(adapter.network).rpartition(".")
         if leaf == "weight" and getattr(value, "ndim", 0) == 2:
             found[f"{_code(owner)} ({value.shape[1]} to {value.shape[0]})"] = value.shape[0]

@@ -147,7 +147,7 @@ def _with_options(adapter: Adapter, options: Mapping[str, Any], source: Source) 
         LoRAError: options and tensors do not go together, or a pattern repeats a group, which may take for ever.
     """
     adapter, variant = rows_from_peft(adapter, options, source.where), cast(Variant, source.variant)
-    layers, whole = adapter.module_layers, adapter.beside_factors()
+    layers, whole = adapter.module_layers, adapter.whole_tensors()
     words = options_from_peft(options, layers, whole, adapter.tables, variant.name)
     for key in (*(words.rank_pattern or ()), *(words.alpha_pattern or ())):
         if REPEATED_GROUP.search(key):
@@ -216,7 +216,7 @@ def _base_in_folder(adapter: Adapter, options: Mapping[str, Any]) -> set[str]:
     PEFT saves embeddings beside the adapter where they are adapted, as they are, and where they were resized. The other
     end of a tied weight that was trained is not in modules_to_save either.
     """
-    whole, ends = adapter.beside_factors(), tuple(entries_in(options))
+    whole, ends = adapter.whole_tensors(), tuple(entries_in(options))
     saved = {name for name in whole if ends and any(module.endswith(ends) for module in parent_names(name))}
     base_leaves = ("weight", "bias") if options.get("bias", "none") == "none" else ("weight",)
     dumped = {name for name in whole if name.rpartition(".")[2] in base_leaves and name not in saved}
@@ -225,7 +225,7 @@ def _base_in_folder(adapter: Adapter, options: Mapping[str, Any]) -> set[str]:
 
 def _base_in_state(adapter: Adapter, names: PeftNames) -> set[str]:
     """Return the names of whole tensors that were not trained, as far as names tell it without options."""
-    whole = adapter.beside_factors()
+    whole = adapter.whole_tensors()
     if not names.live:
         return {f"{layer}.weight" for layer in adapter.layers} & whole.keys()
     trained = {name for name in whole if names.saved.intersection(parent_names(name))}

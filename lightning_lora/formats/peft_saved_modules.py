@@ -53,7 +53,7 @@ def to_peft_entries(adapter: Adapter) -> list[str] | None:
         full_names = sorted(filter(matcher(entries), adapter.modules))
         entries = min(entries, full_names, key=lambda names: len(_taken_besides(adapter, names)))
     if not is_tied_by_peft(adapter):
-        ends = ties_of(_names_saved(adapter), adapter.beside_factors())
+        ends = ties_of(_names_saved(adapter), adapter.whole_tensors())
         entries += sorted(name.rpartition(".")[0] for name in ends)
     return entries or None
 
@@ -81,12 +81,12 @@ def is_tied_by_peft(adapter: Adapter) -> bool:
     if not any(entry.rpartition(".")[2] in TIED_BY_PEFT for entry in entries):
         return False
     saved = _names_saved(adapter)
-    return any(group & saved for group in equal_tables(adapter.beside_factors()))
+    return any(group & saved for group in equal_tables(adapter.whole_tensors()))
 
 
 def _names_saved(adapter: Adapter) -> set[str]:
     is_saved = matcher(adapter.config.all_modules_to_save() if adapter.config is not None else None)
-    return {name for name in adapter.beside_factors() if any(map(is_saved, parent_names(name)))}
+    return {name for name in adapter.whole_tensors() if any(map(is_saved, parent_names(name)))}
 
 
 def _taken_besides(adapter: Adapter, entries: Collection[str]) -> list[str]:

@@ -54,7 +54,7 @@ def served_form(adapter: Adapter, source: PathLike | None, verb: str = "export_a
         lora,
         tensors=tensors,
         layers={layer: replace(lora.layers[layer], r=rank, scaling=1.0) for layer in scaled},
-        complete=own.complete and not own.beside_factors(),
+        complete=own.complete and not own.whole_tensors(),
     )
     return replace(served, config=_options(served, rank))
 
@@ -66,7 +66,7 @@ def _problem(adapter: Adapter) -> str:
             f"is a {adapter.variant.title} adapter: what it changes depends on the base's weights, and no product of "
             "factors equals it"
         )
-    whole = [name for name, value in adapter.beside_factors().items() if _is_floating(value)]
+    whole = [name for name, value in adapter.whole_tensors().items() if _is_floating(value)]
     if whole:
         return f"holds {listed(list(map(repr, whole)))} whole, and the plain form has factors alone"
     if adapter.rows():

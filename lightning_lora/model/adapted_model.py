@@ -100,7 +100,7 @@ class AdaptedModel(Listing):
         model: the caller's module without wrappers around it. It holds all adapted layers.
         root: the injected module: `model`, a module inside `model`, or a module that holds `model`. Where a new module
             was built around the layers, it is `model`.
-        record: the record of the injection.
+        injection: the injection.
         prefix: the root's name in `model` with a dot at the end, where the root lies inside `model`; else "".
         inside: the name of `model` in the root with a dot at the end, where `model` lies inside the root; else "".
     """
@@ -109,14 +109,14 @@ class AdaptedModel(Listing):
         self,
         model: nn.Module,
         root: nn.Module,
-        record: Injection,
+        injection: Injection,
         *,
         prefix: str = "",
         inside: str = "",
     ) -> None:
         super().__init__(model)
         self.root = root
-        self.record = record
+        self.injection = injection
         self.prefix = prefix
         self.inside = inside
 
@@ -124,7 +124,7 @@ class AdaptedModel(Listing):
     def places(self) -> Places:
         """Every module under each of its names, without frozen copies and the segments of wrappers."""
         places = list_places(self.model)
-        others = _frozen_injections(places) - {self.record}
+        others = _frozen_injections(places) - {self.injection}
         if not others:
             return places
         is_copy = {module: facts is not None and facts.injection in others for module, facts in _with_facts(places)}
@@ -137,7 +137,7 @@ class AdaptedModel(Listing):
         if self.root is self.model:
             return self.places
         if self.inside:
-            return AdaptedModel(self.root, self.root, self.record).places
+            return AdaptedModel(self.root, self.root, self.injection).places
         name = self.prefix.removesuffix(".")
         return [(n.removeprefix(self.prefix) if n != name else "", m) for n, m in self.places if is_inside(n, name)]
 
@@ -166,7 +166,7 @@ class AdaptedModel(Listing):
     @cached_property
     def known(self) -> dict[int, Known]:
         """Each live tensor of which something is known, with what it is, by the tensor's id; see facts.py."""
-        return known_tensors(self.all_modules(), self.record.facts)
+        return known_tensors(self.all_modules(), self.injection.facts)
 
     def fact(self, module: nn.Module, leaf: str, tensor: torch.Tensor) -> Fact:
         """Return what is known of a tensor, to add to it: a new fact where nothing is.
@@ -178,7 +178,7 @@ class AdaptedModel(Listing):
         """
         if id(tensor) not in self.known:
             fact = Fact(memory=memory_of(tensor))
-            self.record.facts.append(fact)
+            self.injection.facts.append(fact)
             if (facts := facts_of(module)) is not None:
                 facts.tensors[leaf] = fact
             self.known[id(tensor)] = Known(tensor, fact)
@@ -271,7 +271,7 @@ class AdaptedModel(Listing):
             expected: the options ask for these parameters. Otherwise a warning names them.
             untouched: no optimizer has stepped since, so that the present values are those from before training.
         """
-        if not self.record.is_injection:
+        if not self.injection.is_injection:
             return []
         trained = self.trained()
         new = [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
@@ -290,13 +290,13 @@ class AdaptedModel(Listing):
         """Record that a base parameter of the root is trained; `keep` its present value as that from before."""
         fact = self.fact(each.module, each.leaf, each.parameter)
         fact.trained = why
-        self.record.trained_count += 1
+        self.injection.trained_count += 1
         if keep:
             fact.initial = copy_of(each.parameter)
 
     def without_first_values(self) -> list[str]:
         """Return the names of base parameters that may have been trained and whose values from before are not known."""
-        if not self.record.is_injection:
+        if not self.injection.is_injection:
             return []
         trained = self.trained()
         initial = set(self._initial_by_id())
@@ -364,38 +364,40 @@ def find_model(model: nn.Module | Listing, *, part: bool = False, attached: bool
     """
     listing = model if isinstance(model, Listing) else Listing(inside_known_wrappers(model))
     handle = _find(listing, part)
-    return handle if handle is None or attached or handle.record.is_injection else None
+    return handle if handle is None or attached or handle.injection.is_injection else None
 
 
 def _find(listing: Listing, part: bool) -> AdaptedModel | None:
     model = listing.model
-    record = record_of_root(model)
-    if record is not None:
-        return with_lists(AdaptedModel(model, model, record), listing)
-    roots = {name: module for name, module in listing.modules if record_of_root(module) is not None}
+    injection = injection_of_root(model)
+    if injection is not None:
+        return with_lists(AdaptedModel(model, model, injection), listing)
+    roots = {name: module for name, module in listing.modules if injection_of_root(module) is not None}
     layers = listing.all_layers
-    records = [vars(root)[ATTRIBUTE] for root in roots.values()] + [layer.lora.injection for layer in layers.values()]
-    if len(set(records)) > 1:
+    injections = [vars(root)[ATTRIBUTE] for root in roots.values()] + [
+        layer.lora.injection for layer in layers.values()
+    ]
+    if len(set(injections)) > 1:
         frozen = _frozen_injections(listing.places)
         roots = {name: root for name, root in roots.items() if vars(root)[ATTRIBUTE] not in frozen}
-        records = [record for record in records if record not in frozen]
-    if len(set(records)) > 1 or (layers and not records):
+        injections = [injection for injection in injections if injection not in frozen]
+    if len(set(injections)) > 1 or (layers and not injections):
         names = ", ".join(map(repr, roots or layers))
         raise LoRAError(f"{type(model).__name__}: holds several injected models ({names}); handle each by itself.")
     if roots:
         name, root = next(iter(roots.items()))
-        return with_lists(AdaptedModel(model, root, records[0], prefix=f"{name}." if name else ""), listing)
-    return _find_by_layers(listing, records[0], part) if layers else None
+        return with_lists(AdaptedModel(model, root, injections[0], prefix=f"{name}." if name else ""), listing)
+    return _find_by_layers(listing, injections[0], part) if layers else None
 
 
-def record_of_root(module: nn.Module) -> Injection | None:
-    """Return the record that a module holds as the injected one, or None.
+def injection_of_root(module: nn.Module) -> Injection | None:
+    """Return the injection that a module holds as the injected one, or None.
 
-    A record that has ended stays in a copy of the injected module where a part of the copy got another adapter: the
-    copy of a record does not know which module holds it.
+    An injection that has ended stays in a copy of the injected module where a part of the copy got another adapter: the
+    copy of an injection does not know which module holds it.
     """
-    record: Injection | None = vars(module).get(ATTRIBUTE)
-    return record if record is not None and "ended" not in record.marks else None
+    injection: Injection | None = vars(module).get(ATTRIBUTE)
+    return injection if injection is not None and "ended" not in injection.marks else None
 
 
 def _with_facts(places: Places) -> list[tuple[nn.Module, ModuleFacts | None]]:
@@ -413,28 +415,28 @@ def _frozen_injections(places: Places) -> set[Injection]:
     return {layer.lora.injection for layer in layers} - trained
 
 
-def _find_by_layers(listing: Listing, record: Injection, part: bool) -> AdaptedModel | None:
+def _find_by_layers(listing: Listing, injection: Injection, part: bool) -> AdaptedModel | None:
     """Return the handle of a model that does not hold the injected module.
 
     The model lies inside the injected module, or it is a new module around the same layers. None where it holds a part
     of the layers, unless `part` allows that.
     """
-    model, root = listing.model, record.holder()
+    model, root = listing.model, injection.holder()
     if root is not None:
-        outer = AdaptedModel(root, root, record)
+        outer = AdaptedModel(root, root, injection)
         if not part and set(outer.all_layers.values()) - set(listing.all_layers.values()):
             return None
         names = [name for name, module in outer.places if module is model]
         if names:
-            handle = AdaptedModel(model, root, record, inside=f"{names[0]}." if names[0] else "")
+            handle = AdaptedModel(model, root, injection, inside=f"{names[0]}." if names[0] else "")
             handle.root_places = outer.places
             return with_lists(handle, listing)
-    return with_lists(AdaptedModel(model, model, record), listing)
+    return with_lists(AdaptedModel(model, model, injection), listing)
 
 
 def with_lists(handle: AdaptedModel, listing: Listing) -> AdaptedModel:
     """Give a handle the lists that were made to find it, and return it."""
-    if not _frozen_injections(listing.places) - {handle.record}:
+    if not _frozen_injections(listing.places) - {handle.injection}:
         vars(handle).update({name: value for name, value in vars(listing).items() if name != "model"})
     return handle
 

@@ -16,8 +16,8 @@ from ..matching import near_misses
 from ..names import listed
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import NOTHING, AdaptedWeights, LayerSpec, adapted_places
-from ..nn.attachment import Beside
-from ..nn.beside import Attached, Packed
+from ..nn.attached_factors import AttachedFactors, Packed
+from ..nn.attachment import Attachment
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..nn.layer_kinds import adapt_
 from ..nn.owner import DISABLED, OFF, Owner, claimed
@@ -26,7 +26,7 @@ from ..nn.quantized import keep_gradients_
 from ..nn.readers import patch_readers, undo_readers, update_fast_paths
 from ..nn.tied_weights import record_ties
 from ..notices import tell
-from .adapted_model import AdaptedModel, Listing, find_model, open_model, record_of_root
+from .adapted_model import AdaptedModel, Listing, find_model, injection_of_root, open_model
 from .base_values import StandIn, put_in_, stand_ins, take_out_
 from .facts import begin_facts, end_facts, note_adapted_children
 from .injection import Chosen, Injection
@@ -53,7 +53,7 @@ def attached(model: nn.Module) -> dict[str, float]:
         {'sft': 0.5}
     """
     handle = find_model(Listing(unwrapped(model, "attached")), attached=True)
-    return {} if handle is None else {name: each.strength for name, each in handle.record.beside.items()}
+    return {} if handle is None else {name: each.strength for name, each in handle.injection.attached.items()}
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -76,7 +76,7 @@ def detach(model: nn.Module, name: str) -> None:
 
     def finish() -> None:
         """Take it out of the other layers, where that was broken off."""
-        if name not in handle.record.beside:
+        if name not in handle.injection.attached:
             take_out_attached_(handle, name)
 
     change_unmerged_(handle, "detach", partial(take_out_attached_, handle, name), finish)
@@ -111,9 +111,9 @@ def set_strength(model: nn.Module, strength: float | Strengths, name: str = "") 
         raise LoRAError(
             "set_strength: changes attached adapters, and no file would tell another strength of the trained one. Use "
             "`with scaled(model, strength):` for that, or name an attached adapter "
-            f"({listed([repr(each) for each in handle.record.beside]) or 'there is none'})."
+            f"({listed([repr(each) for each in handle.injection.attached]) or 'there is none'})."
         )
-    before = {each: handle.record.beside[each].strength for each in strengths}
+    before = {each: handle.injection.attached[each].strength for each in strengths}
     change_unmerged_(handle, "set_strength", partial(_set_, handle, strengths), partial(_set_, handle, before))
 
 
@@ -152,26 +152,26 @@ def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Ite
 
 @contextmanager
 def _acting_with(handle: AdaptedModel, strengths: Strengths) -> Iterator[None]:
-    record = handle.record
+    injection = handle.injection
     if "" in strengths:
         _refuse_between(handle, strengths[""])
     is_off = strengths.get("") == 0 and any(True for _ in handle.first_values())
-    with claimed(OFF if is_off else "scaled", record.owner) as claim:
-        around = [verb for verb in (DISABLED, OFF) if record.owner.holds(verb, beside=claim)]
+    with claimed(OFF if is_off else "scaled", injection.owner) as claim:
+        around = [verb for verb in (DISABLED, OFF) if injection.owner.holds(verb, other_than=claim)]
         if around and strengths.get(""):
             raise LoRAError(f"scaled: inside `with {around[0]}` the trained adapter stays off; leave its strength out.")
         found = stand_ins(handle) if is_off and not around else []
         modules = [each.module for each in found]
         modules += [module for _, module in handle.modules if found and isinstance(module, AdaptedModule)]
         before = _inside(handle)
-        noted = record.strength_log.now
+        noted = injection.strength_log.now
         end = Ending(claim, partial(_scale_back, handle, FoundState(handle), before, noted, found, modules))
         try:
             try:
                 unmerge_if_merged(handle)
                 put_in_(found, modules)
                 _act_with_(handle, {**before, **strengths})
-                record.strength_log.change(_differing(handle, {**noted, **strengths}))
+                injection.strength_log.change(_differing(handle, {**noted, **strengths}))
                 yield
             finally:
                 end()
@@ -200,12 +200,12 @@ def _scale_back(
     take_out_(found, modules)
     unmerge_if_merged(handle)
     _act_with_(handle, before)
-    handle.record.strength_log.change(noted)
-    if not handle.record.run.merged_here:
+    handle.injection.strength_log.change(noted)
+    if not handle.injection.run.merged_here:
         state.bring_back(handle)
         return
-    if "factored" not in handle.record.marks:
-        handle.record.marks.add("factored")
+    if "factored" not in handle.injection.marks:
+        handle.injection.marks.add("factored")
         tell(
             "lightning_lora: scaled was called in a merged evaluation, which runs factored from there on; "
             "merged_eval=False saves the merge."
@@ -217,13 +217,13 @@ def _inside(handle: AdaptedModel) -> dict[str, float]:
     found: dict[str, float] = {}
     for layer in handle.all_layers.values():
         found |= {"": layer.lora.strength} if layer.is_trained() else {}
-        found |= layer.lora.beside.inside if layer.lora.beside is not None else {}
+        found |= layer.lora.attached.inside if layer.lora.attached is not None else {}
     return found
 
 
 def _differing(handle: AdaptedModel, inside: Strengths) -> dict[str, float]:
     """Return those of the strengths that differ from the model's own, by name."""
-    own = {"": 1.0, **{name: each.strength for name, each in handle.record.beside.items()}}
+    own = {"": 1.0, **{name: each.strength for name, each in handle.injection.attached.items()}}
     return {name: strength for name, strength in inside.items() if strength != own.get(name)}
 
 
@@ -232,18 +232,18 @@ def _act_with_(handle: AdaptedModel, inside: Strengths) -> None:
     for layer in handle.all_layers.values():
         if layer.is_trained():
             layer.lora.strength = inside.get("", 1.0)
-        if layer.lora.beside is not None:
-            layer.lora.beside.act_with_(inside)
+        if layer.lora.attached is not None:
+            layer.lora.attached.act_with_(inside)
 
 
 def _set_(handle: AdaptedModel, strengths: Strengths) -> None:
     """Give attached adapters of an unmerged model other strengths, for good. In place."""
-    beside = handle.record.beside
+    attachment = handle.injection.attached
     for layer in handle.all_layers.values():
-        packed = layer.lora.beside
+        packed = layer.lora.attached
         for name in packed.shares.keys() & strengths.keys() if packed is not None else ():
             packed.set_strength_(name, strengths[name])  # type: ignore[union-attr]
-    beside.update({name: replace(beside[name], strength=strength) for name, strength in strengths.items()})
+    attachment.update({name: replace(attachment[name], strength=strength) for name, strength in strengths.items()})
 
 
 def _asked(handle: AdaptedModel, strength: float | Strengths, name: str, verb: str) -> dict[str, float]:
@@ -255,7 +255,7 @@ def _asked(handle: AdaptedModel, strength: float | Strengths, name: str, verb: s
     given = strength if isinstance(strength, Mapping) else {name: strength}
     strengths = {each: checked_strength(value, verb) for each, value in given.items()}
     for each in strengths:
-        if each or not handle.record.is_injection:
+        if each or not handle.injection.is_injection:
             require_attached(handle, each, verb)
     return strengths
 
@@ -274,7 +274,7 @@ def checked_strength(strength: object, verb: str) -> float:
 
 def require_attached(handle: AdaptedModel, name: str, verb: str) -> None:
     """Raise LoRAError unless an adapter of this name is attached. The message begins with the verb."""
-    known = handle.record.beside
+    known = handle.injection.attached
     if name in known:
         return
     what = f"no adapter {name!r} is attached" if name else "the model has no trained adapter"
@@ -319,7 +319,7 @@ def change_unmerged_(handle: AdaptedModel, verb: str, change: Callable[[], None]
         change: the change.
         settle: takes the change back, or completes it, where an exception broke off any part of this call.
     """
-    with claimed(verb, handle.record.owner):
+    with claimed(verb, handle.injection.owner):
         found = FoundState(handle)
         try:
             unmerge_if_merged(handle)
@@ -350,48 +350,50 @@ def begin_layers_(handle: AdaptedModel, names: Iterable[str]) -> None:
             raise LoRAError(f"attach: {name!r}: {why_not}.")
         layer: AdaptedWeights
         if name in modules:
-            layer = adapt_(owner, name, spec, handle.record)
+            layer = adapt_(owner, name, spec, handle.injection)
         else:
-            layer = adapt_parameter_(owner, leaf, name, spec, handle.record)
+            layer = adapt_parameter_(owner, leaf, name, spec, handle.injection)
         layer.lora.strength = 0.0
     handle.look_for_layers_again()
 
 
-def attach_to_layers_(handle: AdaptedModel, name: str, pairs: Mapping[str, Attached], beside: Beside) -> None:
+def attach_to_layers_(
+    handle: AdaptedModel, name: str, pairs: Mapping[str, AttachedFactors], attachment: Attachment
+) -> None:
     """Put an adapter beside the trained one, into every layer that it has. In place.
 
     Args:
         handle: of the model, unmerged.
         name: of the adapter.
         pairs: its factors, by layer, after begin_layers_.
-        beside: what the record says of it.
+        attachment: its strength and fingerprint.
     """
     for layer_name, pair in pairs.items():
         layer = handle.all_layers[layer_name]
-        layer.lora.beside = Packed({**layer.attached(), name: pair})
-    handle.record.beside = dict(sorted({**handle.record.beside, name: beside}.items()))
+        layer.lora.attached = Packed({**layer.attached(), name: pair})
+    handle.injection.attached = dict(sorted({**handle.injection.attached, name: attachment}.items()))
     note_layers(handle)
 
 
 def take_out_attached_(handle: AdaptedModel, name: str) -> None:
-    """Take an attached adapter out of an unmerged model, and the record where nothing else is in it. In place."""
-    record = handle.record
-    record.beside = {each: facts for each, facts in record.beside.items() if each != name}
+    """Take an attached adapter out of an unmerged model, and the injection where nothing else is in it. In place."""
+    injection = handle.injection
+    injection.attached = {each: facts for each, facts in injection.attached.items() if each != name}
     undo_readers(module for _, module in handle.root_modules)
     for layer in handle.all_layers.values():
         rest = layer.attached()
         if rest.pop(name, None) is not None:
-            layer.lora.beside = Packed(rest) if rest else None
-        if layer.lora.beside is None and not layer.is_trained():
+            layer.lora.attached = Packed(rest) if rest else None
+        if layer.lora.attached is None and not layer.is_trained():
             layer.strip_()
     handle.look_for_layers_again()
     note_layers(handle)
-    if not record.is_injection and not record.beside:
+    if not injection.is_injection and not injection.attached:
         modules = [module for _, module in handle.root_modules]
         stop_checking_loads(modules)
         unpatch(modules)
-        end_facts(modules, record)
-        record.end(handle.root)
+        end_facts(modules, injection)
+        injection.end(handle.root)
 
 
 def note_layers(handle: AdaptedModel) -> None:
@@ -400,8 +402,8 @@ def note_layers(handle: AdaptedModel) -> None:
     These are readers of weights, fast paths, checkpointing, loading and save_pretrained. Harmless when repeated.
     """
     places, modules = handle.root_modules, [module for _, module in handle.root_modules]
-    handle.record.layers = [name for name, _, _ in adapted_places(handle.root, modules=places)]
-    begin_facts(handle.root_places, handle.record)
+    handle.injection.layers = [name for name, _, _ in adapted_places(handle.root, modules=places)]
+    begin_facts(handle.root_places, handle.injection)
     note_adapted_children(handle.root)
     record_ties(places)
     keep_gradients_(modules)
@@ -414,10 +416,10 @@ def note_layers(handle: AdaptedModel) -> None:
 
 
 def begin_attached(model: nn.Module, owner: Owner | None = None) -> AdaptedModel:
-    """Give a plain model a record of attached adapters. In place."""
-    record = Injection(LoRAConfig(), chosen=Chosen({}), marks={"attached alone"}, owner=owner or Owner())
-    record.begin(model)
-    return AdaptedModel(model, model, record)
+    """Give a plain model an injection of attached adapters. In place."""
+    injection = Injection(LoRAConfig(), chosen=Chosen({}), marks={"attached alone"}, owner=owner or Owner())
+    injection.begin(model)
+    return AdaptedModel(model, model, injection)
 
 
 def find_attached_alone(listing: Listing) -> AdaptedModel | None:
@@ -427,29 +429,30 @@ def find_attached_alone(listing: Listing) -> AdaptedModel | None:
         LoRAError: the adapters were attached to a larger model.
     """
     handle = find_model(listing, attached=True, part=True)
-    if handle is None or handle.record.is_injection:
+    if handle is None or handle.injection.is_injection:
         return None
-    if handle.record.holder() is not None and len(handle.all_layers) < len(handle.record.layers):
+    if handle.injection.holder() is not None and len(handle.all_layers) < len(handle.injection.layers):
         raise LoRAError(
-            f"inject: {type(listing.model).__name__} is a part of the {type(handle.record.holder()).__name__} to which "
-            f"{listed([repr(name) for name in handle.record.beside])} was attached; inject that, or detach first."
+            f"inject: {type(listing.model).__name__} is a part of the {type(handle.injection.holder()).__name__} to "
+            f"which {listed([repr(name) for name in handle.injection.attached])} was attached; inject that, or detach "
+            "first."
         )
     unmerge_if_merged(handle)
     return handle
 
 
 def take_over_attached(listing: Listing, old: Injection, new: Injection) -> None:
-    """Let a new record have the attached adapters of a model, of which the old one has ended. In place."""
-    new.beside = dict(old.beside)
+    """Let a new injection have the attached adapters of a model, of which the old one has ended. In place."""
+    new.attached = dict(old.attached)
     for name, layer in Listing(listing.model).all_layers.items():
-        if layer.lora.beside is not None:
+        if layer.lora.attached is not None:
             layer.lora.injection, layer.lora.name = new, name
 
 
 def hold_attached(root: nn.Module, old: Injection) -> None:
     """Let attached adapters stay in a model from which the trained one was taken out. In place. Can be repeated."""
-    if old.beside:
-        begun = record_of_root(root)  # by a call that was broken off
+    if old.attached:
+        begun = injection_of_root(root)  # by a call that was broken off
         handle = begin_attached(root, old.owner) if begun is None else AdaptedModel(root, root, begun)
-        take_over_attached(handle, old, handle.record)
+        take_over_attached(handle, old, handle.injection)
         note_layers(handle)

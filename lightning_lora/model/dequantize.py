@@ -12,7 +12,7 @@ from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import from_local_like, local
 from ..errors import LoRAError
 from ..names import join_names
-from ..nn.adapted_module import records_of
+from ..nn.adapted_module import injections_of
 from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of
 from ..nn.exact_merge import merged_weight
 from ..nn.foreign_weights import is_foreign_linear
@@ -44,7 +44,7 @@ def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
 def report_factored(layers: Iterable[AdaptedWeights]) -> None:
     """Log once a model how many layers stay factored because their weights are quantized, or of another library."""
     stay = [layer for layer in layers if layer.quantized() or is_foreign_linear(layer.lora_holder)]
-    reported = [record for record in records_of(stay) if "quantized" in record.marks]
+    reported = [injection for injection in injections_of(stay) if "quantized" in injection.marks]
     stay = [layer for layer in stay if layer.lora.injection not in reported]
     for layer in stay:
         layer.lora.injection.marks.add("quantized")

@@ -13,7 +13,7 @@ copied after injection. So a fact is found in three steps:
 3. Neither: a new tensor of a new module has no facts.
 
 A module of an injected model has one ModuleFacts, from injection (or when it is built) until the adapter is taken out.
-It also says to which injection the module belongs: a copy of a part of a model brings a record of its own.
+It also says to which injection the module belongs: a copy of a part of a model brings an injection of its own.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Fact:
 class ModuleFacts:
     """What is known of one module of an injected model."""
 
-    injection: Any  # the record of the injection that the module belongs to
+    injection: Any  # the injection that the module belongs to
     tensors: dict[str, Fact] = field(default_factory=dict)  # by the tensor's name in the module
     adapted_children: frozenset[str] = frozenset()  # the names of the children in which layers were adapted
     left_out: str = ""  # why "all-linear" or "all-layers" leaves the layer out
@@ -111,7 +111,7 @@ def begin_facts(places: Places, injection: Any, *, scope: str = "") -> None:
 
     Args:
         places: every module of the injected module, with its names.
-        injection: the record.
+        injection: the injection.
         scope: the name of the module that a loaded adapter is for, or "".
     """
     for name, module in places:

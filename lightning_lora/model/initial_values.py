@@ -23,7 +23,7 @@ def snapshot_initial(handle: AdaptedModel) -> None:
 
     After finish_injection only buffers without a recorded value are added: a parameter has been trained since.
     """
-    is_validated = "validated" in handle.record.marks
+    is_validated = "validated" in handle.injection.marks
     reshard_(module for _, module in handle.root_modules)
     known = handle.known
     met: set[int] = set()  # a tied tensor lies in several modules

@@ -97,32 +97,32 @@ def inject(
     wrapped, config = model, as_config(config)
     listing = Listing(unwrapped(model, "inject"))
     handle = find_model(listing)
-    if handle is not None and handle.root is handle.model and "validated" not in handle.record.marks:
-        with claimed("inject", handle.record.owner):
+    if handle is not None and handle.root is handle.model and "validated" not in handle.injection.marks:
+        with claimed("inject", handle.injection.owner):
             strip_adapters(handle)  # the callback adapted the model before configure_model, which calls inject itself
         handle = None
     if handle is not None:
         _refuse_other(handle, config, merge_weights, seed)
         return list(handle.layers)
     warn_of_late_adapters(wrapped, "inject")
-    record = Injection(config, seed="" if seed is None else fixed_seed(seed))
+    injection = Injection(config, seed="" if seed is None else fixed_seed(seed))
     if merge_weights:
-        record.marks.add("merges by mode")
-    handle = _inject(listing, record)
+        injection.marks.add("merges by mode")
+    handle = _inject(listing, injection)
     _tell_of_layers(handle)
     return list(handle.layers)
 
 
-def inject_layers(listing: Listing, record: Injection) -> AdaptedModel:
+def inject_layers(listing: Listing, injection: Injection) -> AdaptedModel:
     """Adapt exactly the layers of an adapter whose values are loaded next. In place. No option selects anything.
 
     Initial values of A and B are not computed from the weights, which can take minutes.
 
     Args:
         listing: of the model.
-        record: of the new injection, with what the adapter adapts and trains whole.
+        injection: of the new injection, with what the adapter adapts and trains whole.
     """
-    return _inject(listing, record, values_follow=True)
+    return _inject(listing, injection, values_follow=True)
 
 
 def stored_parameters(handle: AdaptedModel) -> StoredParameters:
@@ -151,17 +151,17 @@ def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRA
     Returns:
         The new handle.
     """
-    model, old = handle.model, handle.record
+    model, old = handle.model, handle.injection
     marks = old.marks - {"merged", "ended"}
     begun = find_model(Listing(model))
-    for each in [begun, handle] if begun is not None and begun.record is not old else [handle]:
+    for each in [begun, handle] if begun is not None and begun.injection is not old else [handle]:
         each.look_for_layers_again()
         unmerge_if_merged(each)
         restore_initial_(each)
         strip_adapters(each)
-    record = Injection(config, seed=old.seed, chosen=chosen, run=old.run, owner=old.owner)
-    record.begin(model)
-    take_over_attached(Listing(model), old, record)
+    injection = Injection(config, seed=old.seed, chosen=chosen, run=old.run, owner=old.owner)
+    injection.begin(model)
+    take_over_attached(Listing(model), old, injection)
     new = cast(AdaptedModel, find_model(Listing(model)))
     adapt_new_layers(new, values_follow=True)
     for holder, name, parameter in earlier:
@@ -171,7 +171,7 @@ def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRA
             parameter.requires_grad_(successor.requires_grad)
             holder.register_parameter(name, parameter)
     snapshot_initial(new)
-    record.marks |= marks
+    injection.marks |= marks
     return new
 
 
@@ -197,7 +197,7 @@ def unload(model: nn.Module) -> None:
     _warn_of_unknown_values(handle, "unload", stacklevel=3)
     modules = handle.all_modules()
     refuse_fully_sharded(handle.root, modules, "unload")
-    with claimed("unload", handle.record.owner):
+    with claimed("unload", handle.injection.owner):
         if holds_merged(handle.layers.values()):
             unmerge_listed(handle)
         take_out = partial(take_out_adapter, handle)
@@ -212,7 +212,7 @@ def take_out_adapter(handle: AdaptedModel) -> None:
     restore_initial_(handle)
     strip_adapters(handle)
     unpatch(handle.all_modules())
-    hold_attached(handle.root, handle.record)
+    hold_attached(handle.root, handle.injection)
 
 
 def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> nn.Module:
@@ -242,18 +242,18 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
     refuse_replaced_layers(handle, "merge_and_unload")
     modules = handle.all_modules()
     refuse_fully_sharded(handle.root, modules, "merge_and_unload")
-    with claimed("merge_and_unload", handle.record.owner):
+    with claimed("merge_and_unload", handle.injection.owner):
         refuse_unmergeable(handle, dtype)
         unmerge_listed(handle)  # a layer that could not be merged earlier may be mergeable now
         plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
-        handle.record.marks.add("quantized")  # no layer stays factored, so nothing is said of that
+        handle.injection.marks.add("quantized")  # no layer stays factored, so nothing is said of that
         merge_listed(handle)
 
         def leave_merged() -> None:
             handle.look_for_layers_again()
             for layer in handle.all_layers.values():
                 layer.lora.undo = None
-                layer.lora.beside = None
+                layer.lora.attached = None
             strip_adapters(handle)
             if plain:
                 replace_quantized_(modules, plain)
@@ -300,13 +300,13 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     handle = open_model(model, "disable_adapter", attached=True)
     _warn_of_unknown_values(handle, "disable_adapter", stacklevel=4)
-    with claimed("disable_adapter", handle.record.owner) as claim:
-        is_inside = any(handle.record.owner.holds(verb, beside=claim) for verb in (DISABLED, OFF))
+    with claimed("disable_adapter", handle.injection.owner) as claim:
+        is_inside = any(handle.injection.owner.holds(verb, other_than=claim) for verb in (DISABLED, OFF))
         found = [] if is_inside else stand_ins(handle)
         adapted = [module for _, module in handle.modules if isinstance(module, AdaptedModule)]
         modules = [] if is_inside else [*adapted, *(each.module for each in found)]
         were_active = {layer: layer.lora_active or layer.lora.merged for layer in handle.all_layers.values()}
-        noted = handle.record.strength_log.now
+        noted = handle.injection.strength_log.now
         end = Ending(claim, partial(_enable_again, handle, FoundState(handle), were_active, noted, found, modules))
         try:
             try:
@@ -314,7 +314,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
                     unmerge_listed(handle)
                 put_in_(found, modules)
                 _set_active(handle, dict.fromkeys(were_active, False))
-                handle.record.strength_log.change({**noted, DISABLED: 0.0})
+                handle.injection.strength_log.change({**noted, DISABLED: 0.0})
                 yield model
             finally:
                 end()
@@ -343,32 +343,32 @@ def _enable_again(
     take_out_(found, modules)
     unmerge_if_merged(handle)
     _set_active(handle, were_active)
-    handle.record.strength_log.change(noted)
+    handle.injection.strength_log.change(noted)
     state.bring_back(handle)
 
 
-def _inject(listing: Listing, record: Injection, *, values_follow: bool = False) -> AdaptedModel:
-    with claimed("inject", record.owner):
-        handle, selection = begin_injection(listing, record, values_follow=values_follow)
+def _inject(listing: Listing, injection: Injection, *, values_follow: bool = False) -> AdaptedModel:
+    with claimed("inject", injection.owner):
+        handle, selection = begin_injection(listing, injection, values_follow=values_follow)
         finish_injection(handle, selection)
     return handle
 
 
 def _tell_of_layers(handle: AdaptedModel) -> None:
     """Say which layers are left out and which weights are passed over, as LoRACallback's summary does."""
-    record, reasons = handle.record, dict[str, list[str]]()
+    injection, reasons = handle.injection, dict[str, list[str]]()
     for name, reason in handle.left_out().items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         are = "is" if len(names) == 1 else "are"
-        tell(f"lightning_lora: {listed(names)} {are} left out of {record.config.target_modules!r}: {reason}.")
+        tell(f"lightning_lora: {listed(names)} {are} left out of {injection.config.target_modules!r}: {reason}.")
     if others := passed_over(handle):
         advice = f"; {option} adapts the experts" if (option := experts(handle)) else ""
-        tell(f"lightning_lora: {record.config.target_modules!r} passes over {others}{advice}")
+        tell(f"lightning_lora: {injection.config.target_modules!r} passes over {others}{advice}")
 
 
 def begin_injection(
-    listing: Listing, record: Injection, *, values_follow: bool = False
+    listing: Listing, injection: Injection, *, values_follow: bool = False
 ) -> tuple[AdaptedModel, Selection]:
     """Adapt the layers that exist now. In place.
 
@@ -376,7 +376,7 @@ def begin_injection(
 
     Args:
         listing: of the model.
-        record: of the new injection, with its options.
+        injection: of the new injection, with its options.
         values_follow: an adapter is loaded next, so no initial values are computed from weights.
 
     Returns:
@@ -384,19 +384,19 @@ def begin_injection(
     """
     earlier = find_attached_alone(listing)
     check_unadapted(listing.modules)
-    owners = [record.owner] if earlier is None else [record.owner, earlier.record.owner]
+    owners = [injection.owner] if earlier is None else [injection.owner, earlier.injection.owner]
     with claimed("inject", *owners):
         if earlier is not None:
-            record.beside = dict(earlier.record.beside)
-            earlier.record.end(earlier.root)
-        record.begin(listing.model)
-        handle = with_lists(AdaptedModel(listing.model, listing.model, record), listing)
+            injection.attached = dict(earlier.injection.attached)
+            earlier.injection.end(earlier.root)
+        injection.begin(listing.model)
+        handle = with_lists(AdaptedModel(listing.model, listing.model, injection), listing)
         with _leaving_no_trace(handle):
             if earlier is not None:
-                take_over_attached(listing, earlier.record, record)
+                take_over_attached(listing, earlier.injection, injection)
             selection = adapt_new_layers(handle, values_follow=values_follow)
             snapshot_initial(handle)
-            if "merges by mode" in record.marks:
+            if "merges by mode" in injection.marks:
                 patch(handle.root, "train", _merge_by_mode)
     return handle, selection
 
@@ -411,32 +411,34 @@ def finish_injection(handle: AdaptedModel, selection: Selection) -> None:
     Raises:
         LoRAError: an entry names nothing. The adapters are then taken out.
     """
-    root, record = handle.root, handle.record
-    with claimed("adopt", record.owner), _leaving_no_trace(handle):
+    root, injection = handle.root, handle.injection
+    with claimed("adopt", injection.owner), _leaving_no_trace(handle):
         if errors := selection.unmatched.errors:
             sentences = "\n".join(map(sentence, errors))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
-    if "validated" not in record.marks:
+    if "validated" not in injection.marks:
         warn_of_unused(selection, stacklevel=4)
         for name, module in handle.root_places:
             if name in selection.left_out and (facts := facts_of(module)) is not None:
                 facts.left_out = selection.left_out[name]
         for name in selection.saved_instead:
             tell(f"lightning_lora: {name} {TRAINED_WHOLE}")
-    record.marks.add("validated")
+    injection.marks.add("validated")
 
 
 def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Selection:
     """Adapt the named layers that are not adapted yet, freeze new parameters, and return what the options name."""
-    with claimed("adopt", handle.record.owner):
+    with claimed("adopt", handle.injection.owner):
         return _adapt_new_layers(handle, values_follow)
 
 
 def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
-    root, record = handle.root, handle.record
-    begin_facts(handle.root_places, record, scope=record.chosen.scope.removesuffix(".") if record.chosen else "")
+    root, injection = handle.root, handle.injection
+    begin_facts(
+        handle.root_places, injection, scope=injection.chosen.scope.removesuffix(".") if injection.chosen else ""
+    )
     check_shapes(handle.root_modules)
-    selection = selected(handle.root_modules, record)
+    selection = selected(handle.root_modules, injection)
     live = {name: each for name, each in adapted_layers(root, modules=handle.root_modules).items() if each.is_trained()}
     new = {name: module for name, module in selection.layers.items() if name not in live}
     apart = {
@@ -447,23 +449,23 @@ def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
     parameters = {name: place for name, place in selection.parameters.items() if name not in live}
     modules = dict(handle.root_modules)
     tables = {name: rows for name, rows in selection.tables.items() if not isinstance(modules[name], LoRATable)}
-    selection.refuse(modules, record.config, {*new, *apart, *parameters, *tables})
-    check_trainable(handle.root_modules, selection.saved, record.config)
+    selection.refuse(modules, injection.config, {*new, *apart, *parameters, *tables})
+    check_trainable(handle.root_modules, selection.saved, injection.config)
     if new or apart or parameters or tables:
-        with claimed("inject", record.owner):  # refused inside of a block, where adopting what is there is not
+        with claimed("inject", injection.owner):  # refused inside of a block, where adopting what is there is not
             pass
     _freeze(handle, new, selection.saved)
-    if record.beside:
+    if injection.attached:
         undo_readers(module for _, module in handle.root_modules)
-    seed = record.seed or random_seed()
+    seed = injection.seed or random_seed()
     with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
         for name, module in new.items():
-            spec = _spec(name, record, seed, selection.outputs.get(name, name))
-            _create_tensors(adapt_(module, name, spec, record), values_follow)
+            spec = _spec(name, injection, seed, selection.outputs.get(name, name))
+            _create_tensors(adapt_(module, name, spec, injection), values_follow)
             advance(1)
         for name, (module, leaf) in parameters.items():
-            spec = _spec(name, record, seed, name)
-            _create_tensors(adapt_parameter_(module, leaf, name, spec, record), values_follow)
+            spec = _spec(name, injection, seed, name)
+            _create_tensors(adapt_parameter_(module, leaf, name, spec, injection), values_follow)
             advance(1)
         for name, rows in tables.items():
             _adapt_table(handle, name, modules[name], rows, values_follow)
@@ -476,21 +478,21 @@ def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
 
 def strip_adapters(handle: AdaptedModel) -> None:
     """Take the trained adapter out; patched methods and attached adapters stay. In place."""
-    record, modules = handle.record, [module for _, module in handle.root_modules]
+    injection, modules = handle.injection, [module for _, module in handle.root_modules]
     allow_packing_(modules)
     for tensor, fact in handle.known.values():
         if fact.requires_grad is not None:
             tensor.requires_grad_(fact.requires_grad)
     for layer in adapted_layers(handle.root, modules=handle.root_modules).values():
         with layer.lora.lock:  # another thread's forward may have W' in the weight's place
-            (layer.strip_ if layer.lora.beside is None else layer.let_nothing_train_)()
+            (layer.strip_ if layer.lora.attached is None else layer.let_nothing_train_)()
     handle.look_for_layers_again()
     patch_readers(modules)
     update_fast_paths(modules)
     disable_input_require_grads(modules)
     stop_checking_loads(modules)
-    end_facts(handle.all_modules(), record)
-    record.end(handle.root)
+    end_facts(handle.all_modules(), injection)
+    injection.end(handle.root)
 
 
 def fixed_seed(seed: int, verb: str = "inject") -> str:
@@ -511,18 +513,18 @@ def random_seed() -> str:
 
 def _refuse_other(earlier: AdaptedModel, config: LoRAConfig, merge_weights: bool, seed: int | None) -> None:
     """Raise LoRAError where an injected model was injected elsewhere or with other arguments."""
-    model, record, differences = earlier.model, earlier.record, earlier.record.config.differences(config)
+    model, injection, differences = earlier.model, earlier.injection, earlier.injection.config.differences(config)
     if earlier.root is not model:
         where = earlier.prefix.removesuffix(".") or earlier.inside.removesuffix(".")
         raise LoRAError(f"inject: {where!r} inside {type(model).__name__} was injected already; unload it first.")
     if differences:
         options = ", ".join(differences)
         raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
-    if merge_weights != ("merges by mode" in record.marks):
+    if merge_weights != ("merges by mode" in injection.marks):
         raise LoRAError(
             f"inject: {type(model).__name__} was injected with merge_weights={not merge_weights}; unload it first."
         )
-    if seed is not None and fixed_seed(seed) != record.seed:
+    if seed is not None and fixed_seed(seed) != injection.seed:
         raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
 
 
@@ -558,15 +560,15 @@ def _freeze(handle: AdaptedModel, new: Mapping[str, nn.Module], saved: Mapping[s
     """Freeze base parameters, but for biases and modules that are trained whole. In place.
 
     Args:
-        handle: of the model; its record notes requires_grad from before.
+        handle: of the model; its injection notes requires_grad from before.
         new: the layers that are about to be adapted.
         saved: the modules that are trained whole.
     """
-    record = handle.record
-    bias = record.config.bias if record.chosen is None else "none"
+    injection = handle.injection
+    bias = injection.config.bias if injection.chosen is None else "none"
     trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
-    if record.chosen is not None:
-        whole = record.chosen.whole
+    if injection.chosen is not None:
+        whole = injection.chosen.whole
         trainable |= {id(tensor) for name, tensor, _ in state_of(handle.root_places) if name in whole}
     if bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
@@ -586,16 +588,16 @@ def _freeze(handle: AdaptedModel, new: Mapping[str, nn.Module], saved: Mapping[s
         handle.set_fingerprint({})
 
 
-def _spec(name: str, record: Injection, seed: str, in_patterns: str) -> LayerSpec:
+def _spec(name: str, injection: Injection, seed: str, in_patterns: str) -> LayerSpec:
     """Return what the options say of the adapter of one layer or parameter, or what a loaded adapter has there.
 
     Args:
         name: of the layer or parameter.
-        record: of the injection, with the options.
+        injection: of the injection, with the options.
         seed: the text that adapters are drawn from.
         in_patterns: the name that rank_pattern and alpha_pattern are asked for.
     """
-    config, chosen = record.config, record.chosen.layers.get(name) if record.chosen is not None else None
+    config, chosen = injection.config, injection.chosen.layers.get(name) if injection.chosen is not None else None
     r, scaling, parts = config.rank(in_patterns), config.scaling(in_patterns), config.enabled_parts(name)
     if chosen is not None:
         r, scaling, parts = chosen.r, chosen.scaling, chosen.parts
@@ -622,16 +624,16 @@ def _adapt_table(
     handle: AdaptedModel, name: str, module: nn.Module, rows: tuple[int, ...], values_follow: bool
 ) -> None:
     """Train rows of a table. Tied tables share one adapter."""
-    record = handle.record
+    injection = handle.injection
     tied = table_adapters(module for _, module in handle.root_modules).get(id(module.weight))
     if tied is not None:
         share_table_(module, tied)
         return
-    keep_float32 = record.config.autocast_adapter_dtype
+    keep_float32 = injection.config.autocast_adapter_dtype
     spec = LayerSpec(
         r=len(rows), alpha=len(rows), scaling=1.0, variant=TrainedRows(), keep_float32=keep_float32, rows=rows
     )
-    _create_tensors(adapt_table_(module, name, spec, record), values_follow)
+    _create_tensors(adapt_table_(module, name, spec, injection), values_follow)
 
 
 def _create_tensors(layer: AdaptedWeights, values_follow: bool) -> None:

@@ -1,8 +1,8 @@
-"""The record of an injection: its options, and the facts about the model that later calls need.
+"""An injection: its options, and the facts about the model that later calls need.
 
-An injected model has one record. The injected module and each adapted layer hold it, so that it can be found from any
-module that holds the layers: the injected module, a module around it, a network inside it, or a new module around the
-same network.
+An injected model has one injection. The injected module and each adapted layer hold it, so that it can be found from
+any module that holds the layers: the injected module, a module around it, a network inside it, or a new module around
+the same network.
 
 What is known of single tensors and modules goes with these, see facts.py.
 """
@@ -19,7 +19,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import ATTRIBUTE
-from ..nn.attachment import Beside
+from ..nn.attachment import Attachment
 from ..nn.gradient_checkpointing import StrengthLog
 from ..nn.owner import Owner
 from .facts import Fact
@@ -28,7 +28,7 @@ from .facts import Fact
 # "merged": merge was called, and since then unmerge was not called for all layers. "merges by mode": eval() merges and
 # train() unmerges. "started": initialize_from_data was called, so a fit does not start from its own data. "quantized":
 # a message said that layers with quantized weights stay factored. "trained": a fit came to its end. "ended": the
-# adapters were taken out. "attached alone": there is no injection, and the record is of attached adapters.
+# adapters were taken out. "attached alone": nothing is trained, and the injection is of attached adapters.
 # "factored": a merged evaluation called `scaled`, so evaluations of the run stay factored, and a message said so.
 Mark = Literal[
     "validated",
@@ -96,7 +96,7 @@ class Chosen:
 
 @dataclass(eq=False)
 class Injection:
-    """The record of one injection."""
+    """One injection."""
 
     config: LoRAConfig
     seed: str = ""  # the text that adapters are drawn from; "" means the state of the random stream
@@ -106,9 +106,9 @@ class Injection:
     facts: list[Fact] = field(default_factory=list)  # of tensors of the model. A copy's are in its modules
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
     marks: set[Mark] = field(default_factory=set)
-    beside: dict[str, Beside] = field(default_factory=dict)  # the attached adapters, in the order of their names
+    attached: dict[str, Attachment] = field(default_factory=dict)  # the attached adapters, in the order of their names
     run: Run = field(default_factory=Run)
-    root: weakref.ref[nn.Module] | None = None  # the injected module; None in a copy of the record
+    root: weakref.ref[nn.Module] | None = None  # the injected module; None in a copy of the injection
     owner: Owner = field(default_factory=Owner)  # the thread that changes or saves the model; a copy has its own
     strength_log: StrengthLog = field(default_factory=StrengthLog)  # of blocks; a copy is in none
 
@@ -128,7 +128,7 @@ class Injection:
         return "attached alone" not in self.marks
 
     def begin(self, root: nn.Module) -> None:
-        """Let a module hold the record as the injected module. In place.
+        """Let a module hold the injection as the injected module. In place.
 
         Raises:
             LoRAError: another thread has injected the module meanwhile.
@@ -144,13 +144,13 @@ class Injection:
             )
 
     def end(self, root: nn.Module) -> None:
-        """Take the record out of the module that a handle has as its root, and out of the injected one. In place."""
+        """Take the injection out of the module that a handle has as its root, and out of the injected one. In place."""
         self.marks.add("ended")
         for module in (root, self.holder()):
             if module is not None and vars(module).get(ATTRIBUTE) is self:
                 delattr(module, ATTRIBUTE)
 
     def holder(self) -> nn.Module | None:
-        """Return the injected module, or None where it is gone or holds another record."""
+        """Return the injected module, or None where it is gone or holds another injection."""
         root = self.root() if self.root is not None else None
         return root if root is not None and vars(root).get(ATTRIBUTE) is self else None

@@ -11,7 +11,7 @@ from ..errors import LoRAError
 from ..names import ATTRIBUTE, canonical, listed, parent_names
 from ..nn.adapted_module import MERGED, AdaptedModule, is_factor
 from ..nn.adapted_weights import NamedModules, adapted_layers, adapters_by_path
-from ..nn.beside import LACKING
+from ..nn.attached_factors import LACKING
 from ..nn.foreign_entries import with_metadata
 from .adapted_model import Listing, find_model
 from .initial_values import record_loaded

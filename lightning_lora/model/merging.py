@@ -13,7 +13,7 @@ from ..distributed.flat import begin_writing, free_gathered
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import dimensions_of_ranks, is_spread, local, reshard_
 from ..errors import LoRAError, NonFiniteError
-from ..nn.adapted_module import claimed_with, records_of
+from ..nn.adapted_module import claimed_with, injections_of
 from ..nn.adapted_weights import AdaptedWeights, Blocks
 from ..nn.exact_merge import Buffers
 from ..nn.low_rank import HALF
@@ -94,8 +94,8 @@ def merge_listed(listing: Listing, *, warns: bool = True) -> None:
     with claimed_with(listing.all_layers.values(), "merge"):
         pending = {name: each for name, each in listing.all_layers.items() if _is_pending(each)}
         if pending:
-            for record in records_of(listing.all_layers.values()):
-                record.marks.add("merged")  # first, because an exception may break off what follows
+            for injection in injections_of(listing.all_layers.values()):
+                injection.marks.add("merged")  # first, because an exception may break off what follows
             if warns:
                 warn_of_untrained(listing, stacklevel=4)
             with shards_in_place(listing, "merge"):
@@ -256,8 +256,8 @@ class FoundState:
         """Note the state of a model that was listed before the block."""
         layers = listing.all_layers.values()
         self.model, self.merged = listing.model, any(each.lora.merged for each in layers)
-        by_mode = [record for record in records_of(layers) if "merges by mode" in record.marks]
-        roots = (record.root() for record in by_mode if record.root is not None)
+        by_mode = [injection for injection in injections_of(layers) if "merges by mode" in injection.marks]
+        roots = (injection.root() for injection in by_mode if injection.root is not None)
         self.modes = {root: root.training for root in roots if root is not None}  # of roots injected with merge_weights
 
     def is_to_be_merged(self) -> bool:
@@ -332,9 +332,9 @@ def _restore_all(listing: Listing) -> None:
     """Unmerge every layer. Another call completes the work where an exception broke it off. In place."""
     try:
         _unmerge_all(listing.all_layers)
-        for record in records_of(listing.all_layers.values()):
-            if len(listing.all_layers) >= len(record.layers):  # else a part was unmerged
-                record.marks.discard("merged")
+        for injection in injections_of(listing.all_layers.values()):
+            if len(listing.all_layers) >= len(injection.layers):  # else a part was unmerged
+                injection.marks.discard("merged")
     finally:
         update_fast_paths(module for _, module in listing.modules)
 

@@ -84,7 +84,7 @@ def _grouped_parameters(handle: AdaptedModel) -> dict[str, list[nn.Parameter]]:
     """Return the trainable parameters of an adapted model by the groups of lora_param_groups, without empty ones."""
     factors = _groups_of_factors(handle.layers.values())
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
-    with claimed("lora_param_groups", handle.record.owner):  # inside disable_adapter stand-ins are in place
+    with claimed("lora_param_groups", handle.injection.owner):  # inside disable_adapter stand-ins are in place
         for parameter, name in _parameters(handle).items():
             if parameter.requires_grad:
                 groups[factors.get(parameter) or _group_of_other(name, parameter)].append(parameter)

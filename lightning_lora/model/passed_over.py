@@ -44,7 +44,7 @@ def passed_over(handle: AdaptedModel) -> str:
     for weight in weights:
         module, leaf = weight.module, weight.leaf
         cls = module.lora_base if isinstance(module, Swapped) else type(module)
-        adapts_more |= handle.record.config.target_modules == ALL_LINEAR and isinstance(module, MORE_KINDS)
+        adapts_more |= handle.injection.config.target_modules == ALL_LINEAR and isinstance(module, MORE_KINDS)
         sizes[cls.__name__ if leaf == "weight" else f"{cls.__name__}.{leaf}"] += weight.shape.numel()
     whole = sizes.total()
     if whole <= LITTLE * total:
@@ -86,7 +86,7 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 def _weights(handle: AdaptedModel) -> tuple[int, list[Weight]]:
     """Return the number of parameters, and the weights that a value of BY_KIND passes over."""
-    config, names = handle.record.config, handle.left_out()
+    config, names = handle.injection.config, handle.left_out()
     if config.target_modules not in BY_KIND:
         return 0, []
     excluded, saved = matcher(config.exclude_modules), matcher(config.all_modules_to_save())

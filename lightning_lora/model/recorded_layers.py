@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import LoRAError
 from ..names import join_names, listed
-from .adapted_model import Listing, is_inside, record_of_root
+from .adapted_model import Listing, injection_of_root, is_inside
 from .facts import facts_of, lost_children
 
 
@@ -18,7 +18,7 @@ def refuse_replaced_layers(listing: Listing, verb: str) -> None:
         listing: of any module. A module without an injected model is accepted, and so is a part of one.
         verb: the beginning of the message.
     """
-    roots = (place for place in listing.modules if record_of_root(place[1]) is not None)
+    roots = (place for place in listing.modules if injection_of_root(place[1]) is not None)
     outer, root = next(roots, ("", listing.model))  # names are those that the options count for
     inside = ((path, module) for path, module in listing.modules if is_inside(path, outer))
     gone = {

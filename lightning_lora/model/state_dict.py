@@ -15,7 +15,7 @@ from ..errors import LoRAError
 from ..names import canonical
 from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import AdaptedWeights, Blocks, adapters_by_path, layer_adapter
-from ..nn.beside import LACKING
+from ..nn.attached_factors import LACKING
 from ..nn.foreign_entries import metadata_of, with_metadata
 from ..nn.owner import OFF, claimed
 from ..nn.quantized_state import quantization_entries
@@ -55,13 +55,13 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         {'0.lora_A': (2, 8), '0.lora_B': (8, 2), '2.lora_A': (2, 8), '2.lora_B': (2, 2)}
     """
     handle = open_model(model, "adapter_state_dict")
-    with claimed("adapter_state_dict", handle.record.owner):
+    with claimed("adapter_state_dict", handle.injection.owner):
         refuse_replaced_layers(handle, "adapter_state_dict")
         warn_of_untrained(handle)
         state, foreign = gather_flat(open_state(handle).values()), without_base(handle, foreign_entries(handle))
-    metadata, beside = dict(foreign.versions), handle.record.beside
-    if beside:
-        metadata[""] = {**metadata.get("", {}), LACKING: [*beside]}
+    metadata, attached = dict(foreign.versions), handle.injection.attached
+    if attached:
+        metadata[""] = {**metadata.get("", {}), LACKING: [*attached]}
     return with_metadata(state | dict(foreign.values), metadata) if metadata else state
 
 
@@ -91,7 +91,7 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
     """
     dtype = dequantize_dtype(dequantize, "merged_state_dict")
     handle = open_model(model, "merged_state_dict", attached=True)
-    with claimed("merged_state_dict", handle.record.owner):
+    with claimed("merged_state_dict", handle.injection.owner):
         refuse_replaced_layers(handle, "merged_state_dict")
         warn_of_untrained(handle)
         whole = _state_to_merge(handle)
@@ -104,7 +104,7 @@ def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:
     Where values from before training stand in for trained ones, state_dict() is refused.
     """
     entries = handle.state()
-    if any(owns_flat(module) for _, module in handle.modules) or handle.record.owner.holds(OFF):
+    if any(owns_flat(module) for _, module in handle.modules) or handle.injection.owner.holds(OFF):
         return original_values(entries)
     spread = original_values(entry for entry in entries if is_spread(entry[1]))  # state_dict() shows no flat values
     state = handle.model.state_dict()

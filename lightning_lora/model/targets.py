@@ -94,11 +94,11 @@ class Selection:
                 Candidate(TABLE, name, modules[name], config, rows=rows, also=also).refuse()
 
 
-def selected(listed_modules: NamedModules, record: Injection) -> Selection:
+def selected(listed_modules: NamedModules, injection: Injection) -> Selection:
     """Select what an injection adapts and trains in a model: what a loaded adapter has, or what the options name."""
-    if record.chosen is not None:
-        return select_chosen(listed_modules, record.chosen)
-    return select(listed_modules, record.config)
+    if injection.chosen is not None:
+        return select_chosen(listed_modules, injection.chosen)
+    return select(listed_modules, injection.config)
 
 
 def select_chosen(listed_modules: NamedModules, chosen: Chosen) -> Selection:

@@ -169,8 +169,8 @@ class AdaptedModule(Swapped):
             super()._apply(_keeping_float32(fn, adapters), recurse)  # type: ignore[no-untyped-call]
             for adapter in adapters:
                 adapter.tie_again_(self, before, loaded=False)
-                if adapter.lora.beside is not None:
-                    adapter.lora.beside.move_(fn)
+                if adapter.lora.attached is not None:
+                    adapter.lora.attached.move_(fn)
         for adapter in were_meta:
             if not _is_meta(adapter):  # to_empty gave it memory without values
                 adapter.draw_()
@@ -185,8 +185,8 @@ class AdaptedModule(Swapped):
             for adapter in adapters:
                 if adapter.lora.undo is not None or adapter.lora.restore_failed:
                     _put_original(adapter, destination, prefix)
-                if adapter.lora.beside is not None:
-                    adapter.lora.beside.mark_as_lacking(destination, prefix)
+                if adapter.lora.attached is not None:
+                    adapter.lora.attached.mark_as_lacking(destination, prefix)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *args: Any
@@ -283,11 +283,11 @@ class StandIns:
 
 def claimed_with(adapters: Iterable[Adapter], verb: str) -> AbstractContextManager[Claim]:
     """Claim the models that hold these adapters inside the block; see owner.claimed."""
-    return claimed(verb, *[record.owner for record in records_of(adapters)])
+    return claimed(verb, *[injection.owner for injection in injections_of(adapters)])
 
 
-def records_of(adapters: Iterable[Adapter]) -> list[Any]:
-    """Return the records of the injections that adapters belong to, each once."""
+def injections_of(adapters: Iterable[Adapter]) -> list[Any]:
+    """Return the injections that adapters belong to, each once."""
     return list(dict.fromkeys(each.lora.injection for each in adapters))
 
 

@@ -22,8 +22,8 @@ from ..errors import LoRAError
 from ..names import canonical, join_names
 from . import low_rank
 from .adapted_module import AdaptedModule
+from .attached_factors import AttachedFactors, Packed, add_attached
 from .autocast import without_autocast
-from .beside import Attached, Packed, add_beside
 from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, parts_of, restored_weight, unmerge_weight_
 from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop_to_window, dense_delta
@@ -59,7 +59,7 @@ class LayerState:
 
     spec: LayerSpec
     name: str = ""  # in the injected module
-    injection: Any = None  # the record of the injection; all layers of a model share it
+    injection: Any = None  # the injection; all layers of a model share it
     custom_forward: bool = False  # the layer's class overrides torch's forward, so that forward runs on W'
     merged: bool = False  # merge was called
     undo: Undo | None = None  # what unmerging needs, while the weight is merged
@@ -72,7 +72,7 @@ class LayerState:
     training_checked: bool = False  # training was seen to reach the layer, or a warning has named it
     in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
     strength: float = 1.0  # of the trained adapter, another one inside `scaled`; with 0 it does not act
-    beside: Packed | None = None  # the attached adapters
+    attached: Packed | None = None  # the attached adapters
     known_info: tuple[LayerSpec, LayerInfo] | None = None  # the last result of `layer_info`, with its spec
     # Memory of plain copies, kept from merge to merge: on the CPU fresh pages take longer than the copy.
     copies: Buffers = field(default_factory=Buffers)
@@ -107,9 +107,9 @@ class StoredTensors:
 
     def options_text(self) -> str:
         """Return r and alpha as text, for the module's repr."""
-        spec, beside = self.lora.spec, self.lora.beside
+        spec, packed = self.lora.spec, self.lora.attached
         trained = [f"r={spec.r}, alpha={spec.alpha:g}"] if self.is_trained() else []
-        return ", ".join([*trained, *([f"attached={[*beside.shares]}"] if beside is not None else [])])
+        return ", ".join([*trained, *([f"attached={[*packed.shares]}"] if packed is not None else [])])
 
     def is_trained(self) -> bool:
         """Return whether the layer has an adapter that is trained, and not attached ones alone."""
@@ -280,9 +280,9 @@ class AdaptedWeights(StoredTensors):
         """s of the trained adapter, times its present strength."""
         return self.lora.spec.scaling * self.lora.strength
 
-    def attached(self) -> dict[str, Attached]:
+    def attached(self) -> dict[str, AttachedFactors]:
         """Return the adapters that are attached to the layer, by name; see Packed.unpacked."""
-        return {} if self.lora.beside is None else self.lora.beside.unpacked()
+        return {} if self.lora.attached is None else self.lora.attached.unpacked()
 
     def changes_weight(self) -> bool:
         """Return whether W' differs from W: training has reached the adapter, or an attached one acts."""
@@ -348,8 +348,8 @@ class AdaptedWeights(StoredTensors):
             dense = dense + self.delta(a, b * self.scaling, self.lora.spec.enabled)
             if scale is not None:
                 dense = dense * low_rank.over_weight(self.KIND, scale, weight)
-        if self.lora.beside is not None:
-            dense = dense + self.delta(*self.lora.beside.factors(weight.device))
+        if self.lora.attached is not None:
+            dense = dense + self.delta(*self.lora.attached.factors(weight.device))
         return dense.to(weight.dtype)
 
     def delta(self, a: torch.Tensor, b: torch.Tensor, enabled: tuple[bool, ...] | None = None) -> torch.Tensor:
@@ -399,7 +399,7 @@ class AdaptedWeights(StoredTensors):
     @property
     def merge_scaling(self) -> float:
         """What `blocks` are still to be multiplied by: s, or 1 where adapters are attached, each with its own s."""
-        return self.scaling if self.lora.beside is None else 1.0
+        return self.scaling if self.lora.attached is None else 1.0
 
     def blocks(self, weight: torch.Tensor, stored: Stored | None = None) -> Blocks:
         """Return the blocks that are added to this rank's shard of the weight, without merge_scaling.
@@ -415,11 +415,11 @@ class AdaptedWeights(StoredTensors):
         def read() -> Parts:
             return parts_of(full_tensor(weight))
 
-        info, beside, blocks = self.layer_info(), self.lora.beside, Blocks()
+        info, packed, blocks = self.layer_info(), self.lora.attached, Blocks()
         if self.lora.strength:
             blocks = self.lora.spec.variant.live_blocks(whole, info, weight, read)
-        if beside is not None:
-            blocks = add_beside(blocks, beside.blocks(info.kind, info.shape, weight.device), self.scaling)
+        if packed is not None:
+            blocks = add_attached(blocks, packed.blocks(info.kind, info.shape, weight.device), self.scaling)
         return self.crop_to_shard(blocks, weight)
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:

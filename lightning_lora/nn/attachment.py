@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Beside:
+class Attachment:
     """An adapter that is attached beside the trained one.
 
     Attributes:

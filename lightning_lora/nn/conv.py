@@ -28,8 +28,8 @@ class LoRAConv(LoRALayer):
 
     def runs_on_factors(self, x: torch.Tensor) -> bool:
         """Dropout of single elements of the input needs the factors, whatever they cost."""
-        layer, spec, beside = cast(nn.Conv2d, self), self.lora.spec, self.lora.beside
-        rank = 0 if beside is None else beside.rank
+        layer, spec, packed = cast(nn.Conv2d, self), self.lora.spec, self.lora.attached
+        rank = 0 if packed is None else packed.rank
         if self.lora.strength:
             with torch.no_grad():
                 rank += spec.variant.effective_factors(self.stored(), None, spec.scaling)[1].shape[1]

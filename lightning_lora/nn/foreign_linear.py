@@ -10,7 +10,7 @@ from torch import nn
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
 from ..names import A, B
-from .beside import Packed
+from .attached_factors import Packed
 from .foreign_weights import is_foreign_linear
 from .linear import LoRALinear
 from .low_rank import MERGEABLE_DTYPES
@@ -65,9 +65,9 @@ class LoRAForeignLinear(LoRALinear):
             self._refuse_other_map(args[0], y)
         return y
 
-    def with_beside(self, y: torch.Tensor, x: torch.Tensor, beside: Packed) -> torch.Tensor:
+    def with_attached(self, y: torch.Tensor, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         """Return the sum in new memory: the layer may have returned its input, or keep y for its backward."""
-        product = self.low_rank_product(x, *beside.factors_like(x, self.KIND, self.adapted_weight()))
+        product = self.low_rank_product(x, *packed.factors_like(x, self.KIND, self.adapted_weight()))
         return y + product.to(y.dtype)
 
     def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

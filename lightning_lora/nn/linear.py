@@ -11,7 +11,7 @@ from torch import nn
 from ..distributed.sharding import is_sharded, local
 from . import low_rank
 from .adapted_weights import Blocks
-from .beside import Packed
+from .attached_factors import Packed
 from .lora_layer import LoRALayer
 from .low_rank_sum import compute_dtype, fits, low_rank_sum
 from .quantized import dequantize, dtype_of, quantized_as, quantized_parameters, refuse_bytes
@@ -47,11 +47,11 @@ class LoRALinear(LoRALayer):
         # autograd must not see a view: fully_shard's hooks on the output would be lost if a view were changed in place.
         return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
-    def with_beside(self, y: torch.Tensor, x: torch.Tensor, beside: Packed) -> torch.Tensor:
+    def with_attached(self, y: torch.Tensor, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         """Return y with what is beside added to it: as the formula is written, or with no other tensor of y's size."""
         if x.dim() < 2 or runs_by_formula(x):
-            return super().with_beside(y, x, beside)
-        a, b = beside.factors(x.device)
+            return super().with_attached(y, x, packed)
+        a, b = packed.factors(x.device)
         hidden = F.linear(x.flatten(0, -2), a.to(x.dtype))
         rows = y if y.dim() == 2 else torch.ops.aten._unsafe_view(y, (len(hidden), y.shape[-1]))
         rows.addmm_(hidden.to(y.dtype), b.to(y.dtype).t())

@@ -15,7 +15,7 @@ from ..names import names_factor
 from . import low_rank
 from .adapted_module import AdaptedModule, StandIns
 from .adapted_weights import AdaptedWeights
-from .beside import Packed
+from .attached_factors import Packed
 from .transforms import runs_by_formula
 from .variant import Variant
 
@@ -107,7 +107,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
             y = y if scale is None else self.scaled(y, scale)
         else:
             y = cast(torch.Tensor, self.base_forward(x))
-        return y if self.lora.beside is None else self.with_beside(y, x, self.lora.beside)
+        return y if self.lora.attached is None else self.with_attached(y, x, self.lora.attached)
 
     def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return y = W x + bias + s * B(A(dropout(x)))."""
@@ -116,9 +116,9 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         product = self.low_rank_product(dropped, a, b * scaling)  # B is smaller than the product
         return y + product if runs_by_formula(y) else y.add_(product)
 
-    def with_beside(self, y: torch.Tensor, x: torch.Tensor, beside: Packed) -> torch.Tensor:
+    def with_attached(self, y: torch.Tensor, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         """Return y with the sum of w_i * s_i * B_i(A_i(x)) added to it. In place, where that may be."""
-        product = self.low_rank_product(x, *beside.factors_like(x, self.KIND, self.adapted_weight()))
+        product = self.low_rank_product(x, *packed.factors_like(x, self.KIND, self.adapted_weight()))
         return y + product if runs_by_formula(y) else y.add_(product)
 
     def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

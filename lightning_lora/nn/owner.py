@@ -63,7 +63,7 @@ class Owner:
                         "Only one thread at a time may change or save a model: hold one threading.Lock around each "
                         "such call, including its whole `with` block, and around the forwards of other threads."
                     )
-            if any(self.holds(block, beside=claim) for block in REFUSED[claim.verb]):
+            if any(self.holds(block, other_than=claim) for block in REFUSED[claim.verb]):
                 raise LoRAError(f"{claim.verb}: {REFUSED_INSIDE}")
             self.claims[claim] = None
 
@@ -72,9 +72,9 @@ class Owner:
         with self.guard:
             self.claims.pop(claim, None)
 
-    def holds(self, verb: str, *, beside: Claim | None = None) -> bool:
+    def holds(self, verb: str, *, other_than: Claim | None = None) -> bool:
         """Return whether a claim with this verb is open, `beside` this one."""
-        return any(claim.verb == verb for claim in list(self.claims) if claim is not beside)
+        return any(claim.verb == verb for claim in list(self.claims) if claim is not other_than)
 
 
 class Claim:

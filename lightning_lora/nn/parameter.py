@@ -77,14 +77,14 @@ class LoRAParameter(AdaptedWeights):
         known = self.module.lora_base.forward.__module__.startswith(FACTORED)
         if not known or torch.compiler.is_compiling() or runs_by_formula(weight):
             return super().stand_in(weight)
-        pairs, beside = [], self.lora.beside
+        pairs, packed = [], self.lora.attached
         if self.lora.strength:
             a, b, scale = self.effective_factors()
             if scale is not None:
                 return super().stand_in(weight)
             pairs.append((a, b * self.scaling))
-        if beside is not None:
-            pairs.append(beside.factors(weight.device))
+        if packed is not None:
+            pairs.append(packed.factors(weight.device))
         if not pairs:
             return weight
         self.note_segment()

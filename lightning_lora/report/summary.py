@@ -239,7 +239,7 @@ def summary(model: nn.Module) -> Summary:
 
 def summarise(handle: AdaptedModel) -> Summary:
     """Do what summary does, for an opened model."""
-    record, layers = handle.record, handle.layers
+    injection, layers = handle.injection, handle.layers
     factors = _each_once(layer.factors() for layer in layers.values())
     stored = _each_once(layer.stored().values() for layer in layers.values())
     base = {each.name: each.parameter for each in base_parameters_of(handle.modules)}
@@ -247,31 +247,31 @@ def summarise(handle: AdaptedModel) -> Summary:
     total = sum(shape_of(parameter).numel() for parameter in (*factors, *base.values()))
     also_trained = {name: shape_of(parameter).numel() for name, parameter in base.items() if parameter.requires_grad}
     saved = {name: shape_of(value).numel() for name, value in handle.initial().items()}
-    variant = variant_of(record.config).title + (" with use_rslora" if record.config.use_rslora else "")
+    variant = variant_of(injection.config).title + (" with use_rslora" if injection.config.use_rslora else "")
     groups = _group(layers)
     return Summary(
-        variant=variant if record.is_injection else "",
-        start=_start(record.config.init_lora_weights),
+        variant=variant if injection.is_injection else "",
+        start=_start(injection.config.init_lora_weights),
         layers=len(layers),
         groups=groups,
         trainable=sum(shape_of(parameter).numel() for parameter in trainable),
         total=total,
-        small_scaling=_small_scaling(record, groups),
+        small_scaling=_small_scaling(injection, groups),
         adapter_parameters=sum(shape_of(factor).numel() for factor in factors),
         adapter_bytes=sum(shape_of(factor).numel() * factor.itemsize for factor in stored),
         adapter_dtypes=tuple(dict.fromkeys(str(factor.dtype).removeprefix("torch.") for factor in factors)),
         also_trained=also_trained,
         also_saved={name: size for name, size in saved.items() if name not in also_trained},
         left_out=_left_out(handle.left_out(), base, total - sum(shape_of(factor).numel() for factor in factors)),
-        by_kind=next((value for value in BY_KIND if value == record.config.target_modules), ""),
+        by_kind=next((value for value in BY_KIND if value == injection.config.target_modules), ""),
         passed_over=passed_over(handle),
         experts=experts(handle),
         frozen_head=describe_frozen_head(handle.root_modules),
         quantized=_quantized(handle),
         unmerged=_unmerged(layers),
-        attached={name: each.strength for name, each in sorted(record.beside.items())},
-        merged_eval=record.run.merged_eval,
-        save=record.run.save,
+        attached={name: each.strength for name, each in sorted(injection.attached.items())},
+        merged_eval=injection.run.merged_eval,
+        save=injection.run.save,
         memory=Memory(
             weights=_local_bytes((*base.values(), *_buffers(handle))),
             adapter=_local_bytes(stored),
@@ -326,10 +326,10 @@ def _rank_and_scaling(group: LayerGroup) -> tuple[str, str, str]:
     return (str(group.r), f"{group.alpha:g}", f"{group.scaling:.3g}") if group.r else ("", "", "")
 
 
-def _small_scaling(record: Injection, groups: Iterable[LayerGroup]) -> str:
+def _small_scaling(injection: Injection, groups: Iterable[LayerGroup]) -> str:
     """Say where s is small because lora_alpha is the default, which goes with r = 8. A loaded adapter's is its own."""
     default = LoRAConfig().lora_alpha
-    if record.chosen is not None or record.config.lora_alpha != default:
+    if injection.chosen is not None or injection.config.lora_alpha != default:
         return ""
     small = sorted({group.scaling for group in groups if group.alpha == default and 0 < group.scaling < SMALL})
     shown = " and ".join(dict.fromkeys(f"{each:.3g}" for each in (small[:1] + small[-1:])))

@@ -57,7 +57,7 @@ def initialize_from_data(
     """
     handle = open_model(model, "initialize_from_data")
     start_from_batches(handle, batches, forward, mask, n)
-    handle.record.marks.add("started")
+    handle.injection.marks.add("started")
 
 
 def start_from_batches(handle: AdaptedModel, batches: Iterable[Any], forward: Forward, mask: Mask, n: int) -> None:
@@ -82,8 +82,8 @@ def start_from_batches(handle: AdaptedModel, batches: Iterable[Any], forward: Fo
             f"initialize_from_data: B of {trained[0]!r} is not zero, so the adapter was trained or loaded; start from "
             "data first."
         )
-    with claimed("initialize_from_data", handle.record.owner):
-        if handle.record.config.has_start:
+    with claimed("initialize_from_data", handle.injection.owner):
+        if handle.injection.config.has_start:
             start_from_gradients(handle.model, layers, batches, forward, n)
         else:
             start_from_inputs(handle.model, layers, batches, forward, mask, n)

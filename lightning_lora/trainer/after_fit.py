@@ -40,7 +40,7 @@ def merge_for_good(module: nn.Module) -> None:
 
 def _dtype(handle: AdaptedModel) -> torch.dtype | None:
     """Return the dtype of the plain weights that replace quantized ones, or None."""
-    return dequantize_dtype(handle.record.run.dequantize, "LoRACallback")
+    return dequantize_dtype(handle.injection.run.dequantize, "LoRACallback")
 
 
 def forget_merging(module: nn.Module) -> None:

@@ -28,7 +28,7 @@ def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:
         dequantize: the dtype of plain weights in place of quantized ones in merged checkpoints.
     """
     check_kind(kind)
-    handle.record.run.save, handle.record.run.dequantize = kind, dequantize
+    handle.injection.run.save, handle.injection.run.dequantize = kind, dequantize
     patch(handle.model, "on_save_checkpoint", _on_save_checkpoint)
     patch(handle.model, "on_load_checkpoint", _on_load_checkpoint)
 
@@ -36,7 +36,7 @@ def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:
 def save_as_where_unpatched(module: nn.Module, kind: Kind, dequantize: Any = None) -> None:
     """Patch an injected LightningModule as save_as does, where that was not done: in the main process of a launcher."""
     handle = find_model(module)
-    if handle is not None and handle.record.run.save is None:
+    if handle is not None and handle.injection.run.save is None:
         save_as(handle, kind, dequantize)
 
 
@@ -45,8 +45,8 @@ def _on_save_checkpoint(
 ) -> None:
     call_previous(module, previous, "on_save_checkpoint", checkpoint)
     injected = find_model(module)
-    if injected is not None and injected.record.run.save is not None:
-        convert_checkpoint(module, checkpoint, injected.record.run.save)
+    if injected is not None and injected.injection.run.save is not None:
+        convert_checkpoint(module, checkpoint, injected.injection.run.save)
 
 
 def _on_load_checkpoint(

@@ -94,23 +94,23 @@ def refuse_other_options(handle: AdaptedModel, config: LoRAConfig, given: Collec
         given: the names of the options that the user gave.
         seed: the callback's seed, or "".
     """
-    record = handle.record
-    if "merges by mode" in record.marks:
+    injection = handle.injection
+    if "merges by mode" in injection.marks:
         raise LoRAError(
             "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
             "in eval mode would silently stop training. Call unload(model), then inject(model, config) without it."
         )
-    differing = [option for option in record.config.differing(config) if option in given]
-    if record.chosen is not None and _selects_layers(handle, config, given, differing):
+    differing = [option for option in injection.config.differing(config) if option in given]
+    if injection.chosen is not None and _selects_layers(handle, config, given, differing):
         differing = [option for option in differing if option not in BY_LAYER]
     for option in differing:
         if option != "lora_dropout":  # which is of training alone: _adopt takes it
             raise LoRAError(
                 f"LoRACallback: {option} is {getattr(config, option)!r}, but the model was injected with "
-                f"{getattr(record.config, option)!r}; use the same, or leave it out. unload(model) takes the adapter "
-                "out, so save it first."
+                f"{getattr(injection.config, option)!r}; use the same, or leave it out. unload(model) takes the "
+                "adapter out, so save it first."
             )
-    if seed and record.seed != seed:
+    if seed and injection.seed != seed:
         raise LoRAError("LoRACallback: the model was injected with another seed; give none, or unload(model) first.")
 
 
@@ -121,7 +121,7 @@ def _selects_layers(
 
     Words that were not given are the loaded adapter's. Its patterns may name its layers as in another module.
     """
-    asked = replace(handle.record.config, **{name: getattr(config, name) for name in BY_LAYER if name in given})
+    asked = replace(handle.injection.config, **{name: getattr(config, name) for name in BY_LAYER if name in given})
     live = {layer.lora.name: layer.lora.spec for layer in handle.layers.values() if layer.kind()}
     selection = select(handle.root_modules, asked)
     if not {*TARGETS}.isdisjoint(differing) and selection.names() != live.keys():

@@ -11,22 +11,27 @@ from ..distributed.sharding import is_spread
 from ..errors import NonFiniteError, sentence
 from ..model.adapted_model import Listing, find_model
 from ..model.merging import merge_listed, unmerge
-from .record import record_of
+from .current_injection import injection_of
 
 
 def merge_to_evaluate(trainer: Any, module: nn.Module) -> None:
     """Merge, if that has not been done yet. In a fit, a value that is not finite is a warning. In place."""
-    record = record_of(module)
-    if record is None or not record.layers or record.marks & {"merged", "factored"} or record.run.stays_unmerged:
+    injection = injection_of(module)
+    if (
+        injection is None
+        or not injection.layers
+        or injection.marks & {"merged", "factored"}
+        or injection.run.stays_unmerged
+    ):
         return
-    record.run.merged_here = True  # first, because Ctrl-C is raised when merging is complete
+    injection.run.merged_here = True  # first, because Ctrl-C is raised when merging is complete
     in_fit = trainer.state.fn == "fit"
     try:
         merge_listed(Listing(module), warns=not in_fit)
     except NonFiniteError as error:
         if not in_fit:
             raise
-        record.run.stays_unmerged = True  # EarlyStopping and others judge the loss
+        injection.run.stays_unmerged = True  # EarlyStopping and others judge the loss
         rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
 
 
@@ -36,7 +41,7 @@ def warn_of_untrained_adapter(trainer: Any, module: nn.Module) -> None:
     A sharded adapter is not looked at: this rank's part of it may be empty.
     """
     handle = find_model(module)
-    if handle is None or trainer.state.fn == "fit" or trainer.ckpt_path or "trained" in handle.record.marks:
+    if handle is None or trainer.state.fn == "fit" or trainer.ckpt_path or "trained" in handle.injection.marks:
         return
     layers = handle.layers.values()
     if layers and not any(is_spread(layer.factors()[-1]) or not layer.is_initial() for layer in layers):
@@ -49,11 +54,11 @@ def warn_of_untrained_adapter(trainer: Any, module: nn.Module) -> None:
 
 def end_evaluation(module: nn.Module) -> None:
     """Unmerge what merge_to_evaluate has merged. In place."""
-    record = record_of(module)
-    if record is None:
+    injection = injection_of(module)
+    if injection is None:
         return
-    record.run.stays_unmerged = False
-    if record.run.merged_here:
-        record.run.merged_here = False
-        if "merged" in record.marks:
+    injection.run.stays_unmerged = False
+    if injection.run.merged_here:
+        injection.run.merged_here = False
+        if "merged" in injection.marks:
             unmerge(module)

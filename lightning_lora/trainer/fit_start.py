@@ -38,8 +38,8 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     refuse_replaced_layers(handle, "LoRACallback")
     snapshot_materialised(handle)
     refuse_unoptimized(trainer.optimizers, handle)
-    saved = handle.record.config.modules_to_save or ()
-    refuse_never_quantized(handle.modules, handle.record.config)
+    saved = handle.injection.config.modules_to_save or ()
+    refuse_never_quantized(handle.modules, handle.injection.config)
     warn_of_new_heads(handle.modules, saved)
     enable_input_require_grads([module for _, module in handle.modules])
     refuse_for_quantized(handle, trainer)
@@ -54,27 +54,27 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
 
 def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     """Record the base's fingerprint and whether evaluations merge; log the options and show the summary. In place."""
-    record = handle.record
-    record.run.looked_at = frozenset()
+    injection = handle.injection
+    injection.run.looked_at = frozenset()
     handle.record_trainable(untouched=True)  # what setup and configure_optimizers unfroze
     if not handle.fingerprint():
         handle.set_fingerprint(fingerprint_of(open_state(handle)))
-    record.run.merged_eval = options.merged_eval
+    injection.run.merged_eval = options.merged_eval
     if trainer.loggers:
         own = {name: getattr(options, name) for name in LOGGED}
-        if record.beside:
-            own["attach"] = {name: each.strength for name, each in sorted(record.beside.items())}
-        log_options(handle.model, as_hyperparameters(record.config, **own))
+        if injection.attached:
+            own["attach"] = {name: each.strength for name, each in sorted(injection.attached.items())}
+        log_options(handle.model, as_hyperparameters(injection.config, **own))
     if options.verbose:
         found = summarise(handle)
         tell(found.short())
         for each in found.left_out:
             if each.reason.startswith(BY_NAME):  # the summary cuts its lines
                 tell(f"lightning_lora: {each.reason}")
-        if "trained" in record.marks and not trainer.ckpt_path:
+        if "trained" in injection.marks and not trainer.ckpt_path:
             tell(
                 "lightning_lora: training goes on from the adapter that the model holds. For a new one, unload(model) "
                 "first."
             )
         if found.unmerged:
-            record.marks.add("quantized")
+            injection.marks.add("quantized")

@@ -40,6 +40,7 @@ from .checkpoint_options import (
 )
 from .cli_optimizer import adapt_cli_optimizer
 from .compatibility import launches, refuse_composition, refuse_other_options
+from .current_injection import is_merged_for_good
 from .deepspeed import outside_zero_init
 from .lightning_packages import is_overridden
 from .options import Options, seed_text, sources_of
@@ -49,7 +50,6 @@ from .precision import (
     refuse_for_quantized,
     refuse_late_conversion,
 )
-from .record import is_merged_for_good
 
 BUILDERS = ("configure_model", "setup")  # the last that Lightning calls first
 
@@ -97,25 +97,25 @@ def _tell_of_taken(config: LoRAConfig, completed: LoRAConfig) -> None:
         tell(f"lightning_lora: {', '.join(taken)} {'is' if len(taken) == 1 else 'are'} the checkpoint's.")
 
 
-def _adapt_now(module: nn.Module, options: Options, record: Injection) -> None:
+def _adapt_now(module: nn.Module, options: Options, injection: Injection) -> None:
     """Adapt the layers that exist now, or adopt an earlier injection; patch the method that may build others. In place.
 
     Args:
         module: the LightningModule.
         options: the LoRACallback.
-        record: of the injection, where there is none yet.
+        injection: of the injection, where there is none yet.
     """
     stop_adapting(module)  # of a run that an exception ended
     last = next((name for name in BUILDERS if is_overridden(name, module)), None)
     handle = find_model(module)
     if handle is None:
-        handle = _inject(module, options, record, is_complete=last is None)
+        handle = _inject(module, options, injection, is_complete=last is None)
     else:
         _adopt(handle, options)
     _prepare_copies(handle, options)
     if last is not None:
-        patch(module, last, _build_and_adapt, last, options, record)
-    elif handle is not None and "validated" not in handle.record.marks:  # an earlier setup was broken off
+        patch(module, last, _build_and_adapt, last, options, injection)
+    elif handle is not None and "validated" not in handle.injection.marks:  # an earlier setup was broken off
         finish_injection(handle, adapt_new_layers(handle))
     _attach_sources(module, options, is_complete=last is None)
 
@@ -131,30 +131,30 @@ def _build_and_adapt(
     previous: Any,
     name: str,
     options: Options,
-    record: Injection,
+    injection: Injection,
     *args: Any,
     **kwargs: Any,
 ) -> None:
     """Adapt what was built before, call the method of this name, which may shard it, and adapt what that built."""
-    _adapt_built(module, options, record, is_complete=False)
+    _adapt_built(module, options, injection, is_complete=False)
     attached_before = _attached_in(module)
     call_previous(module, previous, name, *args, **kwargs)
     _take_out_of_rebuilt(module, options, attached_before)
-    _adapt_built(module, options, record, is_complete=True)
+    _adapt_built(module, options, injection, is_complete=True)
 
 
-def _adapt_built(module: nn.Module, options: Options, record: Injection, *, is_complete: bool) -> None:
+def _adapt_built(module: nn.Module, options: Options, injection: Injection, *, is_complete: bool) -> None:
     """Adapt the layers that are not adapted yet; where all layers are there, check that each option names something."""
     with outside_zero_init():
         handle = find_model(module)
         if handle is None:
-            _prepare_copies(_inject(module, options, record, is_complete=is_complete), options)
+            _prepare_copies(_inject(module, options, injection, is_complete=is_complete), options)
         else:
-            if "validated" in handle.record.marks:  # by an earlier run, or by the user's method
+            if "validated" in handle.injection.marks:  # by an earlier run, or by the user's method
                 _adopt(handle, options)
             convert_linear_layers_(handle)
-            if handle.record.run.quantize is not None:
-                quantize_(handle, handle.record.run.quantize, handle.record.config)
+            if handle.injection.run.quantize is not None:
+                quantize_(handle, handle.injection.run.quantize, handle.injection.config)
             selection = adapt_new_layers(handle)
             _prepare_copies(handle, options)
             if is_complete:
@@ -163,16 +163,16 @@ def _adapt_built(module: nn.Module, options: Options, record: Injection, *, is_c
         _attach_sources(module, options, is_complete=is_complete)
 
 
-def _inject(module: nn.Module, options: Options, record: Injection, *, is_complete: bool) -> AdaptedModel | None:
+def _inject(module: nn.Module, options: Options, injection: Injection, *, is_complete: bool) -> AdaptedModel | None:
     """Inject the layers that exist, all where is_complete; where more may follow and none is named yet, return None."""
     listing = Listing(module)
     convert_linear_layers_(listing)
     if options.quantize is not None:
-        quantize_(listing, options.quantize, record.config)
-    if not is_complete and selected(listing.modules, record).is_empty():
+        quantize_(listing, options.quantize, injection.config)
+    if not is_complete and selected(listing.modules, injection).is_empty():
         return None
-    record.run.quantize = options.quantize
-    handle, selection = begin_injection(listing, record)
+    injection.run.quantize = options.quantize
+    handle, selection = begin_injection(listing, injection)
     if is_complete:
         finish_injection(handle, selection)
     return handle
@@ -184,11 +184,11 @@ def _adopt(handle: AdaptedModel, options: Options) -> None:
     Dropout may be another: it is of training alone, and no tensor depends on it.
     """
     refuse_late_conversion(handle)
-    handle.record.marks.discard("factored")  # because of evaluations of an earlier run
+    handle.injection.marks.discard("factored")  # because of evaluations of an earlier run
     refuse_other_options(handle, options.config, options.given, seed_text(options))
     if "lora_dropout" in options.given:
         dropout = options.config.lora_dropout
-        handle.record.config = replace(handle.record.config, lora_dropout=dropout)
+        handle.injection.config = replace(handle.injection.config, lora_dropout=dropout)
         for name in handle.kinds:
             layer = handle.layers[name]
             layer.lora.spec = replace(layer.lora.spec, dropout=dropout)
@@ -215,13 +215,13 @@ def _attach_sources(module: nn.Module, options: Options, *, is_complete: bool) -
     for name, each in sources_of(options.attach).items():
         adapter = read_source(each.source, order_in(module), "LoRACallback")
         handle = find_model(module, attached=True)
-        if handle is not None and name in handle.record.beside:
-            if handle.record.beside[name].fingerprint != digest_of(adapter):
+        if handle is not None and name in handle.injection.attached:
+            if handle.injection.attached[name].fingerprint != digest_of(adapter):
                 raise LoRAError(
                     f"LoRACallback: attach names another adapter {name!r} than the one that is attached to the model. "
                     f"Call detach(model, {name!r}) first, or give it another name."
                 )
-            if each.strength not in (None, here := handle.record.beside[name].strength):
+            if each.strength not in (None, here := handle.injection.attached[name].strength):
                 raise LoRAError(
                     f"LoRACallback: attach gives {name!r} the strength {each.strength:g}, and it is attached to the "
                     f"model with {here:g}. Call set_strength(model, {each.strength:g}, {name!r}) first, or leave the "

@@ -34,9 +34,9 @@ def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> N
     Raises:
         LoRAError: the data can be read only once, or training_step cannot be called without training.
     """
-    if handle is None or handle.record.config.init_lora_weights not in FROM_DATA or trainer.global_step:
+    if handle is None or handle.injection.config.init_lora_weights not in FROM_DATA or trainer.global_step:
         return
-    if "started" in handle.record.marks or not all(
+    if "started" in handle.injection.marks or not all(
         layer.is_initial() for layer in handle.layers.values() if layer.kind()
     ):
         return
@@ -47,12 +47,12 @@ def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> N
     used_up |= type(loops._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
     if used_up or not module.automatic_optimization:
         raise LoRAError(
-            f"LoRACallback: init_lora_weights={handle.record.config.init_lora_weights!r}: under manual optimization, "
-            "with dataloader_iter, or with an iterator as data, no batch can be read before training; call "
-            "inject(module, config) and initialize_from_data(module, batches, forward) before fit."
+            f"LoRACallback: init_lora_weights={handle.injection.config.init_lora_weights!r}: under manual "
+            "optimization, with dataloader_iter, or with an iterator as data, no batch can be read before training. "
+            "Call inject(module, config) and initialize_from_data(module, batches, forward) before fit."
         )
     loader.flattened = list(map(_with_own_workers, loader.flattened))
-    gradients = handle.record.config.has_start
+    gradients = handle.injection.config.has_start
 
     def prepared(batch: Any) -> Any:
         batch = trainer.precision_plugin.convert_input(batch)

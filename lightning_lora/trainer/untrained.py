@@ -11,8 +11,8 @@ from torch import nn
 from ..model.adapted_model import Listing
 from ..model.gradients import warn_of_layers
 from ..names import listed
+from .current_injection import injection_of
 from .deepspeed_optimizer import held_parameters, holds_copies
-from .record import record_of
 
 
 def look_for_gradients(optimizers: Sequence[Any], optimizer: Any, module: nn.Module) -> None:
@@ -25,15 +25,15 @@ def look_for_gradients(optimizers: Sequence[Any], optimizer: Any, module: nn.Mod
         optimizer: the one that is about to step.
         module: a LightningModule.
     """
-    record = record_of(module)
-    if record is None or id(optimizer) in record.run.looked_at:
+    injection = injection_of(module)
+    if injection is None or id(optimizer) in injection.run.looked_at:
         return
     parameters = held_parameters(optimizer)
     knows_gradients = not holds_copies(optimizer)  # DeepSpeed keeps them elsewhere
     if knows_gradients and all(parameter.grad is None for parameter in parameters):
         return  # the step is skipped
-    is_first = not record.run.looked_at
-    record.run.looked_at |= {id(optimizer)}
+    is_first = not injection.run.looked_at
+    injection.run.looked_at |= {id(optimizer)}
     if knows_gradients:
         held = {id(parameter) for parameter in parameters}
         others = {id(parameter) for each in optimizers for parameter in held_parameters(each)} - held

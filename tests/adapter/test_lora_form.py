@@ -72,8 +72,8 @@ def test_plain_lora_changes_each_weight_as_the_adapter_does(case: str):
         name = layer if layer in base else f"{layer}.weight"
         expected = merged[name] - base[name]
         torch.testing.assert_close(change(lora, layer).view_as(expected), expected, rtol=0, atol=1e-12)
-    beside = lora.beside_factors()
-    assert beside.keys() == adapter.beside_factors().keys() >= {"head.weight", "head.bias"}
+    beside = lora.whole_tensors()
+    assert beside.keys() == adapter.whole_tensors().keys() >= {"head.weight", "head.bias"}
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in beside.items())
 
 

@@ -38,7 +38,7 @@ def test_options_are_the_words_of_the_run_whatever_they_name_without_the_prefix(
     inject(model, zoo_config(r=2, lora_alpha=5, target_modules=r"model\.(embed|body\.[03]|conv)", **options))
     train(model["model"])
     load_adapter(other, checkpoint(model.eval(), "adapter"))
-    assert open_model(other, "test").record.config == open_model(model, "test").record.config
+    assert open_model(other, "test").injection.config == open_model(model, "test").injection.config
     layers, here = take_adapter(model).layers, take_adapter(other).layers
     assert {name.removeprefix("model."): layer for name, layer in layers.items()} == here
     assert torch.equal(other(tokens()), model["model"](tokens()))

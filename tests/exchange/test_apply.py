@@ -128,7 +128,7 @@ def test_the_same_base_in_another_dtype_is_accepted_and_rounding_of_a_head_is_sa
     )
     caplog.clear()
     other = base_zoo().to(dtype)
-    for name in take_adapter(model).beside_factors().keys() & dict(other.named_parameters()).keys():
+    for name in take_adapter(model).whole_tensors().keys() & dict(other.named_parameters()).keys():
         other.get_parameter(name).data = other.get_parameter(name).data.float()
     load_adapter(other, checkpoint(model, "adapter"))
     assert torch.equal(other.head.weight, model.head.weight)

@@ -72,7 +72,7 @@ def test_an_adapter_with_a_head_of_another_size_names_the_line_that_makes_room_f
     model.head = nn.Linear(8, 3)
     load_adapter(model, three)  # and back
     assert torch.allclose(outputs(model), of_three, atol=1e-5)
-    assert take_adapter(model).beside_factors().keys() == {"head.weight", "head.bias"}
+    assert take_adapter(model).whole_tensors().keys() == {"head.weight", "head.bias"}
     assert torch.equal(merged_state_dict(model)["head.weight"], three.tensors["head.weight"])
 
 

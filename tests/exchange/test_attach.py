@@ -116,7 +116,7 @@ def test_each_variant_but_dora_is_attached(options: dict[str, Any]):
 def test_the_same_adapter_has_the_same_fingerprint_from_any_source(tmp_path: Path):
     def fingerprint(model: Any, source: Any, weight: float = 1.0) -> str:
         attach(model, source, name="x", strength=weight)
-        found: str = open_model(model, "test", attached=True).record.beside["x"].fingerprint
+        found: str = open_model(model, "test", attached=True).injection.attached["x"].fingerprint
         return found
 
     other = filled(5)

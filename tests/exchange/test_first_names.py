@@ -137,7 +137,7 @@ def test_every_door_loads_what_has_options_by_its_first_name(tmp_path, case: str
 @pytest.mark.parametrize("case", ["both", "parts and rank"])
 def test_a_model_that_loads_a_checkpoint_has_the_options_that_were_given(case: str):
     load_adapter(fresh := network(), checkpoint(adapted("network", case), "adapter"))
-    found = open_model(fresh, "test").record.config
+    found = open_model(fresh, "test").injection.config
     assert replace(found, enable_lora=config(case).enable_lora) == config(case)
     assert found.enabled_parts("first") == config(case).enabled_parts("first")
     assert inject(fresh, found)

@@ -59,7 +59,7 @@ def test_our_folder_gives_the_same_outputs_in_peft_and_the_same_bits_here(tmp_pa
     close(logits(read_by_peft(name, tmp_path)), expected)
     load_adapter(fresh := model(name), tmp_path)
     assert torch.equal(logits(fresh), expected)
-    assert open_model(fresh, "test").record.config == our_config(name)
+    assert open_model(fresh, "test").injection.config == our_config(name)
     state = adapter_state_dict(net)
     assert all(torch.equal(value, state[key]) for key, value in adapter_state_dict(fresh).items())
     if name in ("llama", "gpt2"):
@@ -199,7 +199,7 @@ def test_layers_by_number_are_spelled_out_for_peft_and_read_back(tmp_path, optio
     close(logits(read), logits(net))
     fresh = model("llama")
     assert load_adapter(fresh, tmp_path) == layers
-    assert open_model(fresh, "test").record.config == our_config("llama", **options)
+    assert open_model(fresh, "test").injection.config == our_config("llama", **options)
     assert torch.equal(logits(fresh), logits(net))
 
 
@@ -256,7 +256,7 @@ def test_peft_loads_adapters_of_every_start_on_every_layer(tmp_path, init: Any, 
     assert not torch.allclose(by_us, plain, atol=1e-4)
     again = build()
     load_adapter(again, tmp_path)
-    assert open_model(again, "test").record.config.init_lora_weights == init
+    assert open_model(again, "test").injection.config.init_lora_weights == init
 
 
 @pytest.mark.parametrize("door", ["export", "combine"])

@@ -190,7 +190,7 @@ def assert_same_adapter(model: nn.Module, other: nn.Module) -> None:
     state, expected = adapter_state_dict(model), adapter_state_dict(other)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
-    assert open_model(model, "").record.config == open_model(other, "").record.config
+    assert open_model(model, "").injection.config == open_model(other, "").injection.config
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

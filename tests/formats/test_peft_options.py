@@ -125,7 +125,7 @@ def test_fields_that_mean_the_same_for_the_tensors_are_taken(tmp_path, name, fie
     loaded = model(name)
     load_adapter(loaded, tmp_path)
     close(logits(loaded), logits(net))
-    assert open_model(loaded, "test").record.config.lora_dropout == fields.get("lora_dropout", 0)
+    assert open_model(loaded, "test").injection.config.lora_dropout == fields.get("lora_dropout", 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
         warnings.filterwarnings("ignore", "You have passed exclude_modules")

@@ -195,7 +195,7 @@ def saved(net: nn.Module, folder: Path, **options: Any) -> None:
     save_adapter(net, folder)
 
 
-class Beside(Net):
+class Attachment(Net):
     """A table whose name ends in another's."""
 
     def __init__(self) -> None:
@@ -207,7 +207,7 @@ REFUSED = {
     "head with a bias": (lambda: Net(bias=True), {"head": [1]}, "'head' has trained rows and a bias; PEFT computes"),
     "tied head with a bias": (lambda: Net(tied=True, bias=True), {"emb": [1]}, "'head' has trained rows and a bias"),
     "a tie of the user's": (lambda: Net(tied=True), {"emb": [1]}, "'head' shares its weight with 'emb', and PEFT ties"),
-    "an ending": (Beside, {"emb": [1]}, "'emb' has trained rows, and PEFT would train those of 'position_emb' too"),
+    "an ending": (Attachment, {"emb": [1]}, "'emb' has trained rows, and PEFT would train those of 'position_emb' too"),
     "a tie inside of a network": (
         lambda: nn.ModuleDict({"llama": llama(True), "body": nn.Linear(2, 2)}),
         {"embed_tokens": [1]},

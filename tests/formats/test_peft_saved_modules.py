@@ -122,17 +122,17 @@ def test_our_folder_gives_the_same_outputs_in_peft_and_the_same_bits_here(tmp_pa
     load_adapter(fresh, tmp_path)
     assert torch.equal(logits(fresh), logits(net))
     assert adapter_state_dict(fresh).keys() == adapter_state_dict(net).keys()
-    assert open_model(fresh, "test").record.config == open_model(net, "test").record.config
+    assert open_model(fresh, "test").injection.config == open_model(net, "test").injection.config
 
 
 def test_modules_that_an_entry_of_peft_takes_in_the_middle_of_a_name_are_trained_too(tmp_path):
     by_peft("classifier", tmp_path / "a")
     load_adapter(net := distilbert(), tmp_path / "a")
-    assert open_model(net, "test").record.config.modules_to_save == ("classifier", "pre_classifier")
+    assert open_model(net, "test").injection.config.modules_to_save == ("classifier", "pre_classifier")
     assert net.pre_classifier.weight.requires_grad
     by_peft("lm_head", tmp_path / "b", modules_to_save=["head"])
     load_adapter(net := llama(), tmp_path / "b")
-    assert open_model(net, "test").record.config.modules_to_save == ("lm_head",)
+    assert open_model(net, "test").injection.config.modules_to_save == ("lm_head",)
 
 
 def test_a_frozen_module_that_peft_takes_is_stored_and_stays_frozen_here(tmp_path):

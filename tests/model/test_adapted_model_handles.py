@@ -145,7 +145,7 @@ def test_every_handle_merges_shows_and_saves_what_the_injected_module_does(
     tmp_path: Path, handle: Callable[[], nn.Module]
 ):
     model, reference, plain = handle(), the_injected_module(), network().eval()
-    record, names = find_model(model).record, {name: set(vars(module)) for name, module in model.named_modules()}
+    record, names = find_model(model).injection, {name: set(vars(module)) for name, module in model.named_modules()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     factored = model(x())
     merge(model)
@@ -165,7 +165,7 @@ def test_every_handle_merges_shows_and_saves_what_the_injected_module_does(
     load_adapter(fresh := network(), tmp_path / "adapter")
     assert torch.equal(fresh.eval()(x()), reference(x()))
     again = find_model(model)
-    assert again.record is record
+    assert again.injection is record
     assert short(again.initial()) >= {"0.bias", "2.bias", "1.running_mean"}
     assert names == {name: set(vars(module)) for name, module in model.named_modules()}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -121,7 +121,7 @@ def test_a_cast_rounds_none_of_it_and_a_move_without_values_leaves_it():
     model = with_two(filled())
     before = model(X)
     model.to(torch.bfloat16).to(torch.float32)
-    assert torch.equal(model[0].lora.beside.b, with_two(filled())[0].lora.beside.b)
+    assert torch.equal(model[0].lora.attached.b, with_two(filled())[0].lora.attached.b)
     model.to("meta").to_empty(device="cpu")
     model.load_state_dict(filled().state_dict())
     assert torch.equal(model(X), before)
@@ -435,7 +435,7 @@ def test_the_network_inside_and_the_module_around_it_are_both_handles():
     with_two(module.net)
     assert attached(module) == attached(module.net) == {"one": 0.5, "two": 1.0}
     inject(module, LoRAConfig(r=2, init_lora_weights=False), seed=3)
-    assert [*open_model(module, "test").record.beside] == ["one", "two"]
+    assert [*open_model(module, "test").injection.attached] == ["one", "two"]
     assert attached(module.net) == {"one": 0.5, "two": 1.0}
     set_strength(module.net, 0.25, "one")
     assert attached(module) == {"one": 0.25, "two": 1.0}

@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from lightning_lora import LoRAConfig, inject, merge, unload, unmerge
-from lightning_lora.trainer.record import record_of
+from lightning_lora.trainer.current_injection import injection_of
 from support.runs.training import Net
 
 
@@ -15,21 +15,21 @@ def test_a_model_that_is_injected_anew_has_the_new_record():
     for root in (lambda model: model, lambda model: model.body):
         model = Net()
         inject(root(model), LoRAConfig(r=1))
-        first = record_of(model)
-        assert record_of(model) is first
+        first = injection_of(model)
+        assert injection_of(model) is first
         unload(root(model))
-        assert record_of(model) is None
+        assert injection_of(model) is None
         inject(root(model), LoRAConfig(r=1))
-        assert record_of(model) not in (None, first)
+        assert injection_of(model) not in (None, first)
 
 
 @pytest.mark.parametrize("undone", ["all", "a part"])
 def test_the_record_says_merged_until_all_layers_are_unmerged(undone: str):
     inject(model := Net(), LoRAConfig(r=1))
     merge(model)
-    assert "merged" in record_of(model).marks
+    assert "merged" in injection_of(model).marks
     assert "merged" in copy.deepcopy(model).lora_injection.marks
     unmerge(model if undone == "all" else model.body)
-    assert ("merged" in record_of(model).marks) == (undone == "a part")
+    assert ("merged" in injection_of(model).marks) == (undone == "a part")
     unmerge(model)
-    assert "merged" not in record_of(model).marks
+    assert "merged" not in injection_of(model).marks

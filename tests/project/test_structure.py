@@ -159,9 +159,9 @@ TESTED_WITH_THEIR_USERS = {
     "start": {"batches", "from_data"},
     "adapter": {"base_files", "checks", "identity", "measures", "own_options", "values", "weighted_means"},
     "formats": {"equal_tables", "forms", "peft_kinds"},
-    "exchange": {"export", "trained_beside"},
+    "exchange": {"export", "trained_with"},
     "report": {"depth", "figures"},
-    "trainer": {"options", "record", "strategies"},
+    "trainer": {"current_injection", "options", "strategies"},
     "command": {"parser"},
 }
 

@@ -21,7 +21,7 @@ import torch
 from lightning_lora import LoRAError
 from support.covering import covering
 from support.devices.places import Place
-from support.models.beside import attached_first, beside, trained_beside
+from support.models.attached_adapters import attached_first, beside, trained_with
 from support.models.pair_checks import (
     another_base,
     averaged,
@@ -211,7 +211,7 @@ CONDITIONS = [
     Condition(MERGING, "merge_and_unload", merged_for_good, "plain weights W', as in merged_state_dict"),
     Condition(BESIDE, "beside two, float32", beside(torch.float32), "outputs, gradients, W', every strength; detached"),
     Condition(BESIDE, "beside two, bfloat16", beside(torch.bfloat16), "the same in bfloat16"),
-    Condition(BESIDE, "steps beside two", trained_beside, "four steps of SGD, a swap and back, and an unload"),
+    Condition(BESIDE, "steps beside two", trained_with, "four steps of SGD, a swap and back, and an unload"),
     Condition(BESIDE, "attached first", attached_first, "to the plain model, which is merged; then load_adapter"),
 ]
 

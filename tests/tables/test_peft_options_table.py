@@ -164,7 +164,7 @@ def loaded(option: Option, folder: Path) -> tuple[str, str]:
         return reason(error, option), "-"
     x = torch.randn(3, 8)
     close(model(x), wanted(x))
-    record = open_model(model, "load_adapter").record
+    record = open_model(model, "load_adapter").injection
     has = {**record.config.to_dict(), **record.origin}.get(option.name, getattr(record.config, option.name, None))
     save_adapter(model, folder / "ours")
     again = config_of(folder / "ours").get(option.name)

@@ -11,7 +11,7 @@ import pytest
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged
 from lightning_lora.model.injection import Injection, Run
-from lightning_lora.trainer.record import INSIDE, record_of
+from lightning_lora.trainer.current_injection import INSIDE, injection_of
 from support.runs.notices import UNTRAINED_NOTICE
 from support.runs.training import Data, Net, make_trainer
 from support.runs.with_callback import At, BrokenError, lora_with_effect
@@ -40,17 +40,17 @@ def test_nothing_of_a_run_is_left_after_it(tmp_path: Path, stage: str, inside: b
     model, callback = Net(), LoRACallback(r=2)
     if inside:
         inject(model.body, LoRAConfig(r=2))
-    look = At(hook, lambda trainer, module: seen.append(noted(record_of(module))))
+    look = At(hook, lambda trainer, module: seen.append(noted(injection_of(module))))
     getattr(make_trainer(tmp_path, callback, look), stage)(model, Data(1))
     assert seen == [{"dropping": True, "fits": 1} if stage == "fit" else {"merged": True, "merged_here": True}]
     assert INSIDE not in vars(model)
-    assert noted(record_of(model)) == {}
+    assert noted(injection_of(model)) == {}
 
 
 def test_nothing_of_a_run_is_left_after_an_exception(tmp_path: Path):
     with pytest.raises(BrokenError):
         make_trainer(tmp_path, lora_with_effect()).fit(model := Breaks(), Data(1))
-    assert noted(record_of(model)) == {}
+    assert noted(injection_of(model)) == {}
     assert not is_merged(model)
 
 
@@ -68,8 +68,8 @@ def test_a_copy_made_in_a_run_is_in_none_and_has_a_record_of_its_own(tmp_path: P
         model, Data(1)
     )
     for each in copies:
-        assert record_of(each) is not record_of(model)
-        assert noted(record_of(each)) == {}
+        assert injection_of(each) is not injection_of(model)
+        assert noted(injection_of(each)) == {}
         make_trainer(tmp_path, lora_with_effect()).fit(each, Data(1))
 
 

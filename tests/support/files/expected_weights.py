@@ -145,7 +145,7 @@ class ExpectedWeights:
         """Take an adapter and a base under the same names; `files` are the names in the base's files, by these."""
         self.adapter, self.base = adapter, base
         self.names = {in_file: name for name, in_file in files.items()}
-        self.layers, self.whole, self.rows = set(adapter.layers), adapter.beside_factors(), adapter.rows()
+        self.layers, self.whole, self.rows = set(adapter.layers), adapter.whole_tensors(), adapter.rows()
         # Each with the table that its rows are from: of a tie, from the first end.
         self.tables = {**{table: table for table in adapter.tables}, **adapter.tied}
         self.tied = base.tied()

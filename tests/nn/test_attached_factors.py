@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from lightning_lora import LoRAConfig, attach, detach, inject, merge, merged_state_dict, take_adapter, unmerge
 from lightning_lora.adapter.adapter import Adapter
-from lightning_lora.nn.beside import Attached, Packed
+from lightning_lora.nn.attached_factors import AttachedFactors, Packed
 from support.covering import covering
 from support.models import parameters
 from support.models.layers import ALPHA, CASES, DTYPES, Attention, R, Subject, as_bits, make_subject, matrix, rounding
@@ -171,10 +171,10 @@ def test_it_acts_in_single_parameters(name: str):
     torch.testing.assert_close(plain(x), alone, rtol=1e-4, atol=1e-5)
 
 
-def pair(rank: int, seed: int, weight: float = 1.0) -> Attached:
+def pair(rank: int, seed: int, weight: float = 1.0) -> AttachedFactors:
     stream = torch.Generator().manual_seed(seed)
     a, b = torch.randn(rank, 5, generator=stream), torch.randn(4, rank, generator=stream)
-    return Attached(a, b, 2.0 / rank, weight)
+    return AttachedFactors(a, b, 2.0 / rank, weight)
 
 
 def test_transforms_of_torch_take_it_as_a_forward_does():

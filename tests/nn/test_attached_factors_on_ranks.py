@@ -125,7 +125,7 @@ def test_tensor_parallelism_equals_one_device_and_sends_no_more_than_without(pla
 def data_parallel() -> None:
     model = attach_(injected(), injected)
     alone, x = copy.deepcopy(model), X.chunk(2)[dist.get_rank()]
-    packed = copy.deepcopy(model[0].lora.beside)
+    packed = copy.deepcopy(model[0].lora.attached)
     wrapped = DistributedDataParallel(model)
     with Traffic() as forward:
         loss = wrapped(x).square().mean()
@@ -134,7 +134,7 @@ def data_parallel() -> None:
     alone(X).square().mean().backward()
     for one, single in zip(adapters(model), adapters(alone), strict=True):
         torch.testing.assert_close(one.grad, single.grad, **CLOSE)
-    assert torch.equal(packed.b, model[0].lora.beside.b)
+    assert torch.equal(packed.b, model[0].lora.attached.b)
     with scaled(wrapped, 0.0), torch.no_grad():
         off = wrapped(x)
     with scaled(alone, 0.0):

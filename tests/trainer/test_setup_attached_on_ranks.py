@@ -44,7 +44,7 @@ pytestmark = [
 
 
 @dataclass(frozen=True)
-class Beside(WithTrainer):
+class Attachment(WithTrainer):
     """A strategy of Lightning's Trainer, with an adapter of this folder beside the trained one."""
 
     folder: Path = field(default=Path(), kw_only=True)
@@ -83,9 +83,9 @@ STRATEGIES: dict[str, Any] = {
 }
 
 
-def strategy(name: str, folder: Path) -> Beside:
+def strategy(name: str, folder: Path) -> Attachment:
     model, trainer, options = STRATEGIES.get(name, (Compares, on_one_device, {}))
-    return Beside(name, 2, 2, model, trainer, folder=folder, **options)
+    return Attachment(name, 2, 2, model, trainer, folder=folder, **options)
 
 
 def runs(name: str, folder: Path, path: Path) -> tuple[Run, Run, Run]:

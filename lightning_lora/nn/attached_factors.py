@@ -27,7 +27,7 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Attached:
+class AttachedFactors:
     """One attached adapter in one layer.
 
     Attributes:
@@ -63,7 +63,7 @@ class Packed:
         inside: the strengths that `scaled` has set until its block ends, by name.
     """
 
-    def __init__(self, attached: Mapping[str, Attached]) -> None:
+    def __init__(self, attached: Mapping[str, AttachedFactors]) -> None:
         """Pack at least one adapter. The tensors are copied."""
         named = dict(sorted(attached.items()))
         self.shares = {name: Share(each.b.shape[1], each.scaling, each.strength) for name, each in named.items()}
@@ -91,13 +91,13 @@ class Packed:
         """The sum of all ranks."""
         return self.b.shape[1]
 
-    def unpacked(self) -> dict[str, Attached]:
+    def unpacked(self) -> dict[str, AttachedFactors]:
         """Return each adapter by itself. Its tensors may share memory with the pair."""
         ranks = [share.rank for share in self.shares.values()]
         parts = self.a.reshape(-1, self.rank, *self.a.shape[1:]).split_with_sizes(ranks, 1)  # the experts of a stack
         pairs = zip(parts, self.b.split_with_sizes(ranks, 1), strict=True)
         return {
-            name: Attached(a.flatten(0, 1), b, share.scaling, share.strength)
+            name: AttachedFactors(a.flatten(0, 1), b, share.scaling, share.strength)
             for (name, share), (a, b) in zip(self.shares.items(), pairs, strict=True)
         }
 
@@ -182,7 +182,7 @@ def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
 
 
-def add_beside(own: list[LowRankBlock], beside: list[LowRankBlock], scaling: float) -> list[LowRankBlock]:
+def add_attached(own: list[LowRankBlock], attached: list[LowRankBlock], scaling: float) -> list[LowRankBlock]:
     """Return blocks with both sums side by side, each with its scaling inside.
 
     Args:
@@ -191,7 +191,7 @@ def add_beside(own: list[LowRankBlock], beside: list[LowRankBlock], scaling: flo
         beside: from Packed.blocks.
         scaling: s of the trained adapter.
     """
-    return [_added([each for each in own if _is_inside(each, block)], block, scaling) for block in beside]
+    return [_added([each for each in own if _is_inside(each, block)], block, scaling) for block in attached]
 
 
 def _is_inside(block: LowRankBlock, outer: LowRankBlock) -> bool:
@@ -199,8 +199,8 @@ def _is_inside(block: LowRankBlock, outer: LowRankBlock) -> bool:
     return outer.row <= block.row < outer.row + rows and outer.col <= block.col < outer.col + columns
 
 
-def _added(own: list[LowRankBlock], beside: LowRankBlock, scaling: float) -> LowRankBlock:
-    left, right, scale = beside.left.to(_widest(beside.left.device)), beside.right, None
+def _added(own: list[LowRankBlock], attached: LowRankBlock, scaling: float) -> LowRankBlock:
+    left, right, scale = attached.left.to(_widest(attached.left.device)), attached.right, None
     if own and own[0].scale is not None:  # of the whole weight
         scale = own[0].scale.to(left.dtype)
         scale = torch.where(scale == 0, TINY, scale)
@@ -208,8 +208,8 @@ def _added(own: list[LowRankBlock], beside: LowRankBlock, scaling: float) -> Low
     lefts, rights = [left], [right]
     for block in own:
         rows, columns = len(left) - len(block.left), right.shape[1] - block.right.shape[1]  # not of a part
-        above, before = block.row - beside.row, block.col - beside.col
+        above, before = block.row - attached.row, block.col - attached.col
         scaled = block.left.to(left.dtype) * scaling
         lefts.append(F.pad(scaled, (0, 0, above, rows - above)) if rows else scaled)
         rights.append(F.pad(block.right, (before, columns - before)) if columns else block.right)
-    return LowRankBlock(beside.row, beside.col, torch.cat(lefts, 1), torch.cat(rights), scale)
+    return LowRankBlock(attached.row, attached.col, torch.cat(lefts, 1), torch.cat(rights), scale)

@@ -9,14 +9,14 @@ from ..adapter.adapter import Adapter, strengths_text
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.attached import checked_strength
-from ..nn.attachment import Beside
-from ..nn.beside import LACKING
+from ..nn.attached_factors import LACKING
+from ..nn.attachment import Attachment
 
-Attached = Mapping[str, Beside]  # to a model, by name
-Remedy = Callable[[Attached], str]  # makes the advice for adapters that are not attached
+AttachedFactors = Mapping[str, Attachment]  # to a model, by name
+Remedy = Callable[[AttachedFactors], str]  # makes the advice for adapters that are not attached
 
 
-def by_attach(missing: Mapping[str, Beside], *, strict_base: bool = True) -> str:
+def by_attach(missing: Mapping[str, Attachment], *, strict_base: bool = True) -> str:
     """Return the calls that attach adapters, each from a source that the user must know."""
     more = "" if strict_base else ", strict_base=False"
     calls = (
@@ -25,20 +25,20 @@ def by_attach(missing: Mapping[str, Beside], *, strict_base: bool = True) -> str
     return "; ".join(calls)
 
 
-def by_load_adapter(missing: Mapping[str, Beside]) -> str:
+def by_load_adapter(missing: Mapping[str, Attachment]) -> str:
     """Return the advice of load_adapter."""
     return f"Attach it first: {by_attach(missing)}."
 
 
-def by_callback(missing: Mapping[str, Beside]) -> str:
+def by_callback(missing: Mapping[str, Attachment]) -> str:
     """Return the advice where a Trainer loads the checkpoint."""
-    beside = ", ".join(
+    sources = ", ".join(
         f"{name!r}: {{'source': source, 'strength': {each.strength:g}}}" for name, each in missing.items()
     )
-    return f"Give it to the callback: LoRACallback(attach={{{beside}}}), or call attach before."
+    return f"Give it to the callback: LoRACallback(attach={{{sources}}}), or call attach before."
 
 
-def refuse_missing(here: Attached, adapter: Adapter, remedy: Remedy = by_load_adapter) -> None:
+def refuse_missing(here: AttachedFactors, adapter: Adapter, remedy: Remedy = by_load_adapter) -> None:
     """Raise LoRAError where an adapter was trained beside one that is not attached to the model."""
     missing = {name: each for name, each in sorted(adapter.attached.items()) if name not in here}
     if missing:
@@ -48,7 +48,7 @@ def refuse_missing(here: Attached, adapter: Adapter, remedy: Remedy = by_load_ad
         )
 
 
-def refuse_lacking(here: Attached, source: object, verb: str) -> None:
+def refuse_lacking(here: AttachedFactors, source: object, verb: str) -> None:
     """Raise LoRAError where a state dict says that it is of a model with attached adapters which are not here."""
     metadata = getattr(source, "_metadata", None) or {}
     missing = sorted({name for entry in metadata.values() for name in entry.get(LACKING, ())} - here.keys())
@@ -61,7 +61,7 @@ def refuse_lacking(here: Attached, source: object, verb: str) -> None:
         )
 
 
-def check_beside(listing: Listing, adapter: Adapter) -> None:
+def check_attached(listing: Listing, adapter: Adapter) -> None:
     """Raise LoRAError unless a model has all adapters attached that another adapter was trained beside, as they were.
 
     More may be attached.
@@ -81,7 +81,7 @@ def check_beside(listing: Listing, adapter: Adapter) -> None:
             )
 
 
-def check_beside_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, float]:
+def check_attached_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, float]:
     """Raise LoRAError unless exactly those adapters are attached that a Trainer's checkpoint was trained beside.
 
     Strengths of a file that no forward could use are refused here, before anything of the checkpoint is taken.
@@ -89,7 +89,7 @@ def check_beside_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, flo
     Returns:
         The strengths of the checkpoint that differ from the model's, by name: a run goes on with those it had.
     """
-    here = handle.record.beside
+    here = handle.injection.attached
     refuse_missing(here, adapter, by_callback)
     refuse_others(here, adapter)
     more = sorted(here.keys() - adapter.attached.keys())
@@ -102,7 +102,7 @@ def check_beside_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, flo
     return {name: strength for name, strength in strengths.items() if strength != here[name].strength}
 
 
-def refuse_others(here: Attached, adapter: Adapter) -> None:
+def refuse_others(here: AttachedFactors, adapter: Adapter) -> None:
     """Raise LoRAError where the adapter that is attached under a name is another than it was in the training."""
     for name, each in sorted(adapter.attached.items()):
         if each.fingerprint != here[name].fingerprint:
@@ -112,7 +112,7 @@ def refuse_others(here: Attached, adapter: Adapter) -> None:
             )
 
 
-def beside_in(listing: Listing) -> Attached:
+def beside_in(listing: Listing) -> AttachedFactors:
     """Return what is attached to a model, by name; nothing where it is not adapted."""
     handle = listing if isinstance(listing, AdaptedModel) else find_model(listing, attached=True)
-    return handle.record.beside if handle is not None else {}
+    return handle.injection.attached if handle is not None else {}

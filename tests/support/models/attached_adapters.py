@@ -130,19 +130,19 @@ def beside(dtype: torch.dtype) -> Callable[[Variant], None]:
     return check
 
 
-def trained_beside(variant: Variant) -> None:
+def trained_with(variant: Variant) -> None:
     """Steps beside them are those of the definition, and no tensor of theirs moves; a swap and an unload leave them."""
     model, those = filled(variant), others(variant, torch.float32)
     attach_(model, those)
     naive, values = NaiveBeside(variant, torch.float32, those), wide(model)
     optimizer, reference = optimizer_for(variant, model), naive_optimizer(naive, values)
-    packed = copy.deepcopy(model.inner.lora.beside)
+    packed = copy.deepcopy(model.inner.lora.attached)
     train_(model, optimizer, STEPS)
     naive_train_(naive, values, reference, STEPS)
     for name, expected in values.items():
         assert_near(model.get_parameter(name), expected, 1e-3, name)
-    assert torch.equal(packed.a, model.inner.lora.beside.a)
-    assert torch.equal(packed.b, model.inner.lora.beside.b)
+    assert torch.equal(packed.a, model.inner.lora.attached.a)
+    assert torch.equal(packed.b, model.inner.lora.attached.b)
     earlier = take_adapter(model)
     load_adapter(model, take_adapter(filled(variant, draw=9)))
     load_adapter(model, earlier)
