@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch import nn
 from ..errors import LoRAError, NonFiniteError, sentence
 from .flat import flat_shard, is_flat
 from .sharding import holds_shards, is_sharded, reduce_
+
+T = TypeVar("T")
 
 
 def writes_files(modules: Iterable[nn.Module]) -> bool:
@@ -39,8 +41,8 @@ class RankSync:
         self.names: list[str] = []
         self.failed: tuple[int, Exception] | None = None  # number and error of this rank's first failed step
 
-    def run(self, name: str, step: Callable[..., object] | None, *args: Any) -> None:
-        """Run a step, unless an earlier step failed on this rank.
+    def run(self, name: str, step: Callable[..., T] | None, *args: Any) -> T | None:
+        """Run a step, unless an earlier step failed on this rank, and return what it returns.
 
         The step must not communicate. Where it does, the caller finishes that after a step that failed or was not run.
 
@@ -53,9 +55,10 @@ class RankSync:
         self.names.append(name)
         if step is not None and self.failed is None:
             try:
-                step(*args)
+                return step(*args)
             except Exception as error:
                 self.failed = self.failed or (number, error)  # a step inside this one may have failed first
+        return None
 
     def share(self, tensor: torch.Tensor) -> float:
         """Return 1 / (number of ranks that hold the same shard). Weight values of the shard with it before `total`."""

@@ -66,7 +66,13 @@ OPTIONS_IN_TRAINER = (
 def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
     """Turn a checkpoint with a complete state_dict into one of the given kind. In place. Collective.
 
-    For a divided model, gathered_state has chosen and gathered the tensors of the state_dict.
+    | save | state_dict | checkpoint["lora"], beside options and fingerprint |
+    |---|---|---|
+    | "adapter" | factors and whole tensors | |
+    | "full" | all of the model | `initial`: values from before training |
+    | "merged" | W' under the plain model's names, and whole tensors | `adapter`: factors and whole tensors |
+
+    For a divided model, gathered_state has chosen, merged and gathered the tensors of the state_dict.
 
     Raises:
         LoRAError: the kind cannot express the adapter, or another thread changes or saves the model.
@@ -74,40 +80,60 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     handle = open_model(module, "checkpoint")
     with claimed("save_checkpoint", handle.injection.owner):
         refuse_replaced_layers(handle, "checkpoint")
-        _convert(open_state(handle), checkpoint, kind)
-
-
-def _convert(live: LiveState, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
-    handle, whole, known = live.handle, checkpoint["state_dict"], live.tensors.keys()
-    state, divided = by_canonical_names(whole), is_divided(handle)
-    foreign = foreign_of(whole, foreign_names(handle, whole, known))
-    adapter = adapter_in_state(live, state, foreign if kind == "full" else without_base(handle, foreign))
-    if kind == "full":
-        state |= adapter.tensors
-        adapter = replace(adapter, complete=state.keys() >= known)
-    elif CURRENT in checkpoint:
-        own, current = {*live.keys, *adapter.foreign.values}, checkpoint[CURRENT].items()
-        checkpoint[CURRENT] = {name: value for name, value in current if canonical(name) in own}
-    meta = checkpoint[META] = checkpoint_metadata(kind, adapter)
-    if kind == "full":
-        meta["initial"] = gather_all(handle.initial())
-    elif not divided:  # otherwise gathered_state has left the base out, or merged it
-        _warn_of_moved(live, state, adapter, kind)
-    if kind == "merged":
-        meta["adapter"] = adapter.tensors
-        # A layer whose factors the class left out is not in its merged weights.
-        state |= {name: value for name, value in adapter.tensors.items() if not names_factor(name)}
-        if divided:  # gathered_state has merged it
-            state = {name: value for name, value in state.items() if not names_factor(name)}
+        live, saved = open_state(handle), checkpoint["state_dict"]
+        state = by_canonical_names(saved)
+        foreign = foreign_of(saved, foreign_names(handle, saved, live.tensors.keys()))
+        if kind == "full":
+            _convert_to_full(live, checkpoint, state, foreign)
+            return
+        # Of other entries only what was trained is kept: the base comes back with the model.
+        adapter = adapter_in_state(live, state, without_base(handle, foreign))
+        if CURRENT in checkpoint:
+            own = {*live.keys, *adapter.foreign.values}
+            current = checkpoint[CURRENT].items()
+            checkpoint[CURRENT] = {name: value for name, value in current if canonical(name) in own}
+        if not is_divided(handle):  # otherwise gathered_state has left the base out, or merged it
+            _warn_of_moved(live, state, adapter, kind)
+        checkpoint[META] = checkpoint_metadata(kind, adapter)
+        if kind == "adapter":
+            checkpoint["state_dict"] = {**adapter.tensors, **adapter.foreign.values}
         else:
-            state = _merge_state(handle, state)
-        _write_plain_networks(checkpoint, divided=divided)
-    if kind == "adapter":
-        checkpoint["state_dict"] = {**adapter.tensors, **adapter.foreign.values}
+            _convert_to_merged(live, checkpoint, state, adapter)
+
+
+def _convert_to_full(
+    live: LiveState, checkpoint: MutableMapping[str, Any], state: dict[str, Any], foreign: ForeignEntries
+) -> None:
+    adapter = adapter_in_state(live, state, foreign)
+    state |= adapter.tensors  # also those that the class's own state_dict() leaves out
+    checkpoint[META] = checkpoint_metadata("full", replace(adapter, complete=state.keys() >= live.tensors.keys()))
+    # A fit that goes on from here can still be taken out with unload, and evaluated with disable_adapter.
+    checkpoint[META]["initial"] = gather_all(live.handle.initial())
+    saved = checkpoint["state_dict"]
+    checkpoint["state_dict"] = with_metadata(_by_names_of(saved, state), metadata_of(saved))
+
+
+def _convert_to_merged(
+    live: LiveState, checkpoint: MutableMapping[str, Any], state: dict[str, Any], adapter: Adapter
+) -> None:
+    handle, divided = live.handle, is_divided(live.handle)
+    checkpoint[META]["adapter"] = adapter.tensors  # so that a fit resumes from it: W and A, B are not found in W'
+    # Whole tensors may be an average that a callback put into the state_dict. Factors stay as the state has them: a
+    # layer whose factors the class left out is not in its merged weights.
+    state |= {name: value for name, value in adapter.tensors.items() if not names_factor(name)}
+    if divided:
+        state = {name: value for name, value in state.items() if not names_factor(name)}
     else:
-        own_names = {canonical(name): name for name in whole}
-        named = {own_names.get(name, name): value for name, value in state.items()}
-        checkpoint["state_dict"] = (mark_merged if kind == "merged" else with_metadata)(named, metadata_of(whole))
+        state = _merge_state(handle, state)
+    _write_plain_networks(checkpoint, divided=divided)
+    saved = checkpoint["state_dict"]
+    checkpoint["state_dict"] = mark_merged(_by_names_of(saved, state), metadata_of(saved))
+
+
+def _by_names_of(saved: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state by the names in a saved one, which torch.compile and checkpoint_wrapper add prefixes to."""
+    names = {canonical(name): name for name in saved}
+    return {names.get(name, name): value for name, value in state.items()}
 
 
 def _write_plain_networks(checkpoint: Mapping[str, Any], *, divided: bool) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial, reduce
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from ..errors import LoRAError
 from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, weight_files
 from ..files.paths import PathLike, write_json
-from ..files.safetensors import NAMES, build_header, write_values
+from ..files.safetensors import NAMES, Writer, build_header
 from ..model.adapted_model import Listing, find_model, open_model
 from ..model.dequantize import dequantize_dtype, plain_weight
 from ..model.foreign_state import foreign_entries
@@ -41,6 +41,7 @@ from .pretrained_folder import (
     write_configuration,
 )
 
+T = TypeVar("T")
 INDEX = f"{STEM}{INDEX_SUFFIX}"
 PT = {"format": "pt"}
 
@@ -117,33 +118,46 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
     sync = RankSync(tensor for tensor, _ in state.values())
     rounding = Rounding(sync, again=True)
 
-    def merged(name: str) -> torch.Tensor:
-        return merged_tensor("save_merged", name, *state[name], rounding, plain.get(name)).cpu()
-
-    def step(what: object, action: Callable[[], object], values: Iterable[torch.Tensor] = ()) -> None:
-        """Let the first rank act. All ranks gather the values that it takes, and raise if it failed."""
-        sync.run(f"save_merged: {what}", action if writes else None)
-        deque(values, maxlen=0)  # those that the action left
+    def step(what: object, action: Callable[[], T] | None) -> T | None:
+        """Let the rank that writes act, and raise on all ranks where it failed."""
+        result = sync.run(f"save_merged: {what}", action if writes else None)
         sync.raise_on_any_rank()
+        return result
 
-    with ExitStack() as moves_on_leaving:
-        folder, opening = list[Path](), new_folder(path, replaced=weight_files())
-        step(path, lambda: folder.append(moves_on_leaving.enter_context(opening)))
-        here = folder[0] if writes else Path()
+    files = plan_shards(parts, lambda part: part.nbytes, max_shard_bytes)
+    with ExitStack() as on_leaving:  # moves the new folder to its place, or removes it after an error
+        opening = new_folder(path, replaced=weight_files())
+        here = step(path, partial(on_leaving.enter_context, opening)) or Path()
         if network is not None:
             step(path, partial(refuse_adapter_beside, path))
             step(CONFIG, partial(write_configuration, network, here, _widest(parts) if quantized else None))
-        advance = moves_on_leaving.enter_context(progress_bar("saving", sum(part.nbytes for part in parts), "bytes"))
-        files = plan_shards(parts, lambda part: part.nbytes, max_shard_bytes)
+        advance = on_leaving.enter_context(progress_bar("saving", sum(part.nbytes for part in parts), "bytes"))
         for file, in_file in files.items():
             in_file.sort(key=_narrowness)  # wide dtypes first, so that all are aligned
-            values = _values(in_file, merged)
-            step(file, partial(write_values, here / file, _header(in_file), values, advance), values)
+            writer = step(file, partial(Writer, here / file, _header(in_file), advance))
+            if writer is not None:
+                on_leaving.callback(writer.close)
+            for part in in_file:
+                # Every rank takes part in merging and gathering each tensor, also after the writer has failed: one that
+                # stopped here would leave the others waiting for it. The end of the file tells them.
+                tensors = {
+                    name: merged_tensor("save_merged", name, *state[name], rounding, plain.get(name)).cpu()
+                    for name in part.names
+                }
+                sync.run(f"save_merged: {file}", partial(_write, writer, part, tensors) if writer is not None else None)
+                del tensors  # before the next ones are made
+            step(file, writer.close if writer is not None else None)
         if len(files) > 1:
             sizes = {file: {n: t.nbytes for n, t in _stored_in(in_file)} for file, in_file in files.items()}
             step(INDEX, partial(write_json, here / INDEX, index_of(sizes, {})))
-        step(path, moves_on_leaving.close)
+        step(path, on_leaving.close)
     rounding.tell(f"{path}: 16-bit weights", IN_FILES, stacklevel=3)
+
+
+def _write(writer: Writer, part: Part, tensors: dict[str, torch.Tensor]) -> None:
+    made = part.convert(tensors)
+    for name in part.stored:
+        writer.write(made.pop(name))
 
 
 def _widest(parts: Iterable[Part]) -> torch.dtype:
@@ -162,19 +176,6 @@ def _narrowness(part: Part) -> int:
 
 def _header(parts: Iterable[Part]) -> bytes:
     return build_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _stored_in(parts)], PT)
-
-
-def _values(parts: Iterable[Part], merged: Callable[[str], torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Make the tensors of a file, part by part; none is kept. Collective where the model is sharded.
-
-    Args:
-        parts: of the file.
-        merged: returns a whole tensor of the model with the adapter merged, on the CPU.
-    """
-    for part in parts:
-        made = part.convert({name: merged(name) for name in part.names})
-        for name in part.stored:
-            yield made.pop(name)
 
 
 def _base_tensors(listing: Listing, prefix: str) -> dict[str, tuple[torch.Tensor, nn.Module]]:

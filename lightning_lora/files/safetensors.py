@@ -90,22 +90,42 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         write_values(path, header, ordered.values(), advance)
 
 
-def write_values(
-    path: Path, header: bytes, values: Iterable[torch.Tensor], advance: Callable[[int], object] = lambda size: None
-) -> None:
-    """Write a safetensors file of which each tensor, or each piece of one, may be made when its turn comes.
+class Writer:
+    """A new safetensors file. Each tensor, or each piece of one, may be made when its turn comes; none is kept.
 
     Args:
         path: of a new file.
-        header: as build_header returns it.
-        values: the tensors in the header's order, whole or in pieces. None is kept.
+        header: as build_header returns it; tensors follow in its order.
         advance: called with the number of bytes that were written.
     """
-    with open(path, "xb") as file:
-        file.write(header)
+
+    def __init__(self, path: Path, header: bytes, advance: Callable[[int], object] = lambda size: None) -> None:
+        self.file, self.advance = open(path, "xb"), advance  # noqa: SIM115 (closed by __exit__)
+        self.file.write(header)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Harmless when repeated."""
+        self.file.close()
+
+    def write(self, value: torch.Tensor) -> None:
+        """Write the next tensor, whole or the next piece of it."""
+        self.file.write(as_bytes(value))
+        self.advance(value.nbytes)
+
+
+def write_values(
+    path: Path, header: bytes, values: Iterable[torch.Tensor], advance: Callable[[int], object] = lambda size: None
+) -> None:
+    """Write a safetensors file of which each tensor is made when its turn comes; see Writer."""
+    with Writer(path, header, advance) as writer:
         for value in values:
-            file.write(as_bytes(value))
-            advance(value.nbytes)
+            writer.write(value)
             del value  # before the next one is made
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +27,7 @@ from lightning_lora import (
     save_merged,
 )
 from lightning_lora.exchange import merged_folder
-from lightning_lora.files.safetensors import write_values
+from lightning_lora.files.safetensors import Writer
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
 from support.files.merged_folder import FILE, read
@@ -122,11 +121,11 @@ def failing(folder: Path) -> list[str]:
         messages.append(f"{type(caught.value).__name__}: {caught.value}")
 
     fails("file")
-    merged_folder.write_values, write_values = full_disk, merged_folder.write_values
+    merged_folder.Writer = FullDisk
     try:
         fails("there")
     finally:
-        merged_folder.write_values = write_values
+        merged_folder.Writer = Writer
     if rank == 1:
         with torch.no_grad():
             net[2].lora_B.to_local().fill_(torch.inf)
@@ -135,16 +134,16 @@ def failing(folder: Path) -> list[str]:
     return messages
 
 
-def full_disk(path: Path, header: bytes, values: Iterator[torch.Tensor], advance: Callable[[int], object]) -> None:
-    """Write a file, and break the second one off after its first tensor."""
+class FullDisk(Writer):
+    """Breaks the second file off after its first tensor."""
 
-    def written() -> Iterator[torch.Tensor]:
-        yield next(values)
-        if path.name.startswith("model-00002"):
+    written = 0
+
+    def write(self, value: torch.Tensor) -> None:
+        if self.written and "model-00002" in self.file.name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        yield from values
-
-    write_values(path, header, written(), advance)
+        super().write(value)
+        self.written += 1
 
 
 @pytest.mark.slow
