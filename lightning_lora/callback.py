@@ -221,8 +221,8 @@ class LoRACallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Patch the module's own hook where setup did not run: in the main process of a launcher.
 
-        The checkpoint is made small in that hook (trainer/checkpoint_hooks.py), and not here: Lightning calls callbacks'
-        hooks first, and with save_weights_only=True not at all.
+        The checkpoint is made small in that hook (trainer/checkpoint_hooks.py), and not here: Lightning calls
+        callbacks' hooks first, and with save_weights_only=True not at all.
         """
         save_as_where_unpatched(pl_module, self.save, self.dequantize)
 
