@@ -57,8 +57,8 @@ def fit(path: Path, callbacks: list[L.Callback], *loggers: Logger, net: Net | No
 def test_norms_and_spectra_of_the_trained_adapter_are_added_at_the_last_step(tmp_path: Path):
     logger = TensorBoardLogger()
     net = fit(tmp_path, [lora(), pictures_alone()], logger, CSVLogger(tmp_path))
-    (norms, figure, step), (spectra, _, _) = logger.experiment.figures
-    assert (norms, spectra, step) == ("lora/norms", "lora/spectra", net.trainer.global_step)
+    (rms, figure, step), (spectra, _, _) = logger.experiment.figures
+    assert (rms, spectra, step) == ("lora/rms", "lora/spectra", net.trainer.global_step)
     layer = net.get_submodule("body.3").requires_grad_(False)
     rms = float((layer.lora.spec.scaling * layer.lora_B @ layer.lora_A).square().mean().sqrt())
     (line,) = [line for line in figure.axes[0].lines if line.get_label() == "body"]
@@ -100,4 +100,4 @@ def test_tensorboard_holds_both_pictures(tmp_path: Path):
     fit(tmp_path, [lora(), pictures_alone()], logger)
     events = EventAccumulator(logger.log_dir)
     events.Reload()
-    assert events.Tags()["images"] == ["lora/norms", "lora/spectra"]
+    assert events.Tags()["images"] == ["lora/rms", "lora/spectra"]

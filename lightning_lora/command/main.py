@@ -205,7 +205,7 @@ def combine(
 
 
 def plot(path: str, *, output: str, overwrite: bool = False) -> dict[str, Any]:
-    """Draw the norm of an adapter's updates by depth, and their singular values.
+    """Draw the root mean square of an adapter's updates by depth, and their singular values.
 
     Args:
         path: adapter in any form.

@@ -53,7 +53,7 @@ from .write_merged import Job, WeightUpdate, write_file_of, write_folder_of
 OF_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # how names of files of weights end
 INSTEAD = "Load the model in Python and use load_adapter and save_merged instead"
 OTHER_END = "tied to the other end of the model (tie_word_embeddings in config.json)"
-OTHER_NAMES = f"Some models have other names in their files than in memory. {INSTEAD}."
+OTHER_NAMES = "Files may have other names than the model in memory."
 LEFT_OUT = (
     "The result would lack them: give the whole model with a head of this size as --base, unquantized, by "
     "save_pretrained or torch.save of its state dict, or pass --strict-base=false, which leaves them out."
@@ -97,7 +97,8 @@ def merge_on_disk(
     with _one_thread():
         read = adapter_with_options(adapter, lora_alpha)
         _refuse_beside(read, adapter)
-        fitted = fit_to_base(read, weights, strict_base=strict_base)
+        in_python = _calls_in_python(read, weights, adapter, output)
+        fitted = fit_to_base(read, weights, in_python, strict_base=strict_base)
         return _write(Job(weights, plan_updates(fitted, dtype), dtype), output)
 
 
@@ -127,8 +128,33 @@ class Fitted:
     files: Mapping[str, str]
 
 
-def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True) -> Fitted:
-    """Bring an adapter under the names of a base's modules; strict_base as in merge_on_disk.
+def _calls_in_python(adapter: Adapter, base: Weights, path: PathLike, output: PathLike) -> str:
+    """Return the sentence that says how to do the same merge in Python, where names in memory are those of the adapter.
+
+    The base's config names the class of the model. Where more than that model was trained, such as a new head or the
+    LightningModule around it, only the user knows how to build it.
+    """
+    names = base.folder.config.get("architectures") if base.folder else None
+    load, part = f"load_adapter(model, {str(path)!r})", adapter.pretrained.removesuffix(".")
+    save = f"save_merged(model, {str(output)!r})"
+    if part:  # save_merged refuses a part of what was adapted, and layers outside of the part may be
+        save = f"merge_and_unload(model); model.{part}.save_pretrained({str(output)!r})"
+    if not names or part or adapter.whole_tensors():
+        return f"In Python, with the model that was trained, on the weights of --base: {load}; {save}"
+    return (
+        f"In Python: from transformers import {names[0]}; from lightning_lora import load_adapter, save_merged; "
+        f"model = {names[0]}.from_pretrained({str(base.path)!r}); {load}; {save}"
+    )
+
+
+def fit_to_base(adapter: Adapter, base: Weights, in_python: str = "", *, strict_base: bool = True) -> Fitted:
+    """Bring an adapter under the names of a base's modules.
+
+    Args:
+        adapter: under any prefix.
+        base: the weights.
+        in_python: the remedy where the names do not fit.
+        strict_base: as in merge_on_disk.
 
     Raises:
         LoRAError: the two do not go together.
@@ -141,7 +167,7 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True) ->
         advice = LEFT_OUT if strict_base else ""
         adapter = align_to_modules(adapter, base.modules() | parameters, str(base.path), of_files=advice)
     except LoRAError as error:
-        raise LoRAError(f"{error} {OTHER_NAMES}") from error
+        raise LoRAError(f"{error} {OTHER_NAMES} {in_python}".rstrip()) from error
     refuse_quantized("merge", base, {*adapter.layers, *(name.rpartition(".")[0] for name in adapter.whole_tensors())})
     adapter = _only_placed(adapter, base, strict=strict_base)
     compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES, of_quantization=OF_QUANTIZATION)

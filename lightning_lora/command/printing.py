@@ -85,9 +85,10 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
         size = f"{result['parameters']:,} parameters, {size_text(result['bytes'])}"
         return [*head, f"{result['tensors']} tensors ({dtypes}) in {files}, {size}"]
     scaled = all(layer["scaling"] is not None for layer in result["layers"].values())
+    product = "s*B@A" if scaled else "B@A"
     head.append(
         f"{len(result['layers'])} adapted layers, {result['parameters']:,} parameters, {size_text(result['bytes'])}, "
-        f"norm {_number(result['norm'])}{'' if scaled else ' without s, which is not stored'}"
+        f"norm of {product} {_number(result['norm'])}{'' if scaled else ' without s, which is not stored'}"
     )
     options = result["config"] or {"options": "none stored; lora_alpha must come from whoever trained it"}
     head += [f"  {name}: {_option(value)}" for name, value in options.items() if value is not None]
@@ -106,7 +107,7 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
         (name, layer["kind"] or "", str(layer["rank"]), _number(layer["scaling"]), _number(layer["norm_delta"]))
         for name, layer in result["layers"].items()
     ]
-    return [*head, *_table(("layer", "kind", "rank", "scaling", f"norm of {'s*' if scaled else ''}B@A"), rows)]
+    return [*head, *_table(("layer", "kind", "rank", "scaling", f"norm of {product}"), rows)]
 
 
 def diff_text(result: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ SUFFIXES = (".png", ".pdf", ".svg")
 def plot_adapter(
     source: PathLike | Mapping[str, Any] | Adapter | nn.Module, *, output: PathLike | None = None
 ) -> dict[str, Figure]:
-    """Draw an adapter: the norm of its updates by depth, and their singular values with the effective rank.
+    """Draw an adapter: the root mean square of its updates by depth, and their singular values with the effective rank.
 
     Collective where a model is sharded. The figures do not use pyplot, and no window opens.
 
@@ -34,7 +34,7 @@ def plot_adapter(
             and can lie on a light or a dark page.
 
     Returns:
-        Figures by name: "norms" and "spectra".
+        Figures by name: "rms" and "spectra".
 
     Raises:
         LoRAError: matplotlib is missing, there is nothing to draw, a factor is not finite, or the output cannot be
@@ -46,7 +46,7 @@ def plot_adapter(
         >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
         >>> figures = plot_adapter(model, output="adapter.png")
         >>> print(*figures)
-        norms spectra
+        rms spectra
     """
     if not has_matplotlib():
         raise LoRAError("plot_adapter: needs matplotlib; pip install matplotlib.")

@@ -1,4 +1,4 @@
-"""Draw the two pictures of a measured adapter, without pyplot: norms of its updates by depth, and their spectra."""
+"""Draw the two pictures of a measured adapter, without pyplot: the size of its updates by depth, and their spectra."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .updates import Update, Updates
 
 WIDTH = 8.0  # inches, 960 pixels at DPI; a README shows them in 640 to 800
 DPI = 120
-NORMS = 3.4  # inches
+LINES = 3.4  # inches
 PANEL, FRAME = 1.65, 0.9  # inches of a row of panels, and of everything beside the rows
 ACROSS = 4  # panels in a row
 MOST_GROUPS = 12
@@ -51,7 +51,7 @@ class Picture:
 
 
 def figures_of(updates: Updates) -> dict[str, Figure]:
-    """Draw each picture of an adapter into a figure of its own, by name: "norms" and "spectra"."""
+    """Draw each picture of an adapter into a figure of its own, by name: "rms" and "spectra"."""
     return {name: _drawn([picture]) for name, picture in _pictures(updates).items()}
 
 
@@ -75,7 +75,7 @@ def _drawn(pictures: Sequence[Picture]) -> Figure:
 
 
 def _pictures(updates: Updates) -> dict[str, Picture]:
-    """Return the pictures of an adapter by name: "norms" and "spectra"."""
+    """Return the pictures of an adapter by name: "rms" and "spectra"."""
     groups: dict[str, dict[int | None, list[Update]]] = {}
     for name, (group, depth) in places(updates.layers).items():
         groups.setdefault(group, {}).setdefault(depth, []).append(updates.layers[name])
@@ -85,7 +85,9 @@ def _pictures(updates: Updates) -> dict[str, Picture]:
     change = "s B A" if updates.scaled else "B A"
     rows = math.ceil(len(shown) / ACROSS)
     return {
-        "norms": Picture(f"Norm of the updates by depth{of_all}", NORMS, lambda figure: _norms(figure, shown, change)),
+        "rms": Picture(
+            f"Root mean square of the updates by depth{of_all}", LINES, lambda figure: _rms(figure, shown, change)
+        ),
         "spectra": Picture(
             f"Singular values of the updates{of_all}", FRAME + PANEL * rows, lambda figure: _spectra(figure, shown)
         ),
@@ -96,7 +98,7 @@ def _norm(updates: Sequence[Update]) -> float:
     return math.hypot(*(update.norm for update in updates))
 
 
-def _norms(figure: FigureBase, groups: Mapping[str, Mapping[int | None, Sequence[Update]]], change: str) -> None:
+def _rms(figure: FigureBase, groups: Mapping[str, Mapping[int | None, Sequence[Update]]], change: str) -> None:
     """Draw the root mean square of each group's updates by depth: a line, or a level for layers without a depth."""
     axes = figure.subplots()
     for number, (group, depths) in enumerate(groups.items()):

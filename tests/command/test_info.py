@@ -106,7 +106,7 @@ def test_info_and_diff_of_an_adapter_without_a_scaling_say_that_they_measure_wit
     torch.save({name: value.clone() for name, value in adapter_state_dict(net).items()}, tmp_path / "bare.pt")
     text = call(capsys, "info", tmp_path / "bare.pt")
     assert "without s, which is not stored" in text
-    assert "norm of B@A" in text
+    assert text.count("norm of B@A") == 2  # of all and of each layer
     assert "norm of s*B@A" in call(capsys, "info", tmp_path / "folder")
     for both in (("folder", "bare.pt"), ("bare.pt", "folder"), ("bare.pt", "bare.pt")):
         paths = [tmp_path / name for name in both]

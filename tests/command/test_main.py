@@ -227,7 +227,7 @@ def test_plot_writes_a_picture_says_what_is_in_it_and_is_refused_in_one_line(tmp
     inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
     save_adapter(net, tmp_path / "a")
     output = tmp_path / "out.svg"
-    assert call(capsys, "plot", tmp_path / "a", "--output", output) == f"wrote {output}: norms, spectra\n"
+    assert call(capsys, "plot", tmp_path / "a", "--output", output) == f"wrote {output}: rms, spectra\n"
     assert output.read_bytes()[:5] == b"<?xml"
     (tmp_path / "metrics.csv").write_text("step\n0\n")
     shown = refused(capsys, "plot", tmp_path / "a", "--output", tmp_path / "metrics.csv", "--overwrite")

@@ -8,15 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAConfig, LoRAError, inject, merged_state_dict, save_adapter
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_adapter,
+    merge_and_unload,
+    merged_state_dict,
+    save_adapter,
+)
 from lightning_lora.command.merge import merge_on_disk
 from support.files.expected_weights import merge_and_check
-from support.models.peers import base_folder, edit, fill_, in_memory, model, ours, seeded, tensors_of, theirs
+from support.models.peers import SMALL, base_folder, edit, fill_, in_memory, model, ours, seeded, tensors_of, theirs
+from support.models.pretrained import llava
 from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
@@ -124,3 +134,31 @@ def test_the_name_of_a_file_for_a_folder_is_refused(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
     merge_on_disk(base, tmp_path / "adapter", tmp_path / "merged-1.5")
     assert list((tmp_path / "merged-1.5").glob("*.safetensors"))
+
+
+@pytest.mark.transformers_5  # older ones have the names of the files in memory
+def test_names_in_files_that_differ_from_those_in_memory_are_an_error_whose_calls_in_python_do_the_merge(tmp_path):
+    network = base_and_adapter(tmp_path, llava, target_modules=["q_proj"])
+    with pytest.raises(LoRAError, match="under exactly one prefix") as caught:
+        merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    exec(str(caught.value).partition("In Python: ")[2], {})
+    assert_loads_as(tmp_path / "merged", network)
+
+
+def test_a_head_trained_around_a_transformers_model_is_in_the_calls_that_do_the_merge(tmp_path):
+    torch.manual_seed(0)
+    body = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, pad_token_id=0))
+    body.save_pretrained(tmp_path / "base")
+    module = L.LightningModule()
+    module.backbone, module.head = body.model, torch.nn.Linear(16, 3)
+    inject(module, LoRAConfig(r=2, target_modules=["q_proj", "head"]))
+    fill_(module)
+    save_adapter(module, tmp_path / "adapter")
+    with pytest.raises(LoRAError, match="under exactly one prefix") as caught:
+        merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    calls = str(caught.value).partition("weights of --base: ")[2]
+    expected = {name: value.clone() for name, value in merged_state_dict(module).items()}
+    exec(calls, {"model": module, "load_adapter": load_adapter, "merge_and_unload": merge_and_unload})
+    found = transformers.LlamaModel.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.equal(value, expected[f"backbone.{name}"]) for name, value in found.items())

@@ -53,9 +53,10 @@ def dense_rms(model: nn.Module) -> dict[str, float]:
     return {name: float(delta.square().mean().sqrt()) for name, delta in deltas.items()}
 
 
-def test_norms_are_a_line_by_depth_for_each_group_and_a_level_for_layers_without_a_number():
+def test_the_root_mean_square_is_a_line_by_depth_for_each_group_and_a_level_for_layers_without_a_number():
     model = blocks()
-    (axes,) = plot_adapter(model)["norms"].axes
+    figure = plot_adapter(model)["rms"]
+    (axes,) = figure.axes
     rms, drawn = dense_rms(model), lines(axes)
     assert legend(axes) == ["q_proj", "up_proj", "head"] == [group.name for group in summary(model).groups]
     for group in ("q_proj", "up_proj"):
@@ -65,13 +66,14 @@ def test_norms_are_a_line_by_depth_for_each_group_and_a_level_for_layers_without
     assert drawn["head"] == ([0, 1], pytest.approx([rms["head"]] * 2, rel=1e-6))
     assert axes.get_xlabel() == "layer number; dashed: layers without one"
     assert axes.get_ylabel() == "root mean square of s B A"
+    assert figure.get_suptitle().lower().startswith("root mean square of")  # the quantity of the axis
     assert axes.get_ylim()[0] == 0
 
 
 def test_depths_ascend_whatever_the_order_of_names_in_a_file(tmp_path: Path):
     model = blocks(12, head=False)
     save_adapter(model, tmp_path / "adapter")
-    (axes,) = plot_adapter(tmp_path / "adapter")["norms"].axes
+    (axes,) = plot_adapter(tmp_path / "adapter")["rms"].axes
     rms = dense_rms(model)
     assert lines(axes)["q_proj"] == ([*range(12)], pytest.approx([rms[f"layers.{i}.q_proj"] for i in range(12)]))
     assert axes.get_xlabel() == "layer number"
@@ -83,7 +85,7 @@ def test_several_layers_of_a_group_at_one_depth_are_taken_together():
     inject(model, LoRAConfig(r=2, init_lora_weights=False))
     rms = dense_rms(model)
     squares = [12 * rms["layers.0.experts.0"] ** 2, 20 * rms["layers.0.experts.1"] ** 2]
-    (axes,) = plot_adapter(model)["norms"].axes
+    (axes,) = plot_adapter(model)["rms"].axes
     assert lines(axes) == {"experts": ([0], pytest.approx([(sum(squares) / 32) ** 0.5], rel=1e-6))}
 
 
@@ -93,7 +95,7 @@ def test_lists_of_blocks_with_one_group_have_a_line_each():
 
     model = nn.ModuleDict({"encoder": stack(), "decoder": stack()})
     inject(model, LoRAConfig(r=2, init_lora_weights=False))
-    (axes,) = plot_adapter(model)["norms"].axes
+    (axes,) = plot_adapter(model)["rms"].axes
     assert legend(axes) == ["q_proj (encoder)", "up_proj (encoder)", "q_proj (decoder)", "up_proj (decoder)"]
     assert lines(axes)["q_proj (decoder)"][1] == pytest.approx(
         [dense_rms(model)[f"decoder.block.{depth}.q_proj"] for depth in range(2)], rel=1e-6
@@ -114,10 +116,10 @@ def test_depth_is_the_first_number_in_a_name_and_lists_are_named_as_far_as_it_ta
     assert places(names) == dict(zip(names, expected, strict=True))
 
 
-def test_without_s_the_norm_is_that_of_b_a():
+def test_without_s_the_root_mean_square_is_that_of_b_a():
     model = blocks()
     bare = {name: value for name, value in model.state_dict().items() if "lora_" in name}
-    (axes,) = plot_adapter(bare)["norms"].axes
+    (axes,) = plot_adapter(bare)["rms"].axes
     assert axes.get_ylabel() == "root mean square of B A"
     scaling = next(iter(adapted_layers(model).values())).lora.spec.scaling
     expected = [dense_rms(model)[f"layers.{depth}.q_proj"] / scaling for depth in range(3)]
@@ -126,7 +128,7 @@ def test_without_s_the_norm_is_that_of_b_a():
 
 def test_an_adapter_that_did_not_move_is_drawn_at_zero():
     found = plot_adapter(blocks(init_lora_weights=True))
-    assert lines(found["norms"].axes[0])["q_proj"] == ([0, 1, 2], [0, 0, 0])
+    assert lines(found["rms"].axes[0])["q_proj"] == ([0, 1, 2], [0, 0, 0])
     assert {axes.get_title(loc="left").split("\n")[1] for axes in found["spectra"].axes} == {"effective rank 0.0 of 3"}
 
 
@@ -166,7 +168,7 @@ def test_lines_and_panels_are_those_of_the_groups_with_the_largest_updates():
             layer.lora_B.fill_(i + 1)
     figure = plot_adapter(model)["spectra"]
     names = [axes.get_title(loc="left").split("\n")[0] for axes in figure.axes]
-    assert names == [f"p{i}" for i in range(1, 13)] == legend(plot_adapter(model)["norms"].axes[0])
+    assert names == [f"p{i}" for i in range(1, 13)] == legend(plot_adapter(model)["rms"].axes[0])
     assert figure.get_suptitle() == "Singular values of the updates, the 12 largest of 13 groups"
 
 
