@@ -201,7 +201,7 @@ def _scale_back(
     unmerge_if_merged(handle)
     _act_with_(handle, before)
     handle.injection.strength_log.change(noted)
-    if not handle.injection.run.merged_here:
+    if not handle.injection.merged_to_evaluate:
         state.bring_back(handle)
         return
     if "factored" not in handle.injection.marks:

@@ -159,7 +159,16 @@ def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRA
         unmerge_if_merged(each)
         restore_initial_(each)
         strip_adapters(each)
-    injection = Injection(config, seed=old.seed, chosen=chosen, run=old.run, owner=old.owner)
+    injection = Injection(
+        config,
+        seed=old.seed,
+        chosen=chosen,
+        run=old.run,
+        fits=old.fits,
+        in_training_batch=old.in_training_batch,
+        merged_to_evaluate=old.merged_to_evaluate,
+        owner=old.owner,
+    )
     injection.begin(model)
     take_over_attached(Listing(model), old, injection)
     new = cast(AdaptedModel, find_model(Listing(model)))
