@@ -28,8 +28,6 @@ from .gradients import warn_of_untrained
 from .recorded_layers import refuse_replaced_layers
 from .wrappers import unwrapped
 
-Weights = Mapping[str, torch.Tensor]  # of a layer, by name
-
 UNROUNDED = (  # the remedy where rounding a merged evaluation costs much
     "Merged and unmerged outputs differ by that much of the adapter's effect; with merged_eval=False the adapter is "
     "evaluated unrounded."
