@@ -173,7 +173,7 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""
         handle = open_for_fit(pl_module)
-        handle.injection.run.fits += 1
+        handle.injection.fits += 1
         check_fit(trainer, handle, self)
         record_fit(trainer, handle, self)
 

@@ -200,7 +200,7 @@ def _replaced(handle: AdaptedModel, adapter: Adapter) -> Iterator[LiveState]:
     Raises:
         LoRAError: a fit is under way, or the model is sharded.
     """
-    if handle.injection.run.fits:
+    if handle.injection.fits:
         raise LoRAError(
             "load_adapter: inside a fit the adapter's layers and heads must be the model's, because the optimizer "
             "holds these parameters. Load it before the fit."

@@ -63,7 +63,9 @@ OPTIONS_IN_TRAINER = (
 )
 
 
-def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
+def convert_checkpoint(
+    module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind, dequantize: Any = None
+) -> None:
     """Turn a checkpoint with a complete state_dict into one of the given kind. In place. Collective.
 
     | save | state_dict | checkpoint["lora"], beside options and fingerprint |
@@ -73,6 +75,12 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     | "merged" | W' under the plain model's names, and whole tensors | `adapter`: factors and whole tensors |
 
     For a divided model, gathered_state has chosen, merged and gathered the tensors of the state_dict.
+
+    Args:
+        module: an injected LightningModule.
+        checkpoint: of the whole module.
+        kind: of the checkpoint that it becomes.
+        dequantize: the dtype of plain weights in place of quantized ones, where merged weights are written.
 
     Raises:
         LoRAError: the kind cannot express the adapter, or another thread changes or saves the model.
@@ -98,7 +106,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         if kind == "adapter":
             checkpoint["state_dict"] = {**adapter.tensors, **adapter.foreign.values}
         else:
-            _convert_to_merged(live, checkpoint, state, adapter)
+            _convert_to_merged(live, checkpoint, state, adapter, dequantize)
 
 
 def _convert_to_full(
@@ -114,7 +122,7 @@ def _convert_to_full(
 
 
 def _convert_to_merged(
-    live: LiveState, checkpoint: MutableMapping[str, Any], state: dict[str, Any], adapter: Adapter
+    live: LiveState, checkpoint: MutableMapping[str, Any], state: dict[str, Any], adapter: Adapter, dequantize: Any
 ) -> None:
     handle, divided = live.handle, is_divided(live.handle)
     checkpoint[META]["adapter"] = adapter.tensors  # so that a fit resumes from it: W and A, B are not found in W'
@@ -124,7 +132,7 @@ def _convert_to_merged(
     if divided:
         state = {name: value for name, value in state.items() if not names_factor(name)}
     else:
-        state = _merge_state(handle, state)
+        state = _merge_state(handle, state, dequantize)
     _write_plain_networks(checkpoint, divided=divided)
     saved = checkpoint["state_dict"]
     checkpoint["state_dict"] = mark_merged(_by_names_of(saved, state), metadata_of(saved))
@@ -193,9 +201,9 @@ def _warn_of_moved(live: LiveState, state: Mapping[str, Any], adapter: Adapter, 
         )
 
 
-def _merge_state(handle: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_state(handle: AdaptedModel, state: Mapping[str, Any], dequantize: Any) -> dict[str, Any]:
     try:
-        dtype = dequantize_dtype(handle.injection.run.dequantize, "checkpoint")
+        dtype = dequantize_dtype(dequantize, "checkpoint")
         return merge_state_dict(handle, state, dtype)
     except NonFiniteError as error:
         raise NonFiniteError(
@@ -280,22 +288,25 @@ def is_divided(handle: AdaptedModel) -> bool:
     return any(holds_shards(module) or owns_flat(module) for _, module in handle.modules)
 
 
-def gathered_state(handle: AdaptedModel, *, keep: bool) -> dict[str, Any]:
-    """Return what a checkpoint of the model's kind holds, as whole tensors on the CPU, one by one. Collective.
+def gathered_state(handle: AdaptedModel, kind: Kind | None, dequantize: Any, *, keep: bool) -> dict[str, Any]:
+    """Return what a checkpoint of this kind holds, as whole tensors on the CPU, one by one. Collective.
 
     Of a model that is not divided it is the whole state dict, which convert_checkpoint converts.
 
     Args:
         handle: of the model.
+        kind: of the checkpoint; None for the model's own state dict.
+        dequantize: as in convert_checkpoint.
         keep: whether this rank writes files. Elsewhere tensors of the base are dropped, and come on the meta device.
     """
     if not is_divided(handle):
         return handle.model.state_dict()
-    live, kind, foreign = open_state(handle), handle.injection.run.save, foreign_entries(handle)
+    live = open_state(handle)
+    foreign = foreign_entries(handle)
     state = live.values() if kind == "adapter" else original_values(live.entries)
     state = with_metadata({**state, **foreign.values}, foreign.versions)
     if kind == "merged":  # the adapter stays beside: a callback may put an average in the place of all of it
-        state |= _merge_state(handle, state)
+        state |= _merge_state(handle, state, dequantize)
     changing = set(live.keys)
     whole = {
         name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value

@@ -22,7 +22,6 @@ from ..errors import shown
 HYPER_PARAMETERS = "hyper_parameters"  # Lightning's key of what save_hyperparameters saved
 INSTANTIATOR, CLASS = "_instantiator", "_class_path"  # what LightningCLI adds to it
 CLASS_PATH, PARTS = "class_path", ("init_args", "dict_kwargs")  # how it writes an object
-PLAIN = (bool, int, float, complex, str, bytes)
 COLLECTIONS = (list, tuple, set, frozenset, dict)
 
 

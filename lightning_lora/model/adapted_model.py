@@ -150,10 +150,6 @@ class AdaptedModel(Listing):
         """Return the root's parameters without adapters, each once, with its first name in the root."""
         return base_parameters_of(self.root_modules)
 
-    def base_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the root's parameters without adapters, each once, by its first name in the root."""
-        return {each.name: each.parameter for each in self.base()}
-
     @property
     def outer_places(self) -> Places:
         """Every module of the model or of the root, whichever holds the other, under each of its names there."""

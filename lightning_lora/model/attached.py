@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,11 +27,11 @@ from ..nn.readers import patch_readers, undo_readers, update_fast_paths
 from ..nn.tied_weights import record_ties
 from ..notices import tell
 from .adapted_model import AdaptedModel, Listing, find_model, injection_of_root, open_model
-from .base_values import StandIn, put_in_, stand_ins, take_out_
+from .base_values import put_in_, stand_ins, take_out_
 from .facts import begin_facts, end_facts, note_adapted_children
 from .injection import Chosen, Injection
 from .load_state_dict import check_loads, stop_checking_loads
-from .merging import Ending, FoundState, unmerge_if_merged
+from .merging import FoundState, run_block, unmerge_if_merged
 from .patches import unpatch
 from .pretrained import follow_gradient_checkpointing, warn_before_save_pretrained
 from .reasons import LAYER, PARAMETER, Candidate
@@ -146,12 +146,7 @@ def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Ite
         True
     """
     handle = open_model(model, "scaled", attached=True)
-    with _acting_with(handle, _asked(handle, strength, name, "scaled")):
-        yield model
-
-
-@contextmanager
-def _acting_with(handle: AdaptedModel, strengths: Strengths) -> Iterator[None]:
+    strengths = _asked(handle, strength, name, "scaled")
     injection = handle.injection
     if "" in strengths:
         _refuse_between(handle, strengths[""])
@@ -165,51 +160,29 @@ def _acting_with(handle: AdaptedModel, strengths: Strengths) -> Iterator[None]:
         modules += [module for _, module in handle.modules if found and isinstance(module, AdaptedModule)]
         before = _inside(handle)
         noted = injection.strength_log.now
-        end = Ending(claim, partial(_scale_back, handle, FoundState(handle), before, noted, found, modules))
-        try:
-            try:
-                unmerge_if_merged(handle)
-                put_in_(found, modules)
-                _act_with_(handle, {**before, **strengths})
-                injection.strength_log.change(_differing(handle, {**noted, **strengths}))
-                yield
-            finally:
-                end()
-        finally:
-            end()
+        state = FoundState(handle)
 
+        def scale() -> None:
+            unmerge_if_merged(handle)
+            put_in_(found, modules)
+            _act_with_(handle, {**before, **strengths})
+            injection.strength_log.change(_differing(handle, {**noted, **strengths}))
 
-def _scale_back(
-    handle: AdaptedModel,
-    state: FoundState,
-    before: Strengths,
-    noted: Strengths,
-    found: Sequence[StandIn],
-    modules: Sequence[nn.Module],
-) -> None:
-    """Give the adapters the strength that they had before `scaled`. In place; can be called again after any part.
+        def scale_back() -> None:
+            take_out_(found, modules)
+            unmerge_if_merged(handle)
+            _act_with_(handle, before)
+            injection.strength_log.change(noted)
+            if not injection.merged_to_evaluate:
+                state.bring_back(handle)
+            elif "factored" not in injection.marks:
+                injection.marks.add("factored")
+                tell(
+                    "lightning_lora: scaled was called in a merged evaluation, which runs factored from there on; "
+                    "merged_eval=False saves the merge."
+                )
 
-    Args:
-        handle: of the model before the block.
-        state: whether it was merged before the block.
-        before: the strengths that another `scaled` around this one has set.
-        noted: what a block around this one has in the log of strengths.
-        found: the stand-ins of what was trained whole.
-        modules: that torch does not save inside the block.
-    """
-    take_out_(found, modules)
-    unmerge_if_merged(handle)
-    _act_with_(handle, before)
-    handle.injection.strength_log.change(noted)
-    if not handle.injection.run.merged_here:
-        state.bring_back(handle)
-        return
-    if "factored" not in handle.injection.marks:
-        handle.injection.marks.add("factored")
-        tell(
-            "lightning_lora: scaled was called in a merged evaluation, which runs factored from there on; "
-            "merged_eval=False saves the merge."
-        )
+        yield from run_block(claim, model, scale, scale_back)
 
 
 def _inside(handle: AdaptedModel) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -31,19 +31,19 @@ from ..notices import tell
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, find_model, open_model, with_lists
 from .attached import find_attached_alone, hold_attached, note_layers, take_over_attached
-from .base_values import StandIn, put_in_, stand_ins, take_out_
+from .base_values import put_in_, stand_ins, take_out_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantized_
 from .facts import begin_facts, end_facts, facts_of
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Chosen, Injection
 from .load_state_dict import stop_checking_loads
 from .merging import (
-    Ending,
     FoundState,
     all_or_nothing,
     holds_merged,
     merge,
     merge_listed,
+    run_block,
     unmerge,
     unmerge_if_merged,
     unmerge_listed,
@@ -159,7 +159,16 @@ def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRA
         unmerge_if_merged(each)
         restore_initial_(each)
         strip_adapters(each)
-    injection = Injection(config, seed=old.seed, chosen=chosen, run=old.run, owner=old.owner)
+    injection = Injection(
+        config,
+        seed=old.seed,
+        chosen=chosen,
+        run=old.run,
+        fits=old.fits,
+        in_training_batch=old.in_training_batch,
+        merged_to_evaluate=old.merged_to_evaluate,
+        owner=old.owner,
+    )
     injection.begin(model)
     take_over_attached(Listing(model), old, injection)
     new = cast(AdaptedModel, find_model(Listing(model)))
@@ -307,44 +316,23 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         modules = [] if is_inside else [*adapted, *(each.module for each in found)]
         were_active = {layer: layer.lora_active or layer.lora.merged for layer in handle.all_layers.values()}
         noted = handle.injection.strength_log.now
-        end = Ending(claim, partial(_enable_again, handle, FoundState(handle), were_active, noted, found, modules))
-        try:
-            try:
-                if holds_merged(handle.all_layers.values()):
-                    unmerge_listed(handle)
-                put_in_(found, modules)
-                _set_active(handle, dict.fromkeys(were_active, False))
-                handle.injection.strength_log.change({**noted, DISABLED: 0.0})
-                yield model
-            finally:
-                end()
-        finally:
-            end()
+        state = FoundState(handle)
 
+        def disable() -> None:
+            if holds_merged(handle.all_layers.values()):
+                unmerge_listed(handle)
+            put_in_(found, modules)
+            _set_active(handle, dict.fromkeys(were_active, False))
+            handle.injection.strength_log.change({**noted, DISABLED: 0.0})
 
-def _enable_again(
-    handle: AdaptedModel,
-    state: FoundState,
-    were_active: Mapping[AdaptedWeights, bool],
-    noted: Mapping[str, float],
-    found: Sequence[StandIn],
-    modules: Sequence[nn.Module],
-) -> None:
-    """Let the adapters act again after disable_adapter. In place; can be called again after any part of itself.
+        def enable_again() -> None:
+            take_out_(found, modules)
+            unmerge_if_merged(handle)
+            _set_active(handle, were_active)
+            handle.injection.strength_log.change(noted)
+            state.bring_back(handle)
 
-    Args:
-        handle: of the model before the block.
-        state: whether it was merged before the block.
-        were_active: whether each adapter acted before the block.
-        noted: the strengths that a block around this one has set.
-        found: the stand-ins; none where another disable_adapter around this one takes them out.
-        modules: that torch does not save inside the block.
-    """
-    take_out_(found, modules)
-    unmerge_if_merged(handle)
-    _set_active(handle, were_active)
-    handle.injection.strength_log.change(noted)
-    state.bring_back(handle)
+        yield from run_block(claim, model, disable, enable_again)
 
 
 def _inject(listing: Listing, injection: Injection, *, values_follow: bool = False) -> AdaptedModel:

@@ -43,38 +43,7 @@ Mark = Literal[
 ]
 
 
-@dataclass
-class Run:
-    """What LoRACallback asks for, and what it notes while a Trainer runs. A copy of the model is in no run.
-
-    Attributes:
-        merged_eval: the option; None without a callback.
-        save: the kind of Lightning checkpoint; None without a callback, which leaves checkpoints unfiltered.
-        quantize: how layers that are built later are quantized.
-        dequantize: the dtype of quantized weights in merged checkpoints.
-        dropping: a training batch runs, in which dropout acts in layers that are kept in eval mode too.
-        merged_here: LoRACallback has merged the model, and is to unmerge it.
-        stays_unmerged: this evaluation runs unmerged: merging found a value that is not finite, or `scaled` was called.
-        epoch_begins: no training batch of the epoch has begun.
-        looked_at: ids of the fit's optimizers whose adapters were looked at for gradients.
-        fits: how many fits of the model are under way, one inside a hook of the other.
-        fit_ended: the innermost fit came to its end; a finder of Lightning's may break one off.
-    """
-
-    merged_eval: bool | None = None
-    save: Any = None
-    quantize: str | None = None
-    dequantize: Any = None
-    dropping: bool = False
-    merged_here: bool = False
-    stays_unmerged: bool = False
-    epoch_begins: bool = False
-    looked_at: frozenset[int] = frozenset()
-    fits: int = 0
-    fit_ended: bool = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("merged_eval", "save", "quantize", "dequantize")}
+NOT_COPIED = ("owner", "strength_log", "fits", "in_training_batch", "merged_to_evaluate")  # of what happens right now
 
 
 @dataclass(frozen=True)
@@ -107,14 +76,17 @@ class Injection:
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
     marks: set[Mark] = field(default_factory=set)
     attached: dict[str, Attachment] = field(default_factory=dict)  # the attached adapters, in the order of their names
-    run: Run = field(default_factory=Run)
+    run: Any = None  # what trainer/ keeps of a run, see trainer/run.py; here it is copied and handed on, and not read
+    fits: int = 0  # how many fits of the model are under way, one inside the other; their optimizers hold its tensors
+    in_training_batch: bool = False  # one runs now, in which dropout acts in layers that are kept in eval mode too
+    merged_to_evaluate: bool = False  # merged for one evaluation, whose end unmerges; `scaled` leaves it factored
     root: weakref.ref[nn.Module] | None = None  # the injected module; None in a copy of the injection
     owner: Owner = field(default_factory=Owner)  # the thread that changes or saves the model; a copy has its own
     strength_log: StrengthLog = field(default_factory=StrengthLog)  # of blocks; a copy is in none
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a part of the model would bring along values of the whole model; its modules have their facts.
-        return {name: value for name, value in vars(self).items() if name not in ("owner", "strength_log")} | {
+        return {name: value for name, value in vars(self).items() if name not in NOT_COPIED} | {
             "root": None,
             "facts": [],
         }

@@ -28,8 +28,6 @@ from .gradients import warn_of_untrained
 from .recorded_layers import refuse_replaced_layers
 from .wrappers import unwrapped
 
-Weights = Mapping[str, torch.Tensor]  # of a layer, by name
-
 UNROUNDED = (  # the remedy where rounding a merged evaluation costs much
     "Merged and unmerged outputs differ by that much of the adapter's effect; with merged_eval=False the adapter is "
     "evaluated unrounded."
@@ -207,46 +205,50 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     """
     listing = Listing(unwrapped(model, "merged"))
     with claimed_with(listing.all_layers.values(), "merged") as claim:
-        end = Ending(claim, FoundState(listing).bring_back)
-        try:
-            try:
-                merge_listed(listing)
-                yield model
-            finally:
-                end()
-        finally:
-            end()
+        yield from run_block(claim, model, partial(merge_listed, listing), FoundState(listing).bring_back)
 
 
-class Ending:
-    """The end of a `with` block, which restores the model.
+def run_block(
+    claim: Claim, model: nn.Module, begin: Callable[[], None], restore: Callable[[], None]
+) -> Iterator[nn.Module]:
+    """Change a model, let the body of a `with` block run, and restore the model.
 
-    Call it in two nested `finally` clauses: where an exception comes before the inner one has done it, the outer one
-    does.
+    A generator for `yield from` in the block's own.
 
     Args:
         claim: of the block, which may end in another thread than it began in.
-        step: restores the model. It can be called again after any part of itself.
+        model: what the block yields.
+        begin: changes the model.
+        restore: restores it. It can be called again after any part of itself.
+
+    Raises:
+        LoRAError: another thread is changing the model when the block ends, or a step raised it.
     """
+    is_done = False
 
-    def __init__(self, claim: Claim, step: Callable[[], None]) -> None:
-        self.claim, self.step, self.is_done = claim, step, False
-
-    def __call__(self) -> None:
-        """Restore the model, unless that was done.
-
-        Raises:
-            LoRAError: another thread is changing the model, or the step raised it. Later calls do nothing.
-        """
-        if self.is_done:
+    def end() -> None:
+        nonlocal is_done
+        if is_done:
             return
         try:
-            self.claim.take()
-            self.step()
-        except LoRAError:
-            self.is_done = True
+            claim.take()
+            restore()
+        except LoRAError:  # which a second try would only raise again
+            is_done = True
             raise
-        self.is_done = True
+        is_done = True
+
+    # Ctrl-C, a debugger or another thread may raise an exception between any two lines: before the inner `finally` has
+    # called end(), or inside of restore(). Then the outer one restores the model. `yield from` adds no line of Python
+    # between the body and these; a context manager around the body would: its __exit__.
+    try:
+        try:
+            begin()
+            yield model
+        finally:
+            end()
+    finally:
+        end()
 
 
 class FoundState:

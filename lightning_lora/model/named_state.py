@@ -10,7 +10,7 @@ from torch import nn
 
 from ..distributed.flat import own_parameters
 from ..distributed.sharding import reshard_
-from ..names import canonical, join_names, names_factor
+from ..names import join_names, names_factor
 from ..nn.quantized import describe_shard
 
 EXTRA_STATE = "_extra_state"  # torch's name of what get_extra_state returns
@@ -55,12 +55,6 @@ def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
     own: dict[str, torch.Tensor] = {**own_parameters(module)}
     passing = module._non_persistent_buffers_set
     return own | {name: each for name, each in module._buffers.items() if each is not None and name not in passing}
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return a model's parameters that belong to no adapter, by name; a shared parameter under its first name."""
-    modules = [(canonical(name), module) for name, module in model.named_modules()]
-    return {each.name: each.parameter for each in base_parameters_of(modules)}
 
 
 def base_parameters_of(modules: Places) -> list[BaseParameter]:

@@ -266,19 +266,20 @@ def check_shapes(modules: NamedModules) -> None:
             )
 
 
-def refuse_never_quantized(modules: NamedModules, config: LoRAConfig) -> None:
+def refuse_never_quantized(modules: NamedModules, config: LoRAConfig, verb: str) -> None:
     """Refuse a model with layers of bitsandbytes that have no quantized weight when a fit starts: they cannot run.
 
     Args:
         modules: every module of the model under its first name, the model first.
         config: the options.
+        verb: the beginning of the message.
 
     Raises:
         LoRAError: there is such a layer. The message has both options to copy.
     """
     name, layer = next(((name, module) for name, module in modules if was_never_quantized(module)), ("", None))
     if layer is not None:
-        raise LoRAError(f"LoRACallback: the weight of {name!r} {_never(layer)}. {_remedy(modules, config, layer)}")
+        raise LoRAError(f"{verb}: the weight of {name!r} {_never(layer)}. {_remedy(modules, config, layer)}")
 
 
 def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module], config: LoRAConfig) -> None:

@@ -368,7 +368,9 @@ class AdaptedWeights(StoredTensors):
     def in_training(self) -> bool:
         """Return whether a forward now is one of training, also where the layer is kept in eval mode."""
         injection = self.lora.injection
-        return self.lora_holder.training or (injection is not None and injection.run.dropping and records_gradients())
+        return self.lora_holder.training or (
+            injection is not None and injection.in_training_batch and records_gradients()
+        )
 
     # --- merging ---
 

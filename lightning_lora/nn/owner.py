@@ -1,19 +1,20 @@
-"""One owner at a time: only one thread may change or save an injected model.
+"""One writer at a time: only one thread may change or save an injected model.
 
 Each call that changes a model, or reads it for a file or a dictionary, claims it. A call with a body, such as `with
 merged(model)`, keeps its claim until the body has ended, because the end of the block writes too. Claims of one thread
 nest. A call from another thread is refused at once. Nobody waits for a claim, so there is no deadlock.
 
-A claim is no lock of the operating system. A body may therefore end in another thread than it began in, which happens
-with generators.
+It is no threading.RLock, for two reasons. A generator's body may end in another thread than it began in, and only the
+thread that acquired an RLock can release it. And an exception that comes just before a block ends its claim would leave
+an RLock locked for good; a claim is held weakly here, so it is garbage collected with the block's frame.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 from ..errors import LoRAError
 
@@ -38,42 +39,19 @@ REFUSED_INSIDE = (
 )
 
 
-class Owner:
-    """The open claims on one injected model, outermost first. All are of one thread, or of threads that have ended.
+# Held while claims are compared and added, in all models at once. Reentrant: a signal's handler may claim a model while
+# this thread holds it.
+_GUARD = threading.RLock()
 
-    Claims are held weakly. If an exception comes just before a `with` block ends its claim, the claim is garbage
-    collected and so is not open any more.
-    """
+
+class Owner:
+    """The open claims on one injected model. All are of one thread, or of threads that have ended."""
 
     def __init__(self) -> None:
-        self.claims: weakref.WeakKeyDictionary[Claim, None] = weakref.WeakKeyDictionary()
-        self.guard = threading.RLock()  # reentrant: a signal's handler may claim the model while this thread holds it
-
-    def admit(self, claim: Claim) -> None:
-        """Open a claim, or move an open one to its present thread.
-
-        Raises:
-            LoRAError: another thread has a claim, or the claim is for what would be wrong inside disable_adapter.
-        """
-        with self.guard:
-            for other in list(self.claims):
-                if other is not claim and other.thread is not claim.thread and other.thread.is_alive():
-                    raise LoRAError(
-                        f"{claim.verb}: {other.verb} is under way on this model in the thread {other.thread.name!r}. "
-                        "Only one thread at a time may change or save a model: hold one threading.Lock around each "
-                        "such call, including its whole `with` block, and around the forwards of other threads."
-                    )
-            if any(self.holds(block, other_than=claim) for block in REFUSED[claim.verb]):
-                raise LoRAError(f"{claim.verb}: {REFUSED_INSIDE}")
-            self.claims[claim] = None
-
-    def dismiss(self, claim: Claim) -> None:
-        """End a claim."""
-        with self.guard:
-            self.claims.pop(claim, None)
+        self.claims: WeakSet[Claim] = WeakSet()
 
     def holds(self, verb: str, *, other_than: Claim | None = None) -> bool:
-        """Return whether a claim with this verb is open, `beside` this one."""
+        """Return whether a claim with this verb is open, other than the given one."""
         return any(claim.verb == verb for claim in list(self.claims) if claim is not other_than)
 
 
@@ -81,21 +59,33 @@ class Claim:
     """A claim on one model, or on several."""
 
     def __init__(self, verb: str, owners: Iterable[Owner]) -> None:
-        self.verb, self.owners, self.thread = verb, list(owners), threading.current_thread()
+        self.verb = verb
+        self.owners = list(owners)
+        self.thread = threading.current_thread()
 
     def take(self) -> None:
         """Open this claim in the present thread, or move it there.
 
         Raises:
-            LoRAError: another thread has a different claim. This one then stays with its thread.
+            LoRAError: another thread has a claim on one of the models, or the verb is refused inside of an open block.
+                This claim is then as it was.
         """
-        before, self.thread = self.thread, threading.current_thread()
-        try:
+        here = threading.current_thread()
+        with _GUARD:
             for owner in self.owners:
-                owner.admit(self)
-        except BaseException:
-            self.thread = before
-            raise
+                for other in list(owner.claims):
+                    if other is not self and other.thread is not here and other.thread.is_alive():
+                        raise LoRAError(
+                            f"{self.verb}: {other.verb} is under way on this model in the thread "
+                            f"{other.thread.name!r}. Only one thread at a time may change or save a model: hold one "
+                            "threading.Lock around each such call, including its whole `with` block, and around the "
+                            "forwards of other threads."
+                        )
+                if any(owner.holds(block, other_than=self) for block in REFUSED[self.verb]):
+                    raise LoRAError(f"{self.verb}: {REFUSED_INSIDE}")
+            self.thread = here
+            for owner in self.owners:
+                owner.claims.add(self)
 
 
 @contextmanager
@@ -115,4 +105,4 @@ def claimed(verb: str, *owners: Owner) -> Iterator[Claim]:
         yield claim
     finally:
         for owner in claim.owners:
-            owner.dismiss(claim)
+            owner.claims.discard(claim)

@@ -270,8 +270,8 @@ def summarise(handle: AdaptedModel) -> Summary:
         quantized=_quantized(handle),
         unmerged=_unmerged(layers),
         attached={name: each.strength for name, each in sorted(injection.attached.items())},
-        merged_eval=injection.run.merged_eval,
-        save=injection.run.save,
+        merged_eval=getattr(injection.run, "merged_eval", None),  # a Run of trainer/, which this folder does not import
+        save=getattr(injection.run, "save", None),
         memory=Memory(
             weights=_local_bytes((*base.values(), *_buffers(handle))),
             adapter=_local_bytes(stored),

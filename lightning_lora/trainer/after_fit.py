@@ -18,6 +18,7 @@ from ..model.patches import call_previous, patch
 from ..model.state_dict import refuse_unmergeable
 from ..names import MERGED_FOR_GOOD, META
 from .compatibility import launches
+from .run import run_of
 
 
 def refuse_merge_after_fit(trainer: Any, handle: AdaptedModel) -> None:
@@ -40,7 +41,7 @@ def merge_for_good(module: nn.Module) -> None:
 
 def _dtype(handle: AdaptedModel) -> torch.dtype | None:
     """Return the dtype of the plain weights that replace quantized ones, or None."""
-    return dequantize_dtype(handle.injection.run.dequantize, "LoRACallback")
+    return dequantize_dtype(run_of(handle.injection).dequantize, "LoRACallback")
 
 
 def forget_merging(module: nn.Module) -> None:

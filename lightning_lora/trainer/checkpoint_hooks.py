@@ -17,6 +17,7 @@ from ..formats.lightning_checkpoint import CURRENT, Kind, check_kind
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.patches import call_previous, patch
 from ..names import META, names_factor
+from .run import run_of
 
 
 def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:
@@ -28,7 +29,9 @@ def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:
         dequantize: the dtype of plain weights in place of quantized ones in merged checkpoints.
     """
     check_kind(kind)
-    handle.injection.run.save, handle.injection.run.dequantize = kind, dequantize
+    run = run_of(handle.injection)
+    run.save = kind
+    run.dequantize = dequantize
     patch(handle.model, "on_save_checkpoint", _on_save_checkpoint)
     patch(handle.model, "on_load_checkpoint", _on_load_checkpoint)
 
@@ -36,7 +39,7 @@ def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:
 def save_as_where_unpatched(module: nn.Module, kind: Kind, dequantize: Any = None) -> None:
     """Patch an injected LightningModule as save_as does, where that was not done: in the main process of a launcher."""
     handle = find_model(module)
-    if handle is not None and handle.injection.run.save is None:
+    if handle is not None and run_of(handle.injection).save is None:
         save_as(handle, kind, dequantize)
 
 
@@ -44,9 +47,10 @@ def _on_save_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
     call_previous(module, previous, "on_save_checkpoint", checkpoint)
-    injected = find_model(module)
-    if injected is not None and injected.injection.run.save is not None:
-        convert_checkpoint(module, checkpoint, injected.injection.run.save)
+    handle = find_model(module)
+    run = None if handle is None else run_of(handle.injection)
+    if run is not None and run.save is not None:
+        convert_checkpoint(module, checkpoint, run.save, run.dequantize)
 
 
 def _on_load_checkpoint(

@@ -12,6 +12,7 @@ from ..errors import NonFiniteError, sentence
 from ..model.adapted_model import Listing, find_model
 from ..model.merging import merge_listed, unmerge
 from .current_injection import injection_of
+from .run import run_of
 
 
 def merge_to_evaluate(trainer: Any, module: nn.Module) -> None:
@@ -21,17 +22,17 @@ def merge_to_evaluate(trainer: Any, module: nn.Module) -> None:
         injection is None
         or not injection.layers
         or injection.marks & {"merged", "factored"}
-        or injection.run.stays_unmerged
+        or run_of(injection).stays_unmerged
     ):
         return
-    injection.run.merged_here = True  # first, because Ctrl-C is raised when merging is complete
+    injection.merged_to_evaluate = True  # first, because Ctrl-C is raised when merging is complete
     in_fit = trainer.state.fn == "fit"
     try:
         merge_listed(Listing(module), warns=not in_fit)
     except NonFiniteError as error:
         if not in_fit:
             raise
-        injection.run.stays_unmerged = True  # EarlyStopping and others judge the loss
+        run_of(injection).stays_unmerged = True  # EarlyStopping and others judge the loss
         rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
 
 
@@ -57,8 +58,8 @@ def end_evaluation(module: nn.Module) -> None:
     injection = injection_of(module)
     if injection is None:
         return
-    injection.run.stays_unmerged = False
-    if injection.run.merged_here:
-        injection.run.merged_here = False
+    run_of(injection).stays_unmerged = False
+    if injection.merged_to_evaluate:
+        injection.merged_to_evaluate = False
         if "merged" in injection.marks:
             unmerge(module)

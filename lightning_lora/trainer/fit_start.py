@@ -22,6 +22,7 @@ from .compatibility import refuse_unoptimized
 from .hyperparameters import as_hyperparameters, log_options
 from .options import LOGGED, Options
 from .precision import refuse_for_quantized, refuse_full_of_quantized, refuse_plain
+from .run import run_of
 
 
 def open_for_fit(module: Any) -> AdaptedModel:
@@ -39,7 +40,7 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     snapshot_materialised(handle)
     refuse_unoptimized(trainer.optimizers, handle)
     saved = handle.injection.config.modules_to_save or ()
-    refuse_never_quantized(handle.modules, handle.injection.config)
+    refuse_never_quantized(handle.modules, handle.injection.config, "LoRACallback")
     warn_of_new_heads(handle.modules, saved)
     enable_input_require_grads([module for _, module in handle.modules])
     refuse_for_quantized(handle, trainer)
@@ -55,11 +56,12 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
 def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     """Record the base's fingerprint and whether evaluations merge; log the options and show the summary. In place."""
     injection = handle.injection
-    injection.run.looked_at = frozenset()
+    run = run_of(injection)
+    run.looked_at = frozenset()
     handle.record_trainable(untouched=True)  # what setup and configure_optimizers unfroze
     if not handle.fingerprint():
         handle.set_fingerprint(fingerprint_of(open_state(handle)))
-    injection.run.merged_eval = options.merged_eval
+    run.merged_eval = options.merged_eval
     if trainer.loggers:
         own = {name: getattr(options, name) for name in LOGGED}
         if injection.attached:

@@ -23,6 +23,7 @@ from ..model.patches import call_previous, patch
 from ..names import MERGED_FOR_GOOD
 from .deepspeed import with_float32_values
 from .deepspeed_optimizer import groups_of, holds_copies, load_state_, whole_state
+from .run import run_of
 
 
 def share_one_file(strategy: Any) -> None:
@@ -42,7 +43,8 @@ def _state_dict(strategy: Any, previous: Callable[..., Any] | None) -> Any:
     module = strategy.lightning_module
     handle = find_model(module)
     if handle is not None:
-        return gathered_state(handle, keep=strategy.is_global_zero)
+        run = run_of(handle.injection)
+        return gathered_state(handle, run.save, run.dequantize, keep=strategy.is_global_zero)
     if MERGED_FOR_GOOD in vars(module):
         return gather_all(original_values(Listing(module).state()))
     return call_previous(strategy, previous, "lightning_module_state_dict")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import LoRAError
@@ -21,7 +20,6 @@ from ..nn.quantized import NF4, is_of_torchao, quantized_as, quantized_modules, 
 from ..nn.quantized_state import is_of_lightning
 from .compatibility import OF_THE_ADAPTER, averages_frozen
 
-DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 IN_4_BITS = (NF4, "nf4", "fp4")
 BITSANDBYTES, TRANSFORMER_ENGINE = "BitsandbytesPrecision", "TransformerEnginePrecision"
 LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a module that DDP wraps

@@ -19,13 +19,14 @@ from ..model.patches import unpatch
 from .current_injection import forget_injection, injection_of, is_merged_for_good
 from .deepspeed_optimizer import warn_of_unfrozen
 from .evaluation import end_evaluation
+from .run import run_of
 
 
 def begin_epoch(module: nn.Module) -> None:
     """Let the first batch look at what was unfrozen and at modes, when every hook of the epoch's start has run."""
     injection = injection_of(module)
     if injection is not None:
-        injection.run.epoch_begins = True
+        run_of(injection).epoch_begins = True
 
 
 def begin_batch(trainer: Any, module: nn.Module) -> None:
@@ -36,10 +37,10 @@ def begin_batch(trainer: Any, module: nn.Module) -> None:
     if "merged" in injection.marks:
         unmerge(module)
         injection.marks.discard("merged")
-        injection.run.merged_here = False
-    injection.run.dropping = True
-    if injection.run.epoch_begins:
-        injection.run.epoch_begins = False
+        injection.merged_to_evaluate = False
+    injection.in_training_batch = True
+    if run_of(injection).epoch_begins:
+        run_of(injection).epoch_begins = False
         _record_unfrozen(trainer, module)
 
 
@@ -57,23 +58,25 @@ def end_batch(module: nn.Module) -> None:
     """Let dropout follow each layer's own mode again. In place."""
     injection = injection_of(module)
     if injection is not None:
-        injection.run.dropping = False
+        injection.in_training_batch = False
 
 
 def end_fit(module: nn.Module) -> None:
     """Note that the innermost fit came to its end."""
     injection = injection_of(module)
     if injection is not None:
-        injection.run.fit_ended = True
+        run_of(injection).fit_ended = True
 
 
 def close_fit(injection: Injection) -> bool:
     """Leave the innermost fit. Tell whether it came to its end and no other fit is under way."""
-    ended, injection.run.fit_ended = injection.run.fit_ended, False
-    injection.run.fits = max(injection.run.fits - 1, 0)
+    run = run_of(injection)
+    ended = run.fit_ended
+    run.fit_ended = False
+    injection.fits = max(injection.fits - 1, 0)
     if ended:
         injection.marks.add("trained")
-    return ended and not injection.run.fits
+    return ended and not injection.fits
 
 
 def leave(module: nn.Module) -> None:
@@ -90,5 +93,6 @@ def break_off(module: nn.Module, exception: BaseException) -> None:
     explain_missing_gradients(exception, module)
     injection = injection_of(module)
     if injection is not None:
-        injection.run.fits, injection.run.fit_ended = 0, False
+        injection.fits = 0
+        run_of(injection).fit_ended = False
     leave(module)

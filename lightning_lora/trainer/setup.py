@@ -50,6 +50,7 @@ from .precision import (
     refuse_for_quantized,
     refuse_late_conversion,
 )
+from .run import run_of
 
 BUILDERS = ("configure_model", "setup")  # the last that Lightning calls first
 
@@ -153,8 +154,8 @@ def _adapt_built(module: nn.Module, options: Options, injection: Injection, *, i
             if "validated" in handle.injection.marks:  # by an earlier run, or by the user's method
                 _adopt(handle, options)
             convert_linear_layers_(handle)
-            if handle.injection.run.quantize is not None:
-                quantize_(handle, handle.injection.run.quantize, handle.injection.config)
+            if (kind := run_of(handle.injection).quantize) is not None:
+                quantize_(handle, kind, handle.injection.config)
             selection = adapt_new_layers(handle)
             _prepare_copies(handle, options)
             if is_complete:
@@ -171,7 +172,7 @@ def _inject(module: nn.Module, options: Options, injection: Injection, *, is_com
         quantize_(listing, options.quantize, injection.config)
     if not is_complete and selected(listing.modules, injection).is_empty():
         return None
-    injection.run.quantize = options.quantize
+    run_of(injection).quantize = options.quantize
     handle, selection = begin_injection(listing, injection)
     if is_complete:
         finish_injection(handle, selection)

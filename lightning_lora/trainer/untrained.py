@@ -13,6 +13,7 @@ from ..model.gradients import warn_of_layers
 from ..names import listed
 from .current_injection import injection_of
 from .deepspeed_optimizer import held_parameters, holds_copies
+from .run import run_of
 
 
 def look_for_gradients(optimizers: Sequence[Any], optimizer: Any, module: nn.Module) -> None:
@@ -26,14 +27,17 @@ def look_for_gradients(optimizers: Sequence[Any], optimizer: Any, module: nn.Mod
         module: a LightningModule.
     """
     injection = injection_of(module)
-    if injection is None or id(optimizer) in injection.run.looked_at:
+    if injection is None:
+        return
+    run = run_of(injection)
+    if id(optimizer) in run.looked_at:
         return
     parameters = held_parameters(optimizer)
     knows_gradients = not holds_copies(optimizer)  # DeepSpeed keeps them elsewhere
     if knows_gradients and all(parameter.grad is None for parameter in parameters):
         return  # the step is skipped
-    is_first = not injection.run.looked_at
-    injection.run.looked_at |= {id(optimizer)}
+    is_first = not run.looked_at
+    run.looked_at |= {id(optimizer)}
     if knows_gradients:
         held = {id(parameter) for parameter in parameters}
         others = {id(parameter) for each in optimizers for parameter in held_parameters(each)} - held

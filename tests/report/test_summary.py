@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_lora import LoRAConfig, inject, is_merged, load_adapter, merge, save_adapter, summary, unload
 from lightning_lora.names import group_of
 from lightning_lora.report.summary import Memory, Summary
+from lightning_lora.trainer.run import run_of
 from support.models.networks import Zoo, zoo_config
 from support.models.quantized import NAMES, quantized
 
@@ -183,7 +184,7 @@ def with_layers_that_stay_factored() -> nn.Module:
 
 def test_the_short_form_says_all_that_there_is_in_one_line_each():
     model = with_all_there_is_to_say()
-    model.lora_injection.run.merged_eval = True
+    run_of(model.lora_injection).merged_eval = True
     assert summary(model).short() == SHORTENED
 
 
@@ -285,7 +286,7 @@ def test_a_quantized_base_is_told_and_not_called_merged(kind: str):
     shown += f"their weights are quantized ({NAMES[kind]}))"
     assert shown in words(found)
     for merged_eval, said in ((True, "factored, as no layer can be merged ("), (False, "factored (merged_eval=False)")):
-        model.lora_injection.run.merged_eval = merged_eval
+        run_of(model.lora_injection).merged_eval = merged_eval
         assert f"evaluation {said}" in words(summary(model))
     merge(model)
     assert is_merged(model)  # as it was called, and not undone
@@ -295,9 +296,9 @@ def test_a_quantized_base_is_told_and_not_called_merged(kind: str):
 
 def test_layers_that_stay_factored_beside_merged_ones_are_told_with_their_reasons():
     model = with_layers_that_stay_factored()
-    model.lora_injection.run.merged_eval = True
+    run_of(model.lora_injection).merged_eval = True
     reasons = "tied: its weight is also other.weight; tied_too: its weight"
     assert f"evaluation merged, but for 2 layers ({reasons}" in words(summary(model))
     inject(plain := Zoo(), zoo_config())
-    plain.lora_injection.run.merged_eval = True
+    run_of(plain.lora_injection).merged_eval = True
     assert "evaluation merged memory" in words(summary(plain))

@@ -21,6 +21,7 @@ from lightning_lora.model.injection import Injection
 from lightning_lora.names import MERGED_FOR_GOOD
 from lightning_lora.nn.lora_layer import LoRALayer
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
+from lightning_lora.trainer.run import run_of
 from lightning_lora.trainer.run_hooks import close_fit
 from support.covering import covering
 from support.models.pretrained import Lit, answer, save_body, token_loader
@@ -187,10 +188,10 @@ def test_a_fit_inside_a_hook_of_another_does_not_merge_what_that_trains(tmp_path
 
 def test_a_fit_that_is_broken_off_has_not_ended_because_one_inside_it_has():
     record = Injection(LoRAConfig())
-    record.run.fits, record.run.fit_ended = 2, True
+    record.fits, run_of(record).fit_ended = 2, True
     assert not close_fit(record)  # the inner one, which is not the last
     assert not close_fit(record)  # a finder ends the outer one without its end
-    record.run.fits, record.run.fit_ended = 1, True
+    record.fits, run_of(record).fit_ended = 1, True
     assert close_fit(record)
 
 

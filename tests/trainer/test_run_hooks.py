@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged
-from lightning_lora.model.injection import Injection, Run
+from lightning_lora.model.injection import Injection
 from lightning_lora.trainer.current_injection import INSIDE, injection_of
+from lightning_lora.trainer.run import Run, run_of
 from support.runs.notices import UNTRAINED_NOTICE
 from support.runs.training import Data, Net, make_trainer
 from support.runs.with_callback import At, BrokenError, lora_with_effect
@@ -22,8 +23,10 @@ COPIES = pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.l
 def noted(record: Injection) -> dict[str, Any]:
     """What differs from the record of a model that was in no run."""
     names = vars(Run()).keys() - Run().__getstate__().keys() - {"looked_at", "epoch_begins"}  # each fit sets these anew
-    found = {name: getattr(record.run, name) for name in names} | {"merged": "merged" in record.marks}
-    fresh = {**vars(Run()), "merged": False}
+    facts = ("fits", "in_training_batch", "merged_to_evaluate")
+    found = {name: getattr(run_of(record), name) for name in names} | {name: getattr(record, name) for name in facts}
+    found["merged"] = "merged" in record.marks
+    fresh = {**vars(Run()), "fits": 0, "in_training_batch": False, "merged_to_evaluate": False, "merged": False}
     return {name: value for name, value in found.items() if value != fresh[name]}
 
 
@@ -42,7 +45,9 @@ def test_nothing_of_a_run_is_left_after_it(tmp_path: Path, stage: str, inside: b
         inject(model.body, LoRAConfig(r=2))
     look = At(hook, lambda trainer, module: seen.append(noted(injection_of(module))))
     getattr(make_trainer(tmp_path, callback, look), stage)(model, Data(1))
-    assert seen == [{"dropping": True, "fits": 1} if stage == "fit" else {"merged": True, "merged_here": True}]
+    assert seen == [
+        {"in_training_batch": True, "fits": 1} if stage == "fit" else {"merged": True, "merged_to_evaluate": True}
+    ]
     assert INSIDE not in vars(model)
     assert noted(injection_of(model)) == {}
 

@@ -157,7 +157,7 @@ def assert_as_found(model: nn.Module, before: dict[str, torch.Tensor] | None) ->
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     assert layers, "nothing was injected"
     assert all(
-        layer.lora_active and layer.lora.undo is None and not layer.lora.injection.run.dropping for layer in layers
+        layer.lora_active and layer.lora.undo is None and not layer.lora.injection.in_training_batch for layer in layers
     )
     assert not any(layer._forward_hooks for layer in layers)
     if before is not None:
