@@ -29,7 +29,7 @@ from .trainer.run_hooks import begin_batch, begin_epoch, break_off, close_fit, e
 from .trainer.setup import set_up, stop_adapting
 from .trainer.start_batches import start_from_data
 from .trainer.strategies import prepare_strategy
-from .trainer.untrained import look_for_gradients
+from .trainer.untrained import look_for_gradients, look_for_reads
 
 Method = TypeVar("Method", bound=Callable[..., None])
 
@@ -211,7 +211,8 @@ class LoRACallback(Callback):
             merge_to_evaluate(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Unmerge, before weight averaging swaps weights back."""
+        """Unmerge, before weight averaging swaps weights back; warn of attached adapters that no forward has read."""
+        look_for_reads(trainer, pl_module)
         end_evaluation(pl_module)
 
     on_test_start = on_predict_start = on_validation_start

@@ -376,6 +376,9 @@ def note_layers(handle: AdaptedModel) -> None:
     """
     places, modules = handle.root_modules, [module for _, module in handle.root_modules]
     handle.injection.layers = [name for name, _, _ in adapted_places(handle.root, modules=places)]
+    for layer in handle.all_layers.values():
+        if layer.lora.attached is not None:
+            layer.lora.attached.read = False  # else layers that were read before would speak against new ones
     begin_facts(handle.root_places, handle.injection)
     note_adapted_children(handle.root)
     record_ties(places)

@@ -1,7 +1,9 @@
-"""Warn of adapters that training does not reach.
+"""Warn of adapters that training does not reach, and of attached ones that no forward reads.
 
 In a Trainer, LoRACallback looks for missing gradients before an optimizer's first step. A loop without a Trainer has no
 such moment. There the adapters' values are looked at when the model is merged or saved.
+
+An attached adapter has no gradient, so its factors note that a forward has read them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import nn
 from ..distributed.sharding import is_spread
 from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.gradient_checkpointing import REENTRANT, REENTRANT_REMEDY
+from ..notices import warn
 from .adapted_model import Listing
 
 SHOWN = 5  # names in a warning
@@ -21,6 +24,8 @@ SHOWN = 5  # names in a warning
 
 def warn_of_untrained(listing: Listing, *, stacklevel: int = 3) -> None:
     """Warn of adapters that still have their first values, beside others that have not. Once a layer.
+
+    And of attached adapters that no forward has read, beside others that one has.
 
     A sharded adapter is not looked at: this rank's part of it may be empty, or not trained yet.
 
@@ -36,6 +41,7 @@ def warn_of_untrained(listing: Listing, *, stacklevel: int = 3) -> None:
     unchanged = [name for name, factor in last.items() if factor.requires_grad and factor.grad is None]
     if unchanged and any(layer.lora.training_checked for layer in layers.values()):
         warn_of_layers("training has changed other adapters, and not those", layers, unchanged, stacklevel + 1)
+    warn_of_unread(listing, has_run=False)
 
 
 def warn_of_layers(fact: str, layers: Mapping[str, AdaptedWeights], names: Sequence[str], stacklevel: int = 2) -> None:
@@ -62,6 +68,32 @@ def warn_of_layers(fact: str, layers: Mapping[str, AdaptedWeights], names: Seque
             f"Leave out layers that are never trained: exclude_modules={others[:SHOWN]!r}."
         )
     warnings.warn(text, stacklevel=stacklevel)
+
+
+def warn_of_unread(listing: Listing, *, has_run: bool) -> None:
+    """Warn of layers whose attached adapters no forward has read since they were attached. Once a layer.
+
+    A merged layer is passed over: a forward reads W'.
+
+    Args:
+        listing: of any module that holds adapted layers.
+        has_run: a forward of the whole model has run; else that is known where other layers were read.
+    """
+    factored = {name: layer for name, layer in listing.all_layers.items() if layer.lora.undo is None}
+    packed = {name: layer.lora.attached for name, layer in factored.items() if layer.lora.attached is not None}
+    unread = [name for name, each in packed.items() if not each.read]
+    if not unread or not (has_run or len(unread) < len(packed)):
+        return
+    for name in unread:
+        packed[name].read = True
+    attached = sorted({each for name in unread for each in packed[name].shares})
+    warn(
+        f"lightning_lora: no forward has read what is attached ({', '.join(map(repr, attached))}) to {len(unread)} of "
+        f"{len(packed)} layers: {_shown(unread)}. Either nothing has used these layers yet (parts that few inputs "
+        "reach), or the model reads their weight without calling them, which the adapter cannot follow: there it acts "
+        "in a merged model and not in a factored one. Call the layer, read its weight as self.layer.weight in a method "
+        "of the module that holds it, or evaluate inside `with merged(model):`."
+    )
 
 
 def _shown(names: Sequence[str]) -> str:

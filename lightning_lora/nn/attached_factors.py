@@ -61,6 +61,8 @@ class Packed:
         scales: w_i * s_i of each rank (R,), for forwards.
         exact_scales: the same in float64 on the CPU, for merging.
         inside: the strengths that `scaled` has set until its block ends, by name.
+        read: a forward has read the factors since adapters were last attached or detached, or a warning has named the
+            layer. Where the model reads the layer's weight under another name, they act merged and not factored.
     """
 
     def __init__(self, attached: Mapping[str, AttachedFactors]) -> None:
@@ -77,6 +79,7 @@ class Packed:
             self.exact_scales = torch.empty(self.rank, dtype=torch.float64, device="cpu")
         self.copies: dict[torch.device, Tensors] = {}
         self.inside: dict[str, float] = {}
+        self.read = False
         self._write_scales_()
 
     def __getstate__(self) -> dict[str, object]:
@@ -126,6 +129,7 @@ class Packed:
 
     def factors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and w s B on a device."""
+        self.read = True  # written and not asked, which would be a guard of a compiled forward
         a, b, scales = (self.a, self.b, self.scales) if self.a.device == device else self._copy_on(device)
         return a, b * scales.view(1, -1, *[1] * (b.dim() - 2))
 

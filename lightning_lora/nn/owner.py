@@ -20,7 +20,8 @@ from ..errors import LoRAError
 
 DISABLED, OFF = "disable_adapter", "scaled(model, 0)"
 # Which verbs are refused inside of which blocks. OFF is `scaled` with values from before training in place of trained
-# ones. Inside of `merged` every verb is right. A verb that no row names is an error at its first call.
+# ones. Inside of `merged` every verb is right, and a copy or pickle made there is a merged model, as after merge(): its
+# state dict holds W, and unmerge restores each bit. A verb that no row names is an error at its first call.
 ALWAYS: frozenset[str] = frozenset()
 CHANGES = frozenset({"scaled", OFF, DISABLED})  # puts in, takes out, loads or sets for good
 READS = frozenset({OFF, DISABLED})  # reads trained tensors, in whose places others stand

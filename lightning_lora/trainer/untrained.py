@@ -1,4 +1,7 @@
-"""Look in a Trainer for adapters that training does not reach, before an optimizer's first step."""
+"""Look in a Trainer for adapters that training or forwards do not reach.
+
+In a fit that is before an optimizer's first step, and in another run at the end of an evaluation.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..model.adapted_model import Listing
-from ..model.gradients import warn_of_layers
+from ..model.gradients import warn_of_layers, warn_of_unread
 from ..names import listed
 from .current_injection import injection_of
 from .deepspeed_optimizer import held_parameters, holds_copies
@@ -19,7 +22,8 @@ from .run import run_of
 def look_for_gradients(optimizers: Sequence[Any], optimizer: Any, module: nn.Module) -> None:
     """Warn of adapters that an optimizer, which is about to step, does not train. Once for each optimizer and fit.
 
-    The first of the optimizers also finds adapters that are frozen and in none of them.
+    The first of the optimizers also finds adapters that are frozen and in none of them. The last one finds attached
+    adapters that no forward has read: with several optimizers, each trains another part.
 
     Args:
         optimizers: of the Trainer.
@@ -38,10 +42,20 @@ def look_for_gradients(optimizers: Sequence[Any], optimizer: Any, module: nn.Mod
         return  # the step is skipped
     is_first = not run.looked_at
     run.looked_at |= {id(optimizer)}
+    listing = Listing(module)
+    if len(run.looked_at) >= len(optimizers) and injection.attached:
+        warn_of_unread(listing, has_run=True)
     if knows_gradients:
         held = {id(parameter) for parameter in parameters}
         others = {id(parameter) for each in optimizers for parameter in held_parameters(each)} - held
-        _warn_of_lacking(Listing(module), lambda key: key in held or (is_first and key not in others))
+        _warn_of_lacking(listing, lambda key: key in held or (is_first and key not in others))
+
+
+def look_for_reads(trainer: Any, module: nn.Module) -> None:
+    """Warn of attached adapters that no forward of an evaluation has read, where that is no part of a fit."""
+    injection = injection_of(module)
+    if injection is not None and injection.attached and trainer.state.fn != "fit":
+        warn_of_unread(Listing(module), has_run=True)
 
 
 def _warn_of_lacking(listing: Listing, is_looked_at: Callable[[int], bool]) -> None:

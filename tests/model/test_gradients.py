@@ -15,11 +15,15 @@ from torch import nn
 from lightning_lora import (
     LoRAConfig,
     adapter_state_dict,
+    attach,
+    detach,
     inject,
     merge,
+    merged,
     merged_state_dict,
     save_adapter,
     save_merged,
+    take_adapter,
     unmerge,
 )
 
@@ -144,4 +148,56 @@ class Silent:
 def test_what_is_no_fault_is_not_warned_of(case: str):
     model = injected()
     getattr(Silent, case)(model)
+    merge(model)
+
+
+# --- attached adapters that no forward reads ---
+
+
+def attach_to(model: Net, *layers: str, name: str = "sft") -> None:
+    options = LoRAConfig(r=2, target_modules=list(layers), init_lora_weights=False)
+    plain = Net()
+    plain.load_state_dict({each: value for each, value in model.state_dict().items() if "lora_" not in each})
+    inject(plain, options)
+    attach(model, take_adapter(plain), name=name)
+
+
+def read(model: Net) -> None:
+    F.linear(model(torch.randn(3, D)), model.decoder.weight)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("end", ["merge", "merged_state_dict", "save_merged"])
+def test_what_no_forward_reads_beside_what_one_has_read_is_named_once(tmp_path, end: str, trained: bool):
+    model = injected(target_modules=["body"]) if trained else Net()
+    attach_to(model, "body", "decoder")
+    ENDS[end](model, tmp_path / "early")  # nothing is known of a model that has not run
+    unmerge(model)
+    read(model)
+    for each in (copy.deepcopy(model), model):
+        with pytest.warns(UserWarning, match=r"attached \('sft'\) to 1 of 2 layers: 'decoder'\. Either") as caught:
+            ENDS[end](each, tmp_path / "first")
+        assert [one.filename for one in caught] == [__file__]
+        ENDS[end](each, tmp_path / "later")
+
+
+def test_layers_that_were_read_before_another_adapter_was_attached_or_detached_do_not_speak_against_it():
+    model = Net()
+    attach_to(model, "body")
+    model(torch.randn(3, D))
+    attach_to(model, "body", "decoder", name="style")
+    merge(model)
+    unmerge(model)
+    read(model)
+    model.decoder(torch.randn(3, D))
+    detach(model, "style")
+    attach_to(model, "unused", name="style")
+    merge(model)
+
+
+def test_what_is_read_merged_is_not_named():
+    model = Net()
+    attach_to(model, "body", "decoder")
+    with merged(model):
+        read(model)
     merge(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,7 @@ from lightning_lora import (
     detach,
     disable_adapter,
     inject,
+    is_merged,
     load_adapter,
     merge_and_unload,
     merged,
@@ -30,6 +32,7 @@ from lightning_lora import (
     set_strength,
     take_adapter,
     unload,
+    unmerge,
 )
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.nn.owner import REFUSED
@@ -143,6 +146,27 @@ def test_what_is_taken_saved_or_copied_inside_of_scaled_is_the_model_outside_of_
         attach(again := net(), tmp_path / "b", name="b", strength=0.5)
         attach(one := net(), other(1), name="b", strength=0.5)
         torch.testing.assert_close(again(X), one(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", ["plain copies", "values"])
+@pytest.mark.parametrize("which", MODELS)
+def test_a_copy_made_inside_of_merged_is_a_merged_model_that_unmerges_to_each_bit(
+    which: str, kept: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    if kept == "values":
+        monkeypatch.setattr(sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", 0)
+    model, x = model_with(which).to(dtype), X.to(dtype)
+    before, state = model(x), model.state_dict()
+    with merged(model):
+        inside, copies = model(x), [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for again in copies:
+        assert is_merged(again)
+        assert torch.equal(again(x), inside)
+        assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+        unmerge(again)
+        assert torch.equal(again(x), before)
+        assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
 
 
 @pytest.mark.parametrize("which", MODELS)

@@ -4,6 +4,8 @@ named before the first step where it cannot.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -12,7 +14,18 @@ import torch.nn.functional as F
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 
-from lightning_lora import LoRACallback, load_from_checkpoint, merge, merged, unload
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    attach,
+    inject,
+    load_from_checkpoint,
+    merge,
+    merged,
+    take_adapter,
+    unload,
+)
+from lightning_lora.adapter.adapter import Adapter
 from support.runs.training import FEATURES, Data, Net, make_trainer, outputs, own_random_stream
 
 
@@ -236,3 +249,62 @@ def test_what_a_finder_has_trained_is_looked_at_in_the_fit_that_follows(tmp_path
     Tuner(trainer).lr_find(model := ReadFromOutside(), datamodule=Data(), num_training=3, attr_name="lr")
     with pytest.warns(UserWarning, match="no gradient has reached the adapters of 1 of 4 layers: 'decoder'"):
         trainer.fit(model, Data())
+
+
+# --- attached adapters that no forward reads ---
+
+UNREAD = "no forward has read what is attached"
+
+
+class AttachedOutside(ReadFromOutside):
+    """Reads its decoder in every step, by a name that the adapter cannot follow."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        super().test_step(batch, batch_idx)
+        penalty(dict(self.named_modules()), batch[0])
+
+    validation_step = test_step
+
+
+def adapter_of(model: Net) -> Adapter:
+    """An adapter of all layers of a model that has an effect."""
+    inject(other := copy.deepcopy(model), LoRAConfig(r=1, target_modules="all-layers", init_lora_weights=False))
+    return take_adapter(other)
+
+
+def with_attached(cls: type[Net], **options: Any) -> tuple[Net, LoRACallback]:
+    """A model with an adapter attached to all its layers, and a callback that trains one in the body alone."""
+    attach(model := cls(), adapter_of(model), name="sft")
+    return model, LoRACallback(r=1, target_modules=["3"], **options)
+
+
+@pytest.mark.parametrize("merged_eval", [True, False])
+@pytest.mark.parametrize("run", ["fit", "validate", "test"])
+def test_an_attached_adapter_that_no_forward_reads_is_named_once(tmp_path, run: str, merged_eval: bool):
+    model, callback = with_attached(AttachedOutside, merged_eval=merged_eval)
+    trainer = make_trainer(tmp_path, callback, max_epochs=2, num_sanity_val_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        getattr(trainer, run)(model, Data())
+        getattr(trainer, run)(model, Data())
+    messages = [str(each.message) for each in caught if UNREAD in str(each.message)]
+    if merged_eval and run != "fit":  # merged it acts
+        assert not messages
+        return
+    (message,) = messages
+    assert "('sft') to 1 of 4 layers: 'decoder'. Either" in message
+    assert "with merged(model):" in message
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.", f"error:.*{UNREAD}")
+@pytest.mark.parametrize("cls", [Reads, Hesitates, HesitatesAndWarmsUp, SkipsSteps])
+def test_attached_adapters_that_forwards_read_are_not_named(tmp_path, cls: type[Net]):
+    model, callback = with_attached(cls, merged_eval=False)
+    make_trainer(tmp_path, callback, max_epochs=2).fit(model, Data())
+    make_trainer(tmp_path, callback).test(model, Data())
+
+
+@pytest.mark.filterwarnings(f"error:.*{UNREAD}")
+def test_what_the_second_of_two_optimizers_trains_is_waited_for(tmp_path):
+    attach(model := TakesTurns(), adapter_of(model), name="sft")
+    make_trainer(tmp_path, LoRACallback(r=1, target_modules=["3", "critic"])).fit(model, Data())
