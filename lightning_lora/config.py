@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast, get_args
 
@@ -27,7 +27,7 @@ from .matching import (
     pattern_matches,
     suffix_pattern,
 )
-from .names import KNOWN_VARIANTS, listed
+from .names import KNOWN_VARIANTS, listed, variant_of_peft
 
 Config = TypeVar("Config")
 # Options as other libraries and papers call them, with what they are called here.
@@ -37,7 +37,6 @@ OTHER_NAMES = {
     "dropout": "lora_dropout",
     "targets": "target_modules",
 }
-VARIANTS = ("use_dora",)  # options that ask for a variant, as `variant` does
 PLAIN = "lora"  # the default of `variant`
 BY_OPTION = "dora"  # the `variant` that use_dora=True means
 Bias = Literal["none", "all", "lora_only"]
@@ -71,21 +70,42 @@ def tasks_with(heads: Collection[str]) -> list[str]:
     return [task for task, added in TASK_HEADS.items() if all(map(matcher(added), heads))]
 
 
-MAPPINGS = (*PATTERNS, "enable_lora", "variant_options")  # options
-SWITCHES = ("use_rslora", *VARIANTS, "autocast_adapter_dtype")  # options
 EVEN = "an even rank for init_lora_weights='orthogonal'"
 
 LONGEST = 80  # characters of a value in a list of differences: a combined adapter names each layer
 
 LITERAL = re.compile(r"\^?(\w|\\\W)*")  # an expression that is certainly valid, such as a name in rank_pattern
 
-LEFT_OUT_AT_DEFAULT = {  # options that files leave out at their default, with that default
-    **dict.fromkeys(("target_parameters", "layers_to_transform", "layers_pattern", "task_type")),
-    "trainable_token_indices": None,
-    "use_dora": False,
-    "variant": PLAIN,
-    "variant_options": None,
-}
+# What an option decides. Code that treats all options of one sort alike asks options_that_decide for them.
+Decides = Literal[
+    "layers",  # which layers and single parameters are adapted
+    "parts",  # which parts of them
+    "ranks",  # r and lora_alpha of each layer; LoRAConfig.rank and LoRAConfig.alpha read all of these options
+    "scaling",  # what s is, for r and lora_alpha of a layer; LoRAConfig.divisor reads all of these options
+    "whole",  # what is trained beside A and B
+    "variant",  # the variant
+    "variant's own",  # what the variant makes of it
+    "start",  # the initial values
+    "training",  # nothing of the adapter: how it is trained
+]
+# How an option and the adapter_config.json of PEFT go together.
+InPeft = Literal[
+    "same",  # name, value and meaning are PEFT's
+    "by tensors",  # PEFT's too, but what is written names exactly what the tensors hold
+    "translated",  # code of its own in formats/peft_options.py
+    "no",  # PEFT has no such option
+]
+
+
+def _about(decides: Decides, in_peft: InPeft, *, in_files: Literal["always", "if set"] = "always") -> dict[str, str]:
+    """Return the metadata of an option's field, from which every list of options is made.
+
+    Args:
+        decides: what the option decides.
+        in_peft: how it is read from adapter_config.json and written there.
+        in_files: "if set" leaves the option at its default out of metadata, as files of versions without it have it.
+    """
+    return {"decides": decides, "in_peft": in_peft, "in_files": in_files}
 
 
 class PeftConfig(Protocol):
@@ -149,27 +169,37 @@ class LoRAConfig:
         (2.0, 4.0)
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    target_modules: str | Sequence[str] = ALL_LINEAR
-    exclude_modules: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
-    rank_pattern: Mapping[str, int] | None = None
-    alpha_pattern: Mapping[str, float] | None = None
-    bias: Bias = "none"
-    use_rslora: bool = False
-    use_dora: bool = False
-    variant: str = PLAIN
-    variant_options: Mapping[str, Any] | None = None
-    init_lora_weights: bool | Init | str = True
-    task_type: Task | None = None
-    target_parameters: Sequence[str] | None = None
-    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
-    enable_lora: Mapping[str, Sequence[bool]] | None = None
-    autocast_adapter_dtype: bool = True
+    r: int = field(default=8, metadata=_about("ranks", "same"))
+    lora_alpha: float = field(default=8, metadata=_about("ranks", "same"))
+    lora_dropout: float = field(default=0.0, metadata=_about("training", "same"))
+    target_modules: str | Sequence[str] = field(default=ALL_LINEAR, metadata=_about("layers", "by tensors"))
+    exclude_modules: str | Sequence[str] | None = field(default=None, metadata=_about("layers", "by tensors"))
+    modules_to_save: Sequence[str] | None = field(default=None, metadata=_about("whole", "by tensors"))
+    rank_pattern: Mapping[str, int] | None = field(default=None, metadata=_about("ranks", "same"))
+    alpha_pattern: Mapping[str, float] | None = field(default=None, metadata=_about("ranks", "same"))
+    bias: Bias = field(default="none", metadata=_about("whole", "same"))
+    use_rslora: bool = field(default=False, metadata=_about("scaling", "same"))
+    use_dora: bool = field(default=False, metadata=_about("variant", "same", in_files="if set"))
+    variant: str = field(default=PLAIN, metadata=_about("variant", "no", in_files="if set"))
+    variant_options: Mapping[str, Any] | None = field(
+        default=None, metadata=_about("variant's own", "no", in_files="if set")
+    )
+    init_lora_weights: bool | Init | str = field(default=True, metadata=_about("start", "translated"))
+    task_type: Task | None = field(default=None, metadata=_about("whole", "translated", in_files="if set"))
+    target_parameters: Sequence[str] | None = field(
+        default=None, metadata=_about("layers", "by tensors", in_files="if set")
+    )
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = field(
+        default=None, metadata=_about("whole", "by tensors", in_files="if set")
+    )
+    layers_to_transform: int | Sequence[int] | None = field(
+        default=None, metadata=_about("layers", "by tensors", in_files="if set")
+    )
+    layers_pattern: str | Sequence[str] | None = field(
+        default=None, metadata=_about("layers", "by tensors", in_files="if set")
+    )
+    enable_lora: Mapping[str, Sequence[bool]] | None = field(default=None, metadata=_about("parts", "no"))
+    autocast_adapter_dtype: bool = field(default=True, metadata=_about("training", "no"))
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -199,7 +229,20 @@ class LoRAConfig:
 
     def scaling(self, name: str) -> float:
         """Return s of the layer `name`."""
-        return scaling_of(self.rank(name), self.alpha(name), rslora=self.use_rslora)
+        return self.scaling_of(self.rank(name), self.alpha(name))
+
+    def scaling_of(self, rank: int, alpha: float) -> float:
+        """Return s of a layer with this r and lora_alpha."""
+        return alpha / self.divisor(rank)
+
+    def alpha_of(self, rank: int, scaling: float) -> float:
+        """Return lora_alpha of a layer with this r and s, without the rounding of an s that was computed from one."""
+        alpha = float(f"{scaling * self.divisor(rank):.12g}")
+        return int(alpha) if alpha.is_integer() else alpha
+
+    def divisor(self, rank: int) -> float:
+        """Return what lora_alpha of a layer of this rank is divided by: r, or with use_rslora its square root."""
+        return math.sqrt(rank) if self.use_rslora else rank
 
     def enabled_parts(self, name: str) -> tuple[bool, ...] | None:
         """Return for each part of the fused projection `name` whether it is adapted; None for a layer without parts."""
@@ -234,12 +277,15 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain types, for checkpoints and JSON.
 
-        Rarely used options are left out at their defaults, see LEFT_OUT_AT_DEFAULT.
+        Options of LEFT_OUT_AT_DEFAULT are left out at their defaults.
         """
-        options, left_out = {name: _plain(value) for name, value in asdict(self).items()}, LEFT_OUT_AT_DEFAULT
+        options = {name: _plain(value) for name, value in asdict(self).items()}
         if self.use_dora:
             del options["variant"]
-        return {name: value for name, value in options.items() if name not in left_out or value != left_out[name]}
+        for name, default in LEFT_OUT_AT_DEFAULT.items():
+            if name in options and options[name] == default:
+                del options[name]
+        return options
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> LoRAConfig:
@@ -250,7 +296,7 @@ class LoRAConfig:
         """
         if not isinstance(options, Mapping):
             _refuse("the options", "a mapping", options)
-        refuse_unknown_option("LoRAConfig: an option", options, [field.name for field in fields(cls)])
+        refuse_unknown_option("LoRAConfig: an option", options, [option.name for option in fields(cls)])
         return cls(**options)
 
     @classmethod
@@ -270,25 +316,24 @@ class LoRAConfig:
             >>> LoRAConfig.from_peft(peft.LoraConfig(r=4, target_modules=["q_proj"]))
             LoRAConfig(r=4, target_modules=('q_proj',))
         """
-        peft_type = getattr(config, "peft_type", None)
-        variant = next((each for each in KNOWN_VARIANTS.values() if peft_type and each.peft_type == peft_type), None)
+        variant = variant_of_peft(getattr(config, "peft_type", None))
         if variant is None or not is_dataclass(config):
             raise LoRAError(f"LoRAConfig.from_peft: expected a peft.LoraConfig, found a {type(config).__name__}.")
         try:
-            options = variant.options_from_peft({field.name: getattr(config, field.name) for field in fields(config)})
+            options = variant.options_from_peft({each.name: getattr(config, each.name) for each in fields(config)})
         except ValueError as error:
             raise LoRAError(f"LoRAConfig.from_peft: {sentence(error)}") from None
         if isinstance(options["modules_to_save"], list):
             options["modules_to_save"] = list(map(NameEnd, options["modules_to_save"]))
         own = {name: options[name] for name in variant.own_options}
-        shared = [field.name for field in fields(cls) if field.name in options]
-        for field in fields(config):
-            default = field.default if field.default_factory is MISSING else field.default_factory()
-            understood = {*shared, *own, *IGNORED_PEFT_FIELDS}
-            if field.name in options and field.name not in understood and options[field.name] != default:
+        shared = [option.name for option in fields(cls) if option.name in options]
+        understood = {*shared, *own, *IGNORED_PEFT_FIELDS}
+        for theirs in fields(config):
+            default = theirs.default if theirs.default_factory is MISSING else theirs.default_factory()
+            if theirs.name in options and theirs.name not in understood and options[theirs.name] != default:
                 raise LoRAError(
-                    f"LoRAConfig.from_peft: {field.name}={options[field.name]!r} cannot be expressed; the options are "
-                    f"{', '.join(shared)}."
+                    f"LoRAConfig.from_peft: {theirs.name}={options[theirs.name]!r} cannot be expressed; the options "
+                    f"are {', '.join(shared)}."
                 )
         if options["target_modules"] is None:
             raise LoRAError(
@@ -300,7 +345,7 @@ class LoRAConfig:
 
     def differing(self, config: LoRAConfig) -> list[str]:
         """Return the names of the options in which two configs differ. The order of names in a list is ignored."""
-        names = [field.name for field in fields(self)]
+        names = [option.name for option in fields(self)]
         if {self.variant, config.variant} <= {PLAIN, BY_OPTION}:
             names.remove("variant")  # use_dora then differs too, and one name is enough
         return [name for name in names if _unordered(getattr(self, name)) != _unordered(getattr(config, name))]
@@ -314,7 +359,7 @@ class LoRAConfig:
 
     def _normalise(self) -> None:
         """Copy values into immutable ones, because the caller may change them; an empty collection becomes None."""
-        new = {field.name: _immutable(getattr(self, field.name)) for field in fields(self)}
+        new = {option.name: _immutable(getattr(self, option.name)) for option in fields(self)}
         for option in ("layers_to_transform", "layers_pattern"):
             if isinstance(new[option], (int, str)):
                 new[option] = (new[option],) if new[option] != "" else None
@@ -382,15 +427,48 @@ class LoRAConfig:
         return {**KNOWN_VARIANTS[self.variant].own_options, **(self.variant_options or {})}
 
 
-def scaling_of(r: int, alpha: float, *, rslora: bool) -> float:
-    """Return s of a layer of rank r."""
-    return alpha / (math.sqrt(r) if rslora else r)
+for _option in fields(LoRAConfig):
+    if not _option.metadata:
+        raise TypeError(f"LoRAConfig.{_option.name} must be field(default=..., metadata=_about(...)).")
+
+# Options that files leave out at their default, with that default.
+LEFT_OUT_AT_DEFAULT = {each.name: each.default for each in fields(LoRAConfig) if each.metadata["in_files"] == "if set"}
+# By their types, which are texts here because annotations are not evaluated.
+SWITCHES = tuple(each.name for each in fields(LoRAConfig) if each.type == "bool")
+MAPPINGS = tuple(each.name for each in fields(LoRAConfig) if str(each.type).startswith("Mapping["))
 
 
-def alpha_of(r: int, scaling: float, *, rslora: bool) -> float:
-    """Return lora_alpha of a layer of rank r, without the rounding of a scaling that was computed from one."""
-    alpha = float(f"{scaling * (math.sqrt(r) if rslora else r):.12g}")
-    return int(alpha) if alpha.is_integer() else alpha
+def options_that_decide(*what: Decides) -> tuple[str, ...]:
+    """Return the names of the options that decide one of these things, in the order of LoRAConfig.
+
+    Example::
+
+        >>> options_that_decide("ranks", "scaling")
+        ('r', 'lora_alpha', 'rank_pattern', 'alpha_pattern', 'use_rslora')
+    """
+    return tuple(each.name for each in fields(LoRAConfig) if each.metadata["decides"] in what)
+
+
+def defaults_of(*what: Decides) -> dict[str, Any]:
+    """Return the options that decide one of these things, at their defaults.
+
+    Example::
+
+        >>> defaults_of("scaling")
+        {'use_rslora': False}
+    """
+    return {name: getattr(LoRAConfig, name) for name in options_that_decide(*what)}
+
+
+def options_in_peft(how: InPeft) -> tuple[str, ...]:
+    """Return the names of the options that go together with adapter_config.json in this way.
+
+    Example::
+
+        >>> options_in_peft("no")
+        ('variant', 'variant_options', 'enable_lora', 'autocast_adapter_dtype')
+    """
+    return tuple(each.name for each in fields(LoRAConfig) if each.metadata["in_peft"] == how)
 
 
 def is_config(config: object) -> bool:
@@ -561,3 +639,7 @@ RULES: tuple[tuple[str, Callable[[Any, LoRAConfig], object], str], ...] = (
     ("rank_pattern[]", lambda v, c: c.init_lora_weights != "orthogonal" or v % 2 == 0, EVEN),
     ("use_dora", lambda v, c: not v or c.variant == BY_OPTION, "left out with variant={c.variant!r}"),
 )
+
+for _option in fields(LoRAConfig):
+    if _option.name not in {rule[0].removesuffix("[]") for rule in RULES} | {"variant"}:  # which _check_variant checks
+        raise TypeError(f"LoRAConfig.{_option.name} has no rule in RULES, so no value of it would be refused.")

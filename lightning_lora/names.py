@@ -22,10 +22,21 @@ LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")  # packages
 PREFIX = "lora_"  # the beginning of the leaf name (the last segment) of each tensor of an adapter
 LEAVES: set[str] = set()  # the leaf names of all known variants; for a single parameter a suffix follows them
 
-# Objects of nn/variant.py's class by the value of LoRAConfig(variant=...). Each variant's file adds its variant.
+# Objects of nn/variant.py's class by the value of LoRAConfig(variant=...). A class adds its object when it is defined.
+# The type is Any because nn/variant.py imports this file.
 KNOWN_VARIANTS: dict[str, Any] = {}
 
 Value = TypeVar("Value")
+
+
+def variant_of_peft(peft_type: object) -> Any:
+    """Return the variant that a peft_type of PEFT means by itself, or None for an unknown one.
+
+    Of several with that peft_type it is the one that the others derive from: "LORA" is LoRA, and what another option
+    asks for in addition makes another variant of it.
+    """
+    found = [each for each in KNOWN_VARIANTS.values() if peft_type and each.peft_type == peft_type]
+    return next((each for each in found if all(isinstance(other, type(each)) for other in found)), None)
 
 
 def canonical(name: str) -> str:

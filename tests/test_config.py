@@ -8,6 +8,8 @@ import io
 import json
 import math
 import re
+import sys
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject
+from lightning_lora import config as config_file
 
 REFUSED = [
     ("r", 0),
@@ -356,3 +359,23 @@ def test_an_option_as_others_call_it_is_refused_with_the_name_that_it_has_here(o
 def test_an_unknown_option_of_a_file_is_refused_with_the_name_that_it_has_here():
     with pytest.raises(LoRAError, match=r"'rank' \(did you mean 'r'\?\)"):
         LoRAConfig.from_dict({"rank": 8})
+
+
+@pytest.mark.parametrize(
+    ("field", "error"),
+    [
+        ("new: int = 3", r"LoRAConfig.new must be field\(default=..., metadata="),
+        ("new: int = field(default=3, metadata=_about('ranks', 'no'))", "LoRAConfig.new has no rule in RULES"),
+        ("new: int = field(default=3, metadata=_about('ranks'))", "in_peft"),
+    ],
+)
+def test_an_option_that_is_added_in_part_is_an_error_at_import(field: str, error: str, monkeypatch: pytest.MonkeyPatch):
+    source = inspect.getsource(config_file)
+    last = "    autocast_adapter_dtype: bool ="
+    assert source.count(last) == 1
+    module = ModuleType("lightning_lora.config_with_another_option")
+    module.__package__ = "lightning_lora"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(source, vars(module))
+    with pytest.raises(TypeError, match=error):
+        exec(source.replace(last, f"    {field}\n{last}"), vars(module))

@@ -32,7 +32,7 @@ from ..adapter.fingerprint import compare_fingerprints
 from ..adapter.lora_form import as_lora, padded
 from ..adapter.renaming import by_network_names
 from ..adapter.weighted_means import average_whole
-from ..config import LoRAConfig, is_number, plain_number
+from ..config import LoRAConfig, defaults_of, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..formats.peft_folder import write_folder
@@ -291,15 +291,14 @@ def _words(adapters: Sequence[Adapter]) -> LoRAConfig:
     configs = [each.config or LoRAConfig() for each in adapters]
     layers = dict.fromkeys(layer for each in adapters for layer in each.layers)
     parameters = {layer for each in adapters for layer in each.parameters}
-    by_name: dict[str, Any] = {
+    by_name = defaults_of("layers") | {
         "target_modules": [layer for layer in layers if layer not in parameters],
         "target_parameters": [layer for layer in layers if layer in parameters],
-        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
     }
     return replace(
         configs[0],
         **(by_name if layers.keys() != adapters[0].layers.keys() else {}),
-        use_rslora=False,
+        **defaults_of("scaling"),  # with_ranks_in_words then writes all that decides ranks
         lora_dropout=0.0 if any(each.parameters for each in adapters) else configs[0].lora_dropout,
         modules_to_save=list(dict.fromkeys(name for config in configs for name in config.modules_to_save or ())),
     )

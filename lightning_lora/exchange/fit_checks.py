@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.values import check_finite, describe_value
-from ..config import LoRAConfig, alpha_of
+from ..config import LoRAConfig
 from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import is_spread
 from ..distributed.zero import keeps_copy
@@ -56,7 +56,7 @@ def specs_for(handle: AdaptedModel, adapter: Adapter) -> Specs:
             how = "is sharded" if is_spread(factor) else "is trained by DeepSpeed"
             raise LoRAError(f"adapter: {name!r} {how}, and has rank {spec.r}, the adapter {rank}: load it before that.")
         if rank != spec.r or not math.isclose(scaling, spec.scaling) or given.parts != spec.enabled:
-            alpha = alpha_of(rank, scaling, rslora=adapter.config.use_rslora)
+            alpha = adapter.config.alpha_of(rank, scaling)
             specs[layer] = replace(spec, r=rank, scaling=scaling, alpha=alpha, enabled=given.parts)
     return specs
 

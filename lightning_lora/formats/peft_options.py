@@ -13,18 +13,26 @@ from statistics import mode
 from typing import Any, get_args
 
 from ..adapter.adapter import Adapter
-from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task, alpha_of
+from ..config import (
+    IGNORED_PEFT_FIELDS,
+    PLAIN,
+    TASK_HEADS,
+    LoRAConfig,
+    Task,
+    defaults_of,
+    options_in_peft,
+)
 from ..errors import LoRAError, sentence, shown
-from ..matching import exact_key, matcher
+from ..matching import PATTERNS, exact_key, matcher
 from ..names import KNOWN_VARIANTS, listed, parent_names, suffixes
 from ..nn.low_rank import CONV1D, EMBEDDING, LINEAR, PARAMETER
 from ..nn.variant import Variant, known_variants
 from .peft_rows import OPTION
 from .peft_saved_modules import entries_in, from_peft_entries, is_tied_by_peft, to_peft_entries
 
-SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", *VARIANTS, "rank_pattern", "alpha_pattern")
+SHARED = tuple(sorted(options_in_peft("same"), key=PATTERNS.__contains__))  # patterns last, as in all files until now
 BY_NUMBER = ("layers_to_transform", "layers_pattern")
-SELECTING = ("target_modules", "target_parameters", "exclude_modules", *BY_NUMBER, "modules_to_save", OPTION)
+SELECTING = options_in_peft("by tensors")
 ORIGIN = ("base_model_name_or_path", "revision", "task_type")
 OUR_INITS = (True, False, "gaussian", "orthogonal")  # plain adapters draw the same first values in PEFT
 ORTHOGONAL_IN_PEFT = {LINEAR, CONV1D, EMBEDDING}
@@ -79,11 +87,11 @@ def ranks_and_alphas(adapter: Adapter) -> dict[str, Any]:
     config, layers = adapter.config or LoRAConfig(), adapter.layers
     own = [name for name in layers if adapter.options_name(name) == name]
     ranks = {name: layers[name].r for name in own}
-    alphas = {name: alpha_of(ranks[name], adapter.scaling(name), rslora=config.use_rslora) for name in own}
+    alphas = {name: config.alpha_of(ranks[name], adapter.scaling(name)) for name in own}
     if not own:
         return {"rank_pattern": {}, "alpha_pattern": {}}
     r, alpha = mode(ranks.values()), mode(alphas.values())
-    return {
+    return defaults_of("ranks") | {
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": {exact_key(name): each for name, each in ranks.items() if each != r},

@@ -27,7 +27,7 @@ from ..adapter.checks import check_factors
 from ..adapter.fingerprint import fingerprint_entries
 from ..adapter.metadata import from_metadata, without
 from ..adapter.values import refuse_nested
-from ..config import LoRAConfig, scaling_of
+from ..config import LoRAConfig, options_that_decide
 from ..errors import LoRAError, shown
 from ..matching import exact_key, pattern_matches
 from ..names import A, B, parent_names
@@ -171,7 +171,7 @@ def _with_scalings(adapter: Adapter, path: object) -> Adapter:
     layers = {}
     for name, layer in adapter.layers.items():
         rank, alpha = ranks[in_options[name]], alphas[in_options[name]]
-        scaling = scaling_of(rank, alpha, rslora=words.use_rslora)
+        scaling = words.scaling_of(rank, alpha)
         if rank != layer.r:
             raise LoRAError(f"{path}: {name!r}: the options say r={rank}, but its factors have rank {layer.r}.")
         is_known = layer.scaling is not None and math.isclose(scaling, layer.scaling)  # unrounded, in the description
@@ -202,8 +202,8 @@ def _as_described(adapter: Adapter, words: LoRAConfig | None, *, edited: bool) -
         edited: the scalings are others than those of the description.
     """
     stated, words = adapter.config or LoRAConfig(), words or LoRAConfig()
-    rslora = stated.use_rslora if edited else words.use_rslora
-    own = replace(words, lora_dropout=stated.lora_dropout, use_rslora=rslora)
+    scaling = {name: getattr(stated if edited else words, name) for name in options_that_decide("scaling")}
+    own = replace(words, lora_dropout=stated.lora_dropout, **scaling)
     as_we_have_it = replace(with_enable_lora(adapter), config=own)
     if as_we_have_it.variant != adapter.variant:
         as_we_have_it = from_peft_form(as_we_have_it)

@@ -16,7 +16,7 @@ import torch
 from ..adapter.adapter import Adapter
 from ..adapter.lora_form import as_lora, padded
 from ..adapter.renaming import by_network_names
-from ..config import TASK_HEADS, LoRAConfig
+from ..config import TASK_HEADS, LoRAConfig, defaults_of
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..matching import matcher
@@ -106,22 +106,14 @@ def _options(adapter: Adapter, rank: int) -> LoRAConfig:
     """Return the options of the served form. Its layers are named by last segments where that is possible."""
     targets, excluded = plain_targets(adapter)
     config = adapter.config or LoRAConfig()
-    return replace(
-        config,
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=None,
-        alpha_pattern=None,
-        use_rslora=False,
-        bias="none",
-        modules_to_save=None,
-        trainable_token_indices=None,
-        target_modules=targets,
-        exclude_modules=excluded or None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        task_type=None if config.task_type in TASK_HEADS else config.task_type,  # no head is in the file
-    )
+    options = defaults_of("layers", "ranks", "scaling", "whole") | {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": targets,
+        "exclude_modules": excluded or None,
+        "task_type": None if config.task_type in TASK_HEADS else config.task_type,  # no head is in the file
+    }
+    return replace(config, **options)
 
 
 def plain_targets(adapter: Adapter) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..config import LoRAConfig, PeftConfig, alpha_of, as_config, is_config
+from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..names import listed
@@ -591,7 +591,7 @@ def _spec(name: str, injection: Injection, seed: str, in_patterns: str) -> Layer
         r, scaling, parts = chosen.r, chosen.scaling, chosen.parts
     return LayerSpec(
         r=r,
-        alpha=alpha_of(r, scaling, rslora=config.use_rslora),
+        alpha=config.alpha_of(r, scaling),
         scaling=scaling,
         dropout=config.lora_dropout,
         enabled=parts,

@@ -10,7 +10,7 @@ from typing import cast
 from torch import nn
 
 from ..config import TASK_HEADS, LoRAConfig
-from ..matching import BY_KIND, Unmatched, layer_number, matcher, naming_some, near_misses
+from ..matching import BY_KIND, PATTERNS, Unmatched, layer_number, matcher, naming_some, near_misses
 from ..names import parent_names
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
@@ -223,7 +223,7 @@ def _check_entries(
             list(map(str, found)),
             "layer (layers_pattern says what the number follows)",
         )
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in PATTERNS:
         check(option, getattr(config, option), sorted(selection.names() - selection.outputs.keys()), "adapted layer")
 
 

@@ -7,7 +7,6 @@ olora          B0 @ A0 is Q[:, :r] @ R[:r] for W = Q @ R, without division by s 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -114,7 +113,7 @@ class Started(LoRA):
 
     def config_in_peft(self, config: Config) -> Config:
         """Return the options with twice the rank. lora_alpha grows too, so that the scalings stay."""
-        growth = math.sqrt(2) if config.use_rslora else 2
+        growth = config.divisor(2)  # sqrt(2) with use_rslora: s = lora_alpha / divisor(r), and r doubles
         return replace(
             config,
             r=2 * config.r,

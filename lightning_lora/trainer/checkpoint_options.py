@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..config import VARIANTS, LoRAConfig
+from ..config import LoRAConfig, options_that_decide
 from ..errors import LoRAError
 from ..exchange.fit_checks import chosen_by
 from ..files.torch_archive import read_torch_file
@@ -20,8 +20,8 @@ from ..model.injection import Chosen
 from ..names import META
 from ..nn.parameter import weights_of
 
-SELECTING = {option.name for option in fields(LoRAConfig)} - {"lora_dropout", "autocast_adapter_dtype"}
-ONE_CHOICE = {"variant", *VARIANTS}  # to give one of these options is to give the others
+SELECTING = {option.name for option in fields(LoRAConfig)}.difference(options_that_decide("training"))
+ONE_CHOICE = {*options_that_decide("variant")}  # to give one of these options is to give the others
 
 
 class Saved(NamedTuple):

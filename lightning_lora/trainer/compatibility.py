@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import LoRAConfig
+from ..config import LoRAConfig, options_that_decide
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.targets import select
 from ..names import listed
 from .deepspeed_optimizer import held_parameters
 
-TARGETS = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern")
-RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-BY_LAYER = (*TARGETS, *RANKS, "enable_lora")  # options that say which layers are adapted, and how
+TARGETS = options_that_decide("layers")
+PARTS = options_that_decide("parts")
+RANKS = options_that_decide("ranks", "scaling")
+BY_LAYER = (*TARGETS, *PARTS, *RANKS)
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 OF_THE_ADAPTER = "LoRAWeightAveraging"  # which is a WeightAveraging that leaves frozen weights alone
 
@@ -126,7 +127,9 @@ def _selects_layers(
     selection = select(handle.root_modules, asked)
     if not {*TARGETS}.isdisjoint(differing) and selection.names() != live.keys():
         return False
-    if "enable_lora" in differing and any(asked.enabled_parts(name) != spec.enabled for name, spec in live.items()):
+    if not {*PARTS}.isdisjoint(differing) and any(
+        asked.enabled_parts(name) != spec.enabled for name, spec in live.items()
+    ):
         return False
     in_patterns = {name: selection.outputs.get(name, name) for name in live}
     return {*RANKS}.isdisjoint(differing) or all(

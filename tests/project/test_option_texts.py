@@ -43,8 +43,13 @@ def options_of_the_config() -> dict[str, str]:
     """LoRAConfig's options as parameters of another function, a line each, by name."""
     source = SOURCES[LoRAConfig].read_text()
     (config,) = (each for each in ast.parse(source).body if getattr(each, "name", "") == "LoRAConfig")
-    options = [each for each in config.body if isinstance(each, ast.AnnAssign)]
-    return {each.target.id: f"        {ast.get_source_segment(source, each)},\n" for each in options}
+    options: dict[str, str] = {}
+    for each in config.body:
+        if isinstance(each, ast.AnnAssign):  # name: type = field(default=..., metadata=...)
+            (default,) = (word.value for word in each.value.keywords if word.arg == "default")
+            texts = (ast.get_source_segment(source, part) for part in (each.target, each.annotation, default))
+            options[each.target.id] = "        {}: {} = {},\n".format(*texts)
+    return options
 
 
 def written_signature(lines: list[str]) -> list[str]:
