@@ -30,7 +30,7 @@ from ..formats.peft_rows import NO_BIAS
 from ..formats.sources import adapter_with_options
 from ..matching import matcher
 from ..names import META, canonical, factor_role, listed, parent_names
-from ..nn.exact_merge import parts_of
+from ..nn.exact_merge import row_chunks
 from ..nn.low_rank import (
     ATTENTION,
     CONV,
@@ -358,9 +358,9 @@ def _layer_update(
 
     def read() -> Parts:
         if whole is None:
-            return parts_of(old)
+            return row_chunks(old)
         # W is the adapter's own, as it is written.
-        return parts_of(whole.detach().to(torch.promote_types(old.dtype, result_dtype or old.dtype)))
+        return row_chunks(whole.detach().to(torch.promote_types(old.dtype, result_dtype or old.dtype)))
 
     blocks = adapter.variant.blocks(stored, info, read)
     return weight, WeightUpdate(blocks, adapter.scaling(name), stacked=kind in STACKS)

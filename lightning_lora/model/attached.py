@@ -358,7 +358,7 @@ def take_out_attached_(handle: AdaptedModel, name: str) -> None:
         if rest.pop(name, None) is not None:
             layer.lora.attached = Packed(rest) if rest else None
         if layer.lora.attached is None and not layer.is_trained():
-            layer.strip_()
+            layer.unadapt()
     handle.look_for_layers_again()
     note_layers(handle)
     if not injection.is_injection and not injection.attached:

@@ -473,7 +473,7 @@ def strip_adapters(handle: AdaptedModel) -> None:
             tensor.requires_grad_(fact.requires_grad)
     for layer in adapted_layers(handle.root, modules=handle.root_modules).values():
         with layer.lora.lock:  # another thread's forward may have W' in the weight's place
-            (layer.strip_ if layer.lora.attached is None else layer.let_nothing_train_)()
+            (layer.unadapt if layer.lora.attached is None else layer.unload_trained)()
     handle.look_for_layers_again()
     patch_readers(modules)
     update_fast_paths(modules)

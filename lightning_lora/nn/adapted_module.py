@@ -148,7 +148,7 @@ class AdaptedModule(Swapped):
             # FSDP1 also sets what it has gathered as plain attributes, which are found first.
             vars(self).update({name: value for name, value in values.items() if name in vars(self)})
 
-    def lora_take_out(self, adapter: Adapter) -> None:
+    def lora_unadapt(self, adapter: Adapter) -> None:
         """Restore the module's class and attributes from before it was adapted. In place."""
         attributes = self.ATTRIBUTES
         self.__class__ = class_before_swap(self)  # type: ignore[assignment]

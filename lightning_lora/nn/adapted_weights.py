@@ -24,10 +24,10 @@ from . import low_rank
 from .adapted_module import AdaptedModule
 from .attached_factors import AttachedFactors, Packed, add_attached
 from .autocast import without_autocast
-from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, parts_of, restored_weight, unmerge_weight_
+from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, restored_weight, row_chunks, unmerge_weight_
 from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop_to_window, dense_delta
-from .variant import EffectiveFactors, LayerInfo, NothingTrained, Parts, Stored, Variant
+from .variant import EffectiveFactors, LayerInfo, NothingTrained, Stored, Variant
 
 Blocks = list[LowRankBlock]  # of one weight
 
@@ -80,21 +80,30 @@ class LayerState:
     lock: Any = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in vars(self).items() if name not in ("copies", "lock", "known_info")}
-        return kept | {"strength": float(bool(self.spec.variant.leaves))}  # a copy made inside `scaled` is not in it
+        state = {name: value for name, value in vars(self).items() if name not in ("copies", "lock", "known_info")}
+        # A copy or a pickle that is made inside `scaled` is the model as it is outside of the block.
+        state["strength"] = float(bool(self.spec.variant.leaves))
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, copies=Buffers(), lock=threading.RLock(), known_info=None)
 
 
-class StoredTensors:
-    """The stored tensors of one layer's adapter: where they lie, what shapes they have, how they start."""
+class AdaptedWeights:
+    """The adapter of one layer or of one parameter, and the weight that it changes.
+
+    A layer is its own AdaptedWeights (LoRALayer); the adapter of a single parameter and that of tied tables are objects
+    beside the module. Each says which module holds it, which parameter it changes, and how a forward runs.
+    """
 
     KIND: str
     lora_A: nn.Parameter  # of plain LoRA and the variants that extend it
     lora_B: nn.Parameter
     LOOKUP: ClassVar[bool] = False  # A is a table from which rows are looked up
     lora: LayerState
+    lora_active: bool  # whether the adapters are applied in a forward
+
+    # --- where it lies ---
 
     @property
     def lora_holder(self) -> nn.Module:
@@ -104,46 +113,6 @@ class StoredTensors:
     def lora_holders(self) -> list[nn.Module]:
         """Return every module whose forward the adapter acts in."""
         return [self.lora_holder]
-
-    def options_text(self) -> str:
-        """Return r and alpha as text, for the module's repr."""
-        spec, packed = self.lora.spec, self.lora.attached
-        trained = [f"r={spec.r}, alpha={spec.alpha:g}"] if self.is_trained() else []
-        return ", ".join([*trained, *([f"attached={[*packed.shares]}"] if packed is not None else [])])
-
-    def is_trained(self) -> bool:
-        """Return whether the layer has an adapter that is trained, and not attached ones alone."""
-        return bool(self.lora.spec.variant.leaves)
-
-    def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-        """Return the stored tensors by leaf name: trained ones first, then frozen ones.
-
-        Args:
-            leaves: leaf names to return; by default all.
-        """
-        holder, variant = self.lora_holder, self.lora.spec.variant
-        leaves = leaves or variant.leaves
-        return {leaf: getattr(holder, self.stored_name(leaf)) for leaf in leaves}
-
-    def stored_name(self, leaf: str) -> str:
-        """Return the name of a stored tensor in the holder."""
-        return leaf
-
-    def stored_names(self) -> list[str]:
-        """Return the names of all stored tensors in the holder."""
-        return [self.stored_name(leaf) for leaf in self.lora.spec.variant.leaves]
-
-    def stored_in(self, state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-        """Return the stored tensors' values in a state dict, by leaf name."""
-        return {leaf: state[prefix + self.stored_name(leaf)] for leaf in self.lora.spec.variant.leaves}
-
-    def replaced_rows(self) -> tuple[int, ...]:
-        """Return the numbers of the weight's rows that the adapter replaces, whatever values they had."""
-        return self.lora.spec.rows
-
-    def factors(self) -> tuple[nn.Parameter, ...]:
-        """Return the trained parameters. The last one gets a gradient from the first step on."""
-        return tuple(self.stored(self.lora.spec.variant.trained).values())
 
     @property
     def weight_leaf(self) -> str:
@@ -179,16 +148,71 @@ class StoredTensors:
         Args:
             spec: other options to use instead of the layer's own.
         """
-        # A compiled forward must not depend on which one was asked for last: it would be compiled again.
-        compiling = torch.compiler.is_compiling()
-        spec, known = spec or self.lora.spec, None if compiling else self.lora.known_info
+        spec = spec or self.lora.spec
+        # A compiled forward must not depend on the remembered result: with another one it would be compiled again.
+        remembers = not torch.compiler.is_compiling()
+        known = self.lora.known_info if remembers else None
         if known is not None and known[0] is spec and known[1].name == self.lora.name:
             return known[1]
-        options = spec.r, spec.scaling, spec.enabled, spec.init, spec.seed, spec.rows, spec.options
-        info = LayerInfo(self.lora.name, self.KIND, self.weight_shape(), *options)
-        if spec is self.lora.spec and not compiling:
+        info = LayerInfo(
+            name=self.lora.name,
+            kind=self.KIND,
+            shape=self.weight_shape(),
+            rank=spec.r,
+            scaling=spec.scaling,
+            enabled=spec.enabled,
+            init=spec.init,
+            seed=spec.seed,
+            rows=spec.rows,
+            options=spec.options,
+        )
+        if remembers and spec is self.lora.spec:
             self.lora.known_info = spec, info
         return info
+
+    def options_text(self) -> str:
+        """Return r and alpha as text, for the module's repr."""
+        options = []
+        if self.is_trained():
+            options.append(f"r={self.lora.spec.r}, alpha={self.lora.spec.alpha:g}")
+        if self.lora.attached is not None:
+            options.append(f"attached={[*self.lora.attached.shares]}")
+        return ", ".join(options)
+
+    def is_trained(self) -> bool:
+        """Return whether the layer has an adapter that is trained, and not attached ones alone."""
+        return bool(self.lora.spec.variant.leaves)
+
+    # --- its stored tensors and how they start ---
+
+    def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+        """Return the stored tensors by leaf name: trained ones first, then frozen ones.
+
+        Args:
+            leaves: leaf names to return; by default all.
+        """
+        holder = self.lora_holder
+        return {leaf: getattr(holder, self.stored_name(leaf)) for leaf in leaves or self.lora.spec.variant.leaves}
+
+    def stored_name(self, leaf: str) -> str:
+        """Return the name of a stored tensor in the holder."""
+        return leaf
+
+    def stored_names(self) -> list[str]:
+        """Return the names of all stored tensors in the holder."""
+        return [self.stored_name(leaf) for leaf in self.lora.spec.variant.leaves]
+
+    def stored_in(self, state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+        """Return the stored tensors' values in a state dict, by leaf name."""
+        return {leaf: state[prefix + self.stored_name(leaf)] for leaf in self.lora.spec.variant.leaves}
+
+    def replaced_rows(self) -> tuple[int, ...]:
+        """Return the numbers of the weight's rows that the adapter replaces, whatever values they had."""
+        return self.lora.spec.rows
+
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        """Return the trained parameters. The last one gets a gradient from the first step on."""
+        return tuple(self.stored(self.lora.spec.variant.trained).values())
 
     def initial_values(self) -> dict[str, torch.Tensor]:
         """Return the initial values of the stored tensors, the same each time.
@@ -200,15 +224,18 @@ class StoredTensors:
 
     def create_(self, dtype: torch.dtype, *, values_follow: bool = False) -> None:
         """Register the stored tensors with their initial values, or zeros where other values follow. In place."""
-        variant, device = self.lora.spec.variant, self.adapted_weight().device
+        variant = self.lora.spec.variant
         if variant.follows_weight and values_follow:
             values = {leaf: torch.zeros(shape) for leaf, shape in variant.shapes(self.layer_info()).items()}
         else:
             values = self.initial_values()
+        device = self.adapted_weight().device
         for leaf in (*variant.trained, *variant.frozen):
-            # In the order in which a loaded tensor lies: in another one products differ in their last bits.
-            tensor, trained = values[leaf].to(device, dtype).contiguous(), leaf in variant.trained
-            parameter = nn.Parameter(tensor if trained else tensor.clone(), requires_grad=trained)
+            # Contiguous, as a loaded tensor is: products with another layout differ in their last bits.
+            tensor = values[leaf].to(device, dtype).contiguous()
+            if leaf in variant.frozen:
+                tensor = tensor.clone()  # starts.py returns one tensor as A and as A0, and only A is trained
+            parameter = nn.Parameter(tensor, requires_grad=leaf in variant.trained)
             for holder in self.lora_holders():
                 holder.register_parameter(self.stored_name(leaf), parameter)
 
@@ -236,29 +263,16 @@ class StoredTensors:
         They started from the old weight and were not trained, and the state dict has none of them. Collective where W
         is sharded. Of a flat weight a state dict shows nothing.
         """
-        stored, spec = self.stored(), self.lora.spec
+        spec = self.lora.spec
         if not spec.variant.follows_weight or spec.init == FROM_GRADIENTS:  # gradients are no values of W
             return False
         values = state_dict.get(prefix + self.weight_leaf)
         if getattr(values, "shape", None) != self.weight_shape():
             return False
-        kept = (state_dict.get(prefix + self.stored_name(leaf), live) is live for leaf, live in stored.items())
-        return all(kept) and self.is_initial(everywhere=True)
-
-    def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
-        """Return each stored tensor with its shape under other options."""
-        stored, shapes = self.stored(), self.lora.spec.variant.shapes(self.layer_info(spec))
-        return [(stored[leaf], shape) for leaf, shape in shapes.items()]
-
-    def take_spec_(self, spec: LayerSpec) -> None:
-        """Take another rank and scaling. The parameters stay the same objects, and lose their values if shapes change.
-
-        In place.
-        """
-        for factor, shape in self.shapes_by(spec):
-            if factor.shape != shape:
-                factor.data, factor.grad = factor.detach().new_empty(shape), None
-        self.lora.spec = spec
+        for leaf, live in self.stored().items():
+            if state_dict.get(prefix + self.stored_name(leaf), live) is not live:
+                return False
+        return self.is_initial(everywhere=True)  # last, because it is collective and may gather W
 
     def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None], *, loaded: bool) -> None:
         """Tie parameters of several modules again after torch replaced them by separate ones. In place.
@@ -269,11 +283,7 @@ class StoredTensors:
             loaded: whether load_state_dict(assign=True) replaced them; otherwise a move or to_empty did.
         """
 
-
-class AdaptedWeights(StoredTensors):
-    """The adapter of one layer or of one parameter, and the weights that it changes."""
-
-    lora_active: bool  # whether the adapters are applied in a forward
+    # --- what acts, and changes of it ---
 
     @property
     def scaling(self) -> float:
@@ -289,19 +299,36 @@ class AdaptedWeights(StoredTensors):
         is_changed = self.is_trained() and not self.is_initial()
         return is_changed or any(each.strength for each in self.attached().values())
 
-    def let_nothing_train_(self) -> None:
+    def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+        """Return each stored tensor with its shape under other options."""
+        stored = self.stored()
+        return [(stored[leaf], shape) for leaf, shape in self.lora.spec.variant.shapes(self.layer_info(spec)).items()]
+
+    def take_spec_(self, spec: LayerSpec) -> None:
+        """Take another rank and scaling. The parameters stay the same objects, and lose their values if shapes change.
+
+        In place.
+        """
+        for factor, shape in self.shapes_by(spec):
+            if factor.shape != shape:
+                factor.data = factor.detach().new_empty(shape)
+                factor.grad = None
+        self.lora.spec = spec
+
+    def unload_trained(self) -> None:
         """Remove the stored tensors of the trained adapter. In place."""
         for holder in self.lora_holders():
             for name in self.stored_names():
                 holder._parameters.pop(name, None)
-        self.lora.spec, self.lora.strength = LayerSpec(r=0, alpha=0, scaling=1, variant=NOTHING), 0.0
+        self.lora.spec = LayerSpec(r=0, alpha=0, scaling=1, variant=NOTHING)
+        self.lora.strength = 0.0
 
-    def strip_(self) -> None:
+    def unadapt(self) -> None:
         """Remove the stored tensors and restore the holders' classes and attributes; weights stay. In place."""
-        self.let_nothing_train_()
+        self.unload_trained()
         for holder in self.lora_holders():
             if isinstance(holder, AdaptedModule):
-                holder.lora_take_out(self)
+                holder.lora_unadapt(self)
 
     # --- in a forward ---
 
@@ -344,7 +371,7 @@ class AdaptedWeights(StoredTensors):
             a, b, scale = self.effective_factors()
             if self.drops():
                 a = a * F.dropout(a.new_ones(1, a.shape[1], *[1] * (a.dim() - 2)), self.lora.spec.dropout)
-            # In the wider dtype of the two; B is smaller than B @ A.
+            # s goes into B, which is smaller than B @ A. The sum has the wider dtype of the two, and is rounded below.
             dense = dense + self.delta(a, b * self.scaling, self.lora.spec.enabled)
             if scale is not None:
                 dense = dense * low_rank.over_weight(self.KIND, scale, weight)
@@ -413,15 +440,13 @@ class AdaptedWeights(StoredTensors):
             stored: by leaf name, instead of the live values.
         """
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
-
-        def read() -> Parts:
-            return parts_of(full_tensor(weight))
-
-        info, packed, blocks = self.layer_info(), self.lora.attached, Blocks()
+        info = self.layer_info()
+        blocks = Blocks()
         if self.lora.strength:
-            blocks = self.lora.spec.variant.live_blocks(whole, info, weight, read)
-        if packed is not None:
-            blocks = add_attached(blocks, packed.blocks(info.kind, info.shape, weight.device), self.scaling)
+            blocks = self.lora.spec.variant.live_blocks(whole, info, weight, lambda: row_chunks(full_tensor(weight)))
+        if self.lora.attached is not None:
+            attached = self.lora.attached.blocks(info.kind, info.shape, weight.device)
+            blocks = add_attached(blocks, attached, self.scaling)
         return self.crop_to_shard(blocks, weight)
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
@@ -471,15 +496,25 @@ class AdaptedWeights(StoredTensors):
         with state.lock:
             if state.unfinished:
                 self.unmerge_()
-            weight = self.own_weight() if weight is None else weight
-            blocks = self.blocks(weight) if blocks is None else blocks
+            if weight is None:
+                weight = self.own_weight()
+            if blocks is None:
+                blocks = self.blocks(weight)
             try:
+                # Noted before the first write: merge_weight_ fills the undo as it goes, so an exception at any point,
+                # such as KeyboardInterrupt, leaves what unmerge_ needs, here or in a later call.
                 state.unfinished = True
-                state.undo, matrix = Undo() if state.undo is None else state.undo, self.as_matrix(local(weight))
-                copies = (state.copies if matrix.is_cpu else Buffers()) if copy else None
-                how: dict[str, Any] = {"copies": copies, "undo": state.undo, "buffers": buffers}
-                merge_weight_(matrix, blocks, self.merge_scaling, cost=cost, **how)
-                vars(self)["lora_active"], state.merged = False, True  # nn.Module.__setattr__ is many times slower
+                if state.undo is None:
+                    state.undo = Undo()
+                matrix = self.as_matrix(local(weight))
+                copies = None
+                if copy:
+                    copies = state.copies if matrix.is_cpu else Buffers()
+                merge_weight_(
+                    matrix, blocks, self.merge_scaling, copies=copies, cost=cost, undo=state.undo, buffers=buffers
+                )
+                vars(self)["lora_active"] = False  # nn.Module.__setattr__ is many times slower
+                state.merged = True
                 state.unfinished = False
             except BaseException:
                 self.unmerge_()
@@ -493,16 +528,20 @@ class AdaptedWeights(StoredTensors):
         Raises:
             LoRAError: something else changed the merged weight. W is lost, unless a plain copy of it was kept.
         """
-        failure, state = None, self.lora
+        failure = None
+        state = self.lora
         with state.lock:
-            weight, state.unfinished = self.adapted_weight(), True
+            weight = self.adapted_weight()
+            state.unfinished = True
             if state.undo is not None:
                 try:
                     unmerge_weight_(self.as_matrix(local(weight)), state.undo, buffers)
                 except LoRAError as error:
-                    failure, state.restore_failed = error, state.restore_failed or state.undo.lost
+                    failure = error  # raised at the end: the layer is unmerged all the same
+                    state.restore_failed = state.restore_failed or state.undo.lost
                 state.undo = None
-            vars(self)["lora_active"], state.merged = True, False
+            vars(self)["lora_active"] = True
+            state.merged = False
             state.unfinished = False
         if failure:
             raise failure
@@ -517,7 +556,8 @@ class AdaptedWeights(StoredTensors):
         if self.lora.undo is None:
             yield
             return
-        copy, was_merged = self.lora.undo.is_copied(), self.lora.merged
+        copy = self.lora.undo.is_copied()
+        was_merged = self.lora.merged
         self.unmerge_()
         yield
         if not was_merged:  # an exception had broken a merge off
@@ -541,8 +581,9 @@ class AdaptedWeights(StoredTensors):
             LoRAError: unmerging failed earlier, so W is lost.
         """
         with self.lora.lock:  # waits while another thread merges or has W' in place of W
-            inside, name = flat_parameters(self.lora_holder), self.weight_leaf
-            weight = detached(inside[name] if name in inside else getattr(self.lora_holder, name))
+            flat = flat_parameters(self.lora_holder)
+            name = self.weight_leaf
+            weight = detached(flat[name] if name in flat else getattr(self.lora_holder, name))
             if self.lora.restore_failed:
                 raise LoRAError(
                     f"{type(self.lora_holder).__name__}: its base weight could not be restored after merging, so "
@@ -570,9 +611,10 @@ class AdaptedWeights(StoredTensors):
         return from_local_like(values, weight)
 
 
-def train_(layer: AdaptedWeights, spec: LayerSpec) -> AdaptedWeights:
-    """Let an adapter be trained where attached ones act alone. Its tensors are created later. In place."""
-    layer.lora.spec, layer.lora.strength = spec, 1.0
+def add_trained(layer: AdaptedWeights, spec: LayerSpec) -> AdaptedWeights:
+    """Add a trained adapter to a layer in which attached ones act alone; `create_` makes its tensors. In place."""
+    layer.lora.spec = spec
+    layer.lora.strength = 1.0
     return layer
 
 

@@ -244,7 +244,7 @@ def checksum(weight: torch.Tensor) -> int:
     return int(aligned.view(torch.int64).sum()) if flat.numel() else 0
 
 
-def parts_of(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def row_chunks(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (first row, part) for parts of a weight that fit into the cache; a part is a matrix of some rows."""
     matrix = weight.flatten(1)
     size = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // max(1, matrix.shape[1]))

@@ -7,7 +7,7 @@ from typing import cast
 from torch import nn
 
 from .adapted_module import swapped_class
-from .adapted_weights import LayerSpec, LayerState, train_
+from .adapted_weights import LayerSpec, LayerState, add_trained
 from .lora import LoRA
 from .lora_layer import LAYER_CLASSES, LoRALayer
 from .variant import Variant
@@ -31,7 +31,7 @@ def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> 
     Its stored tensors are created later.
     """
     if isinstance(module, LoRALayer):  # adapters are attached to it
-        return cast(LoRALayer, train_(module, spec))
+        return cast(LoRALayer, add_trained(module, spec))
     adapting = cast(type[LoRALayer], layer_class(module, spec.variant))
     custom_forward = not all(_is_known(adapting, type(module), method) for method in adapting.KNOWN_FORWARD)
     # Before the class, so that an exception between them leaves no layer that lacks them.

@@ -19,7 +19,7 @@ from ..errors import LoRAError
 from ..names import join_names, parameter_factor_name, split_factor_name
 from . import low_rank
 from .adapted_module import AdaptedModule, Adapter, StandIns, is_factor, swapped_class
-from .adapted_weights import AdaptedWeights, LayerSpec, LayerState, train_
+from .adapted_weights import AdaptedWeights, LayerSpec, LayerState, add_trained
 from .factored_weight import FactoredWeight
 from .low_rank import LowRankBlock, crop, stack_factors
 from .quantized import shape_of
@@ -107,11 +107,11 @@ class LoRAParameterHolder(AdaptedModule):
     def lora_adapters(self) -> Mapping[str, AdaptedWeights]:
         return self.lora_parameters
 
-    def lora_take_out(self, adapter: Adapter) -> None:
+    def lora_unadapt(self, adapter: Adapter) -> None:
         if len(self.lora_parameters) > 1:
             self.lora_parameters.pop(cast(LoRAParameter, adapter).parameter)
         else:
-            super().lora_take_out(adapter)
+            super().lora_unadapt(adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         active = [adapter for adapter in self.lora_parameters.values() if adapter.lora_active]
@@ -161,7 +161,7 @@ def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSp
     """
     holder, is_holder = cast(LoRAParameterHolder, module), isinstance(module, LoRAParameterHolder)
     if is_holder and parameter in holder.lora_parameters:  # adapters are attached to it
-        return cast(LoRAParameter, train_(holder.lora_parameters[parameter], spec))
+        return cast(LoRAParameter, add_trained(holder.lora_parameters[parameter], spec))
     adapter = LoRAParameter(holder, parameter, LayerState(spec, name, injection))
     if is_holder:
         holder.lora_parameters[parameter] = adapter
