@@ -101,7 +101,11 @@ class Writer:
 
     def __init__(self, path: Path, header: bytes, advance: Callable[[int], object] = lambda size: None) -> None:
         self.file, self.advance = open(path, "xb"), advance  # noqa: SIM115 (closed by __exit__)
-        self.file.write(header)
+        try:
+            self.file.write(header)
+        except BaseException:  # a full disk: there is no writer yet that could close the file
+            self.file.close()
+            raise
 
     def __enter__(self) -> Writer:
         return self

@@ -76,7 +76,7 @@ class Injection:
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter's file says of its base, see Adapter
     marks: set[Mark] = field(default_factory=set)
     attached: dict[str, Attachment] = field(default_factory=dict)  # the attached adapters, in the order of their names
-    run: Any = None  # what trainer/ keeps of a run, see trainer/run.py; here it is copied and handed on, and not read
+    run: Any = None  # what trainer/run_state.py keeps; model/ copies it and hands it on, and does not read it
     fits: int = 0  # how many fits of the model are under way, one inside the other; their optimizers hold its tensors
     in_training_batch: bool = False  # one runs now, in which dropout acts in layers that are kept in eval mode too
     merged_to_evaluate: bool = False  # merged for one evaluation, whose end unmerges; `scaled` leaves it factored

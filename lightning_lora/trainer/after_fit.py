@@ -18,7 +18,7 @@ from ..model.patches import call_previous, patch
 from ..model.state_dict import refuse_unmergeable
 from ..names import MERGED_FOR_GOOD, META
 from .compatibility import launches
-from .run import run_of
+from .run_state import run_of
 
 
 def refuse_merge_after_fit(trainer: Any, handle: AdaptedModel) -> None:

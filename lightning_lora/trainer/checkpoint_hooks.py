@@ -17,7 +17,7 @@ from ..formats.lightning_checkpoint import CURRENT, Kind, check_kind
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.patches import call_previous, patch
 from ..names import META, names_factor
-from .run import run_of
+from .run_state import run_of
 
 
 def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:

@@ -22,7 +22,7 @@ from .compatibility import refuse_unoptimized
 from .hyperparameters import as_hyperparameters, log_options
 from .options import LOGGED, Options
 from .precision import refuse_for_quantized, refuse_full_of_quantized, refuse_plain
-from .run import run_of
+from .run_state import run_of
 
 
 def open_for_fit(module: Any) -> AdaptedModel:

@@ -23,7 +23,7 @@ from ..model.patches import call_previous, patch
 from ..names import MERGED_FOR_GOOD
 from .deepspeed import with_float32_values
 from .deepspeed_optimizer import groups_of, holds_copies, load_state_, whole_state
-from .run import run_of
+from .run_state import run_of
 
 
 def share_one_file(strategy: Any) -> None:

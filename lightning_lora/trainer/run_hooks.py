@@ -19,7 +19,7 @@ from ..model.patches import unpatch
 from .current_injection import forget_injection, injection_of, is_merged_for_good
 from .deepspeed_optimizer import warn_of_unfrozen
 from .evaluation import end_evaluation
-from .run import run_of
+from .run_state import run_of
 
 
 def begin_epoch(module: nn.Module) -> None:

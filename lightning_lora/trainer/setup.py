@@ -50,7 +50,7 @@ from .precision import (
     refuse_for_quantized,
     refuse_late_conversion,
 )
-from .run import run_of
+from .run_state import run_of
 
 BUILDERS = ("configure_model", "setup")  # the last that Lightning calls first
 

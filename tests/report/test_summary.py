@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_lora import LoRAConfig, inject, is_merged, load_adapter, merge, save_adapter, summary, unload
 from lightning_lora.names import group_of
 from lightning_lora.report.summary import Memory, Summary
-from lightning_lora.trainer.run import run_of
+from lightning_lora.trainer.run_state import run_of
 from support.models.networks import Zoo, zoo_config
 from support.models.quantized import NAMES, quantized
 

@@ -21,8 +21,8 @@ from lightning_lora.model.injection import Injection
 from lightning_lora.names import MERGED_FOR_GOOD
 from lightning_lora.nn.lora_layer import LoRALayer
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
-from lightning_lora.trainer.run import run_of
 from lightning_lora.trainer.run_hooks import close_fit
+from lightning_lora.trainer.run_state import run_of
 from support.covering import covering
 from support.models.pretrained import Lit, answer, save_body, token_loader
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging

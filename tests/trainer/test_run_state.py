@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, take_adapter, unload
-from lightning_lora.trainer.run import ASKED, Run, run_of
+from lightning_lora.trainer.run_state import ASKED, Run, run_of
 
 
 def in_a_run() -> nn.Sequential:
