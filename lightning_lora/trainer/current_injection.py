@@ -28,7 +28,7 @@ def injection_of(module: nn.Module) -> Injection | None:
 
 
 def forget_injection(module: nn.Module) -> None:
-    """Remove what record_of keeps in a module. In place."""
+    """Remove what injection_of keeps in a module. In place."""
     vars(module).pop(INSIDE, None)
 
 

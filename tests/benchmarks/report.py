@@ -108,7 +108,7 @@ def plot(content: dict[str, Any]) -> Any:
         axes.set_xticks(range(len(SHOWN)), [f"{name}\n{at}" for _, at, name in SHOWN], fontsize=8)
         axes.set_ylabel("our time / peft's")
         handles = [Patch(label=dtype, **style) for dtype, style in BARS.items()]
-        axes.legend(handles=handles, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.88))
+        axes.legend(handles=handles, frameon=False, loc="upper left")
         axes.set_title("Time relative to peft, lower is better", loc="left", fontweight="bold")
         figure.supxlabel(content["machine"], fontsize=7)
     return figure
