@@ -40,16 +40,39 @@ REFUSED_INSIDE = (
 )
 
 
-# Held while claims are compared and added, in all models at once. Reentrant: a signal's handler may claim a model while
-# this thread holds it.
-_GUARD = threading.RLock()
-
-
 class Owner:
-    """The open claims on one injected model. All are of one thread, or of threads that have ended."""
+    """The open claims on one injected model. All are of one thread, or of threads that have ended.
+
+    Each model has a guard of its own. An exception can leave a guard held where another thread or a debugger raises it
+    at the very end of a `with`; one guard for all models then locked every other thread out of every model.
+    """
 
     def __init__(self) -> None:
         self.claims: WeakSet[Claim] = WeakSet()
+        self.guard = threading.RLock()  # reentrant: a signal's handler may claim the model while this thread holds it
+
+    def admit(self, claim: Claim) -> None:
+        """Open a claim, or move an open one to its present thread.
+
+        Raises:
+            LoRAError: another thread has a claim, or the verb is refused inside of an open block.
+        """
+        with self.guard:
+            for other in list(self.claims):
+                if other is not claim and other.thread is not claim.thread and other.thread.is_alive():
+                    raise LoRAError(
+                        f"{claim.verb}: {other.verb} is under way on this model in the thread {other.thread.name!r}. "
+                        "Only one thread at a time may change or save a model: hold one threading.Lock around each "
+                        "such call, including its whole `with` block, and around the forwards of other threads."
+                    )
+            if any(self.holds(block, other_than=claim) for block in REFUSED[claim.verb]):
+                raise LoRAError(f"{claim.verb}: {REFUSED_INSIDE}")
+            self.claims.add(claim)
+
+    def dismiss(self, claim: Claim) -> None:
+        """End a claim."""
+        with self.guard:
+            self.claims.discard(claim)
 
     def holds(self, verb: str, *, other_than: Claim | None = None) -> bool:
         """Return whether a claim with this verb is open, other than the given one."""
@@ -68,25 +91,17 @@ class Claim:
         """Open this claim in the present thread, or move it there.
 
         Raises:
-            LoRAError: another thread has a claim on one of the models, or the verb is refused inside of an open block.
-                This claim is then as it was.
+            LoRAError: another thread has a different claim, or the verb is refused inside of an open block. This claim
+                then stays with its thread.
         """
-        here = threading.current_thread()
-        with _GUARD:
+        before = self.thread
+        self.thread = threading.current_thread()
+        try:
             for owner in self.owners:
-                for other in list(owner.claims):
-                    if other is not self and other.thread is not here and other.thread.is_alive():
-                        raise LoRAError(
-                            f"{self.verb}: {other.verb} is under way on this model in the thread "
-                            f"{other.thread.name!r}. Only one thread at a time may change or save a model: hold one "
-                            "threading.Lock around each such call, including its whole `with` block, and around the "
-                            "forwards of other threads."
-                        )
-                if any(owner.holds(block, other_than=self) for block in REFUSED[self.verb]):
-                    raise LoRAError(f"{self.verb}: {REFUSED_INSIDE}")
-            self.thread = here
-            for owner in self.owners:
-                owner.claims.add(self)
+                owner.admit(self)
+        except BaseException:
+            self.thread = before
+            raise
 
 
 @contextmanager
@@ -106,4 +121,4 @@ def claimed(verb: str, *owners: Owner) -> Iterator[Claim]:
         yield claim
     finally:
         for owner in claim.owners:
-            owner.claims.discard(claim)
+            owner.dismiss(claim)

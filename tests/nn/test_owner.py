@@ -41,6 +41,7 @@ from lightning_lora.model import inject as inject_module
 from lightning_lora.model import state_dict as state_dict_module
 from support.covering import covering
 from support.models.networks import bits, randomise_
+from support.runs.broken_off import break_off
 
 WAIT = 20  # seconds that no test needs
 
@@ -213,6 +214,19 @@ def test_a_save_that_an_exception_ends_locks_nobody_out(monkeypatch):
             adapter_state_dict(model)
     elsewhere(lambda: merge(model))
     assert is_merged(model)
+
+
+def test_a_call_that_is_broken_off_anywhere_locks_no_thread_out_of_other_models():
+    model, other, line = network(), network(), 0
+    while break_off(lambda: merge(model), line):
+        line += 1
+        unmerge(model)
+    thread = threading.Thread(target=lambda: merge(other), daemon=True)
+    thread.start()
+    thread.join(WAIT)
+    assert not thread.is_alive()
+    assert line > 20
+    assert is_merged(other)
 
 
 def test_two_threads_that_inject_at_once_make_one_injection(monkeypatch):
