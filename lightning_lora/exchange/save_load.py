@@ -33,7 +33,7 @@ from .apply import apply_adapter, injection_of, quantize_as_trained_
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, attached_adapter, frozen_values
-from .trained_with import beside_in, by_attach, refuse_lacking, refuse_missing
+from .trained_with import attached_in, by_attach, refuse_lacking, refuse_missing
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -183,7 +183,7 @@ def load_adapter(
     listing = Listing(unwrapped(model, "load_adapter"))
     refuse_trained_copies(model, "load_adapter")
     adapter = read_source(source, order_in(listing.model))
-    refuse_lacking(beside_in(listing), source, "load_adapter")
+    refuse_lacking(attached_in(listing), source, "load_adapter")
     handle = find_model(listing)
     if handle is None:
         warn_of_late_adapters(model, "load_adapter")
@@ -233,7 +233,7 @@ def load_from_checkpoint(
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, _without_strict(kwargs))
     listing = find_model(model) or Listing(model)
-    refuse_missing(beside_in(listing), adapter, partial(_by_hand, cls.__name__, path, kind))
+    refuse_missing(attached_in(listing), adapter, partial(_by_hand, cls.__name__, path, kind))
     if kind != "full":
         quantize_as_trained_(listing, adapter)
         apply_adapter(listing, adapter, strict_base=strict_base, remedy=_other_base(cls.__name__, path))

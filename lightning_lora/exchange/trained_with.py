@@ -12,8 +12,8 @@ from ..model.attached import checked_strength
 from ..nn.attached_factors import LACKING
 from ..nn.attachment import Attachment
 
-AttachedFactors = Mapping[str, Attachment]  # to a model, by name
-Remedy = Callable[[AttachedFactors], str]  # makes the advice for adapters that are not attached
+Attachments = Mapping[str, Attachment]  # what is attached to a model, by name
+Remedy = Callable[[Attachments], str]  # makes the advice for adapters that are not attached
 
 
 def by_attach(missing: Mapping[str, Attachment], *, strict_base: bool = True) -> str:
@@ -38,7 +38,7 @@ def by_callback(missing: Mapping[str, Attachment]) -> str:
     return f"Give it to the callback: LoRACallback(attach={{{sources}}}), or call attach before."
 
 
-def refuse_missing(here: AttachedFactors, adapter: Adapter, remedy: Remedy = by_load_adapter) -> None:
+def refuse_missing(here: Attachments, adapter: Adapter, remedy: Remedy = by_load_adapter) -> None:
     """Raise LoRAError where an adapter was trained beside one that is not attached to the model."""
     missing = {name: each for name, each in sorted(adapter.attached.items()) if name not in here}
     if missing:
@@ -48,7 +48,7 @@ def refuse_missing(here: AttachedFactors, adapter: Adapter, remedy: Remedy = by_
         )
 
 
-def refuse_lacking(here: AttachedFactors, source: object, verb: str) -> None:
+def refuse_lacking(here: Attachments, source: object, verb: str) -> None:
     """Raise LoRAError where a state dict says that it is of a model with attached adapters which are not here."""
     metadata = getattr(source, "_metadata", None) or {}
     missing = sorted({name for entry in metadata.values() for name in entry.get(LACKING, ())} - here.keys())
@@ -70,7 +70,7 @@ def check_attached(listing: Listing, adapter: Adapter) -> None:
         listing: of the model, adapted or not.
         adapter: under the model's names.
     """
-    here = beside_in(listing)
+    here = attached_in(listing)
     refuse_missing(here, adapter)
     refuse_others(here, adapter)
     for name, each in sorted(adapter.attached.items()):
@@ -102,7 +102,7 @@ def check_attached_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, f
     return {name: strength for name, strength in strengths.items() if strength != here[name].strength}
 
 
-def refuse_others(here: AttachedFactors, adapter: Adapter) -> None:
+def refuse_others(here: Attachments, adapter: Adapter) -> None:
     """Raise LoRAError where the adapter that is attached under a name is another than it was in the training."""
     for name, each in sorted(adapter.attached.items()):
         if each.fingerprint != here[name].fingerprint:
@@ -112,7 +112,7 @@ def refuse_others(here: AttachedFactors, adapter: Adapter) -> None:
             )
 
 
-def beside_in(listing: Listing) -> AttachedFactors:
+def attached_in(listing: Listing) -> Attachments:
     """Return what is attached to a model, by name; nothing where it is not adapted."""
     handle = listing if isinstance(listing, AdaptedModel) else find_model(listing, attached=True)
     return handle.injection.attached if handle is not None else {}

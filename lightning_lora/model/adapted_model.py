@@ -387,7 +387,7 @@ def _find(listing: Listing, part: bool) -> AdaptedModel | None:
 
 
 def injection_of_root(module: nn.Module) -> Injection | None:
-    """Return the injection that a module holds as the injected one, or None.
+    """Return the injection of which a module is the root, or None.
 
     An injection that has ended stays in a copy of the injected module where a part of the copy got another adapter: the
     copy of an injection does not know which module holds it.

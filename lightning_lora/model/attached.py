@@ -211,12 +211,12 @@ def _act_with_(handle: AdaptedModel, inside: Strengths) -> None:
 
 def _set_(handle: AdaptedModel, strengths: Strengths) -> None:
     """Give attached adapters of an unmerged model other strengths, for good. In place."""
-    attachment = handle.injection.attached
+    attachments = handle.injection.attached
     for layer in handle.all_layers.values():
         packed = layer.lora.attached
         for name in packed.shares.keys() & strengths.keys() if packed is not None else ():
             packed.set_strength_(name, strengths[name])  # type: ignore[union-attr]
-    attachment.update({name: replace(attachment[name], strength=strength) for name, strength in strengths.items()})
+    attachments.update({name: replace(attachments[name], strength=strength) for name, strength in strengths.items()})
 
 
 def _asked(handle: AdaptedModel, strength: float | Strengths, name: str, verb: str) -> dict[str, float]:

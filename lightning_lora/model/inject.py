@@ -120,7 +120,7 @@ def inject_layers(listing: Listing, injection: Injection) -> AdaptedModel:
 
     Args:
         listing: of the model.
-        injection: of the new injection, with what the adapter adapts and trains whole.
+        injection: the new one, with what the adapter adapts and trains whole.
     """
     return _inject(listing, injection, values_follow=True)
 
@@ -364,7 +364,7 @@ def begin_injection(
 
     Args:
         listing: of the model.
-        injection: of the new injection, with its options.
+        injection: the new one, with its options.
         values_follow: an adapter is loaded next, so no initial values are computed from weights.
 
     Returns:
@@ -422,9 +422,8 @@ def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Se
 
 def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
     root, injection = handle.root, handle.injection
-    begin_facts(
-        handle.root_places, injection, scope=injection.chosen.scope.removesuffix(".") if injection.chosen else ""
-    )
+    scope = injection.chosen.scope.removesuffix(".") if injection.chosen else ""
+    begin_facts(handle.root_places, injection, scope=scope)
     check_shapes(handle.root_modules)
     selection = selected(handle.root_modules, injection)
     live = {name: each for name, each in adapted_layers(root, modules=handle.root_modules).items() if each.is_trained()}
@@ -581,7 +580,7 @@ def _spec(name: str, injection: Injection, seed: str, in_patterns: str) -> Layer
 
     Args:
         name: of the layer or parameter.
-        injection: of the injection, with the options.
+        injection: with the options.
         seed: the text that adapters are drawn from.
         in_patterns: the name that rank_pattern and alpha_pattern are asked for.
     """

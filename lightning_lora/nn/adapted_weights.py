@@ -357,8 +357,8 @@ class AdaptedWeights:
     def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W' for W, differentiable in the trained tensors.
 
-        Dropout drops whole input features, the same ones for the whole batch, because the input is not known here. What
-        is beside has no dropout.
+        Dropout drops whole input features, the same ones for the whole batch, because the input is not known here.
+        Attached adapters have no dropout.
         """
         self.note_segment()
         if self.weight_leaf not in self.lora_holder._parameters:

@@ -21,7 +21,7 @@ from . import low_rank
 from .low_rank import LowRankBlock
 
 LACKING = "lora_beside"  # key in a state dict's metadata, which names the attached adapters that it does not hold
-TINY = 1e-30  # stands in for a scale c of exactly 0, by which what is beside would be divided
+TINY = 1e-30  # stands in for a scale c of exactly 0, by which attached adapters would be divided
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -190,9 +190,9 @@ def add_attached(own: list[LowRankBlock], attached: list[LowRankBlock], scaling:
     """Return blocks with both sums side by side, each with its scaling inside.
 
     Args:
-        own: of the trained adapter, with its scale c, which does not act on what is beside. Each lies inside of a block
-            of `beside`.
-        beside: from Packed.blocks.
+        own: of the trained adapter, with its scale c, which does not act on attached adapters. Each lies inside of a
+            block of `attached`.
+        attached: from Packed.blocks.
         scaling: s of the trained adapter.
     """
     return [_added([each for each in own if _is_inside(each, block)], block, scaling) for block in attached]

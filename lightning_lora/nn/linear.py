@@ -48,7 +48,7 @@ class LoRALinear(LoRALayer):
         return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     def with_attached(self, y: torch.Tensor, x: torch.Tensor, packed: Packed) -> torch.Tensor:
-        """Return y with what is beside added to it: as the formula is written, or with no other tensor of y's size."""
+        """Add the attached adapters' products to y: as the formula is written, or with no other tensor of y's size."""
         if x.dim() < 2 or runs_by_formula(x):
             return super().with_attached(y, x, packed)
         a, b = packed.factors(x.device)

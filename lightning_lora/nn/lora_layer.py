@@ -97,7 +97,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         return not (self.lora.custom_forward or (self.lora.spec.variant.has_scale and x.is_nested))
 
     def factored_forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return y = c * (W x + s * B(A(dropout(x)))) + bias without building B @ A, and what is beside added to it.
+        """Return y = c * (W x + s * B(A(dropout(x)))) + bias without building B @ A, plus the attached adapters.
 
         Most variants have no scale c.
         """

@@ -8,9 +8,7 @@ from ..model.adapted_model import find_model
 from ..model.injection import Injection
 from ..names import ATTRIBUTE, MERGED_FOR_GOOD
 
-INSIDE = (
-    "lora_injection_inside"  # attribute of a module in a run: the injection, where a module inside is the injected one
-)
+INSIDE = "lora_injection_inside"  # attribute of a module in a run: the injection of a module inside
 
 
 def injection_of(module: nn.Module) -> Injection | None:
