@@ -30,7 +30,7 @@ Its marks: validated, merged, merges by mode, started, quantized, trained, ended
 means stands beside their definition.
 
 LayerState, in nn/adapted_weights.py: `layer.lora` of each adapted layer or parameter. nn/layer_kinds.adapt_ and its
-like make it beside the factors, which are parameters of the module; strip_ ends it, with the module's class.
+like make it beside the factors, which are parameters of the module; unadapt ends it, with the module's class.
 
     spec                kept    rank, scaling, variant
     name                kept    in the injected module

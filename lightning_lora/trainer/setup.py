@@ -104,7 +104,7 @@ def _adapt_now(module: nn.Module, options: Options, injection: Injection) -> Non
     Args:
         module: the LightningModule.
         options: the LoRACallback.
-        injection: of the injection, where there is none yet.
+        injection: begins where there is none yet.
     """
     stop_adapting(module)  # of a run that an exception ended
     last = next((name for name in BUILDERS if is_overridden(name, module)), None)
