@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,12 +21,12 @@ from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.foreign_state import foreign_entries, load_foreign_
 from ..model.initial_values import facts_before, take_back_facts_
-from ..model.inject import inject_layers, replace_layers, stored_parameters, take_out_adapter
+from ..model.inject import StoredParameters, inject_layers, replace_layers, stored_parameters, take_out_adapter
 from ..model.injection import Injection
 from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_if_merged, unmerge_listed
 from ..model.quantize import quantize_named_
-from ..nn.foreign_entries import ForeignEntries
+from ..model.transaction import transaction
 from ..nn.owner import claimed
 from ..nn.quantized import NF4, quantized_parameters
 from ..notices import tell
@@ -50,34 +50,20 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         merge_after: whether the model is merged then. If that fails, the old values are put back.
     """
     handle = live.handle
-    injection = handle.injection
-    recorded = facts_before(handle)
-    words_before = injection.config, injection.chosen
-    specs_before = {layer: layer.lora.spec for layer in specs or {}}
-    factors = [factor for layer in specs_before for factor in layer.stored().values()]
-    memory = [(factor, factor.data, factor.grad) for factor in factors]
-    values_before = _values_now(live, adapter.tensors)
-    foreign_before = copy.deepcopy(foreign_entries(handle)) if adapter.foreign.values else ForeignEntries()
-    try:
+    with transaction() as undo:
+        undo.callback(take_back_facts_, handle, facts_before(handle))
         record_trained(live, adapter)
-        _take_specs_(handle, adapter, specs or {})
+        _take_specs_(handle, adapter, specs or {}, undo)
+        # After the specs: a factor of another rank has new memory here, and its old one is not written to.
+        undo.callback(_write_, live, _values_now(live, adapter.tensors))
         _write_(live, adapter.tensors)
-        load_foreign_(live, adapter.foreign)
+        if adapter.foreign.values:
+            undo.callback(load_foreign_, live, copy.deepcopy(foreign_entries(handle)))
+            load_foreign_(live, adapter.foreign)
         handle.record_trainable(expected=True)
         if merge_after:
+            undo.callback(unmerge_if_merged, handle)
             merge_listed(handle, warns=False)
-    except BaseException:
-        unmerge_if_merged(handle)
-        take_back_facts_(handle, recorded)
-        injection.config, injection.chosen = words_before
-        for layer, spec in specs_before.items():
-            layer.lora.spec = spec
-        for factor, data, gradient in memory:
-            factor.data = data
-            factor.grad = gradient
-        _write_(live, values_before)
-        load_foreign_(live, foreign_before)
-        raise
 
 
 def _values_now(live: LiveState, names: Iterable[str]) -> dict[str, Any]:
@@ -86,7 +72,7 @@ def _values_now(live: LiveState, names: Iterable[str]) -> dict[str, Any]:
     return states | copies_of({name: value for name, value in tensors.items() if value is not None})
 
 
-def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
+def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs, undo: ExitStack) -> None:
     """Give the layers the adapter's ranks and scalings, and the injection its options. In place."""
     if not specs or adapter.config is None:
         return
@@ -94,15 +80,21 @@ def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
     resized = [layer.lora.name for layer, spec in specs.items() if spec.r != layer.lora.spec.r]
     in_training = any(factor.grad is not None for layer in specs for factor in layer.factors())
     for layer, spec in specs.items():
+        undo.callback(setattr, layer.lora, "spec", layer.lora.spec)
+        for factor in layer.stored().values():
+            undo.callback(setattr, factor, "grad", factor.grad)  # after the data, whose shape it must have
+            undo.callback(setattr, factor, "data", factor.data)
         layer.take_spec_(spec)
+    undo.callback(setattr, injection, "config", injection.config)
     injection.config = replace(adapter.config, lora_dropout=injection.config.lora_dropout)
+    undo.callback(setattr, injection, "chosen", injection.chosen)
     injection.chosen = chosen_by(adapter)
     if resized and in_training:
         warnings.warn(
             f"lightning_lora: load_adapter: {len(resized)} layers that have gradients get another rank, first "
             f"{resized[0]!r}. An optimizer goes on with these parameters, but what it has gathered of them does not "
             "fit: clear that (optimizer.state.clear()), or build it anew.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -139,34 +131,38 @@ def apply_adapter(
     check_attached(listing, adapter)
     if not isinstance(listing, AdaptedModel):
         injection = injection_of(adapter)
-        try:
+        with transaction() as undo:
+            undo.callback(_take_out_begun, listing.model, injection)
             handle = inject_layers(listing, injection)
             with claimed("load_adapter", injection.owner):
                 return _fill_(open_state(handle), names, adapter, strict_base=strict_base, remedy=remedy)
-        except BaseException:
-            if injection.holder() is not None:
-                take_out_adapter(cast(AdaptedModel, find_model(listing.model)))
-            raise
     handle = listing
     _tell_of_options(handle, adapter)
-    with claimed("load_adapter", handle.injection.owner):
+    with claimed("load_adapter", handle.injection.owner), transaction() as undo:
         was_merged = holds_merged(handle.layers.values())
-        try:
-            if was_merged:
-                unmerge_listed(handle)  # at once: reading W out of W' takes as long
-            if swap and adapter.config is not None:  # a head that was put in for this adapter is no surprise
-                trains = {name for name, tensor, _ in handle.state() if getattr(tensor, "requires_grad", False)}
-                handle.record_unfrozen(chosen_by(adapter).whole & trains)
-            live = open_state(handle)
-            if not swap or has_place_for(live, adapter):
-                specs = specs_for(handle, adapter) if swap else {}
-                return _fill_(live, names, adapter, specs, was_merged, strict_base=strict_base, remedy=remedy)
-            with _replaced(handle, adapter) as live:
-                return _fill_(live, names, adapter, {}, was_merged, strict_base=strict_base, remedy=remedy)
-        except BaseException:
-            if was_merged:
-                merge_listed(cast(AdaptedModel, find_model(listing.model)))
-            raise
+        if was_merged:
+            undo.callback(_merge_again, listing.model)
+            unmerge_listed(handle)  # at once: reading W out of W' takes as long
+        if swap and adapter.config is not None:  # a head that was put in for this adapter is no surprise
+            trains = {name for name, tensor, _ in handle.state() if getattr(tensor, "requires_grad", False)}
+            handle.record_unfrozen(chosen_by(adapter).whole & trains)
+        live = open_state(handle)
+        specs: Specs = {}
+        if swap and not has_place_for(live, adapter):
+            live = _replace_layers(handle, adapter, undo)
+        elif swap:
+            specs = specs_for(handle, adapter)
+        return _fill_(live, names, adapter, specs, was_merged, strict_base=strict_base, remedy=remedy)
+
+
+def _take_out_begun(model: nn.Module, injection: Injection) -> None:
+    """Take out what an injection has put into a model, as far as it came. In place."""
+    if injection.holder() is not None:
+        take_out_adapter(cast(AdaptedModel, find_model(model)))
+
+
+def _merge_again(model: nn.Module) -> None:
+    merge_listed(cast(AdaptedModel, find_model(model)))  # other layers may be in it than when it was unmerged
 
 
 def _fill_(
@@ -191,11 +187,13 @@ def _fill_(
     return list(handle.layers)
 
 
-@contextmanager
-def _replaced(handle: AdaptedModel, adapter: Adapter) -> Iterator[LiveState]:
-    """Take out the adapter of a model, and put in the layers of another, whose values the block writes. In place.
+def _replace_layers(handle: AdaptedModel, adapter: Adapter, undo: ExitStack) -> LiveState:
+    """Take out the adapter of a model, and put in the layers of another, whose values are written next. In place.
 
-    Where the block raises, the model gets its own adapter back.
+    Args:
+        handle: of the model, unmerged.
+        adapter: the other one.
+        undo: gives the model its own adapter back.
 
     Raises:
         LoRAError: a fit is under way, or the model is sharded.
@@ -206,15 +204,15 @@ def _replaced(handle: AdaptedModel, adapter: Adapter) -> Iterator[LiveState]:
             "holds these parameters. Load it before the fit."
         )
     refuse_fully_sharded(handle.root, [module for _, module in handle.root_modules], "load_adapter")
-    before, earlier = adapter_here(handle), stored_parameters(handle)
-    try:
-        config = cast(LoRAConfig, adapter.config)
-        yield LiveState(replace_layers(handle, earlier, config, chosen_by(adapter)))
-    except BaseException:
-        config = cast(LoRAConfig, before.config)
-        here = replace_layers(handle, earlier, config, chosen_by(before))
-        _fill_(LiveState(here), Names(here.places), before, strict_base=False)
-        raise
+    earlier = stored_parameters(handle)
+    undo.callback(_put_back_, handle, earlier, adapter_here(handle))
+    return LiveState(replace_layers(handle, earlier, cast(LoRAConfig, adapter.config), chosen_by(adapter)))
+
+
+def _put_back_(handle: AdaptedModel, earlier: StoredParameters, before: Adapter) -> None:
+    """Put a model's own adapter in the place of another one's layers, whose values were not written. In place."""
+    here = replace_layers(handle, earlier, cast(LoRAConfig, before.config), chosen_by(before))
+    _fill_(LiveState(here), Names(here.places), before, strict_base=False)
 
 
 def has_place_for(live: LiveState, adapter: Adapter) -> bool:

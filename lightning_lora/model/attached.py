@@ -35,6 +35,7 @@ from .merging import FoundState, run_block, unmerge_if_merged
 from .patches import unpatch
 from .pretrained import follow_gradient_checkpointing, warn_before_save_pretrained
 from .reasons import LAYER, PARAMETER, Candidate
+from .transaction import transaction
 from .wrappers import unwrapped
 
 Strengths = Mapping[str, float]  # by name; "" is the trained adapter
@@ -292,18 +293,16 @@ def change_unmerged_(handle: AdaptedModel, verb: str, change: Callable[[], None]
         change: the change.
         settle: takes the change back, or completes it, where an exception broke off any part of this call.
     """
-    with claimed(verb, handle.injection.owner):
-        found = FoundState(handle)
-        try:
-            unmerge_if_merged(handle)
-            change()
-            found.bring_back(handle)
-        except BaseException:
-            handle.look_for_layers_again()
-            unmerge_if_merged(handle)
-            settle()
-            found.bring_back(handle)
-            raise
+    found = FoundState(handle)
+    with claimed(verb, handle.injection.owner), transaction() as undo:
+        # What is called last comes first: the layers that are there now are unmerged, settled and merged as found.
+        undo.callback(found.bring_back, handle)
+        undo.callback(settle)
+        undo.callback(unmerge_if_merged, handle)
+        undo.callback(handle.look_for_layers_again)
+        unmerge_if_merged(handle)
+        change()
+        found.bring_back(handle)
 
 
 def begin_layers_(handle: AdaptedModel, names: Iterable[str]) -> None:

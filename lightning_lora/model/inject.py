@@ -6,7 +6,6 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -39,7 +38,6 @@ from .injection import Chosen, Injection
 from .load_state_dict import stop_checking_loads
 from .merging import (
     FoundState,
-    all_or_nothing,
     holds_merged,
     merge,
     merge_listed,
@@ -56,6 +54,7 @@ from .reasons import check_shapes, check_trainable, check_unadapted
 from .recorded_layers import refuse_replaced_layers
 from .state_dict import refuse_unmergeable
 from .targets import TRAINED_WHOLE, Selection, selected, warn_of_unused
+from .transaction import transaction
 from .wrappers import unwrapped, warn_of_late_adapters
 
 StoredParameters = list[tuple[nn.Module, str, nn.Parameter]]  # each with its module and its name there
@@ -209,8 +208,9 @@ def unload(model: nn.Module) -> None:
     with claimed("unload", handle.injection.owner):
         if holds_merged(handle.layers.values()):
             unmerge_listed(handle)
-        take_out = partial(take_out_adapter, handle)
-        all_or_nothing(take_out, restore=take_out)
+        with transaction() as undo:
+            undo.callback(take_out_adapter, handle)  # completes it: half an adapter is taken out sooner than put back
+            take_out_adapter(handle)
 
 
 def take_out_adapter(handle: AdaptedModel) -> None:
@@ -269,7 +269,9 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
                 forget_quantization(modules)
             unpatch(modules)
 
-        all_or_nothing(leave_merged, restore=leave_merged)  # a second merge of what is merged would be wrong
+        with transaction() as undo:
+            undo.callback(leave_merged)  # completes it: a second merge of what is merged would be wrong
+            leave_merged()
     return model
 
 
@@ -379,7 +381,8 @@ def begin_injection(
             earlier.injection.end(earlier.root)
         injection.begin(listing.model)
         handle = with_lists(AdaptedModel(listing.model, listing.model, injection), listing)
-        with _leaving_no_trace(handle):
+        with transaction() as undo:
+            undo.callback(take_out_adapter, handle)
             if earlier is not None:
                 take_over_attached(listing, earlier.injection, injection)
             selection = adapt_new_layers(handle, values_follow=values_follow)
@@ -400,7 +403,8 @@ def finish_injection(handle: AdaptedModel, selection: Selection) -> None:
         LoRAError: an entry names nothing. The adapters are then taken out.
     """
     root, injection = handle.root, handle.injection
-    with claimed("adopt", injection.owner), _leaving_no_trace(handle):
+    with claimed("adopt", injection.owner), transaction() as undo:
+        undo.callback(take_out_adapter, handle)
         if errors := selection.unmatched.errors:
             sentences = "\n".join(map(sentence, errors))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
@@ -531,16 +535,6 @@ def _set_active(handle: AdaptedModel, active: Mapping[AdaptedWeights, bool]) -> 
     for layer, is_active in active.items():
         layer.lora_active = is_active
     update_fast_paths(module for _, module in handle.root_modules)
-
-
-@contextmanager
-def _leaving_no_trace(handle: AdaptedModel) -> Iterator[None]:
-    """Take adapters and patches out where the block raises."""
-    try:
-        yield
-    except BaseException:
-        take_out_adapter(handle)
-        raise
 
 
 def _freeze(handle: AdaptedModel, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:

@@ -26,6 +26,7 @@ from .adapted_model import Listing, find_model
 from .dequantize import report_factored
 from .gradients import warn_of_untrained
 from .recorded_layers import refuse_replaced_layers
+from .transaction import transaction
 from .wrappers import unwrapped
 
 UNROUNDED = (  # the remedy where rounding a merged evaluation costs much
@@ -110,8 +111,9 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], reme
     weights = {layer: layer.own_weight() for layer in listing.all_layers.values()}
     sizes = [_local_nbytes(weight) for layer, weight in weights.items() if not layer.why_not_merge()]
     copy = sum(sizes) <= COPY_BUDGET
-
-    def write() -> None:
+    # torch.no_grad once for all layers, because entering it takes longer than merging a small layer
+    with torch.no_grad(), transaction() as undo:
+        undo.callback(_restore_all, listing)
         record_ties(listing.modules)
         sync, buffers = RankSync(weights[layer] for layer in pending.values()), Buffers()
         rounding = Rounding(sync)
@@ -128,24 +130,9 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], reme
                     sync.run(f"merge: layer {name!r}", _merge_layer, layer, *arguments)
                 advance(1)
         sync.raise_on_any_rank()
-        rounding.tell("merged 16-bit weights", remedy, stacklevel=6)
+        rounding.tell("merged 16-bit weights", remedy, stacklevel=4)
         report_factored(pending.values())
         update_fast_paths(module for _, module in listing.modules)
-
-    with torch.no_grad():  # once for all layers, because entering it takes longer than merging a small layer
-        all_or_nothing(write, partial(_restore_all, listing))
-
-
-def all_or_nothing(step: Callable[[], None], restore: Callable[[], None]) -> None:
-    """Run a step. If an exception breaks it off, restore what it changed, or complete it where nothing can be restored.
-
-    If another exception breaks that off, too, the next call on the model does it.
-    """
-    try:
-        step()
-    except BaseException:
-        restore()
-        raise
 
 
 def unmerge(model: nn.Module) -> None:
@@ -171,10 +158,11 @@ def unmerge(model: nn.Module) -> None:
 def unmerge_listed(listing: Listing) -> None:
     """Do what unmerge does for a listed model. In place."""
     _require_layers(listing, "unmerge")
-    layers, restore = listing.all_layers.values(), partial(_restore_all, listing)
+    layers = listing.all_layers.values()
     writing = shards_in_place(listing, "unmerge") if holds_merged(layers) else nullcontext()
-    with claimed_with(layers, "unmerge"), torch.no_grad(), writing:
-        all_or_nothing(restore, restore)
+    with claimed_with(layers, "unmerge"), torch.no_grad(), writing, transaction() as undo:
+        undo.callback(_restore_all, listing)  # W' is made of factors, but W only of what is kept: so it is completed
+        _restore_all(listing)
 
 
 def unmerge_if_merged(listing: Listing) -> None:
