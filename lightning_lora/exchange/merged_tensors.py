@@ -7,6 +7,7 @@ one adapter.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -19,10 +20,12 @@ from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype, quantized_weights
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
+from ..model.injection import Injection
 from ..model.live_state import LiveState, open_state
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
 from ..nn.adapted_module import is_factor
+from ..nn.adapted_weights import adapter_of
 from ..nn.owner import claimed
 from ..nn.quantized_state import quantization_entries
 from ..nn.rounding import IN_FILES, Rounding
@@ -84,7 +87,7 @@ def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[
     def take(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
         with claimed(VERB, handle.injection.owner):
             reshard_(modules)
-            sync.run(VERB, trained.refuse_written)
+            sync.run(VERB, partial(trained.refuse_written, *trained.parts_of(name, module)))
             whole = merged_tensor(VERB, name, tensor, module, rounding, dtype if name in quantized else None)
             sync.raise_on_any_rank()
             return _own(whole, tensor)
@@ -118,44 +121,47 @@ def _other_entries(handle: AdaptedModel, live: LiveState, dtype: torch.dtype | N
 class Trained:
     """What changes merged weights, and how it was when the first tensor was taken: parameters and strengths.
 
-    torch counts writes to a tensor, but not those of fused optimizers and through `.data`. So at the end the sums of
-    their bits are compared too.
+    torch counts writes to a tensor. At each tensor the counts of what goes into it are compared, and all of them at the
+    end: comparing all at each tensor took seconds with many experts. Fused optimizers and writes through `.data` are
+    not counted, so at the end the sums of the bits are compared too.
     """
 
     def __init__(self, handle: AdaptedModel, live: LiveState) -> None:
-        self.handle, self.strengths = handle, _strengths(handle)
+        self.injection, self.strengths = handle.injection, _strengths(handle.injection)
         tensors = ((name, live.tensors[name]) for name in live.keys)
         self.parameters = {name: tensor for name, tensor in tensors if isinstance(tensor, nn.Parameter)}
+        self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.parts = {name: local(parameter) for name, parameter in self.parameters.items()}
         self.writes = {name: _writes(part) for name, part in self.parts.items()}
         self.sums = {name: _sum_of_bits(part) for name, part in self.parts.items()}
 
-    def refuse_written(self) -> None:
-        """Raise LoRAError where an adapter was taken out, or a parameter or a strength is another."""
-        if "ended" in self.handle.injection.marks:
+    def parts_of(self, name: str, module: nn.Module) -> list[str]:
+        """Return the names of the parameters that go into a merged tensor of this name in this module."""
+        layer = adapter_of(module, name.rpartition(".")[2])
+        factors = [] if layer is None else [self.names.get(id(factor), name) for factor in layer.factors()]
+        return [each for each in (name, *factors) if each in self.parts]
+
+    def refuse_written(self, *names: str) -> None:
+        """Raise LoRAError where an adapter was taken out, or one of these parameters or a strength is another."""
+        if "ended" in self.injection.marks:
             _refuse("the adapter was taken out")
-        if _strengths(self.handle) != self.strengths:
+        if _strengths(self.injection) != self.strengths:
             _refuse("what is attached, or a strength, has changed")
-        for name, part in self.parts.items():
-            if _writes(part) != self.writes[name]:
+        for name in names:
+            if _writes(self.parts[name]) != self.writes[name]:
                 _refuse(f"{name!r} has changed")
 
     def refuse_changed(self) -> None:
-        """Raise LoRAError as refuse_written does, and where the bits of a parameter are others."""
-        self.refuse_written()
+        """Raise LoRAError as refuse_written does for all parameters, and where the bits of one are others."""
+        self.refuse_written(*self.parts)
         for name, parameter in self.parameters.items():
             if _sum_of_bits(local(parameter)) != self.sums[name]:
                 _refuse(f"{name!r} has changed")
 
 
-def _strengths(handle: AdaptedModel) -> tuple[object, ...]:
-    """Return what is attached, and the strength of the trained adapter, which all layers share."""
-    inside = [layer.lora.attached.inside for layer in handle.all_layers.values() if layer.lora.attached is not None]
-    return (
-        dict(handle.injection.attached),
-        inside,
-        next((layer.lora.strength for layer in handle.layers.values()), None),
-    )
+def _strengths(injection: Injection) -> tuple[object, ...]:
+    """Return what is attached with its strength, and the strengths that open blocks have set."""
+    return dict(injection.attached), dict(injection.strength_log.now)
 
 
 def _refuse(what: str) -> NoReturn:

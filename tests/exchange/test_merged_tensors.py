@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ from support.covering import covering
 from support.models.networks import Zoo, bits, randomise_, zoo_config
 from support.models.quantized import adapted, packed_bits, quantized
 from support.runs.training import own_random_stream
+
+module_of_merged_tensors = sys.modules["lightning_lora.exchange.merged_tensors"]
 
 
 def plain() -> Zoo:
@@ -204,6 +207,17 @@ def test_merging_and_a_forward_between_two_change_nothing():
         model(torch.tensor([[1, 2, 3]])).sum().backward()
     unmerge(model)
     assert {name: bits(value) for name, value in found.items()} == {name: bits(v) for name, v in expected.items()}
+
+
+def test_each_trained_tensor_is_looked_at_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch):
+    looks: list[int] = []
+    honest = module_of_merged_tensors._writes
+    monkeypatch.setattr(module_of_merged_tensors, "_writes", lambda part: looks.append(id(part)) or honest(part))
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(30))
+    inject(model, LoRAConfig(r=1))
+    attach(model, take_adapter(model), name="other")
+    assert len(list(merged_tensors(model))) == 60
+    assert max(looks.count(each) for each in set(looks)) == 3  # at the first tensor, at its own, and at the end
 
 
 def test_what_cannot_be_merged_is_refused_at_the_call():
