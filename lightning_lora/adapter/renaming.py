@@ -69,19 +69,23 @@ def align_to_modules(
     Raises:
         LoRAError: there is no such prefix, or there are several.
     """
-    layers = _placed(adapter)
-    if not layers and not is_head_only(adapter):
-        raise LoRAError(
-            f"adapter: the source holds {nothing_adapted(adapter)}; it is not an adapter of a known format."
-        )
-    if all(layer in modules for layer in layers):
-        return adapter
-    prefixes = _fitting_prefixes(layers, modules, first)
-    if len(prefixes) != 1 and adapter.network:
-        return align_to_modules(by_network_names(adapter), modules, where, first, of_files=of_files)
-    once = _without_second_name(adapter) if not prefixes else adapter
-    if once is not adapter:
-        return align_to_modules(once, modules, where, first, of_files=of_files)
+    while True:  # until it fits: as it is, under the network's own names, and without what it holds a second time
+        layers = _placed(adapter)
+        if not layers and not is_head_only(adapter):
+            raise LoRAError(
+                f"adapter: the source holds {nothing_adapted(adapter)}; it is not an adapter of a known format."
+            )
+        if all(layer in modules for layer in layers):
+            return adapter
+        prefixes = _fitting_prefixes(layers, modules, first)
+        if len(prefixes) == 1:
+            break
+        once = by_network_names(adapter)
+        if once is adapter and not prefixes:
+            once = _without_second_name(adapter)
+        if once is adapter:
+            break
+        adapter = once
     if len(prefixes) != 1:
         fitting = ", ".join(repr(add or f"without {strip}") for strip, add in prefixes) or "none"
         unplaced = next(layer for layer in layers if layer not in modules)
