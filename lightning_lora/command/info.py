@@ -1,4 +1,4 @@
-"""The verbs that look: what a file or folder holds, and what differs between two. Their docstrings are the help."""
+"""The verbs that look: what a file or folder holds, and what differs between two."""
 
 from __future__ import annotations
 

@@ -1,42 +1,19 @@
-"""Make the parser of a command out of typed functions."""
+"""The arguments of each verb of the command, and their help."""
 
 from __future__ import annotations
 
-import inspect
-import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Mapping, Sequence
-from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from .printing import one_line
-
-
-def parser_of(name: str, about: str, verbs: Mapping[str, Callable[..., Any]]) -> ArgumentParser:
-    """Make the parser of a command.
-
-    Args:
-        name: of the command.
-        about: what it does.
-        verbs: functions by name. Their parameters are the arguments, and those that are keyword-only the options;
-            their docstrings are the help. Each verb has the option --json too.
-    """
-    parser = _Parser(prog=name, description=about, allow_abbrev=False)
-    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
-    for verb, function in verbs.items():
-        about, texts = _described(function)
-        of_verb = parsers.add_parser(verb, help=about, description=about, allow_abbrev=False)
-        types = get_type_hints(function)
-        for parameter in inspect.signature(function).parameters.values():
-            _add_argument(of_verb, parameter, types[parameter.name], texts[parameter.name])
-        of_verb.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
 
 
 class _Parser(ArgumentParser):
     """A parser whose errors are one line, and name the help of the verb."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:  # type: ignore[override]
+        # Refused by the verb's own parser: the main parser would name its own help, which lacks the verb's options.
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -46,37 +23,84 @@ class _Parser(ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
 
 
-def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """Return what a docstring says of the function, and of each argument."""
-    about, _, rest = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
-    arguments = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", rest.partition("\n\n")[0], re.MULTILINE)
-    return " ".join(about.split()), {name: " ".join(text.split()).rstrip(".") for name, text in arguments}
+def make_parser(verbs: Mapping[str, Callable[..., Any]]) -> ArgumentParser:
+    """Make the parser of the command.
 
+    Args:
+        verbs: functions by name, which take the arguments by their names. The first line of a docstring says in the
+            help what the verb does.
+    """
+    about = "Adapters and merged weights on disk, without building a model."
+    parser = _Parser(prog="lightning-lora", description=about, allow_abbrev=False)
+    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
+    of: dict[str, ArgumentParser] = {}
+    for verb, function in verbs.items():
+        about = (function.__doc__ or "").partition("\n")[0]
+        of[verb] = parsers.add_parser(verb, help=about, description=about, allow_abbrev=False)
+    replace = "replace an earlier result"
+    for_alpha = "for adapters that do not store it, as loralib's"
 
-def _add_argument(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: str) -> None:
-    """Add a parameter of a function as an argument. One that is keyword-only is an option."""
-    name, default = parameter.name, parameter.default
-    kind = next(each for each in get_args(hint) or (hint,) if each is not NoneType)
-    options: dict[str, Any] = {"help": text.replace("%", "%%")}
-    if kind is bool and default is False:
-        options["action"] = "store_true"
-    elif kind is bool:
-        options |= {"type": _truth, "metavar": "{true,false}"}
-    elif get_origin(kind) is Literal:
-        options["choices"] = get_args(kind)
-    else:
-        options["type"] = kind
-    if get_origin(hint) is Sequence:
-        options["nargs"] = "+"
-    if parameter.kind is not parameter.KEYWORD_ONLY:
-        parser.add_argument(name, metavar=name.upper(), **options)
-        return
-    if default is parameter.empty:
-        options["required"] = True
-    else:
-        options["default"] = default
-        options["help"] += "" if default in (None, ()) or default is False else f" (default: {str(default).lower()})"
-    parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    add = of["info"].add_argument
+    add("path", metavar="PATH", help="checkpoint, PEFT folder, safetensors file, state dict or model folder")
+
+    add = of["merge"].add_argument
+    add("--base", required=True, help="model folder, safetensors file, checkpoint or state dict")
+    add("--adapter", required=True, help="PEFT folder, Lightning checkpoint or any other form of adapter")
+    add("--output", required=True, help="file or folder to write, in the base's form; it appears whole, at the end")
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+    add("--dtype", choices=dtypes, help="of the result; without it that of the base")
+    add("--overwrite", action="store_true", help=replace)
+    other_base = "false makes another base than the adapter's a warning, and leaves out a head that it lacks"
+    add("--strict-base", type=_truth, default=True, metavar="{true,false}", help=f"{other_base} (default: true)")
+    add("--lora-alpha", type=float, help=for_alpha)
+
+    add = of["export"].add_argument
+    add("source", metavar="SOURCE", help="Lightning checkpoint, PEFT folder or any other form of adapter")
+    add("output", metavar="OUTPUT", help="folder to write")
+    add("--plain", action="store_true", help="write the form that every server and converter takes")
+    add("--overwrite", action="store_true", help=replace)
+    add("--lora-alpha", type=float, help=for_alpha)
+
+    add = of["diff"].add_argument
+    add("first", metavar="FIRST", help="adapter or weights, in any form")
+    add("second", metavar="SECOND", help="another of the same kind")
+
+    add = of["extract"].add_argument
+    add("--base", required=True, help="weights before the fine-tune")
+    add("--tuned", required=True, help="weights after it, under the same names")
+    add("--rank", type=int, required=True, help="of the adapter")
+    add("--output", required=True, help="PEFT folder to write")
+    add("--exclude", nargs="+", default=(), help="modules to carry whole, by names or suffixes")
+    by_name = "modules that are embeddings, beside those whose name says so"
+    add("--embeddings", nargs="+", default=(), help=by_name)
+    add("--fan-in-fan-out", action="store_true", help="linear weights are (in, out), as in GPT-2")
+    rest = "leave out what else changed (norms, biases) instead of carrying it whole"
+    add("--drop-rest", action="store_true", help=rest)
+    add("--overwrite", action="store_true", help=replace)
+
+    add = of["combine"].add_argument
+    add("adapters", nargs="+", metavar="ADAPTERS", help="of one base, in any form")
+    add("--output", required=True, help="PEFT folder to write")
+    add("--weights", type=float, nargs="+", default=(), help="a number for each, of any sign; 1 for one adapter")
+    methods = "linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune"
+    add("--method", help=f"{methods}; by default svd with a rank, else linear")
+    share = "each layer's lowest rank that keeps this share of its squared singular values"
+    ranks = f"of the result, for methods that cut, or for svd a share such as 0.95: {share}"
+    add("--rank", type=float, help=f"{ranks}; without it the adapters' largest")
+    add("--density", type=float, help="share of values that ties, dare and prune keep; without it 0.5")
+    add("--seed", type=int, default=0, help="of what dare draws (default: 0)")
+    add("--overwrite", action="store_true", help=replace)
+    other_bases = "false makes adapters of different bases a warning (default: true)"
+    add("--strict-base", type=_truth, default=True, metavar="{true,false}", help=other_bases)
+
+    add = of["plot"].add_argument
+    add("path", metavar="PATH", help="adapter in any form")
+    add("--output", required=True, help="picture to write: .png, .pdf or .svg")
+    add("--overwrite", action="store_true", help=replace)
+
+    for each in of.values():
+        each.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
 
 
 def _truth(text: str) -> bool:
