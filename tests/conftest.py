@@ -59,6 +59,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Pass over files without a test of the core where it alone is run: importing all takes longer than its tests."""
+    if config.getoption("markexpr") == "core" and collection_path.match("test_*.py"):
+        return "mark.core" not in collection_path.read_text() or None
+    return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_there = {
         "weight_averaging": HAS_WEIGHT_AVERAGING,

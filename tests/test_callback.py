@@ -99,6 +99,7 @@ def test_callback_refuses_anything_but_one_config_or_options(configs, options, m
         LoRACallback(*configs, **options)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("model_class", [Net, BuiltInSetup, BuiltInConfigureModel])
 def test_adapts_and_trains_layers_wherever_they_are_built(tmp_path, model_class: type[Net]):
     model = model_class()
@@ -114,6 +115,7 @@ def test_adapts_and_trains_layers_wherever_they_are_built(tmp_path, model_class:
     assert not {"setup", "configure_model"} & vars(model).keys()  # they are the class's own again
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("model_class", [Net, BuiltInConfigureModel])
 def test_unmatched_targets_are_an_error_once_every_layer_is_there(tmp_path, model_class: type[Net]):
     model = model_class()
@@ -179,6 +181,7 @@ def test_inject_inside_configure_model_with_other_options_is_an_error(tmp_path, 
         make_trainer(tmp_path, LoRACallback(r=r)).fit(model_class(), Data())
 
 
+@pytest.mark.core
 def test_adopts_an_injected_model(tmp_path):
     model = Net()
     inject(model, LoRAConfig(r=2, lora_alpha=3, target_modules=TARGETS))
@@ -202,6 +205,7 @@ def test_adopts_an_injected_part(tmp_path):
     assert model.head.weight.requires_grad
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -267,6 +271,7 @@ def test_options_of_the_callback_alone_adopt_what_was_injected(tmp_path):
     assert model.head.lora_A.shape[0] == 4
 
 
+@pytest.mark.core
 def test_merge_weights_is_refused_with_the_reason(tmp_path):
     model = Net()
     inject(model, LoRAConfig(r=2, target_modules=TARGETS), merge_weights=True)
@@ -325,6 +330,7 @@ class HeadOnly(Net):
         return torch.optim.SGD(self.head.parameters(), lr=0.1)
 
 
+@pytest.mark.core
 def test_an_adapter_that_no_optimizer_holds_is_an_error(tmp_path):
     with pytest.raises(LoRAError, match=r"no optimizer holds the adapter parameter 'body\.0\.lora_A'"):
         make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(HeadOnly(), Data())
@@ -341,6 +347,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA: ")]
 
 
+@pytest.mark.core
 def test_fit_start_shows_the_summary_once(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="lightning_lora"):
         trainer = make_trainer(tmp_path, LoRACallback(r=2, save="full", merged_eval=False), max_epochs=2)
@@ -406,6 +413,7 @@ def test_repr_shows_what_differs_from_the_defaults():
     assert repr(eval(repr(callback))) == repr(callback)
 
 
+@pytest.mark.core
 def test_callback_used_on_two_models_keeps_them_apart(tmp_path):
     callback = LoRACallback(r=2, target_modules=TARGETS)
     trainer = make_trainer(tmp_path, callback, max_epochs=2)

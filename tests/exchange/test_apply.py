@@ -47,6 +47,7 @@ KINDS = ["adapter", "merged", "full", "bare", "state"]
 FORMS = [f"{kind} {form}" for kind in KINDS for form in ("dictionary", "file")] + [" folder"]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("given", "target"), covering(FORMS, ["fresh", "injected", "merged"], meet=1))
 def test_load_adapter_from_every_source_onto_every_model(tmp_path, given: str, target: str):
     kind, form = given.split(" ")
@@ -93,6 +94,7 @@ def test_load_adapter_from_a_full_state_dict_compares_its_base():
 # --- another base ---
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("layer", "kind"),
     covering(["embed.weight", "conv.weight", "norm.weight", "body.3.weight"], ["adapter", "merged"], meet=1),
@@ -178,6 +180,7 @@ def all_bits(model: nn.Module) -> dict[str, bytes]:
     return {name: bits(value) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("target", ["fresh", "unmerged", "merged"])
 def test_a_failure_while_values_are_written_leaves_the_model_as_it_was_and_the_next_adapter_loads(target: str):
     state = checkpoint(trained_picky(unfreeze=True), "adapter")

@@ -16,6 +16,8 @@ from support.files.merged_folder import FILE, read
 from support.models.networks import Zoo, randomise_, zoo_config
 from support.ranks.sharded_adapters import assert_same_bits
 
+pytestmark = pytest.mark.core
+
 
 def test_save_merged_on_one_device_writes_every_layer_and_name(tmp_path):
     """Every kind of layer, a shared module under both names, buffers; a folder that holds other things already."""

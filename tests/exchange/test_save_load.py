@@ -26,7 +26,7 @@ from lightning_lora.adapter.adapter import Adapter
 from support.models.networks import base_zoo, bits, state_bits, train, trained_zoo
 from support.runs.notices import TORCH_NOTICES
 
-pytestmark = TORCH_NOTICES
+pytestmark = [*TORCH_NOTICES, pytest.mark.core]
 
 
 def net(seed: int = 2, **options: Any) -> nn.Sequential:

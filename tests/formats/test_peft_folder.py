@@ -32,10 +32,10 @@ from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
 from support.models.networks import checkpoint
 from support.models.peers import (
+    PEERS,
     TENSORS,
     close,
     config_of,
-    every_peer,
     fill_,
     logits,
     model,
@@ -49,6 +49,10 @@ from support.models.peers import (
 from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
+OF_THE_CORE = ("llama", "llama-embedding")
+every_peer = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.core if name in OF_THE_CORE else ()) for name in PEERS]
+)
 
 
 @every_peer
@@ -101,6 +105,7 @@ class Lit(L.LightningModule):
         self.model = model(name)
 
 
+@pytest.mark.core
 def test_the_attribute_of_the_lightning_module_is_taken_off_and_found_again(tmp_path):
     lit = Lit()
     names = ["model.model.layers.0.self_attn.q_proj", "model.model.layers.1.mlp.down_proj"]

@@ -80,6 +80,7 @@ def weight_bits(model: nn.Module) -> list[bytes]:
 # --- what an attached adapter is ---
 
 
+@pytest.mark.core
 def test_it_is_no_parameter_no_buffer_and_in_no_state_dict():
     model, alone = with_two(filled()), filled()
     for names in ("parameters", "buffers"):
@@ -144,6 +145,7 @@ def test_dropout_is_of_the_trained_adapter_alone():
 # --- strength ---
 
 
+@pytest.mark.core
 def test_set_weight_is_exact_and_takes_several():
     model = with_two(filled())
     before, state = model(X), update(model)
@@ -180,6 +182,7 @@ def test_wrong_calls_change_nothing(call: Callable[[Any], Any], message: str):
     assert attached(model) == {"one": 0.5, "two": 1.0}
 
 
+@pytest.mark.core
 def test_scaled_acts_inside_in_every_form_and_is_over_after():
     model = with_two(filled())
     before = model(X)
@@ -235,6 +238,7 @@ class Headed(nn.Module):
         return result
 
 
+@pytest.mark.core
 def test_off_puts_initial_heads_biases_and_statistics_in_place(tmp_path: Path):
     plain = Headed().eval()
     model = filled(model=Headed(), target_modules=["body"], modules_to_save=["head", "norm"], bias="all")
@@ -362,6 +366,7 @@ def test_merge_and_unload_leaves_plain_layers_with_all_of_them():
         assert attached(plain) == {}
 
 
+@pytest.mark.core
 def test_unload_takes_the_trained_one_out_and_leaves_the_others():
     model = with_two(filled())
     unload(model)

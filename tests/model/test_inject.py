@@ -27,6 +27,8 @@ from support.models.networks import (
     zoo_config,
 )
 
+pytestmark = pytest.mark.core
+
 
 def test_inject_keeps_tree_names_order_identity_memory_and_classes():
     model = Zoo()

@@ -39,6 +39,8 @@ from support.models.networks import (
     zoo_config,
 )
 
+pytestmark = pytest.mark.core
+
 TRAINED = ["head.weight", "head.bias", "conv.bias", "body.0.bias", "body.1.running_mean", "body.1.num_batches_tracked"]
 
 

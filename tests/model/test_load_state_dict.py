@@ -231,6 +231,7 @@ def wrap_body(model: Zoo, wrap: Callable[[nn.Module], Any]) -> Zoo:
     return model
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("wrap", "state", "assign"), covering([*WRAPPED], ["unmerged", "merged"], [False, True], meet=1)
 )
@@ -278,6 +279,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(stored, weights_only=True)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("carry", "state", "strict"),
     [(lambda state: state, "unmerged", True), (copy.deepcopy, "merged", False), (through_a_file, "merged", True)],

@@ -14,6 +14,8 @@ from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merg
 from support.covering import covering
 from support.models.networks import ZOO_LAYERS, Zoo, bits, randomise_, same, tokens, trace, zoo_config
 
+pytestmark = pytest.mark.core
+
 MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
 
 

@@ -15,6 +15,8 @@ from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merg
 from support.covering import covering
 from support.models.networks import bits, randomise_, state_bits
 
+pytestmark = pytest.mark.core
+
 
 def stack(seed: int = 1, width: int = 24) -> nn.Sequential:
     torch.manual_seed(seed)

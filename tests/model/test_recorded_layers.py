@@ -71,6 +71,7 @@ def test_a_model_without_any_of_its_adapted_layers_is_refused_by(tmp_path: Path,
         USES[use](model, tmp_path)
 
 
+@pytest.mark.core
 @pytest.mark.filterwarnings("ignore:lightning_lora. unload cannot bring back .*body.3.weight")  # the new layer's own
 def test_unload_of_a_model_with_a_replaced_layer_leaves_that_and_restores_the_rest():
     model, fresh = trained_zoo(), base_zoo()
@@ -80,6 +81,7 @@ def test_unload_of_a_model_with_a_replaced_layer_leaves_that_and_restores_the_re
     assert all(same(model.get_parameter(name), p) for name, p in fresh.named_parameters() if "body.3" not in name)
 
 
+@pytest.mark.core
 def test_a_layer_that_was_moved_to_another_place_in_the_model_is_still_there(tmp_path: Path):
     model = trained_zoo(bias="none")
     tokens = torch.arange(5)[None]

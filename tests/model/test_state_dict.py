@@ -28,6 +28,8 @@ from support.models.networks import (
     zoo_config,
 )
 
+pytestmark = pytest.mark.core
+
 FACTORS = [f"{layer}.{factor}" for layer in ZOO_LAYERS for factor in ("lora_A", "lora_B")]
 BUFFERS = [f"body.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
 

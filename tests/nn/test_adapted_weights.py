@@ -16,6 +16,8 @@ from lightning_lora import LoRAError, is_merged, merge, unmerge
 from support.covering import covering
 from support.models.layers import DTYPES, Holder, Subject, fill_factors_, make_subject, same_bits
 
+pytestmark = pytest.mark.core
+
 KINDS = ["linear", "fused Conv1D", "embedding", "conv2d, groups", "conv that pads"]
 WAYS = ["kept values", "plain copies"]
 

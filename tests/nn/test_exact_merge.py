@@ -87,6 +87,7 @@ def test_memory_that_was_exchanged_with_the_same_values_is_no_edit(moved: str, d
     assert same_bits(weight, before)
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("copy", [False, True])
 def test_restored_weight_is_the_base_and_leaves_the_merge_alone(copy: bool) -> None:
@@ -127,6 +128,7 @@ LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("layout", "dtype", "block", "copy"), covering([*LAYOUTS], DTYPES, [1, 16, 54, 55, 10**6], [False, True])
 )
@@ -158,6 +160,7 @@ def test_a_slice_of_a_bigger_tensor_leaves_the_rest_alone() -> None:
     assert same_bits(whole, before)
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_pieces_change_their_own_parts_only(dtype: torch.dtype) -> None:
@@ -238,6 +241,7 @@ def test_a_weight_changed_while_merged_is_an_error_however_it_is_kept(
     assert not (kept.lost and way != "values")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_optimizer_step_while_merged_is_an_error(dtype: torch.dtype) -> None:
     weight = make_weight((30, 40), dtype)
@@ -265,6 +269,7 @@ def poisoned(kind: str, weight: torch.Tensor) -> list[LowRankBlock]:
     return pieces
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("dtype", "kind", "copy"),

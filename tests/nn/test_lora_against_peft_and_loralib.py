@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, merge, unmerge
 from support.models.layers import same_bits
 
+pytestmark = pytest.mark.core
+
 R, ALPHA = 4, 6
 PARTS = {"qkv": [True, False, True]}
 

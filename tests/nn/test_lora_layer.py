@@ -33,6 +33,7 @@ def assert_agrees(found: torch.Tensor, subject: Subject) -> None:
     assert not ((subject.plain(subject.x).double() - wanted).abs() <= tolerance).all()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("name", "dtype"), covering([*CASES], DTYPES, meet=1))
 def test_layer_outputs_unmerged_and_merged_agree_with_float64(name: str, dtype: torch.dtype) -> None:
     subject = make_subject(name, dtype)
@@ -67,6 +68,7 @@ def test_layer_gradients_agree_with_float64(name: str, dtype: torch.dtype) -> No
     assert all(p.grad is None for name, p in subject.model.named_parameters() if "lora_" not in name)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("name", "dtype", "training"), covering(SOME, DTYPES, [False, True], meet=1))
 def test_new_adapter_on_a_layer_changes_no_bit_of_the_output(name: str, dtype: torch.dtype, training: bool) -> None:
     subject = make_subject(name, dtype, fill=False)
@@ -120,6 +122,7 @@ def test_a_layer_of_torch_whose_forward_has_several_arguments_gets_them_all(monk
     assert all(tensor.grad.any() for tensor in layer.stored().values())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", [name for name in SOME if CASES[name].merges])
 def test_a_merged_layer_runs_just_the_operators_of_the_plain_one(name: str) -> None:
     subject = make_subject(name)

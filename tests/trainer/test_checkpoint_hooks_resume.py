@@ -56,6 +56,7 @@ def resume_and_compare(path: Path, make: Make, again: Make | None = None, epochs
     return model
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("earlier", "later"), [("adapter", "merged"), ("merged", "full"), ("full", "adapter")])
 def test_run_resumed_with_another_kind_equals_the_uninterrupted_one(tmp_path, earlier: str, later: str):
     resume_and_compare(tmp_path, lambda: (Net(), [lora(save=earlier)]), lambda: (Net(), [lora(save=later)]))
@@ -165,6 +166,7 @@ def test_resuming_from_nan_or_inf_is_refused(tmp_path, kind: str):
     refused(edited(checkpoint(tmp_path, kind), spoil), r"'head\.lora_B' holds NaN or Inf")
 
 
+@pytest.mark.core
 def test_resuming_on_another_base_is_refused(tmp_path):
     other = Net()
     with torch.no_grad():

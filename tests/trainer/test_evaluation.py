@@ -27,7 +27,7 @@ from support.runs.training import (
 )
 from support.runs.with_callback import BATCHES, TARGETS, Steps, lora, run, trained
 
-pytestmark = UNTRAINED_NOTICE
+pytestmark = [UNTRAINED_NOTICE, pytest.mark.core]
 
 HOOKS = [
     name

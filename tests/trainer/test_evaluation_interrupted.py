@@ -37,6 +37,7 @@ def test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right(
     assert_same_tensors(model.state_dict(), faulty(merged_eval=False).state_dict())
 
 
+@pytest.mark.core
 def test_ctrl_c_while_the_trainer_merges_leaves_the_model_unmerged(tmp_path, monkeypatch):
     """The signal is held back until every layer is merged, and reaches the Trainer before merge returns."""
 
@@ -54,6 +55,7 @@ def test_ctrl_c_while_the_trainer_merges_leaves_the_model_unmerged(tmp_path, mon
     assert torch.equal(model.head.weight, Net().head.weight)
 
 
+@pytest.mark.core
 def test_a_model_that_the_user_left_merged_is_trained_unmerged(tmp_path):
     def start(leave_merged: bool) -> Net:
         model = trained(tmp_path, Net(), lora())

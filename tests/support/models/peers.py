@@ -101,7 +101,6 @@ PEERS = {
     "mixtral": Peer(_mixtral, r".*self_attn\.(q|k)_proj", {"init_lora_weights": "gaussian"}),
     "convolutions": Peer(ConvNet, ["one", "two", "three", "emb", "mha"], {"modules_to_save": ["head"]}),
 }
-every_peer = pytest.mark.parametrize("name", PEERS)
 
 
 def model(name: str) -> nn.Module:
