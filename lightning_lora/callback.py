@@ -268,7 +268,7 @@ def _one_config(
         raise LoRAError(f"LoRACallback: expected one LoRAConfig or options by their names, found {types}.")
     repeated = [name for name in options if name in given]
     if repeated:
-        raise LoRAError(f"LoRACallback: {', '.join(repeated)} given beside a LoRAConfig; say it in the LoRAConfig.")
+        raise LoRAError(f"LoRACallback: {', '.join(repeated)} given with a LoRAConfig; write it in the LoRAConfig.")
     return as_config(configs[0])
 
 

@@ -45,6 +45,6 @@ class LoRACLI(LightningCLI):
             super()._parse_ckpt_path()
         elif path := options.get("ckpt_path"):
             tell(
-                f"LoRACLI: the config alone describes the model; hyper-parameters in {path} are passed over. "
+                f"LoRACLI: the config alone describes the model; hyper-parameters in {path} are ignored. "
                 "--weights_only=false uses them, and may call code that they name."
             )

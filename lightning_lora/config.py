@@ -617,7 +617,7 @@ RULES: tuple[tuple[str, Callable[[Any, LoRAConfig], object], str], ...] = (
     (
         "target_modules",
         lambda v, c: not isinstance(v, str) or c.layers_to_transform is None,
-        "a list of names beside layers_to_transform, as in PEFT",
+        "a list of names where layers_to_transform is given, as in PEFT",
     ),
     ("trainable_token_indices", lambda v, c: _are_rows(v), "a list of whole numbers from 0, or one for each table"),
     ("trainable_token_indices", lambda v, c: _are_different(v), "without a number twice"),

@@ -25,7 +25,7 @@ else:
 class LoRAMonitor(Callback):
     """Log statistics of the adapter while it is trained, and pictures of it when fit ends.
 
-    It works beside a LoRACallback, before or after it in the list, and without one on a model that inject was called
+    It works with a LoRACallback, before or after it in the list, and without one on a model that inject was called
     on. Every logger gets the statistics of adapter_stats, by groups of layers. A TensorBoardLogger gets the pictures
     of plot_adapter.
 

@@ -87,9 +87,9 @@ def test_callback_takes_a_config_of_either_package_instead_of_options(tmp_path, 
 @pytest.mark.parametrize(
     ("configs", "options", "message"),
     [
-        ([PEFTS], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given beside a LoRAConfig"),
+        ([PEFTS], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given with a LoRAConfig"),
         ([peft.LoKrConfig(target_modules=["body.0"])], {}, "expected a peft.LoraConfig, found a LoKrConfig"),
-        ([LoRAConfig(r=4)], {"r": 8}, r"LoRACallback: r given beside a LoRAConfig"),
+        ([LoRAConfig(r=4)], {"r": 8}, r"LoRACallback: r given with a LoRAConfig"),
         ([LoRAConfig(), LoRAConfig()], {}, r"expected one LoRAConfig .*, found LoRAConfig, LoRAConfig"),
         ([{"r": 4}], {}, r"expected one LoRAConfig or options by their names, found dict"),
     ],

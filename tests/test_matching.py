@@ -36,7 +36,7 @@ def test_an_entry_that_names_nothing_is_an_error_with_near_misses(options, compl
 
 def test_a_slip_among_entries_that_fit_gets_its_near_miss_and_an_entry_for_another_model_none():
     options = {"target_modules": ["conv", "bdy.0", "gate_proj"], "rank_pattern": {"conv": 2, "bdoy.0": 3}}
-    with pytest.warns(UserWarning, match="passed over") as caught:
+    with pytest.warns(UserWarning, match="are ignored") as caught:
         inject(Zoo(), zoo_config(**options))
     said = str(caught[0].message)
     assert "'bdy.0' (did you mean 'body.0'?), 'gate_proj'; rank_pattern" in said
@@ -67,10 +67,10 @@ def test_entries_beside_others_that_fit_are_passed_over_with_one_warning_that_li
             kept[option] = {entry: entries[entry] for entry in fitting} if isinstance(entries, dict) else fitting
         return inject(Zoo(), zoo_config(**kept))
 
-    with pytest.warns(UserWarning, match="passed over") as caught:
+    with pytest.warns(UserWarning, match="are ignored") as caught:
         names = inject(Zoo(), zoo_config(**options))
     assert [str(each.message) for each in caught] == [
-        f"lightning_lora: entries that name nothing are passed over: {unused}"
+        f"lightning_lora: entries that name nothing are ignored: {unused}"
     ]
     assert caught[0].filename == __file__
     assert names == plain()

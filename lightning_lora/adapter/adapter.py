@@ -108,7 +108,7 @@ class Adapter:
         parts = [f"r={' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"] if ranks else []
         parts += [f"{len(layers)} layer{'s' * (len(layers) != 1)}", f"{values:,} values"]
         parts += [f"base {origin!r}"] if origin else []
-        parts += [f"beside {strengths_text(self.attached)}"] if self.attached else []
+        parts += [f"attached {strengths_text(self.attached)}"] if self.attached else []
         return f"{type(self).__name__}({', '.join(parts)}{'' if self.config else ', without options'})"
 
     @cached_property

@@ -107,9 +107,9 @@ def _refuse_beside(adapter: Adapter, path: PathLike) -> None:
     if adapter.attached:
         weights = " ".join(f"{each.strength:g}" for _, each in sorted(adapter.attached.items()))
         raise LoRAError(
-            f"merge: {path}: was trained beside {strengths_text(adapter.attached)}, which is not in it. Combine them: "
-            f"lightning-lora combine {path} {' '.join(sorted(adapter.attached)).upper()} --weights 1 {weights} "
-            "--output COMBINED, or attach them in Python and call save_merged."
+            f"merge: {path}: was trained with {strengths_text(adapter.attached)} attached, which is not in it. "
+            f"Combine them: lightning-lora combine {path} {' '.join(sorted(adapter.attached)).upper()} "
+            f"--weights 1 {weights} --output COMBINED, or attach them in Python and call save_merged."
         )
 
 
@@ -180,7 +180,7 @@ def _refuse_adapter(base: Weights) -> None:
         raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
     if META in base.checkpoint:
         raise LoRAError(
-            f"{base.path}: the base is a checkpoint of merged weights with their adapter beside them. The result would "
+            f"{base.path}: the base is a checkpoint of merged weights that also holds their adapter. The result would "
             "hold that adapter too, and load_from_checkpoint would load it and nothing else. To add another adapter to "
             "the merged weights, give these alone, as a state dict: torch.save(torch.load(path)['state_dict'], "
             "'base.pt')."

@@ -99,7 +99,7 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
         head.append(f"trained rows of {table}: {listed(list(map(str, trained['rows'])), 10)}")
     if "attached" in result:
         attached = ", ".join(f"{name} (strength {_number(value)})" for name, value in result["attached"].items())
-        head.append(f"trained beside, and not in it: {attached}")
+        head.append(f"trained with these attached, not in it: {attached}")
     if result["also_trained"]:
         also = list(result["also_trained"])
         head.append(f"also in it, whole: {listed(also, 3)}" + (f" ({len(also)} in all)" if len(also) > 3 else ""))

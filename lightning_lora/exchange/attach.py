@@ -1,4 +1,4 @@
-"""attach: read an adapter, fit it to a model, and put it beside the trained one."""
+"""attach: read an adapter, fit it to a model, and attach it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def attach(
     strength: float = 1.0,
     strict_base: bool = True,
 ) -> list[str]:
-    """Put a frozen adapter beside the trained one, in place: W' = c * (W + s * B @ A) + sum of w_i * s_i * B_i @ A_i.
+    """Attach a frozen adapter to a model, in place: W' = c * (W + s * B @ A) + sum of w_i * s_i * B_i @ A_i.
 
     It acts in forwards and in merged weights, is never trained, and is no part of state_dict(). Any number may be
     attached, also to a plain model and before inject. disable_adapter turns all off. An error changes nothing.
@@ -75,7 +75,7 @@ def attach(
         >>> unload(model)
         >>> attach(model, "sft", name="sft", strength=0.5)
         ['0', '2']
-        >>> inject(model, LoRAConfig(r=4, target_modules=["0"]))  # a new adapter is trained beside it
+        >>> inject(model, LoRAConfig(r=4, target_modules=["0"]))  # a new adapter is trained on top of it
         ['0']
     """
     if not isinstance(name, str) or not name or "." in name:
@@ -178,7 +178,7 @@ def _refuse_other_values(live: LiveState, adapter: Adapter, called: str) -> None
         if not any(_is_equal(value, each) for each in known):
             raise LoRAError(
                 f"attach: {called!r} also holds {name!r} (modules_to_save, a bias or a statistic), with other values "
-                "than the model's, and only products can lie beside each other. Merge it into the base (save_merged) "
+                "than the model's. Only A and B can be attached. Merge it into the base (save_merged) "
                 "and load that, or load it as the trained one (load_adapter)."
             )
 

@@ -406,6 +406,6 @@ def _read_initial(live: LiveState, initial: Any) -> dict[str, torch.Tensor]:
         return dict(initial)
     shown = f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__
     raise LoRAError(
-        'checkpoint["lora"]: expected `initial` to hold, by name, the values from before training of what was trained '
-        f"beside the adapter, found {shown}; the file is damaged or belongs to another model."
+        'checkpoint["lora"]: expected `initial` to hold, by name, the initial values of heads, biases and other whole '
+        f"tensors that were trained, found {shown}; the file is damaged or belongs to another model."
     )

@@ -280,8 +280,8 @@ def _beside_all(adapters: Sequence[Adapter]) -> Mapping[str, Attachment]:
         return first
     some = {name: each for attached in (first, *others) for name, each in attached.items()}
     tell(
-        f"lightning_lora: combine: not all were trained beside {strengths_text(some)}, so the result is taken to be "
-        "complete: combine it with them, by these weights."
+        f"lightning_lora: combine: not all were trained with {strengths_text(some)} attached, so the result "
+        "does not ask for them. Combine it with them too, using these strengths as weights."
     )
     return {}
 

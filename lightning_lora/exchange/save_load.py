@@ -246,7 +246,7 @@ def _without_strict(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return arguments without Lightning's `strict`, which an adapter cannot be without. LoRAError: it is False."""
     if kwargs.get("strict") is False:
         raise LoRAError(
-            "load_from_checkpoint: strict=False would pass over tensors that do not fit, and an adapter is loaded "
+            "load_from_checkpoint: strict=False would ignore tensors that do not fit, and an adapter is loaded "
             "whole or not at all; leave strict out. strict_base=False makes another base a warning."
         )
     return {name: value for name, value in kwargs.items() if name != "strict"}

@@ -43,8 +43,8 @@ def refuse_missing(here: Attachments, adapter: Adapter, remedy: Remedy = by_load
     missing = {name: each for name, each in sorted(adapter.attached.items()) if name not in here}
     if missing:
         raise LoRAError(
-            f"adapter: it was trained beside {strengths_text(missing)}, which is not attached to this model, and not "
-            f"in the source. {remedy(missing)}"
+            f"adapter: it was trained with {strengths_text(missing)} attached, which this model does not have, and "
+            f"the source does not hold. {remedy(missing)}"
         )
 
 
@@ -76,7 +76,7 @@ def check_attached(listing: Listing, adapter: Adapter) -> None:
     for name, each in sorted(adapter.attached.items()):
         if here[name].strength != each.strength:
             raise LoRAError(
-                f"adapter: it was trained beside {name!r} with the strength {each.strength:g}, and here the strength "
+                f"adapter: it was trained with {name!r} attached at strength {each.strength:g}, and here the strength "
                 f"is {here[name].strength:g}. Call set_strength(model, {each.strength:g}, {name!r}) first."
             )
 
@@ -107,7 +107,7 @@ def refuse_others(here: Attachments, adapter: Adapter) -> None:
     for name, each in sorted(adapter.attached.items()):
         if each.fingerprint != here[name].fingerprint:
             raise LoRAError(
-                f"adapter: it was trained beside another adapter {name!r} than the one that is attached here. Call "
+                f"adapter: it was trained with another adapter {name!r} attached than the one here. Call "
                 f"detach(model, {name!r}), and attach the one of the training."
             )
 

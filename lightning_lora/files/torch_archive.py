@@ -86,7 +86,7 @@ def _refuse_objects(content: Any, path: PathLike) -> None:
         place, name = found
         raise LoRAError(
             f"{path}: holds objects other than plain types and tensors, and was not loaded: {place or 'it'} is of "
-            f"{name}. Only what lies beside a checkpoint's state_dict may be an object; save tensors alone."
+            f"{name}. In a checkpoint, only entries other than the state_dict may be objects; save tensors alone."
         )
 
 

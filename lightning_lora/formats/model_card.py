@@ -75,8 +75,8 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, network: str = "") 
         parts.append(f"It belongs to a base that is quantized ({', '.join(quantized)}): load that in the same way.\n")
     if adapter.attached:
         parts.append(
-            f"It was trained beside {strengths_text(adapter.attached)}, which is not in these files. Alone it computes "
-            "something else.\n"
+            f"It was trained with {strengths_text(adapter.attached)} attached, which is not in these files. "
+            "Without that it computes something else.\n"
         )
     if heads := _heads(adapter):
         parts.append(

@@ -24,9 +24,9 @@ def refuse_to_write_beside_conv1d(adapter: Adapter) -> None:
         first = (outputs or adapter.parameters)[0]
         what = "attention" if outputs else "a single parameter"
         raise LoRAError(
-            f"save_adapter: {first!r} is {what} beside transformers' Conv1D, and PEFT has one fan_in_fan_out for both, "
-            "so that no file of PEFT's holds the two. Save a Lightning checkpoint or merged weights instead "
-            "(save_merged), or leave one of the two out of the adapter."
+            f"save_adapter: {first!r} is {what} in a model with transformers' Conv1D, and PEFT has one "
+            "fan_in_fan_out for both, so no file of PEFT holds the two. Save a Lightning checkpoint or merged "
+            "weights instead (save_merged), or leave one of the two out of the adapter."
         )
 
 
@@ -35,7 +35,7 @@ def refuse_file_beside_conv1d(adapter: Adapter, where: object) -> None:
     outputs = adapter.of_kind(ATTENTION_OUTPUT)
     if outputs and _beside_conv1d(adapter):
         raise LoRAError(
-            f"{where}: adapts {outputs[0]!r} of attention with fan_in_fan_out=true, as beside transformers' Conv1D. "
+            f"{where}: adapts {outputs[0]!r} of attention with fan_in_fan_out=true, as for transformers' Conv1D. "
             f"{TURNS}. Merge it in PEFT (merge_and_unload) and load the merged weights."
         )
 

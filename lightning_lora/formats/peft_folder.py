@@ -111,8 +111,8 @@ def _tell_what_differs(adapter: Adapter, path: PathLike) -> None:
         )
     if adapter.attached:
         tell(
-            f"lightning_lora: {path}: holds the trained adapter alone. It was trained beside "
-            f"{strengths_text(adapter.attached)}; alone it computes something else."
+            f"lightning_lora: {path}: holds only the trained adapter. It was trained with "
+            f"{strengths_text(adapter.attached)} attached, and computes something else without."
         )
     if adapter.pretrained:
         tell(_names_of_whole(adapter, path))

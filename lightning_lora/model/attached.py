@@ -1,4 +1,4 @@
-"""Adapters attached beside the trained one, in a model: put in and taken out, and the strength of each."""
+"""Attached adapters of a model: put in and taken out, and the strength of each."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def set_strength(model: nn.Module, strength: float | Strengths, name: str = "") 
 
 @contextmanager
 def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Iterator[nn.Module]:
-    """Let the trained adapter, or one beside it, act with another strength inside the block; 0 is off.
+    """Let the trained adapter, or an attached one, act with another strength inside the block; 0 is off.
 
     With the trained one off, heads and biases that were trained have their initial values inside, as in
     disable_adapter. Forwards, merge, merged_state_dict, merged_tensors and save_merged go by it; save_adapter writes

@@ -354,7 +354,7 @@ def _tell_of_layers(handle: AdaptedModel) -> None:
         tell(f"lightning_lora: {listed(names)} {are} left out of {injection.config.target_modules!r}: {reason}.")
     if others := passed_over(handle):
         advice = f"; {option} adapts the experts" if (option := experts(handle)) else ""
-        tell(f"lightning_lora: {injection.config.target_modules!r} passes over {others}{advice}")
+        tell(f"lightning_lora: {injection.config.target_modules!r} does not adapt {others}{advice}")
 
 
 def begin_injection(

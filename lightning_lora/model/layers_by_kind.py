@@ -108,7 +108,7 @@ def _why_left_out(module: nn.Module, owner: nn.Module | None, config: LoRAConfig
         if not attention._qkv_same_embed_dim:
             return f"PEFT cannot adapt {which} with q, k and v apart"
         if has_conv1d:
-            return f"PEFT cannot adapt {which} beside transformers' Conv1D"
+            return f"PEFT cannot adapt {which} in a model with transformers' Conv1D"
         return f"PEFT cannot adapt {which} with {variant_of(config).option}" if config.variant != PLAIN else ""
     if isinstance(module, nn.Linear):
         return ""

@@ -155,7 +155,7 @@ REASONS: tuple[Reason, ...] = (  # which candidates it concerns, a test, and wor
     (
         EVERY,
         lambda c: isinstance(c.module, torch.jit.ScriptModule),
-        "TorchScript has compiled its forward, which would pass over the adapter; build it without torch.jit",
+        "TorchScript has compiled its forward, which would ignore the adapter; build it without torch.jit",
     ),
     ((LAYER,), lambda c: c.adapting is None and _names_inside(c), "{found}"),
     (
@@ -177,7 +177,7 @@ REASONS: tuple[Reason, ...] = (  # which candidates it concerns, a test, and wor
     (
         EVERY,
         lambda c: "forward" in vars(c.module),
-        "its forward is replaced on the instance of {c.kind}, which would pass over the adapter; undo that",
+        "its forward is replaced on the instance of {c.kind}, which would ignore the adapter; undo that",
     ),
     (
         (TABLE,),

@@ -273,4 +273,4 @@ def warn_of_unused(selection: Selection, stacklevel: int) -> None:
     """Warn of entries of options that name nothing beside others that do."""
     if selection.unmatched.unused:
         said = "; ".join(selection.unmatched.unused)
-        warnings.warn(f"lightning_lora: entries that name nothing are passed over: {said}", stacklevel=stacklevel + 1)
+        warnings.warn(f"lightning_lora: entries that name nothing are ignored: {said}", stacklevel=stacklevel + 1)

@@ -206,7 +206,7 @@ class AdaptedModule(Swapped):
                 f"them, and {here!r} has an adapter, which would be added to them "
                 "a second time. Load the checkpoint with load_adapter(model, path), or its weights into a model "
                 "without an adapter. Where a library loads the best checkpoint when fit ends, pass "
-                'merge_after_fit=True beside save="merged", or save="full".'
+                'merge_after_fit=True with save="merged", or save="full".'
             )
         with self._lora_briefly_unmerged():
             for adapter in adapters:

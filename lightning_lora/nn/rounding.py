@@ -14,7 +14,7 @@ from .adapted_weights import AdaptedWeights
 
 WORST = 0.05  # a larger share is a warning
 # The remedy where rounding a file of merged weights costs much.
-IN_FILES = "Merge into a float32 base, or keep the adapter as it is beside the base (save_adapter)."
+IN_FILES = "Merge into a float32 base, or keep the adapter apart from the base (save_adapter)."
 
 
 class Rounding:

@@ -165,7 +165,7 @@ class Summary:
         share = f"{self.trainable / max(self.total, 1):.2%}"
         memory = self.memory
         weights = self.passed_over.replace(" of the parameters", "") if short else self.passed_over
-        passed_over = [f"passes over {weights}"] if weights else []
+        passed_over = [f"does not adapt {weights}"] if weights else []
         quantized = ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantized.items())
         evaluation = self._evaluation(short=short)
         if short and quantized:  # both in one line

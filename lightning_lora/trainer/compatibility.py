@@ -42,7 +42,7 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
         if neighbour is not callback and _is_a(neighbour, "LoRACallback"):
             raise LoRAError(
                 "LoRACallback: the Trainer has two LoRA callbacks for one model. Leave one out: LoRACLI brings its own "
-                "with the options under lora, so trainer.callbacks needs none beside it."
+                "with the options under lora, so trainer.callbacks needs none."
             )
         sliced_by = slicing(trainer.strategy)
         if fitting and averages_frozen(neighbour) and sliced_by:

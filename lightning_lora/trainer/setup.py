@@ -271,6 +271,6 @@ def _refuse_attaching_in_workers(trainer: Any, module: nn.Module, options: Optio
     if missing and trainer.state.fn == "fit" and launches(trainer):
         raise LoRAError(
             f"LoRACallback: {type(trainer.strategy).__name__} starts processes from this one and brings back weights "
-            f"only, so the main process needs {missing[0]!r} beside its adapter too. Call attach(model, source, "
+            f"only, so the main process needs {missing[0]!r} attached too. Call attach(model, source, "
             f"name={missing[0]!r}) before fit, or use strategy='ddp'."
         )

@@ -99,7 +99,7 @@ def test_a_checkpoint_of_merged_weights_is_no_base_and_its_state_dict_is_one(tmp
     second = Net.load_from_checkpoint(tmp_path / "first.ckpt", **PLAIN_TYPES_ONLY)
     inject(second, LoRAConfig(r=2, init_lora_weights=False, target_modules=TARGETS))
     save_adapter(second, tmp_path / "second")
-    with pytest.raises(LoRAError, match="checkpoint of merged weights with their adapter beside them"):
+    with pytest.raises(LoRAError, match="checkpoint of merged weights that also holds their adapter"):
         merge_on_disk(tmp_path / "first.ckpt", tmp_path / "second", tmp_path / "out.ckpt")
     assert not (tmp_path / "out.ckpt").exists()
     torch.save(torch.load(tmp_path / "first.ckpt", weights_only=True)["state_dict"], tmp_path / "base.pt")

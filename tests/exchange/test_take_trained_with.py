@@ -78,7 +78,7 @@ def test_every_form_is_refused_without_what_it_was_trained_beside_and_loads_with
     plain = base_zoo()
     before = logits(plain)
     remedy = re.escape("attach(model, source, name='sft', strength=0.5)")
-    with pytest.raises(LoRAError, match=rf"trained beside 'sft' \(strength 0\.5\).*{remedy}"):
+    with pytest.raises(LoRAError, match=rf"trained with 'sft' \(strength 0\.5\) attached.*{remedy}"):
         load_adapter(plain, trained)
     assert torch.equal(logits(plain), before)
     attach(plain, adapter(1), name="sft", strength=0.5)
@@ -122,7 +122,7 @@ def test_description_comes_back_as_it_was_and_a_damaged_one_is_refused():
     taken = take_adapter(both())
     again = from_metadata(taken.tensors, json.loads(json.dumps(to_metadata(taken))), "here")
     assert again.attached == taken.attached
-    assert "beside 'sft' (strength 0.5)" in repr(again)
+    assert "attached 'sft' (strength 0.5)" in repr(again)
     assert "beside" not in to_metadata(adapter(1))
     for rows in ({"sft": ["1", "digest"]}, {"sft": 1.0}, {"sft": [1.0, 3]}, []):
         with pytest.raises(LoRAError, match="description is damaged"):
@@ -194,10 +194,10 @@ def test_combining_with_what_it_was_trained_beside_gives_the_whole(caplog):
 def test_command_shows_it_and_merges_nothing_without_it(tmp_path: Path, capsys):
     save_adapter(both(), tmp_path / "a")
     torch.save(base_zoo().state_dict(), tmp_path / "base.pt")
-    assert "trained beside, and not in it: sft (strength 0.5)" in call(capsys, "info", tmp_path / "a")
+    assert "trained with these attached, not in it: sft (strength 0.5)" in call(capsys, "info", tmp_path / "a")
     assert json.loads(call(capsys, "info", tmp_path / "a", "--json"))["attached"] == {"sft": 0.5}
     said = refused(capsys, *merging(tmp_path, tmp_path / "a"))
-    assert "trained beside 'sft' (strength 0.5)" in said
+    assert "trained with 'sft' (strength 0.5) attached" in said
     assert "lightning-lora combine" in said
     assert not (tmp_path / "out.pt").exists()
 

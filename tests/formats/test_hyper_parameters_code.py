@@ -246,7 +246,7 @@ def test_command_line_builds_what_the_config_says_whatever_a_checkpoint_names(
     tested = run(LoRACLI, "test", "--model.width=7", f"--ckpt_path={path}").model
     assert tested.got == Net(width=7).got
     if hasattr(LightningCLI, "_parse_ckpt_path"):  # before 2.6 Lightning itself reads none
-        assert f"hyper-parameters in {path} are passed over. --weights_only=false uses them" in caplog.text
+        assert f"hyper-parameters in {path} are ignored. --weights_only=false uses them" in caplog.text
 
 
 @pytest.mark.slow

@@ -332,7 +332,7 @@ def test_options_that_are_left_out_are_the_checkpoints_and_beside_is_named(tmp_p
     sft = trained_adapter(1)
     model, _ = fit(tmp_path, lora(attach={"sft": {"source": sft, "strength": 0.5}}), 1)
     file = tmp_path / "epoch=0.ckpt"
-    missing = r"trained beside 'sft' \(strength 0\.5\).*attach=\{'sft': \{'source': source, 'strength': 0\.5\}\}"
+    missing = r"trained with 'sft' \(strength 0\.5\) attached.*attach=\{'sft': \{'source': source, 'strength': 0\.5\}\}"
     for stage in ("fit", "test"):
         with pytest.raises(LoRAError, match=missing):
             getattr(make_trainer(tmp_path, LoRACallback(), max_epochs=2), stage)(
@@ -359,7 +359,7 @@ def test_options_that_are_left_out_are_the_checkpoints_and_beside_is_named(tmp_p
 def test_load_from_checkpoint_says_the_lines_to_write_and_they_work(tmp_path: Path, kind: str):
     source = folder(tmp_path / "sft")
     model, _ = fit(tmp_path, lora(save=kind, attach={"sft": {"source": source, "strength": 0.5}}), 1)
-    with pytest.raises(LoRAError, match="trained beside 'sft'") as refused:
+    with pytest.raises(LoRAError, match="trained with 'sft'") as refused:
         load_from_checkpoint(Net, tmp_path / "epoch=0.ckpt")
     built = "Net(seed=5)" if kind == "full" else "Net()"  # a full one brings its base
     lines = re.search(r"model = Net\(.*\)", str(refused.value))[0].replace("Net(...)", built)
