@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ..config import PLAIN
+from ..config import defaults_of
 from ..names import A, B
 from ..nn.low_rank import to_block_diagonal
 from .adapter import Adapter
@@ -35,7 +35,7 @@ def as_lora(adapter: Adapter) -> Adapter:
         tensors[adapter.factor_name(layer, B)] = b.detach()
     config = adapter.config
     if config is not None:
-        config = replace(config, variant=PLAIN, variant_options=None, init_lora_weights=True, enable_lora=None)
+        config = replace(config, **defaults_of("variant", "variant's own", "start", "parts"))
     whole = {name: replace(layer, parts=None) for name, layer in adapter.layers.items()}
     return replace(adapter, tensors=tensors, config=config).with_layers(whole)
 

@@ -11,16 +11,15 @@ from ..matching import ALL_LAYERS, matcher
 from ..names import parent_names
 from ..nn.adapted_weights import NamedModules
 from ..nn.foreign_weights import is_foreign_linear
-from ..nn.layer_kinds import layer_class
+from ..nn.layer_kinds import MORE_MODULES, layer_class
 from ..nn.linear import is_conv1d
-from ..nn.low_rank import CONV, CONV1D, GROUPED_CONV
+from ..nn.low_rank import GROUPED_CONV
 from ..nn.tied_weights import tied_weights
 from ..nn.variant import variant_of
 from .heads import output_heads
 from .pretrained import pretrained_models
 from .token_tables import OPTION
 
-MORE_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # beside linear layers, for "all-layers"
 MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}  # PEFT's list of model_type
 BY_NAME = "layers of other libraries are adapted by name"  # the beginning of a reason
 REFUSED_IN_MAMBA = {"out_proj", "conv1d"}  # PEFT's list of last segments
@@ -45,7 +44,7 @@ def layers_by_kind(
     has_conv1d = any(is_conv1d(module) for _, module in listed_modules)
     modules, chosen, left_out = dict(listed_modules), dict[str, nn.Module](), dict[str, str]()
     for name, module in modules.items():
-        if not name or not (_is_linear(module) or (more and isinstance(module, MORE_KINDS))):
+        if not name or not (_is_linear(module) or (more and isinstance(module, MORE_MODULES))):
             continue
         parent, _, last = name.rpartition(".")
         owner = modules.get(parent) if parent else None
@@ -117,4 +116,4 @@ def _why_left_out(module: nn.Module, owner: nn.Module | None, config: LoRAConfig
         return "PEFT cannot adapt a convolution with groups"
     if adapting is None:
         return f"{variant.option} cannot adapt a {type(module).__name__}"
-    return variant.why_not_on(module, CONV1D if is_conv1d(module) else CONV, config)
+    return variant.why_not_on(module, adapting.KIND, config)

@@ -13,10 +13,10 @@ from ..matching import ALL_LAYERS, ALL_LINEAR, BY_KIND, matcher
 from ..names import parent_names, suffixes
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import adapters_in
+from ..nn.layer_kinds import MORE_MODULES
 from ..nn.parameter import weights_of
 from ..nn.quantized import shape_of
 from .adapted_model import AdaptedModel
-from .layers_by_kind import MORE_KINDS
 
 LITTLE, MOST_KINDS = 0.1, 3  # a share up to this is not told; how many kinds are
 
@@ -44,7 +44,7 @@ def passed_over(handle: AdaptedModel) -> str:
     for weight in weights:
         module, leaf = weight.module, weight.leaf
         cls = module.lora_base if isinstance(module, Swapped) else type(module)
-        adapts_more |= handle.injection.config.target_modules == ALL_LINEAR and isinstance(module, MORE_KINDS)
+        adapts_more |= handle.injection.config.target_modules == ALL_LINEAR and isinstance(module, MORE_MODULES)
         sizes[cls.__name__ if leaf == "weight" else f"{cls.__name__}.{leaf}"] += weight.shape.numel()
     whole = sizes.total()
     if whole <= LITTLE * total:

@@ -1,22 +1,66 @@
-"""Find the class that adapts a module, and turn the module into an adapted layer."""
+"""The kinds of layers, and how a module becomes an adapted layer of its kind."""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, NamedTuple, cast
 
 from torch import nn
 
+from ..matching import ALL_LAYERS
 from .adapted_module import swapped_class
 from .adapted_weights import LayerSpec, LayerState, add_trained
+from .attention import LoRAMultiheadAttention
+from .conv import LoRAConv
+from .embedding import LoRAEmbedding
+from .foreign_linear import LoRAForeignLinear
+from .linear import LoRAConv1D, LoRALinear, LoRAQuantizedLinear
 from .lora import LoRA
 from .lora_layer import LAYER_CLASSES, LoRALayer
+from .low_rank import KINDS
 from .variant import Variant
 
 LORA = LoRA()
 
-ADAPTABLE = "nn.Linear, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention"  # for people
-
 LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # modules whose forwards factored_forward may replace
+
+
+class LayerKind(NamedTuple):
+    """A class that adapts modules.
+
+    Attributes:
+        adapting: the class.
+        title: what users call the modules, for messages; "" for modules that another row names.
+        adapted_by: the value of target_modules that adapts them: "all-linear", "all-layers", which adapts those of
+            "all-linear" too, or "names" for neither. model/layers_by_kind.py has what it leaves out.
+    """
+
+    adapting: type[LoRALayer]
+    title: str
+    adapted_by: Literal["all-linear", "all-layers", "names"]
+
+
+# In the order in which layer_class asks. No module is of two of these kinds; a user's own kinds are asked after them.
+LAYER_KINDS = (
+    LayerKind(LoRALinear, "nn.Linear", "all-linear"),
+    LayerKind(LoRAQuantizedLinear, "", "all-linear"),
+    LayerKind(LoRAConv1D, "transformers' Conv1D", "all-linear"),
+    LayerKind(LoRAEmbedding, "nn.Embedding", "names"),
+    LayerKind(LoRAConv, "nn.Conv1d/2d/3d", "all-layers"),
+    LayerKind(LoRAMultiheadAttention, "nn.MultiheadAttention", "all-layers"),
+    LayerKind(LoRAForeignLinear, "", "names"),
+)
+_in_table = [kind.adapting for kind in LAYER_KINDS]
+for _cls in LAYER_CLASSES:
+    if _cls not in _in_table:
+        raise TypeError(f"{_cls.__name__} has no row in LAYER_KINDS.")
+    if _cls.KIND not in KINDS:
+        raise TypeError(f"{_cls.__name__} is of the kind {_cls.KIND!r}, which has no row in TABLE of low_rank.py.")
+LAYER_CLASSES[:] = _in_table
+
+_titles = [kind.title for kind in LAYER_KINDS if kind.title]
+ADAPTABLE = f"{', '.join(_titles[:-1])} and {_titles[-1]}"  # for people
+# Classes of modules that "all-layers" adapts and "all-linear" does not.
+MORE_MODULES = tuple(cls for kind in LAYER_KINDS if kind.adapted_by == ALL_LAYERS for cls in kind.adapting.MODULES)
 
 
 def layer_class(module: nn.Module, variant: Variant = LORA) -> type[LoRALayer] | None:

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..config import LoRAConfig
 from .low_rank import CONV, GROUPED_CONV, LINEAR
 from .random_stream import stream
-from .variant import Config, EffectiveFactors, LayerInfo, Stored, Variant, Weight
+from .variant import EffectiveFactors, LayerInfo, Stored, Variant, Weight
 
 FIRST_A, FIRST_B = "lora_hada_w1_a", "lora_hada_w1_b"  # (out, r) and (r, in)
 SECOND_A, SECOND_B = "lora_hada_w2_a", "lora_hada_w2_b"  # (out, r) and (r, in)
@@ -69,7 +70,7 @@ class LoHa(Variant):
 
     # --- what it goes with ---
 
-    def why_not_with(self, config: Config) -> str:
+    def why_not_with(self, config: LoRAConfig) -> str:
         for option in WITHOUT:
             if getattr(config, option):
                 return f"{option} must be left out with {self.option}"
@@ -81,7 +82,7 @@ class LoHa(Variant):
             return f"init_lora_weights must be true or false with {self.option}"
         return ""
 
-    def why_not_on(self, module: nn.Module, kind: str, config: Config) -> str:
+    def why_not_on(self, module: nn.Module, kind: str, config: LoRAConfig) -> str:
         if kind in (LINEAR, CONV, GROUPED_CONV) and not isinstance(module, nn.Conv3d):
             return ""
         return f"{self.option} is for linear layers, nn.Conv1d and nn.Conv2d alone, as in PEFT"

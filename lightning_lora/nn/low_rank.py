@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 
@@ -31,12 +31,50 @@ MERGEABLE_DTYPES = (*HALF, torch.float32, torch.float64)
 LINEAR, CONV1D, EMBEDDING, CONV, GROUPED_CONV = "Linear", "Conv1D", "Embedding", "Conv", "GroupedConv"
 ATTENTION, ATTENTION_OUTPUT = "MultiheadAttention", "AttentionOutput"
 PARAMETER, EXPERTS, TRANSPOSED_EXPERTS = "Parameter", "Experts", "TransposedExperts"
-STACKS = (EXPERTS, TRANSPOSED_EXPERTS)
-SINGLE = (PARAMETER, *STACKS)  # kinds of single parameters, as opposed to layers
-KINDS = (LINEAR, CONV1D, EMBEDDING, CONV, GROUPED_CONV, ATTENTION, ATTENTION_OUTPUT, *SINGLE)
-TRANSPOSED = (CONV1D, EMBEDDING)
-CONVOLUTIONS = (CONV, GROUPED_CONV)
-FUSABLE = (LINEAR, CONV1D, ATTENTION)  # kinds in which enable_lora can adapt some of the outputs
+
+
+class Kind(NamedTuple):
+    """A kind of layer or of single parameter: how its weight is stored, and what can be done with it.
+
+    Attributes:
+        name: as files have it.
+        layout: how the weight is stored: "(out, in)", "(in, out)", "kernel" for (out, in, k...), or "stack" for one
+            matrix an expert.
+        single: whether it is a single parameter, and no layer.
+        fusable: whether enable_lora can adapt some of the outputs.
+        starts: whether A and B are the factors of the matrices of adapted_parts, one below the other, and reshaped, so
+            that they can start from the weight. Of another order of their values the product would be scrambled, and
+            no output would show it, because A0 and B0 are subtracted again: say so only where a test of starts shows
+            it.
+    """
+
+    name: str
+    layout: Literal["(out, in)", "(in, out)", "kernel", "stack"]
+    starts: bool
+    single: bool = False
+    fusable: bool = False
+
+
+TABLE = (
+    Kind(LINEAR, "(out, in)", starts=True, fusable=True),
+    Kind(CONV1D, "(in, out)", starts=True, fusable=True),
+    Kind(EMBEDDING, "(in, out)", starts=True),
+    Kind(CONV, "kernel", starts=True),
+    Kind(GROUPED_CONV, "kernel", starts=True),
+    Kind(ATTENTION, "(out, in)", starts=True, fusable=True),
+    Kind(ATTENTION_OUTPUT, "(out, in)", starts=True),
+    Kind(PARAMETER, "(out, in)", starts=True, single=True),
+    Kind(EXPERTS, "stack", starts=True, single=True),
+    Kind(TRANSPOSED_EXPERTS, "stack", starts=True, single=True),
+)
+KINDS = tuple(kind.name for kind in TABLE)
+TRANSPOSED = tuple(kind.name for kind in TABLE if kind.layout == "(in, out)")
+CONVOLUTIONS = tuple(kind.name for kind in TABLE if kind.layout == "kernel")
+STACKS = tuple(kind.name for kind in TABLE if kind.layout == "stack")
+SINGLE = tuple(kind.name for kind in TABLE if kind.single)
+FUSABLE = tuple(kind.name for kind in TABLE if kind.fusable)
+STARTED = tuple(kind.name for kind in TABLE if kind.starts)
+
 IN_PROJ, SEPARATE = "in_proj_weight", ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 ATTENTION_WEIGHTS = (IN_PROJ, *SEPARATE)
 

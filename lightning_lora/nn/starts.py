@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..config import is_start
+from ..config import LoRAConfig, is_start
 from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
 from ..names import A, B
@@ -21,7 +21,7 @@ from . import low_rank
 from .autocast import without_autocast
 from .lora import LoRA
 from .random_stream import leading_basis, stream
-from .variant import START_OPTION, Config, EffectiveFactors, LayerInfo, Stored, Weight
+from .variant import START_OPTION, EffectiveFactors, LayerInfo, Stored, Weight
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -31,14 +31,6 @@ SPARE = 8  # a block of the Krylov space has so many vectors more than are wante
 PISSA, STEPS, OLORA = "pissa", "pissa_niter_", "olora"
 
 START_A, START_B = "lora_start_A", "lora_start_B"  # leaf names of A0 and B0
-
-# Kinds of layers whose A and B are the factors of the matrices of low_rank.adapted_parts, one below the other, and
-# reshaped. A kind that is added is none of them until a test of starts shows it: in another order of their values the
-# factors would be scrambled, and no output would show it, because A0 and B0 are subtracted again.
-MATRICES = (
-    *(low_rank.LINEAR, low_rank.CONV1D, low_rank.EMBEDDING, *low_rank.CONVOLUTIONS),
-    *(low_rank.ATTENTION, low_rank.ATTENTION_OUTPUT, low_rank.PARAMETER, *low_rank.STACKS),
-)
 
 
 class Started(LoRA):
@@ -58,7 +50,7 @@ class Started(LoRA):
         return {**plain, START_A: plain[A], START_B: plain[B]}
 
     def _from_weight(self, info: LayerInfo, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        if info.kind not in MATRICES:
+        if info.kind not in low_rank.STARTED:
             raise LoRAError(
                 f"{info.name!r}: init_lora_weights={info.init!r} cannot start a layer of the kind {info.kind!r}: its A "
                 f"and B are no factors of a matrix. Leave it out with exclude_modules=[{info.name!r}], or choose "
@@ -111,7 +103,7 @@ class Started(LoRA):
         (a, b), (start_a, negative_b) = low_rank.halve_ranks(a, b)
         return {A: a, B: b, START_A: start_a, START_B: -negative_b}
 
-    def config_in_peft(self, config: Config) -> Config:
+    def config_in_peft(self, config: LoRAConfig) -> LoRAConfig:
         """Return the options with twice the rank. lora_alpha grows too, so that the scalings stay."""
         growth = config.divisor(2)  # sqrt(2) with use_rslora: s = lora_alpha / divisor(r), and r doubles
         return replace(

@@ -15,13 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import KNOWN_VARIANTS, LEAVES, PREFIX
 from . import low_rank
 from .autocast import without_autocast
 from .low_rank import LowRankBlock
 
-Config = Any  # a LoRAConfig; importing config.py here would add a floor to the package
 Stored = Mapping[str, torch.Tensor]  # tensors of one layer's adapter, by leaf name
 Weight = Callable[[], torch.Tensor]  # returns a layer's weight as stored
 Parts = Iterable[tuple[int, torch.Tensor]]  # (first row, some rows of a weight as a matrix)
@@ -283,7 +283,7 @@ class Variant:
         """The option by which a user asks for the variant, for messages."""
         return f"variant={self.name!r}"
 
-    def why_not_with(self, config: Config) -> str:
+    def why_not_with(self, config: LoRAConfig) -> str:
         """Return why the variant does not go with options, as "<option> must be <what it must be>", or ""."""
         if config.has_start:
             return f"init_lora_weights must be one that does not start from the weight, with {self.option}"
@@ -292,7 +292,7 @@ class Variant:
                 return f"{option} must be left out with {self.option}, which adapts whole layers"
         return ""
 
-    def why_not_on(self, module: nn.Module, kind: str, config: Config) -> str:
+    def why_not_on(self, module: nn.Module, kind: str, config: LoRAConfig) -> str:
         """Return why the variant cannot adapt a module of this kind with these options, or "".
 
         inject puts the text between the name of the module and the advice to leave it out. A remedy in it begins with
@@ -349,7 +349,7 @@ class Variant:
         """
         return dict(found)
 
-    def config_in_peft(self, config: Config) -> Config:
+    def config_in_peft(self, config: LoRAConfig) -> LoRAConfig:
         """Return the options for the tensors of to_peft, which may have another rank. The scalings must stay."""
         return config
 
@@ -384,7 +384,7 @@ class NothingTrained(Variant):
         return {}
 
 
-def variant_of(config: Config) -> Variant:
+def variant_of(config: LoRAConfig) -> Variant:
     """Return the variant that a LoRAConfig asks for."""
     return BY_OPTION[START_OPTION] if config.has_start else KNOWN_VARIANTS[config.variant]
 

@@ -1,8 +1,9 @@
-"""The lists of layer kinds and variants. Importing a file registers the layer kinds and variants that it defines."""
+"""The variants. To import a file is to make the variants known that it defines; in which order does not matter."""
 
 from __future__ import annotations
 
-from . import attention, conv, dora, embedding, foreign_linear, linear, loha, lora, starts, token_rows
-
-LAYER_KINDS = (linear, embedding, conv, attention, foreign_linear)
-VARIANTS = (lora, starts, dora, token_rows, loha)
+from . import dora as dora
+from . import loha as loha
+from . import lora as lora
+from . import starts as starts
+from . import token_rows as token_rows

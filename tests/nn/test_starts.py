@@ -18,7 +18,7 @@ from lightning_lora import (
 )
 from lightning_lora.nn import linear, low_rank
 from lightning_lora.nn.adapted_weights import adapted_layers
-from lightning_lora.nn.starts import MATRICES, Started, start_factors
+from lightning_lora.nn.starts import Started, start_factors
 from lightning_lora.nn.variant import LayerInfo
 from support.covering import covering
 from support.models import layers, parameters
@@ -148,7 +148,7 @@ def started(kind: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {leaf: stored[leaf] for leaf in ("lora_A", "lora_B")}
 
 
-@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("kind", low_rank.STARTED)
 def test_at_full_rank_the_factors_of_every_kind_that_can_be_started_are_the_weight(kind):
     weight = torch.randn(SHAPES.get(kind, (8, 4)))
     a, b = started(kind, weight).values()
