@@ -32,6 +32,7 @@ from .adapted_model import AdaptedModel, Listing, find_model, open_model, with_l
 from .attached import find_attached_alone, hold_attached, note_layers, take_over_attached
 from .base_values import put_in_, stand_ins, take_out_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantized_
+from .experts import option_for_experts
 from .facts import begin_facts, end_facts, facts_of
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Chosen, Injection
@@ -47,7 +48,6 @@ from .merging import (
     unmerge_listed,
 )
 from .named_state import state_of
-from .passed_over import experts, passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import forget_quantization, resized_embeddings
 from .reasons import check_shapes, check_trainable, check_unadapted
@@ -345,16 +345,15 @@ def _inject(listing: Listing, injection: Injection, *, values_follow: bool = Fal
 
 
 def _tell_of_layers(handle: AdaptedModel) -> None:
-    """Say which layers are left out and which weights are passed over, as LoRACallback's summary does."""
+    """Log which layers are left out, and the option that adapts experts, as LoRACallback's summary does."""
     injection, reasons = handle.injection, dict[str, list[str]]()
     for name, reason in handle.left_out().items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         are = "is" if len(names) == 1 else "are"
         tell(f"lightning_lora: {listed(names)} {are} left out of {injection.config.target_modules!r}: {reason}.")
-    if others := passed_over(handle):
-        advice = f"; {option} adapts the experts" if (option := experts(handle)) else ""
-        tell(f"lightning_lora: {injection.config.target_modules!r} does not adapt {others}{advice}")
+    if option := option_for_experts(handle):
+        tell(f"lightning_lora: {injection.config.target_modules!r} does not adapt the experts; {option} does")
 
 
 def begin_injection(

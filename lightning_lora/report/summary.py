@@ -16,10 +16,10 @@ from ..config import LoRAConfig
 from ..distributed.sharding import local
 from ..matching import BY_KIND
 from ..model.adapted_model import AdaptedModel, open_model
+from ..model.experts import option_for_experts
 from ..model.heads import describe_frozen_head
 from ..model.injection import Injection
 from ..model.named_state import base_parameters_of
-from ..model.passed_over import experts, passed_over
 from ..names import group_of, listed
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import AdaptedWeights
@@ -106,8 +106,7 @@ class Summary:
     also_saved: Mapping[str, int]  # sizes of tensors that are saved with the adapter but not trained now, by name
     left_out: tuple[LeftOut, ...]
     by_kind: str  # "all-linear" or "all-layers", if that is target_modules, else ""
-    passed_over: str  # the weights that `by_kind` passes over beside `left_out`: their share, and the largest kinds
-    experts: str  # the option that adapts stacks of experts which `by_kind` passes over, to copy; "" for none
+    experts: str  # the option that adapts stacks of experts which `by_kind` does not adapt, to copy; "" for none
     frozen_head: str  # which head is frozen, and how to train it if it is new; "" where none is known to be
     quantized: Mapping[str, int]  # the number of the base's quantized weights, by kind of quantization
     unmerged: tuple[Unmerged, ...]
@@ -164,8 +163,6 @@ class Summary:
     def _facts(self, *, short: bool = False) -> list[tuple[str, str]]:
         share = f"{self.trainable / max(self.total, 1):.2%}"
         memory = self.memory
-        weights = self.passed_over.replace(" of the parameters", "") if short else self.passed_over
-        passed_over = [f"does not adapt {weights}"] if weights else []
         quantized = ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantized.items())
         evaluation = self._evaluation(short=short)
         if short and quantized:  # both in one line
@@ -180,7 +177,7 @@ class Summary:
             "attached": ", ".join(f"{name} (strength {strength:g})" for name, strength in self.attached.items()),
             "also trained": _sizes(self.also_trained),
             "also saved": _sizes(self.also_saved),
-            self.by_kind or "left out": "; ".join((*passed_over, *map(_left_out_text, self.left_out))),
+            self.by_kind or "left out": "; ".join(map(_left_out_text, self.left_out)),
             "experts": f"{self.experts} adapts them" if self.experts else "",
             "head": self.frozen_head,
             "quantized": quantized,
@@ -264,8 +261,7 @@ def summarise(handle: AdaptedModel) -> Summary:
         also_saved={name: size for name, size in saved.items() if name not in also_trained},
         left_out=_left_out(handle.left_out(), base, total - sum(shape_of(factor).numel() for factor in factors)),
         by_kind=next((value for value in BY_KIND if value == injection.config.target_modules), ""),
-        passed_over=passed_over(handle),
-        experts=experts(handle),
+        experts=option_for_experts(handle),
         frozen_head=describe_frozen_head(handle.root_modules),
         quantized=_quantized(handle),
         unmerged=_unmerged(layers),
