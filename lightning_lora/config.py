@@ -9,7 +9,7 @@ import numbers
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast, get_args
@@ -63,11 +63,6 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "TOKEN_CLS": (NameEnd("classifier"), NameEnd("score")),
     "QUESTION_ANS": (NameEnd("qa_outputs"),),
 }
-
-
-def tasks_with(heads: Collection[str]) -> list[str]:
-    """Return the values of task_type that add all of these modules to modules_to_save."""
-    return [task for task, added in TASK_HEADS.items() if all(map(matcher(added), heads))]
 
 
 EVEN = "an even rank for init_lora_weights='orthogonal'"
@@ -204,9 +199,14 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         self._normalise()
         for option, is_allowed, expected in RULES:
-            for name, value in _values(self, option):
-                if not is_allowed(value, self):
-                    raise LoRAError(f"LoRAConfig: {name} must be {expected.format(c=self)}, but it is {shown(value)}.")
+            name = option.removesuffix("[]")
+            value = getattr(self, name)
+            if value is None and getattr(LoRAConfig, name) is None:  # an optional one at its default
+                continue
+            values = {option: value} if name == option else {f"{name}[{key!r}]": each for key, each in value.items()}
+            for where, each in values.items():
+                if not is_allowed(each, self):
+                    raise LoRAError(f"LoRAConfig: {where} must be {expected.format(c=self)}, but it is {shown(each)}.")
         self._check_expressions()
         self._check_variant()
 
@@ -395,32 +395,27 @@ class LoRAConfig:
                 ) from error
 
     def _check_variant(self) -> None:
-        """Check variant, variant_options and use_dora, and that the variant goes with the other options."""
+        """Check variant and variant_options, drop those at their defaults, and ask the variant about other options."""
         if not isinstance(self.variant, str) or self.variant not in KNOWN_VARIANTS:
             known = listed(sorted(map(repr, KNOWN_VARIANTS)), len(KNOWN_VARIANTS))
             hint = near_misses(self.variant, KNOWN_VARIANTS) if isinstance(self.variant, str) else ""
             hint = hint if "did you mean" in hint else ""
             expected = f"one of {known} (import the file that defines another one first{hint})"
             _refuse("variant", expected, self.variant)
-        self._check_variant_options(KNOWN_VARIANTS[self.variant].own_options)
-        why_not = KNOWN_VARIANTS[self.variant].why_not_with(self) if self.variant != PLAIN else ""
-        if why_not:
-            raise LoRAError(f"LoRAConfig: {why_not}.")
-
-    def _check_variant_options(self, defaults: Mapping[str, Any]) -> None:
-        """Refuse unknown options of the variant and values of a wrong type, and drop values that are the default.
-
-        Args:
-            defaults: the variant's own options, at their defaults.
-        """
+        defaults = KNOWN_VARIANTS[self.variant].own_options
         given = self.variant_options or {}
         refuse_unknown_option("LoRAConfig: variant_options: an option", given, defaults)
         for name, value in given.items():
-            if not _is_like(value, defaults[name]):
-                kind = "a finite number" if isinstance(defaults[name], float) else type(defaults[name]).__name__
-                _refuse(f"variant_options[{name!r}]", kind, value)
+            default = defaults[name]
+            if isinstance(default, float) and not is_number(value):
+                _refuse(f"variant_options[{name!r}]", "a finite number", value)
+            if not isinstance(default, float) and type(value) is not type(default):
+                _refuse(f"variant_options[{name!r}]", type(default).__name__, value)
         changed = {name: value for name, value in given.items() if value != defaults[name]}
         object.__setattr__(self, "variant_options", changed or None)
+        why_not = KNOWN_VARIANTS[self.variant].why_not_with(self) if self.variant != PLAIN else ""
+        if why_not:
+            raise LoRAError(f"LoRAConfig: {why_not}.")
 
     def all_variant_options(self) -> dict[str, Any]:
         """Return all options that the variant alone has, with their values or defaults."""
@@ -556,11 +551,6 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _is_like(value: object, default: object) -> bool:
-    """Return whether a value has the type of a default; for a float any finite number is allowed."""
-    return is_number(value) if isinstance(default, float) else type(value) is type(default)
-
-
 def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -586,15 +576,6 @@ def _are_different(rows: Any) -> bool:
 
 def _are_parts(value: object) -> bool:
     return isinstance(value, tuple) and all(isinstance(part, bool) for part in value) and any(value)
-
-
-def _values(config: LoRAConfig, option: str) -> list[tuple[str, Any]]:
-    """Return an option's value by its name, or of "option[]" each value of the mapping; nothing of an optional one."""
-    name = option.removesuffix("[]")
-    value = getattr(config, name)
-    if value is None and getattr(LoRAConfig, name) is None:  # its default
-        return []
-    return [(option, value)] if name == option else [(f"{name}[{key!r}]", each) for key, each in value.items()]
 
 
 # Each rule: an option, or the values of a mapping; whether a value is allowed in a config; what it must be.

@@ -91,11 +91,11 @@ def naming_some(entries: Iterable[str], names: Iterable[str]) -> list[str]:
     """Return the entries of a list that are one of the names, or a dotted suffix or NameEnd of one."""
     names = list(names)
     known = {suffix for name in names for suffix in suffixes(name)}
-
-    def names_some(entry: str) -> bool:
-        return entry in known or (isinstance(entry, NameEnd) and any(name.endswith(entry) for name in names))
-
-    return [entry for entry in entries if names_some(entry)]
+    return [
+        entry
+        for entry in entries
+        if entry in known or (isinstance(entry, NameEnd) and any(name.endswith(entry) for name in names))
+    ]
 
 
 @dataclass

@@ -20,7 +20,7 @@ from ..errors import LoRAError
 from ..names import ATTRIBUTE, WRAPPERS
 from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.low_rank import ATTENTION_OUTPUT
-from .facts import Fact, Known, ModuleFacts, Why, facts_of, known_tensors, memory_of
+from .facts import Fact, Known, Why, facts_of, known_tensors, memory_of
 from .injection import Injection
 from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, state_of
 from .wrappers import inside_known_wrappers, unwrapped
@@ -127,7 +127,8 @@ class AdaptedModel(Listing):
         others = _frozen_injections(places) - {self.injection}
         if not others:
             return places
-        is_copy = {module: facts is not None and facts.injection in others for module, facts in _with_facts(places)}
+        known = [(module, facts_of(module)) for _, module in places]
+        is_copy = {module: facts is not None and facts.injection in others for module, facts in known}
         self.copies = tuple(f"{name}." for name, module in places if is_copy[module])
         return [(name, module) for name, module in places if not is_copy[module]]
 
@@ -383,7 +384,21 @@ def _find(listing: Listing, part: bool) -> AdaptedModel | None:
     if roots:
         name, root = next(iter(roots.items()))
         return with_lists(AdaptedModel(model, root, injections[0], prefix=f"{name}." if name else ""), listing)
-    return _find_by_layers(listing, injections[0], part) if layers else None
+    if not layers:
+        return None
+    # The model lies inside the injected module, or it is a new module around the same layers.
+    injection = injections[0]
+    root = injection.holder()
+    if root is not None:
+        outer = AdaptedModel(root, root, injection)
+        if not part and set(outer.all_layers.values()) - set(layers.values()):
+            return None
+        names = [name for name, module in outer.places if module is model]
+        if names:
+            handle = AdaptedModel(model, root, injection, inside=f"{names[0]}." if names[0] else "")
+            handle.root_places = outer.places
+            return with_lists(handle, listing)
+    return with_lists(AdaptedModel(model, model, injection), listing)
 
 
 def injection_of_root(module: nn.Module) -> Injection | None:
@@ -396,38 +411,15 @@ def injection_of_root(module: nn.Module) -> Injection | None:
     return injection if injection is not None and "ended" not in injection.marks else None
 
 
-def _with_facts(places: Places) -> list[tuple[nn.Module, ModuleFacts | None]]:
-    return [(module, facts_of(module)) for _, module in places]
-
-
 def _frozen_injections(places: Places) -> set[Injection]:
     """Return the injections, of several that modules belong to, whose adapters are all frozen."""
-    if len({facts.injection for _, facts in _with_facts(places) if facts is not None}) < 2:
+    if len({facts.injection for _, module in places if (facts := facts_of(module)) is not None}) < 2:
         return set()
     layers = adapted_layers(places[0][1], modules=places).values()
     trained = {
         layer.lora.injection for layer in layers if any(tensor.requires_grad for tensor in layer.stored().values())
     }
     return {layer.lora.injection for layer in layers} - trained
-
-
-def _find_by_layers(listing: Listing, injection: Injection, part: bool) -> AdaptedModel | None:
-    """Return the handle of a model that does not hold the injected module.
-
-    The model lies inside the injected module, or it is a new module around the same layers. None where it holds a part
-    of the layers, unless `part` allows that.
-    """
-    model, root = listing.model, injection.holder()
-    if root is not None:
-        outer = AdaptedModel(root, root, injection)
-        if not part and set(outer.all_layers.values()) - set(listing.all_layers.values()):
-            return None
-        names = [name for name, module in outer.places if module is model]
-        if names:
-            handle = AdaptedModel(model, root, injection, inside=f"{names[0]}." if names[0] else "")
-            handle.root_places = outer.places
-            return with_lists(handle, listing)
-    return with_lists(AdaptedModel(model, model, injection), listing)
 
 
 def with_lists(handle: AdaptedModel, listing: Listing) -> AdaptedModel:
@@ -456,17 +448,15 @@ def list_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
     The same as named_modules(remove_duplicate=False), in less time.
     """
     places: list[tuple[str, nn.Module]] = []
-    _append_places(model, "", places)
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        places.append((name, module))
+        path = f"{name}." if name else ""
+        for segment, child in reversed(module._modules.items()):  # the last to wait is the next
+            if child is not None:
+                waiting.append((name if segment in WRAPPERS else path + segment, child))
     return places
-
-
-def _append_places(module: nn.Module, name: str, places: list[tuple[str, nn.Module]]) -> None:
-    """Append a module and what is in it. No closure: one that calls itself keeps the model until garbage collection."""
-    places.append((name, module))
-    path = f"{name}." if name else ""
-    for segment, child in module._modules.items():
-        if child is not None:
-            _append_places(child, name if segment in WRAPPERS else path + segment, places)
 
 
 def _each_once(places: Places) -> Places:

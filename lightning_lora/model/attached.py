@@ -167,7 +167,9 @@ def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Ite
             unmerge_if_merged(handle)
             put_in_(found, modules)
             _act_with_(handle, {**before, **strengths})
-            injection.strength_log.change(_differing(handle, {**noted, **strengths}))
+            own = {"": 1.0, **{each: attachment.strength for each, attachment in injection.attached.items()}}
+            inside = {**noted, **strengths}
+            injection.strength_log.change({each: s for each, s in inside.items() if s != own.get(each)})
 
         def scale_back() -> None:
             take_out_(found, modules)
@@ -193,12 +195,6 @@ def _inside(handle: AdaptedModel) -> dict[str, float]:
         found |= {"": layer.lora.strength} if layer.is_trained() else {}
         found |= layer.lora.attached.inside if layer.lora.attached is not None else {}
     return found
-
-
-def _differing(handle: AdaptedModel, inside: Strengths) -> dict[str, float]:
-    """Return those of the strengths that differ from the model's own, by name."""
-    own = {"": 1.0, **{name: each.strength for name, each in handle.injection.attached.items()}}
-    return {name: strength for name, strength in inside.items() if strength != own.get(name)}
 
 
 def _act_with_(handle: AdaptedModel, inside: Strengths) -> None:

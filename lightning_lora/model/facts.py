@@ -189,9 +189,9 @@ def lost_children(module: nn.Module) -> list[str]:
     facts = facts_of(module)
     if facts is None or not facts.adapted_children:
         return []
-    now = {name for name, child in module._modules.items() if child is not None and _holds_adapter(child)}
+    now = {
+        name
+        for name, child in module._modules.items()
+        if child is not None and any(isinstance(each, AdaptedModule) for each in child.modules())
+    }
     return sorted(facts.adapted_children - now) if len(now) < len(facts.adapted_children) else []
-
-
-def _holds_adapter(module: nn.Module) -> bool:
-    return any(isinstance(each, AdaptedModule) for each in module.modules())

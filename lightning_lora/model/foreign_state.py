@@ -71,7 +71,9 @@ def _written(listing: Listing) -> dict[str, Any]:
     for name, module in listing.places:  # a module comes before those in it
         cls = type(module)
         if cls not in plain:
-            plain[cls] = not any(_redefines(cls, method) for method in WRITERS)
+            classes = [each for each in cls.__mro__ if each is not AdaptedModule]  # of the class that was adapted
+            defining = [next(each for each in classes if method in vars(each)) for method in WRITERS]
+            plain[cls] = all(each is nn.Module for each in defining)
         if plain[cls] and not module._state_dict_hooks and "state_dict" not in vars(module):
             continue
         if (asked and is_inside(name, asked[-1])) or any(is_inside(each, name) for each in flat):
@@ -81,12 +83,6 @@ def _written(listing: Listing) -> dict[str, Any]:
             return module.state_dict()
         module.state_dict(destination=state, prefix=f"{name}.", keep_vars=False)  # as the module around it does
     return state
-
-
-def _redefines(cls: type, method: str) -> bool:
-    """Return whether a class, or the class that was adapted, has another method than nn.Module."""
-    classes = (each for each in cls.__mro__ if each is not AdaptedModule)
-    return next(each for each in classes if method in vars(each)) is not nn.Module
 
 
 def unchanged_state(handle: AdaptedModel) -> dict[str, Any]:
@@ -116,17 +112,14 @@ def with_foreign(live: LiveState, state: Mapping[str, Any], foreign: ForeignEntr
     """
     modules = [name for name, _ in live.handle.model.named_modules(remove_duplicate=False)]
     inner = {canonical(name): name for name in modules}  # of a wrapper and the module inside, the module
-    entries = {_name_here(name, inner): value for name, value in {**state, **foreign.values}.items()}
+    entries = {}
+    for given, value in {**state, **foreign.values}.items():
+        name = canonical(given)
+        owner = next((module for module in reversed(parent_names(name)) if module in inner), "")
+        full = inner[owner] + name[len(owner) :] if owner else name
+        entries[full.replace(f"{CHECKPOINTED}.", "")] = value  # checkpoint_wrapper adds its segment itself
     versions = {name: foreign.versions[canonical(name)] for name in modules if canonical(name) in foreign.versions}
     return with_metadata(entries, metadata_of(state) | versions)
-
-
-def _name_here(name: str, modules: Mapping[str, str]) -> str:
-    """Return the name that load_state_dict expects for a name of any form; `modules` has names by canonical name."""
-    name = canonical(name)
-    owner = next((module for module in reversed(parent_names(name)) if module in modules), "")
-    full = modules[owner] + name[len(owner) :] if owner else name
-    return full.replace(f"{CHECKPOINTED}.", "")  # checkpoint_wrapper adds its segment itself
 
 
 def load_foreign_(live: LiveState, foreign: ForeignEntries) -> None:

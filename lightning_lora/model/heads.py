@@ -1,6 +1,6 @@
 """Find the heads of models, and say which of them may start from random values.
 
-Models of transformers and timm tell. Of other models there are only the names and sizes of their layers.
+Models of transformers and timm tell. Of other models there are only the names of their layers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..config import tasks_with
+from ..config import TASK_HEADS
 from ..distributed.flat import own_weight
 from ..matching import matcher
 from ..names import join_names, names_factor, parent_names
@@ -23,7 +23,6 @@ from .pretrained import checkpoint_name, pretrained_models
 
 HEADS = ("head", "heads", "fc", "classifier")  # torchvision's names of heads
 LOADED = "_is_hf_initialized"  # of transformers 5: on each parameter that was in the checkpoint, or is tied to one
-FITS_NO_OTHER = "an adapter that is trained with it fits no other random values. Train it whole, with modules_to_save"
 
 
 def output_heads(modules: NamedModules) -> list[nn.Module]:
@@ -124,24 +123,22 @@ def warn_of_new_heads(modules: NamedModules, saved: Collection[str] = ()) -> Non
         architectures = getattr(model.config, "architectures", None) or ["of unknown class"]
         checkpoint = f"{checkpoint_name(model)!r} ({', '.join(architectures)})"
         if frozen:
-            task = next((f" or task_type={task!r}" for task in tasks_with(frozen)), "")
-            plain = _option_for(modules, saved, heads)
+            tasks = [task for task, added in TASK_HEADS.items() if all(map(matcher(added), frozen))]
+            task = f" or task_type={tasks[0]!r}" if tasks else ""
+            layers = [layer for head in heads.values() for layer in head.modules()]
+            under_its_adapter = " under its adapter" if any(map(adapters_in, layers)) else ""
+            quantized = [layer for layer in layers if quantized_parameters(layer) or was_never_quantized(layer)]
+            plain = option_that_leaves_plain(modules, to_train_whole(modules, saved), quantized[0]) if quantized else ""
             body = f"{getattr(model, 'base_model_prefix', '')}."
             what = "a part" if any(name.startswith(body) for name in frozen) else "the head"  # bert.pooler is no head
             warnings.warn(
                 f"lightning_lora: {what} of {type(model).__name__} ({', '.join(frozen)}) starts from random values, "
-                f"because {checkpoint} does not hold it, {_stays_frozen(heads)}={[*saved, *frozen]}"
-                + task
+                f"because {checkpoint} does not hold it, and stays frozen{under_its_adapter}: an adapter that is "
+                "trained with it fits no other random values. Train it whole, with "
+                f"modules_to_save={[*saved, *frozen]}{task}"
                 + (f", and leave it out of the quantization, with which it may not run: {plain}." if plain else "."),
                 stacklevel=2,
             )
-
-
-def _option_for(modules: NamedModules, saved: Collection[str], heads: Mapping[str, nn.Module]) -> str:
-    """Return the option that leaves heads out of the quantization, or "" where none of their layers is quantized."""
-    layers = (layer for head in heads.values() for layer in head.modules())
-    found = next((layer for layer in layers if quantized_parameters(layer) or was_never_quantized(layer)), None)
-    return "" if found is None else option_that_leaves_plain(modules, to_train_whole(modules, saved), found)
 
 
 def option_that_leaves_plain(modules: NamedModules, names: Sequence[str], layer: nn.Module) -> str:
@@ -159,19 +156,14 @@ def option_that_leaves_plain(modules: NamedModules, names: Sequence[str], layer:
     if is_of_lightning(layer):
         return f"BitsandbytesPrecision(..., ignore_modules={{{', '.join(map(repr, names))}}})"
     inside = [_in_pretrained(name, modules) for name in names]
-    inside = list(dict.fromkeys((*inside, *_left_out(modules))))
+    left_out: set[str] = set()  # by transformers: what the user named, or else what it chose itself
+    for model in pretrained_models(modules).values():
+        entries = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
+        left_out |= {*entries}.difference(name for name, _ in model.named_parameters())
+    inside = list(dict.fromkeys((*inside, *sorted(left_out))))
     if is_of_torchao(own_weight(layer)):
         return f"TorchAoConfig(..., modules_to_not_convert={inside}), or filter_fn of torchao's quantize_"
     return f"BitsAndBytesConfig(..., llm_int8_skip_modules={inside})"
-
-
-def _left_out(modules: NamedModules) -> list[str]:
-    """Return what transformers left out of the quantization: what the user named, or else what it chose itself."""
-    found: set[str] = set()
-    for model in pretrained_models(modules).values():
-        entries = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
-        found |= {*entries}.difference(name for name, _ in model.named_parameters())
-    return sorted(found)
 
 
 def _frozen(heads: Mapping[str, nn.Module]) -> list[str]:
@@ -181,12 +173,6 @@ def _frozen(heads: Mapping[str, nn.Module]) -> list[str]:
         for name, head in heads.items()
         if any(not p.requires_grad for leaf, p in head.named_parameters() if not names_factor(leaf))
     ]
-
-
-def _stays_frozen(heads: Mapping[str, nn.Module]) -> str:
-    """Return what follows for new heads of which not all is trained, up to the value of modules_to_save."""
-    adapted = any(adapters_in(layer) for head in heads.values() for layer in head.modules())
-    return f"and stays frozen{' under its adapter' if adapted else ''}: {FITS_NO_OTHER}"
 
 
 def describe_frozen_head(modules: NamedModules) -> str:

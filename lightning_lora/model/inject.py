@@ -420,50 +420,48 @@ def finish_injection(handle: AdaptedModel, selection: Selection) -> None:
 def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Selection:
     """Adapt the named layers that are not adapted yet, freeze new parameters, and return what the options name."""
     with claimed("adopt", handle.injection.owner):
-        return _adapt_new_layers(handle, values_follow)
-
-
-def _adapt_new_layers(handle: AdaptedModel, values_follow: bool) -> Selection:
-    root, injection = handle.root, handle.injection
-    scope = injection.chosen.scope.removesuffix(".") if injection.chosen else ""
-    begin_facts(handle.root_places, injection, scope=scope)
-    check_shapes(handle.root_modules)
-    selection = selected(handle.root_modules, injection)
-    live = {name: each for name, each in adapted_layers(root, modules=handle.root_modules).items() if each.is_trained()}
-    new = {name: module for name, module in selection.layers.items() if name not in live}
-    apart = {
-        name
-        for name, module in selection.apart.items()
-        if not any(each.is_trained() for each in adapters_in(module).values())
-    }
-    parameters = {name: place for name, place in selection.parameters.items() if name not in live}
-    modules = dict(handle.root_modules)
-    tables = {name: rows for name, rows in selection.tables.items() if not isinstance(modules[name], LoRATable)}
-    selection.refuse(modules, injection.config, {*new, *apart, *parameters, *tables})
-    check_trainable(handle.root_modules, selection.saved, injection.config)
-    if new or apart or parameters or tables:
-        with claimed("inject", injection.owner):  # refused inside of a block, where adopting what is there is not
-            pass
-    _freeze(handle, new, selection.saved)
-    if injection.attached:
-        undo_readers(module for _, module in handle.root_modules)
-    seed = injection.seed or random_seed()
-    with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
-        for name, module in new.items():
-            spec = _spec(name, injection, seed, selection.outputs.get(name, name))
-            _create_tensors(adapt_(module, name, spec, injection), values_follow)
-            advance(1)
-        for name, (module, leaf) in parameters.items():
-            spec = _spec(name, injection, seed, name)
-            _create_tensors(adapt_parameter_(module, leaf, name, spec, injection), values_follow)
-            advance(1)
-        for name, rows in tables.items():
-            _adapt_table(handle, name, modules[name], rows, values_follow)
-    handle.look_for_layers_again()
-    note_layers(handle)
-    handle.record_trainable(expected=True)
-    _record_resized(handle)
-    return selection
+        root, injection = handle.root, handle.injection
+        scope = injection.chosen.scope.removesuffix(".") if injection.chosen else ""
+        begin_facts(handle.root_places, injection, scope=scope)
+        check_shapes(handle.root_modules)
+        selection = selected(handle.root_modules, injection)
+        live = {
+            name: each for name, each in adapted_layers(root, modules=handle.root_modules).items() if each.is_trained()
+        }
+        new = {name: module for name, module in selection.layers.items() if name not in live}
+        apart = {
+            name
+            for name, module in selection.apart.items()
+            if not any(each.is_trained() for each in adapters_in(module).values())
+        }
+        parameters = {name: place for name, place in selection.parameters.items() if name not in live}
+        modules = dict(handle.root_modules)
+        tables = {name: rows for name, rows in selection.tables.items() if not isinstance(modules[name], LoRATable)}
+        selection.refuse(modules, injection.config, {*new, *apart, *parameters, *tables})
+        check_trainable(handle.root_modules, selection.saved, injection.config)
+        if new or apart or parameters or tables:
+            with claimed("inject", injection.owner):  # refused inside of a block, where adopting what is there is not
+                pass
+        _freeze(handle, new, selection.saved)
+        if injection.attached:
+            undo_readers(module for _, module in handle.root_modules)
+        seed = injection.seed or random_seed()
+        with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
+            for name, module in new.items():
+                spec = _spec(name, injection, seed, selection.outputs.get(name, name))
+                _create_tensors(adapt_(module, name, spec, injection), values_follow)
+                advance(1)
+            for name, (module, leaf) in parameters.items():
+                spec = _spec(name, injection, seed, name)
+                _create_tensors(adapt_parameter_(module, leaf, name, spec, injection), values_follow)
+                advance(1)
+            for name, rows in tables.items():
+                _adapt_table(handle, name, modules[name], rows, values_follow)
+        handle.look_for_layers_again()
+        note_layers(handle)
+        handle.record_trainable(expected=True)
+        _record_resized(handle)
+        return selection
 
 
 def strip_adapters(handle: AdaptedModel) -> None:
@@ -591,13 +589,8 @@ def _spec(name: str, injection: Injection, seed: str, in_patterns: str) -> Layer
         init=config.init_lora_weights,
         variant=variant_of(config),
         options=config.all_variant_options(),
-        seed=_number(seed + name),
+        seed=int.from_bytes(hashlib.sha256((seed + name).encode()).digest()[:8], "big") >> 1,
     )
-
-
-def _number(text: str) -> int:
-    """Return a generator's seed made from a text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _adapt_table(

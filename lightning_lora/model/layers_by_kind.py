@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -40,11 +40,14 @@ def layers_by_kind(
     """
     more = config.target_modules == ALL_LAYERS
     heads, tied = {id(head) for head in output_heads(listed_modules)}, tied_weights(listed_modules)
-    in_mamba = _mamba_prefixes(listed_modules)
+    configs = {name: getattr(module, "config", None) for name, module in pretrained_models(listed_modules).items()}
+    mamba = [name for name, of_model in configs.items() if getattr(of_model, "model_type", None) in MAMBA]
+    in_mamba = tuple(f"{name}.".lstrip(".") for name in mamba)
     has_conv1d = any(is_conv1d(module) for _, module in listed_modules)
     modules, chosen, left_out = dict(listed_modules), dict[str, nn.Module](), dict[str, str]()
     for name, module in modules.items():
-        if not name or not (_is_linear(module) or (more and isinstance(module, MORE_MODULES))):
+        is_linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        if not name or not (is_linear or (more and isinstance(module, MORE_MODULES))):
             continue
         parent, _, last = name.rpartition(".")
         owner = modules.get(parent) if parent else None
@@ -65,7 +68,8 @@ def layers_by_kind(
         else:
             chosen[name] = module
     foreign = _foreign_layers(modules, config, heads)
-    targets = short_targets(modules, foreign)
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in foreign))
+    targets = ends if sum(map(matcher(ends), modules)) == len(foreign) else foreign
     return chosen, left_out | dict.fromkeys(foreign, f"{BY_NAME}, target_modules={targets}")
 
 
@@ -81,22 +85,6 @@ def _foreign_layers(modules: Mapping[str, nn.Module], config: LoRAConfig, heads:
         and not any(map(saved, (name, *parent_names(name))))
         and not excluded(name)
     ]
-
-
-def short_targets(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
-    """Return target_modules that name exactly these modules: last segments, or else whole names."""
-    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    return ends if sum(map(matcher(ends), modules)) == len(names) else list(names)
-
-
-def _mamba_prefixes(modules: NamedModules) -> tuple[str, ...]:
-    """Return the name of each transformers model with Mamba layers, ending in a dot."""
-    configs = {name: getattr(module, "config", None) for name, module in pretrained_models(modules).items()}
-    return tuple(f"{name}.".lstrip(".") for name in configs if getattr(configs[name], "model_type", None) in MAMBA)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _why_left_out(module: nn.Module, owner: nn.Module | None, config: LoRAConfig, *, has_conv1d: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
@@ -26,10 +26,6 @@ def mark_merged(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[s
     modules = {"", *metadata, *(name.rpartition(".")[0] for name in state)}
     entries = {name: {key: v for key, v in metadata.get(name, {}).items() if key != LACKING} for name in modules}
     return with_metadata(state, {name: {**entry, MERGED: True} for name, entry in entries.items()})
-
-
-def _attached_in(module: nn.Module) -> set[str]:
-    return {name for layer in adapted_layers(module).values() for name in layer.attached()}
 
 
 def check_loads(places: NamedModules) -> None:
@@ -75,8 +71,13 @@ def _check_load(
     Raises:
         LoRAError: the state dict says that adapters were attached which are not here.
     """
-    if missing_here := sorted(set(metadata.get(LACKING, ())) - _attached_in(module)):
-        _refuse_without(missing_here)
+    attached = {name for layer in adapted_layers(module).values() for name in layer.attached()}
+    if names := sorted(set(metadata.get(LACKING, ())) - attached):
+        raise LoRAError(
+            f"load_state_dict: the state dict is of a model with attached adapters, which no state dict holds, and "
+            f"{listed(list(map(repr, names)))} {'is' if len(names) == 1 else 'are'} not attached here. Call "
+            f"attach(model, source, name={names[0]!r}) first; dict(state_dict) does not say it, and is loaded without."
+        )
     if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return
     listing = Listing(module)
@@ -87,20 +88,7 @@ def _check_load(
     if loaded:
         missing += [prefix + name for adapter, name in factors if adapter not in loaded]
     elif listing.layers:  # else it may be a trained head: nothing tells that from a base
-        _record_base(listing, given)
-
-
-def _refuse_without(names: list[str]) -> NoReturn:
-    raise LoRAError(
-        f"load_state_dict: the state dict is of a model with attached adapters, which no state dict holds, and "
-        f"{listed(list(map(repr, names)))} {'is' if len(names) == 1 else 'are'} not attached here. Call attach(model, "
-        f"source, name={names[0]!r}) first; dict(state_dict) does not say it, and is loaded without."
-    )
-
-
-def _record_base(listing: Listing, given: Mapping[str, Any]) -> None:
-    """Record the values of a complete base that is loaded as those from before training."""
-    base = [name for name, _, module in listing.state() if not is_factor(name, module)]
-    handle = find_model(listing, part=True)
-    if handle is not None and given.keys() >= set(base):
-        record_loaded(handle, {name: given[name] for name in base})
+        base = [name for name, _, owner in listing.state() if not is_factor(name, owner)]
+        handle = find_model(listing, part=True)
+        if handle is not None and given.keys() >= set(base):
+            record_loaded(handle, {name: given[name] for name in base})

@@ -91,7 +91,12 @@ def merge_listed(listing: Listing, *, warns: bool = True) -> None:
     refuse_replaced_layers(listing, "merge")
     _require_layers(listing, "merge")
     with claimed_with(listing.all_layers.values(), "merge"):
-        pending = {name: each for name, each in listing.all_layers.items() if _is_pending(each)}
+        pending = {
+            name: layer
+            for name, layer in listing.all_layers.items()
+            # A merge that was broken off is undone and done again.
+            if (layer.lora_active and not layer.lora.merged) or layer.lora.unfinished
+        }
         if pending:
             for injection in injections_of(listing.all_layers.values()):
                 injection.marks.add("merged")  # first, because an exception may break off what follows
@@ -101,16 +106,11 @@ def merge_listed(listing: Listing, *, warns: bool = True) -> None:
                 _merge_pending(listing, pending, UNROUNDED if warns else "")
 
 
-def _is_pending(layer: AdaptedWeights) -> bool:
-    """Return whether merge has work to do on a layer. A merge that was broken off is undone and done again."""
-    return (layer.lora_active and not layer.lora.merged) or layer.lora.unfinished
-
-
 def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], remedy: str) -> None:
     """Merge the pending layers of a model, all of them or none. In place. `remedy` is that of tell_rounding."""
     weights = {layer: layer.own_weight() for layer in listing.all_layers.values()}
-    sizes = [_local_nbytes(weight) for layer, weight in weights.items() if not layer.why_not_merge()]
-    copy = sum(sizes) <= COPY_BUDGET
+    written = [weight for layer, weight in weights.items() if not layer.why_not_merge()]
+    copy = sum((local(weight) if is_spread(weight) else weight).nbytes for weight in written) <= COPY_BUDGET
     # torch.no_grad once for all layers, because entering it takes longer than merging a small layer
     with torch.no_grad(), transaction() as undo:
         undo.callback(_restore_all, listing)
@@ -250,20 +250,17 @@ class FoundState:
         roots = (injection.root() for injection in by_mode if injection.root is not None)
         self.modes = {root: root.training for root in roots if root is not None}  # of roots injected with merge_weights
 
-    def is_to_be_merged(self) -> bool:
-        """Return whether the model was merged; after a change of mode with merge_weights, what the mode says."""
-        changed = [root.training for root, training in self.modes.items() if root.training != training]
-        return not changed[0] if changed else self.merged
-
     def bring_back(self, listing: Listing | None = None) -> None:
-        """Merge or unmerge the model as it was found. In place.
+        """Merge or unmerge the model as it was found; with merge_weights, after a change of mode, as it says. In place.
 
         Args:
             listing: of the model; made anew where it is left out, because the block may have replaced layers.
         """
         listing = listing or Listing(self.model)
-        if listing.all_layers and holds_merged(listing.all_layers.values()) != self.is_to_be_merged():
-            (merge_listed if self.is_to_be_merged() else unmerge_listed)(listing)
+        changed = [root.training for root, training in self.modes.items() if root.training != training]
+        is_to_be_merged = not changed[0] if changed else self.merged
+        if listing.all_layers and holds_merged(listing.all_layers.values()) != is_to_be_merged:
+            (merge_listed if is_to_be_merged else unmerge_listed)(listing)
 
 
 @contextmanager
@@ -302,10 +299,6 @@ def _require_layers(listing: Listing, verb: str) -> None:
         raise LoRAError(f"{verb}: {kind} has no adapted layer; call inject(model, LoRAConfig(...)).")
 
 
-def _local_nbytes(weight: torch.Tensor) -> int:
-    return local(weight).nbytes if is_spread(weight) else weight.nbytes
-
-
 def _merge_layer(
     layer: AdaptedWeights, weight: torch.Tensor, blocks: Blocks, copy: bool, cost: list[float] | None, buffers: Buffers
 ) -> None:
@@ -320,24 +313,21 @@ def _merge_layer(
 
 def _restore_all(listing: Listing) -> None:
     """Unmerge every layer. Another call completes the work where an exception broke it off. In place."""
+    failures: list[str] = []
+    buffers = Buffers()
     try:
-        _unmerge_all(listing.all_layers)
+        with progress_bar("unmerging", len(listing.all_layers)) as advance:
+            for name, layer in listing.all_layers.items():
+                try:
+                    if layer.lora.merged or layer.lora.unfinished:
+                        layer.unmerge_(buffers)
+                except LoRAError as error:  # the others are restored
+                    failures.append(f"unmerge: layer {name!r}: {error}.")
+                advance(1)
+        if failures:
+            raise LoRAError("\n".join(failures))
         for injection in injections_of(listing.all_layers.values()):
             if len(listing.all_layers) >= len(injection.layers):  # else a part was unmerged
                 injection.marks.discard("merged")
     finally:
         update_fast_paths(module for _, module in listing.modules)
-
-
-def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
-    failures, buffers = [], Buffers()
-    with progress_bar("unmerging", len(layers)) as advance:
-        for name, layer in layers.items():
-            try:
-                if layer.lora.merged or layer.lora.unfinished:
-                    layer.unmerge_(buffers)
-            except LoRAError as error:
-                failures.append(f"unmerge: layer {name!r}: {error}.")
-            advance(1)
-    if failures:
-        raise LoRAError("\n".join(failures))

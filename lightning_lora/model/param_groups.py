@@ -62,7 +62,9 @@ def lora_param_groups(
         {'lora_A': 0.0001, 'lora_B': 0.0016}
     """
     lr, lr_ratio, weight_decay, lr_embedding = map(plain_number, (lr, lr_ratio, weight_decay, lr_embedding))
-    _check_not_negative(lr=lr, weight_decay=weight_decay, lr_embedding=lr_embedding)
+    for argument, value in {"lr": lr, "weight_decay": weight_decay, "lr_embedding": lr_embedding}.items():
+        if not is_number(value) or value < 0:
+            raise LoRAError(f"lora_param_groups: {argument} must be a number from 0, but it is {value!r}.")
     if not is_number(lr_ratio) or lr_ratio <= 0:
         raise LoRAError(f"lora_param_groups: lr_ratio must be a number above 0, but it is {lr_ratio!r}.")
     groups = _grouped_parameters(open_model(model, "lora_param_groups"))
@@ -73,32 +75,21 @@ def lora_param_groups(
     ]
 
 
-def _check_not_negative(**numbers: float) -> None:
-    """Raise LoRAError for the first argument that is no finite number of at least 0."""
-    for name, value in numbers.items():
-        if not is_number(value) or value < 0:
-            raise LoRAError(f"lora_param_groups: {name} must be a number from 0, but it is {value!r}.")
-
-
 def _grouped_parameters(handle: AdaptedModel) -> dict[str, list[nn.Parameter]]:
     """Return the trainable parameters of an adapted model by the groups of lora_param_groups, without empty ones."""
     factors = _groups_of_factors(handle.layers.values())
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     with claimed("lora_param_groups", handle.injection.owner):  # inside disable_adapter stand-ins are in place
-        for parameter, name in _parameters(handle).items():
+        named: dict[nn.Parameter, str] = {}  # each once, with its name in the first module that holds it
+        for _, module in handle.modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    named.setdefault(parameter, name)
+        for parameter, name in named.items():
             if parameter.requires_grad:
-                groups[factors.get(parameter) or _group_of_other(name, parameter)].append(parameter)
+                of_base = NO_DECAY if len(shape_of(parameter)) < 2 or "bias" in name else OTHER
+                groups[factors.get(parameter, of_base)].append(parameter)
     return {name: parameters for name, parameters in groups.items() if parameters}
-
-
-def _parameters(handle: AdaptedModel) -> dict[nn.Parameter, str]:
-    """Return each parameter of a model once, with its name in the first module that holds it."""
-    found: dict[nn.Parameter, str] = {}
-    for _, module in handle.modules:
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(parameter, name)
-    return found
 
 
 def _groups_of_factors(layers: Iterable[AdaptedWeights]) -> dict[nn.Parameter, str]:
@@ -116,8 +107,3 @@ def _groups_of_factors(layers: Iterable[AdaptedWeights]) -> dict[nn.Parameter, s
             else:
                 groups[parameter] = NO_DECAY if len(shape_of(parameter)) < 2 or leaf == rows_leaf() else OTHER
     return groups
-
-
-def _group_of_other(name: str, parameter: nn.Parameter) -> str:
-    """Return the group of a trainable parameter of the base."""
-    return NO_DECAY if len(shape_of(parameter)) < 2 or "bias" in name else OTHER

@@ -74,7 +74,16 @@ def resized_embeddings(modules: NamedModules) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for pretrained in pretrained_models(modules).values():
         config: Any = getattr(pretrained, "config", None)
-        if checkpoint_name(pretrained) and _vocabulary(config) not in (None, _vocabulary(_config_on_disk(pretrained))):
+        rows = getattr(config, "vocab_size", None)
+        name = checkpoint_name(pretrained)
+        if not name or rows is None:
+            continue
+        revision = getattr(config, "_commit_hash", None)
+        try:
+            on_disk: Any = type(config).from_pretrained(name, revision=revision, local_files_only=True)
+        except (OSError, ValueError):  # the checkpoint is not on this disk
+            continue
+        if rows != getattr(on_disk, "vocab_size", None):
             found += embeddings(pretrained)
     return found
 
@@ -114,19 +123,6 @@ def embeddings(pretrained: nn.Module) -> list[nn.Parameter]:
     return [layer.weight for layer in layers if isinstance(getattr(layer, "weight", None), nn.Parameter)]
 
 
-def _config_on_disk(pretrained: nn.Module) -> Any:
-    config: Any = pretrained.config
-    revision = getattr(config, "_commit_hash", None)
-    try:
-        return type(config).from_pretrained(checkpoint_name(pretrained), revision=revision, local_files_only=True)
-    except (OSError, ValueError):  # the checkpoint is not on this disk
-        return config
-
-
-def _vocabulary(config: Any) -> int | None:
-    return getattr(config, "vocab_size", None)
-
-
 def warn_before_save_pretrained(modules: Collection[nn.Module]) -> None:
     """Let save_pretrained of transformers models with adapted layers warn that it writes no adapter. In place."""
     for module in _adapted_models(modules):
@@ -148,15 +144,19 @@ def forget_quantization(modules: Iterable[nn.Module]) -> None:
 
 
 def plain_conversions(pretrained: nn.Module) -> list[Any] | None:
-    """Return a transformers 5 model's conversions at loading without those for quantization."""
+    """Return a transformers 5 model's conversions at loading without those that read quantized weights.
+
+    An operation of those is defined in transformers.integrations.
+    """
     conversions = vars(pretrained)[CONVERSIONS]
-    return conversions and [each for each in conversions if not _dequantizes(each)]
-
-
-def _dequantizes(conversion: Any) -> bool:
-    """Return whether a conversion reads quantized weights: its operation is defined in transformers.integrations."""
-    operations = getattr(conversion, "operations", None) or ()
-    return any(type(operation).__module__.startswith("transformers.integrations") for operation in operations)
+    return conversions and [
+        conversion
+        for conversion in conversions
+        if not any(
+            type(operation).__module__.startswith("transformers.integrations")
+            for operation in getattr(conversion, "operations", None) or ()
+        )
+    ]
 
 
 def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from ..config import LoRAConfig
@@ -63,8 +62,16 @@ def quantize_base(
     config = LoRAConfig(exclude_modules=exclude_modules, modules_to_save=modules_to_save)
     check_kind_of_quantization(kind, "quantize_base")
     listing = Listing(unwrapped(model, "quantize_base"))
-    _refuse_late(listing)
-    _refuse_unmatched(listing, config)
+    for name, module in listing.modules:
+        if isinstance(module, Swapped):
+            raise LoRAError(
+                f"quantize_base: {name!r} is adapted already; call quantize_base before inject, or unload(model) first."
+            )
+    selection = _selection(listing, config)
+    warn_of_unused(selection, stacklevel=2)
+    mistakes = [mistake for mistake in selection.unmatched.errors if not mistake.startswith("target_modules")]
+    if mistakes:
+        raise LoRAError(f"quantize_base: {mistakes[0]}.")
     names = quantize_(listing, kind, config)
     if not names:
         raise LoRAError(
@@ -88,7 +95,14 @@ def quantize_(listing: Listing, kind: str, config: LoRAConfig) -> list[str]:
         LoRAError: torchao is missing, or a weight cannot be quantized.
     """
     nf4_tensor_class()
-    chosen = {name: layer for name, layer in _layers(listing, config).items() if type(layer) is nn.Linear}
+    modules = dict(listing.modules)
+    chosen = {
+        name: cast(nn.Linear, module)
+        for name, module in _selection(listing, config).layers.items()
+        if type(module) is nn.Linear
+        and not quantized_parameters(module)
+        and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
+    }
     layers = {name: layer for name, layer in chosen.items() if can_be_nf4(layer.weight)}
     _quantize_each_(layers)
     if left_out := [name for name in chosen if name not in layers]:
@@ -115,8 +129,15 @@ def quantize_named_(listing: Listing, names: Collection[str]) -> None:
 
 
 def _quantize_each_(layers: Mapping[str, nn.Linear]) -> None:
-    for name, layer in layers.items():
-        _refuse_weight(f"{name}.weight", layer.weight)
+    for name, layer in layers.items():  # all before the first is changed
+        weight = f"{name}.weight"
+        if is_sharded(layer.weight):
+            raise LoRAError(f"quantize_base: {weight!r} is sharded already; quantize the model before fully_shard.")
+        if layer.weight.is_meta:
+            raise LoRAError(
+                f"quantize_base: {weight!r} has no values yet (it is on the meta device); load the base's weights "
+                "first."
+            )
     for name, layer in layers.items():
         quantize_linear_(layer, name)
 
@@ -136,43 +157,3 @@ def _selection(listing: Listing, config: LoRAConfig) -> Selection:
         "trainable_token_indices": config.trainable_token_indices,
     }
     return select(listing.modules, replace(LoRAConfig(target_modules=ALL_LINEAR), **only))
-
-
-def _layers(listing: Listing, config: LoRAConfig) -> dict[str, nn.Linear]:
-    """Return the plain linear layers that "all-linear" and the options name, adapted or not."""
-    modules = dict(listing.modules)
-    return {
-        name: cast(nn.Linear, module)
-        for name, module in _selection(listing, config).layers.items()
-        if (module.lora_base if isinstance(module, Swapped) else type(module)) is nn.Linear
-        and not quantized_parameters(module)
-        and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
-    }
-
-
-def _refuse_unmatched(listing: Listing, config: LoRAConfig) -> None:
-    """Raise LoRAError where no entry of an option names anything, and warn where some name nothing."""
-    selection = _selection(listing, config)
-    warn_of_unused(selection, stacklevel=3)
-    mistakes = [said for said in selection.unmatched.errors if not said.startswith("target_modules")]
-    if mistakes:
-        raise LoRAError(f"quantize_base: {mistakes[0]}.")
-
-
-def _refuse_late(listing: Listing) -> None:
-    """Raise LoRAError for a model that is adapted already."""
-    for name, module in listing.modules:
-        if isinstance(module, Swapped):
-            raise LoRAError(
-                f"quantize_base: {name!r} is adapted already; call quantize_base before inject, or unload(model) first."
-            )
-
-
-def _refuse_weight(name: str, weight: torch.Tensor) -> None:
-    """Raise LoRAError for a weight that is sharded already or has no values yet."""
-    if is_sharded(weight):
-        raise LoRAError(f"quantize_base: {name!r} is sharded already; quantize the model before fully_shard.")
-    if weight.is_meta:
-        raise LoRAError(
-            f"quantize_base: {name!r} has no values yet (it is on the meta device); load the base's weights first."
-        )

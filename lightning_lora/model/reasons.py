@@ -126,11 +126,6 @@ def _why_not_in_parts(c: Candidate) -> str:
     return f"enable_lora has {len(parts)} parts, which do not divide its {outputs} outputs"
 
 
-def _holds_untrainable_bias(module: nn.Module) -> bool:
-    bias = getattr(module, "bias", None)
-    return isinstance(bias, torch.Tensor) and not isinstance(bias, nn.Parameter)
-
-
 def _why_not_with_variant(c: Candidate) -> str:
     """Return why the variant cannot adapt a layer, or ""."""
     variant = variant_of(c.config)
@@ -215,7 +210,12 @@ REASONS: tuple[Reason, ...] = (  # which candidates it concerns, a test, and wor
     ),
     (
         (LAYER,),
-        lambda c: c.is_foreign and c.config.bias != "none" and _holds_untrainable_bias(c.module),
+        lambda c: (
+            c.is_foreign
+            and c.config.bias != "none"
+            and isinstance(bias := getattr(c.module, "bias", None), torch.Tensor)
+            and not isinstance(bias, nn.Parameter)
+        ),
         "the bias of the {c.kind} is no parameter, so that bias={c.config.bias!r} cannot train it; set bias='none'",
     ),
     (
