@@ -393,9 +393,9 @@ def _find(listing: Listing, part: bool) -> AdaptedModel | None:
         outer = AdaptedModel(root, root, injection)
         if not part and set(outer.all_layers.values()) - set(layers.values()):
             return None
-        names = [name for name, module in outer.places if module is model]
-        if names:
-            handle = AdaptedModel(model, root, injection, inside=f"{names[0]}." if names[0] else "")
+        inside = [name for name, module in outer.places if module is model]
+        if inside:
+            handle = AdaptedModel(model, root, injection, inside=f"{inside[0]}." if inside[0] else "")
             handle.root_places = outer.places
             return with_lists(handle, listing)
     return with_lists(AdaptedModel(model, model, injection), listing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -97,7 +97,7 @@ def quantize_(listing: Listing, kind: str, config: LoRAConfig) -> list[str]:
     nf4_tensor_class()
     modules = dict(listing.modules)
     chosen = {
-        name: cast(nn.Linear, module)
+        name: module
         for name, module in _selection(listing, config).layers.items()
         if type(module) is nn.Linear
         and not quantized_parameters(module)

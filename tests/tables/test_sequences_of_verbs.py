@@ -93,6 +93,32 @@ class Verbs(RuleBasedStateMachine):
     def copy(self, through_pickle: bool) -> None:
         self.model = pickle.loads(pickle.dumps(self.model)) if through_pickle else copy.deepcopy(self.model)
 
+    @rule()
+    def swap_two_layers(self) -> None:
+        for net in (self.model, self.base):
+            net.body[0], net.body[3] = net.body[3], net.body[0]
+        for _, found in self.beside.values():
+            found["body.0"], found["body.3"] = found["body.3"], found["body.0"]
+
+    @rule(layer=st.sampled_from(ZOO_LAYERS), verb=st.sampled_from(["merge", "unmerge", "deepcopy", "pickle", "train"]))
+    def wrap_a_layer_and_unwrap_it(self, layer: str, verb: str) -> None:
+        path, _, leaf = layer.rpartition(".")
+        output = self.model(tokens())
+        setattr(self.model.get_submodule(path), leaf, nn.Sequential(self.model.get_submodule(layer)))
+        if verb in ("deepcopy", "pickle"):
+            self.copy(through_pickle=verb == "pickle")
+        elif verb == "train":
+            self.train(steps=1)
+        else:
+            getattr(self, verb)()
+        if verb == "train":
+            output = self.model(tokens())
+        with merged(self.model):
+            torch.testing.assert_close(self.model(tokens()), output, rtol=1e-4, atol=1e-5)
+        with disable_adapter(self.model):
+            assert torch.equal(self.model(tokens()), self.base(tokens()))
+        setattr(self.model.get_submodule(path), leaf, self.model.get_submodule(layer)[0])
+
     @rule(seed=st.integers(10, 19), assign=st.booleans())
     def load_a_base(self, seed: int, assign: bool) -> None:
         torch.manual_seed(seed)
