@@ -61,8 +61,8 @@ class Adapter:
         tied: the name of the first table of each tied table, which has the same rows. A tied table may lack its rows.
         tied_by_peft: PEFT makes all these ties by itself, because transformers does.
         peft_version: of the PEFT that trained the adapter, "" where it is not known, and None of this package's own.
-            What some tensors of PEFT's mean depends on it and on the model; see peft_stacks.py, peft_attention.py,
-            peft_parameters.py and peft_rows.py.
+            What some tensors of PEFT's mean depends on it and on the model; see peft_parameters.py,
+            peft_equivalents.py and peft_rows.py.
         network: the prefix of the network's names inside the LightningModule that was saved.
         pretrained: the prefix of the transformers model in a LightningModule, where something outside of that model was
             trained too, such as a head, so far as known. Else "".

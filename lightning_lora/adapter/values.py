@@ -1,15 +1,17 @@
-"""What a value under a tensor's name is: whether it can be computed with, and how messages describe it."""
+"""What a value under a tensor's name is: whether it can be computed with, how messages describe it, and its equals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, TypeGuard
 
 import torch
 
 from ..errors import LoRAError
 from ..nn.low_rank import MERGEABLE_DTYPES
+
+SAMPLES = 8  # values by which tensors are told apart before they are compared whole
 
 
 def is_strided(value: object) -> TypeGuard[torch.Tensor]:
@@ -49,3 +51,24 @@ def _is_finite(value: torch.Tensor) -> bool:
     wide = torch.promote_types(numbers.dtype, torch.float32)
     # One pass: a sum with NaN or Inf in it is not finite. Finite values whose sum is beyond the range are rare.
     return math.isfinite(numbers.sum(dtype=wide).item()) or bool(torch.isfinite(numbers).all())
+
+
+def equal_tables(tensors: Mapping[str, Any]) -> list[set[str]]:
+    """Group the names of tensors with equal bits, of two dimensions or more. Tensors without an equal are left out."""
+    alike: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.numel() and not tensor.is_meta:
+            values = tensor.detach().reshape(-1)[:: max(tensor.numel() // SAMPLES, 1)].tolist()
+            alike.setdefault((tensor.dtype, tensor.shape, *values), []).append(name)
+    groups = []
+    for names in alike.values():
+        while len(names) > 1:
+            group = {other for other in names if torch.equal(tensors[names[0]], tensors[other])} | {names[0]}
+            groups.append(group)
+            names = [name for name in names if name not in group]
+    return [group for group in groups if len(group) > 1]
+
+
+def ties_of(names: Set[str], tensors: Mapping[str, Any]) -> set[str]:
+    """Return the names of other tables that equal one of `names`: the other ends of ties."""
+    return {name for group in equal_tables(tensors) if group & names for name in group - names}

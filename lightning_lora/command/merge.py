@@ -14,7 +14,7 @@ from ..adapter.adapter import Adapter, strengths_text
 from ..adapter.base_files import compare_with_files
 from ..adapter.fingerprint import entries_match
 from ..adapter.renaming import align_to_modules
-from ..adapter.values import check_finite
+from ..adapter.values import check_finite, equal_tables
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..exchange.pretrained_folder import refuse_adapter_beside
@@ -24,8 +24,7 @@ from ..files.inert_pickle import find_placeholder
 from ..files.model_folder import weight_files
 from ..files.paths import PathLike
 from ..files.weights import Weights, open_weights
-from ..formats.equal_tables import equal_tables
-from ..formats.peft_attention import refuse_conv1d_of_model
+from ..formats.peft_equivalents import refuse_conv1d_of_model
 from ..formats.peft_rows import NO_BIAS
 from ..formats.sources import adapter_with_options
 from ..matching import matcher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -10,9 +10,8 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import fingerprint_entries
 from ..adapter.metadata import without
-from ..formats.peft_attention import refuse_conv1d_of_model
-from ..formats.peft_stacks import stacks_as_in_model
-from ..formats.pretrained_names import align_to_networks
+from ..formats.peft_equivalents import refuse_conv1d_of_model
+from ..formats.peft_parameters import Order, stacks_as_in_model, usual_order
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.foreign_state import foreign_entries, without_base
 from ..model.live_state import LiveState, original_value
@@ -26,7 +25,20 @@ from ..nn.parameter import weights_of
 from ..nn.variant import rows_leaf
 from ..notices import tell
 from .first_names import Names
+from .pretrained_names import align_to_networks
 from .resized_tables import has_new_rows
+
+
+def order_in(model: nn.Module) -> Order:
+    """Return the order in which the modules of a model register parameters."""
+
+    def order(parameters: Collection[str]) -> Sequence[str] | None:
+        for module in model.modules():
+            if module._parameters.keys() >= set(parameters):
+                return [name for name in module._parameters if name in parameters]
+        return usual_order(parameters)
+
+    return order
 
 
 def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:

@@ -15,7 +15,6 @@ from ..adapter.identity import digest_of
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError
 from ..files.paths import PathLike
-from ..formats.peft_parameters import order_in
 from ..formats.sources import read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.attached import (
@@ -34,7 +33,7 @@ from ..nn.attachment import Attachment
 from ..nn.low_rank import factor_shapes, to_block_diagonal
 from ..nn.owner import claimed
 from ..nn.variant import LayerInfo
-from .align import align_names, as_in_model, split_off_base
+from .align import align_names, as_in_model, order_in, split_off_base
 from .first_names import Names, by_first_names
 from .take import check_fingerprint
 from .trained_with import attached_in, refuse_lacking, refuse_missing

@@ -37,7 +37,7 @@ from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..formats.peft_folder import write_folder
 from ..formats.peft_options import with_ranks_in_words
-from ..formats.peft_stacks import TODAYS, refuse_without_model
+from ..formats.peft_parameters import TODAYS, refuse_without_model
 from ..formats.sources import adapter_with_options
 from ..names import PREFIX, A, B, listed, names_factor
 from ..nn.attachment import Attachment

@@ -15,12 +15,10 @@ from ..distributed.rank_sync import RankSync, writes_files
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
-from ..formats.build_module import build_module, lines_by_hand
 from ..formats.forms import refuse_peft_folder
 from ..formats.lightning_checkpoint import Kind, adapter_of
 from ..formats.peft_folder import write_folder
-from ..formats.peft_parameters import order_in
-from ..formats.peft_saved_modules import frozen_in_saved
+from ..formats.peft_options import frozen_in_saved
 from ..formats.plain import served_form
 from ..formats.sources import apart_from_models, read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
@@ -29,7 +27,9 @@ from ..model.inject import inject_layers
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
 from ..nn.attachment import Attachment
 from ..nn.owner import claimed
+from .align import order_in
 from .apply import apply_adapter, injection_of, quantize_as_trained_
+from .build_module import build_module, lines_by_hand
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, attached_adapter, frozen_values

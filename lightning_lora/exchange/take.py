@@ -23,7 +23,7 @@ from ..adapter.fingerprint import (
 from ..adapter.metadata import without
 from ..config import LoRAConfig
 from ..distributed.sharding import copies_of, gather_all
-from ..formats.peft_saved_modules import from_peft_entries
+from ..formats.peft_options import from_peft_entries
 from ..matching import NameEnd, naming_some
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.facts import Why

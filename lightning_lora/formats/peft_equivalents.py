@@ -1,11 +1,19 @@
 """Adapters that PEFT has in another form: the equal adapter that PEFT applies, and the way back.
 
+A variant converts its own tensors (to_peft_form, from_peft_form).
+
 enable_lora: n adapted parts with factors (r, in) and (out / len, r) equal one adapter of rank n * r. A is the same. B
 is block diagonal, with zero rows for the parts that are left alone. The scaling stays, so lora_alpha grows.
 
 Attention: PEFT adapts it whole. Where out_proj alone is adapted, in_proj gets factors that are all zero. They stay zero
 when PEFT trains on. peft adds the change of out_proj twice, in forward and in merge (measured on 0.21.2; a fix is
 proposed in huggingface/peft#3774). So B is halved on the way out and doubled on the way in, which is exact.
+
+Attention beside transformers' Conv1D has no equal. PEFT has one flag fan_in_fan_out for a folder. In the order of the
+model's modules it sets the flag to false at each nn.Linear that it adapts and to true at each Conv1D. At
+nn.MultiheadAttention it leaves the flag as it is. So out_proj after a Conv1D gets the transpose of s * B @ A (measured
+on 0.21.2). target_parameters come last, and PEFT refuses them where the flag is true. No file has the order of the
+modules, so such adapters are refused.
 """
 
 from __future__ import annotations
@@ -19,12 +27,52 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.values import holds_numbers, is_strided
+from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import A, B
-from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, from_block_diagonal, to_block_diagonal
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV1D, from_block_diagonal, to_block_diagonal
+from ..nn.variant import Variant
 
 OUT_PROJ_COUNTS = 2  # times
 LAST_KNOWN_PEFT = (0, 21)
+TURNS = "PEFT transposes the change of out_proj after such a layer, and no file has the order of the layers"
+
+
+def to_peft_form(adapter: Adapter) -> Adapter:
+    """Return the adapter with tensors and options as PEFT has them for its variant, under our names."""
+    if type(adapter.variant).to_peft is Variant.to_peft:
+        return replace(adapter, config=config_in_peft(adapter))
+    tensors = dict(adapter.tensors)
+    for layer in adapter.layers:
+        stored = {leaf: value.detach() for leaf, value in adapter.stored(layer).items()}
+        changed = adapter.variant.to_peft(stored, adapter.layer_info(layer))
+        for leaf in stored.keys() - changed.keys():
+            del tensors[adapter.factor_name(layer, leaf)]
+        tensors |= {adapter.factor_name(layer, leaf): value for leaf, value in changed.items()}
+    return replace(adapter, tensors=tensors, config=config_in_peft(adapter)).with_layers()
+
+
+def from_peft_form(adapter: Adapter) -> Adapter:
+    """Undo to_peft_form, for an adapter whose options are ours.
+
+    Raises:
+        LoRAError: the tensors of a layer do not have that form.
+    """
+    if type(adapter.variant).from_peft is Variant.from_peft:
+        return adapter
+    tensors = dict(adapter.tensors)
+    for layer in adapter.layers:
+        found = adapter.stored(layer)
+        if not found.keys() >= set(adapter.variant.trained):
+            continue  # the check of factors refuses it
+        changed = adapter.variant.from_peft(found, adapter.layer_info(layer))
+        tensors |= {adapter.factor_name(layer, leaf): value for leaf, value in changed.items()}
+    return replace(adapter, tensors=tensors).with_layers()
+
+
+def config_in_peft(adapter: Adapter) -> LoRAConfig | None:
+    """Return the options that an adapter has in PEFT's form."""
+    return None if adapter.config is None else adapter.variant.config_in_peft(adapter.config)
 
 
 def without_enable_lora(adapter: Adapter) -> Adapter:
@@ -122,3 +170,51 @@ def _from_block_diagonal(name: str, a: torch.Tensor, b: torch.Tensor, enabled: t
             "changed it after it was saved."
         )
     return narrow
+
+
+# --- attention beside transformers' Conv1D ---
+
+
+def refuse_to_write_beside_conv1d(adapter: Adapter) -> None:
+    """Raise LoRAError where an adapter has attention or single parameters beside transformers' Conv1D."""
+    if not _beside_conv1d(adapter):
+        return
+    outputs = adapter.of_kind(ATTENTION_OUTPUT)
+    if outputs or adapter.parameters:
+        first = (outputs or adapter.parameters)[0]
+        what = "attention" if outputs else "a single parameter"
+        raise LoRAError(
+            f"save_adapter: {first!r} is {what} in a model with transformers' Conv1D, and PEFT has one "
+            "fan_in_fan_out for both, so no file of PEFT holds the two. Save a Lightning checkpoint or merged "
+            "weights instead (save_merged), or leave one of the two out of the adapter."
+        )
+
+
+def refuse_file_beside_conv1d(adapter: Adapter, where: object) -> None:
+    """Raise LoRAError where a file has attention and says that a Conv1D is, or may be, beside it."""
+    outputs = adapter.of_kind(ATTENTION_OUTPUT)
+    if outputs and _beside_conv1d(adapter):
+        raise LoRAError(
+            f"{where}: adapts {outputs[0]!r} of attention with fan_in_fan_out=true, as for transformers' Conv1D. "
+            f"{TURNS}. Merge it in PEFT (merge_and_unload) and load the merged weights."
+        )
+
+
+def refuse_conv1d_of_model(adapter: Adapter, conv1d: str | None, where: object) -> None:
+    """Raise LoRAError where an adapter of PEFT's has attention, and a layer of its model is a Conv1D.
+
+    Args:
+        adapter: as it was read.
+        conv1d: the name of a layer that is one, if any.
+        where: for messages.
+    """
+    outputs = adapter.of_kind(ATTENTION_OUTPUT) if adapter.peft_version is not None else []
+    if outputs and conv1d is not None:
+        raise LoRAError(
+            f"{where}: adapts {outputs[0]!r} of attention, and {conv1d!r}, which is transformers' Conv1D. {TURNS}. "
+            "Merge it in PEFT (merge_and_unload) and load the merged weights."
+        )
+
+
+def _beside_conv1d(adapter: Adapter) -> bool:
+    return adapter.fan_in_fan_out or bool(adapter.of_kind(CONV1D))

@@ -17,34 +17,25 @@ from typing import Any, NamedTuple
 import torch
 
 from ..adapter.adapter import Adapter, is_head_only, strengths_text
-from ..adapter.metadata import check_format, to_metadata
+from ..adapter.metadata import to_metadata
 from ..adapter.renaming import by_network_names
-from ..errors import LoRAError, shown
+from ..errors import LoRAError
 from ..files.atomic import new_folder
-from ..files.paths import PathLike, kind_of, read_json, reading, write_json
-from ..files.safetensors import read_safetensors, write_tensors
-from ..files.torch_archive import read_torch_file
+from ..files.paths import PathLike, write_json
+from ..files.safetensors import write_tensors
 from ..names import A, B, listed
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE, TRANSPOSED_EXPERTS
 from ..nn.variant import Variant
 from ..notices import tell
-from .forms import CONFIG_FILE, form_of, refuse_named_adapters
+from .forms import CONFIG_FILE
 from .model_card import CARD_FILE, model_card, module_in_words
-from .peft_attention import refuse_to_write_beside_conv1d
-from .peft_equivalents import add_idle_attention, without_enable_lora
-from .peft_forms import to_peft_form
+from .peft_equivalents import add_idle_attention, refuse_to_write_beside_conv1d, to_peft_form, without_enable_lora
 from .peft_names import PREFIX, peft_name
-from .peft_options import from_peft_options, options_to_peft, refuse_options
-from .peft_parameters import PARAMETERS, Nesting, Order, nesting_of, usual_order
-from .peft_reading import IDLE, Source, factor_names, read_peft
+from .peft_options import frozen_in_saved, options_to_peft
+from .peft_parameters import PARAMETERS, Nesting, nesting_of, refuse_without_model, stacks_to_peft
+from .peft_reading import HEADER_KEY, IDLE, TENSOR_FILE, factor_names
 from .peft_rows import as_peft_stores, peft_table_name
-from .peft_saved_modules import frozen_in_saved
-from .peft_stacks import refuse_without_model, stacks_to_peft
 from .plain import plain_targets
-
-TENSOR_FILE = "adapter_model.safetensors"
-OLD_TENSOR_FILE = "adapter_model.bin"
-HEADER_KEY = "lightning_lora"
 
 
 class FolderContent(NamedTuple):
@@ -239,64 +230,3 @@ def _attention_problem(adapter: Adapter, name: str) -> str:
     if ranks != (b.shape[1], b.shape[1]) or adapter.scaling(output) != adapter.scaling(name):
         return "has another rank or lora_alpha than its out_proj; PEFT has one for both"
     return ""
-
-
-def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
-    """Read a PEFT folder, whoever wrote it.
-
-    Args:
-        path: the folder.
-        order: the order in which modules register parameters. Only the model that the adapter is for tells it.
-
-    Raises:
-        LoRAError: a file is missing or damaged, or it holds what this package cannot apply.
-    """
-    refuse_named_adapters(path)
-    folder = Path(path)
-    if form_of(folder) == "folder":
-        raise LoRAError(f"{folder}: holds no adapter; there is no such file as {CONFIG_FILE} in it.")
-    options_path, tensor_path = folder / CONFIG_FILE, folder / TENSOR_FILE
-    variant, options = from_peft_options(read_json(options_path), options_path)
-    refuse_options(options, variant, options_path)
-    tensors, header = _read_tensors(folder)
-    description = description_in(header, tensor_path)
-    where = folder if description is None else tensor_path
-    source = Source(where, options_path, options, variant, description, order=order)
-    return read_peft(tensors, source)
-
-
-def read_tensor_file(path: PathLike) -> Adapter:
-    """Read a safetensors file with an adapter, by itself. Only this package's own stores the options with the tensors.
-
-    Raises:
-        LoRAError: it is damaged, or it holds what this package cannot apply.
-    """
-    tensors, header = read_safetensors(path)
-    description = description_in(header, Path(path))
-    return read_peft(tensors, Source(path, description=description))
-
-
-def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
-    if kind_of(folder / TENSOR_FILE) != "nothing" or kind_of(folder / OLD_TENSOR_FILE) == "nothing":
-        return read_safetensors(folder / TENSOR_FILE)
-    content = read_torch_file(folder / OLD_TENSOR_FILE)
-    if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in content.items()):
-        raise LoRAError(f"{folder / OLD_TENSOR_FILE}: expected names and tensors.")
-    return content, {}
-
-
-def description_in(header: Mapping[str, str], where: Path) -> dict[str, Any] | None:
-    """Return what this package wrote into a file's header, or None in a file of others.
-
-    Raises:
-        LoRAError: it is not JSON, or of another form or format.
-    """
-    text = header.get(HEADER_KEY)
-    if text is None:
-        return None
-    with reading(where, "an adapter's description in JSON"):
-        description = json.loads(text)
-    if not isinstance(description, dict):
-        raise LoRAError(f"{where}: the adapter's description is damaged: it is {shown(description, 80)}.")
-    check_format(description, where)
-    return description

@@ -1,4 +1,4 @@
-"""PEFT's adapters of single parameters (target_parameters): how their names nest.
+"""PEFT's adapters of single parameters (target_parameters): how their names nest, and how a stack of experts lies.
 
 PEFT wraps a module once for each of its parameters, in the order in which the module registered them:
 
@@ -6,20 +6,39 @@ PEFT wraps a module once for each of its parameters, in the order in which the m
     <module>.base_layer.lora_A.weight               of the second
     <module>.lora_A.weight                          of the last
 
-No name says which parameter an adapter belongs to. peft_stacks.py has the layout of a stack of experts.
+No name says which parameter an adapter belongs to.
+
+The layout of the factors of a stack of experts changed twice. A stack W is (E, d1, d2), and its module may say
+is_transposed. Factors of PEFT's for it, in the words of nn/low_rank.py (read in peft's tags, and run):
+
+    PEFT                 not is_transposed             is_transposed
+    before 0.19          TransposedExperts             TransposedExperts
+    0.19.0               TransposedExperts             Experts
+    0.19.1 and later     Experts                       TransposedExperts
+
+The last row is ours, and that of every folder that this package wrote. Experts adds B @ A to each matrix, and
+TransposedExperts its transpose, so factors (B^T, A^T) of the one kind equal (A, B) of the other. A stack of one expert
+gets B @ A from every PEFT.
+
+Its A (E * r, n) is the same as ours. Its B is (m, r * E), and the column of rank k and expert e is k * E + e.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
 
-from ..errors import LoRAError
+from ..adapter.adapter import Adapter
+from ..config import LoRAConfig
+from ..errors import LoRAError, shown
 from ..matching import matcher
-from ..names import parameter_factor_name, suffixes
+from ..names import A, B, parameter_factor_name, suffixes
+from ..nn.low_rank import EXPERTS, STACKS, TRANSPOSED_EXPERTS
+from .peft_equivalents import peft_numbers
 
 RECURRENT = re.compile(r"weight_(ih|hh|hr)_l(\d+)(_reverse)?")
 USUAL = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' experts, in the order in which they are registered
@@ -29,6 +48,10 @@ PARAMETERS = "parameters"  # in the description of a folder: the nesting
 
 Order = Callable[[Collection[str]], Sequence[str] | None]  # of parameters of one module, or None where it is not known
 Nesting = Mapping[str, Sequence[str]]  # the adapted parameters of each module, the first registered one first
+
+TODAYS = "0.19.1"  # the first release of the last row
+SECOND_ROW, THIRD_ROW = (0, 19, 0), (0, 19, 1)
+LAST_OF_FIRST_ROW = (0, 18, 1)
 
 
 def usual_order(parameters: Collection[str]) -> Sequence[str] | None:
@@ -40,18 +63,6 @@ def usual_order(parameters: Collection[str]) -> Sequence[str] | None:
     if set(USUAL).issuperset(parameters) or len(parameters) == 1:
         return sorted(parameters, key=lambda name: USUAL.index(name) if name in USUAL else 0)
     return None
-
-
-def order_in(model: nn.Module) -> Order:
-    """Return the order in which the modules of a model register parameters."""
-
-    def order(parameters: Collection[str]) -> Sequence[str] | None:
-        for module in model.modules():
-            if module._parameters.keys() >= set(parameters):
-                return [name for name in module._parameters if name in parameters]
-        return usual_order(parameters)
-
-    return order
 
 
 def check_order(parameters: Iterable[str], order: Order) -> None:
@@ -142,3 +153,107 @@ def our_factor(module: str, depth: int, leaf: str, nesting: Nesting) -> str | No
         return None
     name = parameter_factor_name(parameters[len(parameters) - 1 - depth], leaf)
     return f"{module}.{name}" if module else name
+
+
+# --- stacks of experts ---
+
+
+def stacks_to_peft(tensors: Mapping[str, torch.Tensor], factors: Iterable[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """Return tensors with each B of a stack in PEFT's layout, for the names of A and B of each parameter."""
+    changed = dict(tensors)
+    for name_a, name_b in factors:
+        b = tensors[name_b]
+        rank = b.shape[1]
+        stack = b.view(tensors[name_a].shape[0] // rank, -1, rank)
+        changed[name_b] = stack.permute(1, 2, 0).reshape(stack.shape[1], -1)
+    return changed
+
+
+def stacks_from_peft(
+    tensors: Mapping[str, torch.Tensor], factors: Mapping[str, tuple[str, str]], config: LoRAConfig, where: object
+) -> dict[str, torch.Tensor]:
+    """Undo stacks_to_peft, for the names of A and B of each parameter; the options tell the rank.
+
+    Raises:
+        LoRAError: the shapes do not go together.
+    """
+    changed = dict(tensors)
+    for parameter, (name_a, name_b) in factors.items():
+        a, b, rank = tensors.get(name_a), tensors.get(name_b), config.rank(parameter)
+        if a is None or b is None:
+            continue  # which is refused where factors are checked
+        experts = a.shape[0] // rank if a.dim() == b.dim() == 2 else 0
+        if not experts or a.shape[0] != experts * rank or b.shape[1] != experts * rank:
+            raise LoRAError(
+                f"{where}: {parameter!r}: A {tuple(a.shape)} and B {tuple(b.shape)} are no stack of rank {rank}."
+            )
+        changed[name_b] = b.view(-1, rank, experts).permute(2, 0, 1).reshape(-1, rank)
+    return changed
+
+
+def with_kinds_of_stacks(adapter: Adapter, where: object) -> Adapter:
+    """Return an adapter of a folder of PEFT's with the kind of each stack, where its version alone tells it.
+
+    Raises:
+        LoRAError: a state of peft between releases wrote it, which may have either layout.
+    """
+    stacks, version = stacks_of(adapter), adapter.peft_version
+    numbers = peft_numbers(version)
+    if stacks and "dev" in str(version) and LAST_OF_FIRST_ROW <= numbers <= THIRD_ROW:
+        raise LoRAError(
+            f"{where}: {stacks[0]!r} is a stack of experts, and peft changed their layout between 0.18.1 and 0.19.1: "
+            f"{shown(version)} may have either. Set peft_version in adapter_config.json to the release whose layout it "
+            "has."
+        )
+    of_stacks = dict.fromkeys(stacks, TRANSPOSED_EXPERTS) if numbers < SECOND_ROW else {}
+    return adapter.with_kinds(of_stacks)
+
+
+def stacks_of(adapter: Adapter) -> list[str]:
+    """Return the parameters that are stacks of several experts."""
+    return [name for name in adapter.parameters if _experts(adapter, name) > 1]
+
+
+def stacks_as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
+    """Return an adapter of PEFT's with factors of the kinds that the model's parameters have."""
+    tensors, turned = dict(adapter.tensors), {}
+    for name in adapter.parameters:
+        kind = kinds.get(name, "")
+        if kind in STACKS and _kind_in_peft(adapter, name, kind) != kind:
+            name_a, name_b = adapter.factor_name(name, A), adapter.factor_name(name, B)
+            tensors[name_a], tensors[name_b] = _transposed(adapter.tensors[name_a], adapter.tensors[name_b])
+            turned[name] = kind
+    return replace(adapter, tensors=tensors).with_kinds(turned)
+
+
+def refuse_without_model(adapter: Adapter, where: object) -> None:
+    """Raise LoRAError for stacks in a layout of PEFT's that can be written anew only where is_transposed is known."""
+    stacks = stacks_of(adapter) if adapter.peft_version is not None else []
+    if stacks and peft_numbers(adapter.peft_version) < THIRD_ROW:
+        raise LoRAError(
+            f"{where}: {stacks[0]!r} is a stack of experts of peft {adapter.peft_version or 'before 0.18'}. Later ones "
+            "have another layout, which depends on is_transposed of the model's module. Load the folder onto its model "
+            "(load_adapter), and save that (save_adapter)."
+        )
+
+
+def _kind_in_peft(adapter: Adapter, name: str, kind: str) -> str:
+    """Return the kind of the factors of a stack in PEFT's file, given the kind of the parameter in the model."""
+    if adapter.layers[name].kind:
+        return adapter.layers[name].kind
+    if _experts(adapter, name) == 1:
+        return EXPERTS
+    other = EXPERTS if kind == TRANSPOSED_EXPERTS else TRANSPOSED_EXPERTS
+    return other if peft_numbers(adapter.peft_version) == SECOND_ROW else kind
+
+
+def _experts(adapter: Adapter, name: str) -> int:
+    a, b = (adapter.tensors.get(adapter.factor_name(name, leaf)) for leaf in (A, B))
+    return 0 if a is None or b is None else a.shape[0] // b.shape[1]
+
+
+def _transposed(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return factors of a stack whose product is the transpose of B @ A, for each expert."""
+    rank = b.shape[1]
+    stacked_a, stacked_b = a.view(-1, rank, a.shape[1]), b.view(a.shape[0] // rank, -1, rank)
+    return stacked_b.mT.reshape(-1, stacked_b.shape[1]), stacked_a.mT.reshape(-1, rank)

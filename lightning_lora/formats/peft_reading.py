@@ -1,4 +1,16 @@
-"""PEFT's tensors as an adapter: the same steps in the same order for a folder, a lone file and a state dict.
+"""Reading PEFT's tensors: the same steps in the same order for a folder, a lone file and a state dict.
+
+    read_folder, read_tensor_file    files: options, tensors and our description in the header; sources.py has the rest
+    read_peft                        from these to an adapter:
+        read_names                   peft_names.py, with the order of single parameters of peft_parameters.py
+        _foreign or from_metadata    what names and shapes tell, or what our description says
+        _with_options                the options, by peft_options.py, and rows of tables, by peft_rows.py
+        stacks_from_peft             the layout of experts, by peft_parameters.py
+        from_peft_form               what the variant has in another form, by peft_equivalents.py
+        check_factors                shapes and values go together: from here on they are computed with
+        _with_scalings               a rank and a scaling for each layer
+        with_enable_lora             what PEFT has another equal for, by peft_equivalents.py
+        _as_described                of our own files the options of the run
 
 Sources differ in how much they tell beside their tensors. A Source holds that:
 
@@ -13,6 +25,7 @@ factors, fingerprint. What selects layers and modules in the JSON is passed over
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -25,31 +38,49 @@ import torch
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
 from ..adapter.fingerprint import fingerprint_entries
-from ..adapter.metadata import from_metadata, without
-from ..adapter.values import refuse_nested
+from ..adapter.metadata import check_format, from_metadata, without
+from ..adapter.values import refuse_nested, ties_of
 from ..config import LoRAConfig, options_that_decide
 from ..errors import LoRAError, shown
+from ..files.paths import PathLike, kind_of, read_json, reading
+from ..files.safetensors import read_safetensors
+from ..files.torch_archive import read_torch_file
 from ..matching import exact_key, pattern_matches
 from ..names import A, B, parent_names
+from ..nn.low_rank import ATTENTION_OUTPUT, CONV
 from ..nn.variant import Variant
-from .equal_tables import ties_of
-from .peft_attention import refuse_file_beside_conv1d
-from .peft_equivalents import idle_attention, with_enable_lora
-from .peft_forms import config_in_peft, from_peft_form
-from .peft_kinds import kinds_of
+from .forms import CONFIG_FILE, form_of, refuse_named_adapters
+from .peft_equivalents import (
+    check_peft_version,
+    config_in_peft,
+    from_peft_form,
+    idle_attention,
+    refuse_file_beside_conv1d,
+    with_enable_lora,
+)
 from .peft_names import PeftNames, read_names
-from .peft_options import options_from_peft, origin_of, with_ranks_in_words
+from .peft_options import (
+    entries_in,
+    from_peft_options,
+    options_from_peft,
+    origin_of,
+    refuse_options,
+    with_ranks_in_words,
+)
 from .peft_parameters import (
     Nesting,
     Order,
     nesting_in_peft,
     nesting_of_metadata,
+    stacks_from_peft,
     usual_order,
+    with_kinds_of_stacks,
 )
 from .peft_rows import rows_from_peft
-from .peft_saved_modules import entries_in
-from .peft_stacks import stacks_from_peft, with_kinds_of_stacks
 
+TENSOR_FILE = "adapter_model.safetensors"
+OLD_TENSOR_FILE = "adapter_model.bin"
+HEADER_KEY = "lightning_lora"  # of this package's description, in the header of a tensor file
 IDLE = "idle"  # in the description: the attention layers that add_idle_attention added
 
 REPEATED_GROUP = re.compile(r"\)[*+{]")
@@ -87,6 +118,64 @@ class Source:
         return {}
 
 
+def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
+    """Read a PEFT folder, whoever wrote it.
+
+    Args:
+        path: the folder.
+        order: the order in which modules register parameters. Only the model that the adapter is for tells it.
+
+    Raises:
+        LoRAError: a file is missing or damaged, or it holds what this package cannot apply.
+    """
+    refuse_named_adapters(path)
+    folder = Path(path)
+    if form_of(folder) == "folder":
+        raise LoRAError(f"{folder}: holds no adapter; there is no such file as {CONFIG_FILE} in it.")
+    options_path, tensor_path = folder / CONFIG_FILE, folder / TENSOR_FILE
+    variant, options = from_peft_options(read_json(options_path), options_path)
+    refuse_options(options, variant, options_path)
+    header: Mapping[str, str] = {}
+    if kind_of(tensor_path) == "nothing" and kind_of(folder / OLD_TENSOR_FILE) != "nothing":
+        tensors = read_torch_file(folder / OLD_TENSOR_FILE)
+        if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()):
+            raise LoRAError(f"{folder / OLD_TENSOR_FILE}: expected names and tensors.")
+    else:
+        tensors, header = read_safetensors(tensor_path)
+    description = description_in(header, tensor_path)
+    where = folder if description is None else tensor_path
+    source = Source(where, options_path, options, variant, description, order=order)
+    return read_peft(tensors, source)
+
+
+def read_tensor_file(path: PathLike) -> Adapter:
+    """Read a safetensors file with an adapter, by itself. Only this package's own stores the options with the tensors.
+
+    Raises:
+        LoRAError: it is damaged, or it holds what this package cannot apply.
+    """
+    tensors, header = read_safetensors(path)
+    description = description_in(header, Path(path))
+    return read_peft(tensors, Source(path, description=description))
+
+
+def description_in(header: Mapping[str, str], where: Path) -> dict[str, Any] | None:
+    """Return what this package wrote into a file's header, or None in a file of others.
+
+    Raises:
+        LoRAError: it is not JSON, or of another form or format.
+    """
+    text = header.get(HEADER_KEY)
+    if text is None:
+        return None
+    with reading(where, "an adapter's description in JSON"):
+        description = json.loads(text)
+    if not isinstance(description, dict):
+        raise LoRAError(f"{where}: the adapter's description is damaged: it is {shown(description, 80)}.")
+    check_format(description, where)
+    return description
+
+
 def read_peft(tensors: Tensors, source: Source) -> Adapter:
     """Make an adapter of tensors under PEFT's names, those of a file or of a live PeftModel's state dict.
 
@@ -97,25 +186,30 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
     Raises:
         LoRAError: tensors and options are damaged or do not go together, or this package cannot apply them.
     """
-    where, description = str(source.where), source.description
+    where, description, options = str(source.where), source.description, source.options
     names = read_names(tensors, source.where, source.nesting)
     ours = {ours: tensors[theirs] for theirs, ours in names.ours.items()}
     adapter = _foreign(ours, names, source) if description is None else from_metadata(ours, description, where)
     words = adapter.config
-    adapter = replace(adapter, config=config_in_peft(adapter))
-    if source.options is not None:
-        adapter = _with_options(adapter, source.options, source)
-    adapter = from_peft_form(_with_our_stacks(adapter, source.where))
-    check_factors(adapter, where)
+    adapter = replace(adapter, config=config_in_peft(adapter))  # options in the file are PEFT's, and so the ranks
+    if options is not None:
+        adapter = _with_options(adapter, options, source)
+    stacks = stacks_from_peft(adapter.tensors, factor_names(adapter), adapter.config or LoRAConfig(), where)
+    adapter = from_peft_form(replace(adapter, tensors=stacks).with_layers())
+    check_factors(adapter, where)  # what is missing or damaged came through until here
     described = adapter.layers
-    if source.options is not None:
+    if options is not None:
         adapter = _with_scalings(adapter, source.options_path)
     refuse_file_beside_conv1d(adapter, source.where)
-    if description is None:
-        adapter = with_enable_lora(adapter)
-        return adapter if source.options is None else _without_idle_attention(with_kinds_of_stacks(adapter, where))
-    edited = adapter.layers != described
-    return _as_described(_without_additions(adapter, description, where), words, edited=edited)
+    if description is not None:
+        edited = adapter.layers != described
+        return _as_described(_without_additions(adapter, description, where), words, edited=edited)
+    adapter = with_enable_lora(adapter)
+    if options is None:
+        return adapter
+    adapter = with_kinds_of_stacks(adapter, where)
+    # PEFT adapts attention whole. Where its out_proj alone does something, it alone is adapted here.
+    return adapter.without_layers([name for name in idle_attention(adapter) if f"{name}.out_proj" in adapter.layers])
 
 
 def _foreign(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
@@ -128,7 +222,7 @@ def _foreign(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
         peft_version=str(options.get("peft_version") or ""),
     )
-    adapter = adapter.with_kinds(kinds_of(adapter, names.kinds, source.where))
+    adapter = adapter.with_kinds(_kinds_of(adapter, names.kinds, source.where))
     if source.options is None and adapter.rows():
         raise LoRAError(
             f"{source.where}: holds trained rows of {next(iter(adapter.rows()))!r}, and not which rows these are: that "
@@ -138,6 +232,55 @@ def _foreign(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
     base = {name: value for name, value in tensors.items() if name in names_of_base}
     entries = fingerprint_entries(base.items())
     return replace(adapter, tensors=without(tensors, base), base=base, fingerprint=entries)
+
+
+def _kinds_of(adapter: Adapter, in_names: Mapping[str, str], where: object) -> dict[str, str]:
+    """Return the kind of each layer whose kind PEFT's names and the factors' shapes tell.
+
+    Args:
+        adapter: by its tensors alone.
+        in_names: the kinds that names tell.
+        where: for messages.
+
+    Raises:
+        LoRAError: a layer is of a kind that cannot be applied.
+    """
+    kinds = dict(in_names)
+    if ATTENTION_OUTPUT in kinds.values():
+        check_peft_version(adapter.peft_version, where)
+    for name in adapter.module_layers:  # of a parameter its model tells whether it is a stack, and which
+        a, b = adapter.tensors.get(f"{name}.{A}"), adapter.tensors.get(f"{name}.{B}")
+        if a is not None and b is not None and a.dim() == b.dim() > 2:
+            if b.shape[1] != a.shape[0] and b.shape[1] and a.shape[0] % b.shape[1] == 0:
+                raise LoRAError(
+                    f"{where}: {name!r} is a convolution with {a.shape[0] // b.shape[1]} groups: A {tuple(a.shape)} "
+                    f"sees all input channels, B {tuple(b.shape)} one group of the rank. Their product crosses the "
+                    "groups: no grouped weight equals it, and it cannot be applied."
+                )
+            kinds[name] = CONV
+    return kinds
+
+
+def _base_in_folder(adapter: Adapter, options: Mapping[str, Any]) -> set[str]:
+    """Return the names of whole tensors in a folder that its options do not say were trained.
+
+    PEFT saves embeddings beside the adapter where they are adapted, as they are, and where they were resized. The other
+    end of a tied weight that was trained is not in modules_to_save either.
+    """
+    whole, ends = adapter.whole_tensors(), tuple(entries_in(options))
+    saved = {name for name in whole if ends and any(module.endswith(ends) for module in parent_names(name))}
+    base_leaves = ("weight", "bias") if options.get("bias", "none") == "none" else ("weight",)
+    dumped = {name for name in whole if name.rpartition(".")[2] in base_leaves and name not in saved}
+    return dumped - ties_of(saved, whole)
+
+
+def _base_in_state(adapter: Adapter, names: PeftNames) -> set[str]:
+    """Return the names of whole tensors that were not trained, as far as names tell it without options."""
+    whole = adapter.whole_tensors()
+    if not names.live:
+        return {f"{layer}.weight" for layer in adapter.layers} & whole.keys()
+    trained = {name for name in whole if names.saved.intersection(parent_names(name))}
+    return {name for name in whole if name not in trained and name.rpartition(".")[2] not in STATISTICS}
 
 
 def _with_options(adapter: Adapter, options: Mapping[str, Any], source: Source) -> Adapter:
@@ -156,6 +299,11 @@ def _with_options(adapter: Adapter, options: Mapping[str, Any], source: Source) 
                 "the layers instead."
             )
     return replace(adapter, config=words, origin=origin_of(options))
+
+
+def factor_names(adapter: Adapter) -> dict[str, tuple[str, str]]:
+    """Return the names of A and B of each parameter that is adapted by itself."""
+    return {name: (adapter.factor_name(name, A), adapter.factor_name(name, B)) for name in adapter.parameters}
 
 
 def _with_scalings(adapter: Adapter, path: object) -> Adapter:
@@ -193,57 +341,6 @@ def _by_name(patterns: Mapping[str, float] | None, names: Iterable[str], default
     }
 
 
-def _as_described(adapter: Adapter, words: LoRAConfig | None, *, edited: bool) -> Adapter:
-    """Return an adapter in PEFT's form as the model had it that wrote it, with the words of its run.
-
-    Args:
-        adapter: as PEFT reads it.
-        words: of the description. Dropout may have been edited in adapter_config.json.
-        edited: the scalings are others than those of the description.
-    """
-    stated, words = adapter.config or LoRAConfig(), words or LoRAConfig()
-    scaling = {name: getattr(stated if edited else words, name) for name in options_that_decide("scaling")}
-    own = replace(words, lora_dropout=stated.lora_dropout, **scaling)
-    as_we_have_it = replace(with_enable_lora(adapter), config=own)
-    if as_we_have_it.variant != adapter.variant:
-        as_we_have_it = from_peft_form(as_we_have_it)
-    return with_ranks_in_words(as_we_have_it) if edited else as_we_have_it
-
-
-def _base_in_folder(adapter: Adapter, options: Mapping[str, Any]) -> set[str]:
-    """Return the names of whole tensors in a folder that its options do not say were trained.
-
-    PEFT saves embeddings beside the adapter where they are adapted, as they are, and where they were resized. The other
-    end of a tied weight that was trained is not in modules_to_save either.
-    """
-    whole, ends = adapter.whole_tensors(), tuple(entries_in(options))
-    saved = {name for name in whole if ends and any(module.endswith(ends) for module in parent_names(name))}
-    base_leaves = ("weight", "bias") if options.get("bias", "none") == "none" else ("weight",)
-    dumped = {name for name in whole if name.rpartition(".")[2] in base_leaves and name not in saved}
-    return dumped - ties_of(saved, whole)
-
-
-def _base_in_state(adapter: Adapter, names: PeftNames) -> set[str]:
-    """Return the names of whole tensors that were not trained, as far as names tell it without options."""
-    whole = adapter.whole_tensors()
-    if not names.live:
-        return {f"{layer}.weight" for layer in adapter.layers} & whole.keys()
-    trained = {name for name in whole if names.saved.intersection(parent_names(name))}
-    return {name for name in whole if name not in trained and name.rpartition(".")[2] not in STATISTICS}
-
-
-def _with_our_stacks(adapter: Adapter, where: object) -> Adapter:
-    """Return the adapter with the factors of each single parameter laid out as ours."""
-    config = adapter.config or LoRAConfig()
-    tensors = stacks_from_peft(adapter.tensors, factor_names(adapter), config, where)
-    return replace(adapter, tensors=tensors).with_layers()
-
-
-def factor_names(adapter: Adapter) -> dict[str, tuple[str, str]]:
-    """Return the names of A and B of each parameter that is adapted by itself."""
-    return {name: (adapter.factor_name(name, A), adapter.factor_name(name, B)) for name in adapter.parameters}
-
-
 def _without_additions(adapter: Adapter, description: Mapping[str, Any], where: str) -> Adapter:
     """Return the adapter without what was written for PEFT alone: idle attention; frozen tensors go to the base.
 
@@ -260,6 +357,18 @@ def _without_additions(adapter: Adapter, description: Mapping[str, Any], where: 
     return replace(adapter, tensors=without(adapter.tensors, frozen), base=frozen).without_layers(idle)
 
 
-def _without_idle_attention(adapter: Adapter) -> Adapter:
-    """Return an adapter of PEFT's without attention that does nothing, where its out_proj alone does something."""
-    return adapter.without_layers([name for name in idle_attention(adapter) if f"{name}.out_proj" in adapter.layers])
+def _as_described(adapter: Adapter, words: LoRAConfig | None, *, edited: bool) -> Adapter:
+    """Return an adapter in PEFT's form as the model had it that wrote it, with the words of its run.
+
+    Args:
+        adapter: as PEFT reads it.
+        words: of the description. Dropout may have been edited in adapter_config.json.
+        edited: the scalings are others than those of the description.
+    """
+    stated, words = adapter.config or LoRAConfig(), words or LoRAConfig()
+    scaling = {name: getattr(stated if edited else words, name) for name in options_that_decide("scaling")}
+    own = replace(words, lora_dropout=stated.lora_dropout, **scaling)
+    as_we_have_it = replace(with_enable_lora(adapter), config=own)
+    if as_we_have_it.variant != adapter.variant:
+        as_we_have_it = from_peft_form(as_we_have_it)
+    return with_ranks_in_words(as_we_have_it) if edited else as_we_have_it

@@ -20,10 +20,9 @@ from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT
 from .forms import form_of
 from .hub import local_source
 from .lightning_checkpoint import adapter_of
-from .peft_folder import read_folder, read_tensor_file
 from .peft_names import are_peft_names
 from .peft_parameters import Order, check_order, usual_order
-from .peft_reading import Source, read_peft
+from .peft_reading import Source, read_folder, read_peft, read_tensor_file
 
 
 def read_source(

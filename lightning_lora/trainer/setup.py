@@ -16,10 +16,9 @@ from ..adapter.adapter import Adapter
 from ..adapter.identity import digest_of
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
-from ..exchange.align import align_names
+from ..exchange.align import align_names, order_in
 from ..exchange.attach import attach
 from ..exchange.first_names import Names
-from ..formats.peft_parameters import order_in
 from ..formats.sources import read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.attached import take_out_attached_

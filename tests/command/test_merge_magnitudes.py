@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, inject, merged_state_dict
-from lightning_lora.formats.peft_folder import read_folder
+from lightning_lora.formats.peft_reading import read_folder
 from lightning_lora.formats.sources import adapter_with_options
 from support.files.expected_weights import check_merge_command
 from support.models.networks import checkpoint

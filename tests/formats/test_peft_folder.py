@@ -27,7 +27,7 @@ from lightning_lora import (
     read_adapter,
     save_adapter,
 )
-from lightning_lora.formats.peft_folder import read_folder
+from lightning_lora.formats.peft_reading import read_folder
 from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
 from support.models.networks import checkpoint

@@ -158,7 +158,7 @@ TESTED_WITH_THEIR_USERS = {
     "model": {"initial_values", "live_state", "named_state", "patches", "token_tables"},
     "start": {"batches", "from_data"},
     "adapter": {"base_files", "checks", "identity", "measures", "own_options", "values", "weighted_means"},
-    "formats": {"equal_tables", "forms", "peft_kinds"},
+    "formats": {"forms"},
     "exchange": {"export", "trained_with"},
     "report": {"depth", "figures"},
     "trainer": {"current_injection", "options", "strategies"},

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
-from lightning_lora.formats.pretrained_names import _renaming
+from lightning_lora.exchange.pretrained_names import _renaming
 from support.covering import covering
 from support.models.peers import TENSORS, close, fill_, seeded
 from support.models.peers import model as peer_model

@@ -16,9 +16,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ..errors import LoRAError, sentence
 from ..files.inert_pickle import find_placeholder
 from ..files.paths import PathLike
+from ..formats.hyper_parameters import HYPER_PARAMETERS, INSTANTIATOR, class_named_by, flat, plain_arguments
+from ..formats.lightning_checkpoint import Kind
 from ..names import META
-from .hyper_parameters import HYPER_PARAMETERS, INSTANTIATOR, class_named_by, flat, plain_arguments
-from .lightning_checkpoint import Kind
 
 EARLIER_KEYS = ("hparams", "module_arguments")  # of Lightning before 0.8, which it still reads
 KIND = "hparams_type"  # its key of a class that the hyper-parameters are put into
