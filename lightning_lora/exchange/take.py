@@ -25,7 +25,7 @@ from ..config import LoRAConfig
 from ..distributed.sharding import copies_of, gather_all
 from ..formats.peft_options import from_peft_entries
 from ..matching import NameEnd, naming_some
-from ..model.adapted_model import AdaptedModel, open_model
+from ..model.adapted_model import AdaptedModel
 from ..model.facts import Why
 from ..model.foreign_state import foreign_entries, without_base
 from ..model.gradients import warn_of_untrained
@@ -232,11 +232,6 @@ def _pretrained_prefix(live: LiveState, trained: Collection[str]) -> str:
     inside = {prefix: sum(name.startswith(prefix) for name in parameters) for prefix in prefixes}
     most = max(inside, key=lambda prefix: inside[prefix], default="")
     return most if most and 0 < inside[most] < len(parameters) else ""
-
-
-def fingerprint(model: nn.Module) -> dict[str, Entry]:
-    """Return fingerprint_of an injected model. Collective where the model is sharded."""
-    return fingerprint_of(open_state(open_model(model, "fingerprint")))
 
 
 def fingerprint_of(live: LiveState, expected: Mapping[str, Entry] | None = None) -> dict[str, Entry]:

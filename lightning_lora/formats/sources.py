@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors, require_values
@@ -58,10 +57,9 @@ def _read(source: PathLike | Mapping[str, Any] | Adapter, order: Order, verb: st
         require_values(adapter, str(source))
         return adapter
     if not isinstance(source, Mapping):
-        of_model = isinstance(source, nn.Module)
         raise LoRAError(
-            f"{verb}: expected a path, a state dict or an adapter, found {type(source).__name__}."
-            + (" Of a model, call take_adapter first, and pass what it returns." if of_model else "")
+            f"{verb}: expected a path, a state dict or an adapter, found {type(source).__name__}. Of a model, call "
+            "take_adapter first, and pass what it returns."
         )
     return _read_state(source, verb)
 

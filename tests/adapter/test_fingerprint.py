@@ -13,8 +13,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.adapter.fingerprint import REMEDY, Entry, compare_fingerprints
-from lightning_lora.exchange.take import fingerprint
-from support.models.networks import checkpoint, source
+from support.models.networks import checkpoint, fingerprint, source
 from support.runs.training import FEATURES, Data, Net, assert_same_tensors, make_trainer, weights
 from support.runs.with_callback import lora, trained
 

@@ -23,10 +23,10 @@ from lightning_lora.distributed.sharding import (
     windows,
 )
 from lightning_lora.errors import NonFiniteError
-from lightning_lora.exchange.take import fingerprint
 from lightning_lora.nn.exact_merge import Buffers, merge_weight_, merged_weight, restored_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock, crop_to_window
 from support.covering import covering
+from support.models.networks import fingerprint
 from support.ranks.processes import world
 from support.ranks.sharded_adapters import assert_same_bits
 from support.runs.recorders import Traffic

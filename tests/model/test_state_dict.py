@@ -12,7 +12,6 @@ from torch import nn
 
 from lightning_lora import LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
 from lightning_lora.exchange import take
-from lightning_lora.exchange.take import fingerprint
 from lightning_lora.model.adapted_model import Listing, open_model
 from lightning_lora.model.live_state import open_state
 from lightning_lora.model.state_dict import merge_state_dict
@@ -20,6 +19,7 @@ from support.models.networks import (
     ZOO_LAYERS,
     Zoo,
     bits,
+    fingerprint,
     same,
     state_bits,
     tokens,

@@ -29,8 +29,8 @@ from lightning_lora import (
     summary,
     unmerge,
 )
-from lightning_lora.exchange.take import fingerprint
 from support.covering import covering
+from support.models.networks import fingerprint
 from support.models.quantized import (
     FEATURES,
     NAMES,

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lightning_lora import LoRAError, disable_adapter, unload
-from lightning_lora.exchange.take import fingerprint
 from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
+from support.models.networks import fingerprint
 from support.runs.training import (
     BuiltInConfigureModel,
     BuiltInSetup,

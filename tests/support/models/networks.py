@@ -13,7 +13,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora import LoRAConfig, adapter_state_dict, inject, save_adapter
+from lightning_lora.adapter.fingerprint import Entry
 from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint as write
+from lightning_lora.exchange.take import fingerprint_of
+from lightning_lora.model.adapted_model import open_model
+from lightning_lora.model.live_state import open_state
 
 LENGTH = 5
 
@@ -185,3 +189,8 @@ def merging(path: Path, source: Path, base: str = "base.pt", *flags: str) -> lis
     """The arguments of the command that merge an adapter into the base, for files in a folder."""
     output = (path / "out").with_suffix(base[4:])
     return ["merge", "--base", path / base, "--adapter", source, "--output", output, *flags]
+
+
+def fingerprint(model: nn.Module) -> dict[str, Entry]:
+    """The entries of the fingerprint of an injected model's base, as they are now."""
+    return fingerprint_of(open_state(open_model(model, "test")))
