@@ -95,13 +95,24 @@ def merge_on_disk(
     refuse_adapter_beside(output)
     with _one_thread():
         read = adapter_with_options(adapter, lora_alpha)
-        _refuse_beside(read, adapter)
+        _refuse_attached(read, adapter)
         in_python = _calls_in_python(read, weights, adapter, output)
         fitted = fit_to_base(read, weights, in_python, strict_base=strict_base)
-        return _write(Job(weights, plan_updates(fitted, dtype), dtype), output)
+        updates = plan_updates(fitted, dtype)
+        folder = weights.folder
+        left_out: list[Path] = []
+        opening = new_folder(output, replaced=weight_files(folder.stem)) if folder else new_file(output)
+        with opening as result, progress_bar("merging", weights.nbytes, "bytes") as advance:
+            job = Job(weights, updates, dtype, advance)
+            if folder:
+                left_out = write_folder_of(job, result)
+            else:
+                write_file_of(job, result)
+    tell_rounding(f"{output}: 16-bit weights", job.cost, IN_FILES, stacklevel=2)
+    return left_out
 
 
-def _refuse_beside(adapter: Adapter, path: PathLike) -> None:
+def _refuse_attached(adapter: Adapter, path: PathLike) -> None:
     """Raise LoRAError where an adapter was trained beside others: merged alone it is another model."""
     if adapter.attached:
         weights = " ".join(f"{each.strength:g}" for _, each in sorted(adapter.attached.items()))
@@ -134,7 +145,8 @@ def _calls_in_python(adapter: Adapter, base: Weights, path: PathLike, output: Pa
     LightningModule around it, only the user knows how to build it.
     """
     names = base.folder.config.get("architectures") if base.folder else None
-    load, part = f"load_adapter(model, {str(path)!r})", adapter.pretrained.removesuffix(".")
+    part = adapter.pretrained.removesuffix(".")
+    load = f"load_adapter(model, {str(path)!r})"
     save = f"save_merged(model, {str(output)!r})"
     if part:  # save_merged refuses a part of what was adapted, and layers outside of the part may be
         save = f"merge_and_unload(model); model.{part}.save_pretrained({str(output)!r})"
@@ -187,9 +199,14 @@ def _refuse_adapter(base: Weights) -> None:
 
 
 def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, WeightUpdate]:
-    """Say what happens to which of the base's tensors, by their names in the files, given the result's dtype.
+    """Return what happens to the base's tensors, by their names in the files.
 
-    A weight may have several changes: the adapter holds it whole, and its low-rank update or trained rows beside that.
+    Of one tensor several things may have been trained: it is in the adapter whole, and has a low-rank update or trained
+    rows too.
+
+    Args:
+        fitted: adapter and base.
+        dtype: of the result, or None for the base's own.
 
     Raises:
         LoRAError: merged weights cannot express the adapter.
@@ -197,27 +214,38 @@ def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, 
     adapter, base = fitted.adapter, fitted.base
     whole = adapter.whole_tensors()
     is_saved = matcher((adapter.config or LoRAConfig()).all_modules_to_save())
-    tied = set().union(*equal_tables(whole))  # both ends of a tie
-    updates = {  # a file may hold such a weight once
+    updates = {
         name: _replacement(name, value, base, may_differ=any(map(is_saved, parent_names(name))))
         for name, value in whole.items()
         if name in base.tensors
     }
-    kinds = {name: adapter.layers[name].kind or _kind(adapter, name, base) for name in adapter.layers}
+    kinds = {name: layer.kind or _kind(adapter, name, base) for name, layer in adapter.layers.items()}
     refuse_conv1d_of_model(adapter, next((name for name, kind in kinds.items() if kind == CONV1D), None), base.path)
     _refuse_contradicted(adapter, kinds, base)
     low_rank = dict(_layer_update(adapter, name, kind, base, dtype) for name, kind in kinds.items())
     rows = _row_updates(adapter, base)
     updates |= {name: replace(update, value=whole.get(name)) for name, update in (low_rank | rows).items()}
-    _refuse_tied(updates, (tied | rows.keys()) - low_rank.keys(), base)
+    # A low-rank update is of one end of a tie, trained rows and a weight that the adapter holds twice are of both.
+    of_both_ends = (rows.keys() | set().union(*equal_tables(whole))) - low_rank.keys()
+    _refuse_tied(updates, of_both_ends, base)
     return {fitted.files[name]: update for name, update in updates.items()}
 
 
-def _refuse_tied(updates: Mapping[str, WeightUpdate], both_ends: Set[str], base: Weights) -> None:
-    """Raise LoRAError where a tensor would change without all that uses its values; `both_ends` are of both ends."""
+def _refuse_tied(updates: Mapping[str, WeightUpdate], of_both_ends: Set[str], base: Weights) -> None:
+    """Raise LoRAError where tied weights would have different values after the merge.
+
+    Args:
+        updates: by the name of the tensor.
+        of_both_ends: names of updates that are right for both ends of a tie, where the base has one tensor for both.
+        base: the weights.
+    """
     for name, names in base.tied().items():
-        if name not in updates or (_follow(names, updates, base) if len(names) > 1 else name in both_ends):
+        if name not in updates or (len(names) == 1 and name in of_both_ends):
             continue
+        if len(names) > 1 and names <= updates.keys():  # all change: alike?
+            new = [updates[each].applied(base.tensors[each], base.tensors[each].dtype, [0.0, 0.0]) for each in names]
+            if all(torch.equal(new[0], other) for other in new[1:]):
+                continue
         also = ", ".join(map(repr, sorted(names - {name}))) or OTHER_END
         raise LoRAError(
             f"{base.path}: {name!r} is also {also}, so changing it would change that too, and merged weights cannot "
@@ -225,22 +253,15 @@ def _refuse_tied(updates: Mapping[str, WeightUpdate], both_ends: Set[str], base:
         )
 
 
-def _follow(names: Set[str], updates: Mapping[str, WeightUpdate], base: Weights) -> bool:
-    """Return whether tensors with the same values have the same values after their updates."""
-    if not names <= updates.keys():
-        return False
-    one, *others = (updates[name].applied(base.tensors[name], base.tensors[name].dtype, [0.0, 0.0]) for name in names)
-    return all(torch.equal(one, other) for other in others)
-
-
 def _row_updates(adapter: Adapter, base: Weights) -> dict[str, WeightUpdate]:
-    """Say what happens to tables of which rows were trained, under each name that the base has them by.
+    """Return what happens to tables of which rows were trained, under every name that the base has for them.
 
     Raises:
         LoRAError: a table is missing, or of another shape.
     """
     updates: dict[str, WeightUpdate] = {}
-    rows, ties = adapter.rows(), base.tied() if base.folder else {}
+    rows = adapter.rows()
+    ties = base.tied() if base.folder else {}
     for table, numbers in adapter.tables.items():
         names = [f"{table}.weight", *(f"{end}.weight" for end, first in adapter.tied.items() if first == table)]
         names = [name for name in names if name in base.tensors]
@@ -248,7 +269,8 @@ def _row_updates(adapter: Adapter, base: Weights) -> dict[str, WeightUpdate]:
         if not names and table not in adapter.tied:
             raise LoRAError(f"{base.path}: {table!r}, of which rows were trained, has no weight there. {INSTEAD}.")
         for name in names:
-            shape, dtype = tuple(base.tensors[name].shape), base.tensors[name].dtype
+            shape = tuple(base.tensors[name].shape)
+            dtype = base.tensors[name].dtype
             if dtype not in MERGEABLE_DTYPES or len(shape) != 2 or numbers[-1] >= shape[0]:
                 raise LoRAError(f"{base.path}: {name!r} is {dtype} {shape}, and has no row {numbers[-1]} to replace.")
             if rows[table].shape[1] != shape[1]:
@@ -325,29 +347,17 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write(job: Job, output: PathLike) -> list[Path]:
-    left_out: list[Path] = []
-    folder = job.base.folder
-    opening = new_folder(output, replaced=weight_files(folder.stem)) if folder else new_file(output)
-    with opening as result, progress_bar("merging", job.base.nbytes, "bytes") as advance:
-        job = replace(job, progress=advance)
-        if folder:
-            left_out = write_folder_of(job, result)
-        else:
-            write_file_of(job, result)
-    tell_rounding(f"{output}: 16-bit weights", job.cost, IN_FILES, stacklevel=3)
-    return left_out
-
-
 def _layer_update(
     adapter: Adapter, name: str, kind: str, base: Weights, result_dtype: torch.dtype | None
 ) -> tuple[str, WeightUpdate]:
     """Return the name of a layer's weight, and what happens to it."""
     weight = _weight_name(adapter, name, base)
-    old, whole = base.tensors[weight], adapter.tensors.get(weight)
+    old = base.tensors[weight]
+    whole = adapter.tensors.get(weight)
     if old.dtype not in MERGEABLE_DTYPES:
         raise LoRAError(f"{base.path}: {weight!r} is {old.dtype}; only floating point weights are merged.")
-    info, stored = _placed(adapter, name, kind, old.shape), adapter.stored(name)
+    info = _placed(adapter, name, kind, old.shape)
+    stored = adapter.stored(name)
     if not _fits(adapter, info):
         found = [f"{factor_role(leaf)} {tuple(stored[leaf].shape)}" for leaf in adapter.variant.trained]
         raise LoRAError(
@@ -389,13 +399,20 @@ def _fits(adapter: Adapter, info: LayerInfo) -> bool:
 
 
 def _kind(adapter: Adapter, name: str, base: Weights) -> str:
-    """Tell what a layer is by names and shapes, for an adapter that does not say it; the shape of a square weight does
-    not tell whether it is stored (out, in) or (in, out), and PEFT's fan_in_fan_out does.
+    """Return what a layer is by names and shapes, for an adapter that does not say it.
+
+    The shape of a square weight does not tell whether it is stored (out, in) or (in, out); PEFT's fan_in_fan_out does.
     """
     weight = _weight_name(adapter, name, base)
     shape = base.tensors[weight].shape
     if adapter.is_parameter(name):
-        return _parameter_kind(adapter, name, base)
+        fitting = [kind for kind in SINGLE if _fits(adapter, _placed(adapter, name, kind, shape))]
+        if len(fitting) > 1:
+            raise LoRAError(
+                f"{base.path}: {name!r} is a stack of square matrices, so that its shape does not tell whether they "
+                f"are stored (out, in) or (in, out). {INSTEAD}."
+            )
+        return fitting[0] if fitting else PARAMETER
     if weight.endswith(IN_PROJ):
         return ATTENTION
     if len(shape) > 2:
@@ -422,26 +439,17 @@ def _refuse_contradicted(adapter: Adapter, kinds: Mapping[str, str], base: Weigh
         )
 
 
-def _parameter_kind(adapter: Adapter, name: str, base: Weights) -> str:
-    """Tell what a parameter is by shapes, for an adapter that does not say it."""
-    shape = base.tensors[name].shape
-    fitting = [kind for kind in SINGLE if _fits(adapter, _placed(adapter, name, kind, shape))]
-    if len(fitting) > 1:
-        raise LoRAError(
-            f"{base.path}: {name!r} is a stack of square matrices, so that its shape does not tell whether they are "
-            f"stored (out, in) or (in, out). {INSTEAD}."
-        )
-    return next(iter(fitting), PARAMETER)
-
-
 def _replacement(name: str, value: Any, base: Weights, *, may_differ: bool) -> WeightUpdate:
-    """Check a parameter that was trained whole, or a buffer, and let it take the place of the base's.
+    """Return the update of a tensor that the adapter holds whole and that takes the place of the base's.
 
-    One that modules_to_save names, such as a new head, may have another shape. A folder's config says the shapes.
+    One that modules_to_save names, such as a new head, may have another shape, but not in a folder: its config.json
+    says the shapes.
     """
     old = base.tensors[name]
-    if base.folder or not (may_differ and isinstance(value, torch.Tensor)):
-        _refuse_other_shape(name, value, base)
+    found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+    free = may_differ and not base.folder and isinstance(value, torch.Tensor)
+    if found != tuple(old.shape) and not free:
+        raise LoRAError(f"{base.path}: {name!r} has shape {tuple(old.shape)}, in the adapter {found}. {INSTEAD}.")
     if value.shape != old.shape:
         tell(f"lightning_lora: merge: {name!r} is the adapter's, {tuple(value.shape)}; in the base {tuple(old.shape)}")
     if value.is_floating_point() != old.dtype.is_floating_point:
@@ -450,10 +458,3 @@ def _replacement(name: str, value: Any, base: Weights, *, may_differ: bool) -> W
         is_mask = value.isinf() & (value == old.to(value.dtype)) if value.shape == old.shape else torch.tensor(False)
         check_finite(name, value.masked_fill(is_mask, 0))  # it is infinite in the base too
     return WeightUpdate(value=value)
-
-
-def _refuse_other_shape(name: str, value: Any, base: Weights) -> None:
-    found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-    here = tuple(base.tensors[name].shape)
-    if found != here:
-        raise LoRAError(f"{base.path}: {name!r} has shape {here}, in the adapter {found}. {INSTEAD}.")
