@@ -22,7 +22,7 @@ from ..formats.forms import form_of, refuse_named_adapters
 from ..formats.hub import local_source
 from ..formats.peft_names import are_peft_names
 from ..formats.sources import holds_adapter_state, read_source
-from ..names import META, factor_role
+from ..names import META, PREFIX, factor_role
 from ..progress import Unit, progress_bar
 from .output import refuse_quantized
 
@@ -64,13 +64,15 @@ def _adapter_kind(path: PathLike) -> str:
     if form == "PEFT folder":
         return form
     refuse_named_adapters(path)
-    if form == "torch file" and holds_adapter_state(content := read_torch_file(path, "meta")):  # only a reading tells
+    if form == "torch file" and holds_adapter_state(
+        content := read_torch_file(path, "meta", plain=[META])
+    ):  # only a reading tells
         if isinstance(content.get(META), Mapping):
             return f"Lightning checkpoint of kind {shown(content[META].get('kind'))}"
         if are_peft_names(content.get("state_dict", content)):
             return "Lightning checkpoint that holds a PeftModel" if "state_dict" in content else "state dict of PEFT"
         return "state dict with an adapter and no options, as loralib writes it"
-    return f"{form} with an adapter" if open_weights(path).holds_factors() else ""
+    return f"{form} with an adapter" if open_weights(path).holds(PREFIX) else ""
 
 
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ..formats.peft_equivalents import refuse_conv1d_of_model
 from ..formats.peft_rows import NO_BIAS
 from ..formats.sources import adapter_with_options
 from ..matching import matcher
-from ..names import META, canonical, factor_role, listed, parent_names
+from ..names import META, PREFIX, canonical, factor_role, listed, parent_names
 from ..nn.exact_merge import row_chunks
 from ..nn.low_rank import (
     ATTENTION,
@@ -187,7 +187,7 @@ def fit_to_base(adapter: Adapter, base: Weights, in_python: str = "", *, strict_
 
 def _refuse_adapter(base: Weights) -> None:
     """Raise LoRAError where the base holds an adapter, in its weights or beside them."""
-    if base.holds_factors():
+    if base.holds(PREFIX):
         raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
     if META in base.checkpoint:
         raise LoRAError(

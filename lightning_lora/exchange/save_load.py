@@ -25,6 +25,7 @@ from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
 from ..model.attached import require_attached
 from ..model.inject import inject_layers
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
+from ..names import META
 from ..nn.attachment import Attachment
 from ..nn.owner import claimed
 from .align import order_in
@@ -229,7 +230,7 @@ def load_from_checkpoint(
         found = cls.__name__ if isinstance(cls, type) else f"a {type(cls).__name__}"
         raise LoRAError(f"load_from_checkpoint: expected the class of a LightningModule, found {found}.")
     refuse_peft_folder(path)
-    checkpoint = read_torch_file(path, trusted=weights_only is False)
+    checkpoint = read_torch_file(path, plain=[META], trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, _without_strict(kwargs))
     listing = find_model(model) or Listing(model)

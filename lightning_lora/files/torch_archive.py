@@ -9,16 +9,15 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from operator import gt
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 
 from ..errors import LoRAError, sentence
-from ..names import META
 from ..progress import progress_bar
 from . import inert_pickle
 from .inert_pickle import find_placeholder
@@ -27,7 +26,6 @@ from .paths import PathLike, require_file
 ARCHIVE = b"PK\x03\x04"  # first bytes of a file that torch.save wrote since torch 1.6
 DATA = "/data/"  # in the names of the records that are storages
 PART = 1 << 24  # bytes that are read or written at once
-PLAIN = ("state_dict", META)  # keys of a checkpoint that must hold no objects
 
 
 def read_torch_file(
@@ -35,6 +33,7 @@ def read_torch_file(
     device: str = "cpu",
     mmap: bool = False,
     *,
+    plain: Collection[str] = (),
     trusted: bool = False,
 ) -> dict[str, Any]:
     """Read a checkpoint or state dict that torch.save wrote.
@@ -43,6 +42,7 @@ def read_torch_file(
         path: of the file.
         device: "cpu", or "meta" to read no values.
         mmap: return tensors that lie in the file until they are read. Files of before torch 1.6 are read.
+        plain: keys of a checkpoint, beside state_dict, that must hold no objects.
         trusted: unpickle all objects, which may run any code. Otherwise objects in a checkpoint, such as
             hyper-parameters, become placeholders: nothing that the file names is imported or called.
 
@@ -60,7 +60,14 @@ def read_torch_file(
         raise
     except Exception as error:  # of a damaged file torch raises anything
         raise LoRAError(f"{path}: {_why_not_loaded(path, error)}") from error
-    _refuse_objects(content, path)
+    is_checkpoint = isinstance(content, dict) and "state_dict" in content
+    found = find_placeholder({key: content.get(key) for key in ("state_dict", *plain)} if is_checkpoint else content)
+    if found is not None:
+        place, name = found
+        raise LoRAError(
+            f"{path}: holds objects other than plain types and tensors, and was not loaded: {place or 'it'} is of "
+            f"{name}. In a checkpoint, only entries other than the state_dict may be objects; save tensors alone."
+        )
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
     return content
@@ -76,18 +83,6 @@ def _why_not_loaded(path: PathLike, error: Exception) -> str:
         said = "holds objects other than plain types and tensors, or is damaged, and was not loaded"
         return f"{said}: {sentence(str(error).splitlines()[0])}"
     return f"cannot be read as a checkpoint; it may be truncated: {sentence(error)}"
-
-
-def _refuse_objects(content: Any, path: PathLike) -> None:
-    """Raise LoRAError where a placeholder is in a state dict, or in a checkpoint's state dict or adapter."""
-    is_checkpoint = isinstance(content, dict) and "state_dict" in content
-    found = find_placeholder({key: content.get(key) for key in PLAIN} if is_checkpoint else content)
-    if found is not None:
-        place, name = found
-        raise LoRAError(
-            f"{path}: holds objects other than plain types and tensors, and was not loaded: {place or 'it'} is of "
-            f"{name}. In a checkpoint, only entries other than the state_dict may be objects; save tensors alone."
-        )
 
 
 def _load(source: PathLike, device: str, mmap: bool, trusted: bool) -> Any:
@@ -112,8 +107,12 @@ def _load_within_records(source: PathLike, *, map_location: str, **options: Any)
         return storage
 
     content = torch.load(source, map_location=cast(Any, note), **options)
-    held = sorted(_storage_sizes(source), reverse=True) if is_archive(source) else []
-    if any(map(gt, sorted(claimed, reverse=True), held)):
+    held: list[int] = []
+    if is_archive(source):
+        with zipfile.ZipFile(source) as archive:
+            held = [record.file_size for record in archive.infolist() if DATA in record.filename]
+    # torch does not tell which storage lies in which record: the largest is compared with the largest, and so on.
+    if any(map(gt, sorted(claimed, reverse=True), sorted(held, reverse=True))):
         raise ValueError("its tensors claim more bytes than its records hold")
     return content
 
@@ -122,11 +121,6 @@ def is_archive(path: PathLike) -> bool:
     """Return whether a file has the form that torch.save has written since torch 1.6."""
     with open(path, "rb") as file:
         return file.read(len(ARCHIVE)) == ARCHIVE
-
-
-def _storage_sizes(path: PathLike) -> list[int]:
-    with zipfile.ZipFile(path) as archive:
-        return [record.file_size for record in archive.infolist() if DATA in record.filename]
 
 
 def compare_check_sums(path: PathLike, *, whole: bool = True) -> None:
@@ -145,19 +139,16 @@ def compare_check_sums(path: PathLike, *, whole: bool = True) -> None:
             if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
                 raise LoRAError(f"{path}: {record.filename!r} is compressed, which torch.save never does.")
             with archive.open(record) as opened:
-                if record.CRC and (whole or DATA not in record.filename):
-                    _read_to_the_end(path, opened)
-
-
-def _read_to_the_end(path: PathLike, record: IO[bytes]) -> None:
-    try:
-        while record.read(PART):
-            pass
-    except zipfile.BadZipFile as error:
-        raise LoRAError(
-            f"{path}: {record.name!r} is not what was written: its check sum differs. Copy the file again, or take "
-            "another copy; the disk may be faulty."
-        ) from error
+                if not record.CRC or (DATA in record.filename and not whole):
+                    continue
+                try:
+                    while opened.read(PART):  # zipfile compares at the record's end
+                        pass
+                except zipfile.BadZipFile as error:
+                    raise LoRAError(
+                        f"{path}: {record.filename!r} is not what was written: its check sum differs. Copy the file "
+                        "again, or take another copy; the disk may be faulty."
+                    ) from error
 
 
 def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> None:

@@ -52,9 +52,9 @@ class Weights:
         """List every module on the way to a tensor."""
         return {module for name in self.tensors for module in parent_names(name)}
 
-    def holds_factors(self) -> bool:
-        """Return whether a tensor has the name of an adapter's, ours or PEFT's."""
-        return any(part.startswith("lora_") for name in self.tensors for part in name.split("."))
+    def holds(self, prefix: str) -> bool:
+        """Return whether a segment of a tensor's name begins with a prefix."""
+        return any(part.startswith(prefix) for name in self.tensors for part in name.split("."))
 
     def quantized(self) -> dict[str, str]:
         """Find the modules whose weight is quantized by bitsandbytes or torchao.

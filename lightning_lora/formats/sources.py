@@ -53,7 +53,7 @@ def _read(source: PathLike | Mapping[str, Any] | Adapter, order: Order, verb: st
             return read_folder(source, order)
         if form == "safetensors file":
             return read_tensor_file(source)
-        adapter = _read_state(read_torch_file(source), verb)
+        adapter = _read_state(read_torch_file(source, plain=[META]), verb)
         require_values(adapter, str(source))
         return adapter
     if not isinstance(source, Mapping):

@@ -47,7 +47,7 @@ def options_in_checkpoint(trainer: Any) -> Saved | None:
     if path is None:
         return None
     try:
-        checkpoint = read_torch_file(path, mmap=True)
+        checkpoint = read_torch_file(path, mmap=True, plain=[META])
     except LoRAError:
         return None
     adapter = adapter_of(checkpoint)[0] if META in checkpoint else None

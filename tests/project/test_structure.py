@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lightning_lora
+from lightning_lora import names
 from support.ranks.processes import DONE, run_in_forks
 
 PACKAGE = Path(lightning_lora.__file__).parent
@@ -186,6 +187,16 @@ def test_a_variants_words_are_in_its_own_file_the_list_and_the_options():
         users = {name for name, path in FILES.items() if re.search(words, path.read_text())}
         assert own in users  # the word is still its word
         assert users - {own, *NAME_VARIANTS} == set()
+
+
+def test_files_on_disk_know_no_name_of_an_adapter():
+    """Such names come in as arguments."""
+    own = {name for name, value in vars(names).items() if isinstance(value, str) and "lora" in value}
+    assert {"META", "PREFIX"} <= own
+    for name in (name for name in FILES if room(name) == "files"):
+        assert not re.search("lora(?!Error)", FILES[name].read_text(), re.IGNORECASE), name
+        taken = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom) and node.module == "names"]
+        assert not own & {alias.name for node in taken for alias in node.names}, name
 
 
 def test_only_the_callbacks_and_the_command_line_import_lightning():
