@@ -449,7 +449,10 @@ def _replacement(name: str, value: Any, base: Weights, *, may_differ: bool) -> W
     found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
     free = may_differ and not base.folder and isinstance(value, torch.Tensor)
     if found != tuple(old.shape) and not free:
-        raise LoRAError(f"{base.path}: {name!r} has shape {tuple(old.shape)}, in the adapter {found}. {INSTEAD}.")
+        raise LoRAError(
+            f"{base.path}: {name!r} has shape {tuple(old.shape)}, in the adapter {found}. {INSTEAD}, or "
+            "give a base of that shape, such as one with a head for as many classes."
+        )
     if value.shape != old.shape:
         tell(f"lightning_lora: merge: {name!r} is the adapter's, {tuple(value.shape)}; in the base {tuple(old.shape)}")
     if value.is_floating_point() != old.dtype.is_floating_point:

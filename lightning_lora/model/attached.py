@@ -110,9 +110,9 @@ def set_strength(model: nn.Module, strength: float | Strengths, name: str = "") 
     strengths = _asked(handle, strength, name, "set_strength")
     if "" in strengths:
         raise LoRAError(
-            "set_strength: changes attached adapters, and no file would tell another strength of the trained one. Use "
-            "`with scaled(model, strength):` for that, or name an attached adapter "
-            f"({listed([repr(each) for each in handle.injection.attached]) or 'there is none'})."
+            "set_strength: changes attached adapters only, because no file stores a strength of the trained one. Use "
+            "`with scaled(model, strength):`, load_adapter(model, combine([adapter], [strength])) for good, or name "
+            f"an attached adapter ({listed([repr(each) for each in handle.injection.attached]) or 'there is none'})."
         )
     before = {each: handle.injection.attached[each].strength for each in strengths}
     change_unmerged_(handle, "set_strength", partial(_set_, handle, strengths), partial(_set_, handle, before))
@@ -270,8 +270,8 @@ def _refuse_between(handle: AdaptedModel, strength: float) -> None:
         ""
         if reading
         else (
-            ". For one in between, load_adapter(model, combine([adapter], [0.5])): it scales A and B, and leaves what "
-            "is trained whole, such as a head, as it is"
+            ". For one in between, call load_adapter(model, combine([adapter], [0.5])), which scales A and B and "
+            "keeps heads and biases as they are"
         )
     )
     raise LoRAError(f"scaled: {what}, which has no strength between off and on: use 0 or 1{between}.")

@@ -209,9 +209,9 @@ CONDITIONS = [
     ),
     Condition(MERGING, "unload", unloaded, "bits, classes and requires_grad of the plain model"),
     Condition(MERGING, "merge_and_unload", merged_for_good, "plain weights W', as in merged_state_dict"),
-    Condition(BESIDE, "beside two, float32", beside(torch.float32), "outputs, gradients, W', every strength; detached"),
-    Condition(BESIDE, "beside two, bfloat16", beside(torch.bfloat16), "the same in bfloat16"),
-    Condition(BESIDE, "steps beside two", trained_with, "four steps of SGD, a swap and back, and an unload"),
+    Condition(BESIDE, "two more, float32", beside(torch.float32), "outputs, gradients, W', every strength; detached"),
+    Condition(BESIDE, "two more, bfloat16", beside(torch.bfloat16), "the same in bfloat16"),
+    Condition(BESIDE, "steps with two more", trained_with, "four steps of SGD, a swap and back, and an unload"),
     Condition(BESIDE, "attached first", attached_first, "to the plain model, which is merged; then load_adapter"),
 ]
 
