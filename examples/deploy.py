@@ -73,7 +73,7 @@ if __name__ == "__main__":
     save_merged(model, RUNS / "merged")  # transformers, vLLM and all else that reads a model's folder
     compare("merged, by from_pretrained", LlamaForCausalLM.from_pretrained(RUNS / "merged"), tuned)
 
-    save_adapter(model, RUNS / "adapter")  # PEFT: small, beside the base
+    save_adapter(model, RUNS / "adapter")  # PEFT: small, needs the base
     base = LlamaForCausalLM.from_pretrained(manual_llama())
     compare("adapter, by peft", PeftModel.from_pretrained(base, RUNS / "adapter"), tuned)
 

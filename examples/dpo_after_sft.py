@@ -5,8 +5,8 @@ pip install -e ".[examples]"
 python examples/dpo_after_sft.py
 
 A small Llama that has read Python's manual first learns code with docstrings, which mostly say "Return the name". DPO
-then teaches it "Returns the name", as preference.py does. The SFT adapter is frozen beside the new one, so the
-reference is the same model while the new one is off. The last line checks that against two models, as most programs
+then teaches it "Returns the name", as preference.py does. The SFT adapter is attached and frozen, so the reference
+is the same model while the new adapter is off. The last line checks that against two models, as most programs
 hold them. Direct preference optimization: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290.
 """
 

@@ -1,6 +1,6 @@
 """Small models that stand in for pretrained ones, and texts to train on. Nothing is downloaded.
 
-Each model is trained at the first call, which takes a few seconds, and then kept beside this file. In a program of your
+Each model is trained at the first call, which takes a few seconds, and then kept in this folder. In a program of your
 own, the name of a model on a hub takes its place.
 """
 

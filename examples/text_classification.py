@@ -1,4 +1,4 @@
-"""Text classification: a transformers model gets a new head, which is trained whole beside the adapter.
+"""Text classification: a transformers model gets a new head, which is trained together with the adapter.
 
 pip install -e ".[examples]"
 python examples/text_classification.py

@@ -156,7 +156,7 @@ class LoRAWeightAveraging(EMAWeightAveraging):
             self._exchange()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the average into state_dict, and the current values beside it. Collective."""
+        """Put the average into state_dict, and keep the current values too. Collective."""
         if self._average_model is None or self._handle is None or injection_of(pl_module) is None:
             rank_zero_info("LoRAWeightAveraging: there is no average outside of a fit; the model is saved as it is.")
             return

@@ -162,8 +162,8 @@ def load_adapter(
         model: a model with the base that the adapter was trained on.
         source: a PEFT folder, a Lightning checkpoint, a file with a state dict, a state dict, an adapter of
             read_adapter or take_adapter, or, with huggingface_hub installed, an id on the hub, as "user/repo". A
-            source without options (a bare state dict) needs an injected model, whose options then hold. Of a full
-            checkpoint the adapter is taken alone; load_from_checkpoint loads its base too.
+            source without options (a bare state dict) needs an injected model, whose options then hold. From a full
+            checkpoint only the adapter is taken; load_from_checkpoint loads its base too.
         strict_base: whether another base than the adapter's is an error or a warning.
 
     Returns:
