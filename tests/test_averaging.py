@@ -24,7 +24,7 @@ from lightning_lora import (
 from support.covering import covering
 from support.models.quantized import QuantizedNet, batches, factors, packed_bits
 from support.runs.lightning_versions import EMAWeightAveraging, WeightAveraging, weight_averaging
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, weights
 from support.runs.with_callback import (
     SWAPPERS,
     TARGETS,
@@ -70,9 +70,7 @@ class Losses(Net):
 def fit(path: Path, model: Net, *callbacks: L.Callback, epochs: int = 4, resume: Path | None = None) -> L.Trainer:
     torch.manual_seed(0)
     keep = ModelCheckpoint(path, "{epoch}", monitor="val_loss", save_top_k=-1)
-    trainer = make_trainer(path, *callbacks, keep, max_epochs=epochs)
-    trainer.fit(model, Data(), ckpt_path=resume)
-    return trainer
+    return fit_model(path, model, *callbacks, keep, ckpt_path=resume, max_epochs=epochs)
 
 
 def close(found: dict[str, Any], expected: dict[str, Any]) -> bool:

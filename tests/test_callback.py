@@ -31,7 +31,16 @@ from lightning_lora import (
 )
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.nn.lora_layer import LoRALayer
-from support.runs.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, make_trainer, outputs, weights
+from support.runs.training import (
+    BuiltInConfigureModel,
+    BuiltInSetup,
+    Data,
+    Net,
+    fit_model,
+    make_trainer,
+    outputs,
+    weights,
+)
 
 TARGETS = ["body.0", "body.3", "head"]
 
@@ -155,8 +164,7 @@ class InjectsBesideAnEarlierLayer(InjectsInConfigureModel):
 )
 def test_inject_inside_configure_model_is_seen(tmp_path, model_class: type[Net], options: dict[str, Any]):
     model = model_class()
-    trainer = make_trainer(tmp_path, LoRACallback(save="merged", **options))
-    trainer.fit(model, Data())
+    trainer = fit_model(tmp_path, model, LoRACallback(save="merged", **options))
     assert adapted(model) == TARGETS
     assert len(model.seen) == 2 * len(TARGETS)
     assert {layer.lora_A.size(0) for layer in map(model.get_submodule, TARGETS)} == {2}
@@ -166,8 +174,7 @@ def test_inject_inside_configure_model_is_seen(tmp_path, model_class: type[Net],
 
 def test_inject_of_a_part_inside_configure_model_is_seen(tmp_path):
     model = InjectsAPartInConfigureModel()
-    trainer = make_trainer(tmp_path, LoRACallback())
-    trainer.fit(model, Data())
+    trainer = fit_model(tmp_path, model, LoRACallback())
     assert adapted(model) == ["body.0", "body.3"]
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert "body.0.weight" not in torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
@@ -186,8 +193,7 @@ def test_adopts_an_injected_model(tmp_path):
     model = Net()
     inject(model, LoRAConfig(r=2, lora_alpha=3, target_modules=TARGETS))
     factor = model.head.lora_A
-    trainer = make_trainer(tmp_path, LoRACallback())
-    trainer.fit(model, Data())
+    trainer = fit_model(tmp_path, model, LoRACallback())
     assert model.head.lora_A is factor
     assert model.head.lora_B.abs().sum() > 0
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -243,8 +249,7 @@ def test_an_option_that_is_given_counts_at_its_default_too(
 @pytest.mark.parametrize("dropout", [0.5, 0.0])
 def test_dropout_that_is_given_takes_the_place_of_an_injected_models(tmp_path, dropout: float):
     inject(model := Net(), LoRAConfig(r=2, target_modules=TARGETS, lora_dropout=0.25))
-    trainer = make_trainer(tmp_path, LoRACallback(lora_dropout=dropout))
-    trainer.fit(model, Data())
+    trainer = fit_model(tmp_path, model, LoRACallback(lora_dropout=dropout))
     assert {layer.lora.spec.dropout for layer in (model.body[0], model.body[3], model.head)} == {dropout}
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["lora"]["config"]["lora_dropout"] == dropout
@@ -305,8 +310,7 @@ def test_a_second_fit_keeps_the_fingerprint_of_the_base_that_the_first_trained_o
 def test_a_merge_by_hand_stays_after_an_evaluation_that_a_training_batch_broke_off(tmp_path):
     """As of a program with a loop of its own, which calls the hooks."""
     callback = LoRACallback(r=2, target_modules=TARGETS)
-    trainer = make_trainer(tmp_path, callback)
-    trainer.fit(model := Net(), Data())
+    trainer = fit_model(tmp_path, model := Net(), callback)
     callback.on_validation_batch_start(trainer, model)
     assert is_merged(model)
     callback.on_train_batch_start(trainer, model)
@@ -350,8 +354,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.core
 def test_fit_start_shows_the_summary_once(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="lightning_lora"):
-        trainer = make_trainer(tmp_path, LoRACallback(r=2, save="full", merged_eval=False), max_epochs=2)
-        trainer.fit(model := Net(), Data())
+        trainer = fit_model(tmp_path, model := Net(), LoRACallback(r=2, save="full", merged_eval=False), max_epochs=2)
         trainer.test(model, Data(), verbose=False)
     assert said(caplog) == [summary(model).short()]
     # A and B of 6 -> 8, 8 -> 8 and 8 -> 3 at r = 2; the base has 3 layers and a BatchNorm.
@@ -369,9 +372,7 @@ def test_a_fit_after_another_says_that_it_trains_the_same_adapter_further(tmp_pa
 
     def fit(model: Net, path: Any = None) -> L.Trainer:
         caplog.clear()
-        trainer = make_trainer(tmp_path, LoRACallback(r=2), max_epochs=2 if path else 1)
-        trainer.fit(model, Data(), ckpt_path=path)
-        return trainer
+        return fit_model(tmp_path, model, LoRACallback(r=2), ckpt_path=path, max_epochs=2 if path else 1)
 
     with caplog.at_level(logging.INFO, logger="lightning_lora"):
         fit(model := Net()).save_checkpoint(tmp_path / "a.ckpt")

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, load_from_checkpoint
 from support.runs.notices import TORCH_NOTICES, UNTRAINED_NOTICE
 from support.runs.recorders import Recorder, start_anew
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs
+from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, outputs
 
 pytestmark = TORCH_NOTICES
 
@@ -126,8 +126,7 @@ def test_compiled_fit_with_an_eval_mode_backbone_needs_no_more_graphs(tmp_path):
     recorder = Recorder()
     model, watch = compiled_net("whole", recorder, Frozen), Watch(recorder)
     lora = LoRACallback(r=2, target_modules=TARGETS, lora_dropout=0.5, merged_eval=False)
-    trainer = make_trainer(tmp_path, lora, watch, max_epochs=3)
-    trainer.fit(torch.compile(model, backend=recorder), Data())
+    fit_model(tmp_path, torch.compile(model, backend=recorder), lora, watch, max_epochs=3)
     assert watch.graphs == [2, 2, 2]
 
 

@@ -10,19 +10,15 @@ import torch
 
 from lightning_lora import LoRAError, load_adapter, load_from_checkpoint
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs.training import Data, Net, make_trainer, outputs
+from support.runs.training import Data, Net, fit_model, make_trainer, outputs
 from support.runs.with_callback import lora
 
 
 def tuned(path: Path, kind: str) -> Net:
     """Trained by plain Lightning into pretrained.ckpt, then by LoRA into lora.ckpt."""
-    trainer = make_trainer(path)
-    trainer.fit(Net(width=7), Data())
-    trainer.save_checkpoint(path / "pretrained.ckpt")
+    fit_model(path, Net(width=7), saved=path / "pretrained.ckpt")
     model = Net.load_from_checkpoint(path / "pretrained.ckpt")
-    trainer = make_trainer(path, lora(save=kind))
-    trainer.fit(model, Data())
-    trainer.save_checkpoint(path / "lora.ckpt")
+    fit_model(path, model, lora(save=kind), saved=path / "lora.ckpt")
     return model
 
 

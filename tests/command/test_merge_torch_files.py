@@ -16,16 +16,14 @@ from lightning_lora.command.merge import merge_on_disk
 from support.files.expected_weights import merge_and_check
 from support.models.networks import checkpoint
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs
+from support.runs.training import Net, assert_same_tensors, fit_model, make_trainer, outputs
 from support.runs.with_callback import TARGETS, lora, run
 
 
 @pytest.fixture
 def pretrained(tmp_path: Path) -> Path:
     """Lightning's own checkpoint of a plain fit, with optimizer states, loops and hyperparameters."""
-    trainer = make_trainer(tmp_path / "pretraining", max_epochs=2)
-    trainer.fit(Net(width=8), datamodule=Data())
-    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    fit_model(tmp_path / "pretraining", Net(width=8), saved=tmp_path / "base.ckpt", max_epochs=2)
     return tmp_path / "base.ckpt"
 
 

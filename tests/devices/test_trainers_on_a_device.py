@@ -15,7 +15,7 @@ from lightning_lora import LoRACallback, LoRAMonitor, is_merged, load_from_check
 from support.covering import covering
 from support.devices.places import Place, on_the_device
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, weights
 from support.runs.with_callback import Watched, base_weights, lora
 
 pytestmark = [
@@ -93,8 +93,7 @@ def test_each_precision_trains_and_validates_merged_on_a_device(precision: str, 
     with a_device() as device:
         model = Watched()
         options = on_the_device(device, precision) | {"logger": CSVLogger(tmp_path), "max_epochs": 2}
-        trainer = make_trainer(tmp_path, lora(), LoRAMonitor(), **options)
-        trainer.fit(model, Data())
+        fit_model(tmp_path, model, lora(), LoRAMonitor(), **options)
         factors = [p for name, p in model.named_parameters() if "lora_" in name]
         wide = torch.float64 if precision == "64-true" else torch.float32
         assert {p.dtype for p in factors} == {wide}

@@ -32,7 +32,7 @@ from lightning_lora import (
 from lightning_lora.model.adapted_model import open_model
 from support.covering import covering
 from support.models.networks import checkpoint, state_bits
-from support.runs.training import Data, make_trainer
+from support.runs.training import Data, fit_model, make_trainer
 from support.runs.training import Net as Module
 
 
@@ -198,9 +198,7 @@ def test_a_run_goes_on_after_a_swap_to_other_layers(tmp_path: Path):
     model = Module()
     make_trainer(tmp_path, LoRACallback(r=2), max_epochs=1).fit(model, Data())
     load_adapter(model, take_adapter(other))
-    trainer = make_trainer(tmp_path, LoRACallback(), max_epochs=1)
-    trainer.fit(model, Data())
-    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    fit_model(tmp_path, model, LoRACallback(), saved=tmp_path / "after.ckpt", max_epochs=1)
     adapter = read_adapter(tmp_path / "after.ckpt")
     assert list(adapter.layers) == ["head"]
     assert {"body.1.weight", "body.1.bias"} < adapter.tensors.keys()
@@ -234,11 +232,8 @@ def test_a_run_on_a_loaded_adapter_resumes_by_its_layers_whatever_its_words_name
     """The words are those of the network alone: an expression that names nothing in the module around it."""
     inject(body := Module().body, LoRAConfig(r=2, target_modules="[03]", rank_pattern={"^3": 1}, modules_to_save=["1"]))
     load_adapter(model := Module(), take_adapter(body))
-    trainer = make_trainer(tmp_path, LoRACallback(), max_epochs=1)
-    trainer.fit(model, Data())
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    again = make_trainer(tmp_path, LoRACallback(), max_epochs=2)
-    again.fit(resumed := Module(), Data(), ckpt_path=tmp_path / "run.ckpt")
+    fit_model(tmp_path, model, LoRACallback(), saved=tmp_path / "run.ckpt", max_epochs=1)
+    again = fit_model(tmp_path, resumed := Module(), LoRACallback(), ckpt_path=tmp_path / "run.ckpt", max_epochs=2)
     assert again.current_epoch == 2
     assert {name: layer.r for name, layer in take_adapter(resumed).layers.items()} == {"body.0": 2, "body.3": 1}
     assert trained(resumed) == trained(model)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAError, load_adapter, load_from_checkpoint, unload
-from support.runs.training import CLASSES, Data, Net, assert_same_tensors, make_trainer, outputs
+from support.runs.training import CLASSES, Net, assert_same_tensors, fit_model, outputs
 
 
 class Weighted(nn.Module):
@@ -74,9 +74,7 @@ class Grandchild(Child):
 
 def saved(path: Path, model: Net, kind: Any = "adapter") -> Path:
     torch.manual_seed(0)
-    trainer = make_trainer(path, LoRACallback(r=2, save=kind))
-    trainer.fit(model, Data())
-    trainer.save_checkpoint(path / "saved.ckpt")
+    fit_model(path, model, LoRACallback(r=2, save=kind), saved=path / "saved.ckpt")
     return path / "saved.ckpt"
 
 

@@ -31,7 +31,7 @@ from support.covering import covering
 from support.files.expected_weights import merge_and_check
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
 from support.runs.recorders import Recorder
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, seen, weights
+from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, outputs, seen, weights
 from support.runs.with_callback import At, lora, trained
 
 
@@ -181,9 +181,7 @@ def test_a_full_checkpoint_without_proper_first_values_is_refused_by_name(tmp_pa
 def test_a_full_checkpoint_of_a_weight_without_a_first_value_loads_and_the_weight_is_named(tmp_path):
     unfreeze = At("on_after_backward", lambda trainer, module: module.head.bias.requires_grad_(True))
     model = Net()
-    trainer = make_trainer(tmp_path, LoRACallback(r=2, save="full"), unfreeze)
-    trainer.fit(model, Data())
-    trainer.save_checkpoint(tmp_path / "full.ckpt")
+    fit_model(tmp_path, model, LoRACallback(r=2, save="full"), unfreeze, saved=tmp_path / "full.ckpt")
     assert not torch.equal(model.head.bias, Net().head.bias)
     loaded = load_from_checkpoint(Net, tmp_path / "full.ckpt")
     assert torch.equal(outputs(loaded), outputs(model))
@@ -273,9 +271,7 @@ def _eager():
 
 
 def saved(path: Path, kind: str) -> tuple[Net, Path]:
-    trainer = make_trainer(path, lora(save=kind))
-    trainer.fit(model := Compiled(width=7, seed=4), Data())
-    trainer.save_checkpoint(path / "saved.ckpt")
+    fit_model(path, model := Compiled(width=7, seed=4), lora(save=kind), saved=path / "saved.ckpt")
     return model, path / "saved.ckpt"
 
 
@@ -295,9 +291,7 @@ def test_checkpoint_has_the_modules_own_names_and_is_read_by_the_class_and_by_on
 
 @pytest.mark.usefixtures("_eager")
 def test_command_merges_into_a_checkpoint_with_the_segments_of_a_wrapper(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.fit(Compiled(width=7, seed=4), Data())
-    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    fit_model(tmp_path, Compiled(width=7, seed=4), saved=tmp_path / "base.ckpt")
     model = Compiled.load_from_checkpoint(tmp_path / "base.ckpt", **PLAIN_TYPES_ONLY)
     make_trainer(tmp_path, lora()).fit(model, Data())
     save_adapter(model, tmp_path / "adapter")

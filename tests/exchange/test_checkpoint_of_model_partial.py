@@ -25,7 +25,7 @@ from lightning_lora.model.live_state import open_state
 from lightning_lora.model.state_dict import base_keys
 from support.covering import covering
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, outputs, weights
 from support.runs.with_callback import lora
 
 KINDS = ["adapter", "merged", "full"]
@@ -70,9 +70,7 @@ CLASSES = [InStateDict, InOnSaveCheckpoint, Deletes]
 
 def fit(path: Path, model: Net, *, epochs: int, resume: Path | None = None, **options: Any) -> L.Trainer:
     torch.manual_seed(0)
-    trainer = make_trainer(path, lora(**{"target_modules": ["head"]} | options), max_epochs=epochs)
-    trainer.fit(model, Data(), ckpt_path=resume)
-    return trainer
+    return fit_model(path, model, lora(**{"target_modules": ["head"]} | options), ckpt_path=resume, max_epochs=epochs)
 
 
 each = pytest.mark.parametrize(("cls", "kind"), covering(CLASSES, KINDS, meet=1))

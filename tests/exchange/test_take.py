@@ -28,7 +28,7 @@ from support.files.expected_weights import merge_and_check
 from support.models.peers import TENSORS
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs.notices import quiet_peers
-from support.runs.training import make_trainer, own_random_stream
+from support.runs.training import fit_model, make_trainer, own_random_stream
 
 pytestmark = [
     *quiet_peers,
@@ -106,9 +106,7 @@ def fit(path: Path, names: list[str], options: dict[str, Any], tied: bool = Fals
     torch.manual_seed(0)
     model = Net(tied)
     callbacks = [LoRACallback(**LAYERS | options), Unfreezes(names)]
-    trainer = make_trainer(path, *callbacks, max_epochs=epochs)
-    trainer.fit(model, batches())
-    trainer.save_checkpoint(path / "adapter.ckpt")
+    fit_model(path, model, *callbacks, data=batches(), saved=path / "adapter.ckpt", max_epochs=epochs)
     save_adapter(model, path / "folder")
     return model
 

@@ -37,6 +37,7 @@ from support.runs.training import (
     Data,
     Net,
     assert_same_tensors,
+    fit_model,
     make_trainer,
     outputs,
     own_random_stream,
@@ -122,9 +123,7 @@ def saved(path: Path, kind: str | None) -> tuple[WithObjects, Path]:
     """A model after an epoch and its checkpoint; without a kind, of plain Lightning."""
     model = WithObjects(WeightedLoss(), choices=Choices(), width=7)
     torch.manual_seed(0)
-    trainer = make_trainer(path, *([LoRACallback(r=2, save=kind)] if kind else []))
-    trainer.fit(model, Data())
-    trainer.save_checkpoint(path / "saved.ckpt")
+    fit_model(path, model, *([LoRACallback(r=2, save=kind)] if kind else []), saved=path / "saved.ckpt")
     unpickled.clear()
     return model, path / "saved.ckpt"
 
@@ -177,9 +176,7 @@ def test_trainer_resumes_from_a_checkpoint_with_objects(tmp_path):
 def test_an_object_in_the_state_of_a_scheduler_or_callback_is_passed_over_when_a_module_is_built(tmp_path):
     """Weight averaging's scheduler has one in torch 2.6."""
     model = Net()
-    trainer = make_trainer(tmp_path, LoRACallback(r=2))
-    trainer.fit(model, Data())
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fit_model(tmp_path, model, LoRACallback(r=2), saved=tmp_path / "a.ckpt")
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     content["lr_schedulers"][0]["anneal"] = content["callbacks"]["Mine"] = WeightedLoss()
     torch.save(content, tmp_path / "a.ckpt")

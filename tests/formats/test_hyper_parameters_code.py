@@ -22,7 +22,7 @@ from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
 from support.covering import covering
 from support.runs.lightning_versions import ANY_OBJECTS
-from support.runs.training import CLASSES, FEATURES, Data, make_trainer, own_random_stream
+from support.runs.training import CLASSES, FEATURES, Data, fit_model, make_trainer, own_random_stream
 
 # Lightning advises against a loss among the hyper-parameters, which is how published packages are built.
 pytestmark = pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`")
@@ -101,9 +101,7 @@ def trap(as_program: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("trained")
-    trainer = make_trainer(path, LoRACallback(r=2))
-    trainer.fit(Net(), Data())
-    trainer.save_checkpoint(path / "a.ckpt")
+    fit_model(path, Net(), LoRACallback(r=2), saved=path / "a.ckpt")
     found: dict[str, Any] = torch.load(path / "a.ckpt", weights_only=False)  # of our own, with members of an Enum
     return found | {"hyper_parameters": {}}
 

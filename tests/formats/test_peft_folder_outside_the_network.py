@@ -17,11 +17,10 @@ from support.files.expected_weights import merge_and_check
 from support.runs.training import (
     CLASSES,
     FEATURES,
-    Data,
     Net,
     assert_same_tensors,
+    fit_model,
     inputs,
-    make_trainer,
     own_random_stream,
 )
 from support.runs.with_callback import lora
@@ -65,9 +64,7 @@ class Other(Contrast):
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Contrast:
     path = tmp_path_factory.mktemp("tuned")
     model = Contrast()
-    trainer = make_trainer(path, lora(target_modules=TARGETS))
-    trainer.fit(model, Data())
-    trainer.save_checkpoint(path / "a.ckpt")
+    fit_model(path, model, lora(target_modules=TARGETS), saved=path / "a.ckpt")
     model.file = path / "a.ckpt"  # type: ignore[assignment]
     return model
 

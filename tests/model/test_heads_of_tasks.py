@@ -26,7 +26,7 @@ from lightning_lora.model.pretrained import base_name
 from support.models.peers import SMALL, fill_
 from support.models.pretrained import LABELS, Lit, answer, bert, classifier, save_body, token_loader
 from support.runs.notices import quiet_peers
-from support.runs.training import make_trainer
+from support.runs.training import fit_model
 
 pytestmark = quiet_peers
 TARGETS = ["query", "value"]
@@ -38,9 +38,7 @@ def body(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(module: Lit, path: Path, **options: Any) -> Any:
-    trainer = make_trainer(path, LoRACallback(**{"r": 2, "target_modules": TARGETS} | options))
-    trainer.fit(module, token_loader())
-    return trainer
+    return fit_model(path, module, LoRACallback(**{"r": 2, "target_modules": TARGETS} | options), data=token_loader())
 
 
 def config_of(path: Path) -> dict[str, Any]:

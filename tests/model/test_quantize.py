@@ -25,7 +25,7 @@ from lightning_lora import (
 from lightning_lora.nn.nf4 import group_size
 from lightning_lora.nn.quantized import dequantize, quantized_as
 from support.models.quantized import NF4, PlainNet, batches, factors, inputs, network, packed_bits, quantized
-from support.runs.training import make_trainer
+from support.runs.training import fit_model, make_trainer
 
 torchao = pytest.importorskip("torchao.quantization")
 
@@ -150,9 +150,7 @@ def test_a_plain_state_dict_is_quantized_as_it_is_loaded():
 
 
 def fitted(path: Path, callback: LoRACallback, model: Any, **options: Any) -> Any:
-    trainer = make_trainer(path, callback, max_epochs=1, **options)
-    trainer.fit(model, batches(), batches(2))
-    trainer.save_checkpoint(path / "adapter.ckpt")
+    fit_model(path, model, callback, data=(batches(), batches(2)), saved=path / "adapter.ckpt", max_epochs=1, **options)
     return model.eval()
 
 

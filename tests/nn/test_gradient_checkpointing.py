@@ -20,7 +20,7 @@ from transformers import (
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, merge, unload
 from lightning_lora.nn.gradient_checkpointing import enable_input_require_grads
 from support.models.networks import Zoo, randomise_, trace, zoo_config
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer
+from support.runs.training import Net, assert_same_tensors, fit_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT")  # torch 2.6
 REENTRANT, NOT_REENTRANT = CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT
@@ -267,8 +267,7 @@ def test_a_fit_that_is_checkpointed_late_equals_the_plain_fit(tmp_path):
         model = Images()
         model.checkpointed = checkpointed
         torch.manual_seed(0)
-        trainer = make_trainer(tmp_path, LoRACallback(r=2, lora_dropout=0.5), max_epochs=2, limit_val_batches=0)
-        trainer.fit(model, Data())
+        fit_model(tmp_path, model, LoRACallback(r=2, lora_dropout=0.5), max_epochs=2, limit_val_batches=0)
         results.append(dict(adapter_state_dict(model)))
     assert_same_tensors(results[1], results[0])
 

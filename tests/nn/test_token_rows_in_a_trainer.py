@@ -17,7 +17,7 @@ from lightning_lora.nn.adapted_weights import adapted_layers
 from support.covering import covering
 from support.models.parameters import Experts
 from support.models.token_rows import NUMBER, ROWS
-from support.runs.training import assert_same_tensors, make_trainer, own_random_stream, weights
+from support.runs.training import assert_same_tensors, fit_model, own_random_stream, weights
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -64,9 +64,7 @@ def tokens() -> torch.Tensor:
 def fit(model: Net, path: Path, *callbacks: Any, epochs: int, resume: Path | None = None, **options: Any) -> L.Trainer:
     data = DataLoader(TensorDataset(tokens()), batch_size=4)
     lora = LoRACallback(seed=1, **OPTIONS, **options)
-    trainer = make_trainer(path, lora, *callbacks, max_epochs=epochs)
-    trainer.fit(model, data, data, ckpt_path=resume)
-    return trainer
+    return fit_model(path, model, lora, *callbacks, data=(data, data), ckpt_path=resume, max_epochs=epochs)
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ from support.devices.pretend_device import CAN_PRETEND, pretend_device
 from support.models.networks import state_bits
 from support.models.quantized import NF4, OF_BITSANDBYTES, inputs, network, quantized, values_of
 from support.ranks.processes import DONE, run_in_forks
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+from support.runs.training import Net, assert_same_tensors, fit_model, outputs, weights
 
 on_device = pytest.mark.skipif(not CAN_PRETEND, reason="this version of torch cannot pretend a device")
 TARGETS = ["body.0", "body.3", "head"]
@@ -308,8 +308,7 @@ def test_a_run_resumed_from_each_kind_of_checkpoint_equals_the_uninterrupted_one
         torch.manual_seed(0)
         model, saves = Net(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, enable_version_counter=False)
         callback = LoRACallback(variant=name, r=2, target_modules=TARGETS, save=save)
-        trainer = make_trainer(tmp_path, callback, saves, max_epochs=epochs)
-        trainer.fit(model, Data(), ckpt_path=path)
+        trainer = fit_model(tmp_path, model, callback, saves, ckpt_path=path, max_epochs=epochs)
         return model, trainer
 
     whole, _ = fit(None, 4)
@@ -347,9 +346,7 @@ assert not any("lora" in name for name, _ in net.named_parameters())
 @pytest.mark.slow
 def test_a_program_that_does_not_know_it_refuses_its_files_by_name(tmp_path: Path):
     model, saved = filled("own-squares"), tmp_path / "adapter.ckpt"
-    trainer = make_trainer(tmp_path, LoRACallback(), max_epochs=0)
-    trainer.fit(model, Data())
-    trainer.save_checkpoint(saved)
+    fit_model(tmp_path, model, LoRACallback(), saved=saved, max_epochs=0)
     torch.save(adapter_state_dict(model), tmp_path / "state.pt")
     found = run_in_forks(
         {

@@ -14,15 +14,14 @@ from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, load_fro
 from lightning_lora.command.merge import merge_on_disk
 from support.models.peers import model
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs.training import Data, Net, make_trainer
+from support.runs.training import Data, Net, fit_model, make_trainer
 from support.runs.with_callback import lora
 
 
 def saved(path: Path, *callbacks: Any, base: Path | None = None) -> Path:
     """Train, and save: with no callback as plain Lightning does."""
     net = Net.load_from_checkpoint(base, **PLAIN_TYPES_ONLY) if base else Net()
-    trainer = make_trainer(path, *callbacks)
-    trainer.fit(net, Data())
+    trainer = fit_model(path, net, *callbacks)
     file = path / ("lora.ckpt" if callbacks else "pretrained.ckpt")
     trainer.save_checkpoint(file)
     return file

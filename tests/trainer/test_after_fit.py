@@ -26,7 +26,7 @@ from lightning_lora.trainer.run_state import run_of
 from support.covering import covering
 from support.models.pretrained import Lit, answer, save_body, token_loader
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, outputs, weights
 from support.runs.with_callback import At, BrokenError, lora_with_effect
 
 
@@ -144,9 +144,7 @@ def test_a_second_fit_goes_on_from_the_merged_weights_and_merges_again(tmp_path)
 
 def test_a_finished_run_that_is_resumed_is_merged_too(tmp_path):
     first = Net()
-    trainer = make_trainer(tmp_path, lora_with_effect(), max_epochs=2)
-    trainer.fit(first, Data())
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fit_model(tmp_path, first, lora_with_effect(), saved=tmp_path / "a.ckpt", max_epochs=2)
     model = Net()
     again = make_trainer(tmp_path, lora_with_effect(merge_after_fit=True), max_epochs=2)
     again.fit(model, Data(), ckpt_path=tmp_path / "a.ckpt", **PLAIN_TYPES_ONLY)

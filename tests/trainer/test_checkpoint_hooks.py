@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_lora import is_merged
 from support.covering import covering
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, weights
 from support.runs.with_callback import At, Watched, assert_as_found, base_weights, lora_with_effect
 
 KINDS = ["adapter", "merged", "full"]
@@ -63,8 +63,7 @@ def saving_run(path: Path, merged_eval: bool, kind: str, saving: bool = True) ->
     before = base_weights(model)
     saver = Saver(path, model, data, kind) if saving else None
     callbacks = [saver.first, callback, saver.last] if saver else [callback]
-    trainer = make_trainer(path, *callbacks, max_epochs=2, num_sanity_val_steps=1)
-    trainer.fit(model, data)
+    trainer = fit_model(path, model, *callbacks, data=data, max_epochs=2, num_sanity_val_steps=1)
     trainer.validate(model, data, verbose=False)
     trainer.test(model, data, verbose=False)
     trainer.predict(model, data)
@@ -246,8 +245,7 @@ class MomentumTeacher(Watched):
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_weights_that_training_moves_are_saved_whole_or_named(tmp_path, kind: Any):
     options: dict[str, Any] = {"save": kind, "target_modules": ["body.0"], "modules_to_save": ["head"]}
-    trainer = make_trainer(tmp_path, lora_with_effect(**options), max_epochs=2)
-    trainer.fit(model := MomentumTeacher(), Data())
+    trainer = fit_model(tmp_path, model := MomentumTeacher(), lora_with_effect(**options), max_epochs=2)
     said = r"'teacher\.weight' is frozen and has changed .* \(2 such weights\), .* save=\"full\" keeps it"
     warns = pytest.warns(UserWarning, match=said)
     with nullcontext() if kind == "full" else warns:

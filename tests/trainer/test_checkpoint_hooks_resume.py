@@ -25,7 +25,7 @@ from lightning_lora import (
 )
 from support.covering import covering
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, outputs, weights
 from support.runs.with_callback import BATCHES, TARGETS, lora, run, trained
 
 KINDS = ("adapter", "merged", "full")
@@ -199,9 +199,7 @@ def test_run_that_took_over_an_adapters_options_resumes(tmp_path, take_over: boo
     inject(first := Net(), LoRAConfig(r=2, lora_alpha=8, target_modules=["body.0"]))
     save_adapter(first, tmp_path / "folder")
     load_adapter(model := Net(), tmp_path / "folder")
-    trainer = make_trainer(tmp_path, LoRACallback(), max_epochs=1)
-    trainer.fit(model, Data())
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    trainer = fit_model(tmp_path, model, LoRACallback(), saved=tmp_path / "run.ckpt", max_epochs=1)
     again = Net()
     if take_over:
         load_adapter(again, tmp_path / "folder")
@@ -227,9 +225,7 @@ def test_base_checkpoint_is_tested_and_starts_a_new_adapter(tmp_path):
 
 
 def test_fit_from_a_plain_checkpoint_is_refused_and_its_remedy_trains(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.fit(Net(), Data(BATCHES))
-    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    fit_model(tmp_path, Net(), data=Data(BATCHES), saved=tmp_path / "plain.ckpt")
     with pytest.raises(LoRAError, match=r"holds no adapter.*leave ckpt_path out"):
         make_trainer(tmp_path, lora(), max_epochs=2).fit(
             Net(), Data(BATCHES), ckpt_path=tmp_path / "plain.ckpt", **PLAIN_TYPES_ONLY

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint, merged
 from support.covering import covering
 from support.runs.lightning_versions import EMAWeightAveraging, averaging, weight_averaging
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, tensors, weights
+from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, tensors, weights
 from support.runs.with_callback import SWAPPERS, assert_as_found, base_weights, lora_with_effect, reference_loss, swa
 
 # A fresh Trainer that only tests needs none of them.
@@ -42,9 +42,7 @@ EACH_ONCE = marked(covering([*ALL], KINDS, meet=1))
 def fit(path: Path, model: Net, *callbacks: L.Callback, resume: Path | None = None, data: Any = None) -> L.Trainer:
     torch.manual_seed(0)
     keep = ModelCheckpoint(path, "{epoch}", monitor="val_loss", save_top_k=-1)
-    trainer = make_trainer(path, *callbacks, keep, max_epochs=4)
-    trainer.fit(model, data or Data(), ckpt_path=resume)
-    return trainer
+    return fit_model(path, model, *callbacks, keep, data=data or Data(), ckpt_path=resume, max_epochs=4)
 
 
 @pytest.mark.parametrize(

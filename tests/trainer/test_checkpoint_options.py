@@ -38,6 +38,7 @@ from support.runs.training import (
     Data,
     Net,
     assert_same_tensors,
+    fit_model,
     make_trainer,
     outputs,
     own_random_stream,
@@ -162,9 +163,7 @@ def trained_base(case: str) -> Net:
 def saved(path: Path, *, name: str = "a.ckpt", model: Net | None = None, **options: Any) -> Path:
     """A checkpoint of a short fit."""
     lora = LoRACallback() if model is not None else LoRACallback(**{"r": 2, "target_modules": TARGETS} | options)
-    trainer = make_trainer(path, lora)
-    trainer.fit(model or Net(), Data(BATCHES))
-    trainer.save_checkpoint(path / name)
+    fit_model(path, model or Net(), lora, data=Data(BATCHES), saved=path / name)
     return path / name
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_lora import LoRACallback, LoRACLI, unload
 from lightning_lora.nn.adapted_weights import adapted_layers
-from support.runs.training import BuiltInSetup, Data, Net, assert_same_tensors, make_trainer
+from support.runs.training import BuiltInSetup, Data, Net, assert_same_tensors, fit_model, make_trainer
 from support.runs.with_callback import BATCHES, TARGETS
 
 pytestmark = pytest.mark.usefixtures("as_program")
@@ -149,8 +149,7 @@ def test_fit_with_names_on_the_command_line_trains_the_adapter(cli: type):
 def test_optimizer_goes_on_with_its_state_in_a_second_fit(tmp_path):
     program = from_command_line(tmp_path, "AdamW", "none", LoRACLI)
     program.trainer.fit(program.model, Data(BATCHES))
-    again = make_trainer(tmp_path, LoRACallback(), max_epochs=1)
-    again.fit(program.model, Data(BATCHES))
+    again = fit_model(tmp_path, program.model, LoRACallback(), data=Data(BATCHES), max_epochs=1)
     steps = {parameter: state["step"] for parameter, state in again.optimizers[0].state.items()}
     assert steps == {p: (4 + 1) * BATCHES for p in program.model.parameters() if p.requires_grad}
 
@@ -163,8 +162,7 @@ class NewHeadInSetup(HeadInSetup):
 def test_optimizer_forgets_parameters_that_a_second_fit_builds_anew(tmp_path):
     program = from_command_line(tmp_path, "AdamW", "none", LoRACLI, NewHeadInSetup)
     program.trainer.fit(program.model, Data(BATCHES))
-    again = make_trainer(tmp_path, LoRACallback(), max_epochs=2)
-    again.fit(program.model, Data(BATCHES))
+    again = fit_model(tmp_path, program.model, LoRACallback(), data=Data(BATCHES), max_epochs=2)
     assert set(again.optimizers[0].state) == {p for p in program.model.parameters() if p.requires_grad}
     assert program.model.head.lora_B.abs().sum() > 0
 

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_lora import is_merged
 from support.covering import covering
 from support.runs.lightning_versions import WeightAveraging, averaging, weight_averaging
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, weights
 from support.runs.with_callback import (
     SWAPPERS,
     TARGETS,
@@ -97,8 +97,7 @@ def test_stochastic_averaging_gives_the_mean_of_the_factors_and_leaves_the_base(
         lambda trainer, pl_module: sums.append(weights(pl_module)),
         lambda trainer: 1 <= trainer.current_epoch < 4,
     )
-    trainer = make_trainer(tmp_path, own, lora_with_effect(merged_eval=merged_eval), swa(), max_epochs=4)
-    trainer.fit(model, Data())
+    trainer = fit_model(tmp_path, model, own, lora_with_effect(merged_eval=merged_eval), swa(), max_epochs=4)
     assert_same_tensors(base_weights(model), base)
     for name in (f"{layer}.{leaf}" for layer in TARGETS for leaf in ("lora_A", "lora_B")):
         expected = torch.stack([state[name].double() for state in sums]).mean(0)

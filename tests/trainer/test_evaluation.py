@@ -22,6 +22,7 @@ from support.runs.training import (
     Net,
     RebuiltInSetup,
     assert_same_tensors,
+    fit_model,
     make_trainer,
     outputs,
 )
@@ -147,9 +148,7 @@ def test_shuffled_data_comes_in_the_same_order_as_without(tmp_path):
     def order(*callbacks: L.Callback) -> list[torch.Tensor]:
         found = Order()
         torch.manual_seed(5)
-        make_trainer(tmp_path, *callbacks, found, max_epochs=2).fit(
-            BuiltInConfigureModel(), Data(BATCHES, shuffle=True)
-        )
+        fit_model(tmp_path, BuiltInConfigureModel(), *callbacks, found, data=Data(BATCHES, shuffle=True), max_epochs=2)
         return found.seen
 
     plain = order()

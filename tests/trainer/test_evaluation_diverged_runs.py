@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_lora import LoRAError, is_merged, load_from_checkpoint
 from support.runs.notices import UNTRAINED_NOTICE
-from support.runs.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, weights
 from support.runs.with_callback import At, Steps, assert_as_found, base_weights, lora, lora_with_effect, run
 
 UNMERGED = r"unmerged.*merge: layer 'body\.[03]': W \+ s \* B @ A is not finite"
@@ -22,8 +22,7 @@ diverges = pytest.mark.filterwarnings("ignore:LoRACallback. this validation runs
 def diverging(path: Path, model: Net, *callbacks: L.Callback, **options: Any) -> tuple[L.Trainer, EarlyStopping]:
     """Fit with a learning rate beyond anything, until a loss is not finite."""
     stopping = EarlyStopping("val_loss", check_finite=True, patience=10)
-    trainer = make_trainer(path, *callbacks, stopping, max_epochs=9, **options)
-    trainer.fit(model, Data())
+    trainer = fit_model(path, model, *callbacks, stopping, max_epochs=9, **options)
     return trainer, stopping
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning_lora import LoRACallback, LoRAConfig, inject
 from lightning_lora.trainer.hyperparameters import as_hyperparameters
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY
-from support.runs.training import Data, Net, make_trainer
+from support.runs.training import Data, Net, fit_model, make_trainer
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -71,8 +71,7 @@ def others(given: dict[str, Any]) -> dict[str, Any]:
 )
 def test_each_logger_is_given_options_and_own_hyperparameters_in_one_call(tmp_path: Path, model, data, own):
     loggers = [Records(), Records()]
-    trainer = make_trainer(tmp_path, LoRACallback(**OPTIONS), logger=loggers)
-    trainer.fit(module := model(), data())
+    fit_model(tmp_path, module := model(), LoRACallback(**OPTIONS), data=data(), logger=loggers)
     for logger in loggers:
         (given,) = logger.given
         assert others(given) == own

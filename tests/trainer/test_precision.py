@@ -29,7 +29,15 @@ from lightning_lora import (
 from support.covering import covering
 from support.models.foreign import TELinear
 from support.runs.lightning_versions import EMAWeightAveraging, weight_averaging
-from support.runs.training import BuiltInConfigureModel, Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.training import (
+    BuiltInConfigureModel,
+    Data,
+    Net,
+    assert_same_tensors,
+    fit_model,
+    make_trainer,
+    weights,
+)
 from support.runs.with_callback import TARGETS, At, Watched, assert_as_found, base_weights
 from support.runs.with_callback import lora_with_effect as small_lora
 
@@ -70,9 +78,7 @@ class StableInConfigureModel(Stable, BuiltInConfigureModel):
 def fit(path: Path, model: Net, *callbacks: Any, precision: str, epochs: int = 3, resume: Path | None = None) -> Any:
     torch.manual_seed(0)
     keep = ModelCheckpoint(path, "{epoch}", save_top_k=-1)
-    trainer = make_trainer(path, *callbacks, keep, precision=precision, max_epochs=epochs)
-    trainer.fit(model, Data(), ckpt_path=resume)
-    return trainer
+    return fit_model(path, model, *callbacks, keep, ckpt_path=resume, precision=precision, max_epochs=epochs)
 
 
 @pytest.mark.parametrize(("make", "precision"), covering([Stable, StableInConfigureModel], PRECISIONS, meet=1))

@@ -32,7 +32,7 @@ from support.models.quantized import (
     run_reference,
 )
 from support.runs.lightning_versions import EMAWeightAveraging
-from support.runs.training import make_trainer
+from support.runs.training import fit_model, make_trainer
 
 # A Trainer does the same for every kind. nn/test_quantized.py tests the layers of each.
 KINDS = QUANTIZED if os.environ.get("LORA_FULL") else ["nf4 nested", "int8", "Int8WeightOnlyConfig"]
@@ -169,9 +169,7 @@ def test_merge_after_fit_leaves_plain_layers(tmp_path, kind):
 @pytest.mark.parametrize(("trained", "here"), [("nf4", None), (None, "nf4"), ("nf4", "fp4")])
 def test_an_adapter_of_another_quantization_is_refused_with_the_reason(tmp_path, trained, here):
     source = PlainNet() if trained is None else QuantizedNet(trained)
-    trainer = make_trainer(tmp_path, lora(), max_epochs=1)
-    trainer.fit(source, batches(), batches(2))
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    fit_model(tmp_path, source, lora(), data=(batches(), batches(2)), saved=tmp_path / "one.ckpt", max_epochs=1)
     model = PlainNet() if here is None else QuantizedNet(here)
     was, is_now = (f"quantized \\({kind}\\)" if kind else "not quantized" for kind in (trained, here))
     with pytest.raises(LoRAError, match=rf"the base was {was}, here it is {is_now}.*strict_base=False"):

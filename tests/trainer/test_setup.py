@@ -22,6 +22,7 @@ from support.runs.training import (
     Net,
     RebuiltInSetup,
     assert_same_tensors,
+    fit_model,
     make_trainer,
     outputs,
     seen,
@@ -99,8 +100,7 @@ BUFFERS = {"body.1.running_mean", "body.1.running_var", "body.1.num_batches_trac
 
 def test_a_setup_that_takes_stage_by_its_name_gets_it_so(tmp_path):
     model = BuiltInSetupByKeyword()
-    trainer = make_trainer(tmp_path, lora())
-    trainer.fit(model, Data())
+    trainer = fit_model(tmp_path, model, lora())
     trainer.test(model, Data(), verbose=False)
     assert model.stages == ["fit", "test"]
     assert model.head.lora_B.abs().sum() > 0

@@ -20,7 +20,17 @@ from support.ranks.processes import world
 from support.ranks.sharded import RootSharded, model_parallel, whole_state
 from support.ranks.sharded import loader as shard_loader
 from support.ranks.sharded import make_trainer as sharded_trainer
-from support.runs.training import BATCH, CLASSES, FEATURES, Data, Net, assert_same_tensors, make_trainer, weights
+from support.runs.training import (
+    BATCH,
+    CLASSES,
+    FEATURES,
+    Data,
+    Net,
+    assert_same_tensors,
+    fit_model,
+    make_trainer,
+    weights,
+)
 from support.runs.with_callback import TARGETS, lora, trained
 
 
@@ -90,8 +100,7 @@ def test_no_batch_and_no_random_number_is_used_up(tmp_path, start: str, options:
         model = Seen()
         own = options and {"generator": torch.Generator().manual_seed(5)}
         loader = DataLoader(Data().loader(1).dataset, batch_size=BATCH, shuffle=True, **options, **own)
-        trainer = make_trainer(tmp_path, lora(init_lora_weights=init))
-        trainer.fit(model, loader, Data().val_dataloader())
+        trainer = fit_model(tmp_path, model, lora(init_lora_weights=init), data=(loader, Data().val_dataloader()))
         models[init] = model
         assert float(trainer.callback_metrics["mean"]) == pytest.approx(sum(model.losses) / 3, rel=1e-5)
         assert set(trainer.callback_metrics) == {"mean", "val_loss"}
@@ -136,9 +145,7 @@ def test_resumed_run_keeps_its_factors_and_equals_the_uninterrupted_one(tmp_path
     first.fit(Net(), Data())
     first.save_checkpoint(tmp_path / "half.ckpt")
     resumed = Net()
-    make_trainer(tmp_path / "c", lora(init_lora_weights=start), max_epochs=3).fit(
-        resumed, Data(), ckpt_path=tmp_path / "half.ckpt"
-    )
+    fit_model(tmp_path / "c", resumed, lora(init_lora_weights=start), ckpt_path=tmp_path / "half.ckpt", max_epochs=3)
     assert_same_tensors(weights(resumed), weights(whole))
     loaded = load_from_checkpoint(Net, tmp_path / "half.ckpt")
     assert_same_tensors(weights(loaded), weights(first.lightning_module))

@@ -26,7 +26,7 @@ from lightning_lora import (
     unload,
 )
 from lightning_lora.adapter.adapter import Adapter
-from support.runs.training import FEATURES, Data, Net, make_trainer, outputs, own_random_stream
+from support.runs.training import FEATURES, Data, Net, fit_model, make_trainer, outputs, own_random_stream
 
 
 class Reads(Net):
@@ -63,8 +63,7 @@ def penalty(modules: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
 def test_layers_that_a_module_reads_train_from_the_first_batch(tmp_path):
     callback = LoRACallback(r=2)
     model = Reads()
-    trainer = make_trainer(tmp_path, callback, limit_train_batches=1, limit_val_batches=1)
-    trainer.fit(model, Data())
+    trainer = fit_model(tmp_path, model, callback, limit_train_batches=1, limit_val_batches=1)
     factors = {name: factor for name, factor in model.named_parameters() if name.endswith("lora_B")}
     assert len(factors) == 4
     assert all(factor.any() for factor in factors.values())

@@ -160,6 +160,28 @@ def make_trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Traine
     return L.Trainer(callbacks=list(callbacks), **quiet | short | place | options)
 
 
+def fit_model(
+    path: Path,
+    model: L.LightningModule,
+    *callbacks: L.Callback,
+    data: Any = None,
+    ckpt_path: Path | None = None,
+    saved: Path | None = None,
+    **options: Any,
+) -> L.Trainer:
+    """Fit a model by a Trainer of make_trainer, and save a checkpoint of the end in the file `saved`.
+
+    Args:
+        data: a data module, a loader, or a pair of loaders for training and validation; Data() by default.
+    """
+    trainer = make_trainer(path, *callbacks, **options)
+    training, validation = data if isinstance(data, tuple) else (data, None)
+    trainer.fit(model, Data() if training is None else training, validation, ckpt_path=ckpt_path)
+    if saved is not None:
+        trainer.save_checkpoint(saved)
+    return trainer
+
+
 def inputs() -> torch.Tensor:
     with own_random_stream(3):
         return torch.randn(16, FEATURES)
