@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..model.experts import option_for_experts
 from ..model.heads import describe_frozen_head
 from ..model.injection import Injection
 from ..model.named_state import base_parameters_of
-from ..names import group_of, listed
+from ..names import cut_at_left, group_of, listed
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.quantized import quantized_as, quantized_parameters, shape_of
@@ -28,19 +27,12 @@ from ..nn.variant import variant_of
 from ..units import size_text
 
 WIDTH = 80  # columns of the plain text
-NARROWEST = 12  # columns for a long name or class at least
+LABEL, CLASS = 14, 20  # columns of a fact's label, and of a class at most
 LINES, MOST_ROWS = 10, 4  # of the short form, and of its table
 ON_REQUEST = ("also saved", "checkpoints", "memory")  # facts that the short form leaves out
-QUANTIZED = "its weight is quantized"  # the beginning of a reason
 SAVED = {"adapter": "the adapter", "merged": "merged weights, and the adapter", "full": "base and adapter"}
 HEAD = ("layers", "class", "count", "r", "alpha", "s", "parameters")
 SMALL = 0.5  # an s below is small: an adapter with it hardly acts, and learns as with a smaller rate
-BESIDE_NUMBER, GLUE = re.compile(r"(?<=\w) (?=\d)|(?<=\d) (?=\w)"), "\xa0"  # a line breaks at no such blank
-OF_SEVERAL = {
-    "its weight is ": "their weights are ",
-    "its weight has ": "their weights have ",
-    "it is the output head": "they are output heads",
-}
 
 
 @dataclass(frozen=True)
@@ -73,27 +65,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Layers that "all-linear" or "all-layers" leaves out for one reason, but for layers that are trained whole."""
+    """Layers that are left out for one reason: not adapted, but for those that are trained whole, or not merged."""
 
     names: tuple[str, ...]
     reason: str
-    share: float  # of the parameters
-
-
-@dataclass(frozen=True)
-class Unmerged:
-    """Adapted layers that stay factored for one reason when the model is merged."""
-
-    names: tuple[str, ...]
-    reason: str
+    share: float = 0.0  # of the parameters
 
 
 @dataclass(frozen=True)
 class Summary:
     """A description of an injected model. `str` gives all of it, as text of 80 columns; `short` what is most needed."""
 
-    variant: str  # the variant's title, and "with use_rslora"
-    start: str  # the value of init_lora_weights; "" for True
+    title: str  # the variant, the number of layers and the start
     layers: int  # the number of adapted layers and single parameters
     groups: tuple[LayerGroup, ...]  # of the adapted layers, in the model's order
     trainable: int  # the number of trainable parameters, A and B included
@@ -104,111 +87,98 @@ class Summary:
     adapter_dtypes: tuple[str, ...]
     also_trained: Mapping[str, int]  # sizes of trainable parameters beside A and B, by name
     also_saved: Mapping[str, int]  # sizes of tensors that are saved with the adapter but not trained now, by name
-    left_out: tuple[LeftOut, ...]
+    left_out: tuple[LeftOut, ...]  # by "all-linear" or "all-layers"
     by_kind: str  # "all-linear" or "all-layers", if that is target_modules, else ""
     experts: str  # the option that adapts stacks of experts which `by_kind` does not adapt, to copy; "" for none
     frozen_head: str  # which head is frozen, and how to train it if it is new; "" where none is known to be
     quantized: Mapping[str, int]  # the number of the base's quantized weights, by kind of quantization
-    unmerged: tuple[Unmerged, ...]
+    unmerged: tuple[LeftOut, ...]  # adapted layers that stay factored when the model is merged
     attached: Mapping[str, float]  # the strengths of the frozen adapters that are attached, by name
     merged_eval: bool | None  # LoRACallback's option; None without a callback
     save: str | None  # LoRACallback's option; None without a callback
     memory: Memory
 
     def __str__(self) -> str:
-        return self._text(self._table(len(self.groups)), self._facts(), _wrapped)
+        facts = [line for label, text in self._facts().items() for line in _wrapped(label, text)]
+        return "\n".join([self.title, *self._table(len(self.groups)), *facts])
 
     def short(self) -> str:
         """Return at most ten lines of at most 80 columns, as LoRACallback shows them at fit start."""
-        facts = [(label, text) for label, text in self._facts(short=True) if label not in ON_REQUEST]
-        rows = min(MOST_ROWS, LINES - 2 - len(self._lines(facts, _cut)))
-        return self._text(self._table(rows), facts, _cut)
-
-    def _text(self, table: list[str], facts: list[tuple[str, str]], fit: Callable[[str, str], list[str]]) -> str:
-        return "\n".join([*fit("", self._title()), *table, *self._lines(facts, fit)])
-
-    def _lines(self, facts: list[tuple[str, str]], fit: Callable[[str, str], list[str]]) -> list[str]:
-        width = max(len(label) for label, _ in facts) + 2
-        return [
-            # A line that is cut would lose the option to copy, or that the head is frozen.
-            line
-            for label, text in facts
-            for line in (_wrapped if label == "head" else fit)(f"  {label.ljust(width)}", text)
-        ]
-
-    def _title(self) -> str:
-        if not self.variant:
-            return "No trained adapter: what is attached acts alone"
-        if not self.layers:
-            return "No adapter (target_modules=[]): the base is frozen but for what is also trained"
-        start = f", start: {self.start}" if self.start else ""
-        return f"{self.variant}: {_counted(self.layers, 'adapted layer')}{start}"
+        facts: list[str] = []
+        for label, text in self._facts().items():
+            if label == "head":  # never cut: it has an option to copy
+                facts += _wrapped(label, text)
+            elif label not in ON_REQUEST and (label, text) != ("evaluation", "merged"):
+                facts.append(f"  {label:{LABEL}}{textwrap.shorten(text, WIDTH - LABEL - 2, placeholder=' ...')}")
+        rows = max(1, min(MOST_ROWS, LINES - 2 - len(facts)))
+        return "\n".join([self.title, *self._table(rows), *facts])
 
     def _table(self, most: int) -> list[str]:
         """Return a line of heads and at most so many lines of groups, of which the last one may count the rest."""
-        shown = len(self.groups) if len(self.groups) <= most else most - 1
-        rows = [
-            (group.name, group.kind, str(group.count), *_rank_and_scaling(group), f"{group.parameters:,}")
-            for group in self.groups[:shown]
-        ]
-        rest = self.groups[shown:]
         if not self.groups:
             return []
-        layers = _counted(sum(group.count for group in rest), "layer")
-        return [
-            *_lines_of(rows),
-            *([f"  and {_counted(len(rest), 'more group')} of layers ({layers})"] if rest else []),
-        ]
+        shown = len(self.groups) if len(self.groups) <= most else most - 1
+        rows = [HEAD]
+        for group in self.groups[:shown]:
+            strength = (str(group.r), f"{group.alpha:g}", f"{group.scaling:.3g}") if group.r else ("", "", "")
+            rows.append((group.name, group.kind, str(group.count), *strength, f"{group.parameters:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        widths[1] = min(widths[1], CLASS)
+        widths[0] = min(widths[0], WIDTH - 2 * len(HEAD) - sum(widths[1:]))  # what the others leave
+        lines = []
+        for name, kind, *numbers in rows:
+            right = [cell.rjust(width) for cell, width in zip(numbers, widths[2:], strict=True)]
+            left = [cut_at_left(name, widths[0]).ljust(widths[0]), kind[: widths[1]].ljust(widths[1])]
+            lines.append(f"  {'  '.join(left + right)}")
+        if rest := self.groups[shown:]:
+            layers = _counted(sum(group.count for group in rest), "layer")
+            lines.append(f"  and {_counted(len(rest), 'more group')} of layers ({layers})")
+        return lines
 
-    def _facts(self, *, short: bool = False) -> list[tuple[str, str]]:
-        share = f"{self.trainable / max(self.total, 1):.2%}"
+    def _facts(self) -> dict[str, str]:
+        """Return what is said below the table, by label."""
+        not_adapted = []
+        for each in self.left_out:
+            share = f"{each.share:.1%} of all, " if each.share else ""
+            not_adapted.append(f"leaves out {listed(each.names)} ({share}{each.reason})")
+        saved = SAVED[self.save or "adapter"]
+        if not self.layers:
+            saved = saved.replace("the adapter", "what is trained").replace("adapter", "it")
         memory = self.memory
-        quantized = ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantized.items())
-        evaluation = self._evaluation(short=short)
-        if short and quantized:  # both in one line
-            stays = self.merged_eval is not False and any(each.reason.startswith(QUANTIZED) for each in self.unmerged)
-            said = ["adapted ones stay factored"] if stays else []
-            said += [f"evaluation {evaluation}"] if evaluation else []
-            quantized, evaluation = "; ".join([quantized, *said]), ""
         facts = {
-            "trainable": f"{self.trainable:,} of {self.total:,} parameters ({share})",
+            "trainable": f"{self.trainable:,} of {self.total:,} parameters ({self.trainable / max(self.total, 1):.2%})",
             "scaling": self.small_scaling,
             "adapter": f"{size_text(self.adapter_bytes)} in {' and '.join(self.adapter_dtypes)}" if self.layers else "",
             "attached": ", ".join(f"{name} (strength {strength:g})" for name, strength in self.attached.items()),
             "also trained": _sizes(self.also_trained),
             "also saved": _sizes(self.also_saved),
-            self.by_kind or "left out": "; ".join(map(_left_out_text, self.left_out)),
+            self.by_kind or "left out": "; ".join(not_adapted),
             "experts": f"{self.experts} adapts them" if self.experts else "",
             "head": self.frozen_head,
-            "quantized": quantized,
-            "merging" if self.merged_eval is None else "evaluation": evaluation,
-            "checkpoints": f'{self._saved()} (save="{self.save}")' if self.save else "",
+            "quantized": ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantized.items()),
+            "merging" if self.merged_eval is None else "evaluation": self._evaluation(),
+            "checkpoints": f'{saved} (save="{self.save}")' if self.save else "",
             "memory": (
                 f"{size_text(memory.total)} and activations: weights {size_text(memory.weights)}, "
                 f"adapter {size_text(memory.adapter)}, gradients {size_text(memory.gradients)}, "
                 f"optimizer {size_text(memory.optimizer)} (two states, as AdamW's)"
             ),
         }
-        return [(label, text) for label, text in facts.items() if text]
+        return {label: text for label, text in facts.items() if text}
 
-    def _saved(self) -> str:
-        saved = SAVED[self.save or "adapter"]
-        return saved if self.layers else saved.replace("the adapter", "what is trained").replace("adapter", "it")
-
-    def _evaluation(self, *, short: bool) -> str:
-        """Say whether evaluations run merged, and which layers cannot. Short: only what is not the default."""
+    def _evaluation(self) -> str:
+        """Return whether evaluations run merged, and which layers cannot."""
         if not self.layers:
             return ""
         if self.merged_eval is False:
             return "factored (merged_eval=False)"
-        unmerged = [each for each in self.unmerged if not (short and each.reason.startswith(QUANTIZED))]
-        count = sum(len(each.names) for each in unmerged)
-        which = "; ".join(f"{listed(each.names)}: {_reason_text(each)}" for each in unmerged)
+        count = sum(len(each.names) for each in self.unmerged)
+        which = "; ".join(f"{listed(each.names)}: {each.reason}" for each in self.unmerged)
         if count == self.layers:
             return f"factored, as no layer can be merged ({which})"
         if count:
             return f"merged, but for {_counted(count, 'layer')} ({which})"
-        return "merged" if self.merged_eval and not short else ""
+        return "merged" if self.merged_eval else ""
 
 
 def summary(model: nn.Module) -> Summary:
@@ -244,11 +214,12 @@ def summarise(handle: AdaptedModel) -> Summary:
     total = sum(shape_of(parameter).numel() for parameter in (*factors, *base.values()))
     also_trained = {name: shape_of(parameter).numel() for name, parameter in base.items() if parameter.requires_grad}
     saved = {name: shape_of(value).numel() for name, value in handle.initial().items()}
-    variant = variant_of(injection.config).title + (" with use_rslora" if injection.config.use_rslora else "")
     groups = _group(layers)
+    own = (buffer for _, module in handle.modules for buffer in module._buffers.values() if buffer is not None)
+    buffers = {id(buffer): buffer for buffer in own}.values()
+    quantized = _each_once(quantized_parameters(module).values() for _, module in handle.modules)
     return Summary(
-        variant=variant if injection.is_injection else "",
-        start=_start(injection.config.init_lora_weights),
+        title=_title(injection, len(layers)),
         layers=len(layers),
         groups=groups,
         trainable=sum(shape_of(parameter).numel() for parameter in trainable),
@@ -263,13 +234,13 @@ def summarise(handle: AdaptedModel) -> Summary:
         by_kind=next((value for value in BY_KIND if value == injection.config.target_modules), ""),
         experts=option_for_experts(handle),
         frozen_head=describe_frozen_head(handle.root_modules),
-        quantized=_quantized(handle),
+        quantized=dict(Counter(map(quantized_as, quantized))),
         unmerged=_unmerged(layers),
         attached={name: each.strength for name, each in sorted(injection.attached.items())},
         merged_eval=getattr(injection.run, "merged_eval", None),  # a Run of trainer/, which this folder does not import
         save=getattr(injection.run, "save", None),
         memory=Memory(
-            weights=_local_bytes((*base.values(), *_buffers(handle))),
+            weights=_local_bytes((*base.values(), *buffers)),
             adapter=_local_bytes(stored),
             gradients=_local_bytes(trainable),
             optimizer=2 * _local_bytes(trainable),
@@ -282,25 +253,22 @@ def _each_once(parameters: Iterable[Iterable[nn.Parameter]]) -> list[nn.Paramete
     return list({id(parameter): parameter for of_layer in parameters for parameter in of_layer}.values())
 
 
-def _start(init: bool | str) -> str:
-    return {True: "", False: "random"}[init] if isinstance(init, bool) else init
+def _title(injection: Injection, layers: int) -> str:
+    if not injection.is_injection:
+        return "No trained adapter: what is attached acts alone"
+    if not layers:
+        return "No adapter (target_modules=[]): the base is frozen but for what is also trained"
+    init = injection.config.init_lora_weights
+    start = {True: "", False: "random"}[init] if isinstance(init, bool) else init
+    variant = variant_of(injection.config).title + (" with use_rslora" if injection.config.use_rslora else "")
+    return f"{variant}: {_counted(layers, 'adapted layer')}" + (f", start: {start}" if start else "")
 
 
-def _buffers(handle: AdaptedModel) -> list[torch.Tensor]:
-    own = (buffer for _, module in handle.modules for buffer in module._buffers.values() if buffer is not None)
-    return list({id(buffer): buffer for buffer in own}.values())
-
-
-def _quantized(handle: AdaptedModel) -> dict[str, int]:
-    weights = _each_once(quantized_parameters(module).values() for _, module in handle.modules)
-    return dict(Counter(map(quantized_as, weights)))
-
-
-def _unmerged(layers: Mapping[str, AdaptedWeights]) -> tuple[Unmerged, ...]:
+def _unmerged(layers: Mapping[str, AdaptedWeights]) -> tuple[LeftOut, ...]:
     names: dict[str, list[str]] = {}
     for name, layer in layers.items():
         names.setdefault(layer.why_not_merge(), []).append(name)
-    return tuple(Unmerged(tuple(of_reason), reason) for reason, of_reason in names.items() if reason)
+    return tuple(LeftOut(tuple(of_reason), reason) for reason, of_reason in names.items() if reason)
 
 
 def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
@@ -316,10 +284,6 @@ def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
         LayerGroup(name, kind, len(of_group), r, alpha, scaling, sum(of_group))
         for (name, kind, r, alpha, scaling), of_group in sizes.items()
     )
-
-
-def _rank_and_scaling(group: LayerGroup) -> tuple[str, str, str]:
-    return (str(group.r), f"{group.alpha:g}", f"{group.scaling:.3g}") if group.r else ("", "", "")
 
 
 def _small_scaling(injection: Injection, groups: Iterable[LayerGroup]) -> str:
@@ -376,47 +340,7 @@ def _sizes(sizes: Mapping[str, int]) -> str:
     return f"{_counted(len(sizes), 'tensor')}, {_counted(sum(sizes.values()), 'value')}: {listed(list(sizes))}"
 
 
-def _left_out_text(left_out: LeftOut) -> str:
-    share = f"{left_out.share:.1%} of all, " if left_out.share else ""
-    return f"leaves out {listed(left_out.names)} ({share}{_reason_text(left_out)})"
-
-
-def _reason_text(about: LeftOut | Unmerged) -> str:
-    """Return why, in words that fit the number of layers."""
-    reason = about.reason
-    if len(about.names) > 1:
-        for one, several in OF_SEVERAL.items():
-            reason = reason.replace(one, several)
-    return reason
-
-
-def _lines_of(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a table of groups. Long classes are cut at their end, and long names at their beginning."""
-    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
-    for column in (1, 0):
-        excess = sum(widths) + 2 * len(widths) - WIDTH
-        widths[column] = max(min(widths[column], NARROWEST), widths[column] - max(excess, 0))
-    lines = []
-    for name, kind, *numbers in (HEAD, *rows):
-        name = name if len(name) <= widths[0] else f"...{name[3 - widths[0] :]}"
-        kind = kind if len(kind) <= widths[1] else f"{kind[: widths[1] - 3]}..."
-        right = [cell.rjust(width) for cell, width in zip(numbers, widths[2:], strict=True)]
-        lines.append(f"  {'  '.join([name.ljust(widths[0]), kind.ljust(widths[1]), *right])}")
-    return lines
-
-
-def _wrapped(lead: str, text: str) -> list[str]:
-    """Return a text after its lead, in as many lines of WIDTH columns as it takes."""
-    glued, indent = BESIDE_NUMBER.sub(GLUE, text), " " * len(lead)
-    lines = textwrap.wrap(glued, WIDTH, initial_indent=lead, subsequent_indent=indent, break_on_hyphens=False)
-    return [line.replace(GLUE, " ") for line in lines]
-
-
-def _cut(lead: str, text: str) -> list[str]:
-    """Return a text after its lead in one line of WIDTH columns, with fewer names where it is too long."""
-    room = WIDTH - len(lead)
-    if len(text) > room:
-        begin = text[: room - len(" ...")]
-        end = max(begin.rfind(mark) for mark in (", ", "; ", ": ", " (")) + 1
-        text = f"{begin[:end].rstrip()} ..." if end else f"{begin}..."
-    return [lead + text]
+def _wrapped(label: str, text: str) -> list[str]:
+    """Return a fact in as many lines of WIDTH columns as it takes."""
+    lead = f"  {label:{LABEL}}"
+    return textwrap.wrap(text, WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead), break_on_hyphens=False)

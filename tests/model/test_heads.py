@@ -102,7 +102,7 @@ def test_the_heads_that_timm_tells_are_left_out_and_named(targets: str, caplog: 
     assert inject(model, LoRAConfig(r=2, target_modules=targets)) == ["network.body.0"]
     assert f"network.fc, network.head.linear are left out of '{targets}': {OUTPUT_HEAD}" in caplog.text
     assert [each.names for each in summary(model).left_out] == [("network.fc", "network.head.linear")]
-    assert "they are output heads" in " ".join(str(summary(model)).split())
+    assert "it is the output head" in " ".join(str(summary(model)).split())
 
 
 def classifier(name: str, outputs: int, after: int = 0) -> nn.Module:

@@ -191,13 +191,13 @@ SHORTENED = """\
 LoRA with use_rslora: 21 adapted layers
   layers                               class   count  r  alpha     s  parameters
   ...table_beside_the_other_columns_6  Linear      1  2      8  5.66          64
-  ...table_beside_the_other_columns_7  Linear      1  2      8  5.66          64
-  and 12 more groups of layers (19 layers)
+  and 13 more groups of layers (20 layers)
   trainable     4,288 of 45,344 parameters (9.46%)
   adapter       11 kB in float32
   also trained  6 tensors, 1,536 values: ...
-  all-linear    leaves out net.lm_head (4.8% of all, ...
-  quantized     1 weight as nf4; adapted ones stay factored"""
+  all-linear    leaves out net.lm_head (4.8% of all, it is the output head); ...
+  quantized     1 weight as nf4
+  evaluation    merged, but for 1 layer (packed: its weight is quantized (nf4))"""
 
 
 def test_adapted_layers_show_r_and_alpha_until_they_are_unloaded():
@@ -282,7 +282,7 @@ def test_a_quantized_base_is_told_and_not_called_merged(kind: str):
         (("0", "2"), f"its weight is quantized ({NAMES[kind]})")
     ]
     shown = f"quantized 3 weights as {NAMES[kind]} merging factored, as no layer can be merged (0, 2: "
-    shown += f"their weights are quantized ({NAMES[kind]}))"
+    shown += f"its weight is quantized ({NAMES[kind]}))"
     assert shown in words(found)
     for merged_eval, said in ((True, "factored, as no layer can be merged ("), (False, "factored (merged_eval=False)")):
         run_of(model.lora_injection).merged_eval = merged_eval
