@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import LoRAError
-from ..nn.variant import Variant, rows_leaf, variant_with
+from ..nn.variant import rows_leaf, variant_with
 from .adapter import Adapter, layer_fault
 from .values import check_finite, describe_value, holds_numbers, refuse_nested
 
@@ -33,19 +33,17 @@ def _refuse_fault(adapter: Adapter, layer: str, where: str) -> None:
         return
     unexpected = next((leaf for leaf in own if leaf not in variant.leaves), None)
     if unexpected is not None:
+        options = variant_with({unexpected}).options()  # of the variant that has such a tensor
+        asked_by = ", ".join(f"{option}={json.dumps(value)}" for option, value in options.items())
         raise LoRAError(
-            f"{where}: {own[unexpected]!r} is of no adapted layer, or {_asked_by(variant_with({unexpected}))} is "
-            "missing in the options; the file is damaged."
+            f"{where}: {own[unexpected]!r} is of no adapted layer, or {asked_by} is missing in the options; the file "
+            "is damaged."
         )
     fault = layer_fault(adapter, layer)
     if fault:
         raise LoRAError(f"{where}: {fault}")
     for leaf, value in adapter.stored(layer).items():
         check_finite(names[leaf], value, where)
-
-
-def _asked_by(variant: Variant) -> str:
-    return ", ".join(f"{option}={json.dumps(value)}" for option, value in variant.options().items())
 
 
 def require_values(adapter: Adapter, where: str) -> None:

@@ -49,9 +49,8 @@ def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
     """
     layers, own = adapter.layers, isinstance(listing, AdaptedModel) and not listing.layers and adapter.config is None
     if (not layers and not own) or not all(layer in names.modules for layer in layers):
-        modules, model = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}, listing.model
-        networks = pretrained_models(listing.modules).values
-        adapter = align_to_networks(adapter, modules, type(model).__name__, networks, names.first)
+        modules = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}
+        adapter = align_to_networks(adapter, modules, listing, names.first)
     owners = {name: names.modules.get(name.rpartition(".")[0]) for name in adapter.tensors if EXTRA_STATE in name}
     left_out = [name for name, owner in owners.items() if isinstance(owner, nn.Linear) and not has_extra_state(owner)]
     return replace(adapter, tensors=without(adapter.tensors, left_out)) if left_out else adapter

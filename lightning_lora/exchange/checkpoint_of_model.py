@@ -308,16 +308,11 @@ def gathered_state(handle: AdaptedModel, kind: Kind | None, dequantize: Any, *, 
     if kind == "merged":  # the adapter stays beside: a callback may put an average in the place of all of it
         state |= _merge_state(handle, state, dequantize)
     changing = set(live.keys)
-    whole = {
-        name: _whole(value, keep or name in changing) if isinstance(value, torch.Tensor) else value
-        for name, value in state.items()
-    }
-    return with_metadata(whole, foreign.versions)
-
-
-def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
-    whole: torch.Tensor = whole_on_cpu(tensor)
-    return whole.cpu() if keep else whole.to("meta")
+    gathered = dict(state)
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):  # every rank gathers each, also those that it does not keep
+            gathered[name] = whole_on_cpu(value).to("cpu" if keep or name in changing else "meta")
+    return with_metadata(gathered, foreign.versions)
 
 
 def write_whole_state_(handle: AdaptedModel, checkpoint: Mapping[str, Any], *, strict: bool) -> None:

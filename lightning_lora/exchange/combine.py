@@ -165,7 +165,8 @@ def combine_adapters(
     kept: dict[str, float] = {}
     with progress_bar("combining", len(with_layer)) as advance:
         for layer, holders in with_layer.items():
-            draw = stream(_seed_of(seed, layer))
+            digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
+            draw = stream(int.from_bytes(digest[:8], "big") >> 1)
             factors, kept[layer] = combine_layer(layer, holders, how, rank, density, draw)
             tensors |= factors
             advance(1)
@@ -208,10 +209,6 @@ def _checked_weights(sources: Sequence[Any], weights: Sequence[float] | None) ->
     if not any(weights):
         raise LoRAError("combine: all weights are 0, which leaves no adapter.")
     return weights
-
-
-def _seed_of(seed: int, layer: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{layer}".encode()).digest()[:8], "big") >> 1
 
 
 def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: bool) -> None:

@@ -133,8 +133,10 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
             step(CONFIG, partial(write_configuration, network, here, _widest(parts) if quantized else None))
         advance = on_leaving.enter_context(progress_bar("saving", sum(part.nbytes for part in parts), "bytes"))
         for file, in_file in files.items():
-            in_file.sort(key=_narrowness)  # wide dtypes first, so that all are aligned
-            writer = step(file, partial(Writer, here / file, _header(in_file), advance))
+            # Wide dtypes first, so that all are aligned.
+            in_file.sort(key=lambda part: max(tensor.dtype.itemsize for tensor in part.stored.values()), reverse=True)
+            header = build_header([(name, t.dtype, tuple(t.shape)) for name, t in _stored_in(in_file)], PT)
+            writer = step(file, partial(Writer, here / file, header, advance))
             if writer is not None:
                 on_leaving.callback(writer.close)
             for part in in_file:
@@ -168,14 +170,6 @@ def _widest(parts: Iterable[Part]) -> torch.dtype:
 
 def _stored_in(parts: Iterable[Part]) -> list[tuple[str, torch.Tensor]]:
     return [item for part in parts for item in part.stored.items()]
-
-
-def _narrowness(part: Part) -> int:
-    return -max(tensor.dtype.itemsize for tensor in part.stored.values())
-
-
-def _header(parts: Iterable[Part]) -> bytes:
-    return build_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _stored_in(parts)], PT)
 
 
 def _base_tensors(listing: Listing, prefix: str) -> dict[str, tuple[torch.Tensor, nn.Module]]:

@@ -90,7 +90,9 @@ def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[
             sync.run(VERB, partial(trained.refuse_written, *trained.parts_of(name, module)))
             whole = merged_tensor(VERB, name, tensor, module, rounding, dtype if name in quantized else None)
             sync.raise_on_any_rank()
-            return _own(whole, tensor)
+            # In memory of its own, but for a quantized one, whose class may have no exact copy.
+            shares = type(whole) in PLAIN and whole.data_ptr() == local(tensor).data_ptr()
+            return whole.clone() if shares else whole
 
     for name, tensor, module in live.entries:
         if tensor is not None and not is_factor(name, module):
@@ -99,12 +101,6 @@ def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[
     sync.run(VERB, trained.refuse_changed)
     sync.raise_on_any_rank()
     rounding.tell("merged 16-bit weights", IN_FILES, stacklevel=3)
-
-
-def _own(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a whole tensor in memory of its own, but for a quantized one, whose class may have no exact copy."""
-    shares = type(whole) in PLAIN and whole.data_ptr() == local(tensor).data_ptr()
-    return whole.clone() if shares else whole
 
 
 def _other_entries(handle: AdaptedModel, live: LiveState, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:

@@ -9,50 +9,45 @@ here: their tensors keep their names, and have no place in the model.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Set
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ..adapter.adapter import Adapter
 from ..adapter.renaming import align_to_modules, by_network_names, renamed_by
 from ..errors import LoRAError
+from ..model.adapted_model import Listing
+from ..model.pretrained import pretrained_models
 from ..names import names_factor
 
 Rename = Callable[[str], str]
 
 
-def align_to_networks(
-    adapter: Adapter,
-    modules: Set[str],
-    where: str,
-    networks: Callable[[], Iterable[Any]],
-    first: Callable[[str], str] = str,
-) -> Adapter:
+def align_to_networks(adapter: Adapter, modules: Set[str], listing: Listing, first: Callable[[str], str]) -> Adapter:
     """Call align_to_modules; if no prefix fits, try the names of an earlier transformers.
 
     Args:
         adapter: under any prefix.
         modules: names of the model's modules.
-        where: for messages.
-        networks: gives the transformers models among the modules, if they are needed.
+        listing: of the model.
         first: gives the first name of a module that has several.
 
     Raises:
         LoRAError: its layers have no place.
     """
+    where = type(listing.model).__name__
     try:
         return align_to_modules(adapter, modules, where, first)
     except LoRAError:
-        for network in networks():
-            renamed = _by_present_names(network, by_network_names(adapter))
+        for network in pretrained_models(listing.modules).values():
+            rename = _renaming(network)
+            if rename is None:
+                continue
+            renamed = renamed_by(by_network_names(adapter), partial(_renamed, rename=rename))
             with suppress(LoRAError):
                 return align_to_modules(renamed, modules, where, first)
         raise
-
-
-def _by_present_names(network: Any, adapter: Adapter) -> Adapter:
-    rename = _renaming(network)
-    return renamed_by(adapter, lambda name: _renamed(name, rename)) if rename is not None else adapter
 
 
 def _renamed(name: str, rename: Rename) -> str:

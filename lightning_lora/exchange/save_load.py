@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..adapter.adapter import Adapter
+from ..adapter.own_options import with_options
 from ..adapter.renaming import by_network_names
 from ..distributed.rank_sync import RankSync, writes_files
 from ..errors import LoRAError
@@ -20,7 +21,7 @@ from ..formats.lightning_checkpoint import Kind, adapter_of
 from ..formats.peft_folder import write_folder
 from ..formats.peft_options import frozen_in_saved
 from ..formats.plain import served_form
-from ..formats.sources import apart_from_models, read_source
+from ..formats.sources import read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
 from ..model.attached import require_attached
 from ..model.inject import inject_layers
@@ -132,8 +133,7 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike, *, name: str = "") 
     if isinstance(model, Adapter):
         if name:
             raise LoRAError(f"save_adapter: an adapter in memory is one alone, and has none of the name {name!r}.")
-        adapter = apart_from_models(model, "save_adapter")
-        write_folder(adapter, path)
+        write_folder(with_options(model, "save_adapter"), path)
         return
     handle = open_model(model, "save_adapter", attached=bool(name))
     with claimed("save_adapter", handle.injection.owner):
@@ -230,27 +230,26 @@ def load_from_checkpoint(
         found = cls.__name__ if isinstance(cls, type) else f"a {type(cls).__name__}"
         raise LoRAError(f"load_from_checkpoint: expected the class of a LightningModule, found {found}.")
     refuse_peft_folder(path)
+    if kwargs.pop("strict", True) is False:
+        raise LoRAError(
+            "load_from_checkpoint: strict=False would pass over tensors that do not fit, and an adapter is loaded "
+            "whole or not at all; leave strict out. strict_base=False makes another base a warning."
+        )
     checkpoint = read_torch_file(path, plain=[META], trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)
-    model: Module = build_module(cls, path, checkpoint, weights_only, _without_strict(kwargs))
+    model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
     listing = find_model(model) or Listing(model)
     refuse_missing(attached_in(listing), adapter, partial(_by_hand, cls.__name__, path, kind))
     if kind != "full":
         quantize_as_trained_(listing, adapter)
-        apply_adapter(listing, adapter, strict_base=strict_base, remedy=_other_base(cls.__name__, path))
+        remedy = (
+            f"{cls.__name__} built a base of its own. Build the module with the weights that it had in training, and "
+            f'then load the adapter: load_adapter(model, "{path}"). strict_base=False makes this a warning.'
+        )
+        apply_adapter(listing, adapter, strict_base=strict_base, remedy=remedy)
     else:
         _load_full(model, checkpoint, adapter)
     return model
-
-
-def _without_strict(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments without Lightning's `strict`, which an adapter cannot be without. LoRAError: it is False."""
-    if kwargs.get("strict") is False:
-        raise LoRAError(
-            "load_from_checkpoint: strict=False would ignore tensors that do not fit, and an adapter is loaded "
-            "whole or not at all; leave strict out. strict_base=False makes another base a warning."
-        )
-    return {name: value for name, value in kwargs.items() if name != "strict"}
 
 
 def _by_hand(name: str, path: PathLike, kind: Kind, missing: Mapping[str, Attachment]) -> str:
@@ -259,15 +258,6 @@ def _by_hand(name: str, path: PathLike, kind: Kind, missing: Mapping[str, Attach
     # the values from before training.
     attaching = by_attach(missing, strict_base=kind != "full")
     return f"Load it by hand: {lines_by_hand(name, path, kind, attaching)}."
-
-
-def _other_base(name: str, path: PathLike) -> str:
-    """Return the advice where a class built another base."""
-    steps = f'load_adapter(model, "{path}")'
-    return (
-        f"{name} built a base of its own. Build the module with the weights that it had in training, and then load the "
-        f"adapter: {steps}. strict_base=False makes this a warning."
-    )
 
 
 def _load_full(model: nn.Module, checkpoint: dict[str, Any], adapter: Adapter) -> None:

@@ -210,14 +210,10 @@ def _network_prefix(live: LiveState, trained: Collection[str]) -> str:
     if len(children) != 1 or children & live.handle.layers.keys():
         return ""
     name = children.pop()
-    if live.handle.injection.config.names_no_layer and not _holds_frozen(live, f"{name}.", set(trained)):
+    inside = {n for n, t in live.tensors.items() if isinstance(t, nn.Parameter) and n.startswith(f"{name}.")}
+    if live.handle.injection.config.names_no_layer and inside <= set(trained):
         return ""  # the head itself
     return f"{name}.{prefix_inside(model.get_submodule(name))}"
-
-
-def _holds_frozen(live: LiveState, prefix: str, trained: Collection[str]) -> bool:
-    parameters = (name for name, tensor in live.tensors.items() if isinstance(tensor, nn.Parameter))
-    return any(name.startswith(prefix) and name not in trained for name in parameters)
 
 
 def _pretrained_prefix(live: LiveState, trained: Collection[str]) -> str:

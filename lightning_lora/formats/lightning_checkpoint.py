@@ -40,10 +40,6 @@ def by_canonical_names(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return {canonical(str(name)): value for name, value in state.items()}
 
 
-def _is_kind(value: object) -> bool:
-    return isinstance(value, str) and value in get_args(Kind)
-
-
 def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
     """Return what checkpoint["lora"] holds in each kind: the kind and the adapter's metadata."""
     foreign = {"names": list(adapter.foreign.values), "versions": dict(adapter.foreign.versions)}
@@ -61,7 +57,7 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
         LoRAError: checkpoint["lora"] is missing or not of a known form.
     """
     meta = checkpoint.get(META)
-    if not isinstance(meta, Mapping) or not _is_kind(meta.get("kind")):
+    if not isinstance(meta, Mapping) or meta.get("kind") not in [*get_args(Kind)]:
         raise LoRAError(
             'checkpoint["lora"]: is missing or damaged; this is not a checkpoint of lightning_lora. One of plain '
             "Lightning, without an adapter, is loaded by its class's own load_from_checkpoint."

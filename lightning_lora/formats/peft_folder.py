@@ -74,7 +74,8 @@ def write_folder(adapter: Adapter, path: PathLike, *, plain: bool = False, netwo
     network = network or ("" if adapter.pretrained else adapter.network)
     _tell_what_differs(adapter, path)
     content = folder_content(adapter, plain=plain)
-    tensors = _copies(content.tensors)
+    # Copies, whose elements follow each other: the adapter's may be views, of each other's memory or of a device's.
+    tensors = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in content.tensors.items()}
     text = json.dumps(content.description, separators=(",", ":"))
     has_card = os.path.lexists(Path(path) / CARD_FILE)
     with new_folder(path) as folder:
@@ -170,11 +171,6 @@ def _by_peft_names(
         of_layer = peft_name(name, variant, adapter.layers, nesting)
         named[f"{PREFIX}{in_table}" if in_table != name else of_layer] = tensor
     return named
-
-
-def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return own copies on the CPU, whose elements follow each other."""
-    return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
 
 
 def _frozen_in_saved(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -129,15 +129,11 @@ def plain_targets(adapter: Adapter) -> tuple[list[str], list[str]]:
     layers = [name for name in adapter.module_layers if adapter.options_name(name) == name]
     segments = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     for targets in (segments, layers):
-        others = _others(adapter, targets)
+        is_target = matcher(targets)
+        others = sorted(filter(is_target, adapter.modules - adapter.layers.keys()))
         if not any(map(matcher(others), layers)) and (targets is layers or not any(map(str.isdigit, segments))):
             return targets, others
     raise LoRAError(
         f"export_adapter: no list for PEFT names these layers alone, because {others[0]!r}, which is not adapted, is "
         "named like the ends of adapted layers. Write it without plain=True, where an expression names them."
     )
-
-
-def _others(adapter: Adapter, targets: list[str]) -> list[str]:
-    """Return the modules of the base that these targets match besides the layers."""
-    return sorted(name for name in adapter.modules - adapter.layers.keys() if matcher(targets)(name))

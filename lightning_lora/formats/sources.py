@@ -142,18 +142,4 @@ def adapter_with_options(
     Raises:
         LoRAError: lora_alpha is missing, or both stored and given.
     """
-    return apart_from_models(read_source(source, verb=verb), where or source, lora_alpha)
-
-
-def apart_from_models(adapter: Adapter, path: object, lora_alpha: float | None = None) -> Adapter:
-    """Return an adapter that was read with its options, to apply it to files, to combine it or to write it.
-
-    Args:
-        adapter: as it was read.
-        path: where it is from, for messages.
-        lora_alpha: for an adapter that does not store it, such as a file of loralib's.
-
-    Raises:
-        LoRAError: lora_alpha is missing, or both stored and given.
-    """
-    return with_options(adapter, path, lora_alpha)
+    return with_options(read_source(source, verb=verb), where or source, lora_alpha)
