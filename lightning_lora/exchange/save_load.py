@@ -232,7 +232,7 @@ def load_from_checkpoint(
     refuse_peft_folder(path)
     if kwargs.pop("strict", True) is False:
         raise LoRAError(
-            "load_from_checkpoint: strict=False would pass over tensors that do not fit, and an adapter is loaded "
+            "load_from_checkpoint: strict=False would ignore tensors that do not fit, and an adapter is loaded "
             "whole or not at all; leave strict out. strict_base=False makes another base a warning."
         )
     checkpoint = read_torch_file(path, plain=[META], trusted=weights_only is False)
