@@ -349,15 +349,11 @@ def nothing_adapted(adapter: Adapter) -> str:
     leaves = {name: name.rpartition(".")[2] for name in adapter.tensors}
     unknown = [name for name, leaf in leaves.items() if leaf.startswith(PREFIX) and not names_factor(name)]
     if unknown:
+        titles = dict.fromkeys(variant.title for variant in known_variants() if variant.name)
         return (
-            f"{unknown[0]!r}, a tensor of no variant that is known here ({', '.join(known_titles())}): import the file "
-            "that defines its variant before loading"
+            f"{unknown[0]!r}, a tensor of no variant that is known here ({', '.join(titles)}): import the file that "
+            "defines its variant before loading"
         )
     if is_head_only(adapter):
         return "what was trained whole, and no adapted layer"
     return f"no {adapter.variant.trained[0]}"
-
-
-def known_titles() -> list[str]:
-    """Return the titles of the known variants."""
-    return list(dict.fromkeys(variant.title for variant in known_variants() if variant.name))

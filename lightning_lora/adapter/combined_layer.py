@@ -126,8 +126,14 @@ def combined_change(
         density: the share of each change's values that is kept.
         draw: what the dare methods draw from, change after change.
     """
-    random = how.startswith("dare")
-    pruned = [_random_part(each, density, draw) if random else _largest_part(each, density) for each in changes]
+    pruned = []
+    for change in changes:
+        if how.startswith("dare"):  # a random part, enlarged so that the expectation stays
+            part = change * torch.bernoulli(torch.full_like(change, density), generator=draw) / density
+        else:  # the largest values
+            kept = change.abs().flatten().topk(int(density * change.numel())).indices
+            part = torch.zeros_like(change).flatten().index_copy(0, kept, change.flatten()[kept]).view_as(change)
+        pruned.append(part)
     total = torch.zeros_like(pruned[0])
     if not how.endswith("ties"):
         for weight, each in zip(weights, pruned, strict=True):
@@ -140,14 +146,3 @@ def combined_change(
         total += weight * each * agrees
         agreeing += agrees
     return total / agreeing.clamp(min=1)
-
-
-def _largest_part(change: torch.Tensor, density: float) -> torch.Tensor:
-    """Return a change with only the largest of its values."""
-    kept = change.abs().flatten().topk(int(density * change.numel())).indices
-    return torch.zeros_like(change).flatten().index_copy(0, kept, change.flatten()[kept]).view_as(change)
-
-
-def _random_part(change: torch.Tensor, density: float, draw: torch.Generator) -> torch.Tensor:
-    """Return a change with a random part of its values, enlarged so that its expectation stays."""
-    return change * torch.bernoulli(torch.full_like(change, density), generator=draw) / density

@@ -47,6 +47,7 @@ def check_format(metadata: Mapping[str, Any], where: object) -> None:
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
     """Describe an adapter as plain types, without its tensors."""
+    attached = {name: [each.strength, each.fingerprint] for name, each in sorted(adapter.attached.items())}
     return {
         "format_version": FORMAT_VERSION,
         "config": _with_parts(adapter).to_dict(),
@@ -61,7 +62,7 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         **({"weightless": sorted(adapter.weightless)} if adapter.weightless else {}),
         **({"scope": adapter.scope} if adapter.scope else {}),
         **({"tables": {name: list(rows) for name, rows in adapter.tables.items()}} if adapter.tables else {}),
-        **({"beside": encode_attached(adapter.attached)} if adapter.attached else {}),
+        **({"beside": attached} if attached else {}),
         **({"tied": dict(adapter.tied), "tied_by_peft": adapter.tied_by_peft} if adapter.tied else {}),
     }
 
@@ -168,13 +169,8 @@ def decode_fingerprint(rows: Mapping[str, Any]) -> dict[str, Entry]:
     return {_text(name): _entry(*_list(row)) for name, row in rows.items()}
 
 
-def encode_attached(attached: Mapping[str, Attachment]) -> dict[str, Any]:
-    """Return plain types for each adapter beside the trained one, in the order of their names."""
-    return {name: [each.strength, each.fingerprint] for name, each in sorted(attached.items())}
-
-
 def decode_attached(rows: Mapping[str, Any]) -> dict[str, Attachment]:
-    """Return the adapters beside the trained one: the inverse of encode_beside. Raises TypeError or ValueError."""
+    """Return what is attached, from strength and fingerprint by name. Raises TypeError or ValueError."""
     attached = {}
     for name, row in rows.items():
         strength, fingerprint = _list(row)

@@ -79,13 +79,6 @@ def _core(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.
     return left_r / largest @ right_r.T, largest
 
 
-def inner_of_products(
-    left: torch.Tensor, right: torch.Tensor, other_left: torch.Tensor, other_right: torch.Tensor
-) -> torch.Tensor:
-    """Return the sum of products of the elements of left @ right and other_left @ other_right. Neither is built."""
-    return ((left.mT @ other_left) * (right @ other_right.mT)).sum()
-
-
 class Stack(NamedTuple):
     """n blocks of one shape: left (n, m, k) and right (n, k, c), float64 (on mps float32)."""
 
@@ -110,7 +103,10 @@ def inner_product(first: Sequence[Stack], second: Sequence[Stack]) -> torch.Tens
 
     The matrices are never built. Both must have their blocks in the same places.
     """
-    products = [inner_of_products(*a, *b) for a, b in zip(first, second, strict=True)]
+    products = [
+        ((stack.left.mT @ other.left) * (stack.right @ other.right.mT)).sum()
+        for stack, other in zip(first, second, strict=True)
+    ]
     return torch.stack(products).sum()
 
 

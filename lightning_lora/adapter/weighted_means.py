@@ -21,7 +21,10 @@ def average_whole(used: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
     Raises:
         LoRAError: an adapter lacks a tensor that another has, or the values have no mean.
     """
-    values = [(name, {**each.whole_tensors(), **_rows_of(each)}, weight) for name, each, weight in used]
+    values = []
+    for name, each, weight in used:
+        rows = {f"{table}.{rows_leaf()}": rows for table, rows in each.rows().items() if table not in each.tied}
+        values.append((name, {**each.whole_tensors(), **rows}, weight))  # rows of a tie once
     names = dict.fromkeys(key for _, held, _ in values for key in held)
     for key in names:
         lacking = next((name for name, held, _ in values if key not in held), None)
@@ -32,11 +35,6 @@ def average_whole(used: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
                 "there. Combine adapters with the same modules_to_save, bias and trained rows."
             )
     return {key: _mean(key, [(name, held[key], weight) for name, held, weight in values]) for key in names}
-
-
-def _rows_of(adapter: Adapter) -> dict[str, Any]:
-    """Return trained rows by the names of their tensors; rows of a tie come once."""
-    return {f"{table}.{rows_leaf()}": rows for table, rows in adapter.rows().items() if table not in adapter.tied}
 
 
 def _mean(key: str, values: Sequence[tuple[str, Any, float]]) -> Any:

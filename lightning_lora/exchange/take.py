@@ -244,7 +244,12 @@ def fingerprint_of(live: LiveState, expected: Mapping[str, Entry] | None = None)
         for name, tensor, owner in live.entries
         if name not in trained and tensor is not None and tensor.device.type != "meta"
     }
-    how = {name: _how_quantized(tensor, owner) for name, (tensor, owner) in frozen.items()}
+    how = {}
+    for name, (tensor, owner) in frozen.items():
+        if isinstance(owner, LoRALayer) and tensor is owner.adapted_weight():
+            how[name] = with_options(owner.quantized(), tensor)
+        else:
+            how[name] = with_options(how_quantized(tensor, owner), tensor)
     moving = _tables_that_move(live)
     telling = [name for name in frozen if not how[name] and name not in moving]
     if expected is None:
@@ -273,12 +278,6 @@ def _tables_that_move(live: LiveState) -> set[str]:
     places = adapted_places(live.handle.model, modules=live.handle.places)
     replaced = [name for name, _, each in places if each.replaced_rows()]
     return {join_names(table, "weight") for table in (*renormalised, *replaced)}
-
-
-def _how_quantized(tensor: torch.Tensor, module: nn.Module) -> str:
-    if isinstance(module, LoRALayer) and tensor is module.adapted_weight():
-        return with_options(module.quantized(), tensor)
-    return with_options(how_quantized(tensor, module), tensor)
 
 
 def check_fingerprint(

@@ -21,7 +21,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -112,8 +111,12 @@ def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:
 
 def idle_attention(adapter: Adapter) -> list[str]:
     """Return the attention layers whose tensors are all zero, as add_idle_attention adds them."""
-    attention = {name: adapter.stored(name) for name in adapter.of_kind(ATTENTION)}
-    return [name for name, stored in attention.items() if stored and all(map(_is_zero, stored.values()))]
+    idle = []
+    for name in adapter.of_kind(ATTENTION):
+        stored = adapter.stored(name).values()
+        if stored and all(is_strided(each) and not each.is_meta and not each.any() for each in stored):
+            idle.append(name)
+    return idle
 
 
 def check_peft_version(version: object, where: object) -> None:
@@ -128,10 +131,6 @@ def check_peft_version(version: object, where: object) -> None:
 def peft_numbers(version: object) -> tuple[int, ...]:
     """Return the numbers of a version of peft, as (0, 18, 1); of an unknown one (), which is before all others."""
     return tuple(map(int, re.findall(r"\d{1,9}", str(version or ""))[:3]))
-
-
-def _is_zero(tensor: Any) -> bool:
-    return is_strided(tensor) and not tensor.is_meta and not tensor.any()
 
 
 def _with_factors_b(adapter: Adapter, for_parts: Callable[..., torch.Tensor], for_output: float) -> Adapter:

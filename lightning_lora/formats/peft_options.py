@@ -77,7 +77,7 @@ def lora_options(adapter: Adapter) -> dict[str, Any]:
         "modules_to_save": to_peft_entries(adapter),
         **({"ensure_weight_tying": True} if is_tied_by_peft(adapter) else {}),
         "init_lora_weights": _init_in_peft(adapter, options["init_lora_weights"]),
-        "fan_in_fan_out": fan_in_fan_out_in_peft(adapter),
+        "fan_in_fan_out": adapter.fan_in_fan_out or bool(adapter.of_kind(CONV1D)),
         "inference_mode": True,
         **{name: adapter.origin.get(name) for name in ORIGIN},
         **({"task_type": config.task_type} if config.task_type else {}),
@@ -109,11 +109,6 @@ def ranks_and_alphas(adapter: Adapter) -> dict[str, Any]:
 def with_ranks_in_words(adapter: Adapter) -> Adapter:
     """Return an adapter whose layers have got other ranks or scalings, with options that say so."""
     return replace(adapter, config=replace(adapter.config or LoRAConfig(), **ranks_and_alphas(adapter)))
-
-
-def fan_in_fan_out_in_peft(adapter: Adapter) -> bool:
-    """Return adapter_config.json's fan_in_fan_out."""
-    return adapter.fan_in_fan_out or bool(adapter.of_kind(CONV1D))
 
 
 def _init_in_peft(adapter: Adapter, init: Any) -> Any:
