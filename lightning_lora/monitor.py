@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from .distributed.deepspeed_optimizer import held_parameters, holds_copies
 from .distributed.sharding import reshard_
 from .errors import LoRAError, sentence
 from .model.adapted_model import find_model, open_model
+from .private.lightning import logged_step
 from .report.figures import has_matplotlib
 from .report.statistics import AdapterStats, layer_stats
 from .report.updates import measure
-from .trainer.deepspeed_optimizer import held_parameters, holds_copies
 from .trainer.lightning_packages import become_callback, first_package
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class LoRAMonitor(Callback):
 
         An optimizer that evaluates its closure several times calls this several times a step; the first call counts.
         """
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as Lightning's own monitors count
+        step = logged_step(trainer)
         if not self.every_n_steps or (step + 1) % self.every_n_steps or self._logged.get(id(optimizer)) == step:
             return
         self._logged[id(optimizer)] = step

@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..private.deepspeed import ZERO, slice_of_zero
+from ..private.torch import mark_as_parameter_
+
 FIND = "lora_find_slice"  # attribute of a tensor that `attach` was called on
-ZERO = "ds_tensor"  # attribute of a parameter of DeepSpeed's zero.Init, which has this rank's slice
 UNIT, INSIDE = "lora_unit", "lora_flat_parameters"  # attributes of a module
 
 
@@ -118,7 +120,9 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         if not isinstance(own.get(name), nn.Parameter):
             own[name] = parameter
     if isinstance(module, torch.jit.ScriptModule):
-        _mark_as_parameters(own.values())
+        for parameter in own.values():
+            if not isinstance(parameter, nn.Parameter):
+                mark_as_parameter_(parameter)
     return own
 
 
@@ -128,17 +132,6 @@ def own_weight(module: nn.Module) -> nn.Parameter | None:
     if "weight" not in parameters:
         return None
     return parameters["weight"]
-
-
-def _mark_as_parameters(tensors: Iterable[torch.Tensor]) -> None:
-    """Let isinstance(tensor, nn.Parameter) be true for the parameters of a TorchScript module.
-
-    torch.jit.load and copy.deepcopy give them as plain tensors, which would be taken for buffers. The attribute is the
-    one by which torch itself recognises parameters of other tensor classes.
-    """
-    for tensor in tensors:
-        if not isinstance(tensor, nn.Parameter):
-            tensor._is_param = True
 
 
 def is_flat(tensor: object) -> bool:
@@ -160,15 +153,7 @@ def shows_nothing(tensor: torch.Tensor) -> bool:
 def flat_shard(tensor: torch.Tensor) -> FlatShard:
     """Return this rank's slice of a flat tensor."""
     find: Callable[[], FlatShard] | None = getattr(tensor, FIND, None)
-    return _shard_of_zero(tensor) if find is None else find()
-
-
-def _shard_of_zero(parameter: Any) -> FlatShard:
-    """Return this rank's slice of a parameter of ZeRO-3, without the values that fill the last slice up."""
-    part, group = getattr(parameter, ZERO), parameter.ds_process_group
-    start = min(part.ds_numel * dist.get_rank(group), parameter.ds_numel)
-    count = min(part.ds_numel, parameter.ds_numel - start)
-    return FlatShard(part.detach()[:count], start, parameter.ds_shape, group, parameter.device)
+    return FlatShard(*slice_of_zero(tensor)) if find is None else find()
 
 
 def unsharded_shape(tensor: torch.Tensor) -> torch.Size:

@@ -15,8 +15,8 @@ from torch import nn
 from ..adapter.adapter import Adapter, saved_modules
 from ..adapter.fingerprint import REMEDY
 from ..config import LoRAConfig
+from ..distributed.deepspeed_optimizer import update_copies_
 from ..distributed.sharding import copies_of, copy_all_, refuse_fully_sharded
-from ..distributed.zero import update_copies_
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.foreign_state import foreign_entries, load_foreign_

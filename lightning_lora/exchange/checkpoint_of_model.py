@@ -13,9 +13,9 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import entries_match, fingerprint_entries
+from ..distributed.deepspeed_optimizer import update_copies_
 from ..distributed.flat import owns_flat, unsharded_shape
 from ..distributed.sharding import copy_all_, gather_all, holds_shards, whole_on_cpu
-from ..distributed.zero import update_copies_
 from ..errors import LoRAError, NonFiniteError
 from ..formats.hyper_parameters import HYPER_PARAMETERS
 from ..formats.lightning_checkpoint import (

@@ -15,7 +15,6 @@ from ..adapter.values import check_finite, describe_value
 from ..config import LoRAConfig
 from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import is_spread
-from ..distributed.zero import keeps_copy
 from ..errors import LoRAError, sentence
 from ..formats.peft_rows import NO_BIAS
 from ..matching import matcher, near_misses
@@ -28,6 +27,7 @@ from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
 from ..nn.foreign_weights import is_foreign_linear
 from ..nn.tied_weights import untie_advice
 from ..nn.variant import rows_leaf
+from ..private.deepspeed import keeps_copy
 from .first_names import Names, by_first_names
 from .resized_tables import refuse_other_rows
 

@@ -17,13 +17,13 @@ from ..model.inject import merge_and_unload
 from ..model.patches import call_previous, patch
 from ..model.state_dict import refuse_unmergeable
 from ..names import MERGED_FOR_GOOD, META
-from .compatibility import launches
+from ..private.lightning import starts_processes
 from .run_state import run_of
 
 
 def refuse_merge_after_fit(trainer: Any, handle: AdaptedModel) -> None:
     """Raise LoRAError, with the remedy, where a model could not be merged for good after its fit."""
-    if launches(trainer):
+    if starts_processes(trainer):
         raise LoRAError(
             f"LoRACallback: merge_after_fit cannot be used with {type(trainer.strategy).__name__}, which fits in other "
             "processes and brings back weights only. Call merge_and_unload(model) after fit, or use strategy='ddp'."

@@ -17,6 +17,7 @@ from ..formats.lightning_checkpoint import CURRENT, Kind, check_kind
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.patches import call_previous, patch
 from ..names import META, names_factor
+from ..private.lightning import trainer_of
 from .run_state import run_of
 
 
@@ -57,7 +58,7 @@ def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
     if find_model(module) is not None:
-        trainer = getattr(module, "_trainer", None)
+        trainer = trainer_of(module)
         _refuse_foreign_resume(module, checkpoint)
         prepare_for_load(module, checkpoint)
         fitting = trainer is None or trainer.state.fn == "fit"
@@ -74,7 +75,7 @@ def _refuse_foreign_resume(module: nn.Module, checkpoint: Mapping[str, Any]) -> 
     Raises:
         LoRAError: a fit is about to restore the optimizers of a training without adapters.
     """
-    trainer = getattr(module, "_trainer", None)
+    trainer = trainer_of(module)
     resuming = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
     optimizers = checkpoint.get("optimizer_states", True)  # an empty list leaves no optimizer to restore
     if not resuming or not optimizers or META in checkpoint or any(map(names_factor, checkpoint["state_dict"])):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from ..formats.lightning_checkpoint import adapter_of
 from ..model.injection import Chosen
 from ..names import META
 from ..nn.parameter import weights_of
+from ..private.lightning import checkpoint_of
 
 SELECTING = {option.name for option in fields(LoRAConfig)}.difference(options_that_decide("training"))
 ONE_CHOICE = {*options_that_decide("variant")}  # to give one of these options is to give the others
@@ -43,7 +43,7 @@ def options_in_checkpoint(trainer: Any) -> Saved | None:
     Raises:
         LoRAError: the adapter's description in the file is damaged, or this program does not know its variant.
     """
-    path = _checkpoint_of(trainer)
+    path = checkpoint_of(trainer)
     if path is None:
         return None
     try:
@@ -58,23 +58,9 @@ def options_in_checkpoint(trainer: Any) -> Saved | None:
 
 def refuse_folder_for_checkpoint(trainer: Any) -> None:
     """Raise LoRAError where a Trainer in setup is about to load a PEFT folder as its checkpoint."""
-    path = _checkpoint_of(trainer)
+    path = checkpoint_of(trainer)
     if isinstance(path, (str, os.PathLike)):
         refuse_peft_folder(path)
-
-
-def _checkpoint_of(trainer: Any) -> str | os.PathLike[str] | None:
-    """Return the path of the checkpoint that a Trainer in setup is about to load, for "best" and the like too.
-
-    Lightning keeps it in an argument of Trainer._run, which calls setup. trainer.ckpt_path is set when setup is over,
-    and until then it is that of the run before.
-    """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
-            return frame.f_locals.get("ckpt_path")
-    return None
 
 
 def layers_in_checkpoint(saved: Saved, config: LoRAConfig, module: nn.Module) -> Chosen | None:

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from ..config import LoRAConfig, options_that_decide
+from ..distributed.deepspeed_optimizer import held_parameters
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.targets import select
 from ..names import listed
-from .deepspeed_optimizer import held_parameters
+from ..private.lightning import is_stand_in, starts_processes
 
 TARGETS = options_that_decide("layers")
 PARTS = options_that_decide("parts")
@@ -56,7 +57,7 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
                 f"LoRACallback: {name} copies weights before training and swaps them around validation, so it must "
                 f"come after LoRACallback: callbacks=[LoRACallback(...), {name}(...)]."
             )
-    if fitting and not injected and launches(trainer):
+    if fitting and not injected and starts_processes(trainer):
         raise LoRAError(
             f"LoRACallback: {type(trainer.strategy).__name__} starts processes from this one and brings back weights "
             "only, so the main process needs the adapters too. Call inject(model, LoRAConfig(...)) before fit, or use "
@@ -76,11 +77,6 @@ def slicing(strategy: Any) -> str:
     if zero and zero.get("stage") == 3:
         return "DeepSpeedStrategy at stage 3"
     return "FSDPStrategy" if _is_a(strategy, "FSDPStrategy") else ""
-
-
-def launches(trainer: Any) -> bool:
-    """Return whether the strategy starts processes for the fit, of which the main process gets only a state dict."""
-    return _is_a(trainer.strategy.launcher, "_MultiProcessingLauncher")
 
 
 def refuse_other_options(handle: AdaptedModel, config: LoRAConfig, given: Collection[str], seed: str = "") -> None:
@@ -143,7 +139,7 @@ def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], listing: Lis
 
     A fit without any optimizer passes: Lightning itself warns of a configure_optimizers that returns None.
     """
-    if optimizers and all(_is_a(optimizer, "_MockOptimizer") for optimizer in optimizers):  # Lightning's stand-in
+    if optimizers and all(map(is_stand_in, optimizers)):
         return
     optimized = {id(parameter) for optimizer in optimizers for parameter in held_parameters(optimizer)}
     factors = _factors(listing)

@@ -11,23 +11,22 @@ DeepSpeed's classes are recognised by name and by attributes, so that it is not 
 
 from __future__ import annotations
 
-import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..distributed.flat import attach_unit, is_flat
+from ..distributed.deepspeed_optimizer import ORDER, float32_copies
+from ..distributed.flat import attach_unit
 from ..errors import LoRAError
 from ..model.adapted_model import find_model
 from ..model.patches import call_previous, patch
 from ..names import META, canonical
 from ..nn.low_rank import HALF
-from .deepspeed_optimizer import ORDER, float32_copies, holds_copies
+from ..private.deepspeed import GatheredByZero, gathering_part, what_is_unknown
+from ..private.lightning import SET_UP_DEEPSPEED
 
 REMEDY = (
     "Use DeepSpeedStrategy(stage=2), ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or "
@@ -53,7 +52,7 @@ def prepare_deepspeed(strategy: Any) -> None:
             "'lightning-lora[deepspeed]'."
         )
     patch(strategy, "init_deepspeed", _init_deepspeed)
-    patch(strategy, "_setup_model_and_optimizer", _set_up_optimizer)
+    patch(strategy, SET_UP_DEEPSPEED, _set_up_optimizer)
 
 
 def _refused(config: Mapping[str, Any]) -> Iterator[str]:
@@ -80,61 +79,15 @@ def _refused(config: Mapping[str, Any]) -> Iterator[str]:
         yield "tensor_parallel.autotp_size splits layers after they were adapted"
 
 
-# --- slices of stage 3 ---
-
-
-class _Gathered:
-    """What an engine has gathered at stage 3."""
-
-    def __init__(self, offload: Any, parameters: Iterable[Any]) -> None:
-        """Note the engine's part that gathers parameters and frees them, and the parameters that are divided."""
-        self.offload: Callable[[], Any] = weakref.ref(offload)
-        self.parameters = [each for each in parameters if is_flat(each)]
-
-    def free(self) -> None:
-        """Let the slices be the only copies of parameters that were gathered, or that are being gathered. In place.
-
-        DeepSpeed gathers small parameters once for many forwards, and others ahead of time. An exception inside a
-        forward leaves some gathered, and noted as in use.
-        """
-        if all(each.ds_status.name == "NOT_AVAILABLE" for each in self.parameters):
-            return
-        offload = self.offload()
-        if offload is not None:
-            offload.partition_all_parameters()
-        for parameter in self.parameters:
-            if parameter.ds_status.name == "AVAILABLE":
-                parameter.ds_active_sub_modules.clear()
-                parameter.partition()
-
-    def begin_writing(self, verb: str) -> None:
-        """Do nothing: a forward that runs gathers anew what was freed."""
-
-
-@contextmanager
-def outside_zero_init() -> Iterator[None]:
-    """Leave deepspeed.zero.Init inside the block: there every new tensor is cast, moved and divided."""
-    partition = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
-    if partition is None:
-        yield
-        return
-    partition.shutdown_init_context()
-    try:
-        yield
-    finally:
-        partition.restore_init_context()
-
-
 # --- the engine is set up ---
 
 
 def _init_deepspeed(strategy: Any, previous: Callable[..., Any] | None) -> None:
     """Tell modules who frees what the new engine gathers for them: the patched init_deepspeed."""
     call_previous(strategy, previous, "init_deepspeed")
-    optimizer = strategy.deepspeed_engine.optimizer
-    offload = getattr(optimizer, "parameter_offload", optimizer)
-    if hasattr(offload, "partition_all_parameters"):
-        gathered = _Gathered(offload, strategy.lightning_module.parameters())
+    offload = gathering_part(strategy.deepspeed_engine.optimizer)
+    if offload is not None:
+        gathered = GatheredByZero(offload, strategy.lightning_module.parameters())
         for module in strategy.lightning_module.modules():
             attach_unit(module, gathered)
 
@@ -142,14 +95,15 @@ def _init_deepspeed(strategy: Any, previous: Callable[..., Any] | None) -> None:
 def _set_up_optimizer(
     strategy: Any, previous: Callable[..., Any] | None, model: Any, optimizer: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Note the optimizer's groups, which DeepSpeed replaces by flat tensors: the patched _setup_model_and_optimizer."""
+    """Note the optimizer's groups, which DeepSpeed replaces by flat tensors: DeepSpeedStrategy's patched method."""
     order = [{**group, "params": list(group["params"])} for group in getattr(optimizer, "param_groups", ())]
-    found = call_previous(strategy, previous, "_setup_model_and_optimizer", model, optimizer, *args, **kwargs)
+    found = call_previous(strategy, previous, SET_UP_DEEPSPEED, model, optimizer, *args, **kwargs)
     if find_model(strategy.lightning_module) is not None:
-        if not holds_copies(found[1]):
+        if unknown := what_is_unknown(found[1]):
             raise LoRAError(
-                f"LoRACallback: DeepSpeed made a {type(found[1]).__name__}, whose states cannot be put together. Leave "
-                "data_types and other optimizers' options out of DeepSpeed's config."
+                f"LoRACallback: DeepSpeed made {unknown}, whose states cannot be put together. Leave data_types and "
+                "other optimizers' options out of DeepSpeed's config; or install a version of DeepSpeed from 0.16.9 "
+                "to 0.19."
             )
         vars(found[1])[ORDER] = order
     return found

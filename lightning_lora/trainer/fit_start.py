@@ -16,10 +16,11 @@ from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..notices import tell
+from ..private.lightning import add_hyperparameters
 from ..report.summary import summarise
 from .after_fit import refuse_merge_after_fit
 from .compatibility import refuse_unoptimized
-from .hyperparameters import as_hyperparameters, log_options
+from .hyperparameters import as_hyperparameters
 from .options import LOGGED, Options
 from .precision import refuse_for_quantized, refuse_full_of_quantized, refuse_plain
 from .run_state import run_of
@@ -66,7 +67,7 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
         own = {name: getattr(options, name) for name in LOGGED}
         if injection.attached:
             own["attach"] = {name: each.strength for name, each in sorted(injection.attached.items())}
-        log_options(handle.model, as_hyperparameters(injection.config, **own))
+        add_hyperparameters(handle.model, as_hyperparameters(injection.config, **own))
     if options.verbose:
         found = summarise(handle)
         tell(found.short())

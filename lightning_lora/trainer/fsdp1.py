@@ -25,12 +25,13 @@ from ..errors import LoRAError
 from ..model.adapted_model import find_model
 from ..model.patches import call_previous, is_patched, patch
 from ..names import names_factor
+from ..private.lightning import SET_UP_FSDP
+from ..private.torch import FSDP1Unit
 from .lightning_packages import is_overridden
 
 WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
 OUTSIDE = "lora_outside"  # attribute of a strategy: the parameters outside of the flat tensors
-UNITS = "lora_units"  # attribute of a strategy: the wrappers with weights
-WHOLE = "lora_whole_units"  # attribute of a strategy: units that are not divided, as in a single process
+UNITS = "lora_units"  # attribute of a strategy: the wrappers with weights, as FSDP1Unit
 LATER = "lora_averages_later"  # attribute of a strategy while gradients are accumulated
 ALTERNATIVES = (
     "ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or strategy='ddp' where the base fits on one "
@@ -56,9 +57,9 @@ def prepare_fsdp1(strategy: Any) -> None:
         )
     for reason in _refused(getattr(strategy, "kwargs", {})):
         raise LoRAError(f"LoRACallback: FSDPStrategy cannot be used so: {reason}, or use {ALTERNATIVES}.")
-    if is_patched(strategy, "_setup_model", _setup_model):
+    if is_patched(strategy, SET_UP_FSDP, _setup_model):
         return  # in an earlier stage
-    patch(strategy, "_setup_model", _setup_model)
+    patch(strategy, SET_UP_FSDP, _setup_model)
     patch(strategy, "model_sharded_context", _model_sharded_context)
     patch(strategy, "block_backward_sync", _block_backward_sync)
 
@@ -146,34 +147,32 @@ def _model_sharded_context(strategy: Any, previous: Callable[..., Any] | None) -
 
 
 def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.Module) -> Any:
-    """Wrap the model, or take the wrapper of an earlier stage; find the slices: the patched _setup_model.
+    """Wrap the model, or take the wrapper of an earlier stage; find the slices: FSDPStrategy's patched method.
 
     Lightning would wrap the model once more in each stage, and take the slices for whole weights.
     """
     module = strategy.lightning_module
     if find_model(module) is None and WRAPPING not in vars(module):  # the adapter may have been taken out since
-        return call_previous(strategy, previous, "_setup_model", model)
+        return call_previous(strategy, previous, SET_UP_FSDP, model)
     wrapping = _wrapping(strategy)
     is_new = wrapping.root is None
     if is_new:
         with _leaving_out(strategy):
-            wrapping.root = call_previous(strategy, previous, "_setup_model", model)
+            wrapping.root = call_previous(strategy, previous, SET_UP_FSDP, model)
     begin_writing(wrapping.root.modules(), "Trainer")  # after an exception it would use what it has gathered
     try:
-        _attach(wrapping.root)
+        units = [unit for unit in _attach(wrapping.root) if unit.handle is not None]
     except (AttributeError, ImportError) as error:
         raise LoRAError(
             f"LoRACallback: FSDPStrategy cannot be used with torch {torch.__version__}, in which FSDP1 is built in "
             f"another way than this version of lightning_lora knows. Use {ALTERNATIVES}, or an older torch."
         ) from error
-    units = [unit for unit in _units(wrapping.root) if unit._handle is not None]
-    inside = {id(parameter) for unit in units for parameter in unit._handle.flat_param._params}
+    inside = {id(parameter) for unit in units for own in unit.inside().values() for parameter in own.values()}
     outside = [parameter for parameter in module.parameters() if id(parameter) not in inside]
     if is_new:
         _start_alike_(outside, strategy.root_device)
     setattr(strategy, OUTSIDE, outside)
     setattr(strategy, UNITS, units)
-    setattr(strategy, WHOLE, [unit for unit in units if not unit._handle.uses_sharded_strategy])
     patch(strategy.precision_plugin, "backward", _backward)
     patch(strategy.precision_plugin, "clip_grad_by_norm", _clip_grad_by_norm)
     wrapping.put_in_order_()  # last, because FSDP1 registers parameters anew
@@ -194,93 +193,25 @@ def _start_alike_(parameters: Sequence[nn.Parameter], device: torch.device) -> N
         parameter.data = parameter.data.to(device).copy_(whole)
 
 
-def _units(root: nn.Module) -> list[Any]:
-    """Return the wrappers of FSDP1 in a model, the outermost first."""
+def _attach(root: nn.Module) -> list[FSDP1Unit]:
+    """Return FSDP1's wrappers in a model, the outermost first, and note on parameters and modules what they hold.
+
+    Each parameter of a unit knows how its slice is found, and each module who frees memory that was gathered for it.
+    """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    return [module for module in root.modules() if isinstance(module, FullyShardedDataParallel)]
+    units = [FSDP1Unit(module) for module in root.modules() if isinstance(module, FullyShardedDataParallel)]
+    for unit in units:
+        attach_owner(unit.wrapper, unit, {})
+        for owner, parameters in unit.inside().items():
+            attach_owner(owner, unit, parameters)
+        for parameter, find in unit.slices():
+            attach(parameter, partial(_flat_shard, find))
+    return units
 
 
-def _attach(root: nn.Module) -> None:
-    """Tell how the slice of each original parameter is found, and how gathered memory is freed. In place."""
-    from torch.distributed.fsdp._runtime_utils import _lazy_init
-
-    for unit in _units(root):
-        _lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
-        handle, attached = unit._handle, _Unit(unit)
-        inside = _parameters_inside(handle) if handle is not None else {}
-        for owner in (unit, *inside):
-            attach_owner(owner, attached, inside.get(owner, {}))
-        if handle is not None and handle.uses_sharded_strategy:
-            flat = handle.flat_param
-            for parameter, info, shape in zip(flat._params, flat._shard_param_infos, flat._shapes, strict=True):
-                attach(parameter, partial(_find_slice, handle, info, shape))
-
-
-def _parameters_inside(handle: Any) -> dict[nn.Module, dict[str, nn.Parameter]]:
-    """Return the original parameters of a flat one, by the modules that own them and their names there."""
-    flat = handle.flat_param
-    places = [(info.module, info.param_name) for info in (*flat._param_infos, *flat._shared_param_infos)]
-    inside: dict[nn.Module, dict[str, nn.Parameter]] = {}
-    for (owner, leaf), parameter in zip(places, (*flat._params, *flat._shared_params), strict=True):
-        inside.setdefault(owner, {})[leaf] = parameter
-    return inside
-
-
-def _find_slice(handle: Any, info: Any, shape: torch.Size) -> FlatShard:
-    """Return this rank's slice of a parameter of FSDP1."""
-    own = handle.flat_param._local_shard.detach()
-    start = info.intra_param_start_idx if info.in_shard else 0
-    values = own.narrow(0, info.offset_in_shard, info.numel_in_shard) if info.in_shard else own[:0]
-    return FlatShard(values, start, shape, handle.process_group, handle.device)
-
-
-class _Unit:
-    """A wrapper of FSDP1, whose gathered memory can be freed. FSDP1 keeps it in the root, or under SHARD_GRAD_OP."""
-
-    def __init__(self, wrapper: Any) -> None:
-        self.wrapper = wrapper
-
-    def free(self) -> None:
-        """Drop what was gathered, unless a forward or backward runs in this wrapper, and put the parameters back."""
-        handle = self.wrapper._handle
-        if handle is None or not self._is_idle():
-            return
-        if not handle.uses_sharded_strategy or not handle.needs_unshard():
-            handle.reshard(handle.uses_sharded_strategy)  # without slices there is nothing to free
-            handle.post_reshard()
-            handle._prefetched = False
-
-    def begin_writing(self, verb: str) -> None:
-        """Let a backward of an earlier forward raise, as on one device, because slices are written now.
-
-        Args:
-            verb: the public function that the user called, for the message.
-
-        Raises:
-            LoRAError: a forward or backward runs, or an exception has ended one. It uses what it has gathered.
-        """
-        handle = self.wrapper._handle
-        if handle is None:
-            return
-        if not self._is_idle():
-            raise LoRAError(
-                f"{verb}: the weights of {type(self.wrapper.module).__name__} cannot be changed while FSDP1 computes "
-                "with them. Call it between steps, not inside a forward or backward; an evaluation with "
-                "merged_eval=False changes none. After an exception in a forward build the model again."
-            )
-        torch.autograd.graph.increment_version(handle.flat_param)
-
-    def end_backward(self) -> None:
-        """Note that a backward has ended. torch does so only where it began at the outermost wrapper's outputs."""
-        unit, handle = self.wrapper, self.wrapper._handle
-        if handle._training_state.name.startswith("BACKWARD"):
-            unit.training_state = type(unit.training_state).IDLE
-            handle._training_state = type(handle._training_state).IDLE
-            self.free()
-
-    def _is_idle(self) -> bool:
-        return all(each.name == "IDLE" for each in (self.wrapper.training_state, self.wrapper._handle._training_state))
+def _flat_shard(find: Callable[[], tuple[Any, ...]]) -> FlatShard:
+    return FlatShard(*find())
 
 
 # --- gradients ---
@@ -304,27 +235,21 @@ def _backward(
     """Average the gradients after backward: the patched backward of the precision plugin. Collective.
 
     Raises:
-        LoRAError: as _refuse_unfrozen.
+        LoRAError: a weight in slices is to be trained.
     """
     strategy = module.trainer.strategy
-    _refuse_unfrozen(strategy)
+    if any(unit.is_trained() for unit in getattr(strategy, UNITS)):
+        raise LoRAError(  # what is trained is whole in a checkpoint
+            "LoRACallback: a weight was unfrozen after FSDP1 had wrapped it. Unfreeze it before fit, or name its "
+            "module in modules_to_save."
+        )
     call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
     for unit in getattr(strategy, UNITS):
-        _Unit(unit).end_backward()
-    for unit in getattr(strategy, WHOLE):  # FSDP1 leaves plain tensors in place of their frozen parameters
-        _Unit(unit).free()
+        unit.end_backward()
+        if not unit.is_divided:  # FSDP1 leaves plain tensors in place of its frozen parameters
+            unit.free()
     if not getattr(strategy, LATER, False) and getattr(strategy.model, "_sync_gradients", True):
         average_gradients_(getattr(strategy, OUTSIDE))
-
-
-def _refuse_unfrozen(strategy: Any) -> None:
-    """Raise LoRAError where a weight in slices is to be trained: what is trained is whole in a checkpoint."""
-    for unit in getattr(strategy, UNITS):
-        if unit._handle.flat_param.requires_grad:
-            raise LoRAError(
-                "LoRACallback: a weight was unfrozen after FSDP1 had wrapped it. Unfreeze it before fit, or name its "
-                "module in modules_to_save."
-            )
 
 
 def average_gradients_(parameters: Sequence[nn.Parameter]) -> None:

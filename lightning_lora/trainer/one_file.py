@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..distributed.deepspeed_optimizer import groups_of, holds_copies, load_state_, whole_state
 from ..distributed.sharding import gather_all, is_sharded, shard_like
 from ..errors import LoRAError
 from ..exchange.checkpoint_of_model import gathered_state, write_whole_state_
@@ -20,9 +21,8 @@ from ..model.adapted_model import Listing, find_model
 from ..model.initial_values import snapshot_materialised
 from ..model.live_state import original_values
 from ..model.patches import call_previous, patch
-from ..names import MERGED_FOR_GOOD
+from ..names import LIGHTNING, MERGED_FOR_GOOD, derives_from
 from .deepspeed import with_float32_values
-from .deepspeed_optimizer import groups_of, holds_copies, load_state_, whole_state
 from .run_state import run_of
 
 
@@ -54,7 +54,8 @@ def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimiz
     """Return the state dict that the optimizer would have on one device: the patched optimizer_state. Collective."""
     if not _is_ours(strategy):
         return call_previous(strategy, previous, "optimizer_state", optimizer)
-    optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper
+    if derives_from(optimizer, "LightningOptimizer", LIGHTNING):
+        optimizer = optimizer.optimizer
     if holds_copies(optimizer):
         return whole_state(optimizer)
     packed = optimizer.state_dict()

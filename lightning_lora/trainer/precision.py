@@ -18,11 +18,12 @@ from ..nn.foreign_weights import is_packed
 from ..nn.lora_layer import LoRALayer
 from ..nn.quantized import NF4, is_of_torchao, quantized_as, quantized_modules, quantized_parameters
 from ..nn.quantized_state import is_of_lightning
+from ..private.lightning import is_tensor_parallel, trainer_of
+from ..private.torch import LEFT_OUT_OF_DDP
 from .compatibility import OF_THE_ADAPTER, averages_frozen
 
 IN_4_BITS = (NF4, "nf4", "fp4")
 BITSANDBYTES, TRANSFORMER_ENGINE = "BitsandbytesPrecision", "TransformerEnginePrecision"
-LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a module that DDP wraps
 
 
 def refuse_late_conversion(listing: Listing) -> None:
@@ -64,7 +65,7 @@ def convert_linear_layers_(listing: Listing) -> None:
 
 def _precision(module: nn.Module, name: str) -> Any:
     """Return the precision plugin of a LightningModule's Trainer, or None where it is not of the class of this name."""
-    plugin: Any = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
+    plugin: Any = getattr(trainer_of(module), "precision_plugin", None)
     return plugin if derives_from(plugin, name, LIGHTNING) else None
 
 
@@ -140,7 +141,7 @@ def _refuse_sharding(listing: Listing, strategy: Any) -> None:
     by_rows = derives_from(strategy, "ModelParallelStrategy", LIGHTNING)
     if not by_rows and not derives_from(strategy, "FSDPStrategy", LIGHTNING):
         return
-    fitting = IN_4_BITS if by_rows and strategy._tensor_parallel_size == 1 else ()
+    fitting = IN_4_BITS if by_rows and not is_tensor_parallel(strategy) else ()
     for name, layer in quantized_modules(listing.places).items():
         kind = quantized_as(next(iter(quantized_parameters(layer).values())))
         if kind not in fitting:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..distributed.deepspeed_optimizer import warn_of_unfrozen
 from ..distributed.sharding import reshard_
 from ..model.adapted_model import find_model
 from ..model.gradients import explain_missing_gradients
@@ -17,7 +18,6 @@ from ..model.injection import Injection
 from ..model.merging import unmerge
 from ..model.patches import unpatch
 from .current_injection import forget_injection, injection_of, is_merged_for_good
-from .deepspeed_optimizer import warn_of_unfrozen
 from .evaluation import end_evaluation
 from .run_state import run_of
 

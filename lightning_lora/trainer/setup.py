@@ -29,6 +29,8 @@ from ..model.patches import call_previous, patch, unpatch_method
 from ..model.quantize import quantize_
 from ..model.targets import selected
 from ..notices import tell
+from ..private.deepspeed import outside_zero_init
+from ..private.lightning import starts_processes
 from .after_fit import forget_merging, load_plain_weights_only
 from .checkpoint_hooks import save_as
 from .checkpoint_options import (
@@ -38,9 +40,8 @@ from .checkpoint_options import (
     refuse_folder_for_checkpoint,
 )
 from .cli_optimizer import adapt_cli_optimizer
-from .compatibility import launches, refuse_composition, refuse_other_options
+from .compatibility import refuse_composition, refuse_other_options
 from .current_injection import is_merged_for_good
-from .deepspeed import outside_zero_init
 from .lightning_packages import is_overridden
 from .options import Options, seed_text, sources_of
 from .precision import (
@@ -267,7 +268,7 @@ def _take_out_of_rebuilt(module: nn.Module, options: Options, before: Counter[st
 def _refuse_attaching_in_workers(trainer: Any, module: nn.Module, options: Options) -> None:
     """Raise LoRAError where processes that the strategy starts would attach adapters, and this one would not."""
     missing = sorted(sources_of(options.attach).keys() - _attached_in(module).keys())
-    if missing and trainer.state.fn == "fit" and launches(trainer):
+    if missing and trainer.state.fn == "fit" and starts_processes(trainer):
         raise LoRAError(
             f"LoRACallback: {type(trainer.strategy).__name__} starts processes from this one and brings back weights "
             f"only, so the main process needs {missing[0]!r} attached too. Call attach(model, source, "

@@ -13,13 +13,13 @@ from torch import nn
 from torchmetrics import Metric
 
 from ..config import FROM_DATA
+from ..distributed.deepspeed_optimizer import held_parameters, update_copies_
 from ..distributed.sharding import detached
-from ..distributed.zero import update_copies_
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel
+from ..private.lightning import arguments_of_training_step, batches_again, can_read_batches, on_device
 from ..start.batches import COUNT, learned_tokens
 from ..start.from_data import start_from_batches
-from .deepspeed_optimizer import held_parameters
 from .lightning_packages import package_of
 
 GRADIENT_BATCHES = 8  # the mean gradient over so many batches
@@ -40,46 +40,29 @@ def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> N
         layer.is_initial() for layer in handle.layers.values() if layer.kind()
     ):
         return
-    loops, package = trainer.fit_loop, package_of(type(trainer)) or "lightning.pytorch"
-    combined = loops._combined_loader
-    loader = import_module(f"{package}.utilities.combined_loader").CombinedLoader(combined.iterables, combined._mode)
-    used_up = any(isinstance(each, Iterator) for each in loader.flattened)
-    used_up |= type(loops._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
-    if used_up or not module.automatic_optimization:
+    if not module.automatic_optimization or not can_read_batches(trainer, module):
         raise LoRAError(
             f"LoRACallback: init_lora_weights={handle.injection.config.init_lora_weights!r}: under manual "
             "optimization, with dataloader_iter, or with an iterator as data, no batch can be read before training. "
             "Call inject(module, config) and initialize_from_data(module, batches, forward) before fit."
         )
-    loader.flattened = list(map(_with_own_workers, loader.flattened))
+    loader = batches_again(trainer)
     gradients = handle.injection.config.has_start
 
-    def prepared(batch: Any) -> Any:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
     def forward(model: nn.Module, batch: Any) -> object:
-        arguments = loops.epoch_loop._build_kwargs({}, batch, 0).values()
+        arguments = arguments_of_training_step(trainer, batch)
         if not gradients:
             return trainer.strategy.training_step(*arguments)
         with trainer.precision_plugin.train_step_context():  # DDP's wrapper would wait for gradients of the adapter
             return module.training_step(*arguments)
 
+    package = package_of(type(trainer)) or "lightning.pytorch"
     with import_module(f"{package}.utilities.seed").isolate_rng(), _undisturbed(module, loader):
         n = min(GRADIENT_BATCHES if gradients else COUNT, trainer.num_training_batches)
-        start_from_batches(handle, (prepared(batch) for batch, _, _ in loader), forward, learned_tokens, n)
+        batches = (on_device(trainer, module, batch) for batch, _, _ in loader)
+        start_from_batches(handle, batches, forward, learned_tokens, n)
     held = (parameter for optimizer in trainer.optimizers for parameter in held_parameters(optimizer))
     update_copies_((parameter, detached(parameter)) for parameter in held)
-
-
-def _with_own_workers(loader: Any) -> Any:
-    """Return a loader without the iterator that persistent workers keep: the Trainer goes on with that one."""
-    if getattr(loader, "_iterator", None) is None:
-        return loader
-    own = copy.copy(loader)
-    own._iterator = None
-    return own
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from ..distributed.deepspeed_optimizer import held_parameters, holds_copies
 from ..model.adapted_model import Listing
 from ..model.gradients import warn_of_layers, warn_of_unread
 from ..names import listed
 from .current_injection import injection_of
-from .deepspeed_optimizer import held_parameters, holds_copies
 from .run_state import run_of
 
 

@@ -30,16 +30,17 @@ GROUND = {  # files at the top that every room may import
     "units",
 }
 MAY_IMPORT = {  # beside itself and the ground; files at the top may import everything
-    "distributed": set(),
+    "private": set(),
+    "distributed": {"private"},
     "files": set(),
-    "nn": {"distributed"},
-    "model": {"nn", "distributed"},
+    "nn": {"distributed", "private"},
+    "model": {"nn", "distributed", "private"},
     "start": {"model", "nn", "distributed"},
     "adapter": {"nn", "distributed", "files"},
     "formats": {"adapter", "nn", "files"},
-    "exchange": {"formats", "adapter", "model", "nn", "distributed", "files"},
+    "exchange": {"formats", "adapter", "model", "nn", "distributed", "files", "private"},
     "report": {"exchange", "formats", "adapter", "model", "nn", "distributed", "files"},
-    "trainer": {"report", "exchange", "formats", "adapter", "start", "model", "nn", "distributed", "files"},
+    "trainer": {"report", "exchange", "formats", "adapter", "start", "model", "nn", "distributed", "files", "private"},
     "command": {"report", "exchange", "formats", "adapter", "nn", "files"},
 }
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -153,7 +154,8 @@ def test_a_folders_own_file_is_a_docstring_and_nothing_else():
 
 TESTED_WITH_THEIR_USERS = {
     "": {"names", "units"},
-    "distributed": {"zero"},
+    "private": {"deepspeed", "lightning", "torch"},  # what they give; tests/project/test_private_parts.py has the names
+    "distributed": {"deepspeed_optimizer"},
     "files": {"paths"},
     "nn": {"attachment", "conv", "embedding", "foreign_entries", "layer_kinds", "output_norms", "variants"},
     "model": {"initial_values", "live_state", "named_state", "patches", "token_tables"},
@@ -288,7 +290,7 @@ def test_the_package_is_imported_without_its_extras(imports):
     users = {name for name, found in IMPORTS.items() if {i.split(".")[0] for i in found} & set(EXTRAS)}
     # inside their functions, with a message where they are missing, or without them
     drawing = {f"report/{name}" for name in ("pictures", "figures")}
-    deepspeed = {"distributed/zero", "trainer/deepspeed_optimizer"}
+    deepspeed = {"distributed/deepspeed_optimizer"}
     assert users == {"formats/hub"} | drawing | deepspeed
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from lightning_lora import LoRACallback, LoRAError, inject
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.adapted_model import Listing
-from lightning_lora.trainer.precision import LEFT_OUT_OF_DDP, leave_out_of_ddp_
+from lightning_lora.private.torch import LEFT_OUT_OF_DDP
+from lightning_lora.trainer.precision import leave_out_of_ddp_
 from support.models.quantized import PlainNet, batches, factors, inputs, network, packed_bits, quantize_
 from support.runs.training import make_trainer
 

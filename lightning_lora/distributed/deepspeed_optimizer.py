@@ -7,37 +7,40 @@ DeepSpeed's optimizer is recognised by its attributes. So DeepSpeed is imported 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
-from ..distributed.zero import set_
 from ..errors import LoRAError
-from ..nn.low_rank import HALF
+from ..private.deepspeed import (
+    ZERO,
+    flat_copies,
+    flattened_groups,
+    keeps_copy,
+    link_states_,
+    scale_of_loss,
+    set_scale_of_loss_,
+)
+from .flat import flat_shard, is_flat
+from .sharding import local
 
 ORDER = "lora_order"  # attribute of DeepSpeed's optimizer: the groups as configure_optimizers built them
 LOSS_SCALE = "loss_scale"  # entry of the optimizer's state dict, under fp16
-SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's scaler changes
 Groups = Sequence[Mapping[str, Any]]  # of an optimizer: options, and "params"
 
 
 def held_parameters(optimizer: Any) -> list[nn.Parameter]:
     """Return the model's parameters that an optimizer trains; DeepSpeed's has flat tensors in its param_groups."""
-    flat = _flattened(optimizer)
+    flat = flattened_groups(optimizer)
     return [p for group in ([g["params"] for g in optimizer.param_groups] if flat is None else flat) for p in group]
-
-
-def _flattened(optimizer: Any) -> Sequence[Sequence[nn.Parameter]] | None:
-    """Return the parameters of each flat tensor of DeepSpeed's optimizer; None for another optimizer."""
-    groups: Any = getattr(optimizer, "bit16_groups", getattr(optimizer, "fp16_groups", None))
-    return cast("Sequence[Sequence[nn.Parameter]] | None", groups)
 
 
 def holds_copies(optimizer: Any) -> bool:
     """Return whether an optimizer is DeepSpeed's, which trains copies of some parameters."""
-    return _flattened(optimizer) is not None
+    return flattened_groups(optimizer) is not None
 
 
 def groups_of(optimizer: Any) -> Groups:
@@ -68,7 +71,9 @@ def warn_of_unfrozen(optimizer: Any, unfrozen: Sequence[nn.Parameter]) -> None:
 
 def float32_copies(optimizer: Any) -> dict[int, torch.Tensor]:
     """Return DeepSpeed's copies of parameters in 16 bits, whole, on the CPU, by the parameter's id. Collective."""
-    in_16_bits = [p for p in held_parameters(optimizer) if p.dtype in HALF] if holds_copies(optimizer) else []
+    in_16_bits = []
+    if holds_copies(optimizer):
+        in_16_bits = [p for p in held_parameters(optimizer) if p.dtype in (torch.float16, torch.bfloat16)]
     if not in_16_bits:
         return {}
     from deepspeed.utils import safe_get_full_fp32_param
@@ -87,9 +92,8 @@ def whole_state(optimizer: Any) -> dict[str, Any]:
         first += len(numbers)
         packed.append({**options, "params": numbers})
         state |= {n: states[id(p)] for n, p in zip(numbers, parameters, strict=True) if id(p) in states}
-    scaler = optimizer.loss_scaler
-    scale = {LOSS_SCALE: {n: getattr(scaler, n) for n in SCALES if hasattr(scaler, n)}} if scaler.dynamic else {}
-    return {"state": state, "param_groups": packed, **scale}
+    scale = scale_of_loss(optimizer)
+    return {"state": state, "param_groups": packed, **({} if scale is None else {LOSS_SCALE: scale})}
 
 
 def _whole_states(optimizer: Any) -> dict[int, dict[str, Any]]:
@@ -100,9 +104,9 @@ def _whole_states(optimizer: Any) -> dict[int, dict[str, Any]]:
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    _link_states_(optimizer)
+    link_states_(optimizer)
     found: dict[int, dict[str, Any]] = {}
-    for parameters, flat in _flat_copies(optimizer):
+    for parameters, flat in flat_copies(optimizer):
         for key, value in optimizer.optimizer.state.get(flat, {}).items():
             if _is_divided(value) and value.shape != flat.shape:
                 raise LoRAError(
@@ -126,35 +130,16 @@ def load_state_(optimizer: Any, saved: Mapping[str, Any], states: Mapping[int, M
     """
     for group, options in zip(optimizer.param_groups, (g for g in saved["param_groups"] if g["params"]), strict=True):
         group.update({k: v for k, v in options.items() if k != "params"})
-    for parameters, flat in _flat_copies(optimizer):
+    for parameters, flat in flat_copies(optimizer):
         state = optimizer.optimizer.state[flat]
         for key, value in next((states[id(p)] for p in parameters if id(p) in states), {}).items():
             state[key] = torch.zeros_like(flat) if _is_divided(value) else _copy(value)
-    _link_states_(optimizer)
+    link_states_(optimizer)
     for parameter in held_parameters(optimizer):
         for key, value in states.get(id(parameter), {}).items():
             if _is_divided(value):
                 set_(parameter, value, key)
-    if optimizer.loss_scaler.dynamic:
-        vars(optimizer.loss_scaler).update(saved.get(LOSS_SCALE, {}))
-
-
-def _flat_copies(optimizer: Any) -> Iterator[tuple[Sequence[nn.Parameter], torch.Tensor]]:
-    """Yield parameters with this rank's part of their copies, one after the other: a key of the inner optimizer."""
-    stage_3 = getattr(optimizer, "fp32_partitioned_groups_flat", None)
-    flat = optimizer.single_partition_of_fp32_groups if stage_3 is None else stage_3
-    yield from zip(_flattened(optimizer) or (), flat, strict=True)
-
-
-def _link_states_(optimizer: Any) -> None:
-    """Let the public functions find the states in stages 1 and 2. In place.
-
-    DeepSpeed does so once, after the first group's first step, when the states of other groups are not there yet.
-    """
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
-        optimizer._hp_optimizer_states_linked = False  # so that the next step looks at the states anew
+    set_scale_of_loss_(optimizer, saved.get(LOSS_SCALE, {}))
 
 
 def _is_divided(value: Any) -> bool:
@@ -165,3 +150,35 @@ def _is_divided(value: Any) -> bool:
 def _copy(value: Any) -> Any:
     """Return a state for one parameter. With one tensor for all of them AdamW would count each step several times."""
     return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+
+
+# --- one parameter ---
+
+
+def update_copies_(written: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Give DeepSpeed's copies of parameters the values that the parameters were given. In place.
+
+    Args:
+        written: parameters, and values, each whole or divided as its parameter is.
+    """
+    for parameter, value in written:
+        if keeps_copy(parameter):
+            set_(parameter, value)
+
+
+def set_(parameter: Any, value: torch.Tensor, key: str | None = None) -> None:
+    """Write this rank's part of a parameter's float32 copy, or of the optimizer's state of this name. In place.
+
+    DeepSpeed's setters of whole tensors fail at stage 3 on the last rank, where a parameter's size is no multiple of
+    the number of ranks.
+    """
+    from deepspeed import utils
+
+    name, keys = ("fp32_param", ()) if key is None else ("optimizer_state", (key,))
+    part = getattr(parameter, ZERO, None)
+    if part is None:
+        getattr(utils, f"safe_set_full_{name}")(parameter, value.detach(), *keys)
+        return
+    shard = flat_shard(parameter)
+    own = local(value) if is_flat(value) else value.detach().reshape(-1)[shard.start : shard.stop]
+    getattr(utils, f"safe_set_local_{name}")(parameter, pad(own, (0, part.numel() - own.numel())), *keys)
