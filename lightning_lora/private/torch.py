@@ -33,6 +33,11 @@ def mark_as_parameter_(tensor: torch.Tensor) -> None:
     tensor._is_param = True
 
 
+def averages_now(root: Any) -> bool:
+    """Return whether FSDP1 averages gradients in this backward: not so inside of no_sync. Without the name always."""
+    return bool(getattr(root, "_sync_gradients", True))
+
+
 class FSDP1Unit:
     """A wrapper of FSDP1: its flat parameter, and the memory that it has gathered.
 

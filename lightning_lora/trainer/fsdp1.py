@@ -26,7 +26,7 @@ from ..model.adapted_model import find_model
 from ..model.patches import call_previous, is_patched, patch
 from ..names import names_factor
 from ..private.lightning import SET_UP_FSDP
-from ..private.torch import FSDP1Unit
+from ..private.torch import FSDP1Unit, averages_now
 from .lightning_packages import is_overridden
 
 WRAPPING = "lora_fsdp_wrapping"  # attribute of a LightningModule: its _Wrapping
@@ -248,7 +248,7 @@ def _backward(
         unit.end_backward()
         if not unit.is_divided:  # FSDP1 leaves plain tensors in place of its frozen parameters
             unit.free()
-    if not getattr(strategy, LATER, False) and getattr(strategy.model, "_sync_gradients", True):
+    if not getattr(strategy, LATER, False) and averages_now(strategy.model):
         average_gradients_(getattr(strategy, OUTSIDE))
 
 
