@@ -16,8 +16,8 @@ from .formats.lightning_checkpoint import CURRENT, by_canonical_names
 from .model.adapted_model import AdaptedModel, find_model, open_model
 from .model.live_state import open_state
 from .names import canonical
-from .trainer.current_injection import injection_of
 from .trainer.lightning_packages import become_callback, first_package
+from .trainer.run_state import injection_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

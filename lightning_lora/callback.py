@@ -19,13 +19,13 @@ from .model.adapted_model import Listing, find_model
 from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.checkpoint_hooks import save_as_where_unpatched
-from .trainer.current_injection import injection_of
 from .trainer.evaluation import end_evaluation, merge_to_evaluate, warn_of_untrained_adapter
 from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.options import check_own_options
 from .trainer.run_hooks import begin_batch, begin_epoch, break_off, close_fit, end_batch, end_fit, leave
+from .trainer.run_state import injection_of
 from .trainer.setup import set_up, stop_adapting
 from .trainer.start_batches import start_from_data
 from .trainer.strategies import prepare_strategy

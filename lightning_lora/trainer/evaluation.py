@@ -11,8 +11,7 @@ from ..distributed.sharding import is_spread
 from ..errors import NonFiniteError, sentence
 from ..model.adapted_model import Listing, find_model
 from ..model.merging import merge_listed, unmerge
-from .current_injection import injection_of
-from .run_state import run_of
+from .run_state import injection_of, run_of
 
 
 def merge_to_evaluate(trainer: Any, module: nn.Module) -> None:

@@ -17,9 +17,8 @@ from ..model.gradients import explain_missing_gradients
 from ..model.injection import Injection
 from ..model.merging import unmerge
 from ..model.patches import unpatch
-from .current_injection import forget_injection, injection_of, is_merged_for_good
 from .evaluation import end_evaluation
-from .run_state import run_of
+from .run_state import forget_injection, injection_of, is_merged_for_good, run_of
 
 
 def begin_epoch(module: nn.Module) -> None:

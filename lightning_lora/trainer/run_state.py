@@ -2,7 +2,7 @@
 
 The injection carries it along and does not look into it: a copy of the model and another adapter that replaces this one
 are asked for the same. What all of the package needs to know of a run are facts of the injection itself: fits,
-in_training_batch and merged_to_evaluate.
+in_training_batch and merged_to_evaluate. The hooks of every batch find the injection here without a walk of the model.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ..formats.lightning_checkpoint import Kind
+from ..model.adapted_model import find_model
 from ..model.injection import Injection
+from ..names import ATTRIBUTE, MERGED_FOR_GOOD
 
 ASKED = ("merged_eval", "save", "quantize", "dequantize")  # LoRACallback's options, which a copy of the model keeps
+INSIDE = "lora_injection_inside"  # attribute of a module in a run: the injection of a module inside
 
 
 @dataclass
@@ -50,3 +55,27 @@ def run_of(injection: Injection) -> Run:
         injection.run = Run()
     run: Run = injection.run
     return run
+
+
+def injection_of(module: nn.Module) -> Injection | None:
+    """Return the injection of an injected LightningModule, without a walk from the second call on.
+
+    None where nothing is injected, or a fit has merged the module for good.
+    """
+    if is_merged_for_good(module):
+        return None
+    injection: Injection | None = vars(module).get(ATTRIBUTE) or vars(module).get(INSIDE)
+    if injection is None or "ended" in injection.marks:
+        handle = find_model(module)
+        injection = vars(module)[INSIDE] = handle.injection if handle is not None else None
+    return injection
+
+
+def forget_injection(module: nn.Module) -> None:
+    """Remove what injection_of keeps in a module. In place."""
+    vars(module).pop(INSIDE, None)
+
+
+def is_merged_for_good(module: nn.Module) -> bool:
+    """Return whether a fit merged the model for good, and nothing injected it since."""
+    return MERGED_FOR_GOOD in vars(module)

@@ -41,7 +41,6 @@ from .checkpoint_options import (
 )
 from .cli_optimizer import adapt_cli_optimizer
 from .compatibility import refuse_composition, refuse_other_options
-from .current_injection import is_merged_for_good
 from .lightning_packages import is_overridden
 from .options import Options, seed_text, sources_of
 from .precision import (
@@ -50,7 +49,7 @@ from .precision import (
     refuse_for_quantized,
     refuse_late_conversion,
 )
-from .run_state import run_of
+from .run_state import is_merged_for_good, run_of
 
 BUILDERS = ("configure_model", "setup")  # the last that Lightning calls first
 

@@ -15,8 +15,7 @@ from ..distributed.deepspeed_optimizer import held_parameters, holds_copies
 from ..model.adapted_model import Listing
 from ..model.gradients import warn_of_layers, warn_of_unread
 from ..names import listed
-from .current_injection import injection_of
-from .run_state import run_of
+from .run_state import injection_of, run_of
 
 
 def look_for_gradients(optimizers: Sequence[Any], optimizer: Any, module: nn.Module) -> None:

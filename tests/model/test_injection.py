@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from lightning_lora import LoRAConfig, inject, merge, unload, unmerge
-from lightning_lora.trainer.current_injection import injection_of
+from lightning_lora.trainer.run_state import injection_of
 from support.runs.training import Net
 
 

@@ -164,7 +164,7 @@ TESTED_WITH_THEIR_USERS = {
     "formats": {"forms"},
     "exchange": {"export", "trained_with"},
     "report": {"depth", "figures"},
-    "trainer": {"current_injection", "options", "strategies"},
+    "trainer": {"options", "strategies"},
     "command": {"parser"},
 }
 

@@ -11,8 +11,7 @@ import pytest
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged
 from lightning_lora.model.injection import Injection
-from lightning_lora.trainer.current_injection import INSIDE, injection_of
-from lightning_lora.trainer.run_state import Run, run_of
+from lightning_lora.trainer.run_state import INSIDE, Run, injection_of, run_of
 from support.runs.notices import UNTRAINED_NOTICE
 from support.runs.training import Data, Net, make_trainer
 from support.runs.with_callback import At, BrokenError, lora_with_effect
