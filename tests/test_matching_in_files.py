@@ -21,7 +21,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.command.main import main
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.models.networks import randomise_
 from support.models.peers import call
 

@@ -44,7 +44,7 @@ from ..model.merging import unmerge_if_merged
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import base_keys, merge_state_dict
 from ..names import META, canonical, names_factor, parent_names
-from ..nn.adapted_weights import adapted_layers
+from ..nn.adapted_module import adapted_layers
 from ..nn.foreign_entries import ForeignEntries, foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed
 from .align import add_frozen_weights, align_names, record_trained

@@ -25,8 +25,7 @@ from ..model.gradients import warn_of_untrained
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_quantized, refuse_unmergeable
 from ..model.wrappers import unwrapped
-from ..nn.adapted_module import injections_of, is_factor
-from ..nn.adapted_weights import adapter_of
+from ..nn.adapted_module import adapter_of, injections_of, is_factor
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.owner import claimed
 from ..nn.quantized import how_quantized, shape_of

@@ -24,8 +24,7 @@ from ..model.injection import Injection
 from ..model.live_state import LiveState, open_state
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
-from ..nn.adapted_module import is_factor
-from ..nn.adapted_weights import adapter_of
+from ..nn.adapted_module import adapter_of, is_factor
 from ..nn.owner import claimed
 from ..nn.quantized_state import quantization_entries
 from ..nn.rounding import IN_FILES, Rounding

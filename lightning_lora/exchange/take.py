@@ -34,8 +34,7 @@ from ..model.pretrained import base_name, pretrained_models, tied_to_input
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.wrappers import prefix_inside
 from ..names import A, B, canonical, is_lightning_module, join_names
-from ..nn.adapted_module import AdaptedModule
-from ..nn.adapted_weights import adapted_places
+from ..nn.adapted_module import AdaptedModule, adapted_places
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.lora_layer import LoRALayer
 from ..nn.quantized import dtype_of, how_quantized, shape_of, with_options

@@ -18,7 +18,8 @@ from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_of
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, WRAPPERS
-from ..nn.adapted_weights import AdaptedWeights, adapted_layers
+from ..nn.adapted_module import adapted_layers
+from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import ATTENTION_OUTPUT
 from .facts import Fact, Known, Why, facts_of, known_tensors, memory_of
 from .injection import Injection

@@ -14,8 +14,8 @@ from ..config import LoRAConfig, is_number, plain_number
 from ..errors import LoRAError, shown
 from ..matching import near_misses
 from ..names import listed
-from ..nn.adapted_module import AdaptedModule
-from ..nn.adapted_weights import NOTHING, AdaptedWeights, LayerSpec, adapted_places
+from ..nn.adapted_module import AdaptedModule, adapted_places, unadapt_
+from ..nn.adapted_weights import NOTHING, AdaptedWeights, LayerSpec
 from ..nn.attached_factors import AttachedFactors, Packed
 from ..nn.attachment import Attachment
 from ..nn.gradient_checkpointing import enable_input_require_grads
@@ -353,7 +353,7 @@ def take_out_attached_(handle: AdaptedModel, name: str) -> None:
         if rest.pop(name, None) is not None:
             layer.lora.attached = Packed(rest) if rest else None
         if layer.lora.attached is None and not layer.is_trained():
-            layer.unadapt()
+            unadapt_(layer)
     handle.look_for_layers_again()
     note_layers(handle)
     if not injection.is_injection and not injection.attached:

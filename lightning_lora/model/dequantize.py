@@ -12,8 +12,8 @@ from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import from_local_like, local
 from ..errors import LoRAError
 from ..names import join_names
-from ..nn.adapted_module import injections_of
-from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of
+from ..nn.adapted_module import NamedModules, adapter_of, injections_of
+from ..nn.adapted_weights import AdaptedWeights
 from ..nn.exact_merge import merged_weight
 from ..nn.foreign_weights import is_foreign_linear
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES

@@ -6,8 +6,7 @@ from torch import nn
 
 from ..matching import BY_KIND, matcher
 from ..names import parent_names, suffixes
-from ..nn.adapted_module import Swapped
-from ..nn.adapted_weights import adapters_in
+from ..nn.adapted_module import Swapped, adapters_in
 from ..nn.parameter import weights_of
 from ..nn.quantized import shape_of
 from .adapted_model import AdaptedModel

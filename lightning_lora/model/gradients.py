@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..distributed.sharding import is_spread
-from ..nn.adapted_weights import AdaptedWeights, adapted_layers
+from ..nn.adapted_module import adapted_layers
+from ..nn.adapted_weights import AdaptedWeights
 from ..nn.gradient_checkpointing import REENTRANT, REENTRANT_REMEDY
 from ..notices import warn
 from .adapted_model import Listing

@@ -16,7 +16,7 @@ from ..config import TASK_HEADS
 from ..distributed.flat import own_weight
 from ..matching import matcher
 from ..names import join_names, names_factor, parent_names
-from ..nn.adapted_weights import NamedModules, adapters_in
+from ..nn.adapted_module import NamedModules, adapters_in
 from ..nn.quantized import NF4, is_of_torchao, quantized_as, quantized_parameters, was_never_quantized
 from ..nn.quantized_state import is_of_lightning
 from .pretrained import checkpoint_name, pretrained_models

@@ -15,8 +15,8 @@ from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..names import listed
-from ..nn.adapted_module import AdaptedModule
-from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, adapters_in
+from ..nn.adapted_module import AdaptedModule, adapted_layers, adapters_in, unadapt_
+from ..nn.adapted_weights import AdaptedWeights, LayerSpec
 from ..nn.gradient_checkpointing import disable_input_require_grads
 from ..nn.layer_kinds import adapt_
 from ..nn.low_rank import HALF
@@ -473,7 +473,10 @@ def strip_adapters(handle: AdaptedModel) -> None:
             tensor.requires_grad_(fact.requires_grad)
     for layer in adapted_layers(handle.root, modules=handle.root_modules).values():
         with layer.lora.lock:  # another thread's forward may have W' in the weight's place
-            (layer.unadapt if layer.lora.attached is None else layer.unload_trained)()
+            if layer.lora.attached is None:
+                unadapt_(layer)
+            else:
+                layer.unload_trained()
     handle.look_for_layers_again()
     patch_readers(modules)
     update_fast_paths(modules)

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import detached
-from ..nn.adapted_module import is_factor
-from ..nn.adapted_weights import adapter_of
+from ..nn.adapted_module import adapter_of, is_factor
 from ..nn.foreign_weights import is_of_base
 from .adapted_model import AdaptedModel
 from .named_state import StateEntry

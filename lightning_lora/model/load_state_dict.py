@@ -9,8 +9,7 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, canonical, listed, parent_names
-from ..nn.adapted_module import MERGED, AdaptedModule, is_factor
-from ..nn.adapted_weights import NamedModules, adapted_layers, adapters_by_path
+from ..nn.adapted_module import MERGED, AdaptedModule, NamedModules, adapted_layers, adapters_by_path, is_factor
 from ..nn.attached_factors import LACKING
 from ..nn.foreign_entries import with_metadata
 from .adapted_model import Listing, find_model

@@ -14,8 +14,7 @@ from torch import nn
 
 from ..distributed.flat import own_weight
 from ..names import derives_from, parent_names
-from ..nn.adapted_module import AdaptedModule
-from ..nn.adapted_weights import NamedModules
+from ..nn.adapted_module import AdaptedModule, NamedModules
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from .patches import call_previous, patch
 

@@ -17,8 +17,7 @@ from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..matching import matcher
 from ..names import A, canonical, join_names
-from ..nn.adapted_module import Swapped
-from ..nn.adapted_weights import NamedModules, adapters_in
+from ..nn.adapted_module import NamedModules, Swapped, adapters_in
 from ..nn.foreign_weights import is_foreign_linear, is_packed
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.lora_layer import LoRALayer

@@ -13,8 +13,8 @@ from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_spread
 from ..errors import LoRAError
 from ..names import canonical
-from ..nn.adapted_module import is_factor
-from ..nn.adapted_weights import AdaptedWeights, Blocks, adapters_by_path, layer_adapter
+from ..nn.adapted_module import adapters_by_path, is_factor, layer_adapter
+from ..nn.adapted_weights import AdaptedWeights, Blocks
 from ..nn.attached_factors import LACKING
 from ..nn.foreign_entries import metadata_of, with_metadata
 from ..nn.owner import OFF, claimed

@@ -12,7 +12,7 @@ from torch import nn
 from ..config import TASK_HEADS, LoRAConfig
 from ..matching import BY_KIND, PATTERNS, Unmatched, layer_number, matcher, naming_some, near_misses
 from ..names import parent_names
-from ..nn.adapted_weights import NamedModules
+from ..nn.adapted_module import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.low_rank import SEPARATE
 from ..nn.parameter import weights_of

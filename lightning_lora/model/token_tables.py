@@ -9,7 +9,7 @@ from torch import nn
 from ..distributed.flat import own_weight
 from ..errors import LoRAError
 from ..matching import Unmatched, matcher
-from ..nn.adapted_weights import NamedModules
+from ..nn.adapted_module import NamedModules
 from ..nn.token_rows import is_table
 from .pretrained import input_embeddings, pretrained_models
 

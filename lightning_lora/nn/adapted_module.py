@@ -11,70 +11,26 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from ..distributed.flat import is_gathered, owns_flat, shows_nothing
 from ..errors import LoRAError
-from ..names import names_factor
+from ..names import canonical, join_names, names_factor
+from .adapted_weights import AdaptedWeights
 from .low_rank import HALF
 from .owner import Claim, claimed
 
 # Key in the metadata of a state dict, which torch pickles with it: the module's weights in it are merged.
 MERGED = "lora_merged"
 
+NamedModules = Sequence[tuple[str, nn.Module]]  # what named_modules() yields
+
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 _CLASSES: dict[tuple[type, type], type[Swapped]] = {}  # results of swapped_class, by mixin and base class
-
-
-class Adapter(Protocol):
-    """The interface between a module and an adapter that it holds; nn/adapted_weights.py has the class."""
-
-    lora_active: bool
-    lora: Any  # its LayerState
-
-    def options_text(self) -> str:
-        """Return r and alpha as text, for the module's repr."""
-
-    def stored(self) -> dict[str, nn.Parameter]:
-        """Return the adapter's tensors by leaf name."""
-
-    def stored_name(self, leaf: str) -> str:
-        """Return the parameter name in the module of the tensor with this leaf name."""
-
-    @property
-    def weight_leaf(self) -> str:
-        """The name in the module of the parameter that the adapter changes."""
-
-    def adapted_weight(self) -> nn.Parameter:
-        """Return the parameter that the adapter changes."""
-
-    def stand_in(self, weight: torch.Tensor) -> Any:
-        """Return what a forward reads in place of the weight."""
-
-    def original(self) -> torch.Tensor:
-        """Return W, detached."""
-
-    def briefly_unmerged(self) -> AbstractContextManager[None]:
-        """Unmerge inside the block, so that code which changes a weight there changes W."""
-
-    def changes_weight(self) -> bool:
-        """Return whether W' differs from W: training has reached the adapter, or an attached one acts."""
-
-    def starts_again(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
-        """Return whether the tensors must be drawn again from the new weight of a state dict."""
-
-    def draw_(self) -> None:
-        """Give the tensors their initial values. In place."""
-
-    def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None], *, loaded: bool) -> None:
-        """Tie parameters of several modules again after torch replaced them by separate ones. In place."""
-
-    def layer_info(self) -> Any:
-        """Return what the variant is told of the layer."""
 
 
 class Swapped(nn.Module):
@@ -137,7 +93,7 @@ class AdaptedModule(Swapped):
 
     ATTRIBUTES: ClassVar[tuple[str, ...]] = ()  # names of attributes, other than parameters, that the mixin sets
 
-    def lora_adapters(self) -> Mapping[str, Adapter]:
+    def lora_adapters(self) -> Mapping[str, AdaptedWeights]:
         """Return the adapters of this module by parameter name; a whole adapted layer has one adapter, named ""."""
         raise NotImplementedError
 
@@ -148,11 +104,18 @@ class AdaptedModule(Swapped):
             # FSDP1 also sets what it has gathered as plain attributes, which are found first.
             vars(self).update({name: value for name, value in values.items() if name in vars(self)})
 
-    def lora_unadapt(self, adapter: Adapter) -> None:
+    def lora_unadapt(self, adapter: AdaptedWeights) -> None:
         """Restore the module's class and attributes from before it was adapted. In place."""
-        attributes = self.ATTRIBUTES
-        self.__class__ = class_before_swap(self)  # type: ignore[assignment]
-        for name in attributes:
+        own_attributes = self.ATTRIBUTES  # before the class, which has them
+        swapped, before = swapped_class(self.lora_mixin, self.lora_base), self.lora_base
+        if type(self) is not swapped:
+            # fully_shard has subclassed the swapped class since. Its class stays, made anew without the mixin.
+            here = type(self)
+            bases = tuple(before if parent is swapped else parent for parent in here.__bases__)
+            attributes = {name: each for name, each in vars(here).items() if name not in ("__dict__", "__weakref__")}
+            before = type(here.__name__, bases, attributes)
+        self.__class__ = before  # type: ignore[assignment]
+        for name in own_attributes:
             vars(self).pop(name, None)
 
     def extra_repr(self) -> str:
@@ -184,7 +147,15 @@ class AdaptedModule(Swapped):
             super()._save_to_state_dict(destination, prefix, keep_vars)
             for adapter in adapters:
                 if adapter.lora.undo is not None or adapter.lora.restore_failed:
-                    _put_original(adapter, destination, prefix)
+                    weight = adapter.adapted_weight()
+                    if is_gathered(weight):
+                        raise LoRAError(
+                            f"state_dict: {adapter.lora.name!r} is merged, and {adapter.weight_leaf!r} is gathered "
+                            "from all ranks, so its values are merged ones. Call unmerge(model) first, or save a "
+                            "checkpoint with the Trainer."
+                        )
+                    if not shows_nothing(weight):  # else a flat weight, which stays as the strategy shows it: empty
+                        destination[prefix + adapter.weight_leaf] = adapter.original()
                 if adapter.lora.attached is not None:
                     adapter.lora.attached.mark_as_lacking(destination, prefix)
 
@@ -253,7 +224,7 @@ class StandIns:
         adapters: its adapters that take part.
     """
 
-    def __init__(self, module: AdaptedModule, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, module: AdaptedModule, adapters: Sequence[AdaptedWeights]) -> None:
         self.module, self.adapters = module, adapters
         # The compiler traces one thread, so there is nothing to lock.
         self.states = [] if torch.compiler.is_compiling() else [each.lora for each in adapters]
@@ -281,14 +252,78 @@ class StandIns:
             state.lock.release()
 
 
-def claimed_with(adapters: Iterable[Adapter], verb: str) -> AbstractContextManager[Claim]:
+def claimed_with(adapters: Iterable[AdaptedWeights], verb: str) -> AbstractContextManager[Claim]:
     """Claim the models that hold these adapters inside the block; see owner.claimed."""
     return claimed(verb, *[injection.owner for injection in injections_of(adapters)])
 
 
-def injections_of(adapters: Iterable[Adapter]) -> list[Any]:
+def injections_of(adapters: Iterable[AdaptedWeights]) -> list[Any]:
     """Return the injections that adapters belong to, each once."""
     return list(dict.fromkeys(each.lora.injection for each in adapters))
+
+
+def adapted_places(
+    model: nn.Module, *, remove_duplicate: bool = True, modules: NamedModules | None = None
+) -> Iterator[tuple[str, nn.Module, AdaptedWeights]]:
+    """Yield (name, module, adapter) for each adapter of a model. An adapter of several modules comes once for each.
+
+    Args:
+        model: the model.
+        remove_duplicate: as in named_modules.
+        modules: the result of the model's named_modules, if the caller has it.
+    """
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate) if modules is None else modules:
+        if isinstance(module, AdaptedModule):
+            for parameter, adapter in module.lora_adapters().items():
+                yield join_names(canonical(path), parameter), module, adapter
+
+
+def adapted_layers(
+    model: nn.Module, *, remove_duplicate: bool = True, modules: NamedModules | None = None
+) -> dict[str, AdaptedWeights]:
+    """Return the adapters of a model's layers and parameters, by name.
+
+    Args:
+        model: the model.
+        remove_duplicate: whether a shared adapter is returned under its first name only, or under each of its names.
+        modules: the result of the model's named_modules, if the caller has it.
+    """
+    first: dict[AdaptedWeights, str] = {}
+    places = adapted_places(model, remove_duplicate=remove_duplicate, modules=modules)
+    return {name: each for name, _, each in places if first.setdefault(each, name) == name or not remove_duplicate}
+
+
+def adapters_in(module: object) -> Mapping[str, AdaptedWeights]:
+    """Return a module's own adapters by parameter name; a whole adapted layer has one adapter, named ""."""
+    return module.lora_adapters() if isinstance(module, AdaptedModule) else {}
+
+
+def adapters_by_path(places: NamedModules) -> list[tuple[str, AdaptedWeights]]:
+    """Return each adapter with the beginning of its tensors' names; a shared adapter under each path.
+
+    Args:
+        places: every module of a model, under each of its names.
+    """
+    modules = [(f"{name}." if name else "", module) for name, module in places]
+    return [(path, adapter) for path, module in modules for adapter in adapters_in(module).values()]
+
+
+def layer_adapter(module: object) -> AdaptedWeights | None:
+    """Return the adapter of a module that is adapted as a whole layer, or None."""
+    return adapters_in(module).get("")
+
+
+def adapter_of(module: nn.Module, weight: str) -> AdaptedWeights | None:
+    """Return the adapter that changes one of a module's own parameters, or None."""
+    return next((each for each in adapters_in(module).values() if weight == each.weight_leaf), None)
+
+
+def unadapt_(adapter: AdaptedWeights) -> None:
+    """Remove an adapter's stored tensors and restore its holders' classes and attributes; weights stay. In place."""
+    adapter.unload_trained()
+    for holder in adapter.lora_holders():
+        if isinstance(holder, AdaptedModule):
+            holder.lora_unadapt(adapter)
 
 
 def is_factor(name: str, module: nn.Module) -> bool:
@@ -296,40 +331,11 @@ def is_factor(name: str, module: nn.Module) -> bool:
     return isinstance(module, AdaptedModule) and names_factor(name)
 
 
-def class_before_swap(module: Swapped) -> type[nn.Module]:
-    """Return the module's class from before the swap.
-
-    fully_shard may have subclassed the swapped class since. Then return a new class like it, without the mixin.
-    """
-    swapped, base = swapped_class(module.lora_mixin, module.lora_base), module.lora_base
-    if type(module) is swapped:
-        return base
-    bases = tuple(base if parent is swapped else parent for parent in type(module).__bases__)
-    attributes = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
-    return type(type(module).__name__, bases, attributes)
-
-
-def _put_original(adapter: Adapter, destination: dict[str, Any], prefix: str) -> None:
-    """Put W into a state dict; a flat weight stays as the strategy shows it, which is empty. In place.
-
-    Raises:
-        LoRAError: a flat weight is merged and gathered, so that its values are W'.
-    """
-    weight = adapter.adapted_weight()
-    if is_gathered(weight):
-        raise LoRAError(
-            f"state_dict: {adapter.lora.name!r} is merged, and {adapter.weight_leaf!r} is gathered from all ranks, so "
-            "its values are merged ones. Call unmerge(model) first, or save a checkpoint with the Trainer."
-        )
-    if not shows_nothing(weight):
-        destination[prefix + adapter.weight_leaf] = adapter.original()
-
-
-def _is_meta(adapter: Adapter) -> bool:
+def _is_meta(adapter: AdaptedWeights) -> bool:
     return any(tensor.is_meta for tensor in adapter.stored().values())
 
 
-def _keeping_float32(fn: Transform, adapters: Iterable[Adapter]) -> Transform:
+def _keeping_float32(fn: Transform, adapters: Iterable[AdaptedWeights]) -> Transform:
     """Return fn, changed so that it keeps the dtype of stored tensors where fn would cast them to 16 bits.
 
     The tensors train in float32 and are cast to the layer's dtype in each forward.

@@ -19,9 +19,7 @@ from ..config import FROM_GRADIENTS
 from ..distributed.flat import flat_parameters, unsharded_shape
 from ..distributed.sharding import copy_, detached, from_local_like, full_tensor, is_spread, local, windows
 from ..errors import LoRAError
-from ..names import canonical, join_names
 from . import low_rank
-from .adapted_module import AdaptedModule
 from .attached_factors import AttachedFactors, Packed, add_attached
 from .autocast import without_autocast
 from .exact_merge import Buffers, Undo, merge_weight_, merged_weight, restored_weight, row_chunks, unmerge_weight_
@@ -32,8 +30,6 @@ from .variant import EffectiveFactors, LayerInfo, NothingTrained, Stored, Varian
 Blocks = list[LowRankBlock]  # of one weight
 
 NOTHING = NothingTrained()
-
-NamedModules = Sequence[tuple[str, nn.Module]]  # what named_modules() yields
 
 
 @dataclass(frozen=True)
@@ -323,13 +319,6 @@ class AdaptedWeights:
         self.lora.spec = LayerSpec(r=0, alpha=0, scaling=1, variant=NOTHING)
         self.lora.strength = 0.0
 
-    def unadapt(self) -> None:
-        """Remove the stored tensors and restore the holders' classes and attributes; weights stay. In place."""
-        self.unload_trained()
-        for holder in self.lora_holders():
-            if isinstance(holder, AdaptedModule):
-                holder.lora_unadapt(self)
-
     # --- in a forward ---
 
     def note_segment(self) -> None:
@@ -374,7 +363,8 @@ class AdaptedWeights:
             # s goes into B, which is smaller than B @ A. The sum has the wider dtype of the two, and is rounded below.
             dense = dense + self.delta(a, b * self.scaling, self.lora.spec.enabled)
             if scale is not None:
-                dense = dense * low_rank.over_weight(self.KIND, scale, weight)
+                is_last = self.KIND in low_rank.TRANSPOSED  # the outputs' dimension
+                dense = dense * scale.view((1, *weight.shape[1:]) if is_last else (-1, *[1] * (weight.dim() - 1)))
         if self.lora.attached is not None:
             dense = dense + self.delta(*self.lora.attached.factors(weight.device))
         return dense.to(weight.dtype)
@@ -616,62 +606,6 @@ def add_trained(layer: AdaptedWeights, spec: LayerSpec) -> AdaptedWeights:
     layer.lora.spec = spec
     layer.lora.strength = 1.0
     return layer
-
-
-def adapted_places(
-    model: nn.Module, *, remove_duplicate: bool = True, modules: NamedModules | None = None
-) -> Iterator[tuple[str, nn.Module, AdaptedWeights]]:
-    """Yield (name, module, adapter) for each adapter of a model. An adapter of several modules comes once for each.
-
-    Args:
-        model: the model.
-        remove_duplicate: as in named_modules.
-        modules: the result of the model's named_modules, if the caller has it.
-    """
-    for path, module in model.named_modules(remove_duplicate=remove_duplicate) if modules is None else modules:
-        if isinstance(module, AdaptedModule):
-            for parameter, adapter in module.lora_adapters().items():
-                yield join_names(canonical(path), parameter), module, adapter  # type: ignore[misc]
-
-
-def adapted_layers(
-    model: nn.Module, *, remove_duplicate: bool = True, modules: NamedModules | None = None
-) -> dict[str, AdaptedWeights]:
-    """Return the adapters of a model's layers and parameters, by name.
-
-    Args:
-        model: the model.
-        remove_duplicate: whether a shared adapter is returned under its first name only, or under each of its names.
-        modules: the result of the model's named_modules, if the caller has it.
-    """
-    first: dict[AdaptedWeights, str] = {}
-    places = adapted_places(model, remove_duplicate=remove_duplicate, modules=modules)
-    return {name: each for name, _, each in places if first.setdefault(each, name) == name or not remove_duplicate}
-
-
-def adapters_in(module: object) -> Mapping[str, AdaptedWeights]:
-    """Return a module's own adapters by parameter name; a whole adapted layer has one adapter, named ""."""
-    return module.lora_adapters() if isinstance(module, AdaptedModule) else {}  # type: ignore[return-value]
-
-
-def adapters_by_path(places: NamedModules) -> list[tuple[str, AdaptedWeights]]:
-    """Return each adapter with the beginning of its tensors' names; a shared adapter under each path.
-
-    Args:
-        places: every module of a model, under each of its names.
-    """
-    modules = [(f"{name}." if name else "", module) for name, module in places]
-    return [(path, adapter) for path, module in modules for adapter in adapters_in(module).values()]
-
-
-def layer_adapter(module: object) -> AdaptedWeights | None:
-    """Return the adapter of a module that is adapted as a whole layer, or None."""
-    return adapters_in(module).get("")
-
-
-def adapter_of(module: nn.Module, weight: str) -> AdaptedWeights | None:
-    """Return the adapter that changes one of a module's own parameters, or None."""
-    return next((each for each in adapters_in(module).values() if weight == each.weight_leaf), None)
 
 
 @contextmanager

@@ -130,7 +130,14 @@ class Packed:
     def factors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and w s B on a device."""
         self.read = True  # written and not asked, which would be a guard of a compiled forward
-        a, b, scales = (self.a, self.b, self.scales) if self.a.device == device else self._copy_on(device)
+        tensors = (self.a, self.b, self.scales)
+        if self.a.device != device:
+            # Copies are kept: fully_shard and others move no plain tensors, so each forward would copy them anew.
+            here = self.copies.get(device)
+            tensors = (self.a.to(device), self.b.to(device), self.scales.to(device)) if here is None else here
+            if device.type != "meta":
+                self.copies[device] = tensors
+        a, b, scales = tensors
         return a, b * scales.view(1, -1, *[1] * (b.dim() - 2))
 
     def factors_like(self, x: torch.Tensor, kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,15 +149,6 @@ class Packed:
             dims = low_rank.shard_dims(kind)
             a, b = split_like("lora_A", a, weight, dims), split_like("lora_B", b, weight, dims)
         return a, b
-
-    def _copy_on(self, device: torch.device) -> Tensors:
-        """Return copies on another device. They are kept: fully_shard and others move no plain tensors."""
-        if device in self.copies:
-            return self.copies[device]
-        copies = self.a.to(device), self.b.to(device), self.scales.to(device)
-        if device.type != "meta":
-            self.copies[device] = copies
-        return copies
 
     def move_(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Move the tensors to the device to which torch moves those of the layer. In place.
@@ -177,13 +175,9 @@ class Packed:
 
     def blocks(self, kind: str, shape: torch.Size, device: torch.device) -> list[LowRankBlock]:
         """Return the blocks that are added to the whole weight. w s is in them, in float64."""
-        b = self.b.to(device, _widest(device))
+        b = self.b.to(device, low_rank.widest_dtype(device))
         scaled = b * self.exact_scales.to(device, b.dtype).view(1, -1, *[1] * (b.dim() - 2))
         return low_rank.low_rank_blocks(kind, shape, self.a.to(device), scaled)
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
 
 
 def add_attached(own: list[LowRankBlock], attached: list[LowRankBlock], scaling: float) -> list[LowRankBlock]:
@@ -195,25 +189,26 @@ def add_attached(own: list[LowRankBlock], attached: list[LowRankBlock], scaling:
         attached: from Packed.blocks.
         scaling: s of the trained adapter.
     """
-    return [_added([each for each in own if _is_inside(each, block)], block, scaling) for block in attached]
-
-
-def _is_inside(block: LowRankBlock, outer: LowRankBlock) -> bool:
-    rows, columns = len(outer.left), outer.right.shape[1]
-    return outer.row <= block.row < outer.row + rows and outer.col <= block.col < outer.col + columns
-
-
-def _added(own: list[LowRankBlock], attached: LowRankBlock, scaling: float) -> LowRankBlock:
-    left, right, scale = attached.left.to(_widest(attached.left.device)), attached.right, None
-    if own and own[0].scale is not None:  # of the whole weight
-        scale = own[0].scale.to(left.dtype)
-        scale = torch.where(scale == 0, TINY, scale)
-        left, right = (left / scale, right) if scale.shape[0] == len(left) else (left, right / scale)
-    lefts, rights = [left], [right]
-    for block in own:
-        rows, columns = len(left) - len(block.left), right.shape[1] - block.right.shape[1]  # not of a part
-        above, before = block.row - attached.row, block.col - attached.col
-        scaled = block.left.to(left.dtype) * scaling
-        lefts.append(F.pad(scaled, (0, 0, above, rows - above)) if rows else scaled)
-        rights.append(F.pad(block.right, (before, columns - before)) if columns else block.right)
-    return LowRankBlock(attached.row, attached.col, torch.cat(lefts, 1), torch.cat(rights), scale)
+    joined = []
+    for outer in attached:
+        left, right, scale = outer.left.to(low_rank.widest_dtype(outer.left.device)), outer.right, None
+        if own and own[0].scale is not None:  # of the whole weight
+            scale = own[0].scale.to(left.dtype)
+            scale = torch.where(scale == 0, TINY, scale)
+            # c acts on the sum of both, so what is attached is divided by it first.
+            if scale.shape[0] == len(left):
+                left = left / scale
+            else:
+                right = right / scale
+        lefts, rights = [left], [right]
+        for block in own:
+            above, before = block.row - outer.row, block.col - outer.col
+            if not (0 <= above < len(left) and 0 <= before < right.shape[1]):
+                continue
+            # Zeros around it, where the block is that of a part of a fused projection.
+            rows, columns = len(left) - len(block.left), right.shape[1] - block.right.shape[1]
+            scaled = block.left.to(left.dtype) * scaling
+            lefts.append(F.pad(scaled, (0, 0, above, rows - above)) if rows else scaled)
+            rights.append(F.pad(block.right, (before, columns - before)) if columns else block.right)
+        joined.append(LowRankBlock(outer.row, outer.col, torch.cat(lefts, 1), torch.cat(rights), scale))
+    return joined

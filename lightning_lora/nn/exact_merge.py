@@ -43,7 +43,7 @@ import torch
 
 from ..errors import LoRAError, NonFiniteError
 from .autocast import without_autocast
-from .low_rank import EVERYTHING, LowRankBlock
+from .low_rank import EVERYTHING, LowRankBlock, widest_dtype
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtype by bytes of a float
 CPU_CHUNK, GPU_CHUNK = 2**17, 2**22  # elements: few enough for the cache of one CPU thread; enough to fill a GPU
@@ -118,10 +118,13 @@ def merge_weight_(
             elements = sum(block.left.shape[0] * block.right.shape[1] for block in blocks)
             base = None if copies is not None and elements == weight.numel() else checksum(weight)
             for block in blocks:
-                # Without copies the factors are needed once more, and training may change them meanwhile.
-                mine = block if copies is not None else _copied(block)
+                mine = block
+                if copies is None:  # the factors are needed once more, and training may change them meanwhile
+                    scale = None if block.scale is None else block.scale.detach().clone()
+                    left, right = block.left.detach().clone(), block.right.detach().clone()
+                    mine = block._replace(left=left, right=right, scale=scale)
                 # Trained rows have no D. A weight as wide as D is copied: rounding leaves no room between the two ends.
-                computed = copies is None and block.values is None and weight.dtype != _wide(weight)
+                computed = copies is None and block.values is None and weight.dtype != widest_dtype(weight.device)
                 largest = block.right.abs().amax() if computed else None
                 for part in _chunks(weight, [mine]):
                     _merge_chunk_(weight, part, undo, buffers, cost, copies, largest)
@@ -276,11 +279,6 @@ class Buffers(dict[object, torch.Tensor]):
         return values if values.dtype == dtype else self.take(name, values, dtype).copy_(values)
 
 
-def _copied(block: LowRankBlock) -> LowRankBlock:
-    scale = None if block.scale is None else block.scale.detach().clone()
-    return block._replace(left=block.left.detach().clone(), right=block.right.detach().clone(), scale=scale)
-
-
 def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock]) -> Iterator[LowRankBlock]:
     """Split blocks into blocks of at most chunk_elements."""
     elements = chunk_elements(weight.device)
@@ -303,13 +301,10 @@ def _window(weight: torch.Tensor, part: LowRankBlock) -> torch.Tensor:
     return window if columns * weight.shape[0] == weight.numel() else window.narrow(1, part.col, columns)
 
 
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    """Return the dtype of D."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64  # mps has no float64
-
-
 def _factors(part: LowRankBlock, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return part.left.to(_wide(part.left)) * scaling, part.right.to(_wide(part.right))
+    """Return s * left and right in the dtype of D."""
+    wide = widest_dtype(part.left.device)
+    return part.left.to(wide) * scaling, part.right.to(wide)
 
 
 def _merge_chunk_(

@@ -64,7 +64,9 @@ class FactoredWeight(torch.Tensor):
         kwargs = kwargs or {}
         if func in FACTS:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        rule = RULES.get(func) or (_grouped_mm if _is_grouped_mm_fallback(func) else None)
+        rule = RULES.get(func)
+        if rule is None and _name(func) == "grouped_mm_fallback":  # transformers' own; this imports nothing of it
+            rule = _grouped_mm
         result = rule(func, args, kwargs) if rule else NotImplemented
         if result is not NotImplemented:
             return result
@@ -234,11 +236,6 @@ def _align(x: torch.Tensor) -> torch.Tensor:
 
 def _align_gradient(grad: torch.Tensor | None) -> torch.Tensor | None:
     return None if grad is None else _align(grad)[..., : grad.shape[-1]]
-
-
-def _is_grouped_mm_fallback(func: Any) -> bool:
-    """Return whether an operator is transformers' own grouped_mm. Its name tells, so transformers is not imported."""
-    return _name(func) == "grouped_mm_fallback"
 
 
 def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:

@@ -42,15 +42,13 @@ class ForeignEntries:
 
 def foreign_of(state: Mapping[str, Any], names: Collection[str]) -> ForeignEntries:
     """Return some entries of a state dict with the versions of the modules around them, without wrappers' segments."""
-    values = {canonical(name): _detached(state[name]) for name in names}
+    values = {canonical(name): state[name] for name in names}
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            values[name] = value.detach()  # HQQLinear writes tensors that autograd has computed; no copy takes those
     around = {module for name in values for module in ("", *parent_names(name))}
     versions = {canonical(module): version for module, version in metadata_of(state).items()}
     return ForeignEntries(values, {module: version for module, version in versions.items() if module in around})
-
-
-def _detached(value: Any) -> Any:
-    """Return a value that can be copied: HQQLinear writes tensors that autograd has computed."""
-    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def metadata_of(state: Mapping[str, Any]) -> dict[str, Any]:

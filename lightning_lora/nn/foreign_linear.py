@@ -60,23 +60,15 @@ class LoRAForeignLinear(LoRALinear):
         return f"it is a {self.lora_base.__name__}, whose weight only its own forward reads"
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer's own forward.
+
+        Raises:
+            LoRAError: it does not map (..., in) to (..., out), or lets no gradient through in training.
+        """
         y = super().base_forward(*args, **kwargs)
-        if not is_tracing():  # which would keep sizes
-            self._refuse_other_map(args[0], y)
-        return y
-
-    def with_attached(self, y: torch.Tensor, x: torch.Tensor, packed: Packed) -> torch.Tensor:
-        """Return the sum in new memory: the layer may have returned its input, or keep y for its backward."""
-        product = self.low_rank_product(x, *packed.factors_like(x, self.KIND, self.adapted_weight()))
-        return y + product.to(y.dtype)
-
-    def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        y = self.base_forward(x)
-        dropped, scaling = self.dropped(x)
-        return cast(torch.Tensor, y + self.low_rank_product(dropped, a, b * scaling).to(y.dtype))
-
-    def _refuse_other_map(self, x: torch.Tensor, y: Any) -> None:
-        """Raise LoRAError unless the layer maps (..., in) to (..., out) and, in training, lets gradients through."""
+        if is_tracing():  # which would keep sizes
+            return y
+        x = args[0]
         outputs, inputs = self.weight_shape()
         found = tuple(y.shape) if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
         if x.shape[-1] != inputs or found != (*x.shape[:-1], outputs):
@@ -91,6 +83,17 @@ class LoRAForeignLinear(LoRALinear):
                 "it would be trained wrongly. Call model.train() if the layer has a backward in training mode alone, "
                 "as AutoAWQ's has, or choose another kernel of its library."
             )
+        return y
+
+    def with_attached(self, y: torch.Tensor, x: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """Return the sum in new memory: the layer may have returned its input, or keep y for its backward."""
+        product = self.low_rank_product(x, *packed.factors_like(x, self.KIND, self.adapted_weight()))
+        return y + product.to(y.dtype)
+
+    def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        y = self.base_forward(x)
+        dropped, scaling = self.dropped(x)
+        return cast(torch.Tensor, y + self.low_rank_product(dropped, a, b * scaling).to(y.dtype))
 
     def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise LoRAError(

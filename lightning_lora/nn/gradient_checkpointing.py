@@ -13,9 +13,10 @@ StrengthLog.
 from __future__ import annotations
 
 import sys
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
@@ -31,6 +32,8 @@ REENTRANT_REMEDY = (
     "Use use_reentrant=False, which needs none, or call requires_grad_() on a floating-point input of the segment"
 )
 
+# Private functions of torch that StrengthLog needs, all there from torch 2.6 to 2.13.
+NUMBERS = ("_autograd._get_sequence_nr", "_current_graph_task_id", "_current_autograd_node")
 RECOMPUTING = ("backward", "unpack_hook")  # functions of torch.utils.checkpoint that compute a segment again
 
 
@@ -53,10 +56,21 @@ def enable_input_require_grads(modules: Collection[nn.Module]) -> None:
     Args:
         modules: all modules of a model.
     """
+    segments: dict[nn.Module, nn.Module] = {}  # of transformers, each with the innermost model that contains it
     for module in modules:
-        if _is_reentrant_wrapper(module) and _is_trained(module) and not _hooks(module):
+        is_wrapper = getattr(vars(module).get("checkpoint_impl"), "name", "") == "REENTRANT"  # torch's
+        if is_wrapper and _is_trained(module) and not _hooks(module):
             module.register_forward_pre_hook(_require_grad_before)
-    for segment, owner in _segments(modules).items():
+        function = vars(module).get(CHECKPOINT)
+        if function is None or isinstance(function, CheckpointWithInputGrads):
+            continue
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
+        if getattr(module, "gradient_checkpointing", False) and reentrant:
+            segments[module] = module
+    for owner in modules if segments else ():  # outer modules come before inner ones, so the innermost stays
+        if hasattr(owner, "_set_gradient_checkpointing"):
+            segments.update((module, owner) for module in owner.modules() if module in segments)
+    for segment, owner in segments.items():
         if _is_trained(owner):
             setattr(segment, CHECKPOINT, CheckpointWithInputGrads(vars(segment)[CHECKPOINT]))
 
@@ -84,7 +98,10 @@ def in_first_pass() -> bool:
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
-    return not torch._C._is_fwd_grad_enabled()
+    forward_mode = _of_torch("_is_fwd_grad_enabled")
+    if forward_mode is None:  # slower, and torch.no_grad inside of a segment counts as its first pass
+        return _segments_around(("forward",)) > 0
+    return not forward_mode()
 
 
 class StrengthLog:
@@ -93,6 +110,8 @@ class StrengthLog:
     torch numbers the nodes of graphs in the order in which a thread makes them. While a segment is computed again, the
     node that runs tells by its number which strengths its forward had. Blocks in which no node is made leave nothing
     behind. Checkpointing of other libraries (DeepSpeed's own) is not followed.
+
+    The numbers have private names in torch. In a version without them nothing is noted or refused, and a warning tells.
     """
 
     KEPT = 1000  # of the latest changes; graphs from before them are not checked
@@ -113,6 +132,14 @@ class StrengthLog:
         """
         if self.now == state or _segments_around():
             return
+        if not all(map(_of_torch, NUMBERS)):
+            warnings.warn(
+                f"lightning_lora: torch {torch.__version__} does not number autograd's nodes as this package expects, "
+                "so a backward of checkpointed layers in another `scaled` or `disable_adapter` block than their "
+                "forward is not refused. Call backward() inside of the block of its forward.",
+                stacklevel=2,
+            )
+            return
         number = torch._C._autograd._get_sequence_nr()
         if not self.states:
             self.since, self.states = [-1], [{}]
@@ -132,13 +159,22 @@ class StrengthLog:
         if torch._C._current_graph_task_id() == -1 or _segments_around(RECOMPUTING) != 1:
             return
         node = torch._C._current_autograd_node()
-        place = bisect_right(self.since, node._sequence_nr()) if node is not None else 0
+        number = getattr(node, "_sequence_nr", None)  # None also where no node runs
+        place = bisect_right(self.since, number()) if number is not None else 0
         if place and self.states[place - 1] != self.now:
             raise LoRAError(
                 f"{name!r}: activation checkpointing computes the layer again for its backward, and the forward ran "
                 f"{_where(self.states[place - 1])} and the backward runs {_where(self.now)}, so that gradients would "
                 "be wrong. Call backward() where the forward ran: inside of the same block, or outside of any."
             )
+
+
+def _of_torch(path: str) -> Callable[..., Any] | None:
+    """Return a private function of torch by its path in torch._C, or None where this version of torch lacks it."""
+    found: Any = torch._C
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return cast("Callable[..., Any] | None", found)
 
 
 def _where(state: Mapping[str, float]) -> str:
@@ -161,27 +197,6 @@ def _hooks(module: nn.Module) -> list[int]:
 
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _is_reentrant_wrapper(module: nn.Module) -> bool:
-    return getattr(vars(module).get("checkpoint_impl"), "name", "") == "REENTRANT"
-
-
-def _segments(modules: Collection[nn.Module]) -> dict[nn.Module, nn.Module]:
-    """Return the modules with transformers' reentrant checkpointing, each with the innermost model that contains it."""
-    segments = {module: module for module in modules if _is_segment(module)}
-    for owner in modules if segments else ():
-        if hasattr(owner, "_set_gradient_checkpointing"):
-            segments.update((module, owner) for module in owner.modules() if module in segments)
-    return segments
-
-
-def _is_segment(module: nn.Module) -> bool:
-    function = vars(module).get(CHECKPOINT)
-    if function is None or isinstance(function, CheckpointWithInputGrads):
-        return False
-    reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
-    return bool(getattr(module, "gradient_checkpointing", False)) and bool(reentrant)
 
 
 def _require_grad_before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

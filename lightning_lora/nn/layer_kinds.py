@@ -77,16 +77,15 @@ def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> 
     if isinstance(module, LoRALayer):  # adapters are attached to it
         return cast(LoRALayer, add_trained(module, spec))
     adapting = cast(type[LoRALayer], layer_class(module, spec.variant))
-    custom_forward = not all(_is_known(adapting, type(module), method) for method in adapting.KNOWN_FORWARD)
+    # factored_forward may replace methods of the kind's own class and of these libraries. Any other forward may do more
+    # than W x, so it runs on W'.
+    custom_forward = False
+    for method in adapting.KNOWN_FORWARD:
+        owner = next(parent for parent in type(module).__mro__ if method in vars(parent))
+        of_kind = owner in adapting.MODULES and adapting.low_rank_product is not LoRALayer.low_rank_product
+        if not of_kind and not getattr(owner, method).__module__.startswith(LIBRARIES):
+            custom_forward = True
     # Before the class, so that an exception between them leaves no layer that lacks them.
     vars(module).update(lora=LayerState(spec, name, injection, custom_forward), lora_active=True)
     module.__class__ = swapped_class(adapting, type(module))
     return cast(LoRALayer, module)
-
-
-def _is_known(adapting: type[LoRALayer], cls: type[nn.Module], method: str) -> bool:
-    """Return whether factored_forward may replace a method: it is that of a kind's own class, or of a library."""
-    if getattr(cls, method).__module__.startswith(LIBRARIES):
-        return True
-    owner = next(parent for parent in cls.__mro__ if method in vars(parent))
-    return owner in adapting.MODULES and adapting.low_rank_product is not LoRALayer.low_rank_product

@@ -34,7 +34,11 @@ class LoRALinear(LoRALayer):
         return isinstance(module, nn.Linear) and not quantized_parameters(module)
 
     def sum_forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return y = W x + bias + s * B A dropout(x): as the formula is written, or by a faster way to the same sum."""
+        """Return y = W x + bias + s * B A dropout(x).
+
+        LoRALayer.sum_forward has it as the formula is written. `_accumulated` and `_as_one` are faster ways to the same
+        sum: on a CPU writing tensors takes the time, on a GPU launching kernels.
+        """
         if self.lora.spec.enabled is not None:
             b = low_rank.to_block_diagonal(b, self.lora.spec.enabled)
         if x.dim() < 2 or runs_by_formula(x):
@@ -68,7 +72,7 @@ class LoRALinear(LoRALayer):
         return F.linear(F.linear(x, a), b)
 
     def _accumulated(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Add the product in place to the base's output: one full-size tensor instead of three."""
+        """Add the product in place to the base's output: one tensor of the output's size instead of three."""
         x, scaling = self.dropped(rows)
         hidden = torch.mm(a.to(x.dtype), x.t())
         # Computed after hidden, so that backward comes to it first. Its gradient of the input is no view, so autograd
@@ -78,7 +82,7 @@ class LoRALinear(LoRALayer):
         return y.addmm_(hidden.t().to(y.dtype), b.to(y.dtype).t().contiguous(), alpha=scaling)
 
     def _as_one(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Run as one operation of autograd, which asks a device for less."""
+        """Run as one operation of autograd, low_rank_sum.py, which launches fewer kernels."""
         rows = rows.to(compute_dtype(rows))
         x, scaling = self.dropped(rows)
         weight = low_rank.matrix_view(self.KIND, self.weight)

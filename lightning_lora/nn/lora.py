@@ -81,7 +81,13 @@ def initial_factors(
     if lookup and init is not False and init != "orthogonal":
         b.normal_(generator=generator)
     elif init == "orthogonal":
-        a, b = _orthogonal(shape_a, shape_b, generator)
+        # From even and odd rows of one orthogonal matrix, so that B @ A is zero (PEFT's "orthogonal").
+        r = shape_b[1]
+        draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+        rows = torch.linalg.qr(draw(r, r))[0]
+        a = draw(math.prod(shape_a) // r, r // 2).mm(rows[0::2]).T / 10
+        a = a.view(r, shape_a[0] // r, -1).transpose(0, 1).reshape(shape_a)
+        b = (draw(shape_b[0], r // 2).mm(rows[1::2]) / 10).reshape(shape_b)
     elif init == "gaussian":
         a.normal_(std=1 / shape_b[1], generator=generator)
     else:
@@ -89,13 +95,3 @@ def initial_factors(
         if init is False:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
     return a, b
-
-
-def _orthogonal(shape_a: Shape, shape_b: Shape, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw A and B from even and odd rows of one orthogonal matrix, so that B @ A is zero (PEFT's "orthogonal")."""
-    r = shape_b[1]
-    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
-    rows = torch.linalg.qr(draw(r, r))[0]
-    a = draw(math.prod(shape_a) // r, r // 2).mm(rows[0::2]).T / 10
-    b = draw(shape_b[0], r // 2).mm(rows[1::2]) / 10
-    return a.view(r, shape_a[0] // r, -1).transpose(0, 1).reshape(shape_a), b.reshape(shape_b)

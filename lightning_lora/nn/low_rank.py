@@ -111,9 +111,10 @@ class LowRankBlock(NamedTuple):
         values = None if self.values is None else self.values[rows, columns]
         return self._replace(left=self.left[rows], right=self.right[:, columns], scale=scale, values=values)
 
-    def in_slice(self, begin: int, stride: int) -> LowRankBlock:
-        """Return a block of a matrix as one of a flat slice, in which the matrix begins at element `begin`."""
-        return self._replace(row=begin + self.row * stride + self.col, col=0, stride=stride)
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest floating dtype of a device: float64, which mps does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def matrix_shape(kind: str, shape: Shape) -> tuple[int, int]:
@@ -133,12 +134,6 @@ def matrix_view(kind: str, weight: torch.Tensor) -> torch.Tensor:
     """Return a weight as a matrix (out, in), a view of it; a convolution's kernel is flattened."""
     matrix = weight.flatten(1)
     return matrix.T if kind in TRANSPOSED else matrix
-
-
-def over_weight(kind: str, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return values (out,) in the shape that broadcasts over the outputs of a weight of this kind."""
-    shape = (1, *weight.shape[1:]) if kind in TRANSPOSED else (-1, *[1] * (weight.dim() - 1))
-    return values.view(shape)
 
 
 def shard_dims(kind: str) -> dict[int, tuple[str, int]]:
@@ -250,7 +245,10 @@ def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHIN
 def crop_to_window(blocks: Sequence[LowRankBlock], part: Window) -> list[LowRankBlock]:
     """Return the parts of a weight's blocks that overlap with a part of a shard; positions are those in the shard."""
     inside = crop(blocks, part.rows, part.columns)
-    return inside if part.begin is None else [block.in_slice(part.begin, part.values.shape[1]) for block in inside]
+    if part.begin is None:
+        return inside
+    stride = part.values.shape[1]  # a flat slice, in which the part's matrix begins at element `begin`
+    return [each._replace(row=part.begin + each.row * stride + each.col, col=0, stride=stride) for each in inside]
 
 
 def columns_of(kind: str, shape: Shape) -> int:

@@ -140,15 +140,13 @@ def _moved(weight: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if not is_nf4_tensor(weight):
         return weight if weight is None else _parameter(fn(weight))
     parts = Parts.of(local(weight) if is_sharded(weight) else weight)
-    moved = {name: _keeping_dtype(fn, tensor) for name, tensor in parts.tensors.items()}
+    moved = {name: fn(tensor) for name, tensor in parts.tensors.items()}
+    for name, tensor in parts.tensors.items():
+        if moved[name].dtype != tensor.dtype:  # a cast: scales keep their dtype, as the values depend on it
+            moved[name] = tensor.to(moved[name].device)
     if all(moved[name] is tensor for name, tensor in parts.tensors.items()):
         return weight
     return _parameter(from_local_like(replace(parts, tensors=moved).tensor(), weight))
-
-
-def _keeping_dtype(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-    moved = fn(tensor)
-    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:

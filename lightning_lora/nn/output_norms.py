@@ -13,6 +13,7 @@ import torch
 from ..distributed.flat import Window, unsharded_shape
 from ..distributed.sharding import is_spread, sum_over_shards, windows
 from .autocast import without_autocast
+from .low_rank import widest_dtype
 from .transforms import is_tracing
 
 # Elements of V that are formed at a time. On the CPU a piece stays in the cache from one operator to the next.
@@ -33,11 +34,16 @@ def output_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling
     transposed = weight.stride(0) < weight.stride(1)
     stored, left, right = (weight.T, a.T, b.T) if transposed else (weight, b, a)
     dtype, inputs = torch.promote_types(weight.dtype, torch.float32), 0 if transposed else 1
+    left, right = left.to(dtype), right.to(dtype)
+    pieces: Iterable[tuple[torch.Tensor, torch.Tensor]] = [(stored, left)]
+    if not is_tracing():  # it warns of each size that is read
+        size = PIECE_ON_CPU if stored.is_cpu and not torch.compiler.is_compiling() else PIECE
+        rows = max(1, size // max(1, stored.shape[1]))
+        pieces = zip(torch.split(stored, rows), torch.split(left, rows), strict=True)
     with without_autocast(weight.device.type):
-        left, right = left.to(dtype), right.to(dtype)
         norms = [
             _norms(torch.addmm(piece.to(dtype), piece_left, right, alpha=scaling), inputs)
-            for piece, piece_left in _pieces(stored, left)
+            for piece, piece_left in pieces
         ]
     if len(norms) == 1:
         return norms[0].clamp_(min=TINY)
@@ -61,7 +67,7 @@ def squares_of_windows(
     parts: Iterable[Window], a: torch.Tensor, b: torch.Tensor, scaling: float, *, transposed: bool
 ) -> torch.Tensor:
     """Return the squares of the norms over some windows of W alone: (out,), float64 (on mps float32)."""
-    dtype = torch.float32 if b.device.type == "mps" else torch.float64
+    dtype = widest_dtype(b.device)
     squares = torch.zeros(len(b), dtype=dtype, device=b.device)
     for part, rows, columns, _ in parts:
         outputs, inputs = (columns, rows) if transposed else (rows, columns)
@@ -74,12 +80,3 @@ def _norms(v: torch.Tensor, dim: int) -> torch.Tensor:
     """Return norms over a dimension. The memory of v may be reused."""
     # torch's own norm takes ten times as long on the CPU over dim 0, and rounds at each value.
     return v.square_().sum(dim).sqrt_() if v.is_cpu else torch.linalg.vector_norm(v, dim=dim)
-
-
-def _pieces(stored: torch.Tensor, left: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut the rows of W and of the factor on its left."""
-    if is_tracing():  # it warns of each size that is read
-        return [(stored, left)]
-    size = PIECE_ON_CPU if stored.is_cpu and not torch.compiler.is_compiling() else PIECE
-    rows = max(1, size // max(1, stored.shape[1]))
-    return zip(torch.split(stored, rows), torch.split(left, rows), strict=True)

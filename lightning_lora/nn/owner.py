@@ -69,11 +69,6 @@ class Owner:
                 raise LoRAError(f"{claim.verb}: {REFUSED_INSIDE}")
             self.claims.add(claim)
 
-    def dismiss(self, claim: Claim) -> None:
-        """End a claim."""
-        with self.guard:
-            self.claims.discard(claim)
-
     def holds(self, verb: str, *, other_than: Claim | None = None) -> bool:
         """Return whether a claim with this verb is open, other than the given one."""
         return any(claim.verb == verb for claim in list(self.claims) if claim is not other_than)
@@ -121,4 +116,5 @@ def claimed(verb: str, *owners: Owner) -> Iterator[Claim]:
         yield claim
     finally:
         for owner in claim.owners:
-            owner.dismiss(claim)
+            with owner.guard:
+                owner.claims.discard(claim)

@@ -18,7 +18,7 @@ from ..distributed.sharding import is_sharded, window
 from ..errors import LoRAError
 from ..names import join_names, parameter_factor_name, split_factor_name
 from . import low_rank
-from .adapted_module import AdaptedModule, Adapter, StandIns, is_factor, swapped_class
+from .adapted_module import AdaptedModule, StandIns, is_factor, swapped_class
 from .adapted_weights import AdaptedWeights, LayerSpec, LayerState, add_trained
 from .factored_weight import FactoredWeight
 from .low_rank import LowRankBlock, crop, stack_factors
@@ -34,7 +34,11 @@ class LoRAParameter(AdaptedWeights):
 
     def __init__(self, holder: AdaptedModule, parameter: str, state: LayerState) -> None:
         self.module, self.parameter, self.lora, self.lora_active = holder, parameter, state, True
-        self.KIND = parameter_kind(holder, parameter)
+        if cast(nn.Parameter, holder._parameters[parameter]).dim() == 2:
+            self.KIND = low_rank.PARAMETER
+        else:  # transformers' experts whose stack is transposed have is_transposed = True
+            is_transposed = getattr(holder, "is_transposed", False) is True
+            self.KIND = low_rank.TRANSPOSED_EXPERTS if is_transposed else low_rank.EXPERTS
 
     @property
     def lora_holder(self) -> nn.Module:
@@ -107,7 +111,7 @@ class LoRAParameterHolder(AdaptedModule):
     def lora_adapters(self) -> Mapping[str, AdaptedWeights]:
         return self.lora_parameters
 
-    def lora_unadapt(self, adapter: Adapter) -> None:
+    def lora_unadapt(self, adapter: AdaptedWeights) -> None:
         if len(self.lora_parameters) > 1:
             self.lora_parameters.pop(cast(LoRAParameter, adapter).parameter)
         else:
@@ -141,17 +145,6 @@ class LoRARecurrent(LoRAParameterHolder):
         weights, names = cast("list[Any]", self._flat_weights), cast("list[str]", self._flat_weights_names)
         for name, value in values.items():
             weights[names.index(name)] = value
-
-
-def parameter_kind(module: nn.Module, parameter: str) -> str:
-    """Return the kind of a parameter, one of low_rank.SINGLE.
-
-    A module with a transposed stack has is_transposed = True, as in transformers.
-    """
-    weight = cast(nn.Parameter, module._parameters[parameter])
-    if weight.dim() == 2:
-        return low_rank.PARAMETER
-    return low_rank.TRANSPOSED_EXPERTS if getattr(module, "is_transposed", False) is True else low_rank.EXPERTS
 
 
 def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSpec, injection: object) -> LoRAParameter:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from ..distributed.sharding import PLAIN
 from ..names import ATTRIBUTE, join_names
-from .adapted_module import AdaptedModule
-from .adapted_weights import NamedModules, adapters_in, layer_adapter
+from .adapted_module import AdaptedModule, NamedModules, adapters_in, layer_adapter
 
 Owned = tuple[torch.Tensor, nn.Module, str, str, bool]  # tensor, module, module's name, leaf name, is a parameter
 
@@ -36,14 +33,39 @@ def tied_parameters(modules: NamedModules) -> dict[tuple[nn.Module, str], str]:
     """
     owners: dict[int, list[Owned]] = defaultdict(list)
     for path, module in modules:
-        for tensors, trains in ((_own_parameters(module), True), (module._buffers, False)):
+        parameters = dict(module._parameters)
+        for adapter in adapters_in(module).values():
+            with adapter.lora.lock:  # waits while W' stands in for the weight in another thread's forward
+                parameters[adapter.weight_leaf] = module._parameters.get(adapter.weight_leaf)
+        for tensors, trains in ((parameters, True), (module._buffers, False)):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    owners[_storage(tensor)].append((tensor, module, path, name, trains))
+                    # Tensors without readable memory (meta, sharded) are told apart by identity.
+                    storage = tensor.untyped_storage().data_ptr() if _is_dense(tensor) else 0
+                    owners[storage or id(tensor)].append((tensor, module, path, name, trains))
     tied: dict[tuple[nn.Module, str], str] = {}
     for sharing in owners.values():
-        if len(sharing) > 1:  # rare
-            _add_overlaps(sharing, tied)
+        if len(sharing) == 1:  # nearly always
+            continue
+        spans: list[tuple[int, int, nn.Module, str, str, bool]] = []
+        for tensor, module, path, name, trains in sharing:
+            first, end = 0, 1
+            if _is_dense(tensor) and not tensor.is_meta and tensor.numel():
+                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                first = tensor.data_ptr()
+                end = first + (last + 1) * tensor.element_size()
+            spans.append((first, end, module, path, name, trains))
+        spans.sort(key=lambda span: span[:2])  # by address: a span overlaps with those that begin before its end
+        for i, (_, end, module, path, name, trains) in enumerate(spans):
+            for start, _, later_module, later_path, later_name, later_trains in spans[i + 1 :]:
+                if start >= end:
+                    break
+                if _owner(later_module) is _owner(module):
+                    continue
+                if trains and not name.endswith("bias"):
+                    tied.setdefault((module, name), join_names(later_path, later_name))
+                if later_trains and not later_name.endswith("bias"):
+                    tied.setdefault((later_module, later_name), join_names(path, name))
     return tied
 
 
@@ -69,55 +91,9 @@ def record_ties(modules: NamedModules) -> None:
                 adapter.lora.why_not_merge = reason
 
 
-def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
-    """Return a module's own parameters.
-
-    Waits while W' stands in for a parameter in another thread's forward.
-    """
-    if not isinstance(module, AdaptedModule):
-        return module._parameters
-    adapters = list(module.lora_adapters().values())
-    if len(adapters) == 1:  # the common case; an ExitStack takes longer
-        with adapters[0].lora.lock:
-            return dict(module._parameters)
-    with ExitStack() as stack:
-        for adapter in adapters:
-            stack.enter_context(adapter.lora.lock)
-        return dict(module._parameters)
-
-
-def _add_overlaps(sharing: Sequence[Owned], tied: dict[tuple[nn.Module, str], str]) -> None:
-    """Add to `tied` each parameter that overlaps with another module's tensor in one storage. In place."""
-    spans = sorted(((*_span(owned[0]), *owned[1:]) for owned in sharing), key=lambda span: span[:2])
-    for i, (_, end, module, path, name, trains) in enumerate(spans):
-        for start, _, later_module, later_path, later_name, later_trains in spans[i + 1 :]:
-            if start >= end:
-                break
-            if _owner(later_module) is _owner(module):
-                continue
-            if trains and not name.endswith("bias"):
-                tied.setdefault((module, name), join_names(later_path, later_name))
-            if later_trains and not later_name.endswith("bias"):
-                tied.setdefault((later_module, later_name), join_names(path, name))
-
-
 def _owner(module: nn.Module) -> object:
     """Return the module's adapter, which other modules may share, or the module if it has none."""
     return layer_adapter(module) or module
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    """Return the address of a tensor's storage. For a tensor without readable memory (meta, sharded), return its id."""
-    return (tensor.untyped_storage().data_ptr() if _is_dense(tensor) else 0) or id(tensor)
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the first byte of a tensor's memory and the byte after the last."""
-    if not _is_dense(tensor) or tensor.is_meta or not tensor.numel():
-        return 0, 1
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size()
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

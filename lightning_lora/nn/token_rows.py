@@ -20,7 +20,7 @@ from ..distributed.sharding import full_tensor, is_sharded, is_spread, rows_of
 from ..errors import LoRAError
 from .adapted_module import AdaptedModule, StandIns, swapped_class
 from .adapted_weights import AdaptedWeights, Blocks, LayerSpec, LayerState
-from .low_rank import LowRankBlock, row_blocks
+from .low_rank import LowRankBlock, row_blocks, widest_dtype
 from .transforms import runs_by_formula
 from .variant import ROWS_OPTION, LayerInfo, Reader, Stored, Variant, Weight
 
@@ -98,7 +98,7 @@ class TokenRows(AdaptedWeights):
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
         """Return rows - W[ids] as products with unit matrices. Values of W that are not finite count as 0."""
         before = rows_of(self.original(), self.lora.spec.rows)
-        before = before.to(torch.float32 if before.is_mps else torch.float64).nan_to_num(0.0, 0.0, 0.0)
+        before = before.to(widest_dtype(before.device)).nan_to_num(0.0, 0.0, 0.0)
         change = full_tensor((stored or self.stored())[ROWS]).to(before) - before
         parts = torch.split(change, TOGETHER)
         return [LowRankBlock(i * TOGETHER, 0, torch.eye(len(part)).to(part), part) for i, part in enumerate(parts)]
@@ -120,7 +120,9 @@ class TokenRows(AdaptedWeights):
             if module is self.tables[0]:
                 for table in tied:
                     table._parameters[name] = new
-            elif _has_same_values(new, old):
+            elif is_sharded(new) or (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
+                continue
+            elif new.is_meta or bool(((new == old) | (new.isnan() & old.isnan())).all()):
                 module._parameters[name] = old
 
     def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
@@ -195,13 +197,11 @@ class LoRAEmbeddingTable(LoRATable):
         base = cast(torch.Tensor, self.base_forward(input))
         ids = self.row_ids(input.device).to(input.dtype)
         positions = torch.searchsorted(ids, input.contiguous()).clamp(max=len(ids) - 1)
-        rows = F.embedding(positions, self.lora_rows.to(base.dtype), self._padding_position())
+        # padding_idx among the trained rows: torch gives that row no gradient.
+        padding, numbers = cast(nn.Embedding, self).padding_idx, self.lora_table.lora.spec.rows
+        position = None if padding is None or padding not in numbers else numbers.index(padding)
+        rows = F.embedding(positions, self.lora_rows.to(base.dtype), position)
         return torch.where((ids[positions] == input).unsqueeze(-1), rows, base)
-
-    def _padding_position(self) -> int | None:
-        """Return the position of padding_idx among the trained rows, or None. That row gets no gradient."""
-        padding, ids = cast(nn.Embedding, self).padding_idx, self.lora_table.lora.spec.rows
-        return None if padding is None or padding not in ids else ids.index(padding)
 
 
 class LoRAHead(LoRATable):
@@ -216,12 +216,6 @@ class LoRAHead(LoRATable):
 
 
 TABLES: dict[type[nn.Module], type[LoRATable]] = {nn.Embedding: LoRAEmbeddingTable, nn.Linear: LoRAHead}
-
-
-def _has_same_values(new: torch.Tensor, old: torch.Tensor) -> bool:
-    if is_sharded(new) or (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
-        return False
-    return new.is_meta or bool(((new == old) | (new.isnan() & old.isnan())).all())
 
 
 def is_table(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from lightning_lora import (
     inject,
     save_adapter,
 )
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.models.networks import checkpoint as checkpoint_of
 from support.models.peers import call, model, ours, refused, theirs
 from support.runs.notices import quiet_peers

@@ -11,7 +11,8 @@ from torch import nn
 from lightning_lora import inject, is_merged, load_adapter, merge
 from lightning_lora.exchange import apply
 from lightning_lora.model.adapted_model import AdaptedModel
-from lightning_lora.nn.adapted_weights import AdaptedWeights, adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
+from lightning_lora.nn.adapted_weights import AdaptedWeights
 from support.models.networks import base_zoo, checkpoint, randomise_, state_bits, trace, trained_zoo, zoo_config
 
 STEPS = {  # in the order in which a load calls them

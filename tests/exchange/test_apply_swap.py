@@ -22,7 +22,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.covering import covering
 from support.models.networks import (
     ZOO_LAYERS,

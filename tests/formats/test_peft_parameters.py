@@ -25,7 +25,7 @@ from lightning_lora import (
 )
 from lightning_lora.command.main import main
 from lightning_lora.formats.peft_names import read_names
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.files.expected_weights import check_merge_command
 from support.models.parameters import CASES, Experts, Model, Projected, fill_factors_
 from support.models.peers import CONFIG, TENSORS, close, edit, redescribe

@@ -24,7 +24,7 @@ from lightning_lora import (
     save_adapter,
     take_adapter,
 )
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.models.networks import checkpoint
 from support.models.peers import TENSORS, Fused, close, config_of, fill_, logits, ours, read_by_peft, seeded, theirs
 from support.runs.notices import quiet_peers

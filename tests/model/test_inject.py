@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, load_adapter, merge, save_adapter, unload
 from lightning_lora.nn import lora
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.models.networks import (
     ZOO_LAYERS,
     OwnLinear,

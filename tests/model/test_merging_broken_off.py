@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, merged, unmerge
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.covering import covering
 from support.models.networks import bits, randomise_
 from support.runs.broken_off import break_off

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, merge, unmerge
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from lightning_lora.nn.exact_merge import Buffers, merge_weight_, merged_weight, restored_weight, unmerge_weight_
 from support.covering import covering
 from support.devices.pretend_device import CAN_PRETEND, DEVICE, pretend_device

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 
 from lightning_lora import LoRAConfig, LoRAError, inject, lora_param_groups
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.models.networks import Zoo, zoo_config
 from support.models.peers import PEERS, model
 from support.models.variants import define_gated, variants_forgotten

@@ -15,7 +15,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.models.networks import randomise_
 from support.runs.shortcuts import let_collections_pass_over_what_is_there
 

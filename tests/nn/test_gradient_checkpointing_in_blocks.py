@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, LoRAError, attach, disable_adapter, inject, scaled, take_adapter
-from lightning_lora.nn.gradient_checkpointing import StrengthLog
+from lightning_lora.nn.gradient_checkpointing import StrengthLog, in_first_pass
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # of an inner segment
@@ -152,3 +152,43 @@ def test_the_latest_changes_are_kept_and_no_more():
         torch.ones(1, requires_grad=True).exp()
         log.change({})
     assert len(log.since) == len(log.states) == StrengthLog.KEPT
+
+
+PRIVATE = {
+    "number": (torch._C._autograd, "_get_sequence_nr"),
+    "task": (torch._C, "_current_graph_task_id"),
+    "node": (torch._C, "_current_autograd_node"),
+}
+
+
+@pytest.mark.parametrize("lacking", PRIVATE)
+def test_a_torch_without_a_private_function_runs_blocks_as_ever_and_warns(monkeypatch, lacking: str):
+    def trained(model: nn.Module) -> list[torch.Tensor | None]:
+        with scaled(model, 0.5):
+            run(model, source(), None).backward()
+        with disable_adapter(model):
+            model(source())
+        return gradients(model)
+
+    expected = trained(adapted())
+    monkeypatch.delattr(*PRIVATE[lacking])
+    with pytest.warns(UserWarning, match="does not number autograd's nodes"):
+        found = trained(adapted())
+    for value, other in zip(found, expected, strict=True):
+        assert (value is None and other is None) or torch.equal(value, other)  # type: ignore[arg-type]
+    assert any(value is not None for value in found)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_torch_without_forward_mode_tells_a_first_pass_by_its_frames(monkeypatch, reentrant: bool):
+    seen: list[bool] = []
+
+    def segment(x: torch.Tensor) -> torch.Tensor:
+        seen.append(in_first_pass())
+        return x.sin()
+
+    monkeypatch.delattr(torch._C, "_is_fwd_grad_enabled")
+    checkpoint(segment, source(), use_reentrant=reentrant).sum().backward()
+    with torch.no_grad():
+        segment(source())
+    assert seen == [reentrant, False, False]

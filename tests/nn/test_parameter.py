@@ -23,7 +23,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.model import merging
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.covering import covering
 from support.models.layers import same_bits
 from support.models.pair_checks import by_pickle

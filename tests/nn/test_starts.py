@@ -17,7 +17,7 @@ from lightning_lora import (
     merged,
 )
 from lightning_lora.nn import linear, low_rank
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from lightning_lora.nn.starts import Started, start_factors
 from lightning_lora.nn.variant import LayerInfo
 from support.covering import covering

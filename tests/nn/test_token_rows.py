@@ -31,7 +31,7 @@ from lightning_lora import take_adapter as adapter_of_model
 from lightning_lora.exchange import apply
 from lightning_lora.model import merging
 from lightning_lora.model.adapted_model import open_model
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.covering import covering
 from support.files.expected_weights import merge_and_check
 from support.models.layers import same_bits

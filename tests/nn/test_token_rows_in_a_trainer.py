@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, LoRAError, load_adapter, load_from_checkpoint, merged, save_adapter
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.covering import covering
 from support.models.parameters import Experts
 from support.models.token_rows import NUMBER, ROWS

@@ -34,7 +34,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.distributed.sharding import rows_of
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from lightning_lora.nn.output_norms import norms_of_weight
 from support.models.networks import fingerprint
 from support.models.parameters import Experts, Projected

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, disable_adapter, is_merged, load_adapter, load_from_checkpoint
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.runs.training import assert_same_tensors, own_random_stream, weights
 
 EPOCHS = 2

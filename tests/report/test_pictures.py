@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_stats, inject, plot_adapter, save_adapter, summary
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from lightning_lora.report import figures
 from lightning_lora.report.depth import places
 from lightning_lora.report.updates import measure

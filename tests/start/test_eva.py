@@ -21,7 +21,7 @@ from lightning_lora import (
     merge,
     unload,
 )
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from lightning_lora.start.eva import PrincipalComponents
 from support.models.peers import logits
 from support.models.peers import model as peer

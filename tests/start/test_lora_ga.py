@@ -18,7 +18,7 @@ from lightning_lora import (
     initialize_from_data,
     inject,
 )
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from lightning_lora.start import lora_ga
 from support.models.peers import logits
 from support.models.peers import model as peer

@@ -36,7 +36,7 @@ from lightning_lora import (
     save_adapter,
     unmerge,
 )
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from lightning_lora.nn.quantized import PACKS_FOR_CPU
 from support.models.foreign import OtherLinear
 from support.models.layers import Attention

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch.optim import Optimizer
 
 from lightning_lora import LoRACallback, LoRACLI, unload
-from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
 from support.runs.training import BuiltInSetup, Data, Net, assert_same_tensors, fit_model, make_trainer
 from support.runs.with_callback import BATCHES, TARGETS
 

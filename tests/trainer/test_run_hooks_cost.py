@@ -14,7 +14,8 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, is_merged, merge, unload
 from lightning_lora.model import adapted_model
-from lightning_lora.nn.adapted_weights import LayerState, adapted_layers
+from lightning_lora.nn.adapted_module import adapted_layers
+from lightning_lora.nn.adapted_weights import LayerState
 from support.runs.training import Data, Net, make_trainer
 
 BATCHES = 3
