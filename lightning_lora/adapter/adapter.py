@@ -11,7 +11,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..names import PREFIX, factor_role, join_names, names_factor, parent_names, rename_keys, split_factor_name
-from ..nn.attachment import Attachment
+from ..nn.attached_factors import Attachment
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.low_rank import IN_PROJ
 from ..nn.variant import EffectiveFactors, LayerInfo, Variant, known_variants, rows_leaf, variant_of, variant_with

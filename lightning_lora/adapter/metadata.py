@@ -19,7 +19,7 @@ from ..config import LoRAConfig, is_number
 from ..errors import LoRAError, sentence, shown
 from ..matching import near_misses
 from ..names import KNOWN_VARIANTS
-from ..nn.attachment import Attachment
+from ..nn.attached_factors import Attachment
 from ..nn.low_rank import KINDS
 from .adapter import Adapter, Layer
 from .fingerprint import Entry, sample_positions

@@ -28,8 +28,7 @@ from ..model.attached import (
 from ..model.live_state import LiveState, open_state, original_value
 from ..model.wrappers import unwrapped
 from ..nn.adapted_weights import AdaptedWeights
-from ..nn.attached_factors import AttachedFactors
-from ..nn.attachment import Attachment
+from ..nn.attached_factors import AttachedFactors, Attachment
 from ..nn.low_rank import factor_shapes, to_block_diagonal
 from ..nn.owner import claimed
 from ..nn.variant import LayerInfo

@@ -40,7 +40,7 @@ from ..formats.peft_options import with_ranks_in_words
 from ..formats.peft_parameters import TODAYS, refuse_without_model
 from ..formats.sources import adapter_with_options
 from ..names import PREFIX, A, B, listed, names_factor
-from ..nn.attachment import Attachment
+from ..nn.attached_factors import Attachment
 from ..nn.random_stream import stream
 from ..notices import tell, warn
 from ..progress import progress_bar

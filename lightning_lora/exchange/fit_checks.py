@@ -25,7 +25,7 @@ from ..model.pretrained import embeddings, pretrained_models
 from ..names import listed, names_factor, parent_names, rename_keys
 from ..nn.adapted_module import adapted_places
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec
-from ..nn.foreign_weights import is_foreign_linear
+from ..nn.foreign_linear import is_foreign_linear
 from ..nn.tied_weights import untie_advice
 from ..nn.variant import rows_leaf
 from ..private.deepspeed import keeps_copy

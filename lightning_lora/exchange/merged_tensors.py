@@ -26,7 +26,7 @@ from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
 from ..nn.adapted_module import adapter_of, is_factor
 from ..nn.owner import claimed
-from ..nn.quantized_state import quantization_entries
+from ..nn.quantized import quantization_entries
 from ..nn.rounding import IN_FILES, Rounding
 from .merged_folder import merged_tensor
 

@@ -27,7 +27,7 @@ from ..model.attached import require_attached
 from ..model.inject import inject_layers
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
 from ..names import META
-from ..nn.attachment import Attachment
+from ..nn.attached_factors import Attachment
 from ..nn.owner import claimed
 from .align import order_in
 from .apply import apply_adapter, injection_of, quantize_as_trained_

@@ -9,8 +9,7 @@ from ..adapter.adapter import Adapter, strengths_text
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.attached import checked_strength
-from ..nn.attached_factors import LACKING
-from ..nn.attachment import Attachment
+from ..nn.attached_factors import LACKING, Attachment
 
 Attachments = Mapping[str, Attachment]  # what is attached to a model, by name
 Remedy = Callable[[Attachments], str]  # makes the advice for adapters that are not attached

@@ -21,7 +21,7 @@ from ..errors import LoRAError
 from ..files.paths import reading
 from ..names import META, canonical
 from ..nn.foreign_entries import ForeignEntries
-from ..nn.quantized_state import quantization_entries
+from ..nn.quantized import quantization_entries
 
 CURRENT = "current_model_state"  # where WeightAveraging keeps the weights beside their average in state_dict
 FOREIGN = "foreign"  # in the metadata: the names of foreign entries in state_dict, and the versions of their modules

@@ -16,8 +16,7 @@ from ..matching import near_misses
 from ..names import listed
 from ..nn.adapted_module import AdaptedModule, adapted_places, unadapt_
 from ..nn.adapted_weights import NOTHING, AdaptedWeights, LayerSpec
-from ..nn.attached_factors import AttachedFactors, Packed
-from ..nn.attachment import Attachment
+from ..nn.attached_factors import AttachedFactors, Attachment, Packed
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..nn.layer_kinds import adapt_
 from ..nn.owner import DISABLED, OFF, Owner, claimed

@@ -15,7 +15,7 @@ from ..names import join_names
 from ..nn.adapted_module import NamedModules, adapter_of, injections_of
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.exact_merge import merged_weight
-from ..nn.foreign_weights import is_foreign_linear
+from ..nn.foreign_linear import is_foreign_linear
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.nf4 import NF4Linear
 from ..nn.quantized import BITSANDBYTES, dequantize, quantized_modules, quantized_parameters

@@ -15,8 +15,8 @@ from ..errors import LoRAError, sentence
 from ..names import CHECKPOINTED, canonical, parent_names
 from ..nn.adapted_module import AdaptedModule
 from ..nn.foreign_entries import METADATA, ForeignEntries, foreign_of, metadata_of, with_metadata
-from ..nn.foreign_weights import is_of_base
-from ..nn.quantized_state import quantization_entries, unchanged_weight
+from ..nn.foreign_linear import is_of_base
+from ..nn.quantized import quantization_entries, unchanged_weight
 from .adapted_model import AdaptedModel, Listing, is_inside
 from .dequantize import quantized_weights
 from .live_state import LiveState

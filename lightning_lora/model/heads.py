@@ -17,8 +17,7 @@ from ..distributed.flat import own_weight
 from ..matching import matcher
 from ..names import join_names, names_factor, parent_names
 from ..nn.adapted_module import NamedModules, adapters_in
-from ..nn.quantized import NF4, is_of_torchao, quantized_as, quantized_parameters, was_never_quantized
-from ..nn.quantized_state import is_of_lightning
+from ..nn.quantized import NF4, is_of_lightning, is_of_torchao, quantized_as, quantized_parameters, was_never_quantized
 from .pretrained import checkpoint_name, pretrained_models
 
 HEADS = ("head", "heads", "fc", "classifier")  # torchvision's names of heads

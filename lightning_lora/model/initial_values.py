@@ -12,7 +12,7 @@ from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_, copy_of, reshard_
 from ..names import names_factor
 from ..nn.adapted_module import AdaptedModule
-from ..nn.foreign_weights import is_of_base
+from ..nn.foreign_linear import is_of_base
 from .adapted_model import AdaptedModel
 from .facts import Fact
 from .named_state import own_state

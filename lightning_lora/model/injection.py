@@ -19,7 +19,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import ATTRIBUTE
-from ..nn.attachment import Attachment
+from ..nn.attached_factors import Attachment
 from ..nn.gradient_checkpointing import StrengthLog
 from ..nn.owner import Owner
 from .facts import Fact

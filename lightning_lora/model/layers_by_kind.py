@@ -10,7 +10,7 @@ from ..config import PLAIN, LoRAConfig
 from ..matching import ALL_LAYERS, matcher
 from ..names import parent_names
 from ..nn.adapted_module import NamedModules
-from ..nn.foreign_weights import is_foreign_linear
+from ..nn.foreign_linear import is_foreign_linear
 from ..nn.layer_kinds import MORE_MODULES, layer_class
 from ..nn.linear import is_conv1d
 from ..nn.low_rank import GROUPED_CONV

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..distributed.sharding import detached
 from ..nn.adapted_module import adapter_of, is_factor
-from ..nn.foreign_weights import is_of_base
+from ..nn.foreign_linear import is_of_base
 from .adapted_model import AdaptedModel
 from .named_state import StateEntry
 

@@ -18,7 +18,7 @@ from ..errors import LoRAError
 from ..matching import matcher
 from ..names import A, canonical, join_names
 from ..nn.adapted_module import NamedModules, Swapped, adapters_in
-from ..nn.foreign_weights import is_foreign_linear, is_packed
+from ..nn.foreign_linear import is_foreign_linear, is_packed
 from ..nn.layer_kinds import ADAPTABLE, layer_class
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape

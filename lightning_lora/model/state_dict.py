@@ -18,7 +18,7 @@ from ..nn.adapted_weights import AdaptedWeights, Blocks
 from ..nn.attached_factors import LACKING
 from ..nn.foreign_entries import metadata_of, with_metadata
 from ..nn.owner import OFF, claimed
-from ..nn.quantized_state import quantization_entries
+from ..nn.quantized import quantization_entries
 from ..nn.rounding import Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar

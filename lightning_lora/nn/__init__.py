@@ -2,7 +2,7 @@
 
 [Note: nouns of an adapted layer]
 
-Every file of this room takes these for granted:
+Every file of this folder takes these for granted:
 
     W           the weight as its module stores it, frozen. A matrix is (out, in); low_rank.py has the other shapes.
     A, B        the trained factors, (r, in) and (out, r).
@@ -23,7 +23,7 @@ A layer is *factored* where its forward adds s * B(A(x)), and *merged* where W' 
 Where to begin:
 
     which module gets which class           layer_kinds.py; one file a kind: linear.py, conv.py, embedding.py, ...
-    how a class is swapped and taken out    adapted_module.py
+    how a class is swapped and put back     adapted_module.py
     where y is computed                     lora_layer.py: factored_forward and sum_forward; faster ways to the same sum
                                             in linear.py, and for GPUs in low_rank_sum.py
     what is stored, and how it acts         variant.py, lora.py; one file a variant

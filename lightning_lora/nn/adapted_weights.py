@@ -139,7 +139,7 @@ class AdaptedWeights:
         return self.KIND
 
     def layer_info(self, spec: LayerSpec | None = None) -> LayerInfo:
-        """Return what the variant is told of the layer.
+        """Return what the variant knows about the layer.
 
         Args:
             spec: other options to use instead of the layer's own.

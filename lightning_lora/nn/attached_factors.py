@@ -43,6 +43,19 @@ class AttachedFactors:
     strength: float
 
 
+@dataclass(frozen=True)
+class Attachment:
+    """An adapter that is attached beside the trained one.
+
+    Attributes:
+        strength: by which it is multiplied.
+        fingerprint: a digest of its factors and scalings, which tells it from another adapter of the same name.
+    """
+
+    strength: float
+    fingerprint: str
+
+
 class Share(NamedTuple):
     """What an attached adapter has of a packed pair."""
 
@@ -181,11 +194,11 @@ class Packed:
 
 
 def add_attached(own: list[LowRankBlock], attached: list[LowRankBlock], scaling: float) -> list[LowRankBlock]:
-    """Return blocks with both sums side by side, each with its scaling inside.
+    """Return the blocks of both sums together, with each scaling multiplied into the left factors.
 
     Args:
-        own: of the trained adapter, with its scale c, which does not act on attached adapters. Each lies inside of a
-            block of `attached`.
+        own: blocks of the trained adapter. Each lies inside of a block of `attached`. Their scale c acts on W and on
+            the trained adapter, and not on attached ones.
         attached: from Packed.blocks.
         scaling: s of the trained adapter.
     """

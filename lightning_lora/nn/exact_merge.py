@@ -123,7 +123,7 @@ def merge_weight_(
                     scale = None if block.scale is None else block.scale.detach().clone()
                     left, right = block.left.detach().clone(), block.right.detach().clone()
                     mine = block._replace(left=left, right=right, scale=scale)
-                # Trained rows have no D. A weight as wide as D is copied: rounding leaves no room between the two ends.
+                # Trained rows have no D. A weight as wide as D is copied: nothing is rounded away between the ends.
                 computed = copies is None and block.values is None and weight.dtype != widest_dtype(weight.device)
                 largest = block.right.abs().amax() if computed else None
                 for part in _chunks(weight, [mine]):

@@ -1,4 +1,7 @@
-"""Linear layers of other libraries, whatever their weights are: GPTQ, AWQ, HQQ, Transformer Engine."""
+"""Linear layers of other libraries, whatever their weights are: GPTQ, AWQ, HQQ, Transformer Engine.
+
+Which modules are such layers, which of their tensors are the base's, and how they are adapted.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from torch import nn
 
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
-from ..names import A, B
+from ..names import A, B, names_factor
+from .adapted_module import AdaptedModule
 from .attached_factors import Packed
-from .foreign_weights import is_foreign_linear
 from .linear import LoRALinear
 from .low_rank import MERGEABLE_DTYPES
 from .transforms import is_tracing
@@ -116,3 +119,39 @@ class LoRAForeignLinear(LoRALinear):
             value = state_dict.get(prefix + leaf)
             if value is not None and value is not tensor and value.shape == tensor.shape:
                 copy_(tensor, value)
+
+
+def is_foreign_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer of another library: no nn.Linear, with in_features and out_features.
+
+    Example::
+
+        >>> is_foreign_linear(nn.Linear(2, 3))
+        False
+    """
+    # hasattr(module, ...) takes several times longer, and is asked of every module.
+    if isinstance(module, nn.Linear) or not ("in_features" in vars(module) or hasattr(type(module), "in_features")):
+        return False
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return all(type(size) is int and size > 0 for size in sizes)
+
+
+def is_of_base(module: nn.Module) -> bool:
+    """Return whether a module's buffers and foreign entries belong to the base, so that no adapter file has them.
+
+    True for a foreign linear layer that is adapted, or whose weight is not among its parameters: its weight is then in
+    these buffers or entries. The buffers of other modules may be what training changes. False for a layer that shows no
+    tensor at all.
+    """
+    if not is_foreign_linear(module):
+        return False
+    own = {name: tensor for name, tensor in module.named_parameters() if not names_factor(name)}
+    is_weight = (tensor.is_floating_point() and tensor.dim() > 1 for tensor in own.values())
+    shows_something = bool(own) or next(module.buffers(), None) is not None
+    return shows_something and (isinstance(module, AdaptedModule) or not any(is_weight))
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Return whether a module is a foreign linear layer with integers, as packed weights are."""
+    tensors = (*module._parameters.values(), *module._buffers.values()) if is_of_base(module) else ()
+    return any(tensor is not None and not tensor.is_floating_point() for tensor in tensors)

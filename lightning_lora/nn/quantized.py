@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from ..distributed.flat import own_weight, unsharded_shape
 from ..distributed.sharding import from_local_like, full_tensor, is_sharded, local, shard_like
 from ..errors import LoRAError
-from ..names import canonical, derives_from
+from ..names import LIGHTNING, canonical, derives_from, join_names
 
 BITSANDBYTES, TORCHAO = "bitsandbytes", "torchao"
 INT8, FOUR_BITS = "int8", ("nf4", "fp4")
@@ -29,6 +29,8 @@ DESCRIPTION = "lora_quant_state"  # our attribute of a sharded 4-bit weight: wha
 PACKED = "packing_format_for_cpu"  # of a 4-bit weight's description, once it was packed: whether it is
 PACKS_FOR_CPU = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute of a 4-bit layer
 PACKED_BEFORE = "lora_packs_for_cpu"  # our attribute: that attribute was True before injection
+SCALES, FORMAT, STATE = "SCB", "weight_format", ".quant_state"
+LAYERS_OF_LIGHTNING = ("_Linear4bit", "_Linear8bitLt")  # classes that Lightning's BitsandbytesPrecision makes
 
 
 def quantized_as(weight: object) -> str:
@@ -189,7 +191,7 @@ def dtype_of(weight: Any) -> torch.dtype:
 
 
 def shape_of(weight: Any) -> torch.Size:
-    """Return the shape of a parameter's dequantized values; of a flat one that of the whole."""
+    """Return the shape of a parameter's dequantized values. Of a flat slice return the whole parameter's shape."""
     state = state_of(weight)
     return torch.Size(unsharded_shape(weight) if state is None else state.shape)
 
@@ -249,3 +251,41 @@ def allow_packing_(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if vars(module).pop(PACKED_BEFORE, False):
             vars(module)[PACKS_FOR_CPU] = True
+
+
+# --- in state dicts ---
+# A 4-bit layer of bitsandbytes writes `weight.absmax`, `weight.quant_state.bitsandbytes__nf4` and others, and its own
+# load_state_dict refuses these as unexpected. An 8-bit layer writes `SCB` and `weight_format`, and refuses them after
+# its first forward.
+
+
+def quantization_entries(names: Iterable[str], weights: Collection[str]) -> set[str]:
+    """Return the names of entries that describe quantized weights.
+
+    Args:
+        names: of a state dict.
+        weights: names of the quantized weights.
+    """
+    found = set()
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        weight = join_names(path, "weight") if leaf in (SCALES, FORMAT) else path.removesuffix(STATE)
+        if weight in weights:
+            found.add(name)
+    return found
+
+
+def is_of_lightning(module: nn.Module) -> bool:
+    """Return whether Lightning's BitsandbytesPrecision has made a layer."""
+    return any(derives_from(module, name, LIGHTNING) for name in LAYERS_OF_LIGHTNING)
+
+
+def unchanged_weight(module: nn.Module, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the entry for a state dict that leaves a module's tensor as it is: normally the tensor itself.
+
+    Layers of Lightning's BitsandbytesPrecision would quantize a loaded tensor again. They do nothing with one that has
+    a quantized dtype, so for them the entry is an empty tensor of that dtype.
+    """
+    if not quantized_as(tensor) or not is_of_lightning(module):
+        return tensor
+    return torch.empty(0, dtype=torch.int8 if quantized_as(tensor) == INT8 else torch.uint8)

@@ -1,4 +1,4 @@
-"""What rounding W' costs: the share of the adapter's norm that is lost, told in one line."""
+"""What rounding W' costs: the share of the adapter's norm that is lost, logged in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Rounding:
 
     Args:
         sync: of the layers.
-        again: count layers, too, of which it was told before.
+        again: also count layers whose cost was logged before.
     """
 
     def __init__(self, sync: RankSync, *, again: bool = False) -> None:
@@ -38,7 +38,7 @@ class Rounding:
         return self.costs.setdefault(layer, [0.0, 0.0])
 
     def tell(self, what: str, remedy: str, stacklevel: int) -> None:
-        """Tell what was lost, as tell_rounding does. Collective, unless no layer was counted on any rank."""
+        """Log what was lost, as tell_rounding does. Collective, unless no layer was counted on any rank."""
         if not self.costs:
             return
         sums = [sum(self.shares[layer] * cost[i] for layer, cost in self.costs.items()) for i in (0, 1)]

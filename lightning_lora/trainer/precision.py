@@ -14,10 +14,9 @@ from torch import nn
 from ..errors import LoRAError
 from ..model.adapted_model import Listing
 from ..names import LIGHTNING, derives_from, join_names
-from ..nn.foreign_weights import is_packed
+from ..nn.foreign_linear import is_packed
 from ..nn.lora_layer import LoRALayer
-from ..nn.quantized import NF4, is_of_torchao, quantized_as, quantized_modules, quantized_parameters
-from ..nn.quantized_state import is_of_lightning
+from ..nn.quantized import NF4, is_of_lightning, is_of_torchao, quantized_as, quantized_modules, quantized_parameters
 from ..private.lightning import is_tensor_parallel, trainer_of
 from ..private.torch import LEFT_OUT_OF_DDP
 from .compatibility import OF_THE_ADAPTER, averages_frozen

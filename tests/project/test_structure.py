@@ -157,7 +157,7 @@ TESTED_WITH_THEIR_USERS = {
     "private": {"deepspeed", "lightning", "torch"},  # what they give; tests/project/test_private_parts.py has the names
     "distributed": {"deepspeed_optimizer"},
     "files": {"paths"},
-    "nn": {"attachment", "conv", "embedding", "foreign_entries", "layer_kinds", "output_norms", "variants"},
+    "nn": {"conv", "embedding", "foreign_entries", "layer_kinds", "output_norms", "variants"},
     "model": {"initial_values", "live_state", "named_state", "patches", "token_tables"},
     "start": {"batches", "from_data"},
     "adapter": {"base_files", "checks", "identity", "measures", "own_options", "values", "weighted_means"},

@@ -27,7 +27,7 @@ from lightning_lora import (
     summary,
     take_adapter,
 )
-from lightning_lora.nn.foreign_weights import is_foreign_linear, is_of_base
+from lightning_lora.nn.foreign_linear import is_foreign_linear, is_of_base
 from support.covering import covering
 from support.models.foreign import FOREIGN, INPUTS, QuantLinear, TELinear, inputs, network
 from support.runs.lightning_versions import EMAWeightAveraging
