@@ -355,5 +355,5 @@ def nothing_adapted(adapter: Adapter) -> str:
             "defines its variant before loading"
         )
     if is_head_only(adapter):
-        return "what was trained whole, and no adapted layer"
+        return "fully trained modules, and no adapted layer"
     return f"no {adapter.variant.trained[0]}"

@@ -31,7 +31,7 @@ def average_whole(used: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
         if lacking is not None:
             holder = next(name for name, held, _ in values if key in held)
             raise LoRAError(
-                f"combine: {key!r} was trained whole in {holder} and not in {lacking}, which does not say what it was "
+                f"combine: {key!r} was fully trained in {holder} and not in {lacking}, which does not say what it was "
                 "there. Combine adapters with the same modules_to_save, bias and trained rows."
             )
     return {key: _mean(key, [(name, held[key], weight) for name, held, weight in values]) for key in names}
@@ -51,7 +51,7 @@ def _mean(key: str, values: Sequence[tuple[str, Any, float]]) -> Any:
         raise LoRAError(f"combine: {key!r} is of whole numbers, which differ between the adapters, and has no mean.")
     total = sum(weight for _, _, weight in values)
     if abs(total) <= ROUNDING * max(abs(weight) for _, _, weight in values):
-        raise LoRAError(f"combine: the weights sum up to 0, so {key!r}, which was trained whole, has no weighted mean.")
+        raise LoRAError(f"combine: the weights sum up to 0, so {key!r}, which was fully trained, has no weighted mean.")
     mean = sum((value.double() * (weight / total) for _, value, weight in values), torch.zeros(()).double())
     if key.endswith("running_var") and (mean < 0).any():
         raise LoRAError(f"combine: a negative weight makes the variances in {key!r} negative.")

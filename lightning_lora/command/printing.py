@@ -102,7 +102,7 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
         head.append(f"trained with these attached, not in it: {attached}")
     if result["also_trained"]:
         also = list(result["also_trained"])
-        head.append(f"also in it, whole: {listed(also, 3)}" + (f" ({len(also)} in all)" if len(also) > 3 else ""))
+        head.append(f"also in it: {listed(also, 3)}" + (f" ({len(also)} in all)" if len(also) > 3 else ""))
     rows = [
         (name, layer["kind"] or "", str(layer["rank"]), _number(layer["scaling"]), _number(layer["norm_delta"]))
         for name, layer in result["layers"].items()

@@ -242,8 +242,8 @@ def _lora(adapter: Adapter, where: str) -> Adapter:
     for name in adapter.tensors:
         if name.rpartition(".")[2].startswith(PREFIX) and not names_factor(name):
             raise LoRAError(
-                f"{where}: {name!r} cannot be combined, only tensors of a variant that is known here and what is "
-                "trained whole."
+                f"{where}: {name!r} cannot be combined, only tensors of a variant that is known here and fully "
+                "trained modules."
             )
     refuse_without_model(adapter, where)
     return as_lora(adapter)

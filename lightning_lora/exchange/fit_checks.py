@@ -190,7 +190,7 @@ def _refuse_shape(live: LiveState, adapter: Adapter, name: str, shape: torch.Siz
         )
     if adapter.config is not None and _trains_whole(adapter.config, name, adapter.layers):
         raise _OtherShapeError(
-            f"adapter: {owner!r} was trained whole with another size: {found}. "
+            f"adapter: {owner!r} was fully trained with another size: {found}. "
             f"{_new_module(live, adapter, owner)}, and then load the adapter."
         )
 
@@ -221,7 +221,7 @@ def _check_trained(live: LiveState, adapter: Adapter) -> None:
     frozen = [name for name, p in others.items() if isinstance(p, nn.Parameter) and p.is_floating_point()]
     named = [name for name in frozen if _trains_whole(config, name, adapter.layers)]
     if named:  # check_adapter tells how the options differ
-        raise LoRAError(f"adapter: {named[0]!r} was trained whole, but is frozen in this model.")
+        raise LoRAError(f"adapter: {named[0]!r} was fully trained, but is frozen in this model.")
 
 
 def chosen_by(adapter: Adapter) -> Chosen:

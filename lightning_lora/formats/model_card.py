@@ -80,10 +80,10 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, network: str = "") 
         )
     if heads := _heads(adapter):
         parts.append(
-            f"It holds what was trained whole: {', '.join(heads)}. Build the base with these sizes, a classifier of "
+            f"It holds fully trained modules: {', '.join(heads)}. Build the base with these sizes, a classifier of "
             f"transformers with `num_labels={list(heads.values())[-1]}`.\n"
             if _labels(adapter)
-            else f"It holds what was trained whole: {', '.join(heads)}. Build the base with these sizes.\n"
+            else f"It holds fully trained modules: {', '.join(heads)}. Build the base with these sizes.\n"
         )
     return "\n".join([*parts, _loading(base, task, adapter, network)])
 

@@ -67,8 +67,8 @@ def write_folder(adapter: Adapter, path: PathLike, *, plain: bool = False, netwo
     """
     if is_head_only(adapter):
         raise LoRAError(
-            f"{path}: no layer is adapted (target_modules=[]), and PEFT has no file for what is trained whole by "
-            "itself. Write the whole model with save_merged(model, path), or keep the checkpoint, which "
+            f"{path}: no layer is adapted (target_modules=[]), and PEFT has no file without one. "
+            "Write the whole model with save_merged(model, path), or keep the checkpoint, which "
             "load_from_checkpoint and load_adapter take."
         )
     network = network or ("" if adapter.pretrained else adapter.network)

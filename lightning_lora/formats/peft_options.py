@@ -264,7 +264,7 @@ def frozen_in_saved(adapter: Adapter) -> list[str]:
     if layers:
         raise LoRAError(
             f"save_adapter: PEFT's modules_to_save takes every module whose name ends in an entry, so that "
-            f"{layers[0]!r}, which is adapted, would be trained whole too. Save a Lightning checkpoint instead; for a "
+            f"{layers[0]!r}, which is adapted, would be fully trained too. Save a Lightning checkpoint instead; for a "
             f"folder, train with {layers[0].rpartition('.')[2]!r} in modules_to_save or exclude_modules."
         )
     return taken

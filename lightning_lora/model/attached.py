@@ -262,7 +262,7 @@ def _refuse_between(handle: AdaptedModel, strength: float) -> None:
     if reading:
         what = f"the adapter of {reading[0]!r} is {handle.layers[reading[0]].lora.spec.variant.title}"
     elif rows or trained:
-        what = f"{(rows or trained)[0]!r} is trained whole" if trained else f"rows of {rows[0]!r} are trained"
+        what = f"{(rows or trained)[0]!r} is fully trained" if trained else f"rows of {rows[0]!r} are trained"
     else:
         return
     between = (

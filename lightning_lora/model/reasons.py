@@ -299,7 +299,7 @@ def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module], confi
         for inside, layer in module.named_modules(remove_duplicate=False):
             if is_packed(layer):
                 raise LoRAError(
-                    f"inject: {name!r} is to be trained whole, but {canonical(join_names(name, inside))!r} in it is a "
+                    f"inject: {name!r} is to be fully trained, but {canonical(join_names(name, inside))!r} in it is a "
                     f"{type(layer).__name__} with packed weights, which take no gradient. Leave it out of "
                     "modules_to_save and adapt it, or build it unquantized."
                 )

@@ -21,7 +21,7 @@ from .layers_by_kind import layers_by_kind
 from .reasons import LAYER, PARAMETER, TABLE, Candidate
 from .token_tables import Rows, token_tables, with_tied_tables
 
-TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is trained whole, without an adapter"
+TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is fully trained, without an adapter"
 
 Modules = Mapping[str, nn.Module]
 Place = tuple[nn.Module, str]  # of a single parameter: its module, and its name in the module

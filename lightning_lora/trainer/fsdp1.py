@@ -185,7 +185,7 @@ def _start_alike_(parameters: Sequence[nn.Parameter], device: torch.device) -> N
         if parameter.is_meta:
             raise LoRAError(
                 "LoRACallback: FSDPStrategy gives memory to frozen weights, and a trained parameter of shape "
-                f"{tuple(parameter.shape)} is on the meta device. Build what is trained whole with memory, or use "
+                f"{tuple(parameter.shape)} is on the meta device. Build fully trained modules with memory, or use "
                 f"{ALTERNATIVES}."
             )
         whole = parameter.data.to(device).contiguous()

@@ -45,7 +45,7 @@ def test_info_shows_config_and_norms_of_a_lightning_checkpoint(tmp_path, capsys)
     text = call(capsys, "info", tmp_path / "a.ckpt")
     assert "3 adapted layers" in text
     assert "  lora_alpha: 3\n" in text  # of 3.0 YAML's readers would make a float
-    assert f"also in it, whole: {', '.join([*found['also_trained']][:3])}, ... (5 in all)\n" in text
+    assert f"also in it: {', '.join([*found['also_trained']][:3])}, ... (5 in all)\n" in text
 
 
 def test_info_shows_layers_of_a_peft_folder_and_of_its_tensor_file(tmp_path, capsys):

@@ -62,7 +62,7 @@ def test_an_adapter_with_a_head_of_another_size_names_the_line_that_makes_room_f
     if state != "new":
         load_adapter(model, combine([three, three], [0.5, 0.5]) if state == "combined" else three)
     merge(model) if state == "merged" else None
-    with pytest.raises(LoRAError, match=r"'head' was trained whole with another size.*\(3, 8\).*\(10, 8\)") as caught:
+    with pytest.raises(LoRAError, match=r"'head' was fully trained with another size.*\(3, 8\).*\(10, 8\)") as caught:
         load_adapter(model, ten)
     assert "unload" not in str(caught.value)
     assert len(str(caught.value)) < 300

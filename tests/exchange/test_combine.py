@@ -410,7 +410,7 @@ REFUSED: dict[str, tuple[Any, list[float], str]] = {
     "another model": (other_model, [1, 1], r"are of other models: .*'0\.weight'"),
     "another shape": (other_shape, [1, 1], r"the shape of 'linear' is .* in adapters\[0\] and .* in adapters\[1\]"),
     "no A or B": (other_tensor, [1], r"'linear.lora_scale' cannot be combined"),
-    "trained whole in one": (lambda: states(small(2)) + heads(1), [1, 1], r"'head.weight' was trained whole in"),
+    "trained whole in one": (lambda: states(small(2)) + heads(1), [1, 1], r"'head.weight' was fully trained in"),
     "a sum of zero": (lambda: heads(2), [1, -1], r"weights sum up to 0, so 'head.weight'"),
     "a sum of rounding": (lambda: heads(3), [0.1, 0.2, -0.3], r"weights sum up to 0, so 'head.weight'"),
     "a negative variance": (other_variance, [2, -1], r"variances in 'norm.running_var' negative"),

@@ -129,7 +129,7 @@ def test_the_card_tells_the_size_of_a_head_that_was_trained_whole(tmp_path, clas
     inject(net, LoRAConfig(r=2, target_modules=["body"], modules_to_save=["classifier"]))
     save_adapter(net, tmp_path / "a")
     text = " ".join((tmp_path / "a" / "README.md").read_text().split())
-    assert f"trained whole: `classifier` (8 to {classes})" in text
+    assert f"fully trained modules: `classifier` (8 to {classes})" in text
     assert f"num_labels={classes}" in text
     save_adapter(small(), tmp_path / "b")
-    assert "trained whole" not in (tmp_path / "b" / "README.md").read_text()
+    assert "fully trained" not in (tmp_path / "b" / "README.md").read_text()

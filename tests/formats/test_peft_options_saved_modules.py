@@ -157,7 +157,7 @@ def test_an_entry_that_peft_would_take_for_an_adapted_layer_is_refused(tmp_path)
         save_adapter(net, tmp_path / "a")
     net = nn.ModuleDict({"layer": nn.Linear(4, 4), "q_proj": nn.Linear(4, 4)})  # PEFT makes a q_proj.base_layer
     inject(net, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["layer"]))
-    with pytest.raises(LoRAError, match="so that 'q_proj', which is adapted, would be trained whole too"):
+    with pytest.raises(LoRAError, match="so that 'q_proj', which is adapted, would be fully trained too"):
         save_adapter(net, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

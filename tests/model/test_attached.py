@@ -267,8 +267,8 @@ def test_off_puts_initial_heads_biases_and_statistics_in_place(tmp_path: Path):
     ("options", "what"),
     [
         ({"use_dora": True}, "'body' is DoRA"),
-        ({"modules_to_save": ["head"]}, "'head.weight' is trained whole"),
-        ({"bias": "all"}, "'body.bias' is trained whole"),
+        ({"modules_to_save": ["head"]}, "'head.weight' is fully trained"),
+        ({"bias": "all"}, "'body.bias' is fully trained"),
     ],
 )
 def test_between_off_and_on_there_is_no_strength_of_what_is_no_sum(options: dict[str, Any], what: str):

@@ -112,7 +112,7 @@ def test_the_base_is_there_while_the_head_is_off_and_after_unload(tmp_path):
         assert torch.equal(model(TOKENS), before(TOKENS))
         assert all(torch.equal(value, before.state_dict()[name]) for name, value in merged_tensors(model))
     assert not torch.equal(model(TOKENS), before(TOKENS))
-    with pytest.raises(LoRAError, match="is trained whole, which has no strength"), scaled(model, 0.5):
+    with pytest.raises(LoRAError, match="is fully trained, which has no strength"), scaled(model, 0.5):
         pass
     unload(model)
     assert torch.equal(model(TOKENS), before(TOKENS))

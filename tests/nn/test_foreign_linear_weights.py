@@ -271,7 +271,7 @@ def test_packed_weights_cannot_be_trained_whole() -> None:
     packed, plain = (nn.Sequential(network(kind), nn.Linear(3, 3)) for kind in ("HQQ", "TE"))
     inject(plain, config)
     assert plain[0][0].weight.requires_grad
-    with pytest.raises(LoRAError, match=r"'0' is to be trained whole, but '0\.0' in it is a HQQLinear"):
+    with pytest.raises(LoRAError, match=r"'0' is to be fully trained, but '0\.0' in it is a HQQLinear"):
         inject(packed, config)
     assert "1.lora_A" not in packed.state_dict()
 

@@ -184,7 +184,7 @@ def test_resuming_on_another_base_is_refused(tmp_path):
             "adapter",
             {"modules_to_save": ["body.1"]},
             {"modules_to_save": None},
-            r"'body\.1\.weight' was trained whole, but is frozen.* modules_to_save was \('body.1',\), now None",
+            r"'body\.1\.weight' was fully trained, but is frozen.* modules_to_save was \('body.1',\), now None",
         ),
     ],
 )
