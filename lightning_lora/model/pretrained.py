@@ -163,7 +163,7 @@ def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *ar
     if state is None and is_adapted(module):
         warnings.warn(
             f"lightning_lora: save_pretrained of {type(module).__name__} writes the base's weights, merged or not, and "
-            "lora_A and lora_B too. from_pretrained ignores lora_A and lora_B, so it loads the base. "
+            "lora_A and lora_B too. from_pretrained ignores lora_A and lora_B, so that it loads the base. "
             "save_merged(model, path) writes merged weights for from_pretrained, save_adapter(model, path) the adapter "
             "for PEFT, and merge_and_unload(model) leaves a model whose save_pretrained is right.",
             stacklevel=2,
