@@ -26,7 +26,7 @@ from lightning_lora import (
 from lightning_lora.exchange import pretrained_folder
 from lightning_lora.exchange.pretrained_folder import parts_in_files
 from support.models.peers import fill_, model
-from support.models.pretrained import Lit, answer, bert, dinov2, llava, tied_llama
+from support.models.pretrained import Lit, adapted, answer, bert, dinov2, llava, tied_llama
 from support.runs.notices import TORCH_NOTICES, quiet_peers
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
@@ -36,13 +36,6 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llava": llava,
     "dinov2": dinov2,
 }
-
-
-def adapted(network: nn.Module, **options: Any) -> Lit:
-    module = Lit(model=network)
-    inject(module, LoRAConfig(r=2, **{"target_modules": "all-linear"} | options))
-    fill_(module)
-    return module
 
 
 def files(folder: Path) -> dict[str, Any]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from lightning_lora import (
@@ -23,17 +21,10 @@ from lightning_lora import (
     take_adapter,
 )
 from lightning_lora.adapter.adapter import Adapter
-from support.models.networks import base_zoo, bits, state_bits, train, trained_zoo
+from support.models.networks import base_zoo, bits, state_bits, train, trained_zoo, two_layers
 from support.runs.notices import TORCH_NOTICES
 
 pytestmark = [*TORCH_NOTICES, pytest.mark.core]
-
-
-def net(seed: int = 2, **options: Any) -> nn.Sequential:
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    inject(model, LoRAConfig(**{"r": 2, "init_lora_weights": False} | options), seed=seed)
-    return model
 
 
 def held_bits(adapter: Adapter) -> dict[str, bytes]:
@@ -65,7 +56,7 @@ def test_a_taken_adapter_is_written_as_the_model_s_own(tmp_path: Path):
 
 
 def test_an_adapter_in_memory_does_not_change_with_its_file(tmp_path: Path):
-    save_adapter(net(), tmp_path)
+    save_adapter(two_layers(), tmp_path)
     adapter, file = read_adapter(tmp_path), tmp_path / "adapter_model.safetensors"
     held, size = held_bits(adapter), file.stat().st_size
     with open(file, "r+b") as written:  # as some programs save: in place

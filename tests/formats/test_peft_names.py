@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, merged, save_adapter
+from support.models.methods import moved
 from support.models.peers import TENSORS, close, seeded
 from support.runs.notices import quiet_peers
 
@@ -72,19 +73,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_(model: nn.Module) -> Any:
-    """Change all that is trained, and the statistics of BatchNorm that PEFT does not hold."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_folder_of_either_is_read_by_the_other_and_written_under_the_same_names(tmp_path, options: dict[str, Any]):
-    theirs = train_(peft.get_peft_model(seeded(Net), peft.LoraConfig(r=4, **options)))
+    theirs = moved(peft.get_peft_model(seeded(Net), peft.LoraConfig(r=4, **options))).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     load_adapter(ours := seeded(Net), tmp_path / "theirs")
     close(ours(X), theirs(X))
@@ -99,7 +90,7 @@ def test_a_folder_of_either_is_read_by_the_other_and_written_under_the_same_name
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
     inject(own := seeded(Net), LoRAConfig(r=4, **options))
-    save_adapter(train_(own), tmp_path / "own")
+    save_adapter(moved(own).eval(), tmp_path / "own")
     close(peft.PeftModel.from_pretrained(seeded(Net), tmp_path / "own").eval()(X), own(X))
     load_adapter(again := seeded(Net), tmp_path / "own")
     assert torch.equal(again(X), own(X))

@@ -27,18 +27,12 @@ from lightning_lora import (
 )
 from lightning_lora.model.adapted_model import open_model
 from support.models.networks import checkpoint
-from support.models.peers import SMALL, TENSORS, close, logits, seeded, spread_
+from support.models.peers import SMALL, TENSORS, close, distilbert, logits, seeded, spread_
 from support.runs.notices import quiet_peers
 
 pytestmark = quiet_peers
 
 OPTIONS: dict[str, Any] = {"r": 4, "lora_alpha": 8}
-
-
-def distilbert() -> nn.Module:
-    """It has a classifier and a pre_classifier."""
-    config = transformers.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
-    return seeded(lambda: transformers.DistilBertForSequenceClassification(config))
 
 
 def llama() -> nn.Module:

@@ -12,7 +12,6 @@ import peft
 import pytest
 import torch
 import torchmetrics
-import transformers
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -25,7 +24,7 @@ from lightning_lora import (
     inject,
     load_adapter,
 )
-from support.models.peers import call, close, logits, refused, seeded, spread_, tokens
+from support.models.peers import call, close, distilbert, logits, refused, seeded, spread_, tokens
 from support.runs.notices import quiet_peers
 from support.runs.training import make_trainer
 
@@ -35,18 +34,13 @@ OPTIONS: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": ["q_lin",
 OURS = {**OPTIONS, "modules_to_save": ["classifier", "pre_classifier"]}
 
 
-def network() -> nn.Module:
-    config = transformers.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
-    return seeded(lambda: transformers.DistilBertForSequenceClassification(config))
-
-
 class Lit(L.LightningModule):
     """What everyone wrote who used PEFT inside Lightning."""
 
     def __init__(self, **hyper_parameters: Any) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = peft.get_peft_model(network(), peft.LoraConfig(**OPTIONS, modules_to_save=["classifier"]))
+        self.model = peft.get_peft_model(distilbert(), peft.LoraConfig(**OPTIONS, modules_to_save=["classifier"]))
 
     def training_step(self, batch: torch.Tensor) -> torch.Tensor:
         return self.model(batch).logits.square().mean()
@@ -78,7 +72,7 @@ def source(lit: Lit, form: str, path: Path) -> Any:
 
 @pytest.mark.parametrize("form", ["bin", "safetensors", "live", "ckpt"])
 def test_each_form_loads_onto_an_injected_model_and_needs_the_options_for_another(tmp_path, caplog, lit, form: str):
-    net, given = network(), source(lit, form, tmp_path)
+    net, given = distilbert(), source(lit, form, tmp_path)
     with pytest.raises(
         LoRAError, match=r"stores tensors and no options.*target_modules=\['q_lin', 'v_lin'\], modules_"
     ):
@@ -93,7 +87,7 @@ def test_each_form_loads_onto_an_injected_model_and_needs_the_options_for_anothe
         "pre_classifier",
     }
     if form in ("live", "ckpt"):  # which hold the base
-        inject(other := network(), LoRAConfig(**OURS))
+        inject(other := distilbert(), LoRAConfig(**OURS))
         with torch.no_grad():
             other.get_parameter("distilbert.transformer.layer.0.attention.q_lin.weight").mul_(1.1)
         with pytest.raises(LoRAError, match=r"another base: values of 'distilbert\.transformer\..*q_lin\.weight'"):
@@ -109,16 +103,16 @@ def test_the_command_asks_for_lora_alpha_where_nothing_stores_it(tmp_path, capsy
         assert "options: none stored; lora_alpha must come from whoever trained it" in shown
         assert "pass --lora-alpha" in refused(capsys, "export", path, folder, "--overwrite")
         call(capsys, "export", path, folder, "--lora-alpha", 16, "--overwrite")
-        close(logits(peft.PeftModel.from_pretrained(network(), folder).eval()), logits(lit.model))
+        close(logits(peft.PeftModel.from_pretrained(distilbert(), folder).eval()), logits(lit.model))
 
 
 def test_several_adapters_or_models_in_one_state_dict_are_refused_by_name(lit):
     lit.model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_lin"]))
     with pytest.raises(LoRAError, match=r"holds several adapters \('default', 'second'\).*selected_adapters="):
-        load_adapter(network(), lit.model.state_dict())
+        load_adapter(distilbert(), lit.model.state_dict())
     two = nn.ModuleDict({"one": Lit().model, "two": Lit().model})
     with pytest.raises(LoRAError, match=r"holds several PeftModels \('one', 'two'\)"):
-        load_adapter(network(), two.state_dict())
+        load_adapter(distilbert(), two.state_dict())
 
 
 def test_attention_and_embeddings_keep_their_meaning_in_a_live_state_dict():
@@ -145,13 +139,13 @@ def test_attention_and_embeddings_keep_their_meaning_in_a_live_state_dict():
 @pytest.mark.parametrize("live", [True, False])
 def test_magnitudes_in_a_state_dict_are_read_live_or_not(live: bool):
     options: dict[str, Any] = {"r": 2, "lora_alpha": 8, "target_modules": ["q_lin"], "use_dora": True}
-    other = peft.get_peft_model(network(), peft.LoraConfig(**options)).eval()
+    other = peft.get_peft_model(distilbert(), peft.LoraConfig(**options)).eval()
     spread_(other)
     state = other.state_dict() if live else get_peft_model_state_dict(other)
-    inject(net := network(), LoRAConfig(**options))
+    inject(net := distilbert(), LoRAConfig(**options))
     load_adapter(net, state)
     close(logits(net), logits(other))
-    inject(plain := network(), LoRAConfig(**options | {"use_dora": False}))
+    inject(plain := distilbert(), LoRAConfig(**options | {"use_dora": False}))
     with pytest.raises(LoRAError, match="lora_magnitude' has no place in the model"):
         load_adapter(plain, state)
 
@@ -175,7 +169,7 @@ def test_a_persistent_metric_beside_the_peft_model_comes_along(lit):
             self.model, self.total = net, torchmetrics.SumMetric()
             self.total.persistent(True)
 
-    saved, plain = Plain(lit.model), Plain(network())
+    saved, plain = Plain(lit.model), Plain(distilbert())
     saved.total.update(5)
     inject(plain, LoRAConfig(**OURS))
     load_adapter(plain, saved.state_dict())

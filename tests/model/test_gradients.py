@@ -72,6 +72,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], 0.1)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("end", ENDS)
 def test_layers_with_their_first_values_are_named_once_at_the_first_merge_or_save(tmp_path, end: str):
     model = injected()

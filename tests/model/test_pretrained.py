@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import nn
 
-from lightning_lora import LoRAConfig, inject, merge_and_unload, merged, merged_state_dict, unload
-from support.models.peers import fill_
-from support.models.pretrained import Lit, answer, bert
+from lightning_lora import merge_and_unload, merged, merged_state_dict, unload
+from support.models.pretrained import adapted, answer, bert
 from support.runs.notices import TORCH_NOTICES, quiet_peers
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
-
-
-def adapted(network: nn.Module, **options: Any) -> Lit:
-    module = Lit(model=network)
-    inject(module, LoRAConfig(r=2, **{"target_modules": "all-linear"} | options))
-    fill_(module)
-    return module
 
 
 @pytest.mark.parametrize("way", [lambda module: module, copy.deepcopy])

@@ -17,14 +17,14 @@ from lightning_lora.model.live_state import open_state
 from lightning_lora.model.state_dict import merge_state_dict
 from support.models.networks import (
     ZOO_LAYERS,
-    Zoo,
+    base_zoo,
     bits,
     fingerprint,
     same,
     state_bits,
     tokens,
     trace,
-    train,
+    trained_zoo,
     zoo_config,
 )
 
@@ -36,19 +36,6 @@ BUFFERS = [f"body.1.{name}" for name in ("running_mean", "running_var", "num_bat
 
 def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
     take.check_fingerprint(open_state(open_model(model, "test")), expected)
-
-
-def trained_zoo(**options: Any) -> Zoo:
-    torch.manual_seed(1)  # the base that fresh_zoo has too
-    model = Zoo()
-    inject(model, zoo_config(**options))
-    train(model)
-    return model.eval()
-
-
-def fresh_zoo() -> Zoo:
-    torch.manual_seed(1)
-    return Zoo().eval()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +54,7 @@ def test_adapter_state_dict_is_all_that_training_changes(options, trained):
     state = adapter_state_dict(model)
     assert sorted(state) == sorted([*FACTORS, *BUFFERS, *trained])
     assert list(state) == [name for name in model.state_dict() if name in state]
-    base = {name: bits(tensor) for name, tensor in fresh_zoo().state_dict().items()}
+    base = {name: bits(tensor) for name, tensor in base_zoo().state_dict().items()}
     now = state_bits(model)
     assert {name for name in base if base[name] != now[name]} <= state.keys()
 
@@ -101,7 +88,7 @@ def test_state_dicts_of_a_merged_model_equal_those_of_an_unmerged_one():
 
 
 def test_merged_state_dict_loads_into_a_plain_model_with_the_same_outputs():
-    model, plain = trained_zoo(), fresh_zoo()
+    model, plain = trained_zoo(), base_zoo()
     state = merged_state_dict(model)
     assert list(state) == list(plain.state_dict())
     plain.load_state_dict(state)
@@ -143,7 +130,7 @@ def test_names_are_relative_to_the_model_that_is_asked():
     assert list(weights) == [name for name in model.state_dict() if "lora_" not in name]
     for name in ZOO_LAYERS:
         assert same(weights[f"inner.{name}.weight"], weights[f"again.{name}.weight"])
-    other = Around(fresh_zoo())
+    other = Around(base_zoo())
     inject(other.inner, zoo_config())
     other.load_state_dict(model.state_dict())
     assert state_bits(other.inner) == state_bits(model.inner)

@@ -39,6 +39,7 @@ from lightning_lora import (
 )
 from support.covering import covering
 from support.devices.pretend_device import CAN_PRETEND, pretend_device
+from support.models.methods import moved
 from support.models.networks import state_bits
 from support.models.quantized import NF4, OF_BITSANDBYTES, inputs, network, quantized, values_of
 from support.ranks.processes import DONE, run_in_forks
@@ -112,16 +113,7 @@ def filled(name: str, model: nn.Module | None = None, **options: Any) -> Any:
     """A model with an adapter that is away from where it starts."""
     model = Net() if model is None else model
     inject(model, LoRAConfig(variant=name, r=2, lora_alpha=3, target_modules=TARGETS, **options))
-    return filled_with(model)
-
-
-def filled_with(model: Any) -> Any:
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
-    return model
+    return moved(model, seed=3)
 
 
 def reference(layer: Any, name: str) -> torch.Tensor:
@@ -271,7 +263,7 @@ def test_a_scale_that_needs_no_weight_trains_on_a_quantized_layer(kind):
     before = model(inputs())
     inject(model, LoRAConfig(variant="own-gates", r=2, lora_alpha=3))
     torch.testing.assert_close(model(inputs()), before)
-    filled_with(model)
+    moved(model, seed=3)
     x, expected = inputs(), inputs().double()
     for layer in model:
         if isinstance(layer, nn.ReLU):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, export_adapter, inject, merged_state_dict, save_adapter, take_adapter
-from support.models.peers import SMALL, TENSORS, edit, seeded, spread_
+from support.models.peers import PEERS, SMALL, TENSORS, edit, seeded, spread_
 from support.runs.notices import quiet_peers
 
 PLACE = os.environ.get("LLAMA_CPP", "")
@@ -52,11 +52,6 @@ def neox() -> nn.Module:
     return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL))
 
 
-def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
-    return transformers.MixtralForCausalLM(config)
-
-
 @dataclass(frozen=True)
 class Form:
     """An adapter, and what comes of it.
@@ -84,7 +79,7 @@ FORMS = {
     "tied embedding": Form(EMBEDDING, "refused", tied_llama),
     "saved norms": Form({"modules_to_save": ["input_layernorm"]}, "dropped"),
     "rows of a table": Form({"trainable_token_indices": {"embed_tokens": [3, 4]}}, "refused"),
-    "experts": Form(EXPERTS, "refused", mixtral),
+    "experts": Form(EXPERTS, "refused", PEERS["mixtral"].build),
     "fused query, key and value": Form({"target_modules": ["query_key_value", "dense"]}, build=neox),
     "GPT-2": Form({"target_modules": ["c_attn"]}, "refused", gpt2),
     "GPT-2's square layers": Form({"target_modules": ["attn.c_proj"]}, "wrong", gpt2),

@@ -132,6 +132,7 @@ class MergesInItsStep(Net):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.core
 def test_an_error_of_training_while_merged_names_merged(tmp_path):
     with pytest.raises(
         RuntimeError, match=r"does not require grad.*\. The adapters are merged, .* call unmerge\(model\)"

@@ -132,9 +132,9 @@ def trained_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def moved(model: Any) -> Any:
+def moved(model: Any, seed: int = 2) -> Any:
     """The model with all that it trains moved away from where it starts."""
-    draw = torch.Generator().manual_seed(2)
+    draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -137,6 +137,14 @@ def trained_zoo(**options: Any) -> Zoo:
     return model.eval()
 
 
+def two_layers(seed: int = 2, **options: Any) -> nn.Sequential:
+    """Two linear layers with an adapter that has an effect, and differs by seed."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    inject(model, LoRAConfig(**{"r": 2, "init_lora_weights": False} | options), seed=seed)
+    return model
+
+
 def checkpoint(model: nn.Module, kind: Any) -> dict[str, Any]:
     """What Lightning would write; "bare" and "state" are what a user would by hand."""
     if kind == "bare":

@@ -120,6 +120,12 @@ def logits(net: nn.Module) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
+def distilbert() -> Any:
+    """It has a classifier and a pre_classifier."""
+    config = transformers.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
+    return seeded(lambda: transformers.DistilBertForSequenceClassification(config))
+
+
 def spread_(net: nn.Module) -> None:
     """Fill all trained parameters with random values."""
     generator = torch.Generator().manual_seed(3)

@@ -12,7 +12,8 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from support.models.peers import SMALL
+from lightning_lora import LoRAConfig, inject
+from support.models.peers import SMALL, fill_
 from support.runs.training import own_random_stream
 
 LABELS = 3
@@ -105,6 +106,14 @@ class Lit(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
+
+
+def adapted(network: nn.Module, **options: Any) -> Lit:
+    """A Lit whose network has an adapter with an effect, on all linear layers unless options say otherwise."""
+    module = Lit(model=network)
+    inject(module, LoRAConfig(r=2, **{"target_modules": "all-linear"} | options))
+    fill_(module)
+    return module
 
 
 def tokens(count: int = 8) -> torch.Tensor:
