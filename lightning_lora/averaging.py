@@ -13,7 +13,7 @@ from .distributed.sharding import copy_, copy_of, local, reshard_
 from .errors import LoRAError
 from .exchange.checkpoint_of_model import write_whole_state_
 from .formats.lightning_checkpoint import CURRENT, by_canonical_names
-from .model.adapted_model import AdaptedModel, find_model, open_model
+from .model.adapted_model import AdaptedModel, find_adapted, open_model
 from .model.live_state import open_state
 from .names import canonical
 from .trainer.lightning_packages import become_callback, first_package
@@ -109,7 +109,7 @@ class LoRAWeightAveraging(EMAWeightAveraging):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model without an adapter."""
-        if find_model(pl_module) is None:
+        if find_adapted(pl_module) is None:
             raise LoRAError(
                 f"LoRAWeightAveraging: {type(pl_module).__name__} has no adapter. Put a LoRACallback into the "
                 "Trainer's callbacks before it, or use Lightning's own average."

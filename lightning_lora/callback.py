@@ -15,7 +15,7 @@ from .config import PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, 
 from .errors import LoRAError, sentence
 from .formats.lightning_checkpoint import Kind
 from .matching import ALL_LINEAR
-from .model.adapted_model import Listing, find_model
+from .model.adapted_model import Listing, find_adapted
 from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.checkpoint_hooks import save_as_where_unpatched
@@ -179,7 +179,7 @@ class LoRACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from data where the options say so."""
-        start_from_data(trainer, pl_module, find_model(pl_module))
+        start_from_data(trainer, pl_module, find_adapted(pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that no hook has replaced adapted layers; let the first batch look at what was unfrozen."""

@@ -110,7 +110,7 @@ class Unmatched:
     errors: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
 
-    def check(
+    def note(
         self, option: str, value: Entries, names: Collection[str], noun: str, hints: Collection[str] | None = None
     ) -> None:
         """Note the entries of an option that name nothing.

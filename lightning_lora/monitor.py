@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from .distributed.deepspeed_optimizer import held_parameters, holds_copies
 from .distributed.sharding import reshard_
 from .errors import LoRAError, sentence
-from .model.adapted_model import find_model, open_model
+from .model.adapted_model import find_adapted, open_model
 from .private.lightning import logged_step
 from .report.figures import has_matplotlib
 from .report.statistics import AdapterStats, layer_stats
@@ -76,7 +76,7 @@ class LoRAMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model without an adapter; forget an earlier fit."""
-        if find_model(pl_module) is None:
+        if find_adapted(pl_module) is None:
             raise LoRAError(
                 f"LoRAMonitor: {type(pl_module).__name__} has no adapter. Put a LoRACallback into the Trainer's "
                 "callbacks too, or call inject(model, LoRAConfig(...)) before fit."

@@ -18,7 +18,7 @@ from ..config import LoRAConfig
 from ..distributed.deepspeed_optimizer import update_copies_
 from ..distributed.sharding import copies_of, copy_all_, refuse_fully_sharded
 from ..errors import LoRAError
-from ..model.adapted_model import AdaptedModel, Listing, find_model
+from ..model.adapted_model import AdaptedModel, Listing, find_adapted
 from ..model.foreign_state import foreign_entries, load_foreign_
 from ..model.initial_values import facts_before, take_back_facts_
 from ..model.inject import StoredParameters, inject_layers, replace_layers, stored_parameters, take_out_adapter
@@ -158,11 +158,11 @@ def apply_adapter(
 def _take_out_begun(model: nn.Module, injection: Injection) -> None:
     """Take out what an injection has put into a model, as far as it came. In place."""
     if injection.holder() is not None:
-        take_out_adapter(cast(AdaptedModel, find_model(model)))
+        take_out_adapter(cast(AdaptedModel, find_adapted(model)))
 
 
 def _merge_again(model: nn.Module) -> None:
-    merge_listed(cast(AdaptedModel, find_model(model)))  # other layers may be in it than when it was unmerged
+    merge_listed(cast(AdaptedModel, find_adapted(model)))  # other layers may be in it than when it was unmerged
 
 
 def _fill_(

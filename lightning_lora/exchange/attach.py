@@ -16,7 +16,7 @@ from ..distributed.sharding import is_spread
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..formats.sources import read_source
-from ..model.adapted_model import AdaptedModel, Listing, find_model
+from ..model.adapted_model import AdaptedModel, Listing, find_adapted
 from ..model.attached import (
     attach_to_layers_,
     begin_attached,
@@ -82,7 +82,7 @@ def attach(
     listing = Listing(unwrapped(model, "attach"))
     adapter = read_source(source, order_in(listing.model), "attach")
     refuse_lacking(attached_in(listing), source, "attach")
-    handle = find_model(listing, attached=True) or begin_attached(listing.model)
+    handle = find_adapted(listing, attached=True) or begin_attached(listing.model)
     put_in = partial(_put_in_, handle, adapter, name, strength, strict_base)
     with claimed("attach", handle.injection.owner):
         if name in handle.injection.attached:

@@ -25,7 +25,7 @@ from ..formats.lightning_checkpoint import (
     by_canonical_names,
     checkpoint_metadata,
 )
-from ..model.adapted_model import AdaptedModel, find_model, open_model
+from ..model.adapted_model import AdaptedModel, find_adapted, open_model
 from ..model.attached import attached, detach, set_strength
 from ..model.dequantize import dequantize_dtype, quantized_weights
 from ..model.foreign_state import (
@@ -179,7 +179,7 @@ def _write_plain_networks(checkpoint: Mapping[str, Any], *, divided: bool) -> No
 def _without_adapters(network: nn.Module) -> nn.Module:
     for name in attached(network):
         detach(network, name)
-    if handle := find_model(network, part=True):
+    if handle := find_adapted(network, part=True):
         unmerge_if_merged(handle)
         take_out_adapter(handle)
     return network

@@ -18,7 +18,7 @@ from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, weight_files
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, Writer, build_header
-from ..model.adapted_model import Listing, find_model, open_model
+from ..model.adapted_model import Listing, find_adapted, open_model
 from ..model.dequantize import dequantize_dtype, plain_weight
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
@@ -105,7 +105,10 @@ def _write_merged(listing: Listing, dtype: torch.dtype | None, path: PathLike, m
         path: the folder.
         max_shard_bytes: the size of a file.
     """
-    prefix, network = find_network(find_model(listing, attached=True) or listing) or ("", None)  # of transformers
+    prefix, network = find_network(find_adapted(listing, attached=True) or listing) or (
+        "",
+        None,
+    )  # of transformers
     state = _base_tensors(listing, prefix)
     quantized = {name: kind for name, entry in state.items() if (kind := how_quantized(*entry))}
     if quantized and dtype is None:

@@ -22,7 +22,7 @@ from ..formats.peft_folder import write_folder
 from ..formats.peft_options import frozen_in_saved
 from ..formats.plain import served_form
 from ..formats.sources import read_source
-from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
+from ..model.adapted_model import AdaptedModel, Listing, find_adapted, open_model
 from ..model.attached import require_attached
 from ..model.inject import inject_layers
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
@@ -185,7 +185,7 @@ def load_adapter(
     refuse_trained_copies(model, "load_adapter")
     adapter = read_source(source, order_in(listing.model))
     refuse_lacking(attached_in(listing), source, "load_adapter")
-    handle = find_model(listing)
+    handle = find_adapted(listing)
     if handle is None:
         warn_of_late_adapters(model, "load_adapter")
     return apply_adapter(handle or listing, adapter, strict_base=strict_base, swap=True)
@@ -238,7 +238,7 @@ def load_from_checkpoint(
     checkpoint = read_torch_file(path, plain=[META], trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
-    listing = find_model(model) or Listing(model)
+    listing = find_adapted(model) or Listing(model)
     refuse_missing(attached_in(listing), adapter, partial(_by_hand, cls.__name__, path, kind))
     if kind != "full":
         quantize_as_trained_(listing, adapter)
@@ -262,7 +262,7 @@ def _by_hand(name: str, path: PathLike, kind: Kind, missing: Mapping[str, Attach
 
 def _load_full(model: nn.Module, checkpoint: dict[str, Any], adapter: Adapter) -> None:
     """Inject a newly built model, and load base and adapter of a full checkpoint into it. In place."""
-    if find_model(model) is None:
+    if find_adapted(model) is None:
         listing = Listing(model)
         inject_layers(listing, injection_of(by_first_names(Names(listing.places), adapter)))
     prepare_for_load(model, checkpoint)

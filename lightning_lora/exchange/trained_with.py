@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from ..adapter.adapter import Adapter, strengths_text
 from ..errors import LoRAError
-from ..model.adapted_model import AdaptedModel, Listing, find_model
+from ..model.adapted_model import AdaptedModel, Listing, find_adapted
 from ..model.attached import checked_strength
 from ..nn.attached_factors import LACKING, Attachment
 
@@ -113,5 +113,5 @@ def refuse_others(here: Attachments, adapter: Adapter) -> None:
 
 def attached_in(listing: Listing) -> Attachments:
     """Return what is attached to a model, by name; nothing where it is not adapted."""
-    handle = listing if isinstance(listing, AdaptedModel) else find_model(listing, attached=True)
+    handle = listing if isinstance(listing, AdaptedModel) else find_adapted(listing, attached=True)
     return handle.injection.attached if handle is not None else {}

@@ -12,7 +12,7 @@ takes it out. With a loaded adapter that has no place in the layers a new one be
     config              kept    the options
     seed                kept    what adapters are drawn from
     chosen              kept    what a loaded adapter adapts and trains
-    layers              kept    names of the adapted layers, written by attached.note_layers
+    layers              kept    names of the adapted layers, written by attached.record_and_patch_layers
     trained_count       kept    raised by AdaptedModel.add_trained
     facts               new     of tensors; a copy's are in its modules
     origin              kept    what a loaded file says of its base

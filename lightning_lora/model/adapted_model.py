@@ -333,7 +333,7 @@ def open_model(model: nn.Module, verb: str, *, attached: bool = False) -> Adapte
         names = list(handle.layers)
     """
     listing = Listing(unwrapped(model, verb))
-    handle = find_model(listing, attached=attached)
+    handle = find_adapted(listing, attached=attached)
     if handle is None and (listing.all_layers if attached else listing.layers):
         _refuse_part(listing, verb)
     if handle is None:
@@ -344,7 +344,7 @@ def open_model(model: nn.Module, verb: str, *, attached: bool = False) -> Adapte
     return handle
 
 
-def find_model(model: nn.Module | Listing, *, part: bool = False, attached: bool = False) -> AdaptedModel | None:
+def find_adapted(model: nn.Module | Listing, *, part: bool = False, attached: bool = False) -> AdaptedModel | None:
     """Return the handle of an injected model, or None where it holds no adapted layer or only a part of them.
 
     Args:
@@ -357,7 +357,7 @@ def find_model(model: nn.Module | Listing, *, part: bool = False, attached: bool
 
     Example::
 
-        handle = find_model(model)
+        handle = find_adapted(model)
         is_injected = handle is not None
     """
     listing = model if isinstance(model, Listing) else Listing(inside_known_wrappers(model))

@@ -25,14 +25,14 @@ from ..nn.quantized import keep_gradients_
 from ..nn.readers import patch_readers, undo_readers, update_fast_paths
 from ..nn.tied_weights import record_ties
 from ..notices import tell
-from .adapted_model import AdaptedModel, Listing, find_model, injection_of_root, open_model
+from .adapted_model import AdaptedModel, Listing, find_adapted, injection_of_root, open_model
 from .base_values import put_in_, stand_ins, take_out_
 from .facts import begin_facts, end_facts, note_adapted_children
 from .injection import Chosen, Injection
-from .load_state_dict import check_loads, stop_checking_loads
+from .load_state_dict import hook_load_state_dict, unhook_load_state_dict
 from .merging import FoundState, run_block, unmerge_if_merged
 from .patches import unpatch
-from .pretrained import follow_gradient_checkpointing, warn_before_save_pretrained
+from .pretrained import patch_gradient_checkpointing, patch_save_pretrained
 from .reasons import LAYER, PARAMETER, Candidate
 from .transaction import transaction
 from .wrappers import unwrapped
@@ -52,7 +52,7 @@ def attached(model: nn.Module) -> dict[str, float]:
         >>> attached(model)
         {'sft': 0.5}
     """
-    handle = find_model(Listing(unwrapped(model, "attached")), attached=True)
+    handle = find_adapted(Listing(unwrapped(model, "attached")), attached=True)
     return {} if handle is None else {name: each.strength for name, each in handle.injection.attached.items()}
 
 
@@ -106,7 +106,7 @@ def set_strength(model: nn.Module, strength: float | Strengths, name: str = "") 
         {'style': 0.3}
     """
     handle = open_model(model, "set_strength", attached=True)
-    strengths = _asked(handle, strength, name, "set_strength")
+    strengths = _strengths_asked_for(handle, strength, name, "set_strength")
     if "" in strengths:
         raise LoRAError(
             "set_strength: changes attached adapters only, because no file stores a strength of the trained one. Use "
@@ -114,7 +114,9 @@ def set_strength(model: nn.Module, strength: float | Strengths, name: str = "") 
             f"an attached adapter ({listed([repr(each) for each in handle.injection.attached]) or 'there is none'})."
         )
     before = {each: handle.injection.attached[each].strength for each in strengths}
-    change_unmerged_(handle, "set_strength", partial(_set_, handle, strengths), partial(_set_, handle, before))
+    change_unmerged_(
+        handle, "set_strength", partial(_set_strengths_, handle, strengths), partial(_set_strengths_, handle, before)
+    )
 
 
 @contextmanager
@@ -146,7 +148,7 @@ def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Ite
         True
     """
     handle = open_model(model, "scaled", attached=True)
-    strengths = _asked(handle, strength, name, "scaled")
+    strengths = _strengths_asked_for(handle, strength, name, "scaled")
     injection = handle.injection
     if "" in strengths:
         _refuse_between(handle, strengths[""])
@@ -158,14 +160,14 @@ def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Ite
         found = stand_ins(handle) if is_off and not around else []
         modules = [each.module for each in found]
         modules += [module for _, module in handle.modules if found and isinstance(module, AdaptedModule)]
-        before = _inside(handle)
+        before = _strengths_in_blocks(handle)
         noted = injection.strength_log.now
         state = FoundState(handle)
 
         def scale() -> None:
             unmerge_if_merged(handle)
             put_in_(found, modules)
-            _act_with_(handle, {**before, **strengths})
+            _let_act_with_(handle, {**before, **strengths})
             own = {"": 1.0, **{each: attachment.strength for each, attachment in injection.attached.items()}}
             inside = {**noted, **strengths}
             injection.strength_log.change({each: s for each, s in inside.items() if s != own.get(each)})
@@ -173,7 +175,7 @@ def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Ite
         def scale_back() -> None:
             take_out_(found, modules)
             unmerge_if_merged(handle)
-            _act_with_(handle, before)
+            _let_act_with_(handle, before)
             injection.strength_log.change(noted)
             if not injection.merged_to_evaluate:
                 state.bring_back(handle)
@@ -187,7 +189,7 @@ def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Ite
         yield from run_block(claim, model, scale, scale_back)
 
 
-def _inside(handle: AdaptedModel) -> dict[str, float]:
+def _strengths_in_blocks(handle: AdaptedModel) -> dict[str, float]:
     """Return the strengths that `scaled` has set, by name; they are no fact of the model, and end with the block."""
     found: dict[str, float] = {}
     for layer in handle.all_layers.values():
@@ -196,7 +198,7 @@ def _inside(handle: AdaptedModel) -> dict[str, float]:
     return found
 
 
-def _act_with_(handle: AdaptedModel, inside: Strengths) -> None:
+def _let_act_with_(handle: AdaptedModel, inside: Strengths) -> None:
     """Let the adapters of an unmerged model act with these strengths, and the others with their own. In place."""
     for layer in handle.all_layers.values():
         if layer.is_trained():
@@ -205,7 +207,7 @@ def _act_with_(handle: AdaptedModel, inside: Strengths) -> None:
             layer.lora.attached.act_with_(inside)
 
 
-def _set_(handle: AdaptedModel, strengths: Strengths) -> None:
+def _set_strengths_(handle: AdaptedModel, strengths: Strengths) -> None:
     """Give attached adapters of an unmerged model other strengths, for good. In place."""
     attachments = handle.injection.attached
     for layer in handle.all_layers.values():
@@ -215,7 +217,7 @@ def _set_(handle: AdaptedModel, strengths: Strengths) -> None:
     attachments.update({name: replace(attachments[name], strength=strength) for name, strength in strengths.items()})
 
 
-def _asked(handle: AdaptedModel, strength: float | Strengths, name: str, verb: str) -> dict[str, float]:
+def _strengths_asked_for(handle: AdaptedModel, strength: float | Strengths, name: str, verb: str) -> dict[str, float]:
     """Return the strengths that a call asks for, by name.
 
     Raises:
@@ -339,7 +341,7 @@ def attach_to_layers_(
         layer = handle.all_layers[layer_name]
         layer.lora.attached = Packed({**layer.attached(), name: pair})
     handle.injection.attached = dict(sorted({**handle.injection.attached, name: attachment}.items()))
-    note_layers(handle)
+    record_and_patch_layers(handle)
 
 
 def take_out_attached_(handle: AdaptedModel, name: str) -> None:
@@ -354,16 +356,16 @@ def take_out_attached_(handle: AdaptedModel, name: str) -> None:
         if layer.lora.attached is None and not layer.is_trained():
             unadapt_(layer)
     handle.look_for_layers_again()
-    note_layers(handle)
+    record_and_patch_layers(handle)
     if not injection.is_injection and not injection.attached:
         modules = [module for _, module in handle.root_modules]
-        stop_checking_loads(modules)
+        unhook_load_state_dict(modules)
         unpatch(modules)
         end_facts(modules, injection)
         injection.end(handle.root)
 
 
-def note_layers(handle: AdaptedModel) -> None:
+def record_and_patch_layers(handle: AdaptedModel) -> None:
     """Record which layers are adapted, trained or attached, and patch the modules that use them. In place.
 
     These are readers of weights, fast paths, checkpointing, loading and save_pretrained. Harmless when repeated.
@@ -380,9 +382,9 @@ def note_layers(handle: AdaptedModel) -> None:
     patch_readers(modules)
     update_fast_paths(modules)
     enable_input_require_grads(modules)
-    follow_gradient_checkpointing(modules)
-    check_loads(handle.root_places)
-    warn_before_save_pretrained(modules)
+    patch_gradient_checkpointing(modules)
+    hook_load_state_dict(handle.root_places)
+    patch_save_pretrained(modules)
 
 
 def begin_attached(model: nn.Module, owner: Owner | None = None) -> AdaptedModel:
@@ -398,7 +400,7 @@ def find_attached_alone(listing: Listing) -> AdaptedModel | None:
     Raises:
         LoRAError: the adapters were attached to a larger model.
     """
-    handle = find_model(listing, attached=True, part=True)
+    handle = find_adapted(listing, attached=True, part=True)
     if handle is None or handle.injection.is_injection:
         return None
     if handle.injection.holder() is not None and len(handle.all_layers) < len(handle.injection.layers):
@@ -419,10 +421,10 @@ def take_over_attached(listing: Listing, old: Injection, new: Injection) -> None
             layer.lora.injection, layer.lora.name = new, name
 
 
-def hold_attached(root: nn.Module, old: Injection) -> None:
+def keep_attached(root: nn.Module, old: Injection) -> None:
     """Let attached adapters stay in a model from which the trained one was taken out. In place. Can be repeated."""
     if old.attached:
         begun = injection_of_root(root)  # by a call that was broken off
         handle = begin_attached(root, old.owner) if begun is None else AdaptedModel(root, root, begun)
         take_over_attached(handle, old, handle.injection)
-        note_layers(handle)
+        record_and_patch_layers(handle)

@@ -28,15 +28,15 @@ from ..nn.token_rows import LoRATable, TrainedRows, adapt_table_, share_table_, 
 from ..nn.variant import variant_of
 from ..notices import tell
 from ..progress import progress_bar
-from .adapted_model import AdaptedModel, Listing, find_model, open_model, with_lists
-from .attached import find_attached_alone, hold_attached, note_layers, take_over_attached
+from .adapted_model import AdaptedModel, Listing, find_adapted, open_model, with_lists
+from .attached import find_attached_alone, keep_attached, record_and_patch_layers, take_over_attached
 from .base_values import put_in_, stand_ins, take_out_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantized_
 from .experts import option_for_experts
 from .facts import begin_facts, end_facts, facts_of
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Chosen, Injection
-from .load_state_dict import stop_checking_loads
+from .load_state_dict import unhook_load_state_dict
 from .merging import (
     FoundState,
     holds_merged,
@@ -95,7 +95,7 @@ def inject(
         raise LoRAError(f"inject: expected a LoRAConfig or a peft.LoraConfig, found {type(config).__name__}{hint}.")
     wrapped, config = model, as_config(config)
     listing = Listing(unwrapped(model, "inject"))
-    handle = find_model(listing)
+    handle = find_adapted(listing)
     if handle is not None and handle.root is handle.model and "validated" not in handle.injection.marks:
         with claimed("inject", handle.injection.owner):
             strip_adapters(handle)  # the callback adapted the model before configure_model, which calls inject itself
@@ -152,7 +152,9 @@ def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRA
     """
     model, old = handle.model, handle.injection
     marks = old.marks - {"merged", "ended"}
-    begun = find_model(Listing(model))
+    begun = find_adapted(Listing(model))
+    # A call that was broken off may have begun another injection in the model, with layers where `handle` has some.
+    # What was put in last is taken out first, so that the values from before both come back last.
     for each in [begun, handle] if begun is not None and begun.injection is not old else [handle]:
         each.look_for_layers_again()
         unmerge_if_merged(each)
@@ -170,7 +172,7 @@ def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRA
     )
     injection.begin(model)
     take_over_attached(Listing(model), old, injection)
-    new = cast(AdaptedModel, find_model(Listing(model)))
+    new = cast(AdaptedModel, find_adapted(Listing(model)))
     adapt_new_layers(new, values_follow=True)
     for holder, name, parameter in earlier:
         successor = holder._parameters.get(name)
@@ -221,7 +223,7 @@ def take_out_adapter(handle: AdaptedModel) -> None:
     restore_initial_(handle)
     strip_adapters(handle)
     unpatch(handle.all_modules())
-    hold_attached(handle.root, handle.injection)
+    keep_attached(handle.root, handle.injection)
 
 
 def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> nn.Module:
@@ -425,6 +427,8 @@ def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Se
         begin_facts(handle.root_places, injection, scope=scope)
         check_shapes(handle.root_modules)
         selection = selected(handle.root_modules, injection)
+        # What is new, in four forms: layers; attention with q, k and v apart, only to be checked, for its weights are
+        # among the parameters; single parameters; tables.
         live = {
             name: each for name, each in adapted_layers(root, modules=handle.root_modules).items() if each.is_trained()
         }
@@ -443,7 +447,7 @@ def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Se
             with claimed("inject", injection.owner):  # refused inside of a block, where adopting what is there is not
                 pass
         _freeze(handle, new, selection.saved)
-        if injection.attached:
+        if injection.attached:  # readers of weights are patched, and a patched module cannot be adapted
             undo_readers(module for _, module in handle.root_modules)
         seed = injection.seed or random_seed()
         with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
@@ -458,7 +462,7 @@ def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Se
             for name, rows in tables.items():
                 _adapt_table(handle, name, modules[name], rows, values_follow)
         handle.look_for_layers_again()
-        note_layers(handle)
+        record_and_patch_layers(handle)
         handle.record_trainable(expected=True)
         _record_resized(handle)
         return selection
@@ -481,7 +485,7 @@ def strip_adapters(handle: AdaptedModel) -> None:
     patch_readers(modules)
     update_fast_paths(modules)
     disable_input_require_grads(modules)
-    stop_checking_loads(modules)
+    unhook_load_state_dict(modules)
     end_facts(handle.all_modules(), injection)
     injection.end(handle.root)
 

@@ -12,7 +12,7 @@ from ..names import ATTRIBUTE, canonical, listed, parent_names
 from ..nn.adapted_module import MERGED, AdaptedModule, NamedModules, adapted_layers, adapters_by_path, is_factor
 from ..nn.attached_factors import LACKING
 from ..nn.foreign_entries import with_metadata
-from .adapted_model import Listing, find_model
+from .adapted_model import Listing, find_adapted
 from .initial_values import record_loaded
 
 
@@ -27,7 +27,7 @@ def mark_merged(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[s
     return with_metadata(state, {name: {**entry, MERGED: True} for name, entry in entries.items()})
 
 
-def check_loads(places: NamedModules) -> None:
+def hook_load_state_dict(places: NamedModules) -> None:
     """Let an injected model, and each module with adapters in it, look at what load_state_dict loads. In place.
 
     Args:
@@ -40,8 +40,8 @@ def check_loads(places: NamedModules) -> None:
             module.register_load_state_dict_pre_hook(_check_load)  # type: ignore[no-untyped-call]
 
 
-def stop_checking_loads(modules: Iterable[nn.Module]) -> None:
-    """Take the hooks of check_loads out of these modules. In place."""
+def unhook_load_state_dict(modules: Iterable[nn.Module]) -> None:
+    """Take the hooks of hook_load_state_dict out of these modules. In place."""
     for module in modules:
         for key in _hooks(module):
             del module._load_state_dict_pre_hooks[key]
@@ -88,6 +88,6 @@ def _check_load(
         missing += [prefix + name for adapter, name in factors if adapter not in loaded]
     elif listing.layers:  # else it may be a trained head: nothing tells that from a base
         base = [name for name, _, owner in listing.state() if not is_factor(name, owner)]
-        handle = find_model(listing, part=True)
+        handle = find_adapted(listing, part=True)
         if handle is not None and given.keys() >= set(base):
             record_loaded(handle, {name: given[name] for name in base})

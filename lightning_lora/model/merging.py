@@ -22,7 +22,7 @@ from ..nn.readers import update_fast_paths
 from ..nn.rounding import Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
-from .adapted_model import Listing, find_model
+from .adapted_model import Listing, find_adapted
 from .dequantize import report_factored
 from .gradients import warn_of_untrained
 from .recorded_layers import refuse_replaced_layers
@@ -294,7 +294,7 @@ def shards_in_place(listing: Listing, verb: str) -> Iterator[None]:
 
 
 def _require_layers(listing: Listing, verb: str) -> None:
-    if not listing.all_layers and find_model(listing) is None:
+    if not listing.all_layers and find_adapted(listing) is None:
         kind = type(listing.model).__name__
         raise LoRAError(f"{verb}: {kind} has no adapted layer; call inject(model, LoRAConfig(...)).")
 

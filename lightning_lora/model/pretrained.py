@@ -122,7 +122,7 @@ def embeddings(pretrained: nn.Module) -> list[nn.Parameter]:
     return [layer.weight for layer in layers if isinstance(getattr(layer, "weight", None), nn.Parameter)]
 
 
-def warn_before_save_pretrained(modules: Collection[nn.Module]) -> None:
+def patch_save_pretrained(modules: Collection[nn.Module]) -> None:
     """Let save_pretrained of transformers models with adapted layers warn that it writes no adapter. In place."""
     for module in _adapted_models(modules):
         patch(module, "save_pretrained", _save_pretrained)
@@ -171,7 +171,7 @@ def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *ar
     return call_previous(module, previous, "save_pretrained", *args, **kwargs)
 
 
-def follow_gradient_checkpointing(modules: Collection[nn.Module]) -> None:
+def patch_gradient_checkpointing(modules: Collection[nn.Module]) -> None:
     """Let gradient checkpointing that is enabled later train the adapters of transformers models. In place."""
     for module in _adapted_models(modules):
         function = getattr(module, SET_CHECKPOINTING, None)

@@ -202,29 +202,30 @@ def _check_entries(
         weights: the names of parameters that target_parameters can name.
         chosen: what target_modules names, be it excluded or trained whole.
     """
-    check, noun = selection.unmatched.check, "layer to adapt"
+    note = selection.unmatched.note
+    noun = "layer to adapt"
     targets = None if config.target_modules in BY_KIND else config.target_modules
     adaptable = [n for n, m in modules.items() if layer_class(m)] if targets or config.exclude_modules else []
-    check("target_modules", targets, modules, noun, [*adaptable, *(BY_KIND if isinstance(targets, str) else ())])
-    check("target_parameters", config.target_parameters, weights, "parameter of two or three dimensions")
+    note("target_modules", targets, modules, noun, [*adaptable, *(BY_KIND if isinstance(targets, str) else ())])
+    note("target_parameters", config.target_parameters, weights, "parameter of two or three dimensions")
     named = list(filter(matcher(config.target_parameters), weights))
     excludable = [*adaptable, *chosen, *named, *(name.rpartition(".")[0] for name in named)]
-    check("exclude_modules", config.exclude_modules, excludable, noun, adaptable)
+    note("exclude_modules", config.exclude_modules, excludable, noun, adaptable)
     by_task = TASK_HEADS.get(config.task_type or "", ())  # PEFT writes them into its own modules_to_save
     absent = {*by_task}.difference(naming_some(by_task, modules)) if by_task else ()
-    check("modules_to_save", [n for n in config.modules_to_save or () if n not in absent], modules, "module")
-    check("enable_lora", config.enable_lora, selection.layers, noun)
+    note("modules_to_save", [n for n in config.modules_to_save or () if n not in absent], modules, "module")
+    note("enable_lora", config.enable_lora, selection.layers, noun)
     if numbers := cast(tuple[int, ...], config.layers_to_transform):
         ends = [name for name in filter(matcher(targets), modules) if name not in config.target_modules]
         found = sorted(n for n in {layer_number(name, config.layers_pattern) for name in ends} if n is not None)
-        check(
+        note(
             "layers_to_transform",
             list(map(str, numbers)),
             list(map(str, found)),
             "layer (layers_pattern says what the number follows)",
         )
     for option in PATTERNS:
-        check(option, getattr(config, option), sorted(selection.names() - selection.outputs.keys()), "adapted layer")
+        note(option, getattr(config, option), sorted(selection.names() - selection.outputs.keys()), "adapted layer")
 
 
 def _check_that_something_is_adapted(

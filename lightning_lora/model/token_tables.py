@@ -35,7 +35,7 @@ def token_tables(listed_modules: NamedModules, indices: Indices, unmatched: Unma
         return {}
     modules = {name: module for name, module in listed_modules if name}
     entries = indices if isinstance(indices, Mapping) else {_input_embeddings(listed_modules, indices): indices}
-    unmatched.check(OPTION, entries, modules, "table", [name for name, module in modules.items() if is_table(module)])
+    unmatched.note(OPTION, entries, modules, "table", [name for name, module in modules.items() if is_table(module)])
     found = dict[str, Rows]()
     for entry, rows in entries.items():
         for name in filter(matcher([entry]), modules):

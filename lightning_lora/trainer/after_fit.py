@@ -11,7 +11,7 @@ from torch import nn
 from ..distributed.sharding import refuse_fully_sharded
 from ..errors import LoRAError
 from ..formats.lightning_checkpoint import adapter_of
-from ..model.adapted_model import AdaptedModel, find_model, open_model
+from ..model.adapted_model import AdaptedModel, find_adapted, open_model
 from ..model.dequantize import dequantize_dtype
 from ..model.inject import merge_and_unload
 from ..model.patches import call_previous, patch
@@ -57,7 +57,7 @@ def load_plain_weights_only(module: nn.Module) -> None:
 def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
-    if META in checkpoint and find_model(module) is None:
+    if META in checkpoint and find_adapted(module) is None:
         kind = adapter_of(checkpoint)[1]
         if kind != "merged":
             raise LoRAError(

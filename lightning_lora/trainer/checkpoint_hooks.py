@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import LoRAError
 from ..exchange.checkpoint_of_model import convert_checkpoint, prepare_for_load
 from ..formats.lightning_checkpoint import CURRENT, Kind, check_kind
-from ..model.adapted_model import AdaptedModel, find_model
+from ..model.adapted_model import AdaptedModel, find_adapted
 from ..model.patches import call_previous, patch
 from ..names import META, names_factor
 from ..private.lightning import trainer_of
@@ -39,7 +39,7 @@ def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:
 
 def save_as_where_unpatched(module: nn.Module, kind: Kind, dequantize: Any = None) -> None:
     """Patch an injected LightningModule as save_as does, where that was not done: in the main process of a launcher."""
-    handle = find_model(module)
+    handle = find_adapted(module)
     if handle is not None and run_of(handle.injection).save is None:
         save_as(handle, kind, dequantize)
 
@@ -48,7 +48,7 @@ def _on_save_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
     call_previous(module, previous, "on_save_checkpoint", checkpoint)
-    handle = find_model(module)
+    handle = find_adapted(module)
     run = None if handle is None else run_of(handle.injection)
     if run is not None and run.save is not None:
         convert_checkpoint(module, checkpoint, run.save, run.dequantize)
@@ -57,7 +57,7 @@ def _on_save_checkpoint(
 def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
-    if find_model(module) is not None:
+    if find_adapted(module) is not None:
         trainer = trainer_of(module)
         _refuse_foreign_resume(module, checkpoint)
         prepare_for_load(module, checkpoint)

@@ -21,7 +21,7 @@ from torch import nn
 from ..distributed.deepspeed_optimizer import ORDER, float32_copies
 from ..distributed.flat import attach_unit
 from ..errors import LoRAError
-from ..model.adapted_model import find_model
+from ..model.adapted_model import find_adapted
 from ..model.patches import call_previous, patch
 from ..names import META, canonical
 from ..nn.low_rank import HALF
@@ -98,7 +98,7 @@ def _set_up_optimizer(
     """Note the optimizer's groups, which DeepSpeed replaces by flat tensors: DeepSpeedStrategy's patched method."""
     order = [{**group, "params": list(group["params"])} for group in getattr(optimizer, "param_groups", ())]
     found = call_previous(strategy, previous, SET_UP_DEEPSPEED, model, optimizer, *args, **kwargs)
-    if find_model(strategy.lightning_module) is not None:
+    if find_adapted(strategy.lightning_module) is not None:
         if unknown := what_is_unknown(found[1]):
             raise LoRAError(
                 f"LoRACallback: DeepSpeed made {unknown}, whose states cannot be put together. Leave data_types and "

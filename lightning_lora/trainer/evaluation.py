@@ -9,7 +9,7 @@ from torch import nn
 
 from ..distributed.sharding import is_spread
 from ..errors import NonFiniteError, sentence
-from ..model.adapted_model import Listing, find_model
+from ..model.adapted_model import Listing, find_adapted
 from ..model.merging import merge_listed, unmerge
 from .run_state import injection_of, run_of
 
@@ -40,7 +40,7 @@ def warn_of_untrained_adapter(trainer: Any, module: nn.Module) -> None:
 
     A sharded adapter is not looked at: this rank's part of it may be empty.
     """
-    handle = find_model(module)
+    handle = find_adapted(module)
     if handle is None or trainer.state.fn == "fit" or trainer.ckpt_path or "trained" in handle.injection.marks:
         return
     layers = handle.layers.values()

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..distributed.flat import FlatShard, attach, attach_owner, begin_writing
 from ..errors import LoRAError
-from ..model.adapted_model import find_model
+from ..model.adapted_model import find_adapted
 from ..model.patches import call_previous, is_patched, patch
 from ..names import names_factor
 from ..private.lightning import SET_UP_FSDP
@@ -152,7 +152,7 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
     Lightning would wrap the model once more in each stage, and take the slices for whole weights.
     """
     module = strategy.lightning_module
-    if find_model(module) is None and WRAPPING not in vars(module):  # the adapter may have been taken out since
+    if find_adapted(module) is None and WRAPPING not in vars(module):  # the adapter may have been taken out since
         return call_previous(strategy, previous, SET_UP_FSDP, model)
     wrapping = _wrapping(strategy)
     is_new = wrapping.root is None

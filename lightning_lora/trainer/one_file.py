@@ -17,7 +17,7 @@ from ..distributed.deepspeed_optimizer import groups_of, holds_copies, load_stat
 from ..distributed.sharding import gather_all, is_sharded, shard_like
 from ..errors import LoRAError
 from ..exchange.checkpoint_of_model import gathered_state, write_whole_state_
-from ..model.adapted_model import Listing, find_model
+from ..model.adapted_model import Listing, find_adapted
 from ..model.initial_values import snapshot_materialised
 from ..model.live_state import original_values
 from ..model.patches import call_previous, patch
@@ -41,7 +41,7 @@ def share_one_file(strategy: Any) -> None:
 def _state_dict(strategy: Any, previous: Callable[..., Any] | None) -> Any:
     """Gather what the module's kind of checkpoint holds: the patched lightning_module_state_dict. Collective."""
     module = strategy.lightning_module
-    handle = find_model(module)
+    handle = find_adapted(module)
     if handle is not None:
         run = run_of(handle.injection)
         return gathered_state(handle, run.save, run.dequantize, keep=strategy.is_global_zero)
@@ -65,7 +65,7 @@ def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimiz
 def _is_ours(strategy: Any) -> bool:
     """Return whether the module has adapters, or had some until a fit merged them for good."""
     module = strategy.lightning_module
-    return find_model(module) is not None or MERGED_FOR_GOOD in vars(module)
+    return find_adapted(module) is not None or MERGED_FOR_GOOD in vars(module)
 
 
 def _save_checkpoint(
@@ -97,7 +97,7 @@ def _save_checkpoint(
 
 def _load_checkpoint(strategy: Any, previous: Callable[..., Any] | None, path: Any, *args: Any, **kwargs: Any) -> Any:
     """Read a file on every rank; load_model_state_dict takes it from there: the patched load_checkpoint."""
-    handle = find_model(strategy.lightning_module)
+    handle = find_adapted(strategy.lightning_module)
     if handle is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(handle)
@@ -114,7 +114,7 @@ def _load_model_state_dict(
     Raises:
         LoRAError: a fit would go on from other optimizers, or from none; or the state dict does not fit the model.
     """
-    handle = find_model(strategy.lightning_module)
+    handle = find_adapted(strategy.lightning_module)
     if handle is None:
         call_previous(strategy, previous, "load_model_state_dict", checkpoint, strict=strict)
         return

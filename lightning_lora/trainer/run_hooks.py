@@ -12,7 +12,7 @@ from torch import nn
 
 from ..distributed.deepspeed_optimizer import warn_of_unfrozen
 from ..distributed.sharding import reshard_
-from ..model.adapted_model import find_model
+from ..model.adapted_model import find_adapted
 from ..model.gradients import explain_missing_gradients
 from ..model.injection import Injection
 from ..model.merging import unmerge
@@ -45,7 +45,7 @@ def begin_batch(trainer: Any, module: nn.Module) -> None:
 
 def _record_unfrozen(trainer: Any, module: nn.Module) -> None:
     """Record base parameters that became trainable, with a copy of each: their values from before training."""
-    handle = find_model(module)
+    handle = find_adapted(module)
     if handle is not None:
         reshard_(module for _, module in handle.root_modules)
         unfrozen = handle.record_trainable(untouched=True)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..formats.lightning_checkpoint import Kind
-from ..model.adapted_model import find_model
+from ..model.adapted_model import find_adapted
 from ..model.injection import Injection
 from ..names import ATTRIBUTE, MERGED_FOR_GOOD
 
@@ -66,7 +66,7 @@ def injection_of(module: nn.Module) -> Injection | None:
         return None
     injection: Injection | None = vars(module).get(ATTRIBUTE) or vars(module).get(INSIDE)
     if injection is None or "ended" in injection.marks:
-        handle = find_model(module)
+        handle = find_adapted(module)
         injection = vars(module)[INSIDE] = handle.injection if handle is not None else None
     return injection
 

@@ -20,7 +20,7 @@ from ..exchange.align import align_names, order_in
 from ..exchange.attach import attach
 from ..exchange.first_names import Names
 from ..formats.sources import read_source
-from ..model.adapted_model import AdaptedModel, Listing, find_model
+from ..model.adapted_model import AdaptedModel, Listing, find_adapted
 from ..model.attached import take_out_attached_
 from ..model.initial_values import snapshot_initial
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, random_seed
@@ -68,7 +68,7 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
     Raises:
         LoRAError: the Trainer, its callbacks or the model do not go with these options.
     """
-    is_injected = find_model(module) is not None
+    is_injected = find_adapted(module) is not None
     refuse_composition(trainer, options, injected=is_injected)
     refuse_folder_for_checkpoint(trainer)
     _refuse_attaching_in_workers(trainer, module, options)
@@ -86,7 +86,7 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
     _tell_of_taken(options.config, config)
     adapt_cli_optimizer(module)
     _adapt_now(module, options, Injection(config, seed=seed_text(options) or seed, chosen=chosen))
-    if (handle := find_model(module)) is not None:
+    if (handle := find_adapted(module)) is not None:
         refuse_for_quantized(handle, trainer)
 
 
@@ -107,7 +107,7 @@ def _adapt_now(module: nn.Module, options: Options, injection: Injection) -> Non
     """
     stop_adapting(module)  # of a run that an exception ended
     last = next((name for name in BUILDERS if is_overridden(name, module)), None)
-    handle = find_model(module)
+    handle = find_adapted(module)
     if handle is None:
         handle = _inject(module, options, injection, is_complete=last is None)
     else:
@@ -146,7 +146,7 @@ def _build_and_adapt(
 def _adapt_built(module: nn.Module, options: Options, injection: Injection, *, is_complete: bool) -> None:
     """Adapt the layers that are not adapted yet; where all layers are there, check that each option names something."""
     with outside_zero_init():
-        handle = find_model(module)
+        handle = find_adapted(module)
         if handle is None:
             _prepare_copies(_inject(module, options, injection, is_complete=is_complete), options)
         else:
@@ -214,7 +214,7 @@ def _attach_sources(module: nn.Module, options: Options, *, is_complete: bool) -
     """
     for name, each in sources_of(options.attach).items():
         adapter = read_source(each.source, order_in(module), "LoRACallback")
-        handle = find_model(module, attached=True)
+        handle = find_adapted(module, attached=True)
         if handle is not None and name in handle.injection.attached:
             if handle.injection.attached[name].fingerprint != digest_of(adapter):
                 raise LoRAError(
@@ -252,7 +252,7 @@ def _take_out_of_rebuilt(module: nn.Module, options: Options, before: Counter[st
     Raises:
         LoRAError: the callback has no source from which to attach it again.
     """
-    handle, now = find_model(module, attached=True), _attached_in(module)
+    handle, now = find_adapted(module, attached=True), _attached_in(module)
     for name, layers in before.items():
         if handle is None or now[name] == layers:
             continue

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, unload
-from lightning_lora.model.adapted_model import find_model, open_model
+from lightning_lora.model.adapted_model import find_adapted, open_model
 from lightning_lora.model.facts import ModuleFacts, facts_of
 from lightning_lora.model.live_state import LiveState, open_state
 from support.models.networks import base_zoo, zoo_config
@@ -19,7 +19,7 @@ from support.models.networks import base_zoo, zoo_config
 
 def test_a_handle_opened_before_layers_were_adapted_looks_again():
     model = base_zoo()
-    assert find_model(model) is None
+    assert find_adapted(model) is None
     with pytest.raises(LoRAError, match=r"^verb: Zoo was not injected"):
         open_model(model, "verb")
     inject(model, zoo_config())

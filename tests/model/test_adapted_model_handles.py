@@ -29,7 +29,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.model.adapted_model import find_model
+from lightning_lora.model.adapted_model import find_adapted
 from lightning_lora.nn.lora_layer import LoRALayer
 
 OPTIONS: dict[str, Any] = {"r": 2, "target_modules": ["0", "2"], "bias": "lora_only"}
@@ -145,7 +145,10 @@ def test_every_handle_merges_shows_and_saves_what_the_injected_module_does(
     tmp_path: Path, handle: Callable[[], nn.Module]
 ):
     model, reference, plain = handle(), the_injected_module(), network().eval()
-    record, names = find_model(model).injection, {name: set(vars(module)) for name, module in model.named_modules()}
+    record, names = (
+        find_adapted(model).injection,
+        {name: set(vars(module)) for name, module in model.named_modules()},
+    )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     factored = model(x())
     merge(model)
@@ -164,7 +167,7 @@ def test_every_handle_merges_shows_and_saves_what_the_injected_module_does(
     save_adapter(model, tmp_path / "adapter")
     load_adapter(fresh := network(), tmp_path / "adapter")
     assert torch.equal(fresh.eval()(x()), reference(x()))
-    again = find_model(model)
+    again = find_adapted(model)
     assert again.injection is record
     assert short(again.initial()) >= {"0.bias", "2.bias", "1.running_mean"}
     assert names == {name: set(vars(module)) for name, module in model.named_modules()}
@@ -191,7 +194,7 @@ def test_every_handle_loads_an_adapter_and_is_plain_after_unload_and_merge_and_u
     assert all(parameter.requires_grad for parameter in model.parameters())
     for each in (model, sum_):
         assert not any(isinstance(module, LoRALayer) for module in each.modules())
-        assert find_model(each) is None
+        assert find_adapted(each) is None
     with pytest.raises(LoRAError, match="was not injected"):
         unload(model)
 
@@ -200,7 +203,7 @@ def test_the_record_goes_to_the_module_that_was_used_last_and_back():
     plan, net = _injected()
     new = Deeper(net)
     for model in (new, plan, new):
-        found = find_model(model)
+        found = find_adapted(model)
         assert found is not None
         assert found.root is model
         assert all(model.get_parameter(name).requires_grad for name in found.initial_of())
@@ -214,7 +217,7 @@ def test_what_the_new_module_does_not_hold_is_forgotten():
     inject(plan, LoRAConfig(r=2, target_modules=["0"], bias="all"))
     del plan
     gc.collect()
-    found = find_model(new := Deeper(net))
+    found = find_adapted(new := Deeper(net))
     assert found is not None
     assert found.initial_of().keys() == {"inner.1.0.bias", "inner.1.1.bias", "inner.1.2.bias"}
     unload(new)
@@ -227,7 +230,7 @@ def test_a_part_of_the_adapted_layers_is_no_handle():
     message = r"Sequential holds 1 of the 2 layers that were adapted through Plan, and not 'network\.2'; pass that Plan"
     with pytest.raises(LoRAError, match=message):
         adapter_state_dict(part)
-    assert find_model(plan) is not None
+    assert find_adapted(plan) is not None
 
 
 def test_two_injected_models_in_one_are_refused():

@@ -41,7 +41,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.model.adapted_model import find_model
+from lightning_lora.model.adapted_model import find_adapted
 from lightning_lora.nn.lora_layer import LoRALayer
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -162,7 +162,7 @@ def test_unload_and_merge_and_unload_leave_plain_layers_in_the_wrapper(wrap: Wra
     torch.testing.assert_close(other(x()), network()(x()), atol=1e-5, rtol=1e-5)
     for each in (model, other):
         assert not any(isinstance(module, LoRALayer) for module in each.modules())
-        assert find_model(each) is None
+        assert find_adapted(each) is None
 
 
 @known
