@@ -69,7 +69,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "unload",
     "unmerge",
 ]
-LAZY = {  # imported at first use: lightning, the rooms of files, and the extra `cli` (LoRACLI) take time
+LAZY = {  # imported at first use: lightning, the folders for files, and the extra `cli` (LoRACLI) take time
     "LoRACallback": ".callback",
     "LoRACLI": ".cli",
     "LoRAMonitor": ".monitor",

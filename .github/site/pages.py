@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mkdocs.hooks.pages")  # a warning there ends mkdocs build --strict
 
 ROOT = Path(__file__).parents[2]
-ROOMS = {".": "*.md", ".github": "*.md", "lightning_lora": "**/*.md", "examples": "*.md", "tests": "**/*.md"}
+FOLDERS = {".": "*.md", ".github": "*.md", "lightning_lora": "**/*.md", "examples": "*.md", "tests": "**/*.md"}
 NO_PAGES = {".github/PULL_REQUEST_TEMPLATE.md"}
 LINK = re.compile(r'(\]\(|(?:src|srcset)=")(?!https?:)([^)#"\s]+)')
 LANGUAGES = {".py": "python", ".ipynb": "python", ".yaml": "yaml", ".yml": "yaml", ".cff": "yaml"}
@@ -32,8 +32,8 @@ NAME = re.compile(r"^\| `(\w+)(\(.*?\))?` \| (?!`)", re.MULTILINE)  # a row of t
 
 def repository_pages() -> Iterator[str]:
     """Yield the Markdown files of the repository, relative to its root."""
-    for room, pattern in ROOMS.items():
-        for path in sorted((ROOT / room).glob(pattern)):
+    for folder, pattern in FOLDERS.items():
+        for path in sorted((ROOT / folder).glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             if name not in NO_PAGES:
                 yield name

@@ -106,10 +106,10 @@ def test_names_in_the_reference_lead_to_their_pages_and_options_do_not(pages: Mo
 
 
 def test_links_that_lead_nowhere_are_named(pages: ModuleType, tmp_path: Path):
-    (tmp_path / "room").mkdir()
-    (tmp_path / "room" / "index.html").write_text('<h1 id="here">a</h1><a href="../index.html#top">b</a>')
-    right = ["room/index.html", "room/index.html#here", "room/", "#top", "https://host/nowhere", "mailto:a@b"]
-    wrong = ["gone.html", "room/index.html#gone", "#gone", "room/gone.png"]
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "index.html").write_text('<h1 id="here">a</h1><a href="../index.html#top">b</a>')
+    right = ["inner/index.html", "inner/index.html#here", "inner/", "#top", "https://host/nowhere", "mailto:a@b"]
+    wrong = ["gone.html", "inner/index.html#gone", "#gone", "inner/gone.png"]
     links = "".join(f'<a href="{target}">b</a>' for target in right + wrong[:3])
     (tmp_path / "index.html").write_text(f'<h1 id="top">a</h1>{links}<img src="{wrong[3]}">')
     (tmp_path / "404.html").write_text('<a href="/gone">of no fixed place</a>')

@@ -19,7 +19,7 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 TESTS = Path(__file__).parents[1]
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
-GROUND = {  # files at the top that every room may import
+IMPORTED_BY_ALL = {  # files at the top that every folder may import
     "config",
     "errors",
     "matching",
@@ -29,7 +29,7 @@ GROUND = {  # files at the top that every room may import
     "progress",
     "units",
 }
-MAY_IMPORT = {  # beside itself and the ground; files at the top may import everything
+MAY_IMPORT = {  # besides itself and IMPORTED_BY_ALL; files at the top may import everything
     "private": set(),
     "distributed": {"private"},
     "files": set(),
@@ -96,7 +96,7 @@ PUBLIC = {
 
 
 def imported(name: str) -> set[str]:
-    """What a file imports, inside functions and for type checking too: the package's own files as '/room/file'."""
+    """What a file imports, inside functions and for type checking too: the package's own files as '/folder/file'."""
     here = name.split("/")[:-1]
     found = set()
     for node in ast.walk(TREES[name]):
@@ -118,7 +118,7 @@ IMPORTS = {name: imported(name) for name in FILES}
 GRAPH = {name: {i[1:] for i in found if i.startswith("/")} for name, found in IMPORTS.items()}
 
 
-def room(name: str) -> str:
+def folder_of(name: str) -> str:
     """The folder of a file, or "" at the top."""
     return name.rpartition("/")[0]
 
@@ -130,16 +130,18 @@ def test_imports_run_one_way():
     list(TopologicalSorter(GRAPH).static_order())  # a cycle is an error that shows it
 
 
-def test_rooms_import_only_the_rooms_below_them():
-    assert {room(name) for name in FILES} == {"", *MAY_IMPORT}
+def test_folders_import_only_the_folders_below_them():
+    assert {folder_of(name) for name in FILES} == {"", *MAY_IMPORT}
     wrong = [
         f"{name} imports {target}"
         for name, targets in GRAPH.items()
         for target in targets
-        if room(name) and target not in GROUND and room(target) not in {room(name), *MAY_IMPORT[room(name)]}
+        if folder_of(name)
+        and target not in IMPORTED_BY_ALL
+        and folder_of(target) not in {folder_of(name), *MAY_IMPORT[folder_of(name)]}
     ]
-    above_ground = [f"{name} imports {t}" for name in GROUND for t in GRAPH[name] if t not in GROUND]
-    assert not wrong + above_ground
+    of_folders = [f"{name} imports {t}" for name in IMPORTED_BY_ALL for t in GRAPH[name] if t not in IMPORTED_BY_ALL]
+    assert not wrong + of_folders
 
 
 def test_a_folders_own_file_is_a_docstring_and_nothing_else():
@@ -172,7 +174,7 @@ TESTED_WITH_THEIR_USERS = {
 @pytest.mark.parametrize("of", ["", *MAY_IMPORT])
 def test_the_tests_of_a_file_are_called_as_it_is(of: str):
     """test_FILE.py or test_FILE_TOPIC.py, in the folder of the file; what crosses folders is in tests/tables."""
-    sources = {name.rpartition("/")[2] for name in FILES if room(name) == of and "__" not in name}
+    sources = {name.rpartition("/")[2] for name in FILES if folder_of(name) == of and "__" not in name}
     tests = {path.stem.removeprefix("test_") for path in (TESTS / of).glob("test_*.py")}
     assert [test for test in tests if not any(f"{test}_".startswith(f"{source}_") for source in sources)] == []
     own = tests & sources
@@ -195,7 +197,7 @@ def test_files_on_disk_know_no_name_of_an_adapter():
     """Such names come in as arguments."""
     own = {name for name, value in vars(names).items() if isinstance(value, str) and "lora" in value}
     assert {"META", "PREFIX"} <= own
-    for name in (name for name in FILES if room(name) == "files"):
+    for name in (name for name in FILES if folder_of(name) == "files"):
         assert not re.search("lora(?!Error)", FILES[name].read_text(), re.IGNORECASE), name
         taken = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom) and node.module == "names"]
         assert not own & {alias.name for node in taken for alias in node.names}, name
