@@ -21,7 +21,7 @@ def test_save_pretrained_of_an_adapted_model_warns_merged_or_not(tmp_path, way):
     for network in (module.model, module.model.bert):
         with pytest.warns(UserWarning, match=r"save_pretrained of .*save_merged.*save_adapter.*merge_and_unload"):
             network.save_pretrained(tmp_path / "a")
-    with merged(module), pytest.warns(UserWarning, match="so it loads the base"):
+    with merged(module), pytest.warns(UserWarning, match="so that it loads the base"):
         module.model.save_pretrained(tmp_path / "b")
 
 
