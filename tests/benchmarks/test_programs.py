@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 SMALL = {  # options, and how many rows each table has
     "variants": (["--scale", "16", "--seconds", "0"], [6, 4, 6, 4]),
     "swap": (["--layers", "2", "--width", "32", "--seconds", "0"], [4]),
-    "shrink": (["--seeds", "1", "--epochs", "1"], [8]),
+    "shrink": (["--seeds", "1", "--epochs", "1"], [16]),
     "starts": (["--sides", "32", "--rounds", "1"], [3]),
 }
 
