@@ -32,7 +32,7 @@ load_adapter(model, path), onto a model without an adapter:
     save_load.load_adapter                      the public function
         formats/sources.read_source             an Adapter from any source, by its form. It knows no model yet
             formats/peft_reading.read_folder    of a PEFT folder; the head of that file has each step of it
-        model/adapted_model.find_adapted          the handle of a model that has an adapter
+        model/adapted_model.find_adapted        the handle of a model that has an adapter
         apply.apply_adapter                     all or nothing: model/transaction.py takes it back after an error
             align.align_names                   the prefix at which the adapter's layers are modules of this model
             first_names.by_first_names          a shared module is adapted under its first name

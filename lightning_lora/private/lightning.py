@@ -49,7 +49,8 @@ def logged_step(trainer: Any) -> int:
 def starts_processes(trainer: Any) -> bool:
     """Return whether the strategy starts processes for the fit, of which the main process gets only a state dict.
 
-    Without the class the main process would stay without adapters; strict loading of the weights then fails.
+    Without the class the main process would stay without adapters, and nothing would say so: Lightning loads the
+    weights there with strict=False. tests/project/test_private_parts.py fails if the class goes.
     """
     return any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(trainer.strategy.launcher).__mro__)
 
