@@ -101,7 +101,12 @@ def _hints(cls: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _fitted(value: Any, hint: Any) -> Any:
-    """Convert a value of a config to its annotation. Raises TypeError where that would call other code."""
+    """Convert a value of a config to its annotation. Raises TypeError where that would call other code.
+
+    Needed for checkpoints that LightningCLI wrote of a class with arguments such as an Enum, a dataclass, a Path or a
+    tuple: the config has only YAML's plain values for them. jsonargparse converts these too, but it also imports and
+    calls what a file names, and who reads a checkpoint may not have it.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _fitted(value, arguments[0])
