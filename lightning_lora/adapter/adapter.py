@@ -43,8 +43,8 @@ class Adapter:
 
     Names are those of this package's state dicts. read_adapter and take_adapter return an Adapter.
 
-    The layers are the truth. The options are the words of the run that trained the adapter. They tell the variant, how
-    A and B started, dropout and dtype, and by modules_to_save, task_type and bias what was trained whole. The rest is
+    The layers are the truth. The options are those of the run that trained the adapter. They tell the variant, how
+    A and B started, dropout and dtype, and by modules_to_save, task_type and bias what was fully trained. The rest is
     only shown, and selects nothing.
 
     Attributes:
@@ -73,7 +73,7 @@ class Adapter:
         weightless: the names of modules without weights that end like an adapted layer's name, so far as known.
             target_modules that name layers by their ends must not take these.
         foreign: what modules wrote into state_dict() beside parameters, buffers and extra state.
-        attached: by name, strength and fingerprint of each frozen adapter that it was trained beside. Their tensors are
+        attached: by name, strength and fingerprint of each frozen adapter that it was trained with. Their tensors are
             not in it, and the model that it belongs to has them attached.
     """
 
@@ -227,7 +227,7 @@ class Adapter:
         return {table: self.tensors[names[leaf]] for table, names in self.own_names.items() if leaf in names and table}
 
     def whole_tensors(self) -> dict[str, Any]:
-        """Return what was trained whole, and buffers."""
+        """Return what was fully trained, and buffers."""
         return {name: self.tensors[name] for name in self._whole_names}
 
     @cached_property
@@ -293,12 +293,12 @@ def _stored_rank(adapter: Adapter, layer: str) -> int:
 
 
 def strengths_text(attached: Mapping[str, Attachment]) -> str:
-    """Return the names and weights of adapters beside a trained one, for messages."""
+    """Return the names and strengths of attached adapters, for messages."""
     return ", ".join(f"{name!r} (strength {each.strength:g})" for name, each in sorted(attached.items()))
 
 
 def is_head_only(adapter: Adapter) -> bool:
-    """Return whether its options name no layer, so that it holds what is trained whole, or rows of tables, alone."""
+    """Return whether its options name no layer, so that it holds what is fully trained, or rows of tables, alone."""
     return not adapter.layers and adapter.config is not None and adapter.config.names_no_layer
 
 

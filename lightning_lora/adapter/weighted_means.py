@@ -1,4 +1,4 @@
-"""Weighted means of tensors that several adapters trained whole. A sum of such values would mean nothing."""
+"""Weighted means of tensors that several adapters fully trained. A sum of such values would mean nothing."""
 
 from __future__ import annotations
 

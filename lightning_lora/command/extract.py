@@ -15,7 +15,7 @@ from ..adapter.products import truncated_svd
 from ..config import LoRAConfig
 from ..errors import LoRAError, sentence
 from ..files.weights import Weights
-from ..formats.peft_options import with_ranks_in_words
+from ..formats.peft_options import with_ranks_in_options
 from ..matching import names_match, naming_some, near_misses
 from ..names import A, B
 from ..nn.low_rank import (
@@ -103,7 +103,7 @@ def extract(
         fan_in_fan_out=fan_in_fan_out,
     ).with_layers({module: Layer(scaling=1.0, kind=kind) for module, kind in kinds.items()})
     dropped = [name for name in changed if name.removesuffix(".weight") not in kinds and name not in whole]
-    return Extracted(with_ranks_in_words(adapter), kept, dropped, squares)
+    return Extracted(with_ranks_in_options(adapter), kept, dropped, squares)
 
 
 def _refuse_other_model(base: Weights, tuned: Weights) -> None:

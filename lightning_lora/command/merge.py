@@ -113,7 +113,7 @@ def merge_on_disk(
 
 
 def _refuse_attached(adapter: Adapter, path: PathLike) -> None:
-    """Raise LoRAError where an adapter was trained beside others: merged alone it is another model."""
+    """Raise LoRAError where an adapter was trained with others attached: merged alone it is another model."""
     if adapter.attached:
         weights = " ".join(f"{each.strength:g}" for _, each in sorted(adapter.attached.items()))
         raise LoRAError(

@@ -80,7 +80,7 @@ class Job:
         return self.dtype if self.dtype is not None and dtype in MERGEABLE_DTYPES else dtype
 
     def result_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of one tensor of the result: what was trained whole may have another than the base's."""
+        """Return the shape of one tensor of the result: what was fully trained may have another than the base's."""
         value = self.updates[name].value if name in self.updates else None
         return tuple(self.base.tensors[name].shape if value is None else value.shape)
 

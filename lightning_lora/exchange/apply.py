@@ -216,7 +216,7 @@ def _put_back_(handle: AdaptedModel, earlier: StoredParameters, before: Adapter)
 
 
 def has_place_for(live: LiveState, adapter: Adapter) -> bool:
-    """Return whether a model has an adapter's layers, variant, rows and modules that are trained whole.
+    """Return whether a model has an adapter's layers, variant, rows and modules that are fully trained.
 
     An adapter without options is loaded with the model's.
     """
@@ -239,7 +239,7 @@ def has_place_for(live: LiveState, adapter: Adapter) -> bool:
 
 
 def _tell_of_narrower(live: LiveState, adapter: Adapter) -> None:
-    """Say that what was trained whole, such as a head, has fewer digits in this model than in the adapter."""
+    """Say that what was fully trained, such as a head, has fewer digits in this model than in the adapter."""
     for name, value in adapter.whole_tensors().items():
         here = live.tensors[name]
         if not isinstance(here, nn.Parameter) or not here.is_floating_point():

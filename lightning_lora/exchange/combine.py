@@ -36,7 +36,7 @@ from ..config import LoRAConfig, defaults_of, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..formats.peft_folder import write_folder
-from ..formats.peft_options import with_ranks_in_words
+from ..formats.peft_options import with_ranks_in_options
 from ..formats.peft_parameters import TODAYS, refuse_without_model
 from ..formats.sources import adapter_with_options
 from ..names import PREFIX, A, B, listed, names_factor
@@ -171,7 +171,7 @@ def combine_adapters(
             tensors |= factors
             advance(1)
     adapter = _with_equal_attention(_assemble(tensors, [each for _, each, _ in used]))
-    return Combined(with_ranks_in_words(adapter), kept, means)
+    return Combined(with_ranks_in_options(adapter), kept, means)
 
 
 def _checked_method(method: str, rank: float | None, density: float | None) -> str:
@@ -271,7 +271,7 @@ def _assemble(tensors: Mapping[str, Any], adapters: Sequence[Adapter]) -> Adapte
 
 
 def _beside_all(adapters: Sequence[Adapter]) -> Mapping[str, Attachment]:
-    """Return what all adapters were trained beside. What only some were is perhaps one of the others, and is told."""
+    """Return what all adapters were trained with. What only some had attached may be one of the others: a warning."""
     first, *others = (each.attached for each in adapters)
     if all(other == first for other in others):
         return first
@@ -284,7 +284,7 @@ def _beside_all(adapters: Sequence[Adapter]) -> Mapping[str, Attachment]:
 
 
 def _words(adapters: Sequence[Adapter]) -> LoRAConfig:
-    """Return the first adapter's options, with all that is trained whole, and the layers' names where others differ."""
+    """Return the first adapter's options, with all that is fully trained, and the layers' names where others differ."""
     configs = [each.config or LoRAConfig() for each in adapters]
     layers = dict.fromkeys(layer for each in adapters for layer in each.layers)
     parameters = {layer for each in adapters for layer in each.parameters}
@@ -295,7 +295,7 @@ def _words(adapters: Sequence[Adapter]) -> LoRAConfig:
     return replace(
         configs[0],
         **(by_name if layers.keys() != adapters[0].layers.keys() else {}),
-        **defaults_of("scaling"),  # with_ranks_in_words then writes all that decides ranks
+        **defaults_of("scaling"),  # with_ranks_in_options then writes all that decides ranks
         lora_dropout=0.0 if any(each.parameters for each in adapters) else configs[0].lora_dropout,
         modules_to_save=list(dict.fromkeys(name for config in configs for name in config.modules_to_save or ())),
     )

@@ -227,7 +227,7 @@ def _check_trained(live: LiveState, adapter: Adapter) -> None:
 def chosen_by(adapter: Adapter) -> Chosen:
     """Return the layers of an adapter with options, and the parameters that it trains whole.
 
-    Its words say that. What it holds beside that was unfrozen later, or belongs to a resized table, and stays frozen.
+    Its options say that. What else it holds was unfrozen later, or belongs to a resized table, and stays frozen.
     """
     config = cast(LoRAConfig, adapter.config)
     whole = frozenset(name for name in adapter.whole_tensors() if _trains_whole(config, name, adapter.layers))
@@ -235,7 +235,7 @@ def chosen_by(adapter: Adapter) -> Chosen:
 
 
 def _trains_whole(config: LoRAConfig, name: str, layers: Collection[str]) -> bool:
-    """Return whether options name a base parameter as one that is trained whole."""
+    """Return whether options name a base parameter as one that is fully trained."""
     owner, _, leaf = name.rpartition(".")
     is_bias = leaf == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in layers))
     return is_bias or any(map(matcher(config.all_modules_to_save()), parent_names(name)))

@@ -253,8 +253,8 @@ def load_from_checkpoint(
 
 
 def _by_hand(name: str, path: PathLike, kind: Kind, missing: Mapping[str, Attachment]) -> str:
-    """Return the advice where an adapter was trained beside others, whose sources no checkpoint holds."""
-    # The base of a full checkpoint is loaded after that: what was trained whole comes with it, and attach compares with
+    """Return the advice where an adapter was trained with others attached, whose sources no checkpoint holds."""
+    # The base of a full checkpoint is loaded after that: what was fully trained comes with it, and attach compares with
     # the values from before training.
     attaching = by_attach(missing, strict_base=kind != "full")
     return f"Load it by hand: {lines_by_hand(name, path, kind, attaching)}."

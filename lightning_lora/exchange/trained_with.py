@@ -1,4 +1,4 @@
-"""Whether a model has the adapters attached that another adapter was trained beside. A file holds their names,
+"""Whether a model has the adapters attached that another adapter was trained with. A file holds their names,
 strengths and fingerprints, and not their tensors."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def by_callback(missing: Mapping[str, Attachment]) -> str:
 
 
 def refuse_missing(here: Attachments, adapter: Adapter, remedy: Remedy = by_load_adapter) -> None:
-    """Raise LoRAError where an adapter was trained beside one that is not attached to the model."""
+    """Raise LoRAError where an adapter was trained with one that is not attached to the model."""
     missing = {name: each for name, each in sorted(adapter.attached.items()) if name not in here}
     if missing:
         raise LoRAError(
@@ -61,7 +61,7 @@ def refuse_lacking(here: Attachments, source: object, verb: str) -> None:
 
 
 def check_attached(listing: Listing, adapter: Adapter) -> None:
-    """Raise LoRAError unless a model has all adapters attached that another adapter was trained beside, as they were.
+    """Raise LoRAError unless a model has all adapters attached that another adapter was trained with, as they were.
 
     More may be attached.
 
@@ -81,7 +81,7 @@ def check_attached(listing: Listing, adapter: Adapter) -> None:
 
 
 def check_attached_of_run(handle: AdaptedModel, adapter: Adapter) -> dict[str, float]:
-    """Raise LoRAError unless exactly those adapters are attached that a Trainer's checkpoint was trained beside.
+    """Raise LoRAError unless exactly those adapters are attached that a Trainer's checkpoint was trained with.
 
     Strengths of a file that no forward could use are refused here, before anything of the checkpoint is taken.
 

@@ -89,7 +89,7 @@ def model_card(options: Mapping[str, Any], adapter: Adapter, network: str = "") 
 
 
 def _heads(adapter: Adapter) -> dict[str, int]:
-    """Return the linear layers that were trained whole, as text with their size, and the number of their outputs."""
+    """Return the linear layers that were fully trained, as text with their size, and the number of their outputs."""
     found = {}
     for name, value in adapter.whole_tensors().items():
         owner, _, leaf = name.removeprefix(adapter.network).rpartition(".")
@@ -131,7 +131,7 @@ def _loading(base: str, task: Task | None, adapter: Adapter, network: str) -> st
 
 
 def _labels(adapter: Adapter) -> str:
-    """Return the argument for the number of labels of a classifier that was trained whole, or ""."""
+    """Return the argument for the number of labels of a classifier that was fully trained, or ""."""
     of_heads = [name for name in adapter.tensors if name.endswith(".weight") and CLASSIFIERS & set(name.split("."))]
     return f", num_labels={len(adapter.tensors[of_heads[-1]])}" if of_heads else ""
 

@@ -53,7 +53,7 @@ class PeftNames:
         ours: our name of each tensor. Second copies of a tensor are left out.
         kinds: the kind of each layer whose kind PEFT's names tell.
         network: the name before PEFT's prefix, as in the state dict of a LightningModule: "" or ending in a dot.
-        saved: the modules that were copied and trained whole, as far as names tell.
+        saved: the modules that were copied and fully trained, as far as names tell.
         live: the names are those of a live PeftModel's state dict, which holds the base too.
     """
 

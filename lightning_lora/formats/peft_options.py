@@ -63,7 +63,7 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
 def lora_options(adapter: Adapter) -> dict[str, Any]:
     """Return the fields of a peft.LoraConfig for an adapter in PEFT's form; its variant may have others.
 
-    What selects layers is written by layer. The user's own words stand in the description in the tensor file.
+    What selects layers is written by layer. The user's own options stand in the description in the tensor file.
     """
     config = adapter.config or LoRAConfig()
     options = config.to_dict() | ranks_and_alphas(adapter)
@@ -106,7 +106,7 @@ def ranks_and_alphas(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def with_ranks_in_words(adapter: Adapter) -> Adapter:
+def with_ranks_in_options(adapter: Adapter) -> Adapter:
     """Return an adapter whose layers have got other ranks or scalings, with options that say so."""
     return replace(adapter, config=replace(adapter.config or LoRAConfig(), **ranks_and_alphas(adapter)))
 

@@ -14,13 +14,13 @@
 
 Sources differ in how much they tell beside their tensors. A Source holds that:
 
-    description           in the header of a file that this package wrote: words, kinds, fingerprint
+    description           in the header of a file that this package wrote: options, kinds, fingerprint
     options               adapter_config.json
     nothing               ranks are in the shapes; scalings have to come from an injected model
 
 adapter_config.json is read whoever wrote it, as PEFT reads it alone: its variant, scalings, dropout and rows count, and
 a rank must be that of the tensors. The description adds what PEFT does not know: kinds of layers, enable_lora, start
-factors, fingerprint. What selects layers and modules in the JSON is passed over, because the tensors name them.
+factors, fingerprint. What selects layers and modules in the JSON is not read, because the tensors name them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from .peft_options import (
     options_from_peft,
     origin_of,
     refuse_options,
-    with_ranks_in_words,
+    with_ranks_in_options,
 )
 from .peft_parameters import (
     Nesting,
@@ -190,7 +190,7 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
     names = read_names(tensors, source.where, source.nesting)
     ours = {ours: tensors[theirs] for theirs, ours in names.ours.items()}
     adapter = _foreign(ours, names, source) if description is None else from_metadata(ours, description, where)
-    words = adapter.config
+    described_config = adapter.config
     adapter = replace(adapter, config=config_in_peft(adapter))  # options in the file are PEFT's, and so the ranks
     if options is not None:
         adapter = _with_options(adapter, options, source)
@@ -203,7 +203,7 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
     refuse_file_beside_conv1d(adapter, source.where)
     if description is not None:
         edited = adapter.layers != described
-        return _as_described(_without_additions(adapter, description, where), words, edited=edited)
+        return _as_described(_without_additions(adapter, description, where), described_config, edited=edited)
     adapter = with_enable_lora(adapter)
     if options is None:
         return adapter
@@ -284,21 +284,21 @@ def _base_in_state(adapter: Adapter, names: PeftNames) -> set[str]:
 
 
 def _with_options(adapter: Adapter, options: Mapping[str, Any], source: Source) -> Adapter:
-    """Return the adapter with the rows, the variant, the words and the origin of adapter_config.json.
+    """Return the adapter with the rows, the variant, the options and the origin of adapter_config.json.
 
     Raises:
         LoRAError: options and tensors do not go together, or a pattern repeats a group, which may take for ever.
     """
     adapter, variant = rows_from_peft(adapter, options, source.where), cast(Variant, source.variant)
     layers, whole = adapter.module_layers, adapter.whole_tensors()
-    words = options_from_peft(options, layers, whole, adapter.tables, variant.name)
-    for key in (*(words.rank_pattern or ()), *(words.alpha_pattern or ())):
+    config = options_from_peft(options, layers, whole, adapter.tables, variant.name)
+    for key in (*(config.rank_pattern or ()), *(config.alpha_pattern or ())):
         if REPEATED_GROUP.search(key):
             raise LoRAError(
                 f"{source.options_path}: the pattern {shown(key, 80)} repeats a group, which may take for ever. Name "
                 "the layers instead."
             )
-    return replace(adapter, config=words, origin=origin_of(options))
+    return replace(adapter, config=config, origin=origin_of(options))
 
 
 def factor_names(adapter: Adapter) -> dict[str, tuple[str, str]]:
@@ -312,14 +312,14 @@ def _with_scalings(adapter: Adapter, path: object) -> Adapter:
     Raises:
         LoRAError: the options say another rank than the tensors have, so that nobody knows the scaling.
     """
-    words = cast(LoRAConfig, adapter.config)
+    config = cast(LoRAConfig, adapter.config)
     in_options = {name: adapter.options_name(name) for name in adapter.layers}
-    ranks = _by_name(words.rank_pattern, in_options.values(), words.r)
-    alphas = _by_name(words.alpha_pattern, in_options.values(), words.lora_alpha)
+    ranks = _by_name(config.rank_pattern, in_options.values(), config.r)
+    alphas = _by_name(config.alpha_pattern, in_options.values(), config.lora_alpha)
     layers = {}
     for name, layer in adapter.layers.items():
         rank, alpha = ranks[in_options[name]], alphas[in_options[name]]
-        scaling = words.scaling_of(rank, alpha)
+        scaling = config.scaling_of(rank, alpha)
         if rank != layer.r:
             raise LoRAError(f"{path}: {name!r}: the options say r={rank}, but its factors have rank {layer.r}.")
         is_known = layer.scaling is not None and math.isclose(scaling, layer.scaling)  # unrounded, in the description
@@ -357,18 +357,19 @@ def _without_additions(adapter: Adapter, description: Mapping[str, Any], where: 
     return replace(adapter, tensors=without(adapter.tensors, frozen), base=frozen).without_layers(idle)
 
 
-def _as_described(adapter: Adapter, words: LoRAConfig | None, *, edited: bool) -> Adapter:
-    """Return an adapter in PEFT's form as the model had it that wrote it, with the words of its run.
+def _as_described(adapter: Adapter, config: LoRAConfig | None, *, edited: bool) -> Adapter:
+    """Return an adapter in PEFT's form as the model had it that wrote it, with the options of its run.
 
     Args:
         adapter: as PEFT reads it.
-        words: of the description. Dropout may have been edited in adapter_config.json.
+        config: of the description. Dropout may have been edited in adapter_config.json.
         edited: the scalings are others than those of the description.
     """
-    stated, words = adapter.config or LoRAConfig(), words or LoRAConfig()
-    scaling = {name: getattr(stated if edited else words, name) for name in options_that_decide("scaling")}
-    own = replace(words, lora_dropout=stated.lora_dropout, **scaling)
+    stated = adapter.config or LoRAConfig()
+    config = config or LoRAConfig()
+    scaling = {name: getattr(stated if edited else config, name) for name in options_that_decide("scaling")}
+    own = replace(config, lora_dropout=stated.lora_dropout, **scaling)
     as_we_have_it = replace(with_enable_lora(adapter), config=own)
     if as_we_have_it.variant != adapter.variant:
         as_we_have_it = from_peft_form(as_we_have_it)
-    return with_ranks_in_words(as_we_have_it) if edited else as_we_have_it
+    return with_ranks_in_options(as_we_have_it) if edited else as_we_have_it

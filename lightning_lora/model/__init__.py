@@ -86,6 +86,6 @@ name in its module. So a wrapper, a moved, renamed or re-ordered module keep all
 move of a merged layer unmerges it meanwhile.
 
 Blocks. `merged` holds its claim, and notes whether the model was merged. `scaled` and `disable_adapter` hold also the
-strengths that a block around them has set, and stand-ins of what was trained whole. merging.run_block restores what was
+strengths that a block around them has set, and stand-ins of what was fully trained. merging.run_block restores what was
 found. nn/owner.REFUSED says which calls are refused inside of which block.
 """

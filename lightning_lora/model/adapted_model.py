@@ -304,7 +304,7 @@ class AdaptedModel(Listing):
     def record_unfrozen(self, names: Collection[str]) -> None:
         """Record base parameters that another run had unfrozen, with their present values as those before training.
 
-        Parameters that are recorded already are passed over, and so are names that are no base parameter's.
+        Parameters that are recorded already are left alone, and so are names that are no base parameter's.
         """
         trained = self.trained()
         names_here: dict[int, str] = {}

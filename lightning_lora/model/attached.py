@@ -329,7 +329,7 @@ def begin_layers_(handle: AdaptedModel, names: Iterable[str]) -> None:
 def attach_to_layers_(
     handle: AdaptedModel, name: str, pairs: Mapping[str, AttachedFactors], attachment: Attachment
 ) -> None:
-    """Put an adapter beside the trained one, into every layer that it has. In place.
+    """Attach an adapter in every layer that it has. In place.
 
     Args:
         handle: of the model, unmerged.

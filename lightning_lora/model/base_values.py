@@ -53,7 +53,7 @@ class StandIn(NamedTuple):
 def stand_ins(handle: AdaptedModel) -> list[StandIn]:
     """Return stand-ins for all trained tensors of an injected model. Tied tensors share one. The model is not changed.
 
-    Values on the meta device are passed over: they were recorded before the tensors had values, and nothing was trained
+    Values on the meta device are left out: they were recorded before the tensors had values, and nothing was trained
     since.
 
     Raises:

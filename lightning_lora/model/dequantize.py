@@ -23,7 +23,7 @@ from ..nn.rounding import Rounding
 from ..nn.variant import Stored
 from ..notices import tell
 
-# What is told of rounding, and the remedy where it costs much.
+# What a message says of rounding, and the remedy where it costs much.
 DEQUANTIZED = "merged 16-bit weights, dequantized"
 IN_FLOAT32 = 'dequantize="float32" takes twice the space and loses next to nothing.'
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGEABLE_DTYPES}

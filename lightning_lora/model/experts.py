@@ -11,14 +11,14 @@ from ..nn.parameter import weights_of
 from ..nn.quantized import shape_of
 from .adapted_model import AdaptedModel
 
-LITTLE = 0.1  # of the parameters: up to this share nothing is said
+LITTLE = 0.1  # of the parameters: up to this share nothing is logged
 
 
 def option_for_experts(handle: AdaptedModel) -> str:
     """Return the option that adapts stacks of experts which "all-linear" or "all-layers" does not adapt, to copy.
 
     A stack has three dimensions, and is no weight of a class of torch, such as a convolution. What is excluded or
-    trained whole does not count.
+    fully trained does not count.
 
     Returns:
         Text, as "target_parameters=['gate_up_proj', 'down_proj']", or "" where the stacks are a tenth of the parameters

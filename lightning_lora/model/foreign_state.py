@@ -29,7 +29,7 @@ def foreign_names(listing: Listing, state: Mapping[str, Any], known: Collection[
 
     Args:
         listing: of the model.
-        state: its state dict. Entries that describe quantized weights are passed over.
+        state: its state dict. Entries that describe quantized weights are left out.
         known: the names of listing.state().
     """
     names = {name: canonical(name) for name in state}

@@ -74,7 +74,7 @@ def warn_of_layers(fact: str, layers: Mapping[str, AdaptedWeights], names: Seque
 def warn_of_unread(listing: Listing, *, has_run: bool) -> None:
     """Warn of layers whose attached adapters no forward has read since they were attached. Once a layer.
 
-    A merged layer is passed over: a forward reads W'.
+    A merged layer is left out: a forward reads W'.
 
     Args:
         listing: of any module that holds adapted layers.

@@ -80,7 +80,7 @@ def _beside_the_body(pretrained: nn.Module) -> dict[str, nn.Module]:
 
 
 def to_train_whole(modules: NamedModules, entries: Iterable[str]) -> list[str]:
-    """Return the names of modules to be trained whole, which no quantization may have: those of the options, new ones.
+    """Return the names of modules to be fully trained, which no quantization may have: those of the options, new ones.
 
     New are the heads of `new_heads`, and layers of bitsandbytes that were never quantized.
 
@@ -109,7 +109,7 @@ def _in_pretrained(name: str, modules: NamedModules) -> str:
 
 
 def warn_of_new_heads(modules: NamedModules, saved: Collection[str] = ()) -> None:
-    """Warn of heads of transformers' models that have random values and are not trained whole.
+    """Warn of heads of transformers' models that have random values and are not fully trained.
 
     Args:
         modules: every module of a model under its first name, the model first.
@@ -166,7 +166,7 @@ def option_that_leaves_plain(modules: NamedModules, names: Sequence[str], layer:
 
 
 def _frozen(heads: Mapping[str, nn.Module]) -> list[str]:
-    """Return the names of the heads that are not trained whole."""
+    """Return the names of the heads that are not fully trained."""
     return [
         name
         for name, head in heads.items()

@@ -137,7 +137,7 @@ def stored_parameters(handle: AdaptedModel) -> StoredParameters:
 def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRAConfig, chosen: Chosen) -> AdaptedModel:
     """Take the adapters out of a model, and put in the layers of another adapter, whose values are loaded next.
 
-    In place. What the earlier adapter trained whole has its first values again. A parameter with a successor of the
+    In place. What the earlier adapter fully trained has its first values again. A parameter with a successor of the
     same name stays the same object, because an optimizer may hold it; it loses its gradient. Where an exception broke
     a call off, another one with the same handle can follow.
 
@@ -218,7 +218,7 @@ def unload(model: nn.Module) -> None:
 def take_out_adapter(handle: AdaptedModel) -> None:
     """Take the trained adapter and all patches out of an unmerged model. In place. Can be repeated.
 
-    What was trained whole has its first values again, and what is attached stays.
+    What was fully trained has its first values again, and what is attached stays.
     """
     restore_initial_(handle)
     strip_adapters(handle)
@@ -257,7 +257,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         refuse_unmergeable(handle, dtype)
         unmerge_listed(handle)  # a layer that could not be merged earlier may be mergeable now
         plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
-        handle.injection.marks.add("quantized")  # no layer stays factored, so nothing is said of that
+        handle.injection.marks.add("quantized")  # no layer stays factored, so no message says that
         merge_listed(handle)
 
         def leave_merged() -> None:
@@ -297,7 +297,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     that you unfroze after injection is as in unload.
 
     Raises:
-        LoRAError: the model was not injected; what is trained whole is sharded; or, inside the block, something saves,
+        LoRAError: the model was not injected; what is fully trained is sharded; or, inside the block, something saves,
             loads, copies, pickles or unloads the model.
 
     Example::
@@ -542,12 +542,12 @@ def _set_active(handle: AdaptedModel, active: Mapping[AdaptedWeights, bool]) -> 
 
 
 def _freeze(handle: AdaptedModel, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
-    """Freeze base parameters, but for biases and modules that are trained whole. In place.
+    """Freeze base parameters, but for biases and modules that are fully trained. In place.
 
     Args:
         handle: of the model; its injection notes requires_grad from before.
         new: the layers that are about to be adapted.
-        saved: the modules that are trained whole.
+        saved: the modules that are fully trained.
     """
     injection = handle.injection
     bias = injection.config.bias if injection.chosen is None else "none"

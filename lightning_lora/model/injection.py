@@ -53,7 +53,7 @@ class Chosen:
     Attributes:
         layers: each layer or single parameter, with its r, scaling and parts: an adapter's Layer.
         tables: the numbers of the trained rows of each table.
-        whole: names of parameters that are trained whole.
+        whole: names of parameters that are fully trained.
         scope: the beginning of the names of the part of the model that the adapter is for, "" or ending in a dot.
     """
 

@@ -42,7 +42,7 @@ def quantize_base(
         kind: "nf4".
         exclude_modules: layers to leave as they are, named as in LoRAConfig. A classifier of a model that is neither
             of transformers nor of timm is one that needs it, or modules_to_save.
-        modules_to_save: modules that will be trained whole, and so are not quantized.
+        modules_to_save: modules that will be fully trained, and so are not quantized.
 
     Returns:
         The names of the quantized layers.

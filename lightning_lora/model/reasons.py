@@ -289,7 +289,7 @@ def check_trainable(modules: NamedModules, saved: Mapping[str, nn.Module], confi
 
     Args:
         modules: every module of the model under its first name, the model first.
-        saved: the modules that are to be trained whole, by name.
+        saved: the modules that are to be fully trained, by name.
         config: the options.
 
     Raises:

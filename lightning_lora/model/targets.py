@@ -1,4 +1,4 @@
-"""Select what the options name in a model: layers, single parameters, tables, and modules that are trained whole."""
+"""Select what the options name in a model: layers, single parameters, tables, and modules that are fully trained."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Selection:
         tables: the rows to train of each table that trainable_token_indices names, or that is tied to such a table.
         saved: the modules that modules_to_save and task_type name.
         left_out: why a value of BY_KIND, such as "all-linear", leaves a layer out.
-        saved_instead: modules that both target_modules and modules_to_save name. They are trained whole.
+        saved_instead: modules that both target_modules and modules_to_save name. They are fully trained.
         unmatched: the entries that name nothing.
     """
 
@@ -68,7 +68,7 @@ class Selection:
         return bool(self.tables) or any(parameter.is_floating_point() for parameter in (*saved, *biases))
 
     def is_saved(self, name: str) -> bool:
-        """Return whether a module is trained whole, by itself or inside another."""
+        """Return whether a module is fully trained, by itself or inside another."""
         return not self.saved.keys().isdisjoint((name, *parent_names(name)))
 
     def refuse(self, modules: Modules, config: LoRAConfig, new: Collection[str]) -> None:
@@ -200,7 +200,7 @@ def _check_entries(
         config: the options.
         modules: of the model, but for itself.
         weights: the names of parameters that target_parameters can name.
-        chosen: what target_modules names, be it excluded or trained whole.
+        chosen: what target_modules names, be it excluded or fully trained.
     """
     note = selection.unmatched.note
     noun = "layer to adapt"
@@ -237,7 +237,7 @@ def _check_that_something_is_adapted(
         selection: what the options name.
         config: the options.
         model: of which `modules` are the others.
-        chosen: what target_modules names, be it excluded or trained whole.
+        chosen: what target_modules names, be it excluded or fully trained.
     """
     errors = selection.unmatched.errors
     if selection.names():

@@ -1,4 +1,4 @@
-"""Frozen adapters attached beside the trained one: W' = c * (W + s * B @ A) + the sum of w_i * s_i * B_i @ A_i.
+"""Frozen adapters attached to a layer: W' = c * (W + s * B @ A) + the sum of w_i * s_i * B_i @ A_i.
 
 A layer has all of them as one packed pair, the ranks side by side in the order of their names, and w_i * s_i of each
 rank as a vector. A new strength is written into that vector, so nothing is compiled anew. The tensors are plain ones:
@@ -45,7 +45,7 @@ class AttachedFactors:
 
 @dataclass(frozen=True)
 class Attachment:
-    """An adapter that is attached beside the trained one.
+    """An attached adapter.
 
     Attributes:
         strength: by which it is multiplied.

@@ -115,7 +115,7 @@ class LoRAForeignLinear(LoRALinear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        for leaf, tensor in self.stored().items():  # a class like HQQLinear passes over what it does not write
+        for leaf, tensor in self.stored().items():  # a class like HQQLinear ignores what it does not write
             value = state_dict.get(prefix + leaf)
             if value is not None and value is not tensor and value.shape == tensor.shape:
                 copy_(tensor, value)

@@ -65,7 +65,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Layers that are left out for one reason: not adapted, but for those that are trained whole, or not merged."""
+    """Layers that are left out for one reason: not adapted, but for those that are fully trained, or not merged."""
 
     names: tuple[str, ...]
     reason: str
@@ -136,7 +136,7 @@ class Summary:
         return lines
 
     def _facts(self) -> dict[str, str]:
-        """Return what is said below the table, by label."""
+        """Return the facts below the table, by label."""
         not_adapted = []
         for each in self.left_out:
             share = f"{each.share:.1%} of all, " if each.share else ""

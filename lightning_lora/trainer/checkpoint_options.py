@@ -66,7 +66,7 @@ def refuse_folder_for_checkpoint(trainer: Any) -> None:
 def layers_in_checkpoint(saved: Saved, config: LoRAConfig, module: nn.Module) -> Chosen | None:
     """Return the layers of a checkpoint's adapter, where the callback's options say nothing else of them.
 
-    The options in a file are the words of the run that trained the adapter first, perhaps in another module.
+    The options in a file are those of the run that trained the adapter first, perhaps in another module.
 
     Args:
         saved: of the checkpoint.
@@ -75,7 +75,7 @@ def layers_in_checkpoint(saved: Saved, config: LoRAConfig, module: nn.Module) ->
 
     Returns:
         None where an option that selects something is another than the checkpoint's, or where the module lacks a layer,
-        which it may build later. Then the words count.
+        which it may build later. Then the given options count.
     """
     modules = dict(module.named_modules())
     here = modules.keys() | weights_of(modules).keys()

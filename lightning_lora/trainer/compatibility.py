@@ -82,7 +82,7 @@ def slicing(strategy: Any) -> str:
 def refuse_other_options(handle: AdaptedModel, config: LoRAConfig, given: Collection[str], seed: str = "") -> None:
     """Raise LoRAError where a model was injected with other options than the callback was given.
 
-    A loaded adapter has the words of another run. Where they differ, its layers are compared with those that the
+    A loaded adapter has the options of another run. Where they differ, its layers are compared with those that the
     callback's options select.
 
     Args:

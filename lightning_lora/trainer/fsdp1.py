@@ -1,4 +1,4 @@
-"""FSDPStrategy (FSDP1): each rank keeps a slice of each frozen weight, and all that is trained whole.
+"""FSDPStrategy (FSDP1): each rank keeps a slice of each frozen weight, and the whole of all that is trained.
 
 FSDP1 lays the weights of a unit one after the other in a flat tensor and cuts that into equal slices. It takes no
 tensors of several dtypes, and would keep gradients of frozen weights beside trained ones. So all that is trained stays
