@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from groups import quiet_fidelity
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -111,12 +112,12 @@ def train(
         optimizer.zero_grad()
         candidate.model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
-        with candidate.merged():  # a rollout would be here
+        with quiet_fidelity(), candidate.merged():  # a rollout would be here
             if step in steps:
                 found["in_run"].append(loss(candidate.model, judged))
         if step in steps:
             fresh = candidate.saved()
-            with fresh.merged():
+            with quiet_fidelity(), fresh.merged():
                 found["saved"].append(loss(fresh.model, judged))
     return {**found, "size": size(candidate.saved().model, factors)}
 
