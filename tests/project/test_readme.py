@@ -569,20 +569,21 @@ def test_figures_of_the_first_screen_are_those_of_the_benchmark():
     float32, bf16 = content["validation"]
     assert (float32["dtype"], bf16["dtype"]) == ("float32", "bf16")
     times = [
-        f"{float32[f'{name} / plain']:.2f}; {bf16[f'{name} / plain']:.2f} in bf16" for name in ("PEFT", "LoRACallback")
+        f"{float32[f'{name} / plain']:.2f} in fp32, {bf16[f'{name} / plain']:.2f} in bf16"
+        for name in ("PEFT", "LoRACallback")
     ]
-    shown = {what: cells for what, *cells in table(FRONT, "| | Hugging Face's PEFT, in red | the callback, in green |")}
-    assert shown.pop("lines you write") == [f"{peft_['lines']}", f"{ours['lines']}"]
-    assert shown.pop("a small Llama's checkpoint") == [
-        f"{size['PEFT and both hooks']} with the hooks, {size['PEFT alone']} without",
+    shown = {what: cells for what, *cells in table(FRONT, "| | PEFT (lines with -) | LoRACallback (lines with +) |")}
+    assert shown.pop("lines for LoRA") == [f"{peft_['lines']}", f"{ours['lines']}"]
+    assert shown.pop("a small Llama's checkpoint, with its optimizer") == [
+        f"{size['PEFT and both hooks']}; {size['PEFT alone']} without the hooks",
         size["LoRACallback"],
     ]
     assert shown.pop("names of weights") == ["`base_model.model.…base_layer.weight`", "unchanged"]
     assert (peft_["names kept"], ours["names kept"]) == (0, ours["names"])
     assert shown.pop("validation time, plain model = 1") == times
-    assert shown.pop("resuming with the wrong base") == ["no error", "an error"]
+    assert shown.pop("resuming with other pretrained weights") == ["no error", "an error"]
     assert (peft_["on another base"], ours["on another base"]) == ("another model, silently", "LoRAError")
-    assert shown.pop("BatchNorm's statistics") == ["lost", "saved"]
+    assert shown.pop("BatchNorm's statistics, in a checkpoint") == ["lost", "saved"]
     assert peft_["BatchNorm"] > ours["BatchNorm"] == 0
     assert not shown
     assert alone["names kept"] == 0
