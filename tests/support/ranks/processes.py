@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 BACKEND = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() > 1 else "gloo"
 COLLECTIVE_TIMEOUT = 60  # seconds, of which a rank may wait for others on a busy machine
+CALLS = 20  # after which a world is started anew: gloo's threads of each group that a test made stay, and take time
 LOST_CONNECTION = ("Connection", "Broken pipe")  # gloo's words: closed or reset by the peer, or found broken in a write
 
 for method in ("record_event", "wait_event"):  # FSDP2 calls them on the CPU too, for which torch 2.6 forgot them
@@ -39,6 +40,7 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self.processes: list[Any] = []
+        self.calls = 0
 
     def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -52,6 +54,7 @@ class World:
         ]
         for process in self.processes:
             process.start()
+        self.calls = 0
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """Call function(*args) on every rank and return the results by rank. A failure or a hang ends this world."""
@@ -81,6 +84,9 @@ class World:
         return ended
 
     def _send(self, function: Callable[..., Any], args: Any, stays: bool = True) -> None:
+        if self.calls == CALLS:
+            self.stop()
+        self.calls += 1
         if not self.processes:
             self.start()
             self._collect(time.monotonic() + 200)  # imports of all packages
