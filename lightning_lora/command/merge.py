@@ -254,7 +254,7 @@ def _refuse_tied(updates: Mapping[str, WeightUpdate], of_both_ends: Set[str], ba
 
 
 def _row_updates(adapter: Adapter, base: Weights) -> dict[str, WeightUpdate]:
-    """Return what happens to tables of which rows were trained, under every name that the base has for them.
+    """Return the update of each table that has trained rows. A tied table has one under each of its names in the base.
 
     Raises:
         LoRAError: a table is missing, or of another shape.

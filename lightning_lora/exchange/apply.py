@@ -210,7 +210,13 @@ def _replace_layers(handle: AdaptedModel, adapter: Adapter, undo: ExitStack) -> 
 
 
 def _put_back_(handle: AdaptedModel, earlier: StoredParameters, before: Adapter) -> None:
-    """Put a model's own adapter in the place of another one's layers, whose values were not written. In place."""
+    """Replace the layers of a new adapter, which has no values yet, by those of the earlier one. In place.
+
+    Args:
+        handle: of the model.
+        earlier: the parameters that the model stored before the replacement.
+        before: the earlier adapter.
+    """
     here = replace_layers(handle, earlier, cast(LoRAConfig, before.config), chosen_by(before))
     _fill_(LiveState(here), Names(here.places), before, strict_base=False)
 

@@ -9,12 +9,9 @@ This package would keep a plain copy of so small a weight. Here it does not, so 
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
+import sys
 from collections.abc import Callable, Iterator
-from datetime import date
-from importlib.metadata import version
 from typing import Any
 from unittest.mock import patch
 
@@ -184,17 +181,7 @@ def _percent(share: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--redraw", action="store_true", help="write table and picture of the results that are kept")
-    if not parser.parse_args(arguments).redraw:
-        torch.set_num_threads(1)
-        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "loralib"))
-        content = {"machine": f"CPU, 1 thread, {versions}", "date": date.today().isoformat(), **measured()}
-        RESULTS.write_text(report.as_json(content))
-    content = json.loads(RESULTS.read_text())
-    report.README.write_text(report.between(report.README.read_text(), BEGIN, END, markdown(content)))
-    plot(content).savefig(PLOT)
-    print(markdown(content))
+    report.measure_or_redraw(sys.modules[__name__], ("torch", "peft", "loralib"), arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Users of an RL trainer met this: https://github.com/huggingface/trl/issues/6688
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,8 +16,6 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +39,7 @@ BATCH, TOKENS, HELD_OUT = 8, 128, 64  # a batch has 8 pieces of 128 characters, 
 RESULTS, PLOT = report.HERE / "merge_each_step.json", report.HERE / "merge_each_step.png"
 BEGIN, END = "<!-- loop: written by tests/benchmarks/merge_each_step.py -->\n", "<!-- end of loop -->"
 HEADER = "| learning rate | size of the adapter | package | loss in the run | loss of the saved adapter | difference |"
-COLOURS = {1e-5: "#c77b0a", 1e-4: "#d1495b", 1e-3: "#8a63d2", "ours": "#1a8a5a"}
+COLOURS, OURS = {1e-5: "#c77b0a", 1e-4: "#d1495b", 1e-3: "#8a63d2"}, "#1a8a5a"  # of PEFT by rate; of ours
 
 
 @dataclass(frozen=True)
@@ -184,23 +181,21 @@ def plot(content: dict[str, Any]) -> Any:
     with matplotlib.rc_context(report.STYLE):
         figure = Figure(figsize=(8, 3.5), dpi=report.DPI, layout="constrained")
         axes = figure.subplots()
+
+        def label(text: str, at: float, colour: str) -> None:
+            axes.annotate(text, (steps[-1], at), (10, 0), textcoords="offset points", va="center", color=colour)
+
         for (rate, package), rows in groups(content).items():
-            gaps = [[after - within for after, within in zip(row["saved"], row["in_run"], strict=True)] for row in rows]
-            means = [statistics.mean(each) for each in zip(*gaps, strict=True)]
-            colour = COLOURS["ours" if package == "ours" else rate]
+            of_seeds = [[s - r for s, r in zip(row["saved"], row["in_run"], strict=True)] for row in rows]
+            at_steps = [*zip(*of_seeds, strict=True)]
+            means = [statistics.mean(each) for each in at_steps]
+            colour = OURS if package == "ours" else COLOURS[rate]
             axes.plot(steps, means, color=colour, lw=2, clip_on=False, zorder=4 if package == "ours" else 3)
             if package == "peft":
-                axes.fill_between(steps, [*map(min, zip(*gaps, strict=True))], [*map(max, zip(*gaps, strict=True))],
-                                  color=colour, alpha=0.2, lw=0)  # fmt: skip
-                text, place = f"PEFT, learning rate {rate:g}", (10, 0)
-                axes.annotate(
-                    text, (steps[-1], means[-1]), place, textcoords="offset points", va="center", color=colour
-                )
-        place = (10, 0)
-        axes.annotate(
-            "lightning_lora: 0 in each", (steps[-1], 0), place, textcoords="offset points", va="center",
-            color=COLOURS["ours"],
-        )  # fmt: skip
+                least, largest = [min(each) for each in at_steps], [max(each) for each in at_steps]
+                axes.fill_between(steps, least, largest, color=colour, alpha=0.2, lw=0)
+                label(f"PEFT, learning rate {rate:g}", means[-1], colour)
+        label("lightning_lora: 0 in each", 0, OURS)
         axes.set(xscale="log", xlim=(steps[0], steps[-1]), xlabel="steps, each with a merge and an unmerge, in bf16")
         axes.set_xticks(steps, [f"{count:,}" for count in steps])
         axes.set_title("Loss of the saved adapter, less the loss inside of the run", loc="left", fontweight="bold")
@@ -208,17 +203,7 @@ def plot(content: dict[str, Any]) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--redraw", action="store_true", help="write table and picture of the results that are kept")
-    if not parser.parse_args(arguments).redraw:
-        torch.set_num_threads(1)
-        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "transformers"))
-        content = {"machine": f"CPU, 1 thread, {versions}", "date": date.today().isoformat(), **measured()}
-        RESULTS.write_text(report.as_json(content))
-    content = json.loads(RESULTS.read_text())
-    report.README.write_text(report.between(report.README.read_text(), BEGIN, END, markdown(content)))
-    plot(content).savefig(PLOT)
-    print(markdown(content))
+    report.measure_or_redraw(sys.modules[__name__], ("torch", "peft", "transformers"), arguments)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,15 @@ python tests/benchmarks/report.py                        # of the results that a
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from measure import against
 
 HERE = Path(__file__).parent
@@ -117,6 +121,29 @@ def plot(content: dict[str, Any]) -> Any:
 def between(page: str, begin: str, end: str, text: str) -> str:
     before, rest = page.split(begin)
     return f"{before}{begin}\n{text}\n\n{end}{rest.split(end)[1]}"
+
+
+def measure_or_redraw(program: Any, packages: tuple[str, ...], arguments: list[str] | None) -> None:
+    """Measure what a program is for, and keep, print and draw it; with --redraw, take the results that are kept.
+
+    Args:
+        program: a module with measured(), markdown(content) and plot(content), the files RESULTS and PLOT, and BEGIN
+            and END around its table in the page.
+        packages: whose versions the page says.
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(description=program.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--redraw", action="store_true", help="write table and picture of the results that are kept")
+    if not parser.parse_args(arguments).redraw:
+        torch.set_num_threads(1)
+        versions = ", ".join(f"{name} {version(name)}" for name in packages)
+        content = {"machine": f"CPU, 1 thread, {versions}", "date": date.today().isoformat(), **program.measured()}
+        program.RESULTS.write_text(as_json(content))
+    content = json.loads(program.RESULTS.read_text())
+    table = program.markdown(content)
+    README.write_text(between(README.read_text(), program.BEGIN, program.END, table))
+    program.plot(content).savefig(program.PLOT)
+    print(table)
 
 
 def main() -> None:
