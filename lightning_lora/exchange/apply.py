@@ -139,7 +139,7 @@ def apply_adapter(
     handle = listing
     _tell_of_options(handle, adapter)
     with claimed("load_adapter", handle.injection.owner), transaction() as undo:
-        was_merged = holds_merged(handle.layers.values())
+        was_merged = holds_merged(handle)
         if was_merged:
             undo.callback(_merge_again, listing.model)
             unmerge_listed(handle)  # at once: reading W out of W' takes as long

@@ -39,7 +39,6 @@ from .injection import Chosen, Injection
 from .load_state_dict import unhook_load_state_dict
 from .merging import (
     FoundState,
-    holds_merged,
     merge,
     merge_listed,
     run_block,
@@ -208,8 +207,7 @@ def unload(model: nn.Module) -> None:
     modules = handle.all_modules()
     refuse_fully_sharded(handle.root, modules, "unload")
     with claimed("unload", handle.injection.owner):
-        if holds_merged(handle.layers.values()):
-            unmerge_listed(handle)
+        unmerge_if_merged(handle)
         with transaction() as undo:
             undo.callback(take_out_adapter, handle)  # completes it: half an adapter is taken out sooner than put back
             take_out_adapter(handle)
@@ -323,8 +321,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         state = FoundState(handle)
 
         def disable() -> None:
-            if holds_merged(handle.all_layers.values()):
-                unmerge_listed(handle)
+            unmerge_if_merged(handle)
             put_in_(found, modules)
             _set_active(handle, dict.fromkeys(were_active, False))
             handle.injection.strength_log.change({**noted, DISABLED: 0.0})

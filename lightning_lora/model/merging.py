@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -49,12 +49,15 @@ def is_merged(model: nn.Module) -> bool:
         ...     is_merged(model)
         True
     """
-    return holds_merged(Listing(unwrapped(model, "is_merged")).all_layers.values())
+    return holds_merged(Listing(unwrapped(model, "is_merged")))
 
 
-def holds_merged(layers: Iterable[AdaptedWeights]) -> bool:
-    """Return whether merge was called for one of these layers and not undone."""
-    return any(layer.lora.merged or layer.lora.unfinished for layer in layers)
+def holds_merged(listing: Listing) -> bool:
+    """Return whether merge was called for a layer of a listed model and not undone.
+
+    Layers in which attached adapters act alone count: they are merged also where no layer has a trained adapter.
+    """
+    return any(layer.lora.merged or layer.lora.unfinished for layer in listing.all_layers.values())
 
 
 def merge(model: nn.Module) -> None:
@@ -159,7 +162,7 @@ def unmerge_listed(listing: Listing) -> None:
     """Do what unmerge does for a listed model. In place."""
     _require_layers(listing, "unmerge")
     layers = listing.all_layers.values()
-    writing = shards_in_place(listing, "unmerge") if holds_merged(layers) else nullcontext()
+    writing = shards_in_place(listing, "unmerge") if holds_merged(listing) else nullcontext()
     with claimed_with(layers, "unmerge"), torch.no_grad(), writing, transaction() as undo:
         undo.callback(_restore_all, listing)  # W' is made of factors, but W only of what is kept: so it is completed
         _restore_all(listing)
@@ -167,7 +170,7 @@ def unmerge_listed(listing: Listing) -> None:
 
 def unmerge_if_merged(listing: Listing) -> None:
     """Unmerge a listed model that is merged. In place."""
-    if holds_merged(listing.all_layers.values()):
+    if holds_merged(listing):
         unmerge_listed(listing)
 
 
@@ -259,7 +262,7 @@ class FoundState:
         listing = listing or Listing(self.model)
         changed = [root.training for root, training in self.modes.items() if root.training != training]
         is_to_be_merged = not changed[0] if changed else self.merged
-        if listing.all_layers and holds_merged(listing.all_layers.values()) != is_to_be_merged:
+        if listing.all_layers and holds_merged(listing) != is_to_be_merged:
             (merge_listed if is_to_be_merged else unmerge_listed)(listing)
 
 

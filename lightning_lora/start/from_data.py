@@ -63,7 +63,7 @@ def initialize_from_data(
 def start_from_batches(handle: AdaptedModel, batches: Iterable[Any], forward: Forward, mask: Mask, n: int) -> None:
     """Do what initialize_from_data does, for an opened model. In place."""
     refuse_replaced_layers(handle, "initialize_from_data")
-    if holds_merged(handle.layers.values()):
+    if holds_merged(handle):
         raise LoRAError("initialize_from_data: the model is merged; call unmerge(model) first.")
     layers = {
         name: layer

@@ -378,6 +378,45 @@ def test_unload_takes_the_trained_one_out_and_leaves_the_others():
     assert torch.equal(filled(model=model)(X), with_two(filled())(X))
 
 
+def merged_under_a_trained_head(**options: Any) -> Any:
+    """A merged model in which the attached adapter alone has layers, one of them the head that is trained whole."""
+    inject(model := net(), LoRAConfig(**{"target_modules": [], "modules_to_save": ["2"]} | options))
+    attach(model, other(1), name="one")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    merge(model)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": "all", "modules_to_save": None}], ids=["head", "with bias"])
+def test_unload_unmerges_layers_in_which_an_attached_adapter_acts_alone(options: dict[str, Any]):
+    model = merged_under_a_trained_head(**options)
+    unload(model)
+    assert not is_merged(model)
+    assert attached(model) == {"one": 1.0}
+    detach(model, "one")
+    assert {name: bits(value) for name, value in model.state_dict().items()} == {
+        name: bits(value) for name, value in net().state_dict().items()
+    }
+
+
+def test_load_adapter_onto_a_merged_model_in_which_an_attached_adapter_acts_alone_writes_into_w():
+    model = merged_under_a_trained_head()
+    adapter = take_adapter(merged_under_a_trained_head())
+    adapter.tensors["2.weight"].mul_(2)
+    load_adapter(model, adapter)
+    assert is_merged(model)
+    unmerge(model)
+    assert torch.equal(model[2].weight, adapter.tensors["2.weight"])
+
+
+def test_a_start_from_data_is_refused_where_attached_adapters_alone_are_merged():
+    with pytest.raises(LoRAError, match="the model is merged; call unmerge"):
+        initialize_from_data(merged_under_a_trained_head(), [X])
+
+
 def test_inject_and_load_adapter_come_before_or_after():
     first = filled(model=with_two(net()), target_modules=["0"])
     last = with_two(filled(target_modules=["0"]))

@@ -149,9 +149,9 @@ ENDS = {"inject", "attach", "detach", "unload", "merge_and_unload"}
 def shown(model: Model) -> Any:
     """What a model computes, what its state dict holds, what is trained, and whether it is merged."""
     state = {name: value.tolist() for name, value in model.state_dict().items()}
-    layers = Listing(model).all_layers
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    return model(X).tolist(), state, flags, [type(module) for module in model.modules()], holds_merged(layers.values())
+    classes = [type(module) for module in model.modules()]
+    return model(X).tolist(), state, flags, classes, holds_merged(Listing(model))
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in")  # a generator that was broken off
