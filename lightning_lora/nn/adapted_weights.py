@@ -486,6 +486,8 @@ class AdaptedWeights:
         with state.lock:
             if state.unfinished:
                 self.unmerge_()
+            if state.merged:  # a second merge would add the adapter to W'
+                return
             if weight is None:
                 weight = self.own_weight()
             if blocks is None:
@@ -494,8 +496,7 @@ class AdaptedWeights:
                 # Noted before the first write: merge_weight_ fills the undo as it goes, so an exception at any point,
                 # such as KeyboardInterrupt, leaves what unmerge_ needs, here or in a later call.
                 state.unfinished = True
-                if state.undo is None:
-                    state.undo = Undo()
+                state.undo = Undo()
                 matrix = self.as_matrix(local(weight))
                 copies = None
                 if copy:
@@ -549,9 +550,13 @@ class AdaptedWeights:
         copy = self.lora.undo.is_copied()
         was_merged = self.lora.merged
         self.unmerge_()
-        yield
-        if not was_merged:  # an exception had broken a merge off
-            return
+        try:
+            yield
+        finally:  # also after a change that failed: the other layers are merged, and a forward expects that of all
+            if was_merged:  # else an exception had broken a merge off
+                self._merge_again(copy)
+
+    def _merge_again(self, copy: bool) -> None:
         if self.why_not_merge():  # the change may have untied tables
             self.lora.merged = True
             return

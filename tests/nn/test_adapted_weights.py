@@ -126,3 +126,42 @@ def test_a_damaged_layer_is_not_saved_until_its_base_is_loaded_again(monkeypatch
         subject.model.state_dict()
     subject.model.load_state_dict(base)
     assert same_bits(subject.model.state_dict()["layer.weight"], base["layer.weight"])
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("change", ["cast", "load"])
+def test_a_change_that_fails_while_merged_leaves_the_layer_merged_as_the_others_are(
+    change: str,
+) -> None:
+    first, second = kept_subject("linear"), kept_subject("linear")
+    model: Any = nn.Sequential(first.model, second.model)
+    merge(model)
+    layer = model[1].layer
+    before = layer.weight.clone()
+
+    def fail(*args: object) -> torch.Tensor:
+        raise MemoryError
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        return fail() if tensor is layer.weight else tensor.double()
+
+    layer.register_load_state_dict_pre_hook(fail)
+    state = model.state_dict()
+    with pytest.raises(MemoryError):
+        model._apply(convert) if change == "cast" else model.load_state_dict(state)
+    assert layer.lora.merged
+    assert not layer.lora_active
+    assert same_bits(layer.weight, before)
+    unmerge(model)
+    assert same_bits(layer.weight, second.plain.layer.weight)
+
+
+@pytest.mark.usefixtures("way")
+def test_merging_a_merged_layer_again_changes_nothing() -> None:
+    subject = kept_subject("linear")
+    merge(subject.model)
+    before = subject.layer.weight.clone()
+    subject.layer.merge_(copy=False)
+    assert same_bits(subject.layer.weight, before)
+    unmerge(subject.model)
+    assert same_bits(subject.layer.weight, subject.plain.layer.weight)
