@@ -1,4 +1,19 @@
-"""Put an adapter onto a model: inject, compare base, layers, names and shapes, then copy all values or none."""
+"""Put an adapter onto a model: inject, compare base, layers, names and shapes, then copy all values or none.
+
+What takes a failed load back, the last first:
+
+    what was done                   registered in           taken back by
+    merged after the copy           copy_values             unmerge_if_merged
+    foreign entries                 copy_values             load_foreign_
+    values                          copy_values             _write_ of _values_now, into the new memory
+    injection.chosen and config     _take_specs_            setattr
+    ranks, memory, gradients        _take_specs_            setattr
+    facts                           copy_values             take_back_facts_
+    other layers                    _replace_layers         _put_back_; setattr for memory, gradients, requires_grad
+    facts of what was unfrozen      apply_adapter           take_back_facts_
+    unmerged before                 apply_adapter           _merge_again
+    a new injection                 apply_adapter           _take_out_begun
+"""
 
 from __future__ import annotations
 
