@@ -118,7 +118,7 @@ def extract(
         fan_in_fan_out=fan_in_fan_out,
         drop_rest=drop_rest,
     )
-    write_folder(extracted.adapter, output)
+    write_folder(extracted.adapter, output, verb="extract")
     return {
         "output": output,
         "layers": {name: {"kept": share} for name, share in extracted.kept.items()},
@@ -146,7 +146,7 @@ def combine(
     combined = combine_adapters(
         adapters, weights or None, method=method, rank=rank, density=density, seed=seed, strict_base=strict_base
     )
-    write_folder(combined.adapter, output)
+    write_folder(combined.adapter, output, verb="combine")
     ranks = {name: layer.r for name, layer in combined.adapter.layers.items()}
     return {
         "output": output,

@@ -1,4 +1,4 @@
-"""`lightning-lora merge`: what it does to each tensor of a base. All is checked before anything is written."""
+"""`lightning-lora merge`: what it does to each tensor of a base. Names and shapes are checked before writing."""
 
 from __future__ import annotations
 

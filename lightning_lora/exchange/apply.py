@@ -1,4 +1,19 @@
-"""Put an adapter onto a model: inject, compare base, layers, names and shapes, then copy all values or none."""
+"""Put an adapter onto a model: inject, compare base, layers, names and shapes, then copy all values or none.
+
+What takes a failed load back, the last first:
+
+    what was done                   registered in           taken back by
+    merged after the copy           copy_values             unmerge_if_merged
+    foreign entries                 copy_values             load_foreign_
+    values                          copy_values             _write_ of _values_now, into the new memory
+    injection.chosen and config     _take_specs_            setattr
+    ranks, memory, gradients        _take_specs_            setattr
+    facts                           copy_values             take_back_facts_
+    other layers                    _replace_layers         _put_back_; setattr for memory, gradients, requires_grad
+    facts of what was unfrozen      apply_adapter           take_back_facts_
+    unmerged before                 apply_adapter           _merge_again
+    a new injection                 apply_adapter           _take_out_begun
+"""
 
 from __future__ import annotations
 
@@ -20,13 +35,14 @@ from ..distributed.sharding import copies_of, copy_all_, refuse_fully_sharded
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_adapted
 from ..model.foreign_state import foreign_entries, load_foreign_
-from ..model.initial_values import facts_before, take_back_facts_
+from ..model.initial_values import Recorded, facts_before, take_back_facts_
 from ..model.inject import StoredParameters, inject_layers, replace_layers, stored_parameters, take_out_adapter
 from ..model.injection import Injection
 from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_if_merged, unmerge_listed
 from ..model.quantize import quantize_named_
 from ..model.transaction import transaction
+from ..nn.adapted_weights import LayerSpec
 from ..nn.owner import claimed
 from ..nn.quantized import NF4, quantized_parameters
 from ..notices import tell
@@ -143,13 +159,16 @@ def apply_adapter(
         if was_merged:
             undo.callback(_merge_again, listing.model)
             unmerge_listed(handle)  # at once: reading W out of W' takes as long
-        if swap and adapter.config is not None:  # a head that was put in for this adapter is no surprise
+        before = facts_before(handle)
+        undo.callback(take_back_facts_, handle, before)
+        if swap and adapter.config is not None:
+            # open_state warns of what was unfrozen; a head that this adapter trains is expected.
             trains = {name for name, tensor, _ in handle.state() if getattr(tensor, "requires_grad", False)}
             handle.record_unfrozen(chosen_by(adapter).whole & trains)
         live = open_state(handle)
         specs: Specs = {}
         if swap and not has_place_for(live, adapter):
-            live = _replace_layers(handle, adapter, undo)
+            live = _replace_layers(handle, adapter, before, undo)
         elif swap:
             specs = specs_for(handle, adapter)
         return _fill_(live, names, adapter, specs, was_merged, strict_base=strict_base, remedy=remedy)
@@ -187,12 +206,13 @@ def _fill_(
     return list(handle.layers)
 
 
-def _replace_layers(handle: AdaptedModel, adapter: Adapter, undo: ExitStack) -> LiveState:
+def _replace_layers(handle: AdaptedModel, adapter: Adapter, before: Recorded, undo: ExitStack) -> LiveState:
     """Take out the adapter of a model, and put in the layers of another, whose values are written next. In place.
 
     Args:
         handle: of the model, unmerged.
         adapter: the other one.
+        before: what take_back_facts_ is to bring back.
         undo: gives the model its own adapter back.
 
     Raises:
@@ -205,20 +225,45 @@ def _replace_layers(handle: AdaptedModel, adapter: Adapter, undo: ExitStack) -> 
         )
     refuse_fully_sharded(handle.root, [module for _, module in handle.root_modules], "load_adapter")
     earlier = stored_parameters(handle)
-    undo.callback(_put_back_, handle, earlier, adapter_here(handle))
+    for parameter in (*(stored for _, _, stored in earlier), *(each.parameter for each in handle.base())):
+        undo.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
+    for _, _, parameter in earlier:
+        undo.callback(setattr, parameter, "grad", parameter.grad)  # after the data, whose shape it must have
+        undo.callback(setattr, parameter, "data", parameter.data)
+    specs = {name: layer.lora.spec for name, layer in handle.layers.items()}
+    undo.callback(_put_back_, handle, earlier, adapter_here(handle), specs, before)
     return LiveState(replace_layers(handle, earlier, cast(LoRAConfig, adapter.config), chosen_by(adapter)))
 
 
-def _put_back_(handle: AdaptedModel, earlier: StoredParameters, before: Adapter) -> None:
-    """Replace the layers of a new adapter, which has no values yet, by those of the earlier one. In place.
+def _put_back_(
+    handle: AdaptedModel,
+    earlier: StoredParameters,
+    adapter: Adapter,
+    specs: Mapping[str, LayerSpec],
+    before: Recorded,
+) -> None:
+    """Give a model, in which the layers of another adapter are or were begun, its own ones back. In place.
+
+    chosen_by tells what an adapter's options train. It does not tell what was unfrozen by hand, or that the options
+    select the layers: so what the earlier injection knew is written into the new one.
 
     Args:
-        handle: of the model.
+        handle: of the earlier injection.
         earlier: the parameters that the model stored before the replacement.
-        before: the earlier adapter.
+        adapter: the earlier one.
+        specs: of its layers.
+        before: what take_back_facts_ is to bring back.
     """
-    here = replace_layers(handle, earlier, cast(LoRAConfig, before.config), chosen_by(before))
-    _fill_(LiveState(here), Names(here.places), before, strict_base=False)
+    here = replace_layers(handle, earlier, cast(LoRAConfig, adapter.config), chosen_by(adapter))
+    live = LiveState(here)
+    _write_(live, adapter.tensors)
+    if adapter.foreign.values:
+        load_foreign_(live, adapter.foreign)
+    for name, layer in here.layers.items():
+        layer.lora.spec = specs[name]
+    for field in ("config", "chosen", "layers", "origin"):
+        setattr(here.injection, field, getattr(handle.injection, field))
+    take_back_facts_(here, before)
 
 
 def has_place_for(live: LiveState, adapter: Adapter) -> bool:

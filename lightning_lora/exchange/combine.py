@@ -117,7 +117,7 @@ def combine(
         adapters, weights, method=method, rank=rank, density=density, seed=seed, strict_base=strict_base
     )
     if output is not None:
-        write_folder(combined.adapter, output)
+        write_folder(combined.adapter, output, verb="combine")
     if combined.averaged and len(adapters) > 1:
         tell(f"lightning_lora: combine: weighted means of {listed(combined.averaged)}")
     worst = min(combined.kept, key=combined.kept.__getitem__, default="")

@@ -48,5 +48,5 @@ def export_adapter(source: Sources, path: PathLike, *, plain: bool = False, lora
     network = adapter.network
     if plain:
         adapter = served_form(adapter, path_of_source)
-    write_folder(adapter, path, plain=plain, network=network)
+    write_folder(adapter, path, verb="export_adapter", plain=plain, network=network)
     return adapter

@@ -142,7 +142,7 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike, *, name: str = "") 
 
 def _write(handle: AdaptedModel, adapter: Adapter, path: PathLike, *, plain: bool) -> None:
     """Write an adapter of a model as a folder, `plain` in the served form. Collective where the model is sharded."""
-    frozen = {adapter.network + name for name in frozen_in_saved(by_network_names(adapter))}
+    frozen = {adapter.network + name for name in frozen_in_saved(by_network_names(adapter), "save_adapter")}
     adapter = replace(adapter, base=frozen_values(handle, frozen))
     sync = RankSync(layer.adapted_weight() for layer in handle.all_layers.values())
     writes = writes_files(module for _, module in handle.modules)

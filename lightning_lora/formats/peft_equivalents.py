@@ -174,7 +174,7 @@ def _from_block_diagonal(name: str, a: torch.Tensor, b: torch.Tensor, enabled: t
 # --- attention beside transformers' Conv1D ---
 
 
-def refuse_to_write_beside_conv1d(adapter: Adapter) -> None:
+def refuse_to_write_beside_conv1d(adapter: Adapter, verb: str) -> None:
     """Raise LoRAError where an adapter has attention or single parameters beside transformers' Conv1D."""
     if not _beside_conv1d(adapter):
         return
@@ -183,7 +183,7 @@ def refuse_to_write_beside_conv1d(adapter: Adapter) -> None:
         first = (outputs or adapter.parameters)[0]
         what = "attention" if outputs else "a single parameter"
         raise LoRAError(
-            f"save_adapter: {first!r} is {what} in a model with transformers' Conv1D, and PEFT has one "
+            f"{verb}: {first!r} is {what} in a model with transformers' Conv1D, and PEFT has one "
             "fan_in_fan_out for both, so no file of PEFT holds the two. Save a Lightning checkpoint or merged "
             "weights instead (save_merged), or leave one of the two out of the adapter."
         )

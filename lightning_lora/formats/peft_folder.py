@@ -52,12 +52,15 @@ class FolderContent(NamedTuple):
     description: dict[str, Any]
 
 
-def write_folder(adapter: Adapter, path: PathLike, *, plain: bool = False, network: str = "") -> None:
+def write_folder(
+    adapter: Adapter, path: PathLike, *, verb: str = "save_adapter", plain: bool = False, network: str = ""
+) -> None:
     """Write an adapter as a PEFT folder under the network's names. What else is there stays, a model card too.
 
     Args:
         adapter: what is written. The tensors of frozen_in_saved are in its `base`.
         path: the folder.
+        verb: what errors begin with.
         plain: the adapter has the plain form of plain.py, and its layers are named as that form wants it.
         network: the prefix of the network in the LightningModule that was saved, where the adapter does not tell it.
 
@@ -73,7 +76,7 @@ def write_folder(adapter: Adapter, path: PathLike, *, plain: bool = False, netwo
         )
     network = network or ("" if adapter.pretrained else adapter.network)
     _tell_what_differs(adapter, path)
-    content = folder_content(adapter, plain=plain)
+    content = folder_content(adapter, verb=verb, plain=plain)
     # Copies, whose elements follow each other: the adapter's may be views, of each other's memory or of a device's.
     tensors = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in content.tensors.items()}
     text = json.dumps(content.description, separators=(",", ":"))
@@ -110,18 +113,18 @@ def _tell_what_differs(adapter: Adapter, path: PathLike) -> None:
         tell(_names_of_whole(adapter, path))
 
 
-def folder_content(adapter: Adapter, *, plain: bool = False) -> FolderContent:
+def folder_content(adapter: Adapter, *, verb: str = "save_adapter", plain: bool = False) -> FolderContent:
     """Return what write_folder writes, without extra state that is no tensor. Arguments and errors are its own."""
     tensors = {name: value for name, value in adapter.tensors.items() if isinstance(value, torch.Tensor)}
     if len(tensors) < len(adapter.tensors):
         adapter = replace(adapter, tensors=tensors, complete=False)
     own = by_network_names(adapter)
-    frozen = _frozen_in_saved(own)
+    frozen = _frozen_in_saved(own, verb)
     for name in own.layers:
-        _refuse_without_equal(own, name)
-    refuse_to_write_beside_conv1d(own)
-    refuse_without_model(own, "save_adapter")
-    own = as_peft_stores(own)
+        _refuse_without_equal(own, name, verb)
+    refuse_to_write_beside_conv1d(own, verb)
+    refuse_without_model(own, verb)
+    own = as_peft_stores(own, verb)
     own, idle = add_idle_attention(own)
     in_peft = without_enable_lora(to_peft_form(own))
     nesting = nesting_of(own.parameters)
@@ -131,9 +134,9 @@ def folder_content(adapter: Adapter, *, plain: bool = False) -> FolderContent:
         description[IDLE] = idle
     if nesting:
         description[PARAMETERS] = nesting
-    options = options_to_peft(in_peft)
+    options = options_to_peft(in_peft, verb)
     if plain:
-        targets, excluded = plain_targets(in_peft)
+        targets, excluded = plain_targets(in_peft, verb)
         options |= {"target_modules": targets, "exclude_modules": excluded or None}
     return FolderContent(options, _by_peft_names(values, own, in_peft.variant, nesting), description)
 
@@ -173,24 +176,24 @@ def _by_peft_names(
     return named
 
 
-def _frozen_in_saved(adapter: Adapter) -> dict[str, torch.Tensor]:
+def _frozen_in_saved(adapter: Adapter, verb: str) -> dict[str, torch.Tensor]:
     """Return the frozen tensors that PEFT wants in the file."""
-    wanted = frozen_in_saved(adapter)
+    wanted = frozen_in_saved(adapter, verb)
     missing = [name for name in wanted if name not in adapter.base]
     if missing:
         raise LoRAError(
-            f"save_adapter: PEFT's modules_to_save takes every module whose name ends in an entry, and so wants "
+            f"{verb}: PEFT's modules_to_save takes every module whose name ends in an entry, and so wants "
             f"{missing[0]!r} in the file, which the adapter does not hold. Load the adapter onto its model and call "
             "save_adapter."
         )
     return {name: adapter.base[name] for name in wanted}
 
 
-def _refuse_without_equal(adapter: Adapter, name: str) -> None:
+def _refuse_without_equal(adapter: Adapter, name: str, verb: str) -> None:
     kind = adapter.layers[name].kind
     problem = adapter.variant.why_not_in_peft(kind) or _place_problem(adapter, name, kind)
     if problem:
-        raise LoRAError(f"save_adapter: {name!r} {problem}; save a Lightning checkpoint instead.")
+        raise LoRAError(f"{verb}: {name!r} {problem}; save a Lightning checkpoint instead.")
 
 
 def _place_problem(adapter: Adapter, name: str, kind: str) -> str:

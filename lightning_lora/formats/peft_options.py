@@ -51,12 +51,12 @@ WITHOUT_EFFECT = {  # on what the stored tensors mean
 TIED_BY_PEFT = ("embed_tokens", "lm_head")  # the names of modules that ensure_weight_tying knows
 
 
-def options_to_peft(adapter: Adapter) -> dict[str, Any]:
+def options_to_peft(adapter: Adapter, verb: str) -> dict[str, Any]:
     """Return the fields of adapter_config.json for an adapter in PEFT's form."""
     try:
         options = adapter.variant.options_to_peft(lora_options(adapter))
     except ValueError as error:
-        raise LoRAError(f"save_adapter: {sentence(error)}") from None
+        raise LoRAError(f"{verb}: {sentence(error)}") from None
     return {**options, "peft_type": adapter.variant.peft_type}
 
 
@@ -253,7 +253,7 @@ def to_peft_entries(adapter: Adapter) -> list[str] | None:
     return entries or None
 
 
-def frozen_in_saved(adapter: Adapter) -> list[str]:
+def frozen_in_saved(adapter: Adapter, verb: str) -> list[str]:
     """Return the names of frozen tensors that PEFT wants in the file: they lie in modules that its entries take.
 
     Raises:
@@ -263,7 +263,7 @@ def frozen_in_saved(adapter: Adapter) -> list[str]:
     layers = [layer for layer in (*adapter.layers, *adapter.tables) if layer in taken]
     if layers:
         raise LoRAError(
-            f"save_adapter: PEFT's modules_to_save takes every module whose name ends in an entry, so that "
+            f"{verb}: PEFT's modules_to_save takes every module whose name ends in an entry, so that "
             f"{layers[0]!r}, which is adapted, would be fully trained too. Save a Lightning checkpoint instead; for a "
             f"folder, train with {layers[0].rpartition('.')[2]!r} in modules_to_save or exclude_modules."
         )

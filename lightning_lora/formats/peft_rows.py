@@ -29,7 +29,7 @@ DELTA, TABLE = f"{WRAPPER}.trainable_tokens_delta", f"{WRAPPER}.base_layer"
 NO_BIAS = "PEFT computes a head with trained rows without its bias, which gives other outputs"
 
 
-def as_peft_stores(adapter: Adapter) -> Adapter:
+def as_peft_stores(adapter: Adapter, verb: str) -> Adapter:
     """Return the adapter with the rows of tied tables once, as PEFT has them.
 
     Raises:
@@ -46,7 +46,7 @@ def as_peft_stores(adapter: Adapter) -> Adapter:
         elif table not in adapter.tied and others:
             problem = f"has trained rows, and PEFT would train those of {others[0]!r} too, whose name ends so"
         if problem:
-            raise LoRAError(f"save_adapter: {table!r} {problem}; save a Lightning checkpoint instead.")
+            raise LoRAError(f"{verb}: {table!r} {problem}; save a Lightning checkpoint instead.")
     dropped = {f"{table}.{rows_leaf()}" for table in adapter.tied}
     return replace(
         adapter,

@@ -30,7 +30,7 @@ def served_form(adapter: Adapter, source: PathLike | None, verb: str = "export_a
     Args:
         adapter: by itself, with options.
         source: where it is from, for messages; None for memory.
-        verb: what messages begin with where it is from memory.
+        verb: what messages begin with; the first of them with the source, where there is one.
 
     Raises:
         LoRAError: its change is not only a product of factors. The message says what else it holds, and a way.
@@ -44,7 +44,7 @@ def served_form(adapter: Adapter, source: PathLike | None, verb: str = "export_a
             f"these tensors with lightning-lora merge --base BASE --adapter {source or 'ADAPTER'} --output MERGED."
         )
     lora = as_lora(own)
-    scaled = {layer: _scaled_b(lora, layer) for layer in lora.layers}
+    scaled = {layer: _scaled_b(lora, layer, verb) for layer in lora.layers}
     rank = max(b.shape[1] for b in scaled.values())
     tensors: dict[str, torch.Tensor] = {}
     for layer, b in scaled.items():
@@ -56,7 +56,7 @@ def served_form(adapter: Adapter, source: PathLike | None, verb: str = "export_a
         layers={layer: replace(lora.layers[layer], r=rank, scaling=1.0) for layer in scaled},
         complete=own.complete and not own.whole_tensors(),
     )
-    return replace(served, config=_options(served, rank))
+    return replace(served, config=_options(served, rank, verb))
 
 
 def _problem(adapter: Adapter) -> str:
@@ -84,27 +84,27 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _scaled_b(adapter: Adapter, layer: str) -> torch.Tensor:
+def _scaled_b(adapter: Adapter, layer: str, verb: str) -> torch.Tensor:
     """Return s * B of a layer of plain LoRA, in float32 at least."""
     a, b, scaling = adapter.factor(layer, A), adapter.factor(layer, B), adapter.scaling(layer)
     if adapter.layers[layer].kind in CONVOLUTIONS and a.dim() == 2:
         raise LoRAError(
-            f"export_adapter: {layer!r} is a convolution, and the source does not say how large its kernel is. Load it "
+            f"{verb}: {layer!r} is a convolution, and the source does not say how large its kernel is. Load it "
             "onto its model in Python: load_adapter(model, path), then export_adapter(take_adapter(model), path, "
             "plain=True)."
         )
     scaled: torch.Tensor = (b.double() * scaling).to(torch.promote_types(b.dtype, torch.float32))
     if not scaled.isfinite().all():
         raise LoRAError(
-            f"export_adapter: the scale {scaling:g} times B of {layer!r} is beyond the range of "
+            f"{verb}: the scale {scaling:g} times B of {layer!r} is beyond the range of "
             f"{str(scaled.dtype).removeprefix('torch.')}. Write it without plain=True, or merge it into its base."
         )
     return scaled
 
 
-def _options(adapter: Adapter, rank: int) -> LoRAConfig:
+def _options(adapter: Adapter, rank: int, verb: str) -> LoRAConfig:
     """Return the options of the served form. Its layers are named by last segments where that is possible."""
-    targets, excluded = plain_targets(adapter)
+    targets, excluded = plain_targets(adapter, verb)
     config = adapter.config or LoRAConfig()
     options = defaults_of("layers", "ranks", "scaling", "whole") | {
         "r": rank,
@@ -116,7 +116,7 @@ def _options(adapter: Adapter, rank: int) -> LoRAConfig:
     return replace(config, **options)
 
 
-def plain_targets(adapter: Adapter) -> tuple[list[str], list[str]]:
+def plain_targets(adapter: Adapter, verb: str) -> tuple[list[str], list[str]]:
     """Return target_modules and exclude_modules: last segments, and the base's other modules that these would match.
 
     PEFT reads both. Servers go by the tensors, and take full names too. The layers are named in full where a segment is
@@ -134,6 +134,6 @@ def plain_targets(adapter: Adapter) -> tuple[list[str], list[str]]:
         if not any(map(matcher(others), layers)) and (targets is layers or not any(map(str.isdigit, segments))):
             return targets, others
     raise LoRAError(
-        f"export_adapter: no list for PEFT names these layers alone, because {others[0]!r}, which is not adapted, is "
+        f"{verb}: no list for PEFT names these layers alone, because {others[0]!r}, which is not adapted, is "
         "named like the ends of adapted layers. Write it without plain=True, where an expression names them."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -67,17 +68,30 @@ def record_loaded(handle: AdaptedModel, values: Mapping[str, object]) -> None:
             known[id(tensor)].fact.initial = value.detach().clone().to(device, before.dtype)
 
 
-def facts_before(handle: AdaptedModel) -> dict[Fact, Fact]:
-    """Return each recorded fact with a copy of it, for take_back_facts_."""
-    return {fact: replace(fact) for _, fact in handle.known.values()}
+class Recorded(NamedTuple):
+    """What was known of a model's tensors at one time: a copy of each fact by the tensor's id, and trained_count."""
+
+    facts: dict[int, Fact]
+    trained_count: int
 
 
-def take_back_facts_(handle: AdaptedModel, before: Mapping[Fact, Fact]) -> None:
-    """Take back what was recorded since facts_before. In place; harmless when repeated."""
-    for _, fact in handle.known.values():
-        earlier = before.get(fact, Fact())
-        fact.initial = earlier.initial
+def facts_before(handle: AdaptedModel) -> Recorded:
+    """Return what is recorded now, for take_back_facts_."""
+    return Recorded({key: replace(fact) for key, (_, fact) in handle.known.items()}, handle.injection.trained_count)
+
+
+def take_back_facts_(handle: AdaptedModel, before: Recorded) -> None:
+    """Take back what was recorded since facts_before. In place; harmless when repeated.
+
+    The model holds the same tensors. Its injection may be another one.
+    """
+    for key, (_, fact) in handle.known.items():
+        earlier = before.facts.get(key, Fact())
+        fact.requires_grad = earlier.requires_grad
         fact.trained = earlier.trained
+        fact.initial = earlier.initial
+        fact.entry = earlier.entry
+    handle.injection.trained_count = before.trained_count
 
 
 def restore_initial_(handle: AdaptedModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -26,6 +27,7 @@ from lightning_lora import (
     merge_and_unload,
     read_adapter,
     save_adapter,
+    take_adapter,
 )
 from lightning_lora.formats.peft_reading import read_folder
 from lightning_lora.model.adapted_model import open_model
@@ -287,3 +289,16 @@ def test_a_folder_of_another_method_is_refused_by_name(tmp_path):
         load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path)
     with pytest.raises(LoRAError, match=r"expected a peft\.LoraConfig, found a VeraConfig"):
         LoRAConfig.from_peft(config)
+
+
+@pytest.mark.parametrize("verb", ["save_adapter", "export_adapter", "combine"])
+def test_an_error_begins_with_the_function_that_was_called(verb: str, tmp_path: Path):
+    net = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
+    inject(net, LoRAConfig(r=2, target_modules=["0"]))
+    calls = {
+        "save_adapter": lambda: save_adapter(net, tmp_path),
+        "export_adapter": lambda: export_adapter(take_adapter(net), tmp_path),
+        "combine": lambda: combine([take_adapter(net)], output=tmp_path),
+    }
+    with pytest.raises(LoRAError, match=f"^{verb}: '0' is a convolution with groups"):
+        calls[verb]()
