@@ -391,7 +391,7 @@ def test_all_linear_leaves_the_out_proj_of_attention_out_and_says_so(tmp_path: P
 def test_magnitudes_of_a_convolution_are_read_from_pefts_shape_and_refused_in_another(
     tmp_path: Path, layer: type[nn.Conv1d] | type[nn.Conv2d]
 ) -> None:
-    def convolution() -> nn.Module:
+    def convolution() -> Any:
         torch.manual_seed(0)
         return nn.Sequential(layer(3, 5, 3))
 
