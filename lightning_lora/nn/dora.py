@@ -86,8 +86,8 @@ class DoRA(LoRA):
         return {**stored, MAGNITUDE: magnitude.view(1, -1, *[1] * kernel) if kernel else magnitude}
 
     def from_peft(self, found: Stored, info: LayerInfo) -> dict[str, torch.Tensor]:
-        magnitude = found.get(MAGNITUDE)
-        if magnitude is None or magnitude.dim() < 3 or magnitude.numel() != magnitude.shape[1]:
+        magnitude = found[MAGNITUDE]
+        if magnitude.dim() < 3 or magnitude.numel() != magnitude.shape[1]:
             return dict(found)  # unchanged; a wrong shape is reported later
         return {**found, MAGNITUDE: magnitude.flatten()}
 

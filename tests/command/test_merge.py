@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lightning_lora import LoRAError
 from lightning_lora.command.merge import merge_on_disk
 from support.files.expected_weights import merge_and_check
 from support.models.peers import base_folder, in_memory, model, ours, tensors_of, theirs
@@ -161,6 +162,17 @@ def test_unmerged_weights_in_other_files_are_left_out(tmp_path):
     }
     assert not any((tmp_path / "out" / path).exists() for path in [*left_out, ".git"])
     assert (tmp_path / "out" / "sub" / "notes.txt").exists()
+
+
+def test_an_output_that_exists_is_not_replaced_unless_that_is_asked_for(tmp_path):
+    base = base_folder("llama", tmp_path / "base")
+    ours("llama", tmp_path / "adapter")
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(LoRAError, match="overwrite"):
+        merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").exists()
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", overwrite=True)
 
 
 def test_the_reference_finds_a_wrong_value_in_a_merged_file(tmp_path, monkeypatch: pytest.MonkeyPatch):

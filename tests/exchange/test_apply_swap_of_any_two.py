@@ -211,6 +211,7 @@ def test_a_run_goes_on_after_a_swap_to_other_layers(tmp_path: Path):
     [
         ({"r": 2, "target_modules": r"body\.(0|3)"}, ""),  # the same layers in other words
         ({"r": 3, "target_modules": r"body\.(0|3)"}, "r is 3"),
+        ({"r": 4, "lora_alpha": 16, "target_modules": r"body\.(0|3)"}, "r is 4"),  # with the same scaling
         ({"target_modules": ["body.0"]}, "target_modules is"),
         ({"modules_to_save": ["head"]}, "modules_to_save is"),
     ],

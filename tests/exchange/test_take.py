@@ -15,12 +15,15 @@ from torch import nn
 
 from lightning_lora import (
     LoRACallback,
+    LoRAConfig,
     combine,
     export_adapter,
+    inject,
     load_adapter,
     load_from_checkpoint,
     save_adapter,
     save_merged,
+    take_adapter,
 )
 from lightning_lora.adapter.renaming import by_network_names
 from lightning_lora.exchange.save_load import read_adapter
@@ -235,3 +238,14 @@ def test_a_run_resumed_after_the_unfreezing_goes_on_as_if_uninterrupted(tmp_path
     trainer.callbacks.append(Again())
     trainer.fit(model, batches(), ckpt_path=tmp_path / "part" / "adapter.ckpt", **PLAIN_TYPES_ONLY)
     assert torch.equal(answers(model), answers(whole))
+
+
+def test_a_frozen_weight_without_values_tells_nothing_of_the_base():
+    torch.manual_seed(0)
+    model = Network()
+    inject(model, LoRAConfig(r=2, target_modules=["a"]))
+    adapter = take_adapter(model)
+    assert "norm.weight" in adapter.fingerprint
+    model.norm.to("meta")
+    partial = take_adapter(model)
+    assert partial.fingerprint.keys() == {each for each in adapter.fingerprint if not each.startswith("norm.")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,46 @@ def test_buffers_travel_to_peft_too_and_a_folder_that_says_that_it_is_complete_n
     save_file(tensors, tmp_path / TENSORS, metadata)
     with pytest.raises(LoRAError, match=r"'bn\.running_mean' is missing"):
         load_adapter(model("convolutions"), tmp_path)
+
+
+class Noting(nn.Module):
+    """Its extra state is what it is given, a tensor or not."""
+
+    def __init__(self, note: Any) -> None:
+        super().__init__()
+        self.layer, self.note = nn.Linear(3, 3), note
+
+    def get_extra_state(self) -> Any:
+        return self.note
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state
+
+
+def test_extra_state_that_is_no_tensor_is_left_out_of_a_folder_with_a_warning(tmp_path):
+    model = Noting(["seen"])
+    inject(model, LoRAConfig(r=1, target_modules=["layer"]))
+    with pytest.warns(UserWarning, match=r"extra state \['_extra_state'\] is no tensor"):
+        save_adapter(model, tmp_path / "list")
+    load_adapter(model, tmp_path / "list")
+    assert model.note == ["seen"]
+    model.note = torch.ones(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, tmp_path / "tensor")
+    model.note = None
+    load_adapter(model, tmp_path / "tensor")
+    assert torch.equal(model.note, torch.ones(2))
+
+
+def test_attention_whose_out_proj_has_another_scaling_has_no_folder_of_pefts(tmp_path):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    inject(model, LoRAConfig(r=2, target_modules=["attention"]))
+    adapter, output = take_adapter(model), "attention.out_proj"
+    export_adapter(adapter, tmp_path / "folder")
+    adapter = replace(adapter, layers={**adapter.layers, output: replace(adapter.layers[output], scaling=7.0)})
+    with pytest.raises(LoRAError, match="'attention' has another rank or lora_alpha"):
+        export_adapter(adapter, tmp_path / "other")
 
 
 def test_a_dumped_embedding_is_compared_with_the_base(tmp_path):

@@ -202,6 +202,17 @@ def test_scaled_acts_inside_in_every_form_and_is_over_after():
     assert torch.equal(model(X), before)
 
 
+def test_a_block_of_scaled_inside_another_keeps_the_strength_of_an_adapter_that_it_does_not_name():
+    model = with_two(net())
+    with scaled(model, {"one": 0.0, "two": -1.0}):
+        both = model(X)
+    with scaled(model, 0.0, "one"):
+        outside = model(X)
+        with scaled(model, -1.0, "two"):
+            assert torch.equal(model(X), both)
+        assert torch.equal(model(X), outside)
+
+
 def test_scaled_writes_what_it_shows_and_saves_tensors_as_they_are(tmp_path: Path):
     model = filled()
     with scaled(model, 0.5):

@@ -26,6 +26,8 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
+from lightning_lora.errors import NonFiniteError
+from lightning_lora.nn.lora_layer import LoRALayer
 from support.models.networks import randomise_, same
 from support.models.quantized import adapted, inputs, packed_bits, reference, run_reference, values_of
 from support.runs.notices import quiet_peers
@@ -159,6 +161,17 @@ def test_merge_and_unload_leaves_a_model_whose_own_save_is_plain(tmp_path, folde
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     torch.testing.assert_close(logits(loaded.train()), logits(model), rtol=1e-6, atol=1e-6)
+
+
+def test_a_quantized_model_whose_merged_weight_is_not_finite_stays_as_it_is():
+    model = adapted("nf4")
+    with torch.no_grad():
+        model[2].lora_B.fill_(float("inf"))
+    before = packed_bits(model)
+    with pytest.raises(NonFiniteError, match=r"2\.weight"):
+        merge_and_unload(model, dequantize="float32")
+    assert packed_bits(model) == before
+    assert isinstance(model[2], LoRALayer)
 
 
 def test_merged_weights_are_the_nearest_in_each_dtype(tmp_path):

@@ -122,6 +122,13 @@ def test_a_frozen_copy_of_an_adapted_network_is_no_part_of_what_is_trained(where
     assert open_model(model, "test").copies == ()
 
 
+def test_a_frozen_copy_that_comes_before_the_trained_network_is_not_taken_for_it():
+    model = policy("inside")
+    both = nn.ModuleDict({"baseline": model.baseline, "policy": model.policy})
+    assert open_model(both, "test").root is model.policy
+    assert {name.partition(".")[0] for name in adapter_state_dict(both)} == {"policy"}
+
+
 def test_a_copy_that_is_trained_counts():
     model = policy("outside", frozen=False)
     assert {"baseline.0.lora_A", "baseline.2.weight"} <= adapter_state_dict(model).keys()

@@ -26,6 +26,7 @@ from lightning_lora import (
     take_adapter,
     unmerge,
 )
+from lightning_lora.model.gradients import explain_missing_gradients
 
 pytestmark = pytest.mark.filterwarnings("error:lightning_lora")
 
@@ -150,6 +151,17 @@ def test_what_is_no_fault_is_not_warned_of(case: str):
     model = injected()
     getattr(Silent, case)(model)
     merge(model)
+
+
+def test_the_error_of_a_loss_without_gradients_names_merged_adapters_where_some_are_merged():
+    model, x = injected(), torch.randn(3, D)
+    for is_merged in (False, True):
+        if is_merged:
+            merge(model)
+        with pytest.raises(RuntimeError, match="does not require grad") as caught, torch.no_grad():
+            model(x).sum().backward()
+        explain_missing_gradients(caught.value, model)
+        assert ("unmerge(model)" in str(caught.value)) == is_merged
 
 
 # --- attached adapters that no forward reads ---

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject
+from lightning_lora import LoRAConfig, LoRAError, inject
 from support.models.networks import base_zoo, bits, zoo_config
 from support.runs.training import BuiltInConfigureModel, Data, Net, make_trainer
 from support.runs.with_callback import TARGETS, lora
@@ -34,6 +34,15 @@ def test_inject_with_a_seed_draws_the_same_adapters_whatever_the_random_stream(s
     found = [injected(seed, stream, init_lora_weights=init) for stream in (1, 2)]
     assert found[0] == found[1]
     assert found[0]["body.0.lora_A"] != found[0]["body.3.lora_A"]  # of one shape
+
+
+@pytest.mark.parametrize("seed", [True, 1.0, "1"])
+def test_a_seed_that_is_no_whole_number_is_refused_and_nothing_is_adapted(seed: Any):
+    model = base_zoo()
+    before = model.state_dict().keys()
+    with pytest.raises(LoRAError, match="seed must be a whole number"):
+        inject(model, zoo_config(), seed=seed)
+    assert model.state_dict().keys() == before
 
 
 def test_inject_with_other_seeds_draws_other_adapters():

@@ -1,4 +1,4 @@
-"""save_pretrained of a transformers model: a warning where the files would not be the tuned model."""
+"""Methods of a transformers model that adapters need patched: save_pretrained and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 import transformers
+from torch import nn
 
-from lightning_lora import merge_and_unload, merged, merged_state_dict, unload
+from lightning_lora import LoRAConfig, inject, merge_and_unload, merged, merged_state_dict, unload
+from support.models.peers import SMALL
 from support.models.pretrained import adapted, answer, bert
 from support.runs.notices import TORCH_NOTICES, quiet_peers
 
@@ -42,3 +44,21 @@ def test_save_pretrained_of_a_plain_model_says_nothing(tmp_path, leave, handle):
     module.model.save_pretrained(tmp_path)
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(answer(again), answer(module))
+
+
+# --- gradient checkpointing that is enabled after injection ---
+
+
+class OldForm(transformers.BertForSequenceClassification):
+    """A model from the Hub: its method has the form of transformers before 4.35, which that recognises by `value`."""
+
+    def _set_gradient_checkpointing(self, module: nn.Module, value: bool = False) -> None:
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = value
+
+
+def test_checkpointing_of_a_model_with_the_old_form_of_the_method_is_enabled_after_injection():
+    model = OldForm(transformers.BertConfig(**SMALL)).train()
+    inject(model, LoRAConfig(r=2, target_modules=["query"]))
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    assert model.is_gradient_checkpointing

@@ -22,9 +22,22 @@ from lightning_lora import (
     take_adapter,
     unload,
 )
+from lightning_lora.exchange.apply import quantize_as_trained_
+from lightning_lora.model.adapted_model import Listing
 from lightning_lora.nn.nf4 import group_size
 from lightning_lora.nn.quantized import dequantize, quantized_as
-from support.models.quantized import NF4, PlainNet, batches, factors, inputs, network, packed_bits, quantized
+from support.models.quantized import (
+    NF4,
+    PlainNet,
+    adapted,
+    batches,
+    factors,
+    inputs,
+    network,
+    packed_bits,
+    quantize_,
+    quantized,
+)
 from support.runs.training import fit_model, make_trainer
 
 torchao = pytest.importorskip("torchao.quantization")
@@ -262,6 +275,14 @@ def test_load_from_checkpoint_quantizes_the_layers_that_quantize_base_did(tmp_pa
     loaded = load_from_checkpoint(Net, tmp_path / "adapter.ckpt").eval()
     assert packed_bits(loaded) == packed_bits(trained)
     assert torch.equal(loaded(inputs()), trained(inputs()))
+
+
+def test_a_layer_of_another_quantization_stays_where_layers_are_quantized_as_in_training():
+    adapter = take_adapter(adapted(NF4))
+    model = network()
+    quantize_(model[2], "Int8WeightOnlyConfig")
+    quantize_as_trained_(Listing(model), adapter)
+    assert kinds(model) == {"0.weight": NF4, "2.weight": "Int8Tensor", "4.weight": NF4}
 
 
 @pytest.mark.parametrize(("kind", "injected"), [("checkpoint", False), ("folder", True), ("memory", False)])

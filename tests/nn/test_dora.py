@@ -10,12 +10,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import (
     LoRAConfig,
     LoRAError,
+    adapter_state_dict,
     inject,
+    load_adapter,
     merged,
     save_adapter,
     summary,
@@ -381,3 +385,33 @@ def test_all_linear_leaves_the_out_proj_of_attention_out_and_says_so(tmp_path: P
     assert inject(model, LoRAConfig(r=2, target_modules="all-linear", use_dora=True)) == ["linear1", "linear2"]
     assert "out_proj" in summary(model).left_out[0].reason
     save_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d])
+def test_magnitudes_of_a_convolution_are_read_from_pefts_shape_and_refused_in_another(
+    tmp_path: Path, layer: type[nn.Conv1d] | type[nn.Conv2d]
+) -> None:
+    def convolution() -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(layer(3, 5, 3))
+
+    model = convolution()
+    inject(model, dora())
+    with torch.no_grad():
+        model[0].lora_magnitude.mul_(torch.rand(5) + 1)
+    save_adapter(model, tmp_path)
+    load_adapter(fresh := convolution(), tmp_path)
+    assert torch.equal(fresh[0].lora_magnitude, model[0].lora_magnitude)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    (name,) = (each for each in tensors if "magnitude" in each)
+    magnitude = tensors.pop(name)
+    assert magnitude.shape == (1, 5, *[1] * (model[0].weight.dim() - 2))
+    before = {each: value.clone() for each, value in adapter_state_dict(fresh).items()}
+    for found in (None, magnitude.transpose(0, 1), magnitude.repeat(2, *[1] * (magnitude.dim() - 1))):
+        save_file(tensors | ({} if found is None else {name: found.contiguous()}), file, metadata)
+        with pytest.raises(LoRAError, match=r"0\.lora_magnitude"):
+            load_adapter(fresh, tmp_path)
+    assert all(torch.equal(value, before[each]) for each, value in adapter_state_dict(fresh).items())

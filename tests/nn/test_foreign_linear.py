@@ -289,6 +289,8 @@ def test_a_layer_that_gives_its_input_no_gradient_is_refused_in_training() -> No
     alone = held(Blind(nn.Linear(INPUTS, WIDTH)))  # nothing before it is trained
     alone.train()(inputs()).sum().backward()
     assert alone.layer.lora_A.grad is not None
+    with torch.no_grad():  # nobody asks for a gradient
+        alone.layer(torch.randn(5, alone.layer.weight_shape()[1], requires_grad=True))
 
 
 def test_a_variant_that_scales_the_weights_outputs_is_refused_by_name() -> None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, merge, unload, unmerge
+from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, merge, merged, unload, unmerge
 from lightning_lora.nn import layer_kinds, lora_layer, low_rank
 from lightning_lora.nn.lora_layer import LoRALayer
 from support.covering import covering
 from support.models.layers import ALPHA, CASES, DTYPES, R, Subject, UserLinear, make_subject, rounding, same_bits
+from support.models.token_rows import Scaled
 from support.runs.recorders import operators
 
 SOME = [  # one of each kind of layer and forward
@@ -100,6 +101,15 @@ def test_methods_and_own_forwards_of_a_users_class_see_the_adapter_and_get_all_a
     subject = make_subject("conv that pads")
     for side in (0, 1):
         assert subject.layer(subject.x, side=side).shape[-1] == 4 + side
+
+
+def test_what_an_embeddings_own_forward_does_with_the_rows_it_does_with_the_adapter_too() -> None:
+    model = nn.Sequential(Scaled(11, 6))
+    inject(model, LoRAConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    ids = torch.arange(11)
+    factored = model(ids)
+    with merged(model):
+        torch.testing.assert_close(factored, model(ids))
 
 
 class Shifted(nn.Linear):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.tuner import Tuner
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged
 from lightning_lora.model.injection import Injection
@@ -56,6 +57,19 @@ def test_nothing_of_a_run_is_left_after_an_exception(tmp_path: Path):
         make_trainer(tmp_path, lora_with_effect()).fit(model := Breaks(), Data(1))
     assert noted(injection_of(model)) == {}
     assert not is_merged(model)
+
+
+def test_a_second_fit_says_that_training_goes_on_and_one_after_a_finder_does_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    model = Net()
+    trainers = [make_trainer(tmp_path, lora_with_effect()) for _ in range(2)]
+    with caplog.at_level("INFO", "lightning_lora"):
+        Tuner(trainers[0]).lr_find(model, Data(4), num_training=3, update_attr=False)
+        trainers[0].fit(model, Data(1))
+        assert "training goes on" not in caplog.text
+        trainers[1].fit(model, Data(1))
+        assert "training goes on from the adapter that the model holds" in caplog.text
 
 
 @COPIES
