@@ -42,6 +42,7 @@ PROGRAMS = {
     "variants": Program("variants", "DoRA, quantized bases, single parameters and rows, a step of PiSSA"),
     "starts": Program("starts", "starting from the weight"),
     "shrink": Program("shrink", "shrinking an adapter; a minute or two"),
+    "regret": Program("regret", "LoRA against full fine-tuning: rates, ranks and layers; half an hour on two cores"),
     "swap": Program("swap", "swapping adapters"),
     "large": Program("merge_large", "merging a big model; needs 24 GB of disk"),
     "launches": Program("launches", "what a GPU is asked to do, counted without one"),
