@@ -21,7 +21,7 @@ FILES = {path.stem: path.read_text() for path in sorted((ROOT / "examples").glob
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkout(tmp_path_factory.mktemp("checkout"))
+    return checkout(tmp_path_factory)
 
 
 def check_finetune(printed: str) -> None:

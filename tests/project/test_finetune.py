@@ -11,19 +11,17 @@ import json
 import os
 import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from test_examples import check_finetune
 
-from support.runs.examples import INSTALL, ROOT, SHOWN, checkout, notebook, repository_of
+from support.runs.examples import INSTALL, ROOT, SHOWN, checkout, notebook, repository_of, small_models_shared
 
 PROGRAM, SMALL_MODELS, NOTEBOOK = (ROOT / "examples" / n for n in ("finetune.py", "small_models.py", "finetune.ipynb"))
 QUIET = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -58,7 +56,7 @@ def epochs_in(checkpoint: Path) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkout(tmp_path_factory.mktemp("checkout"))
+    return checkout(tmp_path_factory)
 
 
 @pytest.mark.slow
@@ -67,7 +65,8 @@ def test_a_run_that_is_killed_goes_on_and_deploys_what_was_best(folder: Path):
     pytest.importorskip("tensorboard", reason='tensorboard is not installed; pip install -e ".[examples]"')
     run = folder / "runs" / "finetune"
     last = run / "last.ckpt"
-    assert break_off(folder, last, 1, signal.SIGKILL) == -signal.SIGKILL  # the machine dies
+    with small_models_shared(folder, "examples"):
+        assert break_off(folder, last, 1, signal.SIGKILL) == -signal.SIGKILL  # the machine dies
     reached = epochs_in(last)
 
     status = start(folder).wait(timeout=500)
@@ -128,13 +127,12 @@ for cell in cells.cells:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_notebook_runs_from_top_to_bottom_and_prints_what_the_program_prints(folder: Path, tmp_path: Path):
+def test_the_notebook_runs_from_top_to_bottom_and_prints_what_the_program_prints(tmp_path: Path):
     for package in ("nbclient", "ipykernel", "tensorboard"):
         pytest.importorskip(package, reason=f'{package} is not installed; pip install -e ".[test]"')
-    with suppress(FileNotFoundError):  # what the other test has made, which only saves time
-        shutil.copytree(folder / "examples" / "manual_bert", tmp_path / "manual_bert")
     command = [sys.executable, "-c", EXECUTE, str(NOTEBOOK)]
-    done = subprocess.run(command, cwd=tmp_path, env=QUIET, capture_output=True, text=True, timeout=590)
+    with small_models_shared(tmp_path):
+        done = subprocess.run(command, cwd=tmp_path, env=QUIET, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr
     lines = "\n".join(line for line in done.stdout.splitlines() if line.partition(":")[0] in SHOWN["finetune"])
     print(lines)

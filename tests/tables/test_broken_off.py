@@ -36,7 +36,7 @@ from lightning_lora.model.merging import holds_merged
 from support.runs.broken_off import break_off
 
 X = torch.tensor([[1, 2, 3], [4, 5, 6]])
-STEPS = [997, pytest.param(1 if os.environ.get("LORA_FULL") else 29, marks=pytest.mark.slow)]
+STEPS = [997, pytest.param(1 if os.environ.get("LORA_FULL") else 61, marks=pytest.mark.slow)]
 
 
 class Model(nn.Module):

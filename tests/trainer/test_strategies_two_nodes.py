@@ -17,21 +17,14 @@ from support.runs.programs.two_nodes import fit
 
 
 def launch(folder: Path, kind: str, port: int, node: int) -> subprocess.Popen[str]:
-    command = (
-        f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=2 --max-restarts=3 "
-        f"--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=two-nodes --local-addr=127.0.0.1 "
-        "--rdzv-conf=keep_alive_max_attempt=20,heartbeat_timeout=60 "  # a busy machine is no dead node
-        f"-m support.runs.programs.two_nodes {folder} {kind}"
-    )
+    command = [sys.executable, "-m", "support.runs.programs.two_nodes", str(folder), kind, str(port)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": "1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # torch's store keeps addresses of the dead over a restart
     }
     with (folder / f"node{node}.log").open("w") as log:
-        return subprocess.Popen(
-            command.split(), env=environment, stdout=log, stderr=log, text=True, start_new_session=True
-        )
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True)
 
 
 @pytest.mark.slow

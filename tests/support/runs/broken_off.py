@@ -58,7 +58,8 @@ def break_off(call: Callable[[], object], *lines: int, also: tuple[str, ...] = (
         if pending and sys.gettrace() is None:
             sys.settrace(trace)
 
-    sys.setprofile(trace_on)
+    if len(lines) > 1:
+        sys.setprofile(trace_on)
     sys.settrace(trace)
     try:
         next(_apart(call))

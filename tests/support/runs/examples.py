@@ -11,7 +11,10 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -27,18 +30,50 @@ COMMANDS = {name: command for command, name, _ in BLOCK.findall(README.read_text
 SHOWN = {name: output for _, name, output in BLOCK.findall(README.read_text())}
 
 
-def checkout(folder: Path) -> Path:
-    """Copy the examples, without files of earlier runs."""
+SMALL_MODELS = "manual_llama", "manual_bert"  # folders that the examples make at the first call
+
+
+def checkout(factory: pytest.TempPathFactory) -> Path:
+    """Copy the examples into a new folder, without files of earlier runs."""
+    folder = factory.mktemp("checkout")
     left = shutil.ignore_patterns("*.pt", "manual_*", "runs", "__pycache__")
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=left)
     return folder
+
+
+@contextmanager
+def small_models_shared(folder: Path, beside: str = ".") -> Iterator[None]:
+    """Give programs the small models that this run of pytest has already trained, and keep those that they train.
+
+    Each takes half a minute, and each process of pytest-xdist has a folder of its own.
+
+    Args:
+        folder: a folder that pytest made for a test.
+        beside: where in it small_models.py lies, which puts the models beside itself.
+    """
+    kept = folder.parents[1 if "PYTEST_XDIST_WORKER" in os.environ else 0] / "small_models"
+    _copy_small_models(kept, folder / beside)
+    yield
+    _copy_small_models(folder / beside, kept)
+
+
+def _copy_small_models(source: Path, target: Path) -> None:
+    """Each appears whole, because another process may look for it."""
+    target.mkdir(exist_ok=True)
+    for name in SMALL_MODELS:
+        if (source / name).exists() and not (target / name).exists():
+            with TemporaryDirectory(dir=target) as partial:
+                shutil.copytree(source / name, Path(partial, name))
+                with suppress(OSError):  # another process was faster
+                    Path(partial, name).rename(target / name)
 
 
 def run(folder: Path, name: str, *options: str, timeout: float = 280) -> str:
     """Run an example by the command in the README, on one thread, and return what it prints, without Ray's notices."""
     command = [sys.executable, *shlex.split(COMMANDS[name]), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    with small_models_shared(folder, "examples"):
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return re.sub(r"^.*\(raylet\).*\n", "", done.stdout, flags=re.MULTILINE)  # of a worker that died
 
