@@ -29,12 +29,19 @@ def refuse_late_conversion(listing: Listing) -> None:
     """Raise LoRAError where BitsandbytesPrecision would replace layers that are adapted already."""
     if _precision(listing.model, BITSANDBYTES) is None or quantized_modules(listing.places):
         return
-    for name, layer in listing.layers.items():
+    for name, layer in listing.all_layers.items():
         if isinstance(layer, nn.Linear):
+            by_inject = layer.is_trained()
+            fact = "was adapted by inject" if by_inject else "has attached adapters"
+            remedy = (
+                "Leave inject out and give LoRACallback the options, or let the plugin convert first: "
+                "plugin.convert_module(model), then inject(model, LoRAConfig(...))."
+                if by_inject
+                else "Leave attach out and name the adapters in LoRACallback(attach=...)."
+            )
             raise LoRAError(
-                f"LoRACallback: {name!r} was adapted by inject, and BitsandbytesPrecision replaces it by a quantized "
-                "layer without an adapter. Leave inject out and give LoRACallback the options, or let the plugin "
-                "convert first: plugin.convert_module(model), then inject(model, LoRAConfig(...))."
+                f"LoRACallback: {name!r} {fact}, and BitsandbytesPrecision replaces it by a quantized layer without an "
+                f"adapter. {remedy}"
             )
 
 
@@ -43,7 +50,7 @@ def convert_linear_layers_(listing: Listing) -> None:
 
     Lightning itself converts all layers, or none where one is converted already.
     """
-    if (plugin := _precision(listing.model, TRANSFORMER_ENGINE)) is not None and not listing.layers:
+    if (plugin := _precision(listing.model, TRANSFORMER_ENGINE)) is not None and not listing.all_layers:
         plugin.convert_module(listing.model)
         listing.look_again()
     plugin = _precision(listing.model, BITSANDBYTES)

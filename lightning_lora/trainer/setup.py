@@ -166,6 +166,7 @@ def _adapt_built(module: nn.Module, options: Options, injection: Injection, *, i
 def _inject(module: nn.Module, options: Options, injection: Injection, *, is_complete: bool) -> AdaptedModel | None:
     """Inject the layers that exist, all where is_complete; where more may follow and none is named yet, return None."""
     listing = Listing(module)
+    refuse_late_conversion(listing)
     convert_linear_layers_(listing)
     if options.quantize is not None:
         quantize_(listing, options.quantize, injection.config)

@@ -21,10 +21,12 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     LoRAError,
+    attach,
     disable_adapter,
     inject,
     is_merged,
     load_from_checkpoint,
+    take_adapter,
 )
 from support.covering import covering
 from support.models.foreign import TELinear
@@ -347,3 +349,11 @@ def test_a_model_that_was_injected_before_transformer_engine_converts_it_is_refu
     inject(model := Wide(), LoRAConfig(r=2, target_modules=FP8_TARGETS))
     with pytest.raises(LoRAError, match=r"'body\.2' in Wide\w* was adapted, but is now a transformer_engine.*Linear"):
         fp8_fit(tmp_path, transformer_engine(), model, LoRACallback())
+
+
+@ignore_unfit
+def test_attached_adapters_are_not_dropped_where_transformer_engine_converts_their_layers(tmp_path, transformer_engine):
+    inject(source := Wide(), LoRAConfig(r=2, target_modules=["body.2"], init_lora_weights=False))
+    attach(model := Wide(), take_adapter(source), name="other")
+    with pytest.raises(LoRAError, match=r"'body\.2' in Wide\w* was adapted, but is now a transformer_engine.*Linear"):
+        fp8_fit(tmp_path, transformer_engine(), model, LoRACallback(r=2, target_modules=["body.4"]))

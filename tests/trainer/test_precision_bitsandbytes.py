@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAError, inject
+from lightning_lora import LoRACallback, LoRAError, attach, attached, inject, take_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.adapted_model import Listing
 from lightning_lora.private.torch import LEFT_OUT_OF_DDP
@@ -137,3 +137,15 @@ def test_what_a_user_left_out_of_ddp_stays_left_out():
     for _ in range(2):
         leave_out_of_ddp_(Listing(model))
     assert getattr(model, LEFT_OUT_OF_DDP) == ["mine", "0.weight", "2.weight", "4.weight"]
+
+
+@pytest.mark.parametrize("also_injected", [False, True])
+def test_a_model_with_attached_adapters_that_is_converted_is_refused(tmp_path, precision, also_injected):
+    inject(source := PlainNet(), LoRAConfig(r=2, init_lora_weights=False))
+    attach(model := PlainNet(), take_adapter(source), name="other")
+    if also_injected:
+        inject(model, LoRAConfig(target_modules=[], modules_to_save=["network.4"]))
+    with pytest.raises(LoRAError, match=r"'network\.0' has attached adapters, and BitsandbytesPrecision.*attach="):
+        fitted(tmp_path, precision("nf4"), LoRACallback() if also_injected else lora(), model)
+    assert model.seen == []
+    assert attached(model) == {"other": 1}
