@@ -201,7 +201,7 @@ class LoRAWeightAveraging(EMAWeightAveraging):
         live, seen = open_state(handle), set[int]()
         self._handle, self._parameters, self._buffers = handle, {}, {}
         self._unfrozen = handle.injection.trained_count
-        for name in live.keys:
+        for name in live.changing:
             tensor = live.tensors[name]
             if tensor is None or id(tensor) in seen or tensor.dtype == torch.bool:  # which has no mean
                 continue

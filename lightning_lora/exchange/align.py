@@ -79,7 +79,7 @@ def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
         base = tensors
     if not base:
         return adapter
-    trained = set(live.keys) - live.handle.initial_of("resized").keys()
+    trained = set(live.changing) - live.handle.initial_of("resized").keys()
     of_base = set()
     for name, tensor, owner in live.entries:
         if name not in base or name in trained or tensor is None:

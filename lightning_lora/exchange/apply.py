@@ -66,19 +66,19 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         merge_after: whether the model is merged then. If that fails, the old values are put back.
     """
     handle = live.handle
-    with transaction() as undo:
-        undo.callback(take_back_facts_, handle, facts_before(handle))
+    with transaction() as on_error:
+        on_error.callback(take_back_facts_, handle, facts_before(handle))
         record_trained(live, adapter)
-        _take_specs_(handle, adapter, specs or {}, undo)
+        _take_specs_(handle, adapter, specs or {}, on_error)
         # After the specs: a factor of another rank has new memory here, and its old one is not written to.
-        undo.callback(_write_, live, _values_now(live, adapter.tensors))
+        on_error.callback(_write_, live, _values_now(live, adapter.tensors))
         _write_(live, adapter.tensors)
         if adapter.foreign.values:
-            undo.callback(load_foreign_, live, copy.deepcopy(foreign_entries(handle)))
+            on_error.callback(load_foreign_, live, copy.deepcopy(foreign_entries(handle)))
             load_foreign_(live, adapter.foreign)
         handle.record_trainable(expected=True)
         if merge_after:
-            undo.callback(unmerge_if_merged, handle)
+            on_error.callback(unmerge_if_merged, handle)
             merge_listed(handle, warns=False)
 
 
@@ -88,7 +88,7 @@ def _values_now(live: LiveState, names: Iterable[str]) -> dict[str, Any]:
     return states | copies_of({name: value for name, value in tensors.items() if value is not None})
 
 
-def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs, undo: ExitStack) -> None:
+def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs, on_error: ExitStack) -> None:
     """Give the layers the adapter's ranks and scalings, and the injection its options. In place."""
     if not specs or adapter.config is None:
         return
@@ -96,14 +96,14 @@ def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs, undo: Exi
     resized = [layer.lora.name for layer, spec in specs.items() if spec.r != layer.lora.spec.r]
     in_training = any(factor.grad is not None for layer in specs for factor in layer.factors())
     for layer, spec in specs.items():
-        undo.callback(setattr, layer.lora, "spec", layer.lora.spec)
+        on_error.callback(setattr, layer.lora, "spec", layer.lora.spec)
         for factor in layer.stored().values():
-            undo.callback(setattr, factor, "grad", factor.grad)  # after the data, whose shape it must have
-            undo.callback(setattr, factor, "data", factor.data)
+            on_error.callback(setattr, factor, "grad", factor.grad)  # after the data, whose shape it must have
+            on_error.callback(setattr, factor, "data", factor.data)
         layer.take_spec_(spec)
-    undo.callback(setattr, injection, "config", injection.config)
+    on_error.callback(setattr, injection, "config", injection.config)
     injection.config = replace(adapter.config, lora_dropout=injection.config.lora_dropout)
-    undo.callback(setattr, injection, "chosen", injection.chosen)
+    on_error.callback(setattr, injection, "chosen", injection.chosen)
     injection.chosen = chosen_by(adapter)
     if resized and in_training:
         warnings.warn(
@@ -147,20 +147,20 @@ def apply_adapter(
     check_attached(listing, adapter)
     if not isinstance(listing, AdaptedModel):
         injection = injection_of(adapter)
-        with transaction() as undo:
-            undo.callback(_take_out_begun, listing.model, injection)
+        with transaction() as on_error:
+            on_error.callback(_take_out_begun, listing.model, injection)
             handle = inject_layers(listing, injection)
             with claimed("load_adapter", injection.owner):
                 return _fill_(open_state(handle), names, adapter, strict_base=strict_base, remedy=remedy)
     handle = listing
     _tell_of_options(handle, adapter)
-    with claimed("load_adapter", handle.injection.owner), transaction() as undo:
+    with claimed("load_adapter", handle.injection.owner), transaction() as on_error:
         was_merged = holds_merged(handle)
         if was_merged:
-            undo.callback(_merge_again, listing.model)
+            on_error.callback(_merge_again, listing.model)
             unmerge_listed(handle)  # at once: reading W out of W' takes as long
         before = facts_before(handle)
-        undo.callback(take_back_facts_, handle, before)
+        on_error.callback(take_back_facts_, handle, before)
         if swap and adapter.config is not None:
             # open_state warns of what was unfrozen; a head that this adapter trains is expected.
             trains = {name for name, tensor, _ in handle.state() if getattr(tensor, "requires_grad", False)}
@@ -168,7 +168,7 @@ def apply_adapter(
         live = open_state(handle)
         specs: Specs = {}
         if swap and not has_place_for(live, adapter):
-            live = _replace_layers(handle, adapter, before, undo)
+            live = _replace_layers(handle, adapter, before, on_error)
         elif swap:
             specs = specs_for(handle, adapter)
         return _fill_(live, names, adapter, specs, was_merged, strict_base=strict_base, remedy=remedy)
@@ -206,14 +206,14 @@ def _fill_(
     return list(handle.layers)
 
 
-def _replace_layers(handle: AdaptedModel, adapter: Adapter, before: Recorded, undo: ExitStack) -> LiveState:
+def _replace_layers(handle: AdaptedModel, adapter: Adapter, before: Recorded, on_error: ExitStack) -> LiveState:
     """Take out the adapter of a model, and put in the layers of another, whose values are written next. In place.
 
     Args:
         handle: of the model, unmerged.
         adapter: the other one.
         before: what take_back_facts_ is to bring back.
-        undo: gives the model its own adapter back.
+        on_error: gives the model its own adapter back.
 
     Raises:
         LoRAError: a fit is under way, or the model is sharded.
@@ -226,12 +226,12 @@ def _replace_layers(handle: AdaptedModel, adapter: Adapter, before: Recorded, un
     refuse_fully_sharded(handle.root, [module for _, module in handle.root_modules], "load_adapter")
     earlier = stored_parameters(handle)
     for parameter in (*(stored for _, _, stored in earlier), *(each.parameter for each in handle.base())):
-        undo.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
+        on_error.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
     for _, _, parameter in earlier:
-        undo.callback(setattr, parameter, "grad", parameter.grad)  # after the data, whose shape it must have
-        undo.callback(setattr, parameter, "data", parameter.data)
+        on_error.callback(setattr, parameter, "grad", parameter.grad)  # after the data, whose shape it must have
+        on_error.callback(setattr, parameter, "data", parameter.data)
     specs = {name: layer.lora.spec for name, layer in handle.layers.items()}
-    undo.callback(_put_back_, handle, earlier, adapter_here(handle), specs, before)
+    on_error.callback(_put_back_, handle, earlier, adapter_here(handle), specs, before)
     return LiveState(replace_layers(handle, earlier, cast(LoRAConfig, adapter.config), chosen_by(adapter)))
 
 

@@ -97,7 +97,7 @@ def convert_checkpoint(
         # Of other entries only what was trained is kept: the base comes back with the model.
         adapter = adapter_in_state(live, state, without_base(handle, foreign))
         if CURRENT in checkpoint:
-            own = {*live.keys, *adapter.foreign.values}
+            own = {*live.changing, *adapter.foreign.values}
             current = checkpoint[CURRENT].items()
             checkpoint[CURRENT] = {name: value for name, value in current if canonical(name) in own}
         if not is_divided(handle):  # otherwise gathered_state has left the base out, or merged it
@@ -307,7 +307,7 @@ def gathered_state(handle: AdaptedModel, kind: Kind | None, dequantize: Any, *, 
     state = with_metadata({**state, **foreign.values}, foreign.versions)
     if kind == "merged":  # the adapter stays beside: a callback may put an average in the place of all of it
         state |= _merge_state(handle, state, dequantize)
-    changing = set(live.keys)
+    changing = set(live.changing)
     gathered = dict(state)
     for name, value in state.items():
         if isinstance(value, torch.Tensor):  # every rank gathers each, also those that it does not keep
@@ -364,7 +364,7 @@ def _record_base(live: LiveState, state: Mapping[str, Any]) -> None:
 
 def check_complete(handle: AdaptedModel, names: Set[str], source: object) -> None:
     """Raise LoRAError unless a state dict without metadata holds the complete base, the complete adapter, or both."""
-    base, adapter = set(base_keys(handle)), set(open_state(handle).keys)
+    base, adapter = set(base_keys(handle)), set(open_state(handle).changing)
     if names in (base | adapter, base, adapter):
         return
     expected = adapter if names & (adapter - base) else base

@@ -140,7 +140,7 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
     shapes = {id(factor): torch.Size(shape) for layer, spec in specs.items() for factor, shape in layer.shapes_by(spec)}
     expected = dict.fromkeys(
         name
-        for name in live.keys
+        for name in live.changing
         if isinstance(live.tensors[name], nn.Parameter) or (adapter.complete and name.startswith(adapter.scope))
         if live.tensors[name] is not None or name in adapter.tensors or not is_foreign_linear(live.owners[name])
     )
@@ -214,7 +214,7 @@ def _check_trained(live: LiveState, adapter: Adapter) -> None:
 
     What they do not name was unfrozen later, and is loaded into a parameter that stays as it is.
     """
-    trained, config = set(live.keys), adapter.config
+    trained, config = set(live.changing), adapter.config
     if config is None:
         return
     others = {name: live.tensors[name] for name in adapter.whole_tensors() if name not in trained}

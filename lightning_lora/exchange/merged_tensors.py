@@ -123,7 +123,7 @@ class Trained:
 
     def __init__(self, handle: AdaptedModel, live: LiveState) -> None:
         self.injection, self.strengths = handle.injection, _strengths(handle.injection)
-        tensors = ((name, live.tensors[name]) for name in live.keys)
+        tensors = ((name, live.tensors[name]) for name in live.changing)
         self.parameters = {name: tensor for name, tensor in tensors if isinstance(tensor, nn.Parameter)}
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.parts = {name: local(parameter) for name, parameter in self.parameters.items()}

@@ -73,7 +73,7 @@ def find_network(listing: Listing) -> tuple[str, Any] | None:
     if not is_lightning_module(model):
         return None
     parameters = {name: tensor for name, tensor, _ in listing.state() if isinstance(tensor, nn.Parameter)}
-    names = set(open_state(listing).keys) if isinstance(listing, AdaptedModel) else set()
+    names = set(open_state(listing).changing) if isinstance(listing, AdaptedModel) else set()
     trained = {id(tensor) for name, tensor in parameters.items() if name in names or tensor.requires_grad}
     networks = pretrained_models(listing.modules)
     inside = {name: {id(parameter) for parameter in network.parameters()} for name, network in networks.items()}

@@ -62,10 +62,10 @@ def adapter_in_state(live: LiveState, state: Mapping[str, Any], foreign: Foreign
         foreign: the foreign entries of the state dict.
     """
     adapter = _described(live)
-    left_out = {name for name in live.keys if name not in state and isinstance(live.tensors[name], nn.Parameter)}
+    left_out = {name for name in live.changing if name not in state and isinstance(live.tensors[name], nn.Parameter)}
     values = {**state, **gather_all(original_values(entry for entry in live.entries if entry[0] in left_out))}
-    tensors = {name: values[name] for name in live.keys if name in values}
-    complete = len(tensors) == len(live.keys)
+    tensors = {name: values[name] for name in live.changing if name in values}
+    complete = len(tensors) == len(live.changing)
     return copied(replace(adapter, tensors=tensors, complete=complete, foreign=foreign), on_cpu=True)
 
 
@@ -141,7 +141,7 @@ def _described(live: LiveState) -> Adapter:
         live: the model, from open_state.
     """
     handle, injection = live.handle, live.handle.injection
-    trained = live.keys
+    trained = live.changing
     at_fit_start = handle.fingerprint()
     first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them
     kinds = {first[name]: kind for name, kind in handle.kinds.items()}
@@ -237,7 +237,7 @@ def fingerprint_of(live: LiveState, expected: Mapping[str, Entry] | None = None)
         expected: a fingerprint to compare with: what has no values there gets none. By default many parameters get
             none, those of which evenly_chosen leaves out.
     """
-    trained = set(live.keys)
+    trained = set(live.changing)
     frozen = {
         name: (tensor, owner)
         for name, tensor, owner in live.entries
@@ -301,6 +301,6 @@ def check_fingerprint(
     initial = fingerprint_entries(live.handle.initial_of(*why).items())
     present = initial | fingerprint_of(live, expected)
     # A fingerprint made of a file has entries of buffers. Training changes buffers, so they do not tell a base.
-    buffers = {name for name in live.keys if not isinstance(live.tensors[name], nn.Parameter)}
+    buffers = {name for name in live.changing if not isinstance(live.tensors[name], nn.Parameter)}
     expected = {name: entry for name, entry in expected.items() if name not in buffers}
     compare_fingerprints(present, expected, strict=strict, remedy=remedy)

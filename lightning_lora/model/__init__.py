@@ -29,6 +29,14 @@ takes it out. With a loaded adapter that has no place in the layers a new one be
 Its marks: validated, merged, merges by mode, started, quantized, trained, ended, attached alone, factored. What each
 means stands beside their definition.
 
+The attribute lora_active of each adapted layer or parameter decides its forward: True, the factors act beside the
+weight; False, the base class's own forward runs. A copy keeps it. merge_ and unmerge_ write it, and disable_adapter for
+the time of its block.
+
+What "merged" means: a layer with merged True, undo set and lora_active False holds W' in its weight. One with merged
+True and undo None stays factored (a tied or quantized weight). The mark "merged" of the injection is a cheap answer for
+hooks: False, no layer is merged; True, look at the layers.
+
 LayerState, in nn/adapted_weights.py: `layer.lora` of each adapted layer or parameter. nn/layer_kinds.adapt_ and its
 like make it beside the factors, which are parameters of the module; unadapt ends it, with the module's class.
 
@@ -47,7 +55,7 @@ like make it beside the factors, which are parameters of the module; unadapt end
     training_checked    kept    of a warning
     in_segment          kept    of reentrant checkpointing
     strength            new     another one inside of `scaled`; where nothing is trained it is 0
-    attached            kept    factors of the attached adapters
+    attached            kept    factors of the attached adapters, a Packed; see nn/attached_factors.py
     known_info          new     a cache
     copies              new     memory
     lock                new     held while W' stands in or the weight is written
@@ -72,8 +80,8 @@ Fact, in facts.py: of one base parameter or persistent buffer. AdaptedModel.fact
 Undo, in nn/exact_merge.py: made by merge_, ended by unmerge_.
 
     scaling             kept    s
-    merged              kept    checksum of W'
-    base                kept    checksum of W
+    merged_checksum     kept    of W'
+    base_checksum       kept    of W
     chunks              kept    what restores each block of W
     edited              kept    something changed W' meanwhile
     lost                kept    W did not come back
@@ -83,9 +91,12 @@ and drops it at its end.
 
 Where the state goes. A fact is found by its tensor's memory; where a cast or a strategy has replaced the tensor, by its
 name in its module. So a wrapper, a moved, renamed or re-ordered module keep all, a new module has nothing. A cast or a
-move of a merged layer unmerges it meanwhile.
+move of a merged layer unmerges it meanwhile; the factors stay in float32. A live slice, such as model[:2], shares the
+layers: merge, unmerge, is_merged and attached act on its part, and calls for the whole adapter (take_adapter, unload,
+disable_adapter) are refused there. A deepcopy of the slice is a model by itself.
 
 Blocks. `merged` holds its claim, and notes whether the model was merged. `scaled` and `disable_adapter` hold also the
-strengths that a block around them has set, and stand-ins of what was fully trained. merging.run_block restores what was
+strengths that a block around them has set, and stand-ins of what was fully trained; disable_adapter also which layers
+were active. merging.run_block restores what was
 found. nn/owner.REFUSED says which calls are refused inside of which block.
 """

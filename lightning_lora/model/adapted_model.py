@@ -269,7 +269,7 @@ class AdaptedModel(Listing):
             expected: the options ask for these parameters. Otherwise a warning names them.
             untouched: no optimizer has stepped since, so that the present values are those from before training.
         """
-        if not self.injection.is_injection:
+        if not self.injection.has_trained_adapter:
             return []
         trained = self.trained()
         new = [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
@@ -294,7 +294,7 @@ class AdaptedModel(Listing):
 
     def without_first_values(self) -> list[str]:
         """Return the names of base parameters that may have been trained and whose values from before are not known."""
-        if not self.injection.is_injection:
+        if not self.injection.has_trained_adapter:
             return []
         trained = self.trained()
         initial = set(self._initial_by_id())
@@ -362,10 +362,20 @@ def find_adapted(model: nn.Module | Listing, *, part: bool = False, attached: bo
     """
     listing = model if isinstance(model, Listing) else Listing(inside_known_wrappers(model))
     handle = _find(listing, part)
-    return handle if handle is None or attached or handle.injection.is_injection else None
+    return handle if handle is None or attached or handle.injection.has_trained_adapter else None
 
 
 def _find(listing: Listing, part: bool) -> AdaptedModel | None:
+    """Return the handle of a listed model, or None where no layer of it is adapted. `part` is find_adapted's.
+
+    In the order of the code below:
+    - The model is the injected module.
+    - It holds several injections: frozen ones, such as a reference copy's, are passed over; two others are an error.
+    - A module inside of it is the injected one: `prefix` is that module's name.
+    - It lies inside the injected module: `inside` is its place there. None where it has not all of the layers, unless
+      `part` is True.
+    - It is a new module around the same layers, or the injected module is gone: it counts as the injected module.
+    """
     model = listing.model
     injection = injection_of_root(model)
     if injection is not None:
@@ -387,7 +397,6 @@ def _find(listing: Listing, part: bool) -> AdaptedModel | None:
         return with_lists(AdaptedModel(model, root, injections[0], prefix=f"{name}." if name else ""), listing)
     if not layers:
         return None
-    # The model lies inside the injected module, or it is a new module around the same layers.
     injection = injections[0]
     root = injection.holder()
     if root is not None:

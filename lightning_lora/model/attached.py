@@ -226,7 +226,7 @@ def _strengths_asked_for(handle: AdaptedModel, strength: float | Strengths, name
     given = strength if isinstance(strength, Mapping) else {name: strength}
     strengths = {each: checked_strength(value, verb) for each, value in given.items()}
     for each in strengths:
-        if each or not handle.injection.is_injection:
+        if each or not handle.injection.has_trained_adapter:
             require_attached(handle, each, verb)
     return strengths
 
@@ -291,12 +291,12 @@ def change_unmerged_(handle: AdaptedModel, verb: str, change: Callable[[], None]
         settle: takes the change back, or completes it, where an exception broke off any part of this call.
     """
     found = FoundState(handle)
-    with claimed(verb, handle.injection.owner), transaction() as undo:
+    with claimed(verb, handle.injection.owner), transaction() as on_error:
         # What is called last comes first: the layers that are there now are unmerged, settled and merged as found.
-        undo.callback(found.bring_back, handle)
-        undo.callback(settle)
-        undo.callback(unmerge_if_merged, handle)
-        undo.callback(handle.look_for_layers_again)
+        on_error.callback(found.bring_back, handle)
+        on_error.callback(settle)
+        on_error.callback(unmerge_if_merged, handle)
+        on_error.callback(handle.look_for_layers_again)
         unmerge_if_merged(handle)
         change()
         found.bring_back(handle)
@@ -357,7 +357,7 @@ def take_out_attached_(handle: AdaptedModel, name: str) -> None:
             unadapt_(layer)
     handle.look_for_layers_again()
     record_and_patch_layers(handle)
-    if not injection.is_injection and not injection.attached:
+    if not injection.has_trained_adapter and not injection.attached:
         modules = [module for _, module in handle.root_modules]
         unhook_load_state_dict(modules)
         unpatch(modules)
@@ -401,7 +401,7 @@ def find_attached_alone(listing: Listing) -> AdaptedModel | None:
         LoRAError: the adapters were attached to a larger model.
     """
     handle = find_adapted(listing, attached=True, part=True)
-    if handle is None or handle.injection.is_injection:
+    if handle is None or handle.injection.has_trained_adapter:
         return None
     if handle.injection.holder() is not None and len(handle.all_layers) < len(handle.injection.layers):
         raise LoRAError(

@@ -208,8 +208,9 @@ def unload(model: nn.Module) -> None:
     refuse_fully_sharded(handle.root, modules, "unload")
     with claimed("unload", handle.injection.owner):
         unmerge_if_merged(handle)
-        with transaction() as undo:
-            undo.callback(take_out_adapter, handle)  # completes it: half an adapter is taken out sooner than put back
+        with transaction() as on_error:
+            # This completes the call: half an adapter is taken out sooner than put back.
+            on_error.callback(take_out_adapter, handle)
             take_out_adapter(handle)
 
 
@@ -269,8 +270,8 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
                 forget_quantization(modules)
             unpatch(modules)
 
-        with transaction() as undo:
-            undo.callback(leave_merged)  # completes it: a second merge of what is merged would be wrong
+        with transaction() as on_error:
+            on_error.callback(leave_merged)  # completes it: a second merge of what is merged would be wrong
             leave_merged()
     return model
 
@@ -379,8 +380,8 @@ def begin_injection(
             earlier.injection.end(earlier.root)
         injection.begin(listing.model)
         handle = with_lists(AdaptedModel(listing.model, listing.model, injection), listing)
-        with transaction() as undo:
-            undo.callback(take_out_adapter, handle)
+        with transaction() as on_error:
+            on_error.callback(take_out_adapter, handle)
             if earlier is not None:
                 take_over_attached(listing, earlier.injection, injection)
             selection = adapt_new_layers(handle, values_follow=values_follow)
@@ -401,8 +402,8 @@ def finish_injection(handle: AdaptedModel, selection: Selection) -> None:
         LoRAError: an entry names nothing. The adapters are then taken out.
     """
     root, injection = handle.root, handle.injection
-    with claimed("adopt", injection.owner), transaction() as undo:
-        undo.callback(take_out_adapter, handle)
+    with claimed("adopt", injection.owner), transaction() as on_error:
+        on_error.callback(take_out_adapter, handle)
         if errors := selection.unmatched.errors:
             sentences = "\n".join(map(sentence, errors))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")

@@ -95,7 +95,7 @@ class Injection:
         vars(self).update(state, owner=Owner(), strength_log=StrengthLog())
 
     @property
-    def is_injection(self) -> bool:
+    def has_trained_adapter(self) -> bool:
         """Whether inject or a loaded adapter adapted the model; else adapters are attached alone."""
         return "attached alone" not in self.marks
 

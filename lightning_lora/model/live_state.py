@@ -19,7 +19,7 @@ from .named_state import StateEntry
 class LiveState:
     """The tensors and extra states of an injected model, by the names of its state dict.
 
-    `keys` and `values` know what was recorded as trained. open_state records parameters that were unfrozen first.
+    `changing` and `values` know what was recorded as trained. open_state records parameters that were unfrozen first.
 
     Attributes:
         handle: the model.
@@ -38,7 +38,7 @@ class LiveState:
         return {name: owner for name, _, owner in self.entries}
 
     @cached_property
-    def keys(self) -> list[str]:
+    def changing(self) -> list[str]:
         """The names of all that training can change: factors, parameters recorded as trained, persistent buffers.
 
         A trainable parameter outside of the injected module is among them, too. Buffers that are a foreign linear
@@ -60,8 +60,8 @@ class LiveState:
         return {id(each.parameter) for each in self.handle.base()}
 
     def values(self) -> dict[str, Any]:
-        """Return the values of `keys`: detached live tensors, extra states, and W where a weight is merged now."""
-        wanted = set(self.keys)
+        """Return the values of `changing`: detached live tensors, extra states, and W where a weight is merged now."""
+        wanted = set(self.changing)
         return original_values(entry for entry in self.entries if entry[0] in wanted)
 
 
@@ -71,7 +71,7 @@ def open_state(handle: AdaptedModel) -> LiveState:
     Example::
 
         live = open_state(open_model(model, "save_adapter"))
-        trained = [name for name in live.keys if live.tensors[name] is not None]
+        trained = [name for name in live.changing if live.tensors[name] is not None]
     """
     handle.record_trainable()
     return LiveState(handle)

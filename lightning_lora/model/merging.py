@@ -115,8 +115,8 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights], reme
     written = [weight for layer, weight in weights.items() if not layer.why_not_merge()]
     copy = sum((local(weight) if is_spread(weight) else weight).nbytes for weight in written) <= COPY_BUDGET
     # torch.no_grad once for all layers, because entering it takes longer than merging a small layer
-    with torch.no_grad(), transaction() as undo:
-        undo.callback(_restore_all, listing)
+    with torch.no_grad(), transaction() as on_error:
+        on_error.callback(_restore_all, listing)
         record_ties(listing.modules)
         sync, buffers = RankSync(weights[layer] for layer in pending.values()), Buffers()
         rounding = Rounding(sync)
@@ -163,8 +163,9 @@ def unmerge_listed(listing: Listing) -> None:
     _require_layers(listing, "unmerge")
     layers = listing.all_layers.values()
     writing = shards_in_place(listing, "unmerge") if holds_merged(listing) else nullcontext()
-    with claimed_with(layers, "unmerge"), torch.no_grad(), writing, transaction() as undo:
-        undo.callback(_restore_all, listing)  # W' is made of factors, but W only of what is kept: so it is completed
+    with claimed_with(layers, "unmerge"), torch.no_grad(), writing, transaction() as on_error:
+        # This completes the call: W' is made of factors, but W only of what is kept.
+        on_error.callback(_restore_all, listing)
         _restore_all(listing)
 
 

@@ -5,6 +5,9 @@ A weight is merged in chunks of rows, on every device in the same way. D = s * B
     merge:    W' = round(c * (W + D)); keep W where round(W' / c - D - e) or round(W' / c - D + e) has other bits than W
     unmerge:  W <- round(W' / c - D); W[kept positions] <- the kept values
 
+The sum with -D is in float32 for weights of 16 bits, and of 32 bits without a scale c (_descaled): that takes half the
+time. Merging tries both ends by the same steps, so what this rounding changes is kept too.
+
 Why values are kept: adding and subtracting alone drifts, and a full copy doubles the memory. Subtraction misses a few
 per cent of the values, and only these are kept. Of a small model plain copies are kept: one of 24 layers of 768 or of
 200 of 64 then merges and unmerges 2.3 to 4.9 times as fast. Trained rows have no D: W' are their values, and W's rows
@@ -15,8 +18,8 @@ and the card, so unmerging may compute another D than merging did.
 - e is more than any two such products can differ (_error_bound).
 - Each step after the product (to add -D to W' / c, to cast) is monotonic in -D, in an order in which -0 comes before
   +0. So where -D - e and -D + e both give W's bits, everything between them does.
-- -D is added, not D subtracted: with e = 0 the upper end is then +0, also where D is a zero. W' = -0 + 0 is +0, so a -0
-  that a zero of the other sign would turn is kept.
+- -D is added, not D subtracted, because a zero has two signs. W = -0 and D = +0 give W' = +0. From there -D = -0 gives
+  +0, which has not the bits of W. So W is kept, as wherever one of the two zeros would not give it back.
 - W' / c has the same bits each time, because W' and c do. It does not depend on D.
 
 Why float64: in float32, B @ A is off by many ulp where W and D are both small, and autocast and settings of precision
@@ -28,7 +31,8 @@ Why chunks: a chunk and its buffers stay in the cache. Fresh pages of memory cos
 
 The sum of the bits of W' shows whether a weight was changed while it was merged.
 
-No other file adds a delta to a weight. Live merging, merged saving and the command line all come here.
+Live merging, merged saving and the command line all come here: no other file writes or saves a merged weight. For
+one forward two others compute a W' that is differentiable and not exact: adapted_weights.py and factored_weight.py.
 """
 
 from __future__ import annotations
@@ -68,8 +72,8 @@ class Undo:
     scaling: float = 1.0  # s
     # Both are None until the merge has come to its end. That of W' tells an edit, however W is kept. That of W is a
     # safety net where W is computed: under products without the usual bound, or a changed mode of flushing denormals.
-    merged: int | None = None  # checksum of W'; None also once unmerging has begun to write
-    base: int | None = None  # checksum of W; None also where all of W was to be copied
+    merged_checksum: int | None = None  # checksum of W'; None also once unmerging has begun to write
+    base_checksum: int | None = None  # checksum of W; None also where all of W was to be copied
     chunks: list[Chunk] = field(default_factory=list)  # in order; each is noted before it is written
     edited: bool = False  # unmerging found that something else had changed W'
     lost: bool = False  # unmerging did not bring W back
@@ -128,7 +132,7 @@ def merge_weight_(
                 largest = block.right.abs().amax() if computed else None
                 for part in _chunks(weight, [mine]):
                     _merge_chunk_(weight, part, undo, buffers, cost, copies, largest)
-            undo.base, undo.merged = base, checksum(weight)
+            undo.base_checksum, undo.merged_checksum = base, checksum(weight)
         except BaseException:
             unmerge_weight_(weight, undo)
             raise
@@ -145,9 +149,9 @@ def unmerge_weight_(weight: torch.Tensor, undo: Undo, buffers: Buffers | None = 
     """
     with exact_arithmetic(weight):
         buffers = Buffers() if buffers is None else buffers
-        if undo.merged is not None:
-            undo.edited = checksum(weight) != undo.merged
-            undo.merged = None  # first, or another call, after this one was broken off, takes what it wrote for an edit
+        if undo.merged_checksum is not None:
+            undo.edited = checksum(weight) != undo.merged_checksum
+            undo.merged_checksum = None  # first: a call after a broken one would take what that wrote for an edit
         while undo.chunks:
             part, kept, new = undo.chunks[-1]
             window = _window(weight, part)
@@ -161,7 +165,7 @@ def unmerge_weight_(weight: torch.Tensor, undo: Undo, buffers: Buffers | None = 
                 undo.chunks[-1] = Chunk(part, kept)  # a plain copy, which is right before and after the write
             window.copy_(kept)
             undo.chunks.pop()
-        undo.lost = undo.base is not None and checksum(weight) != undo.base
+        undo.lost = undo.base_checksum is not None and checksum(weight) != undo.base_checksum
     if undo.lost:
         raise LoRAError(
             "the restored weight is not bit for bit the weight before merging: "

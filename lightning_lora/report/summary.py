@@ -254,7 +254,7 @@ def _each_once(parameters: Iterable[Iterable[nn.Parameter]]) -> list[nn.Paramete
 
 
 def _title(injection: Injection, layers: int) -> str:
-    if not injection.is_injection:
+    if not injection.has_trained_adapter:
         return "No trained adapter: what is attached acts alone"
     if not layers:
         return "No adapter (target_modules=[]): the base is frozen but for what is also trained"

@@ -37,10 +37,10 @@ def test_names_of_what_training_changes_are_read_without_a_record_of_what_was_un
     model[1].requires_grad_(True)
     handle = open_model(model, "test")
     factors = {"0.lora_A", "0.lora_B"}
-    assert set(LiveState(handle).keys) == factors
+    assert set(LiveState(handle).changing) == factors
     assert handle.trained() == set()
     with pytest.warns(UserWarning, match=r"unfrozen after injection \(1\.weight, 1\.bias\)"):
-        assert set(open_state(handle).keys) == factors | {"1.weight", "1.bias"}
+        assert set(open_state(handle).changing) == factors | {"1.weight", "1.bias"}
     assert handle.trained() == {id(model[1].weight), id(model[1].bias)}
 
 

@@ -14,16 +14,16 @@ from support.runs.broken_off import break_off
 
 def changed(*undone: Callable[[], object]) -> None:
     """A transaction that raises KeyError at its end."""
-    with transaction() as undo:
+    with transaction() as on_error:
         for each in undone:
-            undo.callback(each)
+            on_error.callback(each)
         raise KeyError
 
 
 def test_changes_are_kept_where_the_block_ends_and_taken_back_last_first_where_it_raises():
     calls: list[int] = []
-    with transaction() as undo:
-        undo.callback(calls.append, 1)
+    with transaction() as on_error:
+        on_error.callback(calls.append, 1)
     assert calls == []
     with pytest.raises(KeyError):
         changed(*(partial(calls.append, number) for number in (1, 2, 3)))
@@ -44,9 +44,9 @@ def test_a_transaction_broken_off_before_any_of_its_own_lines_is_done_or_not():
         values = {"a": 0, "b": 0}
 
         def change(values: dict[str, Any] = values) -> None:
-            with transaction() as undo:
+            with transaction() as on_error:
                 for name in values:
-                    undo.callback(values.__setitem__, name, 0)
+                    on_error.callback(values.__setitem__, name, 0)
                     values[name] = 1
 
         reached = break_off(change, line, also=(__file__,))
