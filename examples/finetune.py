@@ -38,7 +38,10 @@ RUN = Path("runs", "finetune")
 
 def pretrained(base: str) -> Any:
     """The base with a new head."""
-    names = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(CLASSES)),
+        "label2id": {name: i for i, name in enumerate(CLASSES)},
+    }
     return AutoModelForSequenceClassification.from_pretrained(base, **names, ignore_mismatched_sizes=True)
 
 

@@ -160,7 +160,7 @@ class LoRAWeightAveraging(EMAWeightAveraging):
         if self._average_model is None or self._handle is None or injection_of(pl_module) is None:
             rank_zero_info("LoRAWeightAveraging: there is no average outside of a fit; the model is saved as it is.")
             return
-        changing = {*open_state(self._handle).keys}
+        changing = {*open_state(self._handle).changing}
         self._exchange()
         try:
             state = trainer.strategy.lightning_module_state_dict()
@@ -181,7 +181,7 @@ class LoRAWeightAveraging(EMAWeightAveraging):
             self._forget()  # the average is loaded into the model itself
         elif CURRENT in checkpoint and AVERAGING_STATE in checkpoint:
             handle = open_model(pl_module, "LoRAWeightAveraging")
-            changing = {*open_state(handle).keys}
+            changing = {*open_state(handle).changing}
             average = by_canonical_names(checkpoint["state_dict"])
             self._loaded = {name: value for name, value in average.items() if name in changing}
             self._loaded |= checkpoint[AVERAGING_STATE]

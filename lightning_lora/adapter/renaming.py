@@ -69,7 +69,9 @@ def align_to_modules(
     Raises:
         LoRAError: there is no such prefix, or there are several.
     """
-    while True:  # until it fits: as it is, under the network's own names, and without what it holds a second time
+    form: Adapter | None = adapter
+    while form is not None:
+        adapter = form
         layers = _placed(adapter)
         if not layers and not is_head_only(adapter):
             raise LoRAError(
@@ -79,23 +81,32 @@ def align_to_modules(
             return adapter
         prefixes = _fitting_prefixes(layers, modules, first)
         if len(prefixes) == 1:
-            break
-        once = by_network_names(adapter)
-        if once is adapter and not prefixes:
-            once = _without_second_name(adapter)
-        if once is adapter:
-            break
-        adapter = once
-    if len(prefixes) != 1:
-        fitting = ", ".join(repr(add or f"without {strip}") for strip, add in prefixes) or "none"
-        unplaced = next(layer for layer in layers if layer not in modules)
-        found = sentence(f"found {fitting}{near_misses(unplaced, sorted(modules - {''}))}")
-        raise LoRAError(
-            f"adapter: its layers ({unplaced!r}, ...) must fit {where} under exactly one prefix; {found}"
-            + ("" if of_files else " Pass the submodule that the adapter is for.")
-        )
-    strip, add = prefixes[0]
-    told = (*adapter.tensors, *(adapter.base if adapter.peft_version is not None else ()))  # ours says what is frozen
+            return _under_prefix(adapter, *prefixes[0], where, of_files)
+        form = _simpler(adapter, fits=bool(prefixes))
+    fitting = ", ".join(repr(add or f"without {strip}") for strip, add in prefixes) or "none"
+    unplaced = next(layer for layer in layers if layer not in modules)
+    found = sentence(f"found {fitting}{near_misses(unplaced, sorted(modules - {''}))}")
+    raise LoRAError(
+        f"adapter: its layers ({unplaced!r}, ...) must fit {where} under exactly one prefix; {found}"
+        + ("" if of_files else " Pass the submodule that the adapter is for.")
+    )
+
+
+def _simpler(adapter: Adapter, *, fits: bool) -> Adapter | None:
+    """Return the adapter under the network's own names, or without what it holds a second time; None where it is so.
+
+    What fits under several prefixes keeps its second names: to leave them out would not make it fit under one.
+    """
+    form = by_network_names(adapter)
+    if form is adapter and not fits:
+        form = _without_second_name(adapter)
+    return None if form is adapter else form
+
+
+def _under_prefix(adapter: Adapter, strip: str, add: str, where: str, of_files: str) -> Adapter:
+    """Return the adapter with other beginnings of names. Leave out what lies outside, with a warning or an error."""
+    # Base tensors of PEFT's count too, because nobody says whether they were trained; ours says what is frozen.
+    told = (*adapter.tensors, *(adapter.base if adapter.peft_version is not None else ()))
     outside = [name for name in told if not name.startswith(strip)]
     if outside and strip != adapter.network:  # a network alone needs no tensors of the module around it
         lie_outside = f"{len(outside)} of the adapter's tensors lie outside {where}"

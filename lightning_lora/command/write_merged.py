@@ -89,7 +89,7 @@ class Job:
         return math.prod(self.result_shape(name)) * self.result_dtype(name).itemsize
 
 
-def merged(job: Job, name: str) -> torch.Tensor:
+def result_tensor(job: Job, name: str) -> torch.Tensor:
     """Return a tensor of the result.
 
     Raises:
@@ -148,7 +148,7 @@ def _write_safetensors(job: Job, names: Iterable[str], metadata: Mapping[str, st
     """Write some tensors of the result. Wide dtypes come first, so that all are aligned."""
     names = sorted(names, key=lambda name: (-job.result_dtype(name).itemsize, name))
     header = build_header([(name, job.result_dtype(name), job.result_shape(name)) for name in names], metadata)
-    write_values(target, header, (merged(job, name) for name in names), job.progress)
+    write_values(target, header, (result_tensor(job, name) for name in names), job.progress)
 
 
 def _write_torch_file(job: Job, target: Path) -> None:

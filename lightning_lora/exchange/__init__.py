@@ -74,7 +74,7 @@ a Trainer's checkpoint:
         command/merge.fit_to_base               the adapter under the base's names
         command/merge.plan_updates              what becomes of each tensor
         command/write_merged.write_folder_of    or write_file_of
-            command/write_merged.merged         one tensor. Check sums and range are checked here
+            command/write_merged.result_tensor  one tensor. Check sums and range are checked here
 
 Other ways through the same parts:
 

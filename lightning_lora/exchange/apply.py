@@ -146,7 +146,7 @@ def apply_adapter(
     adapter = by_first_names(names, align_names(listing, names, adapter))
     check_attached(listing, adapter)
     if not isinstance(listing, AdaptedModel):
-        injection = injection_of(adapter)
+        injection = new_injection(adapter)
         with transaction() as on_error:
             on_error.callback(_take_out_begun, listing.model, injection)
             handle = inject_layers(listing, injection)
@@ -330,7 +330,7 @@ def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
         tell(f"lightning_lora: the source stores no options; those of the injected model hold: {scale}")
 
 
-def injection_of(adapter: Adapter) -> Injection:
+def new_injection(adapter: Adapter) -> Injection:
     """Return a new injection for a model with the layers, rows and whole modules that an adapter has.
 
     Args:

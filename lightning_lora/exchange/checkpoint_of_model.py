@@ -21,7 +21,7 @@ from ..formats.hyper_parameters import HYPER_PARAMETERS
 from ..formats.lightning_checkpoint import (
     CURRENT,
     Kind,
-    adapter_of,
+    adapter_in_checkpoint,
     by_canonical_names,
     checkpoint_metadata,
 )
@@ -223,7 +223,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
     """
     if META not in checkpoint:
         return  # a base checkpoint or a full state dict: torch's strict load checks it
-    adapter, kind = adapter_of(checkpoint)
+    adapter, kind = adapter_in_checkpoint(checkpoint)
     live = open_state(open_model(module, "checkpoint"))
     module_names = Names(live.handle.places)
     if kind == "full":

@@ -17,7 +17,7 @@ from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
 from ..formats.forms import refuse_peft_folder
-from ..formats.lightning_checkpoint import Kind, adapter_of
+from ..formats.lightning_checkpoint import Kind, adapter_in_checkpoint
 from ..formats.peft_folder import write_folder
 from ..formats.peft_options import frozen_in_saved
 from ..formats.plain import served_form
@@ -30,7 +30,7 @@ from ..names import META
 from ..nn.attached_factors import Attachment
 from ..nn.owner import claimed
 from .align import order_in
-from .apply import apply_adapter, injection_of, quantize_as_trained_
+from .apply import apply_adapter, new_injection, quantize_as_trained_
 from .build_module import build_module, lines_by_hand
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
@@ -236,7 +236,7 @@ def load_from_checkpoint(
             "whole or not at all; leave strict out. strict_base=False makes another base a warning."
         )
     checkpoint = read_torch_file(path, plain=[META], trusted=weights_only is False)
-    adapter, kind = adapter_of(checkpoint)
+    adapter, kind = adapter_in_checkpoint(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
     listing = find_adapted(model) or Listing(model)
     refuse_missing(attached_in(listing), adapter, partial(_by_hand, cls.__name__, path, kind))
@@ -264,6 +264,6 @@ def _load_full(model: nn.Module, checkpoint: dict[str, Any], adapter: Adapter) -
     """Inject a newly built model, and load base and adapter of a full checkpoint into it. In place."""
     if find_adapted(model) is None:
         listing = Listing(model)
-        inject_layers(listing, injection_of(by_first_names(Names(listing.places), adapter)))
+        inject_layers(listing, new_injection(by_first_names(Names(listing.places), adapter)))
     prepare_for_load(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])

@@ -37,7 +37,7 @@ from ..names import A, B, canonical, is_lightning_module, join_names
 from ..nn.adapted_module import AdaptedModule, adapted_places
 from ..nn.foreign_entries import ForeignEntries
 from ..nn.lora_layer import LoRALayer
-from ..nn.quantized import dtype_of, how_quantized, shape_of, with_options
+from ..nn.quantized import dtype_of, how_quantized, shape_of, with_options_of_4_bits
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 
@@ -246,9 +246,9 @@ def fingerprint_of(live: LiveState, expected: Mapping[str, Entry] | None = None)
     how = {}
     for name, (tensor, owner) in frozen.items():
         if isinstance(owner, LoRALayer) and tensor is owner.adapted_weight():
-            how[name] = with_options(owner.quantized(), tensor)
+            how[name] = with_options_of_4_bits(owner.quantized(), tensor)
         else:
-            how[name] = with_options(how_quantized(tensor, owner), tensor)
+            how[name] = with_options_of_4_bits(how_quantized(tensor, owner), tensor)
     moving = _tables_that_move(live)
     telling = [name for name in frozen if not how[name] and name not in moving]
     if expected is None:

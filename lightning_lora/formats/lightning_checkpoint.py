@@ -50,7 +50,7 @@ def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
+def adapter_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     """Return the adapter in a checkpoint that this package wrote, and the checkpoint's kind.
 
     Raises:

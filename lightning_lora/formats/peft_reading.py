@@ -1,16 +1,26 @@
 """Reading PEFT's tensors: the same steps in the same order for a folder, a lone file and a state dict.
 
-    read_folder, read_tensor_file    files: options, tensors and our description in the header; sources.py has the rest
+    read_folder, read_tensor_file    files: options, tensors, and our description in the header
     read_peft                        from these to an adapter:
-        read_names                   peft_names.py, with the order of single parameters of peft_parameters.py
-        _foreign or from_metadata    what names and shapes tell, or what our description says
-        _with_options                the options, by peft_options.py, and rows of tables, by peft_rows.py
-        stacks_from_peft             the layout of experts, by peft_parameters.py
-        from_peft_form               what the variant has in another form, by peft_equivalents.py
-        check_factors                shapes and values go together: from here on they are computed with
+        read_names                   our names for PEFT's, by peft_names.py
+        from_metadata or _foreign    of our own files what their description says; else what names and shapes tell
+        _decoded
+            config_in_peft           the options that the adapter has in PEFT's form
+            _with_options            adapter_config.json, by peft_options.py, and rows of tables, by peft_rows.py
+            stacks_from_peft         the layout of experts, by peft_parameters.py
+            from_peft_form           what the variant has in another form, by peft_equivalents.py
+            check_factors            shapes and values go together: from here on they are computed with
         _with_scalings               a rank and a scaling for each layer
-        with_enable_lora             what PEFT has another equal for, by peft_equivalents.py
-        _as_described                of our own files the options of the run
+        refuse_file_beside_conv1d    attention beside a Conv1D, of which nobody knows the layout
+        of our own files
+            _without_additions       what was written for PEFT alone leaves
+            _as_described            the options of the run
+        of other programs' files
+            with_enable_lora         what PEFT has another equal for, by peft_equivalents.py
+            with_kinds_of_stacks     which parameters are stacks of experts
+            without_layers           attention of which the output projection alone does something
+
+sources.py tells which of the first two reads a path.
 
 Sources differ in how much they tell beside their tensors. A Source holds that:
 
@@ -186,30 +196,48 @@ def read_peft(tensors: Tensors, source: Source) -> Adapter:
     Raises:
         LoRAError: tensors and options are damaged or do not go together, or this package cannot apply them.
     """
-    where, description, options = str(source.where), source.description, source.options
     names = read_names(tensors, source.where, source.nesting)
     ours = {ours: tensors[theirs] for theirs, ours in names.ours.items()}
-    adapter = _foreign(ours, names, source) if description is None else from_metadata(ours, description, where)
-    described_config = adapter.config
-    adapter = replace(adapter, config=config_in_peft(adapter))  # options in the file are PEFT's, and so the ranks
-    if options is not None:
-        adapter = _with_options(adapter, options, source)
+    if source.description is not None:
+        return _read_own(ours, source.description, source)
+    return _read_foreign(ours, names, source)
+
+
+def _read_own(tensors: Tensors, description: Mapping[str, Any], source: Source) -> Adapter:
+    """Return the adapter of a file that this package wrote. It may have been edited since, as PEFT's files may."""
+    where = str(source.where)
+    described = from_metadata(tensors, description, where)
+    decoded = _decoded(described, source)
+    adapter = decoded if source.options is None else _with_scalings(decoded, source.options_path)
+    refuse_file_beside_conv1d(adapter, source.where)
+    adapter_alone = _without_additions(adapter, description, where)
+    return _as_described(adapter_alone, described.config, edited=adapter.layers != decoded.layers)
+
+
+def _read_foreign(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:
+    """Return the adapter of a file that another program wrote, or of a live PeftModel."""
+    adapter = _decoded(_foreign(tensors, names, source), source)
+    if source.options is not None:
+        adapter = _with_scalings(adapter, source.options_path)
+    refuse_file_beside_conv1d(adapter, source.where)
+    adapter = with_enable_lora(adapter)
+    if source.options is None:
+        return adapter
+    adapter = with_kinds_of_stacks(adapter, str(source.where))
+    # PEFT adapts attention whole. Where its out_proj alone does something, it alone is adapted here.
+    return adapter.without_layers([name for name in idle_attention(adapter) if f"{name}.out_proj" in adapter.layers])
+
+
+def _decoded(adapter: Adapter, source: Source) -> Adapter:
+    """Return an adapter in PEFT's form with our options, layouts and factors, which go together."""
+    adapter = replace(adapter, config=config_in_peft(adapter))  # a description has those of the run
+    if source.options is not None:
+        adapter = _with_options(adapter, source.options, source)
+    where = str(source.where)
     stacks = stacks_from_peft(adapter.tensors, factor_names(adapter), adapter.config or LoRAConfig(), where)
     adapter = from_peft_form(replace(adapter, tensors=stacks).with_layers())
     check_factors(adapter, where)  # what is missing or damaged came through until here
-    described = adapter.layers
-    if options is not None:
-        adapter = _with_scalings(adapter, source.options_path)
-    refuse_file_beside_conv1d(adapter, source.where)
-    if description is not None:
-        edited = adapter.layers != described
-        return _as_described(_without_additions(adapter, description, where), described_config, edited=edited)
-    adapter = with_enable_lora(adapter)
-    if options is None:
-        return adapter
-    adapter = with_kinds_of_stacks(adapter, where)
-    # PEFT adapts attention whole. Where its out_proj alone does something, it alone is adapted here.
-    return adapter.without_layers([name for name in idle_attention(adapter) if f"{name}.out_proj" in adapter.layers])
+    return adapter
 
 
 def _foreign(tensors: Tensors, names: PeftNames, source: Source) -> Adapter:

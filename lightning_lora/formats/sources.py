@@ -18,7 +18,7 @@ from ..names import META, listed, names_factor
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT
 from .forms import form_of
 from .hub import local_source
-from .lightning_checkpoint import adapter_of
+from .lightning_checkpoint import adapter_in_checkpoint
 from .peft_names import are_peft_names
 from .peft_parameters import Order, check_order, usual_order
 from .peft_reading import Source, read_folder, read_peft, read_tensor_file
@@ -74,7 +74,7 @@ def holds_adapter_state(content: Mapping[str, Any]) -> bool:
 def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
     """Return the adapter in a checkpoint or a state dict."""
     if META in source:
-        return adapter_of(source)[0]
+        return adapter_in_checkpoint(source)[0]
     tensors = _tensors_in(source.get("state_dict", source), verb)
     if are_peft_names(tensors):
         return read_peft(tensors, Source("adapter"))

@@ -109,7 +109,7 @@ def how_quantized(tensor: object, module: nn.Module) -> str:
     return quantized_as(tensor) if quantized_parameters(module) else ""
 
 
-def with_options(kind: str, weight: Any) -> str:
+def with_options_of_4_bits(kind: str, weight: Any) -> str:
     """Return how a parameter is quantized, as quantized_as says, with the options of 4 bits that change its values.
 
     These are the size of a block, if it is not bitsandbytes' usual 64, and double quantization, that of the scales too.

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..distributed.sharding import refuse_fully_sharded
 from ..errors import LoRAError
-from ..formats.lightning_checkpoint import adapter_of
+from ..formats.lightning_checkpoint import adapter_in_checkpoint
 from ..model.adapted_model import AdaptedModel, find_adapted, open_model
 from ..model.dequantize import dequantize_dtype
 from ..model.inject import merge_and_unload
@@ -58,7 +58,7 @@ def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
     if META in checkpoint and find_adapted(module) is None:
-        kind = adapter_of(checkpoint)[1]
+        kind = adapter_in_checkpoint(checkpoint)[1]
         if kind != "merged":
             raise LoRAError(
                 f"LoRACallback: the checkpoint of kind {kind!r} holds an adapter for the base, but merge_after_fit has "

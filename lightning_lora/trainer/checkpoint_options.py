@@ -14,7 +14,7 @@ from ..errors import LoRAError
 from ..exchange.fit_checks import chosen_by
 from ..files.torch_archive import read_torch_file
 from ..formats.forms import refuse_peft_folder
-from ..formats.lightning_checkpoint import adapter_of
+from ..formats.lightning_checkpoint import adapter_in_checkpoint
 from ..model.injection import Chosen
 from ..names import META
 from ..nn.parameter import weights_of
@@ -50,7 +50,7 @@ def options_in_checkpoint(trainer: Any) -> Saved | None:
         checkpoint = read_torch_file(path, mmap=True, plain=[META])
     except LoRAError:
         return None
-    adapter = adapter_of(checkpoint)[0] if META in checkpoint else None
+    adapter = adapter_in_checkpoint(checkpoint)[0] if META in checkpoint else None
     if adapter is None or adapter.config is None:
         return None
     return Saved(adapter.config, chosen_by(adapter))

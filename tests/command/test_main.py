@@ -107,7 +107,7 @@ def test_a_terminated_merge_cleans_up(tmp_path, capsys, monkeypatch: pytest.Monk
     save_file(Net().state_dict(), tmp_path / "base.safetensors")
     inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS))
     save_adapter(net, tmp_path / "adapter")
-    honest = write_merged.merged
+    honest = write_merged.result_tensor
 
     def merged(job: Any, name: str) -> torch.Tensor:
         if name == "head.weight":
@@ -115,7 +115,7 @@ def test_a_terminated_merge_cleans_up(tmp_path, capsys, monkeypatch: pytest.Monk
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(job, name)
 
-    monkeypatch.setattr(write_merged, "merged", merged)
+    monkeypatch.setattr(write_merged, "result_tensor", merged)
     before = signal.getsignal(signal.SIGTERM)
     args = ["--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter"]
     with pytest.raises(SystemExit) as stopped:

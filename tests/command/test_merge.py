@@ -180,7 +180,7 @@ def test_the_reference_finds_a_wrong_value_in_a_merged_file(tmp_path, monkeypatc
 
     base = base_folder("llama", tmp_path / "base", torch.bfloat16)
     ours("llama", tmp_path / "adapter")
-    honest = write_merged.merged
+    honest = write_merged.result_tensor
 
     def wrong(which: str, step: float) -> Any:
         def merged(job: Any, name: str) -> torch.Tensor:
@@ -192,6 +192,6 @@ def test_the_reference_finds_a_wrong_value_in_a_merged_file(tmp_path, monkeypatc
         return merged
 
     for which in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
-        monkeypatch.setattr(write_merged, "merged", wrong(which, 2**-6))
+        monkeypatch.setattr(write_merged, "result_tensor", wrong(which, 2**-6))
         with pytest.raises(AssertionError, match=f"'{which}' differs from what base and adapter give"):
             merge_and_check(base, tmp_path / "adapter", tmp_path / "out", overwrite=True)
