@@ -37,7 +37,7 @@ class Program:
 PROGRAMS = {
     "network": Program("network", "the network: steps, forwards, merges, memory, many layers, Trainer.fit"),
     "drift": Program("drift", "drift of frozen weights that are merged and unmerged"),
-    "loop": Program("merge_each_step", "what drift costs a run that merges at every step; ten minutes"),
+    "loop": Program("merge_each_step", "what drift costs a run that merges at every step; 10 to 25 minutes"),
     "module": Program("peft_in_module", "PEFT inside a LightningModule: lines, checkpoints, resuming, validation"),
     "variants": Program("variants", "DoRA, quantized bases, single parameters and rows, a step of PiSSA"),
     "starts": Program("starts", "starting from the weight"),
