@@ -34,7 +34,7 @@ DIRECT, SHRUNK, TRAINED = "trained with this rank", "shrunk to a share", "shrunk
 NAMES = {DIRECT: "trained with r = {:g}", SHRUNK: "shrunk to {:g}", TRAINED: "shrunk to {:g}, trained 5 % more"}
 RESULTS, PLOT = report.HERE / "shrink.json", report.HERE / "shrink.png"
 BEGIN, END = "<!-- shrink: written by tests/benchmarks/shrink.py -->\n", "<!-- end of shrink -->"
-HEADER = "| adapter | ranks of the three layers | values | right | of the seeds |"
+HEADER = "| adapter | learning rate | ranks of the three layers | values | right | of the seeds |"
 COLOURS = {DIRECT: "#c77b0a", SHRUNK: "#2a78b8", TRAINED: "#1a8a5a"}
 Data = tuple[torch.Tensor, torch.Tensor]
 
@@ -85,7 +85,11 @@ def trained(base: nn.Module, r: int, rate: float, seed: int, epochs: int, data: 
 
 
 def measured(
-    seeds: int = 10, epochs: int = 30, ranks: tuple[int, ...] = RANKS, shares: tuple[float, ...] = SHARES
+    seeds: int = 10,
+    epochs: int = 30,
+    ranks: tuple[int, ...] = RANKS,
+    shares: tuple[float, ...] = SHARES,
+    rates: tuple[float, ...] = RATES,
 ) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     fit_(base := network(), digits(rotated=False), epochs, 0.001)
@@ -93,41 +97,42 @@ def measured(
     large: list[Adapter] = []
     rate_of_large = 0.0
     for r in ranks:
-        models = {rate: [trained(base, r, rate, seed, epochs, train) for seed in range(seeds)] for rate in RATES}
-        best = max(RATES, key=lambda rate: sum(right(model, choose) for model in models[rate]))
+        models = {rate: [trained(base, r, rate, seed, epochs, train) for seed in range(seeds)] for rate in rates}
+        best = max(rates, key=lambda rate: sum(right(model, choose) for model in models[rate]))
         adapters = [take_adapter(model) for model in models[best]]
         if not large:
             large, rate_of_large = adapters, best
-        yield row(DIRECT, r, base, adapters, judge)
+        yield row(DIRECT, r, best, base, adapters, judge)
     for share in shares:
         shrunk = [combine([adapter], rank=share) for adapter in large]
-        yield row(SHRUNK, share, base, shrunk, judge)
+        yield row(SHRUNK, share, rate_of_large, base, shrunk, judge)
         again = []
         for seed, adapter in enumerate(shrunk):
             torch.manual_seed(seed)
             load_adapter(model := copy.deepcopy(base), adapter)
             fit_(model, train, MORE * epochs, rate_of_large)
             again.append(take_adapter(model))
-        yield row(TRAINED, share, base, again, judge)
+        yield row(TRAINED, share, rate_of_large, base, again, judge)
 
 
-def row(how: str, rank: float, base: nn.Module, adapters: list[Adapter], data: Data) -> dict[str, Any]:
-    """The adapters' ranks and numbers of values (means), and the share of digits that each gets right."""
+def row(how: str, rank: float, rate: float, base: nn.Module, adapters: list[Adapter], data: Data) -> dict[str, Any]:
+    """The learning rate, the adapters' ranks and numbers of values (means), and the share of digits that each gets right."""
     found = []
     for adapter in adapters:
         load_adapter(model := copy.deepcopy(base), adapter)
         found.append(right(model, data))
     ranks = zip(*([layer.r for layer in adapter.layers.values()] for adapter in adapters), strict=True)
     values = statistics.mean(sum(value.numel() for value in adapter.tensors.values()) for adapter in adapters)
-    return {"how": how, "rank": rank, "ranks": [statistics.mean(r) for r in ranks], "values": values, "right": found}
+    means = [statistics.mean(r) for r in ranks]
+    return {"how": how, "rank": rank, "rate": rate, "ranks": means, "values": values, "right": found}
 
 
 def markdown(content: dict[str, Any]) -> str:
-    lines = [HEADER, "|---|---|---|---|---|"]
+    lines = [HEADER, "|---|---|---|---|---|---|"]
     for each in content["rows"]:
         ranks = ", ".join(f"{rank:.3g}" for rank in each["ranks"])
         found = [100 * share for share in each["right"]]
-        cells = [NAMES[each["how"]].format(each["rank"]), ranks, f"{each['values']:.0f}"]
+        cells = [NAMES[each["how"]].format(each["rank"]), f"{each['rate']:g}", ranks, f"{each['values']:.0f}"]
         cells += [f"{statistics.mean(found):.1f} %", f"{min(found):.1f} to {max(found):.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -38,8 +38,9 @@ def test_more_epochs_have_more_batches_and_a_part_of_one_some():
 @pytest.mark.slow
 def test_cells_that_are_measured_again_are_like_those_that_are_kept(kept: dict[str, Any]):
     torch.set_num_threads(1)
-    share = shrink.SHARES[2]
-    for again in shrink.measured(kept["seeds"], ranks=(64,), shares=(share,)):
+    share, large = shrink.SHARES[2], next(row for row in kept["rows"] if row["rank"] == 64)
+    # At the kept rate: two rates are so near that another processor chooses the other one, which gives other ranks.
+    for again in shrink.measured(kept["seeds"], ranks=(64,), shares=(share,), rates=(large["rate"],)):
         before = next(row for row in kept["rows"] if (row["how"], row["rank"]) == (again["how"], again["rank"]))
         assert statistics.mean(again["right"]) == pytest.approx(statistics.mean(before["right"]), abs=0.08)
-        assert again["ranks"] == pytest.approx(before["ranks"], rel=0.3)
+        assert again["ranks"] == pytest.approx(before["ranks"], rel=0.2)
