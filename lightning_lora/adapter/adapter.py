@@ -75,6 +75,7 @@ class Adapter:
         foreign: what modules wrote into state_dict() beside parameters, buffers and extra state.
         attached: by name, strength and fingerprint of each frozen adapter that it was trained with. Their tensors are
             not in it, and the model that it belongs to has them attached.
+        lacking: the names of such frozen adapters, of a state dict that says nothing else of them.
     """
 
     tensors: Mapping[str, Any]
@@ -95,6 +96,7 @@ class Adapter:
     weightless: frozenset[str] = frozenset()
     foreign: ForeignEntries = field(default_factory=ForeignEntries)
     attached: Mapping[str, Attachment] = field(default_factory=dict)
+    lacking: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -1,8 +1,8 @@
 """Flat slices: each rank holds a slice of the flattened weight, as DeepSpeed's ZeRO-3 and FSDP1 divide weights.
 
-A tensor is flat where `attach` was called on it, which says how the slice is found: a function, because strategies
-replace the memory of a slice. A parameter of ZeRO-3 is flat as soon as DeepSpeed has divided it. The shape, values and
-size of a flat parameter itself tell nothing: it is empty, or gathered for a forward. Ask unsharded_shape and
+A tensor is flat where `mark_as_flat` was called on it, which says how the slice is found: a function, because
+strategies replace the memory of a slice. A parameter of ZeRO-3 is flat as soon as DeepSpeed has divided it. The shape,
+values and size of a flat parameter itself tell nothing: it is empty, or gathered for a forward. Ask unsharded_shape and
 flat_shard.
 
 A slice of a matrix is at most three matrices: a row's end, whole rows, a row's beginning. So what is computed by
@@ -23,7 +23,7 @@ from torch import nn
 from ..private.deepspeed import ZERO, slice_of_zero
 from ..private.torch import mark_as_parameter_
 
-FIND = "lora_find_slice"  # attribute of a tensor that `attach` was called on
+FIND = "lora_find_slice"  # attribute of a tensor that `mark_as_flat` was called on
 UNIT, INSIDE = "lora_unit", "lora_flat_parameters"  # attributes of a module
 
 
@@ -75,7 +75,7 @@ class Unit(Protocol):
         """
 
 
-def attach(tensor: torch.Tensor, find: Callable[[], FlatShard]) -> None:
+def mark_as_flat(tensor: torch.Tensor, find: Callable[[], FlatShard]) -> None:
     """Make a tensor flat.
 
     Args:
@@ -85,12 +85,12 @@ def attach(tensor: torch.Tensor, find: Callable[[], FlatShard]) -> None:
     vars(tensor)[FIND] = find
 
 
-def attach_unit(module: nn.Module, unit: Unit) -> None:
+def note_unit(module: nn.Module, unit: Unit) -> None:
     """Note who frees what is gathered for a module's forward, so that changes of slices count."""
     vars(module)[UNIT] = unit
 
 
-def attach_owner(module: nn.Module, unit: Unit, inside: Mapping[str, nn.Parameter]) -> None:
+def note_owner(module: nn.Module, unit: Unit, inside: Mapping[str, nn.Parameter]) -> None:
     """Note how a module is given its flat tensors back, where a strategy puts gathered tensors in their place.
 
     Args:
@@ -98,17 +98,17 @@ def attach_owner(module: nn.Module, unit: Unit, inside: Mapping[str, nn.Paramete
         unit: to which they belong.
         inside: the module's own parameters that the strategy has laid into a flat one, by name.
     """
-    attach_unit(module, unit)
+    note_unit(module, unit)
     vars(module)[INSIDE] = inside
 
 
 def owns_flat(module: nn.Module) -> bool:
-    """Return whether attach_owner was called on a module."""
+    """Return whether note_owner was called on a module."""
     return INSIDE in vars(module)
 
 
 def flat_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
-    """Return a module's own parameters that a strategy has laid into a flat one, by name; see attach_owner."""
+    """Return a module's own parameters that a strategy has laid into a flat one, by name; see note_owner."""
     inside: Mapping[str, nn.Parameter] = vars(module).get(INSIDE, {})
     return inside
 
@@ -191,7 +191,7 @@ def flat_like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Return a new flat tensor: divided like `tensor`, with these values (n,) as its slice."""
     shard = flat_shard(tensor)._replace(values=values.view(-1))
     found = shard.values.view(-1)
-    attach(found, lambda: shard)
+    mark_as_flat(found, lambda: shard)
     return found
 
 

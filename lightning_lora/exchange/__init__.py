@@ -43,7 +43,7 @@ load_adapter(model, path), onto a model without an adapter:
             first_names.by_first_names          a shared module is adapted under its first name
             trained_with.check_attached         what it was trained with is attached here
             model/inject.inject_layers          puts in the layers that the tensors name; no option selects anything
-            apply._fill_                        writes the values:
+            apply._check_and_copy_              writes the values:
                 align.as_in_model               stacks of experts, by this model's kinds of layers
                 align.split_off_base            what is this model's base; with a model one can tell
                 align.split_off_foreign         what modules of other libraries write into state_dict()
@@ -59,7 +59,8 @@ failed load back.
 
 a Trainer's checkpoint:
 
-    trainer/setup._prepare_copies               at the start of a fit: the run keeps `save`, two hooks are patched
+    trainer/setup._prepare_ddp_and_checkpoints
+                                                at the start of a fit: the run keeps `save`, two hooks are patched
     trainer/one_file._state_dict                gathers the state where ranks divide the model
         checkpoint_of_model.gathered_state      merges or leaves the base out before it gathers
     trainer/checkpoint_hooks._on_save_checkpoint

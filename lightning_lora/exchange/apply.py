@@ -151,7 +151,7 @@ def apply_adapter(
             on_error.callback(_take_out_begun, listing.model, injection)
             handle = inject_layers(listing, injection)
             with claimed("load_adapter", injection.owner):
-                return _fill_(open_state(handle), names, adapter, strict_base=strict_base, remedy=remedy)
+                return _check_and_copy_(open_state(handle), names, adapter, strict_base=strict_base, remedy=remedy)
     handle = listing
     _tell_of_options(handle, adapter)
     with claimed("load_adapter", handle.injection.owner), transaction() as on_error:
@@ -171,7 +171,7 @@ def apply_adapter(
             live = _replace_layers(handle, adapter, before, on_error)
         elif swap:
             specs = specs_for(handle, adapter)
-        return _fill_(live, names, adapter, specs, was_merged, strict_base=strict_base, remedy=remedy)
+        return _check_and_copy_(live, names, adapter, specs, was_merged, strict_base=strict_base, remedy=remedy)
 
 
 def _take_out_begun(model: nn.Module, injection: Injection) -> None:
@@ -184,7 +184,7 @@ def _merge_again(model: nn.Module) -> None:
     merge_listed(cast(AdaptedModel, find_adapted(model)))  # other layers may be in it than when it was unmerged
 
 
-def _fill_(
+def _check_and_copy_(
     live: LiveState,
     names: Names,
     adapter: Adapter,

@@ -35,7 +35,7 @@ from ..nn.variant import LayerInfo
 from .align import align_names, as_in_model, order_in, split_off_base
 from .first_names import Names, by_first_names
 from .take import check_fingerprint
-from .trained_with import attached_in, refuse_lacking, refuse_missing
+from .trained_with import refuse_missing
 
 
 def attach(
@@ -81,7 +81,6 @@ def attach(
     strength = checked_strength(strength, "attach")
     listing = Listing(unwrapped(model, "attach"))
     adapter = read_source(source, order_in(listing.model), "attach")
-    refuse_lacking(attached_in(listing), source, "attach")
     handle = find_adapted(listing, attached=True) or begin_attached(listing.model)
     put_in = partial(_put_in_, handle, adapter, name, strength, strict_base)
     with claimed("attach", handle.injection.owner):

@@ -19,11 +19,13 @@ from ..distributed.sharding import copy_all_, gather_all, holds_shards, whole_on
 from ..errors import LoRAError, NonFiniteError
 from ..formats.hyper_parameters import HYPER_PARAMETERS
 from ..formats.lightning_checkpoint import (
+    COPIES,
     CURRENT,
     Kind,
     adapter_in_checkpoint,
     by_canonical_names,
     checkpoint_metadata,
+    copies_in,
 )
 from ..model.adapted_model import AdaptedModel, find_adapted, open_model
 from ..model.attached import attached, detach, set_strength
@@ -44,7 +46,7 @@ from ..model.merging import unmerge_if_merged
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import base_keys, merge_state_dict
 from ..names import META, canonical, names_factor, parent_names
-from ..nn.adapted_module import adapted_layers
+from ..nn.adapted_module import MERGED, adapted_layers, refuse_merged_weights
 from ..nn.foreign_entries import ForeignEntries, foreign_of, metadata_of, with_metadata
 from ..nn.owner import claimed
 from .align import add_frozen_weights, align_names, record_trained
@@ -115,6 +117,8 @@ def _convert_to_full(
     adapter = adapter_in_state(live, state, foreign)
     state |= adapter.tensors  # also those that the class's own state_dict() leaves out
     checkpoint[META] = checkpoint_metadata("full", replace(adapter, complete=state.keys() >= live.tensors.keys()))
+    if copies := [canonical(name) for name in live.handle.copies]:
+        checkpoint[META][COPIES] = copies
     # A fit that goes on from here can still be taken out with unload, and evaluated with disable_adapter.
     checkpoint[META]["initial"] = gather_all(live.handle.initial())
     saved = checkpoint["state_dict"]
@@ -249,6 +253,13 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
     """Check and complete a full checkpoint, and record its initial values. It brings a base: no fingerprint is kept."""
     metadata = metadata_of(checkpoint["state_dict"])
     state = by_canonical_names(checkpoint["state_dict"])
+    # A frozen copy of an adapted network gets its own values again. A model that has not made it yet leaves them out.
+    copies, here = copies_in(checkpoint[META]), live.handle.copies
+    state = {
+        name: value
+        for name, value in state.items()
+        if not name.startswith(copies) or name.startswith(here) or name in live.tensors
+    }
     in_pieces = {outer for name in adapter.foreign.values for outer in parent_names(name)}  # weights of quanto's layers
     strengths = check_attached_of_run(live.handle, adapter)
     missing = [name for name in live.tensors if name not in state and name not in in_pieces]
@@ -265,8 +276,8 @@ def _prepare_full(live: LiveState, names: Names, checkpoint: MutableMapping[str,
     record_trained(live, adapter)
     handle, injection = live.handle, live.handle.injection
     trained = {id(live.tensors[name]) for name in adapter.tensors if name in live.tensors}
-    here = handle.initial_of().items()
-    frozen = {name: state.get(name, value) for name, value in here if id(live.tensors[name]) not in trained}
+    recorded = handle.initial_of().items()
+    frozen = {name: state.get(name, value) for name, value in recorded if id(live.tensors[name]) not in trained}
     handle.set_initial(frozen | initial)  # where it was trained, the first value is in the file, or nothing knows it
     handle.set_fingerprint({})
     injection.origin = dict(adapter.origin)
@@ -333,6 +344,8 @@ def write_whole_state_(handle: AdaptedModel, checkpoint: Mapping[str, Any], *, s
     pairs = [(tensor, named[name]) for name, tensor in live.tensors.items() if tensor is not None and name in named]
     if is_divided(handle):
         is_state_dict = META not in checkpoint
+        if any(entry.get(MERGED) for entry in metadata_of(state).values()):  # no layer looks at it here
+            refuse_merged_weights(type(handle.model).__name__, handle.all_layers.values())
         if is_state_dict and strict:
             check_complete(handle, named.keys() - foreign_entries(handle).values.keys(), "checkpoint")
         _check_values(live, named)

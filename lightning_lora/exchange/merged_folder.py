@@ -12,25 +12,25 @@ import torch
 from torch import nn
 
 from ..distributed.rank_sync import RankSync, writes_files
-from ..distributed.sharding import detached, full_tensor
 from ..errors import LoRAError
 from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, weight_files
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, Writer, build_header
 from ..model.adapted_model import Listing, find_adapted, open_model
-from ..model.dequantize import dequantize_dtype, plain_weight
+from ..model.dequantize import dequantize_dtype
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_quantized, refuse_unmergeable
 from ..model.wrappers import unwrapped
-from ..nn.adapted_module import adapter_of, injections_of, is_factor
-from ..nn.low_rank import HALF, MERGEABLE_DTYPES
+from ..nn.adapted_module import injections_of, is_factor
+from ..nn.low_rank import MERGEABLE_DTYPES
 from ..nn.owner import claimed
 from ..nn.quantized import how_quantized, shape_of
 from ..nn.rounding import IN_FILES, Rounding
 from ..progress import progress_bar
+from .merged_tensors import merged_tensor
 from .pretrained_folder import (
     Part,
     find_network,
@@ -194,32 +194,3 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if dtype is None and tensor.shape == shape_of(tensor):  # a slice of a weight has another shape
         return tensor
     return torch.empty(shape_of(tensor), dtype=dtype or tensor.dtype, device="meta")
-
-
-def merged_tensor(
-    verb: str, name: str, tensor: torch.Tensor, module: nn.Module, rounding: Rounding, dtype: torch.dtype | None
-) -> torch.Tensor:
-    """Return a whole tensor with the adapter merged. It may share memory with the live one. Collective where sharded.
-
-    Args:
-        verb: the public function, for the names of steps.
-        name: in the model's state dict.
-        tensor: the live tensor; a merged weight is taken as it is.
-        module: its owner.
-        rounding: counts what rounding costs. Its `sync` keeps the error of a weight that cannot be merged.
-        dtype: for a quantized weight, of the plain weight in its place; else None.
-    """
-    if dtype is not None:
-        return full_tensor(plain_weight(name, module, dtype, rounding))
-    values = [detached(tensor)]
-    adapter = adapter_of(module, name.rpartition(".")[2])
-    if adapter is not None and adapter.lora.undo is None:
-        weight = adapter.adapted_weight()
-        blocks = adapter.blocks(weight)
-        cost = rounding.of(adapter, tensor) if tensor.dtype in HALF else None
-
-        def merge() -> None:
-            values[0] = adapter.merged_copy(weight, blocks, cost)
-
-        rounding.sync.run(f"{verb}: {name!r}", merge)
-    return full_tensor(values.pop())

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ..distributed.rank_sync import RankSync
-from ..distributed.sharding import PLAIN, local, reshard_
+from ..distributed.sharding import PLAIN, detached, full_tensor, local, reshard_
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, open_model
-from ..model.dequantize import dequantize_dtype, quantized_weights
+from ..model.dequantize import dequantize_dtype, plain_weight, quantized_weights
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
 from ..model.injection import Injection
@@ -25,10 +25,10 @@ from ..model.live_state import LiveState, open_state
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
 from ..nn.adapted_module import adapter_of, is_factor
+from ..nn.low_rank import HALF
 from ..nn.owner import claimed
 from ..nn.quantized import quantization_entries
 from ..nn.rounding import IN_FILES, Rounding
-from .merged_folder import merged_tensor
 
 VERB = "merged_tensors"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
@@ -100,6 +100,35 @@ def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[
     sync.run(VERB, trained.refuse_changed)
     sync.raise_on_any_rank()
     rounding.tell("merged 16-bit weights", IN_FILES, stacklevel=3)
+
+
+def merged_tensor(
+    verb: str, name: str, tensor: torch.Tensor, module: nn.Module, rounding: Rounding, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """Return a whole tensor with the adapter merged. It may share memory with the live one. Collective where sharded.
+
+    Args:
+        verb: the public function, for the names of steps.
+        name: in the model's state dict.
+        tensor: the live tensor; a merged weight is taken as it is.
+        module: its owner.
+        rounding: counts what rounding costs. Its `sync` keeps the error of a weight that cannot be merged.
+        dtype: for a quantized weight, of the plain weight in its place; else None.
+    """
+    if dtype is not None:
+        return full_tensor(plain_weight(name, module, dtype, rounding))
+    values = [detached(tensor)]
+    adapter = adapter_of(module, name.rpartition(".")[2])
+    if adapter is not None and adapter.lora.undo is None:
+        weight = adapter.adapted_weight()
+        blocks = adapter.blocks(weight)
+        cost = rounding.of(adapter, tensor) if tensor.dtype in HALF else None
+
+        def merge() -> None:
+            values[0] = adapter.merged_copy(weight, blocks, cost)
+
+        rounding.sync.run(f"{verb}: {name!r}", merge)
+    return full_tensor(values.pop())
 
 
 def _other_entries(handle: AdaptedModel, live: LiveState, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:

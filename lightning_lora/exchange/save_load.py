@@ -35,7 +35,7 @@ from .build_module import build_module, lines_by_hand
 from .checkpoint_of_model import prepare_for_load
 from .first_names import Names, by_first_names
 from .take import adapter_of_model, attached_adapter, frozen_values
-from .trained_with import attached_in, by_attach, refuse_lacking, refuse_missing
+from .trained_with import attached_in, by_attach, refuse_missing
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -184,7 +184,6 @@ def load_adapter(
     listing = Listing(unwrapped(model, "load_adapter"))
     refuse_trained_copies(model, "load_adapter")
     adapter = read_source(source, order_in(listing.model))
-    refuse_lacking(attached_in(listing), source, "load_adapter")
     handle = find_adapted(listing)
     if handle is None:
         warn_of_late_adapters(model, "load_adapter")

@@ -47,7 +47,7 @@ def adapter_here(handle: AdaptedModel, verb: str = "load_adapter") -> Adapter:
     refuse_replaced_layers(handle, verb)
     live = open_state(handle)
     foreign = without_base(handle, foreign_entries(handle))
-    return copied(replace(_described(live), tensors=gather_all(live.values()), foreign=foreign))
+    return copied(replace(_without_tensors(live), tensors=gather_all(live.values()), foreign=foreign))
 
 
 def adapter_in_state(live: LiveState, state: Mapping[str, Any], foreign: ForeignEntries) -> Adapter:
@@ -61,7 +61,7 @@ def adapter_in_state(live: LiveState, state: Mapping[str, Any], foreign: Foreign
         state: under names without wrappers' segments.
         foreign: the foreign entries of the state dict.
     """
-    adapter = _described(live)
+    adapter = _without_tensors(live)
     left_out = {name for name in live.changing if name not in state and isinstance(live.tensors[name], nn.Parameter)}
     values = {**state, **gather_all(original_values(entry for entry in live.entries if entry[0] in left_out))}
     tensors = {name: values[name] for name in live.changing if name in values}
@@ -114,7 +114,7 @@ def attached_adapter(handle: AdaptedModel, name: str) -> Adapter:
             owner = layer_name if stored == leaf else layer_name.rpartition(".")[0]  # of a single parameter
             tensors[join_names(owner, stored)] = value.clone()
     return replace(
-        _described(open_state(handle)),
+        _without_tensors(open_state(handle)),
         tensors=tensors,
         layers=described,
         config=LoRAConfig(target_modules=list(layers)),
@@ -131,7 +131,7 @@ def frozen_values(handle: AdaptedModel, names: Collection[str]) -> dict[str, Any
     return gather_all({n: original_value(n, t, owner) for n, t, owner in entries if n in names and t is not None})
 
 
-def _described(live: LiveState) -> Adapter:
+def _without_tensors(live: LiveState) -> Adapter:
     """Return the model's adapter without its tensors. Collective where the model is sharded.
 
     The fingerprint of a fitted model was taken at fit start, because weight averaging moves frozen weights. A weight

@@ -9,7 +9,7 @@ from ..adapter.adapter import Adapter, strengths_text
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing, find_adapted
 from ..model.attached import checked_strength
-from ..nn.attached_factors import LACKING, Attachment
+from ..nn.attached_factors import Attachment
 
 Attachments = Mapping[str, Attachment]  # what is attached to a model, by name
 Remedy = Callable[[Attachments], str]  # makes the advice for adapters that are not attached
@@ -45,17 +45,12 @@ def refuse_missing(here: Attachments, adapter: Adapter, remedy: Remedy = by_load
             f"adapter: it was trained with {strengths_text(missing)} attached, which this model does not have, and "
             f"the source does not hold. {remedy(missing)}"
         )
-
-
-def refuse_lacking(here: Attachments, source: object, verb: str) -> None:
-    """Raise LoRAError where a state dict says that it is of a model with attached adapters which are not here."""
-    metadata = getattr(source, "_metadata", None) or {}
-    missing = sorted({name for entry in metadata.values() for name in entry.get(LACKING, ())} - here.keys())
-    if missing:
-        calls = "; ".join(f"attach(model, source, name={name!r})" for name in missing)
+    lacking = sorted(adapter.lacking - here.keys())
+    if lacking:
+        calls = "; ".join(f"attach(model, source, name={name!r})" for name in lacking)
         raise LoRAError(
-            f"{verb}: the state dict is of a model with attached adapters, which no state dict holds, and "
-            f"{missing[0]!r} is not attached here. Attach it first: {calls}; "
+            f"adapter: the state dict is of a model with attached adapters, which no state dict holds, and "
+            f"{lacking[0]!r} is not attached here. Attach it first: {calls}; "
             "dict(state_dict) does not say it, and is loaded without."
         )
 

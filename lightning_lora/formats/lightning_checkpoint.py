@@ -24,6 +24,9 @@ from ..nn.foreign_entries import ForeignEntries
 from ..nn.quantized import quantization_entries
 
 CURRENT = "current_model_state"  # where WeightAveraging keeps the weights beside their average in state_dict
+# In the metadata of a full checkpoint: the beginnings of the names of frozen copies of adapted modules in state_dict,
+# such as a policy's baseline. They are no part of the adapter.
+COPIES = "copies"
 FOREIGN = "foreign"  # in the metadata: the names of foreign entries in state_dict, and the versions of their modules
 
 Kind = Literal["adapter", "merged", "full"]
@@ -69,12 +72,20 @@ def adapter_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]
         raise LoRAError('checkpoint["lora"]: the tensors are missing; the file is damaged.')
     foreign = _foreign_in(checkpoint, meta.get(FOREIGN))
     tensors = without(by_canonical_names(tensors), foreign.values)
+    copies = copies_in(meta)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(copies)}
     adapter = replace(from_metadata(tensors, meta, 'checkpoint["lora"]'), foreign=foreign)
     if kind == "full":
         base = adapter.fingerprint.keys() | quantization_entries(tensors, adapter.fingerprint)
         adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in base})
     check_factors(adapter, 'checkpoint["lora"]')
     return adapter, kind
+
+
+def copies_in(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the beginnings of the names of frozen copies in a checkpoint's state_dict, from its metadata."""
+    with reading(f'checkpoint["lora"]["{COPIES}"]', "names of frozen copies"):
+        return tuple(map(str, meta.get(COPIES, ())))
 
 
 def _foreign_in(checkpoint: Mapping[str, Any], described: Any) -> ForeignEntries:

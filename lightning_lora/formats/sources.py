@@ -12,9 +12,11 @@ from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors, require_values
 from ..adapter.own_options import with_options
 from ..errors import LoRAError
-from ..files.paths import PathLike
+from ..files.paths import PathLike, reading
 from ..files.torch_archive import read_torch_file
 from ..names import META, listed, names_factor
+from ..nn.attached_factors import LACKING
+from ..nn.foreign_entries import metadata_of, with_metadata
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT
 from .forms import form_of
 from .hub import local_source
@@ -78,7 +80,7 @@ def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
     tensors = _tensors_in(source.get("state_dict", source), verb)
     if are_peft_names(tensors):
         return read_peft(tensors, Source("adapter"))
-    adapter = Adapter(tensors)
+    adapter = Adapter(tensors, lacking=_lacking_in(tensors))
     check_factors(adapter, "adapter")
     return adapter.with_kinds(_kinds_of_attention(adapter))
 
@@ -118,7 +120,15 @@ def _tensors_in(state: Any, verb: str) -> dict[str, torch.Tensor]:
 
 
 def _named_tensors(state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    """Return the tensors of a state dict, with its metadata."""
+    tensors = {name: v for name, v in state.items() if isinstance(name, str) and isinstance(v, torch.Tensor)}
+    return with_metadata(tensors, metadata_of(state))
+
+
+def _lacking_in(state: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of attached adapters that a state dict, by its metadata, does not hold."""
+    with reading("adapter", "the metadata of a state dict"):
+        return frozenset(str(name) for entry in metadata_of(state).values() for name in entry.get(LACKING, ()))
 
 
 def _name_adapter(tensors: Mapping[str, torch.Tensor]) -> bool:

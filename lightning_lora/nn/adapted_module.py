@@ -170,15 +170,8 @@ class AdaptedModule(Swapped):
             LoRAError: the state dict says that its weights are merged, and the adapter would be added to them again.
         """
         adapters = self.lora_adapters().values()
-        if metadata.get(MERGED) and any(adapter.changes_weight() for adapter in adapters):
-            here = prefix.rstrip(".") or type(self).__name__
-            raise LoRAError(
-                'load_state_dict: the state dict holds merged weights, as save="merged" and merged_state_dict write '
-                f"them, and {here!r} has an adapter, which would be added to them "
-                "a second time. Load the checkpoint with load_adapter(model, path), or its weights into a model "
-                "without an adapter. Where a library loads the best checkpoint when fit ends, pass "
-                'merge_after_fit=True with save="merged", or save="full".'
-            )
+        if metadata.get(MERGED):
+            refuse_merged_weights(prefix.rstrip(".") or type(self).__name__, adapters)
         with self._lora_briefly_unmerged():
             for adapter in adapters:
                 own = {adapter.stored_name(leaf): tensor for leaf, tensor in adapter.stored().items()}
@@ -250,6 +243,22 @@ class StandIns:
         for state in self.states:
             state.stands_in -= 1
             state.lock.release()
+
+
+def refuse_merged_weights(name: str, adapters: Iterable[AdaptedWeights]) -> None:
+    """Raise LoRAError where merged weights are loaded under adapters, which would be added to them again.
+
+    Args:
+        name: of what they are loaded into, for the message.
+        adapters: that are in it.
+    """
+    if any(adapter.changes_weight() for adapter in adapters):
+        raise LoRAError(
+            'load_state_dict: the state dict holds merged weights, as save="merged" and merged_state_dict write them, '
+            f"and {name!r} has an adapter, which would be added to them a second time. Load the checkpoint with "
+            "load_adapter(model, path), or its weights into a model without an adapter. Where a library loads the "
+            'best checkpoint when fit ends, pass merge_after_fit=True with save="merged", or save="full".'
+        )
 
 
 def claimed_with(adapters: Iterable[AdaptedWeights], verb: str) -> AbstractContextManager[Claim]:

@@ -53,7 +53,8 @@ def foreign_of(state: Mapping[str, Any], names: Collection[str]) -> ForeignEntri
 
 def metadata_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict's metadata by module, or nothing where it has none."""
-    return dict(getattr(state, METADATA, None) or {})
+    metadata = getattr(state, METADATA, None)
+    return dict(metadata) if isinstance(metadata, Mapping) else {}  # of a damaged file it may be anything
 
 
 def with_metadata(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..distributed.deepspeed_optimizer import ORDER, float32_copies
-from ..distributed.flat import attach_unit
+from ..distributed.flat import note_unit
 from ..errors import LoRAError
 from ..model.adapted_model import find_adapted
 from ..model.patches import call_previous, patch
@@ -89,7 +89,7 @@ def _init_deepspeed(strategy: Any, previous: Callable[..., Any] | None) -> None:
     if offload is not None:
         gathered = GatheredByZero(offload, strategy.lightning_module.parameters())
         for module in strategy.lightning_module.modules():
-            attach_unit(module, gathered)
+            note_unit(module, gathered)
 
 
 def _set_up_optimizer(

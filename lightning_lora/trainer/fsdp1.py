@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distributed.flat import FlatShard, attach, attach_owner, begin_writing
+from ..distributed.flat import FlatShard, begin_writing, mark_as_flat, note_owner
 from ..errors import LoRAError
 from ..model.adapted_model import find_adapted
 from ..model.patches import call_previous, is_patched, patch
@@ -161,7 +161,7 @@ def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.M
             wrapping.root = call_previous(strategy, previous, SET_UP_FSDP, model)
     begin_writing(wrapping.root.modules(), "Trainer")  # after an exception it would use what it has gathered
     try:
-        units = [unit for unit in _attach(wrapping.root) if unit.handle is not None]
+        units = [unit for unit in _mark_flat_parameters(wrapping.root) if unit.handle is not None]
     except (AttributeError, ImportError) as error:
         raise LoRAError(
             f"LoRACallback: FSDPStrategy cannot be used with torch {torch.__version__}, in which FSDP1 is built in "
@@ -193,7 +193,7 @@ def _start_alike_(parameters: Sequence[nn.Parameter], device: torch.device) -> N
         parameter.data = parameter.data.to(device).copy_(whole)
 
 
-def _attach(root: nn.Module) -> list[FSDP1Unit]:
+def _mark_flat_parameters(root: nn.Module) -> list[FSDP1Unit]:
     """Return FSDP1's wrappers in a model, the outermost first, and note on parameters and modules what they hold.
 
     Each parameter of a unit knows how its slice is found, and each module who frees memory that was gathered for it.
@@ -202,11 +202,11 @@ def _attach(root: nn.Module) -> list[FSDP1Unit]:
 
     units = [FSDP1Unit(module) for module in root.modules() if isinstance(module, FullyShardedDataParallel)]
     for unit in units:
-        attach_owner(unit.wrapper, unit, {})
+        note_owner(unit.wrapper, unit, {})
         for owner, parameters in unit.inside().items():
-            attach_owner(owner, unit, parameters)
+            note_owner(owner, unit, parameters)
         for parameter, find in unit.slices():
-            attach(parameter, partial(_flat_shard, find))
+            mark_as_flat(parameter, partial(_flat_shard, find))
     return units
 
 

@@ -1,7 +1,20 @@
 """What LoRACallback does in setup: adapt the LightningModule's layers, those that exist and those that it builds later.
 
-Lightning calls the callbacks' setup, the module's setup and its configure_model, in this order. So one patch, of the
-last method that the module has, finds what each of them has built.
+Each step needs what the one before it left:
+
+    Lightning calls         what happens here
+    callback.setup          set_up checks the Trainer, reads the checkpoint's options and seed, the same on each rank,
+                            and adapts the layers that exist (_inject), or takes an earlier injection over (_take_over).
+                            It patches the last of the next two methods that the module has.
+    module.setup            may build layers. Where configure_model is the patched one, those are adapted there, before
+                            it runs.
+    module.configure_model  may build layers, and shard them. _build_and_adapt adapts what was built before, calls the
+                            method, and adapts what that has built. Only now all layers are there: first values are
+                            kept, and each entry of the options must have named something (the mark "validated").
+    teardown                stop_adapting takes the patch out.
+
+A module with neither method has all layers in callback.setup, and is finished there. The strategy wraps the module and
+builds the optimizers after all of this.
 """
 
 from __future__ import annotations
@@ -83,14 +96,14 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
     if saved is not None:
         config = complete_options(config, options.given, saved.config)
         chosen = layers_in_checkpoint(saved, config, module)
-    _tell_of_taken(options.config, config)
+    _tell_of_checkpoint_options(options.config, config)
     adapt_cli_optimizer(module)
     _adapt_now(module, options, Injection(config, seed=seed_text(options) or seed, chosen=chosen))
     if (handle := find_adapted(module)) is not None:
         refuse_for_quantized(handle, trainer)
 
 
-def _tell_of_taken(config: LoRAConfig, completed: LoRAConfig) -> None:
+def _tell_of_checkpoint_options(config: LoRAConfig, completed: LoRAConfig) -> None:
     """Say which of a callback's options are a checkpoint's: a command line gives defaults, which count as left out."""
     taken = [f"{name}={shown(getattr(completed, name), 60)}" for name in completed.differing(config)]
     if taken:
@@ -111,8 +124,8 @@ def _adapt_now(module: nn.Module, options: Options, injection: Injection) -> Non
     if handle is None:
         handle = _inject(module, options, injection, is_complete=last is None)
     else:
-        _adopt(handle, options)
-    _prepare_copies(handle, options)
+        _take_over(handle, options)
+    _prepare_ddp_and_checkpoints(handle, options)
     if last is not None:
         patch(module, last, _build_and_adapt, last, options, injection)
     elif handle is not None and "validated" not in handle.injection.marks:  # an earlier setup was broken off
@@ -148,15 +161,15 @@ def _adapt_built(module: nn.Module, options: Options, injection: Injection, *, i
     with outside_zero_init():
         handle = find_adapted(module)
         if handle is None:
-            _prepare_copies(_inject(module, options, injection, is_complete=is_complete), options)
+            _prepare_ddp_and_checkpoints(_inject(module, options, injection, is_complete=is_complete), options)
         else:
             if "validated" in handle.injection.marks:  # by an earlier run, or by the user's method
-                _adopt(handle, options)
+                _take_over(handle, options)
             convert_linear_layers_(handle)
             if (kind := run_of(handle.injection).quantize) is not None:
                 quantize_(handle, kind, handle.injection.config)
             selection = adapt_new_layers(handle)
-            _prepare_copies(handle, options)
+            _prepare_ddp_and_checkpoints(handle, options)
             if is_complete:
                 snapshot_initial(handle)
                 finish_injection(handle, selection)
@@ -179,7 +192,7 @@ def _inject(module: nn.Module, options: Options, injection: Injection, *, is_com
     return handle
 
 
-def _adopt(handle: AdaptedModel, options: Options) -> None:
+def _take_over(handle: AdaptedModel, options: Options) -> None:
     """Check that the earlier injection of a module agrees with the options, and take it over. In place.
 
     Dropout may be another: it is of training alone, and no tensor depends on it.
@@ -195,7 +208,7 @@ def _adopt(handle: AdaptedModel, options: Options) -> None:
             layer.lora.spec = replace(layer.lora.spec, dropout=dropout)
 
 
-def _prepare_copies(handle: AdaptedModel | None, options: Options) -> None:
+def _prepare_ddp_and_checkpoints(handle: AdaptedModel | None, options: Options) -> None:
     """Let DDP and checkpoints take what they can take of an injected module. In place."""
     if handle is not None:
         leave_out_of_ddp_(handle)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..distributed.deepspeed_optimizer import held_parameters, holds_copies
-from ..model.adapted_model import Listing
+from ..model.adapted_model import Listing, find_adapted
 from ..model.gradients import warn_of_layers, warn_of_unread
 from ..names import listed
 from .run_state import injection_of, run_of
@@ -41,7 +41,7 @@ def look_for_gradients(optimizers: Sequence[Any], optimizer: Any, module: nn.Mod
         return  # the step is skipped
     is_first = not run.looked_at
     run.looked_at |= {id(optimizer)}
-    listing = Listing(module)
+    listing = find_adapted(module) or Listing(module)  # the handle leaves frozen copies out
     if len(run.looked_at) >= len(optimizers) and injection.attached:
         warn_of_unread(listing, has_run=True)
     if knows_gradients:

@@ -116,7 +116,7 @@ def measured(
 
 
 def row(how: str, rank: float, rate: float, base: nn.Module, adapters: list[Adapter], data: Data) -> dict[str, Any]:
-    """The learning rate, the adapters' ranks and numbers of values (means), and the share of digits that each gets right."""
+    """The learning rate, the adapters' ranks and numbers of values (means), and the share of digits each gets right."""
     found = []
     for adapter in adapters:
         load_adapter(model := copy.deepcopy(base), adapter)

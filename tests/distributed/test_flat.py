@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, is_merged, merge, merged_state_dict, unmerge
 from lightning_lora.distributed import sharding
-from lightning_lora.distributed.flat import FlatShard, attach, pieces, unsharded_shape
+from lightning_lora.distributed.flat import FlatShard, mark_as_flat, pieces, unsharded_shape
 from lightning_lora.distributed.sharding import (
     copies_of,
     copy_,
@@ -91,7 +91,7 @@ def test_slices_of_any_cut_are_merged_as_the_whole_weight_and_restored_in_every_
         for start, stop in cuts(weight.numel(), random.choice([1, 2, 3, 5])):
             memory = torch.cat([weight.new_full((3,), 7.0), weight.flatten()[start:stop], weight.new_full((2,), 7.0)])
             own, before = memory[3:-2], memory.clone()
-            attach(
+            mark_as_flat(
                 flat := torch.empty(0),
                 lambda own=own, start=start, shape=shape: FlatShard(own, start, shape, None, CPU),
             )
@@ -114,7 +114,7 @@ def flat_layer(start: int, stop: int, build: type[nn.Module] = nn.Linear) -> nn.
     weight = model[0].weight
     values = weight.detach().flatten()[start:stop].clone()
     shard = FlatShard(values, start, weight.shape, None, CPU)
-    attach(weight, lambda: shard)
+    mark_as_flat(weight, lambda: shard)
     weight.data = weight.data.new_empty(0)
     return model[0]
 
@@ -154,7 +154,7 @@ def divide_(net: nn.Sequential) -> dict[str, torch.Tensor]:
         start, stop = places[dist.get_rank()], places[dist.get_rank() + 1]
         slices[name] = weight.detach().flatten()[start:stop].clone()
         shard = FlatShard(slices[name], start, weight.shape, dist.group.WORLD, CPU)
-        attach(weight, lambda shard=shard: shard)
+        mark_as_flat(weight, lambda shard=shard: shard)
         weight.data = weight.data.new_empty(0)
     return slices
 
@@ -173,7 +173,7 @@ def assert_gathered(dtype: torch.dtype) -> None:
     for place in (0, 2, 6):  # all of it lies on one rank, or a part on each
         own = values.flatten()[:place] if dist.get_rank() == 0 else values.flatten()[place:]
         shard = FlatShard(own.clone(), place * dist.get_rank(), values.shape, dist.group.WORLD, CPU)
-        attach(own, lambda shard=shard: shard)
+        mark_as_flat(own, lambda shard=shard: shard)
         with Traffic() as traffic:
             assert torch.equal(bits(full_tensor(own)), bits(values))
         assert traffic.bytes("broadcast") == values.nbytes

@@ -122,7 +122,9 @@ class Uncopied(Network):
 
 def test_a_network_that_cannot_be_copied_stays_and_is_named_with_a_way_out(tmp_path):
     torch.manual_seed(1)
-    with pytest.warns(UserWarning, match=r"'net' is the adapted network.*holds a lock.*save_hyperparameters\(ignore"):
+    with pytest.warns(
+        UserWarning, match=r"'net' is the adapted network.*holds a lock.*ignore=\['net'\].*merge_after_fit=True"
+    ):
         _, file = fitted(tmp_path, Around(Uncopied()))
     assert "lora_A" in dict(torch.load(file, weights_only=False)["hyper_parameters"]["net"].head.named_parameters())
 

@@ -27,6 +27,7 @@ from lightning_lora import (
     save_merged,
 )
 from lightning_lora.exchange import merged_folder
+from lightning_lora.exchange import merged_tensors as one_by_one
 from lightning_lora.files.safetensors import Writer
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
@@ -85,12 +86,12 @@ def write(folder: Path, kind: str) -> None:
     for state, most in (("unmerged", 150), ("merged", whole)):
         if state == "merged":
             merge(net)
-        merged_folder.full_tensor, gather = Live(merged_folder.full_tensor), merged_folder.full_tensor
+        one_by_one.full_tensor, gather = Live(one_by_one.full_tensor), one_by_one.full_tensor
         try:
             save_merged(net, folder / state, max_shard_bytes=most)
-            live = merged_folder.full_tensor
+            live = one_by_one.full_tensor
         finally:
-            merged_folder.full_tensor = gather
+            one_by_one.full_tensor = gather
         assert live.count == len([name for name in net.state_dict() if "lora_" not in name])
         assert live.most == largest < whole / 2  # on the writing rank too, whatever the size of its files
         assert is_merged(net) == (state == "merged")

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from lightning_lora import LoRAError, is_merged, merge, merge_and_unload, merged_tensors
-from lightning_lora.exchange import merged_folder
+from lightning_lora.exchange import merged_tensors as one_by_one
 from support.ranks.processes import world
 from support.ranks.sharded import X, shard_, whole_state
 from support.ranks.sharded_adapters import PLAN, assert_same_bits, block, injected, mesh
@@ -81,12 +81,12 @@ class Gathers:
 
 def one_gather_each() -> list[int]:
     net, counts = sharded("layers"), []
-    merged_folder.full_tensor, gather = Gathers(merged_folder.full_tensor), merged_folder.full_tensor
+    one_by_one.full_tensor, gather = Gathers(one_by_one.full_tensor), one_by_one.full_tensor
     try:
         for _ in merged_tensors(net):
-            counts.append(merged_folder.full_tensor.count)
+            counts.append(one_by_one.full_tensor.count)
     finally:
-        merged_folder.full_tensor = gather
+        one_by_one.full_tensor = gather
     return counts
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +65,8 @@ def test_unloading_leaves_no_facts_and_a_next_injection_begins_anew():
     assert facts_of(model[2]) is None
 
 
-def test_a_part_of_a_copy_that_gets_another_adapter_leaves_the_rest_its_first_values():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
+def test_a_part_of_a_copy_that_gets_another_adapter_leaves_the_rest_its_first_values(copied: Any):
     net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "head": nn.Linear(4, 2)})
     first = {name: value.clone() for name, value in net.state_dict().items()}
     inject(net, LoRAConfig(r=2, target_modules=["body.0"], modules_to_save=["head"]))
@@ -72,7 +75,7 @@ def test_a_part_of_a_copy_that_gets_another_adapter_leaves_the_rest_its_first_va
     other = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     other.load_state_dict({name.removeprefix("body."): v for name, v in first.items() if name.startswith("body.")})
     inject(other, LoRAConfig(r=1, target_modules=["1"], init_lora_weights=False))
-    twin = copy.deepcopy(net)
+    twin = copied(net)
     load_adapter(twin["body"], take_adapter(other))
     with disable_adapter(twin):
         assert torch.equal(twin["head"].weight, first["head.weight"])

@@ -206,9 +206,11 @@ def test_a_number_of_numpy_is_a_strength():
     assert attached(model) == {"b": 0.25}
 
 
-def test_an_attached_adapter_needs_what_it_was_trained_beside():
+def test_an_attached_adapter_needs_what_it_was_trained_beside(tmp_path):
     both = model_with("both")
-    for source in (take_adapter(both), both.state_dict()):
+    torch.save(both.state_dict(), file := tmp_path / "state.pt")
+    in_entries = [{"state_dict": both.state_dict()}, {"model": both.state_dict()}]
+    for source in (take_adapter(both), both.state_dict(), file, *in_entries):
         with pytest.raises(LoRAError, match=r"attach\(model, source, name='b'"):
             attach(filled(3), source, name="c")
         with pytest.raises(LoRAError, match=r"attach\(model, source, name='b'"):
@@ -246,8 +248,10 @@ def test_the_output_of_a_foreign_layer_is_never_added_to_in_place_and_its_map_is
     y = model["a"](x)
     y.sum().backward()
     assert torch.equal(x, X)
-    expected = Foreign(kind)(X) + trained["a"](X) - X
+    expected = Foreign(kind)(plain := X.clone().requires_grad_()) + trained["a"](plain) - plain
     torch.testing.assert_close(y, expected)
+    expected.sum().backward()
+    torch.testing.assert_close(x.grad, plain.grad)
 
 
 @pytest.mark.parametrize("kind", ["same", "tanh", "strided", "two", "swapped"])

@@ -34,6 +34,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.distributed.sharding import full_tensor
+from lightning_lora.exchange.checkpoint_of_model import write_whole_state_
 from lightning_lora.exchange.take import fingerprint_of
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.live_state import open_state
@@ -286,6 +287,9 @@ def shard_(net: nn.Module) -> None:
 def knows_what_one_device_knows(move: Callable[[Net], nn.Module], when: str) -> None:
     net, expected = trained(), move(base())
     alone = move(trained())
+    style = base()
+    inject(style, LoRAConfig(r=1, target_modules=["fc"], init_lora_weights=False))
+    attach(net, take_adapter(style), name="style", strength=0.5)
     if when == "sharded, then moved":
         shard_(net)
     moved = move(net)
@@ -305,6 +309,12 @@ def knows_what_one_device_knows(move: Callable[[Net], nn.Module], when: str) -> 
     assert all(same(full_tensor(p.detach()), before[name]) for name, p in moved.named_parameters())
     with pytest.raises(LoRAError, match="is trained and sharded"), disable_adapter(moved):
         pass
+    assert attached(moved) == {"style": 0.5}
+    state = merged_state_dict(moved)
+    with pytest.raises(LoRAError, match="holds merged weights"):
+        moved.load_state_dict(state, strict=False)
+    with pytest.raises(LoRAError, match="holds merged weights"):
+        write_whole_state_(handle, {"state_dict": state}, strict=True)  # as a Trainer loads it, past the layers
 
 
 @pytest.mark.slow

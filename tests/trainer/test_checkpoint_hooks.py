@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from lightning_lora import is_merged
+from lightning_lora import adapter_state_dict, is_merged, load_adapter, load_from_checkpoint
 from support.covering import covering
 from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, weights
 from support.runs.with_callback import At, Watched, assert_as_found, base_weights, lora_with_effect
@@ -254,3 +254,42 @@ def test_frozen_weights_that_training_moves_are_saved_whole_or_named(tmp_path, k
     trainer.fit(resumed := MomentumTeacher(), Data(), ckpt_path=tmp_path / "saved.ckpt")
     assert torch.equal(resumed.head.weight, model.head.weight)
     assert torch.equal(resumed.teacher.weight, model.teacher.weight) == (kind == "full")
+
+
+class Baseline(Watched):
+    """A frozen copy of the adapted network, made in a setup as a rollout baseline is."""
+
+    when = "setup"
+
+    def setup(self, stage: str) -> None:
+        if self.when == "setup" and not hasattr(self, "baseline"):
+            self.baseline = copy.deepcopy(self.body).requires_grad_(False)
+
+    def on_fit_start(self) -> None:
+        if not hasattr(self, "baseline"):
+            self.baseline = copy.deepcopy(self.body).requires_grad_(False)
+        super().on_fit_start()
+
+    def on_train_epoch_end(self) -> None:
+        self.baseline.load_state_dict(self.body.state_dict())
+        super().on_train_epoch_end()
+
+
+class LateBaseline(Baseline):
+    when = "fit"
+
+
+@pytest.mark.parametrize("net", [Baseline, LateBaseline])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_a_model_with_a_frozen_copy_is_loaded_and_resumed(tmp_path, kind: Any, net: type[Baseline]):
+    options: dict[str, Any] = {"save": kind, "target_modules": ["body.0"], "modules_to_save": ["head"]}
+    file = tmp_path / "saved.ckpt"
+    fit_model(tmp_path, model := net(), lora_with_effect(**options), max_epochs=1, saved=file)
+    for loaded in (load_from_checkpoint(net, file), net()):
+        load_adapter(loaded, file)
+        assert_same_tensors(adapter_state_dict(loaded), adapter_state_dict(model))
+    trainer = make_trainer(tmp_path, lora_with_effect(**options), max_epochs=1)
+    trainer.fit(resumed := net(), Data(), ckpt_path=file)
+    assert_same_tensors(adapter_state_dict(resumed), adapter_state_dict(model))
+    if kind == "full" and net is Baseline:
+        assert_same_tensors(resumed.baseline.state_dict(), model.baseline.state_dict())
