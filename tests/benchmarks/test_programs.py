@@ -29,4 +29,5 @@ def test_every_cell_of_the_tables_is_a_figure(program: str):
     for header, _, *rows in tables:
         for row in rows:
             assert len(row) == len(header)
-            assert all(float(cell.split()[0].strip("*")) >= 0 for cell in row[2:]), row
+            figures = [figure for cell in row[2:] for figure in cell.split(", ")]  # a cell may hold one for each layer
+            assert all(float(figure.split()[0].strip("*")) >= 0 for figure in figures), row
