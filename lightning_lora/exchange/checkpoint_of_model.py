@@ -28,7 +28,7 @@ from ..formats.lightning_checkpoint import (
     copies_in,
 )
 from ..model.adapted_model import AdaptedModel, find_adapted, open_model
-from ..model.attached import attached, detach, set_strength
+from ..model.attached import attached, detach, set_strength, strengths_outside
 from ..model.dequantize import dequantize_dtype, quantized_weights
 from ..model.foreign_state import (
     foreign_entries,
@@ -208,7 +208,8 @@ def _warn_of_moved(live: LiveState, state: Mapping[str, Any], adapter: Adapter, 
 def _merge_state(handle: AdaptedModel, state: Mapping[str, Any], dequantize: Any) -> dict[str, Any]:
     try:
         dtype = dequantize_dtype(dequantize, "checkpoint")
-        return merge_state_dict(handle, state, dtype)
+        with strengths_outside(handle):  # the file's adapter has these strengths too, and no `scaled` lasts in a file
+            return merge_state_dict(handle, state, dtype)
     except NonFiniteError as error:
         raise NonFiniteError(
             f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'

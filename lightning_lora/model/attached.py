@@ -124,10 +124,11 @@ def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Ite
     """Let the trained adapter, or an attached one, act with another strength inside the block; 0 is off.
 
     With the trained one off, heads and biases that were trained have their initial values inside, as in
-    disable_adapter. Forwards, merge, merged_state_dict, merged_tensors and save_merged go by it; save_adapter writes
-    tensors as they are. A merged model runs factored inside. In a merged evaluation of a Trainer it stays so for
-    the rest of the run, so that nothing is merged again for each batch. With torch's activation checkpointing, call
-    backward() inside of the block too: after it adapted layers are computed again with another strength, an error.
+    disable_adapter. Forwards, merge, merged_state_dict, merged_tensors and save_merged go by it; save_adapter and
+    a Trainer's checkpoints hold the model as it is outside. A merged model runs factored inside. In a merged evaluation
+    of a Trainer it stays so for the rest of the run, so that nothing is merged again for each batch. With torch's
+    activation checkpointing, call backward() inside of the block too: after it adapted layers are computed again with
+    another strength, an error.
 
     Args:
         model: injected, or with attached adapters.
@@ -189,6 +190,17 @@ def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Ite
         yield from run_block(claim, model, scale, scale_back)
 
 
+@contextmanager
+def strengths_outside(handle: AdaptedModel) -> Iterator[None]:
+    """Let merged copies be made inside the block with the strengths that adapters have outside of any `scaled`."""
+    before = _strengths_in_blocks(handle)
+    _let_act_with_(handle, {})
+    try:
+        yield
+    finally:
+        _let_act_with_(handle, before)
+
+
 def _strengths_in_blocks(handle: AdaptedModel) -> dict[str, float]:
     """Return the strengths that `scaled` has set, by name; they are no fact of the model, and end with the block."""
     found: dict[str, float] = {}
@@ -199,7 +211,10 @@ def _strengths_in_blocks(handle: AdaptedModel) -> dict[str, float]:
 
 
 def _let_act_with_(handle: AdaptedModel, inside: Strengths) -> None:
-    """Let the adapters of an unmerged model act with these strengths, and the others with their own. In place."""
+    """Let the adapters of a model act with these strengths, and the others with their own. In place.
+
+    Live weights stay, so the model is unmerged, or gets its strengths back before it is.
+    """
     for layer in handle.all_layers.values():
         if layer.is_trained():
             layer.lora.strength = inside.get("", 1.0)

@@ -12,22 +12,28 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import (
     LoRAConfig,
     LoRAError,
+    adapter_state_dict,
     attach,
     attached,
     detach,
     disable_adapter,
+    initialize_from_data,
     inject,
     is_merged,
     load_adapter,
+    lora_param_groups,
     merge_and_unload,
     merged,
     merged_state_dict,
+    merged_tensors,
     save_adapter,
+    save_merged,
     scaled,
     set_strength,
     take_adapter,
@@ -38,7 +44,7 @@ from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.nn.owner import REFUSED
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
-MODELS = ("trained", "attached", "both")
+MODELS = ("trained", "attached", "both", "head")  # "head": an adapter with a layer that is trained whole
 
 
 def net() -> Any:
@@ -56,6 +62,11 @@ def other(seed: int, **options: Any) -> Adapter:
 
 
 def model_with(which: str) -> Any:
+    if which == "head":
+        model = filled(3, target_modules=["0"], modules_to_save=["2"])
+        with torch.no_grad():
+            model[2].weight += 1
+        return model
     model = net() if which == "attached" else filled(3)
     if which != "trained":
         attach(model, other(1), name="b", strength=0.5)
@@ -85,20 +96,51 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-def fits(verb: str, which: str) -> bool:
+READS: dict[str, Callable[[Any, Path], object]] = {
+    "take_adapter": lambda m, _: take_adapter(m, name=a_name_in(m)),
+    "save_adapter": lambda m, path: save_adapter(m, path / "saved", name=a_name_in(m)),
+    "adapter_state_dict": lambda m, _: adapter_state_dict(m),
+    "lora_param_groups": lambda m, _: lora_param_groups(m, lr=0.1),
+    "state_dict": lambda m, _: m.state_dict(),
+    "deepcopy": lambda m, _: copy.deepcopy(m),
+    "pickle": lambda m, _: pickle.dumps(m),
+}
+MERGED_WEIGHTS: dict[str, Callable[[Any, Path], dict[str, torch.Tensor]]] = {
+    "merged_state_dict": lambda m, _: merged_state_dict(m),
+    "merged_tensors": lambda m, _: dict(merged_tensors(m)),
+    "save_merged": lambda m, path: saved_merged(m, path / "saved"),
+}
+
+
+def saved_merged(model: Any, path: Path) -> dict[str, torch.Tensor]:
+    save_merged(model, path)
+    return load_file(path / "model.safetensors")
+
+
+def a_name_in(model: Any) -> str:
+    """The trained adapter, or the attached one of a model that has no other."""
+    return "" if any("lora_A" in name for name, _ in model.named_parameters()) else "b"
+
+
+def has_work(verb: str, which: str) -> bool:
     """Whether the verb has something to do outside of any block."""
     if verb == "inject":
         return which == "attached"
     if verb == "unload":
         return which != "attached"
-    return which != "trained" if verb in ("detach", "set_strength") else True
+    return which in ("attached", "both") if verb in ("detach", "set_strength") else True
+
+
+def can_be_entered(block: str, which: str) -> bool:
+    """A layer that is trained whole acts or does not: no strength lies between."""
+    return (block, which) != ("scaled", "head")
 
 
 @pytest.mark.parametrize("which", MODELS)
 @pytest.mark.parametrize("verb", CHANGES)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_what_changes_a_model_is_refused_inside_of_scaled_and_disable_adapter(block: str, verb: str, which: str):
-    if not fits(verb, which):
+    if not (has_work(verb, which) and can_be_entered(block, which)):
         return
     model, twin = model_with(which), model_with(which)
     before = model(X)
@@ -118,7 +160,7 @@ def test_what_changes_a_model_is_refused_inside_of_scaled_and_disable_adapter(bl
     assert block == "merged" or torch.equal(model(X), before)
 
 
-@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize("which", ["trained", "attached", "both"])
 @pytest.mark.parametrize("block", ["scaled", "off"])
 def test_what_is_taken_saved_or_copied_inside_of_scaled_is_the_model_outside_of_it(
     block: str, which: str, tmp_path: Path
@@ -169,16 +211,58 @@ def test_a_copy_made_inside_of_merged_is_a_merged_model_that_unmerges_to_each_bi
         assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
 
 
-@pytest.mark.parametrize("which", MODELS)
-def test_saves_and_copies_inside_of_disable_adapter_are_refused(which: str, tmp_path: Path):
+@pytest.mark.parametrize("verb", READS)
+@pytest.mark.parametrize(("block", "which"), [("off", "head"), *(("disable_adapter", each) for each in MODELS)])
+def test_what_reads_trained_tensors_is_refused_where_others_stand_in_their_places(
+    block: str, which: str, verb: str, tmp_path: Path
+):
+    if which == "attached" and verb in ("adapter_state_dict", "lora_param_groups"):
+        return  # they read a trained adapter, which this model has not
     model = model_with(which)
-    calls: list[Callable[[], object]] = [lambda: copy.deepcopy(model), lambda: pickle.dumps(model), model.state_dict]
-    calls += [lambda: take_adapter(model, name="b" if which == "attached" else ""), lambda: merged_state_dict(model)]
-    calls += [lambda: save_adapter(model, tmp_path, name="b" if which == "attached" else "")]
-    with disable_adapter(model):
-        for call in calls:
+    before = model(X)
+    with BLOCKS[block](model):
+        inside = model(X)
+        with pytest.raises(LoRAError, match="refused inside"):
+            READS[verb](model, tmp_path)
+        assert torch.equal(model(X), inside)
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("verb", MERGED_WEIGHTS)
+@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_merged_weights_are_what_acts_inside_of_a_block(block: str, which: str, verb: str, tmp_path: Path):
+    if not can_be_entered(block, which):
+        return
+    model = model_with(which)
+    with BLOCKS[block](model):
+        inside = model(X)
+        if block == "disable_adapter":
             with pytest.raises(LoRAError, match="refused inside"):
-                call()
+                MERGED_WEIGHTS[verb](model, tmp_path)
+            return
+        weights = MERGED_WEIGHTS[verb](model, tmp_path)
+    (plain := net()).load_state_dict(weights)
+    torch.testing.assert_close(plain(X), inside)
+
+
+@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_adapters_do_not_start_from_data_inside_of_a_block(block: str, which: str):
+    if which == "attached" or not can_be_entered(block, which):
+        return
+    options = {"modules_to_save": ["2"], "target_modules": ["0"]} if which == "head" else {}
+    model = filled(3, init_lora_weights="eva", **options)
+    if which == "both":
+        attach(model, other(1), name="b", strength=0.5)
+    before, state = model(X), copy.deepcopy(model.state_dict())
+    with BLOCKS[block](model), pytest.raises(LoRAError, match="merged" if block == "merged" else "refused inside"):
+        initialize_from_data(model, [X])
+    assert torch.equal(model(X), before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    initialize_from_data(model, [X])
+    assert not torch.equal(model[0].lora_A, state["0.lora_A"])
 
 
 def test_every_verb_of_the_table_is_right_inside_of_merged():
@@ -203,7 +287,12 @@ def test_a_number_of_numpy_is_a_strength():
     numpy = pytest.importorskip("numpy")
     model = model_with("both")
     set_strength(model, numpy.float32(0.25), "b")
-    assert attached(model) == {"b": 0.25}
+    attach(model, other(9), name="c", strength=numpy.float32(0.25))
+    assert attached(model) == {"b": 0.25, "c": 0.25}
+    twin = model_with("both")
+    set_strength(twin, 0.25, "b")
+    with scaled(model, numpy.float32(0.0), "c"):
+        torch.testing.assert_close(model(X), twin(X))
 
 
 def test_an_attached_adapter_needs_what_it_was_trained_beside(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +52,28 @@ def deltas(tensors: Mapping[str, torch.Tensor]) -> Deltas:
         product = (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
         found[layer] = 4 * (product.T if layer == "embed" else product)
     return found
+
+
+def move(model: Any, how: str) -> None:
+    """Rename the parts of the body, slice it, or wrap the layer of this name."""
+    if how == "rename":
+        model.body = nn.Sequential(OrderedDict((f"part{name}", part) for name, part in model.body.named_children()))
+    elif how == "slice":
+        model.body = model.body[:]
+    else:
+        set_layer(model, how, nn.Sequential(model.get_submodule(how)))
+
+
+def move_back(model: Any, how: str) -> None:
+    if how in ("rename", "slice"):
+        model.body = nn.Sequential(*model.body)
+    else:
+        set_layer(model, how, model.get_submodule(how)[0])
+
+
+def set_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, layer)
 
 
 class Verbs(RuleBasedStateMachine):
@@ -100,11 +123,13 @@ class Verbs(RuleBasedStateMachine):
         for _, found in self.beside.values():
             found["body.0"], found["body.3"] = found["body.3"], found["body.0"]
 
-    @rule(layer=st.sampled_from(ZOO_LAYERS), verb=st.sampled_from(["merge", "unmerge", "deepcopy", "pickle", "train"]))
-    def wrap_a_layer_and_unwrap_it(self, layer: str, verb: str) -> None:
-        path, _, leaf = layer.rpartition(".")
+    @rule(
+        how=st.sampled_from([*ZOO_LAYERS, "rename", "slice"]),
+        verb=st.sampled_from(["merge", "unmerge", "deepcopy", "pickle", "train"]),
+    )
+    def move_parts_and_move_them_back(self, how: str, verb: str) -> None:
         output = self.model(tokens())
-        setattr(self.model.get_submodule(path), leaf, nn.Sequential(self.model.get_submodule(layer)))
+        move(self.model, how)
         if verb in ("deepcopy", "pickle"):
             self.copy(through_pickle=verb == "pickle")
         elif verb == "train":
@@ -117,7 +142,7 @@ class Verbs(RuleBasedStateMachine):
             torch.testing.assert_close(self.model(tokens()), output, rtol=1e-4, atol=1e-5)
         with disable_adapter(self.model):
             assert torch.equal(self.model(tokens()), self.base(tokens()))
-        setattr(self.model.get_submodule(path), leaf, self.model.get_submodule(layer)[0])
+        move_back(self.model, how)
 
     @rule(seed=st.integers(10, 19), assign=st.booleans())
     def load_a_base(self, seed: int, assign: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ def test_strength_of_the_callback_that_differs_from_the_attached_ones_is_an_erro
     assert attached(model) == {"sft": 0.5}
 
 
+@pytest.mark.parametrize("given", [1e39, pytest.param(10**400, id="10**400"), math.nan])
+def test_a_strength_of_the_callback_that_no_forward_can_use_is_refused_when_it_is_made(given: float):
+    with pytest.raises(LoRAError, match=r"attach\['sft'\]: a strength must be a finite number in float32"):
+        lora(attach={"sft": {"source": sft(), "strength": given}})
+
+
 class SavesInside(L.Callback):
     """Saves a checkpoint inside of `scaled` and one outside."""
 
@@ -40,7 +47,7 @@ class SavesInside(L.Callback):
             trainer.save_checkpoint(folder / "inside.ckpt")
 
 
-@pytest.mark.parametrize("kind", ["adapter", "full"])
+@pytest.mark.parametrize("kind", ["adapter", "full", "merged"])
 def test_checkpoint_made_inside_of_scaled_equals_the_one_outside(tmp_path: Path, kind: str):
     callback = lora(save=kind, attach={"sft": {"source": sft(), "strength": 0.5}})
     run(make_trainer(tmp_path, callback, SavesInside()), "fit", Net())
