@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickletools
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, disable_adapter, inject, load_from_checkpoint, take_adapter
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, disable_adapter, inject, load_from_checkpoint, take_adapter
 from support.models.networks import state_bits
 from support.runs.lightning_versions import ANY_OBJECTS
 from support.runs.training import Data, assert_same_tensors, make_trainer
@@ -114,19 +115,34 @@ def test_attached_adapters_are_in_the_weights_and_not_in_the_network(tmp_path):
 
 
 class Uncopied(Network):
+    locked = True
+
     def __deepcopy__(self, memo: Any) -> Any:
-        if hasattr(self.head, "lora_A"):
+        if self.locked and hasattr(self.head, "lora_A"):
             raise TypeError("holds a lock")
         return Uncopied()  # for hparams_initial
 
 
-def test_a_network_that_cannot_be_copied_stays_and_is_named_with_a_way_out(tmp_path):
+def test_a_network_that_cannot_be_copied_stays_and_is_named_with_a_way_out(tmp_path, monkeypatch):
     torch.manual_seed(1)
     with pytest.warns(
         UserWarning, match=r"'net' is the adapted network.*holds a lock.*ignore=\['net'\].*merge_after_fit=True"
     ):
-        _, file = fitted(tmp_path, Around(Uncopied()))
+        model, file = fitted(tmp_path, Around(Uncopied()))
     assert "lora_A" in dict(torch.load(file, weights_only=False)["hyper_parameters"]["net"].head.named_parameters())
+    monkeypatch.setattr(Uncopied, "locked", False)  # where the file is read
+    with pytest.raises(LoRAError, match="merged weights"):
+        Around.load_from_checkpoint(file, strict=False, **ANY_OBJECTS)
+    assert torch.equal(answers(load_from_checkpoint(Around, file, weights_only=False)), answers(model))
+
+
+def test_a_network_whose_weights_are_divided_over_ranks_stays_and_is_named(tmp_path, monkeypatch):
+    model, file = fitted(tmp_path)
+    monkeypatch.setattr(sys.modules["lightning_lora.exchange.checkpoint_of_model"], "is_divided", lambda handle: True)
+    with pytest.warns(UserWarning, match=r"'net' is the adapted network.*divided over ranks.*ignore=\['net'\]"):
+        model.trainer.save_checkpoint(file)
+    with pytest.raises(LoRAError, match="merged weights"):
+        Around.load_from_checkpoint(file, **ANY_OBJECTS)
 
 
 class AroundTwo(Around):
