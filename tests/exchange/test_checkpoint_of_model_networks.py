@@ -14,7 +14,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, disable_adapter, inject, load_from_checkpoint, take_adapter
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    disable_adapter,
+    inject,
+    load_from_checkpoint,
+    take_adapter,
+)
 from support.models.networks import state_bits
 from support.runs.lightning_versions import ANY_OBJECTS
 from support.runs.training import Data, assert_same_tensors, make_trainer
