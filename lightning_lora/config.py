@@ -77,7 +77,7 @@ Decides = Literal[
     "parts",  # which parts of them
     "ranks",  # r and lora_alpha of each layer; LoRAConfig.rank and LoRAConfig.alpha read all of these options
     "scaling",  # what s is, for r and lora_alpha of a layer; LoRAConfig.divisor reads all of these options
-    "whole",  # what is trained beside A and B
+    "whole",  # whole tensors and rows: what is trained other than A and B
     "variant",  # the variant
     "variant's own",  # what the variant makes of it
     "start",  # the initial values
@@ -260,7 +260,7 @@ class LoRAConfig:
         return not self.target_modules and not self.target_parameters
 
     def target(self) -> Callable[[str], bool]:
-        """Return whether target_modules and layers_to_transform name a module, as a function of its name, as in PEFT.
+        """Return a function that tells whether target_modules and layers_to_transform name a module, by PEFT's rule.
 
         A module that target_modules names in full is named in any layer.
         """

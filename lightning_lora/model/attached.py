@@ -202,7 +202,7 @@ def strengths_outside(handle: AdaptedModel) -> Iterator[None]:
 
 
 def _strengths_in_blocks(handle: AdaptedModel) -> dict[str, float]:
-    """Return the strengths that `scaled` has set, by name; they are no fact of the model, and end with the block."""
+    """Return the strength of the trained adapter, and those that `scaled` has set for attached ones, by name."""
     found: dict[str, float] = {}
     for layer in handle.all_layers.values():
         found |= {"": layer.lora.strength} if layer.is_trained() else {}
@@ -213,7 +213,8 @@ def _strengths_in_blocks(handle: AdaptedModel) -> dict[str, float]:
 def _let_act_with_(handle: AdaptedModel, inside: Strengths) -> None:
     """Let the adapters of a model act with these strengths, and the others with their own. In place.
 
-    Live weights stay, so the model is unmerged, or gets its strengths back before it is.
+    The weights are not written. So the model is unmerged, or the caller sets the strengths back before it is merged or
+    unmerged.
     """
     for layer in handle.all_layers.values():
         if layer.is_trained():
@@ -264,8 +265,7 @@ def require_attached(handle: AdaptedModel, name: str, verb: str) -> None:
     if name in known:
         return
     what = f"no adapter {name!r} is attached" if name else "the model has no trained adapter"
-    there = f"; attached are {listed([repr(each) for each in known], 8)}" if known else ""
-    raise LoRAError(f"{verb}: {what}{near_misses(str(name), known) if known else there}.")
+    raise LoRAError(f"{verb}: {what}{near_misses(str(name), known) if known else ''}.")
 
 
 def _refuse_between(handle: AdaptedModel, strength: float) -> None:
@@ -279,7 +279,7 @@ def _refuse_between(handle: AdaptedModel, strength: float) -> None:
     if reading:
         what = f"the adapter of {reading[0]!r} is {handle.layers[reading[0]].lora.spec.variant.title}"
     elif rows or trained:
-        what = f"{(rows or trained)[0]!r} is fully trained" if trained else f"rows of {rows[0]!r} are trained"
+        what = f"{trained[0]!r} is fully trained" if trained else f"rows of {rows[0]!r} are trained"
     else:
         return
     between = (
@@ -390,7 +390,7 @@ def record_and_patch_layers(handle: AdaptedModel) -> None:
     for layer in handle.all_layers.values():
         if layer.lora.attached is not None:
             layer.lora.attached.read = False  # else layers that were read before would speak against new ones
-    begin_facts(handle.root_places, handle.injection)
+    begin_facts(handle.root_places, handle.injection)  # before note_adapted_children, which writes into the facts
     note_adapted_children(handle.root)
     record_ties(places)
     keep_gradients_(modules)
@@ -410,7 +410,7 @@ def begin_attached(model: nn.Module, owner: Owner | None = None) -> AdaptedModel
 
 
 def find_attached_alone(listing: Listing) -> AdaptedModel | None:
-    """Return the handle of a model with attached adapters and without an injection, or None.
+    """Unmerge a model with attached adapters alone, and return its handle; None for any other model. In place.
 
     Raises:
         LoRAError: the adapters were attached to a larger model.

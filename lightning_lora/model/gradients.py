@@ -24,9 +24,9 @@ SHOWN = 5  # names in a warning
 
 
 def warn_of_untrained(listing: Listing, *, stacklevel: int = 3) -> None:
-    """Warn of adapters that still have their first values, beside others that have not. Once a layer.
+    """Warn of adapters that still have their initial values, where others have not. Once a layer.
 
-    And of attached adapters that no forward has read, beside others that one has.
+    Also warn of attached adapters that no forward has read, where others were read.
 
     A sharded adapter is not looked at: this rank's part of it may be empty, or not trained yet.
 

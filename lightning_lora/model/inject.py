@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..config import LoRAConfig, PeftConfig, as_config, is_config
+from ..config import LoRAConfig, PeftConfig, as_config, is_config, plain_number
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..names import listed
@@ -157,7 +157,7 @@ def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRA
     for each in [begun, handle] if begun is not None and begun.injection is not old else [handle]:
         each.look_for_layers_again()
         unmerge_if_merged(each)
-        restore_initial_(each)
+        restore_initial_(each)  # first: strip_adapters ends the facts, which hold these values
         strip_adapters(each)
     injection = Injection(
         config,
@@ -179,7 +179,7 @@ def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRA
             parameter.data, parameter.grad = successor.data, None
             parameter.requires_grad_(successor.requires_grad)
             holder.register_parameter(name, parameter)
-    snapshot_initial(new)
+    snapshot_initial(new)  # before the marks: with "validated" it records no parameter and no buffer with a value
     injection.marks |= marks
     return new
 
@@ -217,9 +217,9 @@ def unload(model: nn.Module) -> None:
 def take_out_adapter(handle: AdaptedModel) -> None:
     """Take the trained adapter and all patches out of an unmerged model. In place. Can be repeated.
 
-    What was fully trained has its first values again, and what is attached stays.
+    What was fully trained has its initial values again, and what is attached stays.
     """
-    restore_initial_(handle)
+    restore_initial_(handle)  # first: strip_adapters ends the facts, which hold these values
     strip_adapters(handle)
     unpatch(handle.all_modules())
     keep_attached(handle.root, handle.injection)
@@ -494,6 +494,7 @@ def fixed_seed(seed: int, verb: str = "inject") -> str:
     Raises:
         LoRAError: the seed is not a whole number. The message begins with the verb.
     """
+    seed = plain_number(seed)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise LoRAError(f"{verb}: seed must be a whole number, but it is {seed!r}.")
     return f"seed {seed}:"
@@ -508,8 +509,9 @@ def _refuse_other(earlier: AdaptedModel, config: LoRAConfig, merge_weights: bool
     """Raise LoRAError where an injected model was injected elsewhere or with other arguments."""
     model, injection, differences = earlier.model, earlier.injection, earlier.injection.config.differences(config)
     if earlier.root is not model:
-        where = earlier.prefix.removesuffix(".") or earlier.inside.removesuffix(".")
-        raise LoRAError(f"inject: {where!r} inside {type(model).__name__} was injected already; unload it first.")
+        inner, outer = earlier.prefix.removesuffix("."), earlier.inside.removesuffix(".")
+        name, around = (inner, model) if inner else (outer, earlier.root)
+        raise LoRAError(f"inject: {name!r} inside {type(around).__name__} was injected already; unload it first.")
     if differences:
         options = ", ".join(differences)
         raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")

@@ -13,7 +13,7 @@ from ..distributed.flat import begin_writing, free_gathered
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import dimensions_of_ranks, is_spread, local, reshard_
 from ..errors import LoRAError, NonFiniteError
-from ..nn.adapted_module import claimed_with, injections_of
+from ..nn.adapted_module import adapted_places, claimed_with, injections_of
 from ..nn.adapted_weights import AdaptedWeights, Blocks
 from ..nn.exact_merge import Buffers
 from ..nn.low_rank import HALF
@@ -330,8 +330,9 @@ def _restore_all(listing: Listing) -> None:
                 advance(1)
         if failures:
             raise LoRAError("\n".join(failures))
+        places = len(list(adapted_places(listing.model, modules=listing.modules)))  # a table counts under each name
         for injection in injections_of(listing.all_layers.values()):
-            if len(listing.all_layers) >= len(injection.layers):  # else a part was unmerged
+            if places >= len(injection.layers):  # else a part was unmerged
                 injection.marks.discard("merged")
     finally:
         update_fast_paths(module for _, module in listing.modules)

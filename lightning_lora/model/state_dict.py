@@ -1,4 +1,4 @@
-"""State dicts of an injected model: views for saving, and a look at what load_state_dict loads."""
+"""State dicts of an injected model: what training can change, and the plain model with merged weights."""
 
 from __future__ import annotations
 

@@ -178,6 +178,7 @@ class AdaptedModule(Swapped):
                 entries = {prefix + name: tensor for name, tensor in own.items() if name in self._parameters}
                 if state_dict.keys().isdisjoint(entries):
                     state_dict.update(entries)
+            # Before the load: it compares the factors with what the old weight gives.
             again = [adapter for adapter in adapters if adapter.starts_again(state_dict, prefix)]
             before = dict(self._parameters)
             super()._load_from_state_dict(state_dict, prefix, metadata, *args)
@@ -185,8 +186,10 @@ class AdaptedModule(Swapped):
                 adapter.tie_again_(self, before, loaded=True)
                 if adapter in again:
                     adapter.draw_()
-                absent = prefix + adapter.weight_leaf not in state_dict
-                adapter.lora.restore_failed = adapter.lora.restore_failed and absent
+                # torch loads no value of another shape, and names it in its error when the base is lost still.
+                given = state_dict.get(prefix + adapter.weight_leaf)
+                is_loaded = getattr(given, "shape", None) == adapter.weight_shape()
+                adapter.lora.restore_failed = adapter.lora.restore_failed and not is_loaded
 
     @contextmanager
     def _lora_briefly_unmerged(self, verb: str = "load_state_dict") -> Iterator[None]:
@@ -236,13 +239,19 @@ class StandIns:
             raise
         for state in self.states:
             state.stands_in += 1
-        self.module.lora_put(values)
+        try:
+            self.module.lora_put(values)
+        except BaseException:  # those that were put in are put back, and nothing stays locked
+            self.__exit__()
+            raise
 
     def __exit__(self, *exception: object) -> None:
-        self.module.lora_put(self.weights)
-        for state in self.states:
-            state.stands_in -= 1
-            state.lock.release()
+        try:
+            self.module.lora_put(self.weights)
+        finally:
+            for state in self.states:
+                state.stands_in -= 1
+                state.lock.release()
 
 
 def refuse_merged_weights(name: str, adapters: Iterable[AdaptedWeights]) -> None:

@@ -32,7 +32,8 @@ Why chunks: a chunk and its buffers stay in the cache. Fresh pages of memory cos
 The sum of the bits of W' shows whether a weight was changed while it was merged.
 
 Live merging, merged saving and the command line all come here: no other file writes or saves a merged weight. For
-one forward two others compute a W' that is differentiable and not exact: adapted_weights.py and factored_weight.py.
+one forward three others compute a W' that is differentiable and not exact: adapted_weights.py, factored_weight.py and
+token_rows.py.
 """
 
 from __future__ import annotations

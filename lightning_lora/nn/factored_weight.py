@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
 from ..errors import LoRAError
+from .autocast import without_autocast
 
 ALIGNMENT = 16  # bytes; grouped_mm needs storages and rows that begin at multiples of this
 
@@ -116,7 +117,7 @@ def dense_sum(stand_in: FactoredWeight) -> torch.Tensor:
     wants_graph = torch.is_grad_enabled() and any(part.requires_grad for part in (weight, left, right))
     if stand_in.dense is None or (wants_graph and not stand_in.dense.requires_grad):
         wide = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), right.dtype)
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device.type):
             stand_in.dense = (weight.to(wide) + left.to(wide) @ right.to(wide)).to(weight.dtype)
     return stand_in.dense
 

@@ -42,10 +42,9 @@ class Kind(NamedTuple):
             matrix an expert.
         single: whether it is a single parameter, and no layer.
         fusable: whether enable_lora can adapt some of the outputs.
-        starts: whether A and B are the factors of the matrices of adapted_parts, one below the other, and reshaped, so
-            that they can start from the weight. Of another order of their values the product would be scrambled, and
-            no output would show it, because A0 and B0 are subtracted again: say so only where a test of starts shows
-            it.
+        starts: whether A and B can start from the weight. They can where A and B are the factors of the matrices of
+            adapted_parts, one below the other and reshaped. In another order the start is wrong and no output shows
+            it, because A0 and B0 are subtracted again. Set it only where a test of starts covers the kind.
     """
 
     name: str

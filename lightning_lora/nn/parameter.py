@@ -143,8 +143,9 @@ class LoRARecurrent(LoRAParameterHolder):
     def lora_put(self, values: Mapping[str, Any]) -> None:
         cast(Any, self)._update_flat_weights()  # the layer's forward calls this first, and would undo the change below
         weights, names = cast("list[Any]", self._flat_weights), cast("list[str]", self._flat_weights_names)
-        for name, value in values.items():
-            weights[names.index(name)] = value
+        for name in values.keys() & names:
+            weights[names.index(name)] = values[name]
+        super().lora_put({name: value for name, value in values.items() if name not in names})  # those of a subclass
 
 
 def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSpec, injection: object) -> LoRAParameter:

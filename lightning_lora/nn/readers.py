@@ -10,8 +10,9 @@ transformers 5.24, 138 read a weight of a module inside of them, in more than a 
 layers people adapt are the Swin attentions of torchvision and timm, BEiT, EVA, WavLM, and the mixers of Mamba, Jamba,
 Bamba, FalconMamba, NemotronH and Zamba.
 
-A read through a variable or an argument is not found. An adapter that is never called gets no gradient, and a warning
-names it (model/gradients.py).
+A read through a variable or an argument is not found. A function inside of a method that runs again after the method,
+as torch.utils.checkpoint calls it in backward, reads W and not W'. An adapter that is never called gets no gradient,
+and a warning names it (model/gradients.py).
 
 nn.TransformerEncoder and its layers read all weights on a fast path in evaluation mode. That path is switched off while
 an adapter inside is not merged.
@@ -72,7 +73,8 @@ class LayerView:
         adapter = layer_adapter(self.layer) if name in WEIGHTS else None
         if adapter is None or name != adapter.weight_leaf:
             return getattr(self.layer, name)
-        if self.sums is None:
+        # A first reading without a graph, such as of a norm in no_grad, must not serve one that trains the adapter.
+        if self.sums is None or (torch.is_grad_enabled() and not self.sums.requires_grad):
             object.__setattr__(self, "sums", adapter.merged_values(adapter.adapted_weight()))
         return self.sums
 

@@ -96,7 +96,10 @@ class TokenRows(AdaptedWeights):
         return super().why_not_merge() or ("tables that were tied at injection are not any more" if untied else "")
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
-        """Return rows - W[ids] as products with unit matrices. Values of W that are not finite count as 0."""
+        """Return rows - W[ids] as products with unit matrices. Values of W that are not finite count as 0.
+
+        A block's position is that in the list of rows, not in the table.
+        """
         before = rows_of(self.original(), self.lora.spec.rows)
         before = before.to(widest_dtype(before.device)).nan_to_num(0.0, 0.0, 0.0)
         change = full_tensor((stored or self.stored())[ROWS]).to(before) - before

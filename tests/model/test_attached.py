@@ -293,6 +293,13 @@ def test_between_off_and_on_there_is_no_strength_of_what_is_no_sum(options: dict
         assert torch.equal(model(X), before)
 
 
+def test_a_head_that_is_trained_whole_is_named_beside_trained_rows():
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 2))
+    inject(model, LoRAConfig(r=2, target_modules=[], trainable_token_indices={"0": [1]}, modules_to_save=["1"]))
+    with pytest.raises(LoRAError, match=r"'1\.weight' is fully trained"), scaled(model, 0.5):
+        pass
+
+
 def test_trained_rows_are_off_and_on():
     def table() -> Any:
         torch.manual_seed(1)

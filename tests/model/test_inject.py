@@ -234,6 +234,13 @@ def test_a_second_injection_around_or_inside_the_first_is_an_error():
     assert inject(model["inner"], zoo_config()) == ZOO_LAYERS
 
 
+def test_a_part_of_an_injected_model_that_holds_all_its_layers_is_named_as_a_part_of_the_model():
+    model = nn.ModuleDict({"inner": nn.Sequential(nn.Linear(3, 3)), "other": nn.Linear(3, 3)})
+    inject(model, LoRAConfig(target_modules=["inner.0"]))
+    with pytest.raises(LoRAError, match="'inner' inside ModuleDict was injected already; unload it first"):
+        inject(model["inner"], LoRAConfig(target_modules=["0"]))
+
+
 @pytest.mark.parametrize(
     ("copied", "state"), [(copy.deepcopy, "merged"), (lambda model: pickle.loads(pickle.dumps(model)), "unmerged")]
 )

@@ -89,3 +89,8 @@ def test_a_callback_with_a_seed_starts_from_the_same_adapters_and_without_one_fr
     inject(model, LoRAConfig(r=2, target_modules=TARGETS), seed=5)
     assert drawn(model) == found
     assert started(tmp_path, None, 1) != started(tmp_path, None, 2)
+
+
+def test_a_whole_number_of_numpy_is_a_seed():
+    numpy = pytest.importorskip("numpy")
+    assert injected(numpy.int64(3), 1) == injected(3, 1)

@@ -73,6 +73,23 @@ def test_an_edit_outside_of_the_trained_rows_is_not_said_to_be_undone():
     assert torch.equal((model[0].weight != before).any(1), torch.arange(10) == 7)
 
 
+def test_a_lost_base_stays_refused_until_a_load_that_has_its_shape():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4))
+    base = copy.deepcopy(model.state_dict())
+    inject(model, LoRAConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [1, 3]}))
+    randomise_(model)
+    merge(model)
+    model[0].weight.data[7] += 1
+    with pytest.raises(LoRAError, match="Load the base weights again"):
+        unmerge(model)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({"0.weight": torch.zeros(3, 3)}, strict=False)
+    with pytest.raises(LoRAError, match="could not be restored after merging"):
+        model.state_dict()
+    model.load_state_dict(base, strict=False)
+    assert torch.equal(model.state_dict()["0.weight"], base["0.weight"])
+
+
 @pytest.mark.parametrize(("edit", "budget", "way"), covering([*EDITS], [2**26, 0], ["unmerge", "merged"], meet=1))
 def test_unmerge_after_an_edit_of_a_merged_weight_raises_and_names_the_layer(
     monkeypatch, edit: str, budget: int, way: str

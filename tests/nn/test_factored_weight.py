@@ -457,3 +457,9 @@ def test_an_expert_read_without_gradients_first_gets_its_gradient_later():
     for factor in (left, right):
         assert factor.grad[2].any()
         assert not factor.grad[:2].any()
+
+
+def test_the_sum_has_a_shape_on_the_meta_device():
+    with torch.device("meta"):
+        stand_in = FactoredWeight(torch.empty(2, 4, 3), torch.empty(2, 4, 1), torch.empty(2, 1, 3))
+        assert (stand_in * 2).shape == (2, 4, 3)

@@ -241,3 +241,42 @@ def test_dropout_is_refused_with_parameters_and_a_module_of_parameters_names_the
         inject(Model(Experts()), LoRAConfig(target_modules=[]))
     with pytest.raises(LoRAError, match=r"target_parameters=\['inner.gate_up_proj', 'inner.down_proj'\]"):
         inject(Model(Experts()), LoRAConfig(target_modules=["inner"]))
+
+
+class LSTMWithMore(nn.LSTM):
+    """Has a parameter beside those of nn.LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.extra = nn.Parameter(torch.eye(4))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x @ self.extra)
+
+
+def test_a_parameter_that_a_subclass_of_lstm_adds_is_adapted_beside_those_of_lstm():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(LSTMWithMore()), torch.randn(3, 2, 4)
+    inject(model, LoRAConfig(r=2, target_parameters=["0.extra", "0.weight_hh_l0"], init_lora_weights=False))
+    output = model(x)[0]
+    with merged(model):
+        torch.testing.assert_close(output, model(x)[0])
+    output.sum().backward()
+    assert all(value.grad is not None for name, value in model.named_parameters() if "lora" in name)
+
+
+def test_a_forward_that_cannot_put_weights_in_leaves_nothing_locked(monkeypatch: pytest.MonkeyPatch):
+    model, x = nn.Sequential(nn.LSTM(4, 4)), torch.randn(3, 2, 4)
+    inject(model, LoRAConfig(r=2, target_parameters=["0.weight_hh_l0"], init_lora_weights=False))
+    expected = model(x)[0]
+
+    def fail(values: Any) -> None:
+        raise ValueError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model[0], "lora_put", fail)
+        with pytest.raises(ValueError, match="out of luck"):
+            model(x)
+    assert torch.equal(model(x)[0], expected)
+    with merged(model):
+        torch.testing.assert_close(model(x)[0], expected)

@@ -467,3 +467,30 @@ def test_a_swapped_class_is_called_as_the_one_that_it_replaces(copied: Callable[
     unload(model)
     assert not [module for module in model.modules() if isinstance(module, Swapped)]
     assert [(name, type(module).__name__) for name, module in model.named_modules()] == names
+
+
+class ReadsNormFirst(nn.Module):
+    """Reads its weight without a graph, as weight normalisation by a constant does, and then with one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            norm = self.proj.weight.norm()
+        return F.linear(x, self.proj.weight) / norm
+
+
+def test_a_first_reading_without_a_graph_takes_no_gradient_from_the_second():
+    torch.manual_seed(0)
+    model, x = ReadsNormFirst(), torch.randn(3, 4)
+    inject(model, LoRAConfig(r=2, target_modules=["proj"], init_lora_weights=False))
+    with merged(model):
+        expected = model(x)
+    (output := model(x)).square().sum().backward()
+    torch.testing.assert_close(output, expected)
+    a, b = (model.proj.get_parameter(name) for name in ("lora_A", "lora_B"))
+    weight = (model.proj.weight + 4 * b @ a).detach().requires_grad_()
+    (F.linear(x, weight) / weight.detach().norm()).square().sum().backward()
+    torch.testing.assert_close(b.grad, 4 * weight.grad @ a.detach().T)

@@ -12,7 +12,17 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRACallback, LoRAError, load_adapter, load_from_checkpoint, merged, save_adapter
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    inject,
+    is_merged,
+    load_adapter,
+    load_from_checkpoint,
+    merged,
+    save_adapter,
+)
 from lightning_lora.nn.adapted_module import adapted_layers
 from support.covering import covering
 from support.models.parameters import Experts
@@ -128,3 +138,26 @@ def test_averaged_weights_are_of_the_same_rows(tmp_path: Path):
     with merged(model):
         moved = (model.emb.weight - Net().emb.weight).abs().amax(1).gt(1e-3).nonzero().flatten()
     assert moved.tolist() == list(ROWS)
+
+
+class TiedTables(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 10, bias=False)
+        self.head.weight = self.table.weight
+        self.seen: list[bool] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append(is_merged(self))
+        self.head(self.layer(self.table(batch[0])))
+
+
+def test_each_validation_of_rows_in_tied_tables_is_merged(tmp_path: Path):
+    model = TiedTables()
+    config = LoRAConfig(r=2, target_modules=["layer"], trainable_token_indices={"table": [1]}, init_lora_weights=False)
+    inject(model, config)
+    trainer = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[LoRACallback()])
+    for _ in range(3):
+        trainer.validate(model, DataLoader(TensorDataset(torch.arange(4)), 4), verbose=False)
+        assert not is_merged(model)
+    assert model.seen == [True, True, True]
