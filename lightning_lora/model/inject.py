@@ -338,7 +338,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _inject(listing: Listing, injection: Injection, *, values_follow: bool = False) -> AdaptedModel:
-    with claimed("inject", injection.owner):
+    with claimed("inject", injection.owner), transaction() as on_error:
+        on_error.callback(FoundState(listing).bring_back)  # begin_injection unmerges what is attached alone
         handle, selection = begin_injection(listing, injection, values_follow=values_follow)
         finish_injection(handle, selection)
     return handle

@@ -8,6 +8,7 @@ Invariants for every adapted layer and every parameter that is adapted by itself
 
 from __future__ import annotations
 
+import copy
 import copyreg
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -117,6 +118,20 @@ class AdaptedModule(Swapped):
         self.__class__ = before  # type: ignore[assignment]
         for name in own_attributes:
             vars(self).pop(name, None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with ExitStack() as stack:
+            for adapter in self.lora_adapters().values():
+                stack.enter_context(adapter.lora.lock)  # waits while W' stands in for W in another thread
+                if adapter.lora.stands_in:
+                    raise LoRAError(
+                        f"{adapter.lora.name!r}: a copy or a pickle is made inside a forward of this layer, while W' "
+                        "stands in for its weight; make it outside of the forward."
+                    )
+            make, args, state, *rest = super().__reduce_ex__(protocol)
+            # The copy or pickle reads what holds weights after this, when another thread may have put W' in.
+            found = {name: copy.copy(state[name]) for name in ("_parameters", "_flat_weights") if name in state}
+            return (make, args, {**state, **found}, *rest)
 
     def extra_repr(self) -> str:
         """Return the base class's text, followed by r and alpha of each adapter."""

@@ -10,9 +10,9 @@ transformers 5.24, 138 read a weight of a module inside of them, in more than a 
 layers people adapt are the Swin attentions of torchvision and timm, BEiT, EVA, WavLM, and the mixers of Mamba, Jamba,
 Bamba, FalconMamba, NemotronH and Zamba.
 
-A read through a variable or an argument is not found. A function inside of a method that runs again after the method,
-as torch.utils.checkpoint calls it in backward, reads W and not W'. An adapter that is never called gets no gradient,
-and a warning names it (model/gradients.py).
+A read through a variable or an argument is not found. An adapter that is never called gets no gradient, and a warning
+names it (model/gradients.py). A function inside of a method that runs again after the method would read W; where
+reentrant checkpointing is to call it again in backward, its first reading is refused.
 
 nn.TransformerEncoder and its layers read all weights on a fast path in evaluation mode. That path is switched off while
 an adapter inside is not merged.
@@ -34,6 +34,7 @@ from torch import nn
 from ..errors import LoRAError
 from .adapted_module import Swapped, adapted_layers, layer_adapter, swapped_class
 from .adapted_weights import AdaptedWeights
+from .gradient_checkpointing import in_first_pass
 from .low_rank import IN_PROJ
 from .parameter import LoRAParameterHolder
 
@@ -63,16 +64,24 @@ class LayerView:
     def __init__(self, layer: nn.Module) -> None:
         object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "sums", None)
+        object.__setattr__(self, "has_graph", torch.is_grad_enabled())  # when the method began
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("layer", "sums"):  # not set yet; torch.compile asks for them that early
+        if name in ("layer", "sums", "has_graph"):  # not set yet; torch.compile asks for them that early
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         adapter = layer_adapter(self.layer) if name in WEIGHTS else None
         if adapter is None or name != adapter.weight_leaf:
             return getattr(self.layer, name)
+        if self.has_graph and in_first_pass():  # so the segment began inside of the method
+            raise LoRAError(
+                f"{adapter.lora.name!r}: its weight is read in a function that torch.utils.checkpoint with "
+                "use_reentrant=True calls again in backward, where it would read the weight without the adapter, so "
+                "that gradients would be wrong. Make the function a method of the module, which is followed there "
+                "too, or leave the layer out (exclude_modules)."
+            )
         # A first reading without a graph, such as of a norm in no_grad, must not serve one that trains the adapter.
         if self.sums is None or (torch.is_grad_enabled() and not self.sums.requires_grad):
             object.__setattr__(self, "sums", adapter.merged_values(adapter.adapted_weight()))
@@ -80,6 +89,12 @@ class LayerView:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.layer, name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise LoRAError(
+            f"{type(self.layer).__name__}: a copy or a pickle is made inside a method that reads the layer's weight, "
+            "while a view takes the layer's place; make it outside of the method."
+        )
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # for isinstance
@@ -179,11 +194,15 @@ def _with_views(base: type[nn.Module], name: str) -> Callable[..., Any]:
         with nullcontext() if torch.compiler.is_compiling() else layers[0].lora.lock:
             viewed: dict[Path, nn.Module] = {}
             for path in self.lora_reads:
-                layer, adapter = _inside(self, path), _adapter_at(self, path)
-                # A reading method that calls this one may have put a view there already.
-                if layer is not None and not _is_view(layer) and adapter is not None and adapter.lora_active:
+                layer, adapter = cast(Any, _inside(self, path)), _adapter_at(self, path)
+                if layer is None or adapter is None or not adapter.lora_active:
+                    continue
+                # A reading method that calls this one may have put a view there already. It serves here too, unless a
+                # reentrant segment has begun since, which runs this method again and not the other one.
+                if not _is_view(layer) or (layer.has_graph and in_first_pass()):
                     viewed[path] = layer
-                    _modules_around(self, path)[path[-1]] = cast(nn.Module, LayerView(layer))
+                    view = LayerView(layer.layer if _is_view(layer) else layer)
+                    _modules_around(self, path)[path[-1]] = cast(nn.Module, view)
             try:
                 return getattr(base, name)(self, *args, **kwargs)
             finally:

@@ -474,6 +474,28 @@ def test_an_injection_that_is_refused_or_broken_off_leaves_what_is_attached(monk
     assert torch.equal(model(X), net()(X))
 
 
+@pytest.mark.parametrize("fault", ["no such layer", "broken off", "loaded elsewhere"])
+def test_a_failed_injection_leaves_a_merged_model_merged(fault: str, monkeypatch: pytest.MonkeyPatch):
+    def break_off(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = with_two(net())
+    merge(model)
+    before = weight_bits(model)
+    if fault == "broken off":
+        monkeypatch.setattr("lightning_lora.model.inject._create_tensors", break_off)
+    with pytest.raises((LoRAError, KeyboardInterrupt)):
+        if fault == "loaded elsewhere":
+            load_adapter(model, take_adapter(filled(model=Headed(), target_modules=["body"])))
+        else:
+            inject(model, LoRAConfig(target_modules=["0" if fault == "broken off" else "nowhere"]))
+    monkeypatch.undo()
+    assert is_merged(model)
+    assert weight_bits(model) == before
+    unmerge(model)
+    assert weight_bits(model) == weight_bits(with_two(net()))
+
+
 def test_a_merged_plain_model_is_injected_on_its_own_weights():
     model = with_two(net())
     merge(model)

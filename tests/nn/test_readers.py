@@ -22,7 +22,17 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRAConfig, disable_adapter, inject, merge, merge_and_unload, merged, unload, unmerge
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    disable_adapter,
+    inject,
+    merge,
+    merge_and_unload,
+    merged,
+    unload,
+    unmerge,
+)
 from lightning_lora.nn.adapted_module import Swapped
 from lightning_lora.nn.readers import LayerView, LoRAReader
 from support.covering import covering
@@ -494,3 +504,62 @@ def test_a_first_reading_without_a_graph_takes_no_gradient_from_the_second():
     weight = (model.proj.weight + 4 * b @ a).detach().requires_grad_()
     (F.linear(x, weight) / weight.detach().norm()).square().sum().backward()
     torch.testing.assert_close(b.grad, 4 * weight.grad @ a.detach().T)
+
+
+class ReadsInSegments(nn.Module):
+    """Reads in a reentrant segment: in a method, which the segment runs again with a view, or in a function."""
+
+    def __init__(self, segment: str) -> None:
+        super().__init__()
+        self.proj, self.segment = nn.Linear(D, D, bias=False), segment
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def function(x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.proj.weight).tanh()
+
+        scale = self.proj.weight.norm()  # forward has a view too
+        if self.segment == "none":
+            return scale * self._method(x)
+        return scale * checkpoint(function if self.segment == "function" else self._method, x, use_reentrant=True)
+
+    def _method(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.proj.weight).tanh()
+
+
+def reading_in_segments(segment: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = ReadsInSegments(segment)
+    inject(model, LoRAConfig(r=R, target_modules=["proj"], init_lora_weights=False), seed=0)
+    return model
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_method_that_reads_in_a_reentrant_segment_has_the_gradients_of_the_plain_pass(around: bool):
+    x = torch.randn(3, D, requires_grad=True)
+    gradients = []
+    for segment in ("none", "method"):
+        model = reading_in_segments(segment)
+        output = checkpoint(model, x, use_reentrant=True) if around and segment == "method" else model(x)
+        output.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_function_that_reads_in_a_reentrant_segment_is_refused_where_its_gradients_would_be_wrong():
+    model, x = reading_in_segments("function"), torch.randn(3, D, requires_grad=True)
+    with pytest.raises(LoRAError, match="'proj': its weight is read in a function .* Make the function a method"):
+        model(x)
+    assert isinstance(model.proj, nn.Linear)
+    assert not isinstance(model.proj, LayerView)
+    expected = reading_in_segments("none")
+    for result, other in ((model, expected), (unload_copy(model), unload_copy(expected))):
+        with torch.no_grad():
+            torch.testing.assert_close(result(x), other(x))
+    with merged(model), merged(expected):
+        torch.testing.assert_close(model(x), expected(x))
+
+
+def unload_copy(model: nn.Module) -> nn.Module:
+    plain = copy.deepcopy(model)
+    unload(plain)
+    return plain
