@@ -480,15 +480,18 @@ def test_a_failed_injection_leaves_a_merged_model_merged(fault: str, monkeypatch
         raise KeyboardInterrupt
 
     model = with_two(net())
+    elsewhere = take_adapter(filled(model=Headed(), target_modules=["body"]))
     merge(model)
     before = weight_bits(model)
     if fault == "broken off":
         monkeypatch.setattr("lightning_lora.model.inject._create_tensors", break_off)
+    fails = {
+        "no such layer": lambda: inject(model, LoRAConfig(target_modules=["nowhere"])),
+        "broken off": lambda: inject(model, LoRAConfig(target_modules=["0"])),
+        "loaded elsewhere": lambda: load_adapter(model, elsewhere),
+    }[fault]
     with pytest.raises((LoRAError, KeyboardInterrupt)):
-        if fault == "loaded elsewhere":
-            load_adapter(model, take_adapter(filled(model=Headed(), target_modules=["body"])))
-        else:
-            inject(model, LoRAConfig(target_modules=["0" if fault == "broken off" else "nowhere"]))
+        fails()
     monkeypatch.undo()
     assert is_merged(model)
     assert weight_bits(model) == before

@@ -84,7 +84,7 @@ def test_a_copy_made_inside_the_forward_of_a_layer_on_its_sum_is_refused(kind: s
     model = adapted(kind)
     before = state_bits(model)
     model["layer"].inside = Hook(lambda: COPIES[way](model))
-    with torch.no_grad(), pytest.raises(LoRAError, match="outside of the (forward|method)"):
+    with torch.no_grad(), pytest.raises(LoRAError, match=r"outside of the (forward|method)"):
         model["layer"](torch.randn(3, 4))
     assert state_bits(model) == before
     model["layer"].inside = Hook()

@@ -547,7 +547,7 @@ def test_a_method_that_reads_in_a_reentrant_segment_has_the_gradients_of_the_pla
 
 def test_a_function_that_reads_in_a_reentrant_segment_is_refused_where_its_gradients_would_be_wrong():
     model, x = reading_in_segments("function"), torch.randn(3, D, requires_grad=True)
-    with pytest.raises(LoRAError, match="'proj': its weight is read in a function .* Make the function a method"):
+    with pytest.raises(LoRAError, match=r"'proj': its weight is read in a function .* Make the function a method"):
         model(x)
     assert isinstance(model.proj, nn.Linear)
     assert not isinstance(model.proj, LayerView)
