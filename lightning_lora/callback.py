@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from .config import PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config, refuse_unknown_option
+from .config import (
+    DEFAULT_VARIANT,
+    Bias,
+    Init,
+    LoRAConfig,
+    PeftConfig,
+    Task,
+    as_config,
+    is_config,
+    refuse_unknown_option,
+)
 from .errors import LoRAError, sentence
 from .formats.lightning_checkpoint import Kind
 from .matching import ALL_LINEAR
@@ -127,7 +137,7 @@ class LoRACallback(Callback):
         bias: Bias = "none",
         use_rslora: bool = False,
         use_dora: bool = False,
-        variant: str = PLAIN,
+        variant: str = DEFAULT_VARIANT,
         variant_options: Mapping[str, Any] | None = None,
         init_lora_weights: bool | Init | str = True,
         task_type: Task | None = None,

@@ -37,8 +37,8 @@ OTHER_NAMES = {
     "dropout": "lora_dropout",
     "targets": "target_modules",
 }
-PLAIN = "lora"  # the default of `variant`
-BY_OPTION = "dora"  # the `variant` that use_dora=True means
+DEFAULT_VARIANT = "lora"  # the default of `variant`
+USE_DORA = "dora"  # the `variant` that use_dora=True means
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight; nn/starts.py computes the starts.
@@ -175,7 +175,7 @@ class LoRAConfig:
     bias: Bias = field(default="none", metadata=_about("whole", "same"))
     use_rslora: bool = field(default=False, metadata=_about("scaling", "same"))
     use_dora: bool = field(default=False, metadata=_about("variant", "same", in_files="if set"))
-    variant: str = field(default=PLAIN, metadata=_about("variant", "no", in_files="if set"))
+    variant: str = field(default=DEFAULT_VARIANT, metadata=_about("variant", "no", in_files="if set"))
     variant_options: Mapping[str, Any] | None = field(
         default=None, metadata=_about("variant's own", "no", in_files="if set")
     )
@@ -252,7 +252,7 @@ class LoRAConfig:
     @property
     def has_start(self) -> bool:
         """Whether the product of the initial A and B is subtracted, W' = W + s * (B @ A - B0 @ A0)."""
-        return is_start(self.init_lora_weights) or self.init_lora_weights == FROM_GRADIENTS
+        return starts_from_weight(self.init_lora_weights) or self.init_lora_weights == FROM_GRADIENTS
 
     @property
     def names_no_layer(self) -> bool:
@@ -340,13 +340,13 @@ class LoRAConfig:
                 "LoRAConfig.from_peft: target_modules=None lets peft choose by the model's type; name the layers, or "
                 "say 'all-linear'."
             )
-        asked = {"variant": variant.name, "variant_options": own} if variant.name != PLAIN else {}
+        asked = {"variant": variant.name, "variant_options": own} if variant.name != DEFAULT_VARIANT else {}
         return cls(**{name: options[name] for name in shared}, **asked)
 
     def differing(self, config: LoRAConfig) -> list[str]:
         """Return the names of the options in which two configs differ. The order of names in a list is ignored."""
         names = [option.name for option in fields(self)]
-        if {self.variant, config.variant} <= {PLAIN, BY_OPTION}:
+        if {self.variant, config.variant} <= {DEFAULT_VARIANT, USE_DORA}:
             names.remove("variant")  # use_dora then differs too, and one name is enough
         return [name for name in names if _unordered(getattr(self, name)) != _unordered(getattr(config, name))]
 
@@ -369,8 +369,8 @@ class LoRAConfig:
         is_by_table = isinstance(rows, dict)
         rows = {name: _ascending(each) for name, each in rows.items()} if is_by_table else _ascending(rows)
         new["trainable_token_indices"] = rows
-        if self.variant == BY_OPTION or (self.use_dora is True and self.variant == PLAIN):
-            new |= {"variant": BY_OPTION, "use_dora": True}
+        if self.variant == USE_DORA or (self.use_dora is True and self.variant == DEFAULT_VARIANT):
+            new |= {"variant": USE_DORA, "use_dora": True}
         for option, value in new.items():
             is_empty = isinstance(value, (tuple, dict)) and not value and option != "target_modules"
             object.__setattr__(self, option, None if is_empty else value)
@@ -413,7 +413,7 @@ class LoRAConfig:
                 _refuse(f"variant_options[{name!r}]", type(default).__name__, value)
         changed = {name: value for name, value in given.items() if value != defaults[name]}
         object.__setattr__(self, "variant_options", changed or None)
-        why_not = KNOWN_VARIANTS[self.variant].why_not_with(self) if self.variant != PLAIN else ""
+        why_not = KNOWN_VARIANTS[self.variant].why_not_with(self) if self.variant != DEFAULT_VARIANT else ""
         if why_not:
             raise LoRAError(f"LoRAConfig: {why_not}.")
 
@@ -480,7 +480,7 @@ def as_config(config: LoRAConfig | PeftConfig) -> LoRAConfig:
     return config if isinstance(config, LoRAConfig) else LoRAConfig.from_peft(config)
 
 
-def is_start(init: object) -> bool:
+def starts_from_weight(init: object) -> bool:
     """Return whether a value of init_lora_weights lets A and B start from the weight."""
     return isinstance(init, str) and STARTS.fullmatch(init) is not None
 
@@ -612,13 +612,13 @@ RULES: tuple[tuple[str, Callable[[Any, LoRAConfig], object], str], ...] = (
     *((option, lambda v, c: isinstance(v, bool), "true or false") for option in SWITCHES),
     (
         "init_lora_weights",
-        lambda v, c: isinstance(v, bool) or v in get_args(Init) or is_start(v),
+        lambda v, c: isinstance(v, bool) or v in get_args(Init) or starts_from_weight(v),
         "true, false, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4' (or another number), 'olora', 'eva' or "
         "'lora_ga'",
     ),
     ("r", lambda v, c: c.init_lora_weights != "orthogonal" or v % 2 == 0, EVEN),
     ("rank_pattern[]", lambda v, c: c.init_lora_weights != "orthogonal" or v % 2 == 0, EVEN),
-    ("use_dora", lambda v, c: not v or c.variant == BY_OPTION, "left out with variant={c.variant!r}"),
+    ("use_dora", lambda v, c: not v or c.variant == USE_DORA, "left out with variant={c.variant!r}"),
 )
 
 for _option in fields(LoRAConfig):

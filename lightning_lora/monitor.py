@@ -102,7 +102,7 @@ class LoRAMonitor(Callback):
         layers = handle.layers
         if is_one_of_several:
             held = {id(parameter) for parameter in held_parameters(optimizer)}
-            layers = {name: each for name, each in layers.items() if any(id(f) in held for f in each.factors())}
+            layers = {name: each for name, each in layers.items() if any(id(f) in held for f in each.trained_tensors())}
         if not layers:
             return {}
         reshard_(each for _, each in handle.modules)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 # Parameters of an adapted layer. Those of an adapted single parameter `w` are lora_A_w and lora_B_w in w's module.
 A, B = "lora_A", "lora_B"
-ATTRIBUTE = "lora_injection"  # attribute of the injected module: its Injection
+INJECTION_ATTRIBUTE = "lora_injection"  # attribute of the injected module: its Injection
 MERGED_FOR_GOOD = "merged_after_fit"  # attribute of a LightningModule that a fit merged, until it is fitted again
 META = "lora"  # key of an adapter's metadata in a checkpoint
 # Segments that torch.compile, checkpoint_wrapper and FSDP1 add to names.

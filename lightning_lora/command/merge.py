@@ -43,7 +43,7 @@ from ..nn.low_rank import (
     row_blocks,
 )
 from ..nn.rounding import IN_FILES, tell_rounding
-from ..nn.variant import LayerInfo, Parts
+from ..nn.variant import LayerInfo, RowChunks
 from ..notices import tell, warn
 from ..progress import progress_bar
 from .output import IN_PYTHON, check_output, refuse_quantized
@@ -365,7 +365,7 @@ def _layer_update(
             f"shape {tuple(old.shape)}; the adapter belongs to another base."
         )
 
-    def read() -> Parts:
+    def read() -> RowChunks:
         if whole is None:
             return row_chunks(old)
         # W is the adapter's own, as it is written.

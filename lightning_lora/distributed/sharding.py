@@ -35,13 +35,13 @@ if TYPE_CHECKING:  # otherwise imported where they are used: they take as long a
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-PLAIN = (torch.Tensor, nn.Parameter)
+PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 FSDP = "torch.distributed.fsdp"  # if it was never imported, no module is fully sharded
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     """Return whether a tensor is a DTensor."""
-    return type(tensor) not in PLAIN and any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
+    return type(tensor) not in PLAIN_TYPES and any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
 def is_spread(tensor: object) -> bool:
@@ -334,7 +334,7 @@ def _can_be_indexed(tensor: torch.Tensor) -> bool:
 
 
 def _is_strided(tensor: torch.Tensor) -> bool:
-    return type(tensor) in PLAIN and tensor.layout is torch.strided
+    return type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided
 
 
 def samples(tensor: torch.Tensor, positions: Sequence[int]) -> list[float]:

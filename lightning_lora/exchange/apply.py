@@ -43,7 +43,7 @@ from ..model.merging import holds_merged, merge_listed, unmerge_if_merged, unmer
 from ..model.quantize import quantize_named_
 from ..model.transaction import transaction
 from ..nn.adapted_weights import LayerSpec
-from ..nn.owner import claimed
+from ..nn.claims import claimed
 from ..nn.quantized import NF4, quantized_parameters
 from ..notices import tell
 from .align import add_frozen_weights, align_names, as_in_model, record_trained, split_off_base, split_off_foreign
@@ -94,7 +94,7 @@ def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs, on_error:
         return
     injection = handle.injection
     resized = [layer.lora.name for layer, spec in specs.items() if spec.r != layer.lora.spec.r]
-    in_training = any(factor.grad is not None for layer in specs for factor in layer.factors())
+    in_training = any(factor.grad is not None for layer in specs for factor in layer.trained_tensors())
     for layer, spec in specs.items():
         on_error.callback(setattr, layer.lora, "spec", layer.lora.spec)
         for factor in layer.stored().values():
@@ -150,11 +150,11 @@ def apply_adapter(
         with transaction() as on_error:
             on_error.callback(_take_out_begun, listing.model, injection)
             handle = inject_layers(listing, injection)
-            with claimed("load_adapter", injection.owner):
+            with claimed("load_adapter", injection.claims):
                 return _check_and_copy_(open_state(handle), names, adapter, strict_base=strict_base, remedy=remedy)
     handle = listing
     _tell_of_options(handle, adapter)
-    with claimed("load_adapter", handle.injection.owner), transaction() as on_error:
+    with claimed("load_adapter", handle.injection.claims), transaction() as on_error:
         was_merged = holds_merged(handle)
         if was_merged:
             on_error.callback(_merge_again, listing.model)

@@ -29,8 +29,8 @@ from ..model.live_state import LiveState, open_state, original_value
 from ..model.wrappers import unwrapped
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.attached_factors import AttachedFactors, Attachment
+from ..nn.claims import claimed
 from ..nn.low_rank import factor_shapes, to_block_diagonal
-from ..nn.owner import claimed
 from ..nn.variant import LayerInfo
 from .align import align_names, as_in_model, order_in, split_off_base
 from .first_names import Names, by_first_names
@@ -83,7 +83,7 @@ def attach(
     adapter = read_source(source, order_in(listing.model), "attach")
     handle = find_adapted(listing, attached=True) or begin_attached(listing.model)
     put_in = partial(_put_in_, handle, adapter, name, strength, strict_base)
-    with claimed("attach", handle.injection.owner):
+    with claimed("attach", handle.injection.claims):
         if name in handle.injection.attached:
             raise LoRAError(f"attach: an adapter {name!r} is attached already; call detach(model, {name!r}) first.")
         change_unmerged_(handle, "attach", put_in, partial(take_out_attached_, handle, name))
@@ -143,7 +143,7 @@ def _pair(
         raise LoRAError(f"attach: {called!r}: {name!r} was a {given.kind} layer in training, here it is {kind}.")
     scaling, parts = given.scaling, given.parts
     if scaling is None:
-        if not layer.is_trained():
+        if not layer.has_trained_adapter():
             raise LoRAError(
                 f"attach: {called!r}: the source stores no options, so the scaling of {name!r} is not known. Attach a "
                 "folder, a checkpoint or what take_adapter returns."

@@ -44,11 +44,11 @@ from ..model.live_state import LiveState, open_state, original_value, original_v
 from ..model.load_state_dict import mark_merged
 from ..model.merging import unmerge_if_merged
 from ..model.recorded_layers import refuse_replaced_layers
-from ..model.state_dict import base_keys, merge_state_dict
+from ..model.state_dict import merge_state_dict
 from ..names import META, canonical, names_factor, parent_names
 from ..nn.adapted_module import MERGED, adapted_layers, refuse_merged_weights
+from ..nn.claims import claimed
 from ..nn.foreign_entries import ForeignEntries, foreign_of, metadata_of, with_metadata
-from ..nn.owner import claimed
 from .align import add_frozen_weights, align_names, record_trained
 from .first_names import Names
 from .fit_checks import check_adapter
@@ -88,7 +88,7 @@ def convert_checkpoint(
         LoRAError: the kind cannot express the adapter, or another thread changes or saves the model.
     """
     handle = open_model(module, "checkpoint")
-    with claimed("save_checkpoint", handle.injection.owner):
+    with claimed("save_checkpoint", handle.injection.claims):
         refuse_replaced_layers(handle, "checkpoint")
         live, saved = open_state(handle), checkpoint["state_dict"]
         state = by_canonical_names(saved)
@@ -378,7 +378,7 @@ def _record_base(live: LiveState, state: Mapping[str, Any]) -> None:
 
 def check_complete(handle: AdaptedModel, names: Set[str], source: object) -> None:
     """Raise LoRAError unless a state dict without metadata holds the complete base, the complete adapter, or both."""
-    base, adapter = set(base_keys(handle)), set(open_state(handle).changing)
+    base, adapter = set(handle.base_keys()), set(open_state(handle).changing)
     if names in (base | adapter, base, adapter):
         return
     expected = adapter if names & (adapter - base) else base

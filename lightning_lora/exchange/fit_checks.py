@@ -52,7 +52,7 @@ def specs_for(handle: AdaptedModel, adapter: Adapter) -> Specs:
     for name in filter(adapter.layers.__contains__, handle.kinds):
         layer, given, spec = handle.layers[name], adapter.layers[name], handle.layers[name].lora.spec
         rank, scaling = given.r, spec.scaling if given.scaling is None else given.scaling
-        factor = layer.factors()[0]
+        factor = layer.trained_tensors()[0]
         if rank != spec.r and (is_spread(factor) or keeps_copy(factor)):
             how = "is sharded" if is_spread(factor) else "is trained by DeepSpeed"
             raise LoRAError(f"adapter: {name!r} {how}, and has rank {spec.r}, the adapter {rank}: load it before that.")

@@ -25,8 +25,8 @@ from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_quantized, refuse_unmergeable
 from ..model.wrappers import unwrapped
 from ..nn.adapted_module import injections_of, is_factor
+from ..nn.claims import claimed
 from ..nn.low_rank import MERGEABLE_DTYPES
-from ..nn.owner import claimed
 from ..nn.quantized import how_quantized, shape_of
 from ..nn.rounding import IN_FILES, Rounding
 from ..progress import progress_bar
@@ -89,7 +89,7 @@ def save_merged(
     listing = Listing(unwrapped(model, "save_merged"))
     injections = injections_of(listing.all_layers.values()) or [open_model(model, "save_merged").injection]
     dtype = dequantize_dtype(dequantize, "save_merged")
-    with claimed("save_merged", *[injection.owner for injection in injections]):
+    with claimed("save_merged", *[injection.claims for injection in injections]):
         refuse_replaced_layers(listing, "save_merged")
         warn_of_untrained(listing)
         refuse_unmergeable(listing, dtype)

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ..distributed.rank_sync import RankSync
-from ..distributed.sharding import PLAIN, detached, full_tensor, local, reshard_
+from ..distributed.sharding import PLAIN_TYPES, detached, full_tensor, local, reshard_
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, open_model
-from ..model.dequantize import dequantize_dtype, plain_weight, quantized_weights
+from ..model.dequantize import dequantize_dtype, dequantized_weight, quantized_weights
 from ..model.foreign_state import foreign_entries
 from ..model.gradients import warn_of_untrained
 from ..model.injection import Injection
@@ -25,8 +25,8 @@ from ..model.live_state import LiveState, open_state
 from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_unmergeable
 from ..nn.adapted_module import adapter_of, is_factor
+from ..nn.claims import claimed
 from ..nn.low_rank import HALF
-from ..nn.owner import claimed
 from ..nn.quantized import quantization_entries
 from ..nn.rounding import IN_FILES, Rounding
 
@@ -65,7 +65,7 @@ def merged_tensors(
         2.bias (2,)
     """
     handle, dtype = open_model(model, VERB, attached=True), dequantize_dtype(dequantize, VERB)
-    with claimed(VERB, handle.injection.owner):
+    with claimed(VERB, handle.injection.claims):
         refuse_replaced_layers(handle, VERB)
         warn_of_untrained(handle)
         refuse_unmergeable(handle, dtype)
@@ -74,7 +74,7 @@ def merged_tensors(
 
 def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the merged tensors of a model. It belongs to nobody between two of them."""
-    with claimed(VERB, handle.injection.owner):
+    with claimed(VERB, handle.injection.claims):
         live = open_state(handle)
         trained = Trained(handle, live)
         others = _other_entries(handle, live, dtype)
@@ -84,13 +84,13 @@ def _tensors(handle: AdaptedModel, dtype: torch.dtype | None) -> Iterator[tuple[
     rounding = Rounding(sync)
 
     def take(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
-        with claimed(VERB, handle.injection.owner):
+        with claimed(VERB, handle.injection.claims):
             reshard_(modules)
             sync.run(VERB, partial(trained.refuse_written, *trained.parts_of(name, module)))
             whole = merged_tensor(VERB, name, tensor, module, rounding, dtype if name in quantized else None)
             sync.raise_on_any_rank()
             # In memory of its own, but for a quantized one, whose class may have no exact copy.
-            shares = type(whole) in PLAIN and whole.data_ptr() == local(tensor).data_ptr()
+            shares = type(whole) in PLAIN_TYPES and whole.data_ptr() == local(tensor).data_ptr()
             return whole.clone() if shares else whole
 
     for name, tensor, module in live.entries:
@@ -116,7 +116,7 @@ def merged_tensor(
         dtype: for a quantized weight, of the plain weight in its place; else None.
     """
     if dtype is not None:
-        return full_tensor(plain_weight(name, module, dtype, rounding))
+        return full_tensor(dequantized_weight(name, module, dtype, rounding))
     values = [detached(tensor)]
     adapter = adapter_of(module, name.rpartition(".")[2])
     if adapter is not None and adapter.lora.undo is None:
@@ -125,7 +125,7 @@ def merged_tensor(
         cost = rounding.of(adapter, tensor) if tensor.dtype in HALF else None
 
         def merge() -> None:
-            values[0] = adapter.merged_copy(weight, blocks, cost)
+            values[0] = adapter.merged_weight(weight, blocks, cost)
 
         rounding.sync.run(f"{verb}: {name!r}", merge)
     return full_tensor(values.pop())
@@ -162,7 +162,7 @@ class Trained:
     def parts_of(self, name: str, module: nn.Module) -> list[str]:
         """Return the names of the parameters that go into a merged tensor of this name in this module."""
         layer = adapter_of(module, name.rpartition(".")[2])
-        factors = [] if layer is None else [self.names.get(id(factor), name) for factor in layer.factors()]
+        factors = [] if layer is None else [self.names.get(id(factor), name) for factor in layer.trained_tensors()]
         return [each for each in (name, *factors) if each in self.parts]
 
     def refuse_written(self, *names: str) -> None:

@@ -28,7 +28,7 @@ from ..model.inject import inject_layers
 from ..model.wrappers import refuse_trained_copies, unwrapped, warn_of_late_adapters
 from ..names import META
 from ..nn.attached_factors import Attachment
-from ..nn.owner import claimed
+from ..nn.claims import claimed
 from .align import order_in
 from .apply import apply_adapter, new_injection, quantize_as_trained_
 from .build_module import build_module, lines_by_hand
@@ -94,7 +94,7 @@ def take_adapter(model: nn.Module, *, name: str = "") -> Adapter:
         0
     """
     handle = open_model(model, "take_adapter", attached=bool(name))
-    with claimed("take_adapter", handle.injection.owner):
+    with claimed("take_adapter", handle.injection.claims):
         return _adapter_called(handle, name, "take_adapter")
 
 
@@ -136,7 +136,7 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike, *, name: str = "") 
         write_folder(with_options(model, "save_adapter"), path)
         return
     handle = open_model(model, "save_adapter", attached=bool(name))
-    with claimed("save_adapter", handle.injection.owner):
+    with claimed("save_adapter", handle.injection.claims):
         _write(handle, _adapter_called(handle, name, "save_adapter"), path, plain=bool(name))
 
 

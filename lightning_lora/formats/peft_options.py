@@ -21,8 +21,8 @@ from typing import Any, get_args
 from ..adapter.adapter import Adapter
 from ..adapter.values import equal_tables, ties_of
 from ..config import (
+    DEFAULT_VARIANT,
     IGNORED_PEFT_FIELDS,
-    PLAIN,
     TASK_HEADS,
     LoRAConfig,
     Task,
@@ -175,7 +175,7 @@ def options_from_peft(
     layers: Sequence[str],
     whole: Iterable[str],
     tables: Mapping[str, Sequence[int]],
-    variant: str = PLAIN,
+    variant: str = DEFAULT_VARIANT,
 ) -> LoRAConfig:
     """Translate the options of adapter_config.json into a LoRAConfig.
 
@@ -202,7 +202,7 @@ def options_from_peft(
     config[OPTION] = dict(tables)
     init = options.get("init_lora_weights", True)
     config["init_lora_weights"] = init if isinstance(init, (bool, str)) and init in OUR_INITS else True
-    if variant != PLAIN:
+    if variant != DEFAULT_VARIANT:
         own = {name: options[name] for name in KNOWN_VARIANTS[variant].own_options if name in options}
         config |= {"variant": variant, "variant_options": own}
     return LoRAConfig(**{"target_modules": layers, **config})

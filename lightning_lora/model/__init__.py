@@ -14,7 +14,7 @@ layers a new one begins (inject.replace_layers).
     seed                kept    what adapters are drawn from
     chosen              kept    what a loaded adapter adapts and trains
     layers              kept    names of the adapted layers, written by attached.record_and_patch_layers
-    trained_count       kept    raised by AdaptedModel.add_trained, set back by take_back_facts_
+    trained_count       kept    raised by AdaptedModel.record_as_trained, set back by take_back_facts_
     facts               new     of tensors; a copy's are in its modules
     origin              kept    what a loaded file says of its base
     marks               kept    see below
@@ -24,7 +24,7 @@ layers a new one begins (inject.replace_layers).
     in_training_batch   new     dropout acts in eval mode too, written by trainer/
     merged_to_evaluate  new     the end of an evaluation unmerges, written by trainer/
     root                new     a weak reference to the injected module
-    owner               new     the open claims: one writer at a time, see nn/owner.py
+    claims              new     the open claims: one writer at a time, see nn/claims.py
     strength_log        new     strengths that open blocks have set
 
 Its marks: validated, merged, merges by mode, started, quantized, trained, ended, attached alone, factored. What each
@@ -106,6 +106,6 @@ What a small checkpoint holds: LiveState.changing, in live_state.py.
 
 Blocks. `merged` holds its claim, and notes whether the model was merged. `scaled` and `disable_adapter` also hold the
 strengths that a block around them has set, and the initial values of what was fully trained. disable_adapter also holds
-which layers were active. merging.run_block restores what was found. nn/owner.REFUSED says which calls are refused
+which layers were active. merging.run_block restores what was found. nn/claims.REFUSED says which calls are refused
 inside of which block.
 """

@@ -17,13 +17,13 @@ from torch import nn
 from ..distributed.flat import unsharded_shape
 from ..distributed.sharding import copy_of
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, WRAPPERS
-from ..nn.adapted_module import adapted_layers
+from ..names import INJECTION_ATTRIBUTE, WRAPPERS
+from ..nn.adapted_module import NamedModules, adapted_layers, is_factor
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import ATTENTION_OUTPUT
 from .facts import Fact, Known, Why, facts_of, known_tensors, memory_of
 from .injection import Injection
-from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, state_of
+from .named_state import BaseParameter, StateEntry, base_parameters_of, state_of
 from .wrappers import inside_known_wrappers, unwrapped
 
 
@@ -36,12 +36,12 @@ class Listing:
         self.model = model
 
     @cached_property
-    def places(self) -> Places:
+    def places(self) -> NamedModules:
         """Every module under each of its names, without the segments of wrappers."""
         return list_places(self.model)
 
     @cached_property
-    def modules(self) -> Places:
+    def modules(self) -> NamedModules:
         """Every module once, under its first name."""
         return _each_once(self.places)
 
@@ -53,13 +53,13 @@ class Listing:
     @cached_property
     def layers(self) -> dict[str, AdaptedWeights]:
         """The layers and parameters that have a trained adapter, by name; a shared one by its first name."""
-        return {name: layer for name, layer in self.all_layers.items() if layer.is_trained()}
+        return {name: layer for name, layer in self.all_layers.items() if layer.has_trained_adapter()}
 
     @cached_property
     def layers_by_every_name(self) -> dict[str, AdaptedWeights]:
         """The layers and parameters that have a trained adapter, each under all of its names."""
         every = adapted_layers(self.model, remove_duplicate=False, modules=self.places)
-        return {name: layer for name, layer in every.items() if layer.is_trained()}
+        return {name: layer for name, layer in every.items() if layer.has_trained_adapter()}
 
     @cached_property
     def kinds(self) -> dict[str, str]:
@@ -77,9 +77,9 @@ class Listing:
 
     def look_again(self) -> None:
         """Forget the lists, after layers were adapted, replaced or taken out."""
-        for name in ("places", "modules", "root_places", "root_modules", "known"):
-            vars(self).pop(name, None)
-        self.look_for_layers_again()
+        for name in [*vars(self)]:
+            if isinstance(getattr(type(self), name, None), cached_property):
+                del vars(self)[name]
 
     def look_for_layers_again(self) -> None:
         """Forget which modules are adapted, after adapters were put in or taken out of the same modules."""
@@ -89,6 +89,10 @@ class Listing:
     def state(self) -> list[StateEntry]:
         """Return each name of model.state_dict() with its live tensor and owner; see state_of."""
         return list(state_of(self.places))
+
+    def base_keys(self) -> list[str]:
+        """Return the names of the plain model's state dict."""
+        return [name for name, _, owner in self.state() if not is_factor(name, owner)]
 
 
 class AdaptedModel(Listing):
@@ -122,7 +126,7 @@ class AdaptedModel(Listing):
         self.inside = inside
 
     @cached_property
-    def places(self) -> Places:
+    def places(self) -> NamedModules:
         """Every module under each of its names, without frozen copies and the segments of wrappers."""
         places = list_places(self.model)
         others = _frozen_injections(places) - {self.injection}
@@ -134,7 +138,7 @@ class AdaptedModel(Listing):
         return [(name, module) for name, module in places if not is_copy[module]]
 
     @cached_property
-    def root_places(self) -> Places:
+    def root_places(self) -> NamedModules:
         """Every module of the root under each of its names in the root."""
         if self.root is self.model:
             return self.places
@@ -144,7 +148,7 @@ class AdaptedModel(Listing):
         return [(n.removeprefix(self.prefix) if n != name else "", m) for n, m in self.places if is_inside(n, name)]
 
     @cached_property
-    def root_modules(self) -> Places:
+    def root_modules(self) -> NamedModules:
         """Every module of the root once, under its first name in the root."""
         return self.modules if self.root is self.model else _each_once(self.root_places)
 
@@ -153,7 +157,7 @@ class AdaptedModel(Listing):
         return base_parameters_of(self.root_modules)
 
     @property
-    def outer_places(self) -> Places:
+    def outer_places(self) -> NamedModules:
         """Every module of the model or of the root, whichever holds the other, under each of its names there."""
         return self.places if self.prefix else self.root_places
 
@@ -223,7 +227,7 @@ class AdaptedModel(Listing):
         values = {key: value for key, value in self._initial_by_id().items() if key in wanted} if wanted else {}
         return {name: values[id(tensor)] for name, tensor, _ in self.state() if id(tensor) in values} if values else {}
 
-    def first_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def initial_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield each live tensor that has a recorded value from before training, and this value.
 
         A tensor of another shape came in the place of the one that was recorded, and has none.
@@ -233,7 +237,7 @@ class AdaptedModel(Listing):
                 yield tensor, fact.initial
 
     def _initial_by_id(self) -> dict[int, torch.Tensor]:
-        return {id(tensor): value for tensor, value in self.first_values()}
+        return {id(tensor): value for tensor, value in self.initial_values()}
 
     def set_initial(self, values: Mapping[str, torch.Tensor]) -> None:
         """Replace all recorded values from before training by these, given by name in `model`."""
@@ -274,7 +278,7 @@ class AdaptedModel(Listing):
         trained = self.trained()
         new = [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
         for each in new:
-            self.add_trained(each, "asked" if expected else "unfrozen", keep=expected or untouched)
+            self.record_as_trained(each, "asked" if expected else "unfrozen", keep=expected or untouched)
         if new and not expected:
             shown = ", ".join(each.name for each in new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
             warnings.warn(
@@ -284,7 +288,7 @@ class AdaptedModel(Listing):
             )
         return [each.parameter for each in new]
 
-    def add_trained(self, each: BaseParameter, why: Why, *, keep: bool) -> None:
+    def record_as_trained(self, each: BaseParameter, why: Why, *, keep: bool) -> None:
         """Record that a base parameter of the root is trained; `keep` its present value as that from before."""
         fact = self.fact(each.module, each.leaf, each.parameter)
         fact.trained = why
@@ -292,7 +296,7 @@ class AdaptedModel(Listing):
         if keep:
             fact.initial = copy_of(each.parameter)
 
-    def without_first_values(self) -> list[str]:
+    def without_initial_values(self) -> list[str]:
         """Return the names of base parameters that may have been trained and whose values from before are not known."""
         if not self.injection.has_trained_adapter:
             return []
@@ -312,7 +316,7 @@ class AdaptedModel(Listing):
             names_here.setdefault(id(tensor), name)
         for each in self.base():
             if names_here.get(id(each.parameter), "") in names and id(each.parameter) not in trained:
-                self.add_trained(each, "unfrozen", keep=True)
+                self.record_as_trained(each, "unfrozen", keep=True)
 
 
 def open_model(model: nn.Module, verb: str, *, attached: bool = False) -> AdaptedModel:
@@ -382,12 +386,12 @@ def _find(listing: Listing, part: bool) -> AdaptedModel | None:
         return with_lists(AdaptedModel(model, model, injection), listing)
     roots = {name: module for name, module in listing.modules if injection_of_root(module) is not None}
     layers = listing.all_layers
-    injections = [vars(root)[ATTRIBUTE] for root in roots.values()] + [
+    injections = [vars(root)[INJECTION_ATTRIBUTE] for root in roots.values()] + [
         layer.lora.injection for layer in layers.values()
     ]
     if len(set(injections)) > 1:
         frozen = _frozen_injections(listing.places)
-        roots = {name: root for name, root in roots.items() if vars(root)[ATTRIBUTE] not in frozen}
+        roots = {name: root for name, root in roots.items() if vars(root)[INJECTION_ATTRIBUTE] not in frozen}
         injections = [injection for injection in injections if injection not in frozen]
     if len(set(injections)) > 1 or (layers and not injections):
         names = ", ".join(map(repr, roots or layers))
@@ -417,11 +421,11 @@ def injection_of_root(module: nn.Module) -> Injection | None:
     An injection that has ended stays in a copy of the injected module where a part of the copy got another adapter: the
     copy of an injection does not know which module holds it.
     """
-    injection: Injection | None = vars(module).get(ATTRIBUTE)
+    injection: Injection | None = vars(module).get(INJECTION_ATTRIBUTE)
     return injection if injection is not None and "ended" not in injection.marks else None
 
 
-def _frozen_injections(places: Places) -> set[Injection]:
+def _frozen_injections(places: NamedModules) -> set[Injection]:
     """Return the injections, of several that modules belong to, whose adapters are all frozen."""
     if len({facts.injection for _, module in places if (facts := facts_of(module)) is not None}) < 2:
         return set()
@@ -469,7 +473,7 @@ def list_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return places
 
 
-def _each_once(places: Places) -> Places:
+def _each_once(places: NamedModules) -> NamedModules:
     first: dict[nn.Module, str] = {}
     for name, module in places:
         first.setdefault(module, name)

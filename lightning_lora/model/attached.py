@@ -17,17 +17,17 @@ from ..names import listed
 from ..nn.adapted_module import AdaptedModule, adapted_places, unadapt_
 from ..nn.adapted_weights import NOTHING, AdaptedWeights, LayerSpec
 from ..nn.attached_factors import AttachedFactors, Attachment, Packed
+from ..nn.claims import DISABLED, OFF, Claims, claimed
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..nn.layer_kinds import adapt_
-from ..nn.owner import DISABLED, OFF, Owner, claimed
 from ..nn.parameter import adapt_parameter_, weights_of
 from ..nn.quantized import keep_gradients_
 from ..nn.readers import patch_readers, undo_readers, update_fast_paths
 from ..nn.tied_weights import record_ties
 from ..notices import tell
 from .adapted_model import AdaptedModel, Listing, find_adapted, injection_of_root, open_model
-from .base_values import put_in_, stand_ins, take_out_
 from .facts import begin_facts, end_facts, note_adapted_children
+from .initial_in_place import initial_values_of, put_in_, take_out_
 from .injection import Chosen, Injection
 from .load_state_dict import hook_load_state_dict, unhook_load_state_dict
 from .merging import FoundState, run_block, unmerge_if_merged
@@ -153,12 +153,12 @@ def scaled(model: nn.Module, strength: float | Strengths, name: str = "") -> Ite
     injection = handle.injection
     if "" in strengths:
         _refuse_between(handle, strengths[""])
-    is_off = strengths.get("") == 0 and any(True for _ in handle.first_values())
-    with claimed(OFF if is_off else "scaled", injection.owner) as claim:
-        around = [verb for verb in (DISABLED, OFF) if injection.owner.holds(verb, other_than=claim)]
+    is_off = strengths.get("") == 0 and any(True for _ in handle.initial_values())
+    with claimed(OFF if is_off else "scaled", injection.claims) as claim:
+        around = [verb for verb in (DISABLED, OFF) if injection.claims.holds(verb, other_than=claim)]
         if around and strengths.get(""):
             raise LoRAError(f"scaled: inside `with {around[0]}` the trained adapter stays off; leave its strength out.")
-        found = stand_ins(handle) if is_off and not around else []
+        found = initial_values_of(handle) if is_off and not around else []
         modules = [each.module for each in found]
         modules += [module for _, module in handle.modules if found and isinstance(module, AdaptedModule)]
         before = _strengths_in_blocks(handle)
@@ -205,7 +205,7 @@ def _strengths_in_blocks(handle: AdaptedModel) -> dict[str, float]:
     """Return the strength of the trained adapter, and those that `scaled` has set for attached ones, by name."""
     found: dict[str, float] = {}
     for layer in handle.all_layers.values():
-        found |= {"": layer.lora.strength} if layer.is_trained() else {}
+        found |= {"": layer.lora.strength} if layer.has_trained_adapter() else {}
         found |= layer.lora.attached.inside if layer.lora.attached is not None else {}
     return found
 
@@ -217,7 +217,7 @@ def _let_act_with_(handle: AdaptedModel, inside: Strengths) -> None:
     unmerged.
     """
     for layer in handle.all_layers.values():
-        if layer.is_trained():
+        if layer.has_trained_adapter():
             layer.lora.strength = inside.get("", 1.0)
         if layer.lora.attached is not None:
             layer.lora.attached.act_with_(inside)
@@ -296,20 +296,20 @@ def _refuse_between(handle: AdaptedModel, strength: float) -> None:
 # --- put in, taken out and taken over ---
 
 
-def change_unmerged_(handle: AdaptedModel, verb: str, change: Callable[[], None], settle: Callable[[], None]) -> None:
+def change_unmerged_(handle: AdaptedModel, verb: str, change: Callable[[], None], restore: Callable[[], None]) -> None:
     """Unmerge a model, change it, and merge it again where it was merged. In place.
 
     Args:
         handle: of the model.
         verb: the public function, for messages.
         change: the change.
-        settle: takes the change back, or completes it, where an exception broke off any part of this call.
+        restore: takes the change back, or completes it, where an exception broke off any part of this call.
     """
     found = FoundState(handle)
-    with claimed(verb, handle.injection.owner), transaction() as on_error:
+    with claimed(verb, handle.injection.claims), transaction() as on_error:
         # What is called last comes first: the layers that are there now are unmerged, settled and merged as found.
         on_error.callback(found.bring_back, handle)
-        on_error.callback(settle)
+        on_error.callback(restore)
         on_error.callback(unmerge_if_merged, handle)
         on_error.callback(handle.look_for_layers_again)
         unmerge_if_merged(handle)
@@ -368,7 +368,7 @@ def take_out_attached_(handle: AdaptedModel, name: str) -> None:
         rest = layer.attached()
         if rest.pop(name, None) is not None:
             layer.lora.attached = Packed(rest) if rest else None
-        if layer.lora.attached is None and not layer.is_trained():
+        if layer.lora.attached is None and not layer.has_trained_adapter():
             unadapt_(layer)
     handle.look_for_layers_again()
     record_and_patch_layers(handle)
@@ -402,9 +402,9 @@ def record_and_patch_layers(handle: AdaptedModel) -> None:
     patch_save_pretrained(modules)
 
 
-def begin_attached(model: nn.Module, owner: Owner | None = None) -> AdaptedModel:
+def begin_attached(model: nn.Module, claims: Claims | None = None) -> AdaptedModel:
     """Give a plain model an injection of attached adapters. In place."""
-    injection = Injection(LoRAConfig(), chosen=Chosen({}), marks={"attached alone"}, owner=owner or Owner())
+    injection = Injection(LoRAConfig(), chosen=Chosen({}), marks={"attached alone"}, claims=claims or Claims())
     injection.begin(model)
     return AdaptedModel(model, model, injection)
 
@@ -440,6 +440,6 @@ def keep_attached(root: nn.Module, old: Injection) -> None:
     """Let attached adapters stay in a model from which the trained one was taken out. In place. Can be repeated."""
     if old.attached:
         begun = injection_of_root(root)  # by a call that was broken off
-        handle = begin_attached(root, old.owner) if begun is None else AdaptedModel(root, root, begun)
+        handle = begin_attached(root, old.claims) if begun is None else AdaptedModel(root, root, begun)
         take_over_attached(handle, old, handle.injection)
         record_and_patch_layers(handle)

@@ -75,7 +75,7 @@ def quantized_weights(places: NamedModules) -> dict[str, nn.Module]:
     }
 
 
-def plain_weight(
+def dequantized_weight(
     name: str, module: nn.Module, dtype: torch.dtype, rounding: Rounding, stored: Stored | None = None
 ) -> torch.Tensor:
     """Return a quantized parameter as a new plain tensor of its shape, with its adapter merged; rounded once.
@@ -105,7 +105,7 @@ def plain_weight(
     return from_local_like(found[0].to(dtype), values)
 
 
-def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, torch.Tensor]:
+def dequantized_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, torch.Tensor]:
     """Return a plain merged weight for each module with a quantized weight.
 
     Raises:
@@ -115,7 +115,7 @@ def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, t
     rounding, plain = Rounding(RankSync(())), dict[nn.Module, torch.Tensor]()  # nothing is sharded
     for name, module in names.items():
         if module not in plain:
-            plain[module] = plain_weight(name, module, dtype, rounding)
+            plain[module] = dequantized_weight(name, module, dtype, rounding)
     rounding.sync.raise_on_any_rank()
     rounding.tell(DEQUANTIZED, IN_FLOAT32, stacklevel=3)
     return plain
@@ -126,7 +126,7 @@ def replace_quantized_(modules: Iterable[nn.Module], plain: Mapping[nn.Module, t
 
     Args:
         modules: all modules of the model.
-        plain: the plain weights, see plain_weights.
+        plain: the plain weights, see dequantized_weights.
     """
     layers = {module: _plain_layer(module, weight) for module, weight in plain.items()}
     for parent in modules:

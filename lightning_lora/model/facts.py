@@ -28,10 +28,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
-from ..nn.adapted_module import AdaptedModule
-from .named_state import Places, own_state
+from ..nn.adapted_module import AdaptedModule, NamedModules
+from .named_state import own_state
 
-ATTRIBUTE = "lora_facts"  # of each module of an injected model
+FACTS_ATTRIBUTE = "lora_facts"  # of each module of an injected model
 
 # Why a base parameter is trained: the options ask, something unfroze it after injection, or it was resized before.
 Why = Literal["asked", "unfrozen", "resized"]
@@ -96,11 +96,11 @@ class Known(NamedTuple):
 
 def facts_of(module: nn.Module) -> ModuleFacts | None:
     """Return what is known of a module, or None."""
-    found: ModuleFacts | None = vars(module).get(ATTRIBUTE)
+    found: ModuleFacts | None = vars(module).get(FACTS_ATTRIBUTE)
     return found
 
 
-def begin_facts(places: Places, injection: Any, *, scope: str = "") -> None:
+def begin_facts(places: NamedModules, injection: Any, *, scope: str = "") -> None:
     """Let each module of an injected model have facts of this injection. In place; harmless when repeated.
 
     A module without tensors and modules, such as a loss, gets none: it may be one object for many models, as a default
@@ -120,7 +120,7 @@ def begin_facts(places: Places, injection: Any, *, scope: str = "") -> None:
             continue
         facts = facts_of(module)
         if facts is None or "ended" in facts.injection.marks or facts.injection.marks >= {"attached alone"}:
-            vars(module)[ATTRIBUTE] = ModuleFacts(injection, is_scope=bool(scope) and name == scope)
+            vars(module)[FACTS_ATTRIBUTE] = ModuleFacts(injection, is_scope=bool(scope) and name == scope)
 
 
 def end_facts(modules: Iterable[nn.Module], injection: Any) -> None:
@@ -128,7 +128,7 @@ def end_facts(modules: Iterable[nn.Module], injection: Any) -> None:
     for module in modules:
         facts = facts_of(module)
         if facts is not None and facts.injection is injection:
-            del vars(module)[ATTRIBUTE]
+            del vars(module)[FACTS_ATTRIBUTE]
 
 
 def known_tensors(modules: Collection[nn.Module], recorded: Iterable[Fact]) -> dict[int, Known]:

@@ -34,11 +34,11 @@ def warn_of_untrained(listing: Listing, *, stacklevel: int = 3) -> None:
         listing: of any module that holds adapted layers.
         stacklevel: of the warning, so that it shows the user's line.
     """
-    layers = {name: layer for name, layer in listing.layers.items() if not is_spread(layer.factors()[-1])}
+    layers = {name: layer for name, layer in listing.layers.items() if not is_spread(layer.trained_tensors()[-1])}
     unchecked = {name: layer for name, layer in layers.items() if not layer.lora.training_checked}
     for layer in unchecked.values():
         layer.lora.training_checked = not layer.is_initial()
-    last = {name: layer.factors()[-1] for name, layer in unchecked.items() if not layer.lora.training_checked}
+    last = {name: layer.trained_tensors()[-1] for name, layer in unchecked.items() if not layer.lora.training_checked}
     unchanged = [name for name, factor in last.items() if factor.requires_grad and factor.grad is None]
     if unchanged and any(layer.lora.training_checked for layer in layers.values()):
         warn_of_layers("training has changed other adapters, and not those", layers, unchanged, stacklevel + 1)

@@ -97,6 +97,6 @@ def take_back_facts_(handle: AdaptedModel, before: Recorded) -> None:
 def restore_initial_(handle: AdaptedModel) -> None:
     """Write the recorded values from before training into their tensors. In place."""
     reshard_(module for _, module in handle.root_modules)
-    for tensor, value in handle.first_values():
+    for tensor, value in handle.initial_values():
         if not value.is_meta:  # it was recorded before the tensor had a value
             copy_(tensor, value)

@@ -17,10 +17,10 @@ from ..errors import LoRAError, sentence
 from ..names import listed
 from ..nn.adapted_module import AdaptedModule, adapted_layers, adapters_in, unadapt_
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec
+from ..nn.claims import DISABLED, OFF, claimed
 from ..nn.gradient_checkpointing import disable_input_require_grads
 from ..nn.layer_kinds import adapt_
 from ..nn.low_rank import HALF
-from ..nn.owner import DISABLED, OFF, claimed
 from ..nn.parameter import adapt_parameter_
 from ..nn.quantized import allow_packing_
 from ..nn.readers import patch_readers, undo_readers, update_fast_paths
@@ -30,10 +30,10 @@ from ..notices import tell
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, find_adapted, open_model, with_lists
 from .attached import find_attached_alone, keep_attached, record_and_patch_layers, take_over_attached
-from .base_values import put_in_, stand_ins, take_out_
-from .dequantize import dequantize_dtype, plain_weights, replace_quantized_
+from .dequantize import dequantize_dtype, dequantized_weights, replace_quantized_
 from .experts import option_for_experts
 from .facts import begin_facts, end_facts, facts_of
+from .initial_in_place import initial_values_of, put_in_, take_out_
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import Chosen, Injection
 from .load_state_dict import unhook_load_state_dict
@@ -96,7 +96,7 @@ def inject(
     listing = Listing(unwrapped(model, "inject"))
     handle = find_adapted(listing)
     if handle is not None and handle.root is handle.model and "validated" not in handle.injection.marks:
-        with claimed("inject", handle.injection.owner):
+        with claimed("inject", handle.injection.claims):
             strip_adapters(handle)  # the callback adapted the model before configure_model, which calls inject itself
         handle = None
     if handle is not None:
@@ -167,7 +167,7 @@ def replace_layers(handle: AdaptedModel, earlier: StoredParameters, config: LoRA
         fits=old.fits,
         in_training_batch=old.in_training_batch,
         merged_to_evaluate=old.merged_to_evaluate,
-        owner=old.owner,
+        claims=old.claims,
     )
     injection.begin(model)
     take_over_attached(Listing(model), old, injection)
@@ -206,7 +206,7 @@ def unload(model: nn.Module) -> None:
     _warn_of_unknown_values(handle, "unload", stacklevel=3)
     modules = handle.all_modules()
     refuse_fully_sharded(handle.root, modules, "unload")
-    with claimed("unload", handle.injection.owner):
+    with claimed("unload", handle.injection.claims):
         unmerge_if_merged(handle)
         with transaction() as on_error:
             # This completes the call: half an adapter is taken out sooner than put back.
@@ -252,10 +252,10 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
     refuse_replaced_layers(handle, "merge_and_unload")
     modules = handle.all_modules()
     refuse_fully_sharded(handle.root, modules, "merge_and_unload")
-    with claimed("merge_and_unload", handle.injection.owner):
+    with claimed("merge_and_unload", handle.injection.claims):
         refuse_unmergeable(handle, dtype)
         unmerge_listed(handle)  # a layer that could not be merged earlier may be mergeable now
-        plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
+        plain = dequantized_weights(handle.root_places, dtype) if dtype is not None else {}
         handle.injection.marks.add("quantized")  # no layer stays factored, so no message says that
         merge_listed(handle)
 
@@ -278,7 +278,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
 
 def _warn_of_unknown_values(handle: AdaptedModel, verb: str, stacklevel: int) -> None:
     """Warn of weights that were unfrozen after injection, so that their values from before training are not known."""
-    names = handle.without_first_values()
+    names = handle.without_initial_values()
     if names:
         warnings.warn(
             f"lightning_lora: {verb} cannot bring back the values from before training of what was unfrozen after "
@@ -292,8 +292,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Let the model behave as before injection inside the block; after the block it is as it was found.
 
     Trained biases, modules_to_save and persistent buffers have their initial values inside, and get no gradients there.
-    Other tensors stand in for the trained ones, so that the backward of an earlier forward still works inside. A weight
-    that you unfroze after injection is as in unload.
+    Other tensors are put in the places of the trained ones, so that the backward of an earlier forward still works
+    inside. A weight that you unfroze after injection is as in unload.
 
     Raises:
         LoRAError: the model was not injected; what is fully trained is sharded; or, inside the block, something saves,
@@ -312,9 +312,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     handle = open_model(model, "disable_adapter", attached=True)
     _warn_of_unknown_values(handle, "disable_adapter", stacklevel=4)
-    with claimed("disable_adapter", handle.injection.owner) as claim:
-        is_inside = any(handle.injection.owner.holds(verb, other_than=claim) for verb in (DISABLED, OFF))
-        found = [] if is_inside else stand_ins(handle)
+    with claimed("disable_adapter", handle.injection.claims) as claim:
+        is_inside = any(handle.injection.claims.holds(verb, other_than=claim) for verb in (DISABLED, OFF))
+        found = [] if is_inside else initial_values_of(handle)
         adapted = [module for _, module in handle.modules if isinstance(module, AdaptedModule)]
         modules = [] if is_inside else [*adapted, *(each.module for each in found)]
         were_active = {layer: layer.lora_active or layer.lora.merged for layer in handle.all_layers.values()}
@@ -338,7 +338,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _inject(listing: Listing, injection: Injection, *, values_follow: bool = False) -> AdaptedModel:
-    with claimed("inject", injection.owner), transaction() as on_error:
+    with claimed("inject", injection.claims), transaction() as on_error:
         on_error.callback(FoundState(listing).bring_back)  # begin_injection unmerges what is attached alone
         handle, selection = begin_injection(listing, injection, values_follow=values_follow)
         finish_injection(handle, selection)
@@ -374,8 +374,8 @@ def begin_injection(
     """
     earlier = find_attached_alone(listing)
     check_unadapted(listing.modules)
-    owners = [injection.owner] if earlier is None else [injection.owner, earlier.injection.owner]
-    with claimed("inject", *owners):
+    claims = [injection.claims] if earlier is None else [injection.claims, earlier.injection.claims]
+    with claimed("inject", *claims):
         if earlier is not None:
             injection.attached = dict(earlier.injection.attached)
             earlier.injection.end(earlier.root)
@@ -403,7 +403,7 @@ def finish_injection(handle: AdaptedModel, selection: Selection) -> None:
         LoRAError: an entry names nothing. The adapters are then taken out.
     """
     root, injection = handle.root, handle.injection
-    with claimed("adopt", injection.owner), transaction() as on_error:
+    with claimed("adopt", injection.claims), transaction() as on_error:
         on_error.callback(take_out_adapter, handle)
         if errors := selection.unmatched.errors:
             sentences = "\n".join(map(sentence, errors))
@@ -420,7 +420,7 @@ def finish_injection(handle: AdaptedModel, selection: Selection) -> None:
 
 def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Selection:
     """Adapt the named layers that are not adapted yet, freeze new parameters, and return what the options name."""
-    with claimed("adopt", handle.injection.owner):
+    with claimed("adopt", handle.injection.claims):
         root, injection = handle.root, handle.injection
         scope = injection.chosen.scope.removesuffix(".") if injection.chosen else ""
         begin_facts(handle.root_places, injection, scope=scope)
@@ -429,13 +429,15 @@ def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Se
         # What is new, in four forms: layers; attention with q, k and v apart, only to be checked, for its weights are
         # among the parameters; single parameters; tables.
         live = {
-            name: each for name, each in adapted_layers(root, modules=handle.root_modules).items() if each.is_trained()
+            name: each
+            for name, each in adapted_layers(root, modules=handle.root_modules).items()
+            if each.has_trained_adapter()
         }
         new = {name: module for name, module in selection.layers.items() if name not in live}
         apart = {
             name
             for name, module in selection.apart.items()
-            if not any(each.is_trained() for each in adapters_in(module).values())
+            if not any(each.has_trained_adapter() for each in adapters_in(module).values())
         }
         parameters = {name: place for name, place in selection.parameters.items() if name not in live}
         modules = dict(handle.root_modules)
@@ -443,7 +445,7 @@ def adapt_new_layers(handle: AdaptedModel, *, values_follow: bool = False) -> Se
         selection.refuse(modules, injection.config, {*new, *apart, *parameters, *tables})
         check_trainable(handle.root_modules, selection.saved, injection.config)
         if new or apart or parameters or tables:
-            with claimed("inject", injection.owner):  # refused inside of a block, where adopting what is there is not
+            with claimed("inject", injection.claims):  # refused inside of a block, where adopting what is there is not
                 pass
         _freeze(handle, new, selection.saved)
         if injection.attached:  # readers of weights are patched, and a patched module cannot be adapted
@@ -531,7 +533,7 @@ def _record_resized(handle: AdaptedModel) -> None:
     for each in handle.base() if resized else ():
         key = id(each.parameter)
         if key in resized and (key not in known or known[key].fact.trained is None):
-            handle.add_trained(each, "resized", keep=True)
+            handle.record_as_trained(each, "resized", keep=True)
             tell(f"lightning_lora: {each.name} was resized to {len(each.parameter)} rows: saved with the adapter.")
 
 

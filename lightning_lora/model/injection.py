@@ -18,10 +18,10 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import ATTRIBUTE
+from ..names import INJECTION_ATTRIBUTE
 from ..nn.attached_factors import Attachment
+from ..nn.claims import Claims
 from ..nn.gradient_checkpointing import StrengthLog
-from ..nn.owner import Owner
 from .facts import Fact
 
 # What holds of an injection. "validated": finish_injection has checked that each entry of the options names something.
@@ -43,7 +43,7 @@ Mark = Literal[
 ]
 
 
-NOT_COPIED = ("owner", "strength_log", "fits", "in_training_batch", "merged_to_evaluate")  # of what happens right now
+NOT_COPIED = ("claims", "strength_log", "fits", "in_training_batch", "merged_to_evaluate")  # of what happens right now
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Injection:
     in_training_batch: bool = False  # one runs now, in which dropout acts in layers that are kept in eval mode too
     merged_to_evaluate: bool = False  # merged for one evaluation, whose end unmerges; `scaled` leaves it factored
     root: weakref.ref[nn.Module] | None = None  # the injected module; None in a copy of the injection
-    owner: Owner = field(default_factory=Owner)  # the thread that changes or saves the model; a copy has its own
+    claims: Claims = field(default_factory=Claims)  # the open ones; a copy has its own
     strength_log: StrengthLog = field(default_factory=StrengthLog)  # of blocks; a copy is in none
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Injection:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, owner=Owner(), strength_log=StrengthLog())
+        vars(self).update(state, claims=Claims(), strength_log=StrengthLog())
 
     @property
     def has_trained_adapter(self) -> bool:
@@ -106,10 +106,10 @@ class Injection:
             LoRAError: another thread has injected the module meanwhile.
         """
         self.root = weakref.ref(root)
-        earlier = vars(root).get(ATTRIBUTE)
+        earlier = vars(root).get(INJECTION_ATTRIBUTE)
         if earlier is not None and "ended" in earlier.marks:  # in a copy, of which a part got another adapter
-            delattr(root, ATTRIBUTE)
-        if vars(root).setdefault(ATTRIBUTE, self) is not self:
+            delattr(root, INJECTION_ATTRIBUTE)
+        if vars(root).setdefault(INJECTION_ATTRIBUTE, self) is not self:
             raise LoRAError(
                 f"inject: another thread has injected this {type(root).__name__} meanwhile. One thread at a time "
                 "changes a model: hold one threading.Lock of your own around such calls."
@@ -119,10 +119,10 @@ class Injection:
         """Take the injection out of the module that a handle has as its root, and out of the injected one. In place."""
         self.marks.add("ended")
         for module in (root, self.holder()):
-            if module is not None and vars(module).get(ATTRIBUTE) is self:
-                delattr(module, ATTRIBUTE)
+            if module is not None and vars(module).get(INJECTION_ATTRIBUTE) is self:
+                delattr(module, INJECTION_ATTRIBUTE)
 
     def holder(self) -> nn.Module | None:
         """Return the injected module, or None where it is gone or holds another injection."""
         root = self.root() if self.root is not None else None
-        return root if root is not None and vars(root).get(ATTRIBUTE) is self else None
+        return root if root is not None and vars(root).get(INJECTION_ATTRIBUTE) is self else None

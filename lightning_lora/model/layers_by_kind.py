@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from ..config import PLAIN, LoRAConfig
+from ..config import DEFAULT_VARIANT, LoRAConfig
 from ..matching import ALL_LAYERS, matcher
 from ..names import parent_names
 from ..nn.adapted_module import NamedModules
@@ -96,7 +96,9 @@ def _why_left_out(module: nn.Module, owner: nn.Module | None, config: LoRAConfig
             return f"PEFT cannot adapt {which} with q, k and v apart"
         if has_conv1d:
             return f"PEFT cannot adapt {which} in a model with transformers' Conv1D"
-        return f"PEFT cannot adapt {which} with {variant_of(config).option}" if config.variant != PLAIN else ""
+        return (
+            f"PEFT cannot adapt {which} with {variant_of(config).option}" if config.variant != DEFAULT_VARIANT else ""
+        )
     if isinstance(module, nn.Linear):
         return ""
     variant, adapting = variant_of(config), layer_class(module, variant_of(config))

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, canonical, listed, parent_names
-from ..nn.adapted_module import MERGED, AdaptedModule, NamedModules, adapted_layers, adapters_by_path, is_factor
+from ..names import INJECTION_ATTRIBUTE, canonical, listed, parent_names
+from ..nn.adapted_module import MERGED, AdaptedModule, NamedModules, adapted_layers, adapters_by_path
 from ..nn.attached_factors import LACKING
 from ..nn.foreign_entries import with_metadata
 from .adapted_model import Listing, find_adapted
@@ -77,7 +77,7 @@ def _check_load(
             f"{listed(list(map(repr, names)))} {'is' if len(names) == 1 else 'are'} not attached here. Call "
             f"attach(model, source, name={names[0]!r}) first; dict(state_dict) does not say it, and is loaded without."
         )
-    if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
+    if INJECTION_ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return
     listing = Listing(module)
     kept = {id(tensor) for layer in listing.layers.values() for tensor in layer.stored().values()}
@@ -87,7 +87,7 @@ def _check_load(
     if loaded:
         missing += [prefix + name for adapter, name in factors if adapter not in loaded]
     elif listing.layers:  # else it may be a trained head: nothing tells that from a base
-        base = [name for name, _, owner in listing.state() if not is_factor(name, owner)]
+        base = listing.base_keys()
         handle = find_adapted(listing, part=True)
         if handle is not None and given.keys() >= set(base):
             record_loaded(handle, {name: given[name] for name in base})

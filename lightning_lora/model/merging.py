@@ -15,9 +15,9 @@ from ..distributed.sharding import dimensions_of_ranks, is_spread, local, reshar
 from ..errors import LoRAError, NonFiniteError
 from ..nn.adapted_module import adapted_places, claimed_with, injections_of
 from ..nn.adapted_weights import AdaptedWeights, Blocks
+from ..nn.claims import Claim
 from ..nn.exact_merge import Buffers
 from ..nn.low_rank import HALF
-from ..nn.owner import Claim
 from ..nn.readers import update_fast_paths
 from ..nn.rounding import Rounding
 from ..nn.tied_weights import record_ties

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,10 +11,10 @@ from torch import nn
 from ..distributed.flat import own_parameters
 from ..distributed.sharding import reshard_
 from ..names import join_names, names_factor
+from ..nn.adapted_module import NamedModules
 from ..nn.quantized import describe_shard
 
 EXTRA_STATE = "_extra_state"  # torch's name of what get_extra_state returns
-Places = Sequence[tuple[str, nn.Module]]  # modules of a model with their names
 StateEntry = tuple[str, torch.Tensor | None, nn.Module]  # name, live tensor (None for extra state), owner
 
 
@@ -27,7 +27,7 @@ class BaseParameter(NamedTuple):
     leaf: str
 
 
-def state_of(places: Places) -> Iterator[StateEntry]:
+def state_of(places: NamedModules) -> Iterator[StateEntry]:
     """Yield each name of a model's state dict with its live tensor and its owner.
 
     A merged weight is yielded as it is, where state_dict() would restore W. A shared module or parameter is yielded
@@ -57,7 +57,7 @@ def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
     return own | {name: each for name, each in module._buffers.items() if each is not None and name not in passing}
 
 
-def base_parameters_of(modules: Places) -> list[BaseParameter]:
+def base_parameters_of(modules: NamedModules) -> list[BaseParameter]:
     """Return a model's parameters that belong to no adapter, each once.
 
     Args:

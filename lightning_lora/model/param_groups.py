@@ -11,7 +11,7 @@ from ..config import is_number, plain_number
 from ..errors import LoRAError
 from ..names import factor_role
 from ..nn.adapted_weights import AdaptedWeights
-from ..nn.owner import claimed
+from ..nn.claims import claimed
 from ..nn.quantized import shape_of
 from ..nn.variant import rows_leaf
 from .adapted_model import AdaptedModel, open_model
@@ -79,7 +79,7 @@ def _grouped_parameters(handle: AdaptedModel) -> dict[str, list[nn.Parameter]]:
     """Return the trainable parameters of an adapted model by the groups of lora_param_groups, without empty ones."""
     factors = _groups_of_factors(handle.layers.values())
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
-    with claimed("lora_param_groups", handle.injection.owner):  # inside disable_adapter stand-ins are in place
+    with claimed("lora_param_groups", handle.injection.claims):  # inside disable_adapter initial values are in place
         named: dict[nn.Parameter, str] = {}  # each once, with its name in the first module that holds it
         for _, module in handle.modules:
             for name, parameter in module._parameters.items():

@@ -237,7 +237,7 @@ def check_unadapted(modules: NamedModules) -> None:
     model = modules[0][1]
     for name, module in modules:
         library = type(module).__module__.partition(".")[0]
-        if any(adapter.is_trained() for adapter in adapters_in(module).values()):
+        if any(adapter.has_trained_adapter() for adapter in adapters_in(module).values()):
             raise LoRAError(
                 f"inject: {name!r} in {type(model).__name__} was adapted already, through a module around it; pass the "
                 "module that inject was called on, or unload it first."

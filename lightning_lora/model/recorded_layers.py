@@ -32,15 +32,11 @@ def refuse_replaced_layers(listing: Listing, verb: str) -> None:
     layers = next(facts.injection.layers for module in gone.values() if (facts := facts_of(module)) is not None)
     names = sorted(gone, key=lambda name: next((i for i, layer in enumerate(layers) if is_inside(layer, name)), 0))
     present = gone[names[0]]._modules.get(names[0].rpartition(".")[2])
-    now = f"now a {describe_class(present)}" if present is not None else "no longer there,"
+    class_now = f"{type(present).__module__}.{type(present).__qualname__}"
+    now = f"now a {class_now}" if present is not None else "no longer there,"
     raise LoRAError(
         f"{verb}: {names[0]!r} in {type(root).__name__} was adapted, but is {now} without an adapter "
         f"({len(gone)} of {len(layers)} adapted layers are gone). Replace or convert layers before they are adapted, "
         "in __init__, setup or configure_model, or leave them out with "
         f"exclude_modules=[{listed(list(map(repr, names)))}]."
     )
-
-
-def describe_class(module: object) -> str:
-    """Return the class of a module with its module path."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -16,24 +16,19 @@ from ..names import canonical
 from ..nn.adapted_module import adapters_by_path, is_factor, layer_adapter
 from ..nn.adapted_weights import AdaptedWeights, Blocks
 from ..nn.attached_factors import LACKING
+from ..nn.claims import OFF, claimed
 from ..nn.foreign_entries import metadata_of, with_metadata
-from ..nn.owner import OFF, claimed
 from ..nn.quantized import quantization_entries
 from ..nn.rounding import Rounding
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, open_model
-from .dequantize import DEQUANTIZED, IN_FLOAT32, dequantize_dtype, plain_weight, quantized_weights
+from .dequantize import DEQUANTIZED, IN_FLOAT32, dequantize_dtype, dequantized_weight, quantized_weights
 from .foreign_state import foreign_entries, foreign_names, without_base
 from .gradients import warn_of_untrained
 from .live_state import open_state, original_values
 from .load_state_dict import mark_merged
 from .recorded_layers import refuse_replaced_layers
-
-
-def base_keys(listing: Listing) -> list[str]:
-    """Return the names of the plain model's state dict."""
-    return [name for name, _, module in listing.state() if not is_factor(name, module)]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -55,7 +50,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         {'0.lora_A': (2, 8), '0.lora_B': (8, 2), '2.lora_A': (2, 8), '2.lora_B': (2, 2)}
     """
     handle = open_model(model, "adapter_state_dict")
-    with claimed("adapter_state_dict", handle.injection.owner):
+    with claimed("adapter_state_dict", handle.injection.claims):
         refuse_replaced_layers(handle, "adapter_state_dict")
         warn_of_untrained(handle)
         state, foreign = gather_flat(open_state(handle).values()), without_base(handle, foreign_entries(handle))
@@ -91,7 +86,7 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
     """
     dtype = dequantize_dtype(dequantize, "merged_state_dict")
     handle = open_model(model, "merged_state_dict", attached=True)
-    with claimed("merged_state_dict", handle.injection.owner):
+    with claimed("merged_state_dict", handle.injection.claims):
         refuse_replaced_layers(handle, "merged_state_dict")
         warn_of_untrained(handle)
         whole = _state_to_merge(handle)
@@ -101,10 +96,10 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
 def _state_to_merge(handle: AdaptedModel) -> dict[str, Any]:
     """Return what state_dict() does, with slices of flat weights. FSDP1 would gather all weights for state_dict().
 
-    Where values from before training stand in for trained ones, state_dict() is refused.
+    Where initial values are in the places of trained ones, state_dict() is refused.
     """
     entries = handle.state()
-    if any(owns_flat(module) for _, module in handle.modules) or handle.injection.owner.holds(OFF):
+    if any(owns_flat(module) for _, module in handle.modules) or handle.injection.claims.holds(OFF):
         return original_values(entries)
     spread = original_values(entry for entry in entries if is_spread(entry[1]))  # state_dict() shows no flat values
     state = handle.model.state_dict()
@@ -141,7 +136,7 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
 
     def merge_layer(name: str, layer: AdaptedWeights, blocks: Blocks) -> None:
         if layer not in copies:  # a shared layer is merged once
-            copies[layer] = layer.merged_copy(state[name], blocks)
+            copies[layer] = layer.merged_weight(state[name], blocks)
         plain[name] = copies[layer]
 
     layers = _layers_to_merge(listing, state)
@@ -166,7 +161,7 @@ def _dequantize_state(
         path, adapter = name.removesuffix("weight"), layer_adapter(module)
         in_state = adapter is not None and all(path + leaf in state for leaf in adapter.stored_names())
         stored = adapter.stored_in(state, path) if adapter is not None and in_state else None
-        plain[name] = plain_weight(name, module, dtype, rounding, stored)
+        plain[name] = dequantized_weight(name, module, dtype, rounding, stored)
     rounding.tell(DEQUANTIZED, IN_FLOAT32, stacklevel=4)
     return plain
 

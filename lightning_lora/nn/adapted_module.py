@@ -21,8 +21,8 @@ from ..distributed.flat import is_gathered, owns_flat, shows_nothing
 from ..errors import LoRAError
 from ..names import canonical, join_names, names_factor
 from .adapted_weights import AdaptedWeights
+from .claims import Claim, claimed
 from .low_rank import HALF
-from .owner import Claim, claimed
 
 # Key in the metadata of a state dict, which torch pickles with it: the module's weights in it are merged.
 MERGED = "lora_merged"
@@ -286,8 +286,8 @@ def refuse_merged_weights(name: str, adapters: Iterable[AdaptedWeights]) -> None
 
 
 def claimed_with(adapters: Iterable[AdaptedWeights], verb: str) -> AbstractContextManager[Claim]:
-    """Claim the models that hold these adapters inside the block; see owner.claimed."""
-    return claimed(verb, *[injection.owner for injection in injections_of(adapters)])
+    """Claim the models that hold these adapters inside the block; see claims.claimed."""
+    return claimed(verb, *[injection.claims for injection in injections_of(adapters)])
 
 
 def injections_of(adapters: Iterable[AdaptedWeights]) -> list[Any]:

@@ -169,13 +169,13 @@ class AdaptedWeights:
     def options_text(self) -> str:
         """Return r and alpha as text, for the module's repr."""
         options = []
-        if self.is_trained():
+        if self.has_trained_adapter():
             options.append(f"r={self.lora.spec.r}, alpha={self.lora.spec.alpha:g}")
         if self.lora.attached is not None:
             options.append(f"attached={[*self.lora.attached.shares]}")
         return ", ".join(options)
 
-    def is_trained(self) -> bool:
+    def has_trained_adapter(self) -> bool:
         """Return whether the layer has an adapter that is trained, and not attached ones alone."""
         return bool(self.lora.spec.variant.leaves)
 
@@ -206,7 +206,7 @@ class AdaptedWeights:
         """Return the numbers of the weight's rows that the adapter replaces, whatever values they had."""
         return self.lora.spec.rows
 
-    def factors(self) -> tuple[nn.Parameter, ...]:
+    def trained_tensors(self) -> tuple[nn.Parameter, ...]:
         """Return the trained parameters. The last one gets a gradient from the first step on."""
         return tuple(self.stored(self.lora.spec.variant.trained).values())
 
@@ -292,7 +292,7 @@ class AdaptedWeights:
 
     def changes_weight(self) -> bool:
         """Return whether W' differs from W: training has reached the adapter, or an attached one acts."""
-        is_changed = self.is_trained() and not self.is_initial()
+        is_changed = self.has_trained_adapter() and not self.is_initial()
         return is_changed or any(each.strength for each in self.attached().values())
 
     def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
@@ -321,7 +321,7 @@ class AdaptedWeights:
 
     # --- in a forward ---
 
-    def note_segment(self) -> None:
+    def record_segment(self) -> None:
         """Note that the layer runs in a reentrant segment; the warning about missing gradients names this cause."""
         self.check_strengths()
         if not torch.is_grad_enabled() and self.lora_holder.training and in_first_pass():
@@ -341,20 +341,16 @@ class AdaptedWeights:
 
     def stand_in(self, weight: torch.Tensor) -> Any:
         """Return what a forward reads in place of the weight W: here W'."""
-        return self.merged_values(weight)
+        return self.dense_weight(weight)
 
-    def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
+    def dense_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W' for W, differentiable in the trained tensors.
 
         Dropout drops whole input features, the same ones for the whole batch, because the input is not known here.
         Attached adapters have no dropout.
         """
-        self.note_segment()
-        if self.weight_leaf not in self.lora_holder._parameters:
-            raise LoRAError(
-                f"{type(self.lora_holder).__name__}: since injection, {self.weight_leaf} is computed from other "
-                "parameters (weight_norm, parametrize); undo that."
-            )
+        self.record_segment()
+        self.refuse_computed_weight()
         dense = weight
         if self.lora.strength:
             a, b, scale = self.effective_factors()
@@ -368,6 +364,14 @@ class AdaptedWeights:
         if self.lora.attached is not None:
             dense = dense + self.delta(*self.lora.attached.factors(weight.device))
         return dense.to(weight.dtype)
+
+    def refuse_computed_weight(self) -> None:
+        """Raise LoRAError where the weight is no parameter of its module any longer."""
+        if self.weight_leaf not in self.lora_holder._parameters:
+            raise LoRAError(
+                f"{type(self.lora_holder).__name__}: since injection, {self.weight_leaf} is computed from other "
+                "parameters (weight_norm, parametrize); undo that."
+            )
 
     def delta(self, a: torch.Tensor, b: torch.Tensor, enabled: tuple[bool, ...] | None = None) -> torch.Tensor:
         """Return B @ A in the weight's shape and the factors' dtype, differentiable."""
@@ -593,7 +597,7 @@ class AdaptedWeights:
         """Return this rank's shard of W, detached; a quantized weight is dequantized."""
         return local(self.original())
 
-    def merged_copy(self, weight: torch.Tensor, blocks: Blocks, cost: list[float] | None = None) -> torch.Tensor:
+    def merged_weight(self, weight: torch.Tensor, blocks: Blocks, cost: list[float] | None = None) -> torch.Tensor:
         """Return W' as a new tensor, sharded like W.
 
         Args:
@@ -606,7 +610,7 @@ class AdaptedWeights:
         return from_local_like(values, weight)
 
 
-def add_trained(layer: AdaptedWeights, spec: LayerSpec) -> AdaptedWeights:
+def add_trained_adapter_(layer: AdaptedWeights, spec: LayerSpec) -> AdaptedWeights:
     """Add a trained adapter to a layer in which attached ones act alone; `create_` makes its tensors. In place."""
     layer.lora.spec = spec
     layer.lora.strength = 1.0

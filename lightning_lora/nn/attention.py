@@ -51,4 +51,4 @@ class LoRAAttentionHolder(LoRAParameterHolder):
 def dense_output(attention: nn.Module) -> AbstractContextManager[object]:
     """Return a context manager in which W' stands in for the weight of out_proj, which attention only reads."""
     out_proj = cast(nn.MultiheadAttention, attention).out_proj
-    return out_proj.dense_weight() if isinstance(out_proj, LoRALayer) and out_proj.lora_active else nullcontext()
+    return out_proj.on_dense_weight() if isinstance(out_proj, LoRALayer) and out_proj.lora_active else nullcontext()

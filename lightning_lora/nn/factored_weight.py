@@ -72,7 +72,7 @@ class FactoredWeight(torch.Tensor):
         if result is not NotImplemented:
             return result
         _refuse_writes(func, args, kwargs)
-        args, kwargs = tree_map_only(FactoredWeight, dense_sum, (args, kwargs))
+        args, kwargs = tree_map_only(FactoredWeight, dense_weight, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -85,7 +85,7 @@ class FactoredWeight(torch.Tensor):
         """
         _refuse_writes(func, args, kwargs or {})
         with torch.no_grad():
-            args, kwargs = tree_map_only(FactoredWeight, dense_sum, (args, kwargs or {}))
+            args, kwargs = tree_map_only(FactoredWeight, dense_weight, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -111,7 +111,7 @@ class _StandIn(torch.autograd.Function):
         )
 
 
-def dense_sum(stand_in: FactoredWeight) -> torch.Tensor:
+def dense_weight(stand_in: FactoredWeight) -> torch.Tensor:
     """Return weight + left @ right, rounded once to the weight's dtype. The stand-in keeps it for later calls."""
     weight, left, right = stand_in.weight, stand_in.left, stand_in.right
     wants_graph = torch.is_grad_enabled() and any(part.requires_grad for part in (weight, left, right))
@@ -221,7 +221,7 @@ def _data_ptr(func: Any, args: Any, kwargs: Any) -> Any:
     On the CPU transformers only checks the alignment of the address. Elsewhere a kernel may read from it.
     """
     (stand_in,) = args
-    return (stand_in.weight if stand_in.weight.is_cpu else dense_sum(stand_in)).data_ptr()
+    return (stand_in.weight if stand_in.weight.is_cpu else dense_weight(stand_in)).data_ptr()
 
 
 def _cast_factors(stand_in: FactoredWeight, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

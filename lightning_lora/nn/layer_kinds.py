@@ -8,7 +8,7 @@ from torch import nn
 
 from ..matching import ALL_LAYERS
 from .adapted_module import swapped_class
-from .adapted_weights import LayerSpec, LayerState, add_trained
+from .adapted_weights import LayerSpec, LayerState, add_trained_adapter_
 from .attention import LoRAMultiheadAttention
 from .conv import LoRAConv
 from .embedding import LoRAEmbedding
@@ -75,7 +75,7 @@ def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> 
     Its stored tensors are created later.
     """
     if isinstance(module, LoRALayer):  # adapters are attached to it
-        return cast(LoRALayer, add_trained(module, spec))
+        return cast(LoRALayer, add_trained_adapter_(module, spec))
     adapting = cast(type[LoRALayer], layer_class(module, spec.variant))
     # factored_forward may replace methods of the kind's own class and of these libraries. Any other forward may do more
     # than W x, so it runs on W'.

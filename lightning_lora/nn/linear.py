@@ -127,16 +127,16 @@ class LoRAQuantizedLinear(LoRALinear):
     def why_not_merge(self) -> str:
         return super().why_not_merge() or f"its weight is quantized ({self.quantized()})"
 
-    def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
+    def dense_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W' in dequantized form, for code that reads the weight instead of calling the layer."""
-        return super().merged_values(dequantize(self))
+        return super().dense_weight(dequantize(self))
 
     def base_values(self) -> torch.Tensor:
         return local(dequantize(self))
 
-    def merged_copy(self, weight: torch.Tensor, blocks: Blocks, cost: list[float] | None = None) -> torch.Tensor:
+    def merged_weight(self, weight: torch.Tensor, blocks: Blocks, cost: list[float] | None = None) -> torch.Tensor:
         """Return W' in the dtype of the dequantized weight."""
-        return super().merged_copy(dequantize(self), blocks, cost)
+        return super().merged_weight(dequantize(self), blocks, cost)
 
     def weight_values(self) -> torch.Tensor:
         return dequantize(self)

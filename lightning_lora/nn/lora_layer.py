@@ -82,7 +82,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         inputs = (*args, *kwargs.values())
         if len(inputs) != 1 or not self.runs_on_factors(inputs[0]):
             return self.dense_forward(*args, **kwargs)
-        self.note_segment()
+        self.record_segment()
         return self.factored_forward(inputs[0])
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,10 +142,10 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
         Dropout drops whole input features, the same ones for the whole batch, because W' is built without the input.
         """
-        with self.dense_weight():
+        with self.on_dense_weight():
             return super().forward(*args, **kwargs)
 
-    def dense_weight(self) -> StandIns:
+    def on_dense_weight(self) -> StandIns:
         """Return a context manager in which W' stands in for each adapted weight; one thread at a time enters it."""
         return StandIns(self, [self])
 

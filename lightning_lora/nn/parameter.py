@@ -19,7 +19,7 @@ from ..errors import LoRAError
 from ..names import join_names, parameter_factor_name, split_factor_name
 from . import low_rank
 from .adapted_module import AdaptedModule, StandIns, is_factor, swapped_class
-from .adapted_weights import AdaptedWeights, LayerSpec, LayerState, add_trained
+from .adapted_weights import AdaptedWeights, LayerSpec, LayerState, add_trained_adapter_
 from .factored_weight import FactoredWeight
 from .low_rank import LowRankBlock, crop, stack_factors
 from .quantized import shape_of
@@ -91,7 +91,7 @@ class LoRAParameter(AdaptedWeights):
             pairs.append(packed.factors(weight.device))
         if not pairs:
             return weight
-        self.note_segment()
+        self.record_segment()
         a, b = pairs[0] if len(pairs) == 1 else low_rank.stack_ranks(*pairs[0], *pairs[1])
         return FactoredWeight(weight, *self._left_and_right(a, b))
 
@@ -155,7 +155,7 @@ def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSp
     """
     holder, is_holder = cast(LoRAParameterHolder, module), isinstance(module, LoRAParameterHolder)
     if is_holder and parameter in holder.lora_parameters:  # adapters are attached to it
-        return cast(LoRAParameter, add_trained(holder.lora_parameters[parameter], spec))
+        return cast(LoRAParameter, add_trained_adapter_(holder.lora_parameters[parameter], spec))
     adapter = LoRAParameter(holder, parameter, LayerState(spec, name, injection))
     if is_holder:
         holder.lora_parameters[parameter] = adapter

@@ -63,14 +63,14 @@ class LayerView:
 
     def __init__(self, layer: nn.Module) -> None:
         object.__setattr__(self, "layer", layer)
-        object.__setattr__(self, "sums", None)
+        object.__setattr__(self, "dense", None)
         object.__setattr__(self, "has_graph", torch.is_grad_enabled())  # when the method began
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("layer", "sums", "has_graph"):  # not set yet; torch.compile asks for them that early
+        if name in ("layer", "dense", "has_graph"):  # not set yet; torch.compile asks for them that early
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         adapter = layer_adapter(self.layer) if name in WEIGHTS else None
         if adapter is None or name != adapter.weight_leaf:
@@ -83,9 +83,9 @@ class LayerView:
                 "too, or leave the layer out (exclude_modules)."
             )
         # A first reading without a graph, such as of a norm in no_grad, must not serve one that trains the adapter.
-        if self.sums is None or (torch.is_grad_enabled() and not self.sums.requires_grad):
-            object.__setattr__(self, "sums", adapter.merged_values(adapter.adapted_weight()))
-        return self.sums
+        if self.dense is None or (torch.is_grad_enabled() and not self.dense.requires_grad):
+            object.__setattr__(self, "dense", adapter.dense_weight(adapter.adapted_weight()))
+        return self.dense
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.layer, name, value)

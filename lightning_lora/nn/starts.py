@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..config import LoRAConfig, is_start
+from ..config import LoRAConfig, starts_from_weight
 from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
 from ..names import A, B
@@ -46,7 +46,7 @@ class Started(LoRA):
         return dict(zip((A, B, START_A, START_B), 2 * info.factor_shapes(), strict=True))
 
     def start(self, info: LayerInfo, weight: Weight) -> dict[str, torch.Tensor]:
-        if not is_start(info.init):
+        if not starts_from_weight(info.init):
             plain = super().start(info, weight)
             return {**plain, START_A: plain[A], START_B: plain[B]}
         if info.kind not in low_rank.STARTED:

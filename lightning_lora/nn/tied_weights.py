@@ -7,8 +7,8 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from ..distributed.sharding import PLAIN
-from ..names import ATTRIBUTE, join_names
+from ..distributed.sharding import PLAIN_TYPES
+from ..names import INJECTION_ATTRIBUTE, join_names
 from .adapted_module import AdaptedModule, NamedModules, adapters_in, layer_adapter
 
 Owned = tuple[torch.Tensor, nn.Module, str, str, bool]  # tensor, module, module's name, leaf name, is a parameter
@@ -78,7 +78,7 @@ def record_ties(modules: NamedModules) -> None:
     ties: dict[nn.Module, dict[str, str]] = defaultdict(dict)
     for (module, name), other in tied_parameters(modules).items():
         ties[module][name] = other
-    whole = any(ATTRIBUTE in vars(module) for _, module in modules)
+    whole = any(INJECTION_ATTRIBUTE in vars(module) for _, module in modules)
     for _, module in modules:
         for parameter, adapter in adapters_in(module).items() if isinstance(module, AdaptedModule) else ():
             own = ties.get(module, {})
@@ -97,7 +97,7 @@ def _owner(module: nn.Module) -> object:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    plain = type(tensor) in PLAIN or type(tensor.data) is torch.Tensor  # the second check takes longer
+    plain = type(tensor) in PLAIN_TYPES or type(tensor.data) is torch.Tensor  # the second check takes longer
     return plain and tensor.layout is torch.strided
 
 

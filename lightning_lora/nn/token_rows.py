@@ -128,16 +128,12 @@ class TokenRows(AdaptedWeights):
             elif new.is_meta or bool(((new == old) | (new.isnan() & old.isnan())).all()):
                 module._parameters[name] = old
 
-    def merged_values(self, weight: torch.Tensor) -> torch.Tensor:
-        self.note_segment()
+    def dense_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        self.record_segment()
         table = self.tables[0]
         if not self.lora.strength:
             return weight
-        if WEIGHT not in table._parameters:
-            raise LoRAError(
-                f"{type(table).__name__}: since injection, weight is computed from other parameters (weight_norm, "
-                "parametrize); undo that."
-            )
+        self.refuse_computed_weight()
         return weight.index_copy(0, table.row_ids(weight.device), self.rows.to(weight.dtype))
 
 
@@ -170,7 +166,7 @@ class LoRATable(AdaptedModule):
         if self.lora_custom_forward or nested:
             with StandIns(self, [self.lora_table]):
                 return super().forward(*args, **kwargs)
-        self.lora_table.note_segment()
+        self.lora_table.record_segment()
         return self.forward_with_rows(*args, **kwargs)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -24,8 +24,8 @@ from .low_rank import LowRankBlock
 
 Stored = Mapping[str, torch.Tensor]  # tensors of one layer's adapter, by leaf name
 Weight = Callable[[], torch.Tensor]  # returns a layer's weight as stored
-Parts = Iterable[tuple[int, torch.Tensor]]  # (first row, some rows of a weight as a matrix)
-Reader = Callable[[], Parts]  # reads a layer's weight part by part
+RowChunks = Iterable[tuple[int, torch.Tensor]]  # (first row, some rows of a weight as a matrix)
+Reader = Callable[[], RowChunks]  # reads a layer's weight part by part
 
 BY_OPTION: dict[str, Variant] = {}  # variants that another option than `variant` asks for, by its name
 ROWS_OPTION, START_OPTION = "trainable_token_indices", "init_lora_weights"

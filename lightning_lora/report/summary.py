@@ -207,7 +207,7 @@ def summary(model: nn.Module) -> Summary:
 def summarise(handle: AdaptedModel) -> Summary:
     """Do what summary does, for an opened model."""
     injection, layers = handle.injection, handle.layers
-    factors = _each_once(layer.factors() for layer in layers.values())
+    factors = _each_once(layer.trained_tensors() for layer in layers.values())
     stored = _each_once(layer.stored().values() for layer in layers.values())
     base = {each.name: each.parameter for each in base_parameters_of(handle.modules)}
     trainable = [parameter for parameter in (*factors, *base.values()) if parameter.requires_grad]
@@ -279,7 +279,7 @@ def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
         key = (group_of(name), kind, spec.r, spec.alpha, spec.scaling)
         if spec.rows:
             key = (group_of(name), f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0, 0.0)
-        sizes.setdefault(key, []).append(sum(shape_of(factor).numel() for factor in layer.factors()))
+        sizes.setdefault(key, []).append(sum(shape_of(factor).numel() for factor in layer.trained_tensors()))
     return tuple(
         LayerGroup(name, kind, len(of_group), r, alpha, scaling, sum(of_group))
         for (name, kind, r, alpha, scaling), of_group in sizes.items()

@@ -12,8 +12,8 @@ from ..model.adapted_model import AdaptedModel, open_model
 from ..model.merging import holds_merged
 from ..model.recorded_layers import refuse_replaced_layers
 from ..names import listed
+from ..nn.claims import claimed
 from ..nn.low_rank import CONV1D, LINEAR
-from ..nn.owner import claimed
 from ..notices import tell
 from .batches import COUNT, Forward, Mask, call_with, learned_tokens
 from .eva import start_from_inputs
@@ -82,7 +82,7 @@ def start_from_batches(handle: AdaptedModel, batches: Iterable[Any], forward: Fo
             f"initialize_from_data: B of {trained[0]!r} is not zero, so the adapter was trained or loaded; start from "
             "data first."
         )
-    with claimed("initialize_from_data", handle.injection.owner):
+    with claimed("initialize_from_data", handle.injection.claims):
         if handle.injection.config.has_start:
             start_from_gradients(handle.model, layers, batches, forward, n)
         else:

@@ -159,7 +159,7 @@ def _factors(listing: Listing) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{layer.stored_name(leaf)}": factor
         for name, layer in listing.layers.items()
-        for leaf, factor in zip(layer.lora.spec.variant.trained, layer.factors(), strict=True)
+        for leaf, factor in zip(layer.lora.spec.variant.trained, layer.trained_tensors(), strict=True)
     }
 
 

@@ -44,7 +44,7 @@ def warn_of_untrained_adapter(trainer: Any, module: nn.Module) -> None:
     if handle is None or trainer.state.fn == "fit" or trainer.ckpt_path or "trained" in handle.injection.marks:
         return
     layers = handle.layers.values()
-    if layers and not any(is_spread(layer.factors()[-1]) or not layer.is_initial() for layer in layers):
+    if layers and not any(is_spread(layer.trained_tensors()[-1]) or not layer.is_initial() for layer in layers):
         rank_zero_warn(
             f"LoRACallback: {trainer.state.fn.value} runs with an adapter that was neither trained nor loaded, and so "
             'computes what the base does. For a trained one pass ckpt_path="adapter.ckpt", or call '

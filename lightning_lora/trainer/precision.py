@@ -31,7 +31,7 @@ def refuse_late_conversion(listing: Listing) -> None:
         return
     for name, layer in listing.all_layers.items():
         if isinstance(layer, nn.Linear):
-            by_inject = layer.is_trained()
+            by_inject = layer.has_trained_adapter()
             fact = "was adapted by inject" if by_inject else "has attached adapters"
             remedy = (
                 "Leave inject out and give LoRACallback the options, or let the plugin convert first: "

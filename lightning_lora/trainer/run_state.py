@@ -15,7 +15,7 @@ from torch import nn
 from ..formats.lightning_checkpoint import Kind
 from ..model.adapted_model import find_adapted
 from ..model.injection import Injection
-from ..names import ATTRIBUTE, MERGED_FOR_GOOD
+from ..names import INJECTION_ATTRIBUTE, MERGED_FOR_GOOD
 
 ASKED = ("merged_eval", "save", "quantize", "dequantize")  # LoRACallback's options, which a copy of the model keeps
 INSIDE = "lora_injection_inside"  # attribute of a module in a run: the injection of a module inside
@@ -64,7 +64,7 @@ def injection_of(module: nn.Module) -> Injection | None:
     """
     if is_merged_for_good(module):
         return None
-    injection: Injection | None = vars(module).get(ATTRIBUTE) or vars(module).get(INSIDE)
+    injection: Injection | None = vars(module).get(INJECTION_ATTRIBUTE) or vars(module).get(INSIDE)
     if injection is None or "ended" in injection.marks:
         handle = find_adapted(module)
         injection = vars(module)[INSIDE] = handle.injection if handle is not None else None

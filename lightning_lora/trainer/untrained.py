@@ -59,7 +59,7 @@ def look_for_reads(trainer: Any, module: nn.Module) -> None:
 
 def _warn_of_lacking(listing: Listing, is_looked_at: Callable[[int], bool]) -> None:
     """Warn of layers without a gradient; `is_looked_at` tells whether to look at a parameter of this id."""
-    last = {name: layer.factors()[-1] for name, layer in listing.layers.items()}
+    last = {name: layer.trained_tensors()[-1] for name, layer in listing.layers.items()}
     lacking = {name: factor for name, factor in last.items() if factor.grad is None and is_looked_at(id(factor))}
     unreached = [name for name, factor in lacking.items() if factor.requires_grad]
     frozen = [repr(name) for name in lacking if name not in unreached]

@@ -22,7 +22,6 @@ from lightning_lora import (
 from lightning_lora.exchange.checkpoint_of_model import check_complete
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.live_state import open_state
-from lightning_lora.model.state_dict import base_keys
 from support.covering import covering
 from support.runs.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs.training import Data, Net, assert_same_tensors, fit_model, make_trainer, outputs, weights
@@ -153,7 +152,7 @@ def test_merged_weights_that_the_class_leaves_out_are_refused(tmp_path, cls: typ
 def test_names_of_a_sharded_checkpoint_by_another_program_have_to_be_complete(left_out: str, added: str, said: str):
     inject(model := Net(), LoRAConfig(r=2, target_modules=["head"]))
     handle = open_model(model, "test")
-    base, adapter = set(base_keys(handle)), set(open_state(handle).changing)
+    base, adapter = set(handle.base_keys()), set(open_state(handle).changing)
     for names in (base, adapter, base | adapter):
         check_complete(handle, names, Path("a.ckpt"))
     with pytest.raises(LoRAError, match=re.escape(said)):

@@ -97,7 +97,7 @@ def check_breaking_off(model: nn.Module, call: str, found_merged: bool, steps: I
         reached = break_off(lambda: CALLS[call](model), line)
         assert state(model) == (whole if is_merged(model) else plain), line
         assert {number: signal.getsignal(number) for number in signal.Signals} == handlers
-        assert not list(next(iter(adapted_layers(model).values())).lora.injection.owner.claims)
+        assert not list(next(iter(adapted_layers(model).values())).lora.injection.claims.open)
         merge(model)
         assert state(model) == whole
         unmerge(model)

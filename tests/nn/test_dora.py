@@ -289,7 +289,10 @@ def test_the_norm_is_right_where_the_adapter_nearly_removes_an_output(
         with torch.autocast(place, torch.bfloat16):
             assert torch.equal(layer.effective_factors().scale.detach().cpu().double(), found)
         torch.testing.assert_close(found, wanted, rtol=CANCELLING[dtype, left], atol=0)
-        (a, b), stored = (each.detach().flatten(1) for each in layer.factors()[:2]), layer.weight.detach().flatten(1)
+        (a, b), stored = (
+            (each.detach().flatten(1) for each in layer.trained_tensors()[:2]),
+            layer.weight.detach().flatten(1),
+        )
         parts = [
             Window(stored[i : i + 7], slice(i, i + 7), slice(0, stored.shape[1])) for i in range(0, len(stored), 7)
         ]
@@ -319,7 +322,7 @@ def test_on_a_device_a_step_has_few_launches_no_float64_and_no_wait(
         wanted = [x] if x.is_floating_point() else []
         floor = count(step) if wanted else count(lambda: model(x))
         inject(model, dora(lora_dropout=dropout))
-        wanted += model[0].factors()
+        wanted += model[0].trained_tensors()
         step()
         more = count(step) - floor
         assert (more.float64, more.waits) == (0, 0), more

@@ -153,7 +153,7 @@ def assert_like_the_sum(run: Operator, inputs: tuple[torch.Tensor, ...], toleran
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The sums that were computed, each once."""
     found: list[torch.Tensor] = []
-    compute_sum = factored_weight.dense_sum
+    compute_sum = factored_weight.dense_weight
 
     def noted(stand_in: FactoredWeight) -> torch.Tensor:
         result = compute_sum(stand_in)
@@ -161,7 +161,7 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
             found.append(result)
         return result
 
-    monkeypatch.setattr(factored_weight, "dense_sum", noted)
+    monkeypatch.setattr(factored_weight, "dense_weight", noted)
     return found
 
 

@@ -295,7 +295,7 @@ def test_the_first_step_changes_no_bit_of_the_inputs_gradient_and_trains_a_and_b
             output = module(given)
             output.backward(g.to(device))
             found.append((output.detach().cpu(), given.grad.cpu()))
-        assert all(factor.grad.abs().max() > 0 for factor in model[0].factors())
+        assert all(factor.grad.abs().max() > 0 for factor in model[0].trained_tensors())
     (wanted, of_input), (output, gradient) = found
     # A - A0 = 0 meets B0, and B - B0 = 0 meets A: the sum that is added is exactly zero.
     assert torch.equal(output, wanted)

@@ -41,7 +41,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.adapter.adapter import Adapter
-from lightning_lora.nn.owner import REFUSED
+from lightning_lora.nn.claims import REFUSED
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 MODELS = ("trained", "attached", "both", "head")  # "head": an adapter with a layer that is trained whole

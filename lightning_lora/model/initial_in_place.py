@@ -1,4 +1,4 @@
-"""Values from before training stand in for trained ones while disable_adapter lasts.
+"""Put initial values in the places of trained tensors while disable_adapter or scaled(model, 0) lasts.
 
 Other tensors are put in the places of trained parameters and buffers in their modules. So nothing is written into
 tensors that a forward has saved for its backward, and parameters keep their identity, gradients and optimizers.
@@ -16,7 +16,7 @@ from torch import nn
 from ..distributed.flat import flat_parameters
 from ..distributed.sharding import copy_all_, is_spread
 from ..errors import LoRAError
-from ..nn.owner import REFUSED_INSIDE
+from ..nn.claims import REFUSED_INSIDE
 from .adapted_model import AdaptedModel
 from .named_state import state_of
 
@@ -32,8 +32,8 @@ REFUSING = {  # methods by which torch saves, loads, copies and pickles one modu
 }
 
 
-class StandIn(NamedTuple):
-    """A tensor with the value from before training of one parameter or buffer of a module."""
+class InitialValue(NamedTuple):
+    """A tensor with the initial value of one trained parameter or buffer of a module."""
 
     module: nn.Module
     tensors: dict[str, Any]  # the module's dictionary of parameters or buffers
@@ -42,7 +42,7 @@ class StandIn(NamedTuple):
     value: torch.Tensor
 
     def take_out_(self) -> None:
-        """Put the trained tensor back, moved or cast as the stand-in was. In place; harmless when repeated."""
+        """Put the trained tensor back, moved or cast as this one was. In place; harmless when repeated."""
         now = self.tensors.get(self.leaf, self.trained)
         for tensor in (self.trained, self.trained.grad):
             if tensor is not None and (tensor.dtype, tensor.device) != (now.dtype, now.device):
@@ -50,8 +50,8 @@ class StandIn(NamedTuple):
         self.tensors[self.leaf] = self.trained
 
 
-def stand_ins(handle: AdaptedModel) -> list[StandIn]:
-    """Return stand-ins for all trained tensors of an injected model. Tied tensors share one. The model is not changed.
+def initial_values_of(handle: AdaptedModel) -> list[InitialValue]:
+    """Return a tensor with the initial value of each trained one. Tied tensors share one. The model is not changed.
 
     Values on the meta device are left out: they were recorded before the tensors had values, and nothing was trained
     since.
@@ -59,7 +59,7 @@ def stand_ins(handle: AdaptedModel) -> list[StandIn]:
     Raises:
         LoRAError: a trained tensor is sharded. A strategy gathers its trained values in each forward.
     """
-    recorded = [(live, value) for live, value in handle.first_values() if not value.is_meta]
+    recorded = [(live, value) for live, value in handle.initial_values() if not value.is_meta]
     with torch.inference_mode(False):
         values = {id(live): _like(live) for live, _ in recorded}
     found = []
@@ -68,7 +68,7 @@ def stand_ins(handle: AdaptedModel) -> list[StandIn]:
             _refuse_sharded(path, live, module)
             leaf = path.rpartition(".")[2]
             tensors: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-            found.append(StandIn(module, tensors, leaf, live, values[id(live)]))
+            found.append(InitialValue(module, tensors, leaf, live, values[id(live)]))
     copy_all_((values[id(live)], value) for live, value in recorded)
     return found
 
@@ -88,8 +88,8 @@ def _refuse_sharded(path: str, live: torch.Tensor, module: nn.Module) -> None:
         )
 
 
-def put_in_(found: Sequence[StandIn], modules: Iterable[nn.Module]) -> None:
-    """Let stand-ins take the places of trained tensors, and let torch neither save, load nor copy modules. In place."""
+def put_in_(found: Sequence[InitialValue], modules: Iterable[nn.Module]) -> None:
+    """Put initial values in place of trained tensors, and let torch neither save, load nor copy modules. In place."""
     for module in modules:
         for name, refusal in REFUSING.items():
             vars(module).setdefault(name, refusal)
@@ -97,7 +97,7 @@ def put_in_(found: Sequence[StandIn], modules: Iterable[nn.Module]) -> None:
         each.tensors[each.leaf] = each.value
 
 
-def take_out_(found: Sequence[StandIn], modules: Iterable[nn.Module]) -> None:
+def take_out_(found: Sequence[InitialValue], modules: Iterable[nn.Module]) -> None:
     """Do the reverse of put_in_, or of a part of it. In place; harmless when repeated."""
     for each in found:
         each.take_out_()

@@ -40,7 +40,7 @@ REFUSED_INSIDE = (
 )
 
 
-class Owner:
+class Claims:
     """The open claims on one injected model. All are of one thread, or of threads that have ended.
 
     Each model has a guard of its own. An exception can leave a guard held where another thread or a debugger raises it
@@ -48,7 +48,7 @@ class Owner:
     """
 
     def __init__(self) -> None:
-        self.claims: WeakSet[Claim] = WeakSet()
+        self.open: WeakSet[Claim] = WeakSet()
         self.guard = threading.RLock()  # reentrant: a signal's handler may claim the model while this thread holds it
 
     def admit(self, claim: Claim) -> None:
@@ -58,7 +58,7 @@ class Owner:
             LoRAError: another thread has a claim, or the verb is refused inside of an open block.
         """
         with self.guard:
-            for other in list(self.claims):
+            for other in list(self.open):
                 if other is not claim and other.thread is not claim.thread and other.thread.is_alive():
                     raise LoRAError(
                         f"{claim.verb}: {other.verb} is under way on this model in the thread {other.thread.name!r}. "
@@ -67,19 +67,19 @@ class Owner:
                     )
             if any(self.holds(block, other_than=claim) for block in REFUSED[claim.verb]):
                 raise LoRAError(f"{claim.verb}: {REFUSED_INSIDE}")
-            self.claims.add(claim)
+            self.open.add(claim)
 
     def holds(self, verb: str, *, other_than: Claim | None = None) -> bool:
         """Return whether a claim with this verb is open, other than the given one."""
-        return any(claim.verb == verb for claim in list(self.claims) if claim is not other_than)
+        return any(claim.verb == verb for claim in list(self.open) if claim is not other_than)
 
 
 class Claim:
-    """A claim on one model, or on several."""
+    """A claim on one model, or on several. `models` are the open claims of each."""
 
-    def __init__(self, verb: str, owners: Iterable[Owner]) -> None:
+    def __init__(self, verb: str, models: Iterable[Claims]) -> None:
         self.verb = verb
-        self.owners = list(owners)
+        self.models = list(models)
         self.thread = threading.current_thread()
 
     def take(self) -> None:
@@ -92,29 +92,29 @@ class Claim:
         before = self.thread
         self.thread = threading.current_thread()
         try:
-            for owner in self.owners:
-                owner.admit(self)
+            for each in self.models:
+                each.admit(self)
         except BaseException:
             self.thread = before
             raise
 
 
 @contextmanager
-def claimed(verb: str, *owners: Owner) -> Iterator[Claim]:
+def claimed(verb: str, *models: Claims) -> Iterator[Claim]:
     """Claim models for the present thread inside the block.
 
     Args:
         verb: the call, as messages show it.
-        owners: one for each model.
+        models: the open claims of each model.
 
     Raises:
         LoRAError: another thread has a claim on one of them.
     """
-    claim = Claim(verb, owners)
+    claim = Claim(verb, models)
     try:
         claim.take()
         yield claim
     finally:
-        for owner in claim.owners:
-            with owner.guard:
-                owner.claims.discard(claim)
+        for each in claim.models:
+            with each.guard:
+                each.open.discard(claim)
