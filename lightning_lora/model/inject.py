@@ -338,8 +338,14 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _inject(listing: Listing, injection: Injection, *, values_follow: bool = False) -> AdaptedModel:
+    found = FoundState(listing)
+
+    def bring_back() -> None:
+        if find_adapted(Listing(listing.model)) is None:  # else all is done, and the exception came at the very end
+            found.bring_back()
+
     with claimed("inject", injection.claims), transaction() as on_error:
-        on_error.callback(FoundState(listing).bring_back)  # begin_injection unmerges what is attached alone
+        on_error.callback(bring_back)  # begin_injection unmerges what is attached alone
         handle, selection = begin_injection(listing, injection, values_follow=values_follow)
         finish_injection(handle, selection)
     return handle
