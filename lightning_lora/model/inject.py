@@ -341,8 +341,9 @@ def _inject(listing: Listing, injection: Injection, *, values_follow: bool = Fal
     found = FoundState(listing)
 
     def bring_back() -> None:
-        if find_adapted(Listing(listing.model)) is None:  # else all is done, and the exception came at the very end
-            found.bring_back()
+        now = Listing(listing.model)
+        if not now.layers:  # else all is done, and the exception came at the very end
+            found.bring_back(now)
 
     with claimed("inject", injection.claims), transaction() as on_error:
         on_error.callback(bring_back)  # begin_injection unmerges what is attached alone

@@ -120,9 +120,8 @@ class AdaptedModule(Swapped):
             vars(self).pop(name, None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        with ExitStack() as stack:
+        with self._lora_locked():
             for adapter in self.lora_adapters().values():
-                stack.enter_context(adapter.lora.lock)  # waits while W' stands in for W in another thread
                 if adapter.lora.stands_in:
                     raise LoRAError(
                         f"{adapter.lora.name!r}: a copy or a pickle is made inside a forward of this layer, while W' "
@@ -156,9 +155,7 @@ class AdaptedModule(Swapped):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         adapters = self.lora_adapters().values()
-        with ExitStack() as stack:
-            for adapter in adapters:
-                stack.enter_context(adapter.lora.lock)  # waits while W' stands in for W in another thread
+        with self._lora_locked():
             super()._save_to_state_dict(destination, prefix, keep_vars)
             for adapter in adapters:
                 if adapter.lora.undo is not None or adapter.lora.restore_failed:
@@ -205,6 +202,14 @@ class AdaptedModule(Swapped):
                 given = state_dict.get(prefix + adapter.weight_leaf)
                 is_loaded = getattr(given, "shape", None) == adapter.weight_shape()
                 adapter.lora.restore_failed = adapter.lora.restore_failed and not is_loaded
+
+    @contextmanager
+    def _lora_locked(self) -> Iterator[None]:
+        """Hold the adapters' locks inside the block. It waits while W' stands in for W in another thread."""
+        with ExitStack() as stack:
+            for adapter in self.lora_adapters().values():
+                stack.enter_context(adapter.lora.lock)
+            yield
 
     @contextmanager
     def _lora_briefly_unmerged(self, verb: str = "load_state_dict") -> Iterator[None]:

@@ -289,10 +289,8 @@ def test_the_norm_is_right_where_the_adapter_nearly_removes_an_output(
         with torch.autocast(place, torch.bfloat16):
             assert torch.equal(layer.effective_factors().scale.detach().cpu().double(), found)
         torch.testing.assert_close(found, wanted, rtol=CANCELLING[dtype, left], atol=0)
-        (a, b), stored = (
-            (each.detach().flatten(1) for each in layer.trained_tensors()[:2]),
-            layer.weight.detach().flatten(1),
-        )
+        a, b = (each.detach().flatten(1) for each in layer.trained_tensors()[:2])
+        stored = layer.weight.detach().flatten(1)
         parts = [
             Window(stored[i : i + 7], slice(i, i + 7), slice(0, stored.shape[1])) for i in range(0, len(stored), 7)
         ]
